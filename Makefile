@@ -1,0 +1,50 @@
+PYTHON ?= python3
+TORCH := torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test test-fast bench clean
+
+help:
+	@echo "make .venv      create $(VENV) with $(PYTHON), with all that the tests need"
+	@echo "make demo       train a classifier of digits (examples/digits.py)"
+	@echo "make test       check style and types, run all tests"
+	@echo "make test-fast  run the tests that take less than a second"
+	@echo "make bench      measure what fitloop adds to a bare loop (benchmarks/overhead.py)"
+	@echo "make clean      remove $(VENV), caches and build output"
+	@echo "PYTHON=... make .venv uses another Python (3.11 or newer)"
+
+.venv: $(STAMP)
+
+# torch comes first: what it is built for is the choice of whoever installs it, so that
+# constraints.txt leaves it out. The stamp is made last, so that a failed install is repeated.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+		"fitloop needs Python 3.11 or newer, and $(PYTHON) is %d.%d; set PYTHON=..." % v[:2])'
+	@echo "installing into $(VENV)"
+	@rm -f $(STAMP)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install '$(TORCH)'
+	$(BIN)/python -m pip install -e '.[test]' -c constraints.txt
+	@touch $(STAMP)
+
+demo: .venv
+	$(BIN)/python examples/digits.py
+
+test: .venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-fast: .venv
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: .venv
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,94 @@
+"""fitloop trains PyTorch models, and can be awaited.
+
+`FitLoop` is the trainer, `SyncFitLoop` its blocking twin for plain scripts.
+"""
+
+from fitloop._errors import (
+    BusyError,
+    CheckpointError,
+    ConfigurationError,
+    FitLoopError,
+    LoaderHungWarning,
+    MetricError,
+    MissingCriteriaError,
+    MissingLoaderError,
+    StageSignatureError,
+    SyncInAsyncError,
+    UnknownMetricError,
+)
+from fitloop._events import (
+    BatchProgress,
+    BestImproved,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    PhaseEnded,
+    PhaseStarted,
+    PromptAnswered,
+    PromptAsked,
+    RunEnded,
+    RunStarted,
+)
+from fitloop._fitloop import FitLoop
+from fitloop._hub import EventStream
+from fitloop._metrics import History, MetricSeries, PhaseHistory
+from fitloop._optim import (
+    configure_optimizer,
+    freeze,
+    get_layers,
+    spread_lrs,
+    unfreeze,
+    unfreeze_last,
+)
+from fitloop._profile import PhaseProfile, ProfileReport
+from fitloop._result import FitResult
+from fitloop._stages import default_batch_step, default_epoch_end
+from fitloop._state import LoopState
+from fitloop._sync import SyncFitLoop
+from fitloop._types import Phase, Stage, StopReason
+
+__all__ = [
+    "BatchProgress",
+    "BestImproved",
+    "BusyError",
+    "CheckpointError",
+    "ConfigurationError",
+    "EpochEnded",
+    "EpochStarted",
+    "Event",
+    "EventStream",
+    "FitLoop",
+    "FitLoopError",
+    "FitResult",
+    "History",
+    "LoaderHungWarning",
+    "LoopState",
+    "MetricError",
+    "MetricSeries",
+    "MissingCriteriaError",
+    "MissingLoaderError",
+    "Phase",
+    "PhaseEnded",
+    "PhaseHistory",
+    "PhaseProfile",
+    "PhaseStarted",
+    "ProfileReport",
+    "PromptAnswered",
+    "PromptAsked",
+    "RunEnded",
+    "RunStarted",
+    "Stage",
+    "StageSignatureError",
+    "StopReason",
+    "SyncFitLoop",
+    "SyncInAsyncError",
+    "UnknownMetricError",
+    "configure_optimizer",
+    "default_batch_step",
+    "default_epoch_end",
+    "freeze",
+    "get_layers",
+    "spread_lrs",
+    "unfreeze",
+    "unfreeze_last",
+]

@@ -1,0 +1,145 @@
+"""Inline or ahead: which way of loading is faster, found out by measuring the loader itself.
+
+A hand-off between threads costs tens of microseconds, and a loader in pure Python holds the
+interpreter lock while it works, so loading ahead wins for loaders that wait or release the lock
+and loses for trivial ones. Nothing about a loader tells which it is, so both are timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+from fitloop._loading import END, AheadSource, Feed, InlineSource
+from fitloop._random import fingerprint
+
+
+class Trial:
+    """Finds out, over as many passes as it takes, whether loading ahead of the steps is faster.
+
+    Inline first: the median time of a load and of a whole batch. When loads are too short or too
+    small a part to gain from, inline it stays. Else ahead: the median time of a whole batch
+    then, and the faster way wins. Times are in seconds.
+    """
+
+    SAMPLES = 6
+    """batches measured each way"""
+    SHORTEST_LOAD = 100e-6
+    """about twice what a hand-off between two threads costs (measured: 38 us)"""
+    SMALLEST_SHARE = 0.05
+    """part of a batch's time that loading must take"""
+    SMALLEST_GAIN = 0.05
+    """part of a batch's time that loading ahead must save"""
+
+    def __init__(self) -> None:
+        self.ahead = False
+        """how to load now"""
+        self.decided = False
+        self.draws = False
+        """the loader draws from the process's generators, and was kept inline for that"""
+        self._loads: list[float] = []
+        self._inline: list[float] = []
+        self._ahead: list[float] = []
+
+    def drew(self) -> None:
+        """Stay inline: the loader draws from generators that the steps draw from as well."""
+        self.draws = True
+        self._decide(ahead=False)
+
+    def add(self, load: float, whole: float) -> None:
+        """Count a batch that took ``load`` to load and ``whole`` from batch to batch."""
+        if self.ahead:
+            self._ahead.append(whole)
+            if len(self._ahead) == self.SAMPLES:
+                gained = median(self._ahead) <= (1 - self.SMALLEST_GAIN) * median(self._inline)
+                self._decide(ahead=gained)
+            return
+        self._loads.append(load)
+        self._inline.append(whole)
+        if len(self._loads) == self.SAMPLES:
+            typical = median(self._loads)
+            share = typical / max(median(self._inline), 1e-12)
+            if typical < self.SHORTEST_LOAD or share < self.SMALLEST_SHARE:
+                self._decide(ahead=False)
+            else:
+                self.ahead = True
+
+    def _decide(self, *, ahead: bool) -> None:
+        self.ahead, self.decided = ahead, True
+
+
+class AdaptiveSource:
+    """Loads as a `Trial` says, which it feeds with what it measures on the way."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        depth: int,
+        trial: Trial,
+        *,
+        watch_draws: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._feed = feed
+        self._depth = depth
+        self._trial = trial
+        self._watch_draws = watch_draws
+        self._clock = clock
+        self._fetched = 0
+        self._to_skip = 1  # the first batch of a pass pays for its start
+        self._last: float | None = None
+        self._inline = InlineSource(replace(feed, limit=None))
+        self._source: AheadSource | None = None
+        if trial.ahead:
+            self._go_ahead()
+
+    def fetch(self) -> Any:
+        """See `Source`."""
+        limit = self._feed.limit
+        if limit is not None and self._fetched >= limit:
+            return END
+        self._fetched += 1
+        if self._trial.decided:
+            return self._fetch()
+        return self._measured_fetch()
+
+    def _fetch(self) -> Any:
+        if self._source is None:
+            return self._inline.fetch()
+        batch = self._source.fetch()
+        if batch is END and self._source.paused and not self._feed.control.halted:
+            self._source.close()  # its last batches are used up
+            self._source = None
+            return self._inline.fetch()
+        return batch
+
+    def _measured_fetch(self) -> Any:
+        watched = self._watch_draws and not self._to_skip and not self._trial.ahead
+        before = fingerprint() if watched else None
+        began = self._clock()
+        batch = self._fetch()
+        ended = self._clock()
+        if watched and fingerprint() != before:
+            self._trial.drew()
+        elif self._to_skip or self._last is None:
+            self._to_skip = max(0, self._to_skip - 1)
+        elif batch is not END:
+            self._trial.add(ended - began, ended - self._last)
+            if self._trial.ahead and self._source is None:
+                self._go_ahead()
+            elif not self._trial.ahead and self._source is not None:
+                self._source.pause()
+        self._last = self._clock()
+        return batch
+
+    def _go_ahead(self) -> None:
+        left = None if self._feed.limit is None else self._feed.limit - self._fetched
+        self._source = AheadSource(replace(self._feed, limit=left), self._depth)
+        self._to_skip = self._depth + 1  # until the queue is in its steady state
+
+    def close(self) -> list[Any]:
+        """See `Source`."""
+        return [] if self._source is None else self._source.close()

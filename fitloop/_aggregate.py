@@ -1,0 +1,247 @@
+"""The values that the batch steps of one phase return, collected without waiting for a device.
+
+Owns the queue between the steps and ``epoch_end``: numbers are appended as they come; scalars on
+a device are gathered there, one small kernel a batch, and cross to the host in bulk, without
+blocking, every `CHUNK` batches. Whoever asks for a name gets it complete. Knows no history.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fitloop._errors import MetricError, UnknownMetricError
+from fitloop._types import Phase, Stage
+
+CHUNK = 256
+"""batches whose device values cross to the host together"""
+
+
+def as_mapping(values: Any, phase: Phase, stage: Stage) -> Mapping[str, Any]:
+    """Return what a stage function returned as a mapping; None counts as empty.
+
+    Raises:
+        MetricError: it is anything else.
+    """
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise MetricError(
+            f"{phase} {stage} returned {type(values).__name__} {values!r:.60}; expected a dict of "
+            "metric names to numbers or tensors, or None"
+        )
+    return values
+
+
+def as_numbers(values: Any, phase: Phase, stage: Stage) -> dict[str, float]:
+    """Return the metrics of ``epoch_start`` or ``epoch_end`` as floats.
+
+    Raises:
+        MetricError: a name is no string, or a value no number and no tensor of one element.
+    """
+    numbers: dict[str, float] = {}
+    for name, value in as_mapping(values, phase, stage).items():
+        if isinstance(value, (Tensor, np.ndarray)):
+            size = value.numel() if isinstance(value, Tensor) else value.size
+            if size != 1:
+                shape = tuple(value.shape)
+                raise MetricError(
+                    f"{phase} {stage} returned {name!r} with shape {shape}; expected one number: "
+                    "reduce it, or return one metric for each element"
+                )
+            value = value.item()
+        _check_name(name, phase, stage)
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError):
+            raise _no_metric(name, value, phase, stage) from None
+    return numbers
+
+
+def _no_metric(name: str, value: object, phase: Phase, stage: Stage) -> MetricError:
+    return MetricError(
+        f"{phase} {stage} returned {name!r}: {type(value).__name__} {value!r:.60}; expected a "
+        "number or a tensor: leave out what is no metric"
+    )
+
+
+def _check_name(name: object, phase: Phase, stage: Stage) -> None:
+    if not isinstance(name, str):
+        raise MetricError(
+            f"{phase} {stage} returned a metric named {name!r}, a {type(name).__name__}; expected "
+            "names to be strings"
+        )
+
+
+class BatchValues:
+    """The values of one pass, by name. Not shared between threads."""
+
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
+        self._numbers: dict[str, array[float]] = {}
+        self._append: dict[str, Callable[[float], None]] = {}
+        self._tensors: dict[str, list[Tensor]] = {}
+        self._device = _DeviceRows(self._append_number)
+
+    def put(self, values: Any) -> None:
+        """Add what one batch step returned.
+
+        Raises:
+            MetricError: it is no mapping of names to numbers or tensors, or a name was a number
+                in one batch and a tensor in another.
+        """
+        if values is None:
+            return
+        if type(values) is not dict:
+            values = as_mapping(values, self._phase, Stage.BATCH_STEP)
+        on_device: list[tuple[str, Tensor]] | None = None
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                if value.ndim:
+                    self._put_tensor(name, value)
+                    continue
+                if not value.is_cpu:
+                    on_device = on_device or []
+                    on_device.append((name, value))
+                    continue
+                value = value.item()
+            if self._device.names and name in self._device.names:
+                self._device.drain()  # keep the order
+            try:
+                self._append[name](value)
+            except (KeyError, TypeError):
+                self._append_number(name, value)
+        if on_device is not None:
+            for name, _value in on_device:
+                self._check_kind(name, self._tensors)
+            self._device.put(on_device)
+
+    def _append_number(self, name: str, value: Any) -> None:
+        """Add a number the slow way, with all checks."""
+        if name not in self._numbers:
+            _check_name(name, self._phase, Stage.BATCH_STEP)
+            self._check_kind(name, self._tensors)
+        if isinstance(value, np.ndarray) and value.ndim:
+            raise MetricError(
+                f"{self._phase} batch_step returned {name!r} as an array of shape {value.shape}; "
+                "expected a number or a tensor: use torch.as_tensor(...)"
+            )
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise _no_metric(name, value, self._phase, Stage.BATCH_STEP) from None
+        if isinstance(value, (str, bytes)):  # float("1") would do
+            raise _no_metric(name, value, self._phase, Stage.BATCH_STEP)
+        column = self._numbers.get(name)
+        if column is None:
+            column = self._numbers[name] = array("d")
+            self._append[name] = column.append
+        column.append(number)
+
+    def _put_tensor(self, name: str, value: Tensor) -> None:
+        if name not in self._tensors:
+            _check_name(name, self._phase, Stage.BATCH_STEP)
+            self._check_kind(name, self._numbers)
+            if name in self._device.names:
+                self._mixed(name)
+            self._tensors[name] = []
+        self._tensors[name].append(value.detach())
+
+    def _check_kind(self, name: str, others: Mapping[str, object]) -> None:
+        if name in others:
+            self._mixed(name)
+
+    def _mixed(self, name: str) -> None:
+        raise MetricError(
+            f"{self._phase} batch_step returned {name!r} as a number in one batch and as a tensor "
+            "with dimensions in another; expected one kind throughout"
+        )
+
+    def names(self) -> list[str]:
+        """Return the names there are, scalars first."""
+        self._device.drain()
+        return [*self._numbers, *self._tensors]
+
+    def scalars(self) -> dict[str, array[float]]:
+        """Return the scalar values of all batches; waits for those on a device."""
+        self._device.drain()
+        return self._numbers
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers or name in self._tensors or name in self._device.names
+
+    def __getitem__(self, name: str) -> Tensor | list[Tensor]:
+        """Return the values of ``name`` so far: a float64 tensor on the CPU, or a list of tensors.
+
+        Raises:
+            UnknownMetricError: no batch step of this phase returned ``name``.
+        """
+        self._device.drain()
+        if name in self._numbers:
+            return torch.tensor(self._numbers[name], dtype=torch.float64)
+        if name in self._tensors:
+            return list(self._tensors[name])
+        raise UnknownMetricError(
+            name, self.names(), f"the batch values of this {self._phase} epoch"
+        )
+
+
+class _DeviceRows:
+    """Scalars that are still on a device: a row a batch, handed on in the order they came."""
+
+    def __init__(self, append: Callable[[str, float], None]) -> None:
+        self._hand_on = append
+        self._rows: list[Tensor] = []
+        self._crossing: deque[tuple[tuple[str, ...], Tensor, torch.cuda.Event | None]] = deque()
+        self.names: tuple[str, ...] = ()
+
+    def put(self, values: list[tuple[str, Tensor]]) -> None:
+        names = tuple(name for name, _value in values)
+        if names != self.names:
+            self.drain()
+            self.names = names
+        # Stacking copies: the step may reuse its tensors, and the graph is let go.
+        self._rows.append(torch.stack([value.detach() for _name, value in values]))
+        if len(self._rows) >= CHUNK:
+            self._cross()
+            while self._crossing and self._has_arrived(self._crossing[0][2]):
+                self._arrive()
+
+    def _cross(self) -> None:
+        if not self._rows:
+            return
+        block = torch.stack(self._rows)
+        self._rows.clear()
+        event = None
+        if block.is_cuda:
+            host = torch.empty(block.shape, dtype=block.dtype, pin_memory=True)
+            host.copy_(block, non_blocking=True)
+            event = torch.cuda.current_stream(block.device).record_event()
+        else:
+            host = block.cpu()
+        self._crossing.append((self.names, host, event))
+
+    @staticmethod
+    def _has_arrived(event: torch.cuda.Event | None) -> bool:
+        return event is None or bool(event.query())  # type: ignore[no-untyped-call]
+
+    def _arrive(self) -> None:
+        names, host, event = self._crossing.popleft()
+        if event is not None:
+            event.synchronize()
+        for position, name in enumerate(names):
+            for value in host[:, position].tolist():
+                self._hand_on(name, value)
+
+    def drain(self) -> None:
+        """Hand everything on; waits for the device."""
+        self._cross()
+        while self._crossing:
+            self._arrive()
+        self.names = ()

@@ -1,0 +1,152 @@
+"""What a trainer remembers between its runs: the part of it that changes.
+
+Holds nothing that belongs to an event loop, so that a trainer can be used in one loop after the
+other. What is here runs in the thread of a run or of a weights call, never on an event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fitloop._best import BestTracker, Criteria
+from fitloop._capture import StepCapture, TrainingCapture
+from fitloop._control import RunControl
+from fitloop._events import EpochEnded, Event
+from fitloop._hub import Hub
+from fitloop._loaders import Loaders, LoadingOptions, generators_of
+from fitloop._metrics import History
+from fitloop._parts import Parts
+from fitloop._random import Streams
+from fitloop._types import Phase
+from fitloop._weights import DiskStore, MemoryStore, WeightsStore, apply_weights
+
+PRETRAINED = "pretrained_model"
+"""name of the weights that the model had before its first run"""
+
+
+class Core:
+    """The changing state of one trainer."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.history = History()
+        self.hub = Hub()
+        self.loaders = Loaders(
+            LoadingOptions(prefetch=parts.prefetch, randomness=parts.loader_randomness)
+        )
+        self.store: WeightsStore = (
+            DiskStore(parts.save_path) if parts.save_to_disk else MemoryStore()
+        )
+        self.epoch_num = 0
+        self.best_score: float | None = None
+        self.best_epoch: int | None = None
+        self.control: RunControl | None = None
+        """of the run that is going on"""
+        self._streams: Streams | None = None
+        self._initial: StepCapture | None = None
+        self._has_pretrained = False
+
+    @property
+    def cuda(self) -> tuple[int, ...]:
+        """The CUDA devices whose generators the trainer draws from."""
+        device = self.parts.device
+        return (device.index or 0,) if device.type == "cuda" else ()
+
+    @property
+    def streams(self) -> Streams | None:
+        """The trainer's own randomness; None without a seed."""
+        if self._streams is None and self.parts.seed is not None:
+            self._streams = Streams(self.parts.seed, self.cuda)
+        return self._streams
+
+    def criteria(self) -> Criteria | None:
+        """Return how models are compared, or None when they are not."""
+        parts = self.parts
+        if parts.criteria is not None:
+            return Criteria(parts.criteria, parts.criteria_direction)
+        if parts.valid_epoch_end is None:
+            return Criteria("accuracy", 1, is_default=True)
+        return None
+
+    def place(self) -> None:
+        """Move the model, and what the optimizers hold, to the device."""
+        parts = self.parts
+        before = {parameter: parameter.device for parameter in parts.model.parameters()}
+        parts.model.to(parts.device)
+        if parts.cast_model:
+            parts.model.to(parts.dtype)
+        if isinstance(parts.loss_function, nn.Module):
+            parts.loss_function.to(parts.device)
+        if any(parameter.device != device for parameter, device in before.items()):
+            for optimizer in parts.optimizers:
+                if optimizer.state:  # load_state_dict moves it to where the parameters are
+                    optimizer.load_state_dict(optimizer.state_dict())
+        if self._initial is None:
+            self._initial = StepCapture(parts.optimizers, parts.lr_schedulers)
+
+    def keep_pretrained(self) -> None:
+        """Keep the weights that the model has before the trainer's first run."""
+        if not self._has_pretrained:
+            self.store.save(PRETRAINED, self.parts.model.state_dict())
+            self._has_pretrained = True
+
+    def keep_best(self) -> None:
+        """Keep the weights that the model has now as the best."""
+        self.store.save(self.parts.best_model_name, self.parts.model.state_dict())
+
+    def tracker(self, emit: Callable[[Event], None]) -> BestTracker | None:
+        """Return an observer that keeps the best weights of a run."""
+        criteria = self.criteria()
+        if criteria is None:
+            return None
+        return BestTracker(criteria, self, emit)
+
+    def restore_best(self, trainer: Any) -> None:
+        """Put the best weights back into the model and have the optimizer configured."""
+        apply_weights(self.parts.model, self.store.load(self.parts.best_model_name))
+        self.parts.configure_optimizer(trainer)
+
+    def reset(self, trainer: Any) -> None:
+        """Go back to before the first run; see ``FitLoop.reset``."""
+        if self._has_pretrained:
+            apply_weights(self.parts.model, self.store.load(PRETRAINED))
+        if self._initial is not None:
+            self._initial.restore()
+        self.history.clear()
+        self.epoch_num = 0
+        self.forget_best()
+        self._streams = None
+        self.parts.configure_optimizer(trainer)
+
+    def forget_best(self) -> None:
+        """Compare with no earlier model any more."""
+        self.best_score = self.best_epoch = None
+
+    def forget_pretrained(self) -> None:
+        """Remove the weights from before the first run; the next run keeps new ones."""
+        self.store.delete(PRETRAINED)
+        self._has_pretrained = False
+
+    def observe(self, event: Event) -> None:
+        """Count the epochs of a training run."""
+        if isinstance(event, EpochEnded):
+            self.epoch_num = event.epoch
+
+    def capture(self, loaders: list[Any]) -> TrainingCapture:
+        """Return a copy of all that a dry run over ``loaders`` changes."""
+        parts = self.parts
+        modules = [parts.model]
+        if isinstance(parts.loss_function, nn.Module):
+            modules.append(parts.loss_function)
+        generators = [generator for loader in loaders for generator in generators_of(loader)]
+        return TrainingCapture(modules, parts.optimizers, parts.lr_schedulers, generators)
+
+    def loaders_of(self, given: Mapping[Phase, Any]) -> dict[Phase, Any]:
+        """Return the loader of each phase: the given one, or the constructor's, or None."""
+        return {
+            phase: self.parts.loader(phase) if given.get(phase) is None else given[phase]
+            for phase in Phase
+        }

@@ -1,0 +1,363 @@
+"""Crossing between an event loop and the threads of a run, under asyncio, uvloop and trio.
+
+Owns the one hop of a run: `supervise` starts the step thread, serves what it asks of the event
+loop, and does not return before the thread has ended, however often it is cancelled. Knows
+nothing of models or loaders. The thread-side waiting is `RunControl`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import math
+import threading
+import warnings
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar, cast
+
+import anyio
+import anyio.lowlevel
+
+from fitloop._control import Abandoned, Cancelled, RunControl
+from fitloop._errors import LoaderHungWarning
+
+T = TypeVar("T")
+
+
+def loop_scheduler() -> Callable[[Callable[[], object]], None]:
+    """Return a function that has a callable called on the running event loop, from any thread.
+
+    Calls after the loop has ended are dropped: nobody is left whom they could concern.
+    """
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        import trio
+
+        token = trio.lowlevel.current_trio_token()
+
+        def schedule_trio(call: Callable[[], object]) -> None:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(call)
+
+        return schedule_trio
+
+    def schedule_asyncio(call: Callable[[], object]) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(call)
+
+    return schedule_asyncio
+
+
+class Doorbell:
+    """Wakes one task from any thread; rings between two wake-ups count as one.
+
+    Made inside the event loop that will wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._schedule = loop_scheduler()
+        self._lock = threading.Lock()
+        self._rung = False
+        self._event = anyio.Event()
+
+    def ring(self) -> None:
+        """Wake the waiting task, or the next one to wait."""
+        with self._lock:
+            if self._rung:
+                return
+            self._rung = True
+        self._schedule(self._open)
+
+    def _open(self) -> None:
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Wait until it was rung since the last wait; a cancelled wait loses no ring."""
+        await self._event.wait()
+        self._event = anyio.Event()
+        with self._lock:
+            self._rung = False
+
+
+class _Request:
+    """A coroutine function that a thread wants run on the event loop, and its outcome."""
+
+    __slots__ = ("call", "done", "error", "result")
+
+    def __init__(self, call: Callable[[], Awaitable[Any]]) -> None:
+        self.call = call
+        self.done = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class LoopSide:
+    """What the threads of a run may ask of the event loop that awaits it."""
+
+    def __init__(self, control: RunControl) -> None:
+        self._control = control
+        self._bell = Doorbell()
+        self._requests: deque[_Request] = deque()
+        self._open_requests: set[_Request] = set()
+        self._closed = False
+        self.finished = False
+
+    def call(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Run ``function`` on the event loop, block until it is over and return its result.
+
+        Raises what it raised, as the same object; raises `Cancelled` when the run was cancelled,
+        after the coroutine has ended.
+        """
+        request = self._post(function)
+        # Not given up early: the coroutine may be in the middle of a step.
+        with self._control.changed:
+            while not request.done:
+                self._control.changed.wait()
+        if request.error is not None:
+            raise request.error
+        return cast("T", request.result)
+
+    def start(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run ``function`` on the event loop without waiting for it.
+
+        Raises `Cancelled` when the event loop serves this run no longer.
+        """
+        self._post(function)
+
+    def _post(self, function: Callable[[], Awaitable[Any]]) -> _Request:
+        request = _Request(function)
+        with self._control.changed:
+            if self._closed:
+                raise Cancelled
+            self._requests.append(request)
+            self._open_requests.add(request)
+        self._bell.ring()
+        return request
+
+    def finish(self) -> None:
+        """Tell the awaiting task that the threads of the run are done; the last call of all."""
+        self.finished = True
+        self._bell.ring()
+
+    def ring(self) -> None:
+        """Have the awaiting task look again."""
+        self._bell.ring()
+
+    async def wait(self) -> None:
+        """Wait for a request, or for the end."""
+        await self._bell.wait()
+
+    def take(self) -> list[_Request]:
+        """Return the new requests."""
+        with self._control.changed:
+            taken = list(self._requests)
+            self._requests.clear()
+        return taken
+
+    def close(self) -> None:
+        """Take no requests any more."""
+        with self._control.changed:
+            self._closed = True
+
+    def answer_rest(self) -> None:
+        """Answer with `Cancelled` whatever waits for a coroutine that will never run."""
+        with self._control.changed:
+            for request in self._open_requests:
+                if not request.done:
+                    request.error, request.done = Cancelled(), True
+            self._open_requests.clear()
+            self._control.changed.notify_all()
+
+    async def serve(self, request: _Request) -> None:
+        """Run one request to its end and answer it."""
+        try:
+            request.result = await request.call()
+        except anyio.get_cancelled_exc_class():
+            request.error = Cancelled()
+            raise
+        except BaseException as error:  # crosses to the thread that asked
+            request.error = error
+        finally:
+            with self._control.changed:
+                request.done = True
+                self._open_requests.discard(request)
+                self._control.changed.notify_all()
+
+
+class Work(Protocol):
+    """What a step thread does: `execute`, and then `finish`, which always runs, once."""
+
+    def execute(self) -> None:
+        """Do the work; may raise, and leaves tidying up to `finish`."""
+
+    def finish(self, error: BaseException | None) -> Any:
+        """Tidy up after `execute`, which raised ``error``; return the result or raise.
+
+        Runs in the step thread, or in another one when the step thread was abandoned.
+        """
+
+
+class _StepThread:
+    """The thread of a run, and the outcome it leaves."""
+
+    def __init__(self, work: Work, control: RunControl, side: LoopSide, name: str) -> None:
+        self._work, self._control, self._side, self._name = work, control, side, name
+        self._threads: list[threading.Thread] = []
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def start(self) -> None:
+        self._launch(self._run)
+
+    def replace(self) -> None:
+        """Finish in another thread, since this one does not come back from its loader."""
+        self._threads.clear()
+        self._launch(lambda: self._settle(Cancelled()))
+
+    def _launch(self, target: Callable[[], None]) -> None:
+        context = contextvars.copy_context()
+        thread = threading.Thread(
+            target=context.run, args=(target,), name=f"fitloop {self._name}", daemon=True
+        )
+        self._threads.append(thread)
+        thread.start()
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._work.execute()
+        except Abandoned:
+            return
+        except BaseException as raised:  # crosses to the awaiting task
+            error = raised
+        if self._control.settle():
+            self._settle(error)
+
+    def _settle(self, error: BaseException | None) -> None:
+        try:
+            self.result = self._work.finish(error)
+        except BaseException as raised:  # crosses to the awaiting task
+            self.error = raised
+        self._work = cast("Work", None)  # the thread may outlive the run by a moment
+        self._side.finish()
+
+    def is_alive(self) -> bool:
+        """Return whether a thread is in the moment between its last word and its end."""
+        return any(thread.is_alive() for thread in self._threads)
+
+
+async def supervise(
+    work: Work,
+    control: RunControl,
+    side: LoopSide,
+    *,
+    name: str,
+    grace: float,
+    companions: Sequence[Callable[[], Awaitable[None]]] = (),
+    release_companions: Callable[[], None] = lambda: None,
+) -> Any:
+    """Run ``work`` in a thread of its own and return what its ``finish`` returned.
+
+    ``companions`` run beside it as tasks; ``release_companions`` lets them end when the work is
+    over. The error of a companion ends the run and is raised from here.
+
+    Cancellation: ``control`` is told, the coroutines that the work has asked for are cancelled,
+    the thread ends at its next boundary and is joined, and the first cancellation is raised
+    again. This also holds when it is cancelled again meanwhile. A thread that is still inside a
+    loader after ``grace`` seconds is left there, with a `LoaderHungWarning`.
+    """
+    thread = _StepThread(work, control, side, name)
+    interruption: BaseException | None = None
+    try:
+        async with anyio.create_task_group() as group:
+            for companion in companions:
+                group.start_soon(_accompany, companion, control, side)
+            thread.start()
+            try:
+                while not (side.finished or control.failure):
+                    await side.wait()
+                    for request in side.take():
+                        group.start_soon(side.serve, request)
+                release_companions()
+            except BaseException as raised:
+                interruption = raised
+                control.cancel()
+                side.close()
+                if isinstance(raised, GeneratorExit):  # the event loop is gone: nothing to await
+                    side.answer_rest()
+                    raise
+                group.cancel_scope.cancel()
+            if control.failure is not None:
+                side.close()
+                group.cancel_scope.cancel()
+    except anyio.get_cancelled_exc_class() as raised:  # while the companions were ending
+        interruption = interruption or raised
+        control.cancel()
+    side.answer_rest()
+    interruption = await _wind_up(thread, control, side, grace) or interruption
+    if control.abandoned:
+        _warn_abandoned(control.abandoned, name, grace)
+    return _outcome(thread, control, interruption)
+
+
+async def _accompany(
+    companion: Callable[[], Awaitable[None]], control: RunControl, side: LoopSide
+) -> None:
+    try:
+        await companion()
+    except anyio.get_cancelled_exc_class():
+        raise
+    except BaseException as error:  # raised again by supervise
+        control.cancel(error)
+        side.ring()
+
+
+async def _wind_up(
+    thread: _StepThread, control: RunControl, side: LoopSide, grace: float
+) -> BaseException | None:
+    """Wait for the thread through any number of cancellations; return the first of them."""
+    first: BaseException | None = None
+    deadline = anyio.current_time() + grace
+    with anyio.CancelScope(shield=True):
+        while not side.finished:
+            try:
+                with anyio.CancelScope(deadline=deadline):
+                    await side.wait()
+            except anyio.get_cancelled_exc_class() as again:
+                # A native Task.cancel() passes anyio's shield. It is not lost: see `first`.
+                first = first or again
+            if anyio.current_time() >= deadline:
+                deadline = math.inf
+                if control.abandon_loader():
+                    thread.replace()
+        while thread.is_alive():
+            try:
+                await anyio.lowlevel.checkpoint()
+            except anyio.get_cancelled_exc_class() as again:
+                first = first or again
+    return first
+
+
+def _outcome(thread: _StepThread, control: RunControl, interruption: BaseException | None) -> Any:
+    errors = [
+        error
+        for error in (thread.error, control.failure)
+        if error is not None and not isinstance(error, Cancelled)
+    ]
+    # What user code raised must not be lost in a cancellation that came at the same time.
+    for error in (*errors, interruption):
+        if error is not None:
+            raise error
+    return thread.result
+
+
+def _warn_abandoned(loader: str, name: str, grace: float) -> None:
+    warnings.warn(
+        f"{name}: {loader} had not returned {grace:g} s after the run was cancelled; its thread "
+        "is left behind and ends when the loader returns. Give loader_grace= to wait longer",
+        LoaderHungWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,155 @@
+"""Batches on their way to the device: moved and cast, in the structure the loader gave.
+
+Owns what happens to the tensors of a batch between the loader and the step. Placing has two
+halves, because a batch may be placed in another thread than the one that uses it:
+`Placement.place` starts the copies, `Placement.receive` makes them safe to use. Knows no loader.
+
+On CUDA the copies run on a stream of the trainer's own, from pinned memory, without blocking
+either thread: the step's stream waits for the copy on the device, and each tensor is recorded
+on the step's stream, so that the allocator does not hand its memory to the next copy while the
+step still reads it (the rule of ``torch.Tensor.record_stream``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+def batch_size_of(batch: Any) -> int:
+    """Return the number of samples: the first dimension of the first tensor that has one.
+
+    A batch without such a tensor counts its items when it has a length, else 1.
+    """
+    size = _first_dimension(batch)
+    if size is None:
+        size = len(batch) if hasattr(batch, "__len__") else 1
+    return size
+
+
+def _first_dimension(item: Any) -> int | None:
+    if isinstance(item, Tensor):
+        return item.shape[0] if item.ndim else None
+    if isinstance(item, PackedSequence):
+        return int(item.batch_sizes[0])
+    if isinstance(item, Mapping):
+        item = item.values()
+    elif not isinstance(item, (tuple, list)):
+        return None
+    for part in item:
+        size = _first_dimension(part)
+        if size is not None:
+            return size
+    return None
+
+
+def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
+    """Return ``item`` with ``change`` applied to its tensors, and to objects with ``.to``.
+
+    Tuples, named tuples, lists and mappings keep their type; anything else is left as it is.
+    """
+    if isinstance(item, (Tensor, PackedSequence)):
+        return change(item)
+    kind = type(item)
+    if kind is tuple or kind is list:
+        return kind([map_tensors(part, change) for part in item])
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return kind(*(map_tensors(part, change) for part in item))
+    if isinstance(item, (tuple, list)):
+        return kind([map_tensors(part, change) for part in item])
+    if kind is dict:
+        return {key: map_tensors(part, change) for key, part in item.items()}
+    if isinstance(item, Mapping):
+        # Subclasses of dict may be built in any way; a shallow copy keeps what they are.
+        twin: Any = item.copy() if hasattr(item, "copy") else dict(item)
+        for key, part in item.items():
+            twin[key] = map_tensors(part, change)
+        return twin
+    if callable(getattr(item, "to", None)):
+        return change(item)
+    return item
+
+
+class _Copied(NamedTuple):
+    """A batch whose copies are under way, and the event after them."""
+
+    batch: Any
+    event: torch.cuda.Event
+
+
+class Placement:
+    """Moves batches to a device; floating tensors become ``dtype``, integer ones long.
+
+    Bool and complex tensors keep their dtype. With ``cast=False`` tensors are only moved.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, cast: bool = True) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._cast = cast
+        self._targets: dict[torch.dtype, torch.dtype] = {}
+        on_cuda = device.type == "cuda"
+        self._copy_stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+
+    def place(self, batch: Any) -> Any:
+        """Start moving ``batch``; any thread, one at a time."""
+        if self._copy_stream is None:
+            return self._map(batch, self._move)
+        with torch.cuda.stream(self._copy_stream):
+            moved = self._map(batch, self._move_pinned)
+            return _Copied(moved, self._copy_stream.record_event())
+
+    def receive(self, placed: Any) -> Any:
+        """Return the batch that `place` gave, ready for the calling thread's stream."""
+        if self._copy_stream is None:
+            return placed
+        consumer = torch.cuda.current_stream(self._device)
+        consumer.wait_event(placed.event)
+
+        def keep(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                item.record_stream(consumer)
+            elif isinstance(item, PackedSequence):
+                item.data.record_stream(consumer)
+            return item
+
+        return map_tensors(placed.batch, keep)
+
+    def _map(self, batch: Any, change: Callable[[Any], Any]) -> Any:
+        kind = type(batch)
+        if kind is list or kind is tuple:  # the usual (inputs, targets), without the recursion
+            parts = [change(p) if type(p) is Tensor else map_tensors(p, change) for p in batch]
+            return parts if kind is list else tuple(parts)
+        return map_tensors(batch, change)
+
+    def _target(self, dtype: torch.dtype) -> torch.dtype:
+        if not self._cast or dtype is torch.bool or dtype.is_complex:
+            target = dtype
+        else:
+            target = self._dtype if dtype.is_floating_point else torch.long
+        self._targets[dtype] = target
+        return target
+
+    def _move(self, item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item.to(self._device)
+        dtype = item.dtype
+        target = self._targets.get(dtype) or self._target(dtype)
+        if target is dtype and item.device == self._device:
+            return item
+        return item.to(device=self._device, dtype=target)
+
+    def _move_pinned(self, item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item.to(self._device)
+        if item.device.type != "cpu":
+            return self._move(item)
+        pinned = item if item.is_pinned() else item.pin_memory()
+        moved = pinned.to(self._device, non_blocking=True)
+        target = self._targets.get(item.dtype) or self._target(item.dtype)
+        # Cast after the copy: the narrow dtype crosses the bus.
+        return moved if target is item.dtype else moved.to(target)

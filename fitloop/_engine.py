@@ -1,0 +1,388 @@
+"""The loop: epochs, phases, batches and stages, in their order, on the step thread.
+
+Owns nothing but the order of things. Whatever else a run does (history, best model, schedulers,
+progress, snapshots) observes its events or its batch hooks. Knows no terminal, file or figure,
+and no event loop either: what must run there is asked of the `LoopSide`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from fitloop._aggregate import as_numbers
+from fitloop._control import Cancelled, RunControl
+from fitloop._crossing import LoopSide
+from fitloop._device import Placement
+from fitloop._errors import ConfigurationError
+from fitloop._events import (
+    BatchProgress,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    PhaseEnded,
+    PhaseStarted,
+)
+from fitloop._loaders import Loaders, describe, length_of, samples_in
+from fitloop._loading import END, Feed, Source
+from fitloop._parts import Parts
+from fitloop._random import Streams, Turn
+from fitloop._stages import Scope, Stages, is_awaitable
+from fitloop._state import LoopState
+from fitloop._types import Phase, Stage, StopReason
+
+PROGRESS_SECONDS = 0.1
+"""least time between two `BatchProgress` events"""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What a run is to do; checked by whoever made it."""
+
+    call: str
+    """the coroutine that was called: ``"fit"``, ``"test"`` ..."""
+    epochs: int
+    first_epoch: int
+    """number of the first epoch in the trainer's life, counted from 1"""
+    phases: tuple[tuple[Phase, Any], ...]
+    """the phases of an epoch, each with its loader"""
+    steps: int | None = None
+    """batches of each phase at most"""
+    define_all: bool = False
+    """grad mode, ``zero_grad`` and train/eval mode are left to the stage functions"""
+    cast: bool = True
+    track_batch_metrics: bool = True
+    ask_every: int = 0
+    """epochs between two continue questions; 0 for none"""
+
+
+class Probe(Protocol):
+    """Looks at the calls of the engine; the profiler's has a clock in it."""
+
+    def wrap(self, phase: Phase, name: str, function: F) -> F:
+        """Return ``function``, or one that does the same and more."""
+
+    def watch(self, phase: Phase) -> Callable[[Any], Any] | None:
+        """Return what to wrap the call in that reads a batch from a loader; None for nothing."""
+
+
+class NoProbe:
+    """Looks at nothing."""
+
+    def wrap(self, phase: Phase, name: str, function: F) -> F:
+        """Return ``function``."""
+        return function
+
+    def watch(self, phase: Phase) -> None:
+        """Return None."""
+        return
+
+
+@dataclass(slots=True, kw_only=True)
+class Surroundings:
+    """What the engine works with."""
+
+    parts: Parts
+    control: RunControl
+    side: LoopSide
+    loaders: Loaders
+    emit: Callable[[Event], None]
+    ask: Callable[[int, int], bool]
+    """whether to go on after an epoch, given its number in the trainer's life and in the run"""
+    streams: Streams | None
+    turn: Turn | None
+    """of a seeded run"""
+    batch_hooks: Sequence[Callable[[], None]] = ()
+    """called after every batch step of the train phase, on the step thread"""
+    probe: Probe = field(default_factory=NoProbe)
+    clock: Callable[[], float] = time.perf_counter
+    hung: list[str]
+
+
+class Engine:
+    """Runs one plan. Not to be used again."""
+
+    def __init__(self, plan: RunPlan, around: Surroundings) -> None:
+        self._plan = plan
+        self._around = around
+        self._control = around.control
+        self._stages = Stages(around.parts)
+        self._placement = Placement(around.parts.device, around.parts.dtype, cast=plan.cast)
+        self._doing = "before the first epoch"
+        self.epochs_ended = 0
+
+    def run(self) -> None:
+        """Train or test, epoch after epoch.
+
+        ::
+
+            for each epoch:
+                EpochStarted
+                for each phase (train, then valid; or test):
+                    model.train() or .eval(), grad mode
+                    epoch_start(state)
+                    PhaseStarted
+                    for each batch:
+                        optimizer.zero_grad()                          train only
+                        batch_step(state)                              its values are collected
+                        batch hooks                                    train only
+                        BatchProgress                                  ten times a second at most
+                    epoch_end(state)
+                    PhaseEnded
+                EpochEnded
+                ask whether to go on
+
+        Raises:
+            Cancelled: the run was cancelled; the batch in hand was finished.
+        """
+        plan = self._plan
+        for epoch_in_run in range(1, plan.epochs + 1):
+            self._check_cancelled()
+            if self._control.halted:
+                return
+            epoch = plan.first_epoch + epoch_in_run - 1
+            self._epoch(epoch, epoch_in_run)
+            more = epoch_in_run < plan.epochs and not self._control.halted
+            if more and plan.ask_every and epoch_in_run % plan.ask_every == 0:
+                self._doing = f"asking whether to go on after epoch {epoch}"
+                if not self._unseeded(self._around.ask, epoch, epoch_in_run):
+                    self._control.stop(StopReason.PROMPT)
+
+    def call_plain(self, name: str, function: Callable[[Any], object] | None, trainer: Any) -> None:
+        """Call ``preloop`` or ``postloop`` with the trainer; an ``async def`` is awaited."""
+        if function is None:
+            return
+        self._doing = name
+        torch.set_grad_enabled(True)
+        turn = self._around.turn
+        scope = Scope(True) if turn is None else Scope(True, turn.resume, turn.pause)
+        result = function(trainer)
+        if is_awaitable(result):
+            self._await(result, scope)
+
+    def position(self) -> str:
+        """Return where the run is, for the note on an exception."""
+        return self._doing
+
+    def _epoch(self, epoch: int, epoch_in_run: int) -> None:
+        around, plan = self._around, self._plan
+        trainer = around.parts.name
+        began = around.clock()
+        numbers = {"epoch": epoch, "epoch_in_run": epoch_in_run, "epochs": plan.epochs}
+        self._emit(EpochStarted(trainer=trainer, **numbers))
+        metrics: dict[str, dict[str, float]] = {}
+        complete = True
+        for phase, loader in plan.phases:
+            if self._control.halted:
+                complete = False
+                break
+            ended = self._phase(phase, loader, epoch)
+            if ended is None:
+                complete = False
+                break
+            metrics[phase], whole = ended
+            complete = complete and whole
+        if not metrics:  # stopped before there was anything to tell
+            return
+        self._doing = f"ending epoch {epoch}"
+        self.epochs_ended += 1
+        self._emit(
+            EpochEnded(
+                trainer=trainer,
+                **numbers,
+                metrics=metrics,
+                complete=complete,
+                seconds=around.clock() - began,
+            )
+        )
+
+    def _phase(self, phase: Phase, loader: Any, epoch: int) -> tuple[dict[str, float], bool] | None:
+        """Run one phase; return its metrics and whether it is complete.
+
+        None when it was stopped and what it saw says nothing: before the first batch, or in the
+        middle of a validation or test, whose score would be of another data set.
+        """
+        around, plan = self._around, self._plan
+        began = around.clock()
+        state = LoopState(around.parts, phase, epoch, self._control.stop)
+        scope = self._enter(phase)
+        start = self._call(state, Stage.EPOCH_START, scope)
+        self._doing = f"{phase}, epoch {epoch}, opening {describe(phase, loader)}"
+        source = self._open(phase, loader)
+        try:
+            batches = _at_most(length_of(loader), plan.steps)
+            state._begin(batches, samples_in(loader, plan.steps))
+            self._emit(
+                PhaseStarted(trainer=around.parts.name, epoch=epoch, phase=phase, batches=batches)
+            )
+            complete = self._batches(state, source, scope)
+        finally:
+            around.loaders.close(source, loader)
+        seen = state.batch_num
+        if seen == 0 and complete:
+            raise ConfigurationError(
+                f"{describe(phase, loader)} gave no batches in epoch {epoch}; expected at least "
+                "one. An iterator can be read only once: pass a list, a DataLoader, or a "
+                "function that makes a new iterator"
+            )
+        if not complete and (seen == 0 or phase is not Phase.TRAIN):
+            return None
+        state._end()
+        metrics = self._call(state, Stage.EPOCH_END, scope)
+        tracked = state._values.scalars() if plan.track_batch_metrics else {}
+        self._emit(
+            PhaseEnded(
+                trainer=around.parts.name,
+                epoch=epoch,
+                phase=phase,
+                metrics=metrics,
+                start_metrics=start,
+                batch_metrics=tracked,
+                batches=seen,
+                samples=state.size,
+                seconds=around.clock() - began,
+            )
+        )
+        return metrics, complete
+
+    def _batches(self, state: LoopState, source: Source, scope: Scope) -> bool:
+        """Step through a pass; return whether it came to its end."""
+        around, control, phase = self._around, self._control, state.phase
+        wrap = around.probe.wrap
+        step = self._stages.get(phase, Stage.BATCH_STEP)
+        assert step is not None
+        step = wrap(phase, "step", step)
+        put = wrap(phase, "metrics", state._values.put)
+        fetch = wrap(phase, "wait", source.fetch)
+        train = phase is Phase.TRAIN
+        to_zero = around.parts.optimizers if train and not self._plan.define_all else ()
+        hooks = around.batch_hooks if train else ()
+        turn, clock = around.turn, around.clock
+        began = clock()
+        report_at = began + PROGRESS_SECONDS
+        epoch = f"{phase}, epoch {state.epoch_num}"
+        while True:
+            try:
+                batch = fetch()
+                if batch is END:
+                    return not control.halted
+                state._next(batch)
+            except BaseException:
+                self._doing = f"{epoch}, loading batch {state.batch_num + 1}"
+                raise
+            try:
+                for optimizer in to_zero:
+                    optimizer.zero_grad()
+                values = step(state)
+                if type(values) is not dict and is_awaitable(values):
+                    values = self._await(values, scope)
+                put(values)
+                for hook in hooks:
+                    hook()
+            except BaseException:
+                self._doing = f"{epoch}, batch_step of batch {state.batch_num}"
+                raise
+            if turn is not None:
+                turn.breathe()
+            if control.halted:
+                self._check_cancelled()
+                return state.batch_num == state.batches
+            now = clock()
+            if now >= report_at:
+                report_at = now + PROGRESS_SECONDS
+                self._report(state, now - began)
+
+    def _report(self, state: LoopState, seconds: float) -> None:
+        self._emit(
+            BatchProgress(
+                trainer=self._around.parts.name,
+                epoch=state.epoch_num,
+                phase=state.phase,
+                batch=state.batch_num,
+                batches=state.batches,
+                samples=state._seen,
+                seconds=seconds,
+            )
+        )
+
+    def _enter(self, phase: Phase) -> Scope:
+        """Set what holds for a phase: train or eval mode, grad mode, the stream."""
+        around = self._around
+        train = phase is Phase.TRAIN
+        grad = train or self._plan.define_all
+        if not self._plan.define_all:
+            around.parts.model.train(train)
+        torch.set_grad_enabled(grad)  # of this thread, which is the run's own
+        turn, streams = around.turn, around.streams
+        if turn is None or streams is None:
+            return Scope(grad)
+        turn.take(streams.steps(phase))
+        return Scope(grad, turn.resume, turn.pause)
+
+    def _open(self, phase: Phase, loader: Any) -> Source:
+        around = self._around
+        feed = Feed(
+            iterator=iter(()),
+            label=describe(phase, loader),
+            control=self._control,
+            place=self._placement.place,
+            receive=self._placement.receive,
+            turn=around.turn,
+            limit=self._plan.steps,
+            grace=around.parts.loader_grace,
+            hung=around.hung,
+            watch=around.probe.watch(phase),
+        )
+        stream = None if around.streams is None else around.streams.loader(phase)
+        return around.loaders.open(loader, phase, feed, around.side, stream)
+
+    def _call(self, state: LoopState, stage: Stage, scope: Scope) -> dict[str, float]:
+        """Call a stage function of the epoch and return its metrics."""
+        self._doing = f"{state.phase}, epoch {state.epoch_num}, {stage}"
+        function = self._stages.get(state.phase, stage)
+        if function is None:
+            return {}
+        values = self._around.probe.wrap(state.phase, stage, function)(state)
+        if is_awaitable(values):
+            values = self._await(values, scope)
+        return as_numbers(values, state.phase, stage)
+
+    def _await(self, awaitable: Any, scope: Scope) -> Any:
+        """Have an ``async def`` stage run on the event loop, and wait for it."""
+        turn = self._around.turn
+        if turn is not None:
+            turn.pause()
+        values = self._around.side.call(lambda: scope.wrap(awaitable))
+        if turn is not None:
+            turn.resume()
+        return values
+
+    def _emit(self, event: Event) -> None:
+        self._unseeded(self._around.emit, event)
+
+    def _unseeded(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call what is none of the stages, so that it does not draw from their stream."""
+        turn = self._around.turn
+        if turn is None:
+            return call(*args)
+        stream = turn.stream
+        turn.give()
+        result = call(*args)
+        turn.take(stream)
+        return result
+
+    def _check_cancelled(self) -> None:
+        if self._control.cancelled:
+            raise Cancelled
+
+
+def _at_most(count: int | None, limit: int | None) -> int | None:
+    if count is None or limit is None:
+        return count
+    return min(count, limit)

@@ -1,0 +1,121 @@
+"""The exceptions and warnings of fitloop; each says which call raises it.
+
+    FitLoopError
+    ├── BusyError            (RuntimeError)  a call that needs an idle trainer or model
+    ├── ConfigurationError   (ValueError)    a constructor or call argument that cannot work
+    │   ├── MissingLoaderError               a phase was asked for and has no loader
+    │   └── StageSignatureError (TypeError)  a function that cannot take what it will be given
+    ├── MetricError          (ValueError)    a stage function returned what is no metric
+    │   └── MissingCriteriaError             no stage returned the criteria
+    ├── UnknownMetricError   (KeyError)      a metric was asked for that was never recorded
+    ├── CheckpointError      (RuntimeError)  a file that cannot be written or read
+    └── SyncInAsyncError     (RuntimeError)  a blocking call inside a running event loop
+
+    LoaderHungWarning        (RuntimeWarning) a run ended although its loader had not returned
+
+What a stage function, loader, dataset or callback raises is never wrapped in one of these: it
+reaches the caller as the same object, with a note that says where in the run it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def listed(names: Iterable[object]) -> str:
+    """Join names for a message: ``'a', 'b'``, or ``none``."""
+    return ", ".join(repr(str(name)) for name in names) or "none"
+
+
+class FitLoopError(Exception):
+    """Base of every error that fitloop itself raises."""
+
+
+class BusyError(FitLoopError, RuntimeError):
+    """Raised at once by a coroutine of a trainer that is busy, or whose model is.
+
+    Nothing has been changed when it is raised.
+    """
+
+    def __init__(self, trainer: str, call: str, holder: str) -> None:
+        self.trainer, self.call, self.holder = trainer, call, holder
+        super().__init__(
+            f"{trainer}.{call}() was called while {holder}; await that first, or use another "
+            "trainer with a model of its own"
+        )
+
+
+class ConfigurationError(FitLoopError, ValueError):
+    """Raised by a constructor or a call whose arguments cannot work, before anything runs."""
+
+
+class MissingLoaderError(ConfigurationError):
+    """Raised by ``fit``, ``test`` and the checks when a phase they need has no loader."""
+
+    def __init__(self, phase: str, call: str) -> None:
+        self.phase, self.call = phase, call
+        super().__init__(
+            f"{call}() needs {phase}_dl, which is None; give {phase}_dl= to the constructor "
+            f"or to {call}()"
+        )
+
+
+class StageSignatureError(ConfigurationError, TypeError):
+    """Raised by the constructor for a function that cannot be called as the run will call it."""
+
+    def __init__(self, name: str, given: object, expected: str) -> None:
+        self.name, self.given, self.expected = name, given, expected
+        super().__init__(f"{name} is {given!r}; expected {expected}")
+
+
+class MetricError(FitLoopError, ValueError):
+    """Raised by ``fit`` and the like when a stage function returns what is no metric."""
+
+
+class MissingCriteriaError(MetricError):
+    """Raised by ``fit`` at the end of its first validation without the criteria in it."""
+
+    def __init__(self, criteria: str, known: Iterable[str]) -> None:
+        self.criteria, self.known = criteria, tuple(known)
+        super().__init__(
+            f"criteria is {criteria!r}, which valid_epoch_end did not return; it returned "
+            f"{listed(self.known)}. Give criteria= one of these (and criteria_direction=-1 "
+            "where less is better), or return it from valid_epoch_end"
+        )
+
+
+class UnknownMetricError(FitLoopError, KeyError):
+    """Raised when a metric is asked for that was never recorded; lists those there are."""
+
+    def __init__(self, name: str, known: Iterable[str], where: str) -> None:
+        self.name, self.known, self.where = name, tuple(known), where
+        super().__init__(f"no metric {name!r} in {where}; there are: {listed(self.known)}")
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0])
+
+
+class CheckpointError(FitLoopError, RuntimeError):
+    """Raised when a weights or snapshot file cannot be written or read; says what is wrong.
+
+    A failed load has changed nothing.
+    """
+
+
+class SyncInAsyncError(FitLoopError, RuntimeError):
+    """Raised by every blocking call of ``SyncFitLoop`` inside a running event loop."""
+
+    def __init__(self, call: str) -> None:
+        self.call = call
+        super().__init__(
+            f"SyncFitLoop.{call}() blocks, and an event loop is running in this thread; use "
+            f"`from fitloop import FitLoop` and `await FitLoop(...).{call}(...)` here instead"
+        )
+
+
+class LoaderHungWarning(RuntimeWarning):
+    """Issued when a run ended although its loader had not returned within ``loader_grace``.
+
+    The thread inside the loader is left behind; it ends, touching nothing, when the loader
+    returns.
+    """

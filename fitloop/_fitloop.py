@@ -1,0 +1,553 @@
+"""`FitLoop`: the constructor's arguments, the public verbs, and the wiring between them.
+
+No logic of its own: each coroutine checks its arguments, plans a run and has it supervised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fitloop._core import Core
+from fitloop._engine import RunPlan
+from fitloop._errors import ConfigurationError
+from fitloop._events import Event
+from fitloop._launch import (
+    Callback,
+    check_steps,
+    criteria_check,
+    dry_plan,
+    errand,
+    launch,
+    phases,
+)
+from fitloop._optim import configure_optimizer as default_configure_optimizer
+from fitloop._parts import Interval, Parts, as_list, check_callable, check_number
+from fitloop._profile import ProfileReport, SpanRecorder
+from fitloop._progress import ProgressLines
+from fitloop._prompt import QUESTION, ask_on_terminal
+from fitloop._result import FitResult
+from fitloop._run import Ask
+from fitloop._types import Loader, LossFunction, Phase, StageFunction
+from fitloop._view import TrainerView
+from fitloop._weights import DiskStore, apply_weights, read_weights, with_suffix, write_weights
+
+EpochResult = dict[str, float]
+
+
+class FitLoop(TrainerView):
+    """Trains one model, and can be awaited.
+
+    ::
+
+        trainer = FitLoop(model, Adam(model.parameters()), nn.CrossEntropyLoss(),
+                          train_dl=train_dl, valid_dl=valid_dl)
+        result = await trainer.fit(epochs=10)
+
+    A stage function (``train_step`` ...) takes a `LoopState` and returns a dict of metrics, or
+    None. A plain one runs on the thread of the run, an ``async def`` one on the event loop. The
+    defaults serve a classifier whose batches are ``(inputs, targets)``.
+
+    Constructing runs nothing and changes nothing, neither the model nor the process. At most one
+    coroutine of a trainer runs at a time, and a model is trained by one trainer at a time: else
+    `BusyError`. A trainer may be used in one event loop after another.
+
+    Args:
+        model: what is trained. It is moved to ``device`` when the first run begins.
+        optimizer: one, or a list of them.
+        loss_function: ``(prediction, target) -> 0-d tensor``.
+        train_dl, valid_dl, test_dl: iterables of batches, with or without length, async ones
+            too, or functions that return one; each may also be passed to the call.
+        train_epoch_start, train_step, train_epoch_end: stage functions of the train phase.
+        valid_epoch_start, valid_step, valid_epoch_end: those of the validation.
+        test_epoch_start, test_step, test_epoch_end: those of the test.
+        preloop, postloop: called with the trainer before the first and after the last epoch.
+        lr_scheduler: one learning-rate scheduler, or a list of them.
+        scheduler_interval: when they are stepped: ``"batch"``, ``"epoch"`` or ``"valid"`` (after
+            validation, with the criteria), for all or as a list. By default, with the default
+            ``train_step``: OneCycleLR and CyclicLR per batch, ReduceLROnPlateau after
+            validation, others per epoch; a ``train_step`` of your own steps them itself.
+        device: CUDA if there is one, else the CPU.
+        dtype: what floating tensors of the batches are cast to, and the model with them. By
+            default that of the model's first floating parameter, which is float32 as a rule.
+        configure_optimizer: called with the trainer whenever weights were restored, so that
+            training can go on; the default is `fitloop.configure_optimizer`.
+        criteria: name of a metric of ``valid_epoch_end`` by which models are compared. With the
+            default ``valid_epoch_end``: ``accuracy``, or ``loss`` where there is no accuracy.
+        criteria_direction: 1, more is better, or -1; needed for a criteria that names a loss.
+        save_to_disk: keep the pretrained and the best weights as files under ``save_path``
+            instead of in CPU memory. An older best or pretrained file there is replaced.
+        save_path: directory for files; nothing is written before something is to be saved.
+        best_model_name: name of the best weights.
+        name: label in lines, prompts, events and messages.
+        seed: of the trainer's own randomness; without one it draws from the process's
+            generators, as a hand-written loop would. See ``docs/randomness.md``.
+        num_threads: intra-op threads of the steps; torch's own number by default.
+        prefetch: batches loaded ahead of the steps, in a thread or on the event loop; 0 for
+            none. By default 2 where that is found to be faster, by measuring.
+        loader_randomness: ``"own"`` promises that the loaders draw nothing from the process's
+            random generators, so that a seeded run may load beside its steps.
+        loader_grace: seconds that a run that ends waits for a loader that does not return.
+        callbacks: called with every event of every run. A plain function is called on the
+            thread of the run, which waits for it; an ``async def`` one on the event loop, which
+            the training does not wait for, except at its end.
+        on_continue: asked instead of the terminal with ``continue_loop``; an ``async def`` that
+            takes a `PromptAsked` and returns whether to go on.
+
+    Raises:
+        ConfigurationError: an argument cannot work; the message says what was expected.
+        StageSignatureError: a function cannot be called as the run will call it.
+    """
+
+    # The constructor is the one long signature of the library: it names every part once.
+    def __init__(
+        self,
+        /,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        loss_function: LossFunction,
+        *,
+        train_dl: Loader | Callable[[], Loader] | None = None,
+        valid_dl: Loader | Callable[[], Loader] | None = None,
+        test_dl: Loader | Callable[[], Loader] | None = None,
+        train_epoch_start: StageFunction | None = None,
+        train_step: StageFunction | None = None,
+        train_epoch_end: StageFunction | None = None,
+        valid_epoch_start: StageFunction | None = None,
+        valid_step: StageFunction | None = None,
+        valid_epoch_end: StageFunction | None = None,
+        test_epoch_start: StageFunction | None = None,
+        test_step: StageFunction | None = None,
+        test_epoch_end: StageFunction | None = None,
+        preloop: Callable[[Any], object] | None = None,
+        postloop: Callable[[Any], object] | None = None,
+        lr_scheduler: Any = None,
+        scheduler_interval: Interval | Sequence[Interval] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        configure_optimizer: Callable[[Any], object] | None = None,
+        criteria: str | None = None,
+        criteria_direction: int | None = None,
+        save_to_disk: bool = False,
+        save_path: str | Path = "fitloop_state",
+        best_model_name: str = "best_model",
+        name: str | None = None,
+        seed: int | None = None,
+        num_threads: int | None = None,
+        prefetch: int | None = None,
+        loader_randomness: Literal["global", "own"] = "global",
+        loader_grace: float = 5.0,
+        callbacks: Sequence[Callback] = (),
+        on_continue: Ask | None = None,
+    ) -> None:
+        self._named = name is not None
+        parts = Parts(
+            model=model,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            train_dl=train_dl,
+            valid_dl=valid_dl,
+            test_dl=test_dl,
+            train_epoch_start=train_epoch_start,
+            train_step=train_step,
+            train_epoch_end=train_epoch_end,
+            valid_epoch_start=valid_epoch_start,
+            valid_step=valid_step,
+            valid_epoch_end=valid_epoch_end,
+            test_epoch_start=test_epoch_start,
+            test_step=test_step,
+            test_epoch_end=test_epoch_end,
+            preloop=preloop,
+            postloop=postloop,
+            lr_scheduler=lr_scheduler,
+            scheduler_interval=scheduler_interval,
+            device=_device(device),
+            dtype=_dtype_of(model) if dtype is None else dtype,
+            cast_model=dtype is not None,
+            configure_optimizer=configure_optimizer or default_configure_optimizer,
+            criteria=criteria,
+            criteria_direction=_direction(criteria, criteria_direction),
+            save_to_disk=save_to_disk,
+            save_path=Path(save_path),
+            best_model_name=best_model_name,
+            name=type(model).__name__ if name is None else str(name),
+            seed=seed,
+            num_threads=num_threads,
+            prefetch=prefetch,
+            loader_randomness=loader_randomness,
+            loader_grace=loader_grace,
+            callbacks=tuple(callbacks),
+            on_continue=on_continue,
+        )
+        self._core = Core(parts)
+
+    # -- training and testing --------------------------------------------------------------------
+
+    async def fit(
+        self,
+        epochs: int = 1,
+        *,
+        train_dl: Loader | Callable[[], Loader] | None = None,
+        valid_dl: Loader | Callable[[], Loader] | None = None,
+        print_every: int = 1,
+        display_metrics: str | Sequence[str] | None = None,
+        continue_loop: int = 0,
+        load_best: bool = True,
+        track_batch_metrics: bool = True,
+        define_all: bool = False,
+        steps: int | None = None,
+        cast: bool = True,
+        verbose: bool = True,
+        progress: bool = True,
+        callbacks: Sequence[Callback] = (),
+        on_continue: Ask | None = None,
+    ) -> FitResult:
+        """Train for ``epochs`` more epochs.
+
+        Each epoch::
+
+            EpochStarted
+            for train, and for valid where there is a loader:
+                epoch_start(state)
+                PhaseStarted
+                for each batch:
+                    optimizer.zero_grad()        train only, not with define_all
+                    step(state)
+                    lr_scheduler.step()          train only, those that go by batches
+                epoch_end(state)
+                PhaseEnded                       history, best weights, plateau schedulers
+            EpochEnded                           other schedulers, printed lines
+
+        Args:
+            epochs: how many more; 0 calls ``preloop`` and ``postloop`` only.
+            train_dl, valid_dl: used instead of the constructor's.
+            print_every: print the first epoch and every n-th; 0 prints nothing.
+            display_metrics: the metric or metrics to print; all by default.
+            continue_loop: ask whether to go on after every n epochs; 0 never asks.
+            load_best: restore the best weights at the end, if the criteria was tracked in this
+                run; also after ``stop()``, a no at the prompt and a cancellation, not after an
+                error.
+            track_batch_metrics: keep the values of the batch steps in the history.
+            define_all: leave ``zero_grad``, grad mode and train/eval mode to the stage functions.
+            steps: batches of each phase at most.
+            cast: cast the tensors of the batches (floating to ``dtype``, integer to long);
+                False only moves them.
+            verbose: print at all.
+            progress: show the batches done, on a terminal.
+            callbacks, on_continue: for this run, besides and instead of the constructor's.
+
+        Cancellation: the batch in hand is finished, nothing of a cut-short phase is recorded,
+        the best weights are restored as at any other end, the run's threads are joined, and the
+        cancellation is raised again. The trainer can be used again. Only a loader that does not
+        return within ``loader_grace`` is left behind, with a `LoaderHungWarning`.
+
+        Raises:
+            BusyError: the trainer, or another one with this model, is busy.
+            ConfigurationError: an argument cannot work.
+            MissingLoaderError: there is no ``train_dl``.
+            MetricError: a stage function returned what is no metric.
+            MissingCriteriaError: ``valid_epoch_end`` did not return the criteria.
+            Exception: whatever a stage function, loader or callback raised, as the same object,
+                with a note that says where.
+        """
+        check_number("epochs", epochs, 0)
+        check_number("continue_loop", continue_loop, 0, meaning="epochs between two questions")
+        check_steps(steps)
+        if on_continue is not None:
+            check_callable("on_continue", on_continue, "the PromptAsked event")
+        core = self._core
+        plan = RunPlan(
+            call="fit",
+            epochs=epochs,
+            first_epoch=core.epoch_num + 1,
+            phases=phases(
+                core,
+                "fit",
+                {Phase.TRAIN: train_dl, Phase.VALID: valid_dl},
+                Phase.TRAIN,
+                Phase.VALID,
+            ),
+            steps=steps,
+            define_all=define_all,
+            cast=cast,
+            track_batch_metrics=track_batch_metrics,
+            ask_every=continue_loop,
+        )
+        label = f"{core.parts.name}: " if self._named else ""
+        result: FitResult = await launch(
+            core,
+            self,
+            plan,
+            self._told(callbacks),
+            observers=[self._lines(print_every if verbose else 0, display_metrics, progress)],
+            load_best=load_best,
+            ask=on_continue or core.parts.on_continue or ask_on_terminal,
+            question=f"{label}{QUESTION}",
+        )
+        return result
+
+    train = fit
+
+    async def test(
+        self,
+        test_dl: Loader | Callable[[], Loader] | None = None,
+        *,
+        print_every: int = 1,
+        display_metrics: str | Sequence[str] | None = None,
+        track_batch_metrics: bool = True,
+        define_all: bool = False,
+        steps: int | None = None,
+        cast: bool = True,
+        verbose: bool = True,
+        progress: bool = True,
+        callbacks: Sequence[Callback] = (),
+    ) -> EpochResult:
+        """Run one epoch with the test stage functions and return their metrics.
+
+        The arguments are those of `fit`. Cancellation and errors are as in `fit`; weights are
+        not changed, unless a stage function does so.
+        """
+        check_steps(steps)
+        core = self._core
+        plan = RunPlan(
+            call="test",
+            epochs=1,
+            first_epoch=max(1, core.epoch_num),
+            phases=phases(core, "test", {Phase.TEST: test_dl}, Phase.TEST),
+            steps=steps,
+            define_all=define_all,
+            cast=cast,
+            track_batch_metrics=track_batch_metrics,
+        )
+        lines = self._lines(print_every if verbose else 0, display_metrics, progress)
+        result = await launch(core, self, plan, self._told(callbacks), observers=[lines])
+        return _last(result).get(str(Phase.TEST), {})
+
+    async def run_sanity_check(
+        self,
+        epochs: int = 1,
+        steps: int = 3,
+        *,
+        train_dl: Loader | Callable[[], Loader] | None = None,
+        valid_dl: Loader | Callable[[], Loader] | None = None,
+        test_dl: Loader | Callable[[], Loader] | None = None,
+        define_all: bool = False,
+        cast: bool = True,
+    ) -> dict[str, EpochResult]:
+        """Run every phase that has a loader on a few real batches, and undo it.
+
+        Afterwards the model, its modes and gradients, optimizers, schedulers, random generators
+        (the process's, the trainer's, the loaders'), metrics, best score and files are as
+        before, also after an error or a cancellation; callbacks are told nothing. Loaders that
+        can be read only once get their batches back. What stage functions do to objects of
+        their own is not undone.
+
+        Returns the metrics of each phase. Raises what a stage function raised, and all that
+        `fit` raises; a criteria that no stage returns too.
+        """
+        given = {Phase.TRAIN: train_dl, Phase.VALID: valid_dl, Phase.TEST: test_dl}
+        core = self._core
+        plan = dry_plan(
+            core,
+            "run_sanity_check",
+            given,
+            epochs=epochs,
+            steps=steps,
+            define_all=define_all,
+            cast=cast,
+        )
+        return _last(await launch(core, self, plan, dry=True, observers=[criteria_check(core)]))
+
+    async def run_profiler(
+        self,
+        epochs: int = 1,
+        steps: int | None = None,
+        *,
+        train_dl: Loader | Callable[[], Loader] | None = None,
+        valid_dl: Loader | Callable[[], Loader] | None = None,
+        test_dl: Loader | Callable[[], Loader] | None = None,
+        define_all: bool = False,
+        cast: bool = True,
+        verbose: bool = True,
+    ) -> ProfileReport:
+        """Run every phase that has a loader, time it, and undo it as `run_sanity_check` does.
+
+        The report says for each phase how long loading, waiting for data, the steps,
+        ``epoch_end`` and metrics took, and names the bottleneck. With ``verbose`` it is printed.
+        Cancellation and errors: as in `run_sanity_check`.
+        """
+        given = {Phase.TRAIN: train_dl, Phase.VALID: valid_dl, Phase.TEST: test_dl}
+        core = self._core
+        plan = dry_plan(
+            core,
+            "run_profiler",
+            given,
+            epochs=epochs,
+            steps=steps,
+            define_all=define_all,
+            cast=cast,
+        )
+        recorder = SpanRecorder(core.parts.device)
+        await launch(core, self, plan, dry=True, observers=[recorder.observe], probe=recorder)
+        report = recorder.report()
+        if verbose:
+            await errand(self._core, "run_profiler", lambda: print(report))  # noqa: T201
+        return report
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    async def save_model(
+        self, name: str = "model", path: str | Path | None = None, *, overwrite: bool = False
+    ) -> Path:
+        """Write the model's weights to ``path`` (default ``save_path``) and return the file.
+
+        A name without suffix gets ``.msgpack``; ``.safetensors`` and ``.pt`` are written too.
+
+        Cancellation: the file is whole or absent.
+
+        Raises:
+            BusyError: the trainer is busy.
+            CheckpointError: the file exists and ``overwrite`` is False, or cannot be written.
+        """
+        target = self._file(name, path)
+
+        def write() -> Path:
+            write_weights(target, self._core.parts.model.state_dict(), overwrite=overwrite)
+            return target
+
+        return await errand(self._core, "save_model", write)
+
+    async def load_model(
+        self,
+        name: str = "model",
+        path: str | Path | None = None,
+        *,
+        map_location: torch.device | str | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Read weights from ``path`` (default ``save_path``) into the model.
+
+        Then ``configure_optimizer`` is called. ``strict`` is as in torch's ``load_state_dict``.
+
+        Raises:
+            BusyError: the trainer is busy.
+            CheckpointError: the file cannot be read or does not fit; nothing was changed.
+        """
+        source = self._file(name, path)
+
+        def read() -> None:
+            weights = read_weights(source, map_location=map_location)
+            apply_weights(self._core.parts.model, weights, strict=strict)
+            self._core.parts.configure_optimizer(self)
+
+        await errand(self._core, "load_model", read)
+
+    async def load_best(self) -> None:
+        """Restore the best weights, as the end of a run with ``load_best=True`` does.
+
+        Raises:
+            BusyError: the trainer is busy.
+            CheckpointError: there are none yet.
+        """
+        await errand(self._core, "load_best", lambda: self._core.restore_best(self))
+
+    async def reset(self) -> None:
+        """Go back to before the first run.
+
+        The weights are the pretrained ones again, optimizers, schedulers and the trainer's own
+        randomness are as they were, metrics and best score are cleared, and
+        ``configure_optimizer`` is called. Files are left alone.
+
+        Raises BusyError when the trainer is busy.
+        """
+        await errand(self._core, "reset", lambda: self._core.reset(self))
+
+    async def delete(self, name: str, path: str | Path | None = None) -> None:
+        """Remove a weights file of ``path`` (default ``save_path``).
+
+        Raises CheckpointError when there is none, or it cannot be removed.
+        """
+        directory = self._core.parts.save_path if path is None else Path(path)
+        await errand(self._core, "delete", lambda: DiskStore(directory).delete(name))
+
+    async def del_best_model(self) -> None:
+        """Remove the best weights, in memory or on disk, and forget the best score.
+
+        Raises CheckpointError when there are none.
+        """
+
+        def remove() -> None:
+            self._core.store.delete(self._core.parts.best_model_name)
+            self._core.forget_best()
+
+        await errand(self._core, "del_best_model", remove)
+
+    async def del_pretrained_model(self) -> None:
+        """Remove the pretrained weights; the next run keeps those that it begins with.
+
+        Raises CheckpointError when there are none.
+        """
+        await errand(self._core, "del_pretrained_model", self._core.forget_pretrained)
+
+    def _lines(
+        self, print_every: int, display_metrics: str | Sequence[str] | None, live: bool
+    ) -> Callable[[Event], None]:
+        check_number("print_every", print_every, 0, meaning="0 prints nothing")
+        lines = ProgressLines(
+            label=self._core.parts.name if self._named else "",
+            every=print_every,
+            names=None if display_metrics is None else as_list(display_metrics),
+            live=live,
+        )
+        return lines.observe
+
+    def _told(self, callbacks: Sequence[Callback]) -> list[Callback]:
+        for callback in callbacks:
+            check_callable("callbacks", callback, "the event")
+        return [*self._core.parts.callbacks, *callbacks]
+
+    def _file(self, name: str, path: str | Path | None) -> Path:
+        directory = self._core.parts.save_path if path is None else Path(path)
+        return directory / with_suffix(name)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(
+            f"device is {device!r}; expected a torch.device or a name such as 'cpu' or 'cuda:0'"
+        ) from error
+
+
+def _dtype_of(model: object) -> torch.dtype:
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.float32
+
+
+def _direction(criteria: str | None, direction: int | None) -> int:
+    if direction is not None:
+        return direction
+    if criteria is not None and "loss" in criteria.lower():
+        raise ConfigurationError(
+            f"criteria is {criteria!r} and criteria_direction is not given; give "
+            "criteria_direction=-1 if less is better, 1 if more is"
+        )
+    return 1
+
+
+def _last(result: FitResult) -> dict[str, EpochResult]:
+    return {
+        phase: {name: float(values[-1]) for name, values in metrics.items()}
+        for phase, metrics in result.metrics.items()
+    }

@@ -1,0 +1,156 @@
+"""From the arguments of a coroutine to a supervised run: plans, options, and who is told.
+
+The glue between the public verbs and `Run`; runs on the event loop and never blocks it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from fitloop._busy import busy
+from fitloop._control import RunControl
+from fitloop._core import Core
+from fitloop._crossing import LoopSide, supervise
+from fitloop._engine import RunPlan
+from fitloop._errors import MissingLoaderError
+from fitloop._events import Event, PhaseEnded
+from fitloop._hub import EventStream, feed_callback
+from fitloop._loaders import check_loader
+from fitloop._parts import check_number
+from fitloop._run import Errand, Run, RunOptions
+from fitloop._types import Phase
+
+Callback = Callable[[Any], object]
+T = TypeVar("T")
+
+
+async def launch(
+    core: Core,
+    trainer: Any,
+    plan: RunPlan,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Any:
+    """Run ``plan`` on a thread of its own and return its `FitResult`.
+
+    ``options`` are those of `RunOptions`. Raises `BusyError` at once, and what `supervise` raises.
+    """
+    plain = [callback for callback in callbacks if not is_async(callback)]
+    threads = core.parts.num_threads or torch.get_num_threads()
+    options["observers"] = [*options.get("observers", ()), *plain]
+    with busy(core.parts.name, plan.call, core, core.parts.model):
+        async with AsyncExitStack() as stack:
+            companions, streams = [], []
+            for callback in callbacks:
+                if is_async(callback):
+                    stream = await stack.enter_async_context(EventStream(core.hub, None))
+                    streams.append(stream)
+                    companions.append(partial(feed_callback, stream, callback))
+            control = RunControl()
+            side = LoopSide(control)
+            settings = RunOptions(num_threads=threads, **options)
+            run = Run(core, trainer, plan, settings, control, side)
+            core.control = control
+            try:
+                return await supervise(
+                    run,
+                    control,
+                    side,
+                    name=core.parts.name,
+                    grace=core.parts.loader_grace,
+                    companions=companions,
+                    release_companions=partial(_end_all, streams),
+                )
+            finally:
+                core.control = None
+
+
+def _end_all(streams: Sequence[EventStream]) -> None:
+    for stream in streams:
+        stream.end()
+
+
+async def errand(core: Core, call: str, function: Callable[[], T]) -> T:
+    """Call a blocking function in a thread while the trainer counts as busy.
+
+    It is not interrupted: a cancellation is raised when it has returned.
+    """
+    with busy(core.parts.name, call, core, core.parts.model):
+        control = RunControl()
+        result: T = await supervise(
+            Errand(function), control, LoopSide(control), name=core.parts.name, grace=0.0
+        )
+        return result
+
+
+def phases(
+    core: Core, call: str, given: Mapping[Phase, Any], needed: Phase, *others: Phase
+) -> tuple[tuple[Phase, Any], ...]:
+    """Return the phases of an epoch with their loaders: the needed one, and others that have one.
+
+    Raises:
+        MissingLoaderError: the needed phase has none.
+        ConfigurationError: a given loader is none.
+    """
+    for phase, loader in given.items():
+        if loader is not None:
+            check_loader(f"{phase}_dl of {call}()", loader)
+    loaders = core.loaders_of(given)
+    if loaders[needed] is None:
+        raise MissingLoaderError(needed, call)
+    wanted = [needed, *(phase for phase in others if loaders[phase] is not None)]
+    return tuple((phase, loaders[phase]) for phase in wanted)
+
+
+def dry_plan(
+    core: Core,
+    call: str,
+    given: Mapping[Phase, Any],
+    *,
+    epochs: int,
+    steps: int | None,
+    define_all: bool,
+    cast: bool,
+) -> RunPlan:
+    """Return the plan of a run over every phase that has a loader."""
+    check_number("epochs", epochs, 1)
+    check_steps(steps)
+    return RunPlan(
+        call=call,
+        epochs=epochs,
+        first_epoch=core.epoch_num + 1,
+        phases=phases(core, call, given, Phase.TRAIN, Phase.VALID, Phase.TEST),
+        steps=steps,
+        define_all=define_all,
+        cast=cast,
+    )
+
+
+def check_steps(steps: int | None) -> None:
+    """Refuse a number of batches that is none."""
+    check_number("steps", steps, 1, optional=True, meaning="batches of each phase at most")
+
+
+def criteria_check(core: Core) -> Callable[[Event], None]:
+    """Return an observer that raises when a validation does not return the criteria."""
+    criteria = core.criteria()
+
+    def check(event: Event) -> None:
+        if criteria and isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
+            criteria.score(event.metrics)
+
+    return check
+
+
+def is_async(callback: object) -> bool:
+    """Return whether a callback is to be awaited on the event loop."""
+    plain = callback.func if isinstance(callback, partial) else callback
+    if inspect.isroutine(plain):
+        return inspect.iscoroutinefunction(plain)
+    return inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004

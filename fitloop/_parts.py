@@ -1,0 +1,227 @@
+"""What a trainer is made of: the constructor's arguments, checked once and frozen.
+
+Everything behind the constructor trusts a `Parts` and checks nothing again. Runs nothing, moves
+nothing, and touches neither the model nor the optimizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fitloop._errors import ConfigurationError, StageSignatureError
+from fitloop._loaders import check_loader
+from fitloop._types import LossFunction, Phase, Stage, StageFunction
+
+Interval = Literal["batch", "epoch", "valid"]
+INTERVALS = ("batch", "epoch", "valid")
+
+STAGE_NAMES: dict[tuple[Phase, Stage], str] = {
+    (phase, stage): f"{phase}_{'step' if stage is Stage.BATCH_STEP else stage}"
+    for phase in Phase
+    for stage in Stage
+}
+"""the constructor's name for each of the nine stage functions"""
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a list: of the items of a list or tuple, of one thing, or of none."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_callable(name: str, function: object, given: str) -> None:
+    """Refuse a function that cannot be called with one positional argument.
+
+    Raises:
+        StageSignatureError: it is no callable, or needs other arguments.
+    """
+    expected = f"a function that can be called with one argument, {given}"
+    if not callable(function):
+        raise StageSignatureError(name, function, expected)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(object())
+    except TypeError:
+        shown = f"{getattr(function, '__name__', function)}{signature}"
+        raise StageSignatureError(name, shown, expected) from None
+
+
+def check_number(
+    name: str, value: object, least: int, *, optional: bool = False, meaning: str = ""
+) -> None:
+    """Refuse what is no integer of at least ``least``.
+
+    Raises:
+        ConfigurationError: it is not, saying what was given.
+    """
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        also = " or None" if optional else ""
+        raise ConfigurationError(
+            f"{name} is {value!r}; expected an integer of at least {least}{also}"
+            + (f": {meaning}" if meaning else "")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The arguments of ``FitLoop``; see there for what each means."""
+
+    model: nn.Module
+    optimizer: Any
+    loss_function: LossFunction
+    train_dl: Any
+    valid_dl: Any
+    test_dl: Any
+    train_epoch_start: StageFunction | None
+    train_step: StageFunction | None
+    train_epoch_end: StageFunction | None
+    valid_epoch_start: StageFunction | None
+    valid_step: StageFunction | None
+    valid_epoch_end: StageFunction | None
+    test_epoch_start: StageFunction | None
+    test_step: StageFunction | None
+    test_epoch_end: StageFunction | None
+    preloop: Callable[[Any], object] | None
+    postloop: Callable[[Any], object] | None
+    lr_scheduler: Any
+    scheduler_interval: Interval | Sequence[Interval] | None
+    device: torch.device
+    dtype: torch.dtype
+    cast_model: bool
+    configure_optimizer: Callable[[Any], object]
+    criteria: str | None
+    criteria_direction: int
+    save_to_disk: bool
+    save_path: Path
+    best_model_name: str
+    name: str
+    seed: int | None
+    num_threads: int | None
+    prefetch: int | None
+    loader_randomness: Literal["global", "own"]
+    loader_grace: float
+    callbacks: tuple[Callable[[Any], object], ...]
+    on_continue: Callable[[Any], Awaitable[bool]] | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise ConfigurationError(
+                f"model is {self.model!r:.80}; expected a torch.nn.Module"
+                + (", an instance of the class" if isinstance(self.model, type) else "")
+            )
+        if not callable(self.loss_function):
+            raise StageSignatureError(
+                "loss_function", self.loss_function, "a callable (prediction, target) -> 0-d tensor"
+            )
+        self._check_optimizers()
+        self._check_functions()
+        for phase in Phase:
+            loader = self.loader(phase)
+            if loader is not None:
+                check_loader(f"{phase}_dl", loader)
+        self._check_schedulers()
+        self._check_values()
+
+    def _check_optimizers(self) -> None:
+        if not self.optimizers:
+            raise ConfigurationError(
+                "optimizer is empty; expected a torch optimizer or a list of them"
+            )
+        own = {id(parameter) for parameter in self.model.parameters()}
+        held = False
+        for optimizer in self.optimizers:
+            if not isinstance(getattr(optimizer, "param_groups", None), list):
+                raise ConfigurationError(
+                    f"optimizer is {optimizer!r:.80}; expected a torch optimizer or a list of them"
+                )
+            held |= any(id(p) in own for g in optimizer.param_groups for p in g["params"])
+        if own and not held:
+            raise ConfigurationError(
+                "optimizer holds none of the model's parameters, so nothing would be trained; "
+                "build it from this very model: Adam(model.parameters())"
+            )
+
+    def _check_functions(self) -> None:
+        for name in STAGE_NAMES.values():
+            function = getattr(self, name)
+            if function is not None:
+                check_callable(name, function, "the LoopState")
+        for name in ("preloop", "postloop", "configure_optimizer"):
+            function = getattr(self, name)
+            if function is not None:
+                check_callable(name, function, "the trainer")
+        for callback in self.callbacks:
+            check_callable("callbacks", callback, "the event")
+        if self.on_continue is not None:
+            check_callable("on_continue", self.on_continue, "the PromptAsked event")
+
+    def _check_schedulers(self) -> None:
+        for scheduler in self.lr_schedulers:
+            if not callable(getattr(scheduler, "step", None)):
+                raise ConfigurationError(
+                    f"lr_scheduler is {scheduler!r:.80}; expected an object with step(), such as "
+                    "those of torch.optim.lr_scheduler, or a list of them"
+                )
+        intervals = as_list(self.scheduler_interval)
+        for interval in intervals:
+            if interval not in INTERVALS:
+                raise ConfigurationError(
+                    f"scheduler_interval is {interval!r}; expected 'batch', 'epoch' or 'valid'"
+                )
+        if len(intervals) > 1 and len(intervals) != len(self.lr_schedulers):
+            raise ConfigurationError(
+                f"scheduler_interval has {len(intervals)} entries for "
+                f"{len(self.lr_schedulers)} schedulers; expected one for all, or one for each"
+            )
+
+    def _check_values(self) -> None:
+        if self.criteria_direction not in (1, -1):
+            raise ConfigurationError(
+                f"criteria_direction is {self.criteria_direction!r}; expected 1 (more is better) "
+                "or -1 (less is better)"
+            )
+        check_number("prefetch", self.prefetch, 0, optional=True)
+        check_number("num_threads", self.num_threads, 1, optional=True)
+        check_number("seed", self.seed, 0, optional=True)
+        if self.seed is not None and self.seed >= 2**64:
+            raise ConfigurationError(f"seed is {self.seed}; expected less than 2**64")
+        if self.loader_randomness not in ("global", "own"):
+            raise ConfigurationError(
+                f"loader_randomness is {self.loader_randomness!r}; expected 'global' or 'own'"
+            )
+        if not self.loader_grace >= 0:
+            raise ConfigurationError(
+                f"loader_grace is {self.loader_grace!r}; expected seconds, 0 or more"
+            )
+
+    def loader(self, phase: Phase) -> Any:
+        """Return the loader of ``phase``, or None."""
+        return getattr(self, f"{phase}_dl")
+
+    @cached_property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers, always as a list."""
+        return as_list(self.optimizer)
+
+    @cached_property
+    def lr_schedulers(self) -> list[Any]:
+        """The schedulers, always as a list."""
+        return as_list(self.lr_scheduler)
+
+
+PART_NAMES = frozenset({field.name for field in fields(Parts)} | {"optimizers", "lr_schedulers"})

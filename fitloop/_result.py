@@ -1,0 +1,71 @@
+"""What ``fit`` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fitloop._events import Event, PhaseEnded
+from fitloop._progress import duration
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult:
+    """How a run went."""
+
+    epochs: int
+    """epochs trained in this run; with ``stop_reason`` "stopped" the last may be cut short"""
+    stop_reason: str
+    """one of `StopReason`: "completed", "prompt", "stopped", "early_stop" ..."""
+    best_score: float | None
+    """best value of the criteria in the trainer's life; None when none was tracked"""
+    best_epoch: int | None
+    """number of the epoch that reached it, counted from 1 over the trainer's life"""
+    metrics: Mapping[str, Mapping[str, Array]]
+    """phase -> name -> one value for each epoch of this run"""
+    seconds: float
+    """wall-clock time of the run"""
+
+    def __str__(self) -> str:
+        lines = [f"{self.epochs} epochs in {duration(self.seconds)}, {self.stop_reason}"]
+        if self.best_score is not None:
+            lines.append(f"best score: {self.best_score:.4f} in epoch {self.best_epoch}")
+        for phase, metrics in self.metrics.items():
+            last = " | ".join(f"{k}: {v[-1]:.4f}" for k, v in metrics.items() if len(v))
+            lines.append(f"{phase} :: {last}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        best = "" if self.best_score is None else f", best {self.best_score:.4f}"
+        return f"<FitResult {self.stop_reason}: {self.epochs} epochs{best}>"
+
+
+class EpochMetricsLog:
+    """Collects the epoch metrics of one run: an observer."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, dict[str, list[float]]] = {}
+        self.last: dict[str, dict[str, float]] = {}
+        """phase -> what its last ``epoch_end`` returned"""
+
+    def observe(self, event: Event) -> None:
+        """Add the metrics of a phase."""
+        if isinstance(event, PhaseEnded):
+            phase = str(event.phase)
+            self.last[phase] = dict(event.metrics)
+            columns = self._values.setdefault(phase, {})
+            for name, value in event.metrics.items():
+                columns.setdefault(name, []).append(value)
+
+    def arrays(self) -> dict[str, dict[str, Any]]:
+        """Return phase -> name -> values."""
+        return {
+            phase: {name: np.array(column) for name, column in columns.items()}
+            for phase, columns in self._values.items()
+        }

@@ -1,0 +1,285 @@
+"""One run of a trainer, on its thread: what comes before the loop, around it, and after it.
+
+`Run.execute` prepares and loops; `Run.finish` puts back what a run may not leave behind, however
+it ended, and says how it went. Knows no event loop but through `LoopSide`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from inspect import isawaitable
+from typing import Any
+
+import anyio
+
+from fitloop._best import BestTracker
+from fitloop._capture import TrainingCapture
+from fitloop._control import Abandoned, Cancelled, RunControl
+from fitloop._core import Core
+from fitloop._crossing import LoopSide, loop_scheduler
+from fitloop._engine import Engine, NoProbe, Probe, RunPlan, Surroundings
+from fitloop._errors import ConfigurationError
+from fitloop._events import Event, PromptAnswered, PromptAsked, RunEnded, RunStarted
+from fitloop._random import Streams, Turn
+from fitloop._result import EpochMetricsLog, FitResult
+from fitloop._schedule import SchedulerSteps
+from fitloop._threads import intra_op_threads
+from fitloop._types import Phase, StopReason
+
+Ask = Callable[[PromptAsked], Awaitable[bool]]
+Observer = Callable[[Event], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What is special about a run."""
+
+    num_threads: int
+    """intra-op threads of the step thread"""
+    observers: Sequence[Observer] = ()
+    """called with every event, after the trainer's own"""
+    ask: Ask | None = None
+    question: str = ""
+    load_best: bool = False
+    dry: bool = False
+    """put everything back afterwards, and record nothing"""
+    probe: Probe = field(default_factory=NoProbe)
+
+
+class Run:
+    """A `Work`: one fit, test, sanity check or profile."""
+
+    def __init__(
+        self,
+        core: Core,
+        trainer: Any,
+        plan: RunPlan,
+        options: RunOptions,
+        control: RunControl,
+        side: LoopSide,
+    ) -> None:
+        self._core = core
+        self._trainer = trainer
+        self._plan = plan
+        self._options = options
+        self._control = control
+        self._side = side
+        self._log = EpochMetricsLog()
+        self._tracker: BestTracker | None = None
+        self._engine: Engine | None = None
+        self._turn: Turn | None = None
+        self._capture: TrainingCapture | None = None
+        self._loaders = core.loaders.rehearsal() if options.dry else core.loaders
+        self._modes: list[tuple[Any, bool]] = []
+        self._has_threads = False
+        self._began = 0.0
+        self.hung: list[str] = []
+        """loaders that were left behind"""
+
+    # -- on the step thread --------------------------------------------------------------------
+
+    def execute(self) -> None:
+        """Prepare, call ``preloop``, run the engine, call ``postloop``."""
+        core, plan = self._core, self._plan
+        self._began = time.perf_counter()
+        self._has_threads = intra_op_threads.enter(self._options.num_threads)
+        core.place()
+        self._modes = [(module, module.training) for module in core.parts.model.modules()]
+        streams = self._streams()
+        training = plan.call == "fit"
+        scheduler = SchedulerSteps(
+            core.parts,
+            core.criteria(),
+            validates=any(phase is Phase.VALID for phase, _loader in plan.phases),
+        )
+        if self._options.dry:
+            self._capture = core.capture([loader for _phase, loader in plan.phases])
+        elif training:
+            core.keep_pretrained()
+            self._tracker = core.tracker(core.hub.emit)
+        core.hub.observers(self._observers(scheduler))
+        engine = self._engine = Engine(
+            plan,
+            Surroundings(
+                parts=core.parts,
+                control=self._control,
+                side=self._side,
+                loaders=self._loaders,
+                emit=core.hub.emit,
+                ask=self._ask,
+                streams=streams,
+                turn=self._turn,
+                batch_hooks=(scheduler.after_batch,) if scheduler.per_batch else (),
+                probe=self._options.probe,
+                hung=self.hung,
+            ),
+        )
+        self._guarded(engine, streams)
+
+    def _loop(self, engine: Engine, streams: Streams | None) -> None:
+        core, plan = self._core, self._plan
+        core.hub.emit(
+            RunStarted(
+                trainer=core.parts.name,
+                call=plan.call,
+                epochs=plan.epochs,
+                first_epoch=plan.first_epoch,
+            )
+        )
+        if self._turn is not None and streams is not None:
+            self._turn.take(streams.steps(plan.phases[0][0]))
+        trains = plan.call != "test"
+        if trains:
+            engine.call_plain("preloop", core.parts.preloop, self._trainer)
+        engine.run()
+        if trains:
+            engine.call_plain("postloop", core.parts.postloop, self._trainer)
+        if self._turn is not None:
+            self._turn.give()
+
+    def _guarded(self, engine: Engine, streams: Streams | None) -> None:
+        try:
+            self._loop(engine, streams)
+        except (Cancelled, Abandoned):
+            raise
+        except BaseException as error:
+            error.add_note(f"in trainer {self._core.parts.name!r}: {engine.position()}")
+            raise
+
+    def _streams(self) -> Streams | None:
+        """Return the randomness of this run, and be ready to take turns with it."""
+        core = self._core
+        streams = core.streams
+        if self._options.dry:
+            # A dry run draws from copies, also of the process's generators.
+            streams = streams.copy() if streams is not None else Streams.of_process(core.cuda)
+        if streams is not None:
+            self._turn = Turn(lambda: self._control.cancelled, core.cuda)
+            self._control.on_halt(self._turn.wake)
+        return streams
+
+    def _observers(self, scheduler: SchedulerSteps) -> list[Observer]:
+        observers: list[Observer] = [self._log.observe]
+        if not self._options.dry:
+            observers.append(self._core.history.observe)
+        if self._plan.call != "test":
+            observers.append(scheduler.observe)
+        if self._tracker is not None:
+            observers.append(self._tracker.observe)
+        if self._plan.call == "fit":
+            observers.append(self._core.observe)
+        return [*observers, *self._options.observers]
+
+    def _ask(self, epoch: int, epoch_in_run: int) -> bool:
+        core, ask = self._core, self._options.ask
+        assert ask is not None
+        question = PromptAsked(
+            trainer=core.parts.name,
+            epoch=epoch,
+            epoch_in_run=epoch_in_run,
+            epochs=self._plan.epochs,
+            question=self._options.question,
+        )
+        core.hub.emit(question)
+        answer = self._side.call(lambda: _answer(ask, question, self._control))
+        if not isinstance(answer, bool):
+            raise ConfigurationError(
+                f"on_continue returned {answer!r}; expected True to go on or False to end the run"
+            )
+        core.hub.emit(PromptAnswered(trainer=core.parts.name, epoch=epoch, go_on=answer))
+        return answer
+
+    # -- afterwards, on this or another thread --------------------------------------------------
+
+    def finish(self, error: BaseException | None) -> Any:
+        """Put back what must be, restore the best weights, tell the observers, and report."""
+        with ExitStack() as stack:  # every step is taken, whatever the others raise
+            if self._has_threads:
+                stack.callback(intra_op_threads.leave)
+            stack.callback(self._tell_end, error)
+            if self._options.load_best and (error is None or isinstance(error, Cancelled)):
+                stack.callback(self._load_best)
+            stack.callback(self._put_back)
+            if self._turn is not None:
+                stack.callback(self._turn.revoke)
+        if error is not None:
+            raise error
+        return self._result()
+
+    def _put_back(self) -> None:
+        if self._capture is not None:
+            self._capture.restore()
+            self._loaders.rewind()
+        for module, training in self._modes:
+            module.training = training
+
+    def _load_best(self) -> None:
+        tracked = self._tracker is not None and self._tracker.tracked
+        if tracked and self._core.best_score is not None:
+            self._core.restore_best(self._trainer)
+
+    def _tell_end(self, error: BaseException | None) -> None:
+        core, engine = self._core, self._engine
+        if engine is None:  # it failed before anybody was told that it began
+            return
+        core.hub.emit(
+            RunEnded(
+                trainer=core.parts.name,
+                call=self._plan.call,
+                stop_reason=self._stop_reason(error),
+                epochs=engine.epochs_ended,
+                best_score=core.best_score,
+                best_epoch=core.best_epoch,
+                seconds=time.perf_counter() - self._began,
+                error=None if error is None else f"{type(error).__name__}: {error}".rstrip(": "),
+            )
+        )
+
+    def _stop_reason(self, error: BaseException | None) -> str:
+        if isinstance(error, Cancelled):
+            return str(StopReason.CANCELLED)
+        if error is not None:
+            return str(StopReason.FAILED)
+        return self._control.stop_reason or str(StopReason.COMPLETED)
+
+    def _result(self) -> FitResult:
+        assert self._engine is not None
+        return FitResult(
+            epochs=self._engine.epochs_ended,
+            stop_reason=self._stop_reason(None),
+            best_score=self._core.best_score,
+            best_epoch=self._core.best_epoch,
+            metrics=self._log.arrays(),
+            seconds=time.perf_counter() - self._began,
+        )
+
+
+async def _answer(ask: Ask, question: PromptAsked, control: RunControl) -> Any:
+    """Ask, and take ``stop()`` as a no."""
+    schedule = loop_scheduler()
+    with anyio.CancelScope() as scope:
+        control.on_halt(lambda: schedule(scope.cancel))
+        answer = ask(question)
+        return await answer if isawaitable(answer) else answer
+    return False
+
+
+class Errand:
+    """A `Work` that calls one function: weights in and out, reset."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self._result: Any = None
+
+    def execute(self) -> None:
+        """Call it."""
+        self._result = self._function()
+
+    def finish(self, error: BaseException | None) -> Any:
+        """Return what it returned."""
+        if error is not None:
+            raise error
+        return self._result

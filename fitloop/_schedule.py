@@ -1,0 +1,91 @@
+"""When the learning-rate schedulers are stepped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import lr_scheduler as kinds
+
+from fitloop._best import Criteria
+from fitloop._errors import ConfigurationError
+from fitloop._events import EpochEnded, Event, PhaseEnded
+from fitloop._parts import Interval, Parts, as_list
+from fitloop._types import Phase
+
+_PER_BATCH = (kinds.OneCycleLR, kinds.CyclicLR)
+
+
+def intervals_of(parts: Parts) -> list[Interval | None]:
+    """Return for each scheduler when to step it; None for one that ``train_step`` steps itself."""
+    given = as_list(parts.scheduler_interval)
+    schedulers = parts.lr_schedulers
+    if given:
+        return given * len(schedulers) if len(given) == 1 else given
+    if parts.train_step is not None:
+        return [None] * len(schedulers)
+    return [_natural_interval(scheduler) for scheduler in schedulers]
+
+
+def _natural_interval(scheduler: object) -> Interval:
+    if isinstance(scheduler, kinds.ReduceLROnPlateau):
+        return "valid"
+    return "batch" if isinstance(scheduler, _PER_BATCH) else "epoch"
+
+
+class SchedulerSteps:
+    """Steps the schedulers of a trainer: an observer of its training runs.
+
+    Those at ``"valid"`` are given the criteria of each validation; ReduceLROnPlateau at any other
+    interval is given the criteria of the last one.
+    """
+
+    def __init__(self, parts: Parts, criteria: Criteria | None, *, validates: bool) -> None:
+        self._criteria = criteria
+        self._score: float | None = None
+        pairs = list(zip(parts.lr_schedulers, intervals_of(parts), strict=True))
+        self.per_batch = [scheduler for scheduler, interval in pairs if interval == "batch"]
+        self._per_epoch = [scheduler for scheduler, interval in pairs if interval == "epoch"]
+        self._per_valid = [scheduler for scheduler, interval in pairs if interval == "valid"]
+        watching = [s for s in self._per_epoch if isinstance(s, kinds.ReduceLROnPlateau)]
+        needy = self._per_valid + watching
+        if needy and not (validates and criteria is not None):
+            missing = "valid_dl" if not validates else "criteria"
+            raise ConfigurationError(
+                f"{type(needy[0]).__name__} is stepped with the criteria after validation, and "
+                f"there is no {missing}; give {missing}=, or step it in a train_step of your own"
+            )
+
+    def after_batch(self) -> None:
+        """Step those that go by batches."""
+        for scheduler in self.per_batch:
+            scheduler.step()
+
+    def observe(self, event: Event) -> None:
+        """Step those that go by epochs or validations."""
+        if isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
+            if self._criteria is not None:
+                self._score = self._criteria.score(event.metrics)
+            for scheduler in self._per_valid:
+                self._step_with_score(scheduler)
+        elif isinstance(event, EpochEnded) and event.complete:
+            for scheduler in self._per_epoch:
+                if isinstance(scheduler, kinds.ReduceLROnPlateau):
+                    self._step_with_score(scheduler)
+                else:
+                    scheduler.step()
+
+    def _step_with_score(self, scheduler: Any) -> None:
+        if not isinstance(scheduler, kinds.ReduceLROnPlateau):
+            scheduler.step()
+            return
+        assert self._score is not None
+        assert self._criteria is not None
+        better = "max" if self._criteria.direction > 0 else "min"
+        if scheduler.mode != better:
+            raise ConfigurationError(
+                f"ReduceLROnPlateau has mode={scheduler.mode!r}, but of the criteria "
+                f"{self._criteria.name!r} {'more' if better == 'max' else 'less'} is better, so "
+                f"it would lower the rate when the model improves; give it mode={better!r}, or "
+                "another criteria= and criteria_direction="
+            )
+        scheduler.step(self._score)

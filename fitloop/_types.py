@@ -1,0 +1,54 @@
+"""The words everything else is written in: phases, stages, reasons to stop, type aliases."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fitloop._state import LoopState
+
+
+class Phase(StrEnum):
+    """What a pass over a loader is for."""
+
+    TRAIN = "train"
+    VALID = "valid"
+    TEST = "test"
+
+
+class Stage(StrEnum):
+    """The three moments of a phase at which a stage function is called."""
+
+    EPOCH_START = "epoch_start"
+    BATCH_STEP = "batch_step"
+    EPOCH_END = "epoch_end"
+
+
+class StopReason(StrEnum):
+    """Why a run ended; a ``FitResult`` carries it as a plain string."""
+
+    COMPLETED = "completed"
+    """every epoch was trained"""
+    PROMPT = "prompt"
+    """the answer to the continue question was no"""
+    STOPPED = "stopped"
+    """``stop()`` was called, on the trainer or on the state"""
+    EARLY_STOP = "early_stop"
+    """an observer ended the run because it no longer improved"""
+    CANCELLED = "cancelled"
+    """the awaiting task was cancelled (seen in events only: ``fit`` re-raises)"""
+    FAILED = "failed"
+    """something raised (seen in events only: ``fit`` re-raises)"""
+
+
+Loader: TypeAlias = "Iterable[Any] | AsyncIterable[Any]"
+"""Anything that yields batches: DataLoader, list, generator factory's result, async iterable."""
+
+StageMetrics: TypeAlias = "Mapping[str, Tensor | float | int | bool] | None"
+StageFunction: TypeAlias = "Callable[[LoopState], StageMetrics | Awaitable[StageMetrics]]"
+LossFunction: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+EpochMetrics: TypeAlias = "Mapping[str, float]"

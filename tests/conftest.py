@@ -1,0 +1,65 @@
+"""What holds for every test: the event loops, and nothing blocked on, nothing left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Generator, Iterator
+from typing import Any
+
+os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
+
+import pytest
+import torch
+from blockbuster import BlockBuster, blockbuster_ctx
+from support.leaks import no_descriptors_left, no_threads_left, without_tasks_left
+
+
+def _needs(module: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(module) is None
+    return pytest.mark.skipif(missing, reason=f"{module} is not installed")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {"debug": True}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=_needs("uvloop")),
+        pytest.param(("trio", {}), id="trio", marks=_needs("trio")),
+    ]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Run the test under each event loop; a test parametrises this itself to have fewer."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def blockbuster() -> Iterator[BlockBuster]:
+    """Let a blocking call that comes from fitloop and runs on an asyncio loop fail the test."""
+    with blockbuster_ctx("fitloop") as buster:
+        for function in buster.functions.values():
+            # Reading modules and lines of source: once, and not fitloop's to avoid.
+            function.can_block_in("<frozen importlib._bootstrap>", {"_find_and_load"})
+            function.can_block_in("linecache.py", {"checkcache", "updatecache"})
+        yield buster
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    with no_descriptors_left(), no_threads_left():
+        yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    if inspect.iscoroutinefunction(pyfuncitem.obj):
+        pyfuncitem.obj = without_tasks_left(pyfuncitem.obj)
+    return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))

@@ -1,0 +1,39 @@
+"""Small states to write, and bit-for-bit comparison of what comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fitloop import _tensorfile
+
+SUFFIXES = [".msgpack", ".safetensors", ".pt", ".pth"]
+
+
+def small_state() -> dict[str, Tensor]:
+    return {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([1, -1])}
+
+
+def random_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Return any bit patterns, NaNs among them, as a tensor."""
+    number = 1
+    for length in shape:
+        number *= length
+    high = 2 if dtype == torch.bool else 256
+    raw = torch.randint(0, high, (number * dtype.itemsize,), dtype=torch.uint8)
+    return raw.view(dtype).reshape(shape)
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    bits = tensor.view(_tensorfile._OF_SIZE[tensor.dtype.itemsize])
+    return bits.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert raw_bytes(found[name]) == raw_bytes(tensor)
