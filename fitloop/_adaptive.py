@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -88,23 +87,16 @@ class AdaptiveSource:
         self._trial = trial
         self._watch_draws = watch_draws
         self._clock = clock
-        self._fetched = 0
         self._to_skip = 1  # the first batch of a pass pays for its start
         self._last: float | None = None
-        self._inline = InlineSource(replace(feed, limit=None))
+        self._inline = InlineSource(feed)
         self._source: AheadSource | None = None
         if trial.ahead:
             self._go_ahead()
 
     def fetch(self) -> Any:
         """See `Source`."""
-        limit = self._feed.limit
-        if limit is not None and self._fetched >= limit:
-            return END
-        self._fetched += 1
-        if self._trial.decided:
-            return self._fetch()
-        return self._measured_fetch()
+        return self._fetch() if self._trial.decided else self._measured_fetch()
 
     def _fetch(self) -> Any:
         if self._source is None:
@@ -136,8 +128,7 @@ class AdaptiveSource:
         return batch
 
     def _go_ahead(self) -> None:
-        left = None if self._feed.limit is None else self._feed.limit - self._fetched
-        self._source = AheadSource(replace(self._feed, limit=left), self._depth)
+        self._source = AheadSource(self._feed, self._depth)
         self._to_skip = self._depth + 1  # until the queue is in its steady state
 
     def close(self) -> list[Any]:

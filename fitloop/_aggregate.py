@@ -57,15 +57,17 @@ def as_numbers(values: Any, phase: Phase, stage: Stage) -> dict[str, float]:
                 )
             value = value.item()
         _check_name(name, phase, stage)
-        try:
-            numbers[name] = float(value)
-        except (TypeError, ValueError):
-            raise _no_metric(name, value, phase, stage) from None
+        numbers[name] = _as_float(name, value, phase, stage)
     return numbers
 
 
-def _no_metric(name: str, value: object, phase: Phase, stage: Stage) -> MetricError:
-    return MetricError(
+def _as_float(name: str, value: Any, phase: Phase, stage: Stage) -> float:
+    try:
+        if not isinstance(value, (str, bytes)):  # float("1") would do
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise MetricError(
         f"{phase} {stage} returned {name!r}: {type(value).__name__} {value!r:.60}; expected a "
         "number or a tensor: leave out what is no metric"
     )
@@ -87,7 +89,7 @@ class BatchValues:
         self._numbers: dict[str, array[float]] = {}
         self._append: dict[str, Callable[[float], None]] = {}
         self._tensors: dict[str, list[Tensor]] = {}
-        self._device = _DeviceRows(self._append_number)
+        self._device = _DeviceScalars(self._append_number)
 
     def put(self, values: Any) -> None:
         """Add what one batch step returned.
@@ -132,12 +134,7 @@ class BatchValues:
                 f"{self._phase} batch_step returned {name!r} as an array of shape {value.shape}; "
                 "expected a number or a tensor: use torch.as_tensor(...)"
             )
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise _no_metric(name, value, self._phase, Stage.BATCH_STEP) from None
-        if isinstance(value, (str, bytes)):  # float("1") would do
-            raise _no_metric(name, value, self._phase, Stage.BATCH_STEP)
+        number = _as_float(name, value, self._phase, Stage.BATCH_STEP)
         column = self._numbers.get(name)
         if column is None:
             column = self._numbers[name] = array("d")
@@ -151,7 +148,8 @@ class BatchValues:
             if name in self._device.names:
                 self._mixed(name)
             self._tensors[name] = []
-        self._tensors[name].append(value.detach())
+        # A copy, since the step may reuse the tensor.
+        self._tensors[name].append(value.detach().clone())
 
     def _check_kind(self, name: str, others: Mapping[str, object]) -> None:
         if name in others:
@@ -190,6 +188,36 @@ class BatchValues:
         raise UnknownMetricError(
             name, self.names(), f"the batch values of this {self._phase} epoch"
         )
+
+
+class _DeviceScalars:
+    """Scalars that are still on a device, by dtype, so that none loses digits beside another."""
+
+    def __init__(self, append: Callable[[str, float], None]) -> None:
+        self._append = append
+        self._rows: dict[torch.dtype, _DeviceRows] = {}
+        self.names: frozenset[str] = frozenset()
+
+    def put(self, values: list[tuple[str, Tensor]]) -> None:
+        names = frozenset(name for name, _value in values)
+        if names != self.names:
+            self.drain()
+            self.names = names
+        groups: dict[torch.dtype, list[tuple[str, Tensor]]] = {}
+        for name, value in values:
+            groups.setdefault(value.dtype, []).append((name, value))
+        if self._rows.keys() != groups.keys():
+            self.drain()
+            self.names = names
+            self._rows = {dtype: _DeviceRows(self._append) for dtype in groups}
+        for dtype, group in groups.items():
+            self._rows[dtype].put(group)
+
+    def drain(self) -> None:
+        """Hand everything on; waits for the device."""
+        for rows in self._rows.values():
+            rows.drain()
+        self.names = frozenset()
 
 
 class _DeviceRows:

@@ -14,26 +14,28 @@ from fitloop._types import Phase
 class Criteria:
     """Which metric of ``valid_epoch_end`` says how good a model is, and which way is better.
 
-    The default one is ``accuracy``, 1, or ``loss``, -1, where the default ``valid_epoch_end``
-    returns no accuracy because the targets are no classes.
+    The default one is ``accuracy``, 1. Where the validation returns no accuracy, because the
+    targets are no classes, it becomes ``loss``, -1; without a loss nothing is compared.
     """
 
     def __init__(self, name: str, direction: int, *, is_default: bool = False) -> None:
         self.name = name
         self.direction = direction
-        self._is_default = is_default
+        self.is_default = is_default
 
-    def score(self, metrics: Mapping[str, float]) -> float:
-        """Return the score in the metrics of a validation.
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """Return the score in the metrics of a validation; None where the default one has none.
 
         Raises:
-            MissingCriteriaError: it is not among them.
+            MissingCriteriaError: a criteria that was asked for is not among them.
         """
-        if self._is_default and self.name not in metrics and "loss" in metrics:
-            self.name, self.direction = "loss", -1
-        if self.name not in metrics:
+        if self.name in metrics:
+            return metrics[self.name]
+        if not self.is_default:
             raise MissingCriteriaError(self.name, metrics)
-        return metrics[self.name]
+        if "loss" in metrics:
+            self.name, self.direction = "loss", -1
+        return metrics.get("loss")
 
     def is_better(self, score: float, best: float | None) -> bool:
         """Return whether ``score`` replaces ``best``: NaN never does, a tie does."""
@@ -70,6 +72,8 @@ class BestTracker:
         if not isinstance(event, PhaseEnded) or event.phase is not Phase.VALID:
             return
         score = self._criteria.score(event.metrics)
+        if score is None:
+            return
         self.tracked = True
         keeper = self._keeper
         if self._criteria.is_better(score, keeper.best_score):

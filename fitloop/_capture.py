@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -36,11 +37,18 @@ class _BufferCapture:
 
     def __init__(self, buffer: Tensor) -> None:
         self._buffer = buffer
-        self._value = buffer.detach().clone()
+        memory = buffer.untyped_storage()
+        # An expanded tensor has fewer values than elements, and cannot be copied into.
+        expanded = memory.nbytes() < buffer.numel() * buffer.element_size()
+        self._value = None if expanded else buffer.detach().clone()
+        self._memory = memory.clone() if expanded else None  # type: ignore[no-untyped-call]
 
     def restore(self) -> None:
-        with torch.no_grad():
-            self._buffer.copy_(self._value)
+        if self._memory is not None:
+            self._buffer.untyped_storage().copy_(self._memory)
+        elif self._value is not None:
+            with torch.no_grad():
+                self._buffer.copy_(self._value)
 
 
 class ModuleCapture:
@@ -48,7 +56,7 @@ class ModuleCapture:
 
     def __init__(self, module: nn.Module) -> None:
         self._places = [
-            (part, dict(part._parameters), dict(part._buffers), part.training)
+            (part, [dict(held) for held in _held_by(part)], part.training)
             for part in module.modules()
         ]
         self._extras = [
@@ -63,16 +71,19 @@ class ModuleCapture:
 
     def restore(self) -> None:
         """Put everything back as it was."""
-        for part, parameters, buffers, training in self._places:
-            part._parameters.clear()
-            part._parameters.update(parameters)
-            part._buffers.clear()
-            part._buffers.update(buffers)
+        for part, contents, training in self._places:
+            for held, content in zip(_held_by(part), contents, strict=True):
+                held.clear()
+                held.update(content)
             part.training = training
         for value in self._values:
             value.restore()
         for part, extra in self._extras:
             part.set_extra_state(copy.deepcopy(extra))
+
+
+def _held_by(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return (module._parameters, module._buffers, module._modules)
 
 
 class OptimizerCapture:
@@ -147,23 +158,19 @@ class TrainingCapture:
         modules: Iterable[nn.Module],
         optimizers: Iterable[Optimizer],
         schedulers: Iterable[Any],
-        generators: Iterable[torch.Generator],
     ) -> None:
         modules, optimizers = list(modules), list(optimizers)
-        self._modules = [ModuleCapture(module) for module in modules]
         # What an optimizer holds outside the modules, such as a learnt temperature.
         inside = {id(p) for module in modules for p in module.parameters()}
         held = (p for o in optimizers for group in o.param_groups for p in group["params"])
-        self._loose = [_ParameterCapture(p) for p in held if id(p) not in inside]
-        self._steps = StepCapture(optimizers, schedulers)
-        self._generators = [(generator, generator.get_state()) for generator in generators]
+        self._captures: list[_ParameterCapture | ModuleCapture | StepCapture] = [
+            *(_ParameterCapture(p) for p in held if id(p) not in inside),
+            *(ModuleCapture(module) for module in modules),
+            StepCapture(optimizers, schedulers),
+        ]
 
     def restore(self) -> None:
-        """Put everything back as it was."""
-        for parameter in self._loose:
-            parameter.restore()
-        for module in self._modules:
-            module.restore()
-        self._steps.restore()
-        for generator, state in self._generators:
-            generator.set_state(state)
+        """Put everything back as it was; what fails does not keep the rest from it."""
+        with ExitStack() as stack:
+            for capture in reversed(self._captures):
+                stack.callback(capture.restore)

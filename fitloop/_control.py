@@ -39,8 +39,10 @@ class RunControl:
         """what an observer on the event loop raised"""
         self.loading: str | None = None
         """description of the loader that the step thread is inside of, if it is"""
-        self.abandoned: str | None = None
-        """description of the loader that the step thread was left in, if it was"""
+        self.abandoned = False
+        """the step thread was left inside a loader"""
+        self.hung: list[str] = []
+        """descriptions of the loaders that the run did not wait for any longer"""
         self._settled = False
         self._wakers: list[Callable[[], None]] = []
 
@@ -65,12 +67,22 @@ class RunControl:
         for wake in self._wakers:
             wake()
 
-    def on_halt(self, wake: Callable[[], None]) -> None:
-        """Have ``wake`` called, under the lock, when the run is stopped or cancelled."""
+    def on_halt(self, wake: Callable[[], None]) -> Callable[[], None]:
+        """Have ``wake`` called, under the lock, when the run is stopped or cancelled.
+
+        Returns a function that forgets it again.
+        """
         with self.changed:
             self._wakers.append(wake)
             if self.halted:
                 wake()
+
+        def forget() -> None:
+            with self.changed:
+                if wake in self._wakers:
+                    self._wakers.remove(wake)
+
+        return forget
 
     def wait_for(self, ready: Callable[[], bool], *, obey_stop: bool) -> bool:
         """Block until ``ready()``; False when the run was cancelled (or stopped) first.
@@ -106,12 +118,12 @@ class RunControl:
             if self.cancelled and not failed:
                 raise Cancelled
 
-    def abandon_loader(self) -> str | None:
-        """Give up the step thread if it is inside a loader; return the loader's description."""
+    def abandon_loader(self) -> bool:
+        """Give up the step thread if it is inside a loader; return whether it was."""
         with self.changed:
             if self.loading and not self._settled:
-                self.abandoned = self.loading
-                self._settled = True
+                self.hung.append(self.loading)
+                self.abandoned = self._settled = True
             return self.abandoned
 
     def settle(self) -> bool:

@@ -16,15 +16,12 @@ from fitloop._capture import StepCapture, TrainingCapture
 from fitloop._control import RunControl
 from fitloop._events import EpochEnded, Event
 from fitloop._hub import Hub
-from fitloop._loaders import Loaders, LoadingOptions, generators_of
+from fitloop._loaders import Loaders, LoadingOptions
 from fitloop._metrics import History
-from fitloop._parts import Parts
+from fitloop._parts import PRETRAINED, Parts
 from fitloop._random import Streams
 from fitloop._types import Phase
 from fitloop._weights import DiskStore, MemoryStore, WeightsStore, apply_weights
-
-PRETRAINED = "pretrained_model"
-"""name of the weights that the model had before its first run"""
 
 
 class Core:
@@ -40,6 +37,8 @@ class Core:
         self.store: WeightsStore = (
             DiskStore(parts.save_path) if parts.save_to_disk else MemoryStore()
         )
+        self.criteria = _criteria(parts)
+        """how models are compared; None when they are not"""
         self.epoch_num = 0
         self.best_score: float | None = None
         self.best_epoch: int | None = None
@@ -47,7 +46,7 @@ class Core:
         """of the run that is going on"""
         self._streams: Streams | None = None
         self._initial: StepCapture | None = None
-        self._has_pretrained = False
+        self._keeps_pretrained = False
 
     @property
     def cuda(self) -> tuple[int, ...]:
@@ -62,15 +61,6 @@ class Core:
             self._streams = Streams(self.parts.seed, self.cuda)
         return self._streams
 
-    def criteria(self) -> Criteria | None:
-        """Return how models are compared, or None when they are not."""
-        parts = self.parts
-        if parts.criteria is not None:
-            return Criteria(parts.criteria, parts.criteria_direction)
-        if parts.valid_epoch_end is None:
-            return Criteria("accuracy", 1, is_default=True)
-        return None
-
     def place(self) -> None:
         """Move the model, and what the optimizers hold, to the device."""
         parts = self.parts
@@ -84,14 +74,14 @@ class Core:
             for optimizer in parts.optimizers:
                 if optimizer.state:  # load_state_dict moves it to where the parameters are
                     optimizer.load_state_dict(optimizer.state_dict())
-        if self._initial is None:
-            self._initial = StepCapture(parts.optimizers, parts.lr_schedulers)
 
     def keep_pretrained(self) -> None:
-        """Keep the weights that the model has before the trainer's first run."""
-        if not self._has_pretrained:
+        """Keep what `reset` goes back to: weights and optimizers before the first run."""
+        if self._initial is None:
+            self._initial = StepCapture(self.parts.optimizers, self.parts.lr_schedulers)
+        if not self._keeps_pretrained:
             self.store.save(PRETRAINED, self.parts.model.state_dict())
-            self._has_pretrained = True
+            self._keeps_pretrained = True
 
     def keep_best(self) -> None:
         """Keep the weights that the model has now as the best."""
@@ -99,10 +89,7 @@ class Core:
 
     def tracker(self, emit: Callable[[Event], None]) -> BestTracker | None:
         """Return an observer that keeps the best weights of a run."""
-        criteria = self.criteria()
-        if criteria is None:
-            return None
-        return BestTracker(criteria, self, emit)
+        return None if self.criteria is None else BestTracker(self.criteria, self, emit)
 
     def restore_best(self, trainer: Any) -> None:
         """Put the best weights back into the model and have the optimizer configured."""
@@ -110,8 +97,11 @@ class Core:
         self.parts.configure_optimizer(trainer)
 
     def reset(self, trainer: Any) -> None:
-        """Go back to before the first run; see ``FitLoop.reset``."""
-        if self._has_pretrained:
+        """Go back to before the first run; see ``FitLoop.reset``.
+
+        Raises `CheckpointError`, having changed nothing, when the weights are not there.
+        """
+        if self._keeps_pretrained:
             apply_weights(self.parts.model, self.store.load(PRETRAINED))
         if self._initial is not None:
             self._initial.restore()
@@ -128,21 +118,19 @@ class Core:
     def forget_pretrained(self) -> None:
         """Remove the weights from before the first run; the next run keeps new ones."""
         self.store.delete(PRETRAINED)
-        self._has_pretrained = False
 
     def observe(self, event: Event) -> None:
         """Count the epochs of a training run."""
         if isinstance(event, EpochEnded):
             self.epoch_num = event.epoch
 
-    def capture(self, loaders: list[Any]) -> TrainingCapture:
-        """Return a copy of all that a dry run over ``loaders`` changes."""
+    def capture(self) -> TrainingCapture:
+        """Return a copy of what a dry run changes in model, loss, optimizers and schedulers."""
         parts = self.parts
         modules = [parts.model]
         if isinstance(parts.loss_function, nn.Module):
             modules.append(parts.loss_function)
-        generators = [generator for loader in loaders for generator in generators_of(loader)]
-        return TrainingCapture(modules, parts.optimizers, parts.lr_schedulers, generators)
+        return TrainingCapture(modules, parts.optimizers, parts.lr_schedulers)
 
     def loaders_of(self, given: Mapping[Phase, Any]) -> dict[Phase, Any]:
         """Return the loader of each phase: the given one, or the constructor's, or None."""
@@ -150,3 +138,11 @@ class Core:
             phase: self.parts.loader(phase) if given.get(phase) is None else given[phase]
             for phase in Phase
         }
+
+
+def _criteria(parts: Parts) -> Criteria | None:
+    if parts.criteria is not None:
+        return Criteria(parts.criteria, parts.criteria_direction)
+    if parts.valid_epoch_end is None:
+        return Criteria("accuracy", 1, is_default=True)
+    return None

@@ -13,8 +13,8 @@ import math
 import threading
 import warnings
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar, cast
 
 import anyio
@@ -82,6 +82,55 @@ class Doorbell:
             self._rung = False
 
 
+class _Tasks:
+    """The tasks in which user code runs on the event loop for a run, and how to cancel them.
+
+    A native ``Task.cancel()`` is one edge, an anyio scope keeps cancelling: user code gets what
+    the awaiting task got, so that asyncio code may await in its cleanup.
+    """
+
+    def __init__(self) -> None:
+        self._native: set[asyncio.Task[Any]] = set()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Count the current task while user code runs in it."""
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # trio has no edges
+            task = None
+        if task is None:
+            yield
+            return
+        self._native.add(task)
+        try:
+            yield
+        finally:
+            self._native.discard(task)
+
+    def cancel(self, interruption: BaseException, scope: anyio.CancelScope) -> None:
+        """Cancel them as the awaiting task was, by ``interruption``."""
+        native = isinstance(interruption, asyncio.CancelledError)
+        if not native or _is_scope_cancelled():
+            scope.cancel()
+            return
+        for task in self._native:
+            task.cancel()
+
+
+def _is_scope_cancelled() -> bool:
+    return anyio.current_effective_deadline() == -math.inf
+
+
+def _raise_in_scope(cancellation: BaseException) -> None:
+    """Raise a cancellation again where an anyio scope waits for it.
+
+    A native one ends here: in a task group it would cancel its siblings at every await.
+    """
+    if _is_scope_cancelled():
+        raise cancellation
+
+
 class _Request:
     """A coroutine function that a thread wants run on the event loop, and its outcome."""
 
@@ -99,6 +148,7 @@ class LoopSide:
 
     def __init__(self, control: RunControl) -> None:
         self._control = control
+        self.tasks = _Tasks()
         self._bell = Doorbell()
         self._requests: deque[_Request] = deque()
         self._open_requests: set[_Request] = set()
@@ -174,10 +224,12 @@ class LoopSide:
     async def serve(self, request: _Request) -> None:
         """Run one request to its end and answer it."""
         try:
-            request.result = await request.call()
-        except anyio.get_cancelled_exc_class():
-            request.error = Cancelled()
-            raise
+            with self.tasks.entered():
+                request.result = await request.call()
+        except anyio.get_cancelled_exc_class() as error:
+            # Else it awaited something that was cancelled, which is an error like any other.
+            request.error = Cancelled() if self._closed or _is_scope_cancelled() else error
+            _raise_in_scope(error)
         except BaseException as error:  # crosses to the thread that asked
             request.error = error
         finally:
@@ -233,8 +285,11 @@ class _StepThread:
             return
         except BaseException as raised:  # crosses to the awaiting task
             error = raised
-        if self._control.settle():
-            self._settle(error)
+        try:
+            if self._control.settle():
+                self._settle(error)
+        finally:
+            del error  # its traceback refers to this frame
 
     def _settle(self, error: BaseException | None) -> None:
         try:
@@ -289,7 +344,7 @@ async def supervise(
                 if isinstance(raised, GeneratorExit):  # the event loop is gone: nothing to await
                     side.answer_rest()
                     raise
-                group.cancel_scope.cancel()
+                side.tasks.cancel(raised, group.cancel_scope)
             if control.failure is not None:
                 side.close()
                 group.cancel_scope.cancel()
@@ -298,8 +353,8 @@ async def supervise(
         control.cancel()
     side.answer_rest()
     interruption = await _wind_up(thread, control, side, grace) or interruption
-    if control.abandoned:
-        _warn_abandoned(control.abandoned, name, grace)
+    for loader in control.hung:
+        _warn_hung(loader, name, grace)
     return _outcome(thread, control, interruption)
 
 
@@ -307,9 +362,13 @@ async def _accompany(
     companion: Callable[[], Awaitable[None]], control: RunControl, side: LoopSide
 ) -> None:
     try:
-        await companion()
-    except anyio.get_cancelled_exc_class():
-        raise
+        with side.tasks.entered():
+            await companion()
+    except anyio.get_cancelled_exc_class() as error:
+        if not (control.halted or _is_scope_cancelled()):
+            control.cancel(error)  # it awaited something that was cancelled
+            side.ring()
+        _raise_in_scope(error)
     except BaseException as error:  # raised again by supervise
         control.cancel(error)
         side.ring()
@@ -342,21 +401,24 @@ async def _wind_up(
 
 
 def _outcome(thread: _StepThread, control: RunControl, interruption: BaseException | None) -> Any:
-    errors = [
-        error
-        for error in (thread.error, control.failure)
-        if error is not None and not isinstance(error, Cancelled)
-    ]
     # What user code raised must not be lost in a cancellation that came at the same time.
-    for error in (*errors, interruption):
+    error = interruption
+    if control.failure is not None:
+        error = control.failure
+    if thread.error is not None and not isinstance(thread.error, Cancelled):
+        error = thread.error
+    thread.error = None
+    try:
         if error is not None:
             raise error
-    return thread.result
+        return thread.result
+    finally:
+        del error, interruption
 
 
-def _warn_abandoned(loader: str, name: str, grace: float) -> None:
+def _warn_hung(loader: str, name: str, grace: float) -> None:
     warnings.warn(
-        f"{name}: {loader} had not returned {grace:g} s after the run was cancelled; its thread "
+        f"{name}: {loader} had not returned {grace:g} s after the run was to end; its thread "
         "is left behind and ends when the loader returns. Give loader_grace= to wait longer",
         LoaderHungWarning,
         stacklevel=2,

@@ -12,7 +12,8 @@ step still reads it (the rule of ``torch.Tensor.record_stream``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
         return {key: map_tensors(part, change) for key, part in item.items()}
     if isinstance(item, Mapping):
         # Subclasses of dict may be built in any way; a shallow copy keeps what they are.
-        twin: Any = item.copy() if hasattr(item, "copy") else dict(item)
+        twin: Any = copy.copy(item) if isinstance(item, MutableMapping) else dict(item)
         for key, part in item.items():
             twin[key] = map_tensors(part, change)
         return twin
@@ -94,6 +95,11 @@ class Placement:
         self._targets: dict[torch.dtype, torch.dtype] = {}
         on_cuda = device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+
+    @property
+    def is_async(self) -> bool:
+        """Whether `place` only starts the copies, so that `receive` is needed."""
+        return self._copy_stream is not None
 
     def place(self, batch: Any) -> Any:
         """Start moving ``batch``; any thread, one at a time."""
@@ -135,6 +141,8 @@ class Placement:
         return target
 
     def _move(self, item: Any) -> Any:
+        if isinstance(item, PackedSequence):
+            return item.to(self._device, self._target(item.data.dtype))
         if not isinstance(item, Tensor):
             return item.to(self._device)
         dtype = item.dtype
@@ -145,7 +153,7 @@ class Placement:
 
     def _move_pinned(self, item: Any) -> Any:
         if not isinstance(item, Tensor):
-            return item.to(self._device)
+            return self._move(item)
         if item.device.type != "cpu":
             return self._move(item)
         pinned = item if item.is_pinned() else item.pin_memory()

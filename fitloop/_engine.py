@@ -102,7 +102,6 @@ class Surroundings:
     """called after every batch step of the train phase, on the step thread"""
     probe: Probe = field(default_factory=NoProbe)
     clock: Callable[[], float] = time.perf_counter
-    hung: list[str]
 
 
 class Engine:
@@ -153,6 +152,7 @@ class Engine:
                 self._doing = f"asking whether to go on after epoch {epoch}"
                 if not self._unseeded(self._around.ask, epoch, epoch_in_run):
                     self._control.stop(StopReason.PROMPT)
+        self._check_cancelled()
 
     def call_plain(self, name: str, function: Callable[[Any], object] | None, trainer: Any) -> None:
         """Call ``preloop`` or ``postloop`` with the trainer; an ``async def`` is awaited."""
@@ -175,6 +175,7 @@ class Engine:
         trainer = around.parts.name
         began = around.clock()
         numbers = {"epoch": epoch, "epoch_in_run": epoch_in_run, "epochs": plan.epochs}
+        self._doing = f"beginning epoch {epoch}"
         self._emit(EpochStarted(trainer=trainer, **numbers))
         metrics: dict[str, dict[str, float]] = {}
         complete = True
@@ -190,6 +191,7 @@ class Engine:
             complete = complete and whole
         if not metrics:  # stopped before there was anything to tell
             return
+        self._check_cancelled()
         self._doing = f"ending epoch {epoch}"
         self.epochs_ended += 1
         self._emit(
@@ -218,12 +220,17 @@ class Engine:
         try:
             batches = _at_most(length_of(loader), plan.steps)
             state._begin(batches, samples_in(loader, plan.steps))
+            self._doing = f"{phase}, epoch {epoch}, beginning"
             self._emit(
                 PhaseStarted(trainer=around.parts.name, epoch=epoch, phase=phase, batches=batches)
             )
             complete = self._batches(state, source, scope)
-        finally:
-            around.loaders.close(source, loader)
+        except BaseException as error:
+            self._close_after(error, source, loader)
+            raise
+        self._doing = f"{phase}, epoch {epoch}, closing {describe(phase, loader)}"
+        around.loaders.close(source, loader)
+        self._check_cancelled()
         seen = state.batch_num
         if seen == 0 and complete:
             raise ConfigurationError(
@@ -235,6 +242,7 @@ class Engine:
             return None
         state._end()
         metrics = self._call(state, Stage.EPOCH_END, scope)
+        self._doing = f"{phase}, epoch {epoch}, ending"
         tracked = state._values.scalars() if plan.track_batch_metrics else {}
         self._emit(
             PhaseEnded(
@@ -251,6 +259,12 @@ class Engine:
         )
         return metrics, complete
 
+    def _close_after(self, error: BaseException, source: Source, loader: Any) -> None:
+        try:
+            self._around.loaders.close(source, loader)
+        except Exception as later:  # the first error is what the caller is to see
+            error.add_note(f"closing the loader then raised {type(later).__name__}: {later}")
+
     def _batches(self, state: LoopState, source: Source, scope: Scope) -> bool:
         """Step through a pass; return whether it came to its end."""
         around, control, phase = self._around, self._control, state.phase
@@ -258,6 +272,7 @@ class Engine:
         step = self._stages.get(phase, Stage.BATCH_STEP)
         assert step is not None
         step = wrap(phase, "step", step)
+        await_step = wrap(phase, "step", self._await)
         put = wrap(phase, "metrics", state._values.put)
         fetch = wrap(phase, "wait", source.fetch)
         train = phase is Phase.TRAIN
@@ -267,6 +282,8 @@ class Engine:
         began = clock()
         report_at = began + PROGRESS_SECONDS
         epoch = f"{phase}, epoch {state.epoch_num}"
+        if control.halted:
+            return False
         while True:
             try:
                 batch = fetch()
@@ -281,7 +298,7 @@ class Engine:
                     optimizer.zero_grad()
                 values = step(state)
                 if type(values) is not dict and is_awaitable(values):
-                    values = self._await(values, scope)
+                    values = await_step(values, scope)
                 put(values)
                 for hook in hooks:
                     hook()
@@ -299,6 +316,7 @@ class Engine:
                 self._report(state, now - began)
 
     def _report(self, state: LoopState, seconds: float) -> None:
+        self._doing = f"{state.phase}, epoch {state.epoch_num}, after batch {state.batch_num}"
         self._emit(
             BatchProgress(
                 trainer=self._around.parts.name,
@@ -332,15 +350,15 @@ class Engine:
             label=describe(phase, loader),
             control=self._control,
             place=self._placement.place,
-            receive=self._placement.receive,
+            receive=self._placement.receive if self._placement.is_async else None,
             turn=around.turn,
-            limit=self._plan.steps,
             grace=around.parts.loader_grace,
-            hung=around.hung,
             watch=around.probe.watch(phase),
         )
         stream = None if around.streams is None else around.streams.loader(phase)
-        return around.loaders.open(loader, phase, feed, around.side, stream)
+        return around.loaders.open(
+            loader, phase, feed, around.side, stream=stream, limit=self._plan.steps
+        )
 
     def _call(self, state: LoopState, stage: Stage, scope: Scope) -> dict[str, float]:
         """Call a stage function of the epoch and return its metrics."""
@@ -348,9 +366,10 @@ class Engine:
         function = self._stages.get(state.phase, stage)
         if function is None:
             return {}
-        values = self._around.probe.wrap(state.phase, stage, function)(state)
+        wrap = self._around.probe.wrap
+        values = wrap(state.phase, stage, function)(state)
         if is_awaitable(values):
-            values = self._await(values, scope)
+            values = wrap(state.phase, stage, self._await)(values, scope)
         return as_numbers(values, state.phase, stage)
 
     def _await(self, awaitable: Any, scope: Scope) -> Any:

@@ -27,7 +27,7 @@ from fitloop._launch import (
     phases,
 )
 from fitloop._optim import configure_optimizer as default_configure_optimizer
-from fitloop._parts import Interval, Parts, as_list, check_callable, check_number
+from fitloop._parts import Interval, Parts, as_list, check_callable, check_callbacks, check_number
 from fitloop._profile import ProfileReport, SpanRecorder
 from fitloop._progress import ProgressLines
 from fitloop._prompt import QUESTION, ask_on_terminal
@@ -173,7 +173,7 @@ class FitLoop(TrainerView):
             criteria=criteria,
             criteria_direction=_direction(criteria, criteria_direction),
             save_to_disk=save_to_disk,
-            save_path=Path(save_path),
+            save_path=_path(save_path),
             best_model_name=best_model_name,
             name=type(model).__name__ if name is None else str(name),
             seed=seed,
@@ -181,7 +181,7 @@ class FitLoop(TrainerView):
             prefetch=prefetch,
             loader_randomness=loader_randomness,
             loader_grace=loader_grace,
-            callbacks=tuple(callbacks),
+            callbacks=check_callbacks(callbacks),
             on_continue=on_continue,
         )
         self._core = Core(parts)
@@ -227,7 +227,8 @@ class FitLoop(TrainerView):
             epochs: how many more; 0 calls ``preloop`` and ``postloop`` only.
             train_dl, valid_dl: used instead of the constructor's.
             print_every: print the first epoch and every n-th; 0 prints nothing.
-            display_metrics: the metric or metrics to print; all by default.
+            display_metrics: the metric or metrics to print; all by default. One that no phase
+                returns raises UnknownMetricError.
             continue_loop: ask whether to go on after every n epochs; 0 never asks.
             load_best: restore the best weights at the end, if the criteria was tracked in this
                 run; also after ``stop()``, a no at the prompt and a cancellation, not after an
@@ -463,7 +464,9 @@ class FitLoop(TrainerView):
         randomness are as they were, metrics and best score are cleared, and
         ``configure_optimizer`` is called. Files are left alone.
 
-        Raises BusyError when the trainer is busy.
+        Raises:
+            BusyError: the trainer is busy.
+            CheckpointError: the pretrained weights are gone; nothing was changed.
         """
         await errand(self._core, "reset", lambda: self._core.reset(self))
 
@@ -488,7 +491,7 @@ class FitLoop(TrainerView):
         await errand(self._core, "del_best_model", remove)
 
     async def del_pretrained_model(self) -> None:
-        """Remove the pretrained weights; the next run keeps those that it begins with.
+        """Remove the pretrained weights; after this `reset` is refused.
 
         Raises CheckpointError when there are none.
         """
@@ -498,22 +501,34 @@ class FitLoop(TrainerView):
         self, print_every: int, display_metrics: str | Sequence[str] | None, live: bool
     ) -> Callable[[Event], None]:
         check_number("print_every", print_every, 0, meaning="0 prints nothing")
+        names = None if display_metrics is None else as_list(display_metrics)
+        if names is not None and not all(isinstance(name, str) for name in names):
+            raise ConfigurationError(
+                f"display_metrics is {display_metrics!r}; expected the name of a metric, or a list"
+            )
         lines = ProgressLines(
             label=self._core.parts.name if self._named else "",
             every=print_every,
-            names=None if display_metrics is None else as_list(display_metrics),
+            names=names,
             live=live,
         )
         return lines.observe
 
     def _told(self, callbacks: Sequence[Callback]) -> list[Callback]:
-        for callback in callbacks:
-            check_callable("callbacks", callback, "the event")
-        return [*self._core.parts.callbacks, *callbacks]
+        return [*self._core.parts.callbacks, *check_callbacks(callbacks)]
 
     def _file(self, name: str, path: str | Path | None) -> Path:
         directory = self._core.parts.save_path if path is None else Path(path)
         return directory / with_suffix(name)
+
+
+def _path(path: str | Path) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise ConfigurationError(
+            f"save_path is {path!r}; expected the path of a directory"
+        ) from None
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -538,7 +553,7 @@ def _dtype_of(model: object) -> torch.dtype:
 def _direction(criteria: str | None, direction: int | None) -> int:
     if direction is not None:
         return direction
-    if criteria is not None and "loss" in criteria.lower():
+    if isinstance(criteria, str) and "loss" in criteria.lower():
         raise ConfigurationError(
             f"criteria is {criteria!r} and criteria_direction is not given; give "
             "criteria_direction=-1 if less is better, 1 if more is"

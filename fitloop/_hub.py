@@ -129,10 +129,10 @@ class Hub:
         try:
             while self._queue:
                 current = self._queue.popleft()
+                for stream in self._streams:  # first: they cannot fail, observers can
+                    stream.push(current)
                 for observe in self._observers:
                     observe(current)
-                for stream in self._streams:
-                    stream.push(current)
         finally:
             self._emitting = False
 

@@ -69,6 +69,7 @@ async def launch(
                 )
             finally:
                 core.control = None
+                core.hub.observers(())
 
 
 def _end_all(streams: Sequence[EventStream]) -> None:
@@ -139,7 +140,7 @@ def check_steps(steps: int | None) -> None:
 
 def criteria_check(core: Core) -> Callable[[Event], None]:
     """Return an observer that raises when a validation does not return the criteria."""
-    criteria = core.criteria()
+    criteria = core.criteria
 
     def check(event: Event) -> None:
         if criteria and isinstance(event, PhaseEnded) and event.phase is Phase.VALID:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from types import AsyncGeneratorType, FunctionType
 from typing import Any, Literal
 
 import torch
@@ -123,7 +124,7 @@ def generators_of(loader: object) -> list[torch.Generator]:
 
 
 class OneShot:
-    """An iterator that can be read once, with what was read from it but not used.
+    """A built-in iterator, which can be read once, with what was read from it but not used.
 
     Lets a run that ends early, and the sanity check, put batches back.
     """
@@ -132,18 +133,6 @@ class OneShot:
         self.loader = loader
         self._unread: deque[Any] = deque()
         self._record: list[Any] | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        return self._note(self._unread.popleft() if self._unread else next(self.loader))
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
-    async def __anext__(self) -> Any:
-        return self._note(self._unread.popleft() if self._unread else await anext(self.loader))
 
     def _note(self, batch: Any) -> Any:
         if self._record is not None:
@@ -164,6 +153,35 @@ class OneShot:
         self._record = None
 
 
+class _OneShotIterator(OneShot):
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self._note(self._unread.popleft() if self._unread else next(self.loader))
+
+
+class _OneShotAsyncIterator(OneShot):
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        return self._note(self._unread.popleft() if self._unread else await anext(self.loader))
+
+
+def _one_shot(loader: Any) -> OneShot | None:
+    """Return a wrapper for an iterator that surely goes on where it was left.
+
+    A class with an ``__iter__`` of its own may begin anew there, so it is asked at every pass.
+    """
+    kind = type(loader)
+    if hasattr(loader, "__next__") and not isinstance(kind.__iter__, FunctionType):
+        return _OneShotIterator(loader)
+    if isinstance(loader, AsyncGeneratorType):
+        return _OneShotAsyncIterator(loader)
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadingOptions:
     """How a trainer wants its loaders used."""
@@ -182,41 +200,55 @@ class Loaders:
         self._trials: dict[tuple[Phase, int], Trial] = {}
         self._one_shots: dict[int, OneShot] = {}
         self._rehearsed: list[OneShot] | None = None
+        self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
 
     def open(
-        self, loader: Any, phase: Phase, feed: Feed, side: LoopSide, stream: Stream | None
+        self,
+        loader: Any,
+        phase: Phase,
+        feed: Feed,
+        side: LoopSide,
+        *,
+        stream: Stream | None,
+        limit: int | None,
     ) -> Source:
-        """Begin a pass over ``loader`` and return its source.
+        """Begin a pass of at most ``limit`` batches over ``loader`` and return its source.
 
         ``feed`` holds all but the iterator; ``stream`` is the loader's randomness in a seeded
         run. Runs in the step thread, since beginning a pass runs the loader's code.
         """
-        feed.control.loading = feed.label
         # Whatever the loader is, it begins with its own randomness in place.
         seeded = replace(feed, stream=stream)
         steps = seeded.borrow_turn()
+        feed.control.loading = feed.label
         try:
             iterable = self._iterable(loader)
-            if hasattr(iterable, "__aiter__"):
-                return self._open_async(iterable, feed, side)
-            iterator = iter(iterable)
             certain = draws_only_to_begin(loader) or self._options.randomness == "own"
-            if certain and stream is not None and isinstance(loader, DataLoader):
-                iterator = _begun(iterator)
+            is_async = hasattr(iterable, "__aiter__")
+            if not is_async:
+                iterator = iter(iterable)
+                if limit is not None:
+                    iterator = itertools.islice(iterator, limit)
+                if certain and stream is not None and isinstance(loader, DataLoader):
+                    iterator = _begun(iterator)
         except BaseException:
             feed.control.left_loader(failed=True)
             raise
         feed.control.left_loader()
         seeded.return_turn(steps)
+        if is_async:
+            given = self._options.prefetch
+            depth = AUTOMATIC_DEPTH if given is None else given
+            return AsyncSource(iterable, feed, side, depth=depth, limit=limit)
         if feed.watch is not None:
             iterator = _Watched(feed.watch(iterator.__next__))
-        opened = replace(feed, iterator=iterator, stream=None if certain else stream)
+        opened = replace(
+            feed,
+            iterator=iterator,
+            stream=None if certain else stream,
+            rewinds=not isinstance(iterable, OneShot),
+        )
         return self._source(opened, loader, phase, certain=certain)
-
-    def _open_async(self, iterable: AsyncIterable[Any], feed: Feed, side: LoopSide) -> Source:
-        feed.control.left_loader()
-        depth = self._options.prefetch
-        return AsyncSource(aiter(iterable), feed, side, AUTOMATIC_DEPTH if depth is None else depth)
 
     def _source(self, feed: Feed, loader: Any, phase: Phase, *, certain: bool) -> Source:
         depth = self._options.prefetch
@@ -231,17 +263,20 @@ class Loaders:
         return AdaptiveSource(feed, AUTOMATIC_DEPTH, trial, watch_draws=not certain)
 
     def _iterable(self, loader: Any) -> Any:
-        if hasattr(loader, "__next__") or hasattr(loader, "__anext__"):
-            one_shot = self._one_shots.get(id(loader))
-            if one_shot is None:
-                one_shot = self._one_shots[id(loader)] = OneShot(loader)
+        """Return what to iterate; in a rehearsal, having noted how to put it back."""
+        one_shot = self._one_shots.get(id(loader)) or _one_shot(loader)
+        if one_shot is not None:
+            self._one_shots[id(loader)] = one_shot
             if self._rehearsed is not None and one_shot not in self._rehearsed:
                 one_shot.record()
                 self._rehearsed.append(one_shot)
             return one_shot
-        if not _is_iterable(loader):
-            return loader()
-        return detached(loader) if self._rehearsed is not None else loader
+        iterable = loader if _is_iterable(loader) else loader()
+        if self._rehearsed is None:
+            return iterable
+        for generator in generators_of(iterable):
+            self._generators.setdefault(id(generator), (generator, generator.get_state()))
+        return detached(iterable)
 
     def close(self, source: Source, loader: Any) -> None:
         """End a pass; batches that a one-shot loader gave too many come first in the next."""
@@ -258,9 +293,11 @@ class Loaders:
         return twin
 
     def rewind(self) -> None:
-        """Put back what a rehearsal read from loaders that can be read once."""
+        """Put back what a rehearsal read from loaders that can be read once, and what it drew."""
         for one_shot in self._rehearsed or ():
             one_shot.rewind()
+        for generator, state in self._generators.values():
+            generator.set_state(state)
 
 
 def _is_iterable(loader: object) -> bool:

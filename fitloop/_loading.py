@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import anyio
 
 from fitloop._control import Cancelled, RunControl
 from fitloop._crossing import Doorbell, LoopSide, loop_scheduler
-from fitloop._random import Stream, Turn
+from fitloop._random import Stream, StreamState, Turn
 
 
 class _End:
@@ -33,10 +33,11 @@ END: Final = _End()
 class Source(Protocol):
     """One pass over a loader, used by the step thread alone."""
 
-    def fetch(self) -> Any:
-        """Return the next batch, placed and received, or `END`.
+    @property
+    def fetch(self) -> Callable[[], Any]:
+        """What returns the next batch, placed and received, or `END`.
 
-        Raises what the loader raised, as the same object; `Cancelled` when the run was
+        It raises what the loader raised, as the same object; `Cancelled` when the run was
         cancelled while it waited.
         """
 
@@ -53,19 +54,19 @@ class Feed:
     """how messages name the loader, e.g. ``train_dl (DataLoader)``"""
     control: RunControl
     place: Callable[[Any], Any] = lambda batch: batch
-    receive: Callable[[Any], Any] = lambda batch: batch
+    """starts moving a batch to the device; in the thread that read it"""
+    receive: Callable[[Any], Any] | None = None
+    """ends it, in the step thread; None when `place` has done everything"""
     stream: Stream | None = None
     """the randomness of the loader, in a seeded run whose loader may draw"""
     turn: Turn | None = None
     """the turn of the step thread, in a seeded run"""
-    limit: int | None = None
-    """batches to read at most"""
+    rewinds: bool = True
+    """batches that were not fetched are read again, so their random numbers are drawn again"""
     grace: float = 5.0
     """seconds that `Source.close` waits for a loader that does not return"""
     watch: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
     """wraps the call that reads a batch, for the profiler"""
-    hung: list[str] = field(default_factory=list)
-    """labels of the loaders that `Source.close` did not wait for any longer"""
 
     def borrow_turn(self) -> Stream | None:
         """Enter the loader's stream on the step thread's turn; return what to go back to."""
@@ -101,22 +102,22 @@ class InlineSource:
     """Iterates the loader in the step thread, between the steps."""
 
     def __init__(self, feed: Feed) -> None:
-        self._feed = feed
-        self._next = feed.iterator.__next__
-        self._read = 0
+        # A closure, since this is called for every batch: it finds everything in its cells.
+        self.fetch: Callable[[], Any] = _inline_fetch(feed)
 
-    def fetch(self) -> Any:
+    def close(self) -> list[Any]:
         """See `Source`."""
-        feed = self._feed
-        if feed.limit is not None:
-            if self._read >= feed.limit:
-                return END
-            self._read += 1
-        control = feed.control
-        steps = feed.borrow_turn()
-        control.loading = feed.label
+        return []
+
+
+def _inline_fetch(feed: Feed) -> Callable[[], Any]:
+    control, label = feed.control, feed.label
+    read, place, receive = feed.iterator.__next__, feed.place, feed.receive
+
+    def fetch() -> Any:
+        control.loading = label
         try:
-            batch = self._next()
+            batch = read()
         except StopIteration:
             batch = END
         except BaseException:
@@ -125,13 +126,18 @@ class InlineSource:
         control.loading = None
         if control.cancelled:
             control.left_loader()
-        if steps is not None:
-            feed.return_turn(steps)
-        return END if batch is END else feed.receive(feed.place(batch))
+        if batch is END:
+            return END
+        placed = place(batch)
+        return placed if receive is None else receive(placed)
 
-    def close(self) -> list[Any]:
-        """See `Source`."""
-        return []
+    def seeded_fetch() -> Any:
+        steps = feed.borrow_turn()
+        batch = fetch()
+        feed.return_turn(steps)
+        return batch
+
+    return fetch if feed.stream is None else seeded_fetch
 
 
 class AheadSource:
@@ -140,7 +146,9 @@ class AheadSource:
     def __init__(self, feed: Feed, depth: int) -> None:
         self._feed = feed
         self._depth = depth
-        self._ready: deque[tuple[Any, Any]] = deque()
+        self._ready: deque[tuple[Any, Any, StreamState | None]] = deque()
+        self._drawn = None if feed.stream is None else feed.stream.state()
+        """the loader's randomness after the last batch that was fetched"""
         self._error: BaseException | None = None
         self._ended = False
         self._closed = False
@@ -150,7 +158,7 @@ class AheadSource:
         """batches for which the step thread had to wait"""
         self._turn = Turn(self._is_closed) if feed.stream is not None else None
         if self._turn is not None:
-            feed.control.on_halt(self._turn.wake)
+            self._forget = feed.control.on_halt(self._turn.wake)
         self._thread = threading.Thread(
             target=self._load, name=f"fitloop loads {feed.label}", daemon=True
         )
@@ -171,9 +179,9 @@ class AheadSource:
                     error, self._error = self._error, None
                     raise error
                 return END
-            _raw, placed = ready.popleft()
+            _raw, placed, self._drawn = ready.popleft()
             changed.notify_all()
-        return feed.receive(placed)
+        return placed if feed.receive is None else feed.receive(placed)
 
     def close(self) -> list[Any]:
         """See `Source`; a loader that does not return within the grace is left to itself."""
@@ -184,15 +192,19 @@ class AheadSource:
         if self._turn is not None:
             if feed.turn is not None:
                 feed.turn.give()
+            self._forget()
             self._turn.wake()
         self._thread.join(feed.grace)
         if self._thread.is_alive():
-            feed.hung.append(feed.label)
+            feed.control.hung.append(feed.label)
             if self._turn is not None:
                 self._turn.revoke()
         with feed.control.changed:
-            unread = [raw for raw, _placed in self._ready]
+            unread = [raw for raw, _placed, _drawn in self._ready]
             self._ready.clear()
+            hung = not self._ended
+        if feed.rewinds and feed.stream is not None and self._drawn and unread and not hung:
+            feed.stream.set_state(self._drawn)
         return unread
 
     def pause(self) -> None:
@@ -206,10 +218,9 @@ class AheadSource:
 
     def _load(self) -> None:
         feed, changed = self._feed, self._feed.control.changed
-        read = 0
         error: BaseException | None = None
         try:
-            while feed.limit is None or read < feed.limit:
+            while True:
                 with changed:
                     while len(self._ready) >= self._depth and not self._is_closed():
                         changed.wait()
@@ -218,8 +229,8 @@ class AheadSource:
                 raw = self._draw()
                 if raw is END:
                     break
-                read += 1
-                item = (raw, feed.place(raw))
+                drawn = None if feed.stream is None else feed.stream.state()
+                item = (raw, feed.place(raw), drawn)
                 with changed:
                     self._ready.append(item)
                     changed.notify_all()
@@ -255,9 +266,17 @@ class AsyncSource:
     """
 
     def __init__(
-        self, iterator: AsyncIterator[Any], feed: Feed, side: LoopSide, depth: int
+        self,
+        iterable: AsyncIterable[Any],
+        feed: Feed,
+        side: LoopSide,
+        *,
+        depth: int,
+        limit: int | None = None,
     ) -> None:
-        self._iterator = iterator
+        self._iterable = iterable
+        self._iterator: AsyncIterator[Any] | None = None
+        self._limit = limit
         self._feed = feed
         self._depth = depth
         self._asked = 0
@@ -286,7 +305,8 @@ class AsyncSource:
                 return END
             batch = self._ready.popleft()
         self._ring()
-        return feed.receive(feed.place(batch))
+        placed = feed.place(batch)
+        return placed if feed.receive is None else feed.receive(placed)
 
     def close(self) -> list[Any]:
         """See `Source`; returns when the task on the event loop has ended."""
@@ -298,6 +318,9 @@ class AsyncSource:
         with control.changed:
             unread = list(self._ready)
             self._ready.clear()
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
         return unread
 
     def _ring(self) -> None:
@@ -324,20 +347,27 @@ class AsyncSource:
         except BaseException as raised:  # crosses to the step thread
             error = raised
         finally:
-            await self._close_iterator()
+            error = await self._close_iterator() or error
             with changed:
                 self._error = error
                 self._ended = True
                 changed.notify_all()
 
-    async def _close_iterator(self) -> None:
+    async def _close_iterator(self) -> BaseException | None:
+        """Close an async generator that was not read to its end; return what that raised."""
         aclose = getattr(self._iterator, "aclose", None)
-        if aclose is not None:
+        if aclose is None:
+            return None
+        try:
             with anyio.move_on_after(self._feed.grace, shield=True):
                 await aclose()
+        except BaseException as raised:  # crosses to the step thread
+            return raised
+        return None
 
     async def _read_all(self, room: Doorbell) -> None:
-        changed, limit = self._feed.control.changed, self._feed.limit
+        changed, limit = self._feed.control.changed, self._limit
+        self._iterator = aiter(self._iterable)
         read = 0
         while limit is None or read < limit:
             while read >= self._asked + self._depth:

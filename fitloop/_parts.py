@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ from fitloop._loaders import check_loader
 from fitloop._types import LossFunction, Phase, Stage, StageFunction
 
 Interval = Literal["batch", "epoch", "valid"]
+PRETRAINED = "pretrained_model"
+"""name of the weights that the model had before its first run"""
+
 INTERVALS = ("batch", "epoch", "valid")
 
 STAGE_NAMES: dict[tuple[Phase, Stage], str] = {
@@ -69,12 +73,32 @@ def check_number(
     """
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    try:
+        number = -1 if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < least:
         also = " or None" if optional else ""
         raise ConfigurationError(
             f"{name} is {value!r}; expected an integer of at least {least}{also}"
             + (f": {meaning}" if meaning else "")
         )
+
+
+def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:
+    """Return callbacks as a tuple.
+
+    Raises:
+        ConfigurationError: they are no list or tuple.
+        StageSignatureError: one cannot be called with an event.
+    """
+    if not isinstance(callbacks, (list, tuple)):
+        raise ConfigurationError(
+            f"callbacks is {callbacks!r}; expected a list of functions that take an event"
+        )
+    for callback in callbacks:
+        check_callable("callbacks", callback, "the event")
+    return tuple(callbacks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +189,18 @@ class Parts:
             function = getattr(self, name)
             if function is not None:
                 check_callable(name, function, "the trainer")
-        for callback in self.callbacks:
-            check_callable("callbacks", callback, "the event")
         if self.on_continue is not None:
             check_callable("on_continue", self.on_continue, "the PromptAsked event")
 
     def _check_schedulers(self) -> None:
         for scheduler in self.lr_schedulers:
-            if not callable(getattr(scheduler, "step", None)):
+            other = getattr(scheduler, "optimizer", None)
+            if isinstance(other, Optimizer) and other not in self.optimizers:
+                raise ConfigurationError(
+                    f"lr_scheduler is a {type(scheduler).__name__} of another optimizer than the "
+                    "trainer's; build it from the one that is given as optimizer="
+                )
+            if isinstance(scheduler, type) or not callable(getattr(scheduler, "step", None)):
                 raise ConfigurationError(
                     f"lr_scheduler is {scheduler!r:.80}; expected an object with step(), such as "
                     "those of torch.optim.lr_scheduler, or a list of them"
@@ -183,6 +211,11 @@ class Parts:
                 raise ConfigurationError(
                     f"scheduler_interval is {interval!r}; expected 'batch', 'epoch' or 'valid'"
                 )
+        if intervals and not self.lr_schedulers:
+            raise ConfigurationError(
+                f"scheduler_interval is {self.scheduler_interval!r} and there is no lr_scheduler; "
+                "give lr_scheduler=, or leave it out"
+            )
         if len(intervals) > 1 and len(intervals) != len(self.lr_schedulers):
             raise ConfigurationError(
                 f"scheduler_interval has {len(intervals)} entries for "
@@ -190,7 +223,13 @@ class Parts:
             )
 
     def _check_values(self) -> None:
-        if self.criteria_direction not in (1, -1):
+        if self.criteria is not None and not isinstance(self.criteria, str):
+            raise ConfigurationError(
+                f"criteria is {self.criteria!r}; expected the name of a metric that "
+                "valid_epoch_end returns"
+            )
+        direction = self.criteria_direction
+        if isinstance(direction, bool) or direction not in (1, -1):
             raise ConfigurationError(
                 f"criteria_direction is {self.criteria_direction!r}; expected 1 (more is better) "
                 "or -1 (less is better)"
@@ -204,7 +243,20 @@ class Parts:
             raise ConfigurationError(
                 f"loader_randomness is {self.loader_randomness!r}; expected 'global' or 'own'"
             )
-        if not self.loader_grace >= 0:
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ConfigurationError(
+                f"dtype is {self.dtype!r}; expected a floating torch.dtype such as torch.float32"
+            )
+        for name in ("best_model_name", "name"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigurationError(f"{name} is {getattr(self, name)!r}; expected a name")
+        if self.best_model_name == PRETRAINED:
+            raise ConfigurationError(
+                f"best_model_name is {PRETRAINED!r}, which is the name of the pretrained weights; "
+                "expected another name"
+            )
+        grace = self.loader_grace
+        if isinstance(grace, bool) or not isinstance(grace, (int, float)) or not grace >= 0:
             raise ConfigurationError(
                 f"loader_grace is {self.loader_grace!r}; expected seconds, 0 or more"
             )

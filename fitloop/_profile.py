@@ -158,6 +158,11 @@ class ProfileReport:
             return "The steps are fed well; a faster model or device is what would help."
         name = starving[0]
         profile = self.phases[name]
+        if not profile.parts["load"]:
+            return (
+                f"The {name} steps wait for the async loader {profile.starved:.0%} of the time: "
+                "make it faster, or raise prefetch."
+            )
         waited = f"The {name} steps wait for data {profile.starved:.0%} of the time"
         if profile.ahead:
             return f"{waited}, although batches are loaded ahead: give the DataLoader num_workers."

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+from fitloop._errors import UnknownMetricError
 from fitloop._events import (
     BatchProgress,
     EpochEnded,
@@ -95,6 +96,7 @@ class ProgressLines:
     def _print_epoch(self, event: EpochEnded) -> None:
         if not self._every or (event.epoch_in_run > 1 and event.epoch_in_run % self._every):
             return
+        self._check_names(event)
         if "test" in event.metrics and len(event.metrics) == 1:
             shown = metrics_text(event.metrics["test"], self._names)
             self._write(f"{self._label}test  :: {shown}\n")
@@ -108,6 +110,12 @@ class ProgressLines:
         cut = "" if event.complete else " (stopped)"
         lines.append(f"{indent}epoch time: {duration(event.seconds)}{cut}\n")
         self._write("".join(lines))
+
+    def _check_names(self, event: EpochEnded) -> None:
+        known = list(dict.fromkeys(n for metrics in event.metrics.values() for n in metrics))
+        for name in self._names or ():
+            if name not in known:
+                raise UnknownMetricError(name, known, "the epoch metrics (display_metrics)")
 
     def _print_end(self, event: RunEnded) -> None:
         self._clear_live()

@@ -20,10 +20,11 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fitloop._control import Cancelled
 from fitloop._types import Phase
@@ -34,6 +35,16 @@ _set_bits: Callable[[Any], None] = np.random.set_bit_generator  # type: ignore[a
 
 _NUMPY_LIMIT = 2**32
 _MT19937_BYTES = 624 * 4 + 4
+
+
+class StreamState(NamedTuple):
+    """Where a stream is; a value, which nothing changes."""
+
+    torch: Tensor
+    cuda: dict[int, Tensor]
+    python: tuple[Any, ...]
+    bits: bytes | dict[str, Any]
+    gauss: dict[str, Any] | None
 
 
 class Stream:
@@ -63,7 +74,7 @@ class Stream:
         stream = cls(0, cuda)
         state = np.random.get_state(legacy=False)
         stream._bits = type(_get_bits())()
-        stream._bits.state = {key: state[key] for key in ("bit_generator", "state")}
+        stream._bits.state = {k: state[k] for k in state if k not in ("has_gauss", "gauss")}
         stream._gauss = state if state["has_gauss"] else None
         stream._read()
         return stream
@@ -76,6 +87,20 @@ class Stream:
         twin._bits.state = self._bits.state
         twin._gauss = self._gauss
         return twin
+
+    def state(self) -> StreamState:
+        """Return where the stream is, for `set_state`; not while it is entered."""
+        bits = _raw(self._bits) or self._bits.state
+        return StreamState(self._torch, dict(self._cuda), self._python, bits, self._gauss)
+
+    def set_state(self, state: StreamState) -> None:
+        """Go back to where the stream was; not while it is entered."""
+        self._torch, self._cuda, self._python = state.torch, dict(state.cuda), state.python
+        self._gauss = state.gauss
+        if isinstance(state.bits, bytes):
+            ctypes.memmove(self._bits.ctypes.state_address, state.bits, len(state.bits))
+        else:
+            self._bits.state = state.bits
 
     def enter(self) -> None:
         """Put the states of this stream into the process's generators."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from inspect import isawaitable
 from typing import Any
@@ -72,12 +71,16 @@ class Run:
         self._engine: Engine | None = None
         self._turn: Turn | None = None
         self._capture: TrainingCapture | None = None
+        phases = [phase for phase, _loader in plan.phases]
+        self._schedulers: SchedulerSteps | None = None
+        if Phase.TRAIN in phases:  # made here, so that it refuses before anything has begun
+            self._schedulers = SchedulerSteps(
+                core.parts, core.criteria, validates=Phase.VALID in phases
+            )
         self._loaders = core.loaders.rehearsal() if options.dry else core.loaders
         self._modes: list[tuple[Any, bool]] = []
         self._has_threads = False
         self._began = 0.0
-        self.hung: list[str] = []
-        """loaders that were left behind"""
 
     # -- on the step thread --------------------------------------------------------------------
 
@@ -89,18 +92,12 @@ class Run:
         core.place()
         self._modes = [(module, module.training) for module in core.parts.model.modules()]
         streams = self._streams()
-        training = plan.call == "fit"
-        scheduler = SchedulerSteps(
-            core.parts,
-            core.criteria(),
-            validates=any(phase is Phase.VALID for phase, _loader in plan.phases),
-        )
         if self._options.dry:
-            self._capture = core.capture([loader for _phase, loader in plan.phases])
-        elif training:
+            self._capture = core.capture()
+        elif plan.call == "fit":
             core.keep_pretrained()
             self._tracker = core.tracker(core.hub.emit)
-        core.hub.observers(self._observers(scheduler))
+        core.hub.observers(self._observers())
         engine = self._engine = Engine(
             plan,
             Surroundings(
@@ -112,9 +109,8 @@ class Run:
                 ask=self._ask,
                 streams=streams,
                 turn=self._turn,
-                batch_hooks=(scheduler.after_batch,) if scheduler.per_batch else (),
+                batch_hooks=self._batch_hooks(),
                 probe=self._options.probe,
-                hung=self.hung,
             ),
         )
         self._guarded(engine, streams)
@@ -131,7 +127,7 @@ class Run:
         )
         if self._turn is not None and streams is not None:
             self._turn.take(streams.steps(plan.phases[0][0]))
-        trains = plan.call != "test"
+        trains = self._schedulers is not None
         if trains:
             engine.call_plain("preloop", core.parts.preloop, self._trainer)
         engine.run()
@@ -161,12 +157,16 @@ class Run:
             self._control.on_halt(self._turn.wake)
         return streams
 
-    def _observers(self, scheduler: SchedulerSteps) -> list[Observer]:
+    def _batch_hooks(self) -> list[Callable[[], None]]:
+        schedulers = self._schedulers
+        return [schedulers.after_batch] if schedulers and schedulers.per_batch else []
+
+    def _observers(self) -> list[Observer]:
         observers: list[Observer] = [self._log.observe]
         if not self._options.dry:
             observers.append(self._core.history.observe)
-        if self._plan.call != "test":
-            observers.append(scheduler.observe)
+        if self._schedulers is not None:
+            observers.append(self._schedulers.observe)
         if self._tracker is not None:
             observers.append(self._tracker.observe)
         if self._plan.call == "fit":
@@ -196,25 +196,52 @@ class Run:
 
     def finish(self, error: BaseException | None) -> Any:
         """Put back what must be, restore the best weights, tell the observers, and report."""
-        with ExitStack() as stack:  # every step is taken, whatever the others raise
-            if self._has_threads:
-                stack.callback(intra_op_threads.leave)
-            stack.callback(self._tell_end, error)
-            if self._options.load_best and (error is None or isinstance(error, Cancelled)):
-                stack.callback(self._load_best)
-            stack.callback(self._put_back)
-            if self._turn is not None:
-                stack.callback(self._turn.revoke)
-        if error is not None:
-            raise error
-        return self._result()
+        if isinstance(error, Cancelled) and self._control.failure is not None:
+            error = self._noted(self._control.failure, "in an async callback")
+        steps: list[tuple[str, Callable[[], None]]] = [("putting back", self._put_back)]
+        if self._turn is not None:
+            steps.insert(0, ("putting back the random generators", self._turn.revoke))
+        if self._options.load_best and (error is None or isinstance(error, Cancelled)):
+            steps.append(("restoring the best weights", self._load_best))
+        for doing, step in steps:  # all of them, whatever the others raise
+            try:
+                step()
+            except BaseException as raised:
+                error = self._first(error, raised, doing)
+        try:
+            self._tell_end(error)
+        except BaseException as raised:
+            error = self._first(error, raised, "in a callback at the end of the run")
+        if self._has_threads:
+            intra_op_threads.leave()
+        result = None if error is not None else self._result()
+        self._engine = None  # it refers back to this run, and both to the model
+        try:
+            if error is not None:
+                raise error
+            return result
+        finally:
+            del error
+
+    def _first(
+        self, error: BaseException | None, raised: BaseException, doing: str
+    ) -> BaseException:
+        """Return which of two errors the caller is to see: the first that is one."""
+        if error is None or isinstance(error, Cancelled):
+            return self._noted(raised, doing)
+        error.add_note(f"{doing} then raised {type(raised).__name__}: {raised}")
+        return error
+
+    def _noted(self, error: BaseException, doing: str) -> BaseException:
+        error.add_note(f"in trainer {self._core.parts.name!r}: {doing}")
+        return error
 
     def _put_back(self) -> None:
-        if self._capture is not None:
-            self._capture.restore()
-            self._loaders.rewind()
         for module, training in self._modes:
             module.training = training
+        self._loaders.rewind()
+        if self._capture is not None:
+            self._capture.restore()
 
     def _load_best(self) -> None:
         tracked = self._tracker is not None and self._tracker.tracked

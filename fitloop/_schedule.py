@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import lr_scheduler as kinds
 
 from fitloop._best import Criteria
-from fitloop._errors import ConfigurationError
+from fitloop._errors import ConfigurationError, MissingCriteriaError
 from fitloop._events import EpochEnded, Event, PhaseEnded
 from fitloop._parts import Interval, Parts, as_list
 from fitloop._types import Phase
@@ -42,18 +42,34 @@ class SchedulerSteps:
     def __init__(self, parts: Parts, criteria: Criteria | None, *, validates: bool) -> None:
         self._criteria = criteria
         self._score: float | None = None
+        self._known: tuple[str, ...] = ()
         pairs = list(zip(parts.lr_schedulers, intervals_of(parts), strict=True))
         self.per_batch = [scheduler for scheduler, interval in pairs if interval == "batch"]
         self._per_epoch = [scheduler for scheduler, interval in pairs if interval == "epoch"]
         self._per_valid = [scheduler for scheduler, interval in pairs if interval == "valid"]
-        watching = [s for s in self._per_epoch if isinstance(s, kinds.ReduceLROnPlateau)]
-        needy = self._per_valid + watching
-        if needy and not (validates and criteria is not None):
-            missing = "valid_dl" if not validates else "criteria"
+        if self._per_valid and not validates:
             raise ConfigurationError(
-                f"{type(needy[0]).__name__} is stepped with the criteria after validation, and "
-                f"there is no {missing}; give {missing}=, or step it in a train_step of your own"
+                f"{_name(self._per_valid[0])} is stepped after validation, and there is no "
+                "valid_dl; give valid_dl=, or another scheduler_interval="
             )
+        for scheduler in (*self.per_batch, *self._per_epoch, *self._per_valid):
+            if isinstance(scheduler, kinds.ReduceLROnPlateau):
+                self._check_plateau(scheduler, validates=validates)
+
+    def _check_plateau(self, scheduler: kinds.ReduceLROnPlateau, *, validates: bool) -> None:
+        if scheduler in self.per_batch:
+            raise ConfigurationError(
+                "ReduceLROnPlateau needs the criteria of a validation, and scheduler_interval is "
+                "'batch'; expected 'valid' or 'epoch'"
+            )
+        if self._criteria is None or not validates:
+            missing = "criteria" if validates else "valid_dl"
+            raise ConfigurationError(
+                "ReduceLROnPlateau is stepped with the criteria of the validation, and there is "
+                f"no {missing}; give {missing}=, or step it in a train_step of your own"
+            )
+        if not self._criteria.is_default:
+            self._check_mode(scheduler, self._criteria)
 
     def after_batch(self) -> None:
         """Step those that go by batches."""
@@ -65,6 +81,7 @@ class SchedulerSteps:
         if isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
             if self._criteria is not None:
                 self._score = self._criteria.score(event.metrics)
+                self._known = tuple(event.metrics)
             for scheduler in self._per_valid:
                 self._step_with_score(scheduler)
         elif isinstance(event, EpochEnded) and event.complete:
@@ -78,14 +95,23 @@ class SchedulerSteps:
         if not isinstance(scheduler, kinds.ReduceLROnPlateau):
             scheduler.step()
             return
-        assert self._score is not None
         assert self._criteria is not None
-        better = "max" if self._criteria.direction > 0 else "min"
+        if self._score is None:
+            raise MissingCriteriaError(self._criteria.name, self._known)
+        self._check_mode(scheduler, self._criteria)
+        scheduler.step(self._score)
+
+    @staticmethod
+    def _check_mode(scheduler: kinds.ReduceLROnPlateau, criteria: Criteria) -> None:
+        better = "max" if criteria.direction > 0 else "min"
         if scheduler.mode != better:
             raise ConfigurationError(
                 f"ReduceLROnPlateau has mode={scheduler.mode!r}, but of the criteria "
-                f"{self._criteria.name!r} {'more' if better == 'max' else 'less'} is better, so "
-                f"it would lower the rate when the model improves; give it mode={better!r}, or "
+                f"{criteria.name!r} {'more' if better == 'max' else 'less'} is better, so it "
+                f"would lower the rate when the model improves; give it mode={better!r}, or "
                 "another criteria= and criteria_direction="
             )
-        scheduler.step(self._score)
+
+
+def _name(scheduler: object) -> str:
+    return type(scheduler).__name__

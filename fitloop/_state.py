@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fitloop._aggregate import BatchValues
 from fitloop._device import batch_size_of
@@ -22,9 +23,6 @@ class LoopState:
     """
 
     __slots__ = (
-        "_batch",
-        "_batch_num",
-        "_batch_size",
         "_batches",
         "_ended",
         "_epoch_num",
@@ -35,13 +33,26 @@ class LoopState:
         "_sizes",
         "_stop",
         "_values",
+        "batch",
+        "batch_num",
+        "batch_size",
+        "is_train",
         "loss_function",
         "lr_scheduler",
         "model",
         "optimizer",
+        "optimizers",
     )
 
-    # Plain attributes, since every batch step reads them.
+    # Plain attributes, since every batch step reads them; to be read only.
+    batch: Any
+    """the batch, in the structure that the loader gave, on the device; None outside a step"""
+    batch_num: int
+    """number of this batch in the phase, counted from 1; 0 before the first"""
+    batch_size: int
+    """samples in this batch: the first dimension of its first tensor"""
+    is_train: bool
+    """whether this is the train phase"""
     model: nn.Module
     """the model, on its device"""
     optimizer: Any
@@ -49,6 +60,8 @@ class LoopState:
     loss_function: LossFunction
     lr_scheduler: Any
     """the scheduler, or the list of them, as given; None without"""
+    optimizers: list[Optimizer]
+    """the optimizers, always as a list"""
 
     def __init__(
         self, parts: Parts, phase: Phase, epoch_num: int, stop: Callable[[], None]
@@ -57,15 +70,17 @@ class LoopState:
         self._phase = phase
         self._epoch_num = epoch_num
         self._stop = stop
-        self._batch: Any = None
-        self._batch_num = 0
-        self._batch_size = 0
         self._batches: int | None = None
         self._expected_size = 0
         self._seen = 0
         self._ended = False
         self._sizes: list[int] = []
         self._values = BatchValues(phase)
+        self.batch = None
+        self.batch_num = 0
+        self.batch_size = 0
+        self.is_train = phase is Phase.TRAIN
+        self.optimizers = parts.optimizers
         self.model = parts.model
         self.optimizer = parts.optimizer
         self.loss_function = parts.loss_function
@@ -78,16 +93,20 @@ class LoopState:
         self._expected_size = size or 0
 
     def _next(self, batch: Any) -> None:
-        self._batch = batch
-        self._batch_num += 1
-        size = self._batch_size = batch_size_of(batch)
+        self.batch = batch
+        self.batch_num += 1
+        kind = type(batch)
+        first = batch[0] if (kind is list or kind is tuple) and batch else None
+        # The usual batch, without a call; `batch_size_of` says the same.
+        size = first.size(0) if type(first) is Tensor and first.ndim else batch_size_of(batch)
+        self.batch_size = size
         self._seen += size
         self._sizes.append(size)
 
     def _end(self) -> None:
-        self._batch = None
+        self.batch = None
         self._ended = True
-        self._batches = self._batch_num
+        self._batches = self.batch_num
 
     # -- for the stage functions ---------------------------------------------------------------
 
@@ -97,29 +116,9 @@ class LoopState:
         return self._phase
 
     @property
-    def is_train(self) -> bool:
-        """Whether this is the train phase."""
-        return self._phase is Phase.TRAIN
-
-    @property
     def is_test(self) -> bool:
         """Whether this is the test phase."""
         return self._phase is Phase.TEST
-
-    @property
-    def batch(self) -> Any:
-        """The batch, in the structure that the loader gave, on the device; None outside a step."""
-        return self._batch
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in this batch: the first dimension of its first tensor."""
-        return self._batch_size
-
-    @property
-    def batch_num(self) -> int:
-        """Number of this batch in the phase, counted from 1; 0 before the first."""
-        return self._batch_num
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -179,4 +178,4 @@ class LoopState:
 
     def __repr__(self) -> str:
         of = "" if self._batches is None else f"/{self._batches}"
-        return f"<LoopState {self._phase} epoch {self._epoch_num} batch {self._batch_num}{of}>"
+        return f"<LoopState {self._phase} epoch {self._epoch_num} batch {self.batch_num}{of}>"

@@ -159,7 +159,7 @@ class TrainerView:
     @property
     def criteria(self) -> str | None:
         """Name of the metric by which models are compared."""
-        criteria = self._core.criteria()
+        criteria = self._core.criteria
         return None if criteria is None else criteria.name
 
     @property

@@ -1,0 +1,299 @@
+"""The best model: which epoch it is, when it is restored, and where its weights are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.models import batches, bits, scores, trainer
+from torch import nn
+
+from fitloop import (
+    BestImproved,
+    CheckpointError,
+    Event,
+    FitLoop,
+    LoopState,
+    MissingCriteriaError,
+    default_epoch_end,
+)
+
+QUIET: dict[str, Any] = {"verbose": False}
+NAN = math.nan
+
+
+class WeightsByEpoch:
+    """A callback-free record of the weights after each train phase."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, dict[str, bytes]] = {}
+
+    def __call__(self, state: LoopState) -> dict[str, float]:
+        self.of[state.epoch_num] = bits(state.model)
+        return default_epoch_end(state)
+
+
+def scored(values: list[float], direction: int = 1, **changes: Any) -> tuple[FitLoop, Any]:
+    """Return a trainer whose validations give ``values``, and its weights by epoch."""
+    weights = WeightsByEpoch()
+    fitted = trainer(
+        valid_epoch_end=scores(values),
+        train_epoch_end=weights,
+        criteria="score",
+        criteria_direction=direction,
+        **changes,
+    )
+    return fitted, weights.of
+
+
+@pytest.mark.parametrize(
+    ("values", "direction", "best"),
+    [
+        pytest.param([1, 3, 2], 1, 2, id="more is better"),
+        pytest.param([3, 1, 2], -1, 2, id="less is better"),
+        pytest.param([2, 1, 2], 1, 3, id="a tie: the later epoch"),
+        pytest.param([1, 2, 1], -1, 3, id="a tie, less is better"),
+        pytest.param([5, 5, 5], 1, 3, id="all the same"),
+        pytest.param([NAN, 1, 2], 1, 3, id="NaN first"),
+        pytest.param([1, NAN, 0], 1, 1, id="NaN in the middle"),
+        pytest.param([1, 2, NAN], 1, 2, id="NaN last"),
+        pytest.param([1, NAN, 2], -1, 1, id="NaN, less is better"),
+        pytest.param([-math.inf, NAN, -math.inf], 1, 3, id="infinite"),
+        pytest.param([-3, -1, -2], 1, 2, id="negative"),
+        pytest.param([0.0, -0.0, -1.0], 1, 2, id="zeros are a tie"),
+    ],
+)
+async def test_best_when_scores_are_given_then_its_weights_are_restored(
+    values: list[float], direction: int, best: int
+) -> None:
+    fitted, weights = scored(values, direction)
+    told: list[Event] = []
+    result = await fitted.fit(3, callbacks=[told.append], **QUIET)
+    assert (result.best_epoch, result.best_score) == (best, values[best - 1])
+    assert (fitted.best_epoch, fitted.best_score) == (best, values[best - 1])
+    assert bits(fitted.model) == weights[best]
+    improved = [event for event in told if isinstance(event, BestImproved)]
+    assert (improved[-1].epoch, improved[-1].criteria) == (best, "score")
+
+
+async def test_best_when_all_are_nan_then_nothing_is_restored() -> None:
+    fitted, weights = scored([NAN, NAN])
+    result = await fitted.fit(2, **QUIET)
+    assert (result.best_score, result.best_epoch) == (None, None)
+    assert bits(fitted.model) == weights[2]
+
+
+async def test_best_when_load_best_is_off_then_is_kept_but_not_restored() -> None:
+    fitted, weights = scored([2, 1])
+    await fitted.fit(2, load_best=False, **QUIET)
+    assert bits(fitted.model) == weights[2]
+    await fitted.load_best()
+    assert bits(fitted.model) == weights[1]
+
+
+async def test_best_when_there_is_no_validation_then_training_is_not_thrown_away() -> None:
+    fitted, weights = scored([2, 1], valid_dl=None)
+    result = await fitted.fit(2, **QUIET)
+    assert result.best_score is None
+    assert bits(fitted.model) == weights[2]
+
+
+async def test_best_when_tracked_in_an_earlier_run_only_then_is_not_restored() -> None:
+    weights = WeightsByEpoch()
+    fitted = trainer(
+        valid_dl=None, train_epoch_end=weights, valid_epoch_end=scores([2]), criteria="score"
+    )
+    await fitted.fit(1, valid_dl=batches(), **QUIET)
+    await fitted.fit(2, **QUIET)
+    assert fitted.best_epoch == 1
+    assert bits(fitted.model) == weights.of[3]
+
+
+async def test_best_when_a_later_run_is_worse_then_the_first_runs_best_is_restored() -> None:
+    fitted, weights = scored([3, 1, 2])
+    await fitted.fit(1, **QUIET)
+    result = await fitted.fit(2, **QUIET)
+    assert (result.best_score, result.best_epoch) == (3, 1)
+    assert bits(fitted.model) == weights[1]
+
+
+async def test_best_when_valid_epoch_end_is_ones_own_and_no_criteria_then_is_not_tracked() -> None:
+    weights = WeightsByEpoch()
+    fitted = trainer(train_epoch_end=weights, valid_epoch_end=scores([2, 1], "accuracy"))
+    result = await fitted.fit(2, **QUIET)
+    assert (fitted.criteria, result.best_score) == (None, None)
+    assert bits(fitted.model) == weights.of[2]
+
+
+async def test_best_when_the_default_criteria_is_not_returned_then_training_goes_on() -> None:
+    """No criteria was named, so there is none to complain about."""
+    weights = WeightsByEpoch()
+    fitted = trainer(train_epoch_end=weights, valid_step=lambda _state: {"mae": 1.0})
+    result = await fitted.fit(2, **QUIET)
+    assert (result.epochs, result.best_score) == (2, None)
+    assert bits(fitted.model) == weights.of[2]
+
+
+async def test_criteria_when_no_stage_returns_it_then_first_epoch_raises_with_the_names() -> None:
+    fitted = trainer(criteria="acc")
+    pattern = r"criteria is 'acc'.*it returned 'loss', 'accuracy'\. Give criteria="
+    with pytest.raises(MissingCriteriaError, match=pattern) as caught:
+        await fitted.fit(5, **QUIET)
+    assert caught.value.known == ("loss", "accuracy")
+    assert len(fitted.M.train["loss"][0]) == 1
+
+
+def restoring(calls: list[FitLoop]) -> Callable[[FitLoop], None]:
+    def configure(given: FitLoop) -> None:
+        calls.append(given)
+
+    return configure
+
+
+async def test_configure_optimizer_when_weights_are_restored_then_is_called_each_time(
+    tmp_path: Path,
+) -> None:
+    calls: list[FitLoop] = []
+    fitted = trainer(configure_optimizer=restoring(calls), save_path=tmp_path)
+    await fitted.fit(1, load_best=False, **QUIET)
+    await fitted.save_model("weights")
+    assert calls == []
+    await fitted.fit(1, **QUIET)
+    assert calls == [fitted]
+    await fitted.load_best()
+    await fitted.load_model("weights")
+    await fitted.reset()
+    fitted.configure_optimizer()
+    assert calls == [fitted] * 5
+
+
+async def test_configure_optimizer_when_default_then_momentum_of_replaced_weights_is_gone() -> None:
+    fitted, _weights = scored([2, 1])
+    await fitted.fit(2, load_best=False, **QUIET)
+    assert fitted.optimizer.state_dict()["state"]
+    await fitted.load_best()
+    assert fitted.optimizer.state_dict()["state"] == {}
+
+
+async def test_training_when_best_was_restored_then_goes_on_from_it() -> None:
+    fitted, weights = scored([2, 1, 3])
+    await fitted.fit(2, **QUIET)
+    assert bits(fitted.model) == weights[1]
+    await fitted.fit(1, **QUIET)
+    assert bits(fitted.model) == weights[3] != weights[1]
+
+
+async def test_save_to_disk_when_off_then_nothing_is_written(tmp_path: Path) -> None:
+    fitted, weights = scored([2, 1], save_path=tmp_path / "state")
+    await fitted.fit(2, **QUIET)
+    await fitted.reset()
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_save_to_disk_when_on_then_keeps_both_models_under_save_path(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "state"
+    fitted, weights = scored([2, 1], save_to_disk=True, save_path=path, best_model_name="top")
+    assert not path.exists()
+    untrained = bits(fitted.model)
+    await fitted.fit(2, **QUIET)
+    assert {file.name for file in path.iterdir()} == {"top.msgpack", "pretrained_model.msgpack"}
+    assert bits(fitted.model) == weights[1]
+
+    twin = trainer(save_path=path)
+    await twin.load_model("top")
+    assert bits(twin.model) == weights[1]
+    await twin.load_model("pretrained_model")
+    assert bits(twin.model) == untrained
+
+    await fitted.del_best_model()
+    assert {file.name for file in path.iterdir()} == {"pretrained_model.msgpack"}
+    assert (fitted.best_score, fitted.best_epoch) == (None, None)
+    await fitted.del_pretrained_model()
+    assert list(path.iterdir()) == []
+
+
+async def test_del_best_model_when_there_is_none_then_says_so() -> None:
+    fitted = trainer()
+    for call in (fitted.del_best_model, fitted.del_pretrained_model, fitted.load_best):
+        with pytest.raises(CheckpointError, match="no weights '.*' are kept"):
+            await call()
+
+
+async def test_del_best_model_when_trained_on_then_a_worse_score_is_the_best() -> None:
+    fitted, _weights = scored([3, 1])
+    await fitted.fit(1, **QUIET)
+    await fitted.del_best_model()
+    result = await fitted.fit(1, **QUIET)
+    assert (result.best_score, result.best_epoch) == (1, 2)
+
+
+async def test_model_file_when_saved_then_is_loaded_by_another_trainer(tmp_path: Path) -> None:
+    fitted = trainer(save_path=tmp_path)
+    await fitted.fit(1, **QUIET)
+    file = await fitted.save_model()
+    assert file == tmp_path / "model.msgpack"
+    other = await fitted.save_model("net.safetensors", tmp_path / "elsewhere")
+    assert other == tmp_path / "elsewhere" / "net.safetensors"
+    with pytest.raises(CheckpointError, match="overwrite"):
+        await fitted.save_model()
+    await fitted.save_model(overwrite=True)
+
+    for name, path in (("model", tmp_path), ("net.safetensors", tmp_path / "elsewhere")):
+        twin = trainer()
+        await twin.load_model(name, path)
+        assert bits(twin.model) == bits(fitted.model)
+
+    await fitted.delete("model")
+    assert not file.exists()
+    with pytest.raises(CheckpointError, match=r"model\.msgpack"):
+        await fitted.delete("model")
+
+
+async def test_load_model_when_it_does_not_fit_then_nothing_is_changed(tmp_path: Path) -> None:
+    calls: list[FitLoop] = []
+    await trainer(model=nn.Sequential(nn.Linear(6, 3)), save_path=tmp_path).save_model()
+    fitted = trainer(save_path=tmp_path, configure_optimizer=restoring(calls))
+    before = bits(fitted.model)
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        await fitted.load_model()
+    assert bits(fitted.model) == before
+    assert calls == []
+
+
+async def test_reset_when_called_then_is_as_before_the_first_run() -> None:
+    fitted = trainer()
+    before = bits(fitted.model)
+    fitted.optimizer.param_groups[0]["lr"] = 0.5
+    await fitted.fit(2, **QUIET)
+    fitted.optimizer.param_groups[0]["lr"] = 0.01
+    await fitted.test(**QUIET)
+    await fitted.reset()
+    assert bits(fitted.model) == before
+    assert (fitted.epoch_num, fitted.best_score, fitted.best_epoch) == (0, None, None)
+    assert (fitted.M.train_runs, fitted.M.test_runs, list(fitted.M.train)) == (0, 0, [])
+    assert fitted.optimizer.param_groups[0]["lr"] == 0.5
+    assert fitted.optimizer.state_dict()["state"] == {}
+    assert (await fitted.fit(1, **QUIET)).best_epoch == 1
+
+
+async def test_reset_when_nothing_has_run_then_changes_no_weights() -> None:
+    fitted = trainer()
+    before = bits(fitted.model)
+    await fitted.reset()
+    assert bits(fitted.model) == before
+
+
+async def test_reset_when_pretrained_weights_were_deleted_then_says_so_and_changes_nothing() -> (
+    None
+):
+    fitted = trainer()
+    await fitted.fit(1, **QUIET)
+    await fitted.del_pretrained_model()
+    before = bits(fitted.model)
+    with pytest.raises(CheckpointError, match="pretrained"):
+        await fitted.reset()
+    assert bits(fitted.model) == before
+    assert (fitted.epoch_num, fitted.M.train_runs) == (1, 1)
