@@ -102,7 +102,8 @@ class AdaptiveSource:
         if self._source is None:
             return self._inline.fetch()
         batch = self._source.fetch()
-        if batch is END and self._source.paused and not self._feed.control.halted:
+        ended = self._source.exhausted or self._feed.control.halted
+        if batch is END and self._source.paused and not ended:
             self._source.close()  # its last batches are used up
             self._source = None
             return self._inline.fetch()
@@ -129,8 +130,9 @@ class AdaptiveSource:
 
     def _go_ahead(self) -> None:
         self._source = AheadSource(self._feed, self._depth)
-        self._to_skip = self._depth + 1  # until the queue is in its steady state
+        self._to_skip = 1  # the one that the new thread begins with
 
     def close(self) -> list[Any]:
         """See `Source`."""
-        return [] if self._source is None else self._source.close()
+        ahead = [] if self._source is None else self._source.close()
+        return [*ahead, *self._inline.close()]

@@ -142,7 +142,8 @@ class Placement:
 
     def _move(self, item: Any) -> Any:
         if isinstance(item, PackedSequence):
-            return item.to(self._device, self._target(item.data.dtype))
+            target = self._target(item.data.dtype)
+            return item.to(device=self._device, dtype=target)  # type: ignore[call-arg]
         if not isinstance(item, Tensor):
             return item.to(self._device)
         dtype = item.dtype

@@ -18,7 +18,7 @@ from fitloop._aggregate import as_numbers
 from fitloop._control import Cancelled, RunControl
 from fitloop._crossing import LoopSide
 from fitloop._device import Placement
-from fitloop._errors import ConfigurationError
+from fitloop._errors import ConfigurationError, note
 from fitloop._events import (
     BatchProgress,
     EpochEnded,
@@ -263,7 +263,7 @@ class Engine:
         try:
             self._around.loaders.close(source, loader)
         except Exception as later:  # the first error is what the caller is to see
-            error.add_note(f"closing the loader then raised {type(later).__name__}: {later}")
+            note(error, f"closing the loader then raised {type(later).__name__}: {later}")
 
     def _batches(self, state: LoopState, source: Source, scope: Scope) -> bool:
         """Step through a pass; return whether it came to its end."""

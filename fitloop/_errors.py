@@ -20,11 +20,18 @@ reaches the caller as the same object, with a note that says where in the run it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 
 def listed(names: Iterable[object]) -> str:
     """Join names for a message: ``'a', 'b'``, or ``none``."""
     return ", ".join(repr(str(name)) for name in names) or "none"
+
+
+def note(error: BaseException, text: str) -> None:
+    """Add a note to an exception, unless it takes none: then it is worth more than the note."""
+    with suppress(Exception):
+        error.add_note(text)
 
 
 class FitLoopError(Exception):

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
-from fitloop._core import Core
 from fitloop._engine import RunPlan
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
@@ -26,21 +22,20 @@ from fitloop._launch import (
     launch,
     phases,
 )
-from fitloop._optim import configure_optimizer as default_configure_optimizer
-from fitloop._parts import Interval, Parts, as_list, check_callable, check_callbacks, check_number
+from fitloop._parts import as_list, check_callable, check_callbacks, check_number
 from fitloop._profile import ProfileReport, SpanRecorder
 from fitloop._progress import ProgressLines
-from fitloop._prompt import QUESTION, ask_on_terminal
+from fitloop._prompt import QUESTION, TerminalPrompt
 from fitloop._result import FitResult
 from fitloop._run import Ask
-from fitloop._types import Loader, LossFunction, Phase, StageFunction
-from fitloop._view import TrainerView
+from fitloop._trainer import Trainer
+from fitloop._types import Loader, Phase
 from fitloop._weights import DiskStore, apply_weights, read_weights, with_suffix, write_weights
 
 EpochResult = dict[str, float]
 
 
-class FitLoop(TrainerView):
+class FitLoop(Trainer):
     """Trains one model, and can be awaited.
 
     ::
@@ -57,134 +52,7 @@ class FitLoop(TrainerView):
     coroutine of a trainer runs at a time, and a model is trained by one trainer at a time: else
     `BusyError`. A trainer may be used in one event loop after another.
 
-    Args:
-        model: what is trained. It is moved to ``device`` when the first run begins.
-        optimizer: one, or a list of them.
-        loss_function: ``(prediction, target) -> 0-d tensor``.
-        train_dl, valid_dl, test_dl: iterables of batches, with or without length, async ones
-            too, or functions that return one; each may also be passed to the call.
-        train_epoch_start, train_step, train_epoch_end: stage functions of the train phase.
-        valid_epoch_start, valid_step, valid_epoch_end: those of the validation.
-        test_epoch_start, test_step, test_epoch_end: those of the test.
-        preloop, postloop: called with the trainer before the first and after the last epoch.
-        lr_scheduler: one learning-rate scheduler, or a list of them.
-        scheduler_interval: when they are stepped: ``"batch"``, ``"epoch"`` or ``"valid"`` (after
-            validation, with the criteria), for all or as a list. By default, with the default
-            ``train_step``: OneCycleLR and CyclicLR per batch, ReduceLROnPlateau after
-            validation, others per epoch; a ``train_step`` of your own steps them itself.
-        device: CUDA if there is one, else the CPU.
-        dtype: what floating tensors of the batches are cast to, and the model with them. By
-            default that of the model's first floating parameter, which is float32 as a rule.
-        configure_optimizer: called with the trainer whenever weights were restored, so that
-            training can go on; the default is `fitloop.configure_optimizer`.
-        criteria: name of a metric of ``valid_epoch_end`` by which models are compared. With the
-            default ``valid_epoch_end``: ``accuracy``, or ``loss`` where there is no accuracy.
-        criteria_direction: 1, more is better, or -1; needed for a criteria that names a loss.
-        save_to_disk: keep the pretrained and the best weights as files under ``save_path``
-            instead of in CPU memory. An older best or pretrained file there is replaced.
-        save_path: directory for files; nothing is written before something is to be saved.
-        best_model_name: name of the best weights.
-        name: label in lines, prompts, events and messages.
-        seed: of the trainer's own randomness; without one it draws from the process's
-            generators, as a hand-written loop would. See ``docs/randomness.md``.
-        num_threads: intra-op threads of the steps; torch's own number by default.
-        prefetch: batches loaded ahead of the steps, in a thread or on the event loop; 0 for
-            none. By default 2 where that is found to be faster, by measuring.
-        loader_randomness: ``"own"`` promises that the loaders draw nothing from the process's
-            random generators, so that a seeded run may load beside its steps.
-        loader_grace: seconds that a run that ends waits for a loader that does not return.
-        callbacks: called with every event of every run. A plain function is called on the
-            thread of the run, which waits for it; an ``async def`` one on the event loop, which
-            the training does not wait for, except at its end.
-        on_continue: asked instead of the terminal with ``continue_loop``; an ``async def`` that
-            takes a `PromptAsked` and returns whether to go on.
-
-    Raises:
-        ConfigurationError: an argument cannot work; the message says what was expected.
-        StageSignatureError: a function cannot be called as the run will call it.
     """
-
-    # The constructor is the one long signature of the library: it names every part once.
-    def __init__(
-        self,
-        /,
-        model: nn.Module,
-        optimizer: Optimizer | Sequence[Optimizer],
-        loss_function: LossFunction,
-        *,
-        train_dl: Loader | Callable[[], Loader] | None = None,
-        valid_dl: Loader | Callable[[], Loader] | None = None,
-        test_dl: Loader | Callable[[], Loader] | None = None,
-        train_epoch_start: StageFunction | None = None,
-        train_step: StageFunction | None = None,
-        train_epoch_end: StageFunction | None = None,
-        valid_epoch_start: StageFunction | None = None,
-        valid_step: StageFunction | None = None,
-        valid_epoch_end: StageFunction | None = None,
-        test_epoch_start: StageFunction | None = None,
-        test_step: StageFunction | None = None,
-        test_epoch_end: StageFunction | None = None,
-        preloop: Callable[[Any], object] | None = None,
-        postloop: Callable[[Any], object] | None = None,
-        lr_scheduler: Any = None,
-        scheduler_interval: Interval | Sequence[Interval] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        configure_optimizer: Callable[[Any], object] | None = None,
-        criteria: str | None = None,
-        criteria_direction: int | None = None,
-        save_to_disk: bool = False,
-        save_path: str | Path = "fitloop_state",
-        best_model_name: str = "best_model",
-        name: str | None = None,
-        seed: int | None = None,
-        num_threads: int | None = None,
-        prefetch: int | None = None,
-        loader_randomness: Literal["global", "own"] = "global",
-        loader_grace: float = 5.0,
-        callbacks: Sequence[Callback] = (),
-        on_continue: Ask | None = None,
-    ) -> None:
-        self._named = name is not None
-        parts = Parts(
-            model=model,
-            optimizer=optimizer,
-            loss_function=loss_function,
-            train_dl=train_dl,
-            valid_dl=valid_dl,
-            test_dl=test_dl,
-            train_epoch_start=train_epoch_start,
-            train_step=train_step,
-            train_epoch_end=train_epoch_end,
-            valid_epoch_start=valid_epoch_start,
-            valid_step=valid_step,
-            valid_epoch_end=valid_epoch_end,
-            test_epoch_start=test_epoch_start,
-            test_step=test_step,
-            test_epoch_end=test_epoch_end,
-            preloop=preloop,
-            postloop=postloop,
-            lr_scheduler=lr_scheduler,
-            scheduler_interval=scheduler_interval,
-            device=_device(device),
-            dtype=_dtype_of(model) if dtype is None else dtype,
-            cast_model=dtype is not None,
-            configure_optimizer=configure_optimizer or default_configure_optimizer,
-            criteria=criteria,
-            criteria_direction=_direction(criteria, criteria_direction),
-            save_to_disk=save_to_disk,
-            save_path=_path(save_path),
-            best_model_name=best_model_name,
-            name=type(model).__name__ if name is None else str(name),
-            seed=seed,
-            num_threads=num_threads,
-            prefetch=prefetch,
-            loader_randomness=loader_randomness,
-            loader_grace=loader_grace,
-            callbacks=check_callbacks(callbacks),
-            on_continue=on_continue,
-        )
-        self._core = Core(parts)
 
     # -- training and testing --------------------------------------------------------------------
 
@@ -279,7 +147,7 @@ class FitLoop(TrainerView):
             track_batch_metrics=track_batch_metrics,
             ask_every=continue_loop,
         )
-        label = f"{core.parts.name}: " if self._named else ""
+        label = f"{core.parts.name}: " if self._core.parts.named else ""
         result: FitResult = await launch(
             core,
             self,
@@ -287,7 +155,7 @@ class FitLoop(TrainerView):
             self._told(callbacks),
             observers=[self._lines(print_every if verbose else 0, display_metrics, progress)],
             load_best=load_best,
-            ask=on_continue or core.parts.on_continue or ask_on_terminal,
+            ask=on_continue or core.parts.on_continue or TerminalPrompt(),
             question=f"{label}{QUESTION}",
         )
         return result
@@ -507,7 +375,7 @@ class FitLoop(TrainerView):
                 f"display_metrics is {display_metrics!r}; expected the name of a metric, or a list"
             )
         lines = ProgressLines(
-            label=self._core.parts.name if self._named else "",
+            label=self._core.parts.name if self._core.parts.named else "",
             every=print_every,
             names=names,
             live=live,
@@ -520,45 +388,6 @@ class FitLoop(TrainerView):
     def _file(self, name: str, path: str | Path | None) -> Path:
         directory = self._core.parts.save_path if path is None else Path(path)
         return directory / with_suffix(name)
-
-
-def _path(path: str | Path) -> Path:
-    try:
-        return Path(path)
-    except TypeError:
-        raise ConfigurationError(
-            f"save_path is {path!r}; expected the path of a directory"
-        ) from None
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigurationError(
-            f"device is {device!r}; expected a torch.device or a name such as 'cpu' or 'cuda:0'"
-        ) from error
-
-
-def _dtype_of(model: object) -> torch.dtype:
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return torch.float32
-
-
-def _direction(criteria: str | None, direction: int | None) -> int:
-    if direction is not None:
-        return direction
-    if isinstance(criteria, str) and "loss" in criteria.lower():
-        raise ConfigurationError(
-            f"criteria is {criteria!r} and criteria_direction is not given; give "
-            "criteria_direction=-1 if less is better, 1 if more is"
-        )
-    return 1
 
 
 def _last(result: FitResult) -> dict[str, EpochResult]:

@@ -36,6 +36,7 @@ class EventStream:
         self._events: deque[Event] = deque()
         self._bell: Doorbell | None = None
         self._ended = False
+        self._read_end = False
         self.dropped = 0
         """events lost to a slow reader"""
 
@@ -60,15 +61,18 @@ class EventStream:
             raise RuntimeError(
                 "this event stream is not open; use `async with trainer.events() as events`"
             )
+        if self._read_end:
+            self._read_end = False  # it may be read again for the next run
+            raise StopAsyncIteration
         while True:
             with self._lock:
                 if self._events:
                     event = self._events.popleft()
                     break
                 if self._ended:
-                    self._ended = False  # it may be read again for the next run
                     raise StopAsyncIteration
             await self._bell.wait()
+        self._read_end = isinstance(event, RunEnded)
         return event
 
     def push(self, event: Event) -> None:
@@ -81,13 +85,11 @@ class EventStream:
             if self._limit is not None and len(self._events) > self._limit:
                 self._events.popleft()
                 self.dropped += 1
-            if isinstance(event, RunEnded):
-                self._ended = True
         if self._bell is not None:
             self._bell.ring()
 
     def end(self) -> None:
-        """End the iteration after the events there are; any thread."""
+        """End every iteration after the events there are; any thread."""
         with self._lock:
             self._ended = True
         if self._bell is not None:

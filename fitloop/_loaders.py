@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -133,6 +134,7 @@ class OneShot:
         self.loader = loader
         self._unread: deque[Any] = deque()
         self._record: list[Any] | None = None
+        self._ended = False
 
     def _note(self, batch: Any) -> Any:
         if self._record is not None:
@@ -142,6 +144,10 @@ class OneShot:
     def put_back(self, batches: Iterable[Any]) -> None:
         """Have ``batches`` come first in the next pass."""
         self._unread.extendleft(reversed(list(batches)))
+
+    def is_exhausted(self) -> bool:
+        """Return whether there is nothing left to read."""
+        return self._ended and not self._unread
 
     def record(self) -> None:
         """Remember what is read from now on, for `rewind`."""
@@ -158,7 +164,13 @@ class _OneShotIterator(OneShot):
         return self
 
     def __next__(self) -> Any:
-        return self._note(self._unread.popleft() if self._unread else next(self.loader))
+        if self._unread:
+            return self._note(self._unread.popleft())
+        try:
+            return self._note(next(self.loader))
+        except StopIteration:
+            self._ended = True
+            raise
 
 
 class _OneShotAsyncIterator(OneShot):
@@ -166,7 +178,13 @@ class _OneShotAsyncIterator(OneShot):
         return self
 
     async def __anext__(self) -> Any:
-        return self._note(self._unread.popleft() if self._unread else await anext(self.loader))
+        if self._unread:
+            return self._note(self._unread.popleft())
+        try:
+            return self._note(await anext(self.loader))
+        except StopAsyncIteration:
+            self._ended = True
+            raise
 
 
 def _one_shot(loader: Any) -> OneShot | None:
@@ -197,7 +215,7 @@ class Loaders:
 
     def __init__(self, options: LoadingOptions) -> None:
         self._options = options
-        self._trials: dict[tuple[Phase, int], Trial] = {}
+        self._trials: dict[Phase, tuple[Callable[[], Any], Trial]] = {}
         self._one_shots: dict[int, OneShot] = {}
         self._rehearsed: list[OneShot] | None = None
         self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
@@ -221,6 +239,8 @@ class Loaders:
         seeded = replace(feed, stream=stream)
         steps = seeded.borrow_turn()
         feed.control.loading = feed.label
+        if feed.control.cancelled:
+            feed.control.left_loader()
         try:
             iterable = self._iterable(loader)
             certain = draws_only_to_begin(loader) or self._options.randomness == "own"
@@ -239,7 +259,8 @@ class Loaders:
         if is_async:
             given = self._options.prefetch
             depth = AUTOMATIC_DEPTH if given is None else given
-            return AsyncSource(iterable, feed, side, depth=depth, limit=limit)
+            opened = replace(feed, rewinds=not isinstance(iterable, OneShot))
+            return AsyncSource(iterable, opened, side, depth=depth, limit=limit)
         if feed.watch is not None:
             iterator = _Watched(feed.watch(iterator.__next__))
         opened = replace(
@@ -257,10 +278,20 @@ class Loaders:
         # With turns to take, loading and stepping cannot overlap: ahead would only cost.
         if feed.stream is not None or type(loader) in (list, tuple):
             return InlineSource(feed)
-        trial = self._trials.setdefault((phase, id(loader)), Trial())
+        trial = self._trial(phase, loader)
         if trial.decided:
             return AheadSource(feed, AUTOMATIC_DEPTH) if trial.ahead else InlineSource(feed)
         return AdaptiveSource(feed, AUTOMATIC_DEPTH, trial, watch_draws=not certain)
+
+    def _trial(self, phase: Phase, loader: Any) -> Trial:
+        """Return what was learnt about the phase's loader; nothing yet if it is another one."""
+        known, trial = self._trials.get(phase, (None, Trial()))
+        if known is None or known() is not loader:
+            try:
+                self._trials[phase] = (weakref.ref(loader), trial := Trial())
+            except TypeError:  # it takes no weak references
+                self._trials[phase] = (lambda: loader, trial := Trial())
+        return trial
 
     def _iterable(self, loader: Any) -> Any:
         """Return what to iterate; in a rehearsal, having noted how to put it back."""
@@ -284,6 +315,8 @@ class Loaders:
         one_shot = self._one_shots.get(id(loader))
         if one_shot is not None and self._rehearsed is None:
             one_shot.put_back(unread)
+            if one_shot.is_exhausted():
+                del self._one_shots[id(loader)]
 
     def rehearsal(self) -> Loaders:
         """Return loaders for a run after which `rewind` puts every one-shot loader back."""
@@ -301,6 +334,8 @@ class Loaders:
 
 
 def _is_iterable(loader: object) -> bool:
+    if isinstance(loader, type):  # its instances may be; it is a function that makes one
+        return False
     return any(hasattr(loader, method) for method in ("__iter__", "__aiter__", "__getitem__"))
 
 

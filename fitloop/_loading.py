@@ -102,22 +102,25 @@ class InlineSource:
     """Iterates the loader in the step thread, between the steps."""
 
     def __init__(self, feed: Feed) -> None:
-        # A closure, since this is called for every batch: it finds everything in its cells.
-        self.fetch: Callable[[], Any] = _inline_fetch(feed)
+        # Closures, since this is called for every batch: they find everything in their cells.
+        self.fetch, self._close = _inline(feed)
 
     def close(self) -> list[Any]:
         """See `Source`."""
-        return []
+        return self._close()
 
 
-def _inline_fetch(feed: Feed) -> Callable[[], Any]:
-    control, label = feed.control, feed.label
-    read, place, receive = feed.iterator.__next__, feed.place, feed.receive
+def _inline(feed: Feed) -> tuple[Callable[[], Any], Callable[[], list[Any]]]:
+    control, label, place, receive = feed.control, feed.label, feed.place, feed.receive
+    read: Callable[[], Any] | None = feed.iterator.__next__
+    unread: list[Any] = []
 
     def fetch() -> Any:
         control.loading = label
+        if control.cancelled:
+            control.left_loader()
         try:
-            batch = read()
+            batch = read()  # type: ignore[misc]
         except StopIteration:
             batch = END
         except BaseException:
@@ -125,6 +128,8 @@ def _inline_fetch(feed: Feed) -> Callable[[], Any]:
             raise
         control.loading = None
         if control.cancelled:
+            if batch is not END:
+                unread.append(batch)
             control.left_loader()
         if batch is END:
             return END
@@ -137,7 +142,13 @@ def _inline_fetch(feed: Feed) -> Callable[[], Any]:
         feed.return_turn(steps)
         return batch
 
-    return fetch if feed.stream is None else seeded_fetch
+    def close() -> list[Any]:
+        nonlocal read
+        read = None  # an exception may keep this frame, and it the loader's workers
+        feed.iterator = iter(())
+        return unread
+
+    return fetch if feed.stream is None else seeded_fetch, close
 
 
 class AheadSource:
@@ -152,6 +163,8 @@ class AheadSource:
         self._error: BaseException | None = None
         self._ended = False
         self._closed = False
+        self.exhausted = False
+        """the loader has come to its end"""
         self.paused = False
         """the thread reads no more, although the loader may have more"""
         self.waited = 0
@@ -203,6 +216,7 @@ class AheadSource:
             unread = [raw for raw, _placed, _drawn in self._ready]
             self._ready.clear()
             hung = not self._ended
+            feed.iterator = feed.iterator if hung else iter(())
         if feed.rewinds and feed.stream is not None and self._drawn and unread and not hung:
             feed.stream.set_state(self._drawn)
         return unread
@@ -228,6 +242,7 @@ class AheadSource:
                         return
                 raw = self._draw()
                 if raw is END:
+                    self.exhausted = True
                     break
                 drawn = None if feed.stream is None else feed.stream.state()
                 item = (raw, feed.place(raw), drawn)
@@ -310,9 +325,14 @@ class AsyncSource:
 
     def close(self) -> list[Any]:
         """See `Source`; returns when the task on the event loop has ended."""
-        control = self._feed.control
+        feed, control = self._feed, self._feed.control
         with control.changed:
             self._closed = True
+        self._ring()
+        with control.changed:
+            if not feed.rewinds:
+                # Cancelling an async generator ends it; the batch it is at is given back.
+                control.changed.wait_for(lambda: self._ended or control.cancelled, feed.grace)
             self._cancel()
         control.wait_for(lambda: self._ended, obey_stop=False)
         with control.changed:
@@ -370,8 +390,10 @@ class AsyncSource:
         self._iterator = aiter(self._iterable)
         read = 0
         while limit is None or read < limit:
-            while read >= self._asked + self._depth:
+            while read >= self._asked + self._depth and not self._closed:
                 await room.wait()
+            if self._closed:
+                return
             try:
                 batch = await anext(self._iterator)
             except StopAsyncIteration:

@@ -134,6 +134,7 @@ class Parts:
     save_path: Path
     best_model_name: str
     name: str
+    named: bool
     seed: int | None
     num_threads: int | None
     prefetch: int | None
@@ -276,4 +277,4 @@ class Parts:
         return as_list(self.lr_scheduler)
 
 
-PART_NAMES = frozenset({field.name for field in fields(Parts)} | {"optimizers", "lr_schedulers"})
+PART_NAMES = {"optimizers", "lr_schedulers", *(field.name for field in fields(Parts))}

@@ -24,26 +24,38 @@ def parse_answer(text: str) -> bool | None:
     return _ANSWERS.get(text.strip().lower())
 
 
-async def ask_on_terminal(event: PromptAsked) -> bool:
-    """Ask on the terminal and return whether to go on; the event loop and other trainers go on.
+class TerminalPrompt:
+    """Asks on the terminal; one of them for each run. An `on_continue`."""
 
-    Anything but y, yes, n, no or Enter is explained and asked again. Ctrl-D means no. Without a
-    terminal the answer is yes, with a warning.
+    def __init__(self) -> None:
+        self._told = False
 
-    Cancellation: the question is withdrawn and the terminal left clean.
+    async def __call__(self, event: PromptAsked) -> bool:
+        """Ask, and return whether to go on; the event loop and other trainers go on meanwhile.
 
-    Raises:
-        KeyboardInterrupt: Ctrl-C was pressed at the question.
-        ConfigurationError: the event loop is not asyncio's.
-    """
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        warnings.warn(
-            f"{event.trainer}: continue_loop asks on a terminal, and there is none; going on. "
-            "Give on_continue= an async function to ask in another way",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        Anything but y, yes, n, no or Enter is explained and asked again. Ctrl-D means no.
+        Without a terminal the answer is yes, with one warning a run.
+
+        Cancellation: the question is withdrawn and the terminal left clean.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed at the question.
+            ConfigurationError: the event loop is not asyncio's.
+        """
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            return await _ask(event.question)
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"{event.trainer}: continue_loop asks on a terminal, and there is none; going on. "
+                "Give on_continue= an async function to ask in another way",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return True
+
+
+async def _ask(question: str) -> bool:
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
@@ -57,14 +69,14 @@ async def ask_on_terminal(event: PromptAsked) -> bool:
     lock = _locks.setdefault(loop, asyncio.Lock())
     async with lock:
         session: PromptSession[str] = PromptSession()
-        question = event.question
+        shown = question
         while True:
             with patch_stdout(raw=True):
                 try:
-                    text = await session.prompt_async(question, handle_sigint=True)
+                    text = await session.prompt_async(shown, handle_sigint=True)
                 except EOFError:
                     return False
             answer = parse_answer(text)
             if answer is not None:
                 return answer
-            question = f"{text.strip()!r} is neither y nor n; {event.question}"
+            shown = f"{text.strip()!r} is neither y nor n; {question}"

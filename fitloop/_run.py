@@ -20,7 +20,7 @@ from fitloop._control import Abandoned, Cancelled, RunControl
 from fitloop._core import Core
 from fitloop._crossing import LoopSide, loop_scheduler
 from fitloop._engine import Engine, NoProbe, Probe, RunPlan, Surroundings
-from fitloop._errors import ConfigurationError
+from fitloop._errors import ConfigurationError, note
 from fitloop._events import Event, PromptAnswered, PromptAsked, RunEnded, RunStarted
 from fitloop._random import Streams, Turn
 from fitloop._result import EpochMetricsLog, FitResult
@@ -142,7 +142,7 @@ class Run:
         except (Cancelled, Abandoned):
             raise
         except BaseException as error:
-            error.add_note(f"in trainer {self._core.parts.name!r}: {engine.position()}")
+            note(error, f"in trainer {self._core.parts.name!r}: {engine.position()}")
             raise
 
     def _streams(self) -> Streams | None:
@@ -229,11 +229,11 @@ class Run:
         """Return which of two errors the caller is to see: the first that is one."""
         if error is None or isinstance(error, Cancelled):
             return self._noted(raised, doing)
-        error.add_note(f"{doing} then raised {type(raised).__name__}: {raised}")
+        note(error, f"{doing} then raised {type(raised).__name__}: {raised}")
         return error
 
     def _noted(self, error: BaseException, doing: str) -> BaseException:
-        error.add_note(f"in trainer {self._core.parts.name!r}: {doing}")
+        note(error, f"in trainer {self._core.parts.name!r}: {doing}")
         return error
 
     def _put_back(self) -> None:

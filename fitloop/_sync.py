@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
-from functools import update_wrapper
+from functools import cached_property, update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar
 
 import anyio
 
 from fitloop._errors import SyncInAsyncError
 from fitloop._fitloop import FitLoop
-from fitloop._view import TrainerView
+from fitloop._trainer import Trainer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,24 +51,7 @@ def _blocking(
     return call
 
 
-def _constructor(
-    init: Callable[Concatenate[FitLoop, P], None],
-) -> Callable[Concatenate[SyncFitLoop, P], None]:
-    """Return a constructor with the arguments of FitLoop's."""
-
-    def construct(self: SyncFitLoop, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        self.loop = FitLoop.__new__(FitLoop)
-        init(self.loop, *args, **kwargs)
-        self._core = self.loop._core
-
-    update_wrapper(construct, init)
-    return construct
-
-
-_construct = _constructor(FitLoop.__init__)  # outside, or mypy expects object's signature
-
-
-class SyncFitLoop(TrainerView):
+class SyncFitLoop(Trainer):
     """`FitLoop` for plain scripts: the same constructor and the same names, blocking.
 
     ::
@@ -85,10 +68,13 @@ class SyncFitLoop(TrainerView):
     stop everything else.
     """
 
-    loop: FitLoop
-    """the trainer inside, for use in an event loop"""
+    @cached_property
+    def loop(self) -> FitLoop:
+        """The same trainer for use in an event loop."""
+        twin = FitLoop.__new__(FitLoop)
+        twin._core = self._core
+        return twin
 
-    __init__ = _construct
     fit = _blocking(FitLoop.fit)
     train = _blocking(FitLoop.train)
     test = _blocking(FitLoop.test)

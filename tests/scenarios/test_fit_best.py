@@ -146,6 +146,10 @@ async def test_criteria_when_no_stage_returns_it_then_first_epoch_raises_with_th
     assert len(fitted.M.train["loss"][0]) == 1
 
 
+def names_in(directory: Path) -> set[str]:
+    return {file.name for file in directory.iterdir()}
+
+
 def restoring(calls: list[FitLoop]) -> Callable[[FitLoop], None]:
     def configure(given: FitLoop) -> None:
         calls.append(given)
@@ -187,10 +191,10 @@ async def test_training_when_best_was_restored_then_goes_on_from_it() -> None:
 
 
 async def test_save_to_disk_when_off_then_nothing_is_written(tmp_path: Path) -> None:
-    fitted, weights = scored([2, 1], save_path=tmp_path / "state")
+    fitted, _weights = scored([2, 1], save_path=tmp_path / "state")
     await fitted.fit(2, **QUIET)
     await fitted.reset()
-    assert list(tmp_path.iterdir()) == []
+    assert names_in(tmp_path) == set()
 
 
 async def test_save_to_disk_when_on_then_keeps_both_models_under_save_path(tmp_path: Path) -> None:
@@ -199,7 +203,7 @@ async def test_save_to_disk_when_on_then_keeps_both_models_under_save_path(tmp_p
     assert not path.exists()
     untrained = bits(fitted.model)
     await fitted.fit(2, **QUIET)
-    assert {file.name for file in path.iterdir()} == {"top.msgpack", "pretrained_model.msgpack"}
+    assert names_in(path) == {"top.msgpack", "pretrained_model.msgpack"}
     assert bits(fitted.model) == weights[1]
 
     twin = trainer(save_path=path)
@@ -209,16 +213,16 @@ async def test_save_to_disk_when_on_then_keeps_both_models_under_save_path(tmp_p
     assert bits(twin.model) == untrained
 
     await fitted.del_best_model()
-    assert {file.name for file in path.iterdir()} == {"pretrained_model.msgpack"}
+    assert names_in(path) == {"pretrained_model.msgpack"}
     assert (fitted.best_score, fitted.best_epoch) == (None, None)
     await fitted.del_pretrained_model()
-    assert list(path.iterdir()) == []
+    assert names_in(path) == set()
 
 
 async def test_del_best_model_when_there_is_none_then_says_so() -> None:
     fitted = trainer()
     for call in (fitted.del_best_model, fitted.del_pretrained_model, fitted.load_best):
-        with pytest.raises(CheckpointError, match="no weights '.*' are kept"):
+        with pytest.raises(CheckpointError, match=r"no weights '.*' are kept"):
             await call()
 
 

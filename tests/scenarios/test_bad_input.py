@@ -1,0 +1,302 @@
+"""What cannot work is refused: it is said what was given, what was expected, and how to mend it.
+
+Nothing has been changed then: neither the model and the optimizer, nor the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import arguments, batches, bits, mlp, process_generators, trainer
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
+
+from fitloop import (
+    ConfigurationError,
+    FitLoop,
+    LoopState,
+    MetricError,
+    MissingCriteriaError,
+    MissingLoaderError,
+    StageSignatureError,
+    SyncFitLoop,
+    SyncInAsyncError,
+)
+
+QUIET: dict[str, Any] = {"verbose": False}
+
+STAGE_FUNCTIONS = [
+    f"{phase}_{stage}"
+    for phase in ("train", "valid", "test")
+    for stage in ("epoch_start", "step", "epoch_end")
+]
+
+
+def no_argument() -> None: ...
+def two_arguments(state: object, more: object) -> None: ...
+def keyword_only(*, state: object) -> None: ...
+
+
+def default_and_more(state: object, more: object = None, *, other: int = 1) -> None: ...
+
+
+def other_optimizer() -> SGD:
+    return SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+
+
+BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
+    ("model is a class", {"model": nn.Linear}, r"model is <class .*expected a torch\.nn\.Module"),
+    ("model is a number", {"model": 3}, r"model is 3; expected a torch\.nn\.Module"),
+    ("no optimizer", {"optimizer": []}, r"optimizer is empty; expected a torch optimizer or a"),
+    ("optimizer is a class", {"optimizer": SGD}, r"optimizer is <class .*; expected a torch opt"),
+    (
+        "optimizer of another model",
+        {"optimizer": other_optimizer()},
+        r"optimizer holds none of the model's parameters.*Adam\(model\.parameters\(\)\)",
+    ),
+    ("no loss", {"loss_function": None}, r"loss_function is None; expected a callable"),
+    ("loader is a string", {"train_dl": "data"}, r"train_dl is 'data'; expected a DataLoader, a"),
+    ("loader is a number", {"test_dl": 7}, r"test_dl is 7; expected a DataLoader, a list"),
+    ("scheduler is none", {"lr_scheduler": 3}, r"lr_scheduler is 3; expected an object with step"),
+    ("scheduler is a class", {"lr_scheduler": StepLR}, r"lr_scheduler is .*StepLR.*; expected"),
+    (
+        "interval is unknown",
+        {"scheduler_interval": "step"},
+        r"scheduler_interval is 'step'; expected 'batch', 'epoch' or 'valid'",
+    ),
+    (
+        "intervals are too many",
+        {"scheduler_interval": ["batch", "epoch"]},
+        r"scheduler_interval has 2 entries for 0 schedulers; expected one for all, or one for",
+    ),
+    ("device is unknown", {"device": "gpu"}, r"device is 'gpu'; expected a torch\.device or .*cpu"),
+    ("dtype is a name", {"dtype": "float32"}, r"dtype is 'float32'; expected .*torch\.float32"),
+    ("dtype is of integers", {"dtype": torch.int64}, r"dtype is torch\.int64; expected .*float"),
+    ("criteria is no name", {"criteria": 5}, r"criteria is 5; expected .*name"),
+    (
+        "direction of a loss is not given",
+        {"criteria": "loss"},
+        r"criteria is 'loss' and criteria_direction is not given; give criteria_direction=-1",
+    ),
+    (
+        "direction is a word",
+        {"criteria_direction": "max"},
+        r"criteria_direction is 'max'; expected 1 \(more is better\) or -1",
+    ),
+    ("seed is negative", {"seed": -1}, r"seed is -1; expected an integer of at least 0"),
+    ("seed is a word", {"seed": "a"}, r"seed is 'a'; expected an integer of at least 0"),
+    ("seed is too large", {"seed": 2**64}, r"seed is 18446744073709551616; expected less than"),
+    ("threads are none", {"num_threads": 0}, r"num_threads is 0; expected an integer of at least"),
+    ("prefetch is negative", {"prefetch": -1}, r"prefetch is -1; expected an integer of at least"),
+    (
+        "loader_randomness is unknown",
+        {"loader_randomness": "mine"},
+        r"loader_randomness is 'mine'; expected 'global' or 'own'",
+    ),
+    ("grace is negative", {"loader_grace": -1}, r"loader_grace is -1; expected seconds"),
+    ("grace is a word", {"loader_grace": "5"}, r"loader_grace is '5'; expected seconds"),
+    ("callbacks are no list", {"callbacks": print}, r"callbacks is .*print.*; expected .*list"),
+    (
+        "best model is called as the pretrained one",
+        {"best_model_name": "pretrained_model"},
+        r"best_model_name is 'pretrained_model'; expected another",
+    ),
+    ("save_path is none", {"save_path": None}, r"save_path is None; expected"),
+    *(
+        (f"{name} takes no argument", {name: no_argument}, rf"{name} is 'no_argument\(\).*; expect")
+        for name in [*STAGE_FUNCTIONS, "preloop", "postloop", "configure_optimizer"]
+    ),
+    ("step needs two", {"train_step": two_arguments}, r"train_step is 'two_arguments\(state.*one"),
+    ("step needs a keyword", {"train_step": keyword_only}, r"train_step is 'keyword_only\(\*, s"),
+    ("step is a word", {"train_step": "f"}, r"train_step is 'f'; expected a function that can be"),
+    ("callback is a number", {"callbacks": [3]}, r"callbacks is 3; expected a function that can"),
+    ("on_continue is a number", {"on_continue": 3}, r"on_continue is 3; expected a function that"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [pytest.param(changes, pattern, id=name) for name, changes, pattern in BAD_ARGUMENTS],
+)
+def test_constructor_when_an_argument_cannot_work_then_says_so_and_changes_nothing(
+    changes: dict[str, Any], pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    given = arguments(model=model, optimizer=optimizer)
+    before, generators = bits(model), process_generators()
+    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    with pytest.raises(ConfigurationError, match=f"^{pattern}"):
+        FitLoop(**{**given, **changes})
+    assert bits(model) == before
+    assert (model.training, optimizer.state_dict()["state"]) == (True, {})
+    assert process_generators() == generators
+    assert (torch.is_grad_enabled(), torch.get_num_threads()) == (grad, threads)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stage_signature_error_when_raised_then_is_a_type_error_with_fields() -> None:
+    with pytest.raises(TypeError) as caught:
+        trainer(valid_step=two_arguments)
+    assert isinstance(caught.value, StageSignatureError)
+    assert caught.value.name == "valid_step"
+    assert caught.value.given == "two_arguments(state: 'object', more: 'object') -> 'None'"
+
+
+class Callable1:
+    def __call__(self, state: LoopState) -> None: ...
+
+    def method(self, state: LoopState) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "function",
+    [default_and_more, lambda *states: None, Callable1(), Callable1().method],
+    ids=["defaults", "star", "object", "method"],
+)
+def test_constructor_when_a_stage_can_take_one_argument_then_accepts_it(function: Any) -> None:
+    trainer(train_step=function, valid_epoch_end=function)
+
+
+def test_constructor_when_one_of_several_optimizers_holds_no_parameters_then_accepts_it() -> None:
+    """It may hold those of something else, a loss with parameters for one."""
+    model = mlp()
+    trainer(model=model, optimizer=[SGD(model.parameters(), lr=0.1), other_optimizer()])
+
+
+# -- calls -----------------------------------------------------------------------------------------
+
+
+async def refused(
+    fitted: FitLoop, call: Callable[..., Any], kind: type[Exception], pattern: str, **given: Any
+) -> None:
+    before = bits(fitted.model)
+    with pytest.raises(kind, match=f"^{pattern}"):
+        await call(**given)
+    assert bits(fitted.model) == before
+    assert (fitted.epoch_num, fitted.M.train_runs, fitted.M.test_runs) == (0, 0, 0)
+    assert not fitted.running
+
+
+@pytest.mark.parametrize(
+    ("given", "pattern"),
+    [
+        ({"epochs": -1}, r"epochs is -1; expected an integer of at least 0"),
+        ({"epochs": 1.5}, r"epochs is 1\.5; expected an integer"),
+        ({"epochs": "2"}, r"epochs is '2'; expected an integer"),
+        ({"steps": 0}, r"steps is 0; expected an integer of at least 1 or None: batches of each"),
+        ({"continue_loop": -1}, r"continue_loop is -1; expected an integer of at least 0"),
+        ({"print_every": -1}, r"print_every is -1; expected an integer of at least 0: 0 prints"),
+        ({"train_dl": 5}, r"train_dl of fit\(\) is 5; expected a DataLoader"),
+        ({"valid_dl": "x"}, r"valid_dl of fit\(\) is 'x'; expected a DataLoader"),
+        ({"callbacks": [5]}, r"callbacks is 5; expected a function"),
+        ({"callbacks": print}, r"callbacks is .*print.*; expected .*list"),
+        ({"on_continue": no_argument}, r"on_continue is 'no_argument\(\).*; expected a function"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+async def test_fit_when_an_argument_cannot_work_then_says_so_and_runs_nothing(
+    given: dict[str, Any], pattern: str
+) -> None:
+    fitted = trainer()
+    await refused(fitted, fitted.fit, ConfigurationError, pattern, **given)
+    assert (await fitted.fit(1, **QUIET)).epochs == 1
+
+
+async def test_phase_when_asked_for_without_loader_then_says_how_to_give_one() -> None:
+    fitted = trainer(train_dl=None, valid_dl=None, test_dl=None)
+    for call in (fitted.fit, fitted.run_sanity_check, fitted.run_profiler):
+        name = call.__name__
+        pattern = rf"{name}\(\) needs train_dl, which is None; give train_dl= to the constructor"
+        await refused(fitted, call, MissingLoaderError, pattern)
+    pattern = r"test\(\) needs test_dl, which is None; give test_dl= to the constructor or to test"
+    await refused(fitted, fitted.test, MissingLoaderError, pattern)
+    await fitted.fit(1, train_dl=batches(), **QUIET)
+    await fitted.test(batches(), **QUIET)
+
+
+def test_fit_when_epochs_is_a_numpy_integer_then_is_accepted() -> None:
+    import numpy as np
+
+    arguments_given = arguments(valid_dl=None)
+    assert SyncFitLoop(**arguments_given).fit(np.int64(2), verbose=False).epochs == 2
+
+
+@pytest.mark.parametrize("data", [[], iter(())], ids=["list", "iterator"])
+async def test_loader_when_it_gives_no_batches_then_says_what_may_be_wrong(data: Any) -> None:
+    fitted = trainer(train_dl=data)
+    pattern = r"train_dl \(.*\) gave no batches in epoch 1; expected at least one.*read only once"
+    await refused(fitted, fitted.run_sanity_check, ConfigurationError, pattern)
+    with pytest.raises(ConfigurationError, match=pattern):
+        await fitted.fit(1, **QUIET)
+
+
+# -- metrics ---------------------------------------------------------------------------------------
+
+OF_STEPS = [
+    ({"a": None}, r"returned 'a': NoneType None; expected a number or a tensor: leave out what is"),
+    ({"a": "1.5"}, r"returned 'a': str '1\.5'; expected a number or a tensor"),
+    ({"a": b"1"}, r"returned 'a': bytes b'1'; expected a number or a tensor"),
+    ({"a": [1.0]}, r"returned 'a': list \[1\.0\]; expected a number or a tensor"),
+    ({"a": 1j}, r"returned 'a': complex 1j; expected a number or a tensor"),
+    ({"a": torch.tensor(1j)}, r"returned 'a': .*; expected a number or a tensor"),
+    ({"a": object}, r"returned 'a': type .*; expected a number or a tensor"),
+    ({1: 2.0}, r"returned a metric named 1, a int; expected names to be strings"),
+    ([1.0], r"returned list \[1\.0\]; expected a dict of metric names to numbers or tensors, or"),
+    (3.0, r"returned float 3\.0; expected a dict of metric names"),
+    (torch.tensor(3.0), r"returned Tensor tensor\(3\.\); expected a dict of metric names"),
+]
+OF_EPOCHS = [
+    *OF_STEPS,
+    ({"a": torch.ones(2)}, r"returned 'a' with shape \(2,\); expected one number: reduce it"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "stage", "returned", "pattern"),
+    [
+        *(("train_step", "train batch_step", *case) for case in OF_STEPS),
+        *(("valid_step", "valid batch_step", *case) for case in OF_STEPS[:2]),
+        *(("train_epoch_end", "train epoch_end", *case) for case in OF_EPOCHS),
+        *(("valid_epoch_start", "valid epoch_start", *case) for case in OF_EPOCHS[:3]),
+    ],
+)
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_metric_when_it_is_no_number_then_names_phase_stage_and_metric(
+    function: str, stage: str, returned: Any, pattern: str
+) -> None:
+    fitted = trainer(**{function: lambda _state: returned})
+    with pytest.raises(MetricError, match=f"^{stage} {pattern}"):
+        await fitted.fit(1, **QUIET)
+    with pytest.raises(MetricError, match=f"^{stage} {pattern}"):
+        await fitted.run_sanity_check()
+
+
+async def test_metric_when_it_changes_its_kind_then_says_so() -> None:
+    def step(state: LoopState) -> dict[str, Any]:
+        return {"a": 1.0 if state.batch_num == 1 else torch.ones(2)}
+
+    pattern = r"train batch_step returned 'a' as a number in one batch and as a tensor"
+    with pytest.raises(MetricError, match=pattern) as caught:
+        await trainer(train_step=step, name="tiny").fit(1, **QUIET)
+    assert "trainer 'tiny': train, epoch 1, batch_step of batch 2" in caught.value.__notes__[0]
+
+
+async def test_criteria_when_no_stage_returns_it_then_sanity_check_lists_the_names() -> None:
+    fitted = trainer(criteria="f1")
+    pattern = r"criteria is 'f1', which valid_epoch_end did not return; it returned 'loss', 'acc"
+    await refused(fitted, fitted.run_sanity_check, MissingCriteriaError, pattern)
+
+
+async def test_sync_trainer_when_an_event_loop_runs_then_says_what_to_await() -> None:
+    fitted = SyncFitLoop(**arguments())
+    for verb in ("fit", "test", "reset", "run_sanity_check", "load_best"):
+        pattern = rf"SyncFitLoop\.{verb}\(\) blocks, and an event loop is running.*await FitLoop"
+        with pytest.raises(SyncInAsyncError, match=pattern):
+            getattr(fitted, verb)()

@@ -1,0 +1,296 @@
+"""The order of a run's events, for callbacks and for readers of `events()`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import anyio
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from support.models import BATCHES, batches, bits, scores, sync_trainer, trainer
+
+from fitloop import (
+    BatchProgress,
+    EpochEnded,
+    Event,
+    FitLoop,
+    LoopState,
+    Phase,
+    PhaseEnded,
+    PhaseStarted,
+    RunEnded,
+    default_batch_step,
+)
+
+QUIET: dict[str, Any] = {"verbose": False}
+
+
+def named(event: Event) -> str:
+    """Return the event in a word or two; tests compare lists of these."""
+    told = ("kind", "phase", "epoch", "stop_reason", "go_on")
+    return " ".join(str(getattr(event, name)) for name in told if hasattr(event, name))
+
+
+def names(events: list[Event]) -> list[str]:
+    return [named(event) for event in events if not isinstance(event, BatchProgress)]
+
+
+TWO_EPOCHS = [
+    "run_started",
+    "epoch_started 1",
+    "phase_started train 1",
+    "phase_ended train 1",
+    "phase_started valid 1",
+    "phase_ended valid 1",
+    "best_improved 1",
+    "epoch_ended 1",
+    "prompt_asked 1",
+    "prompt_answered 1 True",
+    "epoch_started 2",
+    "phase_started train 2",
+    "phase_ended train 2",
+    "phase_started valid 2",
+    "phase_ended valid 2",
+    "epoch_ended 2",
+    "run_ended completed",
+]
+
+
+async def test_events_when_read_then_come_in_the_documented_order() -> None:
+    plain: list[Event] = []
+    awaited: list[Event] = []
+    streamed: list[Event] = []
+
+    async def wait(event: Event) -> None:
+        await anyio.lowlevel.checkpoint()
+        awaited.append(event)
+
+    fitted = trainer(
+        valid_epoch_end=scores([2, 1]),
+        criteria="score",
+        callbacks=[plain.append, wait],
+        on_continue=lambda _question: True,
+    )
+    async with fitted.events() as events, anyio.create_task_group() as group:
+
+        async def read() -> None:
+            streamed.extend([event async for event in events])
+
+        group.start_soon(read)
+        await fitted.fit(2, continue_loop=1, **QUIET)
+    for found in (plain, awaited, streamed):
+        assert names(found) == TWO_EPOCHS
+    assert {event.trainer for event in plain} == {"Sequential"}
+
+
+async def test_events_when_of_a_test_then_are_of_one_epoch() -> None:
+    told: list[Event] = []
+    await trainer().test(callbacks=[told.append], **QUIET)
+    assert names(told) == [
+        "run_started",
+        "epoch_started 1",
+        "phase_started test 1",
+        "phase_ended test 1",
+        "epoch_ended 1",
+        "run_ended completed",
+    ]
+
+
+async def test_events_when_metrics_are_in_them_then_equal_the_result() -> None:
+    told: list[Event] = []
+    fitted = trainer(train_epoch_start=lambda _state: {"rate": 0.5})
+    result = await fitted.fit(1, callbacks=[told.append], **QUIET)
+    [train, valid] = [event for event in told if isinstance(event, PhaseEnded)]
+    assert {name: [value] for name, value in train.metrics.items()} == {
+        name: values.tolist() for name, values in result.metrics["train"].items()
+    }
+    assert train.start_metrics == {"rate": 0.5}
+    assert (train.batches, train.samples, valid.batches, valid.samples) == (4, 26, 2, 14)
+    assert set(train.batch_metrics) == {"running_loss", "running_corr"}
+    [started] = [e for e in told if isinstance(e, PhaseStarted) and e.phase is Phase.TRAIN]
+    assert started.batches == BATCHES
+    [ended] = [event for event in told if isinstance(event, EpochEnded)]
+    assert ended.metrics == {"train": train.metrics, "valid": valid.metrics}
+    assert ended.complete
+    for event in told:
+        json.dumps(event.as_dict())
+
+
+async def test_callbacks_when_of_trainer_and_of_call_then_both_are_told() -> None:
+    first: list[Event] = []
+    second: list[Event] = []
+    fitted = trainer(callbacks=[first.append])
+    await fitted.fit(1, callbacks=[second.append], **QUIET)
+    assert names(first) == names(second)
+    count = len(first)
+    await fitted.run_sanity_check()
+    assert len(first) == count
+
+
+async def test_plain_callback_when_called_then_is_on_the_thread_of_the_steps() -> None:
+    threads: set[int] = set()
+    awaiting: set[int] = set()
+
+    def step(state: LoopState) -> Any:
+        threads.add(threading.get_ident())
+        return default_batch_step(state)
+
+    def plain(event: Event) -> None:
+        if isinstance(event, PhaseEnded):
+            threads.add(threading.get_ident())
+
+    async def on_loop(_event: Event) -> None:
+        awaiting.add(threading.get_ident())
+
+    await trainer(train_step=step).fit(1, callbacks=[plain, on_loop], **QUIET)
+    assert len(threads) == 1
+    assert awaiting == {threading.get_ident()} != threads
+
+
+@pytest.mark.parametrize("kind", ["run_started", "phase_ended", "epoch_ended", "run_ended"])
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+async def test_callback_when_it_raises_then_fit_raises_it_and_readers_see_the_end(
+    kind: str, is_async: bool
+) -> None:
+    error = ZeroDivisionError("mine")
+
+    def broken(event: Event) -> None:
+        if event.kind == kind:
+            raise error
+
+    async def broken_on_loop(event: Event) -> None:
+        broken(event)
+
+    fitted = trainer(callbacks=[broken_on_loop if is_async else broken], name="tiny")
+    seen: list[Event] = []
+    async with fitted.events() as events:
+        with pytest.raises(ZeroDivisionError) as caught:
+            await fitted.fit(3, **QUIET)
+        with anyio.fail_after(20):
+            async for event in events:
+                seen.append(event)  # noqa: PERF401 - no comprehension survives a failing guard
+    assert caught.value is error
+    assert any("trainer 'tiny'" in note for note in caught.value.__notes__)
+    assert isinstance(seen[-1], RunEnded)
+    assert kind in [event.kind for event in seen]
+
+
+async def test_events_when_nobody_reads_them_then_training_does_not_wait() -> None:
+    fitted = trainer()
+    async with fitted.events():
+        with anyio.fail_after(20):
+            await fitted.fit(200, steps=1, **QUIET)
+    assert fitted.epoch_num == 200
+
+
+async def test_events_when_a_task_reads_run_after_run_then_each_ends_its_iteration() -> None:
+    fitted = trainer()
+    async with fitted.events() as events:
+        for _run in range(2):
+            await fitted.fit(1, valid_dl=None, **QUIET)
+            found = [event async for event in events]
+            assert (found[0].kind, found[-1].kind) == ("run_started", "run_ended")
+
+
+async def test_callback_when_it_stops_the_trainer_at_an_epochs_end_then_run_ends_there() -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, EpochEnded) and event.epoch == 2:
+            fitted.stop()
+
+    fitted: FitLoop = trainer(callbacks=[stop])
+    result = await fitted.fit(5, **QUIET)
+    assert (result.epochs, result.stop_reason) == (2, "stopped")
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+async def test_callback_when_it_stops_at_a_phases_start_then_no_batch_of_it_is_run(
+    prefetch: int,
+) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.epoch == 2:
+            fitted.stop()
+
+    fitted: FitLoop = trainer(callbacks=[stop], prefetch=prefetch)
+    result = await fitted.fit(5, load_best=False, **QUIET)
+    assert (result.epochs, result.stop_reason) == (1, "stopped")
+    twin = trainer()
+    await twin.fit(1, load_best=False, **QUIET)
+    assert bits(fitted.model) == bits(twin.model)
+
+
+# -- any small plan, against a model of the loop --------------------------------------------------
+
+Stop = tuple[int, str, int] | None
+
+
+def reference(epochs: int, counts: dict[str, int], stop: Stop) -> list[str]:
+    """Return the events of a run that calls ``state.stop()`` in the batch step that ``stop`` names.
+
+    A train phase that was cut still ends, on what was seen; a validation does not. What comes
+    after the stop is not begun.
+    """
+    trace, halted = ["run_started"], False
+    for epoch in range(1, epochs + 1):
+        if halted:
+            break
+        trace.append(f"epoch_started {epoch}")
+        for phase, count in counts.items():
+            if halted or not count:
+                continue
+            trace.append(f"phase_started {phase} {epoch}")
+            halted = stop is not None and stop[:2] == (epoch, phase) and stop[2] <= count
+            if not halted or stop is None or phase == "train" or stop[2] == count:
+                trace.append(f"phase_ended {phase} {epoch}")
+        trace.append(f"epoch_ended {epoch}")
+    return [*trace, f"run_ended {'stopped' if halted else 'completed'}"]
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    epochs=st.integers(0, 3),
+    train=st.integers(1, 4),
+    valid=st.integers(0, 3),
+    stop=st.none()
+    | st.tuples(st.integers(1, 3), st.sampled_from(["train", "valid"]), st.integers(1, 4)),
+    prefetch=st.sampled_from([0, 1, 2, None]),
+)
+@example(epochs=2, train=2, valid=2, stop=(1, "valid", 2), prefetch=2)
+@example(epochs=2, train=2, valid=2, stop=(1, "train", 2), prefetch=2)
+@example(epochs=1, train=2, valid=0, stop=(1, "train", 2), prefetch=0)
+def test_events_when_the_plan_is_any_then_are_those_of_the_reference_model(
+    epochs: int, train: int, valid: int, stop: Stop, prefetch: int | None
+) -> None:
+    told: list[Event] = []
+    steps: list[tuple[int, str, int]] = []
+
+    def step(state: LoopState) -> None:
+        place = (state.epoch_num, str(state.phase), state.batch_num)
+        steps.append(place)
+        if place == stop:
+            state.stop()
+
+    data = batches(80)
+    fitted = sync_trainer(
+        train_dl=data[:train],
+        valid_dl=data[:valid] if valid else None,
+        train_step=step,
+        valid_step=step,
+        valid_epoch_end=lambda _state: {},
+        callbacks=[told.append],
+        prefetch=prefetch,
+    )
+    result = fitted.fit(epochs, verbose=False)
+    expected = reference(epochs, {"train": train, "valid": valid}, stop)
+    assert names(told) == expected
+    assert result.epochs == sum(name.startswith("epoch_ended") for name in expected)
+    reached = stop is not None and stop in steps
+    assert result.stop_reason == ("stopped" if reached else "completed")
+    if reached:
+        assert steps[-1] == stop

@@ -1,0 +1,203 @@
+"""What a person sees: the epoch lines in the seed's format, and the question whether to go on."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import anyio
+import pytest
+from support.models import scores, trainer
+
+from fitloop import ConfigurationError, PromptAsked
+
+METRICS = r"loss: \d+\.\d{4} \| accuracy: [01]\.\d{4}"
+TIME = r"(?:\d+ ms|\d\d s \d{3} ms)"
+
+
+def epoch_lines(head: str, train: str = METRICS, valid: str = METRICS) -> str:
+    indent = " " * len(head)
+    return (
+        f"{re.escape(head)}train :: {train}\n{indent}valid :: {valid}\n{indent}epoch time: {TIME}\n"
+    )
+
+
+def end_lines(dashes: int, best: str = r"best score: [01]\.\d{4}\n") -> str:
+    return f"{'-' * dashes}\ntotal time: {TIME}\n{best}"
+
+
+async def test_fit_when_it_prints_then_lines_are_as_in_the_seed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    await trainer().fit(4)
+    heads = [f"[{epoch}/4] - " for epoch in (1, 2, 3, 4)]
+    expected = "".join(map(epoch_lines, heads)) + end_lines(5)
+    printed = capsys.readouterr()
+    assert re.fullmatch(expected, printed.out), printed.out
+    assert printed.err == ""
+
+
+async def test_fit_when_epochs_have_two_digits_then_lines_stay_aligned(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    await trainer().fit(10)
+    heads = [*(f" [{epoch}/10] - " for epoch in range(1, 10)), "[10/10] - "]
+    expected = "".join(map(epoch_lines, heads)) + end_lines(7)
+    assert re.fullmatch(expected, capsys.readouterr().out)
+
+
+async def test_fit_when_there_is_no_validation_then_prints_neither_it_nor_a_best_score(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    await trainer(valid_dl=None).fit(1)
+    expected = rf"\[1/1\] - train :: {METRICS}\n {{8}}epoch time: {TIME}\n" + end_lines(5, "")
+    assert re.fullmatch(expected, capsys.readouterr().out)
+
+
+async def test_fit_when_called_again_then_epochs_are_counted_in_this_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fitted = trainer()
+    await fitted.fit(2, verbose=False)
+    assert capsys.readouterr().out == ""
+    await fitted.fit(1)
+    assert capsys.readouterr().out.startswith("[1/1] - train :: ")
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs"), [(1, [1, 2, 3, 4, 5]), (2, [1, 2, 4]), (3, [1, 3]), (9, [1])]
+)
+async def test_print_every_when_given_then_the_first_and_every_nth_epoch_is_printed(
+    every: int, epochs: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    await trainer().fit(5, print_every=every)
+    printed = capsys.readouterr().out
+    assert [int(epoch) for epoch in re.findall(r"^\[(\d)/5\]", printed, re.M)] == epochs
+
+
+async def test_print_every_when_zero_then_nothing_is_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fitted = trainer()
+    await fitted.fit(2, print_every=0)
+    await fitted.test(print_every=0)
+    await fitted.test(verbose=False)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shown"),
+    [
+        ("accuracy", r"accuracy: [01]\.\d{4}"),
+        (["accuracy"], r"accuracy: [01]\.\d{4}"),
+        (["accuracy", "loss"], r"accuracy: [01]\.\d{4} \| loss: \d+\.\d{4}"),
+    ],
+    ids=["a name", "a list", "an order"],
+)
+async def test_display_metrics_when_given_then_only_these_are_shown(
+    chosen: Any, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await trainer().fit(1, display_metrics=chosen)
+    expected = epoch_lines("[1/1] - ", shown, shown) + end_lines(5)
+    assert re.fullmatch(expected, capsys.readouterr().out)
+
+
+async def test_test_when_it_prints_then_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    await trainer().test()
+    assert re.fullmatch(rf"test  :: {METRICS}\n", capsys.readouterr().out)
+
+
+async def test_name_when_given_then_lines_begin_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    await trainer(name="lr=0.1").fit(1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("lr=0.1 [1/1] - train :: ")
+    assert lines[-1].startswith("lr=0.1 best score: ")
+
+
+async def test_sanity_check_when_run_then_prints_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    await trainer().run_sanity_check()
+    assert capsys.readouterr() == ("", "")
+
+
+# -- the question ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "asked"), [(1, 3, [1, 2]), (2, 5, [2, 4]), (2, 4, [2]), (5, 5, [])]
+)
+async def test_on_continue_when_yes_then_is_asked_after_every_nth_epoch_but_the_last(
+    every: int, epochs: int, asked: list[int]
+) -> None:
+    questions: list[PromptAsked] = []
+
+    async def yes(question: PromptAsked) -> bool:
+        questions.append(question)
+        return True
+
+    result = await trainer(on_continue=yes).fit(epochs, continue_loop=every, verbose=False)
+    assert (result.epochs, result.stop_reason) == (epochs, "completed")
+    assert [question.epoch_in_run for question in questions] == asked
+    assert {question.epochs for question in questions} <= {epochs}
+
+
+async def test_on_continue_when_no_then_run_ends_with_the_best_restored() -> None:
+    async def no(_question: PromptAsked) -> bool:
+        await anyio.lowlevel.checkpoint()
+        return False
+
+    fitted = trainer(valid_epoch_end=scores([3, 1, 2]), criteria="score")
+    result = await fitted.fit(6, continue_loop=2, on_continue=no, verbose=False)
+    assert (result.epochs, result.stop_reason, result.best_epoch) == (2, "prompt", 1)
+    assert (await fitted.fit(1, verbose=False)).epochs == 1
+    assert fitted.epoch_num == 3
+
+
+async def test_on_continue_when_stopped_while_it_is_open_then_is_withdrawn() -> None:
+    withdrawn: list[bool] = []
+
+    async def never(_question: PromptAsked) -> bool:
+        fitted.stop()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            withdrawn.append(True)
+        raise AssertionError
+
+    fitted = trainer(on_continue=never)
+    with anyio.fail_after(20):
+        result = await fitted.fit(6, continue_loop=1, verbose=False)
+    assert (result.epochs, result.stop_reason, withdrawn) == (1, "stopped", [True])
+
+
+async def test_on_continue_when_it_raises_then_the_same_exception_reaches_the_caller() -> None:
+    error = ZeroDivisionError("mine")
+
+    async def broken(_question: PromptAsked) -> bool:
+        raise error
+
+    fitted = trainer(on_continue=broken, name="tiny")
+    with pytest.raises(ZeroDivisionError) as caught:
+        await fitted.fit(6, continue_loop=2, verbose=False)
+    assert caught.value is error
+    assert "trainer 'tiny': asking whether to go on after epoch 2" in caught.value.__notes__[0]
+    assert (await fitted.fit(1, verbose=False)).epochs == 1
+
+
+async def test_on_continue_when_the_answer_is_no_bool_then_says_so() -> None:
+    fitted = trainer(on_continue=lambda _question: "yes")
+    pattern = r"on_continue returned 'yes'; expected True to go on or False"
+    with pytest.raises(ConfigurationError, match=pattern):
+        await fitted.fit(3, continue_loop=1, verbose=False)
+
+
+async def test_continue_loop_when_there_is_no_terminal_then_warns_once_and_goes_on() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = await trainer().fit(4, continue_loop=1, verbose=False)
+    assert (result.epochs, result.stop_reason) == (4, "completed")
+    told = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    assert len(told) == 1
+    assert re.search("continue_loop.*terminal.*going on.*on_continue=", told[0])
