@@ -21,7 +21,7 @@ import anyio
 import anyio.lowlevel
 
 from fitloop._control import Abandoned, Cancelled, RunControl
-from fitloop._errors import LoaderHungWarning
+from fitloop._errors import LoaderHungWarning, note
 
 T = TypeVar("T")
 
@@ -329,7 +329,7 @@ async def supervise(
     try:
         async with anyio.create_task_group() as group:
             for companion in companions:
-                group.start_soon(_accompany, companion, control, side)
+                group.start_soon(_accompany, companion, control, side, name)
             thread.start()
             try:
                 while not (side.finished or control.failure):
@@ -359,19 +359,24 @@ async def supervise(
 
 
 async def _accompany(
-    companion: Callable[[], Awaitable[None]], control: RunControl, side: LoopSide
+    companion: Callable[[], Awaitable[None]], control: RunControl, side: LoopSide, name: str
 ) -> None:
     try:
         with side.tasks.entered():
             await companion()
     except anyio.get_cancelled_exc_class() as error:
         if not (control.halted or _is_scope_cancelled()):
-            control.cancel(error)  # it awaited something that was cancelled
-            side.ring()
+            _fail(error, control, side, name)  # it awaited something that was cancelled
         _raise_in_scope(error)
-    except BaseException as error:  # raised again by supervise
-        control.cancel(error)
-        side.ring()
+    except BaseException as error:
+        _fail(error, control, side, name)
+
+
+def _fail(error: BaseException, control: RunControl, side: LoopSide, name: str) -> None:
+    """End the run for what an async callback raised; supervise raises it again."""
+    note(error, f"in trainer {name!r}: in an async callback")
+    control.cancel(error)
+    side.ring()
 
 
 async def _wind_up(

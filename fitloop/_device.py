@@ -28,7 +28,8 @@ def batch_size_of(batch: Any) -> int:
     """
     size = _first_dimension(batch)
     if size is None:
-        size = len(batch) if hasattr(batch, "__len__") else 1
+        countable = hasattr(batch, "__len__") and not isinstance(batch, Tensor)
+        size = len(batch) if countable else 1
     return size
 
 

@@ -377,7 +377,12 @@ class Engine:
         turn = self._around.turn
         if turn is not None:
             turn.pause()
-        values = self._around.side.call(lambda: scope.wrap(awaitable))
+        try:
+            values = self._around.side.call(lambda: scope.wrap(awaitable))
+        except Cancelled:
+            if hasattr(awaitable, "close"):  # a coroutine may never have begun
+                awaitable.close()
+            raise
         if turn is not None:
             turn.resume()
         return values

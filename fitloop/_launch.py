@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, TypeVar
 
+import anyio.lowlevel
 import torch
 
 from fitloop._busy import busy
@@ -41,6 +42,7 @@ async def launch(
 
     ``options`` are those of `RunOptions`. Raises `BusyError` at once, and what `supervise` raises.
     """
+    await anyio.lowlevel.checkpoint_if_cancelled()  # or a thread would be started for nothing
     plain = [callback for callback in callbacks if not is_async(callback)]
     threads = core.parts.num_threads or torch.get_num_threads()
     options["observers"] = [*options.get("observers", ()), *plain]

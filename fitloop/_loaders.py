@@ -13,7 +13,6 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from types import AsyncGeneratorType, FunctionType
 from typing import Any, Literal
 
 import torch
@@ -125,7 +124,7 @@ def generators_of(loader: object) -> list[torch.Generator]:
 
 
 class OneShot:
-    """A built-in iterator, which can be read once, with what was read from it but not used.
+    """An iterator, which can be read once, with what was read from it but not used.
 
     Lets a run that ends early, and the sanity check, put batches back.
     """
@@ -161,6 +160,8 @@ class OneShot:
 
 class _OneShotIterator(OneShot):
     def __iter__(self) -> Iterator[Any]:
+        iter(self.loader)  # returns itself, and some begin anew at it
+        self._ended = False
         return self
 
     def __next__(self) -> Any:
@@ -175,6 +176,8 @@ class _OneShotIterator(OneShot):
 
 class _OneShotAsyncIterator(OneShot):
     def __aiter__(self) -> AsyncIterator[Any]:
+        aiter(self.loader)
+        self._ended = False
         return self
 
     async def __anext__(self) -> Any:
@@ -188,15 +191,15 @@ class _OneShotAsyncIterator(OneShot):
 
 
 def _one_shot(loader: Any) -> OneShot | None:
-    """Return a wrapper for an iterator that surely goes on where it was left.
+    """Return a wrapper for a loader that is its own iterator, so that it goes on where it was left.
 
-    A class with an ``__iter__`` of its own may begin anew there, so it is asked at every pass.
+    One with a length is taken for a loader that begins anew at every pass, as some do.
     """
-    kind = type(loader)
-    if hasattr(loader, "__next__") and not isinstance(kind.__iter__, FunctionType):
-        return _OneShotIterator(loader)
-    if isinstance(loader, AsyncGeneratorType):
-        return _OneShotAsyncIterator(loader)
+    if not hasattr(loader, "__len__"):
+        if hasattr(loader, "__next__"):
+            return _OneShotIterator(loader)
+        if hasattr(loader, "__anext__"):
+            return _OneShotAsyncIterator(loader)
     return None
 
 

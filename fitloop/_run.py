@@ -196,8 +196,10 @@ class Run:
 
     def finish(self, error: BaseException | None) -> Any:
         """Put back what must be, restore the best weights, tell the observers, and report."""
+        if error is None and self._control.cancelled:
+            error = Cancelled()
         if isinstance(error, Cancelled) and self._control.failure is not None:
-            error = self._noted(self._control.failure, "in an async callback")
+            error = self._control.failure
         steps: list[tuple[str, Callable[[], None]]] = [("putting back", self._put_back)]
         if self._turn is not None:
             steps.insert(0, ("putting back the random generators", self._turn.revoke))

@@ -81,9 +81,9 @@ class Trainer(TrainerView):
             preloop, postloop: called with the trainer before the first and after the last epoch.
             lr_scheduler: one learning-rate scheduler, or a list of them.
             scheduler_interval: when they are stepped: ``"batch"``, ``"epoch"`` or ``"valid"``
-                (after validation, with the criteria), for all or as a list. By default, with the default
-                ``train_step``: OneCycleLR and CyclicLR per batch, ReduceLROnPlateau after
-                validation, others per epoch; a ``train_step`` of your own steps them itself.
+                (after validation, with the criteria), for all or as a list. By default, with
+                the default ``train_step``: OneCycleLR and CyclicLR per batch, ReduceLROnPlateau
+                after validation, others per epoch; your own ``train_step`` steps them itself.
             device: CUDA if there is one, else the CPU.
             dtype: what floating tensors of the batches are cast to, and the model with them. By
                 default that of the model's first floating parameter, which is float32 as a rule.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.models import arguments, batches, bits, mlp, process_generators, trainer
@@ -108,11 +109,11 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("save_path is none", {"save_path": None}, r"save_path is None; expected"),
     *(
-        (f"{name} takes no argument", {name: no_argument}, rf"{name} is 'no_argument\(\).*; expect")
+        (f"{name} takes no argument", {name: no_argument}, rf"{name} is .no_argument\(\).*; expect")
         for name in [*STAGE_FUNCTIONS, "preloop", "postloop", "configure_optimizer"]
     ),
-    ("step needs two", {"train_step": two_arguments}, r"train_step is 'two_arguments\(state.*one"),
-    ("step needs a keyword", {"train_step": keyword_only}, r"train_step is 'keyword_only\(\*, s"),
+    ("step needs two", {"train_step": two_arguments}, r"train_step is .two_arguments\(state.*one"),
+    ("step needs a keyword", {"train_step": keyword_only}, r"train_step is .keyword_only\(\*, s"),
     ("step is a word", {"train_step": "f"}, r"train_step is 'f'; expected a function that can be"),
     ("callback is a number", {"callbacks": [3]}, r"callbacks is 3; expected a function that can"),
     ("on_continue is a number", {"on_continue": 3}, r"on_continue is 3; expected a function that"),
@@ -197,7 +198,7 @@ async def refused(
         ({"valid_dl": "x"}, r"valid_dl of fit\(\) is 'x'; expected a DataLoader"),
         ({"callbacks": [5]}, r"callbacks is 5; expected a function"),
         ({"callbacks": print}, r"callbacks is .*print.*; expected .*list"),
-        ({"on_continue": no_argument}, r"on_continue is 'no_argument\(\).*; expected a function"),
+        ({"on_continue": no_argument}, r"on_continue is .no_argument\(\).*; expected a function"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -221,11 +222,9 @@ async def test_phase_when_asked_for_without_loader_then_says_how_to_give_one() -
     await fitted.test(batches(), **QUIET)
 
 
-def test_fit_when_epochs_is_a_numpy_integer_then_is_accepted() -> None:
-    import numpy as np
-
-    arguments_given = arguments(valid_dl=None)
-    assert SyncFitLoop(**arguments_given).fit(np.int64(2), verbose=False).epochs == 2
+async def test_fit_when_epochs_is_a_numpy_integer_then_is_accepted() -> None:
+    given: dict[str, Any] = {"epochs": np.int64(2), "steps": np.int32(1)}
+    assert (await trainer(seed=np.int64(3)).fit(**given, **QUIET)).epochs == 2
 
 
 @pytest.mark.parametrize("data", [[], iter(())], ids=["list", "iterator"])

@@ -1,0 +1,415 @@
+"""``run_sanity_check`` and ``run_profiler``: whatever happens in them, nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import torch
+from support.models import (
+    Augmented,
+    batches,
+    blobs,
+    cnn,
+    images,
+    mlp,
+    process_generators,
+    seed_process,
+    trainer,
+)
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader
+
+from fitloop import FitLoop, LoopState, MissingCriteriaError, SyncFitLoop
+
+GUARD = 30.0
+ONE_LOOP = pytest.mark.parametrize(
+    "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True
+)
+CALLS = pytest.mark.parametrize("call", ["run_sanity_check", "run_profiler"])
+STAGES = [
+    f"{phase}_{stage}"
+    for phase in ("train", "valid", "test")
+    for stage in ("epoch_start", "step", "epoch_end")
+]
+
+
+class World:
+    """A trainer with everything that a dry run could change, and a view of all of it."""
+
+    def __init__(self, path: Path, **changes: Any) -> None:
+        self.path = path
+        self.model = cnn()
+        self.model.register_buffer("steps", torch.zeros(()))
+        self.model[0].weight.requires_grad_(False)
+        self.optimizer = AdamW(
+            [{"params": [p], "lr": 0.01 * (n + 1)} for n, p in enumerate(self.model.parameters())]
+        )
+        self.scheduler = OneCycleLR(self.optimizer, 0.1, total_steps=100)
+        self.generator = torch.Generator().manual_seed(8)
+        data = Augmented(images())
+        self.loader = DataLoader(data, 8, shuffle=True, generator=self.generator)
+        arguments: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "lr_scheduler": self.scheduler,
+            "train_dl": self.loader,
+            "valid_dl": DataLoader(data, 8),
+            "test_dl": DataLoader(data, 8, shuffle=True),
+            "save_to_disk": True,
+            "save_path": path,
+        }
+        self.trainer = trainer(**{**arguments, **changes})
+        self._one_parameter = next(self.model.parameters())
+
+    async def lived(self) -> World:
+        """Train a little, so that there is something to lose."""
+        await self.trainer.fit(1, steps=2, verbose=False)
+        self.model.eval()
+        self.model[1].train()
+        self._one_parameter.grad = torch.full_like(self._one_parameter, 3.0)
+        return self
+
+    def state(self) -> dict[str, object]:
+        made, optimizer, model = self.trainer, self.optimizer, self.model
+        streams = made._core.streams
+        return {
+            "modules": [(name, id(part), part.training) for name, part in model.named_modules()],
+            "parameters": [
+                (name, id(p), p.requires_grad, raw(p), None if p.grad is None else raw(p.grad))
+                for name, p in model.named_parameters()
+            ],
+            "buffers": [(name, id(b), raw(b)) for name, b in model.named_buffers()],
+            "optimizer": plain(optimizer.state_dict()),
+            "groups": (
+                id(optimizer.param_groups),
+                [(id(g), [id(p) for p in g["params"]]) for g in optimizer.param_groups],
+            ),
+            "state": [id(parameter) for parameter in optimizer.state],
+            "scheduler": plain(self.scheduler.state_dict()),
+            "process": process_generators(),
+            "streams": None if streams is None else repr(draws_of(streams.copy())),
+            "loader": self.generator.get_state().tolist(),
+            "metrics": repr(made.M.to_dict()),
+            "best": (made.best_score, made._core.best_epoch, made.epoch_num, made.M.train_runs),
+            "files": {file.name: file.read_bytes() for file in sorted(self.path.glob("**/*"))},
+            "threads": torch.get_num_threads(),
+        }
+
+
+def raw(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return tensor.dtype, tensor.shape, tensor.detach().numpy().tobytes()
+
+
+def plain(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return raw(item)
+    if isinstance(item, dict):
+        return {key: plain(part) for key, part in item.items()}
+    return [plain(part) for part in item] if isinstance(item, (list, tuple)) else item
+
+
+def draws_of(streams: Any) -> list[object]:
+    kept = process_generators()
+    python, numpy, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    drawn = []
+    for stream in streams._streams.values():
+        torch.default_generator.set_state(stream._torch)
+        drawn.append((torch.rand(2).tolist(), stream._python, stream._bits.state))
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(state)
+    assert process_generators() == kept
+    return drawn
+
+
+async def dry(made: FitLoop, call: str, **more: Any) -> Any:
+    if call == "run_profiler":
+        more = {"steps": 3, "verbose": False, **more}
+    with anyio.fail_after(GUARD):
+        return await getattr(made, call)(**more)
+
+
+@CALLS
+@pytest.mark.parametrize("seed", [None, 7], ids=["unseeded", "seeded"])
+@pytest.mark.parametrize("prefetch", [None, 0, 2], ids=str)
+@ONE_LOOP
+async def test_dry_run_when_it_ends_then_everything_is_as_before(
+    call: str, seed: int | None, prefetch: int | None, tmp_path: Path
+) -> None:
+    np.random.randn()  # leaves the other of a pair behind
+    world = await World(tmp_path, seed=seed, prefetch=prefetch).lived()
+    before = world.state()
+    await dry(world.trainer, call, epochs=2)
+    assert world.state() == before
+
+
+@CALLS
+async def test_dry_run_when_on_any_event_loop_then_everything_is_as_before(
+    call: str, tmp_path: Path
+) -> None:
+    world = await World(tmp_path, seed=3).lived()
+    before = world.state()
+    await dry(world.trainer, call)
+    assert world.state() == before
+
+
+@CALLS
+@pytest.mark.parametrize("stage", [*STAGES, "preloop", "postloop"])
+@ONE_LOOP
+async def test_dry_run_when_a_stage_raises_then_same_error_and_everything_is_as_before(
+    call: str, stage: str, tmp_path: Path
+) -> None:
+    error, armed = ValueError("broken"), False
+
+    def fail(state: Any) -> dict[str, float]:
+        if armed:
+            raise error
+        return {"accuracy": 0.5}
+
+    world = await World(tmp_path, **{stage: fail}, scheduler_interval="batch").lived()
+    before, armed = world.state(), True
+    with pytest.raises(ValueError, match="broken") as caught:
+        await dry(world.trainer, call)
+    assert caught.value is error
+    assert world.state() == before
+
+
+@CALLS
+@pytest.mark.parametrize("seed", [None, 7], ids=["unseeded", "seeded"])
+@pytest.mark.parametrize("prefetch", [0, 2])
+async def test_dry_run_when_cancelled_then_everything_is_as_before(
+    call: str, seed: int | None, prefetch: int, tmp_path: Path
+) -> None:
+    reached, go_on, armed = threading.Event(), threading.Event(), False
+
+    def step(state: LoopState) -> dict[str, float]:
+        torch.rand(())
+        state.model[7].weight.data.add_(1)
+        if armed and state.batch_num == 2:
+            reached.set()
+            assert go_on.wait(GUARD)
+        return {"loss": 1.0}
+
+    changes = {"train_step": step, "scheduler_interval": "batch"}
+    world = await World(tmp_path, seed=seed, prefetch=prefetch, **changes).lived()
+    before, armed = world.state(), True
+    async with anyio.create_task_group() as group:
+        group.start_soon(dry, world.trainer, call)
+        assert await anyio.to_thread.run_sync(reached.wait, GUARD)
+        group.cancel_scope.cancel()
+        go_on.set()
+    assert world.state() == before
+    armed = False
+    await world.trainer.fit(1, steps=1, verbose=False)
+
+
+def meddle(state: LoopState) -> None:
+    """Change what can be changed, in every way a stage function may."""
+    model, optimizer = state.model, state.optimizer
+    model.steps = model.steps + 1  # a buffer replaced
+    model[1].running_mean.add_(5)
+    model.register_buffer("extra", torch.ones(2))
+    model.new = nn.Parameter(torch.ones(2))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+        parameter.requires_grad_(True)
+    model[7].weight.data = torch.zeros_like(model[7].weight)
+    model[2].train(not model[2].training)
+    optimizer.param_groups[0]["lr"] = 9.0
+    optimizer.param_groups[0]["new"] = [1]
+    del optimizer.param_groups[1]["betas"]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    optimizer.param_groups.pop(2)
+    optimizer.state.clear()
+    state.lr_scheduler.last_epoch = 77
+    state.lr_scheduler.base_lrs[0] = 5.0
+    random.random()
+    np.random.seed(1)
+    torch.manual_seed(4)
+
+
+@CALLS
+@pytest.mark.parametrize("stage", [name for name in STAGES if not name.endswith("step")])
+@ONE_LOOP
+async def test_dry_run_when_a_stage_meddles_then_everything_is_as_before(
+    call: str, stage: str, tmp_path: Path
+) -> None:
+    armed = False
+
+    def once(state: LoopState) -> dict[str, float]:
+        if armed:
+            meddle(state)
+            raise KeyError("enough")
+        return {"accuracy": 0.5}
+
+    world = await World(tmp_path, **{stage: once}).lived()
+    before, armed = world.state(), True
+    with pytest.raises(KeyError, match="enough"):
+        await dry(world.trainer, call)
+    assert world.state() == before
+
+
+@CALLS
+@ONE_LOOP
+async def test_dry_run_when_optimizer_loads_a_state_then_groups_are_the_old_objects(
+    call: str, tmp_path: Path
+) -> None:
+    def load(state: LoopState) -> None:
+        state.optimizer.load_state_dict(copy.deepcopy(state.optimizer.state_dict()))
+
+    world = await World(tmp_path).lived()
+    groups = list(world.optimizer.param_groups)
+    made = trainer(model=world.model, optimizer=world.optimizer, train_epoch_start=load,
+                   train_dl=world.loader, valid_dl=None, test_dl=None)  # fmt: skip
+    await dry(made, call)
+    assert [id(g) for g in world.optimizer.param_groups] == [id(g) for g in groups]
+
+
+@CALLS
+@ONE_LOOP
+async def test_dry_run_when_a_module_is_swapped_then_the_old_one_is_back(call: str) -> None:
+    model = mlp()
+    old = model[3]
+
+    def swap(state: LoopState) -> None:
+        state.model[3] = nn.Linear(8, 3)
+
+    await dry(trainer(model=model, train_epoch_start=swap), call)
+    assert model[3] is old
+
+
+@CALLS
+@ONE_LOOP
+async def test_dry_run_when_a_buffer_overlaps_itself_then_it_works(call: str) -> None:
+    model = mlp()
+    model.register_buffer("scale", torch.ones(1).expand(5))
+    weights = copy.deepcopy(model.state_dict())
+    await dry(trainer(model=model), call)
+    assert plain(model.state_dict()) == plain(weights)
+
+
+@CALLS
+@ONE_LOOP
+async def test_dry_run_when_lr_is_changed_afterwards_then_reset_goes_back_to_that(
+    call: str,
+) -> None:
+    made = trainer(configure_optimizer=lambda trainer: None)
+    await dry(made, call)
+    made.optimizer.param_groups[0]["lr"] = 0.5
+    await made.fit(1, verbose=False)
+    await made.reset()
+    assert made.optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("seed", [None, 7], ids=["unseeded", "seeded"])
+@pytest.mark.parametrize("kind", ["augmented", "workers", "batches"])
+@CALLS
+@ONE_LOOP
+async def test_fit_when_after_a_dry_run_then_gives_the_bits_it_would_have_given(
+    call: str, seed: int | None, kind: str
+) -> None:
+    async def trained(first: bool) -> object:
+        seed_process(11)
+        data = Augmented(blobs())
+        loaders: dict[str, Callable[[], Any]] = {
+            "augmented": lambda: DataLoader(data, 8, shuffle=True),
+            "workers": lambda: DataLoader(
+                data, 8, shuffle=True, num_workers=1, persistent_workers=True
+            ),
+            "batches": batches,
+        }
+        model = mlp(dropout=0.5)
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        made = trainer(
+            model=model,
+            optimizer=optimizer,
+            train_dl=loaders[kind](),
+            lr_scheduler=[StepLR(optimizer, 1, 0.5), ReduceLROnPlateau(optimizer, mode="max")],
+            seed=seed,
+        )
+        if first:
+            await dry(made, call)
+        result = await made.fit(2, verbose=False)
+        return plain(model.state_dict()), repr(result.metrics), plain(optimizer.state_dict())
+
+    assert await trained(True) == await trained(False)
+
+
+async def async_batches() -> AsyncIterator[Any]:
+    for batch in batches():
+        yield batch
+
+
+@CALLS
+@pytest.mark.parametrize("make", [lambda: iter(batches()), async_batches], ids=["plain", "async"])
+@pytest.mark.parametrize("prefetch", [None, 0, 2], ids=str)
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+async def test_dry_run_when_loader_can_be_read_once_then_fit_gets_all_of_it(
+    call: str, make: Callable[[], Any], prefetch: int | None, fails: bool
+) -> None:
+    seen, armed = [], fails
+
+    def step(state: LoopState) -> dict[str, float]:
+        if armed:
+            raise KeyError("enough")
+        seen.append(raw(state.batch[0]))
+        return {"loss": 1.0}
+
+    made = trainer(train_dl=make(), prefetch=prefetch, train_step=step)
+    if fails:
+        with pytest.raises(KeyError):
+            await dry(made, call)
+    else:
+        await dry(made, call)
+    seen.clear()
+    armed = False
+    await made.fit(1, verbose=False)
+    assert seen == [raw(inputs) for inputs, _targets in batches()]
+
+
+@CALLS
+@ONE_LOOP
+async def test_dry_run_when_there_are_callbacks_then_they_are_told_nothing(
+    call: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[object] = []
+
+    async def tell(event: object) -> None:
+        told.append(event)
+
+    await dry(trainer(callbacks=[told.append, tell]), call)
+    assert told == []
+    assert capsys.readouterr().out == ""
+
+
+@ONE_LOOP
+async def test_sanity_check_when_criteria_is_never_returned_then_error_lists_what_is() -> None:
+    made = trainer(criteria="f1", criteria_direction=1)
+    with pytest.raises(MissingCriteriaError, match="loss"):
+        await made.run_sanity_check()
+
+
+@ONE_LOOP
+async def test_sanity_check_when_it_ends_then_returns_the_metrics_of_each_phase() -> None:
+    found = await trainer().run_sanity_check(steps=1)
+    assert set(found) == {"train", "valid", "test"}
+    assert set(found["test"]) == {"loss", "accuracy"}
+
+
+def test_sanity_check_when_blocking_twin_then_nothing_changes_either() -> None:
+    made = SyncFitLoop(
+        model := mlp(), SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), train_dl=batches()
+    )
+    before = plain(model.state_dict())
+    made.run_sanity_check()
+    assert plain(model.state_dict()) == before
