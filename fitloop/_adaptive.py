@@ -91,12 +91,28 @@ class AdaptiveSource:
         self._last: float | None = None
         self._inline = InlineSource(feed)
         self._source: AheadSource | None = None
-        if trial.ahead:
+        # A loader that draws only in some epochs would be found out too late: look again at the
+        # second batch of every pass. The first may draw to begin.
+        self._to_check = 2 if trial.ahead and watch_draws else 0
+        if trial.ahead and not watch_draws:
             self._go_ahead()
 
     def fetch(self) -> Any:
         """See `Source`."""
+        if self._to_check:
+            return self._checked_fetch()
         return self._fetch() if self._trial.decided else self._measured_fetch()
+
+    def _checked_fetch(self) -> Any:
+        self._to_check -= 1
+        before = None if self._to_check else fingerprint()
+        batch = self._inline.fetch()
+        if before is not None:
+            if fingerprint() != before:
+                self._trial.drew()
+            elif batch is not END:
+                self._go_ahead()
+        return batch
 
     def _fetch(self) -> Any:
         if self._source is None:

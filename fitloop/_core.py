@@ -20,6 +20,7 @@ from fitloop._loaders import Loaders, LoadingOptions
 from fitloop._metrics import History
 from fitloop._parts import PRETRAINED, Parts
 from fitloop._random import Streams
+from fitloop._schedule import check_modes
 from fitloop._types import Phase
 from fitloop._weights import DiskStore, MemoryStore, WeightsStore, apply_weights
 
@@ -39,6 +40,7 @@ class Core:
         )
         self.criteria = _criteria(parts)
         """how models are compared; None when they are not"""
+        check_modes(parts, self.criteria)
         self.epoch_num = 0
         self.best_score: float | None = None
         self.best_epoch: int | None = None

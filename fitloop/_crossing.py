@@ -7,14 +7,12 @@ nothing of models or loaders. The thread-side waiting is `RunControl`'s.
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import math
 import threading
 import warnings
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import anyio
@@ -22,113 +20,9 @@ import anyio.lowlevel
 
 from fitloop._control import Abandoned, Cancelled, RunControl
 from fitloop._errors import LoaderHungWarning, note
+from fitloop._loops import Doorbell, Tasks, is_scope_cancelled, raise_in_scope
 
 T = TypeVar("T")
-
-
-def loop_scheduler() -> Callable[[Callable[[], object]], None]:
-    """Return a function that has a callable called on the running event loop, from any thread.
-
-    Calls after the loop has ended are dropped: nobody is left whom they could concern.
-    """
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        import trio
-
-        token = trio.lowlevel.current_trio_token()
-
-        def schedule_trio(call: Callable[[], object]) -> None:
-            with suppress(trio.RunFinishedError):
-                token.run_sync_soon(call)
-
-        return schedule_trio
-
-    def schedule_asyncio(call: Callable[[], object]) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(call)
-
-    return schedule_asyncio
-
-
-class Doorbell:
-    """Wakes one task from any thread; rings between two wake-ups count as one.
-
-    Made inside the event loop that will wait for it.
-    """
-
-    def __init__(self) -> None:
-        self._schedule = loop_scheduler()
-        self._lock = threading.Lock()
-        self._rung = False
-        self._event = anyio.Event()
-
-    def ring(self) -> None:
-        """Wake the waiting task, or the next one to wait."""
-        with self._lock:
-            if self._rung:
-                return
-            self._rung = True
-        self._schedule(self._open)
-
-    def _open(self) -> None:
-        self._event.set()
-
-    async def wait(self) -> None:
-        """Wait until it was rung since the last wait; a cancelled wait loses no ring."""
-        await self._event.wait()
-        self._event = anyio.Event()
-        with self._lock:
-            self._rung = False
-
-
-class _Tasks:
-    """The tasks in which user code runs on the event loop for a run, and how to cancel them.
-
-    A native ``Task.cancel()`` is one edge, an anyio scope keeps cancelling: user code gets what
-    the awaiting task got, so that asyncio code may await in its cleanup.
-    """
-
-    def __init__(self) -> None:
-        self._native: set[asyncio.Task[Any]] = set()
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Count the current task while user code runs in it."""
-        try:
-            task = asyncio.current_task()
-        except RuntimeError:  # trio has no edges
-            task = None
-        if task is None:
-            yield
-            return
-        self._native.add(task)
-        try:
-            yield
-        finally:
-            self._native.discard(task)
-
-    def cancel(self, interruption: BaseException, scope: anyio.CancelScope) -> None:
-        """Cancel them as the awaiting task was, by ``interruption``."""
-        native = isinstance(interruption, asyncio.CancelledError)
-        if not native or _is_scope_cancelled():
-            scope.cancel()
-            return
-        for task in self._native:
-            task.cancel()
-
-
-def _is_scope_cancelled() -> bool:
-    return anyio.current_effective_deadline() == -math.inf
-
-
-def _raise_in_scope(cancellation: BaseException) -> None:
-    """Raise a cancellation again where an anyio scope waits for it.
-
-    A native one ends here: in a task group it would cancel its siblings at every await.
-    """
-    if _is_scope_cancelled():
-        raise cancellation
 
 
 class _Request:
@@ -148,7 +42,7 @@ class LoopSide:
 
     def __init__(self, control: RunControl) -> None:
         self._control = control
-        self.tasks = _Tasks()
+        self.tasks = Tasks()
         self._bell = Doorbell()
         self._requests: deque[_Request] = deque()
         self._open_requests: set[_Request] = set()
@@ -228,8 +122,8 @@ class LoopSide:
                 request.result = await request.call()
         except anyio.get_cancelled_exc_class() as error:
             # Else it awaited something that was cancelled, which is an error like any other.
-            request.error = Cancelled() if self._closed or _is_scope_cancelled() else error
-            _raise_in_scope(error)
+            request.error = Cancelled() if self._closed or is_scope_cancelled() else error
+            raise_in_scope(error)
         except BaseException as error:  # crosses to the thread that asked
             request.error = error
         finally:
@@ -365,9 +259,9 @@ async def _accompany(
         with side.tasks.entered():
             await companion()
     except anyio.get_cancelled_exc_class() as error:
-        if not (control.halted or _is_scope_cancelled()):
+        if not (control.halted or is_scope_cancelled()):
             _fail(error, control, side, name)  # it awaited something that was cancelled
-        _raise_in_scope(error)
+        raise_in_scope(error)
     except BaseException as error:
         _fail(error, control, side, name)
 
@@ -411,6 +305,8 @@ def _outcome(thread: _StepThread, control: RunControl, interruption: BaseExcepti
     if control.failure is not None:
         error = control.failure
     if thread.error is not None and not isinstance(thread.error, Cancelled):
+        if control.failure not in (None, thread.error):
+            note(thread.error, f"meanwhile an async callback raised {control.failure!r}")
         error = thread.error
     thread.error = None
     try:

@@ -7,16 +7,13 @@ and no event loop either: what must run there is asked of the `LoopSide`.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from fitloop._aggregate import as_numbers
-from fitloop._control import Cancelled, RunControl
-from fitloop._crossing import LoopSide
+from fitloop._control import Cancelled
 from fitloop._device import Placement
 from fitloop._errors import ConfigurationError, note
 from fitloop._events import (
@@ -27,81 +24,15 @@ from fitloop._events import (
     PhaseEnded,
     PhaseStarted,
 )
-from fitloop._loaders import Loaders, describe, length_of, samples_in
+from fitloop._loaders import describe, length_of, samples_in
 from fitloop._loading import END, Feed, Source
-from fitloop._parts import Parts
-from fitloop._random import Streams, Turn
+from fitloop._plan import RunPlan, Surroundings
 from fitloop._stages import Scope, Stages, is_awaitable
 from fitloop._state import LoopState
 from fitloop._types import Phase, Stage, StopReason
 
 PROGRESS_SECONDS = 0.1
 """least time between two `BatchProgress` events"""
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunPlan:
-    """What a run is to do; checked by whoever made it."""
-
-    call: str
-    """the coroutine that was called: ``"fit"``, ``"test"`` ..."""
-    epochs: int
-    first_epoch: int
-    """number of the first epoch in the trainer's life, counted from 1"""
-    phases: tuple[tuple[Phase, Any], ...]
-    """the phases of an epoch, each with its loader"""
-    steps: int | None = None
-    """batches of each phase at most"""
-    define_all: bool = False
-    """grad mode, ``zero_grad`` and train/eval mode are left to the stage functions"""
-    cast: bool = True
-    track_batch_metrics: bool = True
-    ask_every: int = 0
-    """epochs between two continue questions; 0 for none"""
-
-
-class Probe(Protocol):
-    """Looks at the calls of the engine; the profiler's has a clock in it."""
-
-    def wrap(self, phase: Phase, name: str, function: F) -> F:
-        """Return ``function``, or one that does the same and more."""
-
-    def watch(self, phase: Phase) -> Callable[[Any], Any] | None:
-        """Return what to wrap the call in that reads a batch from a loader; None for nothing."""
-
-
-class NoProbe:
-    """Looks at nothing."""
-
-    def wrap(self, phase: Phase, name: str, function: F) -> F:
-        """Return ``function``."""
-        return function
-
-    def watch(self, phase: Phase) -> None:
-        """Return None."""
-        return
-
-
-@dataclass(slots=True, kw_only=True)
-class Surroundings:
-    """What the engine works with."""
-
-    parts: Parts
-    control: RunControl
-    side: LoopSide
-    loaders: Loaders
-    emit: Callable[[Event], None]
-    ask: Callable[[int, int], bool]
-    """whether to go on after an epoch, given its number in the trainer's life and in the run"""
-    streams: Streams | None
-    turn: Turn | None
-    """of a seeded run"""
-    batch_hooks: Sequence[Callable[[], None]] = ()
-    """called after every batch step of the train phase, on the step thread"""
-    probe: Probe = field(default_factory=NoProbe)
-    clock: Callable[[], float] = time.perf_counter
 
 
 class Engine:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from fitloop._engine import RunPlan
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._launch import (
@@ -23,6 +22,7 @@ from fitloop._launch import (
     phases,
 )
 from fitloop._parts import as_list, check_callable, check_callbacks, check_number
+from fitloop._plan import RunPlan
 from fitloop._profile import ProfileReport, SpanRecorder
 from fitloop._progress import ProgressLines
 from fitloop._prompt import QUESTION, TerminalPrompt
@@ -124,15 +124,13 @@ class FitLoop(Trainer):
             Exception: whatever a stage function, loader or callback raised, as the same object,
                 with a note that says where.
         """
-        check_number("epochs", epochs, 0)
-        check_number("continue_loop", continue_loop, 0, meaning="epochs between two questions")
-        check_steps(steps)
+        often = check_number("continue_loop", continue_loop, 0, meaning="epochs between questions")
         if on_continue is not None:
             check_callable("on_continue", on_continue, "the PromptAsked event")
         core = self._core
         plan = RunPlan(
             call="fit",
-            epochs=epochs,
+            epochs=check_number("epochs", epochs, 0),
             first_epoch=core.epoch_num + 1,
             phases=phases(
                 core,
@@ -141,11 +139,11 @@ class FitLoop(Trainer):
                 Phase.TRAIN,
                 Phase.VALID,
             ),
-            steps=steps,
+            steps=check_steps(steps),
             define_all=define_all,
             cast=cast,
             track_batch_metrics=track_batch_metrics,
-            ask_every=continue_loop,
+            ask_every=often,
         )
         label = f"{core.parts.name}: " if self._core.parts.named else ""
         result: FitResult = await launch(
@@ -181,14 +179,13 @@ class FitLoop(Trainer):
         The arguments are those of `fit`. Cancellation and errors are as in `fit`; weights are
         not changed, unless a stage function does so.
         """
-        check_steps(steps)
         core = self._core
         plan = RunPlan(
             call="test",
             epochs=1,
             first_epoch=max(1, core.epoch_num),
             phases=phases(core, "test", {Phase.TEST: test_dl}, Phase.TEST),
-            steps=steps,
+            steps=check_steps(steps),
             define_all=define_all,
             cast=cast,
             track_batch_metrics=track_batch_metrics,
@@ -368,7 +365,6 @@ class FitLoop(Trainer):
     def _lines(
         self, print_every: int, display_metrics: str | Sequence[str] | None, live: bool
     ) -> Callable[[Event], None]:
-        check_number("print_every", print_every, 0, meaning="0 prints nothing")
         names = None if display_metrics is None else as_list(display_metrics)
         if names is not None and not all(isinstance(name, str) for name in names):
             raise ConfigurationError(
@@ -376,7 +372,7 @@ class FitLoop(Trainer):
             )
         lines = ProgressLines(
             label=self._core.parts.name if self._core.parts.named else "",
-            every=print_every,
+            every=check_number("print_every", print_every, 0, meaning="0 prints nothing"),
             names=names,
             live=live,
         )

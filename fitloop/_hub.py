@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, cast
 
-from fitloop._crossing import Doorbell
 from fitloop._events import BatchProgress, Event, RunEnded
+from fitloop._loops import Doorbell
 
 STREAM_LIMIT = 1024
 """events that a stream keeps for a slow reader"""

@@ -18,12 +18,12 @@ from fitloop._busy import busy
 from fitloop._control import RunControl
 from fitloop._core import Core
 from fitloop._crossing import LoopSide, supervise
-from fitloop._engine import RunPlan
 from fitloop._errors import MissingLoaderError
 from fitloop._events import Event, PhaseEnded
 from fitloop._hub import EventStream, feed_callback
 from fitloop._loaders import check_loader
-from fitloop._parts import check_number
+from fitloop._parts import check_number, check_optional
+from fitloop._plan import RunPlan
 from fitloop._run import Errand, Run, RunOptions
 from fitloop._types import Phase
 
@@ -122,22 +122,20 @@ def dry_plan(
     cast: bool,
 ) -> RunPlan:
     """Return the plan of a run over every phase that has a loader."""
-    check_number("epochs", epochs, 1)
-    check_steps(steps)
     return RunPlan(
         call=call,
-        epochs=epochs,
+        epochs=check_number("epochs", epochs, 1),
         first_epoch=core.epoch_num + 1,
         phases=phases(core, call, given, Phase.TRAIN, Phase.VALID, Phase.TEST),
-        steps=steps,
+        steps=check_steps(steps),
         define_all=define_all,
         cast=cast,
     )
 
 
-def check_steps(steps: int | None) -> None:
-    """Refuse a number of batches that is none."""
-    check_number("steps", steps, 1, optional=True, meaning="batches of each phase at most")
+def check_steps(steps: int | None) -> int | None:
+    """Return a number of batches as a plain integer, or None; refuse one that is none."""
+    return check_optional("steps", steps, 1, meaning="batches of each phase at most")
 
 
 def criteria_check(core: Core) -> Callable[[Event], None]:

@@ -31,9 +31,10 @@ from torch.utils.data import (
 )
 
 from fitloop._adaptive import AdaptiveSource, Trial
+from fitloop._async_loading import AsyncSource
 from fitloop._crossing import LoopSide
 from fitloop._errors import ConfigurationError
-from fitloop._loading import AheadSource, AsyncSource, Feed, InlineSource, Source
+from fitloop._loading import AheadSource, Feed, InlineSource, Source
 from fitloop._random import Stream
 from fitloop._types import Phase
 
@@ -282,7 +283,7 @@ class Loaders:
         if feed.stream is not None or type(loader) in (list, tuple):
             return InlineSource(feed)
         trial = self._trial(phase, loader)
-        if trial.decided:
+        if trial.decided and (certain or not trial.ahead):
             return AheadSource(feed, AUTOMATIC_DEPTH) if trial.ahead else InlineSource(feed)
         return AdaptiveSource(feed, AUTOMATIC_DEPTH, trial, watch_draws=not certain)
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fitloop._errors import ConfigurationError, StageSignatureError
@@ -63,26 +64,33 @@ def check_callable(name: str, function: object, given: str) -> None:
         raise StageSignatureError(name, shown, expected) from None
 
 
-def check_number(
-    name: str, value: object, least: int, *, optional: bool = False, meaning: str = ""
-) -> None:
-    """Refuse what is no integer of at least ``least``.
+def check_number(name: str, value: SupportsIndex, least: int, *, meaning: str = "") -> int:
+    """Return an integer as a plain one.
 
     Raises:
-        ConfigurationError: it is not, saying what was given.
+        ConfigurationError: it is none, or less than ``least``.
     """
-    if optional and value is None:
-        return
     try:
-        number = -1 if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
+        number = least - 1 if isinstance(value, bool) else index(value)
     except TypeError:
-        number = -1
+        number = least - 1
     if number < least:
-        also = " or None" if optional else ""
         raise ConfigurationError(
-            f"{name} is {value!r}; expected an integer of at least {least}{also}"
+            f"{name} is {value!r}; expected an integer of at least {least}"
             + (f": {meaning}" if meaning else "")
         )
+    return number
+
+
+def check_optional(
+    name: str, value: SupportsIndex | None, least: int, *, meaning: str = ""
+) -> int | None:
+    """Return an integer as a plain one, or None.
+
+    Raises:
+        ConfigurationError: it is neither, or less than ``least``.
+    """
+    return None if value is None else check_number(name, value, least, meaning=meaning)
 
 
 def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:
@@ -152,6 +160,11 @@ class Parts:
         if not callable(self.loss_function):
             raise StageSignatureError(
                 "loss_function", self.loss_function, "a callable (prediction, target) -> 0-d tensor"
+            )
+        if any(is_lazy(parameter) for parameter in self.model.parameters()):
+            raise ConfigurationError(
+                "model has lazy parameters, without values yet; run a batch through it before "
+                "its optimizer and trainer are made"
             )
         self._check_optimizers()
         self._check_functions()
@@ -235,9 +248,6 @@ class Parts:
                 f"criteria_direction is {self.criteria_direction!r}; expected 1 (more is better) "
                 "or -1 (less is better)"
             )
-        check_number("prefetch", self.prefetch, 0, optional=True)
-        check_number("num_threads", self.num_threads, 1, optional=True)
-        check_number("seed", self.seed, 0, optional=True)
         if self.seed is not None and self.seed >= 2**64:
             raise ConfigurationError(f"seed is {self.seed}; expected less than 2**64")
         if self.loader_randomness not in ("global", "own"):

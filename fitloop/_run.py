@@ -18,10 +18,12 @@ from fitloop._best import BestTracker
 from fitloop._capture import TrainingCapture
 from fitloop._control import Abandoned, Cancelled, RunControl
 from fitloop._core import Core
-from fitloop._crossing import LoopSide, loop_scheduler
-from fitloop._engine import Engine, NoProbe, Probe, RunPlan, Surroundings
+from fitloop._crossing import LoopSide
+from fitloop._engine import Engine
 from fitloop._errors import ConfigurationError, note
 from fitloop._events import Event, PromptAnswered, PromptAsked, RunEnded, RunStarted
+from fitloop._loops import loop_scheduler
+from fitloop._plan import NoProbe, Probe, RunPlan, Surroundings
 from fitloop._random import Streams, Turn
 from fitloop._result import EpochMetricsLog, FitResult
 from fitloop._schedule import SchedulerSteps
@@ -70,6 +72,7 @@ class Run:
         self._tracker: BestTracker | None = None
         self._engine: Engine | None = None
         self._turn: Turn | None = None
+        self._forget_turn: Callable[[], None] = lambda: None
         self._capture: TrainingCapture | None = None
         phases = [phase for phase, _loader in plan.phases]
         self._schedulers: SchedulerSteps | None = None
@@ -153,8 +156,9 @@ class Run:
             # A dry run draws from copies, also of the process's generators.
             streams = streams.copy() if streams is not None else Streams.of_process(core.cuda)
         if streams is not None:
-            self._turn = Turn(lambda: self._control.cancelled, core.cuda)
-            self._control.on_halt(self._turn.wake)
+            control = self._control
+            self._turn = Turn(lambda: control.cancelled, core.cuda)
+            self._forget_turn = control.on_halt(self._turn.wake)
         return streams
 
     def _batch_hooks(self) -> list[Callable[[], None]]:
@@ -217,6 +221,7 @@ class Run:
         if self._has_threads:
             intra_op_threads.leave()
         result = None if error is not None else self._result()
+        self._forget_turn()
         self._engine = None  # it refers back to this run, and both to the model
         try:
             if error is not None:

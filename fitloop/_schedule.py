@@ -32,6 +32,30 @@ def _natural_interval(scheduler: object) -> Interval:
     return "batch" if isinstance(scheduler, _PER_BATCH) else "epoch"
 
 
+def check_modes(parts: Parts, criteria: Criteria | None) -> None:
+    """Refuse a plateau scheduler that looks for the opposite of the criteria, where it is known.
+
+    Raises:
+        ConfigurationError: one does.
+    """
+    if criteria is None or criteria.is_default:
+        return
+    for scheduler, interval in zip(parts.lr_schedulers, intervals_of(parts), strict=True):
+        if interval is not None and isinstance(scheduler, kinds.ReduceLROnPlateau):
+            _check_mode(scheduler, criteria)
+
+
+def _check_mode(scheduler: kinds.ReduceLROnPlateau, criteria: Criteria) -> None:
+    better = "max" if criteria.direction > 0 else "min"
+    if scheduler.mode != better:
+        raise ConfigurationError(
+            f"ReduceLROnPlateau has mode={scheduler.mode!r}, but of the criteria "
+            f"{criteria.name!r} {'more' if better == 'max' else 'less'} is better, so it "
+            f"would lower the rate when the model improves; give it mode={better!r}, or "
+            "another criteria= and criteria_direction="
+        )
+
+
 class SchedulerSteps:
     """Steps the schedulers of a trainer: an observer of its training runs.
 
@@ -68,8 +92,6 @@ class SchedulerSteps:
                 "ReduceLROnPlateau is stepped with the criteria of the validation, and there is "
                 f"no {missing}; give {missing}=, or step it in a train_step of your own"
             )
-        if not self._criteria.is_default:
-            self._check_mode(scheduler, self._criteria)
 
     def after_batch(self) -> None:
         """Step those that go by batches."""
@@ -98,19 +120,8 @@ class SchedulerSteps:
         assert self._criteria is not None
         if self._score is None:
             raise MissingCriteriaError(self._criteria.name, self._known)
-        self._check_mode(scheduler, self._criteria)
+        _check_mode(scheduler, self._criteria)
         scheduler.step(self._score)
-
-    @staticmethod
-    def _check_mode(scheduler: kinds.ReduceLROnPlateau, criteria: Criteria) -> None:
-        better = "max" if criteria.direction > 0 else "min"
-        if scheduler.mode != better:
-            raise ConfigurationError(
-                f"ReduceLROnPlateau has mode={scheduler.mode!r}, but of the criteria "
-                f"{criteria.name!r} {'more' if better == 'max' else 'less'} is better, so it "
-                f"would lower the rate when the model improves; give it mode={better!r}, or "
-                "another criteria= and criteria_direction="
-            )
 
 
 def _name(scheduler: object) -> str:

@@ -24,7 +24,7 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
 
     Expects batches of ``(inputs, targets)``. Returns ``running_loss`` (the loss times the
     samples of the batch) and, for integer targets, ``running_corr`` (the samples whose largest
-    output along dimension 1 is the target's class).
+    output along dimension 1 is the target's class; of dense targets the share that is right).
     """
     inputs, targets = state.batch
     predictions = state.model(inputs)
@@ -37,7 +37,10 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
     value = loss.item() if loss.is_cpu else loss.detach()
     metrics: dict[str, Any] = {"running_loss": value * state.batch_size}
     if not targets.is_floating_point():
-        metrics["running_corr"] = (predictions.argmax(dim=1) == targets).sum()
+        correct = predictions.argmax(dim=1) == targets
+        if correct.ndim > 1:  # a class for each pixel or word: the share of a sample's that are
+            correct = correct.flatten(1).double().mean(dim=1)
+        metrics["running_corr"] = correct.sum()
     return metrics
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from fitloop._core import Core
 from fitloop._errors import ConfigurationError
 from fitloop._optim import configure_optimizer as default_configure_optimizer
-from fitloop._parts import Interval, Parts, check_callbacks
+from fitloop._parts import Interval, Parts, check_callbacks, check_optional
 from fitloop._run import Ask
 from fitloop._types import Loader, LossFunction, StageFunction
 from fitloop._view import TrainerView
@@ -146,9 +146,9 @@ class Trainer(TrainerView):
             best_model_name=best_model_name,
             name=type(model).__name__ if name is None else name,
             named=name is not None,
-            seed=seed,
-            num_threads=num_threads,
-            prefetch=prefetch,
+            seed=check_optional("seed", seed, 0),
+            num_threads=check_optional("num_threads", num_threads, 1),
+            prefetch=check_optional("prefetch", prefetch, 0),
             loader_randomness=loader_randomness,
             loader_grace=loader_grace,
             callbacks=check_callbacks(callbacks),

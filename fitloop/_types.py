@@ -6,9 +6,9 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mappin
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
+if TYPE_CHECKING:
     from fitloop._state import LoopState
 
 
@@ -45,10 +45,10 @@ class StopReason(StrEnum):
     """something raised (seen in events only: ``fit`` re-raises)"""
 
 
-Loader: TypeAlias = "Iterable[Any] | AsyncIterable[Any]"
+Loader: TypeAlias = Iterable[Any] | AsyncIterable[Any]
 """Anything that yields batches: DataLoader, list, generator factory's result, async iterable."""
 
-StageMetrics: TypeAlias = "Mapping[str, Tensor | float | int | bool] | None"
-StageFunction: TypeAlias = "Callable[[LoopState], StageMetrics | Awaitable[StageMetrics]]"
-LossFunction: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
-EpochMetrics: TypeAlias = "Mapping[str, float]"
+StageMetrics: TypeAlias = Mapping[str, Tensor | float | int | bool] | None
+StageFunction: TypeAlias = Callable[["LoopState"], StageMetrics | Awaitable[StageMetrics]]
+LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+EpochMetrics: TypeAlias = Mapping[str, float]

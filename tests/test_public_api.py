@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import types
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def test_public_member_when_read_then_has_a_docstring(member: Any) -> None:
     assert (member.__doc__ or "").strip()
 
 
+@pytest.mark.parametrize("verb", ["fit", "test", "run_sanity_check", "run_profiler"])
+def test_annotations_when_evaluated_then_are_types(verb: str) -> None:
+    """Documentation tools evaluate them, so that no alias may be a bare string."""
+    assert "return" in typing.get_type_hints(getattr(fitloop.FitLoop, verb))
+
+
 def test_py_typed_when_looked_for_then_is_in_the_package() -> None:
     assert (Path(fitloop.__file__).parent / "py.typed").is_file()
 
@@ -100,11 +107,11 @@ before, modules = state(), set(sys.modules)
 import fitloop
 with_import = state()
 model = torch.nn.Linear(2, 2)
-generators = state()
 optimizer = torch.optim.SGD(model.parameters())
+constructing = state()
 fitloop.FitLoop(model, optimizer, torch.nn.MSELoss(), seed=3, num_threads=1, device="cpu")
 print(json.dumps({
-    "changed": with_import != before or state() != generators,
+    "changed": with_import != before or state() != constructing,
     "new": sorted(set(sys.modules) - modules),
 }))
 """

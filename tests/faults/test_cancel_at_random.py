@@ -13,7 +13,7 @@ from support.faulty import GUARD, NATIVE, SCOPES, Patient, running
 from support.models import Batch, batches
 
 from fitloop import LoopState, default_batch_step, default_epoch_end
-from fitloop._crossing import loop_scheduler
+from fitloop._loops import loop_scheduler
 
 CANCELS = 200
 

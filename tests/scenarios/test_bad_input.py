@@ -5,7 +5,8 @@ Nothing has been changed then: neither the model and the optimizer, nor the proc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from support.models import arguments, batches, bits, mlp, process_generators, trainer
 from torch import nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from fitloop import (
     ConfigurationError,
@@ -71,9 +72,9 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
         r"scheduler_interval is 'step'; expected 'batch', 'epoch' or 'valid'",
     ),
     (
-        "intervals are too many",
-        {"scheduler_interval": ["batch", "epoch"]},
-        r"scheduler_interval has 2 entries for 0 schedulers; expected one for all, or one for",
+        "interval of no scheduler",
+        {"scheduler_interval": "batch"},
+        r"scheduler_interval is 'batch' and there is no lr_scheduler; give lr_scheduler=, or leave",
     ),
     ("device is unknown", {"device": "gpu"}, r"device is 'gpu'; expected a torch\.device or .*cpu"),
     ("dtype is a name", {"dtype": "float32"}, r"dtype is 'float32'; expected .*torch\.float32"),
@@ -105,7 +106,7 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "best model is called as the pretrained one",
         {"best_model_name": "pretrained_model"},
-        r"best_model_name is 'pretrained_model'; expected another",
+        r"best_model_name is 'pretrained_model', .*; expected another name",
     ),
     ("save_path is none", {"save_path": None}, r"save_path is None; expected"),
     *(
@@ -140,6 +141,36 @@ def test_constructor_when_an_argument_cannot_work_then_says_so_and_changes_nothi
     assert process_generators() == generators
     assert (torch.is_grad_enabled(), torch.get_num_threads()) == (grad, threads)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_intervals_when_they_are_not_as_many_as_schedulers_then_says_so() -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    pattern = r"^scheduler_interval has 2 entries for 1 schedulers; expected one for all, or one f"
+    with pytest.raises(ConfigurationError, match=pattern):
+        trainer(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=StepLR(optimizer, 1),
+            scheduler_interval=["batch", "epoch"],
+        )
+
+
+def test_scheduler_when_of_another_optimizer_then_says_so() -> None:
+    with pytest.raises(ConfigurationError, match=r"^lr_scheduler .*StepLR.* optimizer"):
+        trainer(lr_scheduler=StepLR(other_optimizer(), 1))
+
+
+def test_plateau_when_its_mode_contradicts_the_given_criteria_then_constructor_says_so() -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"mode='min'.*'accuracy'.*mode='max'"):
+        trainer(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=ReduceLROnPlateau(optimizer),
+            criteria="accuracy",
+        )
 
 
 def test_stage_signature_error_when_raised_then_is_a_type_error_with_fields() -> None:
@@ -196,6 +227,7 @@ async def refused(
         ({"print_every": -1}, r"print_every is -1; expected an integer of at least 0: 0 prints"),
         ({"train_dl": 5}, r"train_dl of fit\(\) is 5; expected a DataLoader"),
         ({"valid_dl": "x"}, r"valid_dl of fit\(\) is 'x'; expected a DataLoader"),
+        ({"display_metrics": 5}, r"display_metrics is 5; expected"),
         ({"callbacks": [5]}, r"callbacks is 5; expected a function"),
         ({"callbacks": print}, r"callbacks is .*print.*; expected .*list"),
         ({"on_continue": no_argument}, r"on_continue is .no_argument\(\).*; expected a function"),
@@ -299,3 +331,20 @@ async def test_sync_trainer_when_an_event_loop_runs_then_says_what_to_await() ->
         pattern = rf"SyncFitLoop\.{verb}\(\) blocks, and an event loop is running.*await FitLoop"
         with pytest.raises(SyncInAsyncError, match=pattern):
             getattr(fitted, verb)()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_async_loader_when_it_raises_cancelled_itself_then_no_data_are_dropped() -> None:
+    """Its inner task may have been cancelled; that is no end of the data."""
+    error = asyncio.CancelledError("of the loader")
+
+    async def broken() -> AsyncIterator[Any]:
+        for batch in batches()[:2]:
+            yield batch
+        raise error
+
+    fitted = trainer(train_dl=broken, valid_dl=None)
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await fitted.fit(1, **QUIET)
+    assert caught.value is error
+    assert "train, epoch 1, loading batch 3" in caught.value.__notes__[0]

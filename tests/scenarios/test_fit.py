@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.models import (
     BATCHES,
+    CLASSES,
     SAMPLES,
     batches,
     bits,
@@ -18,6 +19,7 @@ from support.models import (
     regression_trainer,
     trainer,
 )
+from torch import nn
 
 from fitloop import FitLoop, LoopState, UnknownMetricError, default_batch_step
 
@@ -283,3 +285,15 @@ async def test_modes_when_define_all_is_off_then_are_set_for_each_phase() -> Non
     await fitted.fit(1, steps=1, **QUIET)
     await fitted.test(steps=1, **QUIET)
     assert seen == [("train", True, True), ("valid", False, False), ("test", False, False)]
+
+
+async def test_accuracy_when_targets_are_dense_then_is_a_share() -> None:
+    model = nn.Conv2d(1, CLASSES, 1)
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(4, 1, 5, 5, generator=generator)
+    targets = torch.randint(0, CLASSES, (4, 5, 5), generator=generator)
+    fitted = trainer(model=model, train_dl=[(inputs, targets)], valid_dl=[(inputs, targets)])
+    await fitted.fit(1, **QUIET)
+    with torch.no_grad():
+        expected = (model(inputs).argmax(dim=1) == targets).float().mean().item()
+    assert fitted.M.valid["accuracy"][0].tolist() == [pytest.approx(expected)]

@@ -19,12 +19,12 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from support.models import BATCHES, Batch, arguments, batches, bits, mlp
 from torch import nn
 from torch.optim import SGD
 
 from fitloop import FitLoop
-from fitloop._crossing import loop_scheduler
+from fitloop._loops import loop_scheduler
+from support.models import BATCHES, Batch, arguments, batches, bits, mlp
 
 GUARD = 20.0
 """seconds after which a test that hangs is ended"""

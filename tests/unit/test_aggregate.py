@@ -275,7 +275,7 @@ class OnDevice(Tensor):
 
 
 def on_device(number: float) -> Tensor:
-    tensor: Tensor = torch.tensor(number).as_subclass(OnDevice)  # type: ignore[no-untyped-call]
+    tensor: Tensor = torch.tensor(number).as_subclass(OnDevice)
     return tensor
 
 

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.models import Augmented, batches, blobs, sync_trainer
+from torch.utils.data import DataLoader
 
+from fitloop import LoopState
 from fitloop._control import Abandoned, Cancelled, RunControl
 from fitloop._loading import END, AheadSource, Feed, InlineSource, Source
 from fitloop._random import Stream, Turn
@@ -322,3 +327,56 @@ def test_inline_source_when_not_loading_then_cannot_be_abandoned() -> None:
     source = InlineSource(feed_of(iter([0]), control))
     source.fetch()
     assert not control.abandon_loader()
+
+
+# -- through a trainer --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefetch", [None, 0, 2], ids=str)
+def test_fit_when_stopped_and_resumed_with_seed_then_draws_do_not_depend_on_prefetch(
+    prefetch: int | None,
+) -> None:
+    def trained(prefetch: int | None) -> list[float]:
+        seen: list[float] = []
+
+        def step(state: LoopState) -> None:
+            seen.append(state.batch[0].sum().item())
+            if len(seen) == 2:
+                state.stop()
+
+        loader = DataLoader(Augmented(blobs()), 4, shuffle=True)
+        made = sync_trainer(
+            train_dl=loader, seed=1, prefetch=prefetch, train_step=step, train_epoch_end=no_metrics
+        )
+        made.fit(1, verbose=False)
+        made.fit(1, verbose=False)
+        return seen
+
+    assert trained(prefetch) == trained(0)
+
+
+@pytest.mark.parametrize("seed", [None, 1], ids=["unseeded", "seeded"])
+@pytest.mark.parametrize("prefetch", [0, 2], ids=str)
+def test_fit_when_passes_have_ended_then_their_iterators_are_let_go(
+    seed: int | None, prefetch: int
+) -> None:
+    iterators: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    class Passes:
+        def __iter__(self) -> Iterator[Any]:
+            iterator = (batch for batch in batches())
+            iterators.append(weakref.ref(iterator))
+            return iterator
+
+    def look(state: LoopState) -> None:
+        gc.collect()
+        alive.append(sum(iterator() is not None for iterator in iterators))
+
+    made = sync_trainer(train_dl=Passes(), seed=seed, prefetch=prefetch, train_epoch_start=look)
+    made.fit(4, verbose=False)
+    assert alive == [0, 0, 0, 0]
+
+
+def no_metrics(state: LoopState) -> None:
+    return None

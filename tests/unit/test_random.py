@@ -210,19 +210,20 @@ class Waiter:
 
     def __init__(self, turnstile: Turnstile, name: str, log: list[str]) -> None:
         self.cancelled = False
-        self.turn = Turn(lambda: self.cancelled, (), turnstile)
+        self.turn = Turn(self._is_cancelled, (), turnstile)
         self.error: BaseException | None = None
-        self._turnstile, self._name, self._log = turnstile, name, log
+        self._name, self._log = name, log
+        self._in_line = threading.Event()
         self._thread = threading.Thread(target=self._run)
+
+    def _is_cancelled(self) -> bool:
+        self._in_line.set()  # who is in line is asked whether it was cancelled
+        return self.cancelled
 
     def queue(self) -> Waiter:
         """Start, and return when it is in line."""
-        before = len(self._turnstile._line)
         self._thread.start()
-        with self._turnstile._changed:
-            in_line = lambda: len(self._turnstile._line) > before  # noqa: E731
-            while not in_line():
-                assert self._turnstile._changed.wait(0.01) or self._thread.is_alive()
+        assert self._in_line.wait(GUARD)
         return self
 
     def _run(self) -> None:

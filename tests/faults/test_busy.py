@@ -1,0 +1,185 @@
+"""One coroutine of a trainer at a time, one trainer of a model at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from support.faulty import GUARD, CountingSGD, Gate, Patient, native_loops
+from support.models import batches, bits
+from torch import nn
+
+from fitloop import BusyError, LoopState, default_batch_step
+
+VERBS: dict[str, Callable[[Any], Awaitable[object]]] = {
+    "fit": lambda trainer: trainer.fit(print_every=0),
+    "train": lambda trainer: trainer.train(print_every=0),
+    "test": lambda trainer: trainer.test(print_every=0),
+    "run_sanity_check": lambda trainer: trainer.run_sanity_check(verbose=False),
+    "run_profiler": lambda trainer: trainer.run_profiler(verbose=False),
+    "save_model": lambda trainer: trainer.save_model("weights"),
+    "load_model": lambda trainer: trainer.load_model("weights"),
+    "load_best": lambda trainer: trainer.load_best(),
+    "reset": lambda trainer: trainer.reset(),
+    "del_best_model": lambda trainer: trainer.del_best_model(),
+    "del_pretrained_model": lambda trainer: trainer.del_pretrained_model(),
+}
+verbs = pytest.mark.parametrize("verb", VERBS)
+
+
+def _held(gate: Gate, **changes: Any) -> Patient:
+    """Return a patient that comes to the gate in its second batch."""
+
+    def step(state: LoopState) -> Any:
+        if state.batch_num == 2:
+            gate.hold()
+        return default_batch_step(state)
+
+    return Patient(train_step=step, test_dl=batches(14), **changes)
+
+
+def _sharing(model: nn.Module, **changes: Any) -> Patient:
+    patient_of: dict[str, Any] = {
+        "model": model,
+        "optimizer": CountingSGD(model.parameters(), lr=0.1),
+        "test_dl": batches(14),
+    }
+    return Patient(**{**patient_of, **changes})
+
+
+@asynccontextmanager
+async def _while_training(patient: Patient, gate: Gate) -> AsyncIterator[None]:
+    """Run the block while ``patient`` is in the middle of a batch; let it end afterwards."""
+    with anyio.fail_after(GUARD):
+        async with anyio.create_task_group() as group:
+            group.start_soon(patient.fit)
+            await gate.reached.wait()
+            yield
+            gate.open()
+
+
+@verbs
+async def test_any_verb_when_the_trainer_trains_raises_at_once_and_changes_nothing(
+    anyio_backend: Any, verb: str, tmp_path: Path
+) -> None:
+    with Gate() as gate:
+        patient = _held(gate, save_path=tmp_path)
+        async with _while_training(patient, gate):
+            with pytest.raises(BusyError, match=r"fit\(\)"):
+                await VERBS[verb](patient.trainer)
+            assert patient.trainer.running
+    assert patient.check_whole() == 4
+    assert patient.recorded() == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@verbs
+async def test_any_verb_when_another_trainer_trains_the_model_raises_at_once(
+    anyio_backend: Any, verb: str, tmp_path: Path
+) -> None:
+    with Gate() as gate:
+        patient = _held(gate)
+        other = _sharing(patient.trainer.model, name="the other", save_path=tmp_path)
+        async with _while_training(patient, gate):
+            with pytest.raises(BusyError, match="the other"):
+                await VERBS[verb](other.trainer)
+            assert not other.trainer.running
+    assert patient.check_whole() == 4
+
+
+async def test_fit_when_another_trainer_trains_some_of_its_parameters_raises_at_once(
+    anyio_backend: Any,
+) -> None:
+    with Gate() as gate:
+        patient = _held(gate)
+        shared = next(patient.trainer.model.children())
+        other = _sharing(nn.Sequential(shared, nn.ReLU(), nn.Linear(8, 3)))
+        async with _while_training(patient, gate):
+            with pytest.raises(BusyError):
+                await other.fit()
+        await other.fit()
+    assert other.optimizer.steps == 4
+
+
+async def test_fit_when_trainers_share_nothing_runs_beside(anyio_backend: Any) -> None:
+    with Gate() as gate:
+        patient = _held(gate)
+        async with _while_training(patient, gate):
+            await Patient().check_trains_on()
+    assert patient.check_whole() == 4
+
+
+async def test_fit_when_called_in_a_stage_of_its_own_raises_into_the_stage(
+    anyio_backend: Any,
+) -> None:
+    async def step(state: LoopState) -> Any:
+        await patient.trainer.test(print_every=0)
+
+    patient = Patient(train_step=step, test_dl=batches(14))
+    with anyio.fail_after(GUARD), pytest.raises(BusyError):
+        await patient.fit()
+
+
+@native_loops
+async def test_fit_when_both_are_gathered_trains_one_and_refuses_one() -> None:
+    patient = Patient()
+    with anyio.fail_after(GUARD):
+        first, second = await asyncio.gather(
+            patient.fit(), patient.fit(), return_exceptions=True
+        )
+    assert isinstance(second, BusyError)
+    assert first.stop_reason == "completed"
+    assert patient.check_whole() == 4
+
+
+async def test_model_when_its_trainer_failed_is_free(anyio_backend: Any) -> None:
+    def step(state: LoopState) -> Any:
+        raise ValueError
+
+    patient = Patient(train_step=step)
+    with pytest.raises(ValueError):  # noqa: PT011 - it is raised above
+        await patient.fit()
+    assert not patient.trainer.running
+    await _sharing(patient.trainer.model).fit()
+
+
+async def test_model_when_its_trainer_was_cancelled_is_free(anyio_backend: Any) -> None:
+    with Gate() as gate:
+        patient = _held(gate)
+        with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as group:
+                group.start_soon(patient.fit)
+                await gate.reached.wait()
+                scope.cancel()
+                gate.open()
+    await _sharing(patient.trainer.model).fit()
+
+
+async def test_model_when_a_call_was_refused_is_still_held_by_the_first(
+    anyio_backend: Any,
+) -> None:
+    with Gate() as gate:
+        patient = _held(gate)
+        async with _while_training(patient, gate):
+            for _ in range(2):  # a refused call must not let go of what the first one holds
+                with pytest.raises(BusyError):
+                    await patient.fit()
+                with pytest.raises(BusyError):
+                    await _sharing(patient.trainer.model).fit()
+    assert patient.check_whole() == 4
+
+
+async def test_bad_arguments_when_refused_leave_the_trainer_free(anyio_backend: Any) -> None:
+    patient = Patient()
+    before = bits(patient.trainer.model)
+    for wrong in ({"epochs": -1}, {"steps": 0}, {"callbacks": [5]}, {"train_dl": 5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            await patient.fit(**wrong)
+        assert not patient.trainer.running
+    assert bits(patient.trainer.model) == before
+    await patient.check_trains_on()
