@@ -64,7 +64,9 @@ def check_callable(name: str, function: object, given: str) -> None:
         raise StageSignatureError(name, shown, expected) from None
 
 
-def check_number(name: str, value: SupportsIndex, least: int, *, meaning: str = "") -> int:
+def check_number(
+    name: str, value: SupportsIndex, least: int, *, meaning: str = "", also: str = ""
+) -> int:
     """Return an integer as a plain one.
 
     Raises:
@@ -76,7 +78,7 @@ def check_number(name: str, value: SupportsIndex, least: int, *, meaning: str = 
         number = least - 1
     if number < least:
         raise ConfigurationError(
-            f"{name} is {value!r}; expected an integer of at least {least}"
+            f"{name} is {value!r}; expected an integer of at least {least}{also}"
             + (f": {meaning}" if meaning else "")
         )
     return number
@@ -90,7 +92,9 @@ def check_optional(
     Raises:
         ConfigurationError: it is neither, or less than ``least``.
     """
-    return None if value is None else check_number(name, value, least, meaning=meaning)
+    if value is None:
+        return None
+    return check_number(name, value, least, meaning=meaning, also=" or None")
 
 
 def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:

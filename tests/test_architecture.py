@@ -16,7 +16,7 @@ PACKAGE = Path(fitloop.__file__).parent
 # A module imports from the rows above its own, and from its own row only what is before it.
 LAYERS: list[list[str]] = [
     # words everything else is written in, and tools that know nothing of training
-    ["_errors", "_types", "_threads", "_tensorfile", "_capture", "_device", "_busy"],
+    ["_errors", "_types", "_threads", "_tensorfile", "_capture", "_device", "_busy", "_loops"],
     # what is said, what is recorded, what is kept
     ["_control", "_events", "_aggregate", "_optim", "_weightfiles"],
     ["_crossing", "_hub", "_metrics", "_random", "_weights"],
@@ -25,12 +25,12 @@ LAYERS: list[list[str]] = [
     ["_progress", "_prompt", "_profile", "_plot"],
     ["_result"],
     # from a loader to batches
-    ["_loading", "_adaptive", "_loaders"],
+    ["_loading", "_async_loading", "_adaptive", "_loaders"],
     # one trainer: its parts, what changes, what stages see
     ["_parts"],
     ["_state", "_stages", "_schedule", "_core"],
     # a run of it
-    ["_engine", "_run", "_launch"],
+    ["_plan", "_engine", "_run", "_launch"],
     # what users hold
     ["_view", "_trainer", "_fitloop", "_sync"],
 ]

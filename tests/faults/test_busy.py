@@ -20,7 +20,7 @@ VERBS: dict[str, Callable[[Any], Awaitable[object]]] = {
     "fit": lambda trainer: trainer.fit(print_every=0),
     "train": lambda trainer: trainer.train(print_every=0),
     "test": lambda trainer: trainer.test(print_every=0),
-    "run_sanity_check": lambda trainer: trainer.run_sanity_check(verbose=False),
+    "run_sanity_check": lambda trainer: trainer.run_sanity_check(),
     "run_profiler": lambda trainer: trainer.run_profiler(verbose=False),
     "save_model": lambda trainer: trainer.save_model("weights"),
     "load_model": lambda trainer: trainer.load_model("weights"),
@@ -129,9 +129,8 @@ async def test_fit_when_called_in_a_stage_of_its_own_raises_into_the_stage(
 async def test_fit_when_both_are_gathered_trains_one_and_refuses_one() -> None:
     patient = Patient()
     with anyio.fail_after(GUARD):
-        first, second = await asyncio.gather(
-            patient.fit(), patient.fit(), return_exceptions=True
-        )
+        outcomes: Any = await asyncio.gather(patient.fit(), patient.fit(), return_exceptions=True)
+    first, second = outcomes
     assert isinstance(second, BusyError)
     assert first.stop_reason == "completed"
     assert patient.check_whole() == 4

@@ -9,29 +9,40 @@ from typing import Any
 
 import anyio
 import pytest
-from support.faulty import GUARD, NATIVE, SCOPES, Patient, running
+from support.faulty import GUARD, NATIVE, SCOPES, Patient, fitloop_threads, running, to_loop
 from support.models import Batch, batches
 
 from fitloop import LoopState, default_batch_step, default_epoch_end
-from fitloop._loops import loop_scheduler
 
 CANCELS = 200
 
 
 class Tripwire:
-    """Cancels when it is passed for the n-th time, from whatever thread; the run goes on meanwhile."""
+    """Cancels when it is passed for the n-th time; the run goes on meanwhile."""
 
     def __init__(self, passes: int) -> None:
         self._left = passes
         self._lock = threading.Lock()
-        self._schedule = loop_scheduler()
-        self.tripped: Callable[[], object] = lambda: None
+        self._schedule = to_loop()
+        self._cancel: Callable[[], object] | None = None
+        self._tripped = False
+
+    def arm(self, cancel: Callable[[], object]) -> None:
+        """Say what to call when it is tripped; at once, if it has been."""
+        self._cancel = cancel
+        if self._tripped:
+            cancel()
+
+    def _trip(self) -> None:
+        self._tripped = True
+        if self._cancel is not None:
+            self._cancel()
 
     def touch(self) -> None:
         with self._lock:
             self._left -= 1
             if self._left == 0:
-                self._schedule(lambda: self.tripped())
+                self._schedule(self._trip)
 
     def disarm(self) -> None:
         self._left = -1
@@ -95,7 +106,6 @@ async def test_cancel_when_at_two_hundred_random_points_leaves_nothing_and_train
     anyio_backend_name: str,
 ) -> None:
     luck = random.Random(20)
-    threads = set(threading.enumerate())
     for number in range(CANCELS):
         wire = Tripwire(luck.randrange(1, 40))
         patient = _patient(wire, luck)
@@ -103,8 +113,8 @@ async def test_cancel_when_at_two_hundred_random_points_leaves_nothing_and_train
         way = luck.choice(NATIVE if native else SCOPES)
         with anyio.fail_after(GUARD):
             async with running(way, patient.fit) as job:
-                wire.tripped = job.cancel
+                wire.arm(job.cancel)
         wire.disarm()
-        assert set(threading.enumerate()) <= threads
+        assert fitloop_threads() == []
         patient.check_whole()
         await patient.check_trains_on()

@@ -3,191 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 from support.faulty import (
-    BATCHES,
     GUARD,
-    AsyncGated,
     Gate,
     Gated,
     Patient,
     Way,
     each_kind,
     every_way,
+    fitloop_threads,
     native_loops,
     one_loop,
     running,
+    settled,
+    to_loop,
 )
-from support.models import batches, bits
+from support.models import BATCHES, batches, bits
+from support.places import PLACES, Place, async_at_batch, at_batch, at_end, cancel_at
 
-from fitloop import LoopState, default_batch_step, default_epoch_end
+from fitloop import LoopState, default_batch_step
 
-
-@dataclass
-class Place:
-    """Where in a run the gate is."""
-
-    name: str
-    arguments: Callable[[Gate], dict[str, Any]]
-    done: int | None
-    """batches trained when it is cancelled there; None where it is up to the threads"""
-    recorded: int = 0
-    """train phases in the history then"""
-    fit: dict[str, Any] = field(default_factory=dict)
-    in_fit: str = ""
-    """name of an argument that belongs to fit"""
-
-    def patient(self, gate: Gate) -> Patient:
-        changes = self.arguments(gate)
-        fit = {"epochs": 3, **self.fit}
-        if self.in_fit:
-            fit[self.in_fit] = changes.pop(self.in_fit)
-        return Patient(fit, **changes)
-
-
-def _at_batch(gate: Gate, number: int) -> Callable[[LoopState], Any]:
-    def step(state: LoopState) -> Any:
-        if state.batch_num == number:
-            gate.hold()
-        return default_batch_step(state)
-
-    return step
-
-
-def _async_at_batch(gate: Gate, number: int) -> Callable[[LoopState], Any]:
-    async def step(state: LoopState) -> Any:
-        if state.batch_num == number:
-            await gate.hold_task()
-        return default_batch_step(state)
-
-    return step
-
-
-def _at_end(gate: Gate) -> Callable[[LoopState], Any]:
-    def epoch_end(state: LoopState) -> Any:
-        gate.hold()
-        return default_epoch_end(state)
-
-    return epoch_end
-
-
-def _async_at_end(gate: Gate) -> Callable[[LoopState], Any]:
-    async def epoch_end(state: LoopState) -> Any:
-        await gate.hold_task()
-        return default_epoch_end(state)
-
-    return epoch_end
-
-
-def _callback(gate: Gate, kind: str) -> Callable[[Any], None]:
-    def callback(event: Any) -> None:
-        if event.kind == kind:
-            gate.hold()
-
-    return callback
-
-
-def _async_callback(gate: Gate, kind: str) -> Callable[[Any], Any]:
-    async def callback(event: Any) -> None:
-        if event.kind == kind:
-            await gate.hold_task()
-
-    return callback
-
-
-def _async_ask(gate: Gate) -> Callable[[Any], Any]:
-    async def ask(question: Any) -> bool:
-        await gate.hold_task()
-        return True
-
-    return ask
-
-
-PLACES = [
-    Place("preloop", lambda gate: {"preloop": lambda trainer: gate.hold()}, done=0),
-    Place("epoch_start", lambda gate: {"train_epoch_start": lambda state: gate.hold()}, done=0),
-    Place("iter", lambda gate: {"train_dl": lambda: _held(gate)}, done=0),
-    Place("first_load", lambda gate: {"train_dl": Gated(gate, 0), "prefetch": 0}, done=0),
-    Place("load_inline", lambda gate: {"train_dl": Gated(gate), "prefetch": 0}, done=2),
-    Place("load_ahead", lambda gate: {"train_dl": Gated(gate, 3), "prefetch": 2}, done=None),
-    Place("load_found_out", lambda gate: {"train_dl": Gated(gate)}, done=2),
-    Place("load_async", lambda gate: {"train_dl": AsyncGated(gate), "prefetch": 0}, done=2),
-    Place("load_async_ahead", lambda gate: {"train_dl": AsyncGated(gate)}, done=None),
-    Place("step", lambda gate: {"train_step": _at_batch(gate, 2), "prefetch": 0}, done=2),
-    Place("step_ahead", lambda gate: {"train_step": _at_batch(gate, 3), "prefetch": 2}, done=3),
-    Place("step_seeded", lambda gate: {"train_step": _at_batch(gate, 2), "seed": 3}, done=2),
-    Place("last_step", lambda gate: {"train_step": _at_batch(gate, BATCHES)}, done=BATCHES),
-    Place("async_step", lambda gate: {"train_step": _async_at_batch(gate, 3)}, done=2),
-    Place(
-        "async_step_seeded",
-        lambda gate: {"train_step": _async_at_batch(gate, 3), "seed": 3, "prefetch": 2},
-        done=2,
-    ),
-    Place(
-        "epoch_end", lambda gate: {"train_epoch_end": _at_end(gate)}, done=BATCHES, recorded=1
-    ),
-    Place("async_epoch_end", lambda gate: {"train_epoch_end": _async_at_end(gate)}, done=BATCHES),
-    Place("callback", lambda gate: {"callbacks": [_callback(gate, "phase_started")]}, done=0),
-    Place(
-        "callback_at_end",
-        lambda gate: {"callbacks": [_callback(gate, "epoch_ended")]},
-        done=BATCHES,
-        recorded=1,
-    ),
-    Place(
-        "async_callback",
-        lambda gate: {
-            "callbacks": [_async_callback(gate, "epoch_started")],
-            "train_step": _async_at_batch(gate, 2),
-        },
-        done=1,
-    ),
-    Place(
-        "on_continue",
-        lambda gate: {"on_continue": _async_ask(gate)},
-        done=BATCHES,
-        recorded=1,
-        fit={"continue_loop": 1},
-    ),
-    Place(
-        "on_continue_of_fit",
-        lambda gate: {"on_continue": _async_ask(gate)},
-        done=2 * BATCHES,
-        recorded=2,
-        fit={"continue_loop": 2},
-        in_fit="on_continue",
-    ),
-    Place(
-        "postloop",
-        lambda gate: {"postloop": lambda trainer: gate.hold()},
-        done=3 * BATCHES,
-        recorded=3,
-    ),
-]
 places = pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
-
-
-def _held(gate: Gate) -> Any:
-    gate.hold()
-    return batches()
-
-
-async def _cancel_at(gate: Gate, patient: Patient, way: Way, times: int = 1) -> None:
-    """Cancel ``patient`` when it has come to the gate, and open the gate afterwards."""
-    async with running(way, patient.fit) as job:
-        await gate.reached.wait()
-        for _ in range(times):
-            job.cancel()
-            await anyio.wait_all_tasks_blocked()
-        gate.open()
 
 
 # -- everywhere ----------------------------------------------------------------------------------
@@ -202,7 +43,7 @@ async def test_cancel_when_anywhere_leaves_whole_batches_and_trains_on(
     with Gate() as gate:
         patient = place.patient(gate)
         patient.arguments["callbacks"] = [told.append]
-        await _cancel_at(gate, patient, way)
+        await cancel_at(gate, patient, way)
     done = patient.check_whole()
     assert place.done in (None, done)
     assert patient.recorded() == place.recorded
@@ -215,8 +56,8 @@ async def test_cancel_when_anywhere_leaves_whole_batches_and_trains_on(
 @every_way
 async def test_cancel_when_in_a_plain_step_finishes_that_batch(way: Way) -> None:
     with Gate() as gate:
-        patient = Patient({"epochs": 100}, train_step=_at_batch(gate, 3))
-        await _cancel_at(gate, patient, way)
+        patient = Patient({"epochs": 100}, train_step=at_batch(gate, 3))
+        await cancel_at(gate, patient, way)
     assert patient.check_whole() == 3
     assert patient.recorded() == 0
     await patient.check_trains_on()
@@ -225,8 +66,8 @@ async def test_cancel_when_in_a_plain_step_finishes_that_batch(way: Way) -> None
 @every_way
 async def test_cancel_when_in_an_async_step_leaves_that_batch_out(way: Way) -> None:
     with Gate() as gate:
-        patient = Patient({"epochs": 100}, train_step=_async_at_batch(gate, 3))
-        await _cancel_at(gate, patient, way)
+        patient = Patient({"epochs": 100}, train_step=async_at_batch(gate, 3))
+        await cancel_at(gate, patient, way)
     assert patient.check_whole() == 2
     await patient.check_trains_on()
 
@@ -239,7 +80,7 @@ async def test_cancel_when_in_an_async_step_leaves_that_batch_out(way: Way) -> N
 async def test_cancel_when_repeated_is_survived(way: Way, place: Place, times: int) -> None:
     with Gate() as gate:
         patient = place.patient(gate)
-        await _cancel_at(gate, patient, way, times)
+        await cancel_at(gate, patient, way, times)
     patient.check_whole()
     await patient.check_trains_on()
 
@@ -254,9 +95,9 @@ async def test_postloop_when_the_last_stage_was_cancelled_is_not_called(
 ) -> None:
     called: list[str] = []
     with Gate() as gate:
-        hold: Any = _at_end(gate) if name == "train_epoch_end" else lambda trainer: gate.hold()
+        hold: Any = at_end(gate) if name == "train_epoch_end" else lambda trainer: gate.hold()
         patient = Patient({"epochs": 1}, postloop=lambda _: called.append("post"), **{name: hold})
-        await _cancel_at(gate, patient, way)
+        await cancel_at(gate, patient, way)
     assert called == []
 
 
@@ -264,7 +105,7 @@ async def test_postloop_when_the_last_stage_was_cancelled_is_not_called(
 async def test_history_when_validation_is_cut_has_the_train_phase_only(way: Way) -> None:
     with Gate() as gate:
         patient = Patient({"epochs": 2}, valid_dl=Gated(gate, 1), prefetch=0)
-        await _cancel_at(gate, patient, way)
+        await cancel_at(gate, patient, way)
     assert (patient.recorded("train"), patient.recorded("valid")) == (1, 0)
     assert patient.trainer.epoch_num == 0
     assert patient.trainer.best_score is None
@@ -281,7 +122,7 @@ async def test_modes_when_cancelled_in_validation_are_put_back(way: Way) -> None
         model = patient.trainer.model
         next(model.children()).eval()
         before = [module.training for module in model.modules()]
-        await _cancel_at(gate, patient, way)
+        await cancel_at(gate, patient, way)
         assert [module.training for module in model.modules()] == before
 
 
@@ -316,7 +157,7 @@ async def test_best_weights_when_cancelled_in_a_later_epoch_are_restored(way: Wa
             return default_batch_step(state)
 
         patient, after = _with_best(gate, train_step=step)
-        await _cancel_at(gate, patient, way)
+        await cancel_at(gate, patient, way)
     assert patient.optimizer.steps == BATCHES + 3
     assert bits(patient.trainer.model) == after[0]
 
@@ -326,7 +167,7 @@ async def test_best_weights_when_cancelled_in_a_later_epoch_are_restored(way: Wa
 async def test_cancel_when_the_best_are_being_restored_lets_that_end(way: Way, times: int) -> None:
     with Gate() as gate:
         patient, after = _with_best(gate, configure_optimizer=lambda trainer: gate.hold())
-        await _cancel_at(gate, patient, way, times)
+        await cancel_at(gate, patient, way, times)
         assert bits(patient.trainer.model) == after[0]
         await patient.fit(epochs=1)
     assert patient.trainer.epoch_num == 4
@@ -340,11 +181,13 @@ async def test_cancel_when_in_a_weights_call_lets_that_end(way: Way, verb: str) 
         patient, after = _with_best(gate)
         await patient.fit(load_best=False)
     with Gate() as gate:
-        object.__setattr__(patient.trainer._core.parts, "configure_optimizer", lambda _: gate.hold())
+        object.__setattr__(
+            patient.trainer._core.parts, "configure_optimizer", lambda _: gate.hold()
+        )
         async with running(way, getattr(patient.trainer, verb)) as job:
             await gate.reached.wait()
             job.cancel()
-            await anyio.wait_all_tasks_blocked()
+            await settled()
             assert patient.trainer.epoch_num == (0 if verb == "reset" else 3)
             gate.open()
     if verb == "load_best":
@@ -380,7 +223,7 @@ async def test_cancel_when_an_async_step_cleans_up_first_waits_for_it(way: Way, 
             await gate.reached.wait()
             for _ in range(times):
                 job.cancel()
-                await anyio.wait_all_tasks_blocked()
+                await settled()
             await cleaning.wait()
             assert patient.trainer.running
             may_end.set()
@@ -415,7 +258,7 @@ async def test_cancel_when_an_async_step_swallows_it_ends_after_that_batch() -> 
 @native_loops
 async def test_cancel_when_a_message_was_given_keeps_the_message() -> None:
     with Gate() as gate:
-        patient = Patient({"epochs": 2}, train_step=_at_batch(gate, 2))
+        patient = Patient({"epochs": 2}, train_step=at_batch(gate, 2))
         task = asyncio.ensure_future(patient.fit())
         await gate.reached.wait()
         task.cancel("mine")
@@ -441,7 +284,7 @@ async def test_stop_when_it_comes_with_a_cancel_still_raises_the_cancel(
     anyio_backend: Any,
 ) -> None:
     with Gate() as gate:
-        patient = Patient({"epochs": 2}, train_step=_at_batch(gate, 2))
+        patient = Patient({"epochs": 2}, train_step=at_batch(gate, 2))
         with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
                 group.start_soon(patient.fit)
@@ -458,7 +301,6 @@ async def test_stop_when_it_comes_with_a_cancel_still_raises_the_cancel(
 
 
 async def test_threads_when_cancelled_have_ended_before_fit_returns(anyio_backend: Any) -> None:
-    before = set(threading.enumerate())
     for prefetch in (0, 2):
         with Gate() as gate:
             patient = Patient({"epochs": 2}, train_dl=Gated(gate), prefetch=prefetch, seed=1)
@@ -468,7 +310,7 @@ async def test_threads_when_cancelled_have_ended_before_fit_returns(anyio_backen
                     await gate.reached.wait()
                     gate.open()
                     scope.cancel()
-        assert set(threading.enumerate()) <= before
+        assert fitloop_threads() == []
 
 
 def test_fit_when_awaited_in_one_event_loop_after_another_goes_on() -> None:
@@ -480,42 +322,40 @@ def test_fit_when_awaited_in_one_event_loop_after_another_goes_on() -> None:
 
 
 def test_fit_when_cancelled_in_one_event_loop_goes_on_in_the_next() -> None:
-    patient = Patient({"epochs": 50})
+    patient = Patient({"epochs": 10**6})
 
     async def cut() -> None:
-        with anyio.CancelScope() as scope:
-            patient.arguments["callbacks"] = [lambda event: cancel(event, scope, token)]
-            token = anyio.lowlevel.current_token()
-            await patient.fit()
-        assert scope.cancelled_caught
+        schedule, scope = to_loop(), anyio.CancelScope()
 
-    def cancel(event: Any, scope: anyio.CancelScope, token: Any) -> None:
-        if event.kind == "epoch_ended" and event.epoch_in_run == 2:
-            anyio.from_thread.run_sync(scope.cancel, token=token)
+        def cancel(event: Any) -> None:
+            if event.kind == "epoch_ended" and event.epoch_in_run == 2:
+                schedule(scope.cancel)
+
+        with scope:
+            await patient.fit(callbacks=[cancel])
+        assert scope.cancelled_caught
 
     for name in ("asyncio", "trio"):
         anyio.run(cut, backend=name)
         patient.check_whole()
-        patient.arguments["callbacks"] = []
         anyio.run(patient.check_trains_on, backend=name)
 
 
 @one_loop
-async def test_default_executor_of_the_loop_when_training_is_not_used() -> None:
-    class Refusing(Executor):
-        def submit(self, *args: Any, **kwargs: Any) -> Any:
-            raise AssertionError("fitloop used the loop's default executor")
+async def test_default_executor_of_the_loop_when_training_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used: list[object] = []
 
-    loop = asyncio.get_running_loop()
-    given: list[Any] = []
-    submit, loop.run_in_executor = loop.run_in_executor, lambda *a: given.append(a)  # type: ignore
-    try:
-        patient = Patient({"epochs": 1}, valid_dl=batches(), train_dl=batches(), prefetch=2)
-        await patient.fit(load_best=True)
-        await patient.trainer.reset()
-    finally:
-        loop.run_in_executor = submit  # type: ignore[method-assign]
-    assert given == []
+    def refuse(self: object, *call: object) -> None:
+        used.append(call)
+        raise AssertionError("the executor of the event loop was used")
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "run_in_executor", refuse)
+    patient = Patient({"epochs": 1}, valid_dl=batches(), prefetch=2)
+    await patient.fit(load_best=True)
+    await patient.trainer.reset()
+    assert used == []
 
 
 def test_fit_when_its_event_loop_was_closed_ends_its_thread() -> None:
@@ -527,16 +367,15 @@ def test_fit_when_its_event_loop_was_closed_ends_its_thread() -> None:
 
     async def begin() -> None:
         gates.append(Gate())
-        patients.append(Patient({"epochs": 10**6}, train_step=_at_batch(gates[0], 2)))
+        patients.append(Patient({"epochs": 10**6}, train_step=at_batch(gates[0], 2)))
         tasks.append(asyncio.ensure_future(patients[0].fit()))
         await gates[0].reached.wait()
 
-    before = set(threading.enumerate())
     loop.run_until_complete(begin())
-    fitting = [thread for thread in threading.enumerate() if thread not in before]
+    fitting = fitloop_threads()
     loop.set_exception_handler(lambda *_: None)
     with pytest.raises((RuntimeError, GeneratorExit)):
-        tasks[0].get_coro().throw(GeneratorExit)  # type: ignore[union-attr]
+        tasks[0].get_coro().throw(GeneratorExit)
     tasks[0]._log_destroy_pending = False  # type: ignore[attr-defined]
     gates[0].open()
     for thread in fitting:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import anyio
 import pytest
-from support.faulty import BATCHES, GUARD, Gate, Patient, native_loops
-from support.models import Batch, batches, bits
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from support.faulty import GUARD, Gate, Patient, native_loops, settled
+from support.models import BATCHES, batches, bits
+from support.striking import NAME, Fault, FaultError, striking_stage
 
 from fitloop import ConfigurationError, LoopState, MetricError, default_batch_step
 
@@ -20,61 +18,6 @@ STAGES = [
     for phase in ("train", "valid", "test")
     for stage in ("epoch_start", "step", "epoch_end")
 ]
-NAME = "patient-7"
-
-
-class FaultError(Exception):
-    """What the tests raise."""
-
-
-class Fault:
-    """Raises its error while it is armed, and keeps what a run tells meanwhile."""
-
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = FaultError("on purpose") if error is None else error
-        self.armed = True
-        self.events: list[Any] = []
-
-    def strike(self, *_given: Any) -> None:
-        if self.armed:
-            raise self.error
-
-    def patient(self, fit: dict[str, Any] | None = None, **changes: Any) -> Patient:
-        changes.setdefault("callbacks", [self.events.append])
-        return Patient(fit, name=NAME, **changes)
-
-    async def check(self, call: Callable[[], Any], *words: str) -> None:
-        """Check that ``call`` raises the error with a note that holds all ``words``."""
-        with anyio.fail_after(GUARD), pytest.raises(type(self.error)) as raised:
-            await call()
-        assert raised.value is self.error
-        notes = "\n".join(getattr(raised.value, "__notes__", []))
-        for word in (NAME, *words):
-            assert word in notes
-        if self.events:
-            self.check_ended()
-
-    def check_ended(self) -> None:
-        kinds = [event.kind for event in self.events]
-        assert kinds.index("run_ended") == len(kinds) - 1
-        assert self.events[-1].stop_reason == "failed"
-        assert type(self.error).__name__ in self.events[-1].error
-
-
-def _striking_stage(fault: Fault, is_async: bool, at: int = 2) -> Callable[[LoopState], Any]:
-    """Return a stage function that strikes, as a batch step at batch ``at``."""
-
-    def stage(state: LoopState) -> Any:
-        in_step = state.batch is not None
-        if not in_step or state.batch_num == at:
-            fault.strike()
-        return default_batch_step(state) if in_step else {"loss": 1.0}
-
-    async def async_stage(state: LoopState) -> Any:
-        await anyio.lowlevel.checkpoint()
-        return stage(state)
-
-    return async_stage if is_async else stage
 
 
 # -- stages --------------------------------------------------------------------------------------
@@ -86,9 +29,10 @@ async def test_stage_when_it_raises_is_told_with_its_place(
     anyio_backend: Any, name: str, is_async: bool
 ) -> None:
     fault = Fault()
-    changes: dict[str, Any] = {name: _striking_stage(fault, is_async)}
-    patient = fault.patient(valid_dl=batches(14), test_dl=batches(14), criteria="loss",
-                            criteria_direction=-1, **changes)
+    changes: dict[str, Any] = {name: striking_stage(fault, is_async)}
+    patient = fault.patient(
+        valid_dl=batches(14), test_dl=batches(14), criteria="loss", criteria_direction=-1, **changes
+    )
     model = patient.trainer.model
     next(model.children()).eval()
     modes = [module.training for module in model.modules()]
@@ -127,7 +71,7 @@ async def test_stage_when_it_raises_a_base_exception_is_told(
     kind: type[BaseException], is_async: bool
 ) -> None:
     fault = Fault(kind("on purpose"))
-    patient = fault.patient(train_step=_striking_stage(fault, is_async))
+    patient = fault.patient(train_step=striking_stage(fault, is_async))
     await fault.check(patient.fit, "train", "epoch 1", "batch 2")
     assert patient.check_whole() == 1
     fault.armed = False
@@ -140,7 +84,7 @@ async def test_stage_when_it_raises_stop_iteration_is_told_as_the_cause(
 ) -> None:
     """Python lets no StopIteration out of a coroutine, and makes a RuntimeError of it."""
     fault = Fault(StopIteration("on purpose"))
-    patient = fault.patient(train_step=_striking_stage(fault, is_async))
+    patient = fault.patient(train_step=striking_stage(fault, is_async))
     with anyio.fail_after(GUARD), pytest.raises(RuntimeError) as raised:
         await patient.fit()
     assert raised.value.__cause__ is fault.error
@@ -153,7 +97,7 @@ async def test_stage_when_it_raises_stop_iteration_is_told_as_the_cause(
 async def test_stage_when_it_awaits_what_somebody_cancelled_is_told() -> None:
     """The run was not cancelled: this is an error of the stage."""
     fault = Fault(asyncio.CancelledError("not yours"))
-    patient = fault.patient(train_step=_striking_stage(fault, is_async=True))
+    patient = fault.patient(train_step=striking_stage(fault, is_async=True))
     with anyio.fail_after(GUARD), pytest.raises(asyncio.CancelledError) as raised:
         await patient.fit()
     assert raised.value is fault.error
@@ -170,9 +114,7 @@ async def test_best_weights_when_a_later_epoch_raises_are_not_restored(anyio_bac
             fault.strike()
         return default_batch_step(state)
 
-    patient = fault.patient(
-        {"epochs": 3, "load_best": True}, valid_dl=batches(14), train_step=step
-    )
+    patient = fault.patient({"epochs": 3, "load_best": True}, valid_dl=batches(14), train_step=step)
     await fault.check(patient.fit, "train", "epoch 2", "batch 3")
     assert patient.check_whole() == BATCHES + 2
 
@@ -187,127 +129,6 @@ async def test_epoch_end_when_it_returns_no_metric_raises_with_its_place(
     assert NAME in raised.value.__notes__[-1]
     assert "train, epoch 1, epoch_end" in raised.value.__notes__[-1]
     assert patient.check_whole() == BATCHES
-
-
-# -- loaders -------------------------------------------------------------------------------------
-
-
-class StrikingLoader:
-    """Strikes when it is begun, or instead of its third batch."""
-
-    def __init__(self, fault: Fault, *, at_iter: bool) -> None:
-        self._fault, self._at_iter = fault, at_iter
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self._at_iter:
-            self._fault.strike()
-        return self._batches()
-
-    def _batches(self) -> Iterator[Batch]:
-        for number, batch in enumerate(batches()):
-            if number == 2 and not self._at_iter:
-                self._fault.strike()
-            yield batch
-
-
-class AsyncStrikingLoader(StrikingLoader):
-    __iter__ = None  # type: ignore[assignment]
-
-    def __aiter__(self) -> AsyncIterator[Batch]:
-        if self._at_iter:
-            self._fault.strike()
-        return self._async_batches()
-
-    async def _async_batches(self) -> AsyncIterator[Batch]:
-        for batch in self._batches():
-            await anyio.lowlevel.checkpoint()
-            yield batch
-
-
-@pytest.mark.parametrize("prefetch", [None, 0, 2], ids=["found_out", "inline", "ahead"])
-@pytest.mark.parametrize("at_iter", [True, False], ids=["iter", "next"])
-@pytest.mark.parametrize("kind", [StrikingLoader, AsyncStrikingLoader])
-async def test_loader_when_it_raises_is_told_after_the_good_batches(
-    anyio_backend: Any, kind: type[StrikingLoader], at_iter: bool, prefetch: int | None
-) -> None:
-    fault = Fault()
-    patient = fault.patient(train_dl=kind(fault, at_iter=at_iter), prefetch=prefetch)
-    await fault.check(patient.fit, "train", "epoch 1", *([] if at_iter else ["batch 3"]))
-    assert patient.check_whole() == (0 if at_iter else 2)
-    assert patient.recorded() == 0
-    fault.armed = False
-    await patient.check_trains_on()
-
-
-@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
-async def test_seeded_loader_when_it_raises_leaves_the_turn_to_others(
-    anyio_backend: Any, prefetch: int
-) -> None:
-    fault = Fault()
-    loader = StrikingLoader(fault, at_iter=False)
-    patient = fault.patient(train_dl=loader, prefetch=prefetch, seed=1)
-    await fault.check(patient.fit, "train", "epoch 1", "batch 3")
-    await Patient(seed=2).check_trains_on()
-
-
-class StrikingDataset(Dataset[Any]):
-    def __init__(self, fault: Fault) -> None:
-        self._fault = fault
-        self._samples = [
-            (inputs[row], int(targets[row])) for inputs, targets in batches() for row in range(2)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Any:
-        if index == 5:
-            self._fault.strike()
-        return self._samples[index]
-
-
-@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
-async def test_dataset_when_it_raises_is_told(anyio_backend: Any, prefetch: int) -> None:
-    fault = Fault()
-    loader = DataLoader(StrikingDataset(fault), 2)
-    patient = fault.patient(train_dl=loader, prefetch=prefetch)
-    await fault.check(patient.fit, "train", "epoch 1", "batch 3")
-    assert patient.optimizer.steps == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
-@native_loops
-async def test_dataset_when_it_raises_in_a_worker_process_is_told(prefetch: int) -> None:
-    """The object cannot be the same: it comes from another process."""
-    fault = Fault()
-    patient = fault.patient(
-        train_dl=DataLoader(StrikingDataset(fault), 2, num_workers=1), prefetch=prefetch
-    )
-    with anyio.fail_after(GUARD), pytest.raises(FaultError, match="on purpose") as raised:
-        await patient.fit()
-    assert "batch 3" in raised.value.__notes__[-1]
-    assert patient.optimizer.steps == 2
-    fault.check_ended()
-
-
-class Unmovable:
-    def __init__(self, fault: Fault) -> None:
-        self.to = fault.strike
-
-
-@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
-async def test_batch_when_it_cannot_be_moved_is_told(anyio_backend: Any, prefetch: int) -> None:
-    fault = Fault()
-
-    class Loader:
-        def __iter__(self) -> Iterator[Any]:
-            yield from batches()[:2]
-            yield [Unmovable(fault)] * 2
-
-    patient = fault.patient(train_dl=Loader(), prefetch=prefetch)
-    await fault.check(patient.fit, "train", "epoch 1", "batch 3")
-    assert patient.check_whole() == 2
 
 
 # -- the other functions -------------------------------------------------------------------------
@@ -439,23 +260,6 @@ async def test_scheduler_when_it_raises_is_told(
     await fault.check(patient.fit, *words)
 
 
-async def test_lambda_of_a_scheduler_when_it_raises_is_told(anyio_backend: Any) -> None:
-    fault = Fault()
-    fault.armed = False
-    patient = fault.patient()
-
-    def rate(step: int) -> float:
-        fault.strike()
-        return 1.0
-
-    scheduler = LambdaLR(patient.optimizer, rate)
-    patient = fault.patient(
-        model=patient.trainer.model, optimizer=patient.optimizer, lr_scheduler=scheduler
-    )
-    fault.armed = True
-    await fault.check(patient.fit, "epoch 1")
-
-
 # -- two at once ---------------------------------------------------------------------------------
 
 
@@ -489,7 +293,7 @@ async def test_stage_and_run_ended_callback_when_both_raise_are_both_told(
             second.strike()
 
     patient = Patient(
-        name=NAME, train_step=_striking_stage(first, is_async=False), callbacks=[callback]
+        name=NAME, train_step=striking_stage(first, is_async=False), callbacks=[callback]
     )
     await first.check(patient.fit, "train", "epoch 1", "batch 2")
     assert _is_told(first.error, second.error)
@@ -512,7 +316,7 @@ async def test_stage_and_async_callback_when_both_raise_are_both_told(anyio_back
 
         async def open_later() -> None:
             await gate.reached.wait()
-            await anyio.wait_all_tasks_blocked()
+            await settled()
             gate.open()
 
         with anyio.fail_after(GUARD):
@@ -538,7 +342,7 @@ async def test_stage_when_it_raises_after_a_cancel_is_told_and_not_lost() -> Non
         task = asyncio.ensure_future(patient.fit())
         await gate.reached.wait()
         task.cancel()
-        await anyio.wait_all_tasks_blocked()
+        await settled()
         gate.open()
 
         async def wait() -> None:
@@ -567,44 +371,6 @@ async def test_reader_of_events_when_a_callback_raises_comes_to_the_end(
             kinds = [event.kind async for event in events]
     assert kinds[-1] == "run_ended"
     assert kind in kinds
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("end", ["completed", "stopped"])
-async def test_async_loader_when_closing_it_raises_is_told(
-    anyio_backend: Any, end: str, prefetch: int
-) -> None:
-    fault = Fault()
-
-    class Loader:
-        def __init__(self) -> None:
-            self._left = iter(batches())
-
-        def __aiter__(self) -> Loader:
-            return Loader()
-
-        async def __anext__(self) -> Batch:
-            try:
-                return next(self._left)
-            except StopIteration:
-                raise StopAsyncIteration from None
-
-        async def aclose(self) -> None:
-            fault.strike()
-
-    class Loaders:
-        def __aiter__(self) -> Loader:
-            return Loader()
-
-    def step(state: LoopState) -> Any:
-        if end == "stopped" and state.batch_num == 2:
-            state.stop()
-        return default_batch_step(state)
-
-    patient = fault.patient(train_dl=Loaders(), train_step=step, prefetch=prefetch)
-    await fault.check(patient.fit, "train", "epoch 1")
-    fault.armed = False
-    patient.check_whole()
 
 
 async def test_error_when_it_takes_no_notes_still_reaches_the_caller(

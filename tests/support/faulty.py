@@ -17,13 +17,13 @@ from types import TracebackType
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
 
 from fitloop import FitLoop
-from fitloop._loops import loop_scheduler
 from support.models import BATCHES, Batch, arguments, batches, bits, mlp
 
 GUARD = 20.0
@@ -50,6 +50,17 @@ def _loop(name: str) -> Any:
 native_loops = pytest.mark.parametrize("anyio_backend", [_loop("asyncio"), _loop("uvloop")])
 one_loop = pytest.mark.parametrize("anyio_backend", [_loop("asyncio")])
 
+
+def to_loop() -> Callable[[Callable[[], object]], object]:
+    """Return a function that has something called on the running event loop, from any thread."""
+    try:
+        return asyncio.get_running_loop().call_soon_threadsafe
+    except RuntimeError:
+        import trio
+
+        return trio.lowlevel.current_trio_token().run_sync_soon
+
+
 # -- gates ---------------------------------------------------------------------------------------
 
 
@@ -61,15 +72,23 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._schedule = loop_scheduler()
+        self._schedule = to_loop()
         self._opened = threading.Event()
+        self._reached_by_thread = threading.Event()
         self._opened_for_tasks = anyio.Event()
         self.reached = anyio.Event()
 
     def hold(self) -> None:
         """Come to the gate in a thread, and pass it when it is open."""
+        if self._opened.is_set():
+            return
+        self._reached_by_thread.set()
         self._schedule(self.reached.set)
         assert self._opened.wait(GUARD), "nobody opened the gate"
+
+    def reached_by_another(self) -> None:
+        """Wait in a thread until another one has come to the gate."""
+        assert self._reached_by_thread.wait(GUARD), "nobody came to the gate"
 
     async def hold_task(self) -> None:
         """Come to the gate in a task."""
@@ -146,7 +165,7 @@ async def by_task_cancel(call: Call, job: Job) -> None:
 
 
 async def by_asyncio_timeout(call: Call, job: Job) -> None:
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError):  # noqa: PT012
         async with asyncio.timeout(None) as timeout:
             job.cancel = lambda: timeout.reschedule(0)
             job.ready.set()
@@ -160,7 +179,7 @@ async def by_sibling_failure(call: Call, job: Job) -> None:
         await fail.wait()
         raise SiblingError
 
-    with pytest.raises(ExceptionGroup) as raised:
+    with pytest.raises(ExceptionGroup) as raised:  # noqa: PT012
         async with asyncio.TaskGroup() as group:
             group.create_task(sibling())
             fitting = group.create_task(_as_coroutine(call))
@@ -181,7 +200,7 @@ async def by_move_on_after(call: Call, job: Job) -> None:
 
 
 async def by_fail_after(call: Call, job: Job) -> None:
-    with pytest.raises(TimeoutError), anyio.fail_after(math.inf) as scope:
+    with pytest.raises(TimeoutError), anyio.fail_after(math.inf) as scope:  # noqa: PT012
         job.cancel = lambda: setattr(scope, "deadline", -math.inf)
         job.ready.set()
         await call()
@@ -242,11 +261,24 @@ async def running(way: Way, call: Call) -> AsyncIterator[Job]:
             yield job
 
 
+async def settled() -> None:
+    """Wait until what has just been cancelled has noticed, and everybody waits for something."""
+    # The end of a task is told by a callback, which is no task that could be waited for.
+    for _ in range(5):
+        await anyio.lowlevel.checkpoint()
+    await anyio.wait_all_tasks_blocked()
+
+
 def _current_task() -> asyncio.Task[Any] | None:
     try:
         return asyncio.current_task()
     except RuntimeError:
         return None
+
+
+def fitloop_threads() -> list[threading.Thread]:
+    """Return the threads that fitloop has begun and that have not ended."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fitloop ")]
 
 
 # -- the trainer and its oracle ------------------------------------------------------------------
@@ -266,8 +298,10 @@ class Patient:
     """A trainer to be hurt, whose batches always come in the same order."""
 
     def __init__(self, fit: dict[str, Any] | None = None, **changes: Any) -> None:
-        model = mlp()
-        self.optimizer = CountingSGD(model.parameters(), lr=TRAIN_RATE, momentum=MOMENTUM)
+        model = changes.pop("model", None) or mlp()
+        self.optimizer: CountingSGD = changes.pop("optimizer", None) or CountingSGD(
+            model.parameters(), lr=TRAIN_RATE, momentum=MOMENTUM
+        )
         given = {"valid_dl": None, "test_dl": None, "optimizer": self.optimizer, "model": model}
         self.trainer = FitLoop(**arguments(**{**given, **changes}))
         self.arguments: dict[str, Any] = {**QUIET, "load_best": False, **(fit or {})}

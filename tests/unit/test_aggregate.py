@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fitloop import MetricError, UnknownMetricError
-from fitloop._aggregate import CHUNK, BatchValues, _DeviceRows, as_numbers
+from fitloop._aggregate import CHUNK, BatchValues, _DeviceScalars, as_numbers
 from fitloop._types import Phase, Stage
 
 
@@ -194,7 +194,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.out: dict[str, list[float]] = {}
-        self.rows = _DeviceRows(lambda name, value: self.out.setdefault(name, []).append(value))
+        self.rows = _DeviceScalars(lambda name, value: self.out.setdefault(name, []).append(value))
 
     def put(self, **values: Tensor) -> Rows:
         self.rows.put(list(values.items()))

@@ -1,0 +1,243 @@
+"""Real SIGINTs in a process of its own: a run ends at a batch boundary, and training can go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send"),
+]
+ROOT = Path(__file__).parents[2]
+GUARD = 45.0
+
+HEAD = """
+import asyncio, sys, threading
+import torch
+from torch import nn
+from fitloop import FitLoop, SyncFitLoop, default_batch_step
+
+to_hold = 1  # how many times the run is still to be held
+def hold():
+    global to_hold
+    if to_hold:
+        to_hold -= 1
+        print("reached", flush=True)
+        assert sys.stdin.readline() == "go on\\n"
+
+def hang():
+    print("reached", flush=True)
+    threading.Event().wait()
+
+class Loader:
+    def __iter__(self):
+        for number in range(4):
+            if number == 2 and PLACE == "loading":
+                hold()
+            if number == 2 and PLACE == "hanging":
+                hang()
+            yield torch.ones(4, 3), torch.zeros(4, dtype=torch.long)
+
+def step(state):
+    if state.batch_num == 2 and PLACE == "step":
+        hold()
+    return default_batch_step(state)
+
+def make(kind):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return kind(model, optimizer, nn.CrossEntropyLoss(), train_dl=Loader(), train_step=step,
+                prefetch=PREFETCH, loader_grace=0.05, device="cpu")
+
+quiet = {"print_every": 0, "progress": False}
+def left():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fitloop")]
+"""
+
+ASYNC = """
+async def main():
+    trainer = make(FitLoop)
+    try:
+        await trainer.fit(epochs=10**9, **quiet)
+    except asyncio.CancelledError:
+        print("cancelled", left(), trainer.running, flush=True)
+        await trainer.fit(epochs=1, **quiet)
+        print("trained on", trainer.epoch_num >= 1, flush=True)
+        raise
+
+asyncio.run(main())
+print("not reached")
+"""
+
+SYNC = """
+trainer = make(SyncFitLoop)
+try:
+    trainer.fit(epochs=10**9, **quiet)
+except KeyboardInterrupt:
+    print("cancelled", left(), trainer.running, flush=True)
+    trainer.fit(epochs=1, **quiet)
+    print("trained on", trainer.epoch_num >= 1, flush=True)
+    raise
+print("not reached")
+"""
+
+HANGING = """
+async def main():
+    await make(FitLoop).fit(epochs=10**9, **quiet)
+
+asyncio.run(main())
+print("not reached")
+"""
+
+CAUGHT_SYNC = """
+to_hold = 2
+trainer = make(SyncFitLoop)
+for _ in range(2):
+    try:
+        trainer.fit(epochs=10**9, **quiet)
+    except KeyboardInterrupt:
+        print("cancelled", left(), trainer.running, flush=True)
+result = trainer.fit(epochs=2, **quiet)
+print("trained on", result.stop_reason, flush=True)
+"""
+
+CAUGHT_ASYNC = """
+to_hold = 2
+trainer = make(FitLoop)
+async def main(epochs):
+    return await trainer.fit(epochs=epochs, **quiet)
+for _ in range(2):
+    try:
+        asyncio.run(main(10**9))
+    except KeyboardInterrupt:
+        print("cancelled", left(), trainer.running, flush=True)
+result = asyncio.run(main(2))
+print("trained on", result.stop_reason, flush=True)
+"""
+
+TWICE = """
+async def watch(fitting):
+    while not fitting.cancelling():
+        await asyncio.sleep(0)
+    print("noticed", flush=True)
+
+async def main():
+    watching = asyncio.create_task(watch(asyncio.current_task()))
+    await trainer.fit(epochs=10**9, **quiet)
+
+trainer = make(FitLoop)
+try:
+    asyncio.run(main())
+except KeyboardInterrupt:
+    print("cancelled", left(), trainer.running, flush=True)
+    asyncio.run(trainer.fit(epochs=1, **quiet))
+    print("trained on", trainer.epoch_num >= 1, flush=True)
+    raise
+"""
+
+
+class Script:
+    """A Python process that can be read line by line, and interrupted."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().rstrip("\n")
+
+    def let_go(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("go on\n")
+        self._process.stdin.flush()
+
+    def interrupt(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+
+    def end(self) -> tuple[str, str, int]:
+        """Return the rest of what it prints, its errors, and how it ended."""
+        output, errors = self._process.communicate(timeout=GUARD)
+        return output, errors, self._process.returncode
+
+
+@contextmanager
+def _script(text: str, place: str, prefetch: int | None = 0) -> Iterator[Script]:
+    source = f"PLACE, PREFETCH = {place!r}, {prefetch!r}\n{HEAD}{text}"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", source],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,  # so that the SIGINT is this process's alone
+    ) as process:
+        try:
+            yield Script(process)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
+@pytest.mark.parametrize("place", ["step", "loading"])
+@pytest.mark.parametrize("text", [ASYNC, SYNC], ids=["asyncio", "sync"])
+def test_process_when_interrupted_ends_by_keyboard_interrupt_and_could_train_on(
+    text: str, place: str, prefetch: int
+) -> None:
+    with _script(text, place, prefetch) as script:
+        assert script.read() == "reached"
+        script.interrupt()
+        script.let_go()
+        output, errors, code = script.end()
+    assert output == "cancelled [] False\ntrained on True\n"
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert code == -signal.SIGINT
+
+
+@pytest.mark.parametrize("text", [CAUGHT_ASYNC, CAUGHT_SYNC], ids=["asyncio", "sync"])
+def test_process_when_it_catches_the_interrupt_trains_on(text: str) -> None:
+    with _script(text, "step", None) as script:
+        for _ in range(2):
+            assert script.read() == "reached"
+            script.interrupt()
+            script.let_go()
+            assert script.read() == "cancelled [] False"
+        output, errors, code = script.end()
+    assert output == "trained on completed\n"
+    assert (errors, code) == ("", 0)
+
+
+def test_process_when_interrupted_twice_still_ends_whole() -> None:
+    with _script(TWICE, "step") as script:
+        assert script.read() == "reached"
+        script.interrupt()
+        assert script.read() == "noticed"
+        script.interrupt()
+        script.let_go()
+        output, errors, code = script.end()
+    assert output == "cancelled [] False\ntrained on True\n"
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert code == -signal.SIGINT
+
+
+@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
+def test_process_when_interrupted_with_a_loader_that_hangs_for_ever_ends(prefetch: int) -> None:
+    with _script(HANGING, "hanging", prefetch) as script:
+        assert script.read() == "reached"
+        script.interrupt()
+        output, errors, code = script.end()
+    assert output == ""
+    assert "LoaderHungWarning: Linear: train_dl (Loader) had not returned" in errors
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert "Fatal Python error" not in errors
+    assert code == -signal.SIGINT

@@ -1,0 +1,252 @@
+"""What a run holds, blocks and changes: nothing that outlasts it, and nothing of the process."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from support.ends import cancelled, completed, failed
+from support.faulty import GUARD, Gate, Gated, Patient
+from support.models import BATCHES, Batch, batches
+
+from fitloop import LoopState, RunEnded, default_batch_step, default_epoch_end
+from fitloop._hub import STREAM_LIMIT
+
+ROOT = Path(__file__).parents[2]
+
+
+# -- what is held ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _refs(patient: Patient) -> dict[str, weakref.ref[Any]]:
+    trainer = patient.trainer
+    return {
+        "trainer": weakref.ref(trainer),
+        "core": weakref.ref(trainer._core),
+        "model": weakref.ref(trainer.model),
+        "weight": weakref.ref(next(trainer.model.parameters())),
+    }
+
+
+def _alive(refs: dict[str, weakref.ref[Any]]) -> list[str]:
+    return [name for name, ref in refs.items() if ref() is not None]
+
+
+@pytest.mark.parametrize("run", [completed, failed, cancelled])
+async def test_trainer_and_model_when_dropped_after_a_run_die(
+    anyio_backend: Any, run: Callable[[Patient], Any]
+) -> None:
+    patient = Patient(valid_dl=batches(14), callbacks=[lambda event: None], seed=1)
+    refs = _refs(patient)
+    await run(patient)
+    del patient
+    await anyio.lowlevel.checkpoint()
+    gc.collect()
+    assert _alive(refs) == []
+
+
+async def test_trainer_and_model_when_dropped_after_a_completed_run_die_without_gc(
+    anyio_backend: Any,
+) -> None:
+    """Weights on a GPU cannot wait for the collector, which does not know how large they are."""
+    with _without_gc():
+        patient = Patient(valid_dl=batches(14))
+        refs = _refs(patient)
+        del refs["weight"]  # held by the optimizer's own cycles
+        await completed(patient)
+        del patient
+        await anyio.lowlevel.checkpoint()
+        assert _alive(refs) == []
+
+
+async def test_loader_when_a_run_was_cut_is_closed_without_gc(anyio_backend: Any) -> None:
+    """A file that a generator has open must not stay open until the collector comes."""
+    closed = threading.Event()
+
+    def reading() -> Iterator[Batch]:
+        try:
+            yield from batches() * 1000
+        finally:
+            closed.set()
+
+    def step(state: LoopState) -> Any:
+        if state.batch_num == 3:
+            raise ValueError("on purpose")
+        return default_batch_step(state)
+
+    with _without_gc():
+        patient = Patient(train_dl=lambda: iter(reading()), train_step=step)
+        with pytest.raises(ValueError, match="on purpose"):
+            await patient.fit()
+        del patient
+        await anyio.lowlevel.checkpoint()
+        assert closed.is_set()
+
+
+async def test_loaders_given_to_fit_when_it_is_over_die(anyio_backend: Any) -> None:
+    class Loader(list[Batch]):
+        pass
+
+    patient = Patient()
+    refs = []
+    for make in (lambda: Loader(batches()), lambda: (batch for batch in batches())):
+        loader: Any = make()
+        refs.append(weakref.ref(loader))
+        await patient.fit(train_dl=loader)
+        del loader
+    await anyio.lowlevel.checkpoint()
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+
+
+async def test_many_runs_when_repeated_leave_no_more_objects(anyio_backend: Any) -> None:
+    patient = Patient({"track_batch_metrics": False})
+    counts = []
+    for _ in range(6):
+        await patient.fit()
+        gc.collect()
+        counts.append(
+            len([o for o in gc.get_objects() if str(type(o).__module__).startswith("fitloop")])
+        )
+    assert counts[1:] == [counts[1]] * 5
+
+
+# -- who waits for whom ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_reader_when_it_never_reads_does_not_slow_training(anyio_backend: Any) -> None:
+    patient = Patient(train_dl=batches()[:1])
+    epochs = STREAM_LIMIT // 4 + 50  # four events an epoch
+    with anyio.fail_after(GUARD):
+        async with patient.trainer.events() as events:
+            await patient.fit(epochs=epochs)
+            assert events.dropped == 4 * epochs + 2 - STREAM_LIMIT
+            kept = [event async for event in events]
+    assert len(kept) == STREAM_LIMIT
+    assert isinstance(kept[-1], RunEnded)
+
+
+async def test_reader_when_two_runs_are_waiting_gets_one_after_the_other(
+    anyio_backend: Any,
+) -> None:
+    patient = Patient()
+    async with patient.trainer.events() as events:
+        await patient.fit()
+        await patient.fit()
+        with anyio.fail_after(GUARD):
+            first = [event.kind async for event in events]
+            second = [event.kind async for event in events]
+    assert first == second
+    assert first.count("run_ended") == 1
+    assert first[-1] == "run_ended"
+
+
+async def test_reader_when_cancelled_loses_no_event(anyio_backend: Any) -> None:
+    patient = Patient()
+    kinds: list[str] = []
+    async with patient.trainer.events() as events:
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as group:
+
+                async def read() -> None:
+                    async for event in events:
+                        kinds.append(event.kind)
+
+                group.start_soon(read)
+                await anyio.wait_all_tasks_blocked()
+                scope.cancel()
+        await patient.fit()
+        with anyio.fail_after(GUARD):
+            kinds += [event.kind async for event in events]
+    assert kinds[0] == "run_started"
+    assert kinds[-1] == "run_ended"
+    assert len(kinds) == 6
+
+
+PLAIN = ["train_epoch_start", "train_step", "train_epoch_end", "preloop", "postloop", "callback"]
+
+
+@pytest.mark.parametrize("where", [*PLAIN, "loader", "configure_optimizer"])
+async def test_event_loop_when_user_code_blocks_stays_responsive(
+    anyio_backend: Any, where: str
+) -> None:
+    """The code waits for the event loop to open the gate: on the loop, that would never end."""
+    with Gate() as gate:
+
+        def hold(given: Any) -> Any:
+            gate.hold()
+            if where == "train_step":
+                return default_batch_step(given)
+            return default_epoch_end(given) if where == "train_epoch_end" else None
+
+        changes: dict[str, Any] = {where: hold}
+        if where == "callback":
+            changes = {"callbacks": [hold]}
+        elif where == "loader":
+            changes = {"train_dl": Gated(gate)}
+        patient = Patient({"load_best": True}, valid_dl=batches(14), **changes)
+        with anyio.fail_after(GUARD):
+            async with anyio.create_task_group() as group:
+                group.start_soon(patient.fit)
+                await gate.reached.wait()
+                for _ in range(100):
+                    await anyio.lowlevel.checkpoint()
+                assert patient.trainer.running
+                gate.open()
+    assert patient.optimizer.steps == BATCHES
+
+
+async def test_training_when_an_async_callback_is_slow_goes_on(anyio_backend: Any) -> None:
+    """The callback waits for the last batch: if training waited for it, that would never end."""
+    with Gate() as gate:
+        last = threading.Event()
+
+        async def callback(event: Any) -> None:
+            if event.kind == "run_started":
+                await gate.reached.wait()
+                last.set()
+
+        def step(state: LoopState) -> Any:
+            if state.batch_num == BATCHES:
+                gate.hold()
+            return default_batch_step(state)
+
+        patient = Patient(train_step=step, callbacks=[callback])
+        gate.open()
+        with anyio.fail_after(GUARD):
+            await patient.fit()
+        assert last.is_set()
+
+
+async def test_two_trainers_when_gathered_run_at_the_same_time(anyio_backend: Any) -> None:
+    barrier = threading.Barrier(2)
+
+    def step(state: LoopState) -> Any:
+        barrier.wait(GUARD)
+        return default_batch_step(state)
+
+    patients = [Patient(train_step=step) for _ in range(2)]
+    with anyio.fail_after(GUARD):
+        async with anyio.create_task_group() as group:
+            for patient in patients:
+                group.start_soon(patient.fit)
+    assert [patient.check_whole() for patient in patients] == [BATCHES, BATCHES]

@@ -1,0 +1,171 @@
+"""What a loader, its dataset or its batches raise reaches the caller, after the good batches."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import anyio
+import pytest
+from support.faulty import GUARD, Patient, native_loops
+from support.models import Batch, batches
+from support.striking import Fault, FaultError
+from torch.utils.data import DataLoader, Dataset
+
+from fitloop import LoopState, default_batch_step
+
+
+class StrikingLoader:
+    """Strikes when it is begun, or instead of its third batch."""
+
+    def __init__(self, fault: Fault, *, at_iter: bool) -> None:
+        self._fault, self._at_iter = fault, at_iter
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._at_iter:
+            self._fault.strike()
+        return self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
+        for number, batch in enumerate(batches()):
+            if number == 2 and not self._at_iter:
+                self._fault.strike()
+            yield batch
+
+
+class AsyncStrikingLoader(StrikingLoader):
+    __iter__ = None  # type: ignore[assignment]
+
+    def __aiter__(self) -> AsyncIterator[Batch]:
+        if self._at_iter:
+            self._fault.strike()
+        return self._async_batches()
+
+    async def _async_batches(self) -> AsyncIterator[Batch]:
+        for batch in self._batches():
+            await anyio.lowlevel.checkpoint()
+            yield batch
+
+
+@pytest.mark.parametrize("prefetch", [None, 0, 2], ids=["found_out", "inline", "ahead"])
+@pytest.mark.parametrize("at_iter", [True, False], ids=["iter", "next"])
+@pytest.mark.parametrize("kind", [StrikingLoader, AsyncStrikingLoader])
+async def test_loader_when_it_raises_is_told_after_the_good_batches(
+    anyio_backend: Any, kind: type[StrikingLoader], at_iter: bool, prefetch: int | None
+) -> None:
+    fault = Fault()
+    patient = fault.patient(train_dl=kind(fault, at_iter=at_iter), prefetch=prefetch)
+    await fault.check(patient.fit, "train", "epoch 1", *([] if at_iter else ["batch 3"]))
+    assert patient.check_whole() == (0 if at_iter else 2)
+    assert patient.recorded() == 0
+    fault.armed = False
+    await patient.check_trains_on()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
+async def test_seeded_loader_when_it_raises_leaves_the_turn_to_others(
+    anyio_backend: Any, prefetch: int
+) -> None:
+    fault = Fault()
+    loader = StrikingLoader(fault, at_iter=False)
+    patient = fault.patient(train_dl=loader, prefetch=prefetch, seed=1)
+    await fault.check(patient.fit, "train", "epoch 1", "batch 3")
+    await Patient(seed=2).check_trains_on()
+
+
+class StrikingDataset(Dataset[Any]):
+    def __init__(self, fault: Fault) -> None:
+        self._fault = fault
+        self._samples = [
+            (inputs[row], int(targets[row])) for inputs, targets in batches() for row in range(2)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 5:
+            self._fault.strike()
+        return self._samples[index]
+
+
+@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
+async def test_dataset_when_it_raises_is_told(anyio_backend: Any, prefetch: int) -> None:
+    fault = Fault()
+    loader = DataLoader(StrikingDataset(fault), 2)
+    patient = fault.patient(train_dl=loader, prefetch=prefetch)
+    await fault.check(patient.fit, "train", "epoch 1", "batch 3")
+    assert patient.optimizer.steps == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
+@native_loops
+async def test_dataset_when_it_raises_in_a_worker_process_is_told(prefetch: int) -> None:
+    """The object cannot be the same: it comes from another process."""
+    fault = Fault()
+    patient = fault.patient(
+        train_dl=DataLoader(StrikingDataset(fault), 2, num_workers=1), prefetch=prefetch
+    )
+    with anyio.fail_after(GUARD), pytest.raises(FaultError, match="on purpose") as raised:
+        await patient.fit()
+    assert "batch 3" in raised.value.__notes__[-1]
+    assert patient.optimizer.steps == 2
+    fault.check_ended()
+
+
+class Unmovable:
+    def __init__(self, fault: Fault) -> None:
+        self.to = fault.strike
+
+
+@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
+async def test_batch_when_it_cannot_be_moved_is_told(anyio_backend: Any, prefetch: int) -> None:
+    fault = Fault()
+
+    class Loader:
+        def __iter__(self) -> Iterator[Any]:
+            yield from batches()[:2]
+            yield [Unmovable(fault)] * 2
+
+    patient = fault.patient(train_dl=Loader(), prefetch=prefetch)
+    await fault.check(patient.fit, "train", "epoch 1", "batch 3")
+    assert patient.check_whole() == 2
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("end", ["completed", "stopped"])
+async def test_async_loader_when_closing_it_raises_is_told(
+    anyio_backend: Any, end: str, prefetch: int
+) -> None:
+    fault = Fault()
+
+    class Loader:
+        def __init__(self) -> None:
+            self._left = iter(batches())
+
+        def __aiter__(self) -> Loader:
+            return Loader()
+
+        async def __anext__(self) -> Batch:
+            try:
+                return next(self._left)
+            except StopIteration:
+                raise StopAsyncIteration from None
+
+        async def aclose(self) -> None:
+            fault.strike()
+
+    class Loaders:
+        def __aiter__(self) -> Loader:
+            return Loader()
+
+    def step(state: LoopState) -> Any:
+        if end == "stopped" and state.batch_num == 2:
+            state.stop()
+        return default_batch_step(state)
+
+    patient = fault.patient(train_dl=Loaders(), train_step=step, prefetch=prefetch)
+    await fault.check(patient.fit, "train", "epoch 1")
+    fault.armed = False
+    patient.check_whole()

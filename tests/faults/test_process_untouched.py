@@ -1,0 +1,167 @@
+"""Import, construction and runs leave the process and the calling thread as they were."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+import pytest
+import torch
+from support.ends import cancelled, completed, failed
+from support.faulty import GUARD, QUIET, Patient, fitloop_threads
+from support.models import BATCHES, batches, process_generators
+
+from fitloop import LoopState, default_batch_step
+
+ROOT = Path(__file__).parents[2]
+
+
+def _process() -> dict[str, Any]:
+    """Return what belongs to the process or to the calling thread, and a run must not change."""
+    numpy = np.geterr()
+    return {
+        "threads": torch.get_num_threads(),
+        "interop": torch.get_num_interop_threads(),
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "autocast": torch.is_autocast_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "precision": torch.get_float32_matmul_precision(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "environment": dict(os.environ),
+        "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook, sys.stdout, sys.stderr),
+        "switch": sys.getswitchinterval(),
+        "recursion": sys.getrecursionlimit(),
+        "warnings": list(warnings.filters),
+        "directory": os.getcwd(),
+        "numpy": numpy,
+        "thread_of_a_new_thread": _threads_of_a_new_thread(),
+    }
+
+
+def _threads_of_a_new_thread() -> int:
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join(GUARD)
+    return found[0]
+
+
+@pytest.mark.parametrize("num_threads", [None, 1, 2, 3])
+@pytest.mark.parametrize("end", ["completed", "failed", "cancelled"])
+async def test_process_when_a_run_is_over_is_as_before(
+    anyio_backend: Any, end: str, num_threads: int | None
+) -> None:
+    run = {"completed": completed, "failed": failed, "cancelled": cancelled}[end]
+    before = _process()
+    generators = process_generators()
+    patient = Patient(num_threads=num_threads, valid_dl=batches(14), seed=1)
+    await run(patient)
+    assert _process() == before
+    assert process_generators() == generators
+    assert fitloop_threads() == []
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+async def test_number_of_threads_when_given_holds_in_every_plain_stage(
+    anyio_backend: Any, num_threads: int
+) -> None:
+    seen: list[int] = []
+    outside = torch.get_num_threads()
+
+    def look(state: LoopState) -> None:
+        seen.append(torch.get_num_threads())
+
+    patient = Patient(
+        num_threads=num_threads,
+        train_epoch_start=look,
+        train_step=look,
+        train_epoch_end=look,
+    )
+    await patient.fit()
+    assert seen == [num_threads] * (BATCHES + 2)
+    assert torch.get_num_threads() == outside
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+async def test_grad_mode_of_the_caller_when_stages_are_async_is_untouched(
+    anyio_backend: Any, enabled: bool
+) -> None:
+    inside: list[bool] = []
+    outside: list[bool] = []
+
+    async def step(state: LoopState) -> Any:
+        inside.append(torch.is_grad_enabled())
+        await anyio.lowlevel.checkpoint()
+        inside.append(torch.is_grad_enabled())
+        return default_batch_step(state)
+
+    patient = Patient(train_step=step, valid_step=step, valid_dl=batches(14))
+    with torch.set_grad_enabled(enabled), anyio.fail_after(GUARD):
+        async with anyio.create_task_group() as group:
+            group.start_soon(patient.fit)
+            while patient.trainer.epoch_num == 0:
+                outside.append(torch.is_grad_enabled())
+                await anyio.lowlevel.checkpoint()
+        assert torch.is_grad_enabled() is enabled
+    assert set(outside) == {enabled}
+    assert inside == [True] * 2 * BATCHES + [False] * 4
+
+
+CHANGED_BY_IMPORT = """
+import os, random, signal, sys, threading, warnings
+import numpy as np, torch
+def look():
+    return (
+        torch.get_num_threads(), torch.is_grad_enabled(), torch.get_rng_state().tolist(),
+        random.getstate(), str(np.random.get_state()), dict(os.environ), sys.excepthook,
+        threading.excepthook, [signal.getsignal(n) for n in signal.valid_signals()],
+        torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(),
+        list(warnings.filters), threading.active_count(), os.listdir("."),
+    )
+before = look()
+import fitloop
+assert look() == before, "import"
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+before = look()
+for kind in (fitloop.FitLoop, fitloop.SyncFitLoop):
+    trainer = kind(model, optimizer, torch.nn.CrossEntropyLoss(), seed=1, num_threads=1,
+                   save_to_disk=True, save_path="somewhere", train_dl=[])
+    repr(trainer)
+assert look() == before, "construction"
+print("unchanged")
+"""
+
+
+@pytest.mark.slow
+def test_process_when_fitloop_is_imported_and_constructed_is_as_before(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGED_BY_IMPORT],
+        capture_output=True,
+        text=True,
+        timeout=GUARD,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("unchanged\n", "")
+
+
+def test_quiet_run_when_it_is_over_has_printed_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    patient = Patient()
+    anyio.run(lambda: patient.trainer.fit(**QUIET))
+    assert capfd.readouterr() == ("", "")
