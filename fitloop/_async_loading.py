@@ -108,6 +108,8 @@ class AsyncSource:
                     await self._read_all(self._room)
         except BaseException as raised:
             if isinstance(raised, anyio.get_cancelled_exc_class()) and self._is_over():
+                if not self._closed:  # or the step thread would take it for the loader's end
+                    self._feed.control.cancel()
                 raise
             error = raised  # crosses to the step thread
         finally:

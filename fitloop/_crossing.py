@@ -122,7 +122,10 @@ class LoopSide:
                 request.result = await request.call()
         except anyio.get_cancelled_exc_class() as error:
             # Else it awaited something that was cancelled, which is an error like any other.
-            request.error = Cancelled() if self._closed or is_scope_cancelled() else error
+            request.error = error
+            if self._closed or is_scope_cancelled():
+                request.error = Cancelled()
+                self._control.cancel()
             raise_in_scope(error)
         except BaseException as error:  # crosses to the thread that asked
             request.error = error
@@ -247,6 +250,9 @@ async def supervise(
         control.cancel()
     side.answer_rest()
     interruption = await _wind_up(thread, control, side, grace) or interruption
+    if interruption is None and isinstance(thread.error, Cancelled) and control.failure is None:
+        # A coroutine of the run saw the cancellation of a scope before this task did.
+        await anyio.lowlevel.checkpoint()
     for loader in control.hung:
         _warn_hung(loader, name, grace)
     return _outcome(thread, control, interruption)

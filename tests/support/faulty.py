@@ -12,7 +12,7 @@ import math
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -80,10 +80,9 @@ class Gate:
 
     def hold(self) -> None:
         """Come to the gate in a thread, and pass it when it is open."""
-        if self._opened.is_set():
-            return
         self._reached_by_thread.set()
-        self._schedule(self.reached.set)
+        with suppress(RuntimeError):  # its event loop was closed, and nobody waits any more
+            self._schedule(self.reached.set)
         assert self._opened.wait(GUARD), "nobody opened the gate"
 
     def reached_by_another(self) -> None:
