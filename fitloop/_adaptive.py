@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 from fitloop._loading import END, AheadSource, Feed, InlineSource
 from fitloop._random import fingerprint
+
+
+def median(values: list[float]) -> float:
+    """Return the middle of an odd number of values, the lower middle of an even one."""
+    return sorted(values)[(len(values) - 1) // 2]
 
 
 class Trial:

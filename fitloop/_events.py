@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from array import array
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """Base of all events."""
 
@@ -56,7 +56,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Phase) else value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
     """A ``fit`` or ``test`` begins."""
 
@@ -70,7 +70,7 @@ class RunStarted(Event):
     """number of its first epoch in the trainer's life, counted from 1"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochStarted(Event):
     """An epoch begins."""
 
@@ -84,7 +84,7 @@ class EpochStarted(Event):
     """epochs of this run"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PhaseStarted(Event):
     """A pass over a loader begins, after the ``epoch_start`` stage."""
 
@@ -96,7 +96,7 @@ class PhaseStarted(Event):
     """batches to come; None when the loader has no length"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchProgress(Event):
     """How far a phase is; sent about ten times a second at most, never per batch."""
 
@@ -113,7 +113,7 @@ class BatchProgress(Event):
     """since the phase began"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PhaseEnded(Event):
     """A pass over a loader is over and its ``epoch_end`` stage has returned."""
 
@@ -134,7 +134,7 @@ class PhaseEnded(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BestImproved(Event):
     """The criteria reached or passed its best value; the weights were kept."""
 
@@ -145,7 +145,7 @@ class BestImproved(Event):
     score: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochEnded(Event):
     """All phases of an epoch are over."""
 
@@ -161,7 +161,7 @@ class EpochEnded(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptAsked(Event):
     """The run waits for an answer to the continue question."""
 
@@ -173,7 +173,7 @@ class PromptAsked(Event):
     question: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptAnswered(Event):
     """The continue question was answered."""
 
@@ -183,7 +183,7 @@ class PromptAnswered(Event):
     go_on: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
     """The run is over; the last event of every run, also of a failed or cancelled one."""
 

@@ -204,7 +204,7 @@ def _one_shot(loader: Any) -> OneShot | None:
     return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadingOptions:
     """How a trainer wants its loaders used."""
 

@@ -18,7 +18,7 @@ from fitloop._types import Phase
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """What a run is to do; checked by whoever made it."""
 

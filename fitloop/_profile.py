@@ -26,7 +26,7 @@ _STARVED = 0.2
 """share of waiting from which a loader is called the bottleneck"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Span:
     """One timed call."""
 
@@ -101,7 +101,7 @@ class SpanRecorder:
         return ProfileReport(phases=phases, spans=tuple(self.spans))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PhaseProfile:
     """The time of one phase, over all epochs that were profiled."""
 
@@ -134,7 +134,7 @@ class PhaseProfile:
         return max(shares, key=lambda name: shares[name])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ProfileReport:
     """What ``run_profiler`` returns; prints as a table."""
 

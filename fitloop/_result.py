@@ -15,7 +15,7 @@ from fitloop._progress import duration
 Array = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class FitResult:
     """How a run went."""
 

@@ -34,7 +34,7 @@ Ask = Callable[[PromptAsked], Awaitable[bool]]
 Observer = Callable[[Event], object]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What is special about a run."""
 
