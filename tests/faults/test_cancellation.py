@@ -72,6 +72,7 @@ async def test_cancel_when_in_an_async_step_leaves_that_batch_out(way: Way) -> N
     await patient.check_trains_on()
 
 
+@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize(
     ("place", "times"),

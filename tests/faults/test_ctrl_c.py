@@ -188,6 +188,7 @@ def _script(text: str, place: str, prefetch: int | None = 0) -> Iterator[Script]
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
 @pytest.mark.parametrize("place", ["step", "loading"])
 @pytest.mark.parametrize("text", [ASYNC, SYNC], ids=["asyncio", "sync"])
@@ -204,6 +205,7 @@ def test_process_when_interrupted_ends_by_keyboard_interrupt_and_could_train_on(
     assert code == -signal.SIGINT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [CAUGHT_ASYNC, CAUGHT_SYNC], ids=["asyncio", "sync"])
 def test_process_when_it_catches_the_interrupt_trains_on(text: str) -> None:
     with _script(text, "step", None) as script:
@@ -217,6 +219,7 @@ def test_process_when_it_catches_the_interrupt_trains_on(text: str) -> None:
     assert (errors, code) == ("", 0)
 
 
+@pytest.mark.slow
 def test_process_when_interrupted_twice_still_ends_whole() -> None:
     with _script(TWICE, "step") as script:
         assert script.read() == "reached"
@@ -230,6 +233,7 @@ def test_process_when_interrupted_twice_still_ends_whole() -> None:
     assert code == -signal.SIGINT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
 def test_process_when_interrupted_with_a_loader_that_hangs_for_ever_ends(prefetch: int) -> None:
     with _script(HANGING, "hanging", prefetch) as script:

@@ -86,6 +86,7 @@ async def _cancel_while_hanging(patient: Patient, gate: Gate, way: Way) -> None:
     assert len(told) == 1
 
 
+@pytest.mark.slow
 @each_kind
 @prefetches
 @seeds

@@ -120,6 +120,7 @@ async def test_loaders_given_to_fit_when_it_is_over_die(anyio_backend: Any) -> N
     assert [ref() for ref in refs] == [None, None]
 
 
+@pytest.mark.slow
 async def test_many_runs_when_repeated_leave_no_more_objects(anyio_backend: Any) -> None:
     patient = Patient({"track_batch_metrics": False})
     counts = []

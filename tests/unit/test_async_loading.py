@@ -132,6 +132,7 @@ async def test_fit_when_stopped_in_one_shot_async_loader_then_no_batch_is_lost(
     assert recorder.seen == list(range(9))
 
 
+@pytest.mark.slow
 async def test_fit_when_stopped_while_async_loader_waits_then_goes_on_from_there() -> None:
     reader = OneShotReader()
     reader.held[4] = anyio.Event()

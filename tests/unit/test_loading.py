@@ -355,6 +355,7 @@ def test_fit_when_stopped_and_resumed_with_seed_then_draws_do_not_depend_on_pref
     assert trained(prefetch) == trained(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [None, 1], ids=["unseeded", "seeded"])
 @pytest.mark.parametrize("prefetch", [0, 2], ids=str)
 def test_fit_when_passes_have_ended_then_their_iterators_are_let_go(
