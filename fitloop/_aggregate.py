@@ -104,7 +104,7 @@ class BatchValues:
             values = as_mapping(values, self._phase, Stage.BATCH_STEP)
         on_device: list[tuple[str, Tensor]] | None = None
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if type(value) is not float and isinstance(value, Tensor):
                 if value.ndim:
                     self._put_tensor(name, value)
                     continue

@@ -95,6 +95,7 @@ class Placement:
         self._cast = cast
         self._targets: dict[torch.dtype, torch.dtype] = {}
         on_cuda = device.type == "cuda"
+        self._on_cpu = device.type == "cpu"
         self._copy_stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
 
     @property
@@ -149,7 +150,8 @@ class Placement:
             return item.to(self._device)
         dtype = item.dtype
         target = self._targets.get(dtype) or self._target(dtype)
-        if target is dtype and item.device == self._device:
+        # is_cpu is a flag; a device is an object to make and to compare.
+        if target is dtype and (item.is_cpu if self._on_cpu else item.device == self._device):
             return item
         return item.to(device=self._device, dtype=target)
 
