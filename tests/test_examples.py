@@ -36,6 +36,7 @@ def test_demo_when_run_then_reaches_its_accuracy_and_saves_its_curves(tmp_path: 
 @pytest.mark.slow
 def test_overhead_benchmark_when_run_then_writes_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    command = [sys.executable, ROOT / "benchmarks" / "overhead.py", "--batches", "250"]
-    subprocess.run([*command, "--rounds", "1", "--json", str(out)], check=True, cwd=tmp_path)
+    script = str(ROOT / "benchmarks" / "overhead.py")
+    options = ["--batches", "250", "--rounds", "1", "--json", str(out)]
+    subprocess.run([sys.executable, script, *options], check=True, cwd=tmp_path)
     assert '"added_us"' in out.read_text(encoding="utf-8")
