@@ -7,6 +7,7 @@ Knows neither torch nor the engine.
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,39 @@ from fitloop._events import (
     RunStarted,
 )
 
-_LIVE = threading.Lock()
-"""held by the one run whose live line is on the terminal"""
+
+class _LiveLine:
+    """The one line of the process's terminal that is drawn over; text is written above it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: object | None = None
+
+    def draw(self, owner: object, out: TextIO, text: str) -> None:
+        """Show ``text``, unless another run has the line."""
+        with self._lock:
+            if self._owner is None or self._owner is owner:
+                self._owner = owner
+                out.write(f"\r\x1b[K{text}")
+                out.flush()
+
+    def write(self, out: TextIO, text: str) -> None:
+        """Write whole lines where the live line was, which comes back when it is drawn again."""
+        with self._lock:
+            erase = "\r\x1b[K" if self._owner is not None and out is sys.__stdout__ else ""
+            out.write(erase + text)
+            out.flush()
+
+    def release(self, owner: object, out: TextIO) -> None:
+        """Erase the line if it is ``owner``'s, and let another run have it."""
+        with self._lock:
+            if self._owner is owner:
+                self._owner = None
+                out.write("\r\x1b[K")
+                out.flush()
+
+
+_LIVE = _LiveLine()
 
 
 def duration(seconds: float) -> str:
@@ -73,7 +105,6 @@ class ProgressLines:
         self._names = names
         self._live = live
         self._stream = stream
-        self._owns_live = False
         self._epoch = ""
         self._width = 0
 
@@ -129,30 +160,19 @@ class ProgressLines:
 
     def _show_live(self, event: BatchProgress) -> None:
         out = self._out()
-        if not (self._live and self._every and out.isatty()):
+        # Only where nothing stands between it and the terminal, such as an open prompt.
+        if not (self._live and self._every and out is sys.__stdout__ and out.isatty()):
             return
-        if not self._owns_live:
-            self._owns_live = _LIVE.acquire(blocking=False)
-            if not self._owns_live:
-                return
         of = "" if event.batches is None else f"/{event.batches}"
         rate = event.batch / event.seconds if event.seconds > 0 else 0.0
         text = f"{self._label}{self._epoch} {event.phase} {event.batch}{of}, {rate:.0f} batches/s"
-        out.write(f"\r\x1b[K{text}")
-        out.flush()
+        _LIVE.draw(self, out, text[: shutil.get_terminal_size().columns - 1])
 
     def _clear_live(self) -> None:
-        if self._owns_live:
-            self._owns_live = False
-            _LIVE.release()
-            self._out().write("\r\x1b[K")
-            self._out().flush()
+        _LIVE.release(self, self._out())
 
     def _write(self, text: str) -> None:
-        self._clear_live()
-        out = self._out()
-        out.write(text)
-        out.flush()
+        _LIVE.write(self._out(), text)
 
     def _out(self) -> TextIO:
         return self._stream if self._stream is not None else sys.stdout
