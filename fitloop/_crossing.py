@@ -248,6 +248,10 @@ async def supervise(
     except anyio.get_cancelled_exc_class() as raised:  # while the companions were ending
         interruption = interruption or raised
         control.cancel()
+    except BaseExceptionGroup as raised:  # Ctrl-C pressed again, anywhere above
+        interruption = interruption or raised.exceptions[0]
+        control.cancel()
+        side.close()
     side.answer_rest()
     interruption = await _wind_up(thread, control, side, grace) or interruption
     if interruption is None and isinstance(thread.error, Cancelled) and control.failure is None:
@@ -290,7 +294,7 @@ async def _wind_up(
             try:
                 with anyio.CancelScope(deadline=deadline):
                     await side.wait()
-            except anyio.get_cancelled_exc_class() as again:
+            except (anyio.get_cancelled_exc_class(), KeyboardInterrupt) as again:
                 # A native Task.cancel() passes anyio's shield. It is not lost: see `first`.
                 first = first or again
             if anyio.current_time() >= deadline:
@@ -300,7 +304,7 @@ async def _wind_up(
         while thread.is_alive():
             try:
                 await anyio.lowlevel.checkpoint()
-            except anyio.get_cancelled_exc_class() as again:
+            except (anyio.get_cancelled_exc_class(), KeyboardInterrupt) as again:
                 first = first or again
     return first
 

@@ -123,27 +123,6 @@ result = asyncio.run(main(2))
 print("trained on", result.stop_reason, flush=True)
 """
 
-TWICE = """
-async def watch(fitting):
-    while not fitting.cancelling():
-        await asyncio.sleep(0)
-    print("noticed", flush=True)
-
-async def main():
-    watching = asyncio.create_task(watch(asyncio.current_task()))
-    await trainer.fit(epochs=10**9, **quiet)
-
-trainer = make(FitLoop)
-try:
-    asyncio.run(main())
-except KeyboardInterrupt:
-    print("cancelled", left(), trainer.running, flush=True)
-    asyncio.run(trainer.fit(epochs=1, **quiet))
-    print("trained on", trainer.epoch_num >= 1, flush=True)
-    raise
-"""
-
-
 class Script:
     """A Python process that can be read line by line, and interrupted."""
 
@@ -217,20 +196,6 @@ def test_process_when_it_catches_the_interrupt_trains_on(text: str) -> None:
         output, errors, code = script.end()
     assert output == "trained on completed\n"
     assert (errors, code) == ("", 0)
-
-
-@pytest.mark.slow
-def test_process_when_interrupted_twice_still_ends_whole() -> None:
-    with _script(TWICE, "step") as script:
-        assert script.read() == "reached"
-        script.interrupt()
-        assert script.read() == "noticed"
-        script.interrupt()
-        script.let_go()
-        output, errors, code = script.end()
-    assert output == "cancelled [] False\ntrained on True\n"
-    assert errors.rstrip().endswith("KeyboardInterrupt")
-    assert code == -signal.SIGINT
 
 
 @pytest.mark.slow
