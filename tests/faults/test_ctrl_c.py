@@ -123,6 +123,7 @@ result = asyncio.run(main(2))
 print("trained on", result.stop_reason, flush=True)
 """
 
+
 class Script:
     """A Python process that can be read line by line, and interrupted."""
 
