@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 pytestmark = [
+    by_hand,
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send"),
 ]
 ROOT = Path(__file__).parents[2]
 GUARD = 45.0
 
-pytestmark = pytest.mark.skipif(
+by_hand = pytest.mark.skipif(
     "CI" in os.environ, reason="not yet deterministic on a loaded machine: run it by hand"
 )
 
