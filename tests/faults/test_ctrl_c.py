@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+by_hand = pytest.mark.skipif(
+    "CI" in os.environ, reason="not yet deterministic on a loaded machine: run it by hand"
+)
 pytestmark = [
     by_hand,
     pytest.mark.slow,
@@ -20,9 +23,6 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 GUARD = 45.0
 
-by_hand = pytest.mark.skipif(
-    "CI" in os.environ, reason="not yet deterministic on a loaded machine: run it by hand"
-)
 
 HEAD = """
 import asyncio, sys, threading
