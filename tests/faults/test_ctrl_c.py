@@ -21,7 +21,9 @@ GUARD = 45.0
 
 
 HEAD = """
-import asyncio, os, sys, threading
+import asyncio, os, signal, sys, threading
+# As in a terminal: a process that was started in the background is born ignoring it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch
 from torch import nn
 from fitloop import FitLoop, SyncFitLoop, default_batch_step
