@@ -3,6 +3,7 @@
 `FitLoop` is the trainer, `SyncFitLoop` its blocking twin for plain scripts.
 """
 
+from fitloop._checkpoint import Checkpoint
 from fitloop._errors import (
     BusyError,
     CheckpointError,
@@ -12,6 +13,7 @@ from fitloop._errors import (
     MetricError,
     MissingCriteriaError,
     MissingLoaderError,
+    ResumeWarning,
     StageSignatureError,
     SyncInAsyncError,
     UnknownMetricError,
@@ -28,9 +30,12 @@ from fitloop._events import (
     PromptAsked,
     RunEnded,
     RunStarted,
+    SnapshotFailed,
+    SnapshotWritten,
 )
 from fitloop._fitloop import FitLoop
 from fitloop._hub import EventStream
+from fitloop._metriclog import read_metrics
 from fitloop._metrics import History, MetricSeries, PhaseHistory
 from fitloop._optim import (
     configure_optimizer,
@@ -51,6 +56,7 @@ __all__ = [
     "BatchProgress",
     "BestImproved",
     "BusyError",
+    "Checkpoint",
     "CheckpointError",
     "ConfigurationError",
     "EpochEnded",
@@ -75,8 +81,11 @@ __all__ = [
     "ProfileReport",
     "PromptAnswered",
     "PromptAsked",
+    "ResumeWarning",
     "RunEnded",
     "RunStarted",
+    "SnapshotFailed",
+    "SnapshotWritten",
     "Stage",
     "StageSignatureError",
     "StopReason",
@@ -88,6 +97,7 @@ __all__ = [
     "default_epoch_end",
     "freeze",
     "get_layers",
+    "read_metrics",
     "spread_lrs",
     "unfreeze",
     "unfreeze_last",

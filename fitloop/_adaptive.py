@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fitloop._loading import END, AheadSource, Feed, InlineSource
-from fitloop._random import fingerprint
+from fitloop._random import StreamState, fingerprint
 
 
 def median(values: list[float]) -> float:
@@ -151,6 +151,11 @@ class AdaptiveSource:
     def _go_ahead(self) -> None:
         self._source = AheadSource(self._feed, self._depth)
         self._to_skip = 1  # the one that the new thread begins with
+
+    @property
+    def drawn(self) -> StreamState | None:
+        """See `Source`."""
+        return None if self._source is None else self._source.drawn
 
     def close(self) -> list[Any]:
         """See `Source`."""

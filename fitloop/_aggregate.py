@@ -171,6 +171,21 @@ class BatchValues:
         self._device.drain()
         return self._numbers
 
+    def export(self) -> dict[str, Any]:
+        """Return all values so far for `restore`; waits for those on a device."""
+        self._device.drain()
+        return {
+            "numbers": {name: np.array(column) for name, column in self._numbers.items()},
+            "tensors": {name: list(values) for name, values in self._tensors.items()},
+        }
+
+    def restore(self, values: Any) -> None:
+        """Begin with what `export` returned."""
+        for name, column in values["numbers"].items():
+            numbers = self._numbers[name] = array("d", column.tobytes())
+            self._append[name] = numbers.append
+        self._tensors = {name: list(tensors) for name, tensors in values["tensors"].items()}
+
     def __contains__(self, name: object) -> bool:
         return name in self._numbers or name in self._tensors or name in self._device.names
 

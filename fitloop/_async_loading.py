@@ -14,6 +14,7 @@ import anyio
 from fitloop._crossing import LoopSide
 from fitloop._loading import END, Feed
 from fitloop._loops import Doorbell, is_scope_cancelled, loop_scheduler
+from fitloop._random import StreamState
 
 
 class AsyncSource:
@@ -32,10 +33,14 @@ class AsyncSource:
         *,
         depth: int,
         limit: int | None = None,
+        skip: int = 0,
     ) -> None:
         self._iterable = iterable
         self._iterator: AsyncIterator[Any] | None = None
         self._limit = limit
+        self._skip = skip
+        """batches at the beginning that are read and left out"""
+        self.drawn: StreamState | None = None
         self._feed = feed
         self._depth = depth
         self._asked = 0
@@ -138,6 +143,8 @@ class AsyncSource:
     async def _read_all(self, room: Doorbell) -> None:
         changed, limit = self._feed.control.changed, self._limit
         self._iterator = aiter(self._iterable)
+        for _ in range(self._skip):
+            await anext(self._iterator, None)
         read = 0
         while limit is None or read < limit:
             while read >= self._asked + self._depth and not self._closed:

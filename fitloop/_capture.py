@@ -135,6 +135,18 @@ class SchedulerCapture:
             vars(self._scheduler).update(copy.deepcopy(self._state))
 
 
+class StatefulCapture:
+    """What the ``state_dict`` of any object returns."""
+
+    def __init__(self, item: Any) -> None:
+        self._item = item
+        self._state = copy.deepcopy(item.state_dict())
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        self._item.load_state_dict(copy.deepcopy(self._state))
+
+
 class StepCapture:
     """Optimizers and schedulers together."""
 
@@ -158,15 +170,17 @@ class TrainingCapture:
         modules: Iterable[nn.Module],
         optimizers: Iterable[Optimizer],
         schedulers: Iterable[Any],
+        stateful: Iterable[Any] = (),
     ) -> None:
         modules, optimizers = list(modules), list(optimizers)
         # What an optimizer holds outside the modules, such as a learnt temperature.
         inside = {id(p) for module in modules for p in module.parameters()}
         held = (p for o in optimizers for group in o.param_groups for p in group["params"])
-        self._captures: list[_ParameterCapture | ModuleCapture | StepCapture] = [
+        self._captures: list[_ParameterCapture | ModuleCapture | StepCapture | StatefulCapture] = [
             *(_ParameterCapture(p) for p in held if id(p) not in inside),
             *(ModuleCapture(module) for module in modules),
             StepCapture(optimizers, schedulers),
+            *(StatefulCapture(item) for item in stateful),
         ]
 
     def restore(self) -> None:

@@ -17,6 +17,7 @@ from fitloop._control import RunControl
 from fitloop._events import EpochEnded, Event
 from fitloop._hub import Hub
 from fitloop._loaders import Loaders, LoadingOptions
+from fitloop._metriclog import MetricLog
 from fitloop._metrics import History
 from fitloop._parts import PRETRAINED, Parts
 from fitloop._random import Streams
@@ -33,7 +34,7 @@ class Core:
         self.history = History()
         self.hub = Hub()
         self.loaders = Loaders(
-            LoadingOptions(prefetch=parts.prefetch, randomness=parts.loader_randomness)
+            LoadingOptions(prefetch=parts.prefetch, randomness=parts.loader_randomness), self.cuda
         )
         self.store: WeightsStore = (
             DiskStore(parts.save_path) if parts.save_to_disk else MemoryStore()
@@ -42,10 +43,18 @@ class Core:
         """how models are compared; None when they are not"""
         check_modes(parts, self.criteria)
         self.epoch_num = 0
+        self.fits = 0
+        """runs of fit that came to an end of their own, over the life of the trainer"""
+        self.num_threads = parts.num_threads
+        """intra-op threads of its runs, once they are known"""
         self.best_score: float | None = None
         self.best_epoch: int | None = None
         self.control: RunControl | None = None
         """of the run that is going on"""
+        self.log: MetricLog | None = None
+        """the file that its metrics are appended to, once it has one"""
+        self.owns_archive = False
+        """the snapshots under its ``save_path`` are of its own training"""
         self._streams: Streams | None = None
         self._initial: StepCapture | None = None
         self._keeps_pretrained = False
@@ -108,6 +117,7 @@ class Core:
         if self._initial is not None:
             self._initial.restore()
         self.history.clear()
+        self.log = None  # the next run begins it anew
         self.epoch_num = 0
         self.forget_best()
         self._streams = None
@@ -132,7 +142,10 @@ class Core:
         modules = [parts.model]
         if isinstance(parts.loss_function, nn.Module):
             modules.append(parts.loss_function)
-        return TrainingCapture(modules, parts.optimizers, parts.lr_schedulers)
+        others = [*parts.stateful.values(), *([] if parts.scaler is None else [parts.scaler])]
+        modules += [item for item in others if isinstance(item, nn.Module)]
+        others = [item for item in others if not isinstance(item, nn.Module)]
+        return TrainingCapture(modules, parts.optimizers, parts.lr_schedulers, others)
 
     def loaders_of(self, given: Mapping[Phase, Any]) -> dict[Phase, Any]:
         """Return the loader of each phase: the given one, or the constructor's, or None."""

@@ -26,7 +26,8 @@ from fitloop._events import (
 )
 from fitloop._loaders import describe, length_of, samples_in
 from fitloop._loading import END, Feed, Source
-from fitloop._plan import RunPlan, Surroundings
+from fitloop._plan import Cursor, RunPlan, Surroundings
+from fitloop._seek import Seek
 from fitloop._stages import Scope, Stages, is_awaitable
 from fitloop._state import LoopState
 from fitloop._types import Phase, Stage, StopReason
@@ -45,7 +46,9 @@ class Engine:
         self._stages = Stages(around.parts)
         self._placement = Placement(around.parts.device, around.parts.dtype, cast=plan.cast)
         self._doing = "before the first epoch"
-        self.epochs_ended = 0
+        self.epochs_ended = plan.epochs_before
+        self.cursor: Cursor | None = None
+        """where the train phase is that is going on"""
 
     def run(self) -> None:
         """Train or test, epoch after epoch.
@@ -72,18 +75,24 @@ class Engine:
             Cancelled: the run was cancelled; the batch in hand was finished.
         """
         plan = self._plan
-        for epoch_in_run in range(1, plan.epochs + 1):
+        if plan.epochs_before and plan.position is None:  # it may have died while it asked
+            self._ask_after(plan.epochs_before)
+        for epoch_in_run in range(plan.epochs_before + 1, plan.epochs + 1):
             self._check_cancelled()
             if self._control.halted:
                 return
-            epoch = plan.first_epoch + epoch_in_run - 1
-            self._epoch(epoch, epoch_in_run)
-            more = epoch_in_run < plan.epochs and not self._control.halted
-            if more and plan.ask_every and epoch_in_run % plan.ask_every == 0:
-                self._doing = f"asking whether to go on after epoch {epoch}"
-                if not self._unseeded(self._around.ask, epoch, epoch_in_run):
-                    self._control.stop(StopReason.PROMPT)
+            self._epoch(plan.first_epoch + epoch_in_run - 1, epoch_in_run)
+            self._ask_after(epoch_in_run)
         self._check_cancelled()
+
+    def _ask_after(self, epoch_in_run: int) -> None:
+        plan = self._plan
+        more = epoch_in_run < plan.epochs and not self._control.halted
+        if more and plan.ask_every and epoch_in_run % plan.ask_every == 0:
+            epoch = plan.first_epoch + epoch_in_run - 1
+            self._doing = f"asking whether to go on after epoch {epoch}"
+            if not self.at_rest(self._around.ask, epoch, epoch_in_run):
+                self._control.stop(StopReason.PROMPT)
 
     def call_plain(self, name: str, function: Callable[[Any], object] | None, trainer: Any) -> None:
         """Call ``preloop`` or ``postloop`` with the trainer; an ``async def`` is awaited."""
@@ -114,7 +123,7 @@ class Engine:
             if self._control.halted:
                 complete = False
                 break
-            ended = self._phase(phase, loader, epoch)
+            ended = self._phase(phase, loader, epoch, epoch_in_run)
             if ended is None:
                 complete = False
                 break
@@ -135,7 +144,9 @@ class Engine:
             )
         )
 
-    def _phase(self, phase: Phase, loader: Any, epoch: int) -> tuple[dict[str, float], bool] | None:
+    def _phase(
+        self, phase: Phase, loader: Any, epoch: int, epoch_in_run: int
+    ) -> tuple[dict[str, float], bool] | None:
         """Run one phase; return its metrics and whether it is complete.
 
         None when it was stopped and what it saw says nothing: before the first batch, or in the
@@ -146,8 +157,19 @@ class Engine:
         state = LoopState(around.parts, phase, epoch, self._control.stop)
         scope = self._enter(phase)
         start = self._call(state, Stage.EPOCH_START, scope)
+        position = None
+        if phase is Phase.TRAIN and epoch_in_run == plan.epochs_before + 1:
+            position = plan.position
+        if position is not None:
+            self.at_rest(position.restore)
+            start = position.start_metrics
+            state._restore(position.exported)
         self._doing = f"{phase}, epoch {epoch}, opening {describe(phase, loader)}"
-        source = self._open(phase, loader)
+        source = self._open(phase, loader, None if position is None else position.seek)
+        if phase is Phase.TRAIN:
+            self.cursor = Cursor(
+                epoch_in_run=epoch_in_run, state=state, source=source, start_metrics=start
+            )
         try:
             batches = _at_most(length_of(loader), plan.steps)
             state._begin(batches, samples_in(loader, plan.steps))
@@ -159,6 +181,7 @@ class Engine:
         except BaseException as error:
             self._close_after(error, source, loader)
             raise
+        self.cursor = None
         self._doing = f"{phase}, epoch {epoch}, closing {describe(phase, loader)}"
         around.loaders.close(source, loader)
         self._check_cancelled()
@@ -274,7 +297,7 @@ class Engine:
         turn.take(streams.steps(phase))
         return Scope(grad, turn.resume, turn.pause)
 
-    def _open(self, phase: Phase, loader: Any) -> Source:
+    def _open(self, phase: Phase, loader: Any, seek: Seek | None) -> Source:
         around = self._around
         feed = Feed(
             iterator=iter(()),
@@ -288,7 +311,13 @@ class Engine:
         )
         stream = None if around.streams is None else around.streams.loader(phase)
         return around.loaders.open(
-            loader, phase, feed, around.side, stream=stream, limit=self._plan.steps
+            loader,
+            phase,
+            feed,
+            around.side,
+            stream=stream,
+            limit=self._plan.steps,
+            seek=seek,
         )
 
     def _call(self, state: LoopState, stage: Stage, scope: Scope) -> dict[str, float]:
@@ -319,9 +348,9 @@ class Engine:
         return values
 
     def _emit(self, event: Event) -> None:
-        self._unseeded(self._around.emit, event)
+        self.at_rest(self._around.emit, event)
 
-    def _unseeded(self, call: Callable[..., Any], *args: Any) -> Any:
+    def at_rest(self, call: Callable[..., Any], *args: Any) -> Any:
         """Call what is none of the stages, so that it does not draw from their stream."""
         turn = self._around.turn
         if turn is None:

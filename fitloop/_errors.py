@@ -12,6 +12,7 @@
     └── SyncInAsyncError     (RuntimeError)  a blocking call inside a running event loop
 
     LoaderHungWarning        (RuntimeWarning) a run ended although its loader had not returned
+    ResumeWarning            (RuntimeWarning) a resumed run costs or differs in what it says
 
 What a stage function, loader, dataset or callback raises is never wrapped in one of these: it
 reaches the caller as the same object, with a note that says where in the run it came from.
@@ -125,4 +126,12 @@ class LoaderHungWarning(RuntimeWarning):
 
     The thread inside the loader is left behind; it ends, touching nothing, when the loader
     returns.
+    """
+
+
+class ResumeWarning(RuntimeWarning):
+    """Issued when a run that is resumed has something to tell.
+
+    A snapshot that cannot be read was left out, batches are read again, or the last bits of
+    results may differ since something else does: torch's version, the number of threads.
     """

@@ -162,6 +162,34 @@ class EpochEnded(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SnapshotWritten(Event):
+    """A snapshot is whole and durable."""
+
+    kind: ClassVar[str] = "snapshot_written"
+
+    epoch: int
+    """number of the epoch that it was taken in, counted over the trainer's life"""
+    batch: int
+    """train batches of that epoch it was taken after; 0 at the end of the epoch"""
+    path: str
+    nbytes: int
+    seconds: float
+    """how long writing took, while training went on"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotFailed(Event):
+    """A snapshot could not be written; older ones are still there."""
+
+    kind: ClassVar[str] = "snapshot_failed"
+
+    epoch: int
+    batch: int
+    path: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptAsked(Event):
     """The run waits for an answer to the continue question."""
 

@@ -6,12 +6,11 @@ No logic of its own: each coroutine checks its arguments, plans a run and has it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import torch
-
+from fitloop._checkpoint import Checkpoint, check_checkpoint
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
+from fitloop._keeping import KeepingTrainer
 from fitloop._launch import (
     Callback,
     check_steps,
@@ -22,20 +21,19 @@ from fitloop._launch import (
     phases,
 )
 from fitloop._parts import as_list, check_callable, check_callbacks, check_number
+from fitloop._persistence import Persistence
 from fitloop._plan import RunPlan
 from fitloop._profile import ProfileReport, SpanRecorder
 from fitloop._progress import ProgressLines
 from fitloop._prompt import QUESTION, TerminalPrompt
 from fitloop._result import FitResult
 from fitloop._run import Ask
-from fitloop._trainer import Trainer
 from fitloop._types import Loader, Phase
-from fitloop._weights import DiskStore, apply_weights, read_weights, with_suffix, write_weights
 
 EpochResult = dict[str, float]
 
 
-class FitLoop(Trainer):
+class FitLoop(KeepingTrainer):
     """Trains one model, and can be awaited.
 
     ::
@@ -74,6 +72,8 @@ class FitLoop(Trainer):
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
         on_continue: Ask | None = None,
+        checkpoint: Checkpoint | None = None,
+        resume: bool = False,
     ) -> FitResult:
         """Train for ``epochs`` more epochs.
 
@@ -109,6 +109,12 @@ class FitLoop(Trainer):
             verbose: print at all.
             progress: show the batches done, on a terminal.
             callbacks, on_continue: for this run, besides and instead of the constructor's.
+            checkpoint: when to take snapshots of the whole training, in ``save_path``.
+            resume: go on with the unfinished run that is found in ``save_path``, to the same bits
+                as if it had never been interrupted, else begin one; with ``checkpoint``, or
+                ``Checkpoint()``. A script that crashed is simply started again, and a fit that
+                had ended does nothing more. ``preloop``, and in the middle of an epoch
+                ``train_epoch_start``, are called again before the state is put back.
 
         Cancellation: the batch in hand is finished, nothing of a cut-short phase is recorded,
         the best weights are restored as at any other end, the run's threads are joined, and the
@@ -119,6 +125,8 @@ class FitLoop(Trainer):
             BusyError: the trainer, or another one with this model, is busy.
             ConfigurationError: an argument cannot work.
             MissingLoaderError: there is no ``train_dl``.
+            CheckpointError: a snapshot cannot be written, or does not fit the trainer;
+                ``save_path`` is in use, or has the snapshots of another training.
             MetricError: a stage function returned what is no metric.
             MissingCriteriaError: ``valid_epoch_end`` did not return the criteria.
             Exception: whatever a stage function, loader or callback raised, as the same object,
@@ -155,6 +163,7 @@ class FitLoop(Trainer):
             load_best=load_best,
             ask=on_continue or core.parts.on_continue or TerminalPrompt(),
             question=f"{label}{QUESTION}",
+            persistence=self._persistence(check_checkpoint(checkpoint, resume=resume), resume),
         )
         return result
 
@@ -191,7 +200,9 @@ class FitLoop(Trainer):
             track_batch_metrics=track_batch_metrics,
         )
         lines = self._lines(print_every if verbose else 0, display_metrics, progress)
-        result = await launch(core, self, plan, self._told(callbacks), observers=[lines])
+        kept = None if core.log is None else self._persistence(None, False)
+        told = self._told(callbacks)
+        result = await launch(core, self, plan, told, observers=[lines], persistence=kept)
         return _last(result).get(str(Phase.TEST), {})
 
     async def run_sanity_check(
@@ -265,103 +276,6 @@ class FitLoop(Trainer):
             await errand(self._core, "run_profiler", lambda: print(report))  # noqa: T201
         return report
 
-    # -- weights -----------------------------------------------------------------------------------
-
-    async def save_model(
-        self, name: str = "model", path: str | Path | None = None, *, overwrite: bool = False
-    ) -> Path:
-        """Write the model's weights to ``path`` (default ``save_path``) and return the file.
-
-        A name without suffix gets ``.msgpack``; ``.safetensors`` and ``.pt`` are written too.
-
-        Cancellation: the file is whole or absent.
-
-        Raises:
-            BusyError: the trainer is busy.
-            CheckpointError: the file exists and ``overwrite`` is False, or cannot be written.
-        """
-        target = self._file(name, path)
-
-        def write() -> Path:
-            write_weights(target, self._core.parts.model.state_dict(), overwrite=overwrite)
-            return target
-
-        return await errand(self._core, "save_model", write)
-
-    async def load_model(
-        self,
-        name: str = "model",
-        path: str | Path | None = None,
-        *,
-        map_location: torch.device | str | None = None,
-        strict: bool = True,
-    ) -> None:
-        """Read weights from ``path`` (default ``save_path``) into the model.
-
-        Then ``configure_optimizer`` is called. ``strict`` is as in torch's ``load_state_dict``.
-
-        Raises:
-            BusyError: the trainer is busy.
-            CheckpointError: the file cannot be read or does not fit; nothing was changed.
-        """
-        source = self._file(name, path)
-
-        def read() -> None:
-            weights = read_weights(source, map_location=map_location)
-            apply_weights(self._core.parts.model, weights, strict=strict)
-            self._core.parts.configure_optimizer(self)
-
-        await errand(self._core, "load_model", read)
-
-    async def load_best(self) -> None:
-        """Restore the best weights, as the end of a run with ``load_best=True`` does.
-
-        Raises:
-            BusyError: the trainer is busy.
-            CheckpointError: there are none yet.
-        """
-        await errand(self._core, "load_best", lambda: self._core.restore_best(self))
-
-    async def reset(self) -> None:
-        """Go back to before the first run.
-
-        The weights are the pretrained ones again, optimizers, schedulers and the trainer's own
-        randomness are as they were, metrics and best score are cleared, and
-        ``configure_optimizer`` is called. Files are left alone.
-
-        Raises:
-            BusyError: the trainer is busy.
-            CheckpointError: the pretrained weights are gone; nothing was changed.
-        """
-        await errand(self._core, "reset", lambda: self._core.reset(self))
-
-    async def delete(self, name: str, path: str | Path | None = None) -> None:
-        """Remove a weights file of ``path`` (default ``save_path``).
-
-        Raises CheckpointError when there is none, or it cannot be removed.
-        """
-        directory = self._core.parts.save_path if path is None else Path(path)
-        await errand(self._core, "delete", lambda: DiskStore(directory).delete(name))
-
-    async def del_best_model(self) -> None:
-        """Remove the best weights, in memory or on disk, and forget the best score.
-
-        Raises CheckpointError when there are none.
-        """
-
-        def remove() -> None:
-            self._core.store.delete(self._core.parts.best_model_name)
-            self._core.forget_best()
-
-        await errand(self._core, "del_best_model", remove)
-
-    async def del_pretrained_model(self) -> None:
-        """Remove the pretrained weights; after this `reset` is refused.
-
-        Raises CheckpointError when there are none.
-        """
-        await errand(self._core, "del_pretrained_model", self._core.forget_pretrained)
-
     def _lines(
         self, print_every: int, display_metrics: str | Sequence[str] | None, live: bool
     ) -> Callable[[Event], None]:
@@ -378,12 +292,14 @@ class FitLoop(Trainer):
         )
         return lines.observe
 
+    def _persistence(self, policy: Checkpoint | None, resume: bool) -> Persistence | None:
+        core = self._core
+        if policy is None and not core.parts.save_to_disk and core.log is None:
+            return None
+        return Persistence(core, policy, resume=resume)
+
     def _told(self, callbacks: Sequence[Callback]) -> list[Callback]:
         return [*self._core.parts.callbacks, *check_callbacks(callbacks)]
-
-    def _file(self, name: str, path: str | Path | None) -> Path:
-        directory = self._core.parts.save_path if path is None else Path(path)
-        return directory / with_suffix(name)
 
 
 def _last(result: FitResult) -> dict[str, EpochResult]:

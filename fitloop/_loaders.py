@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -33,9 +32,21 @@ from torch.utils.data import (
 from fitloop._adaptive import AdaptiveSource, Trial
 from fitloop._async_loading import AsyncSource
 from fitloop._crossing import LoopSide
-from fitloop._errors import ConfigurationError
+from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._loading import AheadSource, Feed, InlineSource, Source
-from fitloop._random import Stream
+from fitloop._oneshot import OneShot, one_shot_of
+from fitloop._random import Stream, StreamState, process_state, restore_process
+from fitloop._seek import (
+    Opened,
+    Seek,
+    generator_states,
+    generators_of,
+    has_state,
+    has_workers,
+    set_generators,
+    sought,
+    warn_of_replay,
+)
 from fitloop._types import Phase
 
 AUTOMATIC_DEPTH = 2
@@ -102,6 +113,34 @@ def draws_only_to_begin(loader: object) -> bool:
     return loader.collate_fn is default_collate and _only_tensors(loader.dataset)
 
 
+def _moves_by_index(loader: object) -> bool:
+    """Return whether batches may be left out unread: none that come depend on their reading.
+
+    What a worker process draws depends on all that it has read, and what an unknown sampler draws
+    may depend on what the dataset drew.
+    """
+    if not isinstance(loader, DataLoader):
+        return False
+    tensors = loader.collate_fn is default_collate and _only_tensors(loader.dataset)
+    return tensors or (loader.num_workers == 0 and _known_sampler(loader))
+
+
+def _opened(iterable: Any, drawn: StreamState) -> Opened:
+    return Opened(
+        drawn=drawn,
+        generators=generator_states(iterable),
+        continued=has_workers(iterable),
+        read=iterable.read if isinstance(iterable, OneShot) else 0,
+    )
+
+
+def _rewind_to(state: StreamState, stream: Stream | None) -> None:
+    if stream is None:
+        restore_process(state)
+    else:
+        stream.set_state(state)
+
+
 def _known_sampler(loader: DataLoader[Any]) -> bool:
     batches = loader.batch_sampler
     known = batches is None or type(batches) is BatchSampler
@@ -114,94 +153,6 @@ def _only_tensors(dataset: Dataset[Any]) -> bool:
     if type(dataset) is ConcatDataset:
         return all(_only_tensors(part) for part in dataset.datasets)
     return type(dataset) is TensorDataset
-
-
-def generators_of(loader: object) -> list[torch.Generator]:
-    """Return the random generators that a DataLoader carries."""
-    batches = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = (getattr(holder, "generator", None) for holder in holders)
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-class OneShot:
-    """An iterator, which can be read once, with what was read from it but not used.
-
-    Lets a run that ends early, and the sanity check, put batches back.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-        self._unread: deque[Any] = deque()
-        self._record: list[Any] | None = None
-        self._ended = False
-
-    def _note(self, batch: Any) -> Any:
-        if self._record is not None:
-            self._record.append(batch)
-        return batch
-
-    def put_back(self, batches: Iterable[Any]) -> None:
-        """Have ``batches`` come first in the next pass."""
-        self._unread.extendleft(reversed(list(batches)))
-
-    def is_exhausted(self) -> bool:
-        """Return whether there is nothing left to read."""
-        return self._ended and not self._unread
-
-    def record(self) -> None:
-        """Remember what is read from now on, for `rewind`."""
-        self._record = []
-
-    def rewind(self) -> None:
-        """Put back all that was read since `record`."""
-        self.put_back(self._record or ())
-        self._record = None
-
-
-class _OneShotIterator(OneShot):
-    def __iter__(self) -> Iterator[Any]:
-        iter(self.loader)  # returns itself, and some begin anew at it
-        self._ended = False
-        return self
-
-    def __next__(self) -> Any:
-        if self._unread:
-            return self._note(self._unread.popleft())
-        try:
-            return self._note(next(self.loader))
-        except StopIteration:
-            self._ended = True
-            raise
-
-
-class _OneShotAsyncIterator(OneShot):
-    def __aiter__(self) -> AsyncIterator[Any]:
-        aiter(self.loader)
-        self._ended = False
-        return self
-
-    async def __anext__(self) -> Any:
-        if self._unread:
-            return self._note(self._unread.popleft())
-        try:
-            return self._note(await anext(self.loader))
-        except StopAsyncIteration:
-            self._ended = True
-            raise
-
-
-def _one_shot(loader: Any) -> OneShot | None:
-    """Return a wrapper for a loader that is its own iterator, so that it goes on where it was left.
-
-    One with a length is taken for a loader that begins anew at every pass, as some do.
-    """
-    if not hasattr(loader, "__len__"):
-        if hasattr(loader, "__next__"):
-            return _OneShotIterator(loader)
-        if hasattr(loader, "__anext__"):
-            return _OneShotAsyncIterator(loader)
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,12 +168,16 @@ class LoadingOptions:
 class Loaders:
     """Opens the loaders of one trainer, and remembers what it learnt about them."""
 
-    def __init__(self, options: LoadingOptions) -> None:
+    def __init__(self, options: LoadingOptions, cuda: Iterable[int] = ()) -> None:
         self._options = options
+        self._cuda = tuple(cuda)
         self._trials: dict[Phase, tuple[Callable[[], Any], Trial]] = {}
         self._one_shots: dict[int, OneShot] = {}
         self._rehearsed: list[OneShot] | None = None
         self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
+        self.keeps_positions = False
+        """the positions of loaders are asked for, in the middle of their passes"""
+        self._passes: dict[Phase, tuple[Any, Opened]] = {}
 
     def open(
         self,
@@ -233,24 +188,33 @@ class Loaders:
         *,
         stream: Stream | None,
         limit: int | None,
+        seek: Seek | None = None,
     ) -> Source:
         """Begin a pass of at most ``limit`` batches over ``loader`` and return its source.
 
         ``feed`` holds all but the iterator; ``stream`` is the loader's randomness in a seeded
-        run. Runs in the step thread, since beginning a pass runs the loader's code.
+        run; ``seek`` is where a resumed run goes on. Runs in the step thread, since beginning a
+        pass runs the loader's code.
         """
         # Whatever the loader is, it begins with its own randomness in place.
         seeded = replace(feed, stream=stream)
+        drawn = self._drawn(stream)
+        if seek is not None:
+            limit = None if limit is None else limit - seek.batches
+            _rewind_to(seek.opened.drawn, stream)
         steps = seeded.borrow_turn()
         feed.control.loading = feed.label
         if feed.control.cancelled:
             feed.control.left_loader()
         try:
             iterable = self._iterable(loader)
+            if drawn is not None:
+                opened_now = _opened(iterable, drawn) if seek is None else seek.opened
+                self._passes[phase] = (iterable, opened_now)
             certain = draws_only_to_begin(loader) or self._options.randomness == "own"
             is_async = hasattr(iterable, "__aiter__")
             if not is_async:
-                iterator = iter(iterable)
+                iterator = self._iterator(loader, iterable, feed.label, seek)
                 if limit is not None:
                     iterator = itertools.islice(iterator, limit)
                 if certain and stream is not None and isinstance(loader, DataLoader):
@@ -260,11 +224,16 @@ class Loaders:
             raise
         feed.control.left_loader()
         seeded.return_turn(steps)
+        if seek is not None:
+            _rewind_to(seek.drawn, stream)
+            set_generators(iterable, seek.generators)
         if is_async:
             given = self._options.prefetch
             depth = AUTOMATIC_DEPTH if given is None else given
             opened = replace(feed, rewinds=not isinstance(iterable, OneShot))
-            return AsyncSource(iterable, opened, side, depth=depth, limit=limit)
+            skip = 0 if seek is None else self._to_skip(iterable, seek)
+            warn_of_replay(feed.label, skip)
+            return AsyncSource(iterable, opened, side, depth=depth, limit=limit, skip=skip)
         if feed.watch is not None:
             iterator = _Watched(feed.watch(iterator.__next__))
         opened = replace(
@@ -275,7 +244,41 @@ class Loaders:
         )
         return self._source(opened, loader, phase, certain=certain)
 
+    def _iterator(self, loader: Any, iterable: Any, label: str, seek: Seek | None) -> Iterator[Any]:
+        if seek is None:
+            return iter(iterable)
+        set_generators(iterable, seek.opened.generators)
+        if isinstance(iterable, OneShot):
+            seek = replace(seek, batches=self._to_skip(iterable, seek))
+        return sought(loader, iterable, seek, label, by_index=_moves_by_index(loader))
+
+    def _to_skip(self, iterable: Any, seek: Seek) -> int:
+        """Return how many batches to read and leave out, of a loader that cannot be moved."""
+        if not isinstance(iterable, OneShot):
+            return seek.batches
+        ahead = iterable.read - (seek.opened.read + seek.batches)
+        if ahead > 0:
+            raise CheckpointError(
+                f"the loader can be read once, and {ahead} batches after the snapshot have been "
+                "read from it already; give a new one, or a function that makes it"
+            )
+        return -ahead
+
+    def position(self, phase: Phase) -> tuple[Opened, list[torch.Tensor], Any]:
+        """Return what the phase's pass began with, its generators now, the loader's own state."""
+        iterable, opened = self._passes[phase]
+        state = iterable.state_dict() if has_state(iterable) else None
+        return opened, generator_states(iterable), state
+
+    def _drawn(self, stream: Stream | None) -> StreamState | None:
+        """Return where the randomness of a pass is before it begins, if that will be asked for."""
+        if not self.keeps_positions:
+            return None
+        return process_state(self._cuda) if stream is None else stream.state()
+
     def _source(self, feed: Feed, loader: Any, phase: Phase, *, certain: bool) -> Source:
+        if self.keeps_positions and has_state(loader):
+            return InlineSource(feed)  # ahead, it would tell the position of another batch
         depth = self._options.prefetch
         if depth is not None:
             return AheadSource(feed, depth) if depth else InlineSource(feed)
@@ -299,7 +302,7 @@ class Loaders:
 
     def _iterable(self, loader: Any) -> Any:
         """Return what to iterate; in a rehearsal, having noted how to put it back."""
-        one_shot = self._one_shots.get(id(loader)) or _one_shot(loader)
+        one_shot = self._one_shots.get(id(loader)) or one_shot_of(loader)
         if one_shot is not None:
             self._one_shots[id(loader)] = one_shot
             if self._rehearsed is not None and one_shot not in self._rehearsed:
@@ -324,7 +327,7 @@ class Loaders:
 
     def rehearsal(self) -> Loaders:
         """Return loaders for a run after which `rewind` puts every one-shot loader back."""
-        twin = Loaders(self._options)
+        twin = Loaders(self._options, self._cuda)
         twin._one_shots = self._one_shots
         twin._rehearsed = []
         return twin

@@ -38,6 +38,12 @@ class Source(Protocol):
         cancelled while it waited.
         """
 
+    @property
+    def drawn(self) -> StreamState | None:
+        """The loader's randomness after the last batch that was fetched; None if it is its
+        stream's as it is.
+        """  # noqa: D205
+
     def close(self) -> list[Any]:
         """Stop loading and return the raw batches that were read but not fetched."""
 
@@ -101,6 +107,7 @@ class InlineSource:
     def __init__(self, feed: Feed) -> None:
         # Closures, since this is called for every batch: they find everything in their cells.
         self.fetch, self._close = _inline(feed)
+        self.drawn: StreamState | None = None
 
     def close(self) -> list[Any]:
         """See `Source`."""
@@ -155,7 +162,7 @@ class AheadSource:
         self._feed = feed
         self._depth = depth
         self._ready: deque[tuple[Any, Any, StreamState | None]] = deque()
-        self._drawn = None if feed.stream is None else feed.stream.state()
+        self.drawn = None if feed.stream is None else feed.stream.state()
         """the loader's randomness after the last batch that was fetched"""
         self._error: BaseException | None = None
         self._ended = False
@@ -189,7 +196,7 @@ class AheadSource:
                     error, self._error = self._error, None
                     raise error
                 return END
-            _raw, placed, self._drawn = ready.popleft()
+            _raw, placed, self.drawn = ready.popleft()
             changed.notify_all()
         return placed if feed.receive is None else feed.receive(placed)
 
@@ -214,8 +221,8 @@ class AheadSource:
             self._ready.clear()
             hung = not self._ended
             feed.iterator = feed.iterator if hung else iter(())
-        if feed.rewinds and feed.stream is not None and self._drawn and unread and not hung:
-            feed.stream.set_state(self._drawn)
+        if feed.rewinds and feed.stream is not None and self.drawn and unread and not hung:
+            feed.stream.set_state(self.drawn)
         return unread
 
     def pause(self) -> None:

@@ -154,6 +154,8 @@ class Parts:
     loader_grace: float
     callbacks: tuple[Callable[[Any], object], ...]
     on_continue: Callable[[Any], Awaitable[bool]] | None
+    scaler: Any
+    stateful: dict[str, Any]
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -265,11 +267,20 @@ class Parts:
         for name in ("best_model_name", "name"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}; expected a name")
-        if self.best_model_name == PRETRAINED:
+        if self.best_model_name in (PRETRAINED, "metrics"):
             raise ConfigurationError(
-                f"best_model_name is {PRETRAINED!r}, which is the name of the pretrained weights; "
-                "expected another name"
+                f"best_model_name is {self.best_model_name!r}, which names another file of the "
+                "trainer; expected another name"
             )
+        for what, item in {"scaler": self.scaler, **self.stateful}.items():
+            has_state = all(hasattr(item, name) for name in ("state_dict", "load_state_dict"))
+            if not has_state and not (what == "scaler" and item is None):
+                raise ConfigurationError(
+                    f"{what} is {item!r:.60}; expected an object with state_dict() and "
+                    "load_state_dict()"
+                )
+        if self.scaler is not None and "scaler" in self.stateful:
+            raise ConfigurationError("scaler is given twice: as scaler= and in stateful=")
         grace = self.loader_grace
         if isinstance(grace, bool) or not isinstance(grace, (int, float)) or not grace >= 0:
             raise ConfigurationError(

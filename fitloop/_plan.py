@@ -11,8 +11,11 @@ from fitloop._control import RunControl
 from fitloop._crossing import LoopSide
 from fitloop._events import Event
 from fitloop._loaders import Loaders
+from fitloop._loading import Source
 from fitloop._parts import Parts
 from fitloop._random import Streams, Turn
+from fitloop._seek import Seek
+from fitloop._state import LoopState
 from fitloop._types import Phase
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,6 +40,33 @@ class RunPlan:
     track_batch_metrics: bool = True
     ask_every: int = 0
     """epochs between two continue questions; 0 for none"""
+    epochs_before: int = 0
+    """epochs of this run that were trained before it was resumed"""
+    position: PassPosition | None = None
+    """where in the next epoch to go on; None for its beginning"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassPosition:
+    """The middle of a train phase, where a run that is resumed goes on."""
+
+    start_metrics: dict[str, float]
+    """what ``epoch_start`` returned in its time"""
+    exported: Any
+    """what the `LoopState` had collected"""
+    seek: Seek
+    restore: Callable[[], None]
+    """puts back what ``epoch_start`` changes when it is called again"""
+
+
+@dataclass(slots=True, kw_only=True)
+class Cursor:
+    """Where a run is in a train phase, for whoever takes a snapshot between two batches."""
+
+    epoch_in_run: int
+    state: LoopState
+    source: Source
+    start_metrics: dict[str, float]
 
 
 class Probe(Protocol):

@@ -19,7 +19,7 @@ import ctypes
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,46 @@ class StreamState(NamedTuple):
     python: tuple[Any, ...]
     bits: bytes | dict[str, Any]
     gauss: dict[str, Any] | None
+
+
+def check_state(state: StreamState) -> StreamState:
+    """Return ``state`` if generators take it; raises ValueError and the like for a forged one."""
+    torch.Generator().set_state(state.torch)
+    random.Random().setstate(state.python)
+    if isinstance(state.bits, bytes):
+        if len(state.bits) != _MT19937_BYTES:
+            raise ValueError(f"{len(state.bits)} bytes are no state of MT19937")
+    else:
+        kind = getattr(np.random, state.bits["bit_generator"])
+        if not (isinstance(kind, type) and issubclass(kind, np.random.BitGenerator)):
+            raise ValueError(f"{kind!r} is no bit generator of numpy")
+        kind().state = state.bits
+    if state.gauss is not None:
+        np.random.RandomState().set_state(state.gauss)
+    return state
+
+
+def process_state(cuda: Iterable[int] = ()) -> StreamState:
+    """Return where the process's generators are."""
+    return Stream.of_process(cuda).state()
+
+
+def restore_process(state: StreamState) -> None:
+    """Put the process's generators where they were; a device that is not there is left out."""
+    torch.default_generator.set_state(state.torch)
+    for index, value in state.cuda.items():
+        if index < torch.cuda.device_count():
+            torch.cuda.default_generators[index].set_state(value)
+    random.setstate(state.python)
+    if state.gauss is not None:
+        np.random.set_state(state.gauss)
+        return
+    bits = state.bits
+    if isinstance(bits, bytes):
+        key = np.frombuffer(bits[:-4], np.uint32)
+        position = int(np.frombuffer(bits[-4:], np.int32)[0])
+        bits = {"bit_generator": "MT19937", "state": {"key": key, "pos": position}}
+    np.random.set_state({**bits, "has_gauss": 0, "gauss": 0.0})
 
 
 class Stream:
@@ -192,6 +232,15 @@ class Streams:
         twin.cuda = self.cuda
         twin._streams = {key: stream.copy() for key, stream in self._streams.items()}
         return twin
+
+    def states(self) -> dict[tuple[Phase, bool], StreamState]:
+        """Return where each stream is, by phase and whether it is the loader's."""
+        return {key: stream.state() for key, stream in self._streams.items()}
+
+    def set_states(self, states: Mapping[tuple[Phase, bool], StreamState]) -> None:
+        """Put each stream where it was; none of them may be entered."""
+        for key, stream in self._streams.items():
+            stream.set_state(states[key])
 
     def steps(self, phase: Phase) -> Stream:
         """Return the stream that stage functions of this phase draw from."""

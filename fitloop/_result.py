@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,16 @@ class EpochMetricsLog:
         self._values: dict[str, dict[str, list[float]]] = {}
         self.last: dict[str, dict[str, float]] = {}
         """phase -> what its last ``epoch_end`` returned"""
+
+    def export(self) -> dict[str, dict[str, list[float]]]:
+        """Return all values, for `restore`."""
+        return {phase: {k: list(v) for k, v in own.items()} for phase, own in self._values.items()}
+
+    def restore(self, values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Begin with what `export` returned."""
+        self._values = {
+            phase: {k: list(v) for k, v in columns.items()} for phase, columns in values.items()
+        }
 
     def observe(self, event: Event) -> None:
         """Add the metrics of a phase."""

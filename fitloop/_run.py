@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import isawaitable
 from typing import Any
 
@@ -23,6 +24,7 @@ from fitloop._engine import Engine
 from fitloop._errors import ConfigurationError, note
 from fitloop._events import Event, PromptAnswered, PromptAsked, RunEnded, RunStarted
 from fitloop._loops import loop_scheduler
+from fitloop._persistence import Persistence
 from fitloop._plan import NoProbe, Probe, RunPlan, Surroundings
 from fitloop._random import Streams, Turn
 from fitloop._result import EpochMetricsLog, FitResult
@@ -48,6 +50,8 @@ class RunOptions:
     dry: bool = False
     """put everything back afterwards, and record nothing"""
     probe: Probe = field(default_factory=NoProbe)
+    persistence: Persistence | None = None
+    """what is kept on disk; None for nothing"""
 
 
 class Run:
@@ -82,6 +86,8 @@ class Run:
             )
         self._loaders = core.loaders.rehearsal() if options.dry else core.loaders
         self._modes: list[tuple[Any, bool]] = []
+        self._found: FitResult | None = None
+        """of a run that had ended before it was resumed"""
         self._has_threads = False
         self._began = 0.0
 
@@ -91,7 +97,11 @@ class Run:
         """Prepare, call ``preloop``, run the engine, call ``postloop``."""
         core, plan = self._core, self._plan
         self._began = time.perf_counter()
-        self._has_threads = intra_op_threads.enter(self._options.num_threads)
+        kept = self._options.persistence
+        if kept is not None:
+            plan = self._plan = kept.open(plan)
+            self._began -= kept.seconds_before
+        self._enter_threads()
         core.place()
         self._modes = [(module, module.training) for module in core.parts.model.modules()]
         streams = self._streams()
@@ -99,23 +109,27 @@ class Run:
             self._capture = core.capture()
         elif plan.call == "fit":
             core.keep_pretrained()
+            if kept is not None and kept.is_over:
+                kept.restore()
+                self._found = kept.result()
+                return
             self._tracker = core.tracker(core.hub.emit)
         core.hub.observers(self._observers())
-        engine = self._engine = Engine(
-            plan,
-            Surroundings(
-                parts=core.parts,
-                control=self._control,
-                side=self._side,
-                loaders=self._loaders,
-                emit=core.hub.emit,
-                ask=self._ask,
-                streams=streams,
-                turn=self._turn,
-                batch_hooks=self._batch_hooks(),
-                probe=self._options.probe,
-            ),
+        around = Surroundings(
+            parts=core.parts,
+            control=self._control,
+            side=self._side,
+            loaders=self._loaders,
+            emit=core.hub.emit,
+            ask=self._ask,
+            streams=streams,
+            turn=self._turn,
+            probe=self._options.probe,
         )
+        engine = self._engine = Engine(plan, around)
+        if kept is not None:
+            kept.begin(engine, self._log, self._tracker, self._control)
+        around.batch_hooks = self._batch_hooks()
         self._guarded(engine, streams)
 
     def _loop(self, engine: Engine, streams: Streams | None) -> None:
@@ -133,6 +147,8 @@ class Run:
         trains = self._schedulers is not None
         if trains:
             engine.call_plain("preloop", core.parts.preloop, self._trainer)
+        if self._options.persistence is not None:
+            engine.at_rest(self._options.persistence.go_on)
         engine.run()
         if trains:
             engine.call_plain("postloop", core.parts.postloop, self._trainer)
@@ -162,8 +178,16 @@ class Run:
         return streams
 
     def _batch_hooks(self) -> list[Callable[[], None]]:
-        schedulers = self._schedulers
-        return [schedulers.after_batch] if schedulers and schedulers.per_batch else []
+        schedulers, kept = self._schedulers, self._options.persistence
+        hooks = [schedulers.after_batch] if schedulers and schedulers.per_batch else []
+        return hooks if kept is None else [*hooks, *kept.batch_hooks]
+
+    def _enter_threads(self) -> None:
+        kept, number = self._options.persistence, self._options.num_threads
+        if self._core.parts.num_threads is None and kept is not None:
+            number = kept.num_threads or number
+        self._core.num_threads = number
+        self._has_threads = intra_op_threads.enter(number)
 
     def _observers(self) -> list[Observer]:
         observers: list[Observer] = [self._log.observe]
@@ -175,7 +199,10 @@ class Run:
             observers.append(self._tracker.observe)
         if self._plan.call == "fit":
             observers.append(self._core.observe)
-        return [*observers, *self._options.observers]
+        observers += self._options.observers
+        if self._options.persistence is not None:  # last, so that it keeps what others did
+            observers.append(self._options.persistence.observe)
+        return observers
 
     def _ask(self, epoch: int, epoch_in_run: int) -> bool:
         core, ask = self._core, self._options.ask
@@ -209,6 +236,8 @@ class Run:
             steps.insert(0, ("putting back the random generators", self._turn.revoke))
         if self._options.load_best and (error is None or isinstance(error, Cancelled)):
             steps.append(("restoring the best weights", self._load_best))
+        if self._plan.call == "fit" or self._options.persistence is not None:
+            steps.append(("writing what is kept on disk", partial(self._end_fit, error)))
         for doing, step in steps:  # all of them, whatever the others raise
             try:
                 step()
@@ -220,7 +249,9 @@ class Run:
             error = self._first(error, raised, "in a callback at the end of the run")
         if self._has_threads:
             intra_op_threads.leave()
-        result = None if error is not None else self._result()
+        if self._options.persistence is not None:
+            self._options.persistence.close()
+        result = None if error is not None else self._found or self._result()
         self._forget_turn()
         self._engine = None  # it refers back to this run, and both to the model
         try:
@@ -254,6 +285,14 @@ class Run:
         tracked = self._tracker is not None and self._tracker.tracked
         if tracked and self._core.best_score is not None:
             self._core.restore_best(self._trainer)
+
+    def _end_fit(self, error: BaseException | None) -> None:
+        kept = self._options.persistence
+        ended = error is None and self._engine is not None
+        if ended and self._plan.call == "fit":
+            self._core.fits += 1
+        if kept is not None:
+            kept.finish(self._stop_reason(None) if ended else None)
 
     def _tell_end(self, error: BaseException | None) -> None:
         core, engine = self._core, self._engine

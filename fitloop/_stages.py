@@ -30,9 +30,16 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
     predictions = state.model(inputs)
     loss = state.loss_function(predictions, targets)
     if state.is_train:
-        loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in state.optimizers:
-            optimizer.step()
+        scaler = state.scaler
+        if scaler is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            for optimizer in state.optimizers:
+                optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            for optimizer in state.optimizers:
+                scaler.step(optimizer)
+            scaler.update()
     # On a device nothing may wait for the value; on the CPU it is there, in full precision.
     value = loss.item() if loss.is_cpu else loss.detach()
     metrics: dict[str, Any] = {"running_loss": value * state.batch_size}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -42,6 +43,7 @@ class LoopState:
         "model",
         "optimizer",
         "optimizers",
+        "scaler",
     )
 
     # Plain attributes, since every batch step reads them; to be read only.
@@ -62,6 +64,8 @@ class LoopState:
     """the scheduler, or the list of them, as given; None without"""
     optimizers: list[Optimizer]
     """the optimizers, always as a list"""
+    scaler: Any
+    """the gradient scaler, or None"""
 
     def __init__(
         self, parts: Parts, phase: Phase, epoch_num: int, stop: Callable[[], None]
@@ -85,6 +89,7 @@ class LoopState:
         self.optimizer = parts.optimizer
         self.loss_function = parts.loss_function
         self.lr_scheduler = parts.lr_scheduler
+        self.scaler = parts.scaler
 
     # -- for the loop --------------------------------------------------------------------------
 
@@ -102,6 +107,15 @@ class LoopState:
         self.batch_size = size
         self._seen += size
         self._sizes.append(size)
+
+    def _export(self) -> dict[str, Any]:
+        return {"sizes": np.array(self._sizes, np.int64), "values": self._values.export()}
+
+    def _restore(self, exported: Any) -> None:
+        self._sizes = [int(size) for size in exported["sizes"]]
+        self._seen = sum(self._sizes)
+        self.batch_num = len(self._sizes)
+        self._values.restore(exported["values"])
 
     def _end(self) -> None:
         self.batch = None

@@ -80,6 +80,8 @@ class SyncFitLoop(Trainer):
     test = _blocking(FitLoop.test)
     run_sanity_check = _blocking(FitLoop.run_sanity_check)
     run_profiler = _blocking(FitLoop.run_profiler)
+    save = _blocking(FitLoop.save)
+    load = _blocking(FitLoop.load)
     save_model = _blocking(FitLoop.save_model)
     load_model = _blocking(FitLoop.load_model)
     load_best = _blocking(FitLoop.load_best)

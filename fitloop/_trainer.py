@@ -5,7 +5,7 @@ Turns the users' arguments into checked `Parts` and makes the `Core`; runs nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +66,8 @@ class Trainer(TrainerView):
         loader_grace: float = 5.0,
         callbacks: Sequence[Callback] = (),
         on_continue: Ask | None = None,
+        scaler: Any = None,
+        stateful: Mapping[str, Any] | None = None,
     ) -> None:
         """Check the arguments; nothing is run, moved or changed.
 
@@ -110,6 +112,9 @@ class Trainer(TrainerView):
                 the training does not wait for, except at its end.
             on_continue: asked instead of the terminal with ``continue_loop``; an ``async def`` that
                 takes a `PromptAsked` and returns whether to go on.
+            scaler: a ``torch.amp.GradScaler``; the default ``train_step`` scales its loss with it.
+            stateful: by name, more objects with ``state_dict`` and ``load_state_dict`` that
+                snapshots are to hold and dry runs to put back: an EMA, a metric, your own.
 
         Raises:
             ConfigurationError: an argument cannot work; the message says what was expected.
@@ -153,8 +158,16 @@ class Trainer(TrainerView):
             loader_grace=loader_grace,
             callbacks=check_callbacks(callbacks),
             on_continue=on_continue,
+            scaler=scaler,
+            stateful=_stateful(stateful),
         )
         self._core = Core(parts)
+
+
+def _stateful(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigurationError(f"stateful is {given!r:.60}; expected objects by name, as a dict")
+    return {str(name): item for name, item in (given or {}).items()}
 
 
 def _path(path: str | Path) -> Path:

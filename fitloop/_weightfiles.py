@@ -3,18 +3,15 @@
 Owns the path of a state dict's file and what is written there; the layout of a ``.msgpack``
 is `_tensorfile`'s. Everything here blocks. What is written must not change meanwhile.
 
-A file is written beside its place under another name, synced and then moved there, so that it
-is whole or absent whatever dies when.
+A file is whole or absent whatever dies when; see `_durable`.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import secrets
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 
@@ -22,18 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fitloop._durable import PART, reason, write_file
 from fitloop._errors import CheckpointError, listed
-from fitloop._tensorfile import LayoutError, read_tensors, write_tensors
+from fitloop._layout import LayoutError
+from fitloop._tensorfile import read_tensors, write_tensors
 
 State: TypeAlias = Mapping[str, Any]
 """what ``model.state_dict()`` returns: tensors by name, the modules' versions in ``_metadata``"""
-Writer: TypeAlias = Callable[[Path, State], None]
+Writer: TypeAlias = Callable[[Path, int, State], None]
 Reader: TypeAlias = Callable[[Path, torch.device], dict[str, Any]]
 
 DEFAULT_SUFFIX = ".msgpack"
-
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-"""what a file system without hard links answers to ``os.link``"""
 
 
 def with_suffix(name: str) -> str:
@@ -64,23 +60,11 @@ def write_weights(path: str | os.PathLike[str], state: State, *, overwrite: bool
     path = Path(path)
     write, _ = _format_of(path)
     _check_tensors(state)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not overwrite and os.path.lexists(path):  # also asked at the end, but that is late
-            raise _already_there(path)
-        try:
-            write(temporary, state)
-            _sync(temporary, os.O_RDWR)
-            _move(temporary, path, overwrite)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
-        if os.name != "nt":  # where a directory cannot be opened
-            _sync(path.parent, os.O_RDONLY)
-    except CheckpointError:
-        raise
+        write_file(path, lambda temporary, file: write(temporary, file, state), overwrite=overwrite)
     except (OSError, LayoutError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} cannot be written: {reason(error)}") from error
 
 
@@ -96,10 +80,7 @@ def read_weights(
     """
     path = Path(path)
     _, read = _format_of(path)
-    try:
-        device = torch.empty(0, device=map_location or "cpu").device
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"map_location is {map_location!r}: {reason(error)}") from error
+    device = as_device(map_location)
     if os.path.lexists(path) and not os.path.isfile(path):  # a pipe would be waited for
         raise CheckpointError(f"{path} cannot be read: it is no file")
     try:
@@ -107,6 +88,14 @@ def read_weights(
     except (OSError, LayoutError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     return state
+
+
+def as_device(map_location: str | torch.device | None) -> torch.device:
+    """Return the device to read to; the CPU by default. Raises `CheckpointError` for none."""
+    try:
+        return torch.empty(0, device=map_location or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"map_location is {map_location!r}: {reason(error)}") from error
 
 
 def check_values(state: State) -> None:
@@ -135,18 +124,15 @@ def set_metadata(state: OrderedDict[str, Any], metadata: object) -> None:
         vars(state)["_metadata"] = metadata
 
 
-def _write_msgpack(path: Path, state: State) -> None:
+def _write_msgpack(_path: Path, descriptor: int, state: State) -> None:
     # Without the modules' versions torch takes the weights for those of an older one.
     metadata = getattr(state, "_metadata", None)
     fields = {} if metadata is None else {"modules": dict(metadata)}
-    with path.open("xb") as file:
-        write_tensors(file, "weights", state, fields)
+    write_tensors(descriptor, "weights", state, fields)
 
 
 def _read_msgpack(path: Path, device: torch.device) -> dict[str, Any]:
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        header, tensors = read_tensors(file, size, "weights", device)
+    header, tensors = read_tensors(path, "weights", device)
     state: OrderedDict[str, Any] = OrderedDict(tensors)
     if "modules" in header:
         set_metadata(state, _module_versions(header["modules"]))
@@ -165,7 +151,7 @@ def _module_versions(modules: object) -> dict[str, dict[str, Any]]:
     return modules
 
 
-def _write_safetensors(path: Path, state: State) -> None:
+def _write_safetensors(path: Path, descriptor: int, state: State) -> None:
     library = _safetensors(path)
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -174,11 +160,12 @@ def _write_safetensors(path: Path, state: State) -> None:
         storage = tensor.untyped_storage().data_ptr()
         plain[key] = tensor.clone() if storage in storages else tensor  # the format has no ties
         storages.add(storage)
-    with path.open("xb") as file:
-        mode = os.fstat(file.fileno()).st_mode
+    part = path.with_suffix(PART)
     try:
-        library.save_file(plain, path, metadata={"format": "pt"})
-        path.chmod(mode)  # it replaces the file by one that only its owner can read
+        library.save_file(plain, part, metadata={"format": "pt"})
+        # Copied: it makes files that only their owner can read, and replaces a locked one.
+        with part.open("rb") as source, open(descriptor, "wb", closefd=False) as file:
+            shutil.copyfileobj(source, file, 2**24)
     except OSError:
         raise
     except Exception as error:  # its own type comes from another module, and it leaks KeyErrors
@@ -205,10 +192,10 @@ def _safetensors(path: Path) -> Any:
     return safetensors.torch
 
 
-def _write_pt(path: Path, state: State) -> None:
+def _write_pt(_path: Path, descriptor: int, state: State) -> None:
     plain = OrderedDict((key, value.detach()) for key, value in state.items())
     set_metadata(plain, getattr(state, "_metadata", None))
-    with path.open("xb") as file:  # given a path, torch puts its name into the file
+    with open(descriptor, "wb", closefd=False) as file:  # torch puts a path into the file
         torch.save(plain, file)
 
 
@@ -246,37 +233,3 @@ def _format_of(path: Path) -> tuple[Writer, Reader]:
             f"{path} has no suffix of a weights file; there are: {listed(_FORMATS)}"
         )
     return _FORMATS[suffix]
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _move(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give the whole file its name; without ``overwrite`` only if no other has it by now."""
-    if not overwrite:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise _already_there(path) from None
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            if os.path.lexists(path):
-                raise _already_there(path) from None
-        else:
-            return
-    os.replace(temporary, path)
-
-
-def _already_there(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} exists already; pass overwrite=True to replace it")
-
-
-def reason(error: BaseException) -> str:
-    """Return the shortest words for an error."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fitloop._durable import reason
 from fitloop._errors import CheckpointError, listed
 from fitloop._tensorfile import memory_key
 from fitloop._weightfiles import (
     State,
     check_values,
     read_weights,
-    reason,
     set_metadata,
     with_suffix,
     write_weights,
@@ -62,12 +62,17 @@ class WeightsStore(Protocol):
     def exists(self, name: str) -> bool:
         """Tell whether something has the name."""
 
+    def steady(self, name: str) -> State:
+        """Return what was saved, not copied: nothing changes these tensors from now on."""
+
 
 class MemoryStore:
     """Keeps weights in CPU memory; saving again copies into the memory already there."""
 
     def __init__(self) -> None:
         self._kept: dict[str, OrderedDict[str, Any]] = {}
+        self._lent: set[str] = set()
+        """names whose tensors somebody else reads as well"""
         self._lock = threading.Lock()
 
     def save(self, name: str, state: State) -> None:
@@ -79,6 +84,9 @@ class MemoryStore:
         with self._lock:
             # Taken out while it is overwritten: what fails halfway must not be found.
             old = self._kept.pop(name, OrderedDict())
+            if name in self._lent:
+                old = OrderedDict()
+                self._lent.discard(name)
             self._kept[name] = _copy_of(state, old)
 
     def load(self, name: str) -> dict[str, Any]:
@@ -95,6 +103,12 @@ class MemoryStore:
     def exists(self, name: str) -> bool:
         """Tell whether there are weights of this name."""
         return name in self._kept
+
+    def steady(self, name: str) -> State:
+        """Return the weights themselves; the next `save` takes new memory."""
+        with self._lock:
+            self._lent.add(name)
+            return self._found(name)
 
     def _found(self, name: str) -> OrderedDict[str, Any]:
         if name not in self._kept:
@@ -127,6 +141,10 @@ class DiskStore:
             path.unlink()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be deleted: {reason(error)}") from error
+
+    def steady(self, name: str) -> State:
+        """Map the file, whose memory stays what it is when another takes its place."""
+        return self.load(name)
 
     def exists(self, name: str) -> bool:
         """Tell whether the file is there; its content is not looked at."""

@@ -16,29 +16,33 @@ PACKAGE = Path(fitloop.__file__).parent
 # A module imports from the rows above its own, and from its own row only what is before it.
 LAYERS: list[list[str]] = [
     # words everything else is written in, and tools that know nothing of training
-    ["_errors", "_types", "_threads", "_tensorfile", "_capture", "_device", "_busy", "_loops"],
+    ["_errors", "_types", "_threads", "_capture", "_device", "_busy", "_loops", "_writer"],
+    # bytes, files, and tensors in them
+    ["_layout", "_layout_writing", "_durable", "_tensorfile", "_tree", "_staging"],
     # what is said, what is recorded, what is kept
     ["_control", "_events", "_aggregate", "_optim", "_weightfiles"],
-    ["_crossing", "_hub", "_metrics", "_random", "_weights"],
+    ["_crossing", "_hub", "_metrics", "_random", "_weights", "_history_state", "_metriclog"],
     # observers of a run, which know nothing of each other
     ["_best"],
     ["_progress", "_prompt", "_profile", "_plot"],
     ["_result"],
     # from a loader to batches
-    ["_loading", "_async_loading", "_adaptive", "_loaders"],
+    ["_oneshot", "_seek", "_loading", "_async_loading", "_adaptive", "_loaders"],
     # one trainer: its parts, what changes, what stages see
     ["_parts"],
     ["_state", "_stages", "_schedule", "_core"],
+    # all of its state, in a file and back
+    ["_training", "_snapshot", "_archive", "_checkpoint"],
     # a run of it
-    ["_plan", "_engine", "_run", "_launch"],
+    ["_plan", "_engine", "_persistence", "_run", "_launch"],
     # what users hold
-    ["_view", "_trainer", "_fitloop", "_sync"],
+    ["_view", "_trainer", "_keeping", "_fitloop", "_sync"],
 ]
 
 LATE_IMPORTS = {("_metrics", "_plot")}
 """made inside a function, so that an import of fitloop is cheap; these may point upwards"""
 
-SOLE_IMPORTERS = {"matplotlib": "_plot", "prompt_toolkit": "_prompt", "msgpack": "_tensorfile"}
+SOLE_IMPORTERS = {"matplotlib": "_plot", "prompt_toolkit": "_prompt", "msgpack": "_layout"}
 
 LONGEST_MODULE = 400
 LONG_MODULES: dict[str, str] = {}
@@ -112,6 +116,7 @@ def test_engine_when_it_imports_then_nothing_of_terminals_files_or_figures() -> 
         below |= new
         todo.extend(new)
     unwanted = {"_progress", "_prompt", "_plot", "_weights", "_weightfiles", "_tensorfile"}
+    unwanted |= {"_layout", "_durable", "_snapshot", "_checkpoint", "_archive", "_metriclog"}
     assert not below & unwanted
 
 

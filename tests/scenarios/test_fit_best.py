@@ -203,7 +203,8 @@ async def test_save_to_disk_when_on_then_keeps_both_models_under_save_path(tmp_p
     assert not path.exists()
     untrained = bits(fitted.model)
     await fitted.fit(2, **QUIET)
-    assert names_in(path) == {"top.msgpack", "pretrained_model.msgpack"}
+    kept = {"top.msgpack", "pretrained_model.msgpack", "metrics.msgpack"}
+    assert names_in(path) == kept | {".fitloop.lock"}
     assert bits(fitted.model) == weights[1]
 
     twin = trainer(save_path=path)

@@ -165,7 +165,7 @@ def test_comprehensive_sample_when_run_verbatim_then_everything_it_tells_of_work
     assert capsys.readouterr().out.startswith("[1/4] - train :: loss: ")
     assert trainer.best_score == max(result.metrics["valid"]["accuracy"])
     assert {file.suffix for file in tmp_path.rglob("*.msgpack")} == {".msgpack"}
-    assert len(list(tmp_path.rglob("*.msgpack"))) == 2
+    assert len(list(tmp_path.rglob("*_model.msgpack"))) == 2
 
     metrics = trainer.test()
     assert set(metrics) == {"loss", "accuracy"}

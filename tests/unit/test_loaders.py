@@ -22,14 +22,14 @@ from torch.utils.data import (
 
 from fitloop import ConfigurationError, FitLoop, LoopState
 from fitloop._loaders import (
-    _one_shot,
     check_loader,
     detached,
     draws_only_to_begin,
-    generators_of,
     length_of,
     samples_in,
 )
+from fitloop._oneshot import one_shot_of
+from fitloop._seek import generators_of
 
 ONE_LOOP = pytest.mark.parametrize(
     "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True
@@ -238,14 +238,14 @@ def test_detached_when_workers_persist_then_loader_keeps_its_own() -> None:
 
 
 def test_one_shot_when_batches_are_put_back_then_they_come_first_in_order() -> None:
-    one_shot: Any = _one_shot(iter([3, 4]))
+    one_shot: Any = one_shot_of(iter([3, 4]))
     one_shot.put_back([1, 2])
     one_shot.put_back([0])
     assert list(one_shot) == [0, 1, 2, 3, 4]
 
 
 def test_one_shot_when_rewound_then_gives_again_what_was_recorded() -> None:
-    one_shot: Any = _one_shot(iter(range(5)))
+    one_shot: Any = one_shot_of(iter(range(5)))
     assert next(one_shot) == 0
     one_shot.record()
     assert [next(one_shot), next(one_shot)] == [1, 2]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.tensors import assert_same, random_bytes, raw_bytes, small_state
 from torch import Tensor, nn
 
-from fitloop import _tensorfile
+from fitloop import _layout, _tensorfile
 from fitloop._errors import CheckpointError
 from fitloop._weights import (
     read_weights,
@@ -32,7 +32,7 @@ msgpack: Any = msgpack_library
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    dtype=st.sampled_from(list(_tensorfile._DTYPES.values())),
+    dtype=st.sampled_from(list(_tensorfile.DTYPES.values())),
     shape=st.lists(st.integers(0, 4), max_size=4).map(tuple),
     transposed=st.booleans(),
 )
@@ -47,7 +47,7 @@ def test_every_dtype_and_shape_round_trips_bit_for_bit(
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
-@pytest.mark.parametrize("dtype", _tensorfile._DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", _tensorfile.DTYPES.values(), ids=str)
 def test_every_dtype_round_trips(tmp_path: Path, dtype: torch.dtype) -> None:
     state = {"x": random_bytes(dtype, (3, 2))}
     write_weights(tmp_path / "w.msgpack", state)
@@ -86,7 +86,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
 def test_any_msgpack_library_can_walk_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_tensorfile, "MAX_BIN", 10)
+    monkeypatch.setattr(_layout, "MAX_BIN", 10)
     state = {**small_state(), "empty": torch.empty(0, 3)}
     write_weights(tmp_path / "w.msgpack", state)
     unpacker = msgpack.Unpacker()
@@ -118,7 +118,7 @@ def forged(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     body = msgpack.packb({**header, "header_crc32": 2**32 - 1})[:-4]
     data = body + struct.pack(">I", zlib.crc32(body))
     for payload in payloads:
-        data += _tensorfile._frame(len(data), len(payload)) + payload
+        data += _layout.frame(len(data), len(payload)) + payload
     path.write_bytes(data)
     return path
 
@@ -151,7 +151,7 @@ def test_every_flipped_byte_is_refused(tmp_path: Path) -> None:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
-@pytest.mark.parametrize("start", [b"", b"\x87" + _tensorfile._MAGIC], ids=["any", "magic"])
+@pytest.mark.parametrize("start", [b"", b"\x87" + _layout._MAGIC], ids=["any", "magic"])
 def test_junk_is_refused(tmp_path: Path, start: bytes, data: bytes) -> None:
     path = tmp_path / "w.msgpack"
     path.write_bytes(start + data)
@@ -164,10 +164,10 @@ def test_junk_is_refused(tmp_path: Path, start: bytes, data: bytes) -> None:
     [
         (b"", "the file is empty"),
         (pickle.dumps(small_state), "does not begin as a fitloop file"),
-        (b"\x87" + _tensorfile._MAGIC, "ends within its header, after 16 bytes"),
-        (b"\x87" + _tensorfile._MAGIC + b"\x91" * 5000, "its header is no plain msgpack"),
-        (b"\x82" + _tensorfile._MAGIC + b"\xa1a\xdd\xff\xff\xff\xff", "ends within its header"),
-        (b"\x81" + _tensorfile._MAGIC, "does not end with a checksum"),
+        (b"\x87" + _layout._MAGIC, "ends within its header, after 16 bytes"),
+        (b"\x87" + _layout._MAGIC + b"\x91" * 5000, "its header is no plain msgpack"),
+        (b"\x82" + _layout._MAGIC + b"\xa1a\xdd\xff\xff\xff\xff", "ends within its header"),
+        (b"\x81" + _layout._MAGIC, "does not end with a checksum"),
     ],
     ids=["empty", "pickle", "short", "deep", "huge", "no checksum"],
 )
@@ -238,7 +238,7 @@ def test_a_header_beyond_the_limit_is_refused_both_ways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_weights(tmp_path / "w.msgpack", small_state())
-    monkeypatch.setattr(_tensorfile, "HEADER_LIMIT", 100)
+    monkeypatch.setattr(_layout, "HEADER_LIMIT", 100)
     with pytest.raises(CheckpointError, match="header takes more than 100 bytes"):
         read_weights(tmp_path / "w.msgpack")
     with pytest.raises(CheckpointError, match="header takes more than 100 bytes"):
@@ -248,6 +248,6 @@ def test_a_header_beyond_the_limit_is_refused_both_ways(
 def test_a_header_larger_than_the_first_read_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_tensorfile, "_FIRST_READ", 7)
+    monkeypatch.setattr(_layout, "_FIRST_READ", 7)
     write_weights(tmp_path / "w.msgpack", small_state())
     assert_same(read_weights(tmp_path / "w.msgpack"), small_state())

@@ -14,7 +14,7 @@ import torch
 from support.tensors import SUFFIXES, assert_same, small_state
 from torch import Tensor, nn
 
-from fitloop import _weightfiles
+from fitloop import _durable
 from fitloop._errors import CheckpointError
 from fitloop._weights import (
     DiskStore,
@@ -181,8 +181,8 @@ def test_an_existing_file_stays_without_overwrite(tmp_path: Path, suffix: str) -
 def test_of_many_writers_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w.msgpack"
     barrier = threading.Barrier(8)
-    move = _weightfiles._move
-    monkeypatch.setattr(_weightfiles, "_move", lambda *args: (barrier.wait(), move(*args)))
+    move = _durable._move
+    monkeypatch.setattr(_durable, "_move", lambda *args: (barrier.wait(), move(*args)))
     winners: list[int] = []
     losers: list[str] = []
 

@@ -1,0 +1,345 @@
+"""The bytes of a fitloop file: a header and payloads in plain msgpack, written without copies.
+
+This module knows bytes, and neither tensors nor paths nor what they mean, so that a file can be
+looked into without torch. ``docs/snapshot-format.md`` is the specification. A file is a sequence
+of msgpack objects, so that any msgpack library can walk it::
+
+    header     a map: format, version, kind, byteorder, tensors, ..., header_crc32
+    filler     nil objects (0xc0), as many as it takes for the next payload to start at a
+               multiple of 64 bytes
+    payload    a bin32 object: 0xc6, the length as u32 big endian, the bytes of one tensor
+    filler, payload, ...        one payload a tensor, in the order of the header; a tensor of more
+                                than 2**31-1 bytes takes several
+
+The header alone says how long the file is: a file of any other length is refused before memory
+is taken for a tensor. There are no offsets that could overlap.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from reprlib import repr as short
+from typing import Any, TypeGuard
+
+import msgpack as msgpack_library
+
+msgpack: Any = msgpack_library  # it has no types
+
+FORMAT = "fitloop"
+VERSION = 1
+ALIGNMENT = 64
+MAX_BIN = 2**31 - 1
+"""bytes in one payload at most; more than that few readers of msgpack take"""
+HEADER_LIMIT = 64 * 2**20
+"""bytes of a header at most, enough for several hundred thousand tensors"""
+MAX_DIMS = 64
+"""dimensions of a tensor at most, as for most operations of torch"""
+
+_MAGIC = b"\xa6format\xa7fitloop"
+_FIRST_READ = 64 * 2**10
+_CRC_TAG = b"\xacheader_crc32\xce"
+CRC_STEP = 16 * 2**20
+
+ITEM_SIZES = {
+    **dict.fromkeys(("bool", "uint8", "int8", "bits8", "bits1x8", "bits2x4", "bits4x2"), 1),
+    **dict.fromkeys((f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)), 1),
+    **dict.fromkeys(
+        ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"), 1
+    ),
+    "float4_e2m1fn_x2": 1,
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16", "bits16"), 2),
+    **dict.fromkeys(("int32", "uint32", "float32", "complex32"), 4),
+    **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
+    "complex128": 16,
+}
+"""bytes of one item, by the name of the dtype"""
+
+
+def _fastest_crc32() -> Callable[..., int]:
+    try:
+        from zlib_ng import zlib_ng  # the same checksum, four times as fast; it is an extra
+    except ImportError:
+        return zlib.crc32
+    found: Callable[..., int] = zlib_ng.crc32
+    return found
+
+
+crc32 = _fastest_crc32()
+
+
+class LayoutError(Exception):
+    """Raised for bytes that are no such file and for a value that cannot be put in one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the header's list of tensors; all but the names is empty in an alias."""
+
+    name: str
+    same_as: str | None
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A tensor to be written: what the header says of it, and its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A tensor that is the same memory as an earlier one."""
+
+    name: str
+    same_as: str
+
+
+# -- the same for both -----------------------------------------------------------------------
+
+
+def chunks(nbytes: int) -> Iterator[tuple[int, int]]:
+    """Yield offset and length of the payloads of a tensor; at least one, maybe empty."""
+    for offset in range(0, max(nbytes, 1), MAX_BIN):
+        yield offset, min(MAX_BIN, nbytes - offset)
+
+
+def frame(position: int, length: int) -> bytes:
+    """Return the filler and the bin header that stand at ``position`` before a payload."""
+    return b"\xc0" * (-(position + 5) % ALIGNMENT) + struct.pack(">BI", 0xC6, length)
+
+
+# -- reading ---------------------------------------------------------------------------------
+
+
+def read_layout(
+    read: Callable[[int, int], bytes], size: int, kind: str | None = None
+) -> tuple[dict[str, Any], list[Entry], list[list[tuple[int, int]]]]:
+    """Read the header of a file of ``size`` bytes, and check that the file is as long as it says.
+
+    ``read(offset, length)`` gives the bytes there. Returns the header, its list of tensors, and
+    where the payloads of each are: offset and length. The payloads are not read.
+    """
+    header, position = _read_header(read, size)
+    _check_header(header, kind)
+    entries = _entries(header["tensors"])
+    spans: list[list[tuple[int, int]]] = []
+    for entry in entries:
+        spans.append([])
+        if entry.same_as is not None:
+            continue
+        # A tensor larger than the file is not cut into chunks first: there may be millions.
+        fits = entry.nbytes <= size - position
+        for _, length in chunks(entry.nbytes) if fits else ():
+            position += len(frame(position, length))
+            spans[-1].append((position, length))
+            position += length
+        if not fits or position > size:
+            raise LayoutError(
+                f"it ends within tensor {short(entry.name)} of {entry.nbytes} bytes: "
+                f"it is truncated to {size} bytes"
+            )
+    if position != size:
+        raise LayoutError(f"{size - position} bytes trail after its end at {position}")
+    return header, entries, spans
+
+
+def check_payload(
+    entry: Entry, spans: Sequence[tuple[int, int]], data: memoryview, previous: int
+) -> int:
+    """Compare what stands before and in the payloads of a tensor with what the header says.
+
+    ``previous`` is where the payload before ended; returns where this one does.
+    """
+    value = 0
+    for position, length in spans:
+        if data[previous:position] != frame(previous, length):
+            raise LayoutError(
+                f"the bytes at {previous}, before tensor {short(entry.name)}, are damaged"
+            )
+        for offset in range(position, position + length, CRC_STEP):
+            value = crc32(data[offset : min(offset + CRC_STEP, position + length)], value)
+        previous = position + length
+    if value != entry.crc32:
+        raise LayoutError(f"tensor {short(entry.name)} is damaged: its checksum differs")
+    return previous
+
+
+def header_end(read: Callable[[int, int], bytes], size: int) -> int:
+    """Return where the header of a checked file ends."""
+    return _read_header(read, size)[1]
+
+
+def _read_header(read: Callable[[int, int], bytes], size: int) -> tuple[dict[str, Any], int]:
+    """Return the header and where it ends; only a header with a right checksum is unpacked."""
+    if size == 0:
+        raise LayoutError("the file is empty")
+    window = _FIRST_READ
+    while True:
+        window = min(window, size, HEADER_LIMIT)
+        data = read(0, window)
+        start = data[1 : 1 + len(_MAGIC)]
+        if not _MAGIC.startswith(start) or data[:1] not in _FIXMAPS:
+            raise LayoutError(f"it does not begin as a fitloop file does, but with {data[:8]!r}")
+        end = _end_of_object(data)
+        if end is not None:
+            break
+        if window == size:
+            raise LayoutError(f"it ends within its header, after {size} bytes")
+        if window == HEADER_LIMIT:
+            raise LayoutError(f"its header takes more than {HEADER_LIMIT} bytes")
+        window *= 8
+    checked = data[: end - 4]
+    if not checked.endswith(_CRC_TAG):
+        raise LayoutError("its header does not end with a checksum")
+    if struct.pack(">I", crc32(checked)) != data[end - 4 : end]:
+        raise LayoutError("its header is damaged: the checksum differs")
+    return unpack(data[:end], "its header"), end
+
+
+_FIXMAPS = {bytes([0x80 | count]) for count in range(16)}
+
+
+def pack(value: object) -> bytes:
+    """Return a plain value as msgpack; LayoutError for one that is none."""
+    try:
+        packed: bytes = msgpack.packb(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise LayoutError(f"it is no plain value: {error}") from error
+    return packed
+
+
+def unpack(data: bytes, what: str) -> Any:
+    """Return the one msgpack object that ``data`` is."""
+    try:
+        return msgpack.unpackb(data, object_pairs_hook=_unique(what))
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise LayoutError(f"{what} is no plain msgpack: {error}") from error
+
+
+def _end_of_object(data: bytes) -> int | None:
+    """Return where the first msgpack object ends, None if that is beyond ``data``.
+
+    Skipping builds nothing, so that a forged length takes no memory: what has been skipped to
+    its end has as many items as it says.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=HEADER_LIMIT)
+    unpacker.feed(data)
+    try:
+        unpacker.skip()
+    except msgpack.OutOfData:
+        return None
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        reason = str(error) or type(error).__name__
+        raise LayoutError(f"its header is no plain msgpack: {reason}") from error
+    return int(unpacker.tell())
+
+
+def _unique(what: str) -> Callable[[Iterable[tuple[Any, Any]]], dict[Any, Any]]:
+    def collect(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise LayoutError(f"{what} has the key {short(key)} twice")
+            found[key] = value
+        return found
+
+    return collect
+
+
+def _check_header(header: dict[str, Any], kind: str | None) -> None:
+    version = header.get("version")
+    if type(version) is not int or version < 1:
+        raise LayoutError(f"its version is {short(version)}; expected {VERSION}")
+    if version > VERSION:
+        raise LayoutError(
+            f"its version is {version}, from a newer fitloop; this one reads up to {VERSION}"
+        )
+    if kind is not None and header.get("kind") != kind:
+        raise LayoutError(f"it holds {short(header.get('kind'))}; expected {kind!r}")
+    if header.get("byteorder") != sys.byteorder:
+        order = short(header.get("byteorder"))
+        raise LayoutError(f"its byte order is {order}; this machine's is {sys.byteorder!r}")
+    if "tensors" not in header:
+        raise LayoutError("its header has no list of tensors")
+
+
+def _entries(listing: object) -> list[Entry]:
+    """Check the header's list of tensors and return it; forged ones do not get further."""
+    if not isinstance(listing, list):
+        raise LayoutError(f"its tensors are {short(listing)}; expected a list")
+    found: dict[str, Entry] = {}
+    for index, item in enumerate(listing):
+        entry = _entry(f"tensors[{index}]", item)
+        if entry.name in found:
+            raise LayoutError(f"two tensors have the name {short(entry.name)}")
+        if entry.same_as is not None and entry.same_as not in found:
+            raise LayoutError(
+                f"tensor {short(entry.name)} is the same as {short(entry.same_as)}, "
+                "which does not come before it"
+            )
+        found[entry.name] = entry
+    return list(found.values())
+
+
+def _entry(where: str, item: object) -> Entry:
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        raise LayoutError(f"{where} is {short(item)}; expected a map with a name")
+    name: str = item["name"]
+    where = f"{where} ({short(name)})"
+    same_as = item.get("same_as")
+    if isinstance(same_as, str):
+        return Entry(name, same_as, "", (), 0, 0)
+    dtype = item.get("dtype")
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise LayoutError(f"{where} has the dtype {short(dtype)}, unknown here")
+    shape, nbytes, crc = item.get("shape"), item.get("nbytes"), item.get("crc32")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_count, shape)):
+        raise LayoutError(f"{where} has the shape {short(shape)}; expected a list of lengths")
+    if not _is_count(nbytes) or not _is_count(crc):
+        raise LayoutError(f"{where} has the nbytes {short(nbytes)} and crc32 {short(crc)}")
+    if prod(shape) * ITEM_SIZES[dtype] != nbytes:
+        raise LayoutError(f"{where} has {nbytes} bytes, which its shape and dtype do not make")
+    return Entry(name, None, dtype, tuple(shape), nbytes, crc)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def read_file_header(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Any], list[Entry], int]:
+    """Return header, list of tensors and size of the file at ``path``; reads no payload.
+
+    Raises `LayoutError` for what is no such file, and OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        size = os.fstat(descriptor).st_size
+
+        def read(offset: int, length: int) -> bytes:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            found = b""
+            while len(found) < length and (more := os.read(descriptor, length - len(found))):
+                found += more
+            return found
+
+        header, entries, _spans = read_layout(read, size)
+    finally:
+        with suppress(OSError):
+            os.close(descriptor)
+    return header, entries, size
