@@ -37,8 +37,8 @@ VERSION = 1
 ALIGNMENT = 64
 MAX_BIN = 2**31 - 1
 """bytes in one payload at most; more than that few readers of msgpack take"""
-HEADER_LIMIT = 64 * 2**20
-"""bytes of a header at most, enough for several hundred thousand tensors"""
+HEADER_LIMIT = 16 * 2**20
+"""bytes of a header at most, enough for a hundred thousand tensors"""
 MAX_DIMS = 64
 """dimensions of a tensor at most, as for most operations of torch"""
 

@@ -23,7 +23,7 @@ from fitloop._core import Core
 from fitloop._durable import DirectoryLock
 from fitloop._engine import Engine
 from fitloop._errors import CheckpointError, ResumeWarning
-from fitloop._events import Event, RunStarted
+from fitloop._events import Event, RunStarted, SnapshotFailed
 from fitloop._metriclog import MetricLog, log_head, log_record
 from fitloop._plan import Cursor, PassPosition, RunPlan
 from fitloop._random import StreamState, check_state
@@ -54,7 +54,7 @@ class Persistence:
         self._tracker: BestTracker | None = None
         self._checkpointer: Checkpointer | None = None
         self._stop_reason = ""
-        self._log_error: BaseException | None = None
+        self._log_error: tuple[MetricLog, CheckpointError] | None = None
         self._began = time.perf_counter()
         self.found: Snapshot | None = None
         """what the run is resumed from"""
@@ -239,30 +239,50 @@ class Persistence:
 
     def _begin_log(self) -> None:
         core = self._core
-        if core.log is None or self.found is not None:
-            core.log = MetricLog(core.parts.save_path)
-            core.log.begin(log_head(core.parts.name, core.history))
-        elif self._plan is not None:
-            call = RunStarted(trainer="", call=self._plan.call, epochs=0, first_epoch=1)
-            self._append(call, also_start=True)
+        if core.log is not None and self.found is None:
+            return  # what it holds is the history, with the run that began
+        log = MetricLog(core.parts.save_path)
+        try:
+            log.begin(log_head(core.parts.name, core.history))
+        except CheckpointError as error:
+            self._log_failed(log, error)
+        else:
+            core.log = log
 
-    def _append(self, event: Event, *, also_start: bool = False) -> None:
-        if self._log_error is not None:
-            error, self._log_error = self._log_error, None
-            raise error
+    def _append(self, event: Event) -> None:
+        self._tell_log_error()
         log = self._core.log
-        if log is None or (isinstance(event, RunStarted) and not also_start):
+        if log is None or (isinstance(event, RunStarted) and self.found is not None):
             return
         record = log_record(event)
         if record is not None:
             self._writer.submit(lambda: self._append_record(log, record))
 
+    def _tell_log_error(self) -> None:
+        failure, self._log_error = self._log_error, None
+        if failure is not None:
+            self._log_failed(*failure)
+
+    def _log_failed(self, log: MetricLog, error: CheckpointError) -> None:
+        """Raise, or tell it while training goes on, as the user wishes."""
+        self._core.log = None  # the next run begins it anew
+        if self._policy is None or self._policy.on_error == "raise":
+            raise error
+        self._core.hub.emit(
+            SnapshotFailed(
+                trainer=self._core.parts.name,
+                epoch=self._core.epoch_num,
+                batch=0,
+                path=str(log.path),
+                error=str(error),
+            )
+        )
+
     def _append_record(self, log: MetricLog, record: bytes) -> None:
         try:
             log.append(record)
-        except CheckpointError as error:  # raised on the step thread, at the next event
-            self._log_error = error
-            self._core.log = None  # the next run begins it anew
+        except CheckpointError as error:  # told on the step thread, at the next event
+            self._log_error = (log, error)
 
     def _part(self, finished: bool) -> RunPart:
         """Return what the run adds to a snapshot that is taken now."""
@@ -328,9 +348,7 @@ class Persistence:
         if self._checkpointer is not None and not self.is_over:
             self._checkpointer.finish(ended=stop_reason is not None)
         self._writer.close()
-        error, self._log_error = self._log_error, None
-        if error is not None:
-            raise error
+        self._tell_log_error()
 
     def close(self) -> None:
         """Give the directory back."""

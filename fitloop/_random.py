@@ -34,7 +34,9 @@ _get_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-
 _set_bits: Callable[[Any], None] = np.random.set_bit_generator  # type: ignore[attr-defined]
 
 _NUMPY_LIMIT = 2**32
-_MT19937_BYTES = 624 * 4 + 4
+_MT19937_WORDS = 624
+_MT19937_BYTES = _MT19937_WORDS * 4 + 4
+_PHILOX_WORDS = 4
 
 
 class StreamState(NamedTuple):
@@ -54,14 +56,28 @@ def check_state(state: StreamState) -> StreamState:
     if isinstance(state.bits, bytes):
         if len(state.bits) != _MT19937_BYTES:
             raise ValueError(f"{len(state.bits)} bytes are no state of MT19937")
+        _check_place(int(np.frombuffer(state.bits[-4:], np.int32)[0]), _MT19937_WORDS)
     else:
-        kind = getattr(np.random, state.bits["bit_generator"])
-        if not (isinstance(kind, type) and issubclass(kind, np.random.BitGenerator)):
-            raise ValueError(f"{kind!r} is no bit generator of numpy")
-        kind().state = state.bits
+        _check_bits(state.bits)
     if state.gauss is not None:
+        _check_bits(state.gauss)
         np.random.RandomState().set_state(state.gauss)
     return state
+
+
+def _check_bits(bits: dict[str, Any]) -> None:
+    kind = getattr(np.random, bits["bit_generator"])
+    if not (isinstance(kind, type) and issubclass(kind, np.random.BitGenerator)):
+        raise ValueError(f"{kind!r} is no bit generator of numpy")
+    # numpy itself takes any place in its buffers, and reads what is there.
+    _check_place(bits["state"].get("pos", 0), _MT19937_WORDS)
+    _check_place(bits.get("buffer_pos", 0), _PHILOX_WORDS)
+    kind().state = bits
+
+
+def _check_place(place: int, words: int) -> None:
+    if not 0 <= place <= words:
+        raise ValueError(f"{place} is no place in a buffer of {words}")
 
 
 def process_state(cuda: Iterable[int] = ()) -> StreamState:

@@ -109,10 +109,6 @@ class Run:
             self._capture = core.capture()
         elif plan.call == "fit":
             core.keep_pretrained()
-            if kept is not None and kept.is_over:
-                kept.restore()
-                self._found = kept.result()
-                return
             self._tracker = core.tracker(core.hub.emit)
         core.hub.observers(self._observers())
         around = Surroundings(
@@ -142,13 +138,18 @@ class Run:
                 first_epoch=plan.first_epoch,
             )
         )
+        kept = self._options.persistence
+        if kept is not None and kept.is_over:
+            kept.go_on()
+            self._found = kept.result()
+            return
         if self._turn is not None and streams is not None:
             self._turn.take(streams.steps(plan.phases[0][0]))
         trains = self._schedulers is not None
         if trains:
             engine.call_plain("preloop", core.parts.preloop, self._trainer)
-        if self._options.persistence is not None:
-            engine.at_rest(self._options.persistence.go_on)
+        if kept is not None:
+            engine.at_rest(kept.go_on)
         engine.run()
         if trains:
             engine.call_plain("postloop", core.parts.postloop, self._trainer)
@@ -282,13 +283,13 @@ class Run:
             self._capture.restore()
 
     def _load_best(self) -> None:
-        tracked = self._tracker is not None and self._tracker.tracked
+        tracked = self._tracker is not None and self._tracker.tracked and self._found is None
         if tracked and self._core.best_score is not None:
             self._core.restore_best(self._trainer)
 
     def _end_fit(self, error: BaseException | None) -> None:
         kept = self._options.persistence
-        ended = error is None and self._engine is not None
+        ended = error is None and self._engine is not None and self._found is None
         if ended and self._plan.call == "fit":
             self._core.fits += 1
         if kept is not None:
@@ -316,6 +317,8 @@ class Run:
             return str(StopReason.CANCELLED)
         if error is not None:
             return str(StopReason.FAILED)
+        if self._found is not None:
+            return self._found.stop_reason
         return self._control.stop_reason or str(StopReason.COMPLETED)
 
     def _result(self) -> FitResult:

@@ -239,14 +239,20 @@ def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tens
                 optimizer.state[parameter][key] = value.to(now.device)
 
 
-def cloned(value: Any) -> Any:
-    """Return containers with tensors of memory of their own, not that of a file."""
+def cloned(value: Any, memo: dict[int, Tensor] | None = None) -> Any:
+    """Return containers with tensors of memory of their own, not that of a file.
+
+    What was one tensor stays one.
+    """
+    memo = {} if memo is None else memo
     if isinstance(value, Tensor):
-        return value.clone()
+        if id(value) not in memo:
+            memo[id(value)] = value.clone()
+        return memo[id(value)]
     if type(value) is dict:
-        return {key: cloned(item) for key, item in value.items()}
+        return {key: cloned(item, memo) for key, item in value.items()}
     if isinstance(value, OrderedDict):
-        return OrderedDict((key, cloned(item)) for key, item in value.items())
+        return OrderedDict((key, cloned(item, memo)) for key, item in value.items())
     if type(value) in (list, tuple):
-        return type(value)(map(cloned, value))
+        return type(value)(cloned(item, memo) for item in value)
     return value

@@ -171,6 +171,8 @@ class Decoder:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
+        self._used: set[int] = set()
+        self._arrays: set[int] = set()
 
     def decode(self, value: Any, path: str = "state") -> Any:
         """Return what was encoded.
@@ -212,7 +214,7 @@ class Decoder:
             if key == "!tensor":
                 return self._tensor(content)
             if key == "!array":
-                return self._tensor(content).numpy().copy()
+                return self._array(self._tensor(content))
             if key == "!deque":
                 return deque(self._items(content[1], path, depth), content[0])
             if key in _FROM_VALUE:
@@ -224,9 +226,17 @@ class Decoder:
         raise LayoutError(f"{path} is of the kind {short(key)}, unknown here")
 
     def _tensor(self, index: Any) -> Tensor:
-        if type(index) is not int or index < 0:
+        # Once each, as encoded: a forged tree could take any memory for the copies.
+        if type(index) is not int or index < 0 or index in self._used:
             raise ValueError
+        self._used.add(index)
         return self._tensors[index]
+
+    def _array(self, tensor: Tensor) -> Any:
+        if id(tensor) in self._arrays:  # under another name
+            raise ValueError
+        self._arrays.add(id(tensor))
+        return tensor.numpy().copy()
 
 
 def _number(content: Any) -> Any:
