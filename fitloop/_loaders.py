@@ -35,7 +35,8 @@ from fitloop._crossing import LoopSide
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._loading import AheadSource, Feed, InlineSource, Source
 from fitloop._oneshot import OneShot, one_shot_of
-from fitloop._random import Stream, StreamState, process_state, restore_process
+from fitloop._random import Stream, StreamState
+from fitloop._random_state import process_state, restore_process
 from fitloop._seek import (
     Opened,
     Seek,

@@ -26,7 +26,8 @@ from fitloop._errors import CheckpointError, ResumeWarning
 from fitloop._events import Event, RunStarted, SnapshotFailed
 from fitloop._metriclog import MetricLog, log_head, log_record
 from fitloop._plan import Cursor, PassPosition, RunPlan
-from fitloop._random import StreamState, check_state
+from fitloop._random import StreamState
+from fitloop._random_state import check_state
 from fitloop._result import EpochMetricsLog, FitResult
 from fitloop._seek import Opened, Seek, generator_states, has_workers, set_generators, start_workers
 from fitloop._snapshot import RunPart, Snapshot, apply_snapshot

@@ -30,13 +30,11 @@ from fitloop._control import Cancelled
 from fitloop._types import Phase
 
 # Public since numpy 1.24, but missing in its type stubs.
-_get_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
+get_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
 _set_bits: Callable[[Any], None] = np.random.set_bit_generator  # type: ignore[attr-defined]
 
 _NUMPY_LIMIT = 2**32
-_MT19937_WORDS = 624
-_MT19937_BYTES = _MT19937_WORDS * 4 + 4
-_PHILOX_WORDS = 4
+MT19937_BYTES = 624 * 4 + 4
 
 
 class StreamState(NamedTuple):
@@ -47,60 +45,6 @@ class StreamState(NamedTuple):
     python: tuple[Any, ...]
     bits: bytes | dict[str, Any]
     gauss: dict[str, Any] | None
-
-
-def check_state(state: StreamState) -> StreamState:
-    """Return ``state`` if generators take it; raises ValueError and the like for a forged one."""
-    torch.Generator().set_state(state.torch)
-    random.Random().setstate(state.python)
-    if isinstance(state.bits, bytes):
-        if len(state.bits) != _MT19937_BYTES:
-            raise ValueError(f"{len(state.bits)} bytes are no state of MT19937")
-        _check_place(int(np.frombuffer(state.bits[-4:], np.int32)[0]), _MT19937_WORDS)
-    else:
-        _check_bits(state.bits)
-    if state.gauss is not None:
-        _check_bits(state.gauss)
-        np.random.RandomState().set_state(state.gauss)
-    return state
-
-
-def _check_bits(bits: dict[str, Any]) -> None:
-    kind = getattr(np.random, bits["bit_generator"])
-    if not (isinstance(kind, type) and issubclass(kind, np.random.BitGenerator)):
-        raise ValueError(f"{kind!r} is no bit generator of numpy")
-    # numpy itself takes any place in its buffers, and reads what is there.
-    _check_place(bits["state"].get("pos", 0), _MT19937_WORDS)
-    _check_place(bits.get("buffer_pos", 0), _PHILOX_WORDS)
-    kind().state = bits
-
-
-def _check_place(place: int, words: int) -> None:
-    if not 0 <= place <= words:
-        raise ValueError(f"{place} is no place in a buffer of {words}")
-
-
-def process_state(cuda: Iterable[int] = ()) -> StreamState:
-    """Return where the process's generators are."""
-    return Stream.of_process(cuda).state()
-
-
-def restore_process(state: StreamState) -> None:
-    """Put the process's generators where they were; a device that is not there is left out."""
-    torch.default_generator.set_state(state.torch)
-    for index, value in state.cuda.items():
-        if index < torch.cuda.device_count():
-            torch.cuda.default_generators[index].set_state(value)
-    random.setstate(state.python)
-    if state.gauss is not None:
-        np.random.set_state(state.gauss)
-        return
-    bits = state.bits
-    if isinstance(bits, bytes):
-        key = np.frombuffer(bits[:-4], np.uint32)
-        position = int(np.frombuffer(bits[-4:], np.int32)[0])
-        bits = {"bit_generator": "MT19937", "state": {"key": key, "pos": position}}
-    np.random.set_state({**bits, "has_gauss": 0, "gauss": 0.0})
 
 
 class Stream:
@@ -129,7 +73,7 @@ class Stream:
         """Return a stream that goes on where the process's generators are, on copies of them."""
         stream = cls(0, cuda)
         state = np.random.get_state(legacy=False)
-        stream._bits = type(_get_bits())()
+        stream._bits = type(get_bits())()
         stream._bits.state = {k: state[k] for k in state if k not in ("has_gauss", "gauss")}
         stream._gauss = state if state["has_gauss"] else None
         stream._read()
@@ -189,7 +133,7 @@ def _raw(bits: Any) -> bytes:
     """Return the memory of an MT19937 generator, or nothing for another kind."""
     if type(bits) is not np.random.MT19937:
         return b""
-    return ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES)
+    return ctypes.string_at(bits.ctypes.state_address, MT19937_BYTES)
 
 
 class _Outside(Stream):
@@ -199,7 +143,7 @@ class _Outside(Stream):
 
     def __init__(self, cuda: Iterable[int]) -> None:
         self._cuda = dict.fromkeys(cuda, torch.empty(0))
-        self._bits = _get_bits()
+        self._bits = get_bits()
         self._gauss = None
         self._unmoved = b""
         self.leave()
@@ -211,7 +155,7 @@ def fingerprint() -> tuple[object, ...]:
     return (
         torch.default_generator.get_state().numpy().tobytes(),
         random.getstate(),
-        _raw(_get_bits()) or repr(numpy["state"]),
+        _raw(get_bits()) or repr(numpy["state"]),
         numpy["has_gauss"],
     )
 

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ from fitloop._history_state import history_state, load_history
 from fitloop._layout import VERSION, Alias, LayoutError, Payload
 from fitloop._layout_writing import write_layout
 from fitloop._metrics import History
-from fitloop._random import StreamState, check_state, process_state, restore_process
+from fitloop._random import StreamState
+from fitloop._random_state import check_kind, check_state, process_state, restore_process
 from fitloop._staging import Staging
 from fitloop._tensorfile import read_tensors
 from fitloop._training import apply_training, cloned, training_state, weights_in
 from fitloop._tree import Decoder, Encoder
 from fitloop._types import Phase
-from fitloop._weights import State
+from fitloop._weightfiles import module_versions
+from fitloop._weights import State, check_weights
 
 KIND = "snapshot"
 
@@ -198,10 +201,16 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
             name: check_state(StreamState(**cloned(value)))
             for name, value in state["random"].items()
         }
-        best = state["best"]
+        best, versions = state["best"], state["best_modules"]
         if not (best is None or isinstance(best, dict)):
             raise TypeError("its best weights are no map")
+        if versions is not None:
+            module_versions(versions)
         trainer = header["trainer"]
+        if trainer["criteria"] is not None:
+            name, direction = trainer["criteria"]
+            if not isinstance(name, str) or direction not in (1, -1):
+                raise TypeError(f"its criteria is {trainer['criteria']!r:.60}")
         for key, kinds in _TRAINER_KINDS.items():
             if not isinstance(trainer[key], kinds):
                 raise TypeError(f"{key} is {trainer[key]!r:.60}")
@@ -238,6 +247,7 @@ def apply_snapshot(core: Core, snapshot: Snapshot) -> None:
     Raises `CheckpointError`, having changed nothing, when they do not fit each other.
     """
     trainer = snapshot.trainer
+    restore = _restoring_random(core, snapshot)
     undo = _keep_best(core, snapshot)
     try:
         apply_training(core.parts, snapshot.state["training"])
@@ -250,26 +260,30 @@ def apply_snapshot(core: Core, snapshot: Snapshot) -> None:
     core.best_score, core.best_epoch = trainer["best_score"], trainer["best_epoch"]
     if core.criteria is not None and core.criteria.is_default and trainer["criteria"]:
         core.criteria.name, core.criteria.direction = trainer["criteria"]
-    if trainer["seed"] == core.parts.seed:
-        restore_random(core, snapshot)
+    restore()
 
 
-def restore_random(core: Core, snapshot: Snapshot) -> None:
-    """Put back the randomness only."""
+def _restoring_random(core: Core, snapshot: Snapshot) -> Callable[[], None]:
+    """Return what puts back the randomness; raises `CheckpointError` if that cannot be done."""
+    if snapshot.trainer["seed"] != core.parts.seed:
+        return lambda: None
     streams = core.streams
-    if streams is None:
-        restore_process(snapshot.random["process"])
-    else:
-        streams.set_states(stream_states(snapshot))
-
-
-def stream_states(snapshot: Snapshot) -> StreamStates:
-    """Return where the trainer's streams were."""
-    return {
-        (phase, loader): snapshot.random[f"{phase} {'loader' if loader else 'steps'}"]
-        for phase in Phase
-        for loader in (False, True)
-    }
+    try:
+        if streams is None:
+            check_kind(snapshot.random["process"])
+            return partial(restore_process, snapshot.random["process"])
+        states = {
+            (phase, loader): snapshot.random[f"{phase} {'loader' if loader else 'steps'}"]
+            for phase in Phase
+            for loader in (False, True)
+        }
+        if not all(isinstance(state.bits, bytes) for state in states.values()):
+            raise ValueError("a stream is of another generator of numpy's")
+        return partial(streams.set_states, states)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{snapshot.path} cannot be used: its random states do not fit: {error}"
+        ) from error
 
 
 def _keep_best(core: Core, snapshot: Snapshot) -> Callable[[], None]:
@@ -280,6 +294,7 @@ def _keep_best(core: Core, snapshot: Snapshot) -> Callable[[], None]:
         return lambda: None
     before = store.steady(name) if store.exists(name) else None
     weights = weights_in({"weights": best, "versions": snapshot.state["best_modules"]})
+    check_weights(core.parts.model, weights)
     store.save(name, weights)
 
     def undo() -> None:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from fitloop._capture import StepCapture
 from fitloop._errors import CheckpointError, listed
 from fitloop._parts import Parts
-from fitloop._weightfiles import set_metadata
+from fitloop._weightfiles import module_versions, set_metadata
 from fitloop._weights import apply_weights
 
 
@@ -153,12 +153,27 @@ def _check_fit(parts: Parts, state: Any) -> None:
             ("optimizers", [s["type"] for s in state["optimizers"]], parts.optimizers),
             ("schedulers", [s["type"] for s in state["schedulers"]], parts.lr_schedulers),
         ]
-        stateful = set(state["stateful"])
+        stateful = set(map(str, state["stateful"]))
         counts = [
             ("modules", len(state["modules"]), len(_modules(parts))),
             ("parameters outside the model", len(state["outside"]), len(list(_outside(parts)))),
         ]
-    except (KeyError, TypeError, AttributeError) as error:
+        for scheduler, saved in zip(parts.lr_schedulers, state["schedulers"], strict=False):
+            pairs_of = set(saved["state"]) - set(_scheduler_state(scheduler))
+            if pairs_of and saved["type"] == _type_of(scheduler):
+                raise CheckpointError(
+                    f"the state of {saved['type']} has what it does not know: {listed(pairs_of)}"
+                )
+        parameters = {name: parameter for parameter, name in _names(parts).items()}
+        for name, grad in state["grads"].items():
+            if name not in parameters or grad.shape != parameters[name].shape:
+                raise CheckpointError(f"there is no parameter for the gradient of {name!r}")
+        for saved in state["modules"]:
+            if saved["versions"] is not None:
+                module_versions(saved["versions"])
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a forged tree makes of it
         raise CheckpointError(f"the state is not as fitloop writes it: {error!r}") from error
     for what, saved, own in pairs:
         mine = [_type_of(item) for item in own]
@@ -183,12 +198,19 @@ def _copies(parts: Parts) -> Iterator[Callable[[], object]]:
         yield partial(item.load_state_dict, copy.deepcopy(item.state_dict()))
     for module in _modules(parts):
         yield partial(_set_frozen, [(p, p.requires_grad) for p in module.parameters()])
+    parameters = [p for module in _modules(parts) for p in module.parameters()]
+    yield partial(_set_grads, [(p, p.grad) for p in parameters])
     yield partial(_copy_pairs, [(p, p.detach().clone()) for p in _outside(parts)])
 
 
 def _set_frozen(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, requires_grad in flags:
         parameter.requires_grad_(requires_grad)
+
+
+def _set_grads(grads: list[tuple[nn.Parameter, Tensor | None]]) -> None:
+    for parameter, grad in grads:
+        parameter.grad = grad
 
 
 def _copy_pairs(pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -209,11 +231,10 @@ def _apply(parts: Parts, state: Any, *, strict: bool) -> None:
     for module, frozen in zip(_modules(parts), state["frozen"], strict=True):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name not in frozen)
-    grads = {name: cloned(grad) for name, grad in state["grads"].items()}
+    for name, grad in state["grads"].items():
+        parameters[name].grad = cloned(grad).to(parameters[name].device)
     for module, saved in reversed(list(zip(_modules(parts), state["modules"], strict=True))):
         apply_weights(module, weights_in(saved), strict=strict)
-    for name, grad in grads.items():
-        parameters[name].grad = grad.to(parameters[name].device)
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tensor]) -> None:

@@ -35,16 +35,19 @@ DEEPEST = 100
 """levels of nesting at most, well below what msgpack's readers take"""
 
 _MARK = "!"
-_LAYOUTS = {"strided": torch.strided, "sparse_coo": torch.sparse_coo}
-_MEMORY_FORMATS = {
-    str(item).removeprefix("torch."): item
-    for item in (
-        torch.contiguous_format,
-        torch.preserve_format,
-        torch.channels_last,
-        torch.channels_last_3d,
-    )
-}
+_MOST_BITS = 8192
+"""of an integer; Python refuses to write out much longer ones"""
+
+
+def _torch_names(kind: type) -> dict[str, Any]:
+    """Return torch's values of a kind by name, so that no file names what to look up."""
+    found = [item for item in vars(torch).values() if type(item) is kind]
+    return {str(item).removeprefix("torch."): item for item in found}
+
+
+_DTYPES = _torch_names(torch.dtype)
+_LAYOUTS = _torch_names(torch.layout)
+_MEMORY_FORMATS = _torch_names(torch.memory_format)
 _PLAIN_NUMBERS = "biufc"
 
 
@@ -69,7 +72,7 @@ class Encoder:
         if value is None or kind is bool or kind is float or kind is bytes:
             return value
         if kind is int:
-            return value if -(2**63) <= value < 2**64 else {"!int": str(value)}
+            return _integer(value, path)
         if kind is str:
             return _text(value, path)
         if kind is list:
@@ -109,7 +112,7 @@ class Encoder:
         return [
             [
                 self._encode(key, f"{path} (a key)", depth + 1),
-                self._encode(item, f"{path}/{key}", depth + 1),
+                self._encode(item, f"{path}/{_shown(key)}", depth + 1),
             ]
             for key, item in mapping.items()
         ]
@@ -131,6 +134,18 @@ _SEQUENCES: dict[type, str] = {
 _MAPPINGS: dict[type, str] = {dict: "!map", OrderedDict: "!ordered", Counter: "!counter"}
 
 
+def _integer(value: int, path: str) -> Any:
+    if -(2**63) <= value < 2**64:
+        return value
+    if value.bit_length() > _MOST_BITS:
+        raise LayoutError(f"{path} is an integer of more than {_MOST_BITS} bits")
+    return {"!int": str(value)}
+
+
+def _shown(key: object) -> str:
+    return "..." if type(key) is int and key.bit_length() > _MOST_BITS else str(key)
+
+
 def _text(value: str, path: str) -> str:
     try:
         value.encode()
@@ -145,17 +160,17 @@ def _scalar(value: Any, path: str) -> Any:
         return {"!number": [value.dtype.str, value.tobytes()]}
     if kind is complex:
         return {"!complex": [value.real, value.imag]}
-    for name, torch_kind in _TORCH_VALUES.items():
-        if kind is torch_kind:
+    for name, (torch_kind, known) in _TORCH_VALUES.items():
+        if kind is torch_kind and (not known or value in known.values()):
             return {name: str(value).removeprefix("torch.")}
     raise _unfit(value, path, f"a {kind.__module__}.{kind.__qualname__}")
 
 
-_TORCH_VALUES: dict[str, type] = {
-    "!dtype": torch.dtype,
-    "!device": torch.device,
-    "!layout": torch.layout,
-    "!memory_format": torch.memory_format,
+_TORCH_VALUES: dict[str, tuple[type, dict[str, Any]]] = {
+    "!dtype": (torch.dtype, _DTYPES),
+    "!device": (torch.device, {}),
+    "!layout": (torch.layout, _LAYOUTS),
+    "!memory_format": (torch.memory_format, _MEMORY_FORMATS),
 }
 
 
@@ -187,6 +202,8 @@ class Decoder:
         if type(value) is list:
             return self._items(value, path, depth)
         if type(value) is not dict:
+            if value is not None and type(value) not in _PLAIN:
+                raise LayoutError(f"{path} is a {type(value).__name__}, which no encoder makes")
             return value
         if len(value) == 1:
             ((key, content),) = value.items()
@@ -206,7 +223,10 @@ class Decoder:
             if key in _FROM_ITEMS:
                 return _FROM_ITEMS[key](self._items(content, path, depth))
             if key in _FROM_PAIRS:
-                pairs = [tuple(pair) for pair in self._items(content, path, depth)]
+                pairs = [
+                    (self._decode(k, path, depth + 1), self._decode(v, f"{path}/...", depth + 1))
+                    for k, v in content
+                ]
                 found = _FROM_PAIRS[key](pairs)
                 if len(found) != len(pairs):
                     raise LayoutError(f"{path} has a key twice")
@@ -239,19 +259,15 @@ class Decoder:
         return tensor.numpy().copy()
 
 
+_PLAIN = {bool, int, float, str, bytes}
+
+
 def _number(content: Any) -> Any:
     code, data = content
     dtype = np.dtype(code)
     if dtype.kind not in _PLAIN_NUMBERS or dtype.itemsize != len(data):
         raise ValueError
     return np.frombuffer(data, dtype)[0]
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
-    if not isinstance(found, torch.dtype):
-        raise TypeError
-    return found
 
 
 def _whole(text: str) -> int:
@@ -275,7 +291,7 @@ _FROM_VALUE: dict[str, Callable[[Any], Any]] = {
     "!int": _whole,
     "!complex": lambda parts: complex(*parts),
     "!number": _number,
-    "!dtype": _dtype,
+    "!dtype": lambda name: _DTYPES[name],
     "!device": torch.device,
     "!layout": lambda name: _LAYOUTS[name],
     "!memory_format": lambda name: _MEMORY_FORMATS[name],

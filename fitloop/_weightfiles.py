@@ -135,11 +135,11 @@ def _read_msgpack(path: Path, device: torch.device) -> dict[str, Any]:
     header, tensors = read_tensors(path, "weights", device)
     state: OrderedDict[str, Any] = OrderedDict(tensors)
     if "modules" in header:
-        set_metadata(state, _module_versions(header["modules"]))
+        set_metadata(state, module_versions(header["modules"]))
     return state
 
 
-def _module_versions(modules: object) -> dict[str, dict[str, Any]]:
+def module_versions(modules: object) -> dict[str, dict[str, Any]]:
     """Check what `torch` will look up and compare while it is already loading."""
     if not isinstance(modules, dict):
         raise LayoutError("its modules are no map")

@@ -158,6 +158,19 @@ def apply_weights(model: nn.Module, state: State, *, strict: bool = True) -> Non
 
     Raises `CheckpointError`, having changed nothing, when they do not fit each other.
     """
+    check_weights(model, state, strict=strict)
+    # Nothing is left to fail but code of the model's own, and only for that a copy is worth it.
+    before = _copy_of(model.state_dict(), {}) if _has_own_loading(model) else None
+    try:
+        model.load_state_dict(state, strict=strict)
+    except Exception as error:
+        if before is not None:
+            model.load_state_dict(before)
+        raise CheckpointError(f"the model did not take the weights: {error}") from error
+
+
+def check_weights(model: nn.Module, state: State, *, strict: bool = True) -> None:
+    """Raise `CheckpointError`, listing what differs, for weights that do not fit a model."""
     own = model.state_dict()
     misfits = [f"{key!r} ({why})" for key in state if (why := _misfit(own.get(key), state[key]))]
     missing = [repr(key) for key in own if key not in state] if strict else []
@@ -166,14 +179,6 @@ def apply_weights(model: nn.Module, state: State, *, strict: bool = True) -> Non
     if any(names for _, names in kinds):
         report = "; ".join(f"{what}: {_shortened(names)}" for what, names in kinds if names)
         raise CheckpointError(f"the weights do not fit the model: {report}")
-    # Nothing is left to fail but code of the model's own, and only for that a copy is worth it.
-    before = _copy_of(own, {}) if _has_own_loading(model) else None
-    try:
-        model.load_state_dict(state, strict=strict)
-    except Exception as error:
-        if before is not None:
-            model.load_state_dict(before)
-        raise CheckpointError(f"the model did not take the weights: {error}") from error
 
 
 def _misfit(own: object, value: object) -> str | None:

@@ -21,7 +21,16 @@ LAYERS: list[list[str]] = [
     ["_layout", "_layout_writing", "_durable", "_tensorfile", "_tree", "_staging"],
     # what is said, what is recorded, what is kept
     ["_control", "_events", "_aggregate", "_optim", "_weightfiles"],
-    ["_crossing", "_hub", "_metrics", "_random", "_weights", "_history_state", "_metriclog"],
+    [
+        "_crossing",
+        "_hub",
+        "_metrics",
+        "_random",
+        "_random_state",
+        "_weights",
+        "_history_state",
+        "_metriclog",
+    ],
     # observers of a run, which know nothing of each other
     ["_best"],
     ["_progress", "_prompt", "_profile", "_plot"],
