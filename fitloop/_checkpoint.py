@@ -145,7 +145,11 @@ class Checkpointer:
         taken = draft(self._core, self._staging, part)
         path = self._archive.next_path()
         self._writing = True
-        self._writer.submit(lambda: self._write(taken, part, path, finished))
+        try:
+            self._writer.submit(lambda: self._write(taken, part, path, finished))
+        except BaseException:
+            self._writing = False
+            raise
 
     def _write(self, taken: Draft, part: RunPart, path: Path, finished: bool) -> None:
         """Write to disk; on the writer's thread."""

@@ -18,6 +18,7 @@ is taken for a tensor. There are no offsets that could overlap.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import sys
 import zlib
@@ -327,16 +328,21 @@ def read_file_header(
 
     Raises `LayoutError` for what is no such file, and OSError.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    # Not blocking, or a pipe would be waited for.
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags)
     try:
-        size = os.fstat(descriptor).st_size
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise LayoutError("it is no file")
+        size = found.st_size
 
         def read(offset: int, length: int) -> bytes:
             os.lseek(descriptor, offset, os.SEEK_SET)
-            found = b""
-            while len(found) < length and (more := os.read(descriptor, length - len(found))):
-                found += more
-            return found
+            data = b""
+            while len(data) < length and (more := os.read(descriptor, length - len(data))):
+                data += more
+            return data
 
         header, entries, _spans = read_layout(read, size)
     finally:

@@ -2,8 +2,8 @@
 
 Owns the log's records. Each is msgpack: a list of a checksum and a bin, the packed record. The
 first says what the file is and holds the history so far; those after it are what happened since.
-A record that was not written to its end is no record: readers stop before it. Records go in by
-one process at a time.
+A record that was not written to its end is no record: readers stop before it. Every run begins
+the log anew, whole or not at all, so that nothing torn is ever appended to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from fitloop._durable import reason, write_file
 from fitloop._errors import CheckpointError
-from fitloop._events import Event, PhaseEnded, RunStarted
+from fitloop._events import Event, PhaseEnded
 from fitloop._history_state import history_state, load_history
 from fitloop._layout import FORMAT, VERSION, LayoutError, crc32, pack, unpack
 from fitloop._metrics import History
@@ -43,20 +43,18 @@ def log_head(trainer: str, history: History) -> bytes:
 
 def log_record(event: Event) -> bytes | None:
     """Return what to append for an event; None for one that adds nothing to a history."""
-    if isinstance(event, RunStarted):
-        return _record({"kind": event.kind, "call": event.call})
-    if isinstance(event, PhaseEnded):
-        return _record(
-            {
-                "kind": event.kind,
-                "phase": str(event.phase),
-                "epoch": event.epoch,
-                "metrics": dict(event.metrics),
-                "start_metrics": dict(event.start_metrics),
-                "batch_metrics": {k: _bytes_of(v) for k, v in event.batch_metrics.items()},
-            }
-        )
-    return None
+    if not isinstance(event, PhaseEnded):
+        return None
+    return _record(
+        {
+            "kind": event.kind,
+            "phase": str(event.phase),
+            "epoch": event.epoch,
+            "metrics": dict(event.metrics),
+            "start_metrics": dict(event.start_metrics),
+            "batch_metrics": {k: _bytes_of(v) for k, v in event.batch_metrics.items()},
+        }
+    )
 
 
 def _record(contents: dict[str, Any]) -> bytes:
@@ -98,7 +96,7 @@ class MetricLog:
             raise _unwritten(self.path, error) from error
 
     def append(self, record: bytes) -> None:
-        """Add a record; what a torn one left behind is cut off first. Raises `CheckpointError`."""
+        """Add a record; what is left of one that failed is cut off. Raises `CheckpointError`."""
         try:
             flags = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)
             descriptor = os.open(self.path, flags)
@@ -138,6 +136,8 @@ def read_metrics(path: str | os.PathLike[str]) -> History:
     path = Path(path)
     if path.is_dir():
         path = path / LOG_NAME
+    if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} cannot be read: it is no file")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -208,8 +208,8 @@ def _load_head(history: History, head: Any) -> None:
 
 
 def _event(record: Any) -> Event:
-    if record["kind"] == RunStarted.kind:
-        return RunStarted(trainer="", call=str(record["call"]), epochs=0, first_epoch=1)
+    if record["kind"] != PhaseEnded.kind:
+        raise LayoutError(f"it has a record of the kind {record['kind']!r:.40}, unknown here")
     batch_metrics = {str(k): array("d", v) for k, v in record["batch_metrics"].items()}
     return PhaseEnded(
         trainer="",

@@ -23,7 +23,7 @@ from fitloop._core import Core
 from fitloop._durable import DirectoryLock
 from fitloop._engine import Engine
 from fitloop._errors import CheckpointError, ResumeWarning
-from fitloop._events import Event, RunStarted, SnapshotFailed
+from fitloop._events import Event, SnapshotFailed
 from fitloop._metriclog import MetricLog, log_head, log_record
 from fitloop._plan import Cursor, PassPosition, RunPlan
 from fitloop._random import StreamState
@@ -239,9 +239,8 @@ class Persistence:
             self._checkpointer.observe(event)
 
     def _begin_log(self) -> None:
+        # Anew for each run: whatever happened to file or history meanwhile, they are the same.
         core = self._core
-        if core.log is not None and self.found is None:
-            return  # what it holds is the history, with the run that began
         log = MetricLog(core.parts.save_path)
         try:
             log.begin(log_head(core.parts.name, core.history))
@@ -253,10 +252,8 @@ class Persistence:
     def _append(self, event: Event) -> None:
         self._tell_log_error()
         log = self._core.log
-        if log is None or (isinstance(event, RunStarted) and self.found is not None):
-            return
-        record = log_record(event)
-        if record is not None:
+        record = None if log is None else log_record(event)
+        if log is not None and record is not None:
             self._writer.submit(lambda: self._append_record(log, record))
 
     def _tell_log_error(self) -> None:
@@ -280,6 +277,8 @@ class Persistence:
         )
 
     def _append_record(self, log: MetricLog, record: bytes) -> None:
+        if self._log_error is not None:
+            return  # a gap would make later records those of other epochs
         try:
             log.append(record)
         except CheckpointError as error:  # told on the step thread, at the next event

@@ -79,7 +79,10 @@ def payload_of(name: str, tensor: Tensor, numbers: Tensor | None = None) -> Payl
     """
     numbers = as_integers(name, tensor) if numbers is None else numbers
     try:
-        plain = numbers.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        whole = numbers.cpu().contiguous()
+        # Not reshape: a dimension of length 1 counts as contiguous whatever its stride is.
+        row = whole.as_strided((whole.numel(),), (1,))
+        plain = row.view(torch.uint8).numpy()
     except (RuntimeError, TypeError) as error:
         raise LayoutError(f"tensor {name!r} gives no plain bytes: {error}") from error
     return Payload(name, dtype_name(tensor.dtype), tuple(tensor.shape), plain.data)

@@ -24,14 +24,18 @@ class Writer:
         self._error: BaseException | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Have ``job`` called after those before it; any thread."""
+        """Have ``job`` called after those before it; any thread.
+
+        Raises RuntimeError when there can be no more threads; the job is not kept then.
+        """
         with self._changed:
-            self._jobs.append(job)
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._work, name=f"fitloop writes {self._name}", daemon=True
                 )
-                self._thread.start()
+                thread.start()  # it waits for the lock
+                self._thread = thread
+            self._jobs.append(job)
 
     def close(self) -> None:
         """Return when every job is done; raises what one of them raised."""
