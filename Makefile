@@ -12,7 +12,7 @@ help:
 	@echo "make demo       train a classifier of digits (examples/digits.py)"
 	@echo "make test       check style and types, run all tests"
 	@echo "make test-fast  run the tests that take less than a second"
-	@echo "make bench      measure what fitloop adds to a bare loop (benchmarks/overhead.py)"
+	@echo "make bench      measure what fitloop adds to a bare loop and what snapshots cost (benchmarks/)"
 	@echo "make clean      remove $(VENV), caches and build output"
 	@echo "PYTHON=... make .venv uses another Python (3.11 or newer)"
 
@@ -44,6 +44,7 @@ test-fast: .venv
 
 bench: .venv
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/snapshots.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,6 +12,7 @@ The order of the events of ``fit(epochs=2)`` with validation::
       PhaseStarted(valid)  BatchProgress ...  PhaseEnded(valid)
       BestImproved                            when the criteria did not get worse
     EpochEnded
+    SnapshotWritten                           with checkpoint; some time after it was taken
     PromptAsked  PromptAnswered               with continue_loop
     EpochStarted ... EpochEnded
     RunEnded                                  always the last, also after an error

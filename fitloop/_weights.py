@@ -121,6 +121,7 @@ class DiskStore:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
+        self._mapped: dict[str, State] = {}
 
     def path(self, name: str) -> Path:
         """Return the file of this name, which may not be there."""
@@ -128,6 +129,7 @@ class DiskStore:
 
     def save(self, name: str, state: State) -> None:
         """Write ``state``, replacing the file that has the name once the new one is whole."""
+        self._mapped.pop(name, None)
         write_weights(self.path(name), state, overwrite=True)
 
     def load(self, name: str) -> dict[str, Any]:
@@ -137,6 +139,7 @@ class DiskStore:
     def delete(self, name: str) -> None:
         """Remove the file of this name."""
         path = self.path(name)
+        self._mapped.pop(name, None)
         try:
             path.unlink()
         except OSError as error:
@@ -144,7 +147,9 @@ class DiskStore:
 
     def steady(self, name: str) -> State:
         """Map the file, whose memory stays what it is when another takes its place."""
-        return self.load(name)
+        if name not in self._mapped:
+            self._mapped[name] = self.load(name)
+        return self._mapped[name]
 
     def exists(self, name: str) -> bool:
         """Tell whether the file is there; its content is not looked at."""
