@@ -52,12 +52,13 @@ def write_file(path: Path, write: Callable[[Path, int], T], *, overwrite: bool) 
     """Have ``write(temporary path, its descriptor)`` make a file, and move it to ``path``.
 
     The directory is made if need be. When this returns, the file is durable; when it raises,
-    what was there before still is, and nothing else. Of two writers without ``overwrite`` only
+    what was there before still is, and nothing else (unless it is the very last step that fails,
+    making the new name durable: then the new file is there, whole). Of two writers without ``overwrite`` only
     one succeeds (on a file system without hard links the later one may win).
 
     Raises OSError, `CheckpointError` when the file exists, and what ``write`` raises.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     if not overwrite and os.path.lexists(path):  # also asked at the end, but that is late
         raise already_there(path)
     remove_leftovers(path.parent)
@@ -70,9 +71,9 @@ def write_file(path: Path, write: Callable[[Path, int], T], *, overwrite: bool) 
             descriptor = -1
         _move(temporary, path, overwrite)
     finally:
-        with suppress(OSError):
-            temporary.unlink()
-        temporary.with_suffix(PART).unlink(missing_ok=True)
+        for left in (temporary, temporary.with_suffix(PART)):
+            with suppress(OSError):
+                left.unlink()
         if descriptor >= 0:
             os.close(descriptor)  # and unlock it: from now on it would be taken for a leftover
     sync_directory(path.parent)
@@ -114,6 +115,16 @@ def remove_leftovers(directory: Path) -> None:
                     path.with_suffix(PART).unlink(missing_ok=True)
                 finally:
                     os.close(descriptor)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and those above it, durably; raises OSError."""
+    if directory.is_dir():
+        return
+    if directory.parent != directory:
+        make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    sync_directory(directory.parent)
 
 
 def sync_directory(directory: Path) -> None:
@@ -165,7 +176,7 @@ class DirectoryLock:
         Raises `CheckpointError` when somebody else has it, or the directory cannot be made.
         """
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self._directory)
             self._lock.acquire()
         except Timeout:
             raise CheckpointError(
