@@ -145,7 +145,12 @@ def write(
         save_file(tensors, directory / "state.safetensors")
         finish(directory / "state.safetensors")
 
-    contenders: Contenders = {"bare writev": bare, "fitloop": ours, "torch.save": pickled, "safetensors": safe}
+    contenders: Contenders = {
+        "bare writev": bare,
+        "fitloop": ours,
+        "torch.save": pickled,
+        "safetensors": safe,
+    }
     return in_turns(contenders, rounds), sum(map(len, views))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from fitloop._best import BestTracker, Criteria
 from fitloop._capture import StepCapture, TrainingCapture
 from fitloop._control import RunControl
+from fitloop._errors import CheckpointError
 from fitloop._events import EpochEnded, Event
 from fitloop._hub import Hub
 from fitloop._loaders import Loaders, LoadingOptions
@@ -49,6 +50,8 @@ class Core:
         """intra-op threads of its runs, once they are known"""
         self.best_score: float | None = None
         self.best_epoch: int | None = None
+        self.best_is_stale = False
+        """the kept best weights are those of another training than this one's"""
         self.control: RunControl | None = None
         """of the run that is going on"""
         self.log: MetricLog | None = None
@@ -97,6 +100,7 @@ class Core:
     def keep_best(self) -> None:
         """Keep the weights that the model has now as the best."""
         self.store.save(self.parts.best_model_name, self.parts.model.state_dict())
+        self.best_is_stale = False
 
     def tracker(self, emit: Callable[[Event], None]) -> BestTracker | None:
         """Return an observer that keeps the best weights of a run."""
@@ -104,6 +108,10 @@ class Core:
 
     def restore_best(self, trainer: Any) -> None:
         """Put the best weights back into the model and have the optimizer configured."""
+        if self.best_is_stale:
+            raise CheckpointError(
+                "there are no best weights: none were tracked before the state that was loaded"
+            )
         apply_weights(self.parts.model, self.store.load(self.parts.best_model_name))
         self.parts.configure_optimizer(trainer)
 

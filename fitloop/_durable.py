@@ -53,8 +53,8 @@ def write_file(path: Path, write: Callable[[Path, int], T], *, overwrite: bool) 
 
     The directory is made if need be. When this returns, the file is durable; when it raises,
     what was there before still is, and nothing else (unless it is the very last step that fails,
-    making the new name durable: then the new file is there, whole). Of two writers without ``overwrite`` only
-    one succeeds (on a file system without hard links the later one may win).
+    making the new name durable: then the new file is there, whole). Of two writers without
+    ``overwrite`` only one succeeds (on a file system without hard links the later one may win).
 
     Raises OSError, `CheckpointError` when the file exists, and what ``write`` raises.
     """

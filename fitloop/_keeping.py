@@ -12,9 +12,11 @@ import torch
 from fitloop._durable import reason
 from fitloop._errors import CheckpointError
 from fitloop._launch import errand
+from fitloop._metriclog import LOG_NAME
 from fitloop._snapshot import apply_snapshot, draft, read_snapshot
 from fitloop._staging import Staging
 from fitloop._trainer import Trainer
+from fitloop._training import check_training
 from fitloop._weightfiles import DEFAULT_SUFFIX, as_device
 from fitloop._weights import DiskStore, apply_weights, read_weights, with_suffix, write_weights
 
@@ -76,6 +78,7 @@ class KeepingTrainer(Trainer):
 
         def read() -> None:
             snapshot = read_snapshot(source, device)
+            check_training(self._core.parts, snapshot.state["training"])
             self._core.place()
             self._core.keep_pretrained()
             apply_snapshot(self._core, snapshot)
@@ -185,6 +188,8 @@ class KeepingTrainer(Trainer):
     ) -> Path:
         directory = self._core.parts.save_path if path is None else Path(path)
         file = directory / with_suffix(name)
+        if file.name == LOG_NAME:
+            raise CheckpointError(f"{name!r} names the log of metrics; give another name")
         if suffixes is not None and file.suffix.lower() not in suffixes:
             raise CheckpointError(
                 f"{name!r} cannot hold a whole training state; expected the suffix "

@@ -168,9 +168,11 @@ class Persistence:
                 continue
             if own["continued"] and isinstance(loader, DataLoader):
                 start_workers(loader)
-            if len(own["generators"]) == len(generator_states(loader)):
-                set_generators(loader, own["generators"])
         apply_snapshot(self._core, self.found)
+        for phase, loader in self._plan.phases:
+            states = saved.get(str(phase), {}).get("generators", [])
+            if len(states) == len(generator_states(loader)):
+                set_generators(loader, states)
 
     # -- the run ---------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ from fitloop._random import MT19937_BYTES, Stream, StreamState, get_bits
 
 _MT19937_WORDS = 624
 _PHILOX_WORDS = 4
+_LARGEST_CUDA_STATE = 64
+"""bytes; a seed and an offset. The state of one on the CPU has thousands"""
 
 
 def check_state(state: StreamState) -> StreamState:
@@ -32,6 +34,15 @@ def check_state(state: StreamState) -> StreamState:
     if state.gauss is not None:
         _check_bits(state.gauss)
         np.random.RandomState().set_state(state.gauss)
+    return state
+
+
+def check_generator(state: object) -> Tensor:
+    """Return the state of a generator of torch's; raises TypeError for what is none."""
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1:
+        raise TypeError(f"{state!r:.60} is no state of a generator")
+    if len(state) > _LARGEST_CUDA_STATE:
+        torch.Generator().set_state(state)
     return state
 
 

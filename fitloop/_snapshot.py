@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fitloop._core import Core
 from fitloop._durable import write_file
@@ -26,10 +28,17 @@ from fitloop._layout import VERSION, Alias, LayoutError, Payload
 from fitloop._layout_writing import write_layout
 from fitloop._metrics import History
 from fitloop._random import StreamState
-from fitloop._random_state import check_kind, check_state, process_state, restore_process
+from fitloop._random_state import (
+    check_generator,
+    check_kind,
+    check_state,
+    process_state,
+    restore_process,
+)
+from fitloop._seek import generator_states, set_generators
 from fitloop._staging import Staging
 from fitloop._tensorfile import read_tensors
-from fitloop._training import apply_training, cloned, training_state, weights_in
+from fitloop._training import apply_training, check_training, cloned, training_state, weights_in
 from fitloop._tree import Decoder, Encoder
 from fitloop._types import Phase
 from fitloop._weightfiles import module_versions
@@ -63,13 +72,17 @@ class Draft:
     def write(self, path: Path, *, overwrite: bool) -> int:
         """Write it to ``path``, whole or not at all, and return its size in bytes.
 
-        Raises OSError, and `CheckpointError` when the file exists and not ``overwrite``.
+        Raises OSError, and `CheckpointError` when the file exists and not ``overwrite``, or the
+        state is too large for a header.
         """
-        return write_file(
-            path,
-            lambda _path, file: write_layout(file, KIND, self.tensors, self.fields),
-            overwrite=overwrite,
-        )
+        try:
+            return write_file(
+                path,
+                lambda _path, file: write_layout(file, KIND, self.tensors, self.fields),
+                overwrite=overwrite,
+            )
+        except (LayoutError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def draft(core: Core, staging: Staging, run: RunPart | None = None) -> Draft:
@@ -83,6 +96,9 @@ def draft(core: Core, staging: Staging, run: RunPart | None = None) -> Draft:
         "training": training_state(parts, with_grads=run is not None and run.with_grads),
         "random": _random_state(core, {} if run is None else run.streams),
         "history": history_state(core.history),
+        "generators": {
+            str(phase): generator_states(loader) for phase, loader in core.loaders_of({}).items()
+        },
         "best": None if best is None else dict(best),
         "best_modules": _plain_versions(best),
         "run": None if run is None else run.state,
@@ -188,7 +204,7 @@ def read_snapshot(path: Path, device: torch.device | None = None) -> Snapshot:
         return _checked(path, header, Decoder(list(tensors.values())).decode(header.get("state")))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except LayoutError as error:
+    except (LayoutError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
@@ -220,6 +236,10 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
         # Cloned, as the randomness above: torch reads a generator's state from where its memory
         # begins, and in a file that is somewhere else.
         state["run"] = cloned(state["run"])
+        state["generators"] = {
+            str(phase): [check_generator(item) for item in cloned(state["generators"][phase])]
+            for phase in Phase
+        }
         return Snapshot(path, trainer, position, versions, state, random, history)
     except Exception as error:  # whatever a forged tree makes of it
         raise LayoutError(
@@ -247,6 +267,8 @@ def apply_snapshot(core: Core, snapshot: Snapshot) -> None:
     Raises `CheckpointError`, having changed nothing, when they do not fit each other.
     """
     trainer = snapshot.trainer
+    check_training(core.parts, snapshot.state["training"])
+    generators = _generators(core, snapshot)
     restore = _restoring_random(core, snapshot)
     undo = _keep_best(core, snapshot)
     try:
@@ -260,7 +282,20 @@ def apply_snapshot(core: Core, snapshot: Snapshot) -> None:
     core.best_score, core.best_epoch = trainer["best_score"], trainer["best_epoch"]
     if core.criteria is not None and core.criteria.is_default and trainer["criteria"]:
         core.criteria.name, core.criteria.direction = trainer["criteria"]
+    core.best_is_stale = snapshot.state["best"] is None
+    for loader, states in generators:
+        set_generators(loader, states)
     restore()
+
+
+def _generators(core: Core, snapshot: Snapshot) -> list[tuple[Any, list[Tensor]]]:
+    """Return the trainer's loaders with the states of the generators that they carry."""
+    found = []
+    for phase, loader in core.loaders_of({}).items():
+        own, saved = generator_states(loader), snapshot.state["generators"][str(phase)]
+        if [len(state) for state in own] == [len(state) for state in saved]:
+            found.append((loader, saved))
+    return found
 
 
 def _restoring_random(core: Core, snapshot: Snapshot) -> Callable[[], None]:
@@ -292,7 +327,9 @@ def _keep_best(core: Core, snapshot: Snapshot) -> Callable[[], None]:
     name, store = core.parts.best_model_name, core.store
     if best is None:
         return lambda: None
-    before = store.steady(name) if store.exists(name) else None
+    before = None
+    with suppress(CheckpointError):  # a damaged file is as good as none
+        before = store.steady(name) if store.exists(name) else None
     weights = weights_in({"weights": best, "versions": snapshot.state["best_modules"]})
     check_weights(core.parts.model, weights)
     store.save(name, weights)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from reprlib import repr as short
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,11 +116,7 @@ def read_tensors(
     size = os.stat(path).st_size
     if size == 0:
         raise LayoutError("the file is empty")
-    try:
-        storage = torch.UntypedStorage.from_file(os.fspath(path), False, size)
-    except RuntimeError as error:
-        raise LayoutError(f"it cannot be mapped into memory: {error}") from error
-    whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
+    whole = _mapped(path, size)
     data = whole.numpy().data
 
     def read(offset: int, length: int) -> bytes:
@@ -145,6 +142,17 @@ def read_tensors(
             raise LayoutError(f"tensor {short(entry.name)} has no possible shape") from error
         tensors[entry.name] = tensor.to(device)
     return header, tensors
+
+
+def _mapped(path: str | os.PathLike[str], size: int) -> Tensor:
+    """Return the bytes of a file, mapped privately."""
+    try:
+        storage = torch.UntypedStorage.from_file(os.fspath(path), False, size)
+    except UnicodeEncodeError:  # a name that is no UTF-8, which torch does not take
+        return torch.from_numpy(np.memmap(path, np.uint8, mode="c"))
+    except RuntimeError as error:
+        raise LayoutError(f"it cannot be mapped into memory: {error}") from error
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
 
 
 def _joined(whole: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:

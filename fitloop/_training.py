@@ -7,7 +7,7 @@ into objects of another process. Restoring is all or nothing. Knows no files.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +21,7 @@ from fitloop._capture import StepCapture
 from fitloop._errors import CheckpointError, listed
 from fitloop._parts import Parts
 from fitloop._weightfiles import module_versions, set_metadata
-from fitloop._weights import apply_weights
+from fitloop._weights import apply_weights, check_weights
 
 
 def training_state(parts: Parts, *, with_grads: bool = False) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def apply_training(parts: Parts, state: Any, *, strict: bool = True) -> None:
 
     Raises `CheckpointError`, having changed nothing, when they do not fit each other.
     """
-    _check_fit(parts, state)
+    check_training(parts, state, strict=strict)
     with ExitStack() as undo:
         for restore in _copies(parts):
             undo.callback(restore)
@@ -146,8 +146,11 @@ def _load_scheduler(scheduler: Any, state: Any) -> None:
         vars(scheduler).update(state)
 
 
-def _check_fit(parts: Parts, state: Any) -> None:
-    """Refuse the state of a trainer that was made otherwise, naming what differs."""
+def check_training(parts: Parts, state: Any, *, strict: bool = True) -> None:
+    """Refuse the state of a trainer that was made otherwise, naming what differs.
+
+    Raises `CheckpointError`.
+    """
     try:
         pairs = [
             ("optimizers", [s["type"] for s in state["optimizers"]], parts.optimizers),
@@ -189,6 +192,8 @@ def _check_fit(parts: Parts, state: Any) -> None:
     for what, had, has in counts:
         if had != has:
             raise CheckpointError(f"the {what} differ: saved were {had}, the trainer has {has}")
+    for module, saved in zip(_modules(parts), state["modules"], strict=True):
+        check_weights(module, saved["weights"], strict=strict)
 
 
 def _copies(parts: Parts) -> Iterator[Callable[[], object]]:
@@ -270,10 +275,11 @@ def cloned(value: Any, memo: dict[int, Tensor] | None = None) -> Any:
         if id(value) not in memo:
             memo[id(value)] = value.clone()
         return memo[id(value)]
-    if type(value) is dict:
-        return {key: cloned(item, memo) for key, item in value.items()}
-    if isinstance(value, OrderedDict):
-        return OrderedDict((key, cloned(item, memo)) for key, item in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(cloned(item, memo) for item in value)
+    kind = type(value)
+    if kind in (dict, OrderedDict, Counter):
+        return kind({key: cloned(item, memo) for key, item in value.items()})
+    if kind in (list, tuple, set, frozenset):
+        return kind(cloned(item, memo) for item in value)
+    if kind is deque:
+        return deque((cloned(item, memo) for item in value), value.maxlen)
     return value
