@@ -86,14 +86,16 @@ class Archive:
 
         The ends of earlier fits stay, so that a script that is started again skips them.
         """
+        # Of fits that are trained anew, what came of them before is of another training.
+        surplus = [kept for kept in self._kept if kept.fit > fit]
+        surplus += [kept for kept in self._kept if kept.fit == fit and kept.finished]
         self._kept.append(Kept(self._next, path, fit, finished))
         self._next += 1
-        if keep is None:
-            return
-        running = [kept for kept in self._kept if not kept.finished]
-        of_this = [kept for kept in running if kept.fit == fit]
-        most = max(1, keep - 1) if finished else keep
-        surplus = [kept for kept in running if kept.fit != fit] + of_this[:-most]
+        running = [kept for kept in self._kept if not kept.finished and kept.fit <= fit]
+        if keep is not None:
+            of_this = [kept for kept in running if kept.fit == fit]
+            most = max(1, keep - 1) if finished else keep
+            surplus += [kept for kept in running if kept.fit != fit] + of_this[:-most]
         for kept in surplus:
             with suppress(FileNotFoundError):
                 kept.path.unlink()

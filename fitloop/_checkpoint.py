@@ -120,6 +120,10 @@ class Checkpointer:
         policy = self._policy
         if policy.every_epochs is not None and self._epochs >= policy.every_epochs:
             self._due = True
+        if event.epoch_in_run == event.epochs:
+            # What more epochs would go on from: the best weights may be restored after it.
+            self._due = True
+            self._writer.close()
         if self._due and not self._writing and event.complete:
             self._take()
 

@@ -89,10 +89,15 @@ class Core:
                 if optimizer.state:  # load_state_dict moves it to where the parameters are
                     optimizer.load_state_dict(optimizer.state_dict())
 
-    def keep_pretrained(self) -> None:
-        """Keep what `reset` goes back to: weights and optimizers before the first run."""
+    def keep_pretrained(self, *, resuming: bool = False) -> None:
+        """Keep what `reset` goes back to: weights and optimizers before the first run.
+
+        A run that is ``resuming`` leaves a file of them alone that is there already.
+        """
         if self._initial is None:
             self._initial = StepCapture(self.parts.optimizers, self.parts.lr_schedulers)
+        if resuming and self.store.exists(PRETRAINED):
+            self._keeps_pretrained = True
         if not self._keeps_pretrained:
             self.store.save(PRETRAINED, self.parts.model.state_dict())
             self._keeps_pretrained = True

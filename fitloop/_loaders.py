@@ -114,7 +114,7 @@ def draws_only_to_begin(loader: object) -> bool:
     return loader.collate_fn is default_collate and _only_tensors(loader.dataset)
 
 
-def _moves_by_index(loader: object) -> bool:
+def moves_by_index(loader: object) -> bool:
     """Return whether batches may be left out unread: none that come depend on their reading.
 
     What a worker process draws depends on all that it has read, and what an unknown sampler draws
@@ -179,6 +179,7 @@ class Loaders:
         self.keeps_positions = False
         """the positions of loaders are asked for, in the middle of their passes"""
         self._passes: dict[Phase, tuple[Any, Opened]] = {}
+        self._read_before: dict[Phase, int] = {}
 
     def open(
         self,
@@ -215,10 +216,11 @@ class Loaders:
             certain = draws_only_to_begin(loader) or self._options.randomness == "own"
             is_async = hasattr(iterable, "__aiter__")
             if not is_async:
-                iterator = self._iterator(loader, iterable, feed.label, seek)
+                iterator = self._iterator(loader, iterable, phase, feed.label, seek)
                 if limit is not None:
                     iterator = itertools.islice(iterator, limit)
-                if certain and stream is not None and isinstance(loader, DataLoader):
+                begins = certain and stream is not None and isinstance(loader, DataLoader)
+                if begins and seek is None:  # else what it draws to begin has been drawn
                     iterator = _begun(iterator)
         except BaseException:
             feed.control.left_loader(failed=True)
@@ -227,12 +229,11 @@ class Loaders:
         seeded.return_turn(steps)
         if seek is not None:
             _rewind_to(seek.drawn, stream)
-            set_generators(iterable, seek.generators)
         if is_async:
             given = self._options.prefetch
             depth = AUTOMATIC_DEPTH if given is None else given
             opened = replace(feed, rewinds=not isinstance(iterable, OneShot))
-            skip = 0 if seek is None else self._to_skip(iterable, seek)
+            skip = self._to_skip(phase, iterable, seek)
             warn_of_replay(feed.label, skip)
             return AsyncSource(iterable, opened, side, depth=depth, limit=limit, skip=skip)
         if feed.watch is not None:
@@ -245,25 +246,45 @@ class Loaders:
         )
         return self._source(opened, loader, phase, certain=certain)
 
-    def _iterator(self, loader: Any, iterable: Any, label: str, seek: Seek | None) -> Iterator[Any]:
+    def _iterator(
+        self, loader: Any, iterable: Any, phase: Phase, label: str, seek: Seek | None
+    ) -> Iterator[Any]:
+        if isinstance(iterable, OneShot):
+            skip = self._to_skip(phase, iterable, seek)
+            warn_of_replay(label, skip)
+            iterator = iter(iterable)  # type: ignore[call-overload]
+            return itertools.islice(iterator, skip, None) if skip else iterator
         if seek is None:
             return iter(iterable)
         set_generators(iterable, seek.opened.generators)
-        if isinstance(iterable, OneShot):
-            seek = replace(seek, batches=self._to_skip(iterable, seek))
-        return sought(loader, iterable, seek, label, by_index=_moves_by_index(loader))
+        return sought(iterable, seek, label, by_index=moves_by_index(loader))
 
-    def _to_skip(self, iterable: Any, seek: Seek) -> int:
+    def _to_skip(self, phase: Phase, iterable: Any, seek: Seek | None) -> int:
         """Return how many batches to read and leave out, of a loader that cannot be moved."""
+        read = self._read_before.pop(phase, 0)
         if not isinstance(iterable, OneShot):
-            return seek.batches
-        ahead = iterable.read - (seek.opened.read + seek.batches)
+            return 0 if seek is None else seek.batches
+        if seek is not None:
+            read = seek.opened.read + seek.batches
+        elif not read:
+            return 0
+        ahead = iterable.read - read
         if ahead > 0:
             raise CheckpointError(
                 f"the loader can be read once, and {ahead} batches after the snapshot have been "
                 "read from it already; give a new one, or a function that makes it"
             )
         return -ahead
+
+    def read(self, loader: Any) -> int:
+        """Return how many batches were read from a loader that can be read once; else 0."""
+        one_shot = self._one_shots.get(id(loader))
+        return 0 if one_shot is None else one_shot.read
+
+    def expect_read(self, phase: Phase, batches: int) -> None:
+        """Have the next pass leave out what was read before from a loader that is read once."""
+        if batches:
+            self._read_before[phase] = batches
 
     def position(self, phase: Phase) -> tuple[Opened, list[torch.Tensor], Any]:
         """Return what the phase's pass began with, its generators now, the loader's own state."""

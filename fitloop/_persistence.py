@@ -24,12 +24,20 @@ from fitloop._durable import DirectoryLock
 from fitloop._engine import Engine
 from fitloop._errors import CheckpointError, ResumeWarning
 from fitloop._events import Event, SnapshotFailed
+from fitloop._loaders import describe, moves_by_index
 from fitloop._metriclog import MetricLog, log_head, log_record
 from fitloop._plan import Cursor, PassPosition, RunPlan
-from fitloop._random import StreamState
-from fitloop._random_state import check_state
+from fitloop._random_state import exported, imported
 from fitloop._result import EpochMetricsLog, FitResult
-from fitloop._seek import Opened, Seek, generator_states, has_workers, set_generators, start_workers
+from fitloop._seek import (
+    Opened,
+    Seek,
+    generator_states,
+    has_state,
+    has_workers,
+    set_generators,
+    start_workers,
+)
 from fitloop._snapshot import RunPart, Snapshot, apply_snapshot
 from fitloop._types import Phase
 from fitloop._writer import Writer
@@ -146,7 +154,7 @@ class Persistence:
             exported=saved["exported"],
             seek=Seek(
                 batches=len(saved["exported"]["sizes"]),
-                opened=Opened(**{**opened, "drawn": check_state(StreamState(**opened["drawn"]))}),
+                opened=Opened(**{**opened, "drawn": imported(opened["drawn"])}),
                 drawn=drawn,
                 generators=saved["generators"],
                 loader=saved["loader"],
@@ -162,17 +170,33 @@ class Persistence:
         assert self.found is not None
         assert self._plan is not None
         saved = self.found.run["loaders"]
-        for phase, loader in self._plan.phases:
-            own = saved.get(str(phase))
-            if own is None:
-                continue
-            if own["continued"] and isinstance(loader, DataLoader):
-                start_workers(loader)
         apply_snapshot(self._core, self.found)
         for phase, loader in self._plan.phases:
-            states = saved.get(str(phase), {}).get("generators", [])
-            if len(states) == len(generator_states(loader)):
-                set_generators(loader, states)
+            own = saved.get(str(phase))
+            if own is None or self.is_over:
+                continue
+            if own["continued"] and isinstance(loader, DataLoader):
+                self._restore_workers(phase, loader)
+            if len(own["generators"]) == len(generator_states(loader)):
+                set_generators(loader, own["generators"])
+            if own["state"] is not None and has_state(loader):
+                loader.load_state_dict(own["state"])
+            self._core.loaders.expect_read(phase, own["read"])
+
+    def _restore_workers(self, phase: Phase, loader: DataLoader[Any]) -> None:
+        """Start worker processes that were kept, unless the pass that goes on does so itself."""
+        assert self._plan is not None
+        position = self._plan.position if phase is Phase.TRAIN else None
+        if position is None or position.seek.opened.continued or moves_by_index(loader):
+            start_workers(loader)
+            if not moves_by_index(loader):
+                warnings.warn(
+                    f"resuming: {describe(phase, loader)} keeps its worker processes between the "
+                    "epochs; what its dataset draws in them goes on from anew, so that results "
+                    "differ if it draws. persistent_workers=False is exact",
+                    ResumeWarning,
+                    stacklevel=2,
+                )
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -312,17 +336,25 @@ class Persistence:
                 "tracked": self._tracker is not None and self._tracker.tracked,
                 "seconds": time.perf_counter() - self._began,
                 "loaders": {
-                    str(phase): {
-                        "generators": generator_states(loader),
-                        "continued": has_workers(loader),
-                    }
+                    str(phase): self._loader_state(phase, loader, cursor)
                     for phase, loader in plan.phases
                 },
                 "pass": None if cursor is None else self._pass_state(cursor),
             },
             streams={} if drawn is None else {(Phase.TRAIN, True): drawn},
-            with_grads=plan.define_all,
+            with_grads=plan.define_all or (cursor is not None and batch == cursor.state.batches),
         )
+
+    def _loader_state(self, phase: Phase, loader: Any, cursor: Cursor | None) -> dict[str, Any]:
+        between = cursor is None or phase is not Phase.TRAIN
+        # A DataLoader's own would begin its next iteration, which draws.
+        tells = between and has_state(loader) and not isinstance(loader, DataLoader)
+        return {
+            "generators": generator_states(loader),
+            "continued": has_workers(loader),
+            "read": self._core.loaders.read(loader) if between else 0,
+            "state": loader.state_dict() if tells else None,
+        }
 
     def _pass_state(self, cursor: Cursor) -> dict[str, Any]:
         opened, generators, loader = self._core.loaders.position(Phase.TRAIN)
@@ -330,7 +362,7 @@ class Persistence:
             "start_metrics": dict(cursor.start_metrics),
             "exported": cursor.state._export(),
             "opened": {
-                "drawn": opened.drawn._asdict(),
+                "drawn": exported(opened.drawn),
                 "generators": opened.generators,
                 "continued": opened.continued,
                 "read": opened.read,

@@ -18,6 +18,19 @@ _LARGEST_CUDA_STATE = 64
 """bytes; a seed and an offset. The state of one on the CPU has thousands"""
 
 
+def exported(state: StreamState) -> dict[str, Any]:
+    """Return a state as a tree; Python's 625 words in one array."""
+    version, words, gauss = state.python
+    return {**state._asdict(), "python": [version, np.array(words, np.uint32), gauss]}
+
+
+def imported(tree: Any) -> StreamState:
+    """Return the state of a tree; raises ValueError and the like for a forged one."""
+    version, words, gauss = tree["python"]
+    python = (version, tuple(map(int, words)), gauss)
+    return check_state(StreamState(**{**tree, "python": python}))
+
+
 def check_state(state: StreamState) -> StreamState:
     """Return ``state`` if generators take it; raises ValueError and the like for a forged one."""
     torch.Generator().set_state(state.torch)

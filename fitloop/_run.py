@@ -108,7 +108,7 @@ class Run:
         if self._options.dry:
             self._capture = core.capture()
         elif plan.call == "fit":
-            core.keep_pretrained()
+            core.keep_pretrained(resuming=kept is not None and kept.found is not None)
             self._tracker = core.tracker(core.hub.emit)
         core.hub.observers(self._observers())
         around = Surroundings(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fitloop._errors import ResumeWarning
 from fitloop._random import StreamState
+from fitloop._random_state import process_state, restore_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def has_workers(loader: object) -> bool:
     )
 
 
-def sought(loader: Any, iterable: Any, seek: Seek, label: str, *, by_index: bool) -> Iterator[Any]:
+def sought(iterable: Any, seek: Seek, label: str, *, by_index: bool) -> Iterator[Any]:
     """Return an iterator over ``iterable`` that begins after ``seek.batches`` batches.
 
     ``by_index`` says that reading draws nothing that batches to come depend on. Else what comes
@@ -93,6 +94,7 @@ def sought(loader: Any, iterable: Any, seek: Seek, label: str, *, by_index: bool
     if seek.loader is not None and has_state(iterable):
         iterable.load_state_dict(seek.loader)
         rest: Iterator[Any] = iter(iterable)
+        set_generators(iterable, seek.generators)
         return rest
     if type(iterable) in (list, tuple):
         return itertools.islice(iterable, seek.batches, None)
@@ -112,7 +114,8 @@ def warn_of_replay(label: str, batches: int) -> None:
             f"resuming: {label} cannot be moved to a position, so its first {batches} batches are "
             "read again and thrown away, which takes as long as loading them took. A DataLoader "
             "over a map-style dataset without worker processes, or a loader with state_dict and "
-            "load_state_dict (torchdata's StatefulDataLoader), goes on at once",
+            "load_state_dict (torchdata's StatefulDataLoader), goes on at once. For a trainer "
+            "without a seed, what such a loader draws between the steps is not the same again",
             ResumeWarning,
             stacklevel=2,
         )
@@ -148,10 +151,15 @@ def _advanced(loader: DataLoader[Any], seek: Seek) -> Iterator[Any]:
     # Past its __setattr__, which refuses to have a sampler replaced.
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     vars(twin)[name] = _Rest(sampler, indices)
+    # Its iterator draws a seed as well, which the one of old did not draw twice.
+    vars(twin)["generator"] = torch.Generator()
     return iter(twin)
 
 
 def start_workers(loader: DataLoader[Any]) -> None:
-    """Start worker processes that are kept, as if they had served a pass."""
+    """Start worker processes that are kept, as if they had served a pass; draws nothing."""
     if loader.num_workers and getattr(loader, "_iterator", None) is None:
+        process, own = process_state(), generator_states(loader)
         loader._iterator = loader._get_iterator()
+        set_generators(loader, own)
+        restore_process(process)

@@ -31,7 +31,8 @@ from fitloop._random import StreamState
 from fitloop._random_state import (
     check_generator,
     check_kind,
-    check_state,
+    exported,
+    imported,
     process_state,
     restore_process,
 )
@@ -164,9 +165,9 @@ def _plain_versions(state: State | None) -> Any:
 def _random_state(core: Core, moved: StreamStates) -> dict[str, Any]:
     streams = core.streams
     if streams is None:
-        return {"process": process_state(core.cuda)._asdict()}
+        return {"process": exported(process_state(core.cuda))}
     return {
-        f"{phase} {'loader' if loader else 'steps'}": state._asdict()
+        f"{phase} {'loader' if loader else 'steps'}": exported(state)
         for (phase, loader), state in {**streams.states(), **moved}.items()
     }
 
@@ -213,10 +214,7 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
     try:
         history = History()
         load_history(history, state["history"])
-        random = {
-            name: check_state(StreamState(**cloned(value)))
-            for name, value in state["random"].items()
-        }
+        random = {name: imported(cloned(value)) for name, value in state["random"].items()}
         best, versions = state["best"], state["best_modules"]
         if not (best is None or isinstance(best, dict)):
             raise TypeError("its best weights are no map")

@@ -130,6 +130,8 @@ def _optimizer_state(optimizer: Optimizer, names: dict[Tensor, str]) -> dict[str
         "type": _type_of(optimizer),
         "names": [[names[p] for p in group["params"]] for group in optimizer.param_groups],
         "state": optimizer.state_dict(),
+        # Without it torch warns of a scheduler that steps before its optimizer ever did.
+        "stepped": bool(getattr(optimizer, "_opt_called", False)),
     }
 
 
@@ -236,8 +238,9 @@ def _apply(parts: Parts, state: Any, *, strict: bool) -> None:
     for module, frozen in zip(_modules(parts), state["frozen"], strict=True):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name not in frozen)
-    for name, grad in state["grads"].items():
-        parameters[name].grad = cloned(grad).to(parameters[name].device)
+    for name, holder in parameters.items():
+        grad = state["grads"].get(name)
+        holder.grad = None if grad is None else cloned(grad).to(holder.device)
     for module, saved in reversed(list(zip(_modules(parts), state["modules"], strict=True))):
         apply_weights(module, weights_in(saved), strict=strict)
 
@@ -255,6 +258,8 @@ def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tens
         first = {key: value for key, value in groups[0].items() if key != "params"}
         groups[:] = [{**first, "params": [parameters[name] for name in group]} for group in names]
     optimizer.load_state_dict(state)
+    if saved["stepped"]:
+        optimizer._opt_called = True  # type: ignore[attr-defined]
     # torch casts the state to the dtype of its parameter; what was kept in another stays so.
     order = [p for group in optimizer.param_groups for p in group["params"]]
     ids = [number for group in state["param_groups"] for number in group["params"]]
