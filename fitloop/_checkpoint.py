@@ -146,8 +146,13 @@ class Checkpointer:
         self._epochs = self._batches = 0
         self._last = self._clock()
         part = self._part(finished)
-        taken = draft(self._core, self._staging, part)
         path = self._archive.next_path()
+        try:
+            taken = draft(self._core, self._staging, part)
+        except CheckpointError as error:
+            self._outcomes.append(self._failure(path, part, error))
+            self._tell()
+            return
         self._writing = True
         try:
             self._writer.submit(lambda: self._write(taken, part, path, finished))
@@ -174,16 +179,18 @@ class Checkpointer:
                 )
             )
         except Exception as error:  # told on the step thread
-            self._outcomes.append(
-                SnapshotFailed(
-                    trainer=self._core.parts.name,
-                    path=str(path),
-                    error=reason(error),
-                    **where,
-                )
-            )
+            self._outcomes.append(self._failure(path, part, error))
         finally:
             self._writing = False
+
+    def _failure(self, path: Path, part: RunPart, error: Exception) -> SnapshotFailed:
+        return SnapshotFailed(
+            trainer=self._core.parts.name,
+            epoch=part.position["epoch"],
+            batch=part.position["batch"],
+            path=str(path),
+            error=reason(error),
+        )
 
     def _tell(self) -> None:
         """Emit what the writer has to say; raise for a failure, if that is the wish."""

@@ -252,8 +252,10 @@ class Loaders:
         if isinstance(iterable, OneShot):
             skip = self._to_skip(phase, iterable, seek)
             warn_of_replay(label, skip)
-            iterator = iter(iterable)  # type: ignore[call-overload]
-            return itertools.islice(iterator, skip, None) if skip else iterator
+            iterator: Iterator[Any] = iter(iterable)  # type: ignore[call-overload]
+            for _ in itertools.islice(iterator, skip):
+                pass
+            return iterator
         if seek is None:
             return iter(iterable)
         set_generators(iterable, seek.opened.generators)

@@ -29,6 +29,7 @@ from fitloop._metriclog import MetricLog, log_head, log_record
 from fitloop._plan import Cursor, PassPosition, RunPlan
 from fitloop._random_state import exported, imported
 from fitloop._result import EpochMetricsLog, FitResult
+from fitloop._run_state import check_run
 from fitloop._seek import (
     Opened,
     Seek,
@@ -132,13 +133,14 @@ class Persistence:
     def _plan_from(self, found: Snapshot, plan: RunPlan) -> RunPlan:
         try:
             position = found.position
+            check_run(position, found.run)
             return replace(
                 plan,
                 first_epoch=int(position["first_epoch"]),
                 epochs_before=int(position["epochs_done"]),
                 position=self._pass_position(found),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # whatever a forged tree makes of it
             raise CheckpointError(
                 f"{found.path} cannot be read: its run is not as fitloop writes it: {error!r}"
             ) from error

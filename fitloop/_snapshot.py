@@ -228,6 +228,9 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
         for key, kinds in _TRAINER_KINDS.items():
             if not isinstance(trainer[key], kinds):
                 raise TypeError(f"{key} is {trainer[key]!r:.60}")
+        for key, least in (("num_threads", 1), ("epoch_num", 0), ("fits", 0)):
+            if trainer[key] is not None and not least <= trainer[key] < 2**31:
+                raise ValueError(f"{key} is {trainer[key]!r}")
         position, versions = header["position"], header["versions"]
         if not isinstance(position, dict) or not isinstance(versions, dict):
             raise TypeError("its position and versions are no maps")

@@ -154,48 +154,56 @@ def check_training(parts: Parts, state: Any, *, strict: bool = True) -> None:
     Raises `CheckpointError`.
     """
     try:
-        pairs = [
-            ("optimizers", [s["type"] for s in state["optimizers"]], parts.optimizers),
-            ("schedulers", [s["type"] for s in state["schedulers"]], parts.lr_schedulers),
-        ]
-        stateful = set(map(str, state["stateful"]))
-        counts = [
-            ("modules", len(state["modules"]), len(_modules(parts))),
-            ("parameters outside the model", len(state["outside"]), len(list(_outside(parts)))),
-        ]
-        for scheduler, saved in zip(parts.lr_schedulers, state["schedulers"], strict=False):
-            pairs_of = set(saved["state"]) - set(_scheduler_state(scheduler))
-            if pairs_of and saved["type"] == _type_of(scheduler):
-                raise CheckpointError(
-                    f"the state of {saved['type']} has what it does not know: {listed(pairs_of)}"
-                )
-        parameters = {name: parameter for parameter, name in _names(parts).items()}
-        for name, grad in state["grads"].items():
-            if name not in parameters or grad.shape != parameters[name].shape:
-                raise CheckpointError(f"there is no parameter for the gradient of {name!r}")
-        for saved in state["modules"]:
-            if saved["versions"] is not None:
-                module_versions(saved["versions"])
+        _check_kinds(parts, state)
+        _check_contents(parts, state)
+        for module, saved in zip(_modules(parts), state["modules"], strict=True):
+            check_weights(module, saved["weights"], strict=strict)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a forged tree makes of it
         raise CheckpointError(f"the state is not as fitloop writes it: {error!r}") from error
-    for what, saved, own in pairs:
-        mine = [_type_of(item) for item in own]
-        if saved != mine:
-            raise CheckpointError(
-                f"the {what} differ: saved were {listed(saved)}, the trainer has {listed(mine)}"
-            )
-    if stateful != set(stateful_of(parts)):
-        raise CheckpointError(
-            f"what else has a state differs: saved were {listed(sorted(stateful))}, the trainer "
-            f"has {listed(sorted(stateful_of(parts)))}; give scaler= and stateful= as before"
-        )
-    for what, had, has in counts:
+
+
+def _check_kinds(parts: Parts, state: Any) -> None:
+    for what, saved, own in (
+        ("optimizers", state["optimizers"], parts.optimizers),
+        ("schedulers", state["schedulers"], parts.lr_schedulers),
+    ):
+        had, has = [item["type"] for item in saved], [_type_of(item) for item in own]
         if had != has:
-            raise CheckpointError(f"the {what} differ: saved were {had}, the trainer has {has}")
-    for module, saved in zip(_modules(parts), state["modules"], strict=True):
-        check_weights(module, saved["weights"], strict=strict)
+            raise CheckpointError(
+                f"the {what} differ: saved were {listed(had)}, the trainer has {listed(has)}"
+            )
+    stateful, mine = sorted(map(str, state["stateful"])), sorted(stateful_of(parts))
+    if stateful != mine:
+        raise CheckpointError(
+            f"what else has a state differs: saved were {listed(stateful)}, the trainer "
+            f"has {listed(mine)}; give scaler= and stateful= as before"
+        )
+    for what, count, own_count in (
+        ("modules", len(state["modules"]), len(_modules(parts))),
+        ("parameters outside the model", len(state["outside"]), len(list(_outside(parts)))),
+    ):
+        if count != own_count:
+            raise CheckpointError(
+                f"the {what} differ: saved were {count}, the trainer has {own_count}"
+            )
+
+
+def _check_contents(parts: Parts, state: Any) -> None:
+    for scheduler, saved in zip(parts.lr_schedulers, state["schedulers"], strict=True):
+        unknown = set(saved["state"]) - set(_scheduler_state(scheduler))
+        if unknown:
+            raise CheckpointError(
+                f"the state of {saved['type']} has what it does not know: {listed(unknown)}"
+            )
+    parameters = {name: parameter for parameter, name in _names(parts).items()}
+    for name, grad in state["grads"].items():
+        if name not in parameters or grad.shape != parameters[name].shape:
+            raise CheckpointError(f"there is no parameter for the gradient of {name!r}")
+    for saved in state["modules"]:
+        if saved["versions"] is not None:
+            module_versions(saved["versions"])
 
 
 def _copies(parts: Parts) -> Iterator[Callable[[], object]]:

@@ -27,6 +27,7 @@ LAYERS: list[list[str]] = [
         "_metrics",
         "_random",
         "_random_state",
+        "_run_state",
         "_weights",
         "_history_state",
         "_metriclog",

@@ -1,0 +1,33 @@
+"""Real SIGKILLs at random moments: a training that is started again ends as if there were none."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="there is neither SIGKILL nor fork"),
+]
+ROOT = Path(__file__).parents[2]
+CAMPAIGN = ROOT / "benchmarks" / "kill_campaign.py"
+
+
+def test_training_when_killed_again_and_again_then_ends_with_the_same_bits() -> None:
+    """Forks happen in a process of their own: this one may have threads."""
+    ended = subprocess.run(
+        [sys.executable, str(CAMPAIGN), "--kills", "6", "--seed", "1"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = dict(re.findall(r"(\w+)=(\d+)", ended.stdout))
+    assert int(found["kills"]) == 6
+    assert int(found["resumes"]) >= 1
+    assert all(found[name] == "0" for name in ("lost", "wrong", "failed", "unreadable"))

@@ -1,0 +1,73 @@
+"""Comparable views of nested values and of all that a trainer holds, bit for bit."""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fitloop import FitLoop, SyncFitLoop
+from support.models import process_generators
+from support.tensors import raw_bytes
+
+AnyTrainer = FitLoop | SyncFitLoop
+
+
+def fingerprint(value: Any) -> Any:
+    """Return what is equal for two values of the same types and the same bits only."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().resolve_conj().resolve_neg()
+        plain = torch.empty(plain.shape, dtype=plain.dtype).copy_(plain)  # with plain strides
+        return ("Tensor", str(value.dtype), tuple(value.shape), raw_bytes(plain))
+    if isinstance(value, np.ndarray | np.generic):
+        return (kind, value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, float):
+        return (kind, struct.pack("<d", value))
+    if isinstance(value, complex):
+        return (kind, struct.pack("<dd", value.real, value.imag))
+    if isinstance(value, Mapping):
+        return (kind, [(fingerprint(key), fingerprint(item)) for key, item in value.items()])
+    if isinstance(value, set | frozenset):
+        return (kind, sorted(repr(fingerprint(item)) for item in value))
+    if isinstance(value, deque):
+        return (kind, value.maxlen, [fingerprint(item) for item in value])
+    if isinstance(value, list | tuple):
+        return (kind, [fingerprint(item) for item in value])
+    return (kind, repr(value))
+
+
+def trainer_state(trainer: AnyTrainer, *, best: bool = True, drawn: bool = True) -> dict[str, Any]:
+    """Return all that `fit` changes in a trainer, to be compared; ``drawn``: randomness too."""
+    core = trainer._core
+    parts = core.parts
+    modules = [parts.model, parts.loss_function]
+    state: dict[str, Any] = {
+        "modules": [dict(m.state_dict()) for m in modules if hasattr(m, "state_dict")],
+        "frozen": [p.requires_grad for p in parts.model.parameters()],
+        "optimizers": [optimizer.state_dict() for optimizer in parts.optimizers],
+        "schedulers": [scheduler.state_dict() for scheduler in parts.lr_schedulers],
+        "stateful": {name: item.state_dict() for name, item in parts.stateful.items()},
+        "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+        "history": trainer.M.to_dict(),
+        "numbers": (core.epoch_num, core.fits, core.best_score, core.best_epoch),
+    }
+    if best:
+        kept = core.store.exists(parts.best_model_name)
+        state["best"] = dict(core.store.load(parts.best_model_name)) if kept else None
+    if drawn:
+        states = {} if core.streams is None else core.streams.states()
+        state["streams"] = {str(key): tuple(value) for key, value in states.items()}
+        state["process"] = process_generators()
+    return {name: fingerprint(value) for name, value in state.items()}
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare two `trainer_state`, naming the parts that differ: the values are long."""
+    differing = [name for name in expected if found[name] != expected[name]]
+    assert not differing
