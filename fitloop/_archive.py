@@ -105,11 +105,11 @@ class Archive:
 
     def clear(self) -> None:
         """Remove every snapshot, readable or not."""
-        try:
-            for _number, path in list(self._files()):
+        for _number, path in list(self._files()):
+            try:
                 path.unlink()
-        except OSError as error:
-            raise CheckpointError(f"{self.directory} cannot be cleared: {reason(error)}") from error
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be removed: {reason(error)}") from error
         self._kept = []
 
     def _files(self) -> Iterator[tuple[int, Path]]:
