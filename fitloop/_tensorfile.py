@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from reprlib import repr as short
 from typing import Any
 
@@ -19,6 +20,7 @@ from fitloop._layout import (
     ITEM_SIZES,
     MAX_DIMS,
     Alias,
+    Entry,
     LayoutError,
     Payload,
     check_payload,
@@ -33,6 +35,10 @@ DTYPES: dict[str, torch.dtype] = {
     if isinstance(dtype := getattr(torch, name, None), torch.dtype)
 }
 """by name; a quantized tensor has a scale and a zero point besides its bytes, so it is not here"""
+
+_WORTH_THREADS = 8 * 2**20
+_CHECKERS = 4
+"""threads at most that compare checksums; more would wait for the memory"""
 
 _OF_SIZE = {
     1: torch.uint8,
@@ -123,13 +129,12 @@ def read_tensors(
         return bytes(data[offset : offset + length])
 
     header, entries, spans = read_layout(read, size, kind)
-    position = header_end(read, size)
+    _check_payloads(entries, spans, data, header_end(read, size))
     tensors: dict[str, Tensor] = {}
     for entry, places in zip(entries, spans, strict=True):
         if entry.same_as is not None:
             tensors[entry.name] = tensors[entry.same_as]
             continue
-        position = check_payload(entry, places, data, position)
         payload = _joined(whole, places)
         if entry.dtype == "bool" and entry.nbytes and int(payload.max()) > 1:
             raise LayoutError(f"tensor {short(entry.name)} has bools that are neither 0 nor 1")
@@ -142,6 +147,27 @@ def read_tensors(
             raise LayoutError(f"tensor {short(entry.name)} has no possible shape") from error
         tensors[entry.name] = tensor.to(device)
     return header, tensors
+
+
+def _check_payloads(
+    entries: Sequence[Entry],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    data: memoryview,
+    position: int,
+) -> None:
+    """Compare all checksums, a few tensors at a time: that is most of what reading costs."""
+    checks = []
+    for entry, places in zip(entries, spans, strict=True):
+        if places:
+            checks.append((entry, places, data, position))
+            position = places[-1][0] + places[-1][1]
+    if len(data) < _WORTH_THREADS:
+        for check in checks:
+            check_payload(*check)
+        return
+    with ThreadPoolExecutor(_CHECKERS, thread_name_prefix="fitloop checksums") as pool:
+        for _ in pool.map(lambda check: check_payload(*check), checks):
+            pass  # raises the first error in the order of the file
 
 
 def _mapped(path: str | os.PathLike[str], size: int) -> Tensor:
