@@ -11,7 +11,7 @@ help:
 	@echo "make .venv      create $(VENV) with $(PYTHON), with all that the tests need"
 	@echo "make demo       train a classifier of digits (examples/digits.py)"
 	@echo "make test       check style and types, run all tests"
-	@echo "make test-fast  run the tests that take less than a second"
+	@echo "make test-fast  run the quick tests only"
 	@echo "make bench      measure what fitloop adds to a bare loop and what snapshots cost (benchmarks/)"
 	@echo "make clean      remove $(VENV), caches and build output"
 	@echo "PYTHON=... make .venv uses another Python (3.11 or newer)"

@@ -27,11 +27,9 @@ from fitloop._events import Event, SnapshotFailed
 from fitloop._loaders import describe, moves_by_index
 from fitloop._metriclog import MetricLog, log_head, log_record
 from fitloop._plan import Cursor, PassPosition, RunPlan
-from fitloop._random_state import exported, imported
 from fitloop._result import EpochMetricsLog, FitResult
-from fitloop._run_state import check_run
+from fitloop._run_state import check_run, opened_from, opened_state
 from fitloop._seek import (
-    Opened,
     Seek,
     generator_states,
     has_state,
@@ -149,19 +147,18 @@ class Persistence:
         saved = found.run["pass"]
         if saved is None:
             return None
-        opened = saved["opened"]
         drawn = found.random.get("process") or found.random[f"{Phase.TRAIN} loader"]
         return PassPosition(
             start_metrics=saved["start_metrics"],
             exported=saved["exported"],
             seek=Seek(
                 batches=len(saved["exported"]["sizes"]),
-                opened=Opened(**{**opened, "drawn": imported(opened["drawn"])}),
+                opened=opened_from(saved["opened"]),
                 drawn=drawn,
                 generators=saved["generators"],
                 loader=saved["loader"],
             ),
-            restore=self.restore,
+            restore=self._restore_again,
         )
 
     def restore(self) -> None:
@@ -184,6 +181,15 @@ class Persistence:
             if own["state"] is not None and has_state(loader):
                 loader.load_state_dict(own["state"])
             self._core.loaders.expect_read(phase, own["read"])
+
+    def _restore_again(self) -> None:
+        self.restore()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Keep what is asked for later only: the rest holds a file that may have been removed."""
+        if self.found is not None:
+            self.found = replace(self.found, state={"run": self.found.run})
 
     def _restore_workers(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """Start worker processes that were kept, unless the pass that goes on does so itself."""
@@ -233,6 +239,8 @@ class Persistence:
             if self._tracker is not None:
                 self._tracker.tracked = bool(run["tracked"])
             self._began -= run["seconds"]
+            if self._plan is not None and self._plan.position is None:
+                self._let_go()
         self._begin_log()
 
     def result(self) -> FitResult:
@@ -363,12 +371,7 @@ class Persistence:
         return {
             "start_metrics": dict(cursor.start_metrics),
             "exported": cursor.state._export(),
-            "opened": {
-                "drawn": exported(opened.drawn),
-                "generators": opened.generators,
-                "continued": opened.continued,
-                "read": opened.read,
-            },
+            "opened": opened_state(opened),
             "generators": generators,
             "loader": loader,
         }

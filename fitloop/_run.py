@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from inspect import isawaitable
 from typing import Any
 
@@ -237,13 +236,15 @@ class Run:
             steps.insert(0, ("putting back the random generators", self._turn.revoke))
         if self._options.load_best and (error is None or isinstance(error, Cancelled)):
             steps.append(("restoring the best weights", self._load_best))
-        if self._plan.call == "fit" or self._options.persistence is not None:
-            steps.append(("writing what is kept on disk", partial(self._end_fit, error)))
         for doing, step in steps:  # all of them, whatever the others raise
             try:
                 step()
             except BaseException as raised:
                 error = self._first(error, raised, doing)
+        try:
+            self._end_fit(error)
+        except BaseException as raised:
+            error = self._first(error, raised, "writing what is kept on disk")
         try:
             self._tell_end(error)
         except BaseException as raised:

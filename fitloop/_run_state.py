@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fitloop._random_state import check_generator
+from fitloop._random_state import check_generator, exported, imported
+from fitloop._seek import Opened
 
 
 def check_run(position: dict[str, Any], run: Any) -> None:
@@ -29,6 +30,21 @@ def check_run(position: dict[str, Any], run: Any) -> None:
         _demand("state", "state" in own)
     if run["pass"] is not None:
         _check_pass(run["pass"])
+
+
+def opened_state(opened: Opened) -> dict[str, Any]:
+    """Return what a pass began with as a tree."""
+    return {
+        "drawn": exported(opened.drawn),
+        "generators": opened.generators,
+        "continued": opened.continued,
+        "read": opened.read,
+    }
+
+
+def opened_from(tree: Any) -> Opened:
+    """Return what a pass began with; raises ValueError and the like for a forged tree."""
+    return Opened(**{**tree, "drawn": imported(tree["drawn"])})
 
 
 def _check_pass(saved: Any) -> None:

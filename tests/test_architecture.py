@@ -27,7 +27,6 @@ LAYERS: list[list[str]] = [
         "_metrics",
         "_random",
         "_random_state",
-        "_run_state",
         "_weights",
         "_history_state",
         "_metriclog",
@@ -42,7 +41,7 @@ LAYERS: list[list[str]] = [
     ["_parts"],
     ["_state", "_stages", "_schedule", "_core"],
     # all of its state, in a file and back
-    ["_training", "_snapshot", "_archive", "_checkpoint"],
+    ["_training", "_run_state", "_snapshot", "_archive", "_checkpoint"],
     # a run of it
     ["_plan", "_engine", "_persistence", "_run", "_launch"],
     # what users hold

@@ -27,6 +27,8 @@ from support.states import assert_same_state, trainer_state
 from fitloop import Checkpoint, CheckpointError, ResumeWarning, SyncFitLoop, _layout
 from fitloop._snapshot import read_snapshot
 
+pytestmark = pytest.mark.slow  # many, which together take long
+
 ROOT = Path(__file__).parents[2]
 QUIET: dict[str, Any] = {"verbose": False}
 

@@ -58,6 +58,8 @@ from fitloop import (
 )
 from fitloop._checkpoint import Checkpointer
 
+pytestmark = pytest.mark.slow  # many, which together take long
+
 SEEDS = pytest.mark.parametrize("seed", [None, 5], ids=["unseeded", "seeded"])
 ONE_LOOP = pytest.mark.parametrize("anyio_backend", [("asyncio", {})], ids=["asyncio"])
 FORWARDS = 6

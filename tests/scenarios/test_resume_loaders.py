@@ -42,7 +42,10 @@ from torch.utils.data import (
 
 from fitloop import CheckpointError
 
-pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata, of torch
+pytestmark = [
+    pytest.mark.slow,  # many, which together take long
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata, of torch
+]
 stateful_dataloader = pytest.importorskip("torchdata.stateful_dataloader")
 
 

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fitloop import LoopState, default_batch_step, default_epoch_end
 
+pytestmark = pytest.mark.slow  # many, which together take long
+
 
 @pytest.fixture(autouse=True)
 def _snapshots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
