@@ -128,13 +128,15 @@ def frame(position: int, length: int) -> bytes:
 
 def read_layout(
     read: Callable[[int, int], bytes], size: int, kind: str | None = None
-) -> tuple[dict[str, Any], list[Entry], list[list[tuple[int, int]]]]:
+) -> tuple[dict[str, Any], list[Entry], list[list[tuple[int, int]]], int]:
     """Read the header of a file of ``size`` bytes, and check that the file is as long as it says.
 
     ``read(offset, length)`` gives the bytes there. Returns the header, its list of tensors, and
-    where the payloads of each are: offset and length. The payloads are not read.
+    where the payloads of each are, offset and length, and where the header ends. The payloads
+    are not read.
     """
-    header, position = _read_header(read, size)
+    header, end = _read_header(read, size)
+    position = end
     _check_header(header, kind)
     entries = _entries(header["tensors"])
     spans: list[list[tuple[int, int]]] = []
@@ -155,7 +157,7 @@ def read_layout(
             )
     if position != size:
         raise LayoutError(f"{size - position} bytes trail after its end at {position}")
-    return header, entries, spans
+    return header, entries, spans, end
 
 
 def check_payload(
@@ -176,11 +178,6 @@ def check_payload(
         previous = position + length
     if value != entry.crc32:
         raise LayoutError(f"tensor {short(entry.name)} is damaged: its checksum differs")
-
-
-def header_end(read: Callable[[int, int], bytes], size: int) -> int:
-    """Return where the header of a checked file ends."""
-    return _read_header(read, size)[1]
 
 
 def _read_header(read: Callable[[int, int], bytes], size: int) -> tuple[dict[str, Any], int]:
@@ -343,7 +340,7 @@ def read_file_header(
                 data += more
             return data
 
-        header, entries, _spans = read_layout(read, size)
+        header, entries, _spans, _end = read_layout(read, size)
     finally:
         with suppress(OSError):
             os.close(descriptor)

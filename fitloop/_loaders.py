@@ -36,7 +36,7 @@ from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._loading import AheadSource, Feed, InlineSource, Source
 from fitloop._oneshot import OneShot, one_shot_of
 from fitloop._random import Stream, StreamState
-from fitloop._random_state import process_state, restore_process
+from fitloop._random_state import process_state, rewind_to
 from fitloop._seek import (
     Opened,
     Seek,
@@ -135,13 +135,6 @@ def _opened(iterable: Any, drawn: StreamState) -> Opened:
     )
 
 
-def _rewind_to(state: StreamState, stream: Stream | None) -> None:
-    if stream is None:
-        restore_process(state)
-    else:
-        stream.set_state(state)
-
-
 def _known_sampler(loader: DataLoader[Any]) -> bool:
     batches = loader.batch_sampler
     known = batches is None or type(batches) is BatchSampler
@@ -203,7 +196,7 @@ class Loaders:
         drawn = self._drawn(stream)
         if seek is not None:
             limit = None if limit is None else limit - seek.batches
-            _rewind_to(seek.opened.drawn, stream)
+            rewind_to(seek.opened.drawn, stream)
         steps = seeded.borrow_turn()
         feed.control.loading = feed.label
         if feed.control.cancelled:
@@ -228,7 +221,7 @@ class Loaders:
         feed.control.left_loader()
         seeded.return_turn(steps)
         if seek is not None:
-            _rewind_to(seek.drawn, stream)
+            rewind_to(seek.drawn, stream)
         if is_async:
             given = self._options.prefetch
             depth = AUTOMATIC_DEPTH if given is None else given
@@ -287,6 +280,12 @@ class Loaders:
         """Have the next pass leave out what was read before from a loader that is read once."""
         if batches:
             self._read_before[phase] = batches
+
+    def forget_positions(self) -> None:
+        """End what `keeps_positions` and `expect_read` began: they are of one run."""
+        self.keeps_positions = False
+        self._passes.clear()
+        self._read_before.clear()
 
     def position(self, phase: Phase) -> tuple[Opened, list[torch.Tensor], Any]:
         """Return what the phase's pass began with, its generators now, the loader's own state."""

@@ -391,6 +391,6 @@ class Persistence:
 
     def close(self) -> None:
         """Give the directory back."""
-        self._core.loaders.keeps_positions = False
+        self._core.loaders.forget_positions()
         self._engine = None
         self._lock.release()

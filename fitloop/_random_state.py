@@ -50,6 +50,14 @@ def check_state(state: StreamState) -> StreamState:
     return state
 
 
+def rewind_to(state: StreamState, stream: Stream | None) -> None:
+    """Put a stream, or the process's generators without one, where they were."""
+    if stream is None:
+        restore_process(state)
+    else:
+        stream.set_state(state)
+
+
 def check_generator(state: object) -> Tensor:
     """Return the state of a generator of torch's; raises TypeError for what is none."""
     if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1:

@@ -24,7 +24,6 @@ from fitloop._layout import (
     LayoutError,
     Payload,
     check_payload,
-    header_end,
     read_layout,
 )
 from fitloop._layout_writing import write_layout
@@ -128,8 +127,8 @@ def read_tensors(
     def read(offset: int, length: int) -> bytes:
         return bytes(data[offset : offset + length])
 
-    header, entries, spans = read_layout(read, size, kind)
-    _check_payloads(entries, spans, data, header_end(read, size))
+    header, entries, spans, end = read_layout(read, size, kind)
+    _check_payloads(entries, spans, data, end)
     tensors: dict[str, Tensor] = {}
     for entry, places in zip(entries, spans, strict=True):
         if entry.same_as is not None:
