@@ -32,6 +32,7 @@ from fitloop._events import (
     RunStarted,
     SnapshotFailed,
     SnapshotWritten,
+    WentBack,
 )
 from fitloop._fitloop import FitLoop
 from fitloop._hub import EventStream
@@ -92,6 +93,7 @@ __all__ = [
     "SyncFitLoop",
     "SyncInAsyncError",
     "UnknownMetricError",
+    "WentBack",
     "configure_optimizer",
     "default_batch_step",
     "default_epoch_end",

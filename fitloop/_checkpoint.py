@@ -18,7 +18,7 @@ from fitloop._core import Core
 from fitloop._durable import reason
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, Event, SnapshotFailed, SnapshotWritten
-from fitloop._parts import check_optional
+from fitloop._parts import check_optional, check_seconds
 from fitloop._snapshot import Draft, RunPart, draft
 from fitloop._staging import Staging
 from fitloop._writer import Writer
@@ -53,12 +53,7 @@ class Checkpoint:
     def __post_init__(self) -> None:
         for name in ("every_epochs", "every_batches", "keep"):
             check_optional(f"Checkpoint({name}=)", getattr(self, name), 1)
-        seconds = self.every_seconds
-        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if seconds is not None and not (number and seconds > 0):
-            raise ConfigurationError(
-                f"Checkpoint(every_seconds=) is {seconds!r}; expected seconds above 0, or None"
-            )
+        check_seconds("Checkpoint(every_seconds=)", self.every_seconds)
         if self.on_error not in ("raise", "warn"):
             raise ConfigurationError(
                 f"Checkpoint(on_error=) is {self.on_error!r}; expected 'raise' or 'warn'"

@@ -15,6 +15,7 @@ The order of the events of ``fit(epochs=2)`` with validation::
     SnapshotWritten                           with checkpoint; some time after it was taken
     PromptAsked  PromptAnswered               with continue_loop
     EpochStarted ... EpochEnded
+    PromptAnswered  WentBack                  a no to a question that was left open meanwhile
     RunEnded                                  always the last, also after an error
 """
 
@@ -200,6 +201,11 @@ class PromptAsked(Event):
     epoch_in_run: int
     epochs: int
     question: str
+    timeout: float | None = None
+    """seconds after which ``default`` is taken for the answer; None for no limit"""
+    default: bool = True
+    trains_on: bool = False
+    """the run goes on meanwhile, and a no will bring it back to this epoch"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +216,17 @@ class PromptAnswered(Event):
 
     epoch: int
     go_on: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class WentBack(Event):
+    """What was trained while a question was open is undone, since its answer was no."""
+
+    kind: ClassVar[str] = "went_back"
+
+    epoch: int
+    """number of the epoch that was the last one when it was asked"""
+    epoch_in_run: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from fitloop._asking import Ask, Asking
 from fitloop._checkpoint import Checkpoint, check_checkpoint
 from fitloop._errors import ConfigurationError
-from fitloop._events import Event
 from fitloop._keeping import KeepingTrainer
 from fitloop._launch import (
     Callback,
@@ -20,14 +20,13 @@ from fitloop._launch import (
     launch,
     phases,
 )
-from fitloop._parts import as_list, check_callable, check_callbacks, check_number
+from fitloop._parts import as_list, check_callable, check_callbacks, check_number, check_seconds
 from fitloop._persistence import Persistence
 from fitloop._plan import RunPlan
 from fitloop._profile import ProfileReport, SpanRecorder
-from fitloop._progress import ProgressLines
-from fitloop._prompt import QUESTION, TerminalPrompt
+from fitloop._progress import Progress
+from fitloop._prompt import QUESTION, TerminalPrompt, TimeLimit
 from fitloop._result import FitResult
-from fitloop._run import Ask
 from fitloop._types import Loader, Phase
 
 EpochResult = dict[str, float]
@@ -72,6 +71,9 @@ class FitLoop(KeepingTrainer):
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
         on_continue: Ask | None = None,
+        continue_timeout: float | None = None,
+        continue_default: bool = True,
+        continue_while_asking: bool = False,
         checkpoint: Checkpoint | None = None,
         resume: bool = False,
     ) -> FitResult:
@@ -97,7 +99,11 @@ class FitLoop(KeepingTrainer):
             print_every: print the first epoch and every n-th; 0 prints nothing.
             display_metrics: the metric or metrics to print; all by default. One that no phase
                 returns raises UnknownMetricError.
-            continue_loop: ask whether to go on after every n epochs; 0 never asks.
+            continue_loop: ask whether to go on after every n epochs but the last; 0 never asks.
+                On a terminal y, yes or Enter goes on; n, no or Ctrl-D ends the run with the best
+                weights restored; Ctrl-C interrupts the program as it does anywhere else. Several
+                trainers ask one after the other, and train on while another asks. Where there is
+                no terminal the run goes on, with one warning.
             load_best: restore the best weights at the end, if the criteria was tracked in this
                 run; also after ``stop()``, a no at the prompt and a cancellation, not after an
                 error.
@@ -107,8 +113,16 @@ class FitLoop(KeepingTrainer):
             cast: cast the tensors of the batches (floating to ``dtype``, integer to long);
                 False only moves them.
             verbose: print at all.
-            progress: show the batches done, on a terminal.
+            progress: show how far the run is, on a terminal and in a notebook.
             callbacks, on_continue: for this run, besides and instead of the constructor's.
+            continue_timeout: seconds after which ``continue_default`` is the answer, counted
+                from when the question is shown; by default there is no limit.
+            continue_default: the answer that is taken then.
+            continue_while_asking: train on while the question is open. After a no, model,
+                optimizers, schedulers, randomness, metrics and best weights are put back to
+                what they were when it was asked, bit for bit; what callbacks saw or wrote
+                meanwhile stays. The next question waits for the answer to this one. It takes
+                the memory of one more copy of the training state.
             checkpoint: when to take snapshots of the whole training, in ``save_path``.
             resume: go on with the unfinished run that is found in ``save_path``, to the same bits
                 as if it had never been interrupted, else begin one; with ``checkpoint``, or
@@ -153,18 +167,25 @@ class FitLoop(KeepingTrainer):
             track_batch_metrics=track_batch_metrics,
             ask_every=often,
         )
-        label = f"{core.parts.name}: " if self._core.parts.named else ""
-        result: FitResult = await launch(
-            core,
-            self,
-            plan,
-            self._told(callbacks),
-            observers=[self._lines(print_every if verbose else 0, display_metrics, progress)],
-            load_best=load_best,
-            ask=on_continue or core.parts.on_continue or TerminalPrompt(),
-            question=f"{label}{QUESTION}",
-            persistence=self._persistence(check_checkpoint(checkpoint, resume=resume), resume),
-        )
+        kept = self._persistence(check_checkpoint(checkpoint, resume=resume), resume)
+        with self._progress(print_every if verbose else 0, display_metrics, progress) as shown:
+            asking = Asking(
+                ask=self._ask(on_continue, continue_timeout, shown),
+                question=QUESTION,
+                timeout=check_seconds("continue_timeout", continue_timeout),
+                default=bool(continue_default),
+                trains_on=continue_while_asking,
+            )
+            result: FitResult = await launch(
+                core,
+                self,
+                plan,
+                self._told(callbacks),
+                observers=[shown.observe],
+                load_best=load_best,
+                asking=asking,
+                persistence=kept,
+            )
         return result
 
     train = fit
@@ -199,10 +220,12 @@ class FitLoop(KeepingTrainer):
             cast=cast,
             track_batch_metrics=track_batch_metrics,
         )
-        lines = self._lines(print_every if verbose else 0, display_metrics, progress)
         kept = None if core.log is None else self._persistence(None, False)
         told = self._told(callbacks)
-        result = await launch(core, self, plan, told, observers=[lines], persistence=kept)
+        with self._progress(print_every if verbose else 0, display_metrics, progress) as shown:
+            result = await launch(
+                core, self, plan, told, observers=[shown.observe], persistence=kept
+            )
         return _last(result).get(str(Phase.TEST), {})
 
     async def run_sanity_check(
@@ -276,21 +299,27 @@ class FitLoop(KeepingTrainer):
             await errand(self._core, "run_profiler", lambda: print(report))  # noqa: T201
         return report
 
-    def _lines(
+    def _progress(
         self, print_every: int, display_metrics: str | Sequence[str] | None, live: bool
-    ) -> Callable[[Event], None]:
+    ) -> Progress:
         names = None if display_metrics is None else as_list(display_metrics)
         if names is not None and not all(isinstance(name, str) for name in names):
             raise ConfigurationError(
                 f"display_metrics is {display_metrics!r}; expected the name of a metric, or a list"
             )
-        lines = ProgressLines(
-            label=self._core.parts.name if self._core.parts.named else "",
+        return Progress(
+            self._core.parts.name,
+            named=self._core.parts.named,
             every=check_number("print_every", print_every, 0, meaning="0 prints nothing"),
             names=names,
             live=live,
         )
-        return lines.observe
+
+    def _ask(self, given: Ask | None, timeout: float | None, shown: Progress) -> Ask:
+        ask = given or self._core.parts.on_continue
+        if ask is None:
+            return TerminalPrompt(lambda: shown.lines.label)
+        return ask if timeout is None else TimeLimit(ask)
 
     def _persistence(self, policy: Checkpoint | None, resume: bool) -> Persistence | None:
         core = self._core

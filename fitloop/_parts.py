@@ -97,6 +97,19 @@ def check_optional(
     return check_number(name, value, least, meaning=meaning, also=" or None")
 
 
+def check_seconds(name: str, value: object) -> float | None:
+    """Return a time in seconds, or None.
+
+    Raises:
+        ConfigurationError: it is neither, or not above 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigurationError(f"{name} is {value!r}; expected seconds above 0, or None")
+    return float(value)
+
+
 def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:
     """Return callbacks as a tuple.
 

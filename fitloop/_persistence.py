@@ -243,6 +243,11 @@ class Persistence:
                 self._let_go()
         self._begin_log()
 
+    def went_back(self) -> None:
+        """Log the history as it is now that a part of the run was undone."""
+        self._writer.close()
+        self._begin_log()
+
     def result(self) -> FitResult:
         """Return how the run went that had ended before it was resumed."""
         assert self.found is not None

@@ -1,112 +1,113 @@
-"""Events as text: the epoch lines, and a live status line on a terminal.
+"""What a person sees of runs on the terminal: the lines of their epochs, and how far they are.
 
-An observer of the run, on the step thread, so that a slow terminal never blocks an event loop.
-Knows neither torch nor the engine.
+`EpochLines` prints, wherever the output goes; `ProgressView` keeps one picture of everything that
+runs in this process. Both are fed with events on the step threads and know neither torch nor the
+engine; the drawing is `_terminal`'s.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
 from fitloop._errors import UnknownMetricError
-from fitloop._events import (
-    BatchProgress,
-    EpochEnded,
-    EpochStarted,
-    Event,
-    PromptAsked,
-    RunEnded,
-    RunStarted,
-)
+from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted, WentBack
+from fitloop._status import PLAIN_LOOK, Look, RunStatus, status_lines
+from fitloop._terminal import LIVE, Painted, can_draw, can_write, has_color
+from fitloop._text import duration, metrics_text
 
 
-class _LiveLine:
-    """The one line of the process's terminal that is drawn over; text is written above it."""
+class ProgressView:
+    """All runs that are to be seen, in the order in which they began."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._owner: object | None = None
+        self._runs: list[RunStatus] = []
+        self._drawn: list[RunStatus] = []
 
-    def draw(self, owner: object, out: TextIO, text: str) -> None:
-        """Show ``text``, unless another run has the line."""
+    def join(self, name: str) -> RunStatus:
+        """Return the status of a run that begins; its label tells it from the others."""
         with self._lock:
-            if self._owner is None or self._owner is owner:
-                self._owner = owner
-                out.write(f"\r\x1b[K{text}")
-                out.flush()
+            taken = {run.label for run in self._runs}
+            labels = (name if number == 1 else f"{name} ({number})" for number in range(1, 10**9))
+            run = RunStatus(next(label for label in labels if label not in taken))
+            self._runs = [*self._runs, run]
+        return run
 
-    def write(self, out: TextIO, text: str) -> None:
-        """Write whole lines where the live line was, which comes back when it is drawn again."""
+    def leave(self, run: RunStatus) -> None:
+        """Have ``run`` no more."""
         with self._lock:
-            erase = "\r\x1b[K" if self._owner is not None and out is sys.__stdout__ else ""
-            out.write(erase + text)
-            out.flush()
+            self._runs = [other for other in self._runs if other is not run]
 
-    def release(self, owner: object, out: TextIO) -> None:
-        """Erase the line if it is ``owner``'s, and let another run have it."""
+    @property
+    def has_several(self) -> bool:
+        """Whether what is printed must say whose it is."""
+        return len(self._runs) > 1
+
+    def draw(self, run: RunStatus) -> None:
+        """Show ``run`` on the terminal, if lines can be drawn over there."""
         with self._lock:
-            if self._owner is owner:
-                self._owner = None
-                out.write("\r\x1b[K")
-                out.flush()
+            if can_draw():
+                self._drawn = [*self._drawn, run]
+                if len(self._drawn) == 1:
+                    LIVE.show(self._paint)
+
+    def erase(self, run: RunStatus, *, wait: bool = False) -> None:
+        """Show ``run`` no more; with ``wait`` the drawing thread has ended if it was the last."""
+        with self._lock:
+            if run not in self._drawn:
+                return
+            self._drawn = [other for other in self._drawn if other is not run]
+            thread = None if self._drawn else LIVE.hide(self._paint)
+        if wait and thread is not None:
+            thread.join()
+
+    def _paint(self, width: int, height: int) -> Painted:
+        look = Look(color=has_color())
+        if not can_write(look.done + look.half + look.to_do):
+            look = PLAIN_LOOK
+        return Painted(status_lines(self._drawn, width - 1, height, look))
 
 
-_LIVE = _LiveLine()
+VIEW = ProgressView()
+"""of the process, which has one terminal"""
 
 
-def duration(seconds: float) -> str:
-    """Return a time as people read it: ``757 ms``, ``37 s 757 ms``, ``03 m 09 s 048 ms``."""
-    milliseconds = round(seconds * 1000)
-    hours, rest = divmod(milliseconds, 3_600_000)
-    minutes, rest = divmod(rest, 60_000)
-    whole, rest = divmod(rest, 1000)
-    if hours:
-        return f"{hours:02d} h {minutes:02d} m {whole:02d} s"
-    if minutes:
-        return f"{minutes:02d} m {whole:02d} s {rest:03d} ms"
-    if whole:
-        return f"{whole:02d} s {rest:03d} ms"
-    return f"{rest} ms"
-
-
-def metrics_text(metrics: Mapping[str, float], names: Sequence[str] | None) -> str:
-    """Return metrics in one line, those of ``names`` only, in their order."""
-    chosen = metrics if names is None else {n: metrics[n] for n in names if n in metrics}
-    return " | ".join(f"{name}: {value:.4f}" for name, value in chosen.items())
-
-
-class ProgressLines:
-    """Prints a run as it goes: every ``every``-th epoch, and the first.
+class EpochLines:
+    """Prints a run as it goes: the first epoch, every ``every``-th, and the end.
 
     Args:
-        label: put before the epoch, for a trainer that was given a name.
+        run: whose they are; its label begins the lines of a trainer that was given a name
+            (``named``), and of any while several run.
         every: epochs between two that are printed; 0 prints nothing at all.
         names: the metrics to show; None for all.
-        live: show the batches done in a line of its own, on a terminal.
         stream: where to; the ``sys.stdout`` of the moment by default.
     """
 
     def __init__(
         self,
+        run: RunStatus,
         *,
-        label: str = "",
+        named: bool = False,
         every: int = 1,
         names: Sequence[str] | None = None,
-        live: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-        self._label = f"{label} " if label else ""
+        self._run = run
+        self._named = named
         self._every = every
         self._names = names
-        self._live = live
         self._stream = stream
         self._epoch = ""
         self._width = 0
+
+    @property
+    def label(self) -> str:
+        """What to put before a line now: the run's label and a space, or nothing."""
+        return f"{self._run.label} " if self._named or VIEW.has_several else ""
 
     def observe(self, event: Event) -> None:
         """Print what the event is worth."""
@@ -115,12 +116,11 @@ class ProgressLines:
                 self._width = len(str(event.epochs)) * 2 + 3
             case EpochStarted():
                 self._epoch = f"[{event.epoch_in_run}/{event.epochs}]"
-            case BatchProgress():
-                self._show_live(event)
             case EpochEnded():
                 self._print_epoch(event)
-            case PromptAsked():
-                self._clear_live()
+            case WentBack():
+                if self._every:
+                    self._write(f"{self.label}went back to epoch {event.epoch_in_run}\n")
             case RunEnded():
                 self._print_end(event)
 
@@ -128,11 +128,12 @@ class ProgressLines:
         if not self._every or (event.epoch_in_run > 1 and event.epoch_in_run % self._every):
             return
         self._check_names(event)
+        label = self.label
         if "test" in event.metrics and len(event.metrics) == 1:
             shown = metrics_text(event.metrics["test"], self._names)
-            self._write(f"{self._label}test  :: {shown}\n")
+            self._write(f"{label}test  :: {shown}\n")
             return
-        head = f"{self._label}{self._epoch:>{self._width}} - "
+        head = f"{label}{self._epoch:>{self._width}} - "
         indent = " " * len(head)
         lines: list[str] = []
         for phase, metrics in event.metrics.items():
@@ -149,30 +150,44 @@ class ProgressLines:
                 raise UnknownMetricError(name, known, "the epoch metrics (display_metrics)")
 
     def _print_end(self, event: RunEnded) -> None:
-        self._clear_live()
         if event.call != "fit" or not self._every or event.error is not None:
             return
-        lines = [f"{self._label}{'-' * self._width}\n"]
-        lines.append(f"{self._label}total time: {duration(event.seconds)}\n")
+        label = self.label
+        lines = [f"{label}{'-' * self._width}\n"]
+        lines.append(f"{label}total time: {duration(event.seconds)}\n")
         if event.best_score is not None and not math.isnan(event.best_score):
-            lines.append(f"{self._label}best score: {event.best_score:.4f}\n")
+            lines.append(f"{label}best score: {event.best_score:.4f}\n")
         self._write("".join(lines))
 
-    def _show_live(self, event: BatchProgress) -> None:
-        out = self._out()
-        # Only where nothing stands between it and the terminal, such as an open prompt.
-        if not (self._live and self._every and out is sys.__stdout__ and out.isatty()):
-            return
-        of = "" if event.batches is None else f"/{event.batches}"
-        rate = event.batch / event.seconds if event.seconds > 0 else 0.0
-        text = f"{self._label}{self._epoch} {event.phase} {event.batch}{of}, {rate:.0f} batches/s"
-        _LIVE.draw(self, out, text[: shutil.get_terminal_size().columns - 1])
-
-    def _clear_live(self) -> None:
-        _LIVE.release(self, self._out())
-
     def _write(self, text: str) -> None:
-        _LIVE.write(self._out(), text)
+        out = self._stream if self._stream is not None else sys.stdout
+        out.write(text)  # in one piece, so that nothing comes between
+        out.flush()
 
-    def _out(self) -> TextIO:
-        return self._stream if self._stream is not None else sys.stdout
+
+class Progress:
+    """Both of them for one run: an observer. As a context manager it leaves nothing behind."""
+
+    def __init__(
+        self, name: str, *, named: bool, every: int, names: Sequence[str] | None, live: bool
+    ) -> None:
+        self.run = VIEW.join(name)
+        self.run.names = names
+        self.lines = EpochLines(self.run, named=named, every=every, names=names)
+        self._live = live and every > 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        VIEW.erase(self.run)  # of a run that failed before it could tell its end
+        VIEW.leave(self.run)
+
+    def observe(self, event: Event) -> None:
+        """Print and show what the event is worth."""
+        self.run.observe(event)
+        if isinstance(event, RunEnded):
+            VIEW.erase(self.run, wait=True)
+        self.lines.observe(event)
+        if isinstance(event, RunStarted) and self._live:
+            VIEW.draw(self.run)

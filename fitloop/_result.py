@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fitloop._events import Event, PhaseEnded
-from fitloop._progress import duration
+from fitloop._text import duration
 
 Array = npt.NDArray[np.float64]
 

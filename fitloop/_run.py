@@ -7,31 +7,28 @@ it ended, and says how it went. Knows no event loop but through `LoopSide`.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from inspect import isawaitable
 from typing import Any
 
-import anyio
-
+from fitloop._asking import Asking, OpenQuestions, Questions, WaitingQuestions
 from fitloop._best import BestTracker
 from fitloop._capture import TrainingCapture
 from fitloop._control import Abandoned, Cancelled, RunControl
 from fitloop._core import Core
 from fitloop._crossing import LoopSide
 from fitloop._engine import Engine
-from fitloop._errors import ConfigurationError, note
-from fitloop._events import Event, PromptAnswered, PromptAsked, RunEnded, RunStarted
-from fitloop._loops import loop_scheduler
+from fitloop._errors import note
+from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._persistence import Persistence
 from fitloop._plan import NoProbe, Probe, RunPlan, Surroundings
 from fitloop._random import Streams, Turn
 from fitloop._result import EpochMetricsLog, FitResult
+from fitloop._return_point import ReturnPoint
 from fitloop._schedule import SchedulerSteps
 from fitloop._threads import intra_op_threads
 from fitloop._types import Phase, StopReason
 
-Ask = Callable[[PromptAsked], Awaitable[bool]]
 Observer = Callable[[Event], object]
 
 
@@ -43,8 +40,8 @@ class RunOptions:
     """intra-op threads of the step thread"""
     observers: Sequence[Observer] = ()
     """called with every event, after the trainer's own"""
-    ask: Ask | None = None
-    question: str = ""
+    asking: Asking | None = None
+    """how to ask whether to go on; None for a run that never does"""
     load_best: bool = False
     dry: bool = False
     """put everything back afterwards, and record nothing"""
@@ -85,6 +82,7 @@ class Run:
             )
         self._loaders = core.loaders.rehearsal() if options.dry else core.loaders
         self._modes: list[tuple[Any, bool]] = []
+        self._questions: Questions | None = None
         self._found: FitResult | None = None
         """of a run that had ended before it was resumed"""
         self._has_threads = False
@@ -122,6 +120,7 @@ class Run:
             probe=self._options.probe,
         )
         engine = self._engine = Engine(plan, around)
+        self._questions = self._make_questions(engine)
         if kept is not None:
             kept.begin(engine, self._log, self._tracker, self._control)
         around.batch_hooks = self._batch_hooks()
@@ -150,6 +149,7 @@ class Run:
         if kept is not None:
             engine.at_rest(kept.go_on)
         engine.run()
+        self._settle_questions(engine)
         if trains:
             engine.call_plain("postloop", core.parts.postloop, self._trainer)
         if self._turn is not None:
@@ -204,24 +204,36 @@ class Run:
             observers.append(self._options.persistence.observe)
         return observers
 
-    def _ask(self, epoch: int, epoch_in_run: int) -> bool:
-        core, ask = self._core, self._options.ask
-        assert ask is not None
-        question = PromptAsked(
-            trainer=core.parts.name,
-            epoch=epoch,
-            epoch_in_run=epoch_in_run,
-            epochs=self._plan.epochs,
-            question=self._options.question,
+    def _make_questions(self, engine: Engine) -> Questions | None:
+        asking, core = self._options.asking, self._core
+        if asking is None:
+            return None
+        around = (asking.ask, self._control, self._side, core.hub.emit)
+        if not asking.trains_on:
+            return WaitingQuestions(*around)
+        return OpenQuestions(
+            *around,
+            mark=lambda: ReturnPoint(core, self._plan.phases, self._log, self._tracker),
+            rest=engine.at_rest,
         )
-        core.hub.emit(question)
-        answer = self._side.call(lambda: _answer(ask, question, self._control))
-        if not isinstance(answer, bool):
-            raise ConfigurationError(
-                f"on_continue returned {answer!r}; expected True to go on or False to end the run"
-            )
-        core.hub.emit(PromptAnswered(trainer=core.parts.name, epoch=epoch, go_on=answer))
-        return answer
+
+    def _ask(self, epoch: int, epoch_in_run: int) -> bool:
+        asking, questions = self._options.asking, self._questions
+        assert asking is not None
+        assert questions is not None
+        name, epochs = self._core.parts.name, self._plan.epochs
+        return questions.pose(asking.event(name, epoch, epoch_in_run, epochs))
+
+    def _settle_questions(self, engine: Engine) -> None:
+        """Wait for the answer to a question that is open, and go back if it is no."""
+        if self._questions is None:
+            return
+        reached = self._questions.settle()
+        if reached is not None:
+            engine.epochs_ended = reached
+            kept = self._options.persistence
+            if kept is not None:
+                kept.went_back()
 
     # -- afterwards, on this or another thread --------------------------------------------------
 
@@ -231,6 +243,8 @@ class Run:
             error = Cancelled()
         if isinstance(error, Cancelled) and self._control.failure is not None:
             error = self._control.failure
+        if self._questions is not None:
+            self._questions.withdraw()
         steps: list[tuple[str, Callable[[], None]]] = [("putting back", self._put_back)]
         if self._turn is not None:
             steps.insert(0, ("putting back the random generators", self._turn.revoke))
@@ -255,7 +269,7 @@ class Run:
             self._options.persistence.close()
         result = None if error is not None else self._found or self._result()
         self._forget_turn()
-        self._engine = None  # it refers back to this run, and both to the model
+        self._engine = self._questions = None  # they refer back to this run, and both to the model
         try:
             if error is not None:
                 raise error
@@ -332,16 +346,6 @@ class Run:
             metrics=self._log.arrays(),
             seconds=time.perf_counter() - self._began,
         )
-
-
-async def _answer(ask: Ask, question: PromptAsked, control: RunControl) -> Any:
-    """Ask, and take ``stop()`` as a no."""
-    schedule = loop_scheduler()
-    with anyio.CancelScope() as scope:
-        control.on_halt(lambda: schedule(scope.cancel))
-        answer = ask(question)
-        return await answer if isawaitable(answer) else answer
-    return False
 
 
 class Errand:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fitloop._asking import Ask
 from fitloop._core import Core
 from fitloop._errors import ConfigurationError
 from fitloop._optim import configure_optimizer as default_configure_optimizer
 from fitloop._parts import Interval, Parts, check_callbacks, check_optional
-from fitloop._run import Ask
 from fitloop._types import Loader, LossFunction, StageFunction
 from fitloop._view import TrainerView
 

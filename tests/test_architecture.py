@@ -16,7 +16,18 @@ PACKAGE = Path(fitloop.__file__).parent
 # A module imports from the rows above its own, and from its own row only what is before it.
 LAYERS: list[list[str]] = [
     # words everything else is written in, and tools that know nothing of training
-    ["_errors", "_types", "_threads", "_capture", "_device", "_busy", "_loops", "_writer"],
+    [
+        "_errors",
+        "_types",
+        "_text",
+        "_threads",
+        "_capture",
+        "_device",
+        "_busy",
+        "_loops",
+        "_writer",
+        "_terminal",
+    ],
     # bytes, files, and tensors in them
     ["_layout", "_layout_writing", "_durable", "_tensorfile", "_tree", "_staging"],
     # what is said, what is recorded, what is kept
@@ -33,7 +44,7 @@ LAYERS: list[list[str]] = [
     ],
     # observers of a run, which know nothing of each other
     ["_best"],
-    ["_progress", "_prompt", "_profile", "_plot"],
+    ["_status", "_progress", "_prompt", "_profile", "_plot"],
     ["_result"],
     # from a loader to batches
     ["_oneshot", "_seek", "_loading", "_async_loading", "_adaptive", "_loaders"],
@@ -43,7 +54,7 @@ LAYERS: list[list[str]] = [
     # all of its state, in a file and back
     ["_training", "_run_state", "_snapshot", "_archive", "_checkpoint"],
     # a run of it
-    ["_plan", "_engine", "_persistence", "_run", "_launch"],
+    ["_plan", "_engine", "_persistence", "_return_point", "_asking", "_run", "_launch"],
     # what users hold
     ["_view", "_trainer", "_keeping", "_fitloop", "_sync"],
 ]
