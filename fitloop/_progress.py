@@ -28,12 +28,12 @@ class ProgressView:
         self._runs: list[RunStatus] = []
         self._drawn: list[RunStatus] = []
 
-    def join(self, name: str) -> RunStatus:
+    def join(self, name: str, *, named: bool = False) -> RunStatus:
         """Return the status of a run that begins; its label tells it from the others."""
         with self._lock:
             taken = {run.label for run in self._runs}
             labels = (name if number == 1 else f"{name} ({number})" for number in range(1, 10**9))
-            run = RunStatus(next(label for label in labels if label not in taken))
+            run = RunStatus(next(label for label in labels if label not in taken), named=named)
             self._runs = [*self._runs, run]
         return run
 
@@ -51,7 +51,7 @@ class ProgressView:
         """Show ``run`` on the terminal, if lines can be drawn over there."""
         with self._lock:
             if can_draw():
-                self._drawn = [*self._drawn, run]
+                self._drawn = [r for r in self._runs if r in self._drawn or r is run]
                 if len(self._drawn) == 1:
                     LIVE.show(self._paint)
 
@@ -80,8 +80,8 @@ class EpochLines:
     """Prints a run as it goes: the first epoch, every ``every``-th, and the end.
 
     Args:
-        run: whose they are; its label begins the lines of a trainer that was given a name
-            (``named``), and of any while several run.
+        run: whose they are; its label begins the lines of a trainer that was given a name,
+            and of any while several run.
         every: epochs between two that are printed; 0 prints nothing at all.
         names: the metrics to show; None for all.
         stream: where to; the ``sys.stdout`` of the moment by default.
@@ -91,13 +91,11 @@ class EpochLines:
         self,
         run: RunStatus,
         *,
-        named: bool = False,
         every: int = 1,
         names: Sequence[str] | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self._run = run
-        self._named = named
         self._every = every
         self._names = names
         self._stream = stream
@@ -107,7 +105,7 @@ class EpochLines:
     @property
     def label(self) -> str:
         """What to put before a line now: the run's label and a space, or nothing."""
-        return f"{self._run.label} " if self._named or VIEW.has_several else ""
+        return f"{self._run.label} " if self._run.named or VIEW.has_several else ""
 
     def observe(self, event: Event) -> None:
         """Print what the event is worth."""
@@ -171,9 +169,9 @@ class Progress:
     def __init__(
         self, name: str, *, named: bool, every: int, names: Sequence[str] | None, live: bool
     ) -> None:
-        self.run = VIEW.join(name)
+        self.run = VIEW.join(name, named=named)
         self.run.names = names
-        self.lines = EpochLines(self.run, named=named, every=every, names=names)
+        self.lines = EpochLines(self.run, every=every, names=names)
         self._live = live and every > 0
 
     def __enter__(self) -> Progress:

@@ -8,6 +8,7 @@ training.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import Output
 
 QUESTION = "continue loop ([y]/n): "
 
@@ -157,15 +159,10 @@ class _Question:
 
 async def _ask(text: str, event: PromptAsked) -> bool:
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.output import DummyOutput
 
     question = _Question(text, event.timeout, event.default)
     drawn = can_draw()
-    # The output is ours, as in prompt_toolkit's own prompt for dumb terminals, so that progress
-    # and question are drawn by one hand; its renderer would want the terminal for itself.
-    session: PromptSession[str] = PromptSession(
-        output=DummyOutput() if drawn else None, enable_suspend=True
-    )
+    session: PromptSession[str] = PromptSession(output=_output(drawn), enable_suspend=True)
     with anyio.move_on_after(event.timeout):
         while True:
             with _shown(question, session) if drawn else nullcontext():
@@ -183,6 +180,18 @@ async def _ask(text: str, event: PromptAsked) -> bool:
     lead = text if drawn else "\n"
     _print(f"{lead}{'y' if event.default else 'n'} (no answer within {event.timeout:g} s)")
     return event.default
+
+
+def _output(drawn: bool) -> Output | None:
+    """Return where prompt_toolkit is to write; None leaves that to it."""
+    from prompt_toolkit.output import DummyOutput
+    from prompt_toolkit.output.plain_text import PlainTextOutput
+
+    # As in prompt_toolkit's own prompt for dumb terminals the output is ours, so that progress and
+    # question are drawn by one hand; its renderer would want the terminal for itself.
+    if drawn:
+        return DummyOutput()
+    return None if os.name == "nt" else PlainTextOutput(sys.stdout)
 
 
 async def _line(session: PromptSession[str], text: str) -> str | None:

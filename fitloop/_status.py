@@ -35,8 +35,10 @@ NARROWEST_BAR = 8
 class RunStatus:
     """What is known of one run: an observer. Read while it changes, by whoever shows it."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, *, named: bool = False) -> None:
         self.label = label
+        self.named = named
+        """whether the label says anything when nothing else runs"""
         self.call = ""
         self.epochs = 0
         self.epochs_done = 0
@@ -180,10 +182,13 @@ def status_lines(runs: Sequence[RunStatus], width: int, height: int, look: Look)
     if len(runs) == 1 and height >= 2:
         return _two_lines(runs[0], width, look, now)
     shown = runs if len(runs) <= height else runs[: height - 1]
-    label = min(max((columns(run.label) for run in shown), default=0), max(4, width // 4))
-    count = max((len(_count(run)) for run in shown), default=0)
-    of = max((len(str(run.epochs)) for run in shown), default=0)
-    lines = [_one_line(run, width, look, now, (label, of, count)) for run in shown]
+    widths = _Widths(
+        label=min(max((columns(run.label) for run in shown), default=0), max(4, width // 4)),
+        of=max((len(str(run.epochs)) for run in shown), default=0),
+        count=max((len(_count(run)) for run in shown), default=0),
+        metrics=max((columns(run.metrics) for run in shown), default=0),
+    )
+    lines = [_one_line(run, width, look, now, widths) for run in shown]
     if len(shown) < len(runs):
         lines.append(fitted(f"... and {len(runs) - len(shown)} more", width))
     return lines
@@ -195,12 +200,15 @@ def _two_lines(run: RunStatus, width: int, look: Look, now: float) -> list[str]:
     numbers = max(len(of), len(count))
     rate = f"{_rate(run)}  " if _rate(run) else ""
     asks = "waits for the answer" if run.asks else ""
+    first = fitted(run.label, max(6, width // 4)) if run.named else "epochs"
+    lead = max(6, columns(first))
+    first += " " * (lead - columns(first))
     heads: tuple[str, ...] = (
-        f"epochs  {of:>{numbers}}",
-        f"{run.phase or '...':6}  {count:>{numbers}}",
+        f"{first}  {of:>{numbers}}",
+        f"{run.phase or '...':{lead}}  {count:>{numbers}}",
     )
     tails: tuple[str, ...] = (_times(run, now), asks or f"{rate}{run.metrics}")
-    room = width - max(map(len, heads)) - 4
+    room = width - max(map(columns, heads)) - 4
     bar = min(WIDEST_BAR, room - min(max(map(columns, tails)), max(12, room // 2)))
     if run.call == "test":
         heads, tails = heads[1:], (f"{rate}{clock(now - run.began)}",)
@@ -215,16 +223,23 @@ def _two_lines(run: RunStatus, width: int, look: Look, now: float) -> list[str]:
     return lines
 
 
-def _one_line(
-    run: RunStatus, width: int, look: Look, now: float, widths: tuple[int, int, int]
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class _Widths:
+    """Columns that the lines of several runs have in common."""
+
+    label: int
+    of: int
+    count: int
+    metrics: int
+
+
+def _one_line(run: RunStatus, width: int, look: Look, now: float, widths: _Widths) -> str:
     """Return a run in one line, with as much as there is room for."""
-    label, of, count = widths
-    name = fitted(run.label, label)
-    name += " " * (label - columns(name))
+    name = fitted(run.label, widths.label)
+    name += " " * (widths.label - columns(name))
     doing = "asks" if run.asks else run.phase
-    epoch = f"{run.epoch_in_run:>{of}}/{run.epochs:<{of}}"
-    head = f"{name}  {epoch}  {doing:5}  {_count(run):>{count}}"
+    epoch = f"{run.epoch_in_run:>{widths.of}}/{run.epochs:<{widths.of}}"
+    head = f"{name}  {epoch}  {doing:5}  {_count(run):>{widths.count}}"
     rate, times = f"{_rate(run):>8}", f"{_times(run, now):>11}"
     if len(name) + len(epoch) + 4 >= width:
         return fitted(f"{name} {epoch}", width)
@@ -235,7 +250,7 @@ def _one_line(
     if room < NARROWEST_BAR:
         return fitted(head, width)
     metrics = "" if run.asks else run.metrics
-    bar = max(NARROWEST_BAR, min(20, room - columns(metrics) - 2))
+    bar = max(NARROWEST_BAR, min(20, room - widths.metrics - 2))
     drawn = " " * bar if run.share is None else look.bar(run.share, bar)
     metrics = fitted(metrics, room - bar - 2) if room - bar - 2 >= 12 else ""
     return f"{head}  {drawn}  {tail}  {metrics}".rstrip()

@@ -115,8 +115,9 @@ class LiveArea:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._streams: dict[TextIO, Callable[[str], int]] = {}
-        self._partial: dict[TextIO, str] = {}
-        """lines that were printed without their end so far"""
+        self._partial: dict[tuple[TextIO, int], str] = {}
+        """lines that were printed without their end so far, by stream and thread: ``print`` writes
+        a line in parts, which those of another thread are not to come between"""
         self._drawn = ""
         self._above = 0
         """drawn lines above the one with the cursor"""
@@ -187,9 +188,10 @@ class LiveArea:
         return write
 
     def _write_above(self, stream: TextIO, plain: Callable[[str], int], text: str) -> None:
-        whole, newline, rest = (self._partial.pop(stream, "") + text).rpartition("\n")
+        key = (stream, threading.get_ident())
+        whole, newline, rest = (self._partial.pop(key, "") + text).rpartition("\n")
         if rest:  # a bar that somebody else draws over and over is worth its newest form
-            self._partial[stream] = next(filter(None, reversed(rest.split("\r"))), "")
+            self._partial[key] = next(filter(None, reversed(rest.split("\r"))), "")
         if newline:
             self._erase()
             plain(f"{whole}\n")
@@ -205,7 +207,7 @@ class LiveArea:
             with suppress(AttributeError):
                 delattr(stream, "write")
             with suppress(OSError, ValueError):
-                plain(self._partial.get(stream, ""))
+                plain("\n".join(text for key, text in self._partial.items() if key[0] is stream))
                 stream.flush()
         self._streams.clear()
         self._partial.clear()

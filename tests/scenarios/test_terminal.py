@@ -1,0 +1,429 @@
+"""What a person at a terminal sees and answers: a real program in a pseudo-terminal."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from support.terminal import PRELUDE, ROOT, Terminal, environment, terminal
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="needs a pty")]
+
+METRICS = r"loss: \d+\.\d{4} \| accuracy: [01]\.\d{4}"
+QUESTION = r"continue loop \(\[y\]/n\):"
+BAR = "[━╸─]"
+
+
+def epoch(k: int, n: int, label: str = "") -> str:
+    """Return the pattern of an epoch's lines."""
+    head = f"{label}[{k}/{n}] - "
+    indent = " " * len(head)
+    return (
+        rf"{re.escape(head)}train :: {METRICS}\n{indent}valid :: {METRICS}\n"
+        rf"{indent}epoch time: [^\n]+\n"
+    )
+
+
+def ending(label: str = "") -> str:
+    return rf"{label}-----\n{label}total time: [^\n]+\n{label}best score: [01]\.\d{{4}}\n"
+
+
+def is_clean(shown: Terminal) -> bool:
+    """Return whether nothing of the live lines is left, and the cursor begins a new line."""
+    return not re.search(BAR, shown.shown) and shown.screen.cursor.x == 0
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+def test_fit_when_on_a_terminal_then_bars_move_and_leave_only_the_lines() -> None:
+    program = """
+asyncio.run(trainer(batches=200, hold=slowly()).fit(2))
+print("after")
+"""
+    with terminal(program) as shown:
+        first = shown.until(rf"epochs +0/2 +{BAR}+ +\d:\d\d<\S+\ntrain +\d+/200 +{BAR}+ +\d+/s")
+        done = re.search(r"train +(\d+)/200", first)
+        assert done is not None
+        begun = int(done[1])
+        shown.until(lambda: _batch(shown) > begun or "[1/2]" in shown.shown)
+        shown.until(rf"{epoch(1, 2)}epochs +1/2 +{BAR}+.*\ntrain +\d+/200")
+        shown.until("after")
+        assert re.fullmatch(epoch(1, 2) + epoch(2, 2) + ending() + "after", shown.shown)
+        assert shown.end() == 0
+        assert is_clean(shown)
+
+
+def _batch(shown: Terminal) -> int:
+    found = re.search(r"train +(\d+)/", shown.shown)
+    return int(found[1]) if found else -1
+
+
+def test_fit_when_the_loader_has_no_length_then_batches_are_counted() -> None:
+    program = """
+def endless():
+    while True:
+        yield torch.randn(8, 4), torch.randint(0, 3, (8,))
+
+t = trainer(hold=slowly())
+asyncio.run(t.fit(1, train_dl=endless, steps=None, callbacks=[
+    lambda event: t.stop() if event.kind == "batch_progress" and event.batch > 300 else None]))
+"""
+    with terminal(program) as shown:
+        shown.until(r"train +\d\d+ +.*\d+/s")
+        shown.until(r"\(stopped\)")
+        assert shown.end() == 0
+        assert is_clean(shown)
+
+
+def test_print_and_logging_when_bars_are_shown_then_every_line_is_whole_and_above() -> None:
+    program = """
+logging.basicConfig(level="INFO", format="%(message)s")
+
+def chatter(kind):
+    for number in range(40):
+        if kind == "log":
+            logging.info("log %d ends", number)
+        elif kind == "parts":
+            sys.stdout.write(f"parts {number}"); sys.stdout.flush(); sys.stdout.write(" ends\\n")
+        else:
+            print("print", number, "ends")
+        pause.wait(0.01)
+
+pause = threading.Event()
+
+async def main():
+    talking = [asyncio.to_thread(chatter, kind) for kind in ("log", "parts", "print")]
+    await asyncio.gather(trainer(batches=300, hold=slowly()).fit(1), *talking)
+
+asyncio.run(main())
+"""
+    with terminal(program) as shown:
+        shown.until(rf"print \d+ ends\n(.*\n)*epochs +0/1 +{BAR}")
+        assert shown.end() == 0
+        lines = shown.transcript.split("\n")
+        for kind in ("log", "print"):
+            said = [line for line in lines if line.startswith(kind)]
+            assert said == [f"{kind} {number} ends" for number in range(40)]
+        assert "parts 39 ends" in shown.transcript
+        assert is_clean(shown)
+
+
+def test_fit_when_twenty_trainers_run_then_each_has_a_line_or_is_counted() -> None:
+    program = """
+async def main():
+    fits = [trainer(f"run {k:02d}", batches=150, hold=slowly()).fit(2, print_every=2)
+            for k in range(20)]
+    await asyncio.gather(*fits)
+    print("after")
+
+asyncio.run(main())
+"""
+    with terminal(program, size=(90, 12)) as shown:
+        seen = shown.until(
+            r"run 00  1/2  train +\d+/150[^\n]*\n(run \d\d [^\n]*\n)+\.\.\. and \d+ more"
+        )
+        assert len(re.findall(r"^run \d\d  ", seen, re.M)) == 10
+        assert "... and 10 more" in seen
+        assert all(len(line) < 90 for line in seen.split("\n"))
+        shown.until("after")
+        assert shown.end() == 0
+        assert is_clean(shown)
+        assert len(re.findall(r"best score", shown.transcript)) == 20
+
+
+def test_resize_when_bars_are_shown_then_they_fit_again_and_leave_nothing() -> None:
+    program = """
+async def main():
+    t = trainer(batches=100_000, hold=slowly())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, t.stop)
+    await t.fit(1)
+    print("after")
+
+asyncio.run(main())
+"""
+    with terminal(program, size=(100, 24)) as shown:
+        shown.until(rf"train +\d+/100000 +{BAR}")
+        shown.resize(45, 10)
+        shown.until(lambda: _fits(shown, 45))
+        shown.resize(120, 30)
+        shown.until(lambda: _fits(shown, 120))
+        shown.resize(18, 4)
+        shown.until(lambda: _fits(shown, 18))
+        shown.resize(100, 24)
+        shown.signal(signal.SIGUSR1)
+        shown.until("after")
+        assert shown.end() == 0
+        assert is_clean(shown)
+
+
+def _fits(shown: Terminal, columns: int) -> bool:
+    """Return whether the lines have been drawn for this width."""
+    lines = [line for line in shown.shown.split("\n") if re.match("epochs|train", line)]
+    bar = re.search(rf"{BAR}+", "".join(lines))
+    width = 0 if bar is None else len(bar[0])
+    expected = {45: 8 <= width < 40, 120: width == 40, 18: width == 0}[columns]
+    return len(lines) == 2 and all(len(line) < columns for line in lines) and expected
+
+
+def test_fit_when_a_step_raises_then_the_terminal_is_left_clean() -> None:
+    program = """
+def fail(state):
+    if state.batch_num == 100:
+        raise ZeroDivisionError("mine")
+    slowly()(state)
+
+try:
+    asyncio.run(trainer(batches=200, hold=fail).fit(2))
+except ZeroDivisionError as error:
+    print("caught", error)
+"""
+    with terminal(program) as shown:
+        shown.until(rf"train +\d+/200 +{BAR}")
+        shown.until("caught mine")
+        assert shown.end() == 0
+        assert shown.shown == "caught mine"
+        assert is_clean(shown)
+
+
+def test_fit_when_its_time_is_up_then_the_terminal_is_left_clean() -> None:
+    program = """
+async def main():
+    try:
+        async with asyncio.timeout(None) as limit:
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGUSR1, lambda: limit.reschedule(loop.time()))
+            await trainer(batches=100_000, hold=slowly()).fit(2)
+    except TimeoutError:
+        print("time is up")
+
+asyncio.run(main())
+"""
+    with terminal(program) as shown:
+        shown.until(rf"train +\d+/100000 +{BAR}")
+        shown.signal(signal.SIGUSR1)
+        shown.until("time is up")
+        assert shown.end() == 0
+        assert is_clean(shown)
+
+
+def test_ctrl_c_when_in_the_middle_of_an_epoch_then_ends_with_a_clean_terminal() -> None:
+    program = """
+try:
+    asyncio.run(trainer(batches=100_000, hold=slowly()).fit(2))
+except KeyboardInterrupt:
+    print("interrupted", threading.active_count())
+"""
+    with terminal(program) as shown:
+        shown.until(rf"train +\d+/100000 +{BAR}")
+        shown.type("\x03")
+        shown.until("interrupted 1")
+        assert shown.end() == 0
+        assert is_clean(shown)
+
+
+CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env"),
+    [
+        ("progress=False", {}),
+        ("", {"TERM": "dumb"}),
+        ("", {"CI": "true"}),
+    ],
+    ids=["progress off", "dumb", "ci"],
+)
+def test_fit_when_there_is_to_be_no_drawing_then_only_plain_lines_are_written(
+    arguments: str, env: dict[str, str]
+) -> None:
+    program = f"asyncio.run(trainer(batches=60, hold=slowly()).fit(2, {arguments}))"
+    with terminal(program, env=env) as shown:
+        assert shown.end() == 0
+        assert re.fullmatch(epoch(1, 2) + epoch(2, 2) + ending(), shown.shown + "\n")
+        assert not re.search(CONTROL, shown.raw)
+
+
+def test_fit_when_verbose_is_off_then_nothing_is_written() -> None:
+    program = "asyncio.run(trainer(batches=60, hold=slowly()).fit(2, verbose=False))"
+    with terminal(program) as shown:
+        assert shown.end() == 0
+        assert shown.raw == ""
+
+
+@pytest.mark.parametrize(("value", "colors"), [(None, True), ("1", False)], ids=["color", "no"])
+def test_no_color_when_set_then_bars_are_drawn_without_colors(
+    value: str | None, colors: bool
+) -> None:
+    program = "asyncio.run(trainer(batches=120, hold=slowly()).fit(1))"
+    with terminal(program, env={} if value is None else {"NO_COLOR": value}) as shown:
+        shown.until(rf"train +\d+/120 +{BAR}")
+        assert shown.end() == 0
+        assert bool(re.search(r"\x1b\[[0-9;]*m", shown.raw)) is colors
+
+
+def test_output_when_piped_then_only_plain_lines_are_written() -> None:
+    program = "asyncio.run(trainer(batches=60, hold=slowly()).fit(2, continue_loop=1))"
+    ran = subprocess.run(
+        [sys.executable, "-c", PRELUDE + program],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.fullmatch(epoch(1, 2) + epoch(2, 2) + ending(), ran.stdout)
+    assert not re.search(CONTROL, ran.stdout + ran.stderr)
+    assert len(re.findall("continue_loop asks on a terminal", ran.stderr)) == 1
+
+
+# -- the question ----------------------------------------------------------------------------------
+
+ASKS = """
+async def main():
+    result = await trainer().fit(4, continue_loop=2)
+    print(result.stop_reason, result.epochs)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("keys", "shows", "reason"),
+    [
+        ("y\r", "y", "completed 4"),
+        ("YES\r", "YES", "completed 4"),
+        ("\r", "", "completed 4"),
+        ("n\r", "n", "prompt 2"),
+        ("no\r", "no", "prompt 2"),
+        ("\x04", "n", "prompt 2"),
+        ("yx\x7f\r", "y", "completed 4"),
+    ],
+    ids=["y", "YES", "Enter", "n", "no", "Ctrl-D", "corrected"],
+)
+def test_question_when_answered_then_run_does_so(keys: str, shows: str, reason: str) -> None:
+    with terminal(ASKS) as shown:
+        shown.until(rf"{epoch(1, 4)}{epoch(2, 4)}{QUESTION}\n.*\n.*waits for the answer")
+        shown.type(keys)
+        shown.until(reason)
+        assert shown.end() == 0
+        assert re.search(rf"^{QUESTION} ?{shows}$", shown.transcript, re.M)
+        assert is_clean(shown)
+
+
+def test_question_when_answered_with_something_else_then_it_is_explained() -> None:
+    with terminal(ASKS) as shown:
+        shown.until(QUESTION)
+        shown.type("maybe")
+        shown.until(rf"{QUESTION} maybe")
+        shown.type("\r")
+        shown.until(rf"{QUESTION} maybe\n'maybe' is neither y nor n: .*\n{QUESTION}\n")
+        shown.type("n\r")
+        shown.until("prompt 2")
+        assert shown.end() == 0
+
+
+def test_ctrl_c_when_at_the_question_then_interrupts_the_program() -> None:
+    program = """
+try:
+    asyncio.run(trainer().fit(4, continue_loop=2))
+except KeyboardInterrupt:
+    print("interrupted", threading.active_count())
+"""
+    with terminal(program) as shown:
+        shown.until(QUESTION)
+        shown.type("\x03")
+        shown.until("interrupted 1")
+        assert shown.end() == 0
+        assert is_clean(shown)
+        # The terminal is one that echoes and takes lines again.
+        assert "\x1b[?2004h" not in shown.raw.rpartition("\x1b[?2004l")[2]
+
+
+@pytest.mark.parametrize(("default", "reason"), [(True, "completed 4"), (False, "prompt 2")])
+def test_question_when_nobody_answers_in_time_then_the_default_is_taken(
+    default: bool, reason: str
+) -> None:
+    program = f"""
+async def main():
+    result = await trainer().fit(4, continue_loop=2, continue_timeout=1, continue_default={default})
+    print(result.stop_reason, result.epochs)
+
+asyncio.run(main())
+"""
+    with terminal(program) as shown:
+        shown.until(rf"\((yes|no) in [01] s\) {QUESTION}")
+        shown.until(reason)
+        assert shown.end() == 0
+        word = "y" if default else "n"
+        assert re.search(rf"{QUESTION} {word} \(no answer within 1 s\)", shown.transcript)
+        assert is_clean(shown)
+
+
+def test_question_when_two_ask_at_once_then_one_comes_after_the_other_while_a_third_trains() -> (
+    None
+):
+    program = """
+async def main():
+    third = trainer("third", batches=100_000, hold=slowly())
+    training = asyncio.create_task(third.fit(1))
+    a, b = trainer("a"), trainer("b")
+    results = await asyncio.gather(a.fit(2, continue_loop=1), b.fit(2, continue_loop=1))
+    third.stop()
+    await training
+    print([result.stop_reason for result in results])
+
+asyncio.run(main())
+"""
+    with terminal(program) as shown:
+        seen = shown.until(
+            rf"^[ab] {QUESTION}\n(?s:.*)third +1/1 +train +\d+/100000".replace("^", "(?m:^)")
+        )
+        first = re.search(rf"^([ab]) {QUESTION}", seen, re.M)
+        assert first is not None
+        assert len(re.findall(QUESTION, seen)) == 1
+        done = re.search(r"third +1/1 +train +(\d+)/", seen)
+        assert done is not None
+        begun = int(done[1])
+        shown.until(
+            lambda: int((re.search(r"third .*?(\d+)/1000", shown.shown) or [0, -1])[1]) > begun
+        )
+        shown.type("n\r")
+        other = "b" if first[1] == "a" else "a"
+        shown.until(rf"{first[1]} {QUESTION} n\n(?s:.*){other} {QUESTION}")
+        shown.type("y\r")
+        shown.until(r"\['(prompt', 'completed|completed', 'prompt)'\]")
+        assert shown.end() == 0
+        assert is_clean(shown)
+
+
+def test_question_when_the_terminal_is_dumb_then_is_a_plain_line() -> None:
+    with terminal(ASKS, env={"TERM": "dumb"}) as shown:
+        shown.until(QUESTION)
+        shown.type("what\r")
+        shown.until(rf"'what' is neither(?s:.*){QUESTION}")
+        shown.type("n\r")
+        shown.until("prompt 2")
+        assert shown.end() == 0
+        assert not re.search(CONTROL, shown.raw)
+
+
+def test_question_when_the_trainer_trains_on_then_a_no_takes_it_back() -> None:
+    program = """
+async def main():
+    t = trainer(batches=50, hold=slowly())
+    result = await t.fit(100, continue_loop=2, continue_while_asking=True)
+    print(result.stop_reason, result.epochs, t.epoch_num, len(t.M.train["loss"][0]))
+
+asyncio.run(main())
+"""
+    with terminal(program, size=(100, 40)) as shown:
+        shown.until(rf"\[4/100\](?s:.*){QUESTION}\n.*epochs|\[4/100\](?s:.*){QUESTION}")
+        shown.type("n\r")
+        shown.until("went back to epoch 2")
+        shown.until("prompt 2 2 2")
+        assert shown.end() == 0
+        assert is_clean(shown)
