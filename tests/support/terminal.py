@@ -65,7 +65,7 @@ class Terminal:
         self._stream = pyte.Stream(self.screen)
         self.raw = ""
         """all that the program wrote"""
-        self._child: Any = pexpect.spawn(
+        self._child: Any = pexpect.spawn(  # type: ignore[no-untyped-call]
             arguments[0],
             list(arguments[1:]),
             env=env,
@@ -128,7 +128,8 @@ class Terminal:
             except pexpect.EOF:
                 break
         self._child.wait()
-        return self._child.exitstatus
+        status: int | None = self._child.exitstatus
+        return status
 
     def close(self) -> None:
         """End the program if it has not."""
