@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-fast bench clean
+.PHONY: help .venv demo test test-fast bench pictures clean
 
 help:
 	@echo "make .venv      create $(VENV) with $(PYTHON), with all that the tests need"
 	@echo "make demo       train a classifier of digits (examples/digits.py)"
 	@echo "make test       check style and types, run all tests"
 	@echo "make test-fast  run the quick tests only"
-	@echo "make bench      measure what fitloop adds to a bare loop and what snapshots cost (benchmarks/)"
+	@echo "make bench      measure what loop, snapshots and progress cost (benchmarks/)"
+	@echo "make pictures   make the README's pictures anew (docs/pictures.py)"
 	@echo "make clean      remove $(VENV), caches and build output"
 	@echo "PYTHON=... make .venv uses another Python (3.11 or newer)"
 
@@ -45,6 +46,10 @@ test-fast: .venv
 bench: .venv
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/snapshots.py
+	$(BIN)/python benchmarks/terminal.py
+
+pictures: .venv
+	$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
