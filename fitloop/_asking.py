@@ -201,6 +201,9 @@ async def _answer(ask: Ask, question: PromptAsked, control: RunControl) -> Any:
     """Ask, and take ``stop()`` as a no."""
     schedule = loop_scheduler()
     with anyio.CancelScope() as scope:
-        control.on_halt(lambda: schedule(scope.cancel))
-        return await _awaited(ask(question))
+        forget = control.on_halt(lambda: schedule(scope.cancel))
+        try:
+            return await _awaited(ask(question))
+        finally:
+            forget()
     return False

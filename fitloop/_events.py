@@ -193,7 +193,7 @@ class SnapshotFailed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptAsked(Event):
-    """The run waits for an answer to the continue question."""
+    """A run asks whether to go on; it waits for the answer, unless it ``trains_on``."""
 
     kind: ClassVar[str] = "prompt_asked"
 

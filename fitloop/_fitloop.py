@@ -170,7 +170,7 @@ class FitLoop(KeepingTrainer):
         kept = self._persistence(check_checkpoint(checkpoint, resume=resume), resume)
         with self._progress(print_every if verbose else 0, display_metrics, progress) as shown:
             asking = Asking(
-                ask=self._ask(on_continue, continue_timeout, shown),
+                ask=self._ask(on_continue, continue_timeout, shown, asks=often > 0),
                 question=QUESTION,
                 timeout=check_seconds("continue_timeout", continue_timeout),
                 default=bool(continue_default),
@@ -315,10 +315,13 @@ class FitLoop(KeepingTrainer):
             live=live,
         )
 
-    def _ask(self, given: Ask | None, timeout: float | None, shown: Progress) -> Ask:
+    def _ask(self, given: Ask | None, timeout: float | None, shown: Progress, *, asks: bool) -> Ask:
         ask = given or self._core.parts.on_continue
         if ask is None:
-            return TerminalPrompt(lambda: shown.lines.label)
+            prompt = TerminalPrompt(lambda: shown.lines.label)
+            if asks:
+                prompt.check()
+            return prompt
         return ask if timeout is None else TimeLimit(ask)
 
     def _persistence(self, policy: Checkpoint | None, resume: bool) -> Persistence | None:

@@ -56,6 +56,15 @@ class TerminalPrompt:
         self._label = label
         self._told = False
 
+    def check(self) -> None:
+        """Refuse, before a training begins, an event loop in which it could not ask.
+
+        Raises:
+            ConfigurationError: there is a terminal, and the event loop is not asyncio's.
+        """
+        if _is_asked():
+            _check_loop()
+
     async def __call__(self, event: PromptAsked) -> bool:
         """Ask, and return whether to go on; the event loop and other trainers go on meanwhile.
 
@@ -68,10 +77,8 @@ class TerminalPrompt:
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed, and the program has no other way to take it.
-            ConfigurationError: the event loop is not asyncio's.
         """
         if _is_asked():
-            _check_loop()
             async with _turn():
                 return await _ask(f"{self._label()}{event.question}", event)
         if not self._told:

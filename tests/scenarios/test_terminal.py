@@ -326,10 +326,12 @@ def test_question_when_answered_with_something_else_then_it_is_explained() -> No
         assert shown.end() == 0
 
 
-def test_ctrl_c_when_at_the_question_then_interrupts_the_program() -> None:
-    program = """
+@pytest.mark.parametrize("run", ["asyncio.run", "uvloop.run"])
+def test_ctrl_c_when_at_the_question_then_interrupts_the_program(run: str) -> None:
+    program = f"""
+import uvloop
 try:
-    asyncio.run(trainer().fit(4, continue_loop=2))
+    {run}(trainer().fit(4, continue_loop=2))
 except KeyboardInterrupt:
     print("interrupted", threading.active_count())
 """
@@ -409,6 +411,21 @@ def test_question_when_the_terminal_is_dumb_then_is_a_plain_line() -> None:
         shown.until("prompt 2")
         assert shown.end() == 0
         assert not re.search(CONTROL, shown.raw)
+
+
+def test_question_when_under_trio_then_is_refused_before_the_training_begins() -> None:
+    program = """
+import trio
+from fitloop import ConfigurationError
+try:
+    trio.run(lambda: trainer().fit(4, continue_loop=2))
+except ConfigurationError as error:
+    print(error)
+"""
+    with terminal(program) as shown:
+        shown.until("give on_continue=")
+        assert shown.end() == 0
+        assert "[1/4]" not in shown.transcript
 
 
 def test_question_when_the_trainer_trains_on_then_a_no_takes_it_back() -> None:
