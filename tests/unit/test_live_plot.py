@@ -215,8 +215,9 @@ def test_pause_when_drawing_took_long_then_is_longer_than_asked_for(screen: Scre
     plot = plot_on(screen, "loss", every_seconds=5.0, clock=lambda: now[0])
     begin(plot)
     phase(plot, 1.0)
+    assert screen.shown.acquire(timeout=SOON)
     end(plot)
-    assert plot._due == 102.0 + 18.0
+    assert plot._due == 104.0 + 18.0
 
 
 def test_error_of_a_picture_when_the_next_event_comes_then_is_raised_once(screen: Screen) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from support.models import scores, sync_trainer
 
 from fitloop import compare_metrics
 from fitloop._curves import Best
@@ -467,6 +468,7 @@ def test_million_batches_when_drawn_then_a_running_mean_is_over_pale_values(ax: 
     ]
 
 
+@settings(max_examples=40)
 @given(
     hnp.arrays(np.float64, st.integers(1, 400), elements=st.floats(-1e9, 1e9) | st.just(np.nan)),
     st.sampled_from([5, 10, 50]),
@@ -636,3 +638,22 @@ def test_compare_metrics_when_given_logs_then_reads_them(ax: Axes, tmp_path: Pat
 def test_compare_metrics_when_given_something_else_then_says_what_is_expected(runs: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"is 5; expected a trainer, its M"):
         compare_metrics(runs, "loss")
+
+
+def test_trainer_plot_when_it_has_trained_then_marks_its_best_epoch_where_it_is_drawn() -> None:
+    trainer = sync_trainer(valid_epoch_end=scores([1, 5, 2, 3, 6]), criteria="score")
+    trainer.fit(epochs=3, verbose=False)
+    trainer.fit(epochs=2, verbose=False)
+    assert trainer.best_epoch == 5
+
+    def marked(run: Any) -> list[str]:
+        return list(rings(trainer.plot("score", run, ax=Figure().subplots())))
+
+    assert marked(None) == ["best epoch 2 (5 over all runs)"]
+    assert marked(0) == []
+    assert marked("all") == ["best epoch 5"]
+    assert rings(trainer.plot("running_loss", ax=Figure().subplots())) == {}
+
+    trainer.reset()
+    trainer.fit(epochs=1, verbose=False)
+    assert marked("all") == ["best epoch 1"]
