@@ -4,6 +4,7 @@
 """
 
 from fitloop._checkpoint import Checkpoint
+from fitloop._comparison import compare_metrics
 from fitloop._errors import (
     BusyError,
     CheckpointError,
@@ -36,6 +37,7 @@ from fitloop._events import (
 )
 from fitloop._fitloop import FitLoop
 from fitloop._hub import EventStream
+from fitloop._liveplot import live_plot
 from fitloop._metriclog import read_metrics
 from fitloop._metrics import History, MetricSeries, PhaseHistory
 from fitloop._optim import (
@@ -94,11 +96,13 @@ __all__ = [
     "SyncInAsyncError",
     "UnknownMetricError",
     "WentBack",
+    "compare_metrics",
     "configure_optimizer",
     "default_batch_step",
     "default_epoch_end",
     "freeze",
     "get_layers",
+    "live_plot",
     "read_metrics",
     "spread_lrs",
     "unfreeze",

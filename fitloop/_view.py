@@ -10,9 +10,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fitloop._core import Core
+from fitloop._curves import Best
 from fitloop._hub import EventStream
 from fitloop._metrics import History, PhaseHistory
 from fitloop._optim import configure_optimizer as default_configure_optimizer
+from fitloop._plot import plot_history
 from fitloop._types import LossFunction
 
 if TYPE_CHECKING:
@@ -46,8 +48,15 @@ class TrainerView:
         ax: Axes | None = None,
         **kwargs: Any,
     ) -> Axes:
-        """Draw a metric of the train and valid phases; see `History.plot`."""
-        return self.M.plot(name, run, ax=ax, **kwargs)
+        """Draw a metric of the train and valid phases, with a ring around the best epoch.
+
+        Arguments and errors are those of `fitloop._plot.plot_history`. Any thread; blocking.
+        """
+        score, epoch, criteria = self.best_score, self.best_epoch, self.criteria
+        best = None
+        if score is not None and epoch is not None and criteria is not None:
+            best = Best(criteria, score, epoch)
+        return plot_history(self.M, name, run, ax=ax, best=best, **kwargs)
 
     def configure_optimizer(self, lr: Any = None, unlock: int | bool | None = None) -> None:
         """Set rates and unlocked layers, as `fitloop.configure_optimizer` does.

@@ -27,6 +27,8 @@ LAYERS: list[list[str]] = [
         "_loops",
         "_writer",
         "_terminal",
+        "_thinning",
+        "_looks",
     ],
     # bytes, files, and tensors in them
     ["_layout", "_layout_writing", "_durable", "_tensorfile", "_tree", "_staging"],
@@ -44,7 +46,8 @@ LAYERS: list[list[str]] = [
     ],
     # observers of a run, which know nothing of each other
     ["_best"],
-    ["_status", "_progress", "_prompt", "_profile", "_plot"],
+    ["_status", "_progress", "_prompt", "_profile", "_curves", "_plot"],
+    ["_comparison", "_screens", "_liveplot"],
     ["_result"],
     # from a loader to batches
     ["_oneshot", "_seek", "_loading", "_async_loading", "_adaptive", "_loaders"],
@@ -62,7 +65,12 @@ LAYERS: list[list[str]] = [
 LATE_IMPORTS = {("_metrics", "_plot")}
 """made inside a function, so that an import of fitloop is cheap; these may point upwards"""
 
-SOLE_IMPORTERS = {"matplotlib": "_plot", "prompt_toolkit": "_prompt", "msgpack": "_layout"}
+SOLE_IMPORTERS = {
+    "matplotlib": "_plot",
+    "prompt_toolkit": "_prompt",
+    "msgpack": "_layout",
+    "IPython": "_screens",
+}
 
 LONGEST_MODULE = 400
 LONG_MODULES: dict[str, str] = {}
@@ -123,7 +131,9 @@ def test_module_when_it_imports_then_only_what_is_below_it(module: str) -> None:
 
 def test_observers_when_they_import_then_not_each_other() -> None:
     observers = {"_progress", "_prompt", "_profile", "_plot", "_best", "_schedule"}
+    observers |= {"_comparison", "_liveplot"}
     allowed = {("_schedule", "_best")}  # for the criteria
+    allowed |= {("_comparison", "_plot"), ("_liveplot", "_plot")}  # which is what draws
     found = {(name, target) for name in observers for target, _late in own(name)}
     assert {pair for pair in found if pair[1] in observers} <= allowed
 
@@ -135,7 +145,15 @@ def test_engine_when_it_imports_then_nothing_of_terminals_files_or_figures() -> 
         new = {target for target, late in own(todo.pop()) if not late} - below
         below |= new
         todo.extend(new)
-    unwanted = {"_progress", "_prompt", "_plot", "_weights", "_weightfiles", "_tensorfile"}
+    unwanted = {
+        "_progress",
+        "_prompt",
+        "_plot",
+        "_liveplot",
+        "_weights",
+        "_weightfiles",
+        "_tensorfile",
+    }
     unwanted |= {"_layout", "_durable", "_snapshot", "_checkpoint", "_archive", "_metriclog"}
     assert not below & unwanted
 
@@ -156,7 +174,7 @@ def test_library_when_imported_then_by_one_module_only(library: str) -> None:
     assert importers == {SOLE_IMPORTERS[library]}
 
 
-@pytest.mark.parametrize("library", ["matplotlib", "prompt_toolkit", "trio", "pandas"])
+@pytest.mark.parametrize("library", ["matplotlib", "prompt_toolkit", "trio", "pandas", "IPython"])
 def test_library_when_it_is_heavy_then_is_imported_inside_functions(library: str) -> None:
     early = {
         name
@@ -164,8 +182,6 @@ def test_library_when_it_is_heavy_then_is_imported_inside_functions(library: str
         for module, late in imports(tree)
         if module.split(".")[0] == library and not late
     }
-    if library == "matplotlib":
-        early -= {"_plot"}  # which is itself imported late
     assert not early
 
 
