@@ -15,6 +15,7 @@ from typing import TextIO
 
 from fitloop._errors import UnknownMetricError
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted, WentBack
+from fitloop._notebook import NotebookView, prints_to_notebook
 from fitloop._status import PLAIN_LOOK, Look, RunStatus, status_lines
 from fitloop._terminal import LIVE, Painted, can_draw, can_write, has_color
 from fitloop._text import duration, metrics_text
@@ -175,6 +176,9 @@ class Progress:
         self.run.names = names
         self.lines = EpochLines(self.run, named=named, every=every, names=names)
         self._live = live and every > 0
+        self._page: NotebookView | None = None
+        if self._live and prints_to_notebook():
+            self._page = NotebookView(self.run, every=every, names=names)
 
     def __enter__(self) -> Progress:
         return self
@@ -182,10 +186,15 @@ class Progress:
     def __exit__(self, *_error: object) -> None:
         VIEW.erase(self.run)  # of a run that failed before it could tell its end
         VIEW.leave(self.run)
+        if self._page is not None:
+            self._page.close()
 
     def observe(self, event: Event) -> None:
         """Print and show what the event is worth."""
         self.run.observe(event)
+        if self._page is not None:
+            self._page.observe(event)
+            return
         if isinstance(event, RunEnded):
             VIEW.erase(self.run, wait=True)
         self.lines.observe(event)

@@ -27,6 +27,7 @@ LAYERS: list[list[str]] = [
         "_loops",
         "_writer",
         "_terminal",
+        "_tables",
     ],
     # bytes, files, and tensors in them
     ["_layout", "_layout_writing", "_durable", "_tensorfile", "_tree", "_staging"],
@@ -35,6 +36,7 @@ LAYERS: list[list[str]] = [
     [
         "_crossing",
         "_hub",
+        "_history_table",
         "_metrics",
         "_random",
         "_random_state",
@@ -44,7 +46,7 @@ LAYERS: list[list[str]] = [
     ],
     # observers of a run, which know nothing of each other
     ["_best"],
-    ["_status", "_progress", "_prompt", "_profile", "_plot"],
+    ["_status", "_notebook", "_progress", "_prompt", "_profile", "_plot"],
     ["_result"],
     # from a loader to batches
     ["_oneshot", "_seek", "_loading", "_async_loading", "_adaptive", "_loaders"],
@@ -62,7 +64,12 @@ LAYERS: list[list[str]] = [
 LATE_IMPORTS = {("_metrics", "_plot")}
 """made inside a function, so that an import of fitloop is cheap; these may point upwards"""
 
-SOLE_IMPORTERS = {"matplotlib": "_plot", "prompt_toolkit": "_prompt", "msgpack": "_layout"}
+SOLE_IMPORTERS = {
+    "matplotlib": "_plot",
+    "prompt_toolkit": "_prompt",
+    "msgpack": "_layout",
+    "IPython": "_notebook",
+}
 
 LONGEST_MODULE = 400
 LONG_MODULES: dict[str, str] = {}
@@ -156,7 +163,7 @@ def test_library_when_imported_then_by_one_module_only(library: str) -> None:
     assert importers == {SOLE_IMPORTERS[library]}
 
 
-@pytest.mark.parametrize("library", ["matplotlib", "prompt_toolkit", "trio", "pandas"])
+@pytest.mark.parametrize("library", ["matplotlib", "prompt_toolkit", "trio", "pandas", "IPython"])
 def test_library_when_it_is_heavy_then_is_imported_inside_functions(library: str) -> None:
     early = {
         name
