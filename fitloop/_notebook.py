@@ -8,12 +8,14 @@ ends with the run: training waits for a kernel's sockets at its end only. Sole i
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Protocol
@@ -34,6 +36,8 @@ from fitloop._text import check_names, duration
 
 UPDATE_SECONDS = 0.5
 """least time between two updates of a display"""
+INTERRUPT_SECONDS = 0.2
+"""how long an interruption of the kernel may go unnoticed"""
 FIRST_ROWS = 10
 LAST_ROWS = 30
 """of more epochs than these two together, only the first, the best and the last are shown"""
@@ -62,6 +66,34 @@ def prints_to_notebook() -> bool:
     """Return whether what is printed now appears in a notebook, and is not redirected."""
     streams = sys.modules.get("ipykernel.iostream")  # other kernels have others
     return in_notebook() and (streams is None or isinstance(sys.stdout, streams.OutStream))
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Have the kernel notice within the block that it is interrupted; elsewhere do nothing.
+
+    A kernel cancels what a cell awaits in a callback of its event loop, for which it does not wake
+    the loop up (https://github.com/ipython/ipykernel/issues/881), and a loop that waits for a run
+    may sleep until the run is over.
+    """
+    if not in_notebook():
+        yield
+        return
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # trio's, which is not the kernel's own
+        yield
+        return
+
+    def wake() -> None:
+        nonlocal timer
+        timer = loop.call_later(INTERRUPT_SECONDS, wake)
+
+    timer = loop.call_later(INTERRUPT_SECONDS, wake)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _shell() -> Any:
