@@ -48,7 +48,7 @@ GAP = "..."
 class Handle(Protocol):
     """A display that was made, as IPython's ``DisplayHandle``."""
 
-    def update(self, obj: Any, **options: Any) -> None:
+    def update(self, obj: Any, *, raw: bool) -> Any:
         """Show ``obj`` in its place."""
 
 
@@ -85,11 +85,12 @@ def interruptible() -> Iterator[None]:
         yield
         return
 
+    timer = loop.call_later(INTERRUPT_SECONDS, lambda: wake())
+
     def wake() -> None:
         nonlocal timer
         timer = loop.call_later(INTERRUPT_SECONDS, wake)
 
-    timer = loop.call_later(INTERRUPT_SECONDS, wake)
     try:
         yield
     finally:
