@@ -21,6 +21,7 @@ from fitloop._crossing import LoopSide, supervise
 from fitloop._errors import MissingLoaderError
 from fitloop._events import Event, PhaseEnded
 from fitloop._hub import EventStream, feed_callback
+from fitloop._kernel import interruptible
 from fitloop._loaders import check_loader
 from fitloop._parts import check_number, check_optional
 from fitloop._plan import RunPlan
@@ -46,7 +47,7 @@ async def launch(
     plain = [callback for callback in callbacks if not is_async(callback)]
     threads = core.parts.num_threads or torch.get_num_threads()
     options["observers"] = [*options.get("observers", ()), *plain]
-    with busy(core.parts.name, plan.call, core, core.parts.model):
+    with busy(core.parts.name, plan.call, core, core.parts.model), interruptible():
         async with AsyncExitStack() as stack:
             companions, streams = [], []
             for callback in callbacks:

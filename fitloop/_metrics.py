@@ -26,6 +26,8 @@ import numpy as np
 
 from fitloop._errors import ConfigurationError, UnknownMetricError, listed
 from fitloop._events import Event, PhaseEnded, RunStarted
+from fitloop._history_table import history_html
+from fitloop._text import joined
 from fitloop._types import Phase, Stage
 
 if TYPE_CHECKING:
@@ -182,7 +184,7 @@ class StageHistory(Mapping[str, MetricSeries]):
         return len(self._store.recorded[self._stage])
 
     def __repr__(self) -> str:
-        return f"<StageHistory {self._store.phase}.{self._stage} metrics: {_joined(self)}>"
+        return f"<StageHistory {self._store.phase}.{self._stage} metrics: {joined(self)}>"
 
 
 class PhaseHistory(Mapping[str, MetricSeries]):
@@ -250,7 +252,7 @@ class PhaseHistory(Mapping[str, MetricSeries]):
     def __repr__(self) -> str:
         with self._store.lock:
             counts = f"runs: {self.runs}, epochs: {self._store.epochs}"
-            return f"<PhaseHistory {self.phase} {counts}, metrics: {_joined(self)}>"
+            return f"<PhaseHistory {self.phase} {counts}, metrics: {joined(self)}>"
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -384,7 +386,9 @@ class History:
             names = {name for store in self._stores.values() for name in store.names(*Stage)}
             epochs = self._stores[Phase.TRAIN].epochs
             counts = f"runs: {self.train_runs}, epochs: {epochs}, test runs: {self.test_runs}"
-            return f"<History train {counts}, metrics: {_joined(sorted(names))}>"
+            return f"<History train {counts}, metrics: {joined(sorted(names))}>"
+
+    _repr_html_ = history_html
 
 
 def _numbers(event: PhaseEnded) -> list[tuple[Stage, str, array[float]]]:
@@ -393,7 +397,3 @@ def _numbers(event: PhaseEnded) -> list[tuple[Stage, str, array[float]]]:
         *((Stage.BATCH_STEP, name, array("d", xs)) for name, xs in event.batch_metrics.items()),
         *((Stage.EPOCH_END, name, array("d", [x])) for name, x in event.metrics.items()),
     ]
-
-
-def _joined(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"

@@ -9,12 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
+from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from fitloop._events import Event, PhaseEnded
+from fitloop._tables import Table, html_block
 from fitloop._types import Phase
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -169,28 +171,22 @@ class ProfileReport:
         return f"{waited}: load ahead (prefetch=2), or give the DataLoader num_workers."
 
     def __str__(self) -> str:
-        heads = ("phase", "total", *PARTS, "starved", "per batch")
-        rows: list[tuple[str, ...]] = [heads]
+        return f"{self._table().text()}\n{self._verdict()}"
+
+    def _repr_html_(self) -> str:
+        return html_block(self._table().html(), escape(self._verdict()))
+
+    def _verdict(self) -> str:
+        return f"bottleneck: {self.bottleneck}. {self.advice()}"
+
+    def _table(self) -> Table:
+        rows = []
         for name, profile in self.phases.items():
+            parts = [_time(profile.parts[part]) for part in PARTS]
             each = profile.seconds / profile.batches if profile.batches else 0.0
-            rows.append(
-                (
-                    name,
-                    _time(profile.seconds),
-                    *(_time(profile.parts[part]) for part in PARTS),
-                    f"{profile.starved:.0%}",
-                    _time(each),
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        return "\n".join([*lines, f"bottleneck: {self.bottleneck}. {self.advice()}"])
+            starved = f"{profile.starved:.0%}"
+            rows.append([name, _time(profile.seconds), *parts, starved, _time(each)])
+        return Table(("phase", "total", *PARTS, "starved", "per batch"), rows)
 
     def __repr__(self) -> str:
         return f"<ProfileReport {', '.join(self.phases)}: bottleneck {self.bottleneck}>"

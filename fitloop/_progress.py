@@ -13,11 +13,12 @@ import threading
 from collections.abc import Sequence
 from typing import TextIO
 
-from fitloop._errors import UnknownMetricError
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted, WentBack
+from fitloop._kernel import prints_to_notebook
+from fitloop._notebook import NotebookView
 from fitloop._status import PLAIN_LOOK, Look, RunStatus, status_lines
 from fitloop._terminal import LIVE, Painted, can_draw, can_write, has_color
-from fitloop._text import duration, metrics_text
+from fitloop._text import check_names, duration, metrics_text
 
 
 class ProgressView:
@@ -125,7 +126,7 @@ class EpochLines:
     def _print_epoch(self, event: EpochEnded) -> None:
         if not self._every or (event.epoch_in_run > 1 and event.epoch_in_run % self._every):
             return
-        self._check_names(event)
+        check_names(self._names, event.metrics)
         label = self.label
         if "test" in event.metrics and len(event.metrics) == 1:
             shown = metrics_text(event.metrics["test"], self._names)
@@ -140,12 +141,6 @@ class EpochLines:
         cut = "" if event.complete else " (stopped)"
         lines.append(f"{indent}epoch time: {duration(event.seconds)}{cut}\n")
         self._write("".join(lines))
-
-    def _check_names(self, event: EpochEnded) -> None:
-        known = list(dict.fromkeys(n for metrics in event.metrics.values() for n in metrics))
-        for name in self._names or ():
-            if name not in known:
-                raise UnknownMetricError(name, known, "the epoch metrics (display_metrics)")
 
     def _print_end(self, event: RunEnded) -> None:
         if event.call != "fit" or not self._every or event.error is not None:
@@ -173,6 +168,9 @@ class Progress:
         self.run.names = names
         self.lines = EpochLines(self.run, every=every, names=names)
         self._live = live and every > 0
+        self._page: NotebookView | None = None
+        if self._live and prints_to_notebook():
+            self._page = NotebookView(self.run, every=every, names=names)
 
     def __enter__(self) -> Progress:
         return self
@@ -180,10 +178,15 @@ class Progress:
     def __exit__(self, *_error: object) -> None:
         VIEW.erase(self.run)  # of a run that failed before it could tell its end
         VIEW.leave(self.run)
+        if self._page is not None:
+            self._page.close()
 
     def observe(self, event: Event) -> None:
         """Print and show what the event is worth."""
         self.run.observe(event)
+        if self._page is not None:
+            self._page.observe(event)
+            return
         if isinstance(event, RunEnded):
             VIEW.erase(self.run, wait=True)
         self.lines.observe(event)

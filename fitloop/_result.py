@@ -1,15 +1,17 @@
-"""What ``fit`` returns."""
+"""What ``fit`` returns, and how it prints; the epoch metrics of a run, as they come."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fitloop._events import Event, PhaseEnded
+from fitloop._tables import Table, by_metric, html_block
 from fitloop._text import duration
 
 Array = npt.NDArray[np.float64]
@@ -33,17 +35,31 @@ class FitResult:
     """wall-clock time of the run"""
 
     def __str__(self) -> str:
-        lines = [f"{self.epochs} epochs in {duration(self.seconds)}, {self.stop_reason}"]
+        return "\n".join([*self._lines(), *([self._table().text()] if self.metrics else [])])
+
+    def _repr_html_(self) -> str:
+        return html_block(*map(escape, self._lines()), self._table().html() if self.metrics else "")
+
+    def _lines(self) -> list[str]:
+        epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
+        lines = [f"{epochs} in {duration(self.seconds)}, {self.stop_reason}"]
         if self.best_score is not None:
             lines.append(f"best score: {self.best_score:.4f} in epoch {self.best_epoch}")
-        for phase, metrics in self.metrics.items():
-            last = " | ".join(f"{k}: {v[-1]:.4f}" for k, v in metrics.items() if len(v))
-            lines.append(f"{phase} :: {last}")
-        return "\n".join(lines)
+        return lines
+
+    def _table(self) -> Table:
+        return by_metric(
+            "phase",
+            {
+                phase: {name: values[-1] for name, values in metrics.items() if len(values)}
+                for phase, metrics in self.metrics.items()
+            },
+        )
 
     def __repr__(self) -> str:
         best = "" if self.best_score is None else f", best {self.best_score:.4f}"
-        return f"<FitResult {self.stop_reason}: {self.epochs} epochs{best}>"
+        epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
+        return f"<FitResult {self.stop_reason}: {epochs}{best}>"
 
 
 class EpochMetricsLog:

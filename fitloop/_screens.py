@@ -1,17 +1,18 @@
 """Where pictures that are drawn again and again go: a file, or the output of a notebook's cell.
 
-The only module that imports IPython, and only in a notebook. Everything here blocks.
+Everything here blocks.
 """
 
 from __future__ import annotations
 
+import base64
 import os
-import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fitloop._durable import write_file
 from fitloop._errors import ConfigurationError, note
+from fitloop._kernel import Handle, display, in_notebook
 
 _FORMATS = (".png", ".svg", ".pdf")
 
@@ -53,17 +54,15 @@ class NotebookScreen:
     format = "png"
 
     def __init__(self) -> None:
-        self._handle: Any = None
+        self._handle: Handle | None = None
 
     def show(self, picture: bytes) -> None:
         """Send the image to the notebook."""
-        from IPython.display import Image, display
-
-        image = Image(data=picture, format="png")  # type: ignore[no-untyped-call]
+        content = {"image/png": base64.b64encode(picture).decode()}
         if self._handle is None:
-            self._handle = display(image, display_id=True)  # type: ignore[no-untyped-call]
+            self._handle = display(content)
         else:
-            self._handle.update(image)
+            self._handle.update(content, raw=True)
 
     def renew(self) -> None:
         """Begin another image."""
@@ -82,9 +81,7 @@ def screen_for(path: str | os.PathLike[str] | None) -> Screen:
                 f"path is {str(path)!r}; expected one that ends in {', '.join(_FORMATS)}"
             )
         return FileScreen(place)
-    ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    if getattr(shell, "kernel", None) is None:
+    if not in_notebook():
         raise ConfigurationError(
             "path is None, and this is no Jupyter notebook that could show the picture; give the "
             "file to draw into, such as path='curves.png'"

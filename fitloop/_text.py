@@ -1,8 +1,10 @@
-"""Times and metrics as people read them."""
+"""Times, names and metrics as people read them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from fitloop._errors import UnknownMetricError
 
 
 def duration(seconds: float) -> str:
@@ -20,7 +22,20 @@ def duration(seconds: float) -> str:
     return f"{rest} ms"
 
 
+def joined(names: Iterable[str]) -> str:
+    """Return names in one line, ``none`` for no names."""
+    return ", ".join(names) or "none"
+
+
 def metrics_text(metrics: Mapping[str, float], names: Sequence[str] | None) -> str:
     """Return metrics in one line, those of ``names`` only, in their order."""
     chosen = metrics if names is None else {n: metrics[n] for n in names if n in metrics}
     return " | ".join(f"{name}: {value:.4f}" for name, value in chosen.items())
+
+
+def check_names(names: Sequence[str] | None, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Raise UnknownMetricError for a name that is to be shown and that no phase has."""
+    known = list(dict.fromkeys(n for own in metrics.values() for n in own))
+    for name in names or ():
+        if name not in known:
+            raise UnknownMetricError(name, known, "the epoch metrics (display_metrics)")

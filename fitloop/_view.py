@@ -187,5 +187,6 @@ class TrainerView:
             best = f", best {self.criteria} {self.best_score:.4f} in epoch {self.best_epoch}"
         doing = "running" if self.running else "idle"
         kind = type(self.model).__name__
-        told = f"epoch {self.epoch_num}{best}, {doing}"
-        return f"<{type(self).__name__} {self.name!r} of {kind}: {told}>"
+        of = "" if self.name == kind else f" of {kind}"  # which is the name if none was given
+        told = f"epoch {self.epoch_num}{best}, {doing} on {self.device}"
+        return f"<{type(self).__name__} {self.name!r}{of}: {told}>"

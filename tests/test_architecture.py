@@ -29,6 +29,8 @@ LAYERS: list[list[str]] = [
         "_terminal",
         "_thinning",
         "_looks",
+        "_tables",
+        "_kernel",
     ],
     # bytes, files, and tensors in them
     ["_layout", "_layout_writing", "_durable", "_tensorfile", "_tree", "_staging"],
@@ -37,6 +39,7 @@ LAYERS: list[list[str]] = [
     [
         "_crossing",
         "_hub",
+        "_history_table",
         "_metrics",
         "_random",
         "_random_state",
@@ -46,7 +49,7 @@ LAYERS: list[list[str]] = [
     ],
     # observers of a run, which know nothing of each other
     ["_best"],
-    ["_status", "_progress", "_prompt", "_profile", "_curves", "_plot"],
+    ["_status", "_notebook", "_progress", "_prompt", "_profile", "_curves", "_plot"],
     ["_comparison", "_screens", "_liveplot"],
     ["_result"],
     # from a loader to batches
@@ -69,7 +72,7 @@ SOLE_IMPORTERS = {
     "matplotlib": "_plot",
     "prompt_toolkit": "_prompt",
     "msgpack": "_layout",
-    "IPython": "_screens",
+    "IPython": "_kernel",
 }
 
 LONGEST_MODULE = 400

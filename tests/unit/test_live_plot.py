@@ -450,27 +450,29 @@ def test_notebook_when_pictures_come_then_one_output_a_run_is_updated_in_place(
     told: list[str] = []
     there = threading.Semaphore(0)
 
-    def update(image: str) -> None:
-        told.append(f"update {image}")
+    def update(content: dict[str, str], *, raw: bool) -> None:
+        assert raw
+        told.append(f"update {content}")
 
-    def display(image: str, *, display_id: bool) -> SimpleNamespace:
+    def display(content: dict[str, str], *, raw: bool, display_id: bool) -> SimpleNamespace:
+        assert raw
         assert display_id
-        told.append(f"display {image}")
+        told.append(f"display {content}")
         there.release()
         return SimpleNamespace(update=update)
 
     shell = SimpleNamespace(kernel=object())
-    inside = SimpleNamespace(Image=lambda data, format: data, display=display)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-    monkeypatch.setitem(sys.modules, "IPython.display", inside)
-    monkeypatch.setattr(liveplot, "_save", lambda _figure, format_: format_)
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    monkeypatch.setattr(liveplot, "_save", lambda _figure, _format: b"picture")
     plot = live_plot("loss", every_seconds=0)
     for _ in range(2):
         begin(plot)
         phase(plot, 1.0)
         assert there.acquire(timeout=SOON)
         end(plot)
-    assert told == ["display png", "update png"] * 2
+    content = {"image/png": "cGljdHVyZQ=="}
+    assert told == [f"display {content}", f"update {content}"] * 2
 
 
 @pytest.mark.slow

@@ -107,6 +107,15 @@ def test_report_when_one_part_takes_most_then_it_is_the_bottleneck(
     assert repr(report) == f"<ProfileReport train: bottleneck train {part}>"
 
 
+def test_report_when_shown_in_a_notebook_then_is_the_same_table_as_html() -> None:
+    report = profiled(load=2e-4, wait=2e-3, step=3.0)
+    html = report._repr_html_()
+    for cell in str(report).splitlines()[1].split("  "):
+        assert f">{cell.strip()}</td>" in html or not cell.strip()
+    assert html.count("<tr>") == 2
+    assert "bottleneck: train step. " in html
+
+
 def test_report_when_steps_starve_inline_then_advice_is_to_load_ahead() -> None:
     advice = profiled(load=3.0, wait=3.0, step=1.0).advice()
     assert advice.startswith("The train steps wait for data 75% of the time: load ahead")

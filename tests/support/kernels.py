@@ -1,0 +1,102 @@
+"""A Jupyter kernel that is talked to as a notebook does, message by message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from jupyter_client.manager import KernelManager
+
+from support.notebooks import ROOT, kernel_environment
+
+GUARD = 60
+"""seconds that a message may take"""
+
+SETUP = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import asyncio, contextlib, io, threading
+from support.models import trainer
+
+def ours():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fitloop")]
+"""
+
+
+@dataclass
+class Cell:
+    """What came of a cell; the output of cells before it comes to theirs."""
+
+    status: str = ""
+    error: str = ""
+    """name of what it raised"""
+    shows: list[str] = field(default_factory=list)
+    """HTML of the displays it made, as they were at first"""
+    updates: list[tuple[str, str]] = field(default_factory=list)
+    """(id of a display, its HTML) for each update"""
+    pages: dict[str, dict[str, str]] = field(default_factory=dict)
+    """id -> content, as it is now"""
+    printed: dict[str, str] = field(default_factory=lambda: {"stdout": "", "stderr": ""})
+    result: dict[str, str] = field(default_factory=dict)
+
+    def take(self, kind: str, content: dict[str, Any]) -> None:
+        match kind:
+            case "display_data" | "update_display_data":
+                name, data = content["transient"]["display_id"], content["data"]
+                self.pages[name] = data
+                if kind == "display_data":
+                    self.shows.append(data["text/html"])
+                else:
+                    self.updates.append((name, data["text/html"]))
+            case "stream":
+                self.printed[content["name"]] += content["text"]
+            case "execute_result":
+                self.result = content["data"]
+            case "error":
+                self.error = content["ename"]
+
+
+class Kernel:
+    """Runs cells one after the other."""
+
+    def __init__(self, manager: KernelManager, client: Any) -> None:
+        self._manager, self._client = manager, client
+        self._cells: dict[str, Cell] = {}
+
+    def run(self, code: str, *, interrupt: bool = False) -> Cell:
+        """Run a cell to its end; with ``interrupt``, interrupt it when a display is updated."""
+        identity = self._client.execute(code)
+        cell = self._cells[identity] = Cell()
+        while True:
+            message = self._client.get_iopub_msg(timeout=GUARD)
+            kind, content = message["msg_type"], message["content"]
+            parent = message["parent_header"].get("msg_id")
+            if parent in self._cells:
+                self._cells[parent].take(kind, content)
+            if interrupt and kind == "update_display_data":
+                self._manager.interrupt_kernel()
+                interrupt = False
+            if parent == identity and kind == "status" and content["execution_state"] == "idle":
+                break
+        cell.status = self._client.get_shell_msg(timeout=GUARD)["content"]["status"]
+        return cell
+
+
+@contextmanager
+def kernel() -> Iterator[Kernel]:
+    """Start a kernel, set it up, and end it afterwards."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env=kernel_environment())
+    client = manager.client()
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=GUARD)
+        made = Kernel(manager, client)
+        assert made.run(SETUP).error == ""
+        yield made
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+        manager.context.destroy()
