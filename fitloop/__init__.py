@@ -37,6 +37,7 @@ from fitloop._events import (
 )
 from fitloop._fitloop import FitLoop
 from fitloop._hub import EventStream
+from fitloop._jobs import Job, Outcome
 from fitloop._liveplot import live_plot
 from fitloop._metriclog import read_metrics
 from fitloop._metrics import History, MetricSeries, PhaseHistory
@@ -48,8 +49,10 @@ from fitloop._optim import (
     unfreeze,
     unfreeze_last,
 )
+from fitloop._outcomes import Record, Results, read_results
 from fitloop._profile import PhaseProfile, ProfileReport
 from fitloop._result import FitResult
+from fitloop._runner import Runner
 from fitloop._stages import default_batch_step, default_epoch_end
 from fitloop._state import LoopState
 from fitloop._sync import SyncFitLoop
@@ -70,12 +73,14 @@ __all__ = [
     "FitLoopError",
     "FitResult",
     "History",
+    "Job",
     "LoaderHungWarning",
     "LoopState",
     "MetricError",
     "MetricSeries",
     "MissingCriteriaError",
     "MissingLoaderError",
+    "Outcome",
     "Phase",
     "PhaseEnded",
     "PhaseHistory",
@@ -84,9 +89,12 @@ __all__ = [
     "ProfileReport",
     "PromptAnswered",
     "PromptAsked",
+    "Record",
+    "Results",
     "ResumeWarning",
     "RunEnded",
     "RunStarted",
+    "Runner",
     "SnapshotFailed",
     "SnapshotWritten",
     "Stage",
@@ -104,6 +112,7 @@ __all__ = [
     "get_layers",
     "live_plot",
     "read_metrics",
+    "read_results",
     "spread_lrs",
     "unfreeze",
     "unfreeze_last",

@@ -20,18 +20,25 @@ STREAM_LIMIT = 1024
 
 
 class EventStream:
-    """The events of one trainer, for ``async for``; made by ``trainer.events()``.
+    """Events for ``async for``; made by ``trainer.events()`` and ``runner.events()``.
 
-    Iteration ends after the `RunEnded` of a run. A reader that falls behind does not slow the
-    training: a newer `BatchProgress` replaces an unread older one, and beyond ``limit`` events
-    the oldest are dropped and counted in `dropped`.
+    Iteration ends after the `RunEnded` of a trainer's run, and with a runner. A reader that falls
+    behind does not slow the training: a newer `BatchProgress` replaces an unread older one, and
+    beyond ``limit`` events the oldest are dropped and counted in `dropped`.
 
     Cancelling the reader loses no event: the next ``async for`` goes on with it.
     """
 
-    def __init__(self, hub: Hub, limit: int | None = STREAM_LIMIT) -> None:
-        self._hub = hub
+    def __init__(
+        self,
+        listeners: Listeners,
+        limit: int | None = STREAM_LIMIT,
+        *,
+        ends_with_run: bool = True,
+    ) -> None:
+        self._listeners = listeners
         self._limit = limit
+        self._ends_with_run = ends_with_run
         self._lock = threading.Lock()
         self._events: deque[Event] = deque()
         self._bell: Doorbell | None = None
@@ -42,7 +49,7 @@ class EventStream:
 
     async def __aenter__(self) -> EventStream:
         self._bell = Doorbell()
-        self._hub.add_stream(self)
+        self._listeners.add_stream(self)
         return self
 
     async def __aexit__(
@@ -51,7 +58,7 @@ class EventStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._hub.remove_stream(self)
+        self._listeners.remove_stream(self)
 
     def __aiter__(self) -> EventStream:
         return self
@@ -72,21 +79,30 @@ class EventStream:
                 if self._ended:
                     raise StopAsyncIteration
             await self._bell.wait()
-        self._read_end = isinstance(event, RunEnded)
+        self._read_end = self._ends_with_run and isinstance(event, RunEnded)
         return event
 
     def push(self, event: Event) -> None:
         """Add an event; any thread."""
         with self._lock:
-            newest = self._events[-1] if self._events else None
-            if isinstance(event, BatchProgress) and isinstance(newest, BatchProgress):
-                self._events.pop()
+            if isinstance(event, BatchProgress):
+                self._drop_older(event)
             self._events.append(event)
             if self._limit is not None and len(self._events) > self._limit:
                 self._events.popleft()
                 self.dropped += 1
         if self._bell is not None:
             self._bell.ring()
+
+    def _drop_older(self, event: BatchProgress) -> None:
+        """Drop the same trainer's progress among the newest events."""
+        for place in range(len(self._events) - 1, -1, -1):
+            other = self._events[place]
+            if not isinstance(other, BatchProgress):
+                return
+            if other.trainer == event.trainer:
+                del self._events[place]
+                return
 
     def end(self) -> None:
         """End every iteration after the events there are; any thread."""
@@ -96,20 +112,11 @@ class EventStream:
             self._bell.ring()
 
 
-class Hub:
-    """Hands each event to the observers of a run, in order, and to the streams of its trainer."""
+class Listeners:
+    """The streams that are told of events, from any thread."""
 
     def __init__(self) -> None:
-        self._observers: list[Callable[[Event], object]] = []
         self._streams: list[EventStream] = []
-        self._queue: deque[Event] = deque()
-        self._emitting = False
-
-    def observers(self, observers: Iterable[Callable[[Event], object]]) -> None:
-        """Set who is told of the events of the next run."""
-        self._observers = list(observers)
-        self._queue.clear()
-        self._emitting = False
 
     def add_stream(self, stream: EventStream) -> None:
         """Have ``stream`` told of every event from now on."""
@@ -118,6 +125,32 @@ class Hub:
     def remove_stream(self, stream: EventStream) -> None:
         """Tell ``stream`` no more."""
         self._streams = [other for other in self._streams if other is not stream]
+
+    def push(self, event: Event) -> None:
+        """Tell every stream; never blocks."""
+        for stream in self._streams:
+            stream.push(event)
+
+    def end(self) -> None:
+        """End every stream after the events there are."""
+        for stream in self._streams:
+            stream.end()
+
+
+class Hub(Listeners):
+    """Hands each event to the observers of a run, in order, and to the streams of its trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._observers: list[Callable[[Event], object]] = []
+        self._queue: deque[Event] = deque()
+        self._emitting = False
+
+    def observers(self, observers: Iterable[Callable[[Event], object]]) -> None:
+        """Set who is told of the events of the next run."""
+        self._observers = list(observers)
+        self._queue.clear()
+        self._emitting = False
 
     def emit(self, event: Event) -> None:
         """Tell everyone; an event that an observer emits comes after this one for all.
@@ -131,8 +164,7 @@ class Hub:
         try:
             while self._queue:
                 current = self._queue.popleft()
-                for stream in self._streams:  # first: they cannot fail, observers can
-                    stream.push(current)
+                self.push(current)  # first: streams cannot fail, observers can
                 for observe in self._observers:
                     observe(current)
         finally:

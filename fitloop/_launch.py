@@ -26,6 +26,7 @@ from fitloop._loaders import check_loader
 from fitloop._parts import check_number, check_optional
 from fitloop._plan import RunPlan
 from fitloop._run import Errand, Run, RunOptions
+from fitloop._share import SHARE
 from fitloop._types import Phase
 
 Callback = Callable[[Any], object]
@@ -45,7 +46,7 @@ async def launch(
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # or a thread would be started for nothing
     plain = [callback for callback in callbacks if not is_async(callback)]
-    threads = core.parts.num_threads or torch.get_num_threads()
+    threads = core.parts.num_threads or SHARE.get().num_threads or torch.get_num_threads()
     options["observers"] = [*options.get("observers", ()), *plain]
     with busy(core.parts.name, plan.call, core, core.parts.model), interruptible():
         async with AsyncExitStack() as stack:
@@ -86,11 +87,17 @@ async def errand(core: Core, call: str, function: Callable[[], T]) -> T:
     It is not interrupted: a cancellation is raised when it has returned.
     """
     with busy(core.parts.name, call, core, core.parts.model):
-        control = RunControl()
-        result: T = await supervise(
-            Errand(function), control, LoopSide(control), name=core.parts.name, grace=0.0
-        )
-        return result
+        return await aside(core.parts.name, function)
+
+
+async def aside(name: str, function: Callable[[], T]) -> T:
+    """Call a blocking function in a thread that is named after ``name``.
+
+    It is not interrupted: a cancellation is raised when it has returned.
+    """
+    control = RunControl()
+    result: T = await supervise(Errand(function), control, LoopSide(control), name=name, grace=0.0)
+    return result
 
 
 def phases(

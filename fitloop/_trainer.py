@@ -18,10 +18,13 @@ from fitloop._core import Core
 from fitloop._errors import ConfigurationError
 from fitloop._optim import configure_optimizer as default_configure_optimizer
 from fitloop._parts import Interval, Parts, check_callbacks, check_optional
+from fitloop._share import SHARE
 from fitloop._types import Loader, LossFunction, StageFunction
 from fitloop._view import TrainerView
 
 Callback = Callable[[Any], object]
+
+DEFAULT_SAVE_PATH = "fitloop_state"
 
 
 class Trainer(TrainerView):
@@ -56,7 +59,7 @@ class Trainer(TrainerView):
         criteria: str | None = None,
         criteria_direction: int | None = None,
         save_to_disk: bool = False,
-        save_path: str | Path = "fitloop_state",
+        save_path: str | Path | None = None,
         best_model_name: str = "best_model",
         name: str | None = None,
         seed: int | None = None,
@@ -96,7 +99,8 @@ class Trainer(TrainerView):
             criteria_direction: 1, more is better, or -1; needed for a criteria that names a loss.
             save_to_disk: keep the pretrained and the best weights as files under ``save_path``
                 instead of in CPU memory. An older best or pretrained file there is replaced.
-            save_path: directory for files; nothing is written before something is to be saved.
+            save_path: directory for files, ``fitloop_state`` by default; nothing is written before
+                something is to be saved.
             best_model_name: name of the best weights.
             name: label in lines, prompts, events and messages.
             seed: of the trainer's own randomness; without one it draws from the process's
@@ -120,6 +124,7 @@ class Trainer(TrainerView):
             ConfigurationError: an argument cannot work; the message says what was expected.
             StageSignatureError: a function cannot be called as the run will call it.
         """
+        share = SHARE.get()
         parts = Parts(
             model=model,
             optimizer=optimizer,
@@ -140,17 +145,17 @@ class Trainer(TrainerView):
             postloop=postloop,
             lr_scheduler=lr_scheduler,
             scheduler_interval=scheduler_interval,
-            device=_device(device),
+            device=_device(share.device if device is None else device),
             dtype=_dtype_of(model) if dtype is None else dtype,
             cast_model=dtype is not None,
             configure_optimizer=configure_optimizer or default_configure_optimizer,
             criteria=criteria,
             criteria_direction=_direction(criteria, criteria_direction),
             save_to_disk=save_to_disk,
-            save_path=_path(save_path),
+            save_path=_path(_first(save_path, share.save_path, DEFAULT_SAVE_PATH)),
             best_model_name=best_model_name,
-            name=type(model).__name__ if name is None else name,
-            named=name is not None,
+            name=_first(name, share.name, type(model).__name__),
+            named=name is not None or share.name is not None,
             seed=check_optional("seed", seed, 0),
             num_threads=check_optional("num_threads", num_threads, 1),
             prefetch=check_optional("prefetch", prefetch, 0),
@@ -162,6 +167,11 @@ class Trainer(TrainerView):
             stateful=_stateful(stateful),
         )
         self._core = Core(parts)
+
+
+def _first(*values: Any) -> Any:
+    """Return the first that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def _stateful(given: Mapping[str, Any] | None) -> dict[str, Any]:

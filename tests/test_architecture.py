@@ -31,6 +31,7 @@ LAYERS: list[list[str]] = [
         "_looks",
         "_tables",
         "_kernel",
+        "_share",
     ],
     # bytes, files, and tensors in them
     ["_layout", "_layout_writing", "_durable", "_tensorfile", "_tree", "_staging"],
@@ -63,6 +64,8 @@ LAYERS: list[list[str]] = [
     ["_plan", "_engine", "_persistence", "_return_point", "_asking", "_run", "_launch"],
     # what users hold
     ["_view", "_trainer", "_keeping", "_fitloop", "_sync"],
+    # many of them
+    ["_jobs", "_outcomes", "_backend", "_runner"],
 ]
 
 LATE_IMPORTS = {("_metrics", "_plot")}

@@ -1,0 +1,123 @@
+"""Where the trainings of a `Runner` run: what it asks of a backend, and the one of this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from inspect import isawaitable, iscoroutinefunction
+from typing import Any, Protocol
+
+from fitloop._checkpoint import Checkpoint
+from fitloop._errors import ConfigurationError
+from fitloop._events import Event
+from fitloop._fitloop import FitLoop
+from fitloop._jobs import Done, JobSpec
+from fitloop._launch import aside
+from fitloop._share import SHARE, Share
+from fitloop._sync import SyncFitLoop
+
+WEIGHTS = "weights.msgpack"
+"""in the directory of a job: what its model had at the end"""
+
+_building = threading.Lock()
+
+
+class Backend(Protocol):
+    """Runs trainings, wherever that is. All calls are made on the event loop of the Runner.
+
+    A cluster is one more of these: it carries the `JobSpec` and the `Share` to where the training
+    is to run, has `train` done there, and brings events, questions and cancellations across.
+    """
+
+    def check(self, spec: JobSpec) -> None:
+        """Refuse what could never run, when it is submitted.
+
+        Raises:
+            ConfigurationError: it could not.
+        """
+
+    async def run(self, spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> Done:
+        """Do one training; as many at once as the Runner wants.
+
+        ``tell`` takes events from any thread, and never blocks. Raises what the factory or the
+        training raised; for a worker that died an error that says so.
+
+        Cancellation: the training ends at a batch boundary before the cancellation is raised, and
+        nothing of it is left running.
+        """
+
+    async def close(self) -> None:
+        """Leave nothing behind; called once, when nothing runs any more. Not cancelled."""
+
+
+class ThreadBackend:
+    """Trainings in this process, each on a thread of its own."""
+
+    def check(self, spec: JobSpec) -> None:
+        """Refuse a trainer with arguments; everything else is seen when it is called."""
+        if isinstance(spec.target, FitLoop | SyncFitLoop):
+            if spec.args:
+                raise ConfigurationError(
+                    f"job {spec.name!r}: a trainer was submitted with the arguments "
+                    f"{spec.args!r:.80}; expected none, they are for a function that makes one"
+                )
+        elif not callable(spec.target):
+            raise ConfigurationError(
+                f"job {spec.name!r}: {spec.target!r:.80} was submitted; expected a function that "
+                "returns a FitLoop, or a FitLoop"
+            )
+
+    async def run(self, spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> Done:
+        """Build the trainer in a thread and await its ``fit``."""
+        return await train(spec, share, tell)
+
+    async def close(self) -> None:
+        """Nothing is kept."""
+
+
+async def train(spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> Done:
+    """Do the training of a job in this process: what every backend does in the end."""
+    token = SHARE.set(share)
+    try:
+        trainer = await build(spec)
+        options = dict(spec.options)
+        options["callbacks"] = [*options.get("callbacks", ()), tell]
+        if spec.directory is not None and trainer.save_path == spec.directory:
+            options.setdefault("checkpoint", Checkpoint())
+            options.setdefault("resume", True)
+        result = await trainer.fit(spec.epochs, **options)
+        weights = None
+        if spec.directory is not None:
+            weights = await trainer.save_model(WEIGHTS, spec.directory, overwrite=True)
+        return Done(result=result, weights=weights, trainer=trainer)
+    finally:
+        SHARE.reset(token)
+
+
+async def build(spec: JobSpec) -> FitLoop:
+    """Return the trainer of a job.
+
+    A plain factory is called in a thread, and no two at once: what it seeds and draws is nobody
+    else's meanwhile.
+    """
+    made: Any = spec.target
+    if not isinstance(made, FitLoop | SyncFitLoop):
+        if iscoroutinefunction(made):
+            made = await made(*spec.args)
+        else:
+            factory = made
+
+            def call() -> Any:
+                with _building:
+                    return factory(*spec.args)
+
+            made = await aside(spec.name, call)
+            if isawaitable(made):
+                made = await made
+    if isinstance(made, SyncFitLoop):
+        made = made.loop
+    if not isinstance(made, FitLoop):
+        raise ConfigurationError(
+            f"job {spec.name!r}: the factory returned {made!r:.80}; expected a FitLoop"
+        )
+    return made

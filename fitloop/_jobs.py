@@ -1,0 +1,141 @@
+"""A training that was handed to a `Runner`: what is to be done, how it goes, what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+
+from fitloop._result import FitResult
+from fitloop._text import duration
+
+if TYPE_CHECKING:
+    from fitloop._fitloop import FitLoop
+
+Status = Literal["waiting", "running", "done", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """What is to be done: all that a backend needs to know."""
+
+    name: str
+    target: Any
+    """a function that returns a trainer, or a trainer"""
+    args: tuple[Any, ...]
+    epochs: int
+    options: Mapping[str, Any]
+    """of ``fit``"""
+    directory: Path | None
+    """where its files are; None to keep none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a backend returns for a training that came to its end."""
+
+    result: FitResult
+    weights: Path | None = None
+    trainer: FitLoop | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Outcome:
+    """What came of a job."""
+
+    name: str
+    status: Literal["done", "failed", "cancelled"]
+    result: FitResult | None = None
+    """of a job that is done"""
+    error: Exception | None = None
+    """of a job that failed: what its factory, its training or its worker process raised"""
+    seconds: float = 0.0
+    """from its beginning to its end, with the building of the trainer"""
+    directory: Path | None = None
+    """where its files are, with ``save_path``"""
+    weights: Path | None = None
+    """file of the weights that the model had at the end; for ``load_model``"""
+    trainer: FitLoop | None = field(default=None, compare=False)
+    """the trained one, with ``keep_trainers`` where it is in this process"""
+    restored: bool = False
+    """it was done by an earlier Runner on this ``save_path``, and only read"""
+
+    def __repr__(self) -> str:
+        told: str = self.status
+        if self.result is not None:
+            told = f"done, {self.result!r}"
+        elif self.error is not None:
+            told = f"failed, {type(self.error).__name__}: {self.error}".rstrip(": ")
+        again = ", restored" if self.restored else ""
+        return f"<Outcome {self.name!r} {told} in {duration(self.seconds)}{again}>"
+
+
+class Job:
+    """A training in the hands of a `Runner`. For the event loop of the Runner only."""
+
+    __slots__ = ("_cancelled", "_forget", "_outcome", "_scope", "_waits", "spec")
+
+    def __init__(self, spec: JobSpec, forget: Callable[[Job], None]) -> None:
+        self.spec = spec
+        self._forget = forget
+        """takes a waiting job out of the line"""
+        self._outcome: Outcome | None = None
+        self._scope: anyio.CancelScope | None = None
+        self._cancelled = False
+        self._waits: anyio.Event | None = None
+
+    @property
+    def name(self) -> str:
+        """The name that it was submitted with."""
+        return self.spec.name
+
+    @property
+    def status(self) -> Status:
+        """``"waiting"``, ``"running"``, ``"done"``, ``"failed"`` or ``"cancelled"``."""
+        if self._outcome is not None:
+            return self._outcome.status
+        return "waiting" if self._scope is None else "running"
+
+    def cancel(self) -> None:
+        """End it at its next batch boundary, or never begin it; does nothing when it is over."""
+        if self._outcome is not None:
+            return
+        self._cancelled = True
+        if self._scope is None:
+            self._forget(self)
+        else:
+            self._scope.cancel()
+
+    async def outcome(self) -> Outcome:
+        """Wait until it is over; raises nothing that the job raised. May be cancelled."""
+        if self._outcome is None:
+            if self._waits is None:
+                self._waits = anyio.Event()
+            await self._waits.wait()
+        assert self._outcome is not None
+        return self._outcome
+
+    def begin(self, scope: anyio.CancelScope) -> None:
+        """Note that it runs, in ``scope``."""
+        self._scope = scope
+
+    def end(self, outcome: Outcome) -> None:
+        """Note what came of it, and let go of what it was made of."""
+        self._outcome = outcome
+        self._scope = None
+        self.spec = JobSpec(
+            name=self.name,
+            target=None,
+            args=(),
+            epochs=self.spec.epochs,
+            options={},
+            directory=self.spec.directory,
+        )
+        if self._waits is not None:
+            self._waits.set()
+
+    def __repr__(self) -> str:
+        return f"<Job {self.name!r} {self.status}>"

@@ -1,0 +1,395 @@
+"""`Runner`: many trainings in one program, so many at a time, each as it would have been alone.
+
+Owns the line of waiting jobs, who runs, and what is shared out among them. Where a training runs
+is the backend's business.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import anyio
+import torch
+
+from fitloop._backend import Backend, ThreadBackend
+from fitloop._checkpoint import Checkpoint, check_checkpoint
+from fitloop._durable import DirectoryLock
+from fitloop._errors import ConfigurationError, note
+from fitloop._hub import EventStream, Listeners
+from fitloop._jobs import Job, JobSpec, Outcome
+from fitloop._launch import Callback, aside
+from fitloop._outcomes import Record, read_outcome, write_outcome
+from fitloop._parts import check_callbacks, check_number, check_optional
+from fitloop._share import Share
+
+
+class Runner:
+    """Runs trainings that are submitted to it, at most so many at a time.
+
+    ::
+
+        async with Runner(max_concurrent=4, save_path="runs") as runner:
+            for lr in (1e-2, 1e-3, 1e-4):
+                runner.submit(make_trainer, lr, name=f"lr={lr}", epochs=10)
+            async for outcome in runner.as_completed():
+                print(outcome.name, outcome.result or outcome.error)
+
+    Leaving the block waits for all of them. One that fails does not touch the others, and raises
+    nothing: its error is in its outcome. With equal ``seed`` and ``num_threads`` a training gives
+    the same bits as alone.
+
+    Cancellation of the block, or an exception in it, cancels all: those that run end at a batch
+    boundary, those that wait are never begun. A Runner is for one ``async with`` of one event loop,
+    and its methods are for that loop.
+
+    Args:
+        max_concurrent: trainings at a time; by default as many as this process has cores.
+        backend: ``"thread"``, or a `Backend` of your own.
+        save_path: a directory; each job has one of its own in it, and is resumable. Jobs that are
+            found done there are not run again, unfinished ones are gone on with, failed ones begin
+            where their last snapshot was taken. While it runs, no other Runner can have it.
+        checkpoint: when snapshots are taken there, unless ``submit`` says so.
+        fail_fast: the first failure cancels the others, and is raised from the block.
+        callbacks: called with every event of every training, as those of a trainer are.
+        keep_trainers: outcomes have the trained trainer; else it is let go of.
+
+    A trainer that was not given its own ``num_threads`` gets its share of the cores for good:
+    cores divided by ``max_concurrent``. Of several CUDA devices each trainer without a ``device``
+    gets one, round robin. One without a ``name`` is named after its job.
+
+    Raises:
+        ConfigurationError: an argument cannot work.
+    """
+
+    def __init__(
+        self,
+        max_concurrent: int | None = None,
+        *,
+        backend: Literal["thread"] | Backend = "thread",
+        save_path: str | Path | None = None,
+        checkpoint: Checkpoint | None = None,
+        fail_fast: bool = False,
+        callbacks: Sequence[Callback] = (),
+        keep_trainers: bool = False,
+    ) -> None:
+        cores = available_cores()
+        most = check_optional("max_concurrent", max_concurrent, 1, meaning="trainings at a time")
+        self._most = most or cores
+        self._threads = max(1, cores // self._most)
+        self._backend = _backend(backend)
+        self._save_path = None if save_path is None else Path(save_path)
+        if checkpoint is not None and save_path is None:
+            raise ConfigurationError(
+                "checkpoint is given, and no save_path to keep snapshots in; give save_path="
+            )
+        self._checkpoint = check_checkpoint(checkpoint, resume=False)
+        self._fail_fast = fail_fast
+        self._callbacks = check_callbacks(callbacks)
+        self._keep_trainers = keep_trainers
+        self._listeners = Listeners()
+        self._jobs: dict[str, Job] = {}
+        self._places: set[str] = set()
+        """names of the jobs' directories"""
+        self._waiting: deque[Job] = deque()
+        self._running = 0
+        self._began = 0
+        self._completed: list[Outcome] = []
+        self._changed = anyio.Event()
+        self._failure: Exception | None = None
+        self._group: Any = None
+        self._open = False
+        self._stack = AsyncExitStack()
+
+    # -- the block -----------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Runner:
+        """Take the directory, and be ready.
+
+        Raises:
+            CheckpointError: another Runner has ``save_path``, or it cannot be written to.
+            RuntimeError: it was used before.
+        """
+        if self._group is not None:
+            raise RuntimeError("this Runner was used before; make another one")
+        if self._save_path is not None:
+            lock = DirectoryLock(self._save_path)
+            await aside("runner", lock.acquire)
+            self._stack.push_async_callback(aside, "runner", lock.release)
+        self._group = anyio.create_task_group()
+        await self._group.__aenter__()
+        self._open = True
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        swallowed = False
+        try:
+            if error is None or _is_cancellation(error):
+                swallowed = bool(await self._group.__aexit__(kind, error, traceback))
+            else:  # which a task group would wrap in another one
+                self._open = False
+                self._cancel_waiting()
+                self._group.cancel_scope.cancel()
+                await self._group.__aexit__(None, None, None)
+        finally:
+            self._open = False
+            self._cancel_waiting()
+            self._listeners.end()
+            with anyio.CancelScope(shield=True):
+                await self._backend.close()
+                await self._stack.aclose()
+        if self._failure is not None and (error is None or swallowed):
+            raise self._failure
+        return swallowed
+
+    # -- jobs ----------------------------------------------------------------------------------
+
+    def submit(
+        self, target: Any, *args: Any, name: str | None = None, epochs: int = 1, **options: Any
+    ) -> Job:
+        """Hand in a training; it begins when there is room for it. Waiting costs next to nothing.
+
+        Args:
+            target: a function, plain or async, that returns a `FitLoop`; a plain one is called in
+                a thread, no two at a time. With the thread backend also a trainer.
+            args: what the function is called with; `functools.partial` binds keyword arguments.
+            name: of the job, and of a trainer without one; by default the function's name and a
+                number. With ``save_path`` its directory is named so.
+            epochs: for ``fit``.
+            options: more arguments of ``fit``.
+
+        Raises:
+            ConfigurationError: there is a job of this name, or the target cannot work.
+            RuntimeError: outside of the ``async with`` block.
+        """
+        if not self._open:
+            raise RuntimeError("this Runner is not open; submit inside of its `async with` block")
+        name = self._default_name(target) if name is None else str(name)
+        if name in self._jobs:
+            raise ConfigurationError(f"there is a job {name!r} already; give another name=")
+        directory = None
+        if self._save_path is not None:
+            place = safe_name(name)
+            if place in self._places:
+                raise ConfigurationError(
+                    f"there is a job already whose directory is {place!r}, as that of {name!r} "
+                    "would be; give another name="
+                )
+            directory = self._save_path / place
+            if self._checkpoint is not None:
+                options.setdefault("checkpoint", self._checkpoint)
+        spec = JobSpec(
+            name=name,
+            target=target,
+            args=args,
+            epochs=check_number("epochs", epochs, 0),
+            options=options,
+            directory=directory,
+        )
+        self._backend.check(spec)
+        if directory is not None:
+            self._places.add(directory.name)
+        job = self._jobs[name] = Job(spec, self._forget)
+        self._waiting.append(job)
+        self._start()
+        return job
+
+    def _default_name(self, target: Any) -> str:
+        stem = getattr(target, "__name__", None) or getattr(target, "name", None) or "job"
+        return f"{stem}-{len(self._jobs) + 1}".replace("<lambda>", "job")
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All jobs, in order of submission."""
+        return list(self._jobs.values())
+
+    def cancel(self, name: str) -> None:
+        """Cancel a job; see `Job.cancel`. Raises KeyError for an unknown name."""
+        if name not in self._jobs:
+            raise KeyError(f"no job {name!r}; there are: {', '.join(self._jobs) or 'none'}")
+        self._jobs[name].cancel()
+
+    def cancel_all(self) -> None:
+        """Cancel every job that is not over; more may be submitted."""
+        self._cancel_waiting()
+        for job in self._jobs.values():
+            if job.status == "running":
+                job.cancel()
+
+    async def as_completed(self) -> AsyncIterator[Outcome]:
+        """Give the outcome of every job, in the order in which they end; each once.
+
+        Ends when all that were submitted so far are over. Several may iterate.
+        """
+        position = 0
+        while True:
+            while position < len(self._completed):
+                yield self._completed[position]
+                position += 1
+            if position == len(self._jobs):
+                return
+            await self._changed.wait()
+
+    async def results(self) -> list[Outcome]:
+        """Wait for all jobs and return their outcomes in order of submission."""
+        return [await job.outcome() for job in self.jobs]
+
+    def events(self) -> EventStream:
+        """Return the events of all trainings, to be read by any task: ``async with ... as events``.
+
+        ``event.trainer`` is the name of the trainer. It ends when the Runner does.
+        """
+        return EventStream(self._listeners, ends_with_run=False)
+
+    # -- running them --------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        while self._waiting and self._running < self._most:
+            self._running += 1
+            job, scope = self._waiting.popleft(), anyio.CancelScope()
+            job.begin(scope)
+            self._group.start_soon(self._run, job, scope)
+
+    async def _run(self, job: Job, scope: anyio.CancelScope) -> None:
+        outcome = _cancelled(job)
+        try:
+            with scope:
+                outcome = await self._outcome_of(job)
+        finally:
+            self._running -= 1
+            self._end(job, outcome)
+            if self._open:
+                self._start()
+
+    async def _outcome_of(self, job: Job) -> Outcome:
+        spec, began = job.spec, time.perf_counter()
+        outcome = Outcome(name=job.name, status="failed", directory=spec.directory)
+        try:
+            if spec.directory is not None:
+                directory = spec.directory
+                found = await aside(job.name, lambda: read_outcome(directory))
+                if found is not None and _is_done(found, spec):
+                    return replace(
+                        outcome,
+                        status="done",
+                        result=found.result,
+                        seconds=found.seconds,
+                        restored=True,
+                    )
+            done = await self._backend.run(
+                self._with_callbacks(spec), self._share(spec), self._listeners.push
+            )
+            outcome = replace(
+                outcome,
+                status="done",
+                result=done.result,
+                weights=done.weights,
+                trainer=done.trainer if self._keep_trainers else None,
+            )
+        except Exception as error:
+            note(error, f"in job {job.name!r}")
+            outcome = replace(outcome, error=error)
+        outcome = replace(outcome, seconds=time.perf_counter() - began)
+        if spec.directory is not None:
+            try:
+                await aside(job.name, lambda: write_outcome(outcome, spec.epochs))
+            except Exception as error:
+                outcome = replace(outcome, status="failed", error=outcome.error or error)
+        return outcome
+
+    def _with_callbacks(self, spec: JobSpec) -> JobSpec:
+        if not self._callbacks:
+            return spec
+        own = spec.options.get("callbacks", ())
+        return replace(spec, options={**spec.options, "callbacks": [*own, *self._callbacks]})
+
+    def _share(self, spec: JobSpec) -> Share:
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = torch.device("cuda", self._began % devices) if devices > 1 else None
+        self._began += 1
+        return Share(
+            num_threads=self._threads, device=device, name=spec.name, save_path=spec.directory
+        )
+
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        job.end(outcome)
+        self._completed.append(outcome)
+        self._changed.set()
+        self._changed = anyio.Event()
+        if outcome.status == "failed" and self._fail_fast and self._failure is None:
+            self._failure = outcome.error
+            self._open = False
+            self._cancel_waiting()
+            self._group.cancel_scope.cancel()
+
+    def _forget(self, job: Job) -> None:
+        self._waiting.remove(job)
+        self._end(job, _cancelled(job))
+
+    def _cancel_waiting(self) -> None:
+        while self._waiting:
+            job = self._waiting.popleft()
+            self._end(job, _cancelled(job))
+
+    def __repr__(self) -> str:
+        counts: dict[str, int] = {}
+        for job in self._jobs.values():
+            counts[job.status] = counts.get(job.status, 0) + 1
+        told = ", ".join(f"{number} {status}" for status, number in counts.items())
+        return f"<Runner of {self._most} at a time: {told or 'no jobs'}>"
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def safe_name(name: str) -> str:
+    """Return a name of a directory for a job: what file systems or shells take amiss is ``_``.
+
+    Raises:
+        ConfigurationError: nothing is left of it.
+    """
+    place = re.sub(r"[^\w.=+,@-]", "_", name)[:120]
+    if not place.strip("._"):
+        raise ConfigurationError(f"name is {name!r}; expected one that a directory can have")
+    return place if not place.startswith(".") else f"_{place[1:]}"
+
+
+def _backend(backend: Any) -> Backend:
+    if backend == "thread":
+        return ThreadBackend()
+    if isinstance(backend, str) or not hasattr(backend, "run"):
+        raise ConfigurationError(f"backend is {backend!r:.60}; expected 'thread' or a Backend")
+    chosen: Backend = backend
+    return chosen
+
+
+def _cancelled(job: Job) -> Outcome:
+    return Outcome(name=job.name, status="cancelled", directory=job.spec.directory)
+
+
+def _is_done(found: Record, spec: JobSpec) -> bool:
+    """Return whether a job needs not be run again, now that ``spec`` is asked for."""
+    if found.status != "done" or found.result is None:
+        return False
+    return found.epochs >= spec.epochs or found.result.stop_reason != "completed"
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    return isinstance(error, anyio.get_cancelled_exc_class())

@@ -1,0 +1,27 @@
+"""What a trainer is given by whoever runs it beside others, where its user said nothing.
+
+A context variable, so that it reaches whatever a factory or a coroutine makes, also in the threads
+that are begun for it; outside of a `Runner` it is empty.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Defaults of the trainers that are made and run in a context."""
+
+    num_threads: int | None = None
+    """intra-op threads of a run"""
+    device: torch.device | None = None
+    name: str | None = None
+    save_path: Path | None = None
+
+
+SHARE: ContextVar[Share] = ContextVar("fitloop share", default=Share())  # noqa: B039 - frozen

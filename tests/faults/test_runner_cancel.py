@@ -1,0 +1,184 @@
+"""A `Runner` that is cancelled, or whose block or jobs fail: nothing is left running."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+from support.models import trainer
+
+from fitloop import FitLoop, LoopState, Runner, default_batch_step
+
+QUIET: dict[str, Any] = {"verbose": False}
+SOON = 15
+
+
+class Endless:
+    """Makes trainers that train until they are ended, and tells when so many do."""
+
+    def __init__(self, number: int) -> None:
+        self._missing = number
+        self._lock = threading.Lock()
+        self.all_there = anyio.Event()
+        self.ring: Callable[[], None] = lambda: None
+
+    def make(self) -> FitLoop:
+        first = True
+
+        def step(state: LoopState) -> Any:
+            nonlocal first
+            if first:
+                first = False
+                with self._lock:
+                    self._missing -= 1
+                    if self._missing == 0:
+                        self.ring()
+            return default_batch_step(state)
+
+        return trainer(train_step=step)
+
+    async def wait(self) -> None:
+        await self.all_there.wait()
+
+
+def endless(number: int) -> Endless:
+    from fitloop._loops import loop_scheduler
+
+    made = Endless(number)
+    schedule = loop_scheduler()
+    made.ring = lambda: schedule(made.all_there.set)
+    return made
+
+
+def submit(runner: Runner, made: Endless, number: int) -> list[Any]:
+    return [runner.submit(made.make, name=f"{k}", epochs=10**6, **QUIET) for k in range(number)]
+
+
+async def test_job_when_cancelled_then_ends_and_the_others_go_on() -> None:
+    made = endless(2)
+    with anyio.fail_after(SOON):
+        async with Runner(2) as runner:
+            one, two, three = submit(runner, made, 3)
+            await made.wait()
+            three.cancel()
+            one.cancel()
+            assert (await one.outcome()).status == "cancelled"
+            assert (await three.outcome()).status == "cancelled"
+            assert two.status == "running"
+            runner.cancel("1")
+    assert [outcome.status for outcome in await runner.results()] == ["cancelled"] * 3
+
+
+async def test_block_when_a_scope_around_it_is_cancelled_then_all_end() -> None:
+    made = endless(2)
+    with anyio.fail_after(SOON):
+        with anyio.CancelScope() as scope:
+            async with Runner(2) as runner:
+                submit(runner, made, 4)
+                await made.wait()
+                scope.cancel()
+                async for _outcome in runner.as_completed():
+                    pass
+        assert scope.cancelled_caught
+        assert [outcome.status for outcome in await runner.results()] == ["cancelled"] * 4
+
+
+async def test_leaving_when_cancelled_while_it_waits_then_all_end() -> None:
+    made = endless(2)
+    with anyio.fail_after(SOON):
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as group:
+
+                async def cancel() -> None:
+                    await made.wait()
+                    scope.cancel()
+
+                group.start_soon(cancel)
+                async with Runner(2) as runner:
+                    submit(runner, made, 4)
+        assert [outcome.status for outcome in await runner.results()] == ["cancelled"] * 4
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("where", ["in the block", "leaving"])
+async def test_block_when_its_task_is_cancelled_natively_then_all_end(where: str) -> None:
+    made = endless(2)
+    runners: list[Runner] = []
+
+    async def work() -> None:
+        async with Runner(2) as runner:
+            runners.append(runner)
+            submit(runner, made, 4)
+            if where == "in the block":
+                await asyncio.sleep(SOON)
+
+    task = asyncio.create_task(work())
+    await made.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [outcome.status for outcome in await runners[0].results()] == ["cancelled"] * 4
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_block_when_its_time_is_up_then_all_end() -> None:
+    made = endless(2)
+    with pytest.raises(TimeoutError):  # noqa: PT012
+        async with asyncio.timeout(None) as limit, Runner(2) as runner:
+            submit(runner, made, 4)
+            await made.wait()
+            limit.reschedule(asyncio.get_running_loop().time())
+    assert [outcome.status for outcome in await runner.results()] == ["cancelled"] * 4
+    await asyncio.sleep(0)  # no cancellation is left for the next await
+
+
+async def test_block_when_it_raises_then_all_end_and_it_is_raised_as_it_is() -> None:
+    made, error = endless(2), ZeroDivisionError("mine")
+    with pytest.raises(ZeroDivisionError) as caught, anyio.fail_after(SOON):  # noqa: PT012
+        async with Runner(2) as runner:
+            submit(runner, made, 4)
+            await made.wait()
+            raise error
+    assert caught.value is error
+    assert [outcome.status for outcome in await runner.results()] == ["cancelled"] * 4
+    await anyio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("where", ["in the block", "leaving"])
+async def test_fail_fast_when_one_fails_then_the_others_end_and_its_error_is_raised(
+    where: str,
+) -> None:
+    made, error = endless(1), ZeroDivisionError("mine")
+
+    async def broken() -> FitLoop:
+        await made.wait()
+        raise error
+
+    with pytest.raises(ZeroDivisionError) as caught, anyio.fail_after(SOON):  # noqa: PT012
+        async with Runner(2, fail_fast=True) as runner:
+            submit(runner, made, 1)
+            runner.submit(broken, name="broken")
+            runner.submit(made.make, name="waits", epochs=10**6, **QUIET)
+            if where == "in the block":
+                await anyio.sleep(SOON)
+    assert caught.value is error
+    statuses = [outcome.status for outcome in await runner.results()]
+    assert statuses == ["cancelled", "failed", "cancelled"]
+    await anyio.lowlevel.checkpoint()
+
+
+async def test_cancel_all_when_called_then_more_may_be_submitted() -> None:
+    made = endless(2)
+    with anyio.fail_after(SOON):
+        async with Runner(2) as runner:
+            submit(runner, made, 3)
+            await made.wait()
+            runner.cancel_all()
+            ended = [outcome.status async for outcome in runner.as_completed()]
+            assert ended == ["cancelled"] * 3
+            last = runner.submit(trainer, name="last", **QUIET)
+    assert (await last.outcome()).status == "done"

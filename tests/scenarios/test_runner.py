@@ -1,0 +1,450 @@
+"""Many trainings through one `Runner`, in this process."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import torch
+from support.models import mlp, sync_trainer, trainer
+from support.states import assert_same_state, trainer_state
+
+from fitloop import (
+    BatchProgress,
+    BusyError,
+    CheckpointError,
+    ConfigurationError,
+    FitLoop,
+    LoopState,
+    RunEnded,
+    Runner,
+    RunStarted,
+    default_batch_step,
+    read_results,
+)
+from fitloop._runner import available_cores, safe_name
+
+QUIET: dict[str, Any] = {"verbose": False}
+SOON = 30
+
+
+class Gate:
+    """Holds the first step of every trainer until it is opened, and counts who is there."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.inside: set[str] = set()
+        self.most = 0
+        self._lock = threading.Lock()
+
+    def step(self, name: str) -> Callable[[LoopState], Any]:
+        def step(state: LoopState) -> Any:
+            with self._lock:
+                self.inside.add(name)
+                self.most = max(self.most, len(self.inside))
+            assert self.open.wait(SOON)
+            with self._lock:
+                self.inside.discard(name)
+            return default_batch_step(state)
+
+        return step
+
+
+def make(lr: float = 0.1, **changes: Any) -> FitLoop:
+    return trainer(seed=3, **changes)
+
+
+async def test_jobs_when_they_end_then_outcomes_come_in_that_order_and_results_as_submitted() -> (
+    None
+):
+    gates = [Gate() for _ in range(3)]
+
+    def held(place: int) -> FitLoop:
+        return trainer(train_step=gates[place].step("step"))
+
+    with anyio.fail_after(SOON):
+        async with Runner(3) as runner:
+            jobs = [runner.submit(held, k, name=f"job {k}", **QUIET) for k in range(3)]
+            assert [job.status for job in jobs] == ["running"] * 3
+            ended = []
+            for place in (2, 0, 1):
+                gates[place].open.set()
+                ended.append(await jobs[place].outcome())
+            completed = [outcome async for outcome in runner.as_completed()]
+            results = await runner.results()
+    assert completed == ended
+    assert [outcome.name for outcome in completed] == ["job 2", "job 0", "job 1"]
+    assert [outcome.name for outcome in results] == ["job 0", "job 1", "job 2"]
+    for outcome in results:
+        assert outcome.status == "done"
+        assert outcome.result is not None
+        assert outcome.result.stop_reason == "completed"
+        assert outcome.trainer is None
+    assert [job.status for job in jobs] == ["done"] * 3
+
+
+async def test_max_concurrent_when_more_are_submitted_then_the_rest_waits() -> None:
+    gate = Gate()
+
+    def held(name: str) -> FitLoop:
+        return trainer(train_step=gate.step(name))
+
+    with anyio.fail_after(SOON):
+        async with Runner(2) as runner:
+            jobs = [runner.submit(held, f"{k}", name=f"{k}", **QUIET) for k in range(6)]
+            assert [job.status for job in jobs] == ["running"] * 2 + ["waiting"] * 4
+            assert repr(runner) == "<Runner of 2 at a time: 2 running, 4 waiting>"
+            gate.open.set()
+    assert gate.most <= 2
+    assert [job.status for job in jobs] == ["done"] * 6
+
+
+async def test_cores_when_not_given_otherwise_then_are_shared_out() -> None:
+    seen: dict[str, int] = {}
+
+    def noting(name: str, **changes: Any) -> FitLoop:
+        def step(state: LoopState) -> Any:
+            seen[name] = torch.get_num_threads()
+            return default_batch_step(state)
+
+        return trainer(train_step=step, **changes)
+
+    async with Runner(1) as runner:
+        runner.submit(noting, "share", name="share", **QUIET)
+        runner.submit(lambda: noting("own", num_threads=1), name="own", **QUIET)
+    assert seen == {"share": available_cores(), "own": 1}
+
+
+async def test_error_when_a_stage_raises_then_the_others_go_on_and_it_is_in_the_outcome() -> None:
+    error = ZeroDivisionError("mine")
+
+    def broken() -> FitLoop:
+        def step(_state: LoopState) -> Any:
+            raise error
+
+        return trainer(train_step=step)
+
+    async with Runner(2) as runner:
+        runner.submit(broken, name="broken", **QUIET)
+        runner.submit(make, name="whole", **QUIET)
+    failed, whole = await runner.results()
+    assert failed.error is error
+    assert "in job 'broken'" in error.__notes__
+    assert (failed.status, whole.status, whole.error) == ("failed", "done", None)
+    assert repr(failed).startswith("<Outcome 'broken' failed, ZeroDivisionError: mine in ")
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (lambda: 3, r"job 'odd': the factory returned 3; expected a FitLoop"),
+        (lambda: 1 / 0, "division by zero"),
+    ],
+)
+async def test_error_when_the_factory_is_wrong_then_is_in_the_outcome(
+    target: Any, said: str
+) -> None:
+    async with Runner(2) as runner:
+        job = runner.submit(target, name="odd")
+    assert said in str((await job.outcome()).error)
+
+
+async def test_factory_when_async_or_of_the_blocking_kind_then_serves_as_well() -> None:
+    async def later() -> FitLoop:
+        await anyio.lowlevel.checkpoint()
+        return make()
+
+    async with Runner(2, keep_trainers=True) as runner:
+        runner.submit(later, **QUIET)
+        runner.submit(sync_trainer, **QUIET)
+        runner.submit(sync_trainer(), **QUIET)
+    outcomes = await runner.results()
+    assert [outcome.status for outcome in outcomes] == ["done"] * 3
+    assert [outcome.name for outcome in outcomes] == ["later-1", "sync_trainer-2", "Sequential-3"]
+    assert all(isinstance(outcome.trainer, FitLoop) for outcome in outcomes)
+
+
+async def test_model_when_in_two_jobs_then_the_second_is_busy() -> None:
+    model, gate = mlp(), Gate()
+    with anyio.fail_after(SOON):
+        async with Runner(2) as runner:
+            first = runner.submit(
+                trainer(model=model, train_step=gate.step("first")), name="first", **QUIET
+            )
+            while not gate.inside:
+                await anyio.lowlevel.checkpoint()
+            second = runner.submit(trainer(model=model), name="second", **QUIET)
+            assert isinstance((await second.outcome()).error, BusyError)
+            gate.open.set()
+    assert (await first.outcome()).status == "done"
+
+
+async def test_submit_when_it_cannot_work_then_says_so_at_once(tmp_path: Path) -> None:
+    async with Runner(1, save_path=tmp_path) as runner:
+        runner.submit(make, name="a/b", **QUIET)
+        with pytest.raises(ConfigurationError, match="there is a job 'a/b' already"):
+            runner.submit(make, name="a/b")
+        with pytest.raises(ConfigurationError, match=r"directory is 'a_b', as that of 'a:b'"):
+            runner.submit(make, name="a:b")
+        with pytest.raises(ConfigurationError, match=r"expected a function that returns a FitLoop"):
+            runner.submit("train.py")
+        with pytest.raises(ConfigurationError, match=r"were|was submitted with the arguments"):
+            runner.submit(make(), 1)
+        with pytest.raises(ConfigurationError, match=r"epochs is -1"):
+            runner.submit(make, epochs=-1)
+        with pytest.raises(KeyError, match="no job 'c'; there are: a/b"):
+            runner.cancel("c")
+    with pytest.raises(RuntimeError, match="this Runner is not open"):
+        runner.submit(make)
+    with pytest.raises(RuntimeError, match="was used before"):
+        await runner.__aenter__()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"max_concurrent": 0}, "max_concurrent is 0; expected an integer of at least 1"),
+        ({"backend": "cluster"}, "backend is 'cluster'; expected"),
+        ({"callbacks": 3}, "callbacks is 3"),
+    ],
+)
+def test_runner_when_an_argument_cannot_work_then_says_so(
+    arguments: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        Runner(**arguments)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_submit_when_there_are_ten_thousand_then_nothing_is_made_for_those_that_wait() -> (
+    None
+):
+    made: list[int] = []
+    gate = Gate()
+
+    def count(number: int) -> FitLoop:
+        made.append(number)
+        return trainer(train_step=gate.step(f"{number}"))
+
+    with anyio.fail_after(SOON):
+        async with Runner(1) as runner:
+            before = threading.active_count()
+            jobs = [runner.submit(count, k, **QUIET) for k in range(10_000)]
+            while not gate.inside:
+                await anyio.lowlevel.checkpoint()
+            assert threading.active_count() <= before + 2
+            assert made == [0]
+            for job in jobs[1:]:
+                job.cancel()
+            gate.open.set()
+    outcomes = await runner.results()
+    assert [outcome.status for outcome in outcomes] == ["done"] + ["cancelled"] * 9_999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_trainers_when_they_are_done_then_none_is_kept() -> None:
+    alive: weakref.WeakSet[FitLoop] = weakref.WeakSet()
+    most = 0
+
+    def noted() -> FitLoop:
+        nonlocal most
+        made = make()
+        alive.add(made)
+        most = max(most, len(alive))
+        return made
+
+    async with Runner(2) as runner:
+        for _ in range(100):
+            runner.submit(noted, **QUIET)
+        async for _outcome in runner.as_completed():
+            gc.collect()
+    assert len(alive) == 0
+    assert most <= 6
+
+
+async def test_events_when_read_then_are_those_of_all_and_end_with_the_runner() -> None:
+    seen: list[Any] = []
+    called: list[Any] = []
+
+    async def read() -> None:
+        seen.extend([event async for event in events])
+
+    with anyio.fail_after(SOON):
+        async with (
+            anyio.create_task_group() as group,
+            Runner(2, callbacks=[called.append]) as runner,
+        ):
+            events = await runner.events().__aenter__()
+            group.start_soon(read)
+            runner.submit(make, name="one", **QUIET)
+            runner.submit(make, name="two", **QUIET)
+    for told in (seen, called):
+        for name in ("one", "two"):
+            own = [event for event in told if event.trainer == name]
+            assert isinstance(own[0], RunStarted)
+            assert isinstance(own[-1], RunEnded)
+
+
+async def test_events_when_nobody_reads_then_only_the_newest_progress_of_each_is_kept() -> None:
+    async with Runner(1) as runner, runner.events() as events:
+        for batch in range(100):
+            for name in ("one", "two"):
+                events.push(
+                    BatchProgress(
+                        trainer=name,
+                        epoch=1,
+                        phase="train",  # type: ignore[arg-type]
+                        batch=batch,
+                        batches=None,
+                        samples=batch,
+                        seconds=0.0,
+                    )
+                )
+        events.end()
+        kept = [event async for event in events]
+    assert [(event.trainer, event.batch) for event in kept] == [("one", 99), ("two", 99)]  # type: ignore[attr-defined]
+
+
+async def test_trainers_when_side_by_side_then_each_is_as_it_is_alone() -> None:
+    def alone(seed: int) -> FitLoop:
+        return trainer(model=mlp(dropout=0.3), seed=seed, num_threads=1)
+
+    async with Runner(4, keep_trainers=True) as runner:
+        for seed in range(4):
+            runner.submit(alone, seed, name=f"{seed}", epochs=3, **QUIET)
+    for seed, outcome in enumerate(await runner.results()):
+        plain = alone(seed)
+        await plain.fit(3, **QUIET)
+        assert outcome.trainer is not None
+        assert_same_state(
+            trainer_state(outcome.trainer, drawn=False), trainer_state(plain, drawn=False)
+        )
+
+
+# -- with a save_path ------------------------------------------------------------------------------
+
+
+def tiny(seed: int = 0) -> FitLoop:
+    return trainer(seed=seed)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_sweep_when_started_again_then_what_is_done_is_not_done_again(
+    tmp_path: Path,
+) -> None:
+    built: list[int] = []
+
+    def noted(seed: int) -> FitLoop:
+        built.append(seed)
+        return tiny(seed)
+
+    async def sweep(epochs: int) -> list[Any]:
+        async with Runner(2, save_path=tmp_path) as runner:
+            for seed in range(3):
+                runner.submit(noted, seed, name=f"seed={seed}", epochs=epochs, **QUIET)
+        return await runner.results()
+
+    first, second = await sweep(2), await sweep(2)
+    assert sorted(built) == [0, 1, 2]
+    assert [outcome.restored for outcome in first + second] == [False] * 3 + [True] * 3
+    for old, new in zip(first, second, strict=True):
+        assert new.result.epochs == old.result.epochs == 2
+        for phase, own in old.result.metrics.items():
+            for name, values in own.items():
+                assert np.array_equal(new.result.metrics[phase][name], values)
+    third = await sweep(3)
+    assert [outcome.result.epochs for outcome in third] == [3] * 3
+    assert sorted(built) == [0, 0, 1, 1, 2, 2]
+    found = await anyio.to_thread.run_sync(read_results, tmp_path)
+    assert [record.name for record in found] == ["seed=0", "seed=1", "seed=2"]
+    assert {record.status for record in found} == {"done"}
+    assert str(found).splitlines()[0].split() == [
+        "job",
+        "status",
+        "epochs",
+        "best",
+        "score",
+        "best",
+        "epoch",
+        "time",
+    ]
+    assert repr(found) == "<Results 3 done>"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_sweep_when_a_job_was_cut_off_then_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def cut(seed: int, *, off: bool) -> FitLoop:
+        def step(state: LoopState) -> Any:
+            if off and state.epoch_num == 3:
+                raise ZeroDivisionError("cut off")
+            return default_batch_step(state)
+
+        return trainer(seed=seed, model=mlp(dropout=0.2), train_step=step)
+
+    plain = cut(5, off=False)
+    await plain.fit(4, **QUIET)
+    for off in (True, False):
+        async with Runner(1, save_path=tmp_path, keep_trainers=True) as runner:
+            runner.submit(lambda off=off: cut(5, off=off), name="a job", epochs=4, **QUIET)
+        (outcome,) = await runner.results()
+        found = await anyio.to_thread.run_sync(read_results, tmp_path)
+        if off:
+            assert outcome.status == found["a job"].status == "failed"
+            assert found["a job"].error == "ZeroDivisionError: cut off"
+            assert "in job 'a job'" in found["a job"].traceback
+    assert outcome.result is not None
+    assert outcome.result.epochs == 4
+    assert outcome.weights == tmp_path / "a_job" / "weights.msgpack"
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(outcome.trainer.model.state_dict()[name], value)  # type: ignore[union-attr]
+    assert found["a job"].status == "done"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_save_path_when_another_runner_has_it_then_says_so(tmp_path: Path) -> None:
+    async with Runner(1, save_path=tmp_path):
+        with pytest.raises(CheckpointError, match="is in use by another"):
+            async with Runner(1, save_path=tmp_path):
+                raise AssertionError
+    async with Runner(1, save_path=tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("lr=0.1", "lr=0.1"),
+        ("a b/c\\d:e", "a_b_c_d_e"),
+        ("..", None),
+        ("", None),
+        (".hidden", "_hidden"),
+        ("é漢", "é漢"),
+    ],
+)
+def test_safe_name_when_given_any_name_then_is_one_of_a_directory(
+    name: str, place: str | None
+) -> None:
+    if place is None:
+        with pytest.raises(ConfigurationError, match="expected one that a directory can have"):
+            safe_name(name)
+    else:
+        assert safe_name(name) == place
+
+
+def test_read_results_when_there_is_no_such_place_or_file_then_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_results(tmp_path / "none")
+    assert len(read_results(tmp_path)) == 0
+    (tmp_path / "job").mkdir()
+    for data in (b"", b"\x80", b"\x81\xa6format\xa7fitloop", b"garbage" * 100):
+        (tmp_path / "job" / "outcome.msgpack").write_bytes(data)
+        with pytest.raises(CheckpointError):
+            read_results(tmp_path)
