@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitloop._control import Cancelled
-from fitloop._random import Stream, Streams, Turn, Turnstile, fingerprint
+from fitloop._random import Stream, Streams, fingerprint
+from fitloop._turns import Turn
+from fitloop._turnstile import Turnstile
 from fitloop._types import Phase
 
 GUARD = 20.0
