@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fitloop._random import install_bits, installed_bits
+from fitloop._random import Doors, get_bits, install_bits, installed_bits
 
 
 class Visitor(Protocol):
@@ -86,27 +86,31 @@ class _Lock:
 
 def _numpy_gate(watched: Any) -> Any:
     """Return a bit generator that is ``watched``, memory and all, behind another lock."""
+    gate = _gate_class(type(watched))(0)  # type: ignore[arg-type]
+    gate.watched, gate.told = watched, _Lock(watched.lock)
+    return gate
 
+
+@functools.cache
+def _gate_class(kind: type) -> Any:
     def real(_gate: Any) -> Any:
         _tell()  # which may have put another one in
-        bits = installed_bits()
-        return getattr(bits, "watched", bits)
+        return get_bits()
 
     def reseed(gate: Any, seed: Any) -> None:
         real(gate)._legacy_seeding(seed)
 
-    lock = _Lock(watched.lock)
     body = {
-        "watched": watched,
-        "lock": property(lambda _gate: lock),
-        "capsule": property(lambda _gate: watched.capsule),
-        "ctypes": property(lambda _gate: watched.ctypes),
+        "told": None,
+        "lock": property(lambda gate: gate.told),
+        "capsule": property(lambda gate: gate.watched.capsule),
+        "ctypes": property(lambda gate: gate.watched.ctypes),
         "state": property(
             lambda gate: real(gate).state, lambda gate, value: setattr(real(gate), "state", value)
         ),
         "_legacy_seeding": reseed,
     }
-    return type(type(watched).__name__, (type(watched),), body)()
+    return type(kind.__name__, (kind,), body)
 
 
 def _put_bits(bits: Any) -> None:
@@ -197,6 +201,8 @@ class Gates:
         bits = installed_bits()
         gate = _numpy_gate(bits)
         _put_bits(gate)
+        Doors.before = _numpy_gate
+        self._undo.append(lambda: setattr(Doors, "before", None))
         self._undo.append(lambda: _put_bits(bits) if installed_bits() is gate else None)
 
         for name, function in _python_gates().items():

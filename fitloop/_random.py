@@ -30,6 +30,13 @@ _NUMPY_LIMIT = 2**32
 MT19937_BYTES = 624 * 4 + 4
 
 
+class Doors:
+    """Whether what streams put into numpy's functions is to tell who comes to draw from it."""
+
+    before: Callable[[Any], Any] | None = None
+    """makes a bit generator that is the given one, and tells"""
+
+
 def get_bits() -> Any:
     """Return numpy's generator, the real one while a watched one stands before it."""
     bits = installed_bits()
@@ -61,7 +68,7 @@ class Stream:
     ``numpy.random.seed(s % 2**32)`` give, so that a hand-written loop can be compared with it.
     """
 
-    __slots__ = ("_bits", "_cuda", "_gauss", "_python", "_torch", "_unmoved")
+    __slots__ = ("_bits", "_cuda", "_door", "_gauss", "_python", "_torch", "_unmoved")
 
     def __init__(self, seed: int, cuda: Iterable[int] = ()) -> None:
         self._torch = torch.Generator().manual_seed(seed).get_state()
@@ -71,6 +78,7 @@ class Stream:
         self._python = random.Random(seed).getstate()
         legacy = np.random.RandomState(seed % _NUMPY_LIMIT)
         self._bits: Any = legacy._bit_generator
+        self._door: Any = None
         self._gauss: dict[str, Any] | None = None
         self._unmoved = b""
 
@@ -91,6 +99,7 @@ class Stream:
         twin._torch, twin._cuda, twin._python = self._torch, dict(self._cuda), self._python
         twin._bits = type(self._bits)()
         twin._bits.state = self._bits.state
+        twin._door = None
         twin._gauss = self._gauss
         return twin
 
@@ -114,7 +123,7 @@ class Stream:
         for index, state in self._cuda.items():
             torch.cuda.default_generators[index].set_state(state)
         setstate(self._python)
-        install_bits(self._bits)
+        install_bits(self._bits if Doors.before is None else self._told(Doors.before))
         if self._gauss is not None:
             np.random.set_state(self._gauss)
         self._unmoved = _raw(self._bits)
@@ -127,6 +136,11 @@ class Stream:
         if self._gauss is not None or not self._unmoved or self._unmoved != _raw(self._bits):
             state = np.random.get_state(legacy=False)
             self._gauss = state if state["has_gauss"] else None
+
+    def _told(self, before: Callable[[Any], Any]) -> Any:
+        if self._door is None:
+            self._door = before(self._bits)
+        return self._door
 
     def swap_in(self) -> TorchStates:
         """Put the states of torch's generators in, and return what was there; for one draw."""
@@ -171,7 +185,7 @@ class Outside(Stream):
 
     def __init__(self, cuda: Iterable[int]) -> None:
         self._cuda = dict.fromkeys(cuda, torch.empty(0))
-        self._bits = installed_bits()
+        self._bits = self._door = installed_bits()
         self._gauss = None
         self._unmoved = b""
         self.leave()

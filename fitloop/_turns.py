@@ -192,17 +192,17 @@ class Turn:
         self._turnstile.admit(self, cancelled, shared=stream is PROCESS)
 
     def _enter_again(self, stream: Stream) -> None:
-        self._moving = True  # reading what is there passes the gates
+        self._moving = True  # what is read and put passes the gates
         self._stream = stream
         self._outside = PROCESS if stream is PROCESS else Outside(self._cuda)
-        self._moving = False
         self._enter(stream)
 
     def _enter(self, stream: Stream) -> None:
         self._stream = stream
         self._told, self._looking = False, GATES.stand
+        self._moving = True
         stream.enter()
-        self._entered = True
+        self._moving, self._entered = False, True
         set_visitor(self)
 
     def _leave(self) -> None:
