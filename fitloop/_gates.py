@@ -125,6 +125,12 @@ def _put_bits(bits: Any) -> None:
         _here.building = False
 
 
+def _open_numpy() -> None:
+    bits = installed_bits()
+    if hasattr(bits, "watched"):
+        _put_bits(bits.watched)
+
+
 # -- Python -------------------------------------------------------------------------------------
 
 _RANDOM: Any = random.seed.__self__  # type: ignore[attr-defined]
@@ -171,6 +177,8 @@ class Gates:
             self.stand = True
             if not self._undo:
                 self._set_up()
+            elif not hasattr(installed_bits(), "watched"):  # somebody has changed it
+                _put_bits(_numpy_gate(installed_bits()))
 
     def leave(self, user: object) -> bool:
         """Need them no more; return whether nobody does, so that `remove` is due."""
@@ -198,12 +206,10 @@ class Gates:
     def _set_up(self) -> None:
         self._replace(torch.random, "default_generator", _TorchGate())
 
-        bits = installed_bits()
-        gate = _numpy_gate(bits)
-        _put_bits(gate)
+        _put_bits(_numpy_gate(installed_bits()))
         Doors.before = _numpy_gate
         self._undo.append(lambda: setattr(Doors, "before", None))
-        self._undo.append(lambda: _put_bits(bits) if installed_bits() is gate else None)
+        self._undo.append(_open_numpy)
 
         for name, function in _python_gates().items():
             self._replace(random, name, function)
