@@ -52,7 +52,8 @@ def mixup_loss(state: LoopState) -> torch.Tensor:
     other = torch.randperm(len(inputs))
     outputs = state.model(share * inputs + (1 - share) * inputs[other])
     loss: torch.Tensor = state.loss_function(outputs, targets) * share
-    return loss + state.loss_function(outputs, targets[other]) * (1 - share)
+    other_loss: torch.Tensor = state.loss_function(outputs, targets[other])
+    return loss + other_loss * (1 - share)
 
 
 def late(first: int, draw: Callable[[], float]) -> Callable[[LoopState], torch.Tensor]:
