@@ -84,7 +84,8 @@ def penalised_loss(state: LoopState) -> torch.Tensor:
     inputs = (inputs + 0.1 * torch.randn_like(inputs)).requires_grad_()
     loss = plain_loss(state)
     (gradient,) = torch.autograd.grad(state.model(inputs).sum(), inputs, create_graph=True)
-    return loss + gradient.pow(2).mean()
+    penalty: torch.Tensor = gradient.pow(2).mean()
+    return loss + penalty
 
 
 class FailureError(Exception):
