@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fitloop._loading import END, AheadSource, Feed, InlineSource
-from fitloop._random import StreamState, fingerprint
+from fitloop._random import StreamState
+from fitloop._turns import process_fingerprint
 
 
 def median(values: list[float]) -> float:
@@ -109,10 +110,10 @@ class AdaptiveSource:
 
     def _checked_fetch(self) -> Any:
         self._to_check -= 1
-        before = None if self._to_check else fingerprint()
+        before = None if self._to_check else process_fingerprint()
         batch = self._inline.fetch()
         if before is not None:
-            if fingerprint() != before:
+            if process_fingerprint() != before:
                 self._trial.drew()
             elif batch is not END:
                 self._go_ahead()
@@ -131,11 +132,11 @@ class AdaptiveSource:
 
     def _measured_fetch(self) -> Any:
         watched = self._watch_draws and not self._to_skip and not self._trial.ahead
-        before = fingerprint() if watched else None
+        before = process_fingerprint() if watched else None
         began = self._clock()
         batch = self._fetch()
         ended = self._clock()
-        if watched and fingerprint() != before:
+        if watched and process_fingerprint() != before:
             self._trial.drew()
         elif self._to_skip or self._last is None:
             self._to_skip = max(0, self._to_skip - 1)

@@ -27,9 +27,11 @@ from fitloop._events import (
 from fitloop._loaders import describe, length_of, samples_in
 from fitloop._loading import END, Feed, Source
 from fitloop._plan import Cursor, RunPlan, Surroundings
+from fitloop._random import PROCESS
 from fitloop._seek import Seek
 from fitloop._stages import Scope, Stages, is_awaitable
 from fitloop._state import LoopState
+from fitloop._turns import Turn
 from fitloop._types import Phase, Stage, StopReason
 
 PROGRESS_SECONDS = 0.1
@@ -101,10 +103,14 @@ class Engine:
         self._doing = name
         torch.set_grad_enabled(True)
         turn = self._around.turn
-        scope = Scope(True) if turn is None else Scope(True, turn.resume, turn.pause)
         result = function(trainer)
         if is_awaitable(result):
-            self._await(result, scope)
+            self._await(result, Scope(True, turn.resume, turn.pause))
+
+    @property
+    def turn(self) -> Turn:
+        """The turn of the step thread."""
+        return self._around.turn
 
     def position(self) -> str:
         """Return where the run is, for the note on an exception."""
@@ -259,8 +265,7 @@ class Engine:
             except BaseException:
                 self._doing = f"{epoch}, batch_step of batch {state.batch_num}"
                 raise
-            if turn is not None:
-                turn.breathe()
+            turn.breathe()
             if control.halted:
                 self._check_cancelled()
                 return state.batch_num == state.batches
@@ -292,9 +297,7 @@ class Engine:
             around.parts.model.train(train)
         torch.set_grad_enabled(grad)  # of this thread, which is the run's own
         turn, streams = around.turn, around.streams
-        if turn is None or streams is None:
-            return Scope(grad)
-        turn.take(streams.steps(phase))
+        turn.begin(PROCESS if streams is None else streams.steps(phase))
         return Scope(grad, turn.resume, turn.pause)
 
     def _open(self, phase: Phase, loader: Any, seek: Seek | None) -> Source:
@@ -335,16 +338,15 @@ class Engine:
     def _await(self, awaitable: Any, scope: Scope) -> Any:
         """Have an ``async def`` stage run on the event loop, and wait for it."""
         turn = self._around.turn
-        if turn is not None:
-            turn.pause()
+        turn.hold()  # the event loop's thread is not to wait for it
+        turn.pause()
         try:
             values = self._around.side.call(lambda: scope.wrap(awaitable))
         except Cancelled:
             if hasattr(awaitable, "close"):  # a coroutine may never have begun
                 awaitable.close()
             raise
-        if turn is not None:
-            turn.resume()
+        turn.resume()
         return values
 
     def _emit(self, event: Event) -> None:
@@ -353,12 +355,9 @@ class Engine:
     def at_rest(self, call: Callable[..., Any], *args: Any) -> Any:
         """Call what is none of the stages, so that it does not draw from their stream."""
         turn = self._around.turn
-        if turn is None:
-            return call(*args)
-        stream = turn.stream
-        turn.give()
+        held = turn.rest()
         result = call(*args)
-        turn.take(stream)
+        turn.go_on(held)
         return result
 
     def _check_cancelled(self) -> None:

@@ -235,6 +235,7 @@ class Loaders:
             feed,
             iterator=iterator,
             stream=None if certain else stream,
+            draws_outside=stream is None and not certain,
             rewinds=not isinstance(iterable, OneShot),
         )
         return self._source(opened, loader, phase, certain=certain)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from fitloop._control import Cancelled, RunControl
-from fitloop._random import Stream, StreamState, Turn
+from fitloop._random import PROCESS, Stream, StreamState
+from fitloop._turns import Held, Turn
 
 
 class _End:
@@ -63,7 +64,9 @@ class Feed:
     stream: Stream | None = None
     """the randomness of the loader, in a seeded run whose loader may draw"""
     turn: Turn | None = None
-    """the turn of the step thread, in a seeded run"""
+    """the turn of the step thread"""
+    draws_outside: bool = False
+    """the loader may draw from the process's own numbers, in a run without a seed"""
     rewinds: bool = True
     """batches that were not fetched are read again, so their random numbers are drawn again"""
     grace: float = 5.0
@@ -71,18 +74,16 @@ class Feed:
     watch: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
     """wraps the call that reads a batch, for the profiler"""
 
-    def borrow_turn(self) -> Stream | None:
+    def borrow_turn(self) -> Held | None:
         """Enter the loader's stream on the step thread's turn; return what to go back to."""
         if self.turn is None or self.stream is None:
             return None
-        steps = self.turn.stream
-        self.turn.take(self.stream)
-        return steps
+        return self.turn.lend(self.stream)
 
-    def return_turn(self, steps: Stream | None) -> None:
+    def return_turn(self, steps: Held | None) -> None:
         """Go back to the stream of the steps."""
-        if self.turn is not None:
-            self.turn.take(steps)
+        if self.turn is not None and steps is not None:
+            self.turn.go_on(steps)
 
     def wait(self, ready: Callable[[], bool]) -> bool:
         """Block the step thread, its turn given up meanwhile; false when the run was stopped.
@@ -92,8 +93,7 @@ class Feed:
         """
         steps = None
         if self.turn is not None:
-            steps = self.turn.stream
-            self.turn.give()  # the loader may be waiting for it
+            steps = self.turn.give()  # the loader may be waiting for it
         arrived = self.control.wait_for(ready, obey_stop=True)
         if self.control.cancelled:
             raise Cancelled
@@ -173,7 +173,8 @@ class AheadSource:
         """the thread reads no more, although the loader may have more"""
         self.waited = 0
         """batches for which the step thread had to wait"""
-        self._turn = Turn(self._is_closed) if feed.stream is not None else None
+        self._stream = PROCESS if feed.draws_outside else feed.stream
+        self._turn = Turn(self._is_closed) if self._stream is not None else None
         if self._turn is not None:
             self._forget = feed.control.on_halt(self._turn.wake)
         self._thread = threading.Thread(
@@ -206,9 +207,10 @@ class AheadSource:
         with feed.control.changed:
             self._closed = True
             feed.control.changed.notify_all()
+        steps: Held | None = None
         if self._turn is not None:
             if feed.turn is not None:
-                feed.turn.give()
+                steps = feed.turn.give()
             self._forget()
             self._turn.wake()
         self._thread.join(feed.grace)
@@ -223,6 +225,8 @@ class AheadSource:
             feed.iterator = feed.iterator if hung else iter(())
         if feed.rewinds and feed.stream is not None and self.drawn and unread and not hung:
             feed.stream.set_state(self.drawn)
+        if not feed.control.cancelled:
+            feed.return_turn(steps)
         return unread
 
     def pause(self) -> None:
@@ -265,8 +269,8 @@ class AheadSource:
 
     def _draw(self) -> Any:
         feed = self._feed
-        if self._turn is not None and feed.stream is not None:
-            self._turn.take(feed.stream)
+        if self._turn is not None:
+            self._turn.take(self._stream)
         try:
             return next(feed.iterator)
         except StopIteration:

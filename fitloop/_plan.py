@@ -13,9 +13,10 @@ from fitloop._events import Event
 from fitloop._loaders import Loaders
 from fitloop._loading import Source
 from fitloop._parts import Parts
-from fitloop._random import Streams, Turn
+from fitloop._random import Streams
 from fitloop._seek import Seek
 from fitloop._state import LoopState
+from fitloop._turns import Turn
 from fitloop._types import Phase
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -103,8 +104,7 @@ class Surroundings:
     ask: Callable[[int, int], bool]
     """whether to go on after an epoch, given its number in the trainer's life and in the run"""
     streams: Streams | None
-    turn: Turn | None
-    """of a seeded run"""
+    turn: Turn
     batch_hooks: Sequence[Callable[[], None]] = ()
     """called after every batch step of the train phase, on the step thread"""
     probe: Probe = field(default_factory=NoProbe)

@@ -4,37 +4,43 @@ torch's default generators, Python's ``random`` and numpy's legacy functions are
 dropout, augmentation and shuffling of every thread draw from the same ones. A seeded trainer
 therefore has *streams*, one for the steps and one for the loader of each phase. A stream's
 states are put into the process's generators while its code runs, and what was there before is
-put back afterwards. Code that runs in two threads takes *turns*, one stream at a time.
-
-A turn may last for many batches: it is handed on between batches, and only when somebody waits.
-A trainer without a seed takes no turns and draws where a hand-written loop would.
-
-What this cannot do: tell a trainer's draws from those of other code that draws from the
-process's generators in another thread during a turn.
+put back afterwards. Code that runs in two threads takes turns at that, see `fitloop._turns`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import random
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fitloop._control import Cancelled
 from fitloop._types import Phase
 
 # Public since numpy 1.24, but missing in its type stubs.
-get_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
-_set_bits: Callable[[Any], None] = np.random.set_bit_generator  # type: ignore[attr-defined]
+installed_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
+install_bits: Callable[[Any], None] = np.random.set_bit_generator  # type: ignore[attr-defined]
+# What stands at the gates of the module while trainers share it may not see these.
+getstate, setstate = random.getstate, random.setstate
 
 _NUMPY_LIMIT = 2**32
 MT19937_BYTES = 624 * 4 + 4
+
+
+class Doors:
+    """Whether what streams put into numpy's functions is to tell who comes to draw from it."""
+
+    before: Callable[[Any], Any] | None = None
+    """makes a bit generator that is the given one, and tells"""
+
+
+def get_bits() -> Any:
+    """Return numpy's generator, the real one while a watched one stands before it."""
+    bits = installed_bits()
+    return getattr(bits, "watched", bits)
 
 
 class StreamState(NamedTuple):
@@ -47,6 +53,13 @@ class StreamState(NamedTuple):
     gauss: dict[str, Any] | None
 
 
+class TorchStates(NamedTuple):
+    """States of torch's generators: the CPU's, and those of CUDA devices."""
+
+    torch: Tensor
+    cuda: dict[int, Tensor]
+
+
 class Stream:
     """One sequence of random numbers: a state for each of the process's generators.
 
@@ -55,7 +68,7 @@ class Stream:
     ``numpy.random.seed(s % 2**32)`` give, so that a hand-written loop can be compared with it.
     """
 
-    __slots__ = ("_bits", "_cuda", "_gauss", "_python", "_torch", "_unmoved")
+    __slots__ = ("_bits", "_cuda", "_door", "_gauss", "_python", "_torch", "_unmoved")
 
     def __init__(self, seed: int, cuda: Iterable[int] = ()) -> None:
         self._torch = torch.Generator().manual_seed(seed).get_state()
@@ -65,6 +78,7 @@ class Stream:
         self._python = random.Random(seed).getstate()
         legacy = np.random.RandomState(seed % _NUMPY_LIMIT)
         self._bits: Any = legacy._bit_generator
+        self._door: Any = None
         self._gauss: dict[str, Any] | None = None
         self._unmoved = b""
 
@@ -85,6 +99,7 @@ class Stream:
         twin._torch, twin._cuda, twin._python = self._torch, dict(self._cuda), self._python
         twin._bits = type(self._bits)()
         twin._bits.state = self._bits.state
+        twin._door = None
         twin._gauss = self._gauss
         return twin
 
@@ -107,8 +122,8 @@ class Stream:
         torch.default_generator.set_state(self._torch)
         for index, state in self._cuda.items():
             torch.cuda.default_generators[index].set_state(state)
-        random.setstate(self._python)
-        _set_bits(self._bits)
+        setstate(self._python)
+        install_bits(self._bits if Doors.before is None else self._told(Doors.before))
         if self._gauss is not None:
             np.random.set_state(self._gauss)
         self._unmoved = _raw(self._bits)
@@ -122,31 +137,89 @@ class Stream:
             state = np.random.get_state(legacy=False)
             self._gauss = state if state["has_gauss"] else None
 
+    def _told(self, before: Callable[[Any], Any]) -> Any:
+        if self._door is None:
+            self._door = before(self._bits)
+        return self._door
+
+    def swap_in(self) -> TorchStates:
+        """Put the states of torch's generators in, and return what was there; for one draw."""
+        outside = TorchStates(torch.default_generator.get_state(), {})
+        torch.default_generator.set_state(self._torch)
+        for index, state in self._cuda.items():
+            outside.cuda[index] = torch.cuda.default_generators[index].get_state()
+            torch.cuda.default_generators[index].set_state(state)
+        return outside
+
+    def swap_out(self, outside: TorchStates) -> None:
+        """Take the states of torch's generators into this stream, and put ``outside`` back."""
+        self._torch = torch.default_generator.get_state()
+        torch.default_generator.set_state(outside.torch)
+        for index, state in outside.cuda.items():
+            self._cuda[index] = torch.cuda.default_generators[index].get_state()
+            torch.cuda.default_generators[index].set_state(state)
+
+    @property
+    def python(self) -> tuple[Any, ...]:
+        """Where Python's generator is in this stream; not while it is entered."""
+        return self._python
+
     def _read(self) -> None:
         self._torch = torch.default_generator.get_state()
         for index in self._cuda:
             self._cuda[index] = torch.cuda.default_generators[index].get_state()
-        self._python = random.getstate()
+        self._python = getstate()
 
 
 def _raw(bits: Any) -> bytes:
     """Return the memory of an MT19937 generator, or nothing for another kind."""
-    if type(bits) is not np.random.MT19937:
+    if not isinstance(bits, np.random.MT19937):
         return b""
     return ctypes.string_at(bits.ctypes.state_address, MT19937_BYTES)
 
 
-class _Outside(Stream):
+class Outside(Stream):
     """What the process's generators held before the first turn; kept by reference for numpy."""
 
     __slots__ = ()
 
     def __init__(self, cuda: Iterable[int]) -> None:
         self._cuda = dict.fromkeys(cuda, torch.empty(0))
-        self._bits = get_bits()
+        self._bits = self._door = installed_bits()
         self._gauss = None
         self._unmoved = b""
         self.leave()
+
+
+class _Process(Stream):
+    """The process's own numbers, for a trainer without a seed: nothing is to be changed."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        pass
+
+    def enter(self) -> None:
+        """See `Stream`."""
+
+    def leave(self) -> None:
+        """See `Stream`."""
+
+    def swap_in(self) -> TorchStates:
+        """See `Stream`."""
+        return TorchStates(_NOTHING, {})
+
+    def swap_out(self, outside: TorchStates) -> None:
+        """See `Stream`."""
+
+    @property
+    def python(self) -> tuple[Any, ...]:
+        """See `Stream`."""
+        return ()
+
+
+_NOTHING = torch.empty(0)
+PROCESS: Final[Stream] = _Process()
 
 
 def fingerprint() -> tuple[object, ...]:
@@ -154,7 +227,7 @@ def fingerprint() -> tuple[object, ...]:
     numpy = np.random.get_state(legacy=False)
     return (
         torch.default_generator.get_state().numpy().tobytes(),
-        random.getstate(),
+        getstate(),
         _raw(get_bits()) or repr(numpy["state"]),
         numpy["has_gauss"],
     )
@@ -213,125 +286,3 @@ class Streams:
 
 def _derive(seed: int, place: int) -> int:
     return int(np.random.SeedSequence((seed, place)).generate_state(1, np.uint64)[0])
-
-
-class Turnstile:
-    """Lets one turn at a time through, first come, first served. One for the whole process."""
-
-    def __init__(self) -> None:
-        self.contended = False
-        """somebody waits; read without the lock, once a batch"""
-        self._changed = threading.Condition()
-        self._line: deque[Turn] = deque()
-        self._holder: Turn | None = None
-
-    def admit(self, turn: Turn, cancelled: Callable[[], bool]) -> None:
-        """Block until it is ``turn``'s; raises `Cancelled` when that came first."""
-        with self._changed:
-            self._line.append(turn)
-            while self._holder is not None or self._line[0] is not turn:
-                self.contended = True
-                if cancelled():
-                    self._line.remove(turn)
-                    self._changed.notify_all()
-                    raise Cancelled
-                self._changed.wait()
-            self._line.popleft()
-            self._holder = turn
-            self.contended = bool(self._line)
-
-    def dismiss(self, turn: Turn) -> bool:
-        """End ``turn``; false when it was not its."""
-        with self._changed:
-            if self._holder is not turn:
-                return False
-            self._holder = None
-            self._changed.notify_all()
-            return True
-
-    def look_again(self) -> None:
-        """Wake everyone in line, so that a cancelled one leaves it."""
-        with self._changed:
-            self._changed.notify_all()
-
-
-_TURNSTILE = Turnstile()
-
-
-class Turn:
-    """The right of one thread to the process's generators, and which stream is in them.
-
-    Not shared between threads, but for `revoke`.
-    """
-
-    def __init__(
-        self,
-        cancelled: Callable[[], bool] = lambda: False,
-        cuda: Iterable[int] = (),
-        turnstile: Turnstile = _TURNSTILE,
-    ) -> None:
-        self._cancelled = cancelled
-        self._cuda = tuple(cuda)
-        self._turnstile = turnstile
-        self._outside: Stream | None = None
-        self._stream: Stream | None = None
-        self._entered = False
-
-    @property
-    def stream(self) -> Stream | None:
-        """The stream that is in the generators, or None without a turn."""
-        return self._stream
-
-    def take(self, stream: Stream | None) -> None:
-        """Wait for the turn and enter ``stream``; a turn already held changes to it.
-
-        None asks for nothing.
-
-        Raises:
-            Cancelled: the run was cancelled while it waited.
-        """
-        if stream is None or (self._stream is stream and self._entered):
-            return
-        if self._stream is None:
-            self._turnstile.admit(self, self._cancelled)
-            self._outside = _Outside(self._cuda)
-        elif self._entered:
-            self._stream.leave()
-        self._stream = stream
-        stream.enter()
-        self._entered = True
-
-    def give(self) -> None:
-        """End the turn and put the process's own states back; does nothing without a turn."""
-        self.pause()
-        self._stream = None
-        self._turnstile.dismiss(self)
-
-    def breathe(self) -> None:
-        """Let those in line go first, if there are any."""
-        if self._turnstile.contended and self._stream is not None:
-            stream = self._stream
-            self.give()
-            self.take(stream)
-
-    def pause(self) -> None:
-        """Put the process's own states back but keep the turn."""
-        if self._entered and self._stream is not None and self._outside is not None:
-            self._stream.leave()
-            self._outside.enter()
-            self._entered = False
-
-    def resume(self) -> None:
-        """Enter the stream of the turn again after `pause`."""
-        if self._stream is not None and not self._entered:
-            self._outside = _Outside(self._cuda)
-            self._stream.enter()
-            self._entered = True
-
-    def revoke(self) -> None:
-        """End the turn of a thread that does not come back; any thread."""
-        self.give()
-
-    def wake(self) -> None:
-        """Have a waiting `take` look whether it was cancelled; any thread."""
-        self._turnstile.look_again()

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fitloop._random import MT19937_BYTES, Stream, StreamState, get_bits
+from fitloop._random import MT19937_BYTES, Stream, StreamState, get_bits, setstate
+from fitloop._turns import process_numbers
 
 _MT19937_WORDS = 624
 _PHILOX_WORDS = 4
@@ -92,16 +93,22 @@ def _check_place(place: int, words: int) -> None:
 
 def process_state(cuda: Iterable[int] = ()) -> StreamState:
     """Return where the process's generators are."""
-    return Stream.of_process(cuda).state()
+    with process_numbers():
+        return Stream.of_process(cuda).state()
 
 
 def restore_process(state: StreamState) -> None:
     """Put the process's generators where they were; a device that is not there is left out."""
+    with process_numbers():
+        _restore_process(state)
+
+
+def _restore_process(state: StreamState) -> None:
     torch.default_generator.set_state(state.torch)
     for index, value in state.cuda.items():
         if index < torch.cuda.device_count():
             torch.cuda.default_generators[index].set_state(value)
-    random.setstate(state.python)
+    setstate(state.python)
     if state.gauss is not None:
         np.random.set_state(state.gauss)
         return

@@ -17,16 +17,19 @@ from fitloop._capture import TrainingCapture
 from fitloop._control import Abandoned, Cancelled, RunControl
 from fitloop._core import Core
 from fitloop._crossing import LoopSide
+from fitloop._drawing import hides_its_draws
 from fitloop._engine import Engine
 from fitloop._errors import note
 from fitloop._events import Event, RunEnded, RunStarted
+from fitloop._parts import STAGE_NAMES
 from fitloop._persistence import Persistence
 from fitloop._plan import NoProbe, Probe, RunPlan, Surroundings
-from fitloop._random import Streams, Turn
+from fitloop._random import PROCESS, Streams
 from fitloop._result import EpochMetricsLog, FitResult
 from fitloop._return_point import ReturnPoint
 from fitloop._schedule import SchedulerSteps
 from fitloop._threads import intra_op_threads
+from fitloop._turns import Turn, process_numbers
 from fitloop._types import Phase, StopReason
 
 Observer = Callable[[Event], object]
@@ -116,7 +119,7 @@ class Run:
             emit=core.hub.emit,
             ask=self._ask,
             streams=streams,
-            turn=self._turn,
+            turn=self._make_turn(),
             probe=self._options.probe,
         )
         engine = self._engine = Engine(plan, around)
@@ -141,8 +144,8 @@ class Run:
             kept.go_on()
             self._found = kept.result()
             return
-        if self._turn is not None and streams is not None:
-            self._turn.take(streams.steps(plan.phases[0][0]))
+        turn = engine.turn
+        turn.begin(PROCESS if streams is None else streams.steps(plan.phases[0][0]))
         trains = self._schedulers is not None
         if trains:
             engine.call_plain("preloop", core.parts.preloop, self._trainer)
@@ -152,8 +155,7 @@ class Run:
         self._settle_questions(engine)
         if trains:
             engine.call_plain("postloop", core.parts.postloop, self._trainer)
-        if self._turn is not None:
-            self._turn.give()
+        turn.give()
 
     def _guarded(self, engine: Engine, streams: Streams | None) -> None:
         try:
@@ -165,17 +167,28 @@ class Run:
             raise
 
     def _streams(self) -> Streams | None:
-        """Return the randomness of this run, and be ready to take turns with it."""
+        """Return the randomness of this run; None for the process's own."""
         core = self._core
         streams = core.streams
         if self._options.dry:
             # A dry run draws from copies, also of the process's generators.
-            streams = streams.copy() if streams is not None else Streams.of_process(core.cuda)
-        if streams is not None:
-            control = self._control
-            self._turn = Turn(lambda: control.cancelled, core.cuda)
-            self._forget_turn = control.on_halt(self._turn.wake)
+            if streams is None:
+                with process_numbers():
+                    return Streams.of_process(core.cuda)
+            return streams.copy()
         return streams
+
+    def _make_turn(self) -> Turn:
+        """Be ready to take turns at the process's random generators."""
+        parts, control = self._core.parts, self._control
+        functions = [getattr(parts, name) for name in STAGE_NAMES.values()]
+        turn = self._turn = Turn(
+            lambda: control.cancelled,
+            self._core.cuda,
+            hides_draws=hides_its_draws(parts.model, parts.loss_function, *functions),
+        )
+        self._forget_turn = control.on_halt(turn.wake)
+        return turn
 
     def _batch_hooks(self) -> list[Callable[[], None]]:
         schedulers, kept = self._schedulers, self._options.persistence

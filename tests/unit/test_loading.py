@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from fitloop import LoopState
 from fitloop._control import Abandoned, Cancelled, RunControl
 from fitloop._loading import END, AheadSource, Feed, InlineSource, Source
-from fitloop._random import Stream, Turn
+from fitloop._random import Stream
+from fitloop._turns import Turn
 
 GUARD = 20.0
 """seconds after which a wait that should have ended long ago fails the test"""

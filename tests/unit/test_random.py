@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitloop._control import Cancelled
-from fitloop._random import Stream, Streams, Turn, Turnstile, fingerprint
+from fitloop._random import Stream, Streams, fingerprint
+from fitloop._turns import Turn
+from fitloop._turnstile import Turnstile
 from fitloop._types import Phase
 
 GUARD = 20.0
@@ -22,7 +24,7 @@ GUARD = 20.0
 DRAWS: dict[str, Callable[[], object]] = {
     "torch": lambda: torch.rand(3).tolist(),
     "torch normal": lambda: torch.randn(1).item(),  # torch keeps the other of a pair
-    "random": random.random,
+    "random": lambda: random.random(),  # found at each call: see the gates
     "random gauss": lambda: random.gauss(0, 1),  # so does Python
     "numpy": lambda: np.random.rand(2).tolist(),
     "numpy normal": lambda: float(np.random.randn()),  # and numpy
@@ -265,6 +267,7 @@ def test_turn_when_it_breathes_then_those_in_line_go_first() -> None:
     for waiter in waiters:
         waiter.join()
     assert log == ["a", "b", "holder"]
+    holder.revoke()
     assert first + rest == alone(3, ["torch", "numpy normal"] * 2)
 
 
@@ -340,7 +343,7 @@ def test_turn_when_two_threads_share_the_generators_then_each_draws_what_it_draw
         for name in names:
             mine.append(DRAWS[name]())
             turn.breathe()
-        turn.give()
+        turn.revoke()
         drawn[seed] = mine
 
     threads = [threading.Thread(target=run, args=(seed,)) for seed in (1, 2, 3)]

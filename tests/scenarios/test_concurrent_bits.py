@@ -1,0 +1,306 @@
+"""Trainers that share a process have the bits that each has alone, and step at the same time."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import numpy as np
+import pytest
+import torch
+from support.models import Augmented, blobs, cnn, images, loader, mlp, seed_process, trainer
+from support.states import trainer_state
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from fitloop import FitLoop, LoopState
+from fitloop._gates import GATES
+
+QUIET: dict[str, Any] = {"verbose": False, "load_best": False}
+GUARD = 20.0
+"""seconds after which a wait that should have ended long ago fails the test"""
+
+SAMPLES = 40
+
+
+def step_with(loss_of: Callable[[LoopState], torch.Tensor]) -> Callable[[LoopState], Any]:
+    def step(state: LoopState) -> dict[str, float]:
+        loss = loss_of(state)
+        if state.is_train:
+            loss.backward()  # type: ignore[no-untyped-call]
+            state.optimizer.step()
+        return {"running_loss": loss.item() * state.batch_size}
+
+    return step
+
+
+def plain_loss(state: LoopState) -> torch.Tensor:
+    inputs, targets = state.batch
+    loss: torch.Tensor = state.loss_function(state.model(inputs), targets)
+    return loss
+
+
+def mixup_loss(state: LoopState) -> torch.Tensor:
+    inputs, targets = state.batch
+    share = float(np.random.beta(0.4, 0.4))
+    other = torch.randperm(len(inputs))
+    outputs = state.model(share * inputs + (1 - share) * inputs[other])
+    loss: torch.Tensor = state.loss_function(outputs, targets) * share
+    other_loss: torch.Tensor = state.loss_function(outputs, targets[other])
+    return loss + other_loss * (1 - share)
+
+
+def late(first: int, draw: Callable[[], float]) -> Callable[[LoopState], torch.Tensor]:
+    """Return a loss that draws from batch ``first`` of each epoch on, in every second batch."""
+
+    def loss_of(state: LoopState) -> torch.Tensor:
+        loss = plain_loss(state)
+        if state.batch_num >= first and state.batch_num % 2:
+            loss = loss * (1 + draw())
+        return loss
+
+    return loss_of
+
+
+def checkpointed_loss(state: LoopState) -> torch.Tensor:
+    inputs, targets = state.batch
+    reentrant = state.batch_num % 2 == 0
+    if reentrant:
+        inputs = inputs.requires_grad_()
+    outputs = checkpoint(state.model, inputs, use_reentrant=reentrant)
+    loss: torch.Tensor = state.loss_function(outputs, targets)
+    return loss
+
+
+def penalised_loss(state: LoopState) -> torch.Tensor:
+    """Noise, dropout, and the gradient of a gradient."""
+    inputs, _targets = state.batch
+    inputs = (inputs + 0.1 * torch.randn_like(inputs)).requires_grad_()
+    loss = plain_loss(state)
+    (gradient,) = torch.autograd.grad(state.model(inputs).sum(), inputs, create_graph=True)
+    penalty: torch.Tensor = gradient.pow(2).mean()
+    return loss + penalty
+
+
+class FailureError(Exception):
+    pass
+
+
+def failing_loss(state: LoopState) -> torch.Tensor:
+    if state.epoch_num == 2 and state.batch_num == 4:
+        raise FailureError
+    return plain_loss(state)
+
+
+def seeded(number: int, **changes: Any) -> FitLoop:
+    given: dict[str, Any] = {
+        "model": mlp(number, dropout=0.3),
+        "train_dl": loader(blobs(SAMPLES), shuffle=True),
+        "valid_dl": loader(blobs(14, 2)),
+        "seed": number,
+        "num_threads": 1,
+    }
+    return trainer(**{**given, **changes})
+
+
+async def fitted(made: FitLoop, epochs: int = 2) -> FitLoop:
+    await made.fit(epochs, **QUIET)
+    return made
+
+
+async def failed(made: FitLoop) -> FitLoop:
+    with pytest.raises(FailureError):
+        await made.fit(3, **QUIET)
+    return made
+
+
+def cancelled(seed: int) -> Awaitable[FitLoop]:
+    token: list[Any] = []
+    scope = anyio.CancelScope()
+
+    def loss_of(state: LoopState) -> torch.Tensor:
+        if state.epoch_num == 2 and state.batch_num == 2:
+            anyio.from_thread.run_sync(scope.cancel, token=token[0])
+            control = made._core.control
+            while control is not None and not control.cancelled:  # else it may end anywhere
+                time.sleep(0.001)
+        return plain_loss(state)
+
+    made = seeded(seed, train_step=step_with(loss_of))
+
+    async def run() -> FitLoop:
+        token.append(anyio.lowlevel.current_token())
+        with scope:
+            await made.fit(5, **QUIET)
+        assert scope.cancelled_caught
+        return made
+
+    return run()
+
+
+def augmented(**options: Any) -> DataLoader[Any]:
+    return DataLoader(Augmented(blobs(SAMPLES)), 4, **options)
+
+
+async def async_step(state: LoopState) -> dict[str, float]:
+    await anyio.lowlevel.checkpoint()
+    result: dict[str, float] = step_with(mixup_loss)(state)
+    return result
+
+
+Run = Callable[[], Awaitable[FitLoop]]
+
+RUNS: dict[str, Run] = {
+    "dropout": lambda: fitted(
+        seeded(1, model=cnn(), train_dl=loader(images(SAMPLES)), valid_dl=None), 3
+    ),
+    "own shuffle": lambda: fitted(
+        seeded(2, train_dl=loader(blobs(SAMPLES), shuffle=True, own_seed=5))
+    ),
+    "augmentation": lambda: fitted(seeded(3, train_dl=augmented(shuffle=True)), 3),
+    "augmentation ahead": lambda: fitted(seeded(4, train_dl=augmented(), prefetch=2)),
+    "mixup": lambda: fitted(seeded(5, train_step=step_with(mixup_loss)), 4),
+    "async mixup": lambda: fitted(seeded(6, train_step=async_step)),
+    "failing": lambda: failed(seeded(7, train_step=step_with(failing_loss))),
+    "cancelled": lambda: cancelled(8),
+    "late torch": lambda: fitted(
+        seeded(9, train_step=step_with(late(4, lambda: torch.rand(()).item())))
+    ),
+    "late numpy": lambda: fitted(seeded(10, train_step=step_with(late(4, np.random.randn)))),
+    "late random": lambda: fitted(
+        seeded(11, train_step=step_with(late(4, lambda: random.gauss(0, 1))))
+    ),
+    "checkpoint": lambda: fitted(seeded(12, train_step=step_with(checkpointed_loss)), 3),
+    "penalty": lambda: fitted(seeded(13, train_step=step_with(penalised_loss))),
+    "unseeded": lambda: fitted(
+        seeded(14, seed=None, train_dl=augmented(shuffle=True), train_step=step_with(mixup_loss))
+    ),
+    "nothing drawn": lambda: fitted(
+        seeded(15, model=mlp(15), train_dl=loader(blobs(SAMPLES), own_seed=6))
+    ),
+}
+
+
+def state_of(made: FitLoop) -> dict[str, Any]:
+    state = trainer_state(made)
+    del state["process"]  # of all of them together
+    return state
+
+
+async def begun(run: Run) -> FitLoop:
+    made = run()
+    seed_process(77)
+    return await made
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    states = {}
+    for name, run in RUNS.items():
+        states[name] = state_of(anyio.run(begun, run))
+    return states
+
+
+@pytest.mark.parametrize("attempt", range(3))
+async def test_trainers_when_they_run_together_then_each_has_the_bits_it_has_alone(
+    attempt: int, alone: dict[str, dict[str, Any]]
+) -> None:
+    found: dict[str, FitLoop] = {}
+
+    async def run(name: str, made: Awaitable[FitLoop]) -> None:
+        found[name] = await made
+
+    before = untouched()
+    names = sorted(RUNS)
+    random.Random(attempt).shuffle(names)
+    runs = {name: RUNS[name]() for name in names}  # models are built before the first one runs
+    seed_process(77)
+    async with anyio.create_task_group() as group:
+        for name, made in runs.items():
+            group.start_soon(run, name, made)
+    differing = {}
+    for name, trained in found.items():
+        state = state_of(trained)
+        differing[name] = [part for part in state if state[part] != alone[name][part]]
+    assert not {name: parts for name, parts in differing.items() if parts}
+    assert untouched() == before
+
+
+def untouched() -> tuple[object, ...]:
+    """Return what stands where gates stand while trainers run together."""
+    numpy: Any = np.random
+    functions = [getattr(random, name) for name in random.__all__]
+    holder: Any = random.seed.__self__  # type: ignore[attr-defined]
+    places = [numpy.get_bit_generator(), torch.random.default_generator, *functions]  # type: ignore[attr-defined]
+    return (tuple(map(id, places)), sorted(vars(holder)))
+
+
+class Meeting:
+    """A place in the steps of two trainers; each waits there a while for the other one."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self.met = False
+
+    def loss(self, state: LoopState) -> torch.Tensor:
+        loss = plain_loss(state)
+        with self._changed:
+            self._inside += 1
+            self.met = self.met or self._inside == 2
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.met, 0.02)
+            self._inside -= 1
+        if self.met:
+            state.stop()
+        return loss
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (1, None)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+async def test_trainers_when_steps_draw_no_more_than_dropout_then_they_step_at_the_same_time(
+    seeds: tuple[int, int | None], dropout: float
+) -> None:
+    meeting = Meeting()
+    parts = [{"seed": seed, "model": mlp(0, dropout=dropout)} for seed in seeds]
+    step = step_with(meeting.loss)
+    made = [seeded(0, train_step=step, train_dl=batches_of(200), **part) for part in parts]
+    async with anyio.create_task_group() as group:
+        for each in made:
+            group.start_soon(fitted, each, 1)
+    assert meeting.met
+
+
+def batches_of(count: int) -> list[Any]:
+    inputs, targets = blobs(4)
+    return [(inputs, targets)] * count
+
+
+async def test_trainer_when_the_others_have_ended_then_has_its_turn_for_itself_again() -> None:
+    alive: list[bool] = []
+    short_over = threading.Event()
+
+    def long_loss(state: LoopState) -> torch.Tensor:
+        if state.batch_num == 30:
+            assert short_over.wait(GUARD)
+        if state.batch_num == 40:
+            turn = made._core.control is not None and GATES.stand
+            alive.append(bool(turn))
+        return plain_loss(state)
+
+    made = seeded(1, train_step=step_with(long_loss), train_dl=batches_of(40), valid_dl=None)
+
+    async def short() -> None:
+        await fitted(seeded(2, train_dl=batches_of(5)), 1)
+        short_over.set()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(fitted, made, 1)
+        group.start_soon(short)
+    assert not GATES.stand
