@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, Protocol
@@ -15,11 +14,10 @@ from fitloop._jobs import Done, JobSpec
 from fitloop._launch import aside
 from fitloop._share import SHARE, Share
 from fitloop._sync import SyncFitLoop
+from fitloop._turns import process_alone
 
 WEIGHTS = "weights.msgpack"
 """in the directory of a job: what its model had at the end"""
-
-_building = threading.Lock()
 
 
 class Backend(Protocol):
@@ -97,8 +95,8 @@ async def train(spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> D
 async def build(spec: JobSpec) -> FitLoop:
     """Return the trainer of a job.
 
-    A plain factory is called in a thread, and no two at once: what it seeds and draws is nobody
-    else's meanwhile.
+    A plain factory is called in a thread, no two at once, and no trainer draws meanwhile: what it
+    seeds and draws is what it would be alone.
     """
     made: Any = spec.target
     if not isinstance(made, FitLoop | SyncFitLoop):
@@ -108,7 +106,7 @@ async def build(spec: JobSpec) -> FitLoop:
             factory = made
 
             def call() -> Any:
-                with _building:
+                with process_alone():
                     return factory(*spec.args)
 
             made = await aside(spec.name, call)

@@ -365,6 +365,20 @@ def process_numbers() -> Iterator[None]:
         turn.give()
 
 
+@contextmanager
+def process_alone() -> Iterator[None]:
+    """Have the process's own states in the generators, and nobody else draw from them.
+
+    For code that seeds them and makes a model with them, in a thread that is no trainer's.
+    """
+    turn = Turn()
+    _TURNSTILE.admit(turn, _never)
+    try:
+        yield
+    finally:
+        _TURNSTILE.dismiss(turn)
+
+
 def process_fingerprint() -> tuple[object, ...]:
     """Return what changes when the trainer of this thread draws from its CPU generators."""
     with process_numbers():
