@@ -28,6 +28,7 @@ from fitloop._random import PROCESS, Streams
 from fitloop._result import EpochMetricsLog, FitResult
 from fitloop._return_point import ReturnPoint
 from fitloop._schedule import SchedulerSteps
+from fitloop._slices import Slice
 from fitloop._threads import intra_op_threads
 from fitloop._turns import Turn, process_numbers
 from fitloop._types import Phase, StopReason
@@ -86,6 +87,8 @@ class Run:
         self._loaders = core.loaders.rehearsal() if options.dry else core.loaders
         self._modes: list[tuple[Any, bool]] = []
         self._questions: Questions | None = None
+        self._slice: Slice | None = None
+        self._forget_slice: Callable[[], None] = lambda: None
         self._found: FitResult | None = None
         """of a run that had ended before it was resumed"""
         self._has_threads = False
@@ -110,7 +113,9 @@ class Run:
         elif plan.call == "fit":
             core.keep_pretrained(resuming=kept is not None and kept.found is not None)
             self._tracker = core.tracker(core.hub.emit)
-        core.hub.observers(self._observers())
+        part = self._slice = Slice(self._at_rest, lambda: self._control.halted)
+        self._forget_slice = self._control.on_halt(part.wake)
+        core.hub.observers(self._observers(part))
         around = Surroundings(
             parts=core.parts,
             control=self._control,
@@ -126,7 +131,7 @@ class Run:
         self._questions = self._make_questions(engine)
         if kept is not None:
             kept.begin(engine, self._log, self._tracker, self._control)
-        around.batch_hooks = self._batch_hooks()
+        around.batch_hooks = [*self._batch_hooks(), part.after_batch]
         self._guarded(engine, streams)
 
     def _loop(self, engine: Engine, streams: Streams | None) -> None:
@@ -202,8 +207,12 @@ class Run:
         self._core.num_threads = number
         self._has_threads = intra_op_threads.enter(number)
 
-    def _observers(self) -> list[Observer]:
-        observers: list[Observer] = [self._log.observe]
+    def _at_rest(self, call: Callable[[], None]) -> None:
+        assert self._engine is not None
+        self._engine.at_rest(call)
+
+    def _observers(self, part: Slice) -> list[Observer]:
+        observers: list[Observer] = [part.observe, self._log.observe]
         if not self._options.dry:
             observers.append(self._core.history.observe)
         if self._schedulers is not None:
@@ -282,6 +291,9 @@ class Run:
             self._options.persistence.close()
         result = None if error is not None else self._found or self._result()
         self._forget_turn()
+        self._forget_slice()
+        if self._slice is not None:
+            self._slice.close()
         self._engine = self._questions = None  # they refer back to this run, and both to the model
         try:
             if error is not None:

@@ -36,7 +36,7 @@ LAYERS: list[list[str]] = [
     # bytes, files, and tensors in them
     ["_layout", "_layout_writing", "_durable", "_tensorfile", "_tree", "_staging"],
     # what is said, what is recorded, what is kept
-    ["_control", "_events", "_aggregate", "_optim", "_weightfiles"],
+    ["_control", "_events", "_slices", "_aggregate", "_optim", "_weightfiles"],
     [
         "_crossing",
         "_hub",

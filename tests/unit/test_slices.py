@@ -1,0 +1,127 @@
+"""Who has a slice for itself, and who takes part at all."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from fitloop._events import EpochStarted
+from fitloop._slices import FEWEST, LOOK_SECONDS, SLICE_SECONDS, Slice, Slices
+
+SOON = 20
+
+
+class Run:
+    """A run of batches on a clock of its own."""
+
+    def __init__(self, slices: Slices) -> None:
+        self.now = 0.0
+        self.used = 0.0
+        self.rests = 0
+        self.part = Slice(
+            self.rest,
+            lambda: False,
+            slices=slices,
+            clock=lambda: self.now,
+            processor=lambda: self.used,
+        )
+
+    def rest(self, call: Callable[[], None]) -> None:
+        self.rests += 1
+        call()
+
+    def batches(self, number: int, seconds: float, computed: float = 1.0) -> None:
+        for _ in range(number):
+            self.now += seconds
+            self.used += seconds * computed
+            self.part.after_batch()
+
+
+@pytest.fixture
+def slices() -> Slices:
+    return Slices()
+
+
+def test_run_when_it_is_alone_then_has_no_slice_and_is_asked_nothing(slices: Slices) -> None:
+    run = Run(slices)
+    run.batches(1000, 0.0003)
+    assert slices.holder is None
+    assert run.rests == 0
+
+
+def test_run_when_its_steps_are_small_then_takes_a_slice_beside_another(slices: Slices) -> None:
+    run, _other = Run(slices), Run(slices)
+    run.batches(FEWEST, 0.0003)
+    assert slices.holder is run.part
+    run.batches(1000, 0.0003)  # nobody waits: it keeps it
+    assert slices.holder is run.part
+    assert run.rests == 1
+
+
+def test_run_when_its_steps_are_large_then_takes_no_part(slices: Slices) -> None:
+    run, _other = Run(slices), Run(slices)
+    run.batches(200, 0.01)
+    assert slices.holder is None
+    assert run.rests == 0
+
+
+def test_run_when_it_waits_for_something_else_in_its_slice_then_gives_it_up(
+    slices: Slices,
+) -> None:
+    run, _other = Run(slices), Run(slices)
+    run.batches(FEWEST, 0.005, computed=0.05)
+    assert slices.holder is run.part
+    run.batches(int(SLICE_SECONDS / 0.005) + 1, 0.005, computed=0.05)
+    assert slices.holder is None
+    run.batches(int(LOOK_SECONDS / 0.005) - 2, 0.005, computed=0.05)
+    assert slices.holder is None
+
+
+def test_slice_when_another_waits_then_is_handed_on_at_its_end() -> None:
+    slices = Slices(patience=SOON)
+    one, two = Run(slices), Run(slices)
+    one.batches(FEWEST, 0.0003)
+    thread = threading.Thread(target=two.batches, args=(FEWEST, 0.0003))
+    thread.start()
+    with slices.changed:
+        assert slices.changed.wait_for(lambda: two.part in slices.line, SOON)
+    back = threading.Thread(target=one.batches, args=(int(SLICE_SECONDS / 0.0003) + 2, 0.0003))
+    back.start()
+    thread.join(SOON)
+    assert slices.holder is two.part
+    two.part.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
+    back.join(SOON)
+    assert slices.holder is one.part
+
+
+def test_slice_when_its_run_stands_still_then_the_other_goes_on_beside_it(slices: Slices) -> None:
+    one, two = Run(slices), Run(slices)
+    one.batches(FEWEST, 0.0003)
+    two.batches(FEWEST, 0.0003)  # comes back, though the slice never ends
+    assert slices.holder is one.part
+    assert not slices.line
+
+
+def test_run_when_it_ends_or_an_event_comes_then_its_slice_is_free(slices: Slices) -> None:
+    one, two = Run(slices), Run(slices)
+    one.batches(FEWEST, 0.0003)
+    one.part.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
+    assert slices.holder is None
+    two.batches(FEWEST, 0.0003)
+    two.part.close()
+    assert slices.holder is None
+    assert slices.runs == 1
+
+
+def test_wait_when_the_run_is_to_end_then_is_over_at_once(slices: Slices) -> None:
+    one = Run(slices)
+    halted = False
+    other = Slice(lambda call: call(), lambda: halted, slices=slices)
+    one.batches(FEWEST, 0.0003)
+    assert slices.holder is one.part
+    halted = True
+    assert slices.admit(other, lambda: halted) is False
+    other.wake()
+    assert not slices.line
