@@ -35,8 +35,8 @@ def add_command(
 
 
 def say(text: str) -> None:
-    """Print a line."""
-    print(text)  # noqa: T201 - this is what it is for
+    """Print a line, also at once into a pipe: what is followed goes on for hours."""
+    print(text, flush=True)  # noqa: T201 - this is what it is for
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[Entry], int]:
@@ -49,17 +49,24 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry], int]:
 
 def run_directories(path: Path) -> list[Path]:
     """Return the directories with a log that ``path`` stands for: itself, those right in it."""
-    found = [path] if (path / LOG_NAME).exists() else []
+    found = [path] if _has_log(path) else []
     try:
-        entries = sorted(entry.path for entry in os.scandir(path) if entry.is_dir())
+        with os.scandir(path) as entries:
+            inner = sorted(Path(entry) for entry in entries)
     except (FileNotFoundError, NotADirectoryError):
         return found
-    return found + [Path(entry) for entry in entries if Path(entry, LOG_NAME).exists()]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
+    return found + [entry for entry in inner if _has_log(entry)]
+
+
+def _has_log(directory: Path) -> bool:
+    return os.path.lexists(directory / LOG_NAME)  # unlike Path.exists, not where one may not look
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
     """Return a name for each: its last parts, as many as tell it from the others."""
-    parts = [path.absolute().parts for path in paths]
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
     return [_label(own, [other for other in parts if other != own]) for own in parts]
 
 

@@ -7,6 +7,7 @@ Owns how far a log was read. Gives the events of the runs, the same as in the pr
 from __future__ import annotations
 
 import os
+import stat
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from fitloop._durable import reason
 from fitloop._errors import CheckpointError
 from fitloop._events import BatchProgress, EpochStarted, Event, PhaseEnded, RunEnded
-from fitloop._logrecords import check_head, event_in, records_in, run_in
+from fitloop._logrecords import RunFacts, check_head, event_in, records_in, run_in
 from fitloop._metriclog import LOG_NAME, unreadable
 
 _HEAD_BYTES = 16
@@ -46,8 +47,11 @@ class LogFollower:
         self._offset = 0
         self._passing = b""
         """the record at the offset, which another may have taken the place of by now"""
+        self.run: RunFacts | None = None
+        """the run that was last told of"""
+        self._status: os.stat_result | None = None
+        """of the file, before it was read last"""
         self._trainer = ""
-        self._began = 0.0
         self._ended: dict[str, Any] = {}
         """what the phases of the epoch have returned"""
 
@@ -58,36 +62,42 @@ class LogFollower:
             CheckpointError: the file is no log, or cannot be read.
         """
         try:
+            # Asked first: nothing is added to a file once another is in its place.
+            another = self._is_another()
             told = [] if self._file is None else self._read()
-            if self._reopen():
+            if another and self._open():
                 told += self._read()
+            if self.has_ended or os.name == "nt":
+                self.close()
         except CheckpointError:
             raise
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {reason(error)}") from error
         except Exception as error:  # whatever a forged record makes of it
             raise unreadable(self.path, error) from error
-        if self.has_ended or os.name == "nt":
-            self.close()
         return told
 
     def close(self) -> None:
         """Let go of the file; `poll` opens it again when it has changed."""
         if self._file is not None:
-            self._identity = _identity(os.fstat(self._file.fileno()), closed=True)
+            if self._status is not None:
+                self._identity = _identity(self._status, closed=True)
             self._file.close()
             self._file = None
 
-    def _reopen(self) -> bool:
-        """Open the log if there is another one than was read, or more of one that was closed."""
+    def _is_another(self) -> bool:
+        """Return whether there is another log than was read, or more of one that was closed."""
         try:
             status = self.path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return False
         if _identity(status, closed=self._file is None) == self._identity:
             return False
-        if not self.path.is_file():  # a pipe would be waited for
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
             raise CheckpointError(f"{self.path} cannot be read: it is no file")
+        return True
+
+    def _open(self) -> bool:
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -103,10 +113,11 @@ class LogFollower:
 
     def _read(self) -> list[Told]:
         assert self._file is not None
+        self._status = os.fstat(self._file.fileno())
         self._file.seek(self._offset)
         data = self._file.readall()
         told: list[Told] = []
-        start = 0
+        start = unread = 0
         for record, end in records_in(data):
             raw = data[start:end]
             passes = False
@@ -118,24 +129,21 @@ class LogFollower:
                 told.append(new)
             else:
                 passes = True
-            self._passing = raw if passes else b""
+            # One that passes is looked at again: the next one may be in its place.
+            self._passing, unread = (raw, start) if passes else (b"", end)
             start = end
-        if self._offset + start == 0 and data:
+        if self._offset + start == 0:
             check_head(None)
-        # One that passes is looked at again: the next one may be in its place.
-        self._offset += start - len(self._passing)
+        self._offset += unread
         return told
 
     def _begin(self, head: Any) -> list[Told]:
         check_head(head)
         self._ended = {}
-        found = run_in(head)
-        if found is None:
-            return []
-        run, started = found
-        if run.began == self._began and not self.has_ended:
+        run, started = run_in(head)
+        if self.run is not None and run.began == self.run.began and not self.has_ended:
             return []  # it went back to an earlier epoch, and logs on from there
-        self._trainer, self._began, self.has_ended = started.trainer, run.began, False
+        self._trainer, self.run, self.has_ended = started.trainer, run, False
         return [Told(started, run.began)]
 
     def _take(self, record: Any) -> Told:

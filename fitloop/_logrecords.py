@@ -43,6 +43,9 @@ LOGGED: dict[str, type[Event]] = {
 }
 """the events that have records; only those of `PhaseEnded` add to a history"""
 
+MOST_SECONDS = 1e11
+"""three thousand years; a time beyond is forged"""
+
 _LEFT_OUT = {PhaseEnded: {"trainer", "batch_metrics"}, EpochEnded: {"trainer", "metrics"}}
 """what is not repeated: the head names the trainer, an epoch's metrics are its phases'"""
 
@@ -171,20 +174,21 @@ def batch_metrics_in(record: Any) -> dict[str, array[float]]:
     return {str(k): array("d", v) for k, v in record["batch_metrics"].items()}
 
 
-def run_in(head: Any) -> tuple[RunFacts, RunStarted] | None:
-    """Return the run that a log is of and how it began; None for a log that does not tell.
+def run_in(head: Any) -> tuple[RunFacts, RunStarted]:
+    """Return the run that a log is of and how it began.
 
-    Raises KeyError, TypeError and the like for what is not as it is written.
+    Raises `LayoutError` for a log that does not tell, KeyError, TypeError and the like for what
+    is not as it is written.
     """
     own = head.get("run")
     if own is None:
-        return None
+        raise LayoutError("it does not tell how its run goes: an earlier fitloop wrote it")
     run = RunFacts(
         call=_str(own["call"]),
         epochs=_int(own["epochs"]),
         first_epoch=_int(own["first_epoch"]),
         epochs_done=_int(own["epochs_done"]),
-        began=_float(own["began"]),
+        began=_seconds(own["began"]),
     )
     name = _str(head["trainer"])
     return run, RunStarted(
@@ -207,7 +211,7 @@ def event_in(record: Any, trainer: str, ended: Mapping[str, Any]) -> tuple[Event
     for item in fields(cls):
         if item.name not in values:
             values[item.name] = _READ[str(item.type)](record[item.name])
-    return cls(**values), _float(record["at"])
+    return cls(**values), _seconds(record["at"])
 
 
 def _int(value: Any) -> int:
@@ -220,6 +224,13 @@ def _float(value: Any) -> float:
     if type(value) not in (float, int):
         raise TypeError(f"{value!r:.40} is no number")
     return float(value)
+
+
+def _seconds(value: Any) -> float:
+    seconds = _float(value)
+    if not 0 <= seconds < MOST_SECONDS:  # it is going to be reckoned with
+        raise TypeError(f"{value!r:.40} is no time")
+    return seconds
 
 
 def _str(value: Any) -> str:
@@ -242,7 +253,7 @@ def _or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
 _READ: dict[str, Callable[[Any], Any]] = {
     "int": _int,
     "int | None": _or_none(_int),
-    "float": _float,
+    "float": _seconds,
     "float | None": _or_none(_float),
     "str": _str,
     "str | None": _or_none(_str),
@@ -250,4 +261,4 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "Phase": Phase,
     "EpochMetrics": lambda value: {_str(k): _float(v) for k, v in value.items()},
 }
-"""how to read what a field of an event is annotated with"""
+"""how to read what a field of an event is annotated with; a plain float is a time in all of them"""

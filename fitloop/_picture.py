@@ -6,6 +6,7 @@ Owns whose metrics are drawn, and the file. What a plot looks like is `_plot`'s.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from typing import Any
 from fitloop._command import Commands, add_command, labels, run_directories, say
 from fitloop._durable import reason, write_file
 from fitloop._errors import CheckpointError, ConfigurationError, listed
-from fitloop._metriclog import read_metrics
+from fitloop._metriclog import LOG_NAME, read_metrics
 from fitloop._metrics import History
+
+MOST_DOTS = 10_000
+"""of a side; more takes gigabytes, and from 65536 it cannot be drawn"""
 
 _ABOUT = """\
 Draw a metric of runs that keep a log (fit(checkpoint=...) or save_to_disk=True), also while they
@@ -84,6 +88,11 @@ def _plot(given: argparse.Namespace) -> int:
     from fitloop._plot import new_figure, plot_comparison
 
     out = given.out or Path(re.sub(r"[^\w.=+-]", "_", given.metric) + ".png")
+    if max(given.size) * given.dpi > MOST_DOTS:
+        raise ConfigurationError(
+            f"--size and --dpi make a side of {max(given.size) * given.dpi:.0f} dots; expected "
+            f"{MOST_DOTS} at most"
+        )
     figure, (ax,) = new_figure(1)
     figure.set_size_inches(*given.size)
     figure.set_dpi(given.dpi)
@@ -117,15 +126,21 @@ def _histories(paths: list[Path]) -> dict[str, History]:
                 "checkpoint= or save_to_disk=True, or a directory with such in it"
             )
         directories += found
-    directories = list(dict.fromkeys(directories))
-    named = zip(labels(directories), directories, strict=True)
+    once = {os.path.realpath(directory): directory for directory in reversed(directories)}
+    directories = list(reversed(once.values()))
+    # A log that is given as a file is called like its directory.
+    owners = [path.parent if path.name == LOG_NAME else path for path in directories]
+    named = zip(labels(owners), directories, strict=True)
     return {label: read_metrics(directory) for label, directory in named}
 
 
 def _write(figure: Any, out: Path) -> None:
     def write(_path: Path, descriptor: int) -> None:
         with open(descriptor, "wb", closefd=False) as file:
-            figure.savefig(file, format=out.suffix[1:].lower())
+            try:
+                figure.savefig(file, format=out.suffix[1:].lower())
+            except (RuntimeError, ValueError) as error:  # such as LaTeX that is not installed
+                raise ConfigurationError(f"{out} cannot be drawn: {error}") from error
 
     try:
         write_file(out, write, overwrite=True)

@@ -47,7 +47,8 @@ class RunLog:
         self._started: RunStarted | None = None
         self._run: RunFacts | None = None
         """once the log is of this run"""
-        self._progress_at = 0.0
+        self._told_at = 0.0
+        """when the last record was made that says how far a phase is"""
         self._to_write: deque[tuple[bytes, bool]] = deque()
         """records, and whether they pass"""
         self._error: tuple[MetricLog, CheckpointError] | None = None
@@ -82,7 +83,8 @@ class RunLog:
         elif isinstance(event, WentBack):
             self._go_back(event)
         elif isinstance(event, BatchProgress):
-            if self._clock() >= self._progress_at:
+            # Whichever way: the clock of the day may be set back.
+            if abs(self._clock() - self._told_at) >= PROGRESS_SECONDS:
                 self._append(event)
         else:
             self._append(event)
@@ -96,7 +98,7 @@ class RunLog:
         if record is None:
             return
         if isinstance(event, BatchProgress | PhaseStarted):
-            self._progress_at = now + PROGRESS_SECONDS
+            self._told_at = now
         self._to_write.append((record, isinstance(event, BatchProgress)))
         if len(self._to_write) == 1:  # or a job is waiting that will take it along
             self._writer.submit(lambda: self._write(log))
@@ -125,6 +127,7 @@ class RunLog:
     def _go_back(self, event: WentBack) -> None:
         """Log the history as it is now that a part of the run was undone."""
         self._writer.close()
+        self.tell_error()
         self._begin()
         self._append(event)
 

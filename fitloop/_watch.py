@@ -7,13 +7,15 @@ was looked at. How a run looks is `_progress`'s and `_status`'s, as in the proce
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fitloop._command import Commands, add_command, labels, run_directories, say
 from fitloop._durable import is_in_use
-from fitloop._errors import ConfigurationError
+from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted
 from fitloop._follow import LogFollower, Told
 from fitloop._progress import VIEW, EpochLines
@@ -80,7 +82,7 @@ class WatchedRun:
             self._begin(event, at)
             return
         if self._status is None or self._lines is None:
-            return  # a log that does not tell whose it is
+            return  # it was told to be dead
         self._status.observe(event, _here(at))
         if isinstance(event, RunEnded):
             VIEW.erase(self._status, wait=True)
@@ -97,7 +99,12 @@ class WatchedRun:
         for observer in (self._status, self._lines):
             observer.observe(event)
         self._status.began = _here(at)
+        self._status.epochs_done = before = (
+            0 if self._follower.run is None else (self._follower.run.epochs_done)
+        )
         if draw:
+            if before:
+                say(self._line(f"{event.call} goes on after {before} of {event.epochs} epochs"))
             VIEW.draw(self._status)
         return self._status
 
@@ -114,11 +121,13 @@ class WatchedRun:
         first, *rest = told
         assert isinstance(first.event, RunStarted)
         status = self._begin(first.event, first.at, draw=False)
+        assert self._lines is not None
         begun: list[Event] = []
         epoch: list[Event] = []
         for event, at in rest:
             status.observe(event, _here(at))
             if isinstance(event, EpochStarted):
+                self._lines.observe(event)  # for its number; prints nothing
                 begun = [event]
             elif isinstance(event, EpochEnded):
                 epoch = [*begun, event]
@@ -135,7 +144,6 @@ class WatchedRun:
         done = f"{status.epochs_done} of {status.epochs} epochs done"
         of = done if status.call == "fit" else "going on"
         say(self._line(f"{status.call}, {of}, began {duration(time.time() - first.at)} ago"))
-        assert self._lines is not None
         if epoch and self._every:
             lines = EpochLines(status)
             for event in (first.event, *epoch):
@@ -167,12 +175,13 @@ class WatchedRun:
         assert status is not None
         VIEW.erase(status, wait=True)
         done = f" after {status.epochs_done} of {status.epochs} epochs" * (status.call == "fit")
-        say(self._line(f"{status.call} is no longer running{done}: its process died"))
+        why = "its process died or could not write"
+        say(self._line(f"{status.call} is no longer running{done}: {why}"))
         self._leave()
         self._follower.close()
 
     def _line(self, text: str) -> str:
-        return f"{self._label}: {text}" if self._named else text
+        return f"{self._label}: {text}" if self._named or VIEW.has_several else text
 
 
 def _here(at: float) -> float:
@@ -202,25 +211,40 @@ class Watch:
         self._forever = forever
         self._clock = clock
         self._began = clock()
-        self._runs: dict[Path, WatchedRun] = {}
+        self._runs: dict[str, WatchedRun] = {}
+        """by the real path of the directory"""
+        self._found: set[Path] = set()
         self._waits_for: set[Path] = set()
+        self._unreadable: set[str] = set()
         self._searched = 0.0
 
-    def run(self) -> None:
-        """Return when all runs have ended and every directory had one; leaves nothing behind."""
+    def run(self) -> int:
+        """Return when all runs have ended and every directory had one; leaves nothing behind.
+
+        Returns the exit status: 1 if there was a log that cannot be read.
+        """
         try:
             while True:
                 self._search()
-                for run in list(self._runs.values()):
-                    run.look(self._began)
+                self._look()
                 now = self._clock()
                 over = all(run.is_over(now) for run in self._runs.values())
                 if over and not self._waits_for and not self._forever:
-                    return
+                    return 1 if self._unreadable else 0
                 time.sleep(POLL_SECONDS)
         finally:
             for run in self._runs.values():
                 run.close()
+
+    def _look(self) -> None:
+        for directory, run in list(self._runs.items()):
+            try:
+                run.look(self._began)
+            except CheckpointError as error:  # the others go on
+                run.close()
+                del self._runs[directory]
+                self._unreadable.add(directory)
+                print(f"fitloop: {error}", file=sys.stderr, flush=True)  # noqa: T201
 
     def _search(self) -> None:
         """Find the runs that there are by now."""
@@ -234,20 +258,22 @@ class Watch:
             for directory in found[path]:
                 self._add(directory, name, path, named=several or directory != path)
             if found[path]:
+                self._found.add(path)
                 self._waits_for.discard(path)
-            elif path not in self._waits_for:
+            elif path not in self._waits_for | self._found:
                 self._waits_for.add(path)
                 there = "" if path.is_dir() else ", a directory that is not there yet"
                 say(f"waiting for a run in {path}{there}")
 
     def _add(self, directory: Path, name: str, path: Path, *, named: bool) -> None:
-        if directory in self._runs:
+        real = os.path.realpath(directory)  # it may be given twice, in two ways
+        if real in self._runs or real in self._unreadable:
             return
         label = name
         if directory != path:
             own = labels([directory])[0]
             label = own if len(self._paths) == 1 else f"{name}/{own}"
-        self._runs[directory] = WatchedRun(directory, label, named=named, every=self._every)
+        self._runs[real] = WatchedRun(directory, label, named=named, every=self._every)
 
 
 # -- the command -------------------------------------------------------------------------------
@@ -299,5 +325,4 @@ def _watch(given: argparse.Namespace) -> int:
                 "such directories in it"
             )
     paths = list(dict.fromkeys(given.directories))
-    Watch(paths, every=given.every, forever=given.forever).run()
-    return 0
+    return Watch(paths, every=given.every, forever=given.forever).run()
