@@ -95,7 +95,6 @@ def _plot(given: argparse.Namespace) -> int:
         )
     figure, (ax,) = new_figure(1)
     figure.set_size_inches(*given.size)
-    figure.set_dpi(given.dpi)
     suffixes = sorted(f".{kind}" for kind in figure.canvas.get_supported_filetypes())
     if out.suffix.lower() not in suffixes:
         raise ConfigurationError(
@@ -111,7 +110,7 @@ def _plot(given: argparse.Namespace) -> int:
         raise ConfigurationError(f"--run is {given.run}: {error}") from error
     if given.title:
         ax.set_title(given.title)
-    _write(figure, out)
+    _write(figure, out, given.dpi)
     say(f"{out}: {given.metric} of {', '.join(histories)}")
     return 0
 
@@ -134,11 +133,11 @@ def _histories(paths: list[Path]) -> dict[str, History]:
     return {label: read_metrics(directory) for label, directory in named}
 
 
-def _write(figure: Any, out: Path) -> None:
+def _write(figure: Any, out: Path, dpi: int) -> None:
     def write(_path: Path, descriptor: int) -> None:
         with open(descriptor, "wb", closefd=False) as file:
             try:
-                figure.savefig(file, format=out.suffix[1:].lower())
+                figure.savefig(file, format=out.suffix[1:].lower(), dpi=dpi)
             except (RuntimeError, ValueError) as error:  # such as LaTeX that is not installed
                 raise ConfigurationError(f"{out} cannot be drawn: {error}") from error
 

@@ -90,18 +90,23 @@ class RunLog:
             self._append(event)
 
     def _append(self, event: Event) -> None:
+        log = self._keep(event)
+        if log is not None and len(self._to_write) == 1:  # or a job waits that takes it along
+            self._writer.submit(lambda: self._write(log))
+
+    def _keep(self, event: Event) -> MetricLog | None:
+        """Have a record of the event among those to be written; return the log if it has one."""
         log = self._core.log
         if log is None or self._run is None:
-            return
+            return None
         now = self._clock()
         record = log_record(event, now)
         if record is None:
-            return
+            return None
         if isinstance(event, BatchProgress | PhaseStarted):
             self._told_at = now
         self._to_write.append((record, isinstance(event, BatchProgress)))
-        if len(self._to_write) == 1:  # or a job is waiting that will take it along
-            self._writer.submit(lambda: self._write(log))
+        return log
 
     def _write(self, log: MetricLog) -> None:
         if self._error is not None:
@@ -137,8 +142,10 @@ class RunLog:
         All that was recorded is durable by now, and the run kept as ended. So it does not fail for
         want of this: who follows it learns from the directory's lock that it is no longer running.
         """
-        self._append(event)
         self._writer.close()
+        log = self._keep(event)
+        if log is not None:  # here: at the end of a program there may be no more threads
+            self._write(log)
         if self._error is not None:
             self._core.log, self._error = None, None  # the next run begins it anew
 
