@@ -98,6 +98,7 @@ class LogFollower:
         return True
 
     def _open(self) -> bool:
+        kept_open = self._file is not None
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -107,7 +108,7 @@ class LogFollower:
             return False
         self._identity = _identity(os.fstat(self._file.fileno()), closed=False)
         head = self._file.read(_HEAD_BYTES)
-        if head != self._head:
+        if kept_open or head != self._head:
             self._head, self._offset, self._passing = head, 0, b""
         return True
 
