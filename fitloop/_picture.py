@@ -125,8 +125,10 @@ def _histories(paths: list[Path]) -> dict[str, History]:
                 "checkpoint= or save_to_disk=True, or a directory with such in it"
             )
         directories += found
-    once = {os.path.realpath(directory): directory for directory in reversed(directories)}
-    directories = list(reversed(once.values()))
+    once: dict[str, Path] = {}
+    for directory in directories:  # it may be given twice, in two ways
+        once.setdefault(os.path.realpath(directory), directory)
+    directories = list(once.values())
     # A log that is given as a file is called like its directory.
     owners = [path.parent if path.name == LOG_NAME else path for path in directories]
     named = zip(labels(owners), directories, strict=True)

@@ -84,13 +84,15 @@ class WatchedRun:
         if self._status is None or self._lines is None:
             return  # it was told to be dead
         self._status.observe(event, _here(at))
-        if isinstance(event, RunEnded):
-            VIEW.erase(self._status, wait=True)
-        self._lines.observe(event)
-        if isinstance(event, RunEnded):
-            if event.error is not None or event.stop_reason == StopReason.CANCELLED:
-                say(self._line(_ending(event, self._status)))
-            self._leave()
+        if not isinstance(event, RunEnded):
+            self._lines.observe(event)
+            return
+        VIEW.erase(self._status, wait=True)
+        if event.error is not None or event.stop_reason == StopReason.CANCELLED:
+            say(self._line(_ending(event, self._status)))  # which the process has no line for
+        else:
+            self._lines.observe(event)
+        self._leave()
 
     def _begin(self, event: RunStarted, at: float, *, draw: bool = True) -> RunStatus:
         self._leave()  # one whose end was never told: the next one took its place
