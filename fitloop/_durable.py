@@ -33,6 +33,8 @@ TEMPORARY = ".fitloop-"
 PART = ".part"
 """suffix of a file that is made on the way to a temporary one, and removed with it"""
 LOCK = ".fitloop.lock"
+ASKING_SECONDS = 0.1
+"""longer than `is_in_use` ever holds a lock"""
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """what a file system without hard links answers to ``os.link``"""
@@ -177,7 +179,8 @@ class DirectoryLock:
         """
         try:
             make_directory(self._directory)
-            self._lock.acquire()
+            # Not at the first refusal: `is_in_use` may be asking at this very moment.
+            self._lock.acquire(timeout=ASKING_SECONDS, poll_interval=ASKING_SECONDS / 10)
         except Timeout:
             raise CheckpointError(
                 f"{self._directory} is in use by another running trainer, maybe of another "
@@ -191,3 +194,29 @@ class DirectoryLock:
     def release(self) -> None:
         """Give it back; does nothing when it is not held."""
         self._lock.release()
+
+
+def is_in_use(directory: Path) -> bool | None:
+    """Return whether a trainer, of any process, has the lock of ``directory``; it keeps it.
+
+    None where that cannot be told: on Windows, and on a file system without locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        # Shared, so that those who ask do not see each other. It takes the lock for a moment if
+        # nobody has it, for which `DirectoryLock.acquire` is prepared.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False

@@ -23,12 +23,12 @@ from fitloop._core import Core
 from fitloop._durable import DirectoryLock
 from fitloop._engine import Engine
 from fitloop._errors import CheckpointError, ResumeWarning
-from fitloop._events import Event, SnapshotFailed
+from fitloop._events import Event
 from fitloop._loaders import describe, moves_by_index
-from fitloop._metriclog import MetricLog, log_head, log_record
 from fitloop._plan import Cursor, PassPosition, RunPlan
 from fitloop._result import EpochMetricsLog, FitResult
 from fitloop._run_state import check_run, opened_from, opened_state
+from fitloop._runlog import RunLog
 from fitloop._seek import (
     Seek,
     generator_states,
@@ -62,7 +62,7 @@ class Persistence:
         self._tracker: BestTracker | None = None
         self._checkpointer: Checkpointer | None = None
         self._stop_reason = ""
-        self._log_error: tuple[MetricLog, CheckpointError] | None = None
+        self._log = RunLog(core, self._writer, raises=policy is None or policy.on_error == "raise")
         self._began = time.perf_counter()
         self.found: Snapshot | None = None
         """what the run is resumed from"""
@@ -241,12 +241,7 @@ class Persistence:
             self._began -= run["seconds"]
             if self._plan is not None and self._plan.position is None:
                 self._let_go()
-        self._begin_log()
-
-    def went_back(self) -> None:
-        """Log the history as it is now that a part of the run was undone."""
-        self._writer.close()
-        self._begin_log()
+        self._log.begin(0 if self._plan is None else self._plan.epochs_before)
 
     def result(self) -> FitResult:
         """Return how the run went that had ended before it was resumed."""
@@ -275,55 +270,9 @@ class Persistence:
 
     def observe(self, event: Event) -> None:
         """Log what the event adds to the history, and take a snapshot if one is due."""
-        self._append(event)
+        self._log.observe(event)
         if self._checkpointer is not None:
             self._checkpointer.observe(event)
-
-    def _begin_log(self) -> None:
-        # Anew for each run: whatever happened to file or history meanwhile, they are the same.
-        core = self._core
-        log = MetricLog(core.parts.save_path)
-        try:
-            log.begin(log_head(core.parts.name, core.history))
-        except CheckpointError as error:
-            self._log_failed(log, error)
-        else:
-            core.log = log
-
-    def _append(self, event: Event) -> None:
-        self._tell_log_error()
-        log = self._core.log
-        record = None if log is None else log_record(event)
-        if log is not None and record is not None:
-            self._writer.submit(lambda: self._append_record(log, record))
-
-    def _tell_log_error(self) -> None:
-        failure, self._log_error = self._log_error, None
-        if failure is not None:
-            self._log_failed(*failure)
-
-    def _log_failed(self, log: MetricLog, error: CheckpointError) -> None:
-        """Raise, or tell it while training goes on, as the user wishes."""
-        self._core.log = None  # the next run begins it anew
-        if self._policy is None or self._policy.on_error == "raise":
-            raise error
-        self._core.hub.emit(
-            SnapshotFailed(
-                trainer=self._core.parts.name,
-                epoch=self._core.epoch_num,
-                batch=0,
-                path=str(log.path),
-                error=str(error),
-            )
-        )
-
-    def _append_record(self, log: MetricLog, record: bytes) -> None:
-        if self._log_error is not None:
-            return  # a gap would make later records those of other epochs
-        try:
-            log.append(record)
-        except CheckpointError as error:  # told on the step thread, at the next event
-            self._log_error = (log, error)
 
     def _part(self, finished: bool) -> RunPart:
         """Return what the run adds to a snapshot that is taken now."""
@@ -392,7 +341,7 @@ class Persistence:
         if self._checkpointer is not None and not self.is_over:
             self._checkpointer.finish(ended=stop_reason is not None)
         self._writer.close()
-        self._tell_log_error()
+        self._log.tell_error()
 
     def close(self) -> None:
         """Give the directory back."""

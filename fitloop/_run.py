@@ -253,9 +253,6 @@ class Run:
         reached = self._questions.settle()
         if reached is not None:
             engine.epochs_ended = reached
-            kept = self._options.persistence
-            if kept is not None:
-                kept.went_back()
 
     # -- afterwards, on this or another thread --------------------------------------------------
 

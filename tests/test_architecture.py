@@ -50,7 +50,9 @@ LAYERS: list[list[str]] = [
         "_random_state",
         "_weights",
         "_history_state",
+        "_logrecords",
         "_metriclog",
+        "_follow",
     ],
     # observers of a run, which know nothing of each other
     ["_best"],
@@ -65,14 +67,16 @@ LAYERS: list[list[str]] = [
     # all of its state, in a file and back
     ["_training", "_run_state", "_snapshot", "_archive", "_checkpoint"],
     # a run of it
-    ["_plan", "_engine", "_persistence", "_return_point", "_asking", "_run", "_launch"],
+    ["_plan", "_engine", "_runlog", "_persistence", "_return_point", "_asking", "_run", "_launch"],
     # what users hold
     ["_view", "_trainer", "_keeping", "_fitloop", "_sync"],
     # many of them
     ["_jobs", "_outcomes", "_backend", "_runner"],
+    # what is typed into a shell
+    ["_command", "_inspect", "_export", "_watch", "_picture"],
 ]
 
-LATE_IMPORTS = {("_metrics", "_plot")}
+LATE_IMPORTS = {("_metrics", "_plot"), ("_picture", "_plot")}
 """made inside a function, so that an import of fitloop is cheap; these may point upwards"""
 
 SOLE_IMPORTERS = {

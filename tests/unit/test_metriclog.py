@@ -28,7 +28,8 @@ from fitloop import (
     read_metrics,
 )
 from fitloop._layout import crc32, pack, unpack
-from fitloop._metriclog import LOG_NAME, MetricLog, log_head, log_record
+from fitloop._logrecords import log_head, log_record
+from fitloop._metriclog import LOG_NAME, MetricLog
 from fitloop._types import Stage
 
 QUIET: dict[str, Any] = {"verbose": False}

@@ -22,7 +22,8 @@ from fitloop import compare_metrics
 from fitloop._curves import Best
 from fitloop._errors import CheckpointError, ConfigurationError, UnknownMetricError
 from fitloop._events import PhaseEnded, RunStarted
-from fitloop._metriclog import MetricLog, log_head
+from fitloop._logrecords import log_head
+from fitloop._metriclog import MetricLog
 from fitloop._metrics import History
 from fitloop._plot import plot_comparison, plot_history
 from fitloop._thinning import MAX_POINTS, running_mean, thin, window_of

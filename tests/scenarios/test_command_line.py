@@ -1,0 +1,333 @@
+"""The commands of a shell: what they print, write and return, and how they refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.logs import (
+    Pretended,
+    epoch,
+    epoch_ended,
+    epoch_started,
+    phase_ended,
+    phase_started,
+    pretended,
+    run_ended,
+)
+from support.models import sync_trainer
+from support.terminal import ROOT, environment
+
+from fitloop import Phase
+from fitloop.__main__ import main
+
+Out = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return the directory of a run that has ended."""
+    with pretended(tmp_path / "runs" / "a") as made:
+        made.observe(*epoch(1), *epoch(2), *epoch(3), run_ended())
+    return tmp_path / "runs" / "a"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fonts() -> None:
+    """Have matplotlib open the files of its fonts, which it keeps open."""
+    from fitloop._plot import new_figure
+
+    figure, (ax,) = new_figure(1)
+    ax.set_title("any")
+    figure.savefig(io.BytesIO())
+
+
+def size_of(image: Path) -> tuple[int, int]:
+    data = image.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def refusal(out: Out, *arguments: object) -> str:
+    """Return what a command says that cannot be done, in one line."""
+    assert main([str(argument) for argument in arguments]) == 1
+    printed, said = out.readouterr()
+    assert printed == ""
+    assert said.startswith("fitloop: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def usage(out: Out, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    assert exit_.value.code == 2
+    return out.readouterr().err
+
+
+# -- all of them -----------------------------------------------------------------------------------
+
+
+def test_command_when_none_is_given_then_all_are_named_and_the_status_is_2(capsys: Out) -> None:
+    assert main([]) == 2
+    printed, said = capsys.readouterr()
+    assert printed == ""
+    for command in ("watch", "plot", "inspect", "export"):
+        assert f"\n    {command} " in said
+
+
+@pytest.mark.parametrize("command", ["watch", "plot", "inspect", "export"])
+def test_help_when_asked_for_then_explains_with_examples(capsys: Out, command: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"usage: fitloop {command}" in printed
+    assert f"examples:\n  fitloop {command} " in printed
+    assert all(len(line) <= 100 for line in printed.split("\n"))
+
+
+@pytest.mark.parametrize("arguments", [["watch"], ["plot", "runs"], ["fly"], ["export", "a"]])
+def test_usage_when_wrong_then_is_shown_and_the_status_is_2(
+    capsys: Out, arguments: list[str]
+) -> None:
+    assert "usage: fitloop" in usage(capsys, *arguments)
+
+
+@pytest.mark.slow
+def test_module_when_run_then_its_status_is_that_of_the_command(run: Path) -> None:
+    def status(*arguments: str) -> int:
+        ran = subprocess.run(
+            [sys.executable, "-m", "fitloop", *arguments],
+            env=environment(),
+            cwd=ROOT,
+            capture_output=True,
+            check=False,
+        )
+        assert b"Traceback" not in ran.stderr
+        return ran.returncode
+
+    assert status() == 2
+    assert status("inspect", str(run)) == 0
+    assert status("plot", str(run), "nothing") == 1
+
+
+# -- plot ------------------------------------------------------------------------------------------
+
+
+def test_plot_when_of_one_run_then_is_an_image(
+    tmp_path: Path, run: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plot", str(run), "loss"]) == 0
+    assert capsys.readouterr().out == "loss.png: loss of a\n"
+    assert size_of(tmp_path / "loss.png") == (1200, 750)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "runs"]
+
+
+@pytest.mark.parametrize("ways", [["runs"], ["runs/a", "runs/b"], ["runs", "./runs/a"]])
+def test_plot_when_of_several_then_names_each_once(
+    tmp_path: Path, run: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch, ways: list[str]
+) -> None:
+    with pretended(run.parent / "b") as going:  # still
+        going.observe(*epoch(1))
+        monkeypatch.chdir(tmp_path)
+        assert main(["plot", *ways, "loss", "-o", "new/both.svg", "--title", "two runs"]) == 0
+    assert capsys.readouterr().out == "new/both.svg: loss of a, b\n"
+    image = (tmp_path / "new" / "both.svg").read_text(encoding="utf-8")
+    assert "<!-- two runs -->" in image
+    assert "<!-- b -->" in image
+
+
+def test_plot_when_two_have_one_name_then_tells_them_apart(
+    tmp_path: Path, run: Path, capsys: Out
+) -> None:
+    with pretended(tmp_path / "others" / "a") as other:
+        other.observe(*epoch(1))
+    log = tmp_path / "others" / "a" / "metrics.msgpack"
+    out = tmp_path / "x.png"
+    assert main(["plot", str(run), str(log), "loss", "-o", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: loss of runs/a, others/a\n"
+
+
+def test_plot_when_the_size_is_given_then_the_image_has_it(tmp_path: Path, run: Path) -> None:
+    out = tmp_path / "x.PNG"
+    out.write_text("what was there")
+    given = ["plot", str(run), "loss", "-o", str(out), "--size", "4x2.5", "--dpi", "100"]
+    assert main(given) == 0
+    assert size_of(out) == (400, 250)
+
+
+def test_plot_when_the_metric_is_a_path_then_the_image_is_in_this_directory(
+    tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended(tmp_path / "a") as made:
+        made.observe(epoch_started(1), replace(phase_ended(1), metrics={"../x y": 1.0}))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["plot", "../a", "../x y"]) == 0
+    assert capsys.readouterr().out == ".._x_y.png: ../x y of a\n"
+    assert [path.name for path in Path().iterdir()] == [".._x_y.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["lossy"], "no metric 'lossy' in train and valid; there are: 'accuracy', 'loss'"),
+        (["loss", "-o", "x.foo"], "has the suffix '.foo'; expected one of '.avif', '.eps'"),
+        (["loss", "-o", "x"], "has the suffix ''; expected one of"),
+        (["loss", "--run", "7"], "--run is 7: train run 7 is out of range"),
+        (["loss", "-o", "file/x.png"], "file/x.png cannot be written: "),
+        (["loss", "-o", "folder.png"], "folder.png cannot be written: Is a directory"),
+        (["loss", "--size", "200x1", "--dpi", "2000"], "a side of 400000 dots; expected 10000"),
+    ],
+)
+def test_plot_when_it_cannot_be_then_says_why_and_leaves_nothing(
+    tmp_path: Path,
+    run: Path,
+    capsys: Out,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder.png").mkdir()
+    assert says in refusal(capsys, "plot", run, *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png", "runs"]
+
+
+def test_plot_when_the_drawing_fails_then_says_why(
+    tmp_path: Path, run: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise RuntimeError("'xelatex' not found")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    out = tmp_path / "x.pgf"
+    assert f"{out} cannot be drawn: 'xelatex'" in refusal(capsys, "plot", run, "loss", "-o", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("what", ["nothing", "empty", "no log"])
+def test_plot_when_there_is_no_log_then_says_what_would_have_one(
+    tmp_path: Path, capsys: Out, what: str
+) -> None:
+    path = tmp_path / "it"
+    if what == "empty":
+        path.mkdir()
+    elif what == "no log":
+        path.write_text("hello")
+    says = "begin as a log" if what == "no log" else "holds no log of metrics; expected"
+    assert says in refusal(capsys, "plot", path, "loss")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--size", "8"], ["--size", "0x4"], ["--dpi", "9"], ["--run", "last"]]
+)
+def test_plot_when_an_option_is_wrong_then_says_what_is_expected(
+    run: Path, capsys: Out, arguments: list[str]
+) -> None:
+    assert "expected" in usage(capsys, "plot", run, "loss", *arguments)
+
+
+# -- watch -----------------------------------------------------------------------------------------
+
+
+def test_watch_when_the_run_has_ended_then_says_how_in_one_line(run: Path, capsys: Out) -> None:
+    assert main(["watch", str(run)]) == 0
+    expected = "fit completed after 3 of 3 epochs in 07 s 500 ms, best score 0.5000 in epoch 1\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_watch_when_a_test_has_ended_then_tells_its_metrics(tmp_path: Path, capsys: Out) -> None:
+    with pretended(tmp_path, 1, "test") as made:
+        made.observe(epoch_started(1, 1), phase_started(1, Phase.TEST), phase_ended(1, Phase.TEST))
+        made.observe(epoch_ended(1, 1, Phase.TEST), run_ended(1, "test"))
+    assert main(["watch", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == (
+        "test completed in 07 s 500 ms, test loss: 1.0000 | accuracy: 0.5000\n"
+    )
+
+
+def test_watch_when_all_in_a_directory_are_over_then_each_has_a_line(
+    run: Path, capsys: Out
+) -> None:
+    with pretended(run.parent / "b") as failed:
+        error = "ValueError: mine"
+        failed.observe(*epoch(1), run_ended(1, stop_reason="failed", error=error, best_score=None))
+    died = Pretended(run.parent / "c", clock=lambda: time.time() - 3600)
+    died.begin(done=1)
+    assert main(["watch", str(run.parent), str(run)]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("runs/a: fit completed after 3 of 3")
+    assert second == f"runs/b: fit failed after 1 of 3 epochs in 07 s 500 ms: {error}"
+    assert third.startswith("runs/c: fit is no longer running after 1 of 3 epochs: its process")
+
+
+def test_watch_when_a_log_cannot_be_read_then_the_status_is_1(run: Path, capsys: Out) -> None:
+    (run.parent / "b").mkdir()
+    (run.parent / "b" / "metrics.msgpack").write_text("hello")
+    assert main(["watch", str(run.parent)]) == 1
+    printed, said = capsys.readouterr()
+    assert printed.startswith("a: fit completed")
+    assert said.startswith("fitloop: ")
+    assert "b/metrics.msgpack cannot be read: it does not begin as a log" in said
+
+
+def test_watch_when_given_a_file_then_says_what_is_expected(run: Path, capsys: Out) -> None:
+    assert "expected a directory" in refusal(capsys, "watch", run / "metrics.msgpack")
+
+
+def test_watch_when_every_is_negative_then_is_refused(run: Path, capsys: Out) -> None:
+    assert "--every is -1" in refusal(capsys, "watch", run, "--every", "-1")
+
+
+def test_directory_when_it_cannot_be_listed_then_says_why(
+    run: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_path: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert f"{run} cannot be read: Permission denied" in refusal(capsys, "watch", run)
+    assert f"{run} cannot be read: Permission denied" in refusal(capsys, "plot", run, "loss")
+
+
+# -- inspect and export ----------------------------------------------------------------------------
+
+
+def test_inspect_when_of_a_run_then_has_its_last_metrics(run: Path, capsys: Out) -> None:
+    assert main(["inspect", str(run)]) == 0
+    assert "train: loss: 0.3333 | accuracy: 0.5000" in capsys.readouterr().out
+    assert main(["inspect", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["last"]["train"]["accuracy"] == 0.5
+
+
+def test_export_when_the_file_is_there_then_is_refused_unless_it_may_be_replaced(
+    tmp_path: Path, capsys: Out
+) -> None:
+    weights = sync_trainer(save_path=tmp_path).save("model")
+    out = tmp_path / "out.pt"
+    assert main(["export", str(weights), str(out)]) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: ")
+    assert "exists already" in refusal(capsys, "export", weights, out)
+    assert main(["export", str(weights), str(out), "--overwrite"]) == 0
+    capsys.readouterr()
+    other = tmp_path / "other.pt"
+    assert "holds no best weights" in refusal(capsys, "export", weights, other, "--best")
+    assert "is no snapshot" in refusal(capsys, "export", out, other, "--best")
+    assert not other.exists()
