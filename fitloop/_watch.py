@@ -60,7 +60,7 @@ class WatchedRun:
                 self._tell(*each)
         if told:
             self._heard = min(told[-1].at, time.time())
-        elif self._status is not None and self._is_dead():
+        elif self._status is not None and self._is_silent() and self._is_dead():
             self._tell_death()
 
     def is_over(self, now: float) -> bool:
@@ -131,6 +131,7 @@ class WatchedRun:
             if isinstance(event, EpochStarted):
                 self._lines.observe(event)  # for its number; prints nothing
                 begun = [event]
+                self._lines.observe(event)  # which prints nothing yet
             elif isinstance(event, EpochEnded):
                 epoch = [*begun, event]
         last = told[-1]
@@ -139,9 +140,10 @@ class WatchedRun:
             say(self._line(_ending(last.event, status) + metrics))
             self._leave()
             return
-        self._heard = min(last.at, time.time())
         if self._is_dead():
             self._tell_death()
+            return
+        if self._status is None:  # it has just ended
             return
         done = f"{status.epochs_done} of {status.epochs} epochs done"
         of = done if status.call == "fit" else "going on"
@@ -154,19 +156,19 @@ class WatchedRun:
 
     # -- one that ends without a word --------------------------------------------------------------
 
+    def _is_silent(self) -> bool:
+        now = time.time()
+        return now - max(self._heard, self._asked) >= SILENT_SECONDS
+
     def _is_dead(self) -> bool:
         """Return whether the run is not there any more, though its log does not say so.
 
         A run has the lock of its directory from before its log begins until after it ends, and
         the lock goes with its process. Where locks cannot be told from here, nothing is dead.
         """
-        now = time.time()
-        if now - max(self._heard, self._asked) < SILENT_SECONDS:
+        self._asked = time.time()
+        if is_in_use(self._directory) is not False:
             return False
-        self._asked = now
-        return is_in_use(self._directory) is False and self._follower_is_silent()
-
-    def _follower_is_silent(self) -> bool:
         told = self._follower.poll()  # what it wrote before it let the lock go
         for each in told:
             self._tell(*each)
