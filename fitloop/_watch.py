@@ -131,7 +131,6 @@ class WatchedRun:
             if isinstance(event, EpochStarted):
                 self._lines.observe(event)  # for its number; prints nothing
                 begun = [event]
-                self._lines.observe(event)  # which prints nothing yet
             elif isinstance(event, EpochEnded):
                 epoch = [*begun, event]
         last = told[-1]
