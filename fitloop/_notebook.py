@@ -265,7 +265,8 @@ def _bar(head: str, share: float | None, count: str, tail: str) -> str:
 
 
 def _count(run: RunStatus) -> str:
-    return f"{run.batch}" if run.batches is None else f"{run.batch}/{run.batches}"
+    batch, batches = run.done
+    return f"{batch}" if batches is None else f"{batch}/{batches}"
 
 
 def _epochs_of(run: RunStatus) -> str:

@@ -17,8 +17,8 @@ from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarte
 from fitloop._kernel import prints_to_notebook
 from fitloop._notebook import NotebookView
 from fitloop._status import PLAIN_LOOK, Look, RunStatus, status_lines
-from fitloop._terminal import LIVE, Painted, can_draw, can_write, has_color
-from fitloop._text import check_names, duration, metrics_text
+from fitloop._terminal import LIVE, Painted, can_draw, can_write, has_color, is_interactive
+from fitloop._text import check_names, duration, metrics_text, printable
 
 
 class ProgressView:
@@ -51,20 +51,20 @@ class ProgressView:
     def draw(self, run: RunStatus) -> None:
         """Show ``run`` on the terminal, if lines can be drawn over there."""
         with self._lock:
-            if can_draw():
+            if is_interactive() and can_draw():
                 self._drawn = [r for r in self._runs if r in self._drawn or r is run]
                 if len(self._drawn) == 1:
                     LIVE.show(self._paint)
 
     def erase(self, run: RunStatus, *, wait: bool = False) -> None:
-        """Show ``run`` no more; with ``wait`` the drawing thread has ended if it was the last."""
+        """Show ``run`` no more; with ``wait`` it is gone from the terminal when this returns."""
         with self._lock:
             if run not in self._drawn:
                 return
             self._drawn = [other for other in self._drawn if other is not run]
-            thread = None if self._drawn else LIVE.hide(self._paint)
-        if wait and thread is not None:
-            thread.join()
+            gone = LIVE.refresh if self._drawn else LIVE.hide(self._paint)
+        if wait:
+            gone()
 
     def _paint(self, width: int, height: int) -> Painted:
         look = Look(color=has_color())
@@ -106,7 +106,7 @@ class EpochLines:
     @property
     def label(self) -> str:
         """What to put before a line now: the run's label and a space, or nothing."""
-        return f"{self._run.label} " if self._run.named or VIEW.has_several else ""
+        return f"{printable(self._run.label)} " if self._run.named or VIEW.has_several else ""
 
     def observe(self, event: Event) -> None:
         """Print what the event is worth."""

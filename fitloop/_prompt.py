@@ -16,7 +16,8 @@ import time
 import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -24,13 +25,13 @@ import anyio
 from fitloop._errors import ConfigurationError
 from fitloop._events import PromptAsked
 from fitloop._loops import Doorbell
-from fitloop._terminal import LIVE, Painted, can_draw, columns, fitted, is_interactive
+from fitloop._terminal import LIVE, Painted, can_draw, columns, fitted, has_terminal
+from fitloop._text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.output import Output
 
 QUESTION = "continue loop ([y]/n): "
 
@@ -107,7 +108,7 @@ class TimeLimit:
 
 def _is_asked() -> bool:
     try:
-        return is_interactive() and sys.stdin is not None and sys.stdin.isatty()
+        return has_terminal() and sys.stdin is not None and sys.stdin.isatty()
     except ValueError:  # closed
         return False
 
@@ -166,39 +167,32 @@ class _Question:
 
 async def _ask(text: str, event: PromptAsked) -> bool:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import DummyOutput
 
     question = _Question(text, event.timeout, event.default)
-    drawn = can_draw()
-    session: PromptSession[str] = PromptSession(output=_output(drawn), enable_suspend=True)
+    shown: Callable[[], AbstractContextManager[None]]
+    say: Callable[[str], None]
+    # The output is ours, as in prompt_toolkit's own prompt for dumb terminals, so that progress
+    # and question are drawn by one hand; its renderer would want the terminal for itself.
+    session: PromptSession[str] = PromptSession(output=DummyOutput(), enable_suspend=True)
+    if can_draw():
+        shown, say = partial(_drawn, question, session), LIVE.say
+    else:
+        shown, say = partial(_typed_along, text, session), _print
     with anyio.move_on_after(event.timeout):
         while True:
-            with _shown(question, session) if drawn else nullcontext():
+            with shown():
                 typed = await _line(session, text)
-            if typed is None:
-                if drawn:
-                    _print(f"{text}n")
-                return False
-            if drawn:
-                _print(f"{text}{typed}")
-            answer = parse_answer(typed)
+            answer = False if typed is None else parse_answer(typed)
+            if can_draw():
+                say(f"{text}{'n' if typed is None else typed}")
             if answer is not None:
                 return answer
-            _print(f"{typed.strip()!r} is neither y nor n: y or Enter goes on, n ends the run")
-    lead = text if drawn else "\n"
-    _print(f"{lead}{'y' if event.default else 'n'} (no answer within {event.timeout:g} s)")
+            given = printable(typed or "").strip()
+            say(f"{given!r} is neither y nor n: y or Enter goes on, n ends the run")
+    lead = text if can_draw() else ""
+    say(f"{lead}{'y' if event.default else 'n'} (no answer within {event.timeout:g} s)")
     return event.default
-
-
-def _output(drawn: bool) -> Output | None:
-    """Return where prompt_toolkit is to write; None leaves that to it."""
-    from prompt_toolkit.output import DummyOutput
-    from prompt_toolkit.output.plain_text import PlainTextOutput
-
-    # As in prompt_toolkit's own prompt for dumb terminals the output is ours, so that progress and
-    # question are drawn by one hand; its renderer would want the terminal for itself.
-    if drawn:
-        return DummyOutput()
-    return None if os.name == "nt" else PlainTextOutput(sys.stdout)
 
 
 async def _line(session: PromptSession[str], text: str) -> str | None:
@@ -211,12 +205,21 @@ async def _line(session: PromptSession[str], text: str) -> str | None:
         except KeyboardInterrupt:
             # To whoever takes it in this program: asyncio.run cancels its main task, and thereby
             # this question. If nothing comes of it, the question stays.
-            signal.raise_signal(signal.SIGINT)
+            _interrupt()
             await asyncio.sleep(0)
 
 
+def _interrupt() -> None:
+    main = threading.main_thread()
+    if os.name == "nt" or threading.current_thread() is main or main.ident is None:
+        signal.raise_signal(signal.SIGINT)
+    else:  # which may be in a call that only a signal of its own ends
+        signal.pthread_kill(main.ident, signal.SIGINT)
+
+
 @contextmanager
-def _shown(question: _Question, session: PromptSession[Any]) -> Iterator[None]:
+def _drawn(question: _Question, session: PromptSession[Any]) -> Iterator[None]:
+    """Show a question above the lines of progress, with what is typed."""
     buffer = session.default_buffer
 
     def typed(_buffer: object) -> None:
@@ -232,6 +235,31 @@ def _shown(question: _Question, session: PromptSession[Any]) -> Iterator[None]:
         buffer.on_text_changed -= typed
 
 
-def _print(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+@contextmanager
+def _typed_along(text: str, session: PromptSession[Any]) -> Iterator[None]:
+    """Show a question on a terminal that only writes on, and what is typed as it comes."""
+    buffer, before = session.default_buffer, ""
+
+    def typed(_buffer: object) -> None:
+        nonlocal before
+        now, kept = printable(buffer.text), 0
+        while kept < min(len(before), len(now)) and before[kept] == now[kept]:
+            kept += 1
+        _print("\b \b" * (len(before) - kept) + now[kept:], end="")
+        before = now
+
+    _print(text, end="")
+    buffer.on_text_changed += typed
+    try:
+        yield
+    finally:
+        buffer.on_text_changed -= typed
+        _print("")
+
+
+def _print(text: str, end: str = "\n") -> None:
+    out = sys.__stdout__
+    assert out is not None
+    with suppress(UnicodeEncodeError):
+        out.write(f"{text}{end}")
+    out.flush()

@@ -44,8 +44,8 @@ class RunStatus:
         self.epochs_done = 0
         self.epoch_in_run = 0
         self.phase = ""
-        self.batch = 0
-        self.batches: int | None = None
+        self.done: tuple[int, int | None] = (0, None)
+        """batches of the phase that are done, of how many; None when that is unknown"""
         self.metrics = ""
         """of the phase that ended last, with its name"""
         self.asks = False
@@ -69,14 +69,14 @@ class RunStatus:
                 self.epochs_done, self._epoch_began = event.epoch_in_run - 1, now
                 self.asks = False
             case PhaseStarted():
-                self.phase, self.batch, self.batches = str(event.phase), 0, event.batches
+                self.phase, self.done = str(event.phase), (0, event.batches)
                 self._phase_began = now
                 self._seen = deque([(0.0, 0)])
             case BatchProgress():
-                self.phase, self.batch, self.batches = str(event.phase), event.batch, event.batches
+                self.phase, self.done = str(event.phase), (event.batch, event.batches)
                 self._note_rate(event.seconds, event.batch)
             case PhaseEnded():
-                self.batch = event.batches
+                self.done = (event.batches, self.done[1])
                 self.metrics = f"{event.phase} {metrics_text(event.metrics, self.names)}"
             case EpochEnded():
                 self.epochs_done, self._epoch_seconds = event.epoch_in_run, event.seconds
@@ -94,15 +94,17 @@ class RunStatus:
     @property
     def rate(self) -> float | None:
         """Batches per second of late; None when too few were seen."""
-        if len(self._seen) < 2:
+        seen = self._seen  # which is replaced, not emptied
+        if len(seen) < 2:
             return None
-        (before, first), (after, last) = self._seen[0], self._seen[-1]
+        (before, first), (after, last) = seen[0], seen[-1]
         return (last - first) / (after - before) if after > before else None
 
     @property
     def share(self) -> float | None:
         """How much of the phase is done, 0 to 1; None when its length is unknown."""
-        return min(1.0, self.batch / self.batches) if self.batches else None
+        batch, batches = self.done
+        return min(1.0, batch / batches) if batches else None
 
     def remaining(self, now: float) -> float | None:
         """Return the seconds that the run will take, as its last epoch and this phase tell.
@@ -115,10 +117,10 @@ class RunStatus:
         in_epoch = now - self._epoch_began
         if self._epoch_seconds is not None:
             return max(0.0, self._epoch_seconds - in_epoch) + to_come * self._epoch_seconds
-        in_phase = now - self._phase_began
-        if not self.share:
+        in_phase, share = now - self._phase_began, self.share
+        if not share:
             return None
-        phase = in_phase / self.share
+        phase = in_phase / share
         return phase - in_phase + to_come * (phase + self._phase_began - self._epoch_began)
 
 
@@ -160,7 +162,8 @@ def _times(run: RunStatus, now: float) -> str:
 
 
 def _count(run: RunStatus) -> str:
-    return f"{run.batch}" if run.batches is None else f"{run.batch}/{run.batches}"
+    batch, batches = run.done
+    return f"{batch}" if batches is None else f"{batch}/{batches}"
 
 
 def _rate(run: RunStatus) -> str:

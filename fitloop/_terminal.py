@@ -10,18 +10,21 @@ them, and so that what a foreign process prints begins at the beginning of a lin
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, TextIO
 
+from fitloop._text import printable
+
 REDRAW_SECONDS = 0.1
 """least time between two drawings that nobody asked for"""
 
-_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
+PAUSE_SECONDS = 1.0
+"""without a drawing, after which the process was stopped and the terminal may show anything"""
 
 
 class Painted(NamedTuple):
@@ -36,22 +39,23 @@ Painter = Callable[[int, int], Painted]
 """given the columns and lines there are, return what to show; called in the drawing thread"""
 
 
-def is_interactive() -> bool:
-    """Return whether a person looks at the output of this process: a terminal, and not in CI."""
+def has_terminal() -> bool:
+    """Return whether a person looks at the terminal of this process, whatever is printed to."""
     out = sys.__stdout__
-    if out is None or sys.stdout is not out:  # something else is in between, such as a prompt
-        return False
     try:
-        seen = out.isatty()
+        seen = out is not None and out.isatty()
     except ValueError:  # closed
         return False
     return seen and os.environ.get("CI", "").lower() in ("", "0", "false")
 
 
+def is_interactive() -> bool:
+    """Return whether what is printed now is for a person at a terminal, and not in CI."""
+    return sys.stdout is sys.__stdout__ and has_terminal()
+
+
 def can_draw() -> bool:
-    """Return whether lines can be drawn over on the terminal of this process."""
-    if not is_interactive():
-        return False
+    """Return whether lines can be drawn over on the terminal of this process, if it has one."""
     if os.name == "nt":  # the older consoles of Windows take no control sequences
         return "WT_SESSION" in os.environ or "TERM" in os.environ
     return os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
@@ -65,10 +69,21 @@ def has_color() -> bool:
 def can_write(text: str) -> bool:
     """Return whether the terminal's encoding has these characters."""
     try:
-        text.encode(getattr(sys.__stdout__, "encoding", None) or "ascii")
+        text.encode(_encoding())
     except (UnicodeEncodeError, LookupError):
         return False
     return True
+
+
+def _encoding() -> str:
+    return getattr(sys.__stdout__, "encoding", None) or "ascii"
+
+
+def _writable(text: str) -> str:
+    """Return text with ``?`` for what the terminal's encoding has not."""
+    if text.isascii() or can_write(text):
+        return text
+    return text.encode(_encoding(), "replace").decode(_encoding())
 
 
 def columns(text: str) -> int:
@@ -86,8 +101,7 @@ def _columns_of(character: str) -> int:
 
 def fitted(text: str, width: int) -> str:
     """Return ``text`` as one printable line of at most ``width`` columns, cut where it must be."""
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else " " for c in _ESCAPE.sub("", text))
+    text = printable(text)
     if columns(text) <= width:
         return text
     mark = "…" if can_write("…") else "~"
@@ -100,6 +114,15 @@ def fitted(text: str, width: int) -> str:
     return "".join(kept) + mark if width > 0 else ""
 
 
+class _Taken(NamedTuple):
+    """A stream whose ``write`` is the live area's for now."""
+
+    ours: Callable[[str], int]
+    plain: Callable[[str], int]
+    was_set: bool
+    """its ``write`` had been replaced by somebody before"""
+
+
 class LiveArea:
     """The lines at the bottom of the terminal, shared by all who have something to show.
 
@@ -110,76 +133,95 @@ class LiveArea:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may print while its thread draws
+        self._state = threading.Lock()
+        """of what is to be shown; never held while something is written"""
+        self._writing = threading.RLock()
+        """of the terminal; a signal handler may print while its thread draws"""
         self._painters: list[Painter] = []
+        self._said: list[str] = []
+        """lines to be written above"""
+        self._after: list[threading.Event] = []
+        """to be set when the terminal shows what is to be shown now"""
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self._streams: dict[TextIO, Callable[[str], int]] = {}
+        self._streams: dict[TextIO, _Taken] = {}
         self._partial: dict[tuple[TextIO, int], str] = {}
         """lines that were printed without their end so far, by stream and thread: ``print`` writes
         a line in parts, which those of another thread are not to come between"""
         self._drawn = ""
         self._above = 0
         """drawn lines above the one with the cursor"""
+        self._is_fresh = True
+        """nothing was drawn yet, wherever the cursor is"""
         self._pid = 0
+        self._open_lines: set[TextIO] = set()
+        """on which a forked process has begun a line"""
 
     # -- for those who show something -------------------------------------------------------------
 
     def show(self, painter: Painter, *, first: bool = False) -> None:
         """Show what ``painter`` paints, below or above what is shown; `can_draw` must be true."""
-        with self._lock:
+        with self._state:
             if self._pid != os.getpid():  # of the process that this one was forked from
-                self._painters.clear()
+                self._painters = []
                 self._thread = None
             others = self._painters
             self._painters = [painter, *others] if first else [*others, painter]
             if self._thread is None:
                 self._pid = os.getpid()
-                self._intercept()
                 self._wake = threading.Event()
                 self._thread = threading.Thread(
                     target=self._work, args=(self._wake,), name="fitloop draws", daemon=True
                 )
+                self._intercept()
                 self._thread.start()
         self.refresh()
 
-    def hide(self, painter: Painter) -> threading.Thread | None:
+    def hide(self, painter: Painter) -> Callable[[], None]:
         """Show ``painter`` no more; with the last one the terminal is left as it was found.
 
-        Returns the drawing thread if it is about to end, for who wants to wait for that. Does
-        nothing for a painter that is not shown.
+        Returns a function that waits until that has happened; whoever may not wait for the terminal
+        does not call it. Does nothing for a painter that is not shown.
         """
-        with self._lock:
-            if painter not in self._painters:
-                return None
+        gone = threading.Event()
+        with self._state:
+            thread = self._thread
+            if painter not in self._painters or thread is None:
+                return lambda: None
             self._painters = [other for other in self._painters if other != painter]
-            if self._painters:
-                self._wake.set()
-                return None
-            thread, self._thread = self._thread, None
-            self._leave()
-            self._wake.set()
-        return thread
+            self._after.append(gone)
+        self.refresh()
+
+        def wait() -> None:
+            gone.wait()
+            if self._thread is not thread:  # it was the last one
+                thread.join()
+
+        return wait
 
     def refresh(self) -> None:
         """Have everything drawn soon; does not wait for it."""
         self._wake.set()
+
+    def say(self, line: str) -> None:
+        """Have a line written above what is shown, before what is printed later; does not wait."""
+        self._said.append(line)
+        self.refresh()
 
     # -- what other code prints -------------------------------------------------------------------
 
     def _intercept(self) -> None:
         for stream in (sys.__stdout__, sys.__stderr__):
             if stream is not None and stream not in self._streams and _is_terminal(stream):
-                self._streams[stream] = stream.write
-                setattr(stream, "write", self._writer(stream, stream.write))  # noqa: B010
+                ours = self._writer(stream, stream.write)
+                self._streams[stream] = _Taken(ours, stream.write, "write" in vars(stream))
+                setattr(stream, "write", ours)  # noqa: B010
 
     def _writer(self, stream: TextIO, plain: Callable[[str], int]) -> Callable[[str], int]:
         def write(text: str) -> int:
             if os.getpid() != self._pid:
-                # A forked process may not wait for a lock whose owner it does not have. What it
-                # writes takes the place of the lines, which are drawn again below.
-                return plain(f"\r\x1b[J{text}" if text.strip("\r\n") else text)
-            with self._lock:
+                return self._write_forked(stream, plain, text)
+            with self._writing:
                 if stream not in self._streams or not isinstance(text, str):
                     return plain(text)
                 self._write_above(stream, plain, text)
@@ -187,7 +229,19 @@ class LiveArea:
 
         return write
 
+    def _write_forked(self, stream: TextIO, plain: Callable[[str], int], text: str) -> int:
+        # A forked process may not wait for a lock whose owner it does not have. What it writes
+        # takes the place of the lines, which are drawn again below.
+        if text and stream not in self._open_lines:
+            plain("\r\x1b[J")
+        if text.endswith("\n"):
+            self._open_lines.discard(stream)
+        elif text:
+            self._open_lines.add(stream)
+        return plain(text)
+
     def _write_above(self, stream: TextIO, plain: Callable[[str], int], text: str) -> None:
+        self._write_said()
         key = (stream, threading.get_ident())
         whole, newline, rest = (self._partial.pop(key, "") + text).rpartition("\n")
         if rest:  # a bar that somebody else draws over and over is worth its newest form
@@ -196,37 +250,78 @@ class LiveArea:
             self._erase()
             plain(f"{whole}\n")
             stream.flush()
-        self._draw()
+            self._draw()
+
+    def _write_said(self) -> None:
+        if self._said:
+            said, self._said = self._said, []
+            self._erase()
+            self._out("".join(f"{_writable(printable(line))}\n" for line in said), flush=True)
+
+    def _end_lines_of_the_dead(self) -> None:
+        """Write what a thread that is gone has left without an end."""
+        alive = {thread.ident for thread in threading.enumerate()}
+        for key in [key for key in self._partial if key[1] not in alive]:
+            self._said.append(self._partial.pop(key))
 
     def _leave(self) -> None:
         """Erase the lines, and give the streams back."""
         with suppress(OSError, ValueError):
+            self._write_said()
             self._erase()
             self._out(flush=True)
-        for stream, plain in self._streams.items():
-            with suppress(AttributeError):
-                delattr(stream, "write")
+        for stream, taken in self._streams.items():
+            if vars(stream).get("write") is taken.ours:
+                if taken.was_set:
+                    setattr(stream, "write", taken.plain)  # noqa: B010
+                else:
+                    delattr(stream, "write")
             with suppress(OSError, ValueError):
-                plain("\n".join(text for key, text in self._partial.items() if key[0] is stream))
+                taken.plain("\n".join(t for key, t in self._partial.items() if key[0] is stream))
                 stream.flush()
         self._streams.clear()
         self._partial.clear()
+        self._is_fresh = True
 
     # -- drawing ----------------------------------------------------------------------------------
 
     def _work(self, wake: threading.Event) -> None:
+        before = time.monotonic()
         while True:
             wake.wait(REDRAW_SECONDS)
             wake.clear()
-            with self._lock:
-                if self._thread is not threading.current_thread():
-                    return
-                try:
-                    self._draw()
-                except (OSError, ValueError):  # the terminal is gone: nobody looks any more
-                    self._painters, self._thread = [], None
+            now = time.monotonic()
+            if now - before > PAUSE_SECONDS:  # Ctrl-Z
+                self._drawn, self._above = "", 0
+            before = now
+            with self._state:
+                after, self._after = self._after, []
+                ends = not self._painters
+            try:
+                with self._writing:
+                    if ends:
+                        self._leave()
+                    else:
+                        self._end_lines_of_the_dead()
+                        self._write_said()
+                        self._draw()
+            except (OSError, ValueError):  # the terminal is gone: nobody looks any more
+                with self._state:
+                    self._painters, ends = [], True
+                with self._writing:
                     self._leave()
-                    return
+            with self._state:
+                ends = ends and not self._painters
+                if ends:
+                    self._thread = None
+                    after += self._after
+                    self._after = []
+                elif not self._streams:  # somebody came while it left
+                    self._intercept()
+            for event in after:
+                event.set()
+            if ends:
+                return
 
     def _erase(self) -> None:
         if self._drawn:
@@ -235,6 +330,9 @@ class LiveArea:
 
     def _draw(self) -> None:
         width, height = self._size()
+        if self._is_fresh:  # on a line of its own: this comes to the next one if one was begun
+            self._is_fresh = False
+            self._out(f"{' ' * (width - 1)}\r")
         lines, cursor, row = [fitted(text, width - 1) for text in self._partial.values()], 0, 0
         for painter in self._painters:
             painted = painter(width, height - 1 - len(lines))
@@ -247,7 +345,7 @@ class LiveArea:
         if cursor:
             frame += f"\x1b[{cursor}C"
         if frame != self._drawn:
-            self._out(f"{_up(self._above)}\r{frame}", flush=True)
+            self._out(f"{_up(self._above)}\r{_writable(frame)}", flush=True)
             self._drawn, self._above = frame, row
 
     def _size(self) -> tuple[int, int]:
@@ -261,9 +359,9 @@ class LiveArea:
     def _out(self, text: str = "", *, flush: bool = False) -> None:
         out = sys.__stdout__
         assert out is not None
-        plain = self._streams.get(out, out.write)
+        taken = self._streams.get(out)
         with suppress(BlockingIOError):  # the next drawing comes soon
-            plain(text)
+            (out.write if taken is None else taken.plain)(text)
             if flush:
                 out.flush()
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from fitloop._errors import UnknownMetricError
+
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
 
 
 def duration(seconds: float) -> str:
@@ -22,6 +25,13 @@ def duration(seconds: float) -> str:
     return f"{rest} ms"
 
 
+def printable(text: str) -> str:
+    """Return text without what a terminal would obey, in one line."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " for c in _ESCAPE.sub("", text))
+
+
 def joined(names: Iterable[str]) -> str:
     """Return names in one line, ``none`` for no names."""
     return ", ".join(names) or "none"
@@ -30,7 +40,7 @@ def joined(names: Iterable[str]) -> str:
 def metrics_text(metrics: Mapping[str, float], names: Sequence[str] | None) -> str:
     """Return metrics in one line, those of ``names`` only, in their order."""
     chosen = metrics if names is None else {n: metrics[n] for n in names if n in metrics}
-    return " | ".join(f"{name}: {value:.4f}" for name, value in chosen.items())
+    return " | ".join(f"{printable(name)}: {value:.4f}" for name, value in chosen.items())
 
 
 def check_names(names: Sequence[str] | None, metrics: Mapping[str, Mapping[str, float]]) -> None:

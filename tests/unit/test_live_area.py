@@ -56,13 +56,12 @@ class Area:
         self.live._size = lambda: (COLUMNS, ROWS)  # type: ignore[method-assign]
 
     def draw(self) -> None:
-        with self.live._lock:
+        with self.live._writing:
+            self.live._write_said()
             self.live._draw()
 
     def hide(self, painter: Callable[[int, int], Painted]) -> None:
-        thread = self.live.hide(painter)
-        if thread is not None:
-            thread.join()
+        self.live.hide(painter)()
 
 
 @pytest.fixture
@@ -110,6 +109,7 @@ def test_part_of_a_line_when_printed_then_waits_above_the_bars_for_its_end(
     area.live.show(bars)
     out.write("a ques")
     out.write("tion: ")
+    area.draw()
     assert out.lines == ["a question:", "bar"]
     out.write("answered\n")
     assert out.lines == ["a question: answered", "bar"]
@@ -127,6 +127,7 @@ def test_bar_of_another_library_when_drawn_over_and_over_then_its_newest_form_is
     area.live.show(bars)
     for share in range(5):
         out.write(f"\rother {share}0%")
+    area.draw()
     assert out.lines == ["other 40%", "bar"]
     area.hide(bars)
 
@@ -212,6 +213,83 @@ def test_threads_when_they_print_in_parts_then_every_line_is_whole(out: FakeTerm
     for n in range(4):
         said = [line for line in out.lines if line.startswith(f"thread{n}")]
         assert said == [f"thread{n} {number} ends" for number in range(50)]
+
+
+def test_line_when_said_then_comes_before_what_is_printed_later(out: FakeTerminal) -> None:
+    area, bars = Area(out), paint("bar")
+    area.live.show(bars)
+    area.live.say("answered \x1b[2Jy\udcff")
+    out.write("printed\n")
+    assert out.lines[:2] == ["answered y", "printed"]
+    area.hide(bars)
+
+
+def test_line_when_begun_before_the_bars_then_stays_above_them(out: FakeTerminal) -> None:
+    area, bars = Area(out), paint("bar")
+    out.write("Training: ")
+    area.live.show(bars)
+    area.draw()
+    assert out.lines == ["Training:", "bar"]
+    area.hide(bars)
+    assert out.lines == ["Training:"]
+
+
+def test_write_when_somebody_else_has_set_it_then_is_theirs_again(out: FakeTerminal) -> None:
+    area, bars, written = Area(out), paint("bar"), []
+    plain = out.write
+
+    def theirs(text: str) -> int:
+        written.append(text)
+        return plain(text)
+
+    setattr(out, "write", theirs)  # noqa: B010
+    area.live.show(bars)
+    out.write("printed\n")
+    area.hide(bars)
+    assert vars(out)["write"] is theirs
+    assert "printed\n" in written
+
+    area.live.show(bars)
+    setattr(out, "write", theirs)  # noqa: B010 - in the middle of it
+    area.hide(bars)
+    assert vars(out)["write"] is theirs
+
+
+def test_thread_when_it_is_gone_then_its_unended_line_is_ended(out: FakeTerminal) -> None:
+    area, bars = Area(out), paint("bar")
+    area.live.show(bars)
+    for number in range(3):
+        thread = threading.Thread(target=out.write, args=(f"worker {number}...",))
+        thread.start()
+        thread.join()
+        with area.live._writing:
+            area.live._end_lines_of_the_dead()
+    area.draw()
+    assert out.lines == ["worker 0...", "worker 1...", "worker 2...", "bar"]
+    area.hide(bars)
+
+
+def test_painter_when_the_terminal_does_not_read_then_show_and_hide_do_not_wait(
+    out: FakeTerminal,
+) -> None:
+    area, bars, more = Area(out), paint("bar"), paint("more")
+    stuck, free = threading.Event(), threading.Event()
+
+    def write(text: str) -> int:
+        stuck.set()
+        assert free.wait(20)
+        return FakeTerminal.write(out, text)
+
+    setattr(out, "write", write)  # noqa: B010
+    area.live.show(bars)
+    assert stuck.wait(20)
+    area.live.show(more, first=True)
+    area.live.say("said")
+    area.live.hide(more)
+    gone = area.live.hide(bars)
+    free.set()
+    gone()
+    assert out.lines == ["said"]
 
 
 @given(text=st.text(max_size=60), width=st.integers(1, 50))
