@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from fitloop import (
     Checkpoint,
+    EpochEnded,
     Event,
     FitLoop,
     FitResult,
@@ -213,7 +214,7 @@ async def test_answer_when_the_next_question_waits_for_a_no_then_is_told_once() 
 
     def callback(event: Event) -> None:
         events.append(event)
-        if event.kind == "epoch_ended" and event.epoch_in_run == 4:
+        if isinstance(event, EpochEnded) and event.epoch_in_run == 4:
             call(ended.set)
 
     async def answer(_question: PromptAsked) -> bool:
