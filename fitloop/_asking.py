@@ -108,6 +108,8 @@ class OpenQuestions:
         self._event: PromptAsked | None = None
         self._point: ReturnPoint | None = None
         self._outcome: bool | BaseException | None = None
+        self._is_told = False
+        """whether the answer was; a no is looked at by the question after it, and at the end"""
         self._scopes = threading.Lock()
         self._cancel: Callable[[], None] = lambda: None
         self._withdrawn = False
@@ -118,6 +120,7 @@ class OpenQuestions:
             return False
         self._point = self._mark()
         self._event, self._outcome = event, None
+        self._is_told = False
         self._emit(event)
         self._side.start(lambda: self._open(event))
         return True
@@ -152,7 +155,9 @@ class OpenQuestions:
         if outcome is None:  # withdrawn
             self._point = self._event = None
             return False
-        self._emit(PromptAnswered(trainer=event.trainer, epoch=event.epoch, go_on=outcome))
+        if not self._is_told:
+            self._is_told = True
+            self._emit(PromptAnswered(trainer=event.trainer, epoch=event.epoch, go_on=outcome))
         if outcome:
             self._point = self._event = None
         return not outcome

@@ -11,6 +11,7 @@ import anyio
 import pytest
 import torch
 from blockbuster import BlockBuster
+from support.faulty import to_loop
 from support.models import (
     BATCHES,
     Augmented,
@@ -29,6 +30,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from fitloop import (
     Checkpoint,
+    EpochEnded,
     Event,
     FitLoop,
     FitResult,
@@ -204,6 +206,27 @@ async def test_events_when_declined_then_say_so_in_order() -> None:
     ]
     assert isinstance(told[2], WentBack)
     assert (told[2].epoch, told[2].epoch_in_run) == (2, 2)
+
+
+async def test_answer_when_the_next_question_waits_for_a_no_then_is_told_once() -> None:
+    events: list[Event] = []
+    ended, call = anyio.Event(), to_loop()
+
+    def callback(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, EpochEnded) and event.epoch_in_run == 4:
+            call(ended.set)
+
+    async def answer(_question: PromptAsked) -> bool:
+        await ended.wait()
+        return False
+
+    fitted = seeded(callbacks=[callback])
+    with anyio.fail_after(30):
+        await fitted.fit(
+            6, continue_loop=2, continue_while_asking=True, on_continue=answer, **QUIET
+        )
+    assert len([event for event in events if isinstance(event, PromptAnswered)]) == 1
 
 
 async def test_stop_when_a_question_is_open_then_it_is_withdrawn_and_the_training_stays() -> None:

@@ -116,6 +116,7 @@ asyncio.run(t.fit(3, checkpoint=Checkpoint(), resume=True, verbose=False, callba
     with watching(tmp_path, "--forever") as shown:
         with training(tmp_path, program.format(batches=10, last=2)) as process:
             shown.until(r"\[1/3\](?s:.*)epochs +1/3")
+            shown.until(lambda: any(tmp_path.glob("snapshots/snapshot-*.msgpack")))
             process.send_signal(signal.SIGKILL)
             shown.until(r"fit is no longer running after 1 of 3 epochs: its process died or")
             assert is_clean(shown)

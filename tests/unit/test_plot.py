@@ -336,7 +336,8 @@ def test_import_has_no_matplotlib_and_plot_with_ax_no_pyplot_in_a_thread() -> No
     program = """
 import sys
 from fitloop._events import RunStarted, PhaseEnded
-from fitloop._metriclog import MetricLog, log_head
+from fitloop._logrecords import log_head
+from fitloop._metriclog import MetricLog
 from fitloop._metrics import History
 from fitloop._types import Phase
 import fitloop._plot
