@@ -125,6 +125,18 @@ class OpenQuestions:
         self._side.start(lambda: self._open(event))
         return True
 
+    def after_batch(self) -> None:
+        """Tell of an answer when it has come; a batch hook."""
+        if self._event is not None and not self._is_told and isinstance(self._outcome, bool):
+            self._rest(self._tell)
+
+    def _tell(self) -> None:
+        event, outcome = self._event, self._outcome
+        if self._is_told or event is None or not isinstance(outcome, bool):
+            return
+        self._is_told = True
+        self._emit(PromptAnswered(trainer=event.trainer, epoch=event.epoch, go_on=outcome))
+
     def settle(self) -> int | None:
         """Wait for the answer that is open, and go back if it is no."""
         if not self._is_declined() or self._event is None or self._point is None:
@@ -155,9 +167,7 @@ class OpenQuestions:
         if outcome is None:  # withdrawn
             self._point = self._event = None
             return False
-        if not self._is_told:
-            self._is_told = True
-            self._emit(PromptAnswered(trainer=event.trainer, epoch=event.epoch, go_on=outcome))
+        self._tell()
         if outcome:
             self._point = self._event = None
         return not outcome

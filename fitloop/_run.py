@@ -132,6 +132,8 @@ class Run:
         if kept is not None:
             kept.begin(engine, self._log, self._tracker, self._control)
         around.batch_hooks = [*self._batch_hooks(), part.after_batch]
+        if isinstance(self._questions, OpenQuestions):
+            around.batch_hooks.append(self._questions.after_batch)
         self._guarded(engine, streams)
 
     def _loop(self, engine: Engine, streams: Streams | None) -> None:

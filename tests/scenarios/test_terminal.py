@@ -444,3 +444,65 @@ asyncio.run(main())
         shown.until("prompt 2 2 2")
         assert shown.end() == 0
         assert is_clean(shown)
+
+
+def test_question_when_a_key_is_no_character_then_it_is_asked_again() -> None:
+    with terminal(ASKS, env={"PYTHONIOENCODING": "ascii"}) as shown:
+        shown.until(QUESTION)
+        shown.type("é\r")
+        shown.until(rf"is neither y nor n: .*\n{QUESTION}")
+        shown.type("n\r")
+        shown.until("prompt 2")
+        assert shown.end() == 0
+
+
+def test_ctrl_c_when_the_loop_is_in_another_thread_then_interrupts_the_main_thread() -> None:
+    program = """
+loop = asyncio.new_event_loop()
+task = loop.create_task(trainer().fit(4, continue_loop=2))
+
+def run():
+    try:
+        loop.run_until_complete(task)
+    except asyncio.CancelledError:
+        print("cancelled")
+    over.set()
+
+over = threading.Event()
+threading.Thread(target=run).start()
+try:
+    over.wait()
+except KeyboardInterrupt:
+    print("interrupted")
+    loop.call_soon_threadsafe(task.cancel)
+    over.wait()
+"""
+    with terminal(program) as shown:
+        shown.until(QUESTION)
+        shown.type("\x03")
+        shown.until("interrupted")
+        shown.until("cancelled")
+        assert shown.end() == 0
+        assert is_clean(shown)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts worker processes by forking")
+def test_print_when_in_a_worker_process_then_is_whole() -> None:
+    program = """
+class Talking(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        print("item", index, "of worker", torch.utils.data.get_worker_info().id, flush=True)
+        return torch.randn(4), 1
+
+loader = torch.utils.data.DataLoader(Talking(), batch_size=4, num_workers=2)
+asyncio.run(trainer(hold=slowly(0.05)).fit(1, train_dl=loader))
+"""
+    with terminal(program, size=(100, 60)) as shown:
+        shown.until("best score")
+        assert shown.end() == 0
+        for index in range(16):
+            line = rf"item {index} of worker {index // 4 % 2}"
+            assert re.search(line, shown.transcript), shown.transcript

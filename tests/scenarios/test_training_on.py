@@ -42,7 +42,7 @@ from fitloop import (
     default_batch_step,
     read_metrics,
 )
-from fitloop._loops import Doorbell
+from fitloop._loops import Doorbell, loop_scheduler
 
 Make = Callable[..., FitLoop]
 QUIET: dict[str, Any] = {"verbose": False}
@@ -227,6 +227,30 @@ async def test_answer_when_the_next_question_waits_for_a_no_then_is_told_once() 
             6, continue_loop=2, continue_while_asking=True, on_continue=answer, **QUIET
         )
     assert len([event for event in events if isinstance(event, PromptAnswered)]) == 1
+
+
+async def test_answer_when_it_comes_then_is_told_before_the_epoch_ends() -> None:
+    late, events = Late(True, 1), list[Event]()
+    answered = threading.Event()
+
+    def step(state: LoopState) -> Any:
+        if state.epoch_num == 3 and state.batch_num == 3:
+            assert answered.wait(20)
+        return late.step(state)
+
+    async def answer(question: PromptAsked) -> bool:
+        given = await late(question)
+        loop_scheduler()(answered.set)  # when the run has the answer
+        return given
+
+    fitted = seeded(train_step=step, callbacks=[events.append])
+    with anyio.fail_after(30):
+        await fitted.fit(
+            4, continue_loop=2, continue_while_asking=True, on_continue=answer, **QUIET
+        )
+    kinds = [event.kind for event in events]
+    third = [place for place, kind in enumerate(kinds) if kind == "epoch_ended"][2]
+    assert "prompt_answered" in kinds[:third]
 
 
 async def test_stop_when_a_question_is_open_then_it_is_withdrawn_and_the_training_stays() -> None:
