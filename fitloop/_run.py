@@ -290,10 +290,12 @@ class Run:
             self._options.persistence.close()
         result = None if error is not None else self._found or self._result()
         self._forget_turn()
-        self._forget_slice()
         if self._slice is not None:
             self._slice.close()
-        self._engine = self._questions = None  # they refer back to this run, and both to the model
+            self._forget_slice()
+        # These refer back to this run, and all of them to the model.
+        self._engine = self._questions = self._slice = None
+        self._forget_slice = lambda: None
         try:
             if error is not None:
                 raise error

@@ -108,7 +108,7 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
         {"best_model_name": "pretrained_model"},
         r"best_model_name is 'pretrained_model', .*; expected another name",
     ),
-    ("save_path is none", {"save_path": None}, r"save_path is None; expected"),
+    ("save_path is no path", {"save_path": 3}, r"save_path is 3; expected"),
     *(
         (f"{name} takes no argument", {name: no_argument}, rf"{name} is .no_argument\(\).*; expect")
         for name in [*STAGE_FUNCTIONS, "preloop", "postloop", "configure_optimizer"]
