@@ -29,6 +29,7 @@ from fitloop._jobs import Job, JobSpec, Outcome
 from fitloop._launch import Callback, aside
 from fitloop._outcomes import Record, read_outcome, write_outcome
 from fitloop._parts import check_callbacks, check_number, check_optional
+from fitloop._process_backend import ProcessBackend
 from fitloop._share import Share
 
 
@@ -53,7 +54,7 @@ class Runner:
 
     Args:
         max_concurrent: trainings at a time; by default as many as this process has cores.
-        backend: ``"thread"``, or a `Backend` of your own.
+        backend: ``"thread"``, ``"process"`` or a `ProcessBackend`, or a `Backend` of your own.
         save_path: a directory; each job has one of its own in it, and is resumable. Jobs that are
             found done there are not run again, unfinished ones are gone on with, failed ones begin
             where their last snapshot was taken. While it runs, no other Runner can have it.
@@ -74,7 +75,7 @@ class Runner:
         self,
         max_concurrent: int | None = None,
         *,
-        backend: Literal["thread"] | Backend = "thread",
+        backend: Literal["thread", "process"] | Backend = "thread",
         save_path: str | Path | None = None,
         checkpoint: Checkpoint | None = None,
         fail_fast: bool = False,
@@ -374,8 +375,12 @@ def safe_name(name: str) -> str:
 def _backend(backend: Any) -> Backend:
     if backend == "thread":
         return ThreadBackend()
+    if backend == "process":
+        return ProcessBackend()
     if isinstance(backend, str) or not hasattr(backend, "run"):
-        raise ConfigurationError(f"backend is {backend!r:.60}; expected 'thread' or a Backend")
+        raise ConfigurationError(
+            f"backend is {backend!r:.60}; expected 'thread', 'process' or a Backend"
+        )
     chosen: Backend = backend
     return chosen
 

@@ -69,7 +69,17 @@ LAYERS: list[list[str]] = [
     # what users hold
     ["_view", "_trainer", "_keeping", "_fitloop", "_sync"],
     # many of them
-    ["_jobs", "_outcomes", "_backend", "_runner"],
+    [
+        "_jobs",
+        "_outcomes",
+        "_backend",
+        "_portable",
+        "_process_worker",
+        "_process_pool",
+        "_process_talk",
+        "_process_backend",
+        "_runner",
+    ],
 ]
 
 LATE_IMPORTS = {("_metrics", "_plot")}
@@ -80,6 +90,7 @@ SOLE_IMPORTERS = {
     "prompt_toolkit": "_prompt",
     "msgpack": "_layout",
     "IPython": "_kernel",
+    "cloudpickle": "_portable",
 }
 
 LONGEST_MODULE = 400
