@@ -67,7 +67,7 @@ class ProcessBackend:
         """
         pack_job(spec.name, (spec.target, spec.args, carried(spec)))
         ThreadBackend().check(spec)
-        check_callbacks(list(spec.options.get("callbacks", ())))
+        check_callbacks(spec.options.get("callbacks", ()))
         shown_options(spec)
         if spec.options.get("on_continue") is not None:
             check_callable("on_continue", spec.options["on_continue"], "the PromptAsked event")

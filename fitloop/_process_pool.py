@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-LOG_TAIL = 4096
-"""bytes of a worker's log that are told when it dies"""
+LOG_TAIL = 16384
+"""bytes of a worker's log that are looked at when it dies"""
+LOG_LINES = 30
+"""of them that are told"""
 END_SECONDS = 5.0
 """for a process that has hung up to be gone"""
 
@@ -26,7 +29,7 @@ _starting = threading.Lock()
 _alive: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
-@atexit.register  # before that of multiprocessing, which waits for them
+@atexit.register  # and so called before that of multiprocessing, which waits for them
 def _kill_all() -> None:
     for worker in list(_alive):
         with suppress(ValueError):  # it was closed just now
@@ -48,7 +51,7 @@ class Worker:
             target=serve, args=(theirs, self._log), name="fitloop worker", daemon=False
         )
         try:
-            with _starting:
+            with _starting, _without_interrupts():
                 self.process.start()
         except BaseException:
             self.connection.close()
@@ -81,7 +84,11 @@ class Worker:
         """Return the last lines that were written below Python."""
         size = self._file.seek(0, os.SEEK_END)
         self._file.seek(max(0, size - LOG_TAIL))
-        return self._file.read().decode("utf-8", "replace").splitlines()
+        lines = self._file.read().decode("utf-8", "replace").splitlines()
+        for place, line in enumerate(lines):
+            if line.startswith("Fatal Python error"):  # with the stack of the thread
+                return lines[place:][:LOG_LINES]
+        return lines[-LOG_LINES:]
 
     def close(self) -> None:
         """End it, and let go of everything; blocks."""
@@ -132,6 +139,19 @@ class Pool:
             worker.hang_up()
         for worker in idle:
             worker.close()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Have processes that this thread begins blind to Ctrl-C until they say otherwise."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def how_ended(code: int | None) -> str:

@@ -107,7 +107,7 @@ class Conversation:
 
     def finish(self, error: BaseException | None) -> Done:
         """Return what the worker sent, or raise it."""
-        error = error or self._error
+        error, self._error = error or self._error, None
         if error is not None:
             raise error
         if self._result is None:
@@ -167,7 +167,7 @@ class Conversation:
         if self._control.cancelled:
             raise Cancelled
         code = worker.process.exitcode
-        told = [*self._lines, *worker.log_tail()][-LAST_LINES:]
+        told = [*self._lines, *worker.log_tail()]
         message = f"the worker process of job {self._spec.name!r} (pid {worker.process.pid}) "
         message += how_ended(code)
         if not worker.ready:

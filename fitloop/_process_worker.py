@@ -39,6 +39,8 @@ def serve(connection: Connection, log_path: str) -> None:
     """Do the jobs that come over the connection; the whole life of a worker process."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which will tell
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _redirect(log_path)
     _Worker(connection).work()
 
@@ -55,7 +57,7 @@ def _redirect(log_path: str) -> None:
     os.close(nothing)
     with suppress(OSError):  # the parent has it open: nothing is left behind when it is killed
         os.unlink(log_path)
-    faulthandler.enable(2)
+    faulthandler.enable(2, all_threads=False)
 
 
 class _Lines(io.TextIOBase):
@@ -81,6 +83,14 @@ class _Lines(io.TextIOBase):
             if end:
                 self._send("print", self._name, lines + end)
         return len(text)
+
+    def leave_to_parent(self) -> None:
+        """Write to the log, in a forked process."""
+
+        def write(_word: str, _name: str, text: str) -> None:
+            os.write(self._descriptor, text.encode(errors="replace"))
+
+        self._lock, self._rest, self._send = threading.Lock(), "", write
 
     def end_line(self) -> None:
         """Send what is left of a line."""
@@ -116,24 +126,22 @@ class _Worker:
 
     def work(self) -> None:
         """Do jobs for ever: the process ends when the parent hangs up."""
-        out, err = _Lines("stdout", 1, self.send), _Lines("stderr", 2, self.send)
-        sys.stdout, sys.stderr = out, err
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._leave_to_parent)
+        outputs = _Lines("stdout", 1, self.send), _Lines("stderr", 2, self.send)
+        sys.stdout, sys.stderr = outputs
+        if hasattr(
+            os, "register_at_fork"
+        ):  # as a worker of a loader is: the channel is not its own
+            os.register_at_fork(after_in_child=self._connection.close)
+            for output in outputs:
+                os.register_at_fork(after_in_child=output.leave_to_parent)
         threading.Thread(target=self._read, name="fitloop channel", daemon=True).start()
         self.send("ready")
         while True:
             job = self._jobs.get()
             last = self._do(job)
-            out.end_line()
-            err.end_line()
+            for output in outputs:
+                output.end_line()
             self.send(*last)
-
-    def _leave_to_parent(self) -> None:
-        """In a forked process, as a worker of a loader: the channel is not its own."""
-        self._connection.close()
-        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - for its whole life
-        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
     def _read(self) -> None:
         try:

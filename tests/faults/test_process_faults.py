@@ -19,6 +19,7 @@ from support.workers import OwnError, Seen, dies, endless, fails, make, workers,
 from fitloop import (
     Event,
     FitLoop,
+    Outcome,
     PhaseEnded,
     ProcessBackend,
     RemoteError,
@@ -83,20 +84,22 @@ async def test_worker_when_killed_then_its_job_is_tried_again_and_no_other_is_to
 ) -> None:
     plain = make(num_threads=max(1, available_cores() // 2))
     await plain.fit(4, **QUIET)
-    for marks, number in (("once", 1), ("often", 5), ("alone", 1)):
+    for marks, number in (("once", 1), ("often", 5)):
         (tmp_path / marks).mkdir()
         for k in range(number):
             (tmp_path / marks / f"mark {k}").touch()
     seen = Seen()
-    with anyio.fail_after(SOON), pytest.warns(WorkerDiedWarning) as warned:
-        backend = ProcessBackend(retries=1)
+
+    async def both() -> list[Outcome]:
+        backend, often = ProcessBackend(retries=1), str(tmp_path / "often")
+        options: dict[str, Any] = {"epochs": 4, **QUIET}
         async with Runner(2, backend=backend, save_path=tmp_path / "runs") as runner:
-            runner.submit(dies, str(tmp_path / "once"), 3, name="once", epochs=4, **QUIET)
-            often = str(tmp_path / "often")
-            runner.submit(
-                dies, often, 2, signal.SIGABRT, name="often", epochs=4, callbacks=[seen], **QUIET
-            )
-            once, ended = await runner.results()
+            runner.submit(dies, str(tmp_path / "once"), 3, name="once", **options)
+            runner.submit(dies, often, 2, signal.SIGABRT, name="often", callbacks=[seen], **options)
+        return await runner.results()
+
+    with anyio.fail_after(SOON), pytest.warns(WorkerDiedWarning) as warned:
+        once, ended = await both()
     assert once.error is None
     assert once.result is not None
     assert once.result.epochs == 4
@@ -139,15 +142,18 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
             runner.submit(endless, str(tmp_path / "1"), name="1", epochs=10**6, **QUIET)
             runner.submit(endless, str(tmp_path / "2"), name="2", epochs=10**6, **QUIET)
 
+    async def cancelled_often(task: asyncio.Task[None]) -> None:
+        while not task.done():
+            await asyncio.wait([task], timeout=0.1)
+            task.cancel()
+
     with anyio.fail_after(SOON):
         task = asyncio.create_task(both())
         await written(tmp_path / "0")
         await written(tmp_path / "1")
         task.cancel()
         with pytest.warns(WorkerDiedWarning, match=r"0: .* had not ended 0.5 s after"):
-            while not task.done():
-                await asyncio.wait([task], timeout=0.1)
-                task.cancel()  # as often as it likes
+            await cancelled_often(task)
         assert task.cancelled()
         statuses = {outcome.status for outcome in await runners[0].results()}
     assert statuses == {"cancelled"}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import numpy as np
 import pytest
 import torch
@@ -49,9 +50,9 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
         awaited(event)
 
     def chatty(seed: int) -> FitLoop:  # a closure, and a function of no module: by value
-        print("made", seed)
-        print("by", seed, file=sys.stderr)
-        print("half a line", end="")
+        print("made", seed)  # noqa: T201
+        print("by", seed, file=sys.stderr)  # noqa: T201
+        print("half a line", end="")  # noqa: T201
         return make(seed)
 
     with anyio.fail_after(SOON):
@@ -86,8 +87,10 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
             assert torch.equal(loaded.model.state_dict()[name], value)
     found = await anyio.to_thread.run_sync(read_results, tmp_path)
     assert {record.status for record in found} == {"done"}
-    assert seen.events[: len(streamed)] == streamed
     assert [event for event in streamed if event.trainer == "five"] == awaited.events
+    for name in ("five", "six"):
+        kept = [event for event in seen.events if event.trainer == name]
+        assert kept == [event for event in streamed if event.trainer == name]
     ended = [event for event in awaited.events if isinstance(event, PhaseEnded)]
     assert [{len(v) for v in event.batch_metrics.values()} for event in ended] == [{4}, {4}] * 3
     printed = capsys.readouterr()
@@ -105,7 +108,7 @@ async def test_question_when_asked_in_a_worker_then_is_answered_here() -> None:
 
     async def ask(event: PromptAsked) -> bool:
         asked.append(event)
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         return event.epoch < 2
 
     def own() -> FitLoop:
@@ -162,7 +165,7 @@ async def test_jobs_when_cancelled_then_end_and_the_others_go_on(tmp_path: Path)
             runner.cancel_all()
             assert {outcome.status for outcome in await runner.results()} == {"cancelled"}
             unready = runner.submit(make, name="3", **QUIET)
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             unready.cancel()
             assert (await unready.outcome()).status == "cancelled"
     assert workers() == []
@@ -180,6 +183,12 @@ async def test_submit_when_it_cannot_go_to_a_process_then_is_refused() -> None:
         ProcessBackend(retries=-1)
     with pytest.raises(ConfigurationError, match=r"grace is 0; expected seconds"):
         ProcessBackend(grace=0)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"print_every": -1}, "print_every is -1"),
+        ({"display_metrics": [1]}, "display_metrics is"),
+        ({"callbacks": 7}, "callbacks is"),
+        ({"on_continue": lambda: True}, "on_continue"),
+    ]
     async with Runner(1, backend=ProcessBackend()) as runner:
         for target, args, what in [
             (live, (), "a live FitLoop"),
@@ -192,12 +201,7 @@ async def test_submit_when_it_cannot_go_to_a_process_then_is_refused() -> None:
         ]:
             with pytest.raises(ConfigurationError, match=what):
                 runner.submit(target, *args, name="x")
-        for options, what in [
-            ({"print_every": -1}, "print_every is -1"),
-            ({"display_metrics": [1]}, "display_metrics is"),
-            ({"callbacks": 7}, "callbacks is"),
-            ({"on_continue": lambda: True}, "on_continue"),
-        ]:
+        for options, what in wrong:
             with pytest.raises(ConfigurationError, match=what):
                 runner.submit(make, name="x", **options)
         assert runner.jobs == []

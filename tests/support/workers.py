@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import psutil
+from torch.utils.data import DataLoader
 
 from fitloop import Event, FitLoop, LoopState, default_batch_step
 from support.models import Augmented, blobs, loader, mlp, trainer
@@ -21,8 +22,6 @@ resource_tracker.ensure_running()  # of the standard library: once a process, an
 def make(seed: int = 5, **changes: Any) -> FitLoop:
     """Return a trainer that draws wherever one can."""
     data = Augmented(blobs())
-    from torch.utils.data import DataLoader
-
     return trainer(
         **{
             "seed": seed,
@@ -63,8 +62,9 @@ def dies(marks: str, at_epoch: int, signal_number: int = signal.SIGKILL) -> FitL
         if state.epoch_num == at_epoch and state.batch_num == 2:
             for mark in sorted(Path(marks).iterdir()):
                 mark.unlink()
-                print(f"the last line before {mark.name}", flush=True)
+                print(f"the last line before {mark.name}", flush=True)  # noqa: T201
                 os.kill(os.getpid(), signal_number)
+                threading.Event().wait()  # another thread may be the one that is struck
         return default_batch_step(state)
 
     return make(train_step=step)
@@ -105,7 +105,7 @@ class Seen:
 
 async def written(path: Path) -> str:
     """Wait until there is such a file; return what is in it."""
-    while not await anyio.Path(path).exists():
+    while not await anyio.Path(path).exists():  # noqa: ASYNC110
         await anyio.sleep(0.02)
     return await anyio.Path(path).read_text()
 
