@@ -32,8 +32,7 @@ _alive: weakref.WeakSet[Worker] = weakref.WeakSet()
 @atexit.register  # and so called before that of multiprocessing, which waits for them
 def _kill_all() -> None:
     for worker in list(_alive):
-        with suppress(ValueError):  # it was closed just now
-            worker.process.kill()
+        worker.process.kill()
 
 
 class Worker:
@@ -48,7 +47,10 @@ class Worker:
         self.connection, theirs = context.Pipe()
         # Not a daemon: a loader may have processes of its own.
         self.process = context.Process(
-            target=serve, args=(theirs, self._log), name="fitloop worker", daemon=False
+            target=serve,
+            args=(theirs, self._log, multiprocessing.get_start_method(allow_none=True)),
+            name="fitloop worker",
+            daemon=False,
         )
         try:
             with _starting, _without_interrupts():
@@ -94,7 +96,6 @@ class Worker:
         """End it, and let go of everything; blocks."""
         self.end()
         _alive.discard(self)
-        self.process.close()
         self._forget_log()
 
     def _forget_log(self) -> None:
@@ -107,7 +108,7 @@ class Pool:
     """Workers that wait for something to do.
 
     Args:
-        serve: what they run, with a connection and the path of a log.
+        serve: what they run, with a connection, the path of a log and how processes are begun here.
     """
 
     def __init__(self, serve: Callable[..., None]) -> None:

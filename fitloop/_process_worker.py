@@ -35,12 +35,13 @@ from fitloop._portable import pack_error, unpack_job
 from fitloop._share import SHARE, Share
 
 
-def serve(connection: Connection, log_path: str) -> None:
+def serve(connection: Connection, log_path: str, start_method: str | None) -> None:
     """Do the jobs that come over the connection; the whole life of a worker process."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which will tell
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    multiprocessing.set_start_method(start_method, force=True)  # for those of loaders, as there
     _redirect(log_path)
     _Worker(connection).work()
 
