@@ -84,7 +84,8 @@ class ProcessBackend:
                 return await self._try(spec, share, tell)
             except WorkerDiedError as error:
                 if number == tries:
-                    note(error, f"it was tried {number} times" if number > 1 else "tried once")
+                    if number > 1:
+                        note(error, f"it was tried {number} times")
                     raise
                 warnings.warn(
                     f"{error}\nIt goes on from its last snapshot, try {number + 1} of {tries}",

@@ -12,9 +12,10 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 import torch
-from support.models import mlp, sync_trainer, trainer
+from support.models import Augmented, blobs, mlp, sync_trainer, trainer
 from support.workers import Seen, endless, make, workers, written
 from torch import nn
+from torch.utils.data import DataLoader
 
 from fitloop import (
     ConfigurationError,
@@ -67,7 +68,8 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
                         break
             results = await runner.results()
             assert one.status == "done"
-            again = runner.submit(make, 7, name="seven", epochs=1, **QUIET)  # by a worker of them
+            batches = DataLoader(Augmented(blobs()), 8, num_workers=1)  # with a process of its own
+            again = runner.submit(make, 7, name="seven", train_dl=batches, **QUIET)
             assert (await again.outcome()).status == "done"
             assert len(workers()) == 2
     assert workers() == []
