@@ -79,6 +79,7 @@ class Worker:
         killer.start()
         while self.process.exitcode is None:  # another thread may have reaped it just now
             self.process.join()
+        self.process.join()  # has multiprocessing forget it, whoever reaped it
         killer.cancel()
         killer.join()
 
