@@ -14,10 +14,13 @@ from fitloop._errors import (
     MetricError,
     MissingCriteriaError,
     MissingLoaderError,
+    RemoteError,
     ResumeWarning,
     StageSignatureError,
     SyncInAsyncError,
     UnknownMetricError,
+    WorkerDiedError,
+    WorkerDiedWarning,
 )
 from fitloop._events import (
     BatchProgress,
@@ -50,6 +53,7 @@ from fitloop._optim import (
     unfreeze_last,
 )
 from fitloop._outcomes import Record, Results, read_results
+from fitloop._process_backend import ProcessBackend
 from fitloop._profile import PhaseProfile, ProfileReport
 from fitloop._result import FitResult
 from fitloop._runner import Runner
@@ -86,10 +90,12 @@ __all__ = [
     "PhaseHistory",
     "PhaseProfile",
     "PhaseStarted",
+    "ProcessBackend",
     "ProfileReport",
     "PromptAnswered",
     "PromptAsked",
     "Record",
+    "RemoteError",
     "Results",
     "ResumeWarning",
     "RunEnded",
@@ -104,6 +110,8 @@ __all__ = [
     "SyncInAsyncError",
     "UnknownMetricError",
     "WentBack",
+    "WorkerDiedError",
+    "WorkerDiedWarning",
     "compare_metrics",
     "configure_optimizer",
     "default_batch_step",

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, Protocol
 
+from fitloop._alone import process_alone
 from fitloop._checkpoint import Checkpoint
+from fitloop._control import RunControl
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._fitloop import FitLoop
@@ -14,7 +16,6 @@ from fitloop._jobs import Done, JobSpec
 from fitloop._launch import aside
 from fitloop._share import SHARE, Share
 from fitloop._sync import SyncFitLoop
-from fitloop._turns import process_alone
 
 WEIGHTS = "weights.msgpack"
 """in the directory of a job: what its model had at the end"""
@@ -96,20 +97,20 @@ async def build(spec: JobSpec) -> FitLoop:
     """Return the trainer of a job.
 
     A plain factory is called in a thread, no two at once, and no trainer draws meanwhile: what it
-    seeds and draws is what it would be alone.
+    seeds and draws is what it would be alone. That ends when it begins a run of its own.
     """
     made: Any = spec.target
     if not isinstance(made, FitLoop | SyncFitLoop):
         if iscoroutinefunction(made):
             made = await made(*spec.args)
         else:
-            factory = made
+            factory, control = made, RunControl()
 
             def call() -> Any:
-                with process_alone():
+                with process_alone(control):
                     return factory(*spec.args)
 
-            made = await aside(spec.name, call)
+            made = await aside(spec.name, call, control)
             if isawaitable(made):
                 made = await made
     if isinstance(made, SyncFitLoop):

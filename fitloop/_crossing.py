@@ -20,7 +20,7 @@ import anyio.lowlevel
 
 from fitloop._control import Abandoned, Cancelled, RunControl
 from fitloop._errors import LoaderHungWarning, note
-from fitloop._loops import Doorbell, Tasks, is_scope_cancelled, raise_in_scope
+from fitloop._loops import Doorbell, Tasks, is_scope_cancelled, leave_loop, raise_in_scope
 
 T = TypeVar("T")
 
@@ -168,6 +168,7 @@ class _StepThread:
 
     def _launch(self, target: Callable[[], None]) -> None:
         context = contextvars.copy_context()
+        context.run(leave_loop)
         thread = threading.Thread(
             target=context.run, args=(target,), name=f"fitloop {self._name}", daemon=True
         )

@@ -9,10 +9,13 @@
     │   └── MissingCriteriaError             no stage returned the criteria
     ├── UnknownMetricError   (KeyError)      a metric was asked for that was never recorded
     ├── CheckpointError      (RuntimeError)  a file that cannot be written or read
-    └── SyncInAsyncError     (RuntimeError)  a blocking call inside a running event loop
+    ├── RemoteError          (RuntimeError)  stands for an error of a worker that cannot cross
+    ├── SyncInAsyncError     (RuntimeError)  a blocking call inside a running event loop
+    └── WorkerDiedError      (RuntimeError)  the worker process of a training is no more
 
     LoaderHungWarning        (RuntimeWarning) a run ended although its loader had not returned
     ResumeWarning            (RuntimeWarning) a resumed run costs or differs in what it says
+    WorkerDiedWarning        (RuntimeWarning) a worker process died or was killed, and what follows
 
 What a stage function, loader, dataset or callback raises is never wrapped in one of these: it
 reaches the caller as the same object, with a note that says where in the run it came from.
@@ -121,6 +124,22 @@ class SyncInAsyncError(FitLoopError, RuntimeError):
         )
 
 
+class RemoteError(FitLoopError, RuntimeError):
+    """Stands for an exception of a worker process that cannot be pickled, or not unpickled here.
+
+    Its message has the type and the message of that one, its notes where it was raised.
+    """
+
+
+class WorkerDiedError(FitLoopError, RuntimeError):
+    """The error of a job whose worker process was killed or crashed; ends with its last lines."""
+
+    def __init__(self, message: str, exitcode: int | None = None) -> None:
+        self.exitcode = exitcode
+        """of the process; minus the number of the signal that killed it"""
+        super().__init__(message)
+
+
 class LoaderHungWarning(RuntimeWarning):
     """Issued when a run ended although its loader had not returned within ``loader_grace``.
 
@@ -134,4 +153,11 @@ class ResumeWarning(RuntimeWarning):
 
     A snapshot that cannot be read was left out, batches are read again, or the last bits of
     results may differ since something else does: torch's version, the number of threads.
+    """
+
+
+class WorkerDiedWarning(RuntimeWarning):
+    """Issued when a worker process died and its job is tried again, or had to be killed.
+
+    It is killed when its training has not ended in time after a cancellation.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 
+from fitloop._errors import ConfigurationError
 from fitloop._result import FitResult
 from fitloop._text import duration
 
@@ -50,8 +53,9 @@ class Outcome:
     status: Literal["done", "failed", "cancelled"]
     result: FitResult | None = None
     """of a job that is done"""
-    error: Exception | None = None
-    """of a job that failed: what its factory, its training or its worker process raised"""
+    error: BaseException | None = None
+    """of a job that failed: what its factory, its training or its worker process raised; without
+    ``keep_trainers`` the frames of its traceback have lost their local variables"""
     seconds: float = 0.0
     """from its beginning to its end, with the building of the trainer"""
     directory: Path | None = None
@@ -139,3 +143,30 @@ class Job:
 
     def __repr__(self) -> str:
         return f"<Job {self.name!r} {self.status}>"
+
+
+def forget_frames(error: BaseException) -> None:
+    """Clear the local variables of an error's traceback, which would keep a trainer alive."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        traceback.clear_frames(one.__traceback__)
+        todo += [one.__cause__, one.__context__]
+        if isinstance(one, BaseExceptionGroup):
+            todo += one.exceptions
+
+
+def safe_name(name: str) -> str:
+    """Return a name of a directory for a job: what file systems or shells take amiss is ``_``.
+
+    Raises:
+        ConfigurationError: nothing is left of it.
+    """
+    place = re.sub(r"[^\w.=+,@-]", "_", name)[:120]
+    if not place.strip("._"):
+        raise ConfigurationError(f"name is {name!r}; expected one that a directory can have")
+    return place if not place.startswith(".") else f"_{place[1:]}"

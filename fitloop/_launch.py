@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import anyio.lowlevel
 import torch
 
+from fitloop._alone import give_way
 from fitloop._busy import busy
 from fitloop._control import RunControl
 from fitloop._core import Core
@@ -45,6 +46,7 @@ async def launch(
     ``options`` are those of `RunOptions`. Raises `BusyError` at once, and what `supervise` raises.
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # or a thread would be started for nothing
+    give_way()
     plain = [callback for callback in callbacks if not is_async(callback)]
     threads = core.parts.num_threads or SHARE.get().num_threads or torch.get_num_threads()
     options["observers"] = [*options.get("observers", ()), *plain]
@@ -90,12 +92,14 @@ async def errand(core: Core, call: str, function: Callable[[], T]) -> T:
         return await aside(core.parts.name, function)
 
 
-async def aside(name: str, function: Callable[[], T]) -> T:
+async def aside(name: str, function: Callable[[], T], control: RunControl | None = None) -> T:
     """Call a blocking function in a thread that is named after ``name``.
 
-    It is not interrupted: a cancellation is raised when it has returned.
+    It is not interrupted: a cancellation is raised when it has returned. ``control`` tells it of
+    one meanwhile.
     """
-    control = RunControl()
+    await anyio.lowlevel.checkpoint_if_cancelled()
+    control = control or RunControl()
     result: T = await supervise(Errand(function), control, LoopSide(control), name=name, grace=0.0)
     return result
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,16 @@ def loop_scheduler() -> Callable[[Callable[[], object]], None]:
             loop.call_soon_threadsafe(call)
 
     return schedule_asyncio
+
+
+def leave_loop() -> None:
+    """Have the current context, a copy for a new thread, not say that an event loop runs in it.
+
+    Else that thread could begin none of its own: user code may call `SyncFitLoop` there.
+    """
+    sniffio = sys.modules.get("sniffio")
+    if sniffio is not None:
+        sniffio.current_async_library_cvar.set(None)
 
 
 class Doorbell:

@@ -6,8 +6,7 @@ is the backend's business.
 
 from __future__ import annotations
 
-import os
-import re
+import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -25,11 +24,13 @@ from fitloop._checkpoint import Checkpoint, check_checkpoint
 from fitloop._durable import DirectoryLock
 from fitloop._errors import ConfigurationError, note
 from fitloop._hub import EventStream, Listeners
-from fitloop._jobs import Job, JobSpec, Outcome
+from fitloop._jobs import Job, JobSpec, Outcome, forget_frames, safe_name
 from fitloop._launch import Callback, aside
+from fitloop._loops import is_scope_cancelled
 from fitloop._outcomes import Record, read_outcome, write_outcome
 from fitloop._parts import check_callbacks, check_number, check_optional
-from fitloop._share import Share
+from fitloop._process_backend import ProcessBackend
+from fitloop._share import Share, available_cores
 
 
 class Runner:
@@ -53,7 +54,7 @@ class Runner:
 
     Args:
         max_concurrent: trainings at a time; by default as many as this process has cores.
-        backend: ``"thread"``, or a `Backend` of your own.
+        backend: ``"thread"``, ``"process"`` or a `ProcessBackend`, or a `Backend` of your own.
         save_path: a directory; each job has one of its own in it, and is resumable. Jobs that are
             found done there are not run again, unfinished ones are gone on with, failed ones begin
             where their last snapshot was taken. While it runs, no other Runner can have it.
@@ -74,7 +75,7 @@ class Runner:
         self,
         max_concurrent: int | None = None,
         *,
-        backend: Literal["thread"] | Backend = "thread",
+        backend: Literal["thread", "process"] | Backend = "thread",
         save_path: str | Path | None = None,
         checkpoint: Checkpoint | None = None,
         fail_fast: bool = False,
@@ -104,7 +105,7 @@ class Runner:
         self._began = 0
         self._completed: list[Outcome] = []
         self._changed = anyio.Event()
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._group: Any = None
         self._open = False
         self._stack = AsyncExitStack()
@@ -136,12 +137,13 @@ class Runner:
         traceback: TracebackType | None,
     ) -> bool:
         swallowed = False
+        if error is not None:
+            self._open = False
+            self._cancel_waiting()
         try:
             if error is None or _is_cancellation(error):
                 swallowed = bool(await self._group.__aexit__(kind, error, traceback))
             else:  # which a task group would wrap in another one
-                self._open = False
-                self._cancel_waiting()
                 self._group.cancel_scope.cancel()
                 await self._group.__aexit__(None, None, None)
         finally:
@@ -267,6 +269,7 @@ class Runner:
         outcome = _cancelled(job)
         try:
             with scope:
+                await anyio.lowlevel.checkpoint_if_cancelled()
                 outcome = await self._outcome_of(job)
         finally:
             self._running -= 1
@@ -299,9 +302,12 @@ class Runner:
                 weights=done.weights,
                 trainer=done.trainer if self._keep_trainers else None,
             )
-        except Exception as error:
-            note(error, f"in job {job.name!r}")
-            outcome = replace(outcome, error=error)
+        except anyio.get_cancelled_exc_class() as error:
+            if is_scope_cancelled():
+                raise
+            outcome = self._failed(outcome, error)  # it awaited something that was cancelled
+        except BaseException as error:
+            outcome = self._failed(outcome, error)
         outcome = replace(outcome, seconds=time.perf_counter() - began)
         if spec.directory is not None:
             try:
@@ -309,6 +315,14 @@ class Runner:
             except Exception as error:
                 outcome = replace(outcome, status="failed", error=outcome.error or error)
         return outcome
+
+    def _failed(self, outcome: Outcome, error: BaseException) -> Outcome:
+        note(error, f"in job {outcome.name!r}")
+        if not self._keep_trainers:  # else the local variables of its frames would
+            forget_frames(error)
+        if not isinstance(error, Exception | asyncio.CancelledError):
+            self._fail(error)  # such as SystemExit: of the whole program
+        return replace(outcome, error=error)
 
     def _with_callbacks(self, spec: JobSpec) -> JobSpec:
         if not self._callbacks:
@@ -329,8 +343,13 @@ class Runner:
         self._completed.append(outcome)
         self._changed.set()
         self._changed = anyio.Event()
-        if outcome.status == "failed" and self._fail_fast and self._failure is None:
-            self._failure = outcome.error
+        if outcome.status == "failed" and self._fail_fast and outcome.error is not None:
+            self._fail(outcome.error)
+
+    def _fail(self, error: BaseException) -> None:
+        """End everything for an error, which the block will raise."""
+        if self._failure is None:
+            self._failure = error
             self._open = False
             self._cancel_waiting()
             self._group.cancel_scope.cancel()
@@ -352,30 +371,15 @@ class Runner:
         return f"<Runner of {self._most} at a time: {told or 'no jobs'}>"
 
 
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def safe_name(name: str) -> str:
-    """Return a name of a directory for a job: what file systems or shells take amiss is ``_``.
-
-    Raises:
-        ConfigurationError: nothing is left of it.
-    """
-    place = re.sub(r"[^\w.=+,@-]", "_", name)[:120]
-    if not place.strip("._"):
-        raise ConfigurationError(f"name is {name!r}; expected one that a directory can have")
-    return place if not place.startswith(".") else f"_{place[1:]}"
-
-
 def _backend(backend: Any) -> Backend:
     if backend == "thread":
         return ThreadBackend()
+    if backend == "process":
+        return ProcessBackend()
     if isinstance(backend, str) or not hasattr(backend, "run"):
-        raise ConfigurationError(f"backend is {backend!r:.60}; expected 'thread' or a Backend")
+        raise ConfigurationError(
+            f"backend is {backend!r:.60}; expected 'thread', 'process' or a Backend"
+        )
     chosen: Backend = backend
     return chosen
 

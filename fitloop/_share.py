@@ -6,6 +6,7 @@ that are begun for it; outside of a `Runner` it is empty.
 
 from __future__ import annotations
 
+import os
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,3 +26,10 @@ class Share:
 
 
 SHARE: ContextVar[Share] = ContextVar("fitloop share", default=Share())  # noqa: B039 - frozen
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

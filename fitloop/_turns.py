@@ -30,13 +30,10 @@ from torch.overrides import TorchFunctionMode
 from fitloop._drawing import BUILTIN, drawing_ops, may_draw
 from fitloop._gates import GATES, forget_visitor, set_visitor, visitor
 from fitloop._random import PROCESS, Outside, Stream, TorchStates, fingerprint
-from fitloop._turnstile import Turnstile
+from fitloop._turnstile import TURNSTILE, Turnstile
 
 _OBSERVED = 2
 """steps of a pass, at least, that are looked at whole before they are watched"""
-
-
-_TURNSTILE = Turnstile()
 
 
 class Held(NamedTuple):
@@ -56,7 +53,7 @@ class Turn:
         self,
         cancelled: Callable[[], bool] = lambda: False,
         cuda: Iterable[int] = (),
-        turnstile: Turnstile = _TURNSTILE,
+        turnstile: Turnstile = TURNSTILE,
         *,
         hides_draws: bool = False,
     ) -> None:
@@ -328,7 +325,7 @@ def _forget_parent() -> None:
         watch.visitor.end_in_child()
         watch._ended = True
     _WATCHES.clear()
-    _TURNSTILE.__init__()  # type: ignore[misc]
+    TURNSTILE.__init__()  # type: ignore[misc]
     GATES.forget_users()
 
 
@@ -363,20 +360,6 @@ def process_numbers() -> Iterator[None]:
         yield
     finally:
         turn.give()
-
-
-@contextmanager
-def process_alone() -> Iterator[None]:
-    """Have the process's own states in the generators, and nobody else draw from them.
-
-    For code that seeds them and makes a model with them, in a thread that is no trainer's.
-    """
-    turn = Turn()
-    _TURNSTILE.admit(turn, _never)
-    try:
-        yield
-    finally:
-        _TURNSTILE.dismiss(turn)
 
 
 def process_fingerprint() -> tuple[object, ...]:

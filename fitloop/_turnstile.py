@@ -76,3 +76,7 @@ class Turnstile:
         """Wake everyone in line, so that a cancelled one leaves it."""
         with self._changed:
             self._changed.notify_all()
+
+
+TURNSTILE = Turnstile()
+"""of the process"""

@@ -46,6 +46,7 @@ LAYERS: list[list[str]] = [
         "_drawing",
         "_gates",
         "_turnstile",
+        "_alone",
         "_turns",
         "_random_state",
         "_weights",
@@ -71,7 +72,17 @@ LAYERS: list[list[str]] = [
     # what users hold
     ["_view", "_trainer", "_keeping", "_fitloop", "_sync"],
     # many of them
-    ["_jobs", "_outcomes", "_backend", "_runner"],
+    [
+        "_jobs",
+        "_outcomes",
+        "_backend",
+        "_portable",
+        "_process_worker",
+        "_process_pool",
+        "_process_talk",
+        "_process_backend",
+        "_runner",
+    ],
     # what is typed into a shell
     ["_command", "_inspect", "_export", "_watch", "_picture"],
 ]
@@ -84,6 +95,7 @@ SOLE_IMPORTERS = {
     "prompt_toolkit": "_prompt",
     "msgpack": "_layout",
     "IPython": "_kernel",
+    "cloudpickle": "_portable",
 }
 
 LONGEST_MODULE = 400

@@ -182,3 +182,73 @@ async def test_cancel_all_when_called_then_more_may_be_submitted() -> None:
             assert ended == ["cancelled"] * 3
             last = runner.submit(trainer, name="last", **QUIET)
     assert (await last.outcome()).status == "done"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("where", ["in the block", "leaving"])
+async def test_block_when_cancelled_then_no_waiting_factory_is_called(where: str) -> None:
+    made, called = endless(1), list[int]()
+
+    def count(number: int) -> FitLoop:
+        called.append(number)
+        return trainer()
+
+    async def work() -> None:
+        async with Runner(1) as runner:
+            submit(runner, made, 1)
+            for number in range(20):
+                runner.submit(count, number, **QUIET)
+            if where == "in the block":
+                await asyncio.sleep(SOON)
+
+    task = asyncio.create_task(work())
+    await made.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert called == []
+
+
+async def test_factory_when_it_trains_by_itself_then_does_not_wait_for_itself() -> None:
+    def trained() -> FitLoop:
+        from support.models import sync_trainer
+
+        pretrained = sync_trainer(seed=1)
+        pretrained.fit(1, **QUIET)
+        return trainer(model=pretrained.model)
+
+    with anyio.fail_after(SOON):
+        async with Runner(2) as runner:
+            runner.submit(trained, **QUIET)
+            runner.submit(trained, **QUIET)
+    assert [outcome.error for outcome in await runner.results()] == [None, None]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_job_when_it_awaits_what_was_cancelled_then_fails_alone() -> None:
+    async def broken() -> FitLoop:
+        task = asyncio.create_task(asyncio.sleep(SOON))
+        task.cancel()
+        await task
+        raise AssertionError
+
+    async with Runner(2) as runner:
+        runner.submit(broken, name="broken")
+        runner.submit(trainer, name="whole", **QUIET)
+    broken_one, whole = await runner.results()
+    assert isinstance(broken_one.error, asyncio.CancelledError)
+    assert (broken_one.status, whole.status) == ("failed", "done")
+
+
+async def test_exit_when_a_job_asks_for_it_then_all_end_and_the_block_raises_it() -> None:
+    made = endless(1)
+
+    async def leave() -> FitLoop:
+        await made.wait()
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit) as caught, anyio.fail_after(SOON):  # noqa: PT012
+        async with Runner(2) as runner:
+            submit(runner, made, 1)
+            runner.submit(leave, name="leave")
+    assert caught.value.code == 3

@@ -29,7 +29,8 @@ from fitloop import (
     default_batch_step,
     read_results,
 )
-from fitloop._runner import available_cores, safe_name
+from fitloop._jobs import safe_name
+from fitloop._share import available_cores
 
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 30

@@ -1,0 +1,134 @@
+"""Trainings in worker processes: the backend, which carries jobs there and tries again.
+
+The worker's side is `_process_worker`, the conversation with one `_process_talk`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+
+from fitloop._backend import ThreadBackend
+from fitloop._control import RunControl
+from fitloop._crossing import LoopSide, supervise
+from fitloop._errors import WorkerDiedError, WorkerDiedWarning, note
+from fitloop._events import Event
+from fitloop._hub import EventStream, Hub, feed_callback
+from fitloop._jobs import Done, JobSpec
+from fitloop._kernel import interruptible
+from fitloop._launch import aside, is_async
+from fitloop._parts import check_callable, check_callbacks, check_number, check_seconds
+from fitloop._portable import pack_job
+from fitloop._process_pool import Pool
+from fitloop._process_talk import Conversation, carried, shown_options
+from fitloop._process_worker import serve
+from fitloop._share import Share
+
+
+class ProcessBackend:
+    """Trainings in worker processes: real parallelism for models whose steps are mostly Python.
+
+    ``Runner(backend="process")`` has one with the defaults. Workers are spawned, so that a script
+    needs ``if __name__ == "__main__":``, and used again for the next job; they end with the Runner.
+    What is submitted goes there by cloudpickle (``pip install fitloop[process]``): a function and
+    arguments, never a trainer or a model. Results and events come back; weights only in the file
+    `Outcome.weights`, with ``save_path``; a trainer never does.
+
+    What Python prints there appears here, line by line. Callbacks and ``on_continue`` of
+    ``submit`` and of the Runner are called in this process, those that the trainer was made with
+    in the worker. A callback that raises here ends the training a little later than it would
+    there.
+
+    A worker that dies is the `WorkerDiedError` of its job only. When the parent dies, however it
+    does, the workers end at once.
+
+    Args:
+        retries: how often a job whose worker died is tried again, with a `WorkerDiedWarning`,
+            from its last snapshot; with ``save_path`` only.
+        grace: seconds after a cancellation in which a training is to end; else its worker is
+            killed, with a `WorkerDiedWarning`.
+
+    Raises:
+        ConfigurationError: an argument cannot work.
+    """
+
+    def __init__(self, *, retries: int = 1, grace: float = 10.0) -> None:
+        self._retries = check_number("retries", retries, 0)
+        self._grace = check_seconds("grace", grace) or 0.0
+        self._pool = Pool(serve)
+
+    def check(self, spec: JobSpec) -> None:
+        """Refuse what cannot go to another process, and what cannot be called there.
+
+        Raises:
+            ConfigurationError: it could not.
+        """
+        pack_job(spec.name, (spec.target, spec.args, carried(spec)))
+        ThreadBackend().check(spec)
+        check_callbacks(spec.options.get("callbacks", ()))
+        shown_options(spec)
+        if spec.options.get("on_continue") is not None:
+            check_callable("on_continue", spec.options["on_continue"], "the PromptAsked event")
+
+    async def run(self, spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> Done:
+        """Have a worker do the training, and another one if that dies.
+
+        Raises what the training raised, with the worker's traceback as a note, or
+        `WorkerDiedError`.
+        """
+        tries = 1 + (self._retries if spec.directory is not None else 0)
+        for number in range(1, tries + 1):
+            try:
+                return await self._try(spec, share, tell)
+            except WorkerDiedError as error:
+                if number == tries:
+                    if number > 1:
+                        note(error, f"it was tried {number} times")
+                    raise
+                warnings.warn(
+                    f"{error}\nIt goes on from its last snapshot, try {number + 1} of {tries}",
+                    WorkerDiedWarning,
+                    stacklevel=2,
+                )
+        raise AssertionError
+
+    async def _try(self, spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> Done:
+        hub, control = Hub(), RunControl()
+        side = LoopSide(control)
+        companions, plain = [], []
+        async with AsyncExitStack() as stack:
+            stack.enter_context(interruptible())
+            for callback in spec.options.get("callbacks", ()):
+                if is_async(callback):
+                    stream = await stack.enter_async_context(EventStream(hub, None))
+                    companions.append(partial(feed_callback, stream, callback))
+                else:
+                    plain.append(callback)
+            talk = Conversation(
+                self._pool, spec, share, control, side, hub, tell, plain, self._grace
+            )
+            try:
+                done: Done = await supervise(
+                    talk,
+                    control,
+                    side,
+                    name=spec.name,
+                    grace=0.0,
+                    companions=companions,
+                    release_companions=hub.end,
+                )
+            finally:
+                if talk.was_killed:
+                    warnings.warn(
+                        f"{spec.name}: the training had not ended {self._grace:g} s after it was "
+                        "cancelled; its worker process was killed. Give grace= to wait longer",
+                        WorkerDiedWarning,
+                        stacklevel=2,
+                    )
+        return done
+
+    async def close(self) -> None:
+        """End the workers."""
+        await aside("runner", self._pool.close)

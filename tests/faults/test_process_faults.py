@@ -1,0 +1,204 @@
+"""Worker processes that fail, hang, die, or lose their parent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+import torch
+from support.workers import OwnError, Seen, dies, endless, fails, make, workers, written
+
+from fitloop import (
+    Event,
+    FitLoop,
+    Outcome,
+    PhaseEnded,
+    ProcessBackend,
+    RemoteError,
+    RunEnded,
+    Runner,
+    RunStarted,
+    WorkerDiedError,
+    WorkerDiedWarning,
+)
+from fitloop._share import available_cores
+
+QUIET: dict[str, Any] = {"verbose": False}
+SOON = 50
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's"),
+]
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_job_when_it_raises_in_a_worker_then_the_error_comes_across() -> None:
+    def breaks(event: Event) -> None:
+        if isinstance(event, PhaseEnded):
+            raise LookupError("in a callback")
+
+    def exits() -> FitLoop:
+        sys.exit(3)
+
+    with anyio.fail_after(SOON):
+        async with Runner(1, backend="process") as runner:
+            for how in ("factory", "step", "lock"):
+                runner.submit(fails, how, name=how, **QUIET)
+            runner.submit(make, name="callback", epochs=10**6, callbacks=[breaks], **QUIET)
+            runner.submit(make, name="metric", epochs=10**6, display_metrics="nope")
+            runner.submit(exits, name="exits", **QUIET)
+            runner.submit(make, name="good", **QUIET)
+            *failed, good = await runner.results()
+            assert len(workers()) == 1  # all of them in one
+    factory, step, lock, callback, metric, exited = (outcome.error for outcome in failed)
+    assert isinstance(factory, OwnError)
+    assert (factory.code, str(factory)) == (7, "factory failed with 7")
+    assert isinstance(step, ZeroDivisionError)
+    assert "train" in step.__notes__[0]
+    assert any("in a worker process:" in text for text in step.__notes__)
+    assert any('raise ZeroDivisionError("in a step")' in text for text in step.__notes__)
+    assert step.__notes__[-1] == "in job 'step'"
+    assert isinstance(lock, RemoteError)
+    assert str(lock).startswith("RuntimeError: unpicklable")
+    assert isinstance(callback, LookupError)
+    assert "at PhaseEnded, in this process" in callback.__notes__[0]
+    assert "no metric 'nope'" in str(metric)
+    assert isinstance(exited, RemoteError)
+    assert str(exited).startswith("SystemExit: 3")
+    assert good.status == "done"
+    assert workers() == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_worker_when_killed_then_its_job_is_tried_again_and_no_other_is_touched(
+    tmp_path: Path,
+) -> None:
+    plain = make(num_threads=max(1, available_cores() // 2))
+    await plain.fit(4, **QUIET)
+    for marks, number in (("once", 1), ("often", 5)):
+        (tmp_path / marks).mkdir()
+        for k in range(number):
+            (tmp_path / marks / f"mark {k}").touch()
+    seen = Seen()
+
+    async def both() -> list[Outcome]:
+        backend, often = ProcessBackend(retries=1), str(tmp_path / "often")
+        options: dict[str, Any] = {"epochs": 4, **QUIET}
+        async with Runner(2, backend=backend, save_path=tmp_path / "runs") as runner:
+            runner.submit(dies, str(tmp_path / "once"), 3, name="once", **options)
+            runner.submit(dies, often, 2, signal.SIGABRT, name="often", callbacks=[seen], **options)
+        return await runner.results()
+
+    with anyio.fail_after(SOON), pytest.warns(WorkerDiedWarning) as warned:
+        once, ended = await both()
+    assert once.error is None
+    assert once.result is not None
+    assert once.result.epochs == 4
+    loaded = make(99)
+    await loaded.load_model("weights.msgpack", tmp_path / "runs" / "once")
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value)
+    error = ended.error
+    assert isinstance(error, WorkerDiedError)
+    assert error.exitcode == -signal.SIGABRT
+    assert "was killed by signal 6 (SIGABRT)" in str(error)
+    assert "the last line before mark 1" in str(error)
+    assert "Fatal Python error: Aborted" in str(error)  # which the interpreter itself wrote
+    assert "it was tried 2 times" in error.__notes__
+    told = sorted(str(warning.message) for warning in warned)
+    assert len(told) == 2
+    assert "job 'often'" in told[0]
+    assert "was killed by signal 9 (SIGKILL)" in told[1]
+    assert told[1].endswith("It goes on from its last snapshot, try 2 of 2")
+    assert [type(event) for event in seen.events if isinstance(event, RunStarted | RunEnded)] == [
+        RunStarted,
+        RunEnded,
+    ] * 2
+    assert workers() == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_killed(
+    tmp_path: Path,
+) -> None:
+    runners: list[Runner] = []
+
+    def deaf(place: str) -> FitLoop:
+        return endless(place, deaf=True)
+
+    async def both() -> None:
+        async with Runner(2, backend=ProcessBackend(grace=0.5)) as runner:
+            runners.append(runner)
+            runner.submit(deaf, str(tmp_path / "0"), name="0", epochs=10**6, **QUIET)
+            runner.submit(endless, str(tmp_path / "1"), name="1", epochs=10**6, **QUIET)
+            runner.submit(endless, str(tmp_path / "2"), name="2", epochs=10**6, **QUIET)
+
+    async def cancelled_often(task: asyncio.Task[None]) -> None:
+        while not task.done():
+            await asyncio.wait([task], timeout=0.1)
+            task.cancel()
+
+    with anyio.fail_after(SOON):
+        task = asyncio.create_task(both())
+        await written(tmp_path / "0")
+        await written(tmp_path / "1")
+        task.cancel()
+        with pytest.warns(WorkerDiedWarning, match=r"0: .* had not ended 0.5 s after"):
+            await cancelled_often(task)
+        assert task.cancelled()
+        statuses = {outcome.status for outcome in await runners[0].results()}
+    assert statuses == {"cancelled"}
+    assert not (tmp_path / "2").exists()
+    assert workers() == []
+
+
+PARENT = """
+import sys
+import anyio
+from support.workers import endless, make, tell, workers
+from fitloop import Runner
+
+async def main(place):
+    async with Runner(2, backend="process") as runner:
+        done = runner.submit(make, name="done", verbose=False)
+        runner.submit(endless, place + "/works", name="works", epochs=10**6, verbose=False)
+        await done.outcome()  # and its worker waits for another job
+        assert len(workers()) == 2
+        tell(place + "/ready")
+
+if __name__ == "__main__":
+    anyio.run(main, sys.argv[1])
+"""
+
+
+def test_parent_when_killed_then_no_process_is_left(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    root = Path(__file__).parents[2]
+    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    anyio.run(_both_written, tmp_path)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) >= 2
+    parent.kill()
+    parent.wait()
+    _gone, left = psutil.wait_procs(children, timeout=20)
+    assert left == []
+
+
+async def _both_written(place: Path) -> None:
+    with anyio.fail_after(SOON):
+        await written(place / "ready")
+        await written(place / "works")
