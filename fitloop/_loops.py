@@ -75,11 +75,17 @@ class Doorbell:
         self._event.set()
 
     async def wait(self) -> None:
-        """Wait until it was rung since the last wait; a cancelled wait loses no ring."""
-        await self._event.wait()
-        self._event = anyio.Event()
-        with self._lock:
-            self._rung = False
+        """Wait until it was rung since the last wait; a cancelled wait loses no ring.
+
+        A second Ctrl-C may be raised anywhere in here or in `_open`: then a ring may be lost, but
+        not the next one, and who waits looks again at what it waits for.
+        """
+        try:
+            await self._event.wait()
+            self._event = anyio.Event()
+        finally:
+            with self._lock:
+                self._rung = False
 
 
 class Tasks:

@@ -263,7 +263,7 @@ async def test_trainers_when_they_are_done_then_none_is_kept() -> None:
         return made
 
     async with Runner(2) as runner:
-        for _ in range(100):
+        for _ in range(25):
             runner.submit(noted, **QUIET)
         async for _outcome in runner.as_completed():
             gc.collect()
