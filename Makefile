@@ -47,6 +47,7 @@ bench: .venv
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/snapshots.py
 	$(BIN)/python benchmarks/terminal.py
+	$(BIN)/python benchmarks/concurrency.py
 
 pictures: .venv
 	$(BIN)/python docs/pictures.py
