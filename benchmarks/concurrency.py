@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from overhead import machine
 from torch import nn
 
+from benchmarks.machine import machine
 from fitloop import FitLoop, Runner
 
 Make = Callable[[], FitLoop]

@@ -1,72 +1,32 @@
-"""What fitloop adds to a batch, beside a hand-written loop doing the same, in one run.
+"""What a trainer adds to a batch, beside a hand-written loop that does the same work.
 
-    python benchmarks/overhead.py [--batches 4000] [--rounds 9] [--json FILE]
-
-The model is small on purpose, so that the loop is what is measured: 16 samples through
-``Linear(16, 10)``, cross entropy and SGD, batches built beforehand, one intra-op thread. Every
-contender trains the same batches and keeps the loss and the number of correct predictions of
-each of them. They take turns, round after round; an event loop with a heartbeat of 5 ms runs
-beside the ones that are awaited.
+The models are small, so that the loop is what is measured. Every contender trains the same batches,
+built beforehand, on one intra-op thread; with metrics it keeps loss and number of right answers of
+each batch, in its own usual way. Timed is the pass, from the first batch asked for to the last one
+done. Turn-around: what an epoch of 10 batches takes more than 10 batches of the bare loop.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from benchmarks import loops
+from benchmarks.harness import Contender, Figures, Measured
+from benchmarks.harness import measure as in_turns
+from benchmarks.machine import machine
+from benchmarks.peers import PEERS, Train
+from benchmarks.report import Column, Report, Row, Table
+from benchmarks.workloads import DESCRIBED, Kind, Timed, make_batches, make_model, make_optimizer
 from fitloop import FitLoop, LoopState
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-HEARTBEAT = 0.005
-"""seconds between two beats"""
-
-
-def make_model() -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = nn.Linear(16, 10)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def make_batches(count: int) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(16, 16, generator=generator),
-            torch.randint(0, 10, (16,), generator=generator),
-        )
-        for _ in range(count)
-    ]
-
-
-def bare_loop(batches: list[Batch], keep: bool) -> None:
-    """Train as one would by hand, and keep loss and correct predictions of each batch."""
-    model, optimizer = make_model()
-    loss_function = nn.CrossEntropyLoss()
-    losses: list[float] = []
-    corrects: list[float] = []
-    model.train()
-    for inputs, targets in batches:
-        optimizer.zero_grad()
-        predictions = model(inputs)
-        loss = loss_function(predictions, targets)
-        loss.backward()
-        optimizer.step()
-        if keep:
-            losses.append(loss.item() * len(targets))
-            corrects.append((predictions.argmax(dim=1) == targets).sum().item())
+BARE = "bare loop"
+SHORT = 10
+"""batches of a short epoch"""
 
 
 def silent_step(state: LoopState) -> None:
@@ -76,10 +36,15 @@ def silent_step(state: LoopState) -> None:
     state.optimizer.step()
 
 
-async def with_fitloop(
-    batches: list[Batch], keep: bool, seed: int | None, lags: list[float]
+def with_fitloop(
+    model: nn.Module,
+    optimizer: Any,
+    batches: Timed,
+    *,
+    epochs: int,
+    keep: bool,
+    seed: int | None = None,
 ) -> None:
-    model, optimizer = make_model()
     trainer = FitLoop(
         model,
         optimizer,
@@ -87,123 +52,88 @@ async def with_fitloop(
         train_dl=batches,
         train_step=None if keep else silent_step,
         device="cpu",
+        num_threads=1,
         seed=seed,
     )
-    beating = asyncio.create_task(heartbeat(lags))
-    try:
-        await trainer.fit(1, verbose=False)
-    finally:
-        beating.cancel()
+    asyncio.run(trainer.fit(epochs, verbose=False, progress=False))
 
 
-async def heartbeat(lags: list[float]) -> None:
-    """Note by how much each wake-up comes too late, in seconds."""
-    while True:
-        due = time.perf_counter() + HEARTBEAT
-        await asyncio.sleep(HEARTBEAT)
-        lags.append(time.perf_counter() - due)
+def one_pass(train: Train, *, kind: Kind, count: int, keep: bool) -> Figures:
+    """Train for one epoch; return the microseconds a batch."""
+    batches = Timed(make_batches(kind, count))
+    model = make_model(kind)
+    train(model, make_optimizer(model), batches, epochs=1, keep=keep)
+    return {"us": batches.us_per_batch}
 
 
-@dataclass
-class Contender:
-    name: str
-    run: Callable[[list[Batch]], None]
-    against: str | None
+def short_epochs(train: Train, *, epochs: int) -> Figures:
+    """Train many short epochs; return the microseconds an epoch, the first and last left out."""
+    batches = Timed(make_batches("mlp", SHORT))
+    model = make_model("mlp")
+    train(model, make_optimizer(model), batches, epochs=epochs, keep=True)
+    return {"us": (batches.began[-1] - batches.began[1]) / (epochs - 2) * 1e6}
 
 
-def contenders(lags: list[float]) -> list[Contender]:
-    def awaited(keep: bool, seed: int | None = None) -> Callable[[list[Batch]], None]:
-        return lambda batches: asyncio.run(with_fitloop(batches, keep, seed, lags))
+OWN: dict[str, Train] = {
+    BARE: loops.bare,
+    "stage functions with .item()": loops.with_item,
+    "fitloop": with_fitloop,
+    "fitloop, seeded": partial(with_fitloop, seed=0),
+}
 
-    return [
-        Contender("bare loop, no metrics", lambda b: bare_loop(b, False), None),
-        Contender("fitloop, no metrics", awaited(False), "bare loop, no metrics"),
-        Contender("bare loop, metrics", lambda b: bare_loop(b, True), None),
-        Contender("fitloop, metrics", awaited(True), "bare loop, metrics"),
-        Contender("fitloop, metrics, seeded", awaited(True, 0), "bare loop, metrics"),
+
+def contenders(run: Callable[[Train], Figures]) -> list[Contender]:
+    """Return everybody who trains; ``run`` is a round."""
+    own = [
+        Contender(name=name, run=partial(run, train), ours=name.startswith("fitloop"))
+        for name, train in OWN.items()
+    ]
+    return own + [
+        Contender(name=peer.name, run=partial(run, peer.train), needs=peer.needs) for peer in PEERS
     ]
 
 
-def measure(batches: list[Batch], rounds: int) -> dict[str, Any]:
-    lags: list[float] = []
-    entered = contenders(lags)
-    times: dict[str, list[float]] = {contender.name: [] for contender in entered}
-    for contender in entered:  # warm up
-        contender.run(batches[:200])
-    lags.clear()
-    for turn in range(rounds):
-        for contender in entered[turn % len(entered) :] + entered[: turn % len(entered)]:
-            began = time.perf_counter()
-            contender.run(batches)
-            times[contender.name].append((time.perf_counter() - began) / len(batches) * 1e6)
+def table(title: str, measured: Measured, unit: str, notes: list[str]) -> Table:
     rows = []
-    for contender in entered:
-        mine = times[contender.name]
-        row: dict[str, Any] = {"name": contender.name, "us_per_batch": statistics.median(mine)}
-        if contender.against is not None:
-            # Pairs of the same round, so that a slow moment of the machine hits both.
-            added = [a - b for a, b in zip(mine, times[contender.against], strict=True)]
-            row["added_us"] = statistics.median(added)
-            row["added_us_range"] = (min(added), max(added))
-        rows.append(row)
-    lags.sort()
-    lag = {
-        "p50_ms": lags[len(lags) // 2] * 1e3,
-        "p99_ms": lags[int(len(lags) * 0.99)] * 1e3,
-        "max_ms": lags[-1] * 1e3,
-        "beats": len(lags),
-    }
-    return {"rows": rows, "event_loop_lag": lag, "machine": machine()}
+    for name in measured.rounds:
+        figures = {"time": measured.spread(name, "us")}
+        if name != BARE:
+            figures["added"] = measured.compared(name, BARE, "us", lambda own, bare: own - bare)
+            figures["ratio"] = measured.compared(name, BARE, "us", lambda own, bare: own / bare)
+        rows.append(Row(name=name, figures=figures, ours=name.startswith("fitloop")))
+    columns = [
+        Column(name="time", unit=unit),
+        Column(name="added", unit=unit),
+        Column(name="ratio", unit="", digits=2),
+    ]
+    return Table(title=title, columns=columns, rows=rows, chart="added", notes=notes)
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "anyio": version("anyio"),
-        "switch_interval_s": sys.getswitchinterval(),
-    }
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def show(figures: dict[str, Any]) -> None:
-    print(f"{'':28}{'us/batch':>10}{'added':>9}   (least to most)")
-    for row in figures["rows"]:
-        line = f"{row['name']:28}{row['us_per_batch']:10.1f}"
-        if "added_us" in row:
-            low, high = row["added_us_range"]
-            line += f"{row['added_us']:+9.1f}   ({low:+.1f} to {high:+.1f})"
-        print(line)
-    lag = figures["event_loop_lag"]
-    print(
-        f"event loop lag beside it: p50 {lag['p50_ms']:.2f} ms, p99 {lag['p99_ms']:.2f} ms, "
-        f"max {lag['max_ms']:.2f} ms ({lag['beats']} beats)"
+def measure(quick: bool = False) -> Report:
+    rounds = 2 if quick else 7
+    tables: list[Table] = []
+    skipped: dict[str, str] = {}
+    passes: list[tuple[Kind, int, bool]] = [
+        ("mlp", 200 if quick else 2000, True),
+        ("mlp", 200 if quick else 2000, False),
+        ("cnn", 20 if quick else 150, True),
+    ]
+    for kind, count, keep in passes:
+        measured = in_turns(
+            contenders(partial(one_pass, kind=kind, count=count, keep=keep)), rounds
+        )
+        kept = "loss and accuracy kept" if keep else "nothing kept"
+        tables.append(table(f"{DESCRIBED[kind]}; {kept}", measured, "us a batch", []))
+        skipped.update(measured.skipped)
+    epochs = 12 if quick else 60
+    measured = in_turns(contenders(partial(short_epochs, epochs=epochs)), rounds)
+    tables.append(table(f"epochs of {SHORT} batches of the small MLP", measured, "us an epoch", []))
+    skipped.update(measured.skipped)
+    return Report(
+        name="overhead",
+        question="what does a trainer add to a batch?",
+        method=" ".join((__doc__ or "").split("\n\n", 1)[1].split()),
+        tables=tables,
+        machine=machine(*sorted({package for peer in PEERS for package in peer.needs})),
+        skipped=skipped,
     )
-    print(", ".join(f"{key} {value}" for key, value in figures["machine"].items()))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--batches", type=int, default=4000, help="batches a run")
-    parser.add_argument("--rounds", type=int, default=9, help="runs of each contender")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    figures = measure(make_batches(arguments.batches), arguments.rounds)
-    show(figures)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from overhead import machine, make_batches, make_model
 from torch import nn
 
+from benchmarks.machine import machine
 from fitloop import FitLoop
 
 KEYS = 60

@@ -1,0 +1,5 @@
+"""What fitloop costs and gains, side by side with what it is compared to, in one run each.
+
+``python -m benchmarks`` runs them. `harness` has contenders take turns, `report` is what they give
+back; each other module is one benchmark and has ``measure(quick) -> Report``.
+"""

@@ -1,0 +1,82 @@
+"""``python -m benchmarks``: measure, print tables, and keep JSON and a plot.
+
+python -m benchmarks                     all of them, some thirty minutes
+python -m benchmarks --quick             a first look, some minutes; the figures are rough
+python -m benchmarks --only overhead overlap
+python -m benchmarks --keep              also write benchmarks/results/, docs/benchmarks.md
+                                         and the chart of the README, which are made from them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks.chart import draw
+from benchmarks.page import RESULTS, write_page
+from benchmarks.report import Report
+
+BENCHMARKS = ("overhead",)
+"""modules with ``measure(quick)``, in the order in which they are run"""
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run what is asked for; return 1 when a benchmark failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=BENCHMARKS,
+        default=BENCHMARKS,
+        metavar="NAME",
+        help=f"of {', '.join(BENCHMARKS)}",
+    )
+    parser.add_argument("--quick", action="store_true", help="few and short rounds")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmark-results"),
+        help="directory of the JSON files and the plot (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep the figures in the repository, and make page and chart anew",
+    )
+    chosen = parser.parse_args(words)
+    if chosen.keep and chosen.quick:
+        parser.error("--keep and --quick exclude each other: rough figures are not to be kept")
+    out = RESULTS if chosen.keep else chosen.out
+    out.mkdir(parents=True, exist_ok=True)
+    reports: list[Report] = []
+    failed: list[str] = []
+    for name in chosen.only:
+        try:
+            report = import_module(f"benchmarks.{name}").measure(quick=chosen.quick)
+        except Exception as error:  # the others are still worth having
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        reports.append(report)
+        print(report.text(), end="\n\n", flush=True)
+        (out / f"{name}.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if reports:
+        print(", ".join(f"{key} {value}" for key, value in reports[0].machine.items()))
+    if chosen.keep:
+        write_page()
+    else:
+        draw(reports, out / "benchmarks.png")
+        print(f"JSON and a plot are in {out}")
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Loops written by hand, which the trainers are compared to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.workloads import Timed
+
+Model = tuple[nn.Module, Any]
+
+
+def bare(model: nn.Module, optimizer: Any, batches: Timed, *, epochs: int, keep: bool) -> None:
+    """Train as one would by hand; with ``keep``, loss and right answers of every batch."""
+    loss_function = nn.CrossEntropyLoss()
+    for _epoch in range(epochs):
+        losses: list[float] = []
+        corrects: list[float] = []
+        model.train()
+        for inputs, targets in batches:
+            optimizer.zero_grad()
+            predictions = model(inputs)
+            loss = loss_function(predictions, targets)
+            loss.backward()
+            optimizer.step()
+            if keep:
+                losses.append(loss.item() * len(targets))
+                corrects.append((predictions.argmax(dim=1) == targets).sum().item())
+        if keep:
+            samples = len(batches) * len(targets)
+            _mean = sum(losses) / samples, sum(corrects) / samples
+
+
+def with_item(model: nn.Module, optimizer: Any, batches: Timed, *, epochs: int, keep: bool) -> None:
+    """Train with stage functions as trainers of old had them: every value read by ``.item()``.
+
+    A dict a batch, appended to lists name by name, and tensors made of them at the end.
+    """
+    loss_function = nn.CrossEntropyLoss()
+
+    def train_step(batch: Any) -> dict[str, float]:
+        inputs, targets = (part.to("cpu") for part in batch)
+        predictions = model(inputs)
+        loss: Tensor = loss_function(predictions, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if not keep:
+            return {}
+        return {
+            "running_loss": loss.item() * targets.size(0),
+            "running_corr": (predictions.argmax(dim=1) == targets).sum().float().item(),
+        }
+
+    step: Callable[[Any], dict[str, float]] = train_step
+    for _epoch in range(epochs):
+        kept: dict[str, list[float]] = {}
+        model.train()
+        for batch in batches:
+            optimizer.zero_grad()
+            for name, value in step(batch).items():
+                kept.setdefault(name, []).append(value)
+        _tensors = {name: Tensor(values) for name, values in kept.items()}

@@ -1,0 +1,67 @@
+"""Makes ``docs/benchmarks.md`` and the README's chart from the reports that were kept.
+
+``python -m benchmarks.page`` makes them anew; nothing in them is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.chart import draw
+from benchmarks.report import Report, Table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+CHART = ROOT / "docs" / "benchmarks.png"
+ORDER = ("overhead",)
+INTRODUCTION = """# Benchmarks
+
+Made by `python -m benchmarks --keep` from the reports in `benchmarks/results`; none of it is
+written by hand. Contenders are measured in turns, in one run; a figure is the median of the rounds,
+in parentheses the least and the most of them. Rows of fitloop are bold; where it loses, it says so
+here as plainly.
+"""
+
+
+def kept() -> list[Report]:
+    """Return the reports in ``benchmarks/results``."""
+    paths = (RESULTS / f"{name}.json" for name in ORDER)
+    return [Report.from_dict(json.loads(path.read_text())) for path in paths if path.exists()]
+
+
+def write_page() -> None:
+    reports = kept()
+    PAGE.write_text(page(reports), encoding="utf-8")
+    draw([report for report in reports if report.name == "overhead"], CHART)
+
+
+def page(reports: list[Report]) -> str:
+    """Return the page of the reports, as Markdown."""
+    return "\n".join([INTRODUCTION, *(section(report) for report in reports)])
+
+
+def section(report: Report) -> str:
+    lines = [f"## {report.name}: {report.question}", "", report.method, ""]
+    for table in report.tables:
+        lines += [markdown(table), ""]
+    lines += [f"- Not measured: {name}, {why}" for name, why in report.skipped.items()]
+    machine = ", ".join(f"{key} {value}" for key, value in report.machine.items())
+    return "\n".join([*lines, "", f"Measured on: {machine}.", ""])
+
+
+def markdown(table: Table) -> str:
+    heads = [table.title, *(column.head for column in table.columns)]
+    lines = [f"| {' | '.join(heads)} |", f"|---{'|---:' * len(table.columns)}|"]
+    for row in table.rows:
+        cells = [f"**{row.name}**" if row.ours else row.name]
+        for column in table.columns:
+            spread = row.figures.get(column.name)
+            cells.append("" if spread is None else spread.told(column.digits).replace("  ", " "))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *table.notes])
+
+
+if __name__ == "__main__":
+    write_page()
