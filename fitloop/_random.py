@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fitloop import _python_state
+from fitloop._python_state import PythonState
 from fitloop._types import Phase
 
 # Public since numpy 1.24, but missing in its type stubs.
 installed_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
 install_bits: Callable[[Any], None] = np.random.set_bit_generator  # type: ignore[attr-defined]
-# What stands at the gates of the module while trainers share it may not see these.
-getstate, setstate = random.getstate, random.setstate
 
 _NUMPY_LIMIT = 2**32
 MT19937_BYTES = 624 * 4 + 4
@@ -48,7 +48,7 @@ class StreamState(NamedTuple):
 
     torch: Tensor
     cuda: dict[int, Tensor]
-    python: tuple[Any, ...]
+    python: PythonState
     bits: bytes | dict[str, Any]
     gauss: dict[str, Any] | None
 
@@ -75,7 +75,7 @@ class Stream:
         self._cuda = {
             index: torch.Generator(f"cuda:{index}").manual_seed(seed).get_state() for index in cuda
         }
-        self._python = random.Random(seed).getstate()
+        self._python = _python_state.from_tuple(random.Random(seed).getstate())
         legacy = np.random.RandomState(seed % _NUMPY_LIMIT)
         self._bits: Any = legacy._bit_generator
         self._door: Any = None
@@ -122,7 +122,7 @@ class Stream:
         torch.default_generator.set_state(self._torch)
         for index, state in self._cuda.items():
             torch.cuda.default_generators[index].set_state(state)
-        setstate(self._python)
+        _python_state.put(self._python)
         install_bits(self._bits if Doors.before is None else self._told(Doors.before))
         if self._gauss is not None:
             np.random.set_state(self._gauss)
@@ -160,7 +160,7 @@ class Stream:
             torch.cuda.default_generators[index].set_state(state)
 
     @property
-    def python(self) -> tuple[Any, ...]:
+    def python(self) -> PythonState:
         """Where Python's generator is in this stream; not while it is entered."""
         return self._python
 
@@ -168,7 +168,7 @@ class Stream:
         self._torch = torch.default_generator.get_state()
         for index in self._cuda:
             self._cuda[index] = torch.cuda.default_generators[index].get_state()
-        self._python = getstate()
+        self._python = _python_state.read()
 
 
 def _raw(bits: Any) -> bytes:
@@ -213,12 +213,13 @@ class _Process(Stream):
         """See `Stream`."""
 
     @property
-    def python(self) -> tuple[Any, ...]:
+    def python(self) -> PythonState:
         """See `Stream`."""
-        return ()
+        return _UNMOVED
 
 
 _NOTHING = torch.empty(0)
+_UNMOVED = PythonState(b"", None)
 PROCESS: Final[Stream] = _Process()
 
 
@@ -227,7 +228,7 @@ def fingerprint() -> tuple[object, ...]:
     numpy = np.random.get_state(legacy=False)
     return (
         torch.default_generator.get_state().numpy().tobytes(),
-        getstate(),
+        _python_state.read(),
         _raw(get_bits()) or repr(numpy["state"]),
         numpy["has_gauss"],
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fitloop._random import MT19937_BYTES, Stream, StreamState, get_bits, setstate
+from fitloop import _python_state
+from fitloop._random import MT19937_BYTES, Stream, StreamState, get_bits
 from fitloop._turns import process_numbers
 
 _MT19937_WORDS = 624
@@ -21,21 +21,20 @@ _LARGEST_CUDA_STATE = 64
 
 def exported(state: StreamState) -> dict[str, Any]:
     """Return a state as a tree; Python's 625 words in one array."""
-    version, words, gauss = state.python
+    version, words, gauss = _python_state.to_tuple(state.python)
     return {**state._asdict(), "python": [version, np.array(words, np.uint32), gauss]}
 
 
 def imported(tree: Any) -> StreamState:
     """Return the state of a tree; raises ValueError and the like for a forged one."""
     version, words, gauss = tree["python"]
-    python = (version, tuple(map(int, words)), gauss)
+    python = _python_state.from_tuple((version, tuple(map(int, words)), gauss))
     return check_state(StreamState(**{**tree, "python": python}))
 
 
 def check_state(state: StreamState) -> StreamState:
     """Return ``state`` if generators take it; raises ValueError and the like for a forged one."""
     torch.Generator().set_state(state.torch)
-    random.Random().setstate(state.python)
     for index, value in state.cuda.items():
         if type(index) is not int or not isinstance(value, Tensor):
             raise ValueError(f"{index!r} is no state of a CUDA device")
@@ -108,7 +107,7 @@ def _restore_process(state: StreamState) -> None:
     for index, value in state.cuda.items():
         if index < torch.cuda.device_count():
             torch.cuda.default_generators[index].set_state(value)
-    setstate(state.python)
+    _python_state.put(state.python)
     if state.gauss is not None:
         np.random.set_state(state.gauss)
         return

@@ -32,6 +32,7 @@ LAYERS: list[list[str]] = [
         "_tables",
         "_kernel",
         "_share",
+        "_python_state",
     ],
     # bytes, files, and tensors in them
     ["_layout", "_layout_writing", "_durable", "_tensorfile", "_tree", "_staging"],
