@@ -105,6 +105,18 @@ class Placement:
 
     def place(self, batch: Any) -> Any:
         """Start moving ``batch``; any thread, one at a time."""
+        kind = type(batch)
+        if self._on_cpu and (kind is list or kind is tuple):
+            # The usual (inputs, targets) that are right as they are, in one look: this is done
+            # for every batch, and most of them need nothing.
+            targets = self._targets
+            for part in batch:
+                if type(part) is not Tensor or not part.is_cpu:
+                    break
+                if targets.get(part.dtype) is not part.dtype:
+                    break
+            else:
+                return batch if kind is tuple else batch.copy()  # the step may change a list
         if self._copy_stream is None:
             return self._map(batch, self._move)
         with torch.cuda.stream(self._copy_stream):

@@ -68,7 +68,7 @@ class Stream:
     ``numpy.random.seed(s % 2**32)`` give, so that a hand-written loop can be compared with it.
     """
 
-    __slots__ = ("_bits", "_cuda", "_door", "_gauss", "_python", "_torch", "_unmoved")
+    __slots__ = ("_bits", "_block", "_cuda", "_door", "_gauss", "_python", "_torch", "_unmoved")
 
     def __init__(self, seed: int, cuda: Iterable[int] = ()) -> None:
         self._torch = torch.Generator().manual_seed(seed).get_state()
@@ -77,7 +77,7 @@ class Stream:
         }
         self._python = _python_state.from_tuple(random.Random(seed).getstate())
         legacy = np.random.RandomState(seed % _NUMPY_LIMIT)
-        self._bits: Any = legacy._bit_generator
+        self._use(legacy._bit_generator)
         self._door: Any = None
         self._gauss: dict[str, Any] | None = None
         self._unmoved = b""
@@ -87,7 +87,7 @@ class Stream:
         """Return a stream that goes on where the process's generators are, on copies of them."""
         stream = cls(0, cuda)
         state = np.random.get_state(legacy=False)
-        stream._bits = type(get_bits())()
+        stream._use(type(get_bits())())
         stream._bits.state = {k: state[k] for k in state if k not in ("has_gauss", "gauss")}
         stream._gauss = state if state["has_gauss"] else None
         stream._read()
@@ -97,7 +97,7 @@ class Stream:
         """Return a stream that will give the same numbers; it must not be entered now."""
         twin = Stream.__new__(Stream)
         twin._torch, twin._cuda, twin._python = self._torch, dict(self._cuda), self._python
-        twin._bits = type(self._bits)()
+        twin._use(type(self._bits)())
         twin._bits.state = self._bits.state
         twin._door = None
         twin._gauss = self._gauss
@@ -105,7 +105,7 @@ class Stream:
 
     def state(self) -> StreamState:
         """Return where the stream is, for `set_state`; not while it is entered."""
-        bits = _raw(self._bits) or self._bits.state
+        bits = self._raw() or self._bits.state
         return StreamState(self._torch, dict(self._cuda), self._python, bits, self._gauss)
 
     def set_state(self, state: StreamState) -> None:
@@ -113,7 +113,7 @@ class Stream:
         self._torch, self._cuda, self._python = state.torch, dict(state.cuda), state.python
         self._gauss = state.gauss
         if isinstance(state.bits, bytes):
-            ctypes.memmove(self._bits.ctypes.state_address, state.bits, len(state.bits))
+            self._block.raw = state.bits
         else:
             self._bits.state = state.bits
 
@@ -126,16 +126,25 @@ class Stream:
         install_bits(self._bits if Doors.before is None else self._told(Doors.before))
         if self._gauss is not None:
             np.random.set_state(self._gauss)
-        self._unmoved = _raw(self._bits)
+        self._unmoved = self._raw()
 
     def leave(self) -> None:
         """Take the states of the process's generators into this stream."""
         self._read()
         # numpy's functions keep half of a pair of normal numbers outside the bit generator, and
         # asking for it takes 70 us. It can have changed only if it was there or the bits moved.
-        if self._gauss is not None or not self._unmoved or self._unmoved != _raw(self._bits):
+        if self._gauss is not None or not self._unmoved or self._unmoved != self._raw():
             state = np.random.get_state(legacy=False)
             self._gauss = state if state["has_gauss"] else None
+
+    def _use(self, bits: Any) -> None:
+        """Have this bit generator, whose memory is read in place where it is known."""
+        self._bits, self._block = bits, _block_of(bits)
+
+    def _raw(self) -> bytes:
+        """Return the memory of the bit generator, or nothing for a kind that is not known."""
+        raw: bytes = b"" if self._block is None else self._block.raw
+        return raw
 
     def _told(self, before: Callable[[Any], Any]) -> Any:
         if self._door is None:
@@ -171,11 +180,11 @@ class Stream:
         self._python = _python_state.read()
 
 
-def _raw(bits: Any) -> bytes:
-    """Return the memory of an MT19937 generator, or nothing for another kind."""
+def _block_of(bits: Any) -> Any:
+    """Return an MT19937 generator's memory, which must not outlive it; None for another kind."""
     if not isinstance(bits, np.random.MT19937):
-        return b""
-    return ctypes.string_at(bits.ctypes.state_address, MT19937_BYTES)
+        return None
+    return (ctypes.c_char * MT19937_BYTES).from_address(bits.ctypes.state_address)
 
 
 class Outside(Stream):
@@ -185,7 +194,8 @@ class Outside(Stream):
 
     def __init__(self, cuda: Iterable[int]) -> None:
         self._cuda = dict.fromkeys(cuda, torch.empty(0))
-        self._bits = self._door = installed_bits()
+        self._use(installed_bits())
+        self._door = self._bits
         self._gauss = None
         self._unmoved = b""
         self.leave()
@@ -225,11 +235,11 @@ PROCESS: Final[Stream] = _Process()
 
 def fingerprint() -> tuple[object, ...]:
     """Return what changes whenever somebody draws from the process's CPU generators."""
-    numpy = np.random.get_state(legacy=False)
+    numpy, block = np.random.get_state(legacy=False), _block_of(get_bits())
     return (
         torch.default_generator.get_state().numpy().tobytes(),
         _python_state.read(),
-        _raw(get_bits()) or repr(numpy["state"]),
+        repr(numpy["state"]) if block is None else block.raw,
         numpy["has_gauss"],
     )
 

@@ -5,7 +5,7 @@ trainers in two threads hand the interpreter's lock to and fro within each step 
 than one after the other. Here each has some milliseconds for itself, then the next. Trainers with
 larger steps, which release the lock, and those that wait for their loaders take no part.
 
-Nobody waits long: a trainer that comes to a halt in its slice is passed by.
+Nobody waits long: from a trainer that comes to a halt in its slice it is taken.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from fitloop._events import Event
+from fitloop._events import BatchProgress, Event
 
 SLICE_SECONDS = 0.02
 """what a trainer has for itself; a change of hands costs about 0.1 ms"""
 PATIENCE_SECONDS = 0.1
-"""after which a trainer goes on beside one that does not come to the end of its slice"""
+"""after which a slice is taken from a trainer that does not come to its end"""
 SMALL_SECONDS = 0.002
 """processor time of a batch up to which it counts as small"""
 BUSY_SHARE = 0.7
@@ -36,33 +36,40 @@ Clock = Callable[[], float]
 class Slices:
     """Whose slice it is: one of the process, first come, first served."""
 
-    def __init__(self, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, patience: float = PATIENCE_SECONDS, clock: Clock = time.monotonic) -> None:
         self._patience = patience
+        self._clock = clock
         self.runs = 0
         """that go on; read without the lock, once a batch"""
         self.changed = threading.Condition(threading.Lock())
         self.line: deque[Slice] = deque()
         self.holder: Slice | None = None
+        self._since = 0.0
+        """when the holder got it"""
 
-    def admit(self, who: Slice, cancelled: Callable[[], bool]) -> bool:
-        """Wait for a slice; false when patience ran out, or there is no need any more."""
-        until = time.monotonic() + self._patience
+    def admit(self, who: Slice, cancelled: Callable[[], bool]) -> None:
+        """Wait for a slice; without one when there is no need any more."""
         with self.changed:
             self.line.append(who)
             try:
-                while self.holder is not None or self.line[0] is not who:
-                    left = until - time.monotonic()
-                    if left <= 0 or cancelled():
-                        return False
-                    self.changed.wait(left)
-                self.holder = who
-                return True
+                while self.line[0] is not who or self._is_taken():
+                    if cancelled():
+                        return
+                    self.changed.wait(self._left())
+                self.holder, self._since = who, self._clock()
             finally:
                 self.line.remove(who)
                 self.changed.notify_all()
 
+    def _is_taken(self) -> bool:
+        return self.holder is not None and self._left() > 0
+
+    def _left(self) -> float:
+        """Return the seconds for which the holder is still waited for."""
+        return max(0.0, self._since + self._patience - self._clock())
+
     def dismiss(self, who: Slice) -> None:
-        """End a slice."""
+        """End a slice; that of another is left alone."""
         with self.changed:
             if self.holder is who:
                 self.holder = None
@@ -96,6 +103,9 @@ class Slice:
         self._clock = clock
         self._processor = processor
         self._held = False
+        """it has had a slice, which another may have taken from it"""
+        self._interrupted = False
+        """it had one, and an event ended it"""
         self._began = self._used = 0.0
         self._until = 0.0
         """when to look again"""
@@ -115,8 +125,10 @@ class Slice:
             self._slices.changed.notify_all()
 
     def observe(self, event: Event) -> None:
-        """End the slice: what comes between two batches may take long, or wait for somebody."""
-        self._end()
+        """End the slice: what comes between two phases may take long, or wait for somebody."""
+        if self._held and not isinstance(event, BatchProgress):
+            self._end()
+            self._interrupted, self._until = True, 0.0
 
     def after_batch(self) -> None:
         """See whether it is another's turn."""
@@ -124,28 +136,42 @@ class Slice:
             return
         self._batches += 1
         now = self._clock()
-        if now < self._until or (not self._held and self._batches < FEWEST):
+        if now < self._until:
             return
-        used = self._processor() - self._used
         if self._held:
-            computes = used >= BUSY_SHARE * (now - self._began)
-            if computes and not self._slices.line:
-                self._note(now, SLICE_SECONDS)
-                return
-            self._end()
-        else:
-            computes = used <= SMALL_SECONDS * self._batches
-        if computes:
-            self._rest(self._wait)
-        now = self._clock()
-        self._note(now, SLICE_SECONDS if self._held else LOOK_SECONDS)
+            self._go_on(now)
+        elif self._interrupted:
+            self._take()
+        elif self._batches >= FEWEST:
+            if self._processor() - self._used <= SMALL_SECONDS * self._batches:
+                self._take()
+            else:
+                self._note(LOOK_SECONDS)
 
-    def _note(self, now: float, seconds: float) -> None:
-        self._began, self._used, self._batches = now, self._processor(), 0
-        self._until = now + seconds
+    def _go_on(self, now: float) -> None:
+        """At the end of a slice: keep it, hand it on, or take no part for a while."""
+        computes = self._processor() - self._used >= BUSY_SHARE * (now - self._began)
+        if not computes:
+            self._end()
+            self._note(LOOK_SECONDS)
+        elif self._slices.line or self._slices.holder is not self:
+            self._end()
+            self._take()
+        else:
+            self._note(SLICE_SECONDS)
+
+    def _take(self) -> None:
+        self._interrupted = False
+        self._rest(self._wait)
+        self._note(SLICE_SECONDS)
+
+    def _note(self, seconds: float) -> None:
+        self._began, self._used, self._batches = self._clock(), self._processor(), 0
+        self._until = self._began + seconds
 
     def _wait(self) -> None:
-        self._held = self._slices.admit(self, self._cancelled)
+        self._slices.admit(self, self._cancelled)
+        self._held = True
 
     def _end(self) -> None:
         if self._held:

@@ -92,6 +92,25 @@ def test_place_when_nothing_changes_then_nothing_is_copied() -> None:
     assert placed[1]["deeper"][0] is mask
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_place_when_batches_need_nothing_then_a_list_can_still_be_changed(kind: type) -> None:
+    placement = Placement(torch.device("cpu"), torch.float32)
+    batch = kind([torch.ones(2), torch.zeros(2, dtype=torch.long)])
+    for _ in range(3):  # the first time, what is right is still to be found out
+        placed = placement.place(batch)
+        assert type(placed) is kind
+        assert [id(part) for part in placed] == [id(part) for part in batch]
+        assert kind is tuple or placed is not batch
+
+
+def test_place_when_a_later_batch_is_of_another_dtype_then_it_is_cast() -> None:
+    placement = Placement(torch.device("cpu"), torch.float32)
+    for first, second in ((torch.ones(2), torch.ones(2)), (torch.ones(2), doubles())):
+        placed = placement.place((first, second, "name"))
+        assert [part.dtype for part in placed[:2]] == [torch.float32, torch.float32]
+        assert placed[2] == "name"
+
+
 def test_place_when_tensor_is_cast_then_loaders_own_is_left_alone() -> None:
     tensor = doubles()
     batch = {"a": tensor, "b": [tensor]}

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from fitloop._events import EpochStarted
+from fitloop._events import BatchProgress, EpochStarted
 from fitloop._slices import FEWEST, LOOK_SECONDS, SLICE_SECONDS, Slice, Slices
+from fitloop._types import Phase
 
 SOON = 20
 
@@ -96,12 +97,70 @@ def test_slice_when_another_waits_then_is_handed_on_at_its_end() -> None:
     assert slices.holder is one.part
 
 
-def test_slice_when_its_run_stands_still_then_the_other_goes_on_beside_it(slices: Slices) -> None:
+def test_slice_when_its_run_stands_still_then_is_taken_from_it(slices: Slices) -> None:
     one, two = Run(slices), Run(slices)
     one.batches(FEWEST, 0.0003)
     two.batches(FEWEST, 0.0003)  # comes back, though the slice never ends
-    assert slices.holder is one.part
+    assert slices.holder is two.part
     assert not slices.line
+    one.batches(int(SLICE_SECONDS / 0.0003) + 2, 0.0003)  # takes its turn again, as any other
+    assert slices.holder is one.part
+    two.part.close()
+    assert slices.holder is one.part
+
+
+def test_slice_when_several_wait_then_patience_is_with_each_holder_anew() -> None:
+    now, looked = 0.0, threading.Event()
+
+    def clock() -> float:
+        looked.set()
+        return now
+
+    slices = Slices(patience=0.1, clock=clock)
+    one, two, three = Run(slices), Run(slices), Run(slices)
+    one.batches(FEWEST, 0.0003)
+    threads = []
+    for run in (two, three):
+        threads.append(threading.Thread(target=run.batches, args=(FEWEST, 0.0003)))
+        threads[-1].start()
+        with slices.changed:
+            assert slices.changed.wait_for(lambda run=run: run.part in slices.line, SOON)
+    now = 0.09
+    one.part.close()
+    threads[0].join(SOON)
+    assert slices.holder is two.part
+    now = 0.15  # the third has waited longer than that, but not for the second
+    looked.clear()
+    with slices.changed:
+        slices.changed.notify_all()
+    assert looked.wait(SOON)
+    with slices.changed:
+        assert slices.holder is two.part
+        now = 0.2
+    threads[1].join(SOON)
+    assert slices.holder is three.part
+
+
+def test_run_when_progress_is_told_then_it_keeps_its_slice(slices: Slices) -> None:
+    run, _other = Run(slices), Run(slices)
+    run.batches(FEWEST, 0.0003)
+    run.part.observe(
+        BatchProgress(
+            trainer="", epoch=1, phase=Phase.TRAIN, batch=1, batches=2, samples=1, seconds=0.1
+        )
+    )
+    assert slices.holder is run.part
+
+
+def test_run_when_an_event_ended_its_slice_then_has_another_after_one_batch(
+    slices: Slices,
+) -> None:
+    run, _other = Run(slices), Run(slices)
+    run.batches(FEWEST, 0.0003)
+    run.part.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
+    assert slices.holder is None
+    run.batches(1, 0.0003)
+    assert slices.holder is run.part
 
 
 def test_run_when_it_ends_or_an_event_comes_then_its_slice_is_free(slices: Slices) -> None:
@@ -122,6 +181,7 @@ def test_wait_when_the_run_is_to_end_then_is_over_at_once(slices: Slices) -> Non
     one.batches(FEWEST, 0.0003)
     assert slices.holder is one.part
     halted = True
-    assert slices.admit(other, lambda: halted) is False
+    slices.admit(other, lambda: halted)
+    assert slices.holder is one.part
     other.wake()
     assert not slices.line
