@@ -25,8 +25,9 @@ class Trial:
     """Finds out, over as many passes as it takes, whether loading ahead of the steps is faster.
 
     Inline first: the median time of a load and of a whole batch. When loads are too short or too
-    small a part to gain from, inline it stays. Else ahead: the median time of a whole batch
-    then, and the faster way wins. Times are in seconds.
+    small a part to gain from, inline it stays. A loader that only waits, for a disk or a server or
+    its workers, takes nothing from the steps and goes ahead. Any other is measured ahead as well:
+    the median time of a whole batch then, and the faster way wins. Times are in seconds.
     """
 
     SAMPLES = 6
@@ -37,6 +38,8 @@ class Trial:
     """part of a batch's time that loading must take"""
     SMALLEST_GAIN = 0.05
     """part of a batch's time that loading ahead must save"""
+    WAITING_SHARE = 0.2
+    """part of a load's time that the processor works, up to which the loader is taken to wait"""
 
     def __init__(self) -> None:
         self.ahead = False
@@ -45,6 +48,7 @@ class Trial:
         self.draws = False
         """the loader draws from the process's generators, and was kept inline for that"""
         self._loads: list[float] = []
+        self._computed: list[float] = []
         self._inline: list[float] = []
         self._ahead: list[float] = []
 
@@ -53,8 +57,11 @@ class Trial:
         self.draws = True
         self._decide(ahead=False)
 
-    def add(self, load: float, whole: float) -> None:
-        """Count a batch that took ``load`` to load and ``whole`` from batch to batch."""
+    def add(self, load: float, whole: float, computed: float) -> None:
+        """Count a batch that took ``load`` to load and ``whole`` from batch to batch.
+
+        ``computed`` is the processor's time in the load.
+        """
         if self.ahead:
             self._ahead.append(whole)
             if len(self._ahead) == self.SAMPLES:
@@ -63,11 +70,14 @@ class Trial:
             return
         self._loads.append(load)
         self._inline.append(whole)
+        self._computed.append(computed)
         if len(self._loads) == self.SAMPLES:
             typical = median(self._loads)
             share = typical / max(median(self._inline), 1e-12)
             if typical < self.SHORTEST_LOAD or share < self.SMALLEST_SHARE:
                 self._decide(ahead=False)
+            elif median(self._computed) <= self.WAITING_SHARE * typical:
+                self._decide(ahead=True)
             else:
                 self.ahead = True
 
@@ -86,12 +96,14 @@ class AdaptiveSource:
         *,
         watch_draws: bool,
         clock: Callable[[], float] = time.perf_counter,
+        processor: Callable[[], float] = time.thread_time,
     ) -> None:
         self._feed = feed
         self._depth = depth
         self._trial = trial
         self._watch_draws = watch_draws
         self._clock = clock
+        self._processor = processor
         self._to_skip = 1  # the first batch of a pass pays for its start
         self._last: float | None = None
         self._inline = InlineSource(feed)
@@ -133,15 +145,15 @@ class AdaptiveSource:
     def _measured_fetch(self) -> Any:
         watched = self._watch_draws and not self._to_skip and not self._trial.ahead
         before = process_fingerprint() if watched else None
-        began = self._clock()
+        began, worked = self._clock(), self._processor()
         batch = self._fetch()
-        ended = self._clock()
+        ended, worked = self._clock(), self._processor() - worked
         if watched and process_fingerprint() != before:
             self._trial.drew()
         elif self._to_skip or self._last is None:
             self._to_skip = max(0, self._to_skip - 1)
         elif batch is not END:
-            self._trial.add(ended - began, ended - self._last)
+            self._trial.add(ended - began, ended - self._last, worked)
             if self._trial.ahead and self._source is None:
                 self._go_ahead()
             elif not self._trial.ahead and self._source is not None:

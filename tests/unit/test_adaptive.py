@@ -54,7 +54,7 @@ class SwitchingTrial(Trial):
         super().__init__()
         self._left = [ahead_after, inline_after]
 
-    def add(self, load: float, whole: float) -> None:
+    def add(self, load: float, whole: float, computed: float) -> None:
         self._left[0] -= 1
         if self._left[0] <= 0:
             del self._left[0]
@@ -72,7 +72,7 @@ def run_pass(
 ) -> list[Any]:
     """Fetch all batches, with a step of so many seconds after each."""
     feed = Feed(iterator=iter(loader), label="train_dl", control=RunControl())
-    source = AdaptiveSource(feed, 2, trial, watch_draws=watch_draws, clock=clock)
+    source = AdaptiveSource(feed, 2, trial, watch_draws=watch_draws, clock=clock, processor=clock)
     fetched = []
     for batch in iter(source.fetch, END):
         fetched.append(batch)
@@ -81,9 +81,15 @@ def run_pass(
     return fetched
 
 
-def measured(trial: Trial, load: float, whole: float, count: int = Trial.SAMPLES) -> Trial:
+def measured(
+    trial: Trial,
+    load: float,
+    whole: float,
+    count: int = Trial.SAMPLES,
+    computed: float | None = None,
+) -> Trial:
     for _ in range(count):
-        trial.add(load, whole)
+        trial.add(load, whole, load if computed is None else computed)
     return trial
 
 
@@ -100,8 +106,21 @@ def test_trial_when_loading_is_a_small_share_then_inline_for_good() -> None:
 def test_trial_when_loads_are_long_then_tries_ahead_before_it_decides() -> None:
     trial = measured(Trial(), load=SLOW, whole=SLOW + STEP, count=Trial.SAMPLES - 1)
     assert (trial.ahead, trial.decided) == (False, False)
-    trial.add(SLOW, SLOW + STEP)
+    trial.add(SLOW, SLOW + STEP, SLOW)
     assert (trial.ahead, trial.decided) == (True, False)
+
+
+def test_trial_when_loads_only_wait_then_ahead_for_good() -> None:
+    trial = measured(Trial(), load=SLOW, whole=SLOW + STEP, computed=0.2 * SLOW)
+    assert (trial.ahead, trial.decided) == (True, True)
+    trial = measured(Trial(), load=SLOW, whole=SLOW + STEP, computed=0.21 * SLOW)
+    assert (trial.ahead, trial.decided) == (True, False)
+
+
+@pytest.mark.parametrize("computed", [0.0, TRIVIAL])
+def test_trial_when_loads_only_wait_and_are_short_then_inline_for_good(computed: float) -> None:
+    trial = measured(Trial(), load=TRIVIAL, whole=TRIVIAL + STEP, computed=computed)
+    assert (trial.ahead, trial.decided) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +141,7 @@ def test_trial_when_ahead_was_measured_then_the_faster_way_wins(whole: float, ah
 
 def test_trial_when_one_load_is_an_outlier_then_it_does_not_decide() -> None:
     trial = Trial()
-    trial.add(10.0, 10.0)
+    trial.add(10.0, 10.0, 10.0)
     measured(trial, load=TRIVIAL, whole=STEP, count=Trial.SAMPLES - 1)
     assert (trial.ahead, trial.decided) == (False, True)
 
