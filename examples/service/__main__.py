@@ -8,7 +8,7 @@ from pathlib import Path
 # A folder that is run as a script is not a package: here is where it and digits.py are found.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from service.server import main  # noqa: E402
+from service.server import main
 
 if __name__ == "__main__":
     main()

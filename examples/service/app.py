@@ -9,6 +9,8 @@
     GET    /trainings/{id}/events   what happened and happens, as server-sent events, to its end
     GET    /events                  the same of all trainings
     GET    /status                  how many there are, and how many readers of events
+
+A request that cannot be done gets ``{"problems": [{"field": ..., "message": ...}]}``.
 """
 
 from __future__ import annotations
@@ -135,6 +137,7 @@ class EventResponse(StreamingResponse):
         super().__init__(self._events, headers=headers, media_type="text/event-stream")
 
     async def stream_response(self, send: Send) -> None:
+        """Send until the feed ends, or the client is gone."""
         async with aclosing(self._events):
             await super().stream_response(send)
 

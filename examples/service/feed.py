@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +88,7 @@ class Feed:
         last = self._messages[-1].number if self._messages else 0
         return self.ended and place >= last > 0
 
-    async def read(self, place: int = 0) -> AsyncIterator[bytes]:
+    async def read(self, place: int = 0) -> AsyncGenerator[bytes, None]:
         """Give the messages after ``place`` as server-sent events; ends when the feed does."""
         self.readers += 1
         try:

@@ -25,6 +25,7 @@ class Server(uvicorn.Server):
     """
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """End the trainings whole, then the streams, then the server."""
         trainings: Trainings = self.config.app.state.trainings  # type: ignore[union-attr]
         await trainings.close()
         await super().shutdown(sockets)

@@ -25,6 +25,7 @@ class Settings:
     """epochs between two questions whether to go on; 0 never asks"""
 
     def as_dict(self) -> dict[str, Any]:
+        """Return field -> value."""
         return asdict(self)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -116,7 +116,7 @@ class Trainings:
 
     # -- what clients ask for ----------------------------------------------------------------------
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Training]:
         return iter(self._known.values())
 
     def get(self, number: str) -> Training:
@@ -200,7 +200,7 @@ class Trainings:
         The question is told here and not when its event comes, so that it can be answered as soon
         as it is seen.
         """
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         training.question = Question(event.epoch, event.question, answer)
         self._tell(training, event.as_dict())
         try:
