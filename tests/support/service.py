@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import httpx
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from service.server import Server, make_server
-from service.trainings import BackendName
+from service.server import Server, make_server  # noqa: E402
+from service.trainings import BackendName  # noqa: E402
 
 GUARD = 40.0
 """seconds that a client waits for an answer at most"""
@@ -158,8 +158,7 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
 async def client_of(port: int) -> AsyncIterator[Service]:
     """Talk to a service that runs elsewhere."""
     async with _client(port) as client:
-        with suppress(httpx.RemoteProtocolError):
-            yield Service(client)
+        yield Service(client)
 
 
 def _client(port: int) -> httpx.AsyncClient:
