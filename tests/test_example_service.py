@@ -350,6 +350,7 @@ def _interruptible() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(180)
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
 @pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize(
@@ -379,6 +380,7 @@ async def test_program_when_signalled_then_it_ends_whole_with_a_stream_open(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(180)
 async def test_process_backend_when_used_then_question_cancel_and_error_cross() -> None:
     async with serving("process", at_once=1) as service:
         await service.start(epochs=2, ask_every=1)
