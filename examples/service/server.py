@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +12,8 @@ from socket import socket
 import uvicorn
 
 from service.app import make_app
+from service.settings import Settings
+from service.trainers import make_trainer
 from service.trainings import BackendName, Trainings
 
 LAST_SECONDS = 3
@@ -52,6 +55,19 @@ def make_server(
     return Server(config)
 
 
+def warm_up(backend: BackendName) -> None:
+    """Do beforehand what would hold up all requests for some tenths of a second later.
+
+    The first optimizer of a process has torch import some 800 modules. And a full garbage
+    collection visits all objects that there are, with the interpreter's lock: here those of the
+    imports, of which nothing can be collected, are left out of later ones.
+    """
+    if backend == "thread":
+        make_trainer(Settings())
+    gc.collect()
+    gc.freeze()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(prog="service", description="Trainings behind a web service.")
@@ -61,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     given = parser.parse_args(arguments)
     server = make_server(given.backend, given.at_once, host=given.host, port=given.port)
+    warm_up(given.backend)
     with suppress(KeyboardInterrupt):  # which uvicorn raises again after a clean end
         server.run()
     if not server.started:
