@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import http.client
 import json
+import os
 import re
 import subprocess
 import sys
@@ -163,7 +164,9 @@ def measured(rounds: int, requests: int) -> dict[str, Any]:
                         found = service.latencies(requests)
                         waited.setdefault(f"{name}, {model}", []).extend(found)
     rows = [{"name": name, **percentiles(values)} for name, values in waited.items()]
-    return {"rows": rows, "aims_p99_ms": AIMS_MS, "rounds": rounds, "machine": machine()}
+    load, _, _ = os.getloadavg()  # of others, too, who make everybody wait
+    about = {**machine(), "cores": os.cpu_count(), "load": round(load, 1)}
+    return {"rows": rows, "aims_p99_ms": AIMS_MS, "rounds": rounds, "machine": about}
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

@@ -76,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     given = parser.parse_args(arguments)
+    if given.at_once is not None and given.at_once < 1:
+        parser.error(
+            f"--at-once is {given.at_once}; expected 1 or more; leave it out for the cores"
+        )
     server = make_server(given.backend, given.at_once, host=given.host, port=given.port)
     warm_up(given.backend)
     with suppress(KeyboardInterrupt):  # which uvicorn raises again after a clean end
