@@ -1,0 +1,208 @@
+"""The routes of the service, as a Starlette application.
+
+    GET    /                        the page
+    GET    /trainings               all trainings
+    POST   /trainings               start one: name, model, lr, epochs, ask_every, all optional
+    GET    /trainings/{id}          one, with its metrics so far
+    DELETE /trainings/{id}          cancel it; it ends at a batch boundary
+    POST   /trainings/{id}/answer   {"epoch": 4, "go_on": true}, to the question after that epoch
+    GET    /trainings/{id}/events   what happened and happens, as server-sent events, to its end
+    GET    /events                  the same of all trainings
+    GET    /status                  how many there are, and how many readers of events
+
+A request that cannot be done gets ``{"problems": [{"field": ..., "message": ...}]}``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Send
+
+from service.feed import Feed
+from service.settings import BadRequestError, Problem, read_settings, refusal, shown
+from service.trainings import BackendName, Trainings, open_trainings
+
+PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+LARGEST_BODY = 64 * 1024
+"""bytes"""
+
+
+def make_app(backend: BackendName = "thread", at_once: int | None = None) -> Starlette:
+    """Return the application; its trainings run while its lifespan does.
+
+    Args:
+        backend: where trainings run.
+        at_once: how many at a time; by default as many as there are cores.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with open_trainings(backend, at_once) as trainings:
+            app.state.trainings = trainings
+            yield
+
+    app = Starlette(
+        lifespan=lifespan,
+        routes=[
+            Route("/", page),
+            Route("/trainings", show_all),
+            Route("/trainings", start, methods=["POST"]),
+            Route("/trainings/{id}", show),
+            Route("/trainings/{id}", cancel, methods=["DELETE"]),
+            Route("/trainings/{id}/answer", answer, methods=["POST"]),
+            Route("/trainings/{id}/events", events),
+            Route("/events", all_events),
+            Route("/status", status),
+        ],
+        exception_handlers={BadRequestError: refuse, HTTPException: refuse_route},
+    )
+    app.state.backend = backend
+    return app
+
+
+# -- trainings -------------------------------------------------------------------------------------
+
+
+async def start(request: Request) -> Response:
+    settings = read_settings(await read_json(request))
+    training = trainings_of(request).submit(settings)
+    place = {"Location": f"/trainings/{training.number}"}
+    return JSONResponse(training.as_dict(), 201, headers=place)
+
+
+async def show_all(request: Request) -> Response:
+    return JSONResponse([training.as_dict() for training in trainings_of(request)])
+
+
+async def show(request: Request) -> Response:
+    training = trainings_of(request).get(request.path_params["id"])
+    return JSONResponse({**training.as_dict(), "metrics": training.metrics()})
+
+
+async def cancel(request: Request) -> Response:
+    trainings = trainings_of(request)
+    training = trainings.get(request.path_params["id"])
+    trainings.cancel(training)
+    return JSONResponse(training.as_dict(), 202)
+
+
+async def answer(request: Request) -> Response:
+    trainings = trainings_of(request)
+    training = trainings.get(request.path_params["id"])
+    body = await read_json(request)
+    match body:
+        case {"epoch": int(epoch), "go_on": bool(go_on)} if len(body) == 2:
+            trainings.answer(training, epoch, go_on)
+        case _:
+            raise refusal(
+                422,
+                f"the body is {shown(body)}; expected an object with the epoch of the question "
+                'and the answer, such as {"epoch": 4, "go_on": true}',
+            )
+    return JSONResponse(training.as_dict(), 202)
+
+
+async def status(request: Request) -> Response:
+    trainings = trainings_of(request)
+    feeds = [trainings.feed, *(training.feed for training in trainings)]
+    told = {
+        "backend": request.app.state.backend,
+        "trainings": Counter(training.job.status for training in trainings),
+        "readers": sum(feed.readers for feed in feeds),
+        "dropped_events": trainings.dropped,
+    }
+    return JSONResponse(told)
+
+
+# -- events ----------------------------------------------------------------------------------------
+
+
+class EventResponse(StreamingResponse):
+    """Server-sent events; lets go of its feed at once when the client goes away."""
+
+    def __init__(self, feed: Feed, place: int) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        self._events = feed.read(place)
+        super().__init__(self._events, headers=headers, media_type="text/event-stream")
+
+    async def stream_response(self, send: Send) -> None:
+        """Send until the feed ends, or the client is gone."""
+        async with aclosing(self._events):
+            await super().stream_response(send)
+
+
+async def events(request: Request) -> Response:
+    training = trainings_of(request).get(request.path_params["id"])
+    return follow(request, training.feed)
+
+
+async def all_events(request: Request) -> Response:
+    return follow(request, trainings_of(request).feed)
+
+
+def follow(request: Request, feed: Feed) -> Response:
+    """Go on after what the client had last; tell a browser that had all not to come again."""
+    place = feed.place_of(request.headers.get("last-event-id"))
+    return Response(status_code=204) if feed.is_read_by(place) else EventResponse(feed, place)
+
+
+# -- the rest --------------------------------------------------------------------------------------
+
+
+async def page(request: Request) -> Response:
+    return HTMLResponse(PAGE)
+
+
+def trainings_of(request: Request) -> Trainings:
+    found: Trainings = request.app.state.trainings
+    return found
+
+
+async def read_json(request: Request) -> Any:
+    """Return the decoded body. Raises BadRequestError when it is none.
+
+    A body that does not say that it is JSON is refused, since any web page may send such a one.
+    """
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise refusal(
+            415, f"Content-Type is {shown(kind)}; expected application/json; send that header"
+        )
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LARGEST_BODY:
+            raise refusal(413, f"the body is longer than {LARGEST_BODY} bytes; send less")
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        told = body[:60].decode(errors="replace")
+        raise refusal(400, f"the body is {told!r}; expected JSON ({error})") from error
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, BadRequestError)
+    return problems(error.status, error.problems)
+
+
+async def refuse_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}; see the routes in app.py"
+    told = problems(error.status_code, [Problem(field="", message=message)])
+    told.headers.update(error.headers or {})
+    return told
+
+
+def problems(status_code: int, found: list[Problem]) -> Response:
+    return JSONResponse({"problems": found}, status_code)

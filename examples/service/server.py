@@ -1,0 +1,88 @@
+"""The command line of the service, and how the server ends."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from socket import socket
+
+import uvicorn
+
+from service.app import make_app
+from service.settings import Settings
+from service.trainers import make_trainer
+from service.trainings import BackendName, Trainings
+
+LAST_SECONDS = 3
+"""for readers that do not read, when the server ends"""
+
+
+class Server(uvicorn.Server):
+    """Ends trainings and streams before it waits for connections to close.
+
+    uvicorn waits for them before it ends the lifespan of an application: an open stream of events
+    would hold it up for ever.
+    """
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """End the trainings whole, then the streams, then the server."""
+        trainings: Trainings = self.config.app.state.trainings  # type: ignore[union-attr]
+        await trainings.close()
+        await super().shutdown(sockets)
+
+
+def make_server(
+    backend: BackendName = "thread",
+    at_once: int | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    log_level: str = "info",
+) -> Server:
+    """Return the server; its port is a free one when ``port`` is 0."""
+    config = uvicorn.Config(
+        make_app(backend, at_once),
+        host=host,
+        port=port,
+        log_level=log_level,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=LAST_SECONDS,
+    )
+    return Server(config)
+
+
+def warm_up(backend: BackendName) -> None:
+    """Do beforehand what would hold up all requests for some tenths of a second later.
+
+    The first optimizer of a process has torch import some 800 modules. And a full garbage
+    collection visits all objects that there are, with the interpreter's lock: here those of the
+    imports, of which nothing can be collected, are left out of later ones.
+    """
+    if backend == "thread":
+        make_trainer(Settings())
+    gc.collect()
+    gc.freeze()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    parser = argparse.ArgumentParser(prog="service", description="Trainings behind a web service.")
+    parser.add_argument("--backend", choices=["thread", "process"], default="thread")
+    parser.add_argument("--at-once", type=int, help="trainings at a time; default: one a core")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    given = parser.parse_args(arguments)
+    if given.at_once is not None and given.at_once < 1:
+        parser.error(
+            f"--at-once is {given.at_once}; expected 1 or more; leave it out for the cores"
+        )
+    server = make_server(given.backend, given.at_once, host=given.host, port=given.port)
+    warm_up(given.backend)
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again after a clean end
+        server.run()
+    if not server.started:
+        sys.exit(1)

@@ -1,0 +1,165 @@
+"""The service of ``examples/service`` on a free port, and a client of it that reads its events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from service.server import Server, make_server  # noqa: E402
+from service.trainings import BackendName  # noqa: E402
+
+GUARD = 40.0
+"""seconds that a client waits for an answer at most"""
+Told = dict[str, Any]
+
+
+class Service:
+    """A client of a running service."""
+
+    def __init__(self, client: httpx.AsyncClient, server: Server | None = None) -> None:
+        self.client = client
+        self.server = server
+
+    async def start(self, **settings: Any) -> Told:
+        """Start a training that has to be taken."""
+        answer = await self.client.post("/trainings", json=settings)
+        assert answer.status_code == 201, answer.text
+        told: Told = answer.json()
+        assert answer.headers["location"] == f"/trainings/{told['id']}"
+        return told
+
+    async def get(self, path: str) -> Any:
+        """Return what is there."""
+        answer = await self.client.get(path)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def answer(self, number: int, epoch: int, go_on: bool) -> httpx.Response:
+        """Answer a question."""
+        body = {"epoch": epoch, "go_on": go_on}
+        return await self.client.post(f"/trainings/{number}/answer", json=body)
+
+    @asynccontextmanager
+    async def events(
+        self, number: int | None = None, last: str | None = None
+    ) -> AsyncIterator[AsyncGenerator[Told, None]]:
+        """Follow one training, or all, after the message with the id ``last``."""
+        path = "/events" if number is None else f"/trainings/{number}/events"
+        headers = {} if last is None else {"Last-Event-ID": last}
+        async with self.client.stream("GET", path, headers=headers) as response:
+            assert response.status_code == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            reader = _messages(response)
+            try:
+                yield reader
+            finally:
+                await reader.aclose()
+
+    async def everything(self, number: int | None = None, last: str | None = None) -> list[Told]:
+        """Follow to the end, and return all messages."""
+        async with self.events(number, last) as events:
+            return [message async for message in events]
+
+    async def until(self, number: int, kind: str) -> Told:
+        """Follow a training until there is a message of this kind."""
+        async with self.events(number) as events:
+            return await first(events, kind)
+
+
+async def first(events: AsyncIterator[Told], kind: str) -> Told:
+    """Return the next message of this kind."""
+    async for message in events:
+        if message["kind"] == kind:
+            return message
+    raise AssertionError(f"the stream ended without {kind}")
+
+
+async def _messages(response: httpx.Response) -> AsyncGenerator[Told, None]:
+    """Read server-sent events; the id of one that has an id is its ``"sse_id"``."""
+    number: str | None = None
+    async for line in response.aiter_lines():
+        field, _, value = line.partition(": ")
+        if field == "id":
+            number = value
+        elif field == "data":
+            yield {**json.loads(value), **({} if number is None else {"sse_id": number})}
+            number = None
+        else:
+            assert field in ("", "retry"), line
+
+
+class _Told(Server):
+    """A server that says when it has started."""
+
+    def tell(self, has_started: anyio.Event) -> None:
+        self._has_started = has_started
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self._has_started.set()
+
+
+@asynccontextmanager
+async def serving(
+    backend: BackendName = "thread", at_once: int | None = None
+) -> AsyncIterator[Service]:
+    """Run the real server in this event loop, and end it as a signal would."""
+    server = _Told(make_server(backend, at_once, port=0, log_level="warning").config)
+    has_started = anyio.Event()
+    server.tell(has_started)
+    serve = asyncio.create_task(server.serve())
+    try:
+        await has_started.wait()
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with _client(port) as client:
+            yield Service(client, server)
+    finally:
+        server.should_exit = True
+        await serve
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Run the service as a program; gives the process and its port."""
+    command = [sys.executable, str(EXAMPLES / "service"), "--port", "0", *arguments]
+    root = str(EXAMPLES.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as program:
+        try:
+            assert program.stdout is not None
+            for line in program.stdout:
+                if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
+                    yield program, int(found[1])
+                    break
+            else:
+                raise AssertionError(f"the service ended with {program.wait()}")
+        finally:
+            if program.poll() is None:
+                program.kill()
+
+
+@asynccontextmanager
+async def client_of(port: int) -> AsyncIterator[Service]:
+    """Talk to a service that runs elsewhere."""
+    async with _client(port) as client:
+        yield Service(client)
+
+
+def _client(port: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=GUARD, trust_env=False)
