@@ -27,6 +27,10 @@ from benchmarks.report import Spread
 Figures = Mapping[str, float]
 
 
+class NotHereError(Exception):
+    """A benchmark cannot be run on this machine; the message says what it lacks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contender:
     """Something that is measured.
