@@ -20,7 +20,7 @@ from benchmarks.harness import NotHereError
 from benchmarks.page import RESULTS, write_page
 from benchmarks.report import Report
 
-BENCHMARKS = ("overhead", "concurrency", "snapshots", "terminal")
+BENCHMARKS = ("overhead", "concurrency", "snapshots", "terminal", "responsiveness", "memory")
 """modules with ``measure(quick)``, in the order in which they are run"""
 
 

@@ -94,6 +94,8 @@ def measure(
                 if number >= warm_ups:
                     measured.rounds.setdefault(name, []).append(figures)
     say("")
+    named = [contender.name for contender in contenders]
+    measured.rounds = {name: measured.rounds[name] for name in named if name in measured.rounds}
     return measured
 
 
