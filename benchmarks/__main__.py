@@ -16,11 +16,11 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.chart import draw
-from benchmarks.harness import NotHereError
+from benchmarks.machine import NotHereError
 from benchmarks.page import RESULTS, write_page
 from benchmarks.report import Report
 
-BENCHMARKS = ("overhead", "concurrency", "snapshots", "terminal", "responsiveness", "memory")
+BENCHMARKS = ("overhead", "concurrency", "snapshots", "terminal", "responsiveness", "memory", "gpu")
 """modules with ``measure(quick)``, in the order in which they are run"""
 
 

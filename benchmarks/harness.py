@@ -27,10 +27,6 @@ from benchmarks.report import Spread
 Figures = Mapping[str, float]
 
 
-class NotHereError(Exception):
-    """A benchmark cannot be run on this machine; the message says what it lacks."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Contender:
     """Something that is measured.
@@ -94,8 +90,6 @@ def measure(
                 if number >= warm_ups:
                     measured.rounds.setdefault(name, []).append(figures)
     say("")
-    named = [contender.name for contender in contenders]
-    measured.rounds = {name: measured.rounds[name] for name in named if name in measured.rounds}
     return measured
 
 

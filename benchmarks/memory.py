@@ -1,12 +1,12 @@
 """What memory a training takes beyond what it trains.
 
-Every figure is of a process of its own. Bytes a value: how much what Python has allocated has grown
-(tracemalloc) after a fit whose steps return numbers, for each number kept; resident is the growth
-of the process. Peak: the most that was ever resident, of a loop written by hand and of fitloop with
-the same batches, which keep loss and right answers of each. Flat: the growth of a process over a
-million batches of nothing with ``track_batch_metrics=False``, since a tenth of them. Kept: what a
-finished trainer holds beside model and optimizer, in sizes of the model; without save_to_disk its
-first and its best weights are kept in memory.
+Every figure is of a process of its own. Bytes a value: how much the process has grown (resident)
+after a fit whose steps return numbers, for each number kept, and what Python has allocated
+(tracemalloc) for one more such fit. Peak: the most that was ever resident, of a loop written by
+hand and of fitloop with the same batches, which keep loss and right answers of each. Flat: the
+growth of a process over a million batches of nothing with ``track_batch_metrics=False``, since a
+tenth of them. Tensors: those that a finished trainer holds, in sizes of the model; without
+save_to_disk its first and its best weights are in memory, each once.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import gc
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import loops
-from benchmarks.harness import Contender, Figures, Measured, NotHereError
+from benchmarks.harness import Contender, Figures, Measured
 from benchmarks.harness import measure as in_turns
-from benchmarks.machine import machine
+from benchmarks.machine import NotHereError, machine
 from benchmarks.report import Column, Report, Row, Table
 from benchmarks.workloads import Timed, make_batches, make_model, make_optimizer
 from fitloop import FitLoop, LoopState
@@ -96,10 +96,20 @@ def fit(trainer: FitLoop, epochs: int, **options: Any) -> None:
     asyncio.run(trainer.fit(epochs, verbose=False, progress=False, **options))
 
 
-def settled() -> tuple[int, int]:
-    """Return the bytes that Python has allocated, and those resident, when garbage is gone."""
-    gc.collect()
-    return tracemalloc.get_traced_memory()[0], resident()
+class Growth:
+    """Bytes by which the process grows while it does something, and then again while traced."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        gc.collect()
+        before = resident()
+        do()
+        gc.collect()
+        self.resident = resident() - before
+        tracemalloc.start()
+        do()
+        gc.collect()
+        self.allocated = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
 
 
 # -- one round each --------------------------------------------------------------------------------
@@ -110,15 +120,14 @@ def values_of(epochs: int, batches: int, *, of_epochs: bool) -> Figures:
     steps = (no_step, ten_values) if of_epochs else (ten_values, no_end)
     trainer = trainer_of(Nothing(batches), *steps)
     fit(trainer, 2, steps=2)
-    tracemalloc.start()
-    before = settled()
-    fit(trainer, epochs)
-    after = settled()
-    tracemalloc.stop()
+    growth = Growth(lambda: fit(trainer, epochs))
     values = len(NAMES) * epochs * (1 if of_epochs else batches)
-    assert values == len(NAMES) * len(trainer.train_metrics["value_0"][1])
-    allocated, grown = (new - old for new, old in zip(after, before, strict=True))
-    return {"values": values, "allocated": allocated / values, "resident": grown / values}
+    assert values == len(trainer.train_metrics["value_0"][1]) * len(NAMES)
+    return {
+        "values": values,
+        "allocated": growth.allocated / values,
+        "resident": growth.resident / values,
+    }
 
 
 def peak(train: Callable[..., object], count: int) -> Figures:
@@ -159,14 +168,31 @@ def flat(step: Any, epochs: int, batches: int) -> Figures:
     }
 
 
+def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
+    """Return the bytes of the memory of tensors, by its address."""
+    found = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of all tensors of this process but those of model and optimizer."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
+    gradients = [each.grad for each in tensors if each.is_leaf]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    own = [*model.parameters(), *(each.grad for each in model.parameters())]
+    own += [value for value in states if isinstance(value, Tensor)]
+    others = storages([*tensors, *gradients]).items() - storages(own).items()
+    return sum(size for _address, size in others)
+
+
 def kept(*, validates: bool, lets_go: bool = False) -> Figures:
-    """Return what is resident beside model and optimizer when a trainer is done."""
+    """Return the memory of tensors that a finished trainer has, in sizes of the model."""
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(10)))
     size = sum(each.nbytes for each in model.parameters())
     optimizer = torch.optim.Adam(model.parameters())
     batches = [(torch.randn(4, 1024), torch.randint(0, 1024, (4,))) for _ in range(3)]
-    loops.bare(model, optimizer, Timed(batches), epochs=1, keep=True)
-    before = settled()[1]
+    before = held(model, optimizer)
     trainer = FitLoop(
         model,
         optimizer,
@@ -179,27 +205,29 @@ def kept(*, validates: bool, lets_go: bool = False) -> Figures:
     fit(trainer, 3)
     if lets_go:
         del trainer
-    return {"kept": (settled()[1] - before) / size}
+    return {"held": (held(model, optimizer) - before) / size}
 
 
 def many_kept(number: int) -> Figures:
-    """Return the bytes for each of many finished trainers of a small model, all told."""
+    """Return the kB for each of many finished trainers of a small model, all told."""
     batches = make_batches("mlp", 4)
     trainers: list[FitLoop] = []
-    before = (0, 0)
-    for place in range(number + 10):
-        if place == 10:
-            tracemalloc.start()
-            before = settled()
-        model = make_model("mlp")
-        optimizer = make_optimizer(model)
-        loss = nn.CrossEntropyLoss()
-        trainers.append(FitLoop(model, optimizer, loss, train_dl=batches, device="cpu"))
-        fit(trainers[-1], 1)
-    after = settled()
-    tracemalloc.stop()
-    allocated, grown = (new - old for new, old in zip(after, before, strict=True))
-    return {"allocated": allocated / number / 1e3, "resident": grown / number / 1e3}
+
+    def train_many(count: int) -> None:
+        for _ in range(count):
+            model = make_model("mlp")
+            optimizer, loss_function = make_optimizer(model), nn.CrossEntropyLoss()
+            trainers.append(
+                FitLoop(model, optimizer, loss_function, train_dl=batches, device="cpu")
+            )
+            fit(trainers[-1], 1)
+
+    train_many(10)
+    growth = Growth(lambda: train_many(number))
+    return {
+        "allocated": growth.allocated / number / 1e3,
+        "resident": growth.resident / number / 1e3,
+    }
 
 
 def imported(modules: str) -> Figures:
@@ -229,9 +257,10 @@ def table(
             name=name,
             figures={each.name: all_of_it.spread(name, each.name) for each in columns
                      if each.name in figures[0]},
-            ours="loop" not in name.replace("fitloop", ""),
+            ours=name != "bare loop" and name != "torch",
         )
-        for name, figures in all_of_it.rounds.items()
+        for name, figures in ((name, all_of_it.rounds.get(name)) for name in runs)
+        if figures
     ]  # fmt: skip
     return Table(title=title, columns=columns, rows=rows), all_of_it.skipped
 
@@ -284,12 +313,14 @@ def measure(quick: bool = False) -> Report:
             1,
         ),
         table(
-            "kept by a finished trainer, a model of 42 MB",
-            [Column(name="kept", unit="models", digits=2)],
+            "tensors of a finished trainer beside model and optimizer, a model of 42 MB with Adam",
+            [Column(name="held", unit="models", digits=2)],
             {
-                "no validation": partial(kept, validates=False),
-                "with validation": partial(kept, validates=True),
-                "with validation, and let go of": partial(kept, validates=True, lets_go=True),
+                "fitloop, no validation": partial(kept, validates=False),
+                "fitloop, with validation": partial(kept, validates=True),
+                "fitloop, with validation, and let go of": partial(
+                    kept, validates=True, lets_go=True
+                ),
             },
             1,
         ),

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.harness import NotHereError, say
+from benchmarks.harness import say
 from benchmarks.heartbeat import percentile
-from benchmarks.machine import machine
+from benchmarks.machine import NotHereError, machine
 from benchmarks.report import Column, Report, Row, Spread, Table
 from benchmarks.workloads import DESCRIBED, Batch, make_batches, make_model, make_optimizer
 from fitloop import FitLoop
