@@ -12,7 +12,7 @@ help:
 	@echo "make demo       train a classifier of digits (examples/digits.py)"
 	@echo "make test       check style and types, run all tests"
 	@echo "make test-fast  run the quick tests only"
-	@echo "make bench      measure what loop, snapshots and progress cost (benchmarks/)"
+	@echo "make bench      measure what fitloop costs and gains (python -m benchmarks)"
 	@echo "make pictures   make the README's pictures anew (docs/pictures.py)"
 	@echo "make clean      remove $(VENV), caches and build output"
 	@echo "PYTHON=... make .venv uses another Python (3.11 or newer)"
@@ -44,10 +44,7 @@ test-fast: .venv
 	$(BIN)/python -m pytest -m "not slow"
 
 bench: .venv
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/snapshots.py
-	$(BIN)/python benchmarks/terminal.py
-	$(BIN)/python benchmarks/concurrency.py
+	$(BIN)/python -m benchmarks
 
 pictures: .venv
 	$(BIN)/python docs/pictures.py

@@ -16,10 +16,11 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.chart import draw
+from benchmarks.machine import NotHereError
 from benchmarks.page import RESULTS, write_page
 from benchmarks.report import Report
 
-BENCHMARKS = ("overhead",)
+BENCHMARKS = ("overhead", "concurrency", "snapshots", "terminal", "responsiveness", "memory", "gpu")
 """modules with ``measure(quick)``, in the order in which they are run"""
 
 
@@ -60,6 +61,9 @@ def main(words: list[str] | None = None) -> int:
     for name in chosen.only:
         try:
             report = import_module(f"benchmarks.{name}").measure(quick=chosen.quick)
+        except NotHereError as reason:
+            print(f"== {name} is left out: {reason}", end="\n\n", flush=True)
+            continue
         except Exception as error:  # the others are still worth having
             failed.append(f"{name}: {type(error).__name__}: {error}")
             continue

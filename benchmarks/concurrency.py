@@ -1,85 +1,82 @@
-"""Several trainings at once against one after the other, in one process and in one run.
+"""Several trainings at once through a `Runner`, against the same ones after one another.
 
-    python benchmarks/concurrency.py [--rounds 5] [--json FILE]
-
-Each figure is a speed-up: the time of the trainings one after the other, divided by the time of the
-same trainings at once through a `Runner`; the median of the rounds, in which both take turns. All
-with one intra-op thread a trainer.
-
-- cnn: two CNNs whose steps release the interpreter's lock, two at a time.
-- cnn, seeded with dropout: the same, with randomness of their own to be drawn from.
-- waiting loaders: eight trainers whose loaders wait 5 ms a batch for something outside.
-- small: two models whose steps are mostly Python's own work.
-- fairness: how much later the last of equal trainings ends than the first.
+Speed-up: the time of the trainings one after the other, in this process, divided by their time at
+once; both in turns in one process, one intra-op thread a trainer. Two CNNs mostly wait for
+operations that release the interpreter's lock; two small models for Python's own work; the loaders
+that wait give a batch every 5 ms. In processes: the workers have been started and had a job each;
+what the start takes, until both have ended a job of one batch, is told beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import statistics
+import itertools
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from benchmarks.harness import Contender, Figures, Measured
+from benchmarks.harness import measure as in_turns
 from benchmarks.machine import machine
+from benchmarks.report import Column, Report, Row, Spread, Table
+from benchmarks.workloads import Batch, Kind, make_batches, make_model, make_optimizer
 from fitloop import FitLoop, Runner
 
 Make = Callable[[], FitLoop]
-Batch = tuple[torch.Tensor, torch.Tensor]
+EPOCHS = 2
+_turn = itertools.count()
+"""of this process: who goes first changes from round to round"""
 
 
-def cnn(*, seed: int | None = None, dropout: float = 0.0, batches: int = 60) -> FitLoop:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Dropout(dropout),
-        nn.Flatten(),
-        nn.Linear(32 * 16 * 16, 10),
-    )
-    data = [(torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,)))] * batches
-    return made(model, data, seed)
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Trainings that are run at once and one after the other."""
+
+    name: str
+    make: Make
+    number: int = 2
+    in_processes: bool = False
+    aim: float | None = None
+    """the speed-up that is wanted on two cores"""
+    is_brief: bool = True
+    """it is measured with ``--quick``, too"""
 
 
-def small(*, batches: int = 2000) -> FitLoop:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10))
-    data = [(torch.randn(16, 16), torch.randint(0, 10, (16,)))] * batches
-    return made(model, data, None)
+# -- trainings -------------------------------------------------------------------------------------
+
+
+def network(kind: Kind, batches: int, *, seed: int | None = None, dropout: float = 0) -> FitLoop:
+    model = make_model(kind)
+    if dropout:
+        layers = list(model.children())
+        model = nn.Sequential(*layers[:-1], nn.Dropout(dropout), layers[-1])
+    return made(model, make_batches(kind, batches), seed)
 
 
 class Waiting:
     """Batches that something outside takes 5 ms to give."""
 
     def __init__(self, batches: int) -> None:
-        self._batch = (torch.randn(16, 16), torch.randint(0, 10, (16,)))
-        self._batches = batches
+        self._batches = make_batches("mlp", batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for _ in range(self._batches):
+        for batch in self._batches:
             time.sleep(0.005)
-            yield self._batch
+            yield batch
 
 
-def waiting() -> FitLoop:
-    torch.manual_seed(0)
-    return made(nn.Linear(16, 10), Waiting(150), None)
+def waiting(batches: int) -> FitLoop:
+    return made(make_model("mlp"), Waiting(batches), None)
 
 
 def made(model: nn.Module, data: Any, seed: int | None) -> FitLoop:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     return FitLoop(
         model,
-        optimizer,
+        make_optimizer(model),
         nn.CrossEntropyLoss(),
         train_dl=data,
         seed=seed,
@@ -88,73 +85,133 @@ def made(model: nn.Module, data: Any, seed: int | None) -> FitLoop:
     )
 
 
-async def run(make: Make, number: int, at_once: int) -> tuple[float, list[float]]:
-    """Return the seconds that the trainings took, and when each ended."""
-    trainers = [make() for _ in range(number)]
+# -- one round -------------------------------------------------------------------------------------
+
+
+async def wave(runner: Runner, make: Make, names: Sequence[str], **options: Any) -> list[float]:
+    """Hand trainings in, and return after how many seconds each had ended, in that order."""
     began = time.perf_counter()
     ends: list[float] = []
+
+    async def wait_for(name: str) -> None:
+        job = runner.submit(make, name=name, verbose=False, progress=False, **options)
+        outcome = await job.outcome()
+        ends.append(time.perf_counter() - began)
+        if outcome.error is not None:
+            raise outcome.error
+
+    await asyncio.gather(*map(wait_for, names))
+    return ends
+
+
+async def in_threads(make: Make, number: int, at_once: int, **options: Any) -> list[float]:
+    """Return after how many seconds each ended."""
+    names = [f"{place}" for place in range(number)]
+    ends: list[float] = []
     async with Runner(at_once) as runner:
-        for place, trainer in enumerate(trainers):
-            runner.submit(trainer, name=f"{place}", epochs=2, verbose=False)
-        async for outcome in runner.as_completed():
-            if outcome.error is not None:
-                raise outcome.error
-            ends.append(time.perf_counter() - began)
-    return time.perf_counter() - began, ends
+        ends = await wave(runner, make, names, **{"epochs": EPOCHS, **options})
+    return ends
 
 
-async def compare(make: Make, number: int, rounds: int) -> dict[str, Any]:
-    ratios: list[float] = []
-    spread: list[float] = []
-    for turn in range(rounds + 1):
-        one, at_once, ends = 0.0, 0.0, [0.0]
-        for together in (True, False) if turn % 2 else (False, True):
-            if together:
-                at_once, ends = await run(make, number, number)
-            else:
-                one, _ends = await run(make, number, 1)
-        if turn:  # the first warms up
-            ratios.append(one / at_once)
-            spread.append(ends[-1] / ends[0] - 1)
-    return {
-        "speed_up": statistics.median(ratios),
-        "range": (min(ratios), max(ratios)),
-        "last_after_first": statistics.median(spread),
-    }
+async def in_processes(make: Make, number: int) -> tuple[list[float], float]:
+    """Return when each ended, and the seconds that starting the workers took before."""
+    names = [f"{place}" for place in range(number)]
+    start, ends = [0.0], [0.0]
+    async with Runner(number, backend="process") as runner:
+        start = await wave(runner, make, [f"first {name}" for name in names], steps=1)
+        ends = await wave(runner, make, names, epochs=EPOCHS)
+    return ends, max(start)
 
 
-CONTENDERS: dict[str, tuple[Make, int]] = {
-    "two cnn": (cnn, 2),
-    "two cnn, seeded": (lambda: cnn(seed=0), 2),
-    "two cnn, seeded, dropout": (lambda: cnn(seed=0, dropout=0.2), 2),
-    "eight with waiting loaders": (waiting, 8),
-    "two small": (small, 2),
-}
+def lateness(ends: Sequence[float]) -> float:
+    """Return how much later the last ended than the first, in percent of the first."""
+    return (max(ends) / min(ends) - 1) * 100
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each contender")
-    parser.add_argument("--only", choices=list(CONTENDERS), help="one of them")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    figures: dict[str, Any] = {}
-    print(f"{'':28}{'speed-up':>9}   (least to most)   last ends after first by")
-    for name, (make, number) in CONTENDERS.items():
-        if arguments.only not in (None, name):
-            continue
-        found = figures[name] = asyncio.run(compare(make, number, arguments.rounds))
-        low, high = found["range"]
-        print(
-            f"{name:28}{found['speed_up']:8.2f}x   ({low:.2f} to {high:.2f})"
-            f"{found['last_after_first']:15.0%}"
+@cache
+def warm_up(make: Make) -> None:
+    """Train two at once for a moment, once in a process, so that torch and Python are ready."""
+    asyncio.run(in_threads(make, 2, 2, steps=3))
+
+
+def compare(pair: Pair) -> Figures:
+    """Run the trainings at once and one after the other, in an order that changes."""
+    warm_up(pair.make)
+    ends, figures = [0.0], {}
+    for together in (True, False) if next(_turn) % 2 else (False, True):
+        if not together:
+            figures["one after the other"] = max(asyncio.run(in_threads(pair.make, pair.number, 1)))
+        elif pair.in_processes:
+            ends, figures["start"] = asyncio.run(in_processes(pair.make, pair.number))
+        else:
+            ends = asyncio.run(in_threads(pair.make, pair.number, pair.number))
+    figures["at once"] = max(ends)
+    figures["speed-up"] = figures["one after the other"] / max(ends)
+    figures["last later"] = lateness(ends)
+    return figures
+
+
+# -- all of them -----------------------------------------------------------------------------------
+
+
+def pairs(quick: bool) -> list[Pair]:
+    cnn = partial(network, "cnn", 15 if quick else 60)
+    small = partial(network, "mlp", 300 if quick else 2000)
+    waits = partial(waiting, 40 if quick else 150)
+    return [
+        Pair(name="two CNNs", make=cnn, aim=1.8),
+        Pair(name="two CNNs, seeded", make=partial(cnn, seed=0), is_brief=False),
+        Pair(
+            name="two CNNs, seeded, dropout",
+            make=partial(cnn, seed=0, dropout=0.2),
+            is_brief=False,
+        ),
+        Pair(name="two CNNs, in processes", make=cnn, in_processes=True),
+        Pair(name="four CNNs", make=cnn, number=4, is_brief=False),
+        Pair(name="eight with waiting loaders", make=waits, number=8, aim=7),
+        Pair(name="two small", make=small, aim=0.95),
+        Pair(name="two small, seeded", make=partial(small, seed=0), is_brief=False),
+        Pair(name="two small, in processes", make=small, in_processes=True, aim=1.5),
+        Pair(name="four small", make=small, number=4),
+    ]
+
+
+COLUMNS = [
+    Column(name="one after the other", unit="s", digits=2),
+    Column(name="at once", unit="s", digits=2),
+    Column(name="speed-up", unit="x", digits=2, better="more"),
+    Column(name="aim", unit="x on two cores", digits=2, better=""),
+    Column(name="last later", unit="%"),
+    Column(name="start", unit="s"),
+]
+
+
+def row(pair: Pair, measured: Measured) -> Row:
+    figures = {name: measured.spread(pair.name, name) for name in measured.rounds[pair.name][0]}
+    if pair.aim is not None:
+        figures["aim"] = Spread.of([pair.aim])
+    return Row(name=pair.name, figures=figures, ours=True)
+
+
+def measure(quick: bool = False) -> Report:
+    chosen = [pair for pair in pairs(quick) if pair.is_brief or not quick]
+    contenders = [
+        Contender(
+            name=pair.name,
+            run=partial(compare, pair),
+            needs=("cloudpickle",) if pair.in_processes else (),
         )
-    figures["machine"] = machine()
-    print(", ".join(f"{key} {value}" for key, value in figures["machine"].items()))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        for pair in chosen
+    ]
+    measured = in_turns(contenders, 1 if quick else 5, warm_ups=0)
+    rows = [row(pair, measured) for pair in chosen if pair.name in measured.rounds]
+    notes = ["last later: how much later the last of equal trainings ends; at most 10% are wanted."]
+    title = "at once against one after the other"
+    return Report(
+        name="concurrency",
+        question="what is gained by training at once?",
+        method=" ".join((__doc__ or "").split("\n\n", 1)[1].split()),
+        tables=[Table(title=title, columns=COLUMNS, rows=rows, chart="speed-up", notes=notes)],
+        machine=machine("cloudpickle"),
+        skipped=measured.skipped,
+    )

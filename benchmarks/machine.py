@@ -12,6 +12,10 @@ from typing import Any
 import torch
 
 
+class NotHereError(Exception):
+    """A benchmark cannot be run on this machine; the message says what it lacks."""
+
+
 def machine(*packages: str, threads: int = 1) -> dict[str, Any]:
     """Return processor, cores, versions and settings; of ``packages`` those that are installed.
 

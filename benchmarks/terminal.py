@@ -1,71 +1,71 @@
 """What progress on a terminal costs a training, and how soon a key shows at the question.
 
-    python benchmarks/terminal.py [--rounds 15] [--json FILE]
-
-A program runs in a pseudo-terminal that this one reads as a terminal would. Cost: the same small
-batches (about 200 us each) are trained with progress shown and not shown, in turns, in one process;
-the figure is the median of the ratios of neighbours. Keys: two trainers train while a third asks
-whether to go on; a key is pressed, and the time taken until the terminal is told to show it.
+A program runs in a pseudo-terminal that the benchmark reads as a terminal would. Cost: the same
+small batches are trained with progress shown and not shown, in turns, in that program; a fit ends
+with its lines drawn. Keys: two trainers train while a third asks whether to go on; a key is
+pressed, and the time is taken until the terminal is told to show it.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
-import pty
 import select
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.machine import machine
+from benchmarks.harness import say
+from benchmarks.heartbeat import percentile
+from benchmarks.machine import NotHereError, machine
+from benchmarks.report import Column, Report, Row, Spread, Table
+from benchmarks.workloads import DESCRIBED, Batch, make_batches, make_model, make_optimizer
 from fitloop import FitLoop
 
-KEYS = 60
-BATCHES = 10_000
+ROOT = Path(__file__).parents[1]
+SILENT, SHOWN = "progress=False", "fitloop, progress shown"
+Seconds = dict[str, list[float]]
 
 
-def make_trainer(batches: list[Any], name: str | None = None) -> FitLoop:
-    model, optimizer = make_model()
+def make_trainer(batches: list[Batch], name: str | None = None) -> FitLoop:
+    model = make_model("mlp")
     return FitLoop(
-        model, optimizer, nn.CrossEntropyLoss(), train_dl=batches, name=name, device="cpu"
+        model,
+        make_optimizer(model),
+        nn.CrossEntropyLoss(),
+        train_dl=batches,
+        name=name,
+        device="cpu",
     )
 
 
 # -- in the terminal -------------------------------------------------------------------------------
 
 
-async def compare(rounds: int) -> dict[str, Any]:
-    """Train with and without progress, in turns."""
-    batches = make_batches(BATCHES)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+async def compare(rounds: int, count: int) -> Seconds:
+    """Train with and without progress, in turns; the first round warms up."""
+    batches = make_batches("mlp", count)
+    seconds: Seconds = {SILENT: [], SHOWN: []}
     for turn in range(rounds + 1):
-        for shown in (True, False) if turn % 2 else (False, True):
+        for name in (SILENT, SHOWN) if turn % 2 else (SHOWN, SILENT):
             trainer = make_trainer(batches)
             began = time.perf_counter()
-            await trainer.fit(1, progress=shown)
-            seconds[shown].append(time.perf_counter() - began)
-    pairs = [a / b for a, b in zip(seconds[True][1:], seconds[False][1:], strict=True)]
-    return {
-        "us_per_batch": statistics.median(seconds[False][1:]) / BATCHES * 1e6,
-        "ratio": statistics.median(pairs),
-        "ratio_range": (min(pairs), max(pairs)),
-    }
+            await trainer.fit(1, progress=name == SHOWN)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 async def ask_beside() -> None:
     """Ask on the terminal while two others train."""
-    batches = make_batches(BATCHES)
+    batches = make_batches("mlp", 10_000)
     others = [make_trainer(batches, f"other {number}") for number in (1, 2)]
     training = [asyncio.create_task(other.fit(1000)) for other in others]
     await make_trainer(batches[:10], "asks").fit(2, continue_loop=1)
@@ -74,109 +74,161 @@ async def ask_beside() -> None:
     await asyncio.gather(*training)
 
 
+def play(words: list[str]) -> None:
+    """Be the program in the terminal."""
+    torch.set_num_threads(1)
+    if words[0] == "ask":
+        asyncio.run(ask_beside())
+    else:
+        rounds, count, out = words[1:]
+        Path(out).write_text(json.dumps(asyncio.run(compare(int(rounds), int(count)))))
+
+
 # -- before the terminal ---------------------------------------------------------------------------
 
 
 @contextmanager
-def in_terminal(*arguments: str) -> Iterator[int]:
-    """Run this file in a pseudo-terminal, and give the descriptor of its other side."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ["TERM"] = "xterm-256color"
-        os.environ.pop("CI", None)
-        os.execv(sys.executable, [sys.executable, __file__, *arguments])
+def in_terminal(*words: str) -> Iterator[int]:
+    """Run this module in a pseudo-terminal, and give the descriptor of its other side."""
+    import pty  # which not every system has
+
+    terminal, inside = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if key != "CI"}
+    program = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.terminal", *words],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        cwd=ROOT,
+        env={**environment, "TERM": "xterm-256color"},
+        start_new_session=True,
+    )
+    os.close(inside)
     try:
         yield terminal
     finally:
+        program.terminate()
         os.close(terminal)
-        os.waitpid(pid, 0)
+        program.wait()
 
 
 def read(terminal: int, seconds: float = 60.0) -> bytes:
-    """Return what was written, or nothing at the end."""
+    """Return what was written; nothing when nothing came in time.
+
+    Raises:
+        EOFError: the program has ended.
+    """
     ready, _, _ = select.select([terminal], [], [], seconds)
-    try:
-        return os.read(terminal, 65536) if ready else b""
-    except OSError:  # the other side is gone
+    if not ready:
         return b""
+    with suppress(OSError):  # which Linux gives at the end
+        if found := os.read(terminal, 65536):
+            return found
+    raise EOFError("the program in the terminal has ended")
 
 
-def cost(rounds: int) -> dict[str, Any]:
+def read_all(terminal: int) -> None:
+    """Read until the program has ended."""
+    with suppress(EOFError):
+        while True:
+            read(terminal)
+
+
+def progress_times(rounds: int, count: int) -> Seconds:
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory, "figures.json")
-        with in_terminal(
-            "--child", "cost", "--rounds", str(rounds), "--json", str(out)
-        ) as terminal:
-            while read(terminal):
-                pass
-        figures: dict[str, Any] = json.loads(out.read_text())
-    return figures
+        out = Path(directory, "seconds.json")
+        with in_terminal("compare", f"{rounds}", f"{count}", str(out)) as terminal:
+            read_all(terminal)
+        seconds: Seconds = json.loads(out.read_text())
+    return seconds
 
 
-def key_times() -> dict[str, Any]:
-    """Press a key and wait until it is shown, again and again; seconds."""
+def key_times(keys: int) -> list[float]:
+    """Press a key and wait until it is shown, so many times; return the seconds of each."""
     times: list[float] = []
-    with in_terminal("--child", "ask") as terminal:
+    with in_terminal("ask") as terminal:
         seen = b""
         while b"continue loop" not in seen:
             seen = seen[-100:] + read(terminal)
-        for number in range(KEYS):
+        for number in range(keys):
             until = time.perf_counter() + 0.05  # let some drawings pass
             while (left := until - time.perf_counter()) > 0:
                 read(terminal, left)
-            key = "xyz"[number % 3].encode()
-            began = time.perf_counter()
-            os.write(terminal, key)
-            seen = b""
-            while b": " + key not in seen:
-                seen += read(terminal)
-            times.append(time.perf_counter() - began)
-            os.write(terminal, b"\x7f")
-            while b": " + key in seen[-200:]:
-                seen = read(terminal)
+            times.append(press(terminal, "xyz"[number % 3].encode()))
         os.write(terminal, b"n\r")
-        while read(terminal):
-            pass
-    times.sort()
-    return {
-        "p50_ms": times[len(times) // 2] * 1e3,
-        "p95_ms": times[int(len(times) * 0.95)] * 1e3,
-        "max_ms": times[-1] * 1e3,
-        "keys": len(times),
+        read_all(terminal)
+    return times
+
+
+def press(terminal: int, key: bytes) -> float:
+    """Type a key and take it back; return the seconds until it was shown."""
+    began = time.perf_counter()
+    os.write(terminal, key)
+    seen = b""
+    while b": " + key not in seen:
+        seen += read(terminal)
+    took = time.perf_counter() - began
+    os.write(terminal, b"\x7f")
+    while b": " + key in seen[-200:]:
+        seen = read(terminal)
+    return took
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def progress_table(seconds: Seconds, count: int) -> Table:
+    pairs = zip(seconds[SHOWN], seconds[SILENT], strict=True)
+    times = {
+        name: Spread.of([each / count * 1e6 for each in them]) for name, them in seconds.items()
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=15, help="pairs of runs")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
-    parser.add_argument("--child", choices=["cost", "ask"], help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.child == "cost":
-        arguments.json.write_text(json.dumps(asyncio.run(compare(arguments.rounds))))
-    elif arguments.child == "ask":
-        asyncio.run(ask_beside())
-    else:
-        figures = {"cost": cost(arguments.rounds), "keys": key_times(), "machine": machine()}
-        show(figures)
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def show(figures: dict[str, Any]) -> None:
-    spent, keys = figures["cost"], figures["keys"]
-    low, high = spent["ratio_range"]
-    print(
-        f"progress shown: {spent['ratio']:.3f}x the time of progress=False, for batches of "
-        f"{spent['us_per_batch']:.0f} us   (pairs {low:.3f} to {high:.3f})"
+    return Table(
+        title=f"progress on a terminal; {DESCRIBED['mlp']}",
+        columns=[Column(name="time", unit="us a batch"), Column(name="ratio", unit="", digits=3)],
+        rows=[
+            Row(name=SILENT, figures={"time": times[SILENT]}),
+            Row(
+                name=SHOWN,
+                figures={
+                    "time": times[SHOWN],
+                    "ratio": Spread.of([shown / silent for shown, silent in pairs]),
+                },
+                ours=True,
+            ),
+        ],
     )
-    print(
-        f"a key at the question beside two trainings is shown after p50 {keys['p50_ms']:.1f} ms, "
-        f"p95 {keys['p95_ms']:.1f} ms, max {keys['max_ms']:.1f} ms ({keys['keys']} keys)"
+
+
+def key_table(rounds: list[list[float]]) -> Table:
+    told = {"p50": 50, "p95": 95, "max": 100}
+    figures = {
+        name: Spread.of([percentile(times, percent) * 1e3 for times in rounds])
+        for name, percent in told.items()
+    }
+    return Table(
+        title=f"{len(rounds[0])} keys at the question, two trainers beside it",
+        columns=[Column(name=name, unit="ms") for name in figures],
+        rows=[Row(name="fitloop, until a key is shown", figures=figures, ours=True)],
     )
-    print(", ".join(f"{key} {value}" for key, value in figures["machine"].items()))
+
+
+def measure(quick: bool = False) -> Report:
+    if sys.platform == "win32":
+        raise NotHereError("there are no pseudo-terminals on Windows")
+    count = 1000 if quick else 10_000
+    say("progress shown and not shown")
+    progress = progress_table(progress_times(3 if quick else 15, count), count)
+    say("keys at the question")
+    keys = key_table([key_times(10 if quick else 60) for _ in range(1 if quick else 3)])
+    say("")
+    return Report(
+        name="terminal",
+        question="what does it cost that a person sees and is asked something?",
+        method=" ".join((__doc__ or "").split("\n\n", 1)[1].split()),
+        tables=[progress, keys],
+        machine=machine("prompt_toolkit"),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    play(sys.argv[1:])
