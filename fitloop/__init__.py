@@ -3,6 +3,8 @@
 `FitLoop` is the trainer, `SyncFitLoop` its blocking twin for plain scripts.
 """
 
+from fitloop._bench import benchmark
+from fitloop._bench_report import BenchReport
 from fitloop._checkpoint import Checkpoint
 from fitloop._comparison import compare_metrics
 from fitloop._errors import (
@@ -64,6 +66,7 @@ from fitloop._types import Phase, Stage, StopReason
 
 __all__ = [
     "BatchProgress",
+    "BenchReport",
     "BestImproved",
     "BusyError",
     "Checkpoint",
@@ -112,6 +115,7 @@ __all__ = [
     "WentBack",
     "WorkerDiedError",
     "WorkerDiedWarning",
+    "benchmark",
     "compare_metrics",
     "configure_optimizer",
     "default_batch_step",

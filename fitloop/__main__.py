@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fitloop._bench_command import add_bench
 from fitloop._errors import FitLoopError
 from fitloop._export import add_export
 from fitloop._inspect import add_inspect
@@ -21,6 +22,7 @@ examples:
   fitloop watch runs                               follow all runs in runs/ as they train
   fitloop plot runs accuracy -o accuracy.png       compare them
   fitloop inspect runs/a                           the last metrics of one
+  fitloop bench train.py:make_trainer              what its loop and its loader cost
   fitloop export snapshot-000012.msgpack model.safetensors
 
 `fitloop COMMAND --help` tells all about a command."""
@@ -50,14 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fitloop",
-        description="Follow and compare what fitloop trains, look into the files it writes, and\n"
-        "take weights out of them.",
+        description="Follow, compare and time what fitloop trains, look into the files it writes,\n"
+        "and take weights out of them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (add_watch, add_plot, add_inspect, add_export):
+    for add in (add_watch, add_plot, add_bench, add_inspect, add_export):
         add(commands)
     return parser
 

@@ -170,6 +170,11 @@ class AdaptiveSource:
         """See `Source`."""
         return None if self._source is None else self._source.drawn
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the last batches came ahead of the steps."""
+        return self._source is not None
+
     def close(self) -> list[Any]:
         """See `Source`."""
         ahead = [] if self._source is None else self._source.close()

@@ -99,24 +99,33 @@ async def build(spec: JobSpec) -> FitLoop:
     A plain factory is called in a thread, no two at once, and no trainer draws meanwhile: what it
     seeds and draws is what it would be alone. That ends when it begins a run of its own.
     """
-    made: Any = spec.target
-    if not isinstance(made, FitLoop | SyncFitLoop):
-        if iscoroutinefunction(made):
-            made = await made(*spec.args)
-        else:
-            factory, control = made, RunControl()
+    return as_trainer(await made_by(spec.target, spec.args, spec.name), f"job {spec.name!r}")
 
-            def call() -> Any:
-                with process_alone(control):
-                    return factory(*spec.args)
 
-            made = await aside(spec.name, call, control)
-            if isawaitable(made):
-                made = await made
+async def made_by(target: Any, args: tuple[Any, ...], name: str) -> Any:
+    """Return a trainer that is given as such, or what the factory makes of ``args``."""
+    if isinstance(target, FitLoop | SyncFitLoop):
+        return target
+    if iscoroutinefunction(target):
+        return await target(*args)
+    control = RunControl()
+
+    def call() -> Any:
+        with process_alone(control):
+            return target(*args)
+
+    made = await aside(name, call, control)
+    return await made if isawaitable(made) else made
+
+
+def as_trainer(made: Any, label: str) -> FitLoop:
+    """Return the trainer that a factory made, the one for event loops of a blocking one.
+
+    Raises:
+        ConfigurationError: it made something else.
+    """
     if isinstance(made, SyncFitLoop):
         made = made.loop
     if not isinstance(made, FitLoop):
-        raise ConfigurationError(
-            f"job {spec.name!r}: the factory returned {made!r:.80}; expected a FitLoop"
-        )
+        raise ConfigurationError(f"{label}: the factory returned {made!r:.80}; expected a FitLoop")
     return made

@@ -39,11 +39,14 @@ async def launch(
     trainer: Any,
     plan: RunPlan,
     callbacks: Sequence[Callback] = (),
+    *,
+    make: Callable[..., Run] = Run,
     **options: Any,
 ) -> Any:
     """Run ``plan`` on a thread of its own and return its `FitResult`.
 
-    ``options`` are those of `RunOptions`. Raises `BusyError` at once, and what `supervise` raises.
+    ``make`` makes the run; ``options`` are those of `RunOptions`. Raises `BusyError`
+    at once, and what `supervise` raises.
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # or a thread would be started for nothing
     give_way()
@@ -61,7 +64,7 @@ async def launch(
             control = RunControl()
             side = LoopSide(control)
             settings = RunOptions(num_threads=threads, **options)
-            run = Run(core, trainer, plan, settings, control, side)
+            run = make(core, trainer, plan, settings, control, side)
             core.control = control
             try:
                 return await supervise(

@@ -63,7 +63,7 @@ def check_loader(name: str, loader: object) -> None:
     Raises:
         ConfigurationError: ``loader`` is neither iterable nor a function that makes one.
     """
-    if isinstance(loader, (str, bytes)) or not (_is_iterable(loader) or callable(loader)):
+    if isinstance(loader, (str, bytes)) or not (is_iterable(loader) or callable(loader)):
         raise ConfigurationError(
             f"{name} is {loader!r}; expected a DataLoader, a list of batches, any other iterable "
             "or async iterable of batches, or a function that returns one"
@@ -333,7 +333,7 @@ class Loaders:
                 one_shot.record()
                 self._rehearsed.append(one_shot)
             return one_shot
-        iterable = loader if _is_iterable(loader) else loader()
+        iterable = loader if is_iterable(loader) else loader()
         if self._rehearsed is None:
             return iterable
         for generator in generators_of(iterable):
@@ -364,7 +364,8 @@ class Loaders:
             generator.set_state(state)
 
 
-def _is_iterable(loader: object) -> bool:
+def is_iterable(loader: object) -> bool:
+    """Return whether a loader gives batches itself, and is no function that makes one."""
     if isinstance(loader, type):  # its instances may be; it is a function that makes one
         return False
     return any(hasattr(loader, method) for method in ("__iter__", "__aiter__", "__getitem__"))

@@ -17,6 +17,7 @@ import torch
 
 from fitloop._events import Event, PhaseEnded
 from fitloop._tables import Table, html_block
+from fitloop._text import brief
 from fitloop._types import Phase
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -182,10 +183,10 @@ class ProfileReport:
     def _table(self) -> Table:
         rows = []
         for name, profile in self.phases.items():
-            parts = [_time(profile.parts[part]) for part in PARTS]
+            parts = [brief(profile.parts[part]) for part in PARTS]
             each = profile.seconds / profile.batches if profile.batches else 0.0
             starved = f"{profile.starved:.0%}"
-            rows.append([name, _time(profile.seconds), *parts, starved, _time(each)])
+            rows.append([name, brief(profile.seconds), *parts, starved, brief(each)])
         return Table(("phase", "total", *PARTS, "starved", "per batch"), rows)
 
     def __repr__(self) -> str:
@@ -217,11 +218,3 @@ class ProfileReport:
         target = Path(path)
         target.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
         return target
-
-
-def _time(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    if seconds >= 1e-3:
-        return f"{seconds * 1e3:.1f} ms"
-    return f"{seconds * 1e6:.0f} us"

@@ -75,6 +75,7 @@ class Run:
         self._log = EpochMetricsLog()
         self._tracker: BestTracker | None = None
         self._engine: Engine | None = None
+        self._around: Surroundings | None = None
         self._turn: Turn | None = None
         self._forget_turn: Callable[[], None] = lambda: None
         self._capture: TrainingCapture | None = None
@@ -116,7 +117,7 @@ class Run:
         part = self._slice = Slice(self._at_rest, lambda: self._control.halted)
         self._forget_slice = self._control.on_halt(part.wake)
         core.hub.observers(self._observers(part))
-        around = Surroundings(
+        around = self._around = Surroundings(
             parts=core.parts,
             control=self._control,
             side=self._side,
@@ -170,8 +171,13 @@ class Run:
         except (Cancelled, Abandoned):
             raise
         except BaseException as error:
-            note(error, f"in trainer {self._core.parts.name!r}: {engine.position()}")
+            note(error, f"in trainer {self._core.parts.name!r}: {self._position()}")
             raise
+
+    def _position(self) -> str:
+        """Return where the run is, for the note on an exception."""
+        assert self._engine is not None
+        return self._engine.position()
 
     def _streams(self) -> Streams | None:
         """Return the randomness of this run; None for the process's own."""
@@ -294,7 +300,7 @@ class Run:
             self._slice.close()
             self._forget_slice()
         # These refer back to this run, and all of them to the model.
-        self._engine = self._questions = self._slice = None
+        self._engine = self._around = self._questions = self._slice = None
         self._forget_slice = lambda: None
         try:
             if error is not None:

@@ -25,6 +25,15 @@ def duration(seconds: float) -> str:
     return f"{rest} ms"
 
 
+def brief(seconds: float) -> str:
+    """Return a time in the unit that suits it: ``45 us``, ``7.4 ms``, ``1.25 s``."""
+    if abs(seconds) >= 1:
+        return f"{seconds:.2f} s"
+    if abs(seconds) >= 1e-3:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds * 1e6:.0f} us"
+
+
 def printable(text: str) -> str:
     """Return text without what a terminal would obey, in one line."""
     if text.isprintable():

@@ -33,6 +33,7 @@ LAYERS: list[list[str]] = [
         "_kernel",
         "_share",
         "_python_state",
+        "_machine",
     ],
     # bytes, files, and tensors in them
     ["_layout", "_layout_writing", "_durable", "_tensorfile", "_tree", "_staging"],
@@ -59,6 +60,7 @@ LAYERS: list[list[str]] = [
     # observers of a run, which know nothing of each other
     ["_best"],
     ["_status", "_notebook", "_progress", "_prompt", "_profile", "_curves", "_plot"],
+    ["_bench_figures", "_bench_advice", "_bench_report", "_bench_size"],
     ["_comparison", "_screens", "_liveplot"],
     ["_result"],
     # from a loader to batches
@@ -70,6 +72,7 @@ LAYERS: list[list[str]] = [
     ["_training", "_run_state", "_snapshot", "_archive", "_checkpoint"],
     # a run of it
     ["_plan", "_engine", "_runlog", "_persistence", "_return_point", "_asking", "_run", "_launch"],
+    ["_bench_passes", "_bench_reading", "_bench_bare", "_bench_run"],
     # what users hold
     ["_view", "_trainer", "_keeping", "_fitloop", "_sync"],
     # many of them
@@ -84,8 +87,9 @@ LAYERS: list[list[str]] = [
         "_process_backend",
         "_runner",
     ],
+    ["_bench"],
     # what is typed into a shell
-    ["_command", "_inspect", "_export", "_watch", "_picture"],
+    ["_command", "_inspect", "_export", "_watch", "_picture", "_bench_command"],
 ]
 
 LATE_IMPORTS = {("_metrics", "_plot"), ("_picture", "_plot")}

@@ -82,11 +82,11 @@ def test_command_when_none_is_given_then_all_are_named_and_the_status_is_2(capsy
     assert main([]) == 2
     printed, said = capsys.readouterr()
     assert printed == ""
-    for command in ("watch", "plot", "inspect", "export"):
+    for command in ("watch", "plot", "bench", "inspect", "export"):
         assert f"\n    {command} " in said
 
 
-@pytest.mark.parametrize("command", ["watch", "plot", "inspect", "export"])
+@pytest.mark.parametrize("command", ["watch", "plot", "bench", "inspect", "export"])
 def test_help_when_asked_for_then_explains_with_examples(capsys: Out, command: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from support.clocks import Clock
 from support.models import batches, blobs, loader, trainer
 
 import fitloop._fitloop as facade
@@ -20,19 +21,6 @@ from fitloop._types import Phase
 ONE_LOOP = pytest.mark.parametrize(
     "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True
 )
-
-
-class Clock:
-    """Time that passes only when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def spend(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def profiled(
