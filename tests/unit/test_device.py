@@ -93,7 +93,7 @@ def test_place_when_nothing_changes_then_nothing_is_copied() -> None:
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
-def test_place_when_batches_need_nothing_then_a_list_can_still_be_changed(kind: type) -> None:
+def test_place_when_batches_need_nothing_then_a_list_can_still_be_changed(kind: Any) -> None:
     placement = Placement(torch.device("cpu"), torch.float32)
     batch = kind([torch.ones(2), torch.zeros(2, dtype=torch.long)])
     for _ in range(3):  # the first time, what is right is still to be found out

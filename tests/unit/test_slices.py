@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -124,7 +125,7 @@ def test_slice_when_several_wait_then_patience_is_with_each_holder_anew() -> Non
         threads.append(threading.Thread(target=run.batches, args=(FEWEST, 0.0003)))
         threads[-1].start()
         with slices.changed:
-            assert slices.changed.wait_for(lambda run=run: run.part in slices.line, SOON)
+            assert slices.changed.wait_for(partial(slices.line.__contains__, run.part), SOON)
     now = 0.09
     one.part.close()
     threads[0].join(SOON)
