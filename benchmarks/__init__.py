@@ -3,3 +3,6 @@
 ``python -m benchmarks`` runs them. `harness` has contenders take turns, `report` is what they give
 back; each other module is one benchmark and has ``measure(quick) -> Report``.
 """
+
+BENCHMARKS = ("overhead", "overlap")
+"""modules with ``measure(quick)``, in the order in which they are run and told"""

@@ -15,12 +15,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from benchmarks import BENCHMARKS
 from benchmarks.chart import draw
 from benchmarks.page import RESULTS, write_page
 from benchmarks.report import Report
-
-BENCHMARKS = ("overhead",)
-"""modules with ``measure(quick)``, in the order in which they are run"""
 
 
 def main(words: list[str] | None = None) -> int:
