@@ -14,7 +14,7 @@ from benchmarks.report import Column, Report, Row, Table
 
 OURS, OTHERS, INK = "#d1495b", "#9aa5b1", "#334155"
 TITLE_WIDTH = 100
-PALE_INK_FROM = 1.9
+PALE_INK_FROM = 1.75
 """cells above it are so dark that their numbers are white"""
 
 
@@ -35,7 +35,7 @@ def picture(reports: Sequence[Report]) -> Figure | None:
     if not drawn:
         return None
     heights = [1.2 + 0.32 * len(table.rows) for _report, table in drawn]
-    layout = ConstrainedLayoutEngine(h_pad=0.12)
+    layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
     figure = Figure(figsize=(10, sum(heights)), layout=layout)
     panels = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (report, table) in zip(panels, drawn, strict=True):

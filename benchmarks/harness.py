@@ -2,8 +2,9 @@
 
 Trainers disturb each other: they set thread counts, hooks and loggers for the whole process, and
 what one leaves in the allocator the next one finds. So each contender has a worker process, begun
-and warmed up beforehand; a round goes through all of them, one at a time while the others rest, so
-that a slow moment of the machine strikes neighbours alike. The order turns from round to round.
+and warmed up beforehand (some that are alike share one); a round goes through all of them, one at
+a time while the others rest, so that a slow moment of the machine strikes neighbours alike. The
+order turns from round to round.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Contender:
     needs: tuple[str, ...] = ()
     """packages that must be installed"""
     ours: bool = False
+    process: str = ""
+    """name of the process it runs in; empty for one of its own"""
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Measured:
 
 
 class Workers:
-    """The processes of the contenders, by name: begun when first asked for, and kept."""
+    """Processes of contenders, by name: begun when first asked for, and kept."""
 
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
@@ -86,7 +89,7 @@ class Workers:
         self._stack.close()
 
     def of(self, name: str) -> ProcessPoolExecutor:
-        """Return the process of this contender; only one thing at a time may run in it."""
+        """Return the process of this name."""
         if name not in self._begun:
             self._begun[name] = self._stack.enter_context(
                 ProcessPoolExecutor(
@@ -128,7 +131,8 @@ def measure(
         for name in turned(list(ready), number):
             say(f"round {number + 1} of {rounds + warm_ups}: {name}")
             try:
-                figures = workers.of(name).submit(ready[name].run).result()
+                worker = workers.of(ready[name].process or name)
+                figures = worker.submit(ready[name].run).result()
             except Exception as error:
                 measured.skipped[name] = _told(error)
                 measured.rounds.pop(name, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.workloads import Means
 from fitloop import FitLoop, LoopState
@@ -13,8 +13,8 @@ from fitloop import FitLoop, LoopState
 
 def silent_step(state: LoopState) -> None:
     inputs, targets = state.batch
-    loss = state.loss_function(state.model(inputs), targets)
-    loss.backward()
+    loss: Tensor = state.loss_function(state.model(inputs), targets)
+    loss.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()
 
 

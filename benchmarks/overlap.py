@@ -1,7 +1,7 @@
 """How well loading hides behind training, or training behind loading.
 
-A loader that takes as long as is said, over steps that take as long as is said; 1.00 is the longer
-of the two, each measured alone in the same rounds: no work on one machine hides more than that.
+A figure is the time of a batch to the longer of its load and its step, each measured alone in the
+same rounds. 1.00 is the best that one loader beside the steps can do; two workers may be below it.
 Loaders are of three kinds: they wait for something outside, decompress without the interpreter's
 lock, or compute in Python, holding it. Every contender gets the same `DataLoader`, with 0 workers
 unless it is said, so what trainers of one process overlap is of their own doing. A cell is
@@ -17,9 +17,10 @@ import statistics
 import sys
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import loops
-from benchmarks.harness import Contender, Figures, Measured, Workers, skipped_in_all
+from benchmarks.harness import (
+    Contender,
+    Figures,
+    Measured,
+    Workers,
+    skipped_in_all,
+    skipped_only_in,
+)
 from benchmarks.harness import measure as in_turns
 from benchmarks.machine import machine
 from benchmarks.ours import with_fitloop
@@ -43,6 +51,8 @@ PACKED = zlib.compress(torch.randn(4096).mul(1e3).short().numpy().tobytes() * 8)
 """64 KiB when it is decompressed, so many times as a load takes"""
 LOAD_ALONE, STEP_ALONE, BARE = "load alone", "step alone", "bare loop"
 PEERS_HERE = ("ignite", "Lightning")
+QUICK, FULL = ((1, 8), (2, 10)), ((1, 4, 8), (2, 5, 10))
+"""ms that loads and that steps are to take"""
 
 
 # -- what is loaded, and what is trained -----------------------------------------------------------
@@ -151,8 +161,9 @@ class Scale:
 def calibrate(steps: tuple[int, ...]) -> Scale:
     """Find out what takes how long here. The figures do not depend on how well it hits."""
     repetitions: dict[Kind, float] = {"waits": 1e-3}
-    for kind, tried in (("decompresses", 20), ("computes in Python", 20_000)):
-        repetitions[kind] = tried / (_median_ms(partial(work, kind, tried)))
+    tries: dict[Kind, int] = {"decompresses": 20, "computes in Python": 20_000}
+    for kind, tried in tries.items():
+        repetitions[kind] = tried / _median_ms(partial(work, kind, tried))
     return Scale(repetitions, {ms: _width(ms) for ms in steps})
 
 
@@ -244,10 +255,13 @@ def contenders(cell: Cell) -> list[Contender]:
     if cell.kind == "waits":
         own["fitloop, async loader"] = with_fitloop, AsyncLoads
     return [
-        Contender(name=LOAD_ALONE, run=partial(load, cell)),
+        Contender(name=LOAD_ALONE, run=partial(load, cell), process=BARE),
         *(
             Contender(
-                name=name, run=partial(step, train, source, cell), ours=name.startswith("fitloop")
+                name=name,
+                run=partial(step, train, source, cell),
+                ours=name.startswith("fitloop"),
+                process="fitloop" if name.startswith("fitloop") else BARE,
             )
             for name, (train, source) in own.items()
         ),
@@ -269,8 +283,8 @@ def ideal_ratio(measured: Measured, name: str) -> Spread:
     return Spread.of([own / longer for own, longer in pairs])
 
 
-def table(kind: Kind, found: dict[Cell, Measured]) -> Table:
-    """Return the ratios of all cells of a kind."""
+def table(kind: Kind, found: dict[Cell, Measured], skipped: Mapping[str, str]) -> Table:
+    """Return the ratios of all cells of a kind; who lacks one of them is told in a note."""
     common = set.intersection(*(set(measured.rounds) for measured in found.values()))
     names = [name for name in next(iter(found.values())).rounds if name in common]
     rows: list[Row] = []
@@ -297,7 +311,11 @@ def table(kind: Kind, found: dict[Cell, Measured]) -> Table:
         ],
         rows=rows,
         heat=[cell.name for cell in found],
-        notes=[_alone(found, LOAD_ALONE, "load"), _alone(found, STEP_ALONE, "step")],
+        notes=[
+            _alone(found, LOAD_ALONE, "load"),
+            _alone(found, STEP_ALONE, "step"),
+            *sorted({note for one in found.values() for note in skipped_only_in(one, skipped)}),
+        ],
     )
 
 
@@ -310,24 +328,22 @@ def _alone(found: dict[Cell, Measured], name: str, what: Literal["load", "step"]
 
 
 def measure(quick: bool = False) -> Report:
-    loads, steps = ((1, 8), (2, 10)) if quick else ((1, 4, 8), (2, 5, 10))
+    loads, steps = QUICK if quick else FULL
     found: dict[Kind, dict[Cell, Measured]] = {kind: {} for kind in KINDS}
     with Workers() as workers:
-        scale = workers.of(STEP_ALONE).submit(calibrate, steps).result()
+        scale = workers.of(BARE).submit(calibrate, steps).result()
         in_turns(contenders(Cell("waits", 0, 0, 0.0, 32)), 0, workers=workers)  # imports and all
-        for kind in KINDS:
-            for ms in loads:
-                for step_ms in steps:
-                    amount = scale.amount(kind, ms)
-                    cell = Cell(kind, ms, step_ms, amount, scale.widths[step_ms])
-                    found[kind][cell] = in_turns(
-                        contenders(cell), 1 if quick else 3, warm_ups=0, workers=workers
-                    )
+        for kind, ms, step_ms in product(KINDS, loads, steps):
+            cell = Cell(kind, ms, step_ms, scale.amount(kind, ms), scale.widths[step_ms])
+            found[kind][cell] = in_turns(
+                contenders(cell), 1 if quick else 3, warm_ups=0, workers=workers
+            )
+    everywhere = skipped_in_all(one for cells in found.values() for one in cells.values())
     return Report(
         name="overlap",
         question="how well do loading and training hide behind each other?",
         method=" ".join((__doc__ or "").split("\n\n", 1)[1].split()),
-        tables=[table(kind, cells) for kind, cells in found.items()],
+        tables=[table(kind, cells, everywhere) for kind, cells in found.items()],
         machine=machine(*sorted(n for p in PEERS if p.name in PEERS_HERE for n in p.needs)),
-        skipped=skipped_in_all(one for cells in found.values() for one in cells.values()),
+        skipped=everywhere,
     )

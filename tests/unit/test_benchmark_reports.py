@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from benchmarks import BENCHMARKS
-from benchmarks.chart import draw
+from benchmarks import BENCHMARKS, overhead, overlap
+from benchmarks.__main__ import main
+from benchmarks.chart import draw, picture
 from benchmarks.harness import (
     Contender,
     Measured,
@@ -25,6 +27,13 @@ from benchmarks.page import page
 from benchmarks.report import Column, Report, Row, Spread, Table
 
 MACHINE = {"processor": "made up", "cores": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fonts() -> None:
+    """Have matplotlib open the fonts that it keeps open."""
+    if (figure := picture([made_up()])) is not None:
+        figure.draw_without_rendering()
 
 
 def made_up() -> Report:
@@ -107,24 +116,18 @@ def test_page_when_made_then_tables_are_markdown_and_ours_are_bold() -> None:
     assert "Measured on: processor made up, cores 2." in lines
 
 
-def test_chart_when_drawn_then_nothing_runs_out_of_the_picture(tmp_path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from benchmarks import chart
-
-    figure = chart.picture([made_up()])
+def test_chart_when_drawn_then_nothing_runs_out_of_the_picture() -> None:
+    figure = picture([made_up()])
     assert figure is not None
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    inside = figure.bbox
-    texts = [axes.get_title(loc="left") for axes in figure.axes]
-    assert "\n" in texts[0]
-    assert texts[1] == "made up: grid"
+    figure.draw_without_rendering()
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert "\n" in titles[0]
+    assert titles[1] == "made up: grid"
     for axes in figure.axes:
-        drawn = axes.get_tightbbox(canvas.get_renderer())
+        drawn = axes.get_tightbbox()
         assert drawn is not None
-        assert inside.x0 <= drawn.x0
-        assert drawn.x1 <= inside.x1
+        assert figure.bbox.x0 <= drawn.x0
+        assert drawn.x1 <= figure.bbox.x1
 
 
 def test_chart_when_written_then_is_a_png_and_without_tables_there_is_none(tmp_path: Path) -> None:
@@ -134,10 +137,83 @@ def test_chart_when_written_then_is_a_png_and_without_tables_there_is_none(tmp_p
     assert not (tmp_path / "none.png").exists()
 
 
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_command_when_one_fails_then_the_others_are_told_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*, quick: bool) -> Report:
+        raise RuntimeError(f"out of order, quick={quick}")
+
+    monkeypatch.setattr(overhead, "measure", lambda *, quick: made_up())
+    monkeypatch.setattr(overlap, "measure", broken)
+    words = ["--quick", "--only", "overlap", "overhead", "--out", str(tmp_path)]
+    assert main(words) == 1
+    told = capsys.readouterr()
+    assert made_up().text() in told.out
+    assert "processor made up, cores 2" in told.out
+    assert told.err == "failed: overlap: RuntimeError: out of order, quick=True\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.png", "overhead.json"]
+    written = json.loads((tmp_path / "overhead.json").read_text(encoding="utf-8"))
+    assert Report.from_dict(written) == made_up()
+
+
+def test_command_when_rough_figures_are_to_be_kept_then_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--quick", "--keep"])
+    assert ended.value.code == 2
+    assert "rough figures are not to be kept" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_overhead_when_two_loops_are_measured_then_each_case_has_a_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cases = [
+        overhead.Case(title="batches", kind="mlp", count=5),
+        overhead.Case(title="epochs", kind="mlp", count=2, epochs=4, keep=False, by_epoch=True),
+    ]
+    monkeypatch.setattr(overhead, "cases", lambda *, quick: cases)
+    monkeypatch.setattr(overhead, "PEERS", [])
+    own = {name: overhead.OWN[name] for name in (overhead.BARE, "fitloop")}
+    monkeypatch.setattr(overhead, "OWN", own)
+    report = overhead.measure(quick=True)
+    assert report.skipped == {}
+    assert [table.title for table in report.tables] == ["batches", "epochs"]
+    for table in report.tables:
+        rows = {row.name: row for row in table.rows}
+        assert set(rows) == {"bare loop", "fitloop"}
+        times = [row.figures["time"].median for row in table.rows]
+        assert times == sorted(times)
+        assert times[0] > 0
+        assert set(rows["fitloop"].figures) == {"time", "added", "ratio"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_overlap_when_one_cell_is_measured_then_each_kind_of_loader_has_a_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(overlap, "QUICK", ((1,), (1,)))
+    monkeypatch.setattr(overlap, "PEERS_HERE", ())
+    report = overlap.measure(quick=True)
+    assert report.skipped == {}
+    common = {"bare loop", "bare loop, 1 worker", "bare loop, 2 workers", "fitloop"}
+    names = [{row.name for row in table.rows} for table in report.tables]
+    assert names == [common | {"fitloop, async loader"}, common, common]
+    for table in report.tables:
+        for row in table.rows:
+            assert set(row.figures) == {"1/1", "all cells", "to bare loop"}
+            assert row.figures["1/1"].median > 0
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark_when_registered_then_can_be_measured(name: str) -> None:
-    module = __import__(f"benchmarks.{name}", fromlist=["measure"])
-    assert callable(module.measure)
+    assert callable(import_module(f"benchmarks.{name}").measure)
 
 
 # -- turns -----------------------------------------------------------------------------------------
@@ -182,10 +258,10 @@ def test_measure_when_contenders_take_turns_then_each_keeps_its_process(tmp_path
 @pytest.mark.slow
 def test_measure_when_some_cannot_then_says_why_and_measures_the_others(tmp_path: Path) -> None:
     contenders = [
-        Contender(name="fails", run=fail),
-        Contender(name="refuses", run=refuse),
+        Contender(name="fails", run=fail, process="shared"),
+        Contender(name="refuses", run=refuse, process="shared"),
         Contender(name="lacks", run=fail, needs=("no-such-package-at-all",)),
-        Contender(name="runs", run=partial(note, tmp_path / "log", "runs")),
+        Contender(name="runs", run=partial(note, tmp_path / "log", "runs"), process="shared"),
     ]
     measured = measure(contenders, 1)
     assert list(measured.rounds) == ["runs"]
