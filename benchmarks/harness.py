@@ -167,7 +167,7 @@ def skipped_in_all(measured: Iterable[Measured]) -> dict[str, str]:
 def skipped_only_in(measured: Measured, everywhere: Mapping[str, str]) -> list[str]:
     """Return notes for one table: who was not measured for it, but for others."""
     return [
-        f"Not in this table: {name}, {why}."
+        f"Not in this table: {name} ({why})."
         for name, why in measured.skipped.items()
         if name not in everywhere
     ]

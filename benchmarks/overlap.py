@@ -163,7 +163,7 @@ def calibrate(steps: tuple[int, ...]) -> Scale:
     repetitions: dict[Kind, float] = {"waits": 1e-3}
     tries: dict[Kind, int] = {"decompresses": 20, "computes in Python": 20_000}
     for kind, tried in tries.items():
-        repetitions[kind] = tried / _median_ms(partial(work, kind, tried))
+        repetitions[kind] = tried / _least_ms(partial(work, kind, tried))
     return Scale(repetitions, {ms: _width(ms) for ms in steps})
 
 
@@ -171,7 +171,7 @@ def _width(ms: int) -> int:
     low, high = 1, 64  # of 32
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if _median_ms(_stepper(32 * middle)) < ms else (low, middle)
+        low, high = (middle + 1, high) if _least_ms(_stepper(32 * middle)) < ms else (low, middle)
     return 32 * low
 
 
@@ -189,14 +189,15 @@ def _stepper(width: int) -> Callable[[], None]:
     return step
 
 
-def _median_ms(call: Callable[[], None], times: int = 9) -> float:
+def _least_ms(call: Callable[[], None], times: int = 15) -> float:
+    """Return the ms of the quickest call, which other work on the machine disturbed least."""
     call()
     taken: list[float] = []
     for _ in range(times):
         began = time.perf_counter()
         call()
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken) * 1e3
+    return min(taken) * 1e3
 
 
 # -- one cell --------------------------------------------------------------------------------------
@@ -323,8 +324,8 @@ def _alone(found: dict[Cell, Measured], name: str, what: Literal["load", "step"]
     told: dict[int, list[float]] = {}
     for cell, measured in found.items():
         told.setdefault(getattr(cell, what), []).append(measured.spread(name, "ms").median)
-    parts = [f"{aim}: {statistics.median(ms):.2f} ms" for aim, ms in told.items()]
-    return f"Measured, {what} alone: {', '.join(parts)}."
+    parts = [f"{statistics.median(ms):.2f} (aimed at {aim})" for aim, ms in told.items()]
+    return f"A {what} alone took, in ms: {', '.join(parts)}."
 
 
 def measure(quick: bool = False) -> Report:

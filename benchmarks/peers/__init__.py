@@ -52,7 +52,7 @@ PEERS = [
         note="`log_dict` with `on_epoch`, which keeps the means of the epoch",
     ),
     Peer(
-        name="Lightning, barebones",
+        name="Lightning barebones",
         train=lightning.train_barebones,
         needs=("lightning",),
         note="`Trainer(barebones=True)`, for which Lightning switches off all it can, metrics too",

@@ -277,7 +277,7 @@ def test_skipped_when_measured_elsewhere_then_is_told_at_the_table_alone() -> No
     other = Measured(rounds={"a": [{"us": 1.0}]}, skipped={"b": "is not installed"})
     everywhere = skipped_in_all([kept, other])
     assert everywhere == {"b": "is not installed"}
-    assert skipped_only_in(kept, everywhere) == ["Not in this table: a, it keeps nothing."]
+    assert skipped_only_in(kept, everywhere) == ["Not in this table: a (it keeps nothing)."]
     assert skipped_only_in(other, everywhere) == []
 
 
