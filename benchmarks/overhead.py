@@ -2,7 +2,7 @@
 
 The models are small, so that the loop is what is measured. Every contender trains the same batches,
 built beforehand, on one intra-op thread, to the same weights bit for bit; with metrics it keeps
-loss and accuracy, in its own usual way (the notes below say how). Timed is an epoch in the midst of a
+loss and accuracy in its own usual way (the notes say how). Timed is an epoch in the midst of a
 training, from its first batch asked for to the next epoch's: with all that the trainer does between
 epochs, and without what it does once before and after them.
 """
