@@ -15,13 +15,11 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from benchmarks import BENCHMARKS
 from benchmarks.chart import draw
 from benchmarks.machine import NotHereError
 from benchmarks.page import RESULTS, write_page
 from benchmarks.report import Report
-
-BENCHMARKS = ("overhead", "concurrency", "snapshots", "terminal", "responsiveness", "memory", "gpu")
-"""modules with ``measure(quick)``, in the order in which they are run"""
 
 
 def main(words: list[str] | None = None) -> int:

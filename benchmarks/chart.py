@@ -1,45 +1,86 @@
-"""Draws reports: a panel of bars for each table that names a column to be drawn."""
+"""Draws reports: a panel of bars or of coloured cells for each table that asks for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.report import Column, Report, Row, Table
 
 OURS, OTHERS, INK = "#d1495b", "#9aa5b1", "#334155"
+TITLE_WIDTH = 100
+PALE_INK_FROM = 1.75
+"""cells above it are so dark that their numbers are white"""
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
-    """Draw all of their tables into one picture."""
-    drawn = [(report, table) for report in reports for table in report.tables if table.chart]
+    """Write all of their tables as one picture; nothing when none of them is to be drawn."""
+    if (figure := picture(reports)) is not None:
+        figure.savefig(path, dpi=120)
+
+
+def picture(reports: Sequence[Report]) -> Figure | None:
+    """Return a picture of all of their tables that are to be drawn, one below the other."""
+    drawn = [
+        (report, table)
+        for report in reports
+        for table in report.tables
+        if table.rows and (table.chart or table.heat)
+    ]
     if not drawn:
-        return
+        return None
     heights = [1.2 + 0.32 * len(table.rows) for _report, table in drawn]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
+    figure = Figure(figsize=(10, sum(heights)), layout=layout)
     panels = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (report, table) in zip(panels, drawn, strict=True):
-        draw_table(axes, table, f"{report.name} · {table.title}")
-    figure.savefig(path, dpi=120)
+        (draw_heat if table.heat else draw_bars)(axes, table)
+        title = "\n".join(wrap(f"{report.name}: {table.title}", TITLE_WIDTH))
+        axes.set_title(title, fontsize=10, loc="left", color=INK)
+    return figure
 
 
-def draw_table(axes: Axes, table: Table, title: str) -> None:
+def draw_bars(axes: Axes, table: Table) -> None:
     """Draw one column of a table as bars, with a line from the least to the most round."""
     (column,) = (column for column in table.columns if column.name == table.chart)
     rows = [row for row in table.rows if column.name in row.figures]
     rows.sort(key=lambda row: row.figures[column.name].median, reverse=column.better == "less")
     for place, row in enumerate(rows):
         _bar(axes, place, row, column)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows], color=INK)
-    axes.set_title(title, fontsize=10, loc="left", color=INK)
+    _name_rows(axes, rows)
     told = {"less": " (less is better)", "more": " (more is better)"}.get(column.better, "")
     axes.set_xlabel(f"{column.head}{told}", color=INK)
     axes.margins(x=0.12)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def draw_heat(axes: Axes, table: Table) -> None:
+    """Draw columns of a table as cells, the darker the farther above 1."""
+    columns = [column for column in table.columns if column.name in table.heat]
+    values = [[row.figures[column.name].median for column in columns] for row in table.rows]
+    axes.imshow(values, cmap="YlOrRd", vmin=1.0, vmax=2.2, aspect="auto")
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            ink = "white" if value > PALE_INK_FROM else INK
+            told = f"{value:.{columns[x].digits}f}"
+            axes.text(x, y, told, ha="center", va="center", fontsize=8, color=ink)
+    axes.set_xticks(range(len(columns)), [column.head for column in columns], color=INK)
+    _name_rows(axes, table.rows)
+    axes.set_xlabel("load/step, ms (1.00 is best)", color=INK)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _name_rows(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], color=INK)
+    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row.ours else "normal")
     axes.tick_params(axis="y", length=0)
 
 

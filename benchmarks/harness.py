@@ -2,8 +2,9 @@
 
 Trainers disturb each other: they set thread counts, hooks and loggers for the whole process, and
 what one leaves in the allocator the next one finds. So each contender has a worker process, begun
-and warmed up beforehand; a round goes through all of them, one at a time while the others rest, so
-that a slow moment of the machine strikes neighbours alike. The order turns from round to round.
+and warmed up beforehand (some that are alike share one); a round goes through all of them, one at
+a time while the others rest, so that a slow moment of the machine strikes neighbours alike. The
+order turns from round to round.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from typing import Self
 
 import torch
 
 from benchmarks.report import Spread
 
 Figures = Mapping[str, float]
+
+
+class NotApplicableError(Exception):
+    """What a contender raises when it cannot do what is measured by its nature; says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,8 @@ class Contender:
     needs: tuple[str, ...] = ()
     """packages that must be installed"""
     ours: bool = False
+    process: str = ""
+    """name of the process it runs in; empty for one of its own"""
 
 
 @dataclass
@@ -63,54 +71,106 @@ class Measured:
         return Spread.of([how(mine, theirs) for mine, theirs in pairs])
 
 
+class Workers:
+    """Processes of contenders, by name: begun when first asked for, and kept."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
+        self._begun: dict[str, ProcessPoolExecutor] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._place = self._stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="fitloop-benchmarks-")
+        )
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stack.close()
+
+    def of(self, name: str) -> ProcessPoolExecutor:
+        """Return the process of this name."""
+        if name not in self._begun:
+            self._begun[name] = self._stack.enter_context(
+                ProcessPoolExecutor(
+                    1,
+                    multiprocessing.get_context("spawn"),
+                    initializer=_prepare,
+                    initargs=(self._threads, self._place),
+                )
+            )
+        return self._begun[name]
+
+
 def measure(
-    contenders: Sequence[Contender], rounds: int, *, threads: int = 1, warm_ups: int = 1
+    contenders: Sequence[Contender],
+    rounds: int,
+    *,
+    threads: int = 1,
+    warm_ups: int = 1,
+    workers: Workers | None = None,
 ) -> Measured:
     """Have the contenders take turns, for so many rounds.
 
-    One that cannot be measured, since a package is missing or it failed, is told in ``skipped``.
+    One that cannot be measured, since a package is missing, it failed, or it does not do such a
+    thing, is told in ``skipped``. With ``workers`` their processes are used, and ``threads`` is
+    theirs.
     """
+    if workers is None:
+        with Workers(threads) as own:
+            return measure(contenders, rounds, warm_ups=warm_ups, workers=own)
     measured = Measured()
-    with ExitStack() as stack:
-        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="fitloop-benchmarks-"))
-        workers = _begin(contenders, (threads, place), stack, measured)
-        for number in range(rounds + warm_ups):
-            names = list(workers)
-            turned = names[number % len(names) :] + names[: number % len(names)] if names else []
-            for name in turned:
-                contender, worker = workers[name]
-                say(f"round {number + 1} of {rounds + warm_ups}: {name}")
-                try:
-                    figures = worker.submit(contender.run).result()
-                except Exception as error:
-                    measured.skipped[name] = f"it failed: {type(error).__name__}: {error}"[:300]
-                    measured.rounds.pop(name, None)
-                    del workers[name]
-                    continue
-                if number >= warm_ups:
-                    measured.rounds.setdefault(name, []).append(figures)
+    ready = {contender.name: contender for contender in contenders}
+    for contender in contenders:
+        if absent := [package for package in contender.needs if not is_installed(package)]:
+            measured.skipped[contender.name] = (
+                f"{', '.join(absent)} is not installed; pip install 'fitloop[peers]'"
+            )
+            del ready[contender.name]
+    for number in range(rounds + warm_ups):
+        for name in turned(list(ready), number):
+            say(f"round {number + 1} of {rounds + warm_ups}: {name}")
+            try:
+                worker = workers.of(ready[name].process or name)
+                figures = worker.submit(ready[name].run).result()
+            except Exception as error:
+                measured.skipped[name] = _told(error)
+                measured.rounds.pop(name, None)
+                del ready[name]
+                continue
+            if number >= warm_ups:
+                measured.rounds.setdefault(name, []).append(figures)
     say("")
     return measured
 
 
-def _begin(
-    contenders: Iterable[Contender],
-    settings: tuple[int, str],
-    stack: ExitStack,
-    measured: Measured,
-) -> dict[str, tuple[Contender, ProcessPoolExecutor]]:
-    begun: dict[str, tuple[Contender, ProcessPoolExecutor]] = {}
-    spawn = multiprocessing.get_context("spawn")
-    for contender in contenders:
-        absent = [package for package in contender.needs if not is_installed(package)]
-        if absent:
-            measured.skipped[contender.name] = (
-                f"{', '.join(absent)} is not installed; pip install 'fitloop[peers]'"
-            )
-            continue
-        worker = ProcessPoolExecutor(1, spawn, initializer=_prepare, initargs=settings)
-        begun[contender.name] = contender, stack.enter_context(worker)
-    return begun
+def turned(names: list[str], number: int) -> list[str]:
+    """Return the order of a round: each begins with the next one."""
+    first = number % len(names) if names else 0
+    return names[first:] + names[:first]
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, NotApplicableError):
+        return str(error)
+    return f"it failed: {type(error).__name__}: {error}"[:300]
+
+
+def skipped_in_all(measured: Iterable[Measured]) -> dict[str, str]:
+    """Return who was measured nowhere, and why; who was measured somewhere is not among them."""
+    found = list(measured)
+    told = {name: why for one in found for name, why in one.skipped.items()}
+    seen = {name for one in found for name in one.rounds}
+    return {name: why for name, why in told.items() if name not in seen}
+
+
+def skipped_only_in(measured: Measured, everywhere: Mapping[str, str]) -> list[str]:
+    """Return notes for one table: who was not measured for it, but for others."""
+    return [
+        f"Not in this table: {name} ({why})."
+        for name, why in measured.skipped.items()
+        if name not in everywhere
+    ]
 
 
 def is_installed(package: str) -> bool:

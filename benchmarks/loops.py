@@ -7,14 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.workloads import Timed
-
-Model = tuple[nn.Module, Any]
+from benchmarks.workloads import Loader, Means
 
 
-def bare(model: nn.Module, optimizer: Any, batches: Timed, *, epochs: int, keep: bool) -> None:
+def bare(
+    model: nn.Module,
+    optimizer: Any,
+    batches: Loader,
+    *,
+    epochs: int,
+    keep: bool,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+) -> Means | None:
     """Train as one would by hand; with ``keep``, loss and right answers of every batch."""
     loss_function = nn.CrossEntropyLoss()
+    means: Means | None = None
     for _epoch in range(epochs):
         losses: list[float] = []
         corrects: list[float] = []
@@ -23,17 +30,20 @@ def bare(model: nn.Module, optimizer: Any, batches: Timed, *, epochs: int, keep:
             optimizer.zero_grad()
             predictions = model(inputs)
             loss = loss_function(predictions, targets)
-            loss.backward()
+            backward(loss)
             optimizer.step()
             if keep:
                 losses.append(loss.item() * len(targets))
                 corrects.append((predictions.argmax(dim=1) == targets).sum().item())
         if keep:
             samples = len(batches) * len(targets)
-            _mean = sum(losses) / samples, sum(corrects) / samples
+            means = sum(losses) / samples, sum(corrects) / samples
+    return means
 
 
-def with_item(model: nn.Module, optimizer: Any, batches: Timed, *, epochs: int, keep: bool) -> None:
+def with_item(
+    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+) -> Means | None:
     """Train with stage functions as trainers of old had them: every value read by ``.item()``.
 
     A dict a batch, appended to lists name by name, and tensors made of them at the end.
@@ -54,11 +64,20 @@ def with_item(model: nn.Module, optimizer: Any, batches: Timed, *, epochs: int, 
         }
 
     step: Callable[[Any], dict[str, float]] = train_step
+    tensors: dict[str, Tensor] = {}
     for _epoch in range(epochs):
         kept: dict[str, list[float]] = {}
+        samples = 0
         model.train()
         for batch in batches:
             optimizer.zero_grad()
+            samples += len(batch[0])
             for name, value in step(batch).items():
                 kept.setdefault(name, []).append(value)
-        _tensors = {name: Tensor(values) for name, values in kept.items()}
+        tensors = {name: Tensor(values) for name, values in kept.items()}
+    if not keep:
+        return None
+    return (
+        tensors["running_loss"].sum().item() / samples,
+        tensors["running_corr"].sum().item() / samples,
+    )

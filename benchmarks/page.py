@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmarks import BENCHMARKS
 from benchmarks.chart import draw
 from benchmarks.report import Report, Table
 
@@ -15,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 CHART = ROOT / "docs" / "benchmarks.png"
-ORDER = ("overhead",)
 INTRODUCTION = """# Benchmarks
 
 Made by `python -m benchmarks --keep` from the reports in `benchmarks/results`; none of it is
@@ -27,7 +27,7 @@ here as plainly.
 
 def kept() -> list[Report]:
     """Return the reports in ``benchmarks/results``."""
-    paths = (RESULTS / f"{name}.json" for name in ORDER)
+    paths = (RESULTS / f"{name}.json" for name in BENCHMARKS)
     return [Report.from_dict(json.loads(path.read_text())) for path in paths if path.exists()]
 
 
@@ -46,19 +46,22 @@ def section(report: Report) -> str:
     lines = [f"## {report.name}: {report.question}", "", report.method, ""]
     for table in report.tables:
         lines += [markdown(table), ""]
-    lines += [f"- Not measured: {name}, {why}" for name, why in report.skipped.items()]
+    points = [f"- {name}: {note}." for name, note in report.notes.items()]
+    points += [f"- Not measured: {name}, {why}." for name, why in report.skipped.items()]
     machine = ", ".join(f"{key} {value}" for key, value in report.machine.items())
-    return "\n".join([*lines, "", f"Measured on: {machine}.", ""])
+    lines += (
+        [*points, "", f"Measured on: {machine}.", ""] if points else [f"Measured on: {machine}."]
+    )
+    return "\n".join(lines)
 
 
 def markdown(table: Table) -> str:
-    heads = [table.title, *(column.head for column in table.columns)]
-    lines = [f"| {' | '.join(heads)} |", f"|---{'|---:' * len(table.columns)}|"]
+    heads = ["", *(column.head for column in table.columns)]
+    lines = [f"### {table.title[0].upper()}{table.title[1:]}", ""]
+    lines += [f"| {' | '.join(heads)} |", f"|---{'|---:' * len(table.columns)}|"]
     for row in table.rows:
         cells = [f"**{row.name}**" if row.ours else row.name]
-        for column in table.columns:
-            spread = row.figures.get(column.name)
-            cells.append("" if spread is None else spread.told(column.digits).replace("  ", " "))
+        cells += [cell.replace("  ", " ") for cell in table.cells(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *table.notes])
 

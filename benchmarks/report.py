@@ -25,8 +25,12 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
 
-    def told(self, digits: int) -> str:
-        if self.low == self.high:
+    def over(self, count: int) -> Spread:
+        """Return it divided by a count."""
+        return Spread(self.median / count, self.low / count, self.high / count)
+
+    def told(self, digits: int, *, ranged: bool = True) -> str:
+        if not ranged or self.low == self.high:
             return f"{self.median:,.{digits}f}"
         return f"{self.median:,.{digits}f}  ({self.low:,.{digits}f} to {self.high:,.{digits}f})"
 
@@ -40,6 +44,8 @@ class Column:
     digits: int = 1
     better: str = "less"
     """``"less"`` or ``"more"``; ``""`` when it is neither"""
+    ranged: bool = True
+    """least and most are told with the median"""
 
     @property
     def head(self) -> str:
@@ -65,24 +71,24 @@ class Table:
     columns: list[Column]
     rows: list[Row]
     chart: str = ""
-    """name of the column that is drawn; empty for none"""
+    """name of the column that is drawn as bars; empty for none"""
+    heat: list[str] = field(default_factory=list)
+    """names of the columns that are drawn as a map of coloured cells; 1 is the ideal"""
     notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         heads = ["", *(column.head for column in self.columns)]
-        rows = [
-            [
-                row.name,
-                *(
-                    row.figures[column.name].told(column.digits)
-                    if column.name in row.figures
-                    else ""
-                    for column in self.columns
-                ),
-            ]
-            for row in self.rows
-        ]
+        rows = [[row.name, *self.cells(row)] for row in self.rows]
         return "\n".join([self.title, TextTable(heads, rows).text(), *self.notes])
+
+    def cells(self, row: Row) -> list[str]:
+        """Return the figures of a row in words; an empty one where it has none."""
+        return [
+            row.figures[column.name].told(column.digits, ranged=column.ranged)
+            if column.name in row.figures
+            else ""
+            for column in self.columns
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,9 @@ class Report:
     tables: list[Table]
     machine: dict[str, Any]
     skipped: dict[str, str] = field(default_factory=dict)
-    """contender -> why it was not measured"""
+    """contender -> why it was not measured, in any of the tables"""
+    notes: dict[str, str] = field(default_factory=dict)
+    """contender -> what is different about it"""
 
     def text(self) -> str:
         parts = [f"== {self.name}: {self.question}", *(table.text() for table in self.tables)]

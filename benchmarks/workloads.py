@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Kind = Literal["mlp", "cnn"]
 Batch = tuple[Tensor, Tensor]
+Means = tuple[float, float]
+"""loss and accuracy of an epoch, over its samples"""
 CLASSES = 10
 BATCH_SIZE = 16
 DESCRIBED: dict[Kind, str] = {
     "mlp": "small MLP: 16 samples of 16 numbers, 32 hidden units, 10 classes",
     "cnn": "CNN: 16 images of 3 x 32 x 32, two convolutions of 32 channels, 10 classes",
 }
+
+
+class Loader(Protocol):
+    """Batches, which can be gone through again and again."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 def make_model(kind: Kind) -> nn.Module:
@@ -53,15 +63,16 @@ def make_batches(kind: Kind, count: int) -> list[Batch]:
 
 
 class Timed:
-    """Batches that note when a pass over them began and ended.
+    """Batches that note when a pass over them begins.
 
-    So a trainer is timed for the pass, and not for what it does once before and after it.
+    An epoch lasts from the first batch that is asked for to the next epoch's first. So it does not
+    matter whether a trainer asks for a batch before it needs it, leaves the last ask out, or looks
+    into the batches before it begins.
     """
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
         self.began: list[float] = []
-        self.ended: list[float] = []
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -69,9 +80,7 @@ class Timed:
     def __iter__(self) -> Iterator[Batch]:
         self.began.append(time.perf_counter())
         yield from self.batches
-        self.ended.append(time.perf_counter())
 
-    @property
-    def us_per_batch(self) -> float:
-        """Microseconds a batch of the last pass."""
-        return (self.ended[-1] - self.began[-1]) / len(self.batches) * 1e6
+    def seconds_between(self, epochs: int) -> float:
+        """Return the seconds of an epoch: the mean of so many, the last of which is left out."""
+        return (self.began[-1] - self.began[-1 - epochs]) / epochs

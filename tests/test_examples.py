@@ -31,12 +31,3 @@ def test_demo_when_run_then_reaches_its_accuracy_and_saves_its_curves(tmp_path: 
     assert out.read_bytes().startswith(b"\x89PNG")
     assert ran.stderr == ""
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
-
-
-@pytest.mark.slow
-def test_overhead_benchmark_when_run_then_writes_its_figures(tmp_path: Path) -> None:
-    out = tmp_path / "figures.json"
-    script = str(ROOT / "benchmarks" / "overhead.py")
-    options = ["--batches", "250", "--rounds", "1", "--json", str(out)]
-    subprocess.run([sys.executable, script, *options], check=True, cwd=tmp_path)
-    assert '"added_us"' in out.read_text(encoding="utf-8")

@@ -1,7 +1,8 @@
 """Other trainers, each driven as its own documentation has it. Optional: ``fitloop[peers]``.
 
 An adapter is a module with a function of the shape of `Train`, which imports its library when it
-is called, and a `Peer` in `PEERS` here.
+is called, and a `Peer` in `PEERS` here. `tests/unit/test_benchmark_peers.py` holds each to the
+weights and the means of the bare loop.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from benchmarks.workloads import Timed
+from benchmarks.peers import accelerate, ignite, keras, lightning, poutyne, skorch
+from benchmarks.workloads import Loader, Means
 
 
 class Train(Protocol):
     """Trains a classifier on all batches, for so many epochs.
 
-    With ``keep``, loss and number of right answers of every batch are kept in the way that is
-    usual with this trainer, and their means of the epoch are there at its end; without it nothing
-    is. No progress, no checkpoints, no validation.
+    With ``keep``, loss and accuracy are kept in the way that is usual with this trainer, and their
+    means over the last epoch are returned; without it nothing is kept, and None returned. No
+    progress, no checkpoints, no validation.
+
+    Raises:
+        NotApplicableError: it cannot do that.
     """
 
     def __call__(
-        self, model: nn.Module, optimizer: Any, batches: Timed, *, epochs: int, keep: bool
-    ) -> None: ...
+        self, model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+    ) -> Means | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +40,65 @@ class Peer:
     train: Train
     needs: tuple[str, ...]
     """packages"""
-    note: str = ""
-    """what is different about it, for the page"""
+    note: str
+    """how it keeps metrics and takes batches, and what else is different about it"""
 
 
-PEERS: list[Peer] = []
+PEERS = [
+    Peer(
+        name="Lightning",
+        train=lightning.train,
+        needs=("lightning",),
+        note="`log_dict` with `on_epoch`, which keeps the means of the epoch",
+    ),
+    Peer(
+        name="Lightning barebones",
+        train=lightning.train_barebones,
+        needs=("lightning",),
+        note="`Trainer(barebones=True)`, for which Lightning switches off all it can, metrics too",
+    ),
+    Peer(
+        name="Lightning Fabric",
+        train=lightning.train_fabric,
+        needs=("lightning",),
+        note="the bare loop with model, optimizer and backward of Fabric's; it has no metrics, so "
+        "they are kept by hand; the batches need no `setup_dataloaders` on a CPU",
+    ),
+    Peer(
+        name="ignite",
+        train=ignite.train,
+        needs=("pytorch-ignite",),
+        note="`create_supervised_trainer`, with `Average` and `Accuracy` attached to it, which keep"
+        " the means of the epoch; it reads the loss of a batch by `.item()` in any case",
+    ),
+    Peer(
+        name="Accelerate",
+        train=accelerate.train,
+        needs=("accelerate",),
+        note="the bare loop with model, optimizer and backward of Accelerate's; it has no metrics,"
+        " so they are kept by hand; the batches are not prepared, which a CPU does not need",
+    ),
+    Peer(
+        name="skorch",
+        train=skorch.train,
+        needs=("skorch",),
+        note="a `NeuralNetClassifier` whose `iterator_train` gives the batches as they are; it"
+        " keeps the loss of every batch in any case (with nothing kept, all callbacks are off),"
+        " and accuracy by `EpochScoring`, from the epoch's predictions; it makes its own SGD",
+    ),
+    Peer(
+        name="Poutyne",
+        train=poutyne.train,
+        needs=("poutyne",),
+        note="`fit_generator`; accuracy is a batch metric; it reads the loss of a batch as a number"
+        " in any case",
+    ),
+    Peer(
+        name="Keras on torch",
+        train=keras.train,
+        needs=("keras",),
+        note="`fit` of a compiled model that wraps the module; it keeps the mean of the loss in any"
+        " case; its own SGD; batches come as a `DataLoader` that does none of a `DataLoader`'s"
+        " work",
+    ),
+]

@@ -1,0 +1,45 @@
+"""fitloop in the shape of the others: `with_fitloop`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.workloads import Means
+from fitloop import FitLoop, LoopState
+
+
+def silent_step(state: LoopState) -> None:
+    inputs, targets = state.batch
+    loss: Tensor = state.loss_function(state.model(inputs), targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    state.optimizer.step()
+
+
+def with_fitloop(
+    model: nn.Module,
+    optimizer: Any,
+    batches: Any,
+    *,
+    epochs: int,
+    keep: bool,
+    seed: int | None = None,
+) -> Means | None:
+    """Train with the default stage functions, which keep loss and right answers of every batch."""
+    trainer = FitLoop(
+        model,
+        optimizer,
+        nn.CrossEntropyLoss(),
+        train_dl=batches,
+        train_step=None if keep else silent_step,
+        device="cpu",
+        num_threads=1,
+        seed=seed,
+    )
+    result = asyncio.run(trainer.fit(epochs, verbose=False, progress=False))
+    if not keep:
+        return None
+    means = result.metrics["train"]
+    return means["loss"][-1].item(), means["accuracy"][-1].item()

@@ -1,0 +1,289 @@
+"""What benchmarks measure comes out whole: turns, skips, tables, page and chart."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from benchmarks import BENCHMARKS, overhead, overlap
+from benchmarks.__main__ import main
+from benchmarks.chart import draw, picture
+from benchmarks.harness import (
+    Contender,
+    Measured,
+    NotApplicableError,
+    Workers,
+    measure,
+    skipped_in_all,
+    skipped_only_in,
+    turned,
+)
+from benchmarks.page import page
+from benchmarks.report import Column, Report, Row, Spread, Table
+
+MACHINE = {"processor": "made up", "cores": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fonts() -> None:
+    """Have matplotlib open the fonts that it keeps open."""
+    if (figure := picture([made_up()])) is not None:
+        figure.draw_without_rendering()
+
+
+def made_up() -> Report:
+    bars = Table(
+        title="small model; a title that is so long that it would run out of the picture, unless "
+        "somebody takes the trouble to break it into lines",
+        columns=[Column(name="time", unit="us", digits=0), Column(name="ratio", unit="", digits=2)],
+        rows=[
+            Row(name="bare", figures={"time": Spread(1200.0, 1100.0, 1300.0)}),
+            Row(
+                name="fitloop",
+                figures={"time": Spread.of([1250.0]), "ratio": Spread(1.04, 1.0, 1.1)},
+                ours=True,
+            ),
+        ],
+        chart="time",
+        notes=["Not in this table: other, it cannot."],
+    )
+    cells = Table(
+        title="grid",
+        columns=[
+            Column(name="1/2", unit="", digits=2, ranged=False),
+            Column(name="all", unit="", digits=2),
+        ],
+        rows=[
+            Row(
+                name="bare",
+                figures={"1/2": Spread(1.5, 1.2, 2.6), "all": Spread(1.5, 1.4, 1.6)},
+            )
+        ],
+        heat=["1/2"],
+    )
+    return Report(
+        name="made up",
+        question="does it come out?",
+        method="By hand.",
+        tables=[bars, cells],
+        machine=MACHINE,
+        skipped={"absent": "other is not installed"},
+        notes={"fitloop": "is ours"},
+    )
+
+
+# -- reports ---------------------------------------------------------------------------------------
+
+
+def test_report_when_through_json_then_is_the_same() -> None:
+    report = made_up()
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_spread_when_of_rounds_then_has_the_median_and_both_ends() -> None:
+    spread = Spread.of([3.0, 1.0, 2.0])
+    assert spread == Spread(2.0, 1.0, 3.0)
+    assert spread.over(2) == Spread(1.0, 0.5, 1.5)
+    assert spread.told(1) == "2.0  (1.0 to 3.0)"
+    assert spread.told(1, ranged=False) == "2.0"
+    assert Spread.of([2000.0]).told(0) == "2,000"
+
+
+def test_report_when_as_text_then_all_that_was_found_is_told() -> None:
+    lines = made_up().text().splitlines()
+    assert lines[0] == "== made up: does it come out?"
+    assert lines[3].split() == ["time,", "us", "ratio"]
+    assert lines[4] == "bare     1,200  (1,100 to 1,300)"
+    assert lines[5] == "fitloop                    1,250  1.04  (1.00 to 1.10)"
+    assert lines[6] == "Not in this table: other, it cannot."
+    assert lines[10] == "bare  1.50  1.50  (1.40 to 1.60)"
+    assert lines[-1] == "skipped absent: other is not installed"
+
+
+def test_page_when_made_then_tables_are_markdown_and_ours_are_bold() -> None:
+    lines = page([made_up()]).splitlines()
+    assert "## made up: does it come out?" in lines
+    assert "|  | time, us | ratio |" in lines
+    assert "| bare | 1,200 (1,100 to 1,300) |  |" in lines
+    assert "| **fitloop** | 1,250 | 1.04 (1.00 to 1.10) |" in lines
+    assert "- fitloop: is ours." in lines
+    assert "- Not measured: absent, other is not installed." in lines
+    assert "Measured on: processor made up, cores 2." in lines
+
+
+def test_chart_when_drawn_then_nothing_runs_out_of_the_picture() -> None:
+    figure = picture([made_up()])
+    assert figure is not None
+    figure.draw_without_rendering()
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert "\n" in titles[0]
+    assert titles[1] == "made up: grid"
+    for axes in figure.axes:
+        drawn = axes.get_tightbbox()
+        assert drawn is not None
+        assert figure.bbox.x0 <= drawn.x0
+        assert drawn.x1 <= figure.bbox.x1
+
+
+def test_chart_when_written_then_is_a_png_and_without_tables_there_is_none(tmp_path: Path) -> None:
+    draw([made_up()], tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    draw([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_command_when_one_fails_then_the_others_are_told_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*, quick: bool) -> Report:
+        raise RuntimeError(f"out of order, quick={quick}")
+
+    monkeypatch.setattr(overhead, "measure", lambda *, quick: made_up())
+    monkeypatch.setattr(overlap, "measure", broken)
+    words = ["--quick", "--only", "overlap", "overhead", "--out", str(tmp_path)]
+    assert main(words) == 1
+    told = capsys.readouterr()
+    assert made_up().text() in told.out
+    assert "processor made up, cores 2" in told.out
+    assert told.err == "failed: overlap: RuntimeError: out of order, quick=True\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.png", "overhead.json"]
+    written = json.loads((tmp_path / "overhead.json").read_text(encoding="utf-8"))
+    assert Report.from_dict(written) == made_up()
+
+
+def test_command_when_rough_figures_are_to_be_kept_then_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--quick", "--keep"])
+    assert ended.value.code == 2
+    assert "rough figures are not to be kept" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_overhead_when_two_loops_are_measured_then_each_case_has_a_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cases = [
+        overhead.Case(title="batches", kind="mlp", count=5),
+        overhead.Case(title="epochs", kind="mlp", count=2, epochs=4, keep=False, by_epoch=True),
+    ]
+    monkeypatch.setattr(overhead, "cases", lambda *, quick: cases)
+    monkeypatch.setattr(overhead, "PEERS", [])
+    own = {name: overhead.OWN[name] for name in (overhead.BARE, "fitloop")}
+    monkeypatch.setattr(overhead, "OWN", own)
+    report = overhead.measure(quick=True)
+    assert report.skipped == {}
+    assert [table.title for table in report.tables] == ["batches", "epochs"]
+    for table in report.tables:
+        rows = {row.name: row for row in table.rows}
+        assert set(rows) == {"bare loop", "fitloop"}
+        times = [row.figures["time"].median for row in table.rows]
+        assert times == sorted(times)
+        assert times[0] > 0
+        assert set(rows["fitloop"].figures) == {"time", "added", "ratio"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_overlap_when_one_cell_is_measured_then_each_kind_of_loader_has_a_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(overlap, "QUICK", ((1,), (1,)))
+    monkeypatch.setattr(overlap, "PEERS_HERE", ())
+    report = overlap.measure(quick=True)
+    assert report.skipped == {}
+    common = {"bare loop", "bare loop, 1 worker", "bare loop, 2 workers", "fitloop"}
+    names = [{row.name for row in table.rows} for table in report.tables]
+    assert names == [common | {"fitloop, async loader"}, common, common]
+    for table in report.tables:
+        for row in table.rows:
+            assert set(row.figures) == {"1/1", "all cells", "to bare loop"}
+            assert row.figures["1/1"].median > 0
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_when_registered_then_can_be_measured(name: str) -> None:
+    assert callable(import_module(f"benchmarks.{name}").measure)
+
+
+# -- turns -----------------------------------------------------------------------------------------
+
+
+def test_turned_when_rounds_go_on_then_each_begins_with_the_next() -> None:
+    orders = ["".join(turned(["a", "b", "c"], number)) for number in range(4)]
+    assert orders == ["abc", "bca", "cab", "abc"]
+    assert turned([], 3) == []
+
+
+def note(path: Path, name: str) -> dict[str, float]:
+    with path.open("a") as lines:
+        lines.write(f"{name} {os.getpid()}\n")
+    return {"value": 1.0}
+
+
+def fail() -> dict[str, float]:
+    raise ValueError("no such thing")
+
+
+def refuse() -> dict[str, float]:
+    raise NotApplicableError("it keeps no metrics")
+
+
+@pytest.mark.slow
+def test_measure_when_contenders_take_turns_then_each_keeps_its_process(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    contenders = [Contender(name=name, run=partial(note, log, name)) for name in "ab"]
+    with Workers() as workers:
+        measured = measure(contenders, 2, workers=workers)
+        again = measure(contenders[:1], 1, warm_ups=0, workers=workers)
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert [name for name, _process in lines] == ["a", "b", "b", "a", "a", "b", "a"]
+    processes = {name: {process for own, process in lines if own == name} for name in "ab"}
+    assert [len(own) for own in processes.values()] == [1, 1]
+    assert str(os.getpid()) not in processes["a"] | processes["b"]
+    assert measured.values("a", "value") == [1.0, 1.0]
+    assert again.values("a", "value") == [1.0]
+
+
+@pytest.mark.slow
+def test_measure_when_some_cannot_then_says_why_and_measures_the_others(tmp_path: Path) -> None:
+    contenders = [
+        Contender(name="fails", run=fail, process="shared"),
+        Contender(name="refuses", run=refuse, process="shared"),
+        Contender(name="lacks", run=fail, needs=("no-such-package-at-all",)),
+        Contender(name="runs", run=partial(note, tmp_path / "log", "runs"), process="shared"),
+    ]
+    measured = measure(contenders, 1)
+    assert list(measured.rounds) == ["runs"]
+    assert measured.skipped == {
+        "lacks": "no-such-package-at-all is not installed; pip install 'fitloop[peers]'",
+        "fails": "it failed: ValueError: no such thing",
+        "refuses": "it keeps no metrics",
+    }
+
+
+def test_skipped_when_measured_elsewhere_then_is_told_at_the_table_alone() -> None:
+    kept = Measured(skipped={"a": "it keeps nothing", "b": "is not installed"})
+    other = Measured(rounds={"a": [{"us": 1.0}]}, skipped={"b": "is not installed"})
+    everywhere = skipped_in_all([kept, other])
+    assert everywhere == {"b": "is not installed"}
+    assert skipped_only_in(kept, everywhere) == ["Not in this table: a (it keeps nothing)."]
+    assert skipped_only_in(other, everywhere) == []
+
+
+def test_compared_when_two_took_turns_then_round_by_round() -> None:
+    measured = Measured(
+        rounds={"a": [{"us": 2.0}, {"us": 9.0}], "b": [{"us": 1.0}, {"us": 3.0}]},
+    )
+    ratio = measured.compared("a", "b", "us", lambda own, other: own / other)
+    assert ratio == Spread(2.5, 2.0, 3.0)
