@@ -238,7 +238,7 @@ class Engine:
         train = phase is Phase.TRAIN
         to_zero = around.parts.optimizers if train and not self._plan.define_all else ()
         hooks = around.batch_hooks if train else ()
-        turn, clock = around.turn, around.clock
+        begin, breathe, clock = state._next, around.turn.breathe, around.clock
         began = clock()
         report_at = began + PROGRESS_SECONDS
         epoch = f"{phase}, epoch {state.epoch_num}"
@@ -249,7 +249,7 @@ class Engine:
                 batch = fetch()
                 if batch is END:
                     return not control.halted
-                state._next(batch)
+                begin(batch)
             except BaseException:
                 self._doing = f"{epoch}, loading batch {state.batch_num + 1}"
                 raise
@@ -265,7 +265,7 @@ class Engine:
             except BaseException:
                 self._doing = f"{epoch}, batch_step of batch {state.batch_num}"
                 raise
-            turn.breathe()
+            breathe()
             if control.halted:
                 self._check_cancelled()
                 return state.batch_num == state.batches

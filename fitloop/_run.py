@@ -29,6 +29,7 @@ from fitloop._result import EpochMetricsLog, FitResult
 from fitloop._return_point import ReturnPoint
 from fitloop._schedule import SchedulerSteps
 from fitloop._slices import Slice
+from fitloop._state import explain
 from fitloop._threads import intra_op_threads
 from fitloop._turns import Turn, process_numbers
 from fitloop._types import Phase, StopReason
@@ -171,6 +172,7 @@ class Run:
         except (Cancelled, Abandoned):
             raise
         except BaseException as error:
+            explain(error)
             note(error, f"in trainer {self._core.parts.name!r}: {self._position()}")
             raise
 

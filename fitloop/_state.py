@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fitloop._aggregate import BatchValues
 from fitloop._device import batch_size_of
+from fitloop._errors import note
 from fitloop._parts import PART_NAMES, Parts
 from fitloop._types import LossFunction, Phase
 
@@ -158,15 +159,10 @@ class LoopState:
         """Batches in this phase; None during a phase whose loader has no length."""
         return self._batches
 
-    def __getattr__(self, name: str) -> Any:
-        # What the constructor was given, under its own name, and nothing else.
-        if name in PART_NAMES:
-            return getattr(self._parts, name)
-        raise AttributeError(
-            f"LoopState has no attribute {name!r}; it has the arguments of FitLoop and: phase, "
-            "batch, batch_size, batch_sizes, batch_num, epoch_num, size, batches, is_train, "
-            "is_test, names(), stop()"
-        )
+    if TYPE_CHECKING:  # what the constructor was given is added below; no __getattr__, which
+        # would make the interpreter look up every attribute of every batch the slow way
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __getitem__(self, name: str) -> Tensor | list[Tensor]:
         """Return this epoch's batch-step values of ``name`` so far.
@@ -193,3 +189,23 @@ class LoopState:
     def __repr__(self) -> str:
         of = "" if self._batches is None else f"/{self._batches}"
         return f"<LoopState {self._phase} epoch {self._epoch_num} batch {self.batch_num}{of}>"
+
+
+def _part(name: str) -> property:
+    return property(
+        lambda state: getattr(state._parts, name), doc=f"The ``{name}`` that the trainer was given."
+    )
+
+
+for _name in PART_NAMES - vars(LoopState).keys():
+    setattr(LoopState, _name, _part(_name))
+
+
+def explain(error: BaseException) -> None:
+    """Add a note to the error of an attribute that a `LoopState` lacks, with those it has."""
+    if isinstance(error, AttributeError) and isinstance(error.obj, LoopState):
+        note(
+            error,
+            "LoopState has the arguments of FitLoop and: phase, batch, batch_size, batch_sizes, "
+            "batch_num, epoch_num, size, batches, is_train, is_test, names(), stop()",
+        )
