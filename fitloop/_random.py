@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fitloop import _python_state
+from fitloop._numpy_gauss import kept_gauss
 from fitloop._python_state import PythonState
 from fitloop._types import Phase
 
@@ -68,7 +69,7 @@ class Stream:
     ``numpy.random.seed(s % 2**32)`` give, so that a hand-written loop can be compared with it.
     """
 
-    __slots__ = ("_bits", "_block", "_cuda", "_door", "_gauss", "_python", "_torch", "_unmoved")
+    __slots__ = ("_bits", "_block", "_cuda", "_door", "_gauss", "_python", "_torch")
 
     def __init__(self, seed: int, cuda: Iterable[int] = ()) -> None:
         self._torch = torch.Generator().manual_seed(seed).get_state()
@@ -80,7 +81,6 @@ class Stream:
         self._use(legacy._bit_generator)
         self._door: Any = None
         self._gauss: dict[str, Any] | None = None
-        self._unmoved = b""
 
     @classmethod
     def of_process(cls, cuda: Iterable[int] = ()) -> Stream:
@@ -126,16 +126,11 @@ class Stream:
         install_bits(self._bits if Doors.before is None else self._told(Doors.before))
         if self._gauss is not None:
             np.random.set_state(self._gauss)
-        self._unmoved = self._raw()
 
     def leave(self) -> None:
         """Take the states of the process's generators into this stream."""
         self._read()
-        # numpy's functions keep half of a pair of normal numbers outside the bit generator, and
-        # asking for it takes 70 us. It can have changed only if it was there or the bits moved.
-        if self._gauss is not None or not self._unmoved or self._unmoved != self._raw():
-            state = np.random.get_state(legacy=False)
-            self._gauss = state if state["has_gauss"] else None
+        self._gauss = kept_gauss()  # which is outside of the bit generator
 
     def _use(self, bits: Any) -> None:
         """Have this bit generator, whose memory is read in place where it is known."""
@@ -197,7 +192,6 @@ class Outside(Stream):
         self._use(installed_bits())
         self._door = self._bits
         self._gauss = None
-        self._unmoved = b""
         self.leave()
 
 

@@ -33,6 +33,7 @@ LAYERS: list[list[str]] = [
         "_kernel",
         "_share",
         "_python_state",
+        "_numpy_gauss",
         "_machine",
     ],
     # bytes, files, and tensors in them
