@@ -21,13 +21,13 @@ import anyio
 from fitloop._asking import Ask, checked
 from fitloop._control import Cancelled, RunControl
 from fitloop._crossing import LoopSide
-from fitloop._errors import ConfigurationError, WorkerDiedError, note
+from fitloop._errors import WorkerDiedError, note
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted
 from fitloop._hub import Hub
 from fitloop._jobs import Done, JobSpec
 from fitloop._launch import aside
 from fitloop._loops import loop_scheduler
-from fitloop._parts import as_list, check_number
+from fitloop._options import fit_option
 from fitloop._portable import pack_job, unpack_error
 from fitloop._process_pool import Pool, how_ended
 from fitloop._progress import Progress
@@ -286,25 +286,17 @@ def carried(spec: JobSpec) -> dict[str, Any]:
     return {name: value for name, value in spec.options.items() if name not in _HERE}
 
 
-def shown_options(spec: JobSpec) -> tuple[int, list[str] | None]:
-    """Return what ``print_every`` and ``display_metrics`` say; refuse what they cannot be."""
-    options = spec.options
-    every = check_number(
-        "print_every", options.get("print_every", 1), 0, meaning="0 prints nothing"
-    )
-    shown = options.get("display_metrics")
-    names = None if shown is None else as_list(shown)
-    if names is not None and not all(isinstance(name, str) for name in names):
-        raise ConfigurationError(
-            f"display_metrics is {shown!r}; expected the name of a metric, or a list"
-        )
-    return every if options.get("verbose", True) else 0, names
-
-
 def _progress(spec: JobSpec, name: str, named: bool) -> Progress:
-    every, names = shown_options(spec)
-    live = bool(spec.options.get("progress", True))
-    return Progress(name, named=named, every=every, names=names, live=live)
+    options = spec.options
+    return Progress(
+        name,
+        named=named,
+        every=fit_option("print_every", options.get("print_every", 1))
+        if options.get("verbose", True)
+        else 0,
+        names=fit_option("display_metrics", options.get("display_metrics")),
+        live=bool(options.get("progress", True)),
+    )
 
 
 def _absolute(path: Path | None) -> Path | None:

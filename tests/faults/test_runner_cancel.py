@@ -184,6 +184,31 @@ async def test_cancel_all_when_called_then_more_may_be_submitted() -> None:
     assert (await last.outcome()).status == "done"
 
 
+@pytest.mark.parametrize("which", ["running", "waiting", "by name", "all"])
+async def test_cancel_when_called_in_another_thread_then_is_as_in_the_event_loops(
+    which: str,
+) -> None:
+    made = endless(1)
+    with anyio.fail_after(SOON):
+        async with Runner(1) as runner:
+            running, waiting = submit(runner, made, 2)
+            await made.wait()
+            cancel: Callable[[], None] = {
+                "running": running.cancel,
+                "waiting": waiting.cancel,
+                "by name": lambda: runner.cancel("1"),
+                "all": runner.cancel_all,
+            }[which]
+            await anyio.to_thread.run_sync(cancel)
+            ended = [waiting] if which in ("waiting", "by name") else [running]
+            for job in ended:
+                assert (await job.outcome()).status == "cancelled"
+            assert running.status != waiting.status or which == "all"
+            runner.cancel_all()
+    await anyio.to_thread.run_sync(cancel)  # is over, and does nothing
+    assert [outcome.status for outcome in await runner.results()] == ["cancelled"] * 2
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("where", ["in the block", "leaving"])
 async def test_block_when_cancelled_then_no_waiting_factory_is_called(where: str) -> None:
