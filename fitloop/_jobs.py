@@ -20,6 +20,8 @@ from fitloop._options import fit_option
 from fitloop._result import FitResult
 from fitloop._text import duration
 
+LONGEST_PLACE = 200
+"""bytes of the name of a job's directory; file systems take 255"""
 WEIGHTS = "weights.msgpack"
 """in the directory of a job: what its model had at the end"""
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
@@ -212,6 +214,7 @@ def safe_name(name: str) -> str:
         ConfigurationError: nothing is left of it.
     """
     place = re.sub(r"[^\w.=+,@-]", "_", name)[:120]
+    place = place.encode()[:LONGEST_PLACE].decode(errors="ignore")
     if not place.strip("._"):
         raise ConfigurationError(f"name is {name!r}; expected one that a directory can have")
     return place if not place.startswith(".") else f"_{place[1:]}"

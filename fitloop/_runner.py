@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -34,6 +34,8 @@ from fitloop._outcomes import restored, write_outcome
 from fitloop._parts import check_callbacks, check_optional
 from fitloop._process_backend import backend_of
 from fitloop._share import Share, available_cores
+
+_HOW = "have the event loop call it, as with anyio.from_thread.run_sync or call_soon_threadsafe"
 
 
 class Runner:
@@ -128,8 +130,12 @@ class Runner:
             raise RuntimeError("this Runner was used before; make another one")
         if self._save_path is not None:
             lock = DirectoryLock(self._save_path)
-            await aside("runner", lock.acquire)
             self._stack.push_async_callback(aside, "runner", lock.release)
+            try:
+                await aside("runner", lock.acquire)
+            except BaseException:  # a cancellation is raised when it has been taken
+                await self._close()
+                raise
         self._thread, self._schedule = threading.get_ident(), loop_scheduler()
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
@@ -147,7 +153,7 @@ class Runner:
             self._open = False
             self._cancel_waiting()
         try:
-            if error is None or _is_cancellation(error):
+            if error is None or isinstance(error, anyio.get_cancelled_exc_class()):
                 swallowed = bool(await self._group.__aexit__(kind, error, traceback))
             else:  # which a task group would wrap in another one
                 self._group.cancel_scope.cancel()
@@ -156,12 +162,15 @@ class Runner:
             self._open = False
             self._cancel_waiting()
             self._listeners.end()
-            with anyio.CancelScope(shield=True):
-                await self._backend.close()
-                await self._stack.aclose()
+            await self._close()
         if self._failure is not None and (error is None or swallowed):
             raise self._failure
         return swallowed
+
+    async def _close(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._backend.close()
+            await self._stack.aclose()
 
     # -- jobs ----------------------------------------------------------------------------------
 
@@ -183,10 +192,12 @@ class Runner:
             ConfigurationError: there is a job of this name, or the target or an argument of
                 ``fit`` cannot work.
             TypeError: ``fit`` has no such argument.
-            RuntimeError: outside of the ``async with`` block.
+            RuntimeError: outside of the ``async with`` block, or in another thread.
         """
         if not self._open:
             raise RuntimeError("this Runner is not open; submit inside of its `async with` block")
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("submit() was called in another thread than the Runner's; " + _HOW)
         name = self._default_name(target) if name is None else str(name)
         if name in self._jobs:
             raise ConfigurationError(f"there is a job {name!r} already; give another name=")
@@ -267,7 +278,8 @@ class Runner:
     def _start(self) -> None:
         while self._waiting and self._running < self._most:
             self._running += 1
-            (_name, job), scope = self._waiting.popitem(last=False), anyio.CancelScope()
+            scope = anyio.CancelScope()
+            _name, job = self._waiting.popitem(last=False)
             job.begin(scope)
             self._group.start_soon(self._run, job, scope)
 
@@ -313,7 +325,9 @@ class Runner:
             try:
                 await aside(job.name, lambda: write_outcome(outcome, spec.epochs))
             except Exception as error:
-                outcome = replace(outcome, status="failed", error=outcome.error or error)
+                outcome = replace(
+                    outcome, status="failed", result=None, error=outcome.error or error
+                )
         return outcome
 
     def _failed(self, outcome: Outcome, error: BaseException) -> Outcome:
@@ -381,12 +395,6 @@ class Runner:
             self._end(job, cancelled(job))
 
     def __repr__(self) -> str:
-        counts: dict[str, int] = {}
-        for job in self._jobs.values():
-            counts[job.status] = counts.get(job.status, 0) + 1
+        counts = Counter(job.status for job in self._jobs.values())
         told = ", ".join(f"{number} {status}" for status, number in counts.items())
         return f"<Runner of {self._most} at a time: {told or 'no jobs'}>"
-
-
-def _is_cancellation(error: BaseException) -> bool:
-    return isinstance(error, anyio.get_cancelled_exc_class())

@@ -40,3 +40,11 @@ def test_overhead_benchmark_when_run_then_writes_its_figures(tmp_path: Path) -> 
     options = ["--batches", "250", "--rounds", "1", "--json", str(out)]
     subprocess.run([sys.executable, script, *options], check=True, cwd=tmp_path)
     assert '"added_us"' in out.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_benchmark_of_many_trainings_when_quick_then_writes_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    script = str(ROOT / "benchmarks" / "many.py")
+    subprocess.run([sys.executable, script, "--quick", "--json", str(out)], check=True)
+    assert '"processor_ms"' in out.read_text(encoding="utf-8")

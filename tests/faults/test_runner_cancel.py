@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -182,6 +183,26 @@ async def test_cancel_all_when_called_then_more_may_be_submitted() -> None:
             assert ended == ["cancelled"] * 3
             last = runner.submit(trainer, name="last", **QUIET)
     assert (await last.outcome()).status == "done"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_entering_when_cancelled_anywhere_then_the_save_path_is_free(tmp_path: Path) -> None:
+    async def use() -> None:
+        async with Runner(1, save_path=tmp_path):
+            entered.set()
+            await asyncio.sleep(SOON)
+
+    entered, steps = asyncio.Event(), 0
+    while not entered.is_set():
+        task = asyncio.create_task(use())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        steps += 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with Runner(1, save_path=tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("which", ["running", "waiting", "by name", "all"])

@@ -245,6 +245,37 @@ async def test_submit_when_fit_would_refuse_its_arguments_then_says_so_and_queue
     assert [outcome.status for outcome in await runner.results()] == ["done"]
 
 
+async def test_submit_when_called_in_another_thread_then_says_so() -> None:
+    said: list[str] = []
+
+    def callback(event: Any) -> None:
+        if isinstance(event, RunEnded):
+            with pytest.raises(RuntimeError) as caught:
+                runner.submit(make)
+            said.append(str(caught.value))
+
+    async with Runner(1, callbacks=[callback]) as runner:
+        runner.submit(make, **QUIET)
+    assert said[0].startswith("submit() was called in another thread than the Runner's;")
+    assert len(runner.jobs) == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_job_when_its_outcome_cannot_be_written_then_failed_without_a_result(
+    tmp_path: Path,
+) -> None:
+    def obstructed() -> FitLoop:
+        (tmp_path / "a" / "outcome.msgpack" / "in the way").mkdir(parents=True)
+        return make()
+
+    async with Runner(1, save_path=tmp_path) as runner:
+        runner.submit(obstructed, name="a", **QUIET)
+    (outcome,) = await runner.results()
+    assert (outcome.status, outcome.result) == ("failed", None)
+    assert isinstance(outcome.error, CheckpointError)
+    assert repr(outcome).startswith("<Outcome 'a' failed, CheckpointError: ")
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_submit_when_a_subclass_has_a_fit_of_its_own_then_its_arguments_count() -> None:
     class Own(FitLoop):
@@ -479,6 +510,7 @@ async def test_save_path_when_another_runner_has_it_then_says_so(tmp_path: Path)
         ("", None),
         (".hidden", "_hidden"),
         ("é漢", "é漢"),
+        ("漢" * 100, "漢" * 66),
     ],
 )
 def test_safe_name_when_given_any_name_then_is_one_of_a_directory(
