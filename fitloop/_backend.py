@@ -12,13 +12,10 @@ from fitloop._control import RunControl
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._fitloop import FitLoop
-from fitloop._jobs import Done, JobSpec
+from fitloop._jobs import WEIGHTS, Done, JobSpec
 from fitloop._launch import aside
 from fitloop._share import SHARE, Share
 from fitloop._sync import SyncFitLoop
-
-WEIGHTS = "weights.msgpack"
-"""in the directory of a job: what its model had at the end"""
 
 
 class Backend(Protocol):

@@ -23,6 +23,8 @@ from fitloop._errors import LoaderHungWarning, note
 from fitloop._loops import Doorbell, Tasks, is_scope_cancelled, leave_loop, raise_in_scope
 
 T = TypeVar("T")
+LAST_MOMENT = 0.0005
+"""seconds that a thread which has said its last word is waited for without anything else"""
 
 
 class _Request:
@@ -198,7 +200,13 @@ class _StepThread:
         self._side.finish()
 
     def is_alive(self) -> bool:
-        """Return whether a thread is in the moment between its last word and its end."""
+        """Return whether a thread is in the moment between its last word and its end.
+
+        Holds the event loop for half a millisecond at most: looking again and again would keep
+        the interpreter from the thread that needs it to end.
+        """
+        for thread in self._threads:
+            thread.join(LAST_MOMENT)
         return any(thread.is_alive() for thread in self._threads)
 
 

@@ -9,18 +9,16 @@ from collections.abc import Callable, Sequence
 
 from fitloop._asking import Ask, Asking
 from fitloop._checkpoint import Checkpoint, check_checkpoint
-from fitloop._errors import ConfigurationError
 from fitloop._keeping import KeepingTrainer
 from fitloop._launch import (
     Callback,
-    check_steps,
     criteria_check,
     dry_plan,
     errand,
     launch,
     phases,
 )
-from fitloop._parts import as_list, check_callable, check_callbacks, check_number, check_seconds
+from fitloop._options import fit_option
 from fitloop._persistence import Persistence
 from fitloop._plan import RunPlan
 from fitloop._profile import ProfileReport, SpanRecorder
@@ -146,13 +144,12 @@ class FitLoop(KeepingTrainer):
             Exception: whatever a stage function, loader or callback raised, as the same object,
                 with a note that says where.
         """
-        often = check_number("continue_loop", continue_loop, 0, meaning="epochs between questions")
-        if on_continue is not None:
-            check_callable("on_continue", on_continue, "the PromptAsked event")
+        often = fit_option("continue_loop", continue_loop)
+        fit_option("on_continue", on_continue)
         core = self._core
         plan = RunPlan(
             call="fit",
-            epochs=check_number("epochs", epochs, 0),
+            epochs=fit_option("epochs", epochs),
             first_epoch=core.epoch_num + 1,
             phases=phases(
                 core,
@@ -161,7 +158,7 @@ class FitLoop(KeepingTrainer):
                 Phase.TRAIN,
                 Phase.VALID,
             ),
-            steps=check_steps(steps),
+            steps=fit_option("steps", steps),
             define_all=define_all,
             cast=cast,
             track_batch_metrics=track_batch_metrics,
@@ -172,7 +169,7 @@ class FitLoop(KeepingTrainer):
             asking = Asking(
                 ask=self._ask(on_continue, continue_timeout, shown, asks=often > 0),
                 question=QUESTION,
-                timeout=check_seconds("continue_timeout", continue_timeout),
+                timeout=fit_option("continue_timeout", continue_timeout),
                 default=bool(continue_default),
                 trains_on=continue_while_asking,
             )
@@ -215,7 +212,7 @@ class FitLoop(KeepingTrainer):
             epochs=1,
             first_epoch=max(1, core.epoch_num),
             phases=phases(core, "test", {Phase.TEST: test_dl}, Phase.TEST),
-            steps=check_steps(steps),
+            steps=fit_option("steps", steps),
             define_all=define_all,
             cast=cast,
             track_batch_metrics=track_batch_metrics,
@@ -302,16 +299,11 @@ class FitLoop(KeepingTrainer):
     def _progress(
         self, print_every: int, display_metrics: str | Sequence[str] | None, live: bool
     ) -> Progress:
-        names = None if display_metrics is None else as_list(display_metrics)
-        if names is not None and not all(isinstance(name, str) for name in names):
-            raise ConfigurationError(
-                f"display_metrics is {display_metrics!r}; expected the name of a metric, or a list"
-            )
         return Progress(
             self._core.parts.name,
             named=self._core.parts.named,
-            every=check_number("print_every", print_every, 0, meaning="0 prints nothing"),
-            names=names,
+            every=fit_option("print_every", print_every),
+            names=fit_option("display_metrics", display_metrics),
             live=live,
         )
 
@@ -331,7 +323,7 @@ class FitLoop(KeepingTrainer):
         return Persistence(core, policy, resume=resume)
 
     def _told(self, callbacks: Sequence[Callback]) -> list[Callback]:
-        return [*self._core.parts.callbacks, *check_callbacks(callbacks)]
+        return [*self._core.parts.callbacks, *fit_option("callbacks", callbacks)]
 
 
 def _last(result: FitResult) -> dict[str, EpochResult]:

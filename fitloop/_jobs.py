@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import anyio
 
 from fitloop._errors import ConfigurationError
+from fitloop._fitloop import FitLoop
+from fitloop._options import fit_option
 from fitloop._result import FitResult
 from fitloop._text import duration
 
-if TYPE_CHECKING:
-    from fitloop._fitloop import FitLoop
-
+LONGEST_PLACE = 200
+"""bytes of the name of a job's directory; file systems take 255"""
+WEIGHTS = "weights.msgpack"
+"""in the directory of a job: what its model had at the end"""
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
@@ -61,7 +67,7 @@ class Outcome:
     directory: Path | None = None
     """where its files are, with ``save_path``"""
     weights: Path | None = None
-    """file of the weights that the model had at the end; for ``load_model``"""
+    """file of what the model had at the end: ``load_model(weights.name, weights.parent)``"""
     trainer: FitLoop | None = field(default=None, compare=False)
     """the trained one, with ``keep_trainers`` where it is in this process"""
     restored: bool = False
@@ -78,17 +84,16 @@ class Outcome:
 
 
 class Job:
-    """A training in the hands of a `Runner`. For the event loop of the Runner only."""
+    """A training in the hands of a `Runner`. For the event loop of the Runner; cancel anywhere."""
 
-    __slots__ = ("_cancelled", "_forget", "_outcome", "_scope", "_waits", "spec")
+    __slots__ = ("_end", "_outcome", "_scope", "_waits", "spec")
 
-    def __init__(self, spec: JobSpec, forget: Callable[[Job], None]) -> None:
+    def __init__(self, spec: JobSpec, end: Callable[[Job], None]) -> None:
         self.spec = spec
-        self._forget = forget
-        """takes a waiting job out of the line"""
+        self._end = end
+        """ends it, or has the event loop do so; any thread"""
         self._outcome: Outcome | None = None
         self._scope: anyio.CancelScope | None = None
-        self._cancelled = False
         self._waits: anyio.Event | None = None
 
     @property
@@ -104,14 +109,13 @@ class Job:
         return "waiting" if self._scope is None else "running"
 
     def cancel(self) -> None:
-        """End it at its next batch boundary, or never begin it; does nothing when it is over."""
-        if self._outcome is not None:
-            return
-        self._cancelled = True
-        if self._scope is None:
-            self._forget(self)
-        else:
-            self._scope.cancel()
+        """End it at its next batch boundary, or never begin it; does nothing when it is over.
+
+        May be called from any thread, and never blocks. From another one than the Runner's it
+        takes effect when the event loop comes to it; not any more when that has ended.
+        """
+        if self._outcome is None:
+            self._end(self)
 
     async def outcome(self) -> Outcome:
         """Wait until it is over; raises nothing that the job raised. May be cancelled."""
@@ -121,6 +125,11 @@ class Job:
             await self._waits.wait()
         assert self._outcome is not None
         return self._outcome
+
+    @property
+    def scope(self) -> anyio.CancelScope | None:
+        """What it runs in, while it does."""
+        return self._scope
 
     def begin(self, scope: anyio.CancelScope) -> None:
         """Note that it runs, in ``scope``."""
@@ -145,6 +154,44 @@ class Job:
         return f"<Job {self.name!r} {self.status}>"
 
 
+def cancelled(job: Job) -> Outcome:
+    """Return the outcome of a job that was cancelled."""
+    return Outcome(name=job.name, status="cancelled", directory=job.spec.directory)
+
+
+def check_options(name: str, target: Any, options: Mapping[str, Any]) -> None:
+    """Refuse arguments that ``fit`` would refuse, as far as that is known without the trainer.
+
+    Raises:
+        TypeError: ``fit`` has no such argument.
+        ConfigurationError: it cannot work, whatever the trainer is.
+    """
+    trainers = target if isinstance(target, type) else type(target)
+    known = _arguments((trainers if issubclass(trainers, FitLoop) else FitLoop).fit)
+    for option, value in options.items():
+        if known is not None and option not in known:
+            raise TypeError(_unknown(name, option, known))
+        fit_option(option, value)
+
+
+@cache
+def _arguments(fit: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Return the names that ``fit`` takes besides ``epochs``; None when it takes any."""
+    parameters = inspect.signature(fit).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return None
+    return tuple(name for name in parameters if name not in ("self", "epochs"))
+
+
+def _unknown(name: str, option: str, known: tuple[str, ...]) -> str:
+    near = get_close_matches(option, known, 1)
+    meant = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}."
+    return (
+        f"job {name!r}: fit() has no argument {option!r}; {meant} Arguments of the function that "
+        "makes the trainer are given in order, or bound with functools.partial"
+    )
+
+
 def forget_frames(error: BaseException) -> None:
     """Clear the local variables of an error's traceback, which would keep a trainer alive."""
     seen: set[int] = set()
@@ -167,6 +214,7 @@ def safe_name(name: str) -> str:
         ConfigurationError: nothing is left of it.
     """
     place = re.sub(r"[^\w.=+,@-]", "_", name)[:120]
+    place = place.encode()[:LONGEST_PLACE].decode(errors="ignore")
     if not place.strip("._"):
         raise ConfigurationError(f"name is {name!r}; expected one that a directory can have")
     return place if not place.startswith(".") else f"_{place[1:]}"

@@ -24,7 +24,8 @@ from fitloop._events import Event, PhaseEnded
 from fitloop._hub import EventStream, feed_callback
 from fitloop._kernel import interruptible
 from fitloop._loaders import check_loader
-from fitloop._parts import check_number, check_optional
+from fitloop._options import fit_option
+from fitloop._parts import check_number
 from fitloop._plan import RunPlan
 from fitloop._run import Errand, Run, RunOptions
 from fitloop._share import SHARE
@@ -142,15 +143,10 @@ def dry_plan(
         epochs=check_number("epochs", epochs, 1),
         first_epoch=core.epoch_num + 1,
         phases=phases(core, call, given, Phase.TRAIN, Phase.VALID, Phase.TEST),
-        steps=check_steps(steps),
+        steps=fit_option("steps", steps),
         define_all=define_all,
         cast=cast,
     )
-
-
-def check_steps(steps: int | None) -> int | None:
-    """Return a number of batches as a plain integer, or None; refuse one that is none."""
-    return check_optional("steps", steps, 1, meaning="batches of each phase at most")
 
 
 def criteria_check(core: Core) -> Callable[[Event], None]:

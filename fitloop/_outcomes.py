@@ -16,7 +16,7 @@ import numpy as np
 
 from fitloop._durable import reason, write_file
 from fitloop._errors import CheckpointError
-from fitloop._jobs import Outcome
+from fitloop._jobs import WEIGHTS, Outcome
 from fitloop._layout import FORMAT, VERSION, LayoutError, pack, unpack
 from fitloop._metriclog import LOG_NAME
 from fitloop._result import FitResult
@@ -48,6 +48,12 @@ class Record:
     traceback: str | None = None
     """where it was raised, with its notes"""
     seconds: float = 0.0
+
+    def covers(self, epochs: int) -> bool:
+        """Return whether a job needs not be run again, now that so many epochs are asked for."""
+        if self.status != "done" or self.result is None:
+            return False
+        return self.epochs >= epochs or self.result.stop_reason != "completed"
 
 
 def write_outcome(outcome: Outcome, epochs: int) -> None:
@@ -120,6 +126,26 @@ def read_outcome(directory: Path) -> Record | None:
         raise CheckpointError(
             f"{path} is not as fitloop writes it: {type(error).__name__}: {error}"
         ) from error
+
+
+def restored(directory: Path, epochs: int) -> Outcome | None:
+    """Return the outcome of a job that was done before, for so many epochs; blocks.
+
+    Raises `CheckpointError` for a file that is none.
+    """
+    found = read_outcome(directory)
+    if found is None or not found.covers(epochs):
+        return None
+    weights = directory / WEIGHTS
+    return Outcome(
+        name=found.name,
+        status="done",
+        result=found.result,
+        seconds=found.seconds,
+        directory=directory,
+        weights=weights if weights.exists() else None,
+        restored=True,
+    )
 
 
 def _record(contents: Any, directory: Path) -> Record:

@@ -9,22 +9,41 @@ import warnings
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Any
 
-from fitloop._backend import ThreadBackend
+from fitloop._backend import Backend, ThreadBackend
 from fitloop._control import RunControl
 from fitloop._crossing import LoopSide, supervise
-from fitloop._errors import WorkerDiedError, WorkerDiedWarning, note
+from fitloop._errors import ConfigurationError, WorkerDiedError, WorkerDiedWarning, note
 from fitloop._events import Event
 from fitloop._hub import EventStream, Hub, feed_callback
 from fitloop._jobs import Done, JobSpec
 from fitloop._kernel import interruptible
 from fitloop._launch import aside, is_async
-from fitloop._parts import check_callable, check_callbacks, check_number, check_seconds
+from fitloop._parts import check_number, check_seconds
 from fitloop._portable import pack_job
 from fitloop._process_pool import Pool
-from fitloop._process_talk import Conversation, carried, shown_options
+from fitloop._process_talk import Conversation, carried
 from fitloop._process_worker import serve
 from fitloop._share import Share
+
+
+def backend_of(given: Any) -> Backend:
+    """Return the backend that a `Runner` was given, perhaps by its name.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if given == "thread":
+        return ThreadBackend()
+    if given == "process":
+        return ProcessBackend()
+    if isinstance(given, str) or not hasattr(given, "run"):
+        raise ConfigurationError(
+            f"backend is {given!r:.60}; expected 'thread', 'process' or a Backend"
+        )
+    chosen: Backend = given
+    return chosen
 
 
 class ProcessBackend:
@@ -60,17 +79,13 @@ class ProcessBackend:
         self._pool = Pool(serve)
 
     def check(self, spec: JobSpec) -> None:
-        """Refuse what cannot go to another process, and what cannot be called there.
+        """Refuse what cannot go to another process.
 
         Raises:
             ConfigurationError: it could not.
         """
         pack_job(spec.name, (spec.target, spec.args, carried(spec)))
         ThreadBackend().check(spec)
-        check_callbacks(spec.options.get("callbacks", ()))
-        shown_options(spec)
-        if spec.options.get("on_continue") is not None:
-            check_callable("on_continue", spec.options["on_continue"], "the PromptAsked event")
 
     async def run(self, spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> Done:
         """Have a worker do the training, and another one if that dies.

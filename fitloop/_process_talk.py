@@ -21,13 +21,13 @@ import anyio
 from fitloop._asking import Ask, checked
 from fitloop._control import Cancelled, RunControl
 from fitloop._crossing import LoopSide
-from fitloop._errors import ConfigurationError, WorkerDiedError, note
+from fitloop._errors import WorkerDiedError, note
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted
 from fitloop._hub import Hub
 from fitloop._jobs import Done, JobSpec
 from fitloop._launch import aside
 from fitloop._loops import loop_scheduler
-from fitloop._parts import as_list, check_number
+from fitloop._options import fit_option
 from fitloop._portable import pack_job, unpack_error
 from fitloop._process_pool import Pool, how_ended
 from fitloop._progress import Progress
@@ -86,12 +86,14 @@ class Conversation:
     def execute(self) -> None:
         """Have the job done; raises what came of it."""
         data = pack_job(self._spec.name, self._job())
-        worker = self._worker = self._pool.take()
+        self._worker = self._pool.take()
         forget = self._control.on_halt(self._begin_ending)
         usable = False
         try:
             with ExitStack() as stack:
-                usable = self._talk(data, stack)
+                while not (usable := self._talk(data, stack)):
+                    if not self._take_another():
+                        break
         finally:
             forget()
             self._sent.set()
@@ -101,9 +103,9 @@ class Conversation:
             for number in range(1, self._asked + 1):
                 self._withdraw(number)
             if usable:
-                self._pool.give(worker)
+                self._pool.give(self._worker)
             else:
-                worker.close()
+                self._worker.close()
 
     def finish(self, error: BaseException | None) -> Done:
         """Return what the worker sent, or raise it."""
@@ -114,9 +116,18 @@ class Conversation:
             raise Cancelled
         return self._result
 
+    def _take_another(self) -> bool:
+        """Replace a worker that died while it waited for a job; false when this one is to end."""
+        self._worker.close()
+        self._worker = self._pool.take()
+        return not self._control.halted
+
     def _talk(self, data: bytes, stack: ExitStack) -> bool:
-        """Do what the worker says until the job is over; return whether it can do another one."""
-        worker = self._worker
+        """Do what the worker says until the job is over; return whether it can do another one.
+
+        False for one that had died before it was given the job; what dies later raises.
+        """
+        worker, begun = self._worker, not self._worker.ready
         try:
             worker.send("job", data)
             self._sent.set()
@@ -124,6 +135,8 @@ class Conversation:
                 match worker.connection.recv():
                     case ("ready",):
                         worker.ready = True
+                    case ("begun",):
+                        begun = True
                     case ("built", name, named):
                         self._shown = stack.enter_context(_progress(self._spec, name, named))
                         self._hub.observers([self._tell, self._shown.observe, *self._observers])
@@ -146,7 +159,8 @@ class Conversation:
                         self._error = unpack_error(packed)
                         return True
         except (EOFError, OSError):
-            self._died()
+            if begun or self._control.cancelled:
+                self._died()
         return False
 
     def _job(self) -> tuple[JobSpec, Share, bool]:
@@ -286,25 +300,17 @@ def carried(spec: JobSpec) -> dict[str, Any]:
     return {name: value for name, value in spec.options.items() if name not in _HERE}
 
 
-def shown_options(spec: JobSpec) -> tuple[int, list[str] | None]:
-    """Return what ``print_every`` and ``display_metrics`` say; refuse what they cannot be."""
-    options = spec.options
-    every = check_number(
-        "print_every", options.get("print_every", 1), 0, meaning="0 prints nothing"
-    )
-    shown = options.get("display_metrics")
-    names = None if shown is None else as_list(shown)
-    if names is not None and not all(isinstance(name, str) for name in names):
-        raise ConfigurationError(
-            f"display_metrics is {shown!r}; expected the name of a metric, or a list"
-        )
-    return every if options.get("verbose", True) else 0, names
-
-
 def _progress(spec: JobSpec, name: str, named: bool) -> Progress:
-    every, names = shown_options(spec)
-    live = bool(spec.options.get("progress", True))
-    return Progress(name, named=named, every=every, names=names, live=live)
+    options = spec.options
+    return Progress(
+        name,
+        named=named,
+        every=fit_option("print_every", options.get("print_every", 1))
+        if options.get("verbose", True)
+        else 0,
+        names=fit_option("display_metrics", options.get("display_metrics")),
+        live=bool(options.get("progress", True)),
+    )
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -4,8 +4,8 @@ Owns that process: its output, its signals, and its end, which comes at once whe
 the parent is closed, whatever closed it. The training itself is `_backend.train`'s.
 
 Messages are tuples that begin with a word. From the parent: ``job``, ``cancel``, ``answer``. To the
-parent: ``ready``; then for each job ``built``, any number of ``event``, ``print``, ``ask`` and
-``withdraw``, and one of ``done``, ``cancelled`` and ``failed``.
+parent: ``ready``; then for each job ``begun``, ``built``, any number of ``event``, ``print``,
+``ask`` and ``withdraw``, and one of ``done``, ``cancelled`` and ``failed``.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ class _Worker:
         self.send("ready")
         while True:
             job = self._jobs.get()
+            self.send("begun")
             last = self._do(job)
             for output in outputs:
                 output.end_line()

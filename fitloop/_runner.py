@@ -7,11 +7,13 @@ is the backend's business.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -19,18 +21,21 @@ from typing import Any, Literal
 import anyio
 import torch
 
-from fitloop._backend import Backend, ThreadBackend
+from fitloop._backend import Backend
 from fitloop._checkpoint import Checkpoint, check_checkpoint
 from fitloop._durable import DirectoryLock
 from fitloop._errors import ConfigurationError, note
 from fitloop._hub import EventStream, Listeners
-from fitloop._jobs import Job, JobSpec, Outcome, forget_frames, safe_name
+from fitloop._jobs import Job, JobSpec, Outcome, cancelled, check_options, forget_frames, safe_name
 from fitloop._launch import Callback, aside
-from fitloop._loops import is_scope_cancelled
-from fitloop._outcomes import Record, read_outcome, write_outcome
-from fitloop._parts import check_callbacks, check_number, check_optional
-from fitloop._process_backend import ProcessBackend
+from fitloop._loops import is_scope_cancelled, loop_scheduler
+from fitloop._options import fit_option
+from fitloop._outcomes import restored, write_outcome
+from fitloop._parts import check_callbacks, check_optional
+from fitloop._process_backend import backend_of
 from fitloop._share import Share, available_cores
+
+_HOW = "have the event loop call it, as with anyio.from_thread.run_sync or call_soon_threadsafe"
 
 
 class Runner:
@@ -50,7 +55,7 @@ class Runner:
 
     Cancellation of the block, or an exception in it, cancels all: those that run end at a batch
     boundary, those that wait are never begun. A Runner is for one ``async with`` of one event loop,
-    and its methods are for that loop.
+    and its methods are for that loop, but for `cancel` and `cancel_all`, which are for any thread.
 
     Args:
         max_concurrent: trainings at a time; by default as many as this process has cores.
@@ -86,7 +91,7 @@ class Runner:
         most = check_optional("max_concurrent", max_concurrent, 1, meaning="trainings at a time")
         self._most = most or cores
         self._threads = max(1, cores // self._most)
-        self._backend = _backend(backend)
+        self._backend = backend_of(backend)
         self._save_path = None if save_path is None else Path(save_path)
         if checkpoint is not None and save_path is None:
             raise ConfigurationError(
@@ -100,13 +105,15 @@ class Runner:
         self._jobs: dict[str, Job] = {}
         self._places: set[str] = set()
         """names of the jobs' directories"""
-        self._waiting: deque[Job] = deque()
+        self._waiting: OrderedDict[str, Job] = OrderedDict()
         self._running = 0
         self._began = 0
         self._completed: list[Outcome] = []
         self._changed = anyio.Event()
         self._failure: BaseException | None = None
         self._group: Any = None
+        self._thread = 0
+        self._schedule: Callable[[Callable[[], object]], None] = lambda call: None
         self._open = False
         self._stack = AsyncExitStack()
 
@@ -123,8 +130,13 @@ class Runner:
             raise RuntimeError("this Runner was used before; make another one")
         if self._save_path is not None:
             lock = DirectoryLock(self._save_path)
-            await aside("runner", lock.acquire)
             self._stack.push_async_callback(aside, "runner", lock.release)
+            try:
+                await aside("runner", lock.acquire)
+            except BaseException:  # a cancellation is raised when it has been taken
+                await self._close()
+                raise
+        self._thread, self._schedule = threading.get_ident(), loop_scheduler()
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
         self._open = True
@@ -141,7 +153,7 @@ class Runner:
             self._open = False
             self._cancel_waiting()
         try:
-            if error is None or _is_cancellation(error):
+            if error is None or isinstance(error, anyio.get_cancelled_exc_class()):
                 swallowed = bool(await self._group.__aexit__(kind, error, traceback))
             else:  # which a task group would wrap in another one
                 self._group.cancel_scope.cancel()
@@ -150,12 +162,15 @@ class Runner:
             self._open = False
             self._cancel_waiting()
             self._listeners.end()
-            with anyio.CancelScope(shield=True):
-                await self._backend.close()
-                await self._stack.aclose()
+            await self._close()
         if self._failure is not None and (error is None or swallowed):
             raise self._failure
         return swallowed
+
+    async def _close(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._backend.close()
+            await self._stack.aclose()
 
     # -- jobs ----------------------------------------------------------------------------------
 
@@ -174,11 +189,15 @@ class Runner:
             options: more arguments of ``fit``.
 
         Raises:
-            ConfigurationError: there is a job of this name, or the target cannot work.
-            RuntimeError: outside of the ``async with`` block.
+            ConfigurationError: there is a job of this name, or the target or an argument of
+                ``fit`` cannot work.
+            TypeError: ``fit`` has no such argument.
+            RuntimeError: outside of the ``async with`` block, or in another thread.
         """
         if not self._open:
             raise RuntimeError("this Runner is not open; submit inside of its `async with` block")
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("submit() was called in another thread than the Runner's; " + _HOW)
         name = self._default_name(target) if name is None else str(name)
         if name in self._jobs:
             raise ConfigurationError(f"there is a job {name!r} already; give another name=")
@@ -193,19 +212,20 @@ class Runner:
             directory = self._save_path / place
             if self._checkpoint is not None:
                 options.setdefault("checkpoint", self._checkpoint)
+        check_options(name, target, options)
         spec = JobSpec(
             name=name,
             target=target,
             args=args,
-            epochs=check_number("epochs", epochs, 0),
+            epochs=fit_option("epochs", epochs),
             options=options,
             directory=directory,
         )
         self._backend.check(spec)
         if directory is not None:
             self._places.add(directory.name)
-        job = self._jobs[name] = Job(spec, self._forget)
-        self._waiting.append(job)
+        job = self._jobs[name] = Job(spec, self._have_cancelled)
+        self._waiting[name] = job
         self._start()
         return job
 
@@ -219,17 +239,14 @@ class Runner:
         return list(self._jobs.values())
 
     def cancel(self, name: str) -> None:
-        """Cancel a job; see `Job.cancel`. Raises KeyError for an unknown name."""
+        """Cancel a job; any thread, see `Job.cancel`. Raises KeyError for an unknown name."""
         if name not in self._jobs:
             raise KeyError(f"no job {name!r}; there are: {', '.join(self._jobs) or 'none'}")
         self._jobs[name].cancel()
 
     def cancel_all(self) -> None:
-        """Cancel every job that is not over; more may be submitted."""
-        self._cancel_waiting()
-        for job in self._jobs.values():
-            if job.status == "running":
-                job.cancel()
+        """Cancel every job that is not over, from any thread; more may be submitted."""
+        self._on_loop(self._cancel_jobs)
 
     async def as_completed(self) -> AsyncIterator[Outcome]:
         """Give the outcome of every job, in the order in which they end; each once.
@@ -261,12 +278,13 @@ class Runner:
     def _start(self) -> None:
         while self._waiting and self._running < self._most:
             self._running += 1
-            job, scope = self._waiting.popleft(), anyio.CancelScope()
+            scope = anyio.CancelScope()
+            _name, job = self._waiting.popitem(last=False)
             job.begin(scope)
             self._group.start_soon(self._run, job, scope)
 
     async def _run(self, job: Job, scope: anyio.CancelScope) -> None:
-        outcome = _cancelled(job)
+        outcome = cancelled(job)
         try:
             with scope:
                 await anyio.lowlevel.checkpoint_if_cancelled()
@@ -283,15 +301,9 @@ class Runner:
         try:
             if spec.directory is not None:
                 directory = spec.directory
-                found = await aside(job.name, lambda: read_outcome(directory))
-                if found is not None and _is_done(found, spec):
-                    return replace(
-                        outcome,
-                        status="done",
-                        result=found.result,
-                        seconds=found.seconds,
-                        restored=True,
-                    )
+                found = await aside(job.name, lambda: restored(directory, spec.epochs))
+                if found is not None:
+                    return replace(found, name=job.name)
             done = await self._backend.run(
                 self._with_callbacks(spec), self._share(spec), self._listeners.push
             )
@@ -313,7 +325,9 @@ class Runner:
             try:
                 await aside(job.name, lambda: write_outcome(outcome, spec.epochs))
             except Exception as error:
-                outcome = replace(outcome, status="failed", error=outcome.error or error)
+                outcome = replace(
+                    outcome, status="failed", result=None, error=outcome.error or error
+                )
         return outcome
 
     def _failed(self, outcome: Outcome, error: BaseException) -> Outcome:
@@ -354,46 +368,33 @@ class Runner:
             self._cancel_waiting()
             self._group.cancel_scope.cancel()
 
-    def _forget(self, job: Job) -> None:
-        self._waiting.remove(job)
-        self._end(job, _cancelled(job))
+    def _on_loop(self, call: Callable[[], object]) -> None:
+        """Call it now when this is the thread of the event loop, else have that call it."""
+        if threading.get_ident() == self._thread:
+            call()
+        else:
+            self._schedule(call)
+
+    def _have_cancelled(self, job: Job) -> None:
+        self._on_loop(partial(self._cancel_job, job))
+
+    def _cancel_job(self, job: Job) -> None:
+        if job.scope is not None:
+            job.scope.cancel()
+        elif self._waiting.pop(job.name, None) is not None:
+            self._end(job, cancelled(job))
+
+    def _cancel_jobs(self) -> None:
+        self._cancel_waiting()
+        for job in self._jobs.values():
+            self._cancel_job(job)
 
     def _cancel_waiting(self) -> None:
         while self._waiting:
-            job = self._waiting.popleft()
-            self._end(job, _cancelled(job))
+            _name, job = self._waiting.popitem(last=False)
+            self._end(job, cancelled(job))
 
     def __repr__(self) -> str:
-        counts: dict[str, int] = {}
-        for job in self._jobs.values():
-            counts[job.status] = counts.get(job.status, 0) + 1
+        counts = Counter(job.status for job in self._jobs.values())
         told = ", ".join(f"{number} {status}" for status, number in counts.items())
         return f"<Runner of {self._most} at a time: {told or 'no jobs'}>"
-
-
-def _backend(backend: Any) -> Backend:
-    if backend == "thread":
-        return ThreadBackend()
-    if backend == "process":
-        return ProcessBackend()
-    if isinstance(backend, str) or not hasattr(backend, "run"):
-        raise ConfigurationError(
-            f"backend is {backend!r:.60}; expected 'thread', 'process' or a Backend"
-        )
-    chosen: Backend = backend
-    return chosen
-
-
-def _cancelled(job: Job) -> Outcome:
-    return Outcome(name=job.name, status="cancelled", directory=job.spec.directory)
-
-
-def _is_done(found: Record, spec: JobSpec) -> bool:
-    """Return whether a job needs not be run again, now that ``spec`` is asked for."""
-    if found.status != "done" or found.result is None:
-        return False
-    return found.epochs >= spec.epochs or found.result.stop_reason != "completed"
-
-
-def _is_cancellation(error: BaseException) -> bool:
-    return isinstance(error, anyio.get_cancelled_exc_class())

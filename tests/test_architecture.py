@@ -72,7 +72,17 @@ LAYERS: list[list[str]] = [
     # all of its state, in a file and back
     ["_training", "_run_state", "_snapshot", "_archive", "_checkpoint"],
     # a run of it
-    ["_plan", "_engine", "_runlog", "_persistence", "_return_point", "_asking", "_run", "_launch"],
+    [
+        "_plan",
+        "_engine",
+        "_runlog",
+        "_persistence",
+        "_return_point",
+        "_asking",
+        "_run",
+        "_options",
+        "_launch",
+    ],
     ["_bench_passes", "_bench_reading", "_bench_bare", "_bench_run"],
     # what users hold
     ["_view", "_trainer", "_keeping", "_fitloop", "_sync"],

@@ -202,3 +202,14 @@ async def _both_written(place: Path) -> None:
     with anyio.fail_after(SOON):
         await written(place / "ready")
         await written(place / "works")
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_job_when_the_waiting_worker_was_killed_then_gets_another_one() -> None:
+    with anyio.fail_after(SOON):
+        async with Runner(1, backend="process") as runner:
+            assert (await runner.submit(make, name="0", **QUIET).outcome()).status == "done"
+            (idle,) = workers()
+            idle.kill()
+            assert (await runner.submit(make, name="1", **QUIET).outcome()).error is None
+            assert workers() != [idle]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -182,6 +183,51 @@ async def test_cancel_all_when_called_then_more_may_be_submitted() -> None:
             assert ended == ["cancelled"] * 3
             last = runner.submit(trainer, name="last", **QUIET)
     assert (await last.outcome()).status == "done"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_entering_when_cancelled_anywhere_then_the_save_path_is_free(tmp_path: Path) -> None:
+    async def use() -> None:
+        async with Runner(1, save_path=tmp_path):
+            entered.set()
+            await asyncio.sleep(SOON)
+
+    entered, steps = asyncio.Event(), 0
+    while not entered.is_set():
+        task = asyncio.create_task(use())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        steps += 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with Runner(1, save_path=tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("which", ["running", "waiting", "by name", "all"])
+async def test_cancel_when_called_in_another_thread_then_is_as_in_the_event_loops(
+    which: str,
+) -> None:
+    made = endless(1)
+    with anyio.fail_after(SOON):
+        async with Runner(1) as runner:
+            running, waiting = submit(runner, made, 2)
+            await made.wait()
+            cancel: Callable[[], None] = {
+                "running": running.cancel,
+                "waiting": waiting.cancel,
+                "by name": lambda: runner.cancel("1"),
+                "all": runner.cancel_all,
+            }[which]
+            await anyio.to_thread.run_sync(cancel)
+            ended = [waiting] if which in ("waiting", "by name") else [running]
+            for job in ended:
+                assert (await job.outcome()).status == "cancelled"
+            assert running.status != waiting.status or which == "all"
+            runner.cancel_all()
+    await anyio.to_thread.run_sync(cancel)  # is over, and does nothing
+    assert [outcome.status for outcome in await runner.results()] == ["cancelled"] * 2
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

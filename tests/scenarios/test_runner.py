@@ -13,7 +13,7 @@ import anyio
 import numpy as np
 import pytest
 import torch
-from support.models import mlp, sync_trainer, trainer
+from support.models import arguments, mlp, sync_trainer, trainer
 from support.states import assert_same_state, trainer_state
 
 from fitloop import (
@@ -209,7 +209,88 @@ async def test_submit_when_it_cannot_work_then_says_so_at_once(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("options", "kind", "said"),
+    [
+        (
+            {"verbos": False},
+            TypeError,
+            r"^job 'a': fit\(\) has no argument 'verbos'; did you mean 'verbose'\? .*partial$",
+        ),
+        (
+            {"zzz": 1},
+            TypeError,
+            r"no argument 'zzz'; expected one of train_dl, valid_dl, .*resume\.",
+        ),
+        ({"epochs": -1}, ConfigurationError, "epochs is -1"),
+        ({"steps": 0}, ConfigurationError, "steps is 0"),
+        ({"print_every": "all"}, ConfigurationError, "print_every is 'all'"),
+        ({"display_metrics": 3}, ConfigurationError, "display_metrics is 3"),
+        ({"callbacks": print}, ConfigurationError, "callbacks is"),
+        ({"callbacks": [lambda: None]}, ConfigurationError, "callbacks"),
+        ({"on_continue": 3}, ConfigurationError, "on_continue"),
+        ({"continue_loop": -1}, ConfigurationError, "continue_loop is -1"),
+        ({"continue_timeout": 0}, ConfigurationError, "continue_timeout is 0"),
+        ({"checkpoint": 5}, ConfigurationError, "checkpoint is 5"),
+        ({"valid_dl": 5}, ConfigurationError, r"valid_dl of fit\(\) is 5"),
+    ],
+)
+async def test_submit_when_fit_would_refuse_its_arguments_then_says_so_and_queues_nothing(
+    options: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    async with Runner(1) as runner:
+        with pytest.raises(kind, match=said):
+            runner.submit(make, name="a", **options)
+        assert runner.jobs == []
+        runner.submit(make, name="a", **QUIET)
+    assert [outcome.status for outcome in await runner.results()] == ["done"]
+
+
+async def test_submit_when_called_in_another_thread_then_says_so() -> None:
+    said: list[str] = []
+
+    def callback(event: Any) -> None:
+        if isinstance(event, RunEnded):
+            with pytest.raises(RuntimeError) as caught:
+                runner.submit(make)
+            said.append(str(caught.value))
+
+    async with Runner(1, callbacks=[callback]) as runner:
+        runner.submit(make, **QUIET)
+    assert said[0].startswith("submit() was called in another thread than the Runner's;")
+    assert len(runner.jobs) == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_job_when_its_outcome_cannot_be_written_then_failed_without_a_result(
+    tmp_path: Path,
+) -> None:
+    def obstructed() -> FitLoop:
+        (tmp_path / "a" / "outcome.msgpack" / "in the way").mkdir(parents=True)
+        return make()
+
+    async with Runner(1, save_path=tmp_path) as runner:
+        runner.submit(obstructed, name="a", **QUIET)
+    (outcome,) = await runner.results()
+    assert (outcome.status, outcome.result) == ("failed", None)
+    assert isinstance(outcome.error, CheckpointError)
+    assert repr(outcome).startswith("<Outcome 'a' failed, CheckpointError: ")
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_submit_when_a_subclass_has_a_fit_of_its_own_then_its_arguments_count() -> None:
+    class Own(FitLoop):
+        async def fit(self, epochs: int = 1, *, twice: bool = False, **options: Any) -> Any:
+            return await super().fit(epochs * (1 + twice), **options)
+
+    async with Runner(1) as runner:
+        runner.submit(Own(**arguments()), twice=True, **QUIET)
+    (outcome,) = await runner.results()
+    assert outcome.result is not None
+    assert outcome.result.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
     [
         ({"max_concurrent": 0}, "max_concurrent is 0; expected an integer of at least 1"),
         ({"backend": "cluster"}, "backend is 'cluster'; expected"),
@@ -217,10 +298,10 @@ async def test_submit_when_it_cannot_work_then_says_so_at_once(tmp_path: Path) -
     ],
 )
 def test_runner_when_an_argument_cannot_work_then_says_so(
-    arguments: dict[str, Any], said: str
+    changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=said):
-        Runner(**arguments)
+        Runner(**changes)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -242,7 +323,7 @@ async def test_submit_when_there_are_ten_thousand_then_nothing_is_made_for_those
                 await anyio.lowlevel.checkpoint()
             assert threading.active_count() <= before + 2
             assert made == [0]
-            for job in jobs[1:]:
+            for job in reversed(jobs[1:]):
                 job.cancel()
             gate.open.set()
     outcomes = await runner.results()
@@ -356,6 +437,7 @@ async def test_sweep_when_started_again_then_what_is_done_is_not_done_again(
     first, second = await sweep(2), await sweep(2)
     assert sorted(built) == [0, 1, 2]
     assert [outcome.restored for outcome in first + second] == [False] * 3 + [True] * 3
+    assert [outcome.weights for outcome in second] == [outcome.weights for outcome in first]
     for old, new in zip(first, second, strict=True):
         assert new.result.epochs == old.result.epochs == 2
         for phase, own in old.result.metrics.items():
@@ -428,6 +510,7 @@ async def test_save_path_when_another_runner_has_it_then_says_so(tmp_path: Path)
         ("", None),
         (".hidden", "_hidden"),
         ("é漢", "é漢"),
+        ("漢" * 100, "漢" * 66),
     ],
 )
 def test_safe_name_when_given_any_name_then_is_one_of_a_directory(
