@@ -8,6 +8,7 @@ no event loop, model or loader.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from fitloop._types import StopReason
@@ -41,6 +42,8 @@ class RunControl:
         """description of the loader that the step thread is inside of, if it is"""
         self.abandoned = False
         """the step thread was left inside a loader"""
+        self.waited = 0.0
+        """seconds that the step thread has waited for a loader or an answer, all in all"""
         self.hung: list[str] = []
         """descriptions of the loaders that the run did not wait for any longer"""
         self._settled = False
@@ -89,12 +92,16 @@ class RunControl:
 
         ``ready`` is called under the lock of `changed` and must be quick.
         """
+        began = time.perf_counter()
         with self.changed:
-            while not ready():
-                if self.cancelled or (obey_stop and self.halted):
-                    return False
-                self.changed.wait()
-            return True
+            try:
+                while not ready():
+                    if self.cancelled or (obey_stop and self.halted):
+                        return False
+                    self.changed.wait()
+                return True
+            finally:
+                self.waited += time.perf_counter() - began
 
     def notify(self) -> None:
         """Wake every waiting thread of the run to look again."""

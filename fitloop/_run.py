@@ -115,7 +115,10 @@ class Run:
         elif plan.call == "fit":
             core.keep_pretrained(resuming=kept is not None and kept.found is not None)
             self._tracker = core.tracker(core.hub.emit)
-        part = self._slice = Slice(self._at_rest, lambda: self._control.halted)
+        control = self._control
+        part = self._slice = Slice(
+            self._aside, lambda: control.halted, waited=lambda: control.waited
+        )
         self._forget_slice = self._control.on_halt(part.wake)
         core.hub.observers(self._observers(part))
         around = self._around = Surroundings(
@@ -217,9 +220,12 @@ class Run:
         self._core.num_threads = number
         self._has_threads = intra_op_threads.enter(number)
 
-    def _at_rest(self, call: Callable[[], None]) -> None:
-        assert self._engine is not None
-        self._engine.at_rest(call)
+    def _aside(self, call: Callable[[], None]) -> None:
+        """Wait for a slice, out of the way of those who have one."""
+        assert self._turn is not None
+        held = self._turn.step_aside()
+        call()
+        self._turn.go_on(held)
 
     def _observers(self, part: Slice) -> list[Observer]:
         observers: list[Observer] = [part.observe, self._log.observe]

@@ -23,10 +23,13 @@ PATIENCE_SECONDS = 0.1
 """after which a slice is taken from a trainer that does not come to its end"""
 SMALL_SECONDS = 0.002
 """processor time of a batch up to which it counts as small"""
-BUSY_SHARE = 0.7
-"""share of a slice that a trainer computes, below which it waits for something else"""
+WAITING_SHARE = 0.3
+"""share of its time that a trainer waits for its loader, from which it takes no part"""
+IDLE_SHARE = 0.5
+"""share of its own slice that a trainer does not compute, from which it takes no part either"""
 LOOK_SECONDS = 0.25
-"""between two looks whether a trainer is to take part"""
+"""between two looks whether a trainer is to take part, twice as long after each that says no"""
+LONGEST_LOOK_SECONDS = 8.0
 FEWEST = 8
 """batches of a look"""
 
@@ -41,7 +44,7 @@ class Slices:
         self._clock = clock
         self.runs = 0
         """that go on; read without the lock, once a batch"""
-        self.changed = threading.Condition(threading.Lock())
+        self.lock = threading.Lock()
         self.line: deque[Slice] = deque()
         self.holder: Slice | None = None
         self._since = 0.0
@@ -49,17 +52,36 @@ class Slices:
 
     def admit(self, who: Slice, cancelled: Callable[[], bool]) -> None:
         """Wait for a slice; without one when there is no need any more."""
-        with self.changed:
+        with self.lock:
             self.line.append(who)
             try:
-                while self.line[0] is not who or self._is_taken():
+                while not (first := self.line[0] is who) or self._is_taken():
                     if cancelled():
                         return
-                    self.changed.wait(self._left())
+                    who.called.wait(self._left() if first else None)
                 self.holder, self._since = who, self._clock()
             finally:
                 self.line.remove(who)
-                self.changed.notify_all()
+                self._call()
+
+    def renew(self, who: Slice) -> bool:
+        """Give the holder another slice; false when somebody waits, or it is not the holder."""
+        with self.lock:
+            if self.line or self.holder is not who:
+                return False
+            self._since = self._clock()
+            return True
+
+    def dismiss(self, who: Slice) -> None:
+        """End a slice; that of another is left alone."""
+        with self.lock:
+            if self.holder is who:
+                self.holder = None
+                self._call()
+
+    def _call(self) -> None:
+        if self.line:  # one of them; the others would wake up only to sleep on
+            self.line[0].called.notify()
 
     def _is_taken(self) -> bool:
         return self.holder is not None and self._left() > 0
@@ -67,13 +89,6 @@ class Slices:
     def _left(self) -> float:
         """Return the seconds for which the holder is still waited for."""
         return max(0.0, self._since + self._patience - self._clock())
-
-    def dismiss(self, who: Slice) -> None:
-        """End a slice; that of another is left alone."""
-        with self.changed:
-            if self.holder is who:
-                self.holder = None
-                self.changed.notify_all()
 
 
 SLICES = Slices()
@@ -86,12 +101,14 @@ class Slice:
         rest: calls a function while the run has no turn at the random generators; who waits here
             must not be waited for there.
         cancelled: whether the run is to end.
+        waited: the seconds that it has waited for its loader so far.
     """
 
     def __init__(
         self,
         rest: Callable[[Callable[[], None]], None],
         cancelled: Callable[[], bool],
+        waited: Clock = lambda: 0.0,
         *,
         slices: Slices = SLICES,
         clock: Clock = time.perf_counter,
@@ -99,30 +116,35 @@ class Slice:
     ) -> None:
         self._rest = rest
         self._cancelled = cancelled
+        self._waited = waited
         self._slices = slices
+        self.called = threading.Condition(slices.lock)
+        """notified when it is its turn, or it is to look again"""
         self._clock = clock
         self._processor = processor
         self._held = False
         """it has had a slice, which another may have taken from it"""
         self._interrupted = False
         """it had one, and an event ended it"""
-        self._began = self._used = 0.0
+        self._began, self._used, self._idle = clock(), processor(), waited()
+        """what the clocks said at the last look"""
         self._until = 0.0
         """when to look again"""
+        self._pause = LOOK_SECONDS
         self._batches = 0
-        with slices.changed:
+        with slices.lock:
             slices.runs += 1
 
     def close(self) -> None:
         """Take no part any more; any thread."""
-        with self._slices.changed:
+        with self._slices.lock:
             self._slices.runs -= 1
         self._slices.dismiss(self)
 
     def wake(self) -> None:
         """Have a waiting run look whether it is to end; any thread."""
-        with self._slices.changed:
-            self._slices.changed.notify_all()
+        with self._slices.lock:
+            self.called.notify()
 
     def observe(self, event: Event) -> None:
         """End the slice: what comes between two phases may take long, or wait for somebody."""
@@ -143,22 +165,32 @@ class Slice:
         elif self._interrupted:
             self._take()
         elif self._batches >= FEWEST:
-            if self._processor() - self._used <= SMALL_SECONDS * self._batches:
+            small = self._processor() - self._used <= SMALL_SECONDS * self._batches
+            if small and not self._waits(now):
                 self._take()
             else:
-                self._note(LOOK_SECONDS)
+                self._stay_out()
 
     def _go_on(self, now: float) -> None:
         """At the end of a slice: keep it, hand it on, or take no part for a while."""
-        computes = self._processor() - self._used >= BUSY_SHARE * (now - self._began)
-        if not computes:
+        idle = self._processor() - self._used < (1 - IDLE_SHARE) * (now - self._began)
+        if idle or self._waits(now):
             self._end()
-            self._note(LOOK_SECONDS)
-        elif self._slices.line or self._slices.holder is not self:
+            self._stay_out()
+            return
+        self._pause = LOOK_SECONDS
+        if self._slices.renew(self):
+            self._note(SLICE_SECONDS)
+        else:
             self._end()
             self._take()
-        else:
-            self._note(SLICE_SECONDS)
+
+    def _waits(self, now: float) -> bool:
+        return self._waited() - self._idle >= WAITING_SHARE * (now - self._began)
+
+    def _stay_out(self) -> None:
+        self._note(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_LOOK_SECONDS)
 
     def _take(self) -> None:
         self._interrupted = False
@@ -166,7 +198,8 @@ class Slice:
         self._note(SLICE_SECONDS)
 
     def _note(self, seconds: float) -> None:
-        self._began, self._used, self._batches = self._clock(), self._processor(), 0
+        self._began, self._used, self._idle = self._clock(), self._processor(), self._waited()
+        self._batches = 0
         self._until = self._began + seconds
 
     def _wait(self) -> None:

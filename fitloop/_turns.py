@@ -122,6 +122,16 @@ class Turn:
             self.watch(PROCESS)
         return held
 
+    def step_aside(self) -> Held:
+        """End the turn for longer, so that the others need not look out for this one meanwhile.
+
+        `go_on` then takes a whole turn.
+        """
+        held = self.give()
+        if GATES.leave(self):
+            self._turnstile.when_free(GATES.remove)
+        return Held(held.stream, False)
+
     def give(self) -> Held:
         """End the turn and put the process's own states back; does nothing without a turn.
 
@@ -260,9 +270,7 @@ class Turn:
 
     def revoke(self) -> None:
         """End the turn of a thread that does not come back; any thread."""
-        self.give()
-        if GATES.leave(self):
-            self._turnstile.when_free(GATES.remove)
+        self.step_aside()
 
     def end_in_child(self) -> None:
         """Be no turn in a process that was forked from its own."""

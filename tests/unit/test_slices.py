@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
-from functools import partial
+from queue import Queue
 
 import pytest
 
 from fitloop._events import BatchProgress, EpochStarted
-from fitloop._slices import FEWEST, LOOK_SECONDS, SLICE_SECONDS, Slice, Slices
+from fitloop._slices import FEWEST, LONGEST_LOOK_SECONDS, LOOK_SECONDS, SLICE_SECONDS, Slice, Slices
 from fitloop._types import Phase
 
 SOON = 20
+
+
+class Line(deque[Slice]):
+    """A line that tells who joins it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._joined: Queue[Slice] = Queue()
+
+    def append(self, who: Slice) -> None:
+        super().append(who)
+        self._joined.put(who)
+
+    def wait_for(self, run: Run) -> None:
+        while self._joined.get(timeout=SOON) is not run.part:
+            pass
 
 
 class Run:
@@ -21,10 +38,12 @@ class Run:
     def __init__(self, slices: Slices) -> None:
         self.now = 0.0
         self.used = 0.0
+        self.waited = 0.0
         self.rests = 0
         self.part = Slice(
             self.rest,
             lambda: False,
+            lambda: self.waited,
             slices=slices,
             clock=lambda: self.now,
             processor=lambda: self.used,
@@ -34,10 +53,13 @@ class Run:
         self.rests += 1
         call()
 
-    def batches(self, number: int, seconds: float, computed: float = 1.0) -> None:
+    def batches(
+        self, number: int, seconds: float, computed: float = 1.0, waited: float = 0.0
+    ) -> None:
         for _ in range(number):
             self.now += seconds
             self.used += seconds * computed
+            self.waited += seconds * waited
             self.part.after_batch()
 
 
@@ -81,14 +103,52 @@ def test_run_when_it_waits_for_something_else_in_its_slice_then_gives_it_up(
     assert slices.holder is None
 
 
+def test_run_when_it_waits_for_its_loader_then_never_stands_in_line(slices: Slices) -> None:
+    run, _other = Run(slices), Run(slices)
+    run.batches(10_000, 0.002, computed=0.1, waited=0.5)
+    assert run.rests == 0
+
+
+def test_run_when_it_gave_up_again_and_again_then_comes_back_more_and_more_seldom(
+    slices: Slices,
+) -> None:
+    run, _other = Run(slices), Run(slices)
+    rests = []
+    for _ in range(4):
+        run.batches(int(LONGEST_LOOK_SECONDS / 0.005), 0.005, computed=0.05)
+        rests.append(run.rests)
+    assert rests[0] <= 7
+    assert rests[-1] - rests[0] <= 4
+    run.batches(int(LONGEST_LOOK_SECONDS / 0.0003), 0.0003)  # and then it computes
+    assert slices.holder is run.part
+
+
+def test_slice_when_it_was_kept_for_long_then_is_not_taken_in_the_middle() -> None:
+    now = 0.0
+    slices = Slices(patience=0.1, clock=lambda: now)
+    one, two = Run(slices), Run(slices)
+    line = slices.line = Line()
+    one.batches(FEWEST, 0.0003)
+    now = 5.0
+    one.batches(int(SLICE_SECONDS / 0.0003) + 2, 0.0003)  # nobody waits: another slice
+    thread = threading.Thread(target=two.batches, args=(FEWEST, 0.0003))
+    thread.start()
+    line.wait_for(two)
+    with slices.lock:
+        assert slices.holder is one.part
+    one.part.close()
+    thread.join(SOON)
+    assert slices.holder is two.part
+
+
 def test_slice_when_another_waits_then_is_handed_on_at_its_end() -> None:
     slices = Slices(patience=SOON)
+    line = slices.line = Line()
     one, two = Run(slices), Run(slices)
     one.batches(FEWEST, 0.0003)
     thread = threading.Thread(target=two.batches, args=(FEWEST, 0.0003))
     thread.start()
-    with slices.changed:
-        assert slices.changed.wait_for(lambda: two.part in slices.line, SOON)
+    line.wait_for(two)
     back = threading.Thread(target=one.batches, args=(int(SLICE_SECONDS / 0.0003) + 2, 0.0003))
     back.start()
     thread.join(SOON)
@@ -118,26 +178,26 @@ def test_slice_when_several_wait_then_patience_is_with_each_holder_anew() -> Non
         return now
 
     slices = Slices(patience=0.1, clock=clock)
+    line = slices.line = Line()
     one, two, three = Run(slices), Run(slices), Run(slices)
     one.batches(FEWEST, 0.0003)
     threads = []
     for run in (two, three):
         threads.append(threading.Thread(target=run.batches, args=(FEWEST, 0.0003)))
         threads[-1].start()
-        with slices.changed:
-            assert slices.changed.wait_for(partial(slices.line.__contains__, run.part), SOON)
+        line.wait_for(run)
     now = 0.09
     one.part.close()
     threads[0].join(SOON)
     assert slices.holder is two.part
     now = 0.15  # the third has waited longer than that, but not for the second
     looked.clear()
-    with slices.changed:
-        slices.changed.notify_all()
+    three.part.wake()
     assert looked.wait(SOON)
-    with slices.changed:
+    with slices.lock:
         assert slices.holder is two.part
         now = 0.2
+    three.part.wake()
     threads[1].join(SOON)
     assert slices.holder is three.part
 
