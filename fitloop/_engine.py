@@ -15,7 +15,7 @@ import torch
 from fitloop._aggregate import as_numbers
 from fitloop._control import Cancelled
 from fitloop._device import Placement
-from fitloop._errors import ConfigurationError, note
+from fitloop._errors import ConfigurationError, in_words, note
 from fitloop._events import (
     BatchProgress,
     EpochEnded,
@@ -223,7 +223,7 @@ class Engine:
         try:
             self._around.loaders.close(source, loader)
         except Exception as later:  # the first error is what the caller is to see
-            note(error, f"closing the loader then raised {type(later).__name__}: {later}")
+            note(error, f"closing the loader then raised {in_words(later)}")
 
     def _batches(self, state: LoopState, source: Source, scope: Scope) -> bool:
         """Step through a pass; return whether it came to its end."""

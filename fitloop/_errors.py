@@ -38,6 +38,14 @@ def note(error: BaseException, text: str) -> None:
         error.add_note(text)
 
 
+def in_words(error: BaseException) -> str:
+    """Return type and message of an exception in a line, whatever its ``__str__`` does."""
+    message = ""
+    with suppress(Exception):
+        message = str(error)
+    return f"{type(error).__name__}: {message}".rstrip(": ")
+
+
 class FitLoopError(Exception):
     """Base of every error that fitloop itself raises."""
 

@@ -17,6 +17,8 @@ The order of the events of ``fit(epochs=2)`` with validation::
     EpochStarted ... EpochEnded
     PromptAnswered  WentBack                  a no to a question that was left open meanwhile
     RunEnded                                  always the last, also after an error
+
+A `Runner` adds `JobStarted` before the first of them and `JobEnded` after the last.
 """
 
 from __future__ import annotations
@@ -245,3 +247,24 @@ class RunEnded(Event):
     seconds: float
     error: str | None = None
     """type and message of what ended a failed run"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStarted(Event):
+    """A `Runner` begins a job: its trainer is built now, and its run begins."""
+
+    kind: ClassVar[str] = "job_started"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEnded(Event):
+    """A job of a `Runner` is over; its last event, also when it never began."""
+
+    kind: ClassVar[str] = "job_ended"
+
+    status: str
+    """``"done"``, ``"failed"`` or ``"cancelled"``"""
+    seconds: float
+    """since it began, with the building of the trainer"""
+    error: str | None = None
+    """type and message of what it failed with"""

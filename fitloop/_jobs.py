@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import anyio
 
-from fitloop._errors import ConfigurationError
+from fitloop._errors import ConfigurationError, in_words
+from fitloop._events import JobEnded
 from fitloop._fitloop import FitLoop
 from fitloop._options import fit_option
 from fitloop._result import FitResult
@@ -73,12 +74,17 @@ class Outcome:
     restored: bool = False
     """it was done by an earlier Runner on this ``save_path``, and only read"""
 
+    def event(self) -> JobEnded:
+        """Return the last event of the job."""
+        error = None if self.error is None else in_words(self.error)
+        return JobEnded(trainer=self.name, status=self.status, seconds=self.seconds, error=error)
+
     def __repr__(self) -> str:
         told: str = self.status
         if self.result is not None:
             told = f"done, {self.result!r}"
         elif self.error is not None:
-            told = f"failed, {type(self.error).__name__}: {self.error}".rstrip(": ")
+            told = f"failed, {in_words(self.error)}"
         again = ", restored" if self.restored else ""
         return f"<Outcome {self.name!r} {told} in {duration(self.seconds)}{again}>"
 
@@ -190,6 +196,42 @@ def _unknown(name: str, option: str, known: tuple[str, ...]) -> str:
         f"job {name!r}: fit() has no argument {option!r}; {meant} Arguments of the function that "
         "makes the trainer are given in order, or bound with functools.partial"
     )
+
+
+class Ended:
+    """The outcomes of the jobs that are over, in the order in which they ended."""
+
+    def __init__(self) -> None:
+        self._outcomes: dict[int, Outcome] = {}
+        self._number = 0
+        self._changed = anyio.Event()
+
+    def add(self, outcome: Outcome) -> None:
+        """Tell those who iterate of one more."""
+        self._outcomes[self._number] = outcome
+        self._number += 1
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    def forget(self, name: str) -> None:
+        """Let go of the outcome of that name, whoever has not been given it yet."""
+        for number, outcome in self._outcomes.items():
+            if outcome.name == name:
+                del self._outcomes[number]
+                return
+
+    async def iterate(self, are_all: Callable[[], bool]) -> AsyncIterator[Outcome]:
+        """Give them as they come, until there are no more to come."""
+        position = 0
+        while True:
+            while position < self._number:
+                outcome = self._outcomes.get(position)
+                position += 1
+                if outcome is not None:
+                    yield outcome
+            if are_all():
+                return
+            await self._changed.wait()
 
 
 def forget_frames(error: BaseException) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fitloop._durable import reason, write_file
-from fitloop._errors import CheckpointError
+from fitloop._errors import CheckpointError, in_words
 from fitloop._jobs import WEIGHTS, Outcome
 from fitloop._layout import FORMAT, VERSION, LayoutError, pack, unpack
 from fitloop._metriclog import LOG_NAME
@@ -73,7 +73,7 @@ def write_outcome(outcome: Outcome, epochs: int) -> None:
         "epochs": epochs,
         "seconds": outcome.seconds,
         "result": None if result is None else _packed(result),
-        "error": None if error is None else f"{type(error).__name__}: {error}".rstrip(": "),
+        "error": None if error is None else in_words(error),
         "traceback": None if error is None else "".join(traceback.format_exception(error)),
     }
     data = pack(contents)
@@ -278,7 +278,8 @@ def read_results(path: str | os.PathLike[str]) -> Results:
         CheckpointError: there is no such directory, or a file in it is not as it was written.
     """
     try:
-        directories = sorted(Path(entry.path) for entry in os.scandir(path) if entry.is_dir())
+        with os.scandir(path) as entries:
+            directories = sorted(Path(entry.path) for entry in entries if entry.is_dir())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     found = [read_outcome(directory) for directory in directories]

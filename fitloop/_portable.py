@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fitloop._errors import ConfigurationError, RemoteError, note
+from fitloop._errors import ConfigurationError, RemoteError, in_words, note
 from fitloop._fitloop import FitLoop
 from fitloop._sync import SyncFitLoop
 
@@ -72,7 +72,7 @@ def pack_error(error: BaseException) -> tuple[list[bytes], str, str]:
     """Return an error for `unpack_error`: ways to make it again, what it is, its traceback."""
     import cloudpickle
 
-    told = f"{type(error).__name__}: {error}".rstrip(": ")
+    told = in_words(error)
     lines = traceback.TracebackException.from_exception(error)
     lines.__notes__ = None  # they come with the error
     text = "".join(lines.format())

@@ -19,7 +19,7 @@ from fitloop._core import Core
 from fitloop._crossing import LoopSide
 from fitloop._drawing import hides_its_draws
 from fitloop._engine import Engine
-from fitloop._errors import note
+from fitloop._errors import in_words, note
 from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._parts import STAGE_NAMES
 from fitloop._persistence import Persistence
@@ -323,7 +323,7 @@ class Run:
         """Return which of two errors the caller is to see: the first that is one."""
         if error is None or isinstance(error, Cancelled):
             return self._noted(raised, doing)
-        note(error, f"{doing} then raised {type(raised).__name__}: {raised}")
+        note(error, f"{doing} then raised {in_words(raised)}")
         return error
 
     def _noted(self, error: BaseException, doing: str) -> BaseException:
@@ -363,7 +363,7 @@ class Run:
                 best_score=core.best_score,
                 best_epoch=core.best_epoch,
                 seconds=time.perf_counter() - self._began,
-                error=None if error is None else f"{type(error).__name__}: {error}".rstrip(": "),
+                error=None if error is None else in_words(error),
             )
         )
 

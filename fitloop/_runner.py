@@ -6,34 +6,39 @@ is the backend's business.
 
 from __future__ import annotations
 
-import asyncio
 import threading
-import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import anyio
-import torch
 
 from fitloop._backend import Backend
 from fitloop._checkpoint import Checkpoint, check_checkpoint
 from fitloop._durable import DirectoryLock
-from fitloop._errors import ConfigurationError, note
+from fitloop._errors import ConfigurationError
+from fitloop._events import JobStarted
+from fitloop._execution import Execution, is_of_the_job
 from fitloop._hub import EventStream, Listeners
-from fitloop._jobs import Job, JobSpec, Outcome, cancelled, check_options, forget_frames, safe_name
+from fitloop._jobs import (
+    Ended,
+    Job,
+    JobSpec,
+    Outcome,
+    cancelled,
+    check_options,
+    safe_name,
+)
 from fitloop._launch import Callback, aside
-from fitloop._loops import is_scope_cancelled, loop_scheduler
+from fitloop._loops import loop_scheduler
 from fitloop._options import fit_option
-from fitloop._outcomes import restored, write_outcome
 from fitloop._parts import check_callbacks, check_optional
 from fitloop._process_backend import backend_of
-from fitloop._share import Share, available_cores
+from fitloop._share import Shares, available_cores
 
 _HOW = "have the event loop call it, as with anyio.from_thread.run_sync or call_soon_threadsafe"
 
@@ -87,10 +92,8 @@ class Runner:
         callbacks: Sequence[Callback] = (),
         keep_trainers: bool = False,
     ) -> None:
-        cores = available_cores()
         most = check_optional("max_concurrent", max_concurrent, 1, meaning="trainings at a time")
-        self._most = most or cores
-        self._threads = max(1, cores // self._most)
+        self._most = most or available_cores()
         self._backend = backend_of(backend)
         self._save_path = None if save_path is None else Path(save_path)
         if checkpoint is not None and save_path is None:
@@ -99,17 +102,20 @@ class Runner:
             )
         self._checkpoint = check_checkpoint(checkpoint, resume=False)
         self._fail_fast = fail_fast
-        self._callbacks = check_callbacks(callbacks)
-        self._keep_trainers = keep_trainers
         self._listeners = Listeners()
+        self._execution = Execution(
+            backend=self._backend,
+            shares=Shares(self._most),
+            callbacks=check_callbacks(callbacks),
+            keep_trainers=keep_trainers,
+            push=self._listeners.push,
+        )
         self._jobs: dict[str, Job] = {}
         self._places: set[str] = set()
         """names of the jobs' directories"""
         self._waiting: OrderedDict[str, Job] = OrderedDict()
         self._running = 0
-        self._began = 0
-        self._completed: list[Outcome] = []
-        self._changed = anyio.Event()
+        self._ended = Ended()
         self._failure: BaseException | None = None
         self._group: Any = None
         self._thread = 0
@@ -233,6 +239,11 @@ class Runner:
         stem = getattr(target, "__name__", None) or getattr(target, "name", None) or "job"
         return f"{stem}-{len(self._jobs) + 1}".replace("<lambda>", "job")
 
+    def _job(self, name: str) -> Job:
+        if name not in self._jobs:
+            raise KeyError(f"no job {name!r}; there are: {', '.join(self._jobs) or 'none'}")
+        return self._jobs[name]
+
     @property
     def jobs(self) -> list[Job]:
         """All jobs, in order of submission."""
@@ -240,9 +251,24 @@ class Runner:
 
     def cancel(self, name: str) -> None:
         """Cancel a job; any thread, see `Job.cancel`. Raises KeyError for an unknown name."""
-        if name not in self._jobs:
-            raise KeyError(f"no job {name!r}; there are: {', '.join(self._jobs) or 'none'}")
-        self._jobs[name].cancel()
+        self._job(name).cancel()
+
+    def forget(self, name: str) -> None:
+        """Let go of a job that is over, and of its outcome; its name may be used again.
+
+        For a Runner that lives for long, as in a service. Its files stay.
+
+        Raises:
+            KeyError: there is no such job.
+            RuntimeError: it is not over yet.
+        """
+        job = self._job(name)
+        if job.status in ("waiting", "running"):
+            raise RuntimeError(f"job {name!r} is {job.status}; cancel it, and await its outcome")
+        del self._jobs[name]
+        self._ended.forget(name)
+        if job.spec.directory is not None:
+            self._places.discard(job.spec.directory.name)
 
     def cancel_all(self) -> None:
         """Cancel every job that is not over, from any thread; more may be submitted."""
@@ -253,23 +279,18 @@ class Runner:
 
         Ends when all that were submitted so far are over. Several may iterate.
         """
-        position = 0
-        while True:
-            while position < len(self._completed):
-                yield self._completed[position]
-                position += 1
-            if position == len(self._jobs):
-                return
-            await self._changed.wait()
+        async for outcome in self._ended.iterate(lambda: not self._waiting and not self._running):
+            yield outcome
 
     async def results(self) -> list[Outcome]:
         """Wait for all jobs and return their outcomes in order of submission."""
         return [await job.outcome() for job in self.jobs]
 
     def events(self) -> EventStream:
-        """Return the events of all trainings, to be read by any task: ``async with ... as events``.
+        """Return the events of all jobs, to be read by any task: ``async with ... as events``.
 
-        ``event.trainer`` is the name of the trainer. It ends when the Runner does.
+        ``event.trainer`` is the name of the job. Each job has a `JobEnded`, which is its last one,
+        and before it those of its run, if it came to one. The stream ends when the Runner does.
         """
         return EventStream(self._listeners, ends_with_run=False)
 
@@ -288,75 +309,20 @@ class Runner:
         try:
             with scope:
                 await anyio.lowlevel.checkpoint_if_cancelled()
-                outcome = await self._outcome_of(job)
+                self._listeners.push(JobStarted(trainer=job.name))
+                outcome = await self._execution.outcome_of(job.spec)
         finally:
             self._running -= 1
+            if outcome.error is not None and not is_of_the_job(outcome.error):
+                self._fail(outcome.error)
             self._end(job, outcome)
             if self._open:
                 self._start()
 
-    async def _outcome_of(self, job: Job) -> Outcome:
-        spec, began = job.spec, time.perf_counter()
-        outcome = Outcome(name=job.name, status="failed", directory=spec.directory)
-        try:
-            if spec.directory is not None:
-                directory = spec.directory
-                found = await aside(job.name, lambda: restored(directory, spec.epochs))
-                if found is not None:
-                    return replace(found, name=job.name)
-            done = await self._backend.run(
-                self._with_callbacks(spec), self._share(spec), self._listeners.push
-            )
-            outcome = replace(
-                outcome,
-                status="done",
-                result=done.result,
-                weights=done.weights,
-                trainer=done.trainer if self._keep_trainers else None,
-            )
-        except anyio.get_cancelled_exc_class() as error:
-            if is_scope_cancelled():
-                raise
-            outcome = self._failed(outcome, error)  # it awaited something that was cancelled
-        except BaseException as error:
-            outcome = self._failed(outcome, error)
-        outcome = replace(outcome, seconds=time.perf_counter() - began)
-        if spec.directory is not None:
-            try:
-                await aside(job.name, lambda: write_outcome(outcome, spec.epochs))
-            except Exception as error:
-                outcome = replace(
-                    outcome, status="failed", result=None, error=outcome.error or error
-                )
-        return outcome
-
-    def _failed(self, outcome: Outcome, error: BaseException) -> Outcome:
-        note(error, f"in job {outcome.name!r}")
-        if not self._keep_trainers:  # else the local variables of its frames would
-            forget_frames(error)
-        if not isinstance(error, Exception | asyncio.CancelledError):
-            self._fail(error)  # such as SystemExit: of the whole program
-        return replace(outcome, error=error)
-
-    def _with_callbacks(self, spec: JobSpec) -> JobSpec:
-        if not self._callbacks:
-            return spec
-        own = spec.options.get("callbacks", ())
-        return replace(spec, options={**spec.options, "callbacks": [*own, *self._callbacks]})
-
-    def _share(self, spec: JobSpec) -> Share:
-        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = torch.device("cuda", self._began % devices) if devices > 1 else None
-        self._began += 1
-        return Share(
-            num_threads=self._threads, device=device, name=spec.name, save_path=spec.directory
-        )
-
     def _end(self, job: Job, outcome: Outcome) -> None:
         job.end(outcome)
-        self._completed.append(outcome)
-        self._changed.set()
-        self._changed = anyio.Event()
+        self._listeners.push(outcome.event())
+        self._ended.add(outcome)
         if outcome.status == "failed" and self._fail_fast and outcome.error is not None:
             self._fail(outcome.error)
 

@@ -28,6 +28,21 @@ class Share:
 SHARE: ContextVar[Share] = ContextVar("fitloop share", default=Share())  # noqa: B039 - frozen
 
 
+class Shares:
+    """Shares out cores and CUDA devices among so many trainers at a time."""
+
+    def __init__(self, at_a_time: int) -> None:
+        self._threads = max(1, available_cores() // at_a_time)
+        self._given = 0
+
+    def next(self, name: str, save_path: Path | None) -> Share:
+        """Return the share of one more trainer: of several devices the next one, round robin."""
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = torch.device("cuda", self._given % devices) if devices > 1 else None
+        self._given += 1
+        return Share(num_threads=self._threads, device=device, name=name, save_path=save_path)
+
+
 def available_cores() -> int:
     """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -197,7 +197,7 @@ def _part(name: str) -> property:
     )
 
 
-for _name in PART_NAMES - vars(LoopState).keys():
+for _name in sorted(PART_NAMES - vars(LoopState).keys()):
     setattr(LoopState, _name, _part(_name))
 
 

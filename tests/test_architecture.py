@@ -96,6 +96,7 @@ LAYERS: list[list[str]] = [
         "_process_pool",
         "_process_talk",
         "_process_backend",
+        "_execution",
         "_runner",
     ],
     ["_bench"],

@@ -232,7 +232,7 @@ async def refused(
         ({"callbacks": print}, r"callbacks is .*print.*; expected .*list"),
         ({"on_continue": no_argument}, r"on_continue is .no_argument\(\).*; expected a function"),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=lambda value: str(value).partition(" at 0x")[0] if isinstance(value, dict) else "",
 )
 async def test_fit_when_an_argument_cannot_work_then_says_so_and_runs_nothing(
     given: dict[str, Any], pattern: str

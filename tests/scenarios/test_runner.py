@@ -21,7 +21,10 @@ from fitloop import (
     BusyError,
     CheckpointError,
     ConfigurationError,
+    Event,
     FitLoop,
+    JobEnded,
+    JobStarted,
     LoopState,
     RunEnded,
     Runner,
@@ -368,11 +371,10 @@ async def test_events_when_read_then_are_those_of_all_and_end_with_the_runner() 
             group.start_soon(read)
             runner.submit(make, name="one", **QUIET)
             runner.submit(make, name="two", **QUIET)
-    for told in (seen, called):
+    for told, around in ((seen, (JobStarted, JobEnded)), (called, (RunStarted, RunEnded))):
         for name in ("one", "two"):
             own = [event for event in told if event.trainer == name]
-            assert isinstance(own[0], RunStarted)
-            assert isinstance(own[-1], RunEnded)
+            assert (type(own[0]), type(own[-1])) == around
 
 
 async def test_events_when_nobody_reads_then_only_the_newest_progress_of_each_is_kept() -> None:
@@ -532,3 +534,98 @@ def test_read_results_when_there_is_no_such_place_or_file_then_says_so(tmp_path:
         (tmp_path / "job" / "outcome.msgpack").write_bytes(data)
         with pytest.raises(CheckpointError):
             read_results(tmp_path)
+
+
+def made_otherwise() -> FitLoop:
+    return trainer(name="another name")
+
+
+def cannot_make() -> FitLoop:
+    raise ValueError("no such data")
+
+
+class MuteError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def mute() -> FitLoop:
+    raise MuteError
+
+
+async def test_events_when_read_then_each_job_has_a_first_and_a_last_one_under_its_name() -> None:
+    with anyio.fail_after(SOON):
+        async with Runner(1) as runner, runner.events() as events:
+            runner.submit(made_otherwise, name="good", **QUIET)
+            runner.submit(cannot_make, name="bad", **QUIET)
+            runner.submit(mute, name="mute", **QUIET)
+            runner.submit(made_otherwise, name="never", **QUIET).cancel()
+            await runner.results()
+            told: dict[str, list[Event]] = {}
+            ended = 0
+            async for event in events:
+                told.setdefault(event.trainer, []).append(event)
+                ended += isinstance(event, JobEnded)
+                if ended == 4:
+                    break
+    assert [type(event) for event in told["good"]][:2] == [JobStarted, RunStarted]
+    assert [type(event) for event in told["good"]][-2:] == [RunEnded, JobEnded]
+    assert [type(event) for event in told["bad"]] == [JobStarted, JobEnded]
+    assert [type(event) for event in told["mute"]] == [JobStarted, JobEnded]
+    assert [type(event) for event in told["never"]] == [JobEnded]
+    last = {name: events[-1] for name, events in told.items()}
+    assert all(isinstance(event, JobEnded) for event in last.values())
+    shown = {name: event.as_dict() for name, event in last.items()}
+    assert [shown[name]["status"] for name in ("good", "bad", "mute", "never")] == [
+        "done",
+        "failed",
+        "failed",
+        "cancelled",
+    ]
+    assert shown["bad"]["error"] == "ValueError: no such data"
+    assert shown["mute"]["error"] == "MuteError"
+    assert shown["good"]["error"] is None
+    assert shown["good"]["seconds"] > 0
+
+
+async def test_outcome_when_its_error_cannot_be_told_then_its_type_is(tmp_path: Path) -> None:
+    async with Runner(1, save_path=tmp_path) as runner:
+        outcome = await runner.submit(mute, name="mute", **QUIET).outcome()
+    assert "failed, MuteError in" in repr(outcome)
+    results = await anyio.to_thread.run_sync(read_results, tmp_path)
+    assert results["mute"].status == "failed"
+
+
+async def test_job_when_it_is_forgotten_then_its_name_is_free_and_nothing_of_it_is_kept(
+    tmp_path: Path,
+) -> None:
+    gate = Gate()
+
+    def held() -> FitLoop:
+        return trainer(train_step=gate.step("held"))
+
+    with anyio.fail_after(SOON):
+        async with Runner(1, save_path=tmp_path) as runner:
+            job = runner.submit(held, name="again", **QUIET)
+            with pytest.raises(RuntimeError, match=r"job 'again' is running; cancel it, and await"):
+                runner.forget("again")
+            gate.open.set()
+            kept = weakref.ref(await job.outcome())
+            files = await anyio.to_thread.run_sync(lambda: set(tmp_path.rglob("*")))
+            other = runner.submit(made_otherwise, name="other", **QUIET)
+            await other.outcome()
+            del job
+            runner.forget("again")
+            gc.collect()
+            assert kept() is None
+            now = await anyio.to_thread.run_sync(lambda: set(tmp_path.rglob("*")))
+            assert files <= now
+            assert [job.name for job in runner.jobs] == ["other"]
+            assert [outcome.name async for outcome in runner.as_completed()] == ["other"]
+            with pytest.raises(KeyError, match="no job 'again'; there are: other"):
+                runner.forget("again")
+            restored = await runner.submit(held, name="again", **QUIET).outcome()
+            assert restored.restored
+            assert [outcome.name for outcome in await runner.results()] == ["other", "again"]
+            completed = [outcome.name async for outcome in runner.as_completed()]
+            assert completed == ["other", "again"]

@@ -279,7 +279,11 @@ class Keeps:
         self._value = state["a"][0]
 
 
-@pytest.mark.parametrize("value", [print, object(), {1, print}, {"b": {"c": iter(())}}], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [print, object(), {1, print}, {"b": {"c": iter(())}}],
+    ids=["function", "object", "set", "iterator"],
+)
 def test_save_when_a_value_cannot_be_kept_then_its_path_is_named(
     tmp_path: Path, value: Any
 ) -> None:
