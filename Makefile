@@ -3,6 +3,8 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Much of the time goes by in child processes that import torch: two tests at a time.
+TOGETHER := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test test-fast bench pictures clean
@@ -38,10 +40,10 @@ test: .venv
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TOGETHER)
 
 test-fast: .venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
 
 bench: .venv
 	$(BIN)/python -m benchmarks

@@ -177,7 +177,8 @@ def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of all tensors of this process but those of model and optimizer."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
+    found = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
+    tensors = [each for each in found if each.layout is torch.strided]  # others have no storage
     gradients = [each.grad for each in tensors if each.is_leaf]
     states = [value for state in optimizer.state.values() for value in state.values()]
     own = [*model.parameters(), *(each.grad for each in model.parameters())]

@@ -90,7 +90,6 @@ class Run:
         self._modes: list[tuple[Any, bool]] = []
         self._questions: Questions | None = None
         self._slice: Slice | None = None
-        self._forget_slice: Callable[[], None] = lambda: None
         self._found: FitResult | None = None
         """of a run that had ended before it was resumed"""
         self._has_threads = False
@@ -115,11 +114,7 @@ class Run:
         elif plan.call == "fit":
             core.keep_pretrained(resuming=kept is not None and kept.found is not None)
             self._tracker = core.tracker(core.hub.emit)
-        control = self._control
-        part = self._slice = Slice(
-            self._aside, lambda: control.halted, waited=lambda: control.waited
-        )
-        self._forget_slice = self._control.on_halt(part.wake)
+        part = self._slice = Slice(self._aside, self._control)
         core.hub.observers(self._observers(part))
         around = self._around = Surroundings(
             parts=core.parts,
@@ -306,10 +301,8 @@ class Run:
         self._forget_turn()
         if self._slice is not None:
             self._slice.close()
-            self._forget_slice()
         # These refer back to this run, and all of them to the model.
         self._engine = self._around = self._questions = self._slice = None
-        self._forget_slice = lambda: None
         try:
             if error is not None:
                 raise error

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from fitloop._control import RunControl
 from fitloop._events import BatchProgress, Event
 
 SLICE_SECONDS = 0.02
@@ -100,23 +101,20 @@ class Slice:
     Args:
         rest: calls a function while the run has no turn at the random generators; who waits here
             must not be waited for there.
-        cancelled: whether the run is to end.
-        waited: the seconds that it has waited for its loader so far.
+        control: of the run: whether it is to end, and how long it has waited for its loader.
     """
 
     def __init__(
         self,
         rest: Callable[[Callable[[], None]], None],
-        cancelled: Callable[[], bool],
-        waited: Clock = lambda: 0.0,
+        control: RunControl,
         *,
         slices: Slices = SLICES,
         clock: Clock = time.perf_counter,
         processor: Clock = time.thread_time,
     ) -> None:
         self._rest = rest
-        self._cancelled = cancelled
-        self._waited = waited
+        self._control = control
         self._slices = slices
         self.called = threading.Condition(slices.lock)
         """notified when it is its turn, or it is to look again"""
@@ -126,7 +124,7 @@ class Slice:
         """it has had a slice, which another may have taken from it"""
         self._interrupted = False
         """it had one, and an event ended it"""
-        self._began, self._used, self._idle = clock(), processor(), waited()
+        self._began, self._used, self._idle = clock(), processor(), control.waited
         """what the clocks said at the last look"""
         self._until = 0.0
         """when to look again"""
@@ -134,11 +132,13 @@ class Slice:
         self._batches = 0
         with slices.lock:
             slices.runs += 1
+        self._forget = control.on_halt(self.wake)
 
     def close(self) -> None:
         """Take no part any more; any thread."""
         with self._slices.lock:
             self._slices.runs -= 1
+        self._forget()
         self._slices.dismiss(self)
 
     def wake(self) -> None:
@@ -186,7 +186,7 @@ class Slice:
             self._take()
 
     def _waits(self, now: float) -> bool:
-        return self._waited() - self._idle >= WAITING_SHARE * (now - self._began)
+        return self._control.waited - self._idle >= WAITING_SHARE * (now - self._began)
 
     def _stay_out(self) -> None:
         self._note(self._pause)
@@ -198,12 +198,12 @@ class Slice:
         self._note(SLICE_SECONDS)
 
     def _note(self, seconds: float) -> None:
-        self._began, self._used, self._idle = self._clock(), self._processor(), self._waited()
+        self._began, self._used, self._idle = self._clock(), self._processor(), self._control.waited
         self._batches = 0
         self._until = self._began + seconds
 
     def _wait(self) -> None:
-        self._slices.admit(self, self._cancelled)
+        self._slices.admit(self, lambda: self._control.halted)
         self._held = True
 
     def _end(self) -> None:

@@ -192,9 +192,11 @@ class LoopState:
 
 
 def _part(name: str) -> property:
-    return property(
-        lambda state: getattr(state._parts, name), doc=f"The ``{name}`` that the trainer was given."
-    )
+    def get(state: LoopState) -> Any:
+        return getattr(state._parts, name)
+
+    get.__doc__ = f"The ``{name}`` that the trainer was given, as it was checked."
+    return property(get)
 
 
 for _name in sorted(PART_NAMES - vars(LoopState).keys()):

@@ -9,6 +9,7 @@ from queue import Queue
 
 import pytest
 
+from fitloop._control import RunControl
 from fitloop._events import BatchProgress, EpochStarted
 from fitloop._slices import FEWEST, LONGEST_LOOK_SECONDS, LOOK_SECONDS, SLICE_SECONDS, Slice, Slices
 from fitloop._types import Phase
@@ -38,12 +39,11 @@ class Run:
     def __init__(self, slices: Slices) -> None:
         self.now = 0.0
         self.used = 0.0
-        self.waited = 0.0
+        self.control = RunControl()
         self.rests = 0
         self.part = Slice(
             self.rest,
-            lambda: False,
-            lambda: self.waited,
+            self.control,
             slices=slices,
             clock=lambda: self.now,
             processor=lambda: self.used,
@@ -59,7 +59,7 @@ class Run:
         for _ in range(number):
             self.now += seconds
             self.used += seconds * computed
-            self.waited += seconds * waited
+            self.control.waited += seconds * waited
             self.part.after_batch()
 
 
@@ -237,12 +237,12 @@ def test_run_when_it_ends_or_an_event_comes_then_its_slice_is_free(slices: Slice
 
 def test_wait_when_the_run_is_to_end_then_is_over_at_once(slices: Slices) -> None:
     one = Run(slices)
-    halted = False
-    other = Slice(lambda call: call(), lambda: halted, slices=slices)
+    control = RunControl()
+    other = Slice(lambda call: call(), control, slices=slices)
     one.batches(FEWEST, 0.0003)
     assert slices.holder is one.part
-    halted = True
-    slices.admit(other, lambda: halted)
+    control.stop()
+    slices.admit(other, lambda: control.halted)
     assert slices.holder is one.part
     other.wake()
     assert not slices.line
