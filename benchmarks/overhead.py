@@ -76,7 +76,7 @@ class Case:
 
 
 def cases(*, quick: bool) -> list[Case]:
-    small, images = (100, 10) if quick else (1000, 100)
+    small, images = (100, 10) if quick else (500, 30)
     return [
         Case(title=f"{DESCRIBED['mlp']}; loss and accuracy kept", kind="mlp", count=small),
         Case(title=f"{DESCRIBED['mlp']}; nothing kept", kind="mlp", count=small, keep=False),
@@ -119,7 +119,7 @@ def measure(quick: bool = False) -> Report:
             run = partial(
                 epoch, kind=case.kind, count=case.count, epochs=case.epochs, keep=case.keep
             )
-            found.append(in_turns(contenders(run), 2 if quick else 7, workers=workers))
+            found.append(in_turns(contenders(run), 2 if quick else 5, workers=workers))
     everywhere = skipped_in_all(found)
     pairs = zip(asked, found, strict=True)
     return Report(

@@ -51,7 +51,7 @@ PACKED = zlib.compress(torch.randn(4096).mul(1e3).short().numpy().tobytes() * 8)
 """64 KiB when it is decompressed, so many times as a load takes"""
 LOAD_ALONE, STEP_ALONE, BARE = "load alone", "step alone", "bare loop"
 PEERS_HERE = ("ignite", "Lightning")
-QUICK, FULL = ((1, 8), (2, 10)), ((1, 4, 8), (2, 5, 10))
+QUICK, FULL = ((1, 8), (2, 10)), ((1, 8), (2, 8))
 """ms that loads and that steps are to take"""
 
 
@@ -337,7 +337,7 @@ def measure(quick: bool = False) -> Report:
         for kind, ms, step_ms in product(KINDS, loads, steps):
             cell = Cell(kind, ms, step_ms, scale.amount(kind, ms), scale.widths[step_ms])
             found[kind][cell] = in_turns(
-                contenders(cell), 1 if quick else 3, warm_ups=0, workers=workers
+                contenders(cell), 1 if quick else 5, warm_ups=0, workers=workers
             )
     everywhere = skipped_in_all(one for cells in found.values() for one in cells.values())
     return Report(
