@@ -24,7 +24,7 @@ from digits import CLASSES, make_loaders
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import nn
 
-from fitloop import EpochEnded, EventStream, FitLoop, Job, Outcome, RunEnded, Runner
+from fitloop import EpochEnded, EventStream, FitLoop, Job, JobEnded, Outcome, Runner
 
 T = TypeVar("T")
 Params = dict[str, Any]
@@ -111,7 +111,7 @@ class Search:
             running = self._running.get(event.trainer)
             if running is not None and isinstance(event, EpochEnded):
                 running.epochs.put_nowait(event)
-            elif running is not None and isinstance(event, RunEnded):
+            elif running is not None and isinstance(event, JobEnded):
                 running.epochs.put_nowait(None)
 
     async def _work(self, runner: Runner) -> None:
@@ -125,8 +125,6 @@ class Search:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._report(running))
                 outcome = await job.outcome()
-                if outcome.result is None or outcome.restored:  # its RunEnded may not come
-                    running.epochs.put_nowait(None)
             del self._running[name]
             await self._tell(running, outcome)
 

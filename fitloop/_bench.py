@@ -54,7 +54,9 @@ async def benchmark(
     ``preloop`` and ``postloop`` are called once, ``train_epoch_start`` in every pass, validation
     not at all, callbacks are told nothing. What stage functions do to objects of their own is not
     undone. A trainer without a seed draws from the process's generators meanwhile, and these are
-    put back too: draws of other threads between are undone with them.
+    put back too: draws of other threads between are undone with them. Nothing else should train
+    meanwhile: it would be in the figures, and a loader that is loaded ahead here may draw numbers
+    that are another trainer's.
 
     Args:
         trainer: what is measured, or a function that makes it, plain (called in a thread) or

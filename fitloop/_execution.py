@@ -67,12 +67,13 @@ class Execution:
             outcome = self._failed(outcome, error)
         outcome = replace(outcome, seconds=time.perf_counter() - began)
         if spec.directory is not None:
-            try:
-                await aside(spec.name, lambda: write_outcome(outcome, spec.epochs))
-            except Exception as error:
-                outcome = replace(
-                    outcome, status="failed", result=None, error=outcome.error or error
-                )
+            with anyio.CancelScope(shield=True):  # what came of it is to be what the file says
+                try:
+                    await aside(spec.name, lambda: write_outcome(outcome, spec.epochs))
+                except Exception as error:
+                    outcome = replace(
+                        outcome, status="failed", result=None, error=outcome.error or error
+                    )
         return outcome
 
     def _with_callbacks(self, spec: JobSpec) -> JobSpec:

@@ -117,10 +117,13 @@ class Listeners:
 
     def __init__(self) -> None:
         self._streams: list[EventStream] = []
+        self._ended = False
 
     def add_stream(self, stream: EventStream) -> None:
         """Have ``stream`` told of every event from now on."""
         self._streams = [*self._streams, stream]
+        if self._ended:
+            stream.end()
 
     def remove_stream(self, stream: EventStream) -> None:
         """Tell ``stream`` no more."""
@@ -132,7 +135,8 @@ class Listeners:
             stream.push(event)
 
     def end(self) -> None:
-        """End every stream after the events there are."""
+        """End every stream after the events there are, and those that are added later at once."""
+        self._ended = True
         for stream in self._streams:
             stream.end()
 

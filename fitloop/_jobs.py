@@ -160,9 +160,9 @@ class Job:
         return f"<Job {self.name!r} {self.status}>"
 
 
-def cancelled(job: Job) -> Outcome:
-    """Return the outcome of a job that was cancelled."""
-    return Outcome(name=job.name, status="cancelled", directory=job.spec.directory)
+def cancelled(job: Job, seconds: float = 0.0) -> Outcome:
+    """Return the outcome of a job that was cancelled, after so many seconds."""
+    return Outcome(name=job.name, status="cancelled", seconds=seconds, directory=job.spec.directory)
 
 
 def check_options(name: str, target: Any, options: Mapping[str, Any]) -> None:

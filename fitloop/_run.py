@@ -131,7 +131,7 @@ class Run:
         self._questions = self._make_questions(engine)
         if kept is not None:
             kept.begin(engine, self._log, self._tracker, self._control)
-        around.batch_hooks = [*self._batch_hooks(), part.after_batch]
+        around.batch_hooks = self._batch_hooks(part)
         if isinstance(self._questions, OpenQuestions):
             around.batch_hooks.append(self._questions.after_batch)
         self._guarded(engine, streams)
@@ -203,10 +203,10 @@ class Run:
         self._forget_turn = control.on_halt(turn.wake)
         return turn
 
-    def _batch_hooks(self) -> list[Callable[[], None]]:
+    def _batch_hooks(self, part: Slice) -> list[Callable[[], None]]:
         schedulers, kept = self._schedulers, self._options.persistence
         hooks = [schedulers.after_batch] if schedulers and schedulers.per_batch else []
-        return hooks if kept is None else [*hooks, *kept.batch_hooks]
+        return [*hooks, part.after_batch, *(kept.batch_hooks if kept else ())]  # see `_aside`
 
     def _enter_threads(self) -> None:
         kept, number = self._options.persistence, self._options.num_threads
@@ -216,11 +216,12 @@ class Run:
         self._has_threads = intra_op_threads.enter(number)
 
     def _aside(self, call: Callable[[], None]) -> None:
-        """Wait for a slice, out of the way of those who have one."""
+        """Wait for a slice, out of the way of those who have one; snapshots come after it."""
         assert self._turn is not None
         held = self._turn.step_aside()
         call()
-        self._turn.go_on(held)
+        if not self._control.cancelled:
+            self._turn.go_on(held)
 
     def _observers(self, part: Slice) -> list[Observer]:
         observers: list[Observer] = [part.observe, self._log.observe]
@@ -295,12 +296,12 @@ class Run:
             error = self._first(error, raised, "in a callback at the end of the run")
         if self._has_threads:
             intra_op_threads.leave()
-        if self._options.persistence is not None:
-            self._options.persistence.close()
-        result = None if error is not None else self._found or self._result()
         self._forget_turn()
         if self._slice is not None:
             self._slice.close()
+        if self._options.persistence is not None:
+            self._options.persistence.close()
+        result = None if error is not None else self._found or self._result()
         # These refer back to this run, and all of them to the model.
         self._engine = self._around = self._questions = self._slice = None
         try:

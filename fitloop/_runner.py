@@ -7,6 +7,7 @@ is the backend's business.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -115,6 +116,7 @@ class Runner:
         """names of the jobs' directories"""
         self._waiting: OrderedDict[str, Job] = OrderedDict()
         self._running = 0
+        self._submitted = 0
         self._ended = Ended()
         self._failure: BaseException | None = None
         self._group: Any = None
@@ -232,12 +234,13 @@ class Runner:
             self._places.add(directory.name)
         job = self._jobs[name] = Job(spec, self._have_cancelled)
         self._waiting[name] = job
+        self._submitted += 1
         self._start()
         return job
 
     def _default_name(self, target: Any) -> str:
         stem = getattr(target, "__name__", None) or getattr(target, "name", None) or "job"
-        return f"{stem}-{len(self._jobs) + 1}".replace("<lambda>", "job")
+        return f"{stem}-{self._submitted + 1}".replace("<lambda>", "job")
 
     def _job(self, name: str) -> Job:
         if name not in self._jobs:
@@ -305,7 +308,7 @@ class Runner:
             self._group.start_soon(self._run, job, scope)
 
     async def _run(self, job: Job, scope: anyio.CancelScope) -> None:
-        outcome = cancelled(job)
+        began, outcome = time.perf_counter(), None
         try:
             with scope:
                 await anyio.lowlevel.checkpoint_if_cancelled()
@@ -313,6 +316,8 @@ class Runner:
                 outcome = await self._execution.outcome_of(job.spec)
         finally:
             self._running -= 1
+            if outcome is None:
+                outcome = cancelled(job, time.perf_counter() - began)
             if outcome.error is not None and not is_of_the_job(outcome.error):
                 self._fail(outcome.error)
             self._end(job, outcome)
@@ -347,7 +352,8 @@ class Runner:
     def _cancel_job(self, job: Job) -> None:
         if job.scope is not None:
             job.scope.cancel()
-        elif self._waiting.pop(job.name, None) is not None:
+        elif self._waiting.get(job.name) is job:
+            del self._waiting[job.name]
             self._end(job, cancelled(job))
 
     def _cancel_jobs(self) -> None:

@@ -30,7 +30,7 @@ IDLE_SHARE = 0.5
 """share of its own slice that a trainer does not compute, from which it takes no part either"""
 LOOK_SECONDS = 0.25
 """between two looks whether a trainer is to take part, twice as long after each that says no"""
-LONGEST_LOOK_SECONDS = 8.0
+LONGEST_LOOK_SECONDS = 2.0
 FEWEST = 8
 """batches of a look"""
 

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from fitloop._drawing import BUILTIN, drawing_ops, may_draw
 from fitloop._gates import GATES, forget_visitor, set_visitor, visitor
 from fitloop._random import PROCESS, Outside, Stream, TorchStates, fingerprint
+from fitloop._slices import SLICES
 from fitloop._turnstile import TURNSTILE, Turnstile
 
 _OBSERVED = 2
@@ -85,6 +86,8 @@ class Turn:
     def begin(self, stream: Stream) -> None:
         """Take the turn for a pass, of which nothing is known yet."""
         self._watched, self._looks = False, 0
+        if stream is not PROCESS:
+            _SEEDED.add(id(self))
         self.take(stream)
 
     def take(self, stream: Stream | None) -> None:
@@ -116,7 +119,13 @@ class Turn:
         return held
 
     def rest(self) -> Held:
-        """End the turn while the thread runs what is not the trainer's own, before `go_on`."""
+        """End the turn while the thread runs what is not the trainer's own, before `go_on`.
+
+        It may draw from the process's numbers, which must not be another trainer's then.
+        """
+        if self._stream is not None and _SEEDED and SLICES.runs > 1:
+            self.pause()
+            GATES.join(self)
         held = self.give()
         if held.stream is not None and GATES.stand:
             self.watch(PROCESS)
@@ -128,6 +137,7 @@ class Turn:
         `go_on` then takes a whole turn.
         """
         held = self.give()
+        self._watched = False
         if GATES.leave(self):
             self._turnstile.when_free(GATES.remove)
         return Held(held.stream, False)
@@ -271,6 +281,7 @@ class Turn:
     def revoke(self) -> None:
         """End the turn of a thread that does not come back; any thread."""
         self.step_aside()
+        _SEEDED.discard(id(self))
 
     def end_in_child(self) -> None:
         """Be no turn in a process that was forked from its own."""
@@ -325,6 +336,8 @@ class Watch(TorchFunctionMode):
 
 
 _WATCHES: set[Watch] = set()
+_SEEDED: set[int] = set()
+"""turns of runs that have randomness of their own"""
 
 
 def _forget_parent() -> None:
@@ -333,7 +346,9 @@ def _forget_parent() -> None:
         watch.visitor.end_in_child()
         watch._ended = True
     _WATCHES.clear()
+    _SEEDED.clear()
     TURNSTILE.__init__()  # type: ignore[misc]
+    SLICES.__init__()  # type: ignore[misc]
     GATES.forget_users()
 
 

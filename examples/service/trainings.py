@@ -242,6 +242,7 @@ class Trainings:
                 429, f"there are {MOST} trainings that are not over; cancel one, or wait for one"
             )
         del self._known[oldest.number]
+        self._runner.forget(oldest.job.name)
         self.feed.forget(oldest.number)
 
     # -- the end -----------------------------------------------------------------------------------

@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 from support.models import Augmented, blobs, cnn, images, loader, mlp, seed_process, trainer
-from support.states import trainer_state
+from support.states import assert_same_state, trainer_state
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from fitloop import FitLoop, LoopState
+from fitloop import Event, FitLoop, LoopState
 from fitloop._gates import GATES
+from fitloop._random import Stream
+from fitloop._slices import SLICES
+from fitloop._turns import Turn
 
 QUIET: dict[str, Any] = {"verbose": False, "load_best": False}
 GUARD = 20.0
@@ -304,3 +307,64 @@ async def test_trainer_when_the_others_have_ended_then_has_its_turn_for_itself_a
         group.start_soon(fitted, made, 1)
         group.start_soon(short)
     assert not GATES.stand
+
+
+def test_draws_at_rest_when_another_has_a_whole_turn_then_are_the_processs_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a callback draws must not come from the stream of another trainer."""
+    monkeypatch.setattr(SLICES, "runs", 2)
+    own, others = Stream(1), Stream(2)
+    untouched = others.copy()
+    resting, training = Turn(), Turn()
+    has_turn, is_done = threading.Event(), threading.Event()
+    seed_process(7)
+    expected = [random.random(), np.random.rand(), torch.rand(1).item()]
+    seed_process(7)
+
+    def train() -> None:
+        training.begin(others)
+        training.go_on(training.step_aside())
+        has_turn.set()
+        while not is_done.is_set():  # the steps of a trainer that draws nothing
+            training.breathe()
+        training.revoke()
+
+    resting.begin(own)
+    resting.go_on(resting.step_aside())
+    held = resting.rest()
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        assert has_turn.wait(GUARD)
+        drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
+    finally:
+        is_done.set()
+        thread.join(GUARD)
+    resting.go_on(held)
+    resting.revoke()
+    assert drawn == expected
+    assert others.state().python == untouched.state().python
+    assert torch.equal(others.state().torch, untouched.state().torch)
+    assert others.state().bits == untouched.state().bits
+    assert not GATES.stand
+
+
+async def test_trainers_when_small_and_callbacks_draw_then_have_the_bits_that_each_has_alone() -> (
+    None
+):
+    def draw(_event: Event) -> None:
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+
+    def made(number: int) -> FitLoop:
+        return seeded(number, model=mlp(number), callbacks=[draw])
+
+    alone = [trainer_state(await fitted(made(k), 4), drawn=False) for k in range(3)]
+    together = [made(number) for number in range(3)]
+    async with anyio.create_task_group() as group:
+        for one in together:
+            group.start_soon(fitted, one, 4)
+    for one, state in zip(together, alone, strict=True):
+        assert_same_state(trainer_state(one, drawn=False), state)

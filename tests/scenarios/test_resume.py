@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +56,13 @@ from fitloop import (
     ResumeWarning,
     SnapshotWritten,
     SyncFitLoop,
+    _slices,
     default_batch_step,
     read_metrics,
 )
 from fitloop._checkpoint import Checkpointer
+from fitloop._control import RunControl
+from fitloop._slices import SLICES, Slice
 
 pytestmark = pytest.mark.slow  # many, which together take long
 
@@ -180,6 +186,44 @@ async def test_resume_when_the_task_was_cancelled_then_equals_one_run(
     assert found is not None
     assert expected is not None
     assert differing(found, expected) == []
+
+
+class TellingLine(deque[Slice]):
+    """A line for slices that tells when somebody joins it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined = threading.Event()
+
+    def append(self, who: Slice) -> None:
+        super().append(who)
+        self.joined.set()
+
+
+@ONE_LOOP
+@pytest.mark.parametrize("seed", [None, 5])
+async def test_fit_when_cancelled_while_it_waits_for_its_slice_then_takes_a_last_snapshot(
+    seed: int | None, tmp_path: Path, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_slices, "SMALL_SECONDS", 1000.0)
+    monkeypatch.setattr(SLICES, "_patience", 1000.0)
+    monkeypatch.setattr(SLICES, "line", line := TellingLine())
+    other = await anyio.to_thread.run_sync(Slice, lambda call: call(), RunControl())
+    await anyio.to_thread.run_sync(SLICES.admit, other, lambda: False)
+    line.joined.clear()
+    data = batches(200, 2)
+    fitted = trainer(save_path=tmp_path, train_dl=data, valid_dl=None, seed=seed)
+    try:
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as group:
+                group.start_soon(partial(fitted.fit, 2, **QUIET, checkpoint=Checkpoint()))
+                await anyio.to_thread.run_sync(line.joined.wait, 20)
+                group.cancel_scope.cancel()
+    finally:
+        await anyio.to_thread.run_sync(other.close)
+    found = await anyio.to_thread.run_sync(lambda: list(tmp_path.rglob("snapshot-*")))
+    assert len(found) == 1
+    assert not fitted.running
 
 
 @AT_ONCE

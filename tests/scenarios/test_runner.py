@@ -29,10 +29,12 @@ from fitloop import (
     RunEnded,
     Runner,
     RunStarted,
+    _execution,
     default_batch_step,
     read_results,
 )
 from fitloop._jobs import safe_name
+from fitloop._outcomes import write_outcome
 from fitloop._share import available_cores
 
 QUIET: dict[str, Any] = {"verbose": False}
@@ -629,3 +631,86 @@ async def test_job_when_it_is_forgotten_then_its_name_is_free_and_nothing_of_it_
             assert [outcome.name for outcome in await runner.results()] == ["other", "again"]
             completed = [outcome.name async for outcome in runner.as_completed()]
             assert completed == ["other", "again"]
+
+
+async def test_events_when_asked_for_after_the_end_then_there_are_none() -> None:
+    async with Runner(1) as runner:
+        await runner.submit(made_otherwise, name="one", **QUIET).outcome()
+    with anyio.fail_after(SOON):
+        async with runner.events() as events:
+            assert [event async for event in events] == []
+
+
+async def test_names_when_jobs_were_forgotten_then_are_new_ones() -> None:
+    async with Runner(1) as runner:
+        for number in (1, 2, 3):
+            job = runner.submit(made_otherwise, **QUIET)
+            assert job.name == f"made_otherwise-{number}"
+            await job.outcome()
+            if number < 3:
+                runner.forget(job.name)
+
+
+async def test_cancel_when_it_comes_too_late_then_a_new_job_of_that_name_is_left_alone() -> None:
+    gate = Gate()
+
+    def held() -> FitLoop:
+        return trainer(train_step=gate.step("held"))
+
+    with anyio.fail_after(SOON):
+        async with Runner(1) as runner:
+            old = runner.submit(made_otherwise, name="same", **QUIET)
+            await old.outcome()
+            runner.forget("same")
+            running = runner.submit(held, name="running", **QUIET)
+            new = runner.submit(made_otherwise, name="same", **QUIET)
+            runner._cancel_job(old)  # as from a thread that looked before it was over
+            assert new.status == "waiting"
+            gate.open.set()
+            assert (await new.outcome()).status == "done"
+            assert (await running.outcome()).status == "done"
+
+
+async def test_job_when_cancelled_after_it_ran_then_its_seconds_are_told() -> None:
+    gate = Gate()
+    with anyio.fail_after(SOON):
+        async with Runner(1) as runner, runner.events() as events:
+            job = runner.submit(
+                lambda: trainer(train_step=gate.step("held")), name="held", epochs=50, **QUIET
+            )
+            async for event in events:
+                if isinstance(event, RunStarted):
+                    break
+            job.cancel()
+            gate.open.set()
+            outcome = await job.outcome()
+            assert outcome.status == "cancelled"
+            assert outcome.seconds > 0
+            async for event in events:
+                if isinstance(event, JobEnded):
+                    assert event.seconds == outcome.seconds
+                    break
+
+
+async def test_outcome_when_it_is_being_written_as_all_are_cancelled_then_is_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+
+    def held(*args: Any) -> None:
+        writing.set()
+        assert go_on.wait(SOON)
+        write_outcome(*args)
+
+    monkeypatch.setattr(_execution, "write_outcome", held)
+    with anyio.fail_after(SOON):
+        async with Runner(1, save_path=tmp_path) as runner:
+            job = runner.submit(cannot_make, name="bad", **QUIET)
+            await anyio.to_thread.run_sync(writing.wait, SOON)
+            runner.cancel_all()
+            go_on.set()
+            outcome = await job.outcome()
+    assert outcome.status == "failed"
+    assert isinstance(outcome.error, ValueError)
+    results = await anyio.to_thread.run_sync(read_results, tmp_path)
+    assert results["bad"].status == "failed"
