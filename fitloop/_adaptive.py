@@ -13,7 +13,7 @@ from typing import Any
 
 from fitloop._loading import END, AheadSource, Feed, InlineSource
 from fitloop._random import StreamState
-from fitloop._turns import process_fingerprint
+from fitloop._random_state import process_fingerprint
 
 
 def median(values: list[float]) -> float:

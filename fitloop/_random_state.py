@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fitloop import _python_state
-from fitloop._random import MT19937_BYTES, Stream, StreamState, get_bits
+from fitloop._random import MT19937_BYTES, Stream, StreamState, fingerprint, get_bits
 from fitloop._turns import process_numbers
 
 _MT19937_WORDS = 624
@@ -117,3 +117,9 @@ def _restore_process(state: StreamState) -> None:
         position = int(np.frombuffer(bits[-4:], np.int32)[0])
         bits = {"bit_generator": "MT19937", "state": {"key": key, "pos": position}}
     np.random.set_state({**bits, "has_gauss": 0, "gauss": 0.0})
+
+
+def process_fingerprint() -> tuple[object, ...]:
+    """Return what changes when the trainer of this thread draws from its CPU generators."""
+    with process_numbers():
+        return fingerprint()

@@ -31,7 +31,7 @@ from fitloop._schedule import SchedulerSteps
 from fitloop._slices import Slice
 from fitloop._state import explain
 from fitloop._threads import intra_op_threads
-from fitloop._turns import Turn, process_numbers
+from fitloop._turns import Turn, at_rest, process_numbers
 from fitloop._types import Phase, StopReason
 
 Observer = Callable[[Event], object]
@@ -138,14 +138,13 @@ class Run:
 
     def _loop(self, engine: Engine, streams: Streams | None) -> None:
         core, plan = self._core, self._plan
-        core.hub.emit(
-            RunStarted(
-                trainer=core.parts.name,
-                call=plan.call,
-                epochs=plan.epochs,
-                first_epoch=plan.first_epoch,
-            )
+        begun = RunStarted(
+            trainer=core.parts.name,
+            call=plan.call,
+            epochs=plan.epochs,
+            first_epoch=plan.first_epoch,
         )
+        engine.at_rest(core.hub.emit, begun)
         kept = self._options.persistence
         if kept is not None and kept.is_over:
             kept.go_on()
@@ -348,18 +347,18 @@ class Run:
         core, engine = self._core, self._engine
         if engine is None:  # it failed before anybody was told that it began
             return
-        core.hub.emit(
-            RunEnded(
-                trainer=core.parts.name,
-                call=self._plan.call,
-                stop_reason=self._stop_reason(error),
-                epochs=engine.epochs_ended,
-                best_score=core.best_score,
-                best_epoch=core.best_epoch,
-                seconds=time.perf_counter() - self._began,
-                error=None if error is None else in_words(error),
-            )
+        ended = RunEnded(
+            trainer=core.parts.name,
+            call=self._plan.call,
+            stop_reason=self._stop_reason(error),
+            epochs=engine.epochs_ended,
+            best_score=core.best_score,
+            best_epoch=core.best_epoch,
+            seconds=time.perf_counter() - self._began,
+            error=None if error is None else in_words(error),
         )
+        with at_rest():
+            core.hub.emit(ended)
 
     def _stop_reason(self, error: BaseException | None) -> str:
         if isinstance(error, Cancelled):

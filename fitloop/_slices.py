@@ -95,6 +95,9 @@ class Slices:
 SLICES = Slices()
 
 
+def _nothing() -> None: ...
+
+
 class Slice:
     """The part of one run in it: a batch hook and an observer, on the step thread.
 
@@ -139,6 +142,7 @@ class Slice:
         with self._slices.lock:
             self._slices.runs -= 1
         self._forget()
+        self._forget = _nothing  # it refers to this part, and this part to the run
         self._slices.dismiss(self)
 
     def wake(self) -> None:

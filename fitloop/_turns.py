@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from fitloop._drawing import BUILTIN, drawing_ops, may_draw
 from fitloop._gates import GATES, forget_visitor, set_visitor, visitor
-from fitloop._random import PROCESS, Outside, Stream, TorchStates, fingerprint
+from fitloop._random import PROCESS, Outside, Stream, TorchStates
 from fitloop._slices import SLICES
 from fitloop._turnstile import TURNSTILE, Turnstile
 
@@ -123,11 +123,14 @@ class Turn:
 
         It may draw from the process's numbers, which must not be another trainer's then.
         """
-        if self._stream is not None and _SEEDED and SLICES.runs > 1:
+        held = Held(self._stream, self._watched)
+        if _SEEDED and SLICES.runs > 1:
+            if held.stream is None:
+                self.take(PROCESS)
             self.pause()
             GATES.join(self)
-        held = self.give()
-        if held.stream is not None and GATES.stand:
+        self.give()
+        if GATES.stand:
             self.watch(PROCESS)
         return held
 
@@ -385,7 +388,13 @@ def process_numbers() -> Iterator[None]:
         turn.give()
 
 
-def process_fingerprint() -> tuple[object, ...]:
-    """Return what changes when the trainer of this thread draws from its CPU generators."""
-    with process_numbers():
-        return fingerprint()
+@contextmanager
+def at_rest() -> Iterator[None]:
+    """Have what is no trainer's own draw from the process's numbers; for code without a turn."""
+    turn = Turn()
+    held = turn.rest()
+    try:
+        yield
+    finally:
+        turn.go_on(held)
+        turn.revoke()
