@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from support.models import Augmented, blobs, cnn, images, loader, mlp, seed_process, trainer
-from support.states import assert_same_state, trainer_state
+from support.states import trainer_state
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from fitloop import Event, FitLoop, LoopState
+from fitloop import FitLoop, LoopState
 from fitloop._gates import GATES
 from fitloop._random import Stream
 from fitloop._slices import SLICES
@@ -348,23 +348,3 @@ def test_draws_at_rest_when_another_has_a_whole_turn_then_are_the_processs_own(
     assert torch.equal(others.state().torch, untouched.state().torch)
     assert others.state().bits == untouched.state().bits
     assert not GATES.stand
-
-
-async def test_trainers_when_small_and_callbacks_draw_then_have_the_bits_that_each_has_alone() -> (
-    None
-):
-    def draw(_event: Event) -> None:
-        random.random()
-        np.random.rand()
-        torch.rand(1)
-
-    def made(number: int) -> FitLoop:
-        return seeded(number, model=mlp(number), callbacks=[draw])
-
-    alone = [trainer_state(await fitted(made(k), 4), drawn=False) for k in range(3)]
-    together = [made(number) for number in range(3)]
-    async with anyio.create_task_group() as group:
-        for one in together:
-            group.start_soon(fitted, one, 4)
-    for one, state in zip(together, alone, strict=True):
-        assert_same_state(trainer_state(one, drawn=False), state)
