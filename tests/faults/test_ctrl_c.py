@@ -170,8 +170,12 @@ class Script:
 
     def end(self) -> tuple[str, str, int]:
         """Return the rest of what it prints, its errors, and how it ended."""
-        output, errors = self._process.communicate(timeout=GUARD)
-        return output, errors, self._process.returncode
+        streams = self._process.stdin, self._process.stdout, self._process.stderr
+        assert all(streams)
+        streams[0].close()  # type: ignore[union-attr]
+        # `communicate` would lose the lines that came together with the last one that was read.
+        output, errors = (stream.read() for stream in streams[1:])  # type: ignore[union-attr]
+        return output, errors, self._process.wait(GUARD)
 
 
 @contextmanager
@@ -219,8 +223,7 @@ def test_process_when_it_catches_the_interrupt_trains_on(text: str) -> None:
             script.let_go()
             assert script.read() == "cancelled [] False"
         output, errors, code = script.end()
-    assert output == "trained on completed\n"
-    assert (errors, code) == ("", 0)
+    assert (output, errors, code) == ("trained on completed\n", "", 0)
 
 
 def test_process_when_interrupted_twice_still_ends_whole() -> None:
