@@ -124,7 +124,7 @@ class Turn:
         It may draw from the process's numbers, which must not be another trainer's then.
         """
         held = Held(self._stream, self._watched)
-        if _SEEDED and SLICES.runs > 1:
+        if _SEEDED and SLICES.runs > 1 and self._watch is None:  # else it has joined them already
             if held.stream is None:
                 self.take(PROCESS)
             self.pause()
