@@ -18,7 +18,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, TextIO
 
-from fitloop._text import printable
+from fitloop._forked_lines import ForkedLines
+from fitloop._text import newest, printable
 
 REDRAW_SECONDS = 0.1
 """least time between two drawings that nobody asked for"""
@@ -154,8 +155,7 @@ class LiveArea:
         self._is_fresh = True
         """nothing was drawn yet, wherever the cursor is"""
         self._pid = 0
-        self._open_lines: set[TextIO] = set()
-        """on which a forked process has begun a line"""
+        self._forked = ForkedLines()
 
     # -- for those who show something -------------------------------------------------------------
 
@@ -220,7 +220,8 @@ class LiveArea:
     def _writer(self, stream: TextIO, plain: Callable[[str], int]) -> Callable[[str], int]:
         def write(text: str) -> int:
             if os.getpid() != self._pid:
-                return self._write_forked(stream, plain, text)
+                self._forked.write(stream, plain, text)
+                return len(text)
             with self._writing:
                 if stream not in self._streams or not isinstance(text, str):
                     return plain(text)
@@ -229,23 +230,12 @@ class LiveArea:
 
         return write
 
-    def _write_forked(self, stream: TextIO, plain: Callable[[str], int], text: str) -> int:
-        # A forked process may not wait for a lock whose owner it does not have. What it writes
-        # takes the place of the lines, which are drawn again below.
-        if text and stream not in self._open_lines:
-            plain("\r\x1b[J")
-        if text.endswith("\n"):
-            self._open_lines.discard(stream)
-        elif text:
-            self._open_lines.add(stream)
-        return plain(text)
-
     def _write_above(self, stream: TextIO, plain: Callable[[str], int], text: str) -> None:
         self._write_said()
         key = (stream, threading.get_ident())
         whole, newline, rest = (self._partial.pop(key, "") + text).rpartition("\n")
-        if rest:  # a bar that somebody else draws over and over is worth its newest form
-            self._partial[key] = next(filter(None, reversed(rest.split("\r"))), "")
+        if rest:
+            self._partial[key] = newest(rest)
         if newline:
             self._erase()
             plain(f"{whole}\n")

@@ -41,6 +41,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in _ESCAPE.sub("", text))
 
 
+def newest(line: str) -> str:
+    """Return the last form of a line that was drawn over and over, such as a bar."""
+    return next(filter(None, reversed(line.split("\r"))), "")
+
+
 def joined(names: Iterable[str]) -> str:
     """Return names in one line, ``none`` for no names."""
     return ", ".join(names) or "none"

@@ -26,6 +26,7 @@ LAYERS: list[list[str]] = [
         "_busy",
         "_loops",
         "_writer",
+        "_forked_lines",
         "_terminal",
         "_thinning",
         "_looks",

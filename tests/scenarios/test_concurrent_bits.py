@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from support.models import Augmented, blobs, cnn, images, loader, mlp, seed_process, trainer
-from support.states import trainer_state
+from support.states import assert_same_state, trainer_state
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from fitloop import FitLoop, LoopState
+from fitloop import Event, FitLoop, LoopState
 from fitloop._gates import GATES
 from fitloop._random import Stream
 from fitloop._slices import SLICES
@@ -286,18 +286,19 @@ def batches_of(count: int) -> list[Any]:
 
 
 async def test_trainer_when_the_others_have_ended_then_has_its_turn_for_itself_again() -> None:
-    alive: list[bool] = []
+    watched: list[bool] = []
     short_over = threading.Event()
+    deadline = time.monotonic() + GUARD
 
     def long_loss(state: LoopState) -> torch.Tensor:
-        if state.batch_num == 30:
-            assert short_over.wait(GUARD)
-        if state.batch_num == 40:
-            turn = made._core.control is not None and GATES.stand
-            alive.append(bool(turn))
+        assert time.monotonic() < deadline
+        if short_over.is_set():
+            watched.append(torch._C._len_torch_function_stack() > 0)
+            if len(watched) == 10:
+                state.stop()
         return plain_loss(state)
 
-    made = seeded(1, train_step=step_with(long_loss), train_dl=batches_of(40), valid_dl=None)
+    made = seeded(1, train_step=step_with(long_loss), train_dl=batches_of(10**6), valid_dl=None)
 
     async def short() -> None:
         await fitted(seeded(2, train_dl=batches_of(5)), 1)
@@ -306,6 +307,7 @@ async def test_trainer_when_the_others_have_ended_then_has_its_turn_for_itself_a
     async with anyio.create_task_group() as group:
         group.start_soon(fitted, made, 1)
         group.start_soon(short)
+    assert not watched[-1]
     assert not GATES.stand
 
 
@@ -348,3 +350,23 @@ def test_draws_at_rest_when_another_has_a_whole_turn_then_are_the_processs_own(
     assert torch.equal(others.state().torch, untouched.state().torch)
     assert others.state().bits == untouched.state().bits
     assert not GATES.stand
+
+
+async def test_trainers_when_small_and_callbacks_draw_then_have_the_bits_that_each_has_alone() -> (
+    None
+):
+    def draw(_event: Event) -> None:
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+
+    def made(number: int) -> FitLoop:
+        return seeded(number, model=mlp(number), callbacks=[draw])
+
+    alone = [trainer_state(await fitted(made(k), 4), drawn=False) for k in range(3)]
+    together = [made(number) for number in range(3)]
+    async with anyio.create_task_group() as group:
+        for one in together:
+            group.start_soon(fitted, one, 4)
+    for one, state in zip(together, alone, strict=True):
+        assert_same_state(trainer_state(one, drawn=False), state)

@@ -506,3 +506,44 @@ asyncio.run(trainer(hold=slowly(0.05)).fit(1, train_dl=loader))
         for index in range(16):
             line = rf"item {index} of worker {index // 4 % 2}"
             assert re.search(line, shown.transcript), shown.transcript
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starts worker processes by forking")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_print_when_two_worker_processes_write_parts_of_lines_then_each_line_is_whole(
+    unbuffered: str,
+) -> None:
+    program = """
+import multiprocessing
+
+fork = multiprocessing.get_context("fork")
+begun, between = fork.Event(), fork.Event()
+
+def slow():
+    print("a line ", end="", flush=True)
+    begun.set()
+    between.wait(20)
+    print("in parts", flush=True)
+    print("one without an end", end="")
+
+def quick():
+    begun.wait(20)
+    print("one between", flush=True)
+    between.set()
+
+def hold(state):
+    if state.is_train and state.batch_num == 2:
+        workers = [fork.Process(target=target) for target in (slow, quick)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        print("the next one")
+
+asyncio.run(trainer(hold=hold).fit(1))
+"""
+    with terminal(program, size=(100, 60), env={"PYTHONUNBUFFERED": unbuffered}) as shown:
+        shown.until("best score")
+        assert shown.end() == 0
+        for line in ("a line in parts", "one between", "one without an end", "the next one"):
+            assert f"{line}\n" in shown.transcript, shown.transcript
