@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import isawaitable
 from typing import Any, Protocol
 
@@ -49,6 +50,10 @@ class Asking:
         )
 
 
+Aside = Callable[[Callable[[], Any]], Any]
+"""calls what waits for a person while the run is in nobody's way, and returns what it returns"""
+
+
 class Questions(Protocol):
     """The questions of one run, on its step thread."""
 
@@ -69,14 +74,21 @@ class WaitingQuestions:
     """The run waits for each answer."""
 
     def __init__(
-        self, ask: Ask, control: RunControl, side: LoopSide, emit: Callable[[Event], None]
+        self,
+        ask: Ask,
+        control: RunControl,
+        side: LoopSide,
+        emit: Callable[[Event], None],
+        aside: Aside,
     ) -> None:
         self._ask, self._control, self._side, self._emit = ask, control, side, emit
+        self._aside = aside
 
     def pose(self, event: PromptAsked) -> bool:
         """Ask and wait; ``stop()`` is taken as a no. Raises what asking raises."""
         self._emit(event)
-        answer = checked(self._side.call(lambda: _answer(self._ask, event, self._control)))
+        ask = partial(_answer, self._ask, event, self._control)
+        answer = checked(self._aside(partial(self._side.call, ask)))
         self._emit(PromptAnswered(trainer=event.trainer, epoch=event.epoch, go_on=answer))
         return answer
 
@@ -99,10 +111,12 @@ class OpenQuestions:
         control: RunControl,
         side: LoopSide,
         emit: Callable[[Event], None],
+        aside: Aside,
         mark: Callable[[], ReturnPoint],
         rest: Callable[[Callable[[], None]], None],
     ) -> None:
         self._ask, self._control, self._side, self._emit = ask, control, side, emit
+        self._aside = aside
         self._mark = mark
         self._rest = rest
         self._event: PromptAsked | None = None
@@ -128,7 +142,7 @@ class OpenQuestions:
     def after_batch(self) -> None:
         """Tell of an answer when it has come; a batch hook."""
         if self._event is not None and not self._is_told and isinstance(self._outcome, bool):
-            self._rest(self._tell)
+            self._tell()
 
     def _tell(self) -> None:
         event, outcome = self._event, self._outcome
@@ -160,7 +174,8 @@ class OpenQuestions:
         event = self._event
         if event is None:
             return False
-        self._control.wait_for(lambda: self._outcome is not None, obey_stop=True)
+        if self._outcome is None:
+            self._aside(self._await_outcome)
         outcome = self._outcome
         if isinstance(outcome, BaseException):
             raise outcome
@@ -171,6 +186,9 @@ class OpenQuestions:
         if outcome:
             self._point = self._event = None
         return not outcome
+
+    def _await_outcome(self) -> None:
+        self._control.wait_for(lambda: self._outcome is not None, obey_stop=True)
 
     async def _open(self, event: PromptAsked) -> None:
         """Ask, on the event loop, and have the run end where it is if the answer is no."""

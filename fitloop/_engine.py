@@ -93,7 +93,7 @@ class Engine:
         if more and plan.ask_every and epoch_in_run % plan.ask_every == 0:
             epoch = plan.first_epoch + epoch_in_run - 1
             self._doing = f"asking whether to go on after epoch {epoch}"
-            if not self.at_rest(self._around.ask, epoch, epoch_in_run):
+            if not self._around.ask(epoch, epoch_in_run):
                 self._control.stop(StopReason.PROMPT)
 
     def call_plain(self, name: str, function: Callable[[Any], object] | None, trainer: Any) -> None:
@@ -357,7 +357,7 @@ class Engine:
         turn = self._around.turn
         held = turn.rest()
         result = call(*args)
-        turn.go_on(held)
+        turn.rise(held)
         return result
 
     def _check_cancelled(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fitloop._asking import Asking, OpenQuestions, Questions, WaitingQuestions
@@ -214,13 +215,14 @@ class Run:
         self._core.num_threads = number
         self._has_threads = intra_op_threads.enter(number)
 
-    def _aside(self, call: Callable[[], None]) -> None:
-        """Wait for a slice, out of the way of those who have one; snapshots come after it."""
+    def _aside(self, call: Callable[[], Any]) -> Any:
+        """Wait for something, out of the way of those who train; snapshots come after a slice."""
         assert self._turn is not None
         held = self._turn.step_aside()
-        call()
+        result = call()
         if not self._control.cancelled:
             self._turn.go_on(held)
+        return result
 
     def _observers(self, part: Slice) -> list[Observer]:
         observers: list[Observer] = [part.observe, self._log.observe]
@@ -241,14 +243,13 @@ class Run:
         asking, core = self._options.asking, self._core
         if asking is None:
             return None
-        around = (asking.ask, self._control, self._side, core.hub.emit)
+        rest = engine.at_rest
+        emit = partial(rest, core.hub.emit)
+        around = (asking.ask, self._control, self._side, emit, self._aside)
         if not asking.trains_on:
             return WaitingQuestions(*around)
-        return OpenQuestions(
-            *around,
-            mark=lambda: ReturnPoint(core, self._plan.phases, self._log, self._tracker),
-            rest=engine.at_rest,
-        )
+        mark = partial(rest, ReturnPoint, core, self._plan.phases, self._log, self._tracker)
+        return OpenQuestions(*around, mark=mark, rest=rest)
 
     def _ask(self, epoch: int, epoch_in_run: int) -> bool:
         asking, questions = self._options.asking, self._questions

@@ -18,19 +18,15 @@ process's generators in another thread during a turn.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-
-from fitloop._drawing import BUILTIN, drawing_ops, may_draw
 from fitloop._gates import GATES, forget_visitor, set_visitor, visitor
 from fitloop._random import PROCESS, Outside, Stream, TorchStates
+from fitloop._resting import RESTING
 from fitloop._slices import SLICES
+from fitloop._torch_calls import Watch, forget_watches
 from fitloop._turnstile import TURNSTILE, Turnstile
 
 _OBSERVED = 2
@@ -86,8 +82,9 @@ class Turn:
     def begin(self, stream: Stream) -> None:
         """Take the turn for a pass, of which nothing is known yet."""
         self._watched, self._looks = False, 0
-        if stream is not PROCESS:
+        if stream is not PROCESS and id(self) not in _SEEDED:
             _SEEDED.add(id(self))
+            RESTING.wait(self._cancelled)
         self.take(stream)
 
     def take(self, stream: Stream | None) -> None:
@@ -119,20 +116,29 @@ class Turn:
         return held
 
     def rest(self) -> Held:
-        """End the turn while the thread runs what is not the trainer's own, before `go_on`.
+        """End the turn while the thread runs what is not the trainer's own.
 
         It may draw from the process's numbers, which must not be another trainer's then.
+        `rise` ends it.
         """
         held = Held(self._stream, self._watched)
+        RESTING.begin(self)  # before it looks who there is, as they look here after they have come
         if _SEEDED and SLICES.runs > 1 and self._watch is None:  # else it has joined them already
+            RESTING.end(self)
             if held.stream is None:
                 self.take(PROCESS)
             self.pause()
             GATES.join(self)
         self.give()
         if GATES.stand:
+            RESTING.end(self)
             self.watch(PROCESS)
         return held
+
+    def rise(self, held: Held) -> None:
+        """Go on after `rest`."""
+        RESTING.end(self)
+        self.go_on(held)
 
     def step_aside(self) -> Held:
         """End the turn for longer, so that the others need not look out for this one meanwhile.
@@ -283,6 +289,7 @@ class Turn:
 
     def revoke(self) -> None:
         """End the turn of a thread that does not come back; any thread."""
+        RESTING.end(self)
         self.step_aside()
         _SEEDED.discard(id(self))
 
@@ -294,6 +301,7 @@ class Turn:
 
     def wake(self) -> None:
         """Have a waiting `take` look whether it was cancelled; any thread."""
+        RESTING.look_again()
         self._turnstile.look_again()
 
 
@@ -301,55 +309,15 @@ def _never() -> bool:
     return False
 
 
-class Watch(TorchFunctionMode):
-    """Sees the calls of torch in a thread, and gives those that may draw a turn."""
-
-    def __init__(self, turn: Turn) -> None:
-        super().__init__()
-        self.visitor = turn
-        self._ops = drawing_ops()
-        self._thread = threading.get_ident()
-        self._ended = False
-        _WATCHES.add(self)
-
-    def begin(self) -> None:
-        """See the calls of this thread from now on."""
-        self.__enter__()  # type: ignore[no-untyped-call]
-
-    def end(self) -> None:
-        """See no more; from another thread, of a thread that does not come back."""
-        self._ended = True
-        _WATCHES.discard(self)
-        if threading.get_ident() == self._thread:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch's, with a turn if it may draw."""
-        if type(func) in BUILTIN and func.__name__ not in self._ops:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        kwargs = kwargs or {}
-        if self._ended:
-            return func(*args, **kwargs)
-        if func is Tensor.backward and not types:
-            with self:  # else hooks, and what checkpoints compute again, would not be seen
-                return _backward(*args, **kwargs)
-        if may_draw(func, args, kwargs):
-            return self.visitor.draw(func, args, kwargs)
-        return func(*args, **kwargs)
-
-
-_WATCHES: set[Watch] = set()
 _SEEDED: set[int] = set()
 """turns of runs that have randomness of their own"""
 
 
 def _forget_parent() -> None:
     """Begin anew in a process that was forked, where the other threads are gone."""
-    for watch in _WATCHES:
-        watch.visitor.end_in_child()
-        watch._ended = True
-    _WATCHES.clear()
+    forget_watches()
     _SEEDED.clear()
+    RESTING.__init__()  # type: ignore[misc]
     TURNSTILE.__init__()  # type: ignore[misc]
     SLICES.__init__()  # type: ignore[misc]
     GATES.forget_users()
@@ -357,17 +325,6 @@ def _forget_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_parent)
-
-
-def _backward(
-    tensor: Tensor,
-    gradient: Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """Do what `Tensor.backward` does after it has asked for modes."""
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 @contextmanager
@@ -396,5 +353,5 @@ def at_rest() -> Iterator[None]:
     try:
         yield
     finally:
-        turn.go_on(held)
+        turn.rise(held)
         turn.revoke()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import torch
 from blockbuster import BlockBuster
@@ -46,6 +47,8 @@ from fitloop._loops import Doorbell, loop_scheduler
 
 Make = Callable[..., FitLoop]
 QUIET: dict[str, Any] = {"verbose": False}
+GUARD = 30.0
+"""seconds after which a wait that should have ended long ago fails the test"""
 
 
 class Late:
@@ -399,3 +402,31 @@ async def test_continue_timeout_when_on_continue_takes_longer_then_the_default_i
             **QUIET,
         )
     assert result.epochs == (2 if default else 1)
+
+
+@pytest.mark.parametrize("trains_on", [True, False])
+async def test_question_when_it_is_open_then_other_seeded_trainers_train(trains_on: bool) -> None:
+    over, waits = anyio.Event(), threading.Event()
+
+    async def answer(_question: PromptAsked) -> bool:
+        await over.wait()
+        return True
+
+    def observe(event: Event) -> None:
+        if isinstance(event, EpochEnded) and event.epoch == (2 if trains_on else 1):
+            waits.set()  # for the answer, from here on
+
+    def drawing(seed: int, **options: Any) -> FitLoop:
+        model, train_dl = mlp(seed, dropout=0.3), loader(blobs(40))
+        return trainer(model=model, train_dl=train_dl, seed=seed, **options)
+
+    async def ask() -> None:
+        options: dict[str, Any] = {"on_continue": answer, "continue_while_asking": trains_on}
+        await drawing(1, callbacks=[observe]).fit(2, continue_loop=1, **options, **QUIET)
+
+    with anyio.fail_after(GUARD):
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask)
+            assert await anyio.to_thread.run_sync(waits.wait, GUARD)
+            await drawing(2).fit(3, **QUIET)
+            over.set()
