@@ -7,7 +7,8 @@ halves, because a batch may be placed in another thread than the one that uses i
 On CUDA the copies run on a stream of the trainer's own, from pinned memory, without blocking
 either thread: the step's stream waits for the copy on the device, and each tensor is recorded
 on the step's stream, so that the allocator does not hand its memory to the next copy while the
-step still reads it (the rule of ``torch.Tensor.record_stream``).
+step still reads it (the rule of ``torch.Tensor.record_stream``). What a loader gives on the device
+already is cast by the step's stream, after what made it.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
 
 
 class _Copied(NamedTuple):
-    """A batch whose copies are under way, and the event after them."""
+    """A batch whose copies are under way, and the events after which it is there."""
 
     batch: Any
-    event: torch.cuda.Event
+    events: list[torch.cuda.Event]
 
 
 class Placement:
@@ -94,6 +95,8 @@ class Placement:
         self._dtype = dtype
         self._cast = cast
         self._targets: dict[torch.dtype, torch.dtype] = {}
+        self._made_elsewhere = False
+        """something of the batch may have been made on a device, by another stream"""
         on_cuda = device.type == "cuda"
         self._on_cpu = device.type == "cpu"
         self._copy_stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
@@ -119,9 +122,14 @@ class Placement:
                 return batch if kind is tuple else batch.copy()  # the step may change a list
         if self._copy_stream is None:
             return self.move(batch)
+        self._made_elsewhere = False
         with torch.cuda.stream(self._copy_stream):
             moved = self._map(batch, self._move_pinned)
-            return _Copied(moved, self._copy_stream.record_event())
+            events = [self._copy_stream.record_event()]
+        if self._made_elsewhere:  # here, or by an async loader in the event loop's thread
+            events.append(torch.cuda.current_stream(self._device).record_event())
+            events.append(torch.cuda.default_stream(self._device).record_event())
+        return _Copied(moved, events)
 
     def move(self, batch: Any) -> Any:
         """Return ``batch`` moved and cast, as a hand-written loop would: ready at once."""
@@ -132,14 +140,16 @@ class Placement:
         if self._copy_stream is None:
             return placed
         consumer = torch.cuda.current_stream(self._device)
-        consumer.wait_event(placed.event)
+        for event in placed.events:
+            consumer.wait_event(event)
 
         def keep(item: Any) -> Any:
-            if isinstance(item, Tensor):
-                item.record_stream(consumer)
-            elif isinstance(item, PackedSequence):
-                item.data.record_stream(consumer)
-            return item
+            data = item.data if isinstance(item, PackedSequence) else item
+            if not isinstance(data, Tensor):
+                return item
+            if data.is_cuda and data.get_device() == consumer.device_index:
+                data.record_stream(consumer)
+            return self._move(item)  # what was on a device before is moved and cast now
 
         return map_tensors(placed.batch, keep)
 
@@ -172,9 +182,11 @@ class Placement:
         return item.to(device=self._device, dtype=target)
 
     def _move_pinned(self, item: Any) -> Any:
-        if not isinstance(item, Tensor):
-            return self._move(item)
-        if item.device.type != "cpu":
+        data = item.data if isinstance(item, PackedSequence) else item
+        if not isinstance(data, Tensor) or not data.is_cpu:
+            self._made_elsewhere = True
+            return item if isinstance(data, Tensor) else self._move(item)
+        if data is not item:
             return self._move(item)
         pinned = item if item.is_pinned() else item.pin_memory()
         moved = pinned.to(self._device, non_blocking=True)

@@ -102,10 +102,9 @@ class Engine:
             return
         self._doing = name
         torch.set_grad_enabled(True)
-        turn = self._around.turn
         result = function(trainer)
         if is_awaitable(result):
-            self._await(result, Scope(True, turn.resume, turn.pause))
+            self._await(result, Scope(True, self._around.places))
 
     @property
     def turn(self) -> Turn:
@@ -298,7 +297,7 @@ class Engine:
         torch.set_grad_enabled(grad)  # of this thread, which is the run's own
         turn, streams = around.turn, around.streams
         turn.begin(PROCESS if streams is None else streams.steps(phase))
-        return Scope(grad, turn.resume, turn.pause)
+        return Scope(grad, around.places)
 
     def _open(self, phase: Phase, loader: Any, seek: Seek | None) -> Source:
         around = self._around

@@ -27,7 +27,7 @@ from fitloop._loaders import check_loader
 from fitloop._options import fit_option
 from fitloop._parts import check_number
 from fitloop._plan import RunPlan
-from fitloop._run import Errand, Run, RunOptions
+from fitloop._run import Run, RunOptions
 from fitloop._share import SHARE
 from fitloop._types import Phase
 
@@ -64,7 +64,7 @@ async def launch(
                     companions.append(partial(feed_callback, stream, callback))
             control = RunControl()
             side = LoopSide(control)
-            settings = RunOptions(num_threads=threads, **options)
+            settings = RunOptions(num_threads=threads, own_stream=SHARE.get().own_stream, **options)
             run = make(core, trainer, plan, settings, control, side)
             core.control = control
             try:
@@ -85,6 +85,24 @@ async def launch(
 def _end_all(streams: Sequence[EventStream]) -> None:
     for stream in streams:
         stream.end()
+
+
+class Errand:
+    """A `Work` that calls one function: weights in and out, reset."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self._result: Any = None
+
+    def execute(self) -> None:
+        """Call it."""
+        self._result = self._function()
+
+    def finish(self, error: BaseException | None) -> Any:
+        """Return what it returned."""
+        if error is not None:
+            raise error
+        return self._result
 
 
 async def errand(core: Core, call: str, function: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ from fitloop._loading import Source
 from fitloop._parts import Parts
 from fitloop._random import Streams
 from fitloop._seek import Seek
+from fitloop._stages import Place
 from fitloop._state import LoopState
 from fitloop._turns import Turn
 from fitloop._types import Phase
@@ -105,6 +106,8 @@ class Surroundings:
     """whether to go on after an epoch, given its number in the trainer's life and in the run"""
     streams: Streams | None
     turn: Turn
+    places: Sequence[Place]
+    """what a coroutine of the trainer's is in, on the event loop's thread"""
     batch_hooks: Sequence[Callable[[], None]] = ()
     """called after every batch step of the train phase, on the step thread"""
     probe: Probe = field(default_factory=NoProbe)

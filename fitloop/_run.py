@@ -22,6 +22,7 @@ from fitloop._drawing import hides_its_draws
 from fitloop._engine import Engine
 from fitloop._errors import in_words, note
 from fitloop._events import Event, RunEnded, RunStarted
+from fitloop._lane import Lane, NoLane
 from fitloop._parts import STAGE_NAMES
 from fitloop._persistence import Persistence
 from fitloop._plan import NoProbe, Probe, RunPlan, Surroundings
@@ -54,6 +55,8 @@ class RunOptions:
     probe: Probe = field(default_factory=NoProbe)
     persistence: Persistence | None = None
     """what is kept on disk; None for nothing"""
+    own_stream: bool = False
+    """on CUDA, its kernels go beside those of other runs"""
 
 
 class Run:
@@ -91,6 +94,7 @@ class Run:
         self._modes: list[tuple[Any, bool]] = []
         self._questions: Questions | None = None
         self._slice: Slice | None = None
+        self._lane = NoLane()
         self._found: FitResult | None = None
         """of a run that had ended before it was resumed"""
         self._has_threads = False
@@ -107,7 +111,10 @@ class Run:
             plan = self._plan = kept.open(plan)
             self._began -= kept.seconds_before
         self._enter_threads()
-        core.place()
+        core.place()  # on the stream that others use, too
+        if self._options.own_stream and core.parts.device.type == "cuda":
+            self._lane = Lane(core.parts.device)
+        self._lane.enter()
         self._modes = [(module, module.training) for module in core.parts.model.modules()]
         streams = self._streams()
         if self._options.dry:
@@ -117,6 +124,7 @@ class Run:
             self._tracker = core.tracker(core.hub.emit)
         part = self._slice = Slice(self._aside, self._control)
         core.hub.observers(self._observers(part))
+        turn = self._make_turn()
         around = self._around = Surroundings(
             parts=core.parts,
             control=self._control,
@@ -125,7 +133,8 @@ class Run:
             emit=core.hub.emit,
             ask=self._ask,
             streams=streams,
-            turn=self._make_turn(),
+            turn=turn,
+            places=(self._lane, turn),
             probe=self._options.probe,
         )
         engine = self._engine = Engine(plan, around)
@@ -270,6 +279,7 @@ class Run:
 
     def finish(self, error: BaseException | None) -> Any:
         """Put back what must be, restore the best weights, tell the observers, and report."""
+        self._lane.enter()  # this may be another thread
         if error is None and self._control.cancelled:
             error = Cancelled()
         if isinstance(error, Cancelled) and self._control.failure is not None:
@@ -296,6 +306,7 @@ class Run:
             error = self._first(error, raised, "in a callback at the end of the run")
         if self._has_threads:
             intra_op_threads.leave()
+        self._lane.leave()
         self._forget_turn()
         if self._slice is not None:
             self._slice.close()
@@ -380,21 +391,3 @@ class Run:
             metrics=self._log.arrays(),
             seconds=time.perf_counter() - self._began,
         )
-
-
-class Errand:
-    """A `Work` that calls one function: weights in and out, reset."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-        self._result: Any = None
-
-    def execute(self) -> None:
-        """Call it."""
-        self._result = self._function()
-
-    def finish(self, error: BaseException | None) -> Any:
-        """Return what it returned."""
-        if error is not None:
-            raise error
-        return self._result

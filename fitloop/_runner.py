@@ -73,6 +73,9 @@ class Runner:
         fail_fast: the first failure cancels the others, and is raised from the block.
         callbacks: called with every event of every training, as those of a trainer are.
         keep_trainers: outcomes have the trained trainer; else it is let go of.
+        cuda_streams: each run in this process has a CUDA stream of its own, so that kernels of
+            several on one device go side by side. They keep memory apart, so it takes more of it.
+            Code of yours that reads a trainer's tensors while it runs must wait for its stream.
 
     A trainer that was not given its own ``num_threads`` gets its share of the cores for good:
     cores divided by ``max_concurrent``. Of several CUDA devices each trainer without a ``device``
@@ -92,6 +95,7 @@ class Runner:
         fail_fast: bool = False,
         callbacks: Sequence[Callback] = (),
         keep_trainers: bool = False,
+        cuda_streams: bool = False,
     ) -> None:
         most = check_optional("max_concurrent", max_concurrent, 1, meaning="trainings at a time")
         self._most = most or available_cores()
@@ -106,7 +110,7 @@ class Runner:
         self._listeners = Listeners()
         self._execution = Execution(
             backend=self._backend,
-            shares=Shares(self._most),
+            shares=Shares(self._most, own_streams=cuda_streams),
             callbacks=check_callbacks(callbacks),
             keep_trainers=keep_trainers,
             push=self._listeners.push,

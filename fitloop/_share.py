@@ -21,6 +21,8 @@ class Share:
     num_threads: int | None = None
     """intra-op threads of a run"""
     device: torch.device | None = None
+    own_stream: bool = False
+    """on CUDA, runs have a stream of their own"""
     name: str | None = None
     save_path: Path | None = None
 
@@ -31,7 +33,8 @@ SHARE: ContextVar[Share] = ContextVar("fitloop share", default=Share())  # noqa:
 class Shares:
     """Shares out cores and CUDA devices among so many trainers at a time."""
 
-    def __init__(self, at_a_time: int) -> None:
+    def __init__(self, at_a_time: int, *, own_streams: bool = False) -> None:
+        self._own_streams = own_streams
         self._threads = max(1, available_cores() // at_a_time)
         self._given = 0
 
@@ -40,7 +43,13 @@ class Shares:
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
         device = torch.device("cuda", self._given % devices) if devices > 1 else None
         self._given += 1
-        return Share(num_threads=self._threads, device=device, name=name, save_path=save_path)
+        return Share(
+            num_threads=self._threads,
+            device=device,
+            own_stream=self._own_streams,
+            name=name,
+            save_path=save_path,
+        )
 
 
 def available_cores() -> int:

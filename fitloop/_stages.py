@@ -7,8 +7,8 @@ event loop while the step thread waits. Knows neither epochs nor batches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Generator
-from typing import Any
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -102,22 +102,36 @@ class Stages:
         return self._table[phase, stage]
 
 
+class Place(Protocol):
+    """What the thread of a trainer's code is in, such as a stream of random numbers."""
+
+    def resume(self) -> None:
+        """Have the calling thread be in it, for one step of a coroutine."""
+
+    def pause(self) -> None:
+        """End `resume`."""
+
+
 class Scope:
-    """What holds while a stage function runs: grad mode, and the stream of random numbers.
+    """What holds while a stage function runs: grad mode, and the places that its thread is in.
 
     The step thread holds it for a whole phase. A coroutine runs on the event loop's thread, which
     it shares with everything else, so there it is entered for each of its steps and left again.
     """
 
-    def __init__(
-        self,
-        grad: bool,
-        resume: Callable[[], None] = lambda: None,
-        pause: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, grad: bool, places: Sequence[Place] = ()) -> None:
         self.grad = grad
-        self.resume = resume
-        self.pause = pause
+        self._places = places
+
+    def resume(self) -> None:
+        """Be in all places."""
+        for place in self._places:
+            place.resume()
+
+    def pause(self) -> None:
+        """Leave them again."""
+        for place in reversed(self._places):
+            place.pause()
 
     def wrap(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:
         """Return an awaitable that does the same with the scope around every step."""

@@ -23,6 +23,7 @@ LAYERS: list[list[str]] = [
         "_threads",
         "_capture",
         "_device",
+        "_lane",
         "_busy",
         "_loops",
         "_writer",

@@ -329,3 +329,15 @@ def test_place_when_consumer_uses_its_own_stream_then_the_copy_is_waited_for() -
         for number in range(50):
             placed = placement.place(torch.full((1 << 20,), float(number)))
             assert placement.receive(placed).sum().item() == number * (1 << 20)
+
+
+@pytest.mark.cuda
+def test_place_when_the_loader_made_it_on_the_device_then_it_is_cast_after_it_was_made() -> None:
+    placement = Placement(torch.device("cuda"), torch.float32)
+    slow = torch.randn(4096, 4096, device="cuda", dtype=torch.float64)
+    for number in range(20):
+        made = (slow @ slow).clamp(0, 0) + number
+        placed = placement.receive(placement.place([made]))[0]
+        del made
+        assert placed.dtype is torch.float32
+        assert placed.sum().item() == number * placed.numel()
