@@ -67,8 +67,14 @@ class Measured:
         self, name: str, other: str, figure: str, how: Callable[[float, float], float]
     ) -> Spread:
         """Return ``how`` of the figures of two contenders, round by round."""
+        return Spread.of(self.pairs(name, other, figure, how))
+
+    def pairs(
+        self, name: str, other: str, figure: str, how: Callable[[float, float], float]
+    ) -> list[float]:
+        """Return what `compared` is the spread of."""
         pairs = zip(self.values(name, figure), self.values(other, figure), strict=True)
-        return Spread.of([how(mine, theirs) for mine, theirs in pairs])
+        return [how(mine, theirs) for mine, theirs in pairs]
 
 
 class Workers:

@@ -1,4 +1,4 @@
-"""Makes ``docs/benchmarks.md`` and the README's chart from the reports that were kept.
+"""Makes ``docs/benchmarks.md``, and figures and chart of the README, from the reports kept.
 
 ``python -m benchmarks.page`` makes them anew; nothing in them is written by hand.
 """
@@ -11,11 +11,13 @@ from pathlib import Path
 
 from benchmarks import BENCHMARKS
 from benchmarks.chart import draw
+from benchmarks.readme import with_figures
 from benchmarks.report import Report, Table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
 CHART = ROOT / "docs" / "benchmarks.png"
 INTRODUCTION = """# Benchmarks
 
@@ -35,6 +37,7 @@ def kept() -> list[Report]:
 def write_page() -> None:
     reports = kept()
     PAGE.write_text(page(reports), encoding="utf-8")
+    README.write_text(with_figures(README.read_text(encoding="utf-8"), reports), encoding="utf-8")
     for report in reports:
         if report.name == "overhead":  # what a batch costs with metrics kept is for the README
             draw([replace(report, tables=report.tables[:1])], CHART)

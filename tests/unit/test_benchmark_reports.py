@@ -23,7 +23,8 @@ from benchmarks.harness import (
     skipped_only_in,
     turned,
 )
-from benchmarks.page import PAGE, kept, page
+from benchmarks.page import PAGE, README, kept, page
+from benchmarks.readme import with_figures
 from benchmarks.report import Column, Report, Row, Spread, Table
 
 MACHINE = {"processor": "made up", "cores": 2}
@@ -119,6 +120,8 @@ def test_page_when_made_then_tables_are_markdown_and_ours_are_bold() -> None:
 def test_page_in_the_repository_when_made_anew_then_is_the_same() -> None:
     """``python -m benchmarks.page`` makes it; figures are not written by hand."""
     assert PAGE.read_text(encoding="utf-8") == page(kept())
+    written = README.read_text(encoding="utf-8")
+    assert written == with_figures(written, kept())
 
 
 def test_chart_when_drawn_then_nothing_runs_out_of_the_picture() -> None:

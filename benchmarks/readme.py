@@ -1,0 +1,132 @@
+"""Writes the figures of the README from the reports that were kept: one line for each question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.report import Report, Row, Table
+
+BEGIN = "<!-- figures: made by python -m benchmarks.page -->"
+END = "<!-- end of figures -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A figure of fitloop's, and those beside it."""
+
+    question: str
+    report: str
+    table: int
+    column: str
+    ours: Sequence[str]
+    """rows; of several each is told with its name"""
+    beside: Sequence[str]
+
+
+def overhead(question: str, table: int, *beside: str, column: str = "added") -> Line:
+    return Line(
+        question=question,
+        report="overhead",
+        table=table,
+        column=column,
+        ours=["fitloop"],
+        beside=beside,
+    )
+
+
+def close(question: str, table: int) -> Line:
+    return Line(
+        question=question,
+        report="overhead",
+        table=table,
+        column="added",
+        ours=["fitloop", "fitloop, seeded"],
+        beside=[],
+    )
+
+
+def overlap(question: str, table: int) -> Line:
+    return Line(
+        question=question,
+        report="overlap",
+        table=table,
+        column="all cells",
+        ours=["fitloop"],
+        beside=["bare loop", "bare loop, 1 worker", "bare loop, 2 workers", "Lightning"],
+    )
+
+
+def at_once(question: str, *ours: str) -> Line:
+    return Line(
+        question=question, report="concurrency", table=0, column="speed-up", ours=ours, beside=[]
+    )
+
+
+LIGHTNING = ("Lightning Fabric", "Lightning")
+LINES = [
+    overhead("added to a batch of a small MLP, loss and accuracy kept", 0, *LIGHTNING),
+    overhead("the same, nothing kept", 1, *LIGHTNING),
+    close("the same, in turns with the bare loop in one process, loss and accuracy kept", 4),
+    close("the same, nothing kept", 5),
+    close("the same, steps that compute nothing, two numbers kept", 6),
+    overhead(
+        "a batch of a CNN, loss and accuracy kept, to the bare loop's",
+        2,
+        *LIGHTNING,
+        column="ratio",
+    ),
+    overlap("a loader that waits beside the steps: time to the longer of the two (best: 1)", 0),
+    overlap("a loader that decompresses", 1),
+    overlap("a loader that computes in Python", 2),
+    Line(
+        question="how late the event loop wakes up beside the MLP, 99th percentile",
+        report="responsiveness",
+        table=0,
+        column="p99",
+        ours=["fitloop"],
+        beside=["idle loop", "by hand, run_in_executor a batch", "straight on the loop"],
+    ),
+    at_once("two CNNs at once, against one after the other", "two CNNs", "two CNNs, in processes"),
+    at_once("eight trainers whose loaders wait 20 ms", "eight, loaders wait 20 ms"),
+    at_once("two small models", "two small", "two small, in processes"),
+    Line(
+        question="a request to the web service while two small models train, 99th percentile",
+        report="service_latency",
+        table=0,
+        column="p99",
+        ours=["threads, small", "processes, small"],
+        beside=["idle, before small"],
+    ),
+]
+
+
+def figures(reports: Sequence[Report]) -> str:
+    """Return the block of the README, from `BEGIN` to `END`."""
+    by_name = {report.name: report for report in reports}
+    lines = [BEGIN, "| | fitloop | beside it |", "|---|---|---|"]
+    for line in LINES:
+        if line.report not in by_name:
+            continue
+        table = by_name[line.report].tables[line.table]
+        ours = "; ".join(_told(table, name, line, named=len(line.ours) > 1) for name in line.ours)
+        beside = "; ".join(_told(table, name, line, named=True) for name in line.beside)
+        lines.append(f"| {line.question} | {ours} | {beside} |")
+    return "\n".join([*lines, END])
+
+
+def with_figures(readme: str, reports: Sequence[Report]) -> str:
+    """Return the README with the block made anew."""
+    before, _, rest = readme.partition(BEGIN)
+    _old, _, after = rest.partition(END)
+    return before + figures(reports) + after
+
+
+def _told(table: Table, name: str, line: Line, *, named: bool) -> str:
+    row: Row = next(row for row in table.rows if row.name == name)
+    column = next(column for column in table.columns if column.name == line.column)
+    unit = column.unit.split()[0] if column.unit else "x"
+    figure = f"{row.figures[column.name].median:,.{column.digits}f} {unit}"
+    if name in line.ours:
+        figure = f"**{figure}**"
+    return f"{name} {figure}" if named else figure
