@@ -27,7 +27,9 @@ class Trial:
     Inline first: the median time of a load and of a whole batch. When loads are too short or too
     small a part to gain from, inline it stays. A loader that only waits, for a disk or a server or
     its workers, takes nothing from the steps and goes ahead. Any other is measured ahead as well:
-    the median time of a whole batch then, and the faster way wins. Times are in seconds.
+    the median time of a whole batch then, and the faster way wins. When neither is much faster,
+    which a busy machine can turn round, later passes try again, and the median of the tries
+    counts. Times are in seconds.
     """
 
     SAMPLES = 6
@@ -40,6 +42,9 @@ class Trial:
     """part of a batch's time that loading ahead must save"""
     WAITING_SHARE = 0.2
     """part of a load's time that the processor works, up to which the loader is taken to wait"""
+    CLEAR = (0.75, 1.15)
+    """a batch ahead to one inline: outside of these nothing is tried again"""
+    TRIES = 3
 
     def __init__(self) -> None:
         self.ahead = False
@@ -51,6 +56,17 @@ class Trial:
         self._computed: list[float] = []
         self._inline: list[float] = []
         self._ahead: list[float] = []
+        self._ratios: list[float] = []
+        """a batch ahead to one inline, of each try"""
+
+    def begin_pass(self) -> None:
+        """Try again what was not clear."""
+        least, most = self.CLEAR
+        again = self.decided and not self.draws and 0 < len(self._ratios) < self.TRIES
+        if again and least < self._ratios[-1] < most:
+            self.ahead = self.decided = False
+            for values in (self._loads, self._computed, self._inline, self._ahead):
+                values.clear()
 
     def drew(self) -> None:
         """Stay inline: the loader draws from generators that the steps draw from as well."""
@@ -65,8 +81,8 @@ class Trial:
         if self.ahead:
             self._ahead.append(whole)
             if len(self._ahead) == self.SAMPLES:
-                gained = median(self._ahead) <= (1 - self.SMALLEST_GAIN) * median(self._inline)
-                self._decide(ahead=gained)
+                self._ratios.append(median(self._ahead) / median(self._inline))
+                self._decide(ahead=median(self._ratios) <= 1 - self.SMALLEST_GAIN)
             return
         self._loads.append(load)
         self._inline.append(whole)

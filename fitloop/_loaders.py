@@ -310,6 +310,7 @@ class Loaders:
         if feed.stream is not None or type(loader) in (list, tuple):
             return InlineSource(feed)
         trial = self._trial(phase, loader)
+        trial.begin_pass()
         if trial.decided and (certain or not trial.ahead):
             return AheadSource(feed, AUTOMATIC_DEPTH) if trial.ahead else InlineSource(feed)
         return AdaptiveSource(feed, AUTOMATIC_DEPTH, trial, watch_draws=not certain)

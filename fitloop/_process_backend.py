@@ -5,6 +5,7 @@ The worker's side is `_process_worker`, the conversation with one `_process_talk
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -27,6 +28,8 @@ from fitloop._process_talk import Conversation, carried
 from fitloop._process_worker import serve
 from fitloop._share import Share
 
+MOST_NICE = 19
+
 
 def backend_of(given: Any) -> Backend:
     """Return the backend that a `Runner` was given, perhaps by its name.
@@ -44,6 +47,21 @@ def backend_of(given: Any) -> Backend:
         )
     chosen: Backend = given
     return chosen
+
+
+def check_nice(given: Any) -> int:
+    """Return a niceness that worker processes can have.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
+    nice = check_number("nice", given, 0)
+    if nice > MOST_NICE or (nice and not hasattr(os, "nice")):
+        raise ConfigurationError(
+            f"nice is {nice}; expected 0 to {MOST_NICE}, on Windows 0: what the niceness of "
+            "worker processes is more than that of this one"
+        )
+    return nice
 
 
 class ProcessBackend:
@@ -68,15 +86,18 @@ class ProcessBackend:
             from its last snapshot; with ``save_path`` only.
         grace: seconds after a cancellation in which a training is to end; else its worker is
             killed, with a `WorkerDiedWarning`.
+        nice: niceness added to that of this process (0 to 19, not on Windows): above 0, when
+            cores are short, this process and its event loop come before the trainings, as does
+            whatever else the machine does.
 
     Raises:
         ConfigurationError: an argument cannot work.
     """
 
-    def __init__(self, *, retries: int = 1, grace: float = 10.0) -> None:
+    def __init__(self, *, retries: int = 1, grace: float = 10.0, nice: int = 0) -> None:
         self._retries = check_number("retries", retries, 0)
         self._grace = check_seconds("grace", grace) or 0.0
-        self._pool = Pool(serve)
+        self._pool = Pool(partial(serve, check_nice(nice)))
 
     def check(self, spec: JobSpec) -> None:
         """Refuse what cannot go to another process.

@@ -35,8 +35,10 @@ from fitloop._portable import pack_error, unpack_job
 from fitloop._share import SHARE, Share
 
 
-def serve(connection: Connection, log_path: str, start_method: str | None) -> None:
+def serve(nice: int, connection: Connection, log_path: str, start_method: str | None) -> None:
     """Do the jobs that come over the connection; the whole life of a worker process."""
+    if nice:
+        os.nice(nice)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which will tell
         if hasattr(signal, "pthread_sigmask"):

@@ -20,6 +20,7 @@ from fitloop import (
     EventStream,
     Job,
     Outcome,
+    ProcessBackend,
     PromptAnswered,
     PromptAsked,
     RunEnded,
@@ -31,6 +32,8 @@ from service.settings import Settings, refusal
 from service.trainers import make_trainer
 
 BackendName = Literal["thread", "process"]
+NICE = 10
+"""of worker processes: requests come first when all cores train"""
 MOST = 200
 """trainings that are known; the oldest that is over is forgotten for a new one"""
 LASTING = (RunStarted, EpochEnded, BestImproved, PromptAnswered, RunEnded)
@@ -277,7 +280,8 @@ def _told(outcome: Outcome | None) -> dict[str, Any]:
 @asynccontextmanager
 async def open_trainings(backend: BackendName, at_once: int | None) -> AsyncIterator[Trainings]:
     """Open the Runner of the service; leaving ends every training whole, and leaves no thread."""
-    runner = Runner(at_once, backend=backend)
+    where = ProcessBackend(nice=NICE) if backend == "process" else backend
+    runner = Runner(at_once, backend=where)
     async with anyio.create_task_group() as group, runner.events() as events, runner:
         trainings = Trainings(runner, group)
         group.start_soon(trainings.listen, events)

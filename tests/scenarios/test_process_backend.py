@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -186,6 +187,9 @@ async def test_submit_when_it_cannot_go_to_a_process_then_is_refused() -> None:
 
     with pytest.raises(ConfigurationError, match=r"retries is -1; expected an integer"):
         ProcessBackend(retries=-1)
+    for nice in (-1, 20, 1.5):
+        with pytest.raises(ConfigurationError, match=f"nice is {nice}; expected"):
+            ProcessBackend(nice=nice)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"grace is 0; expected seconds"):
         ProcessBackend(grace=0)
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -210,6 +214,18 @@ async def test_submit_when_it_cannot_go_to_a_process_then_is_refused() -> None:
             with pytest.raises(ConfigurationError, match=what):
                 runner.submit(make, name="x", **options)
         assert runner.jobs == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.skipif(not hasattr(os, "nice"), reason="Windows has none")
+async def test_worker_when_it_is_to_be_nice_then_has_that_on_top_of_this_process() -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    with anyio.fail_after(SOON):
+        async with Runner(1, backend=ProcessBackend(nice=3)) as runner:
+            outcome = await runner.submit(make, 5, epochs=1, **QUIET).outcome()
+            assert outcome.status == "done"
+            assert [worker.nice() for worker in workers()] == [min(19, own + 3)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

@@ -139,6 +139,45 @@ def test_trial_when_ahead_was_measured_then_the_faster_way_wins(whole: float, ah
     assert (trial.ahead, trial.decided) == (ahead, True)
 
 
+def tried(trial: Trial, ratio: float) -> tuple[bool, bool]:
+    """Begin a pass, and have it tried if it wants to; return whether it did, and what it chose."""
+    trial.begin_pass()
+    wanted = not trial.decided
+    if wanted:
+        measured(trial, load=SLOW, whole=SLOW + STEP)
+        measured(trial, load=0.0, whole=ratio * (SLOW + STEP))
+    return wanted, trial.ahead
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        pytest.param([0.6, 2.0], [(True, True), (False, True)], id="clearly-ahead"),
+        pytest.param([1.2, 0.5], [(True, False), (False, False)], id="clearly-inline"),
+        pytest.param([1.0, 0.6, 2.0], [(True, False), (True, True), (False, True)], id="mistaken"),
+        pytest.param(
+            [0.9, 1.1, 1.1, 0.5],
+            [(True, True), (True, True), (True, False), (False, False)],
+            id="median-of-three",
+        ),
+    ],
+)
+def test_trial_when_it_was_not_clear_then_later_passes_try_again(
+    ratios: list[float], expected: list[tuple[bool, bool]]
+) -> None:
+    trial = Trial()
+    assert [tried(trial, ratio) for ratio in ratios] == expected
+
+
+def test_trial_when_it_never_came_to_ahead_then_later_passes_do_not_try_again() -> None:
+    trial = measured(Trial(), load=TRIVIAL, whole=6e-6)
+    trial.begin_pass()
+    assert trial.decided
+    trial = measured(Trial(), load=SLOW, whole=SLOW + STEP, computed=0.0)
+    trial.begin_pass()
+    assert (trial.ahead, trial.decided) == (True, True)
+
+
 def test_trial_when_one_load_is_an_outlier_then_it_does_not_decide() -> None:
     trial = Trial()
     trial.add(10.0, 10.0, 10.0)

@@ -210,7 +210,8 @@ def test_overlap_when_one_cell_is_measured_then_each_kind_of_loader_has_a_table(
     monkeypatch.setattr(overlap, "PEERS_HERE", ())
     report = overlap.measure(quick=True)
     assert report.skipped == {}
-    common = {"bare loop", "bare loop, 1 worker", "bare loop, 2 workers", "fitloop"}
+    by_hand = ("a thread reads ahead", "1 worker", "2 workers")
+    common = {"bare loop", *(f"bare loop, {how}" for how in by_hand), "fitloop"}
     names = [{row.name for row in table.rows} for table in report.tables]
     assert names == [common | {"fitloop, async loader"}, common, common]
     for table in report.tables:
