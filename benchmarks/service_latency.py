@@ -5,8 +5,9 @@ program of its own, two trainings at a time. The client is this process: ``GET /
 a kept connection, 400 requests a round, each 5 ms after the answer to the one before it. Rounds
 are interleaved: idle, trainings in threads, trainings in processes, idle, and so on; a figure is
 the median of the rounds. The trainings are endless ones on scikit-learn's digits: ``small`` has
-steps that are mostly Python's own work, ``large`` is a CNN. A page that follows all events is open
-meanwhile. Wanted: a p99 of at most 20 ms in threads and 5 ms in processes.
+steps that are mostly Python's own work, ``large`` is a CNN. Worker processes have a niceness of 10,
+which the service gives them. A page that follows all events is open meanwhile. Wanted: a p99 of at
+most 20 ms in threads and 5 ms in processes.
 """
 
 from __future__ import annotations

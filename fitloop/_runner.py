@@ -203,7 +203,8 @@ class Runner:
         Raises:
             ConfigurationError: there is a job of this name, or the target or an argument of
                 ``fit`` cannot work.
-            TypeError: ``fit`` has no such argument.
+            TypeError: ``fit`` has no such argument. What only a subclass's takes is known when the
+                subclass is submitted, not a function that makes one.
             RuntimeError: outside of the ``async with`` block, or in another thread.
         """
         if not self._open:
