@@ -18,6 +18,15 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def core_wait() -> float:
+    """Return the seconds so far in which this thread was ready and had no core; 0 if untold."""
+    try:
+        with open("/proc/thread-self/schedstat", "rb") as counters:  # 16 us
+            return int(counters.read().split()[1]) * 1e-9
+    except (OSError, IndexError):
+        return 0.0
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and torch."""
     return {"python": platform.python_version(), "torch": torch.__version__}

@@ -17,17 +17,18 @@ from collections.abc import Callable
 
 from fitloop._control import RunControl
 from fitloop._events import BatchProgress, Event
+from fitloop._machine import core_wait
 
-SLICE_SECONDS = 0.02
-"""what a trainer has for itself; a change of hands costs about 0.1 ms"""
-PATIENCE_SECONDS = 0.1
+SLICE_SECONDS = 0.05
+"""what a trainer has for itself; a change of hands costs 2 ms of a cache that is cold"""
+PATIENCE_SECONDS = 0.2
 """after which a slice is taken from a trainer that does not come to its end"""
 SMALL_SECONDS = 0.002
 """processor time of a batch up to which it counts as small"""
 WAITING_SHARE = 0.3
 """share of its time that a trainer waits for its loader, from which it takes no part"""
 IDLE_SHARE = 0.5
-"""share of its own slice that a trainer does not compute, from which it takes no part either"""
+"""share of its own slice that a trainer waits of itself, from which it takes no part either"""
 LOOK_SECONDS = 0.25
 """between two looks whether a trainer is to take part, twice as long after each that says no"""
 LONGEST_LOOK_SECONDS = 2.0
@@ -35,6 +36,15 @@ FEWEST = 8
 """batches of a look"""
 
 Clock = Callable[[], float]
+
+
+def kept_waiting() -> float:
+    """Return seconds so far in which others may have kept this thread from computing.
+
+    What other threads have computed, since they may have had the interpreter's lock, and the time
+    in which other processes had the cores.
+    """
+    return time.process_time() - time.thread_time() + core_wait()
 
 
 class Slices:
@@ -115,6 +125,7 @@ class Slice:
         slices: Slices = SLICES,
         clock: Clock = time.perf_counter,
         processor: Clock = time.thread_time,
+        kept: Clock = kept_waiting,
     ) -> None:
         self._rest = rest
         self._control = control
@@ -123,11 +134,13 @@ class Slice:
         """notified when it is its turn, or it is to look again"""
         self._clock = clock
         self._processor = processor
+        self._kept = kept
         self._held = False
         """it has had a slice, which another may have taken from it"""
         self._interrupted = False
         """it had one, and an event ended it"""
         self._began, self._used, self._idle = clock(), processor(), control.waited
+        self._barred = kept()
         """what the clocks said at the last look"""
         self._until = 0.0
         """when to look again"""
@@ -177,8 +190,7 @@ class Slice:
 
     def _go_on(self, now: float) -> None:
         """At the end of a slice: keep it, hand it on, or take no part for a while."""
-        idle = self._processor() - self._used < (1 - IDLE_SHARE) * (now - self._began)
-        if idle or self._waits(now):
+        if self._idles(now) or self._waits(now):
             self._end()
             self._stay_out()
             return
@@ -188,6 +200,12 @@ class Slice:
         else:
             self._end()
             self._take()
+
+    def _idles(self, now: float) -> bool:
+        # Not computing is not waiting: of those who fight, each would seem to wait.
+        whole = now - self._began
+        idle = whole - (self._processor() - self._used) - (self._kept() - self._barred)
+        return idle > IDLE_SHARE * whole
 
     def _waits(self, now: float) -> bool:
         return self._control.waited - self._idle >= WAITING_SHARE * (now - self._began)
@@ -203,6 +221,7 @@ class Slice:
 
     def _note(self, seconds: float) -> None:
         self._began, self._used, self._idle = self._clock(), self._processor(), self._control.waited
+        self._barred = self._kept()
         self._batches = 0
         self._until = self._began + seconds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from queue import Queue
@@ -11,7 +12,15 @@ import pytest
 
 from fitloop._control import RunControl
 from fitloop._events import BatchProgress, EpochStarted
-from fitloop._slices import FEWEST, LONGEST_LOOK_SECONDS, LOOK_SECONDS, SLICE_SECONDS, Slice, Slices
+from fitloop._slices import (
+    FEWEST,
+    LONGEST_LOOK_SECONDS,
+    LOOK_SECONDS,
+    SLICE_SECONDS,
+    Slice,
+    Slices,
+    kept_waiting,
+)
 from fitloop._types import Phase
 
 SOON = 20
@@ -39,6 +48,7 @@ class Run:
     def __init__(self, slices: Slices) -> None:
         self.now = 0.0
         self.used = 0.0
+        self.kept = 0.0
         self.control = RunControl()
         self.rests = 0
         self.part = Slice(
@@ -47,6 +57,7 @@ class Run:
             slices=slices,
             clock=lambda: self.now,
             processor=lambda: self.used,
+            kept=lambda: self.kept,
         )
 
     def rest(self, call: Callable[[], None]) -> None:
@@ -54,10 +65,16 @@ class Run:
         call()
 
     def batches(
-        self, number: int, seconds: float, computed: float = 1.0, waited: float = 0.0
+        self,
+        number: int,
+        seconds: float,
+        computed: float = 1.0,
+        waited: float = 0.0,
+        kept: float = 0.0,
     ) -> None:
         for _ in range(number):
             self.now += seconds
+            self.kept += seconds * kept
             self.used += seconds * computed
             self.control.waited += seconds * waited
             self.part.after_batch()
@@ -101,6 +118,29 @@ def test_run_when_it_waits_for_something_else_in_its_slice_then_gives_it_up(
     assert slices.holder is None
     run.batches(int(LOOK_SECONDS / 0.005) - 2, 0.005, computed=0.05)
     assert slices.holder is None
+
+
+def test_run_when_others_keep_it_from_computing_in_its_slice_then_takes_part_all_the_same(
+    slices: Slices,
+) -> None:
+    """Else one that fights makes the others fight, and a busy machine makes all of them."""
+    run, _other = Run(slices), Run(slices)
+    run.batches(5000, 0.0003, computed=0.2, kept=0.7)
+    assert slices.holder is run.part
+    assert run.rests == 1
+
+
+def test_kept_waiting_when_another_thread_computes_then_grows() -> None:
+    def compute() -> None:
+        until = time.thread_time() + 0.05
+        while time.thread_time() < until:
+            pass
+
+    before = kept_waiting()
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    assert kept_waiting() - before >= 0.04
 
 
 def test_run_when_it_waits_for_its_loader_then_never_stands_in_line(slices: Slices) -> None:
