@@ -17,9 +17,9 @@ import anyio
 
 from fitloop._control import RunControl
 from fitloop._crossing import LoopSide
-from fitloop._errors import ConfigurationError
+from fitloop._errors import ConfigurationError, note
 from fitloop._events import Event, PromptAnswered, PromptAsked, WentBack
-from fitloop._loops import loop_scheduler
+from fitloop._loops import is_scope_cancelled, loop_scheduler
 from fitloop._return_point import ReturnPoint
 from fitloop._types import StopReason
 
@@ -201,10 +201,12 @@ class OpenQuestions:
             forget = self._control.on_halt(lambda: schedule(scope.cancel))
             try:
                 self._outcome = checked(await _awaited(self._ask(event)))
-            except anyio.get_cancelled_exc_class():
-                raise
+            except anyio.get_cancelled_exc_class() as error:
+                if is_scope_cancelled():
+                    raise
+                self._outcome = _noted(error, event)  # it awaited something that was cancelled
             except BaseException as error:  # crosses to the step thread
-                self._outcome = error
+                self._outcome = _noted(error, event)
             finally:
                 forget()
         if self._outcome is None or self._outcome is True:
@@ -224,6 +226,11 @@ def checked(answer: object) -> bool:
             f"on_continue returned {answer!r}; expected True to go on or False to end the run"
         )
     return answer
+
+
+def _noted(error: BaseException, event: PromptAsked) -> BaseException:
+    note(error, f"in the question after epoch {event.epoch}, beside which it trained on")
+    return error
 
 
 async def _awaited(answer: Any) -> Any:

@@ -174,7 +174,7 @@ class AheadSource:
         self.waited = 0
         """batches for which the step thread had to wait"""
         self._stream = PROCESS if feed.draws_outside else feed.stream
-        self._turn = Turn(self._is_closed) if self._stream is not None else None
+        self._turn = Turn(self._is_closed, reads=True) if self._stream is not None else None
         if self._turn is not None:
             self._forget = feed.control.on_halt(self._turn.wake)
         self._thread = threading.Thread(
@@ -216,8 +216,8 @@ class AheadSource:
         self._thread.join(feed.grace)
         if self._thread.is_alive():
             feed.control.hung.append(feed.label)
-            if self._turn is not None:
-                self._turn.revoke()
+        if self._turn is not None:
+            self._turn.revoke()
         with feed.control.changed:
             unread = [raw for raw, _placed, _drawn in self._ready]
             self._ready.clear()

@@ -64,6 +64,20 @@ def check_callable(name: str, function: object, given: str) -> None:
         raise StageSignatureError(name, shown, expected) from None
 
 
+def checked_path(path: Any) -> Path:
+    """Return ``save_path`` as a path.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    try:
+        return Path(path)
+    except TypeError:
+        raise ConfigurationError(
+            f"save_path is {path!r}; expected the path of a directory"
+        ) from None
+
+
 def check_number(
     name: str, value: SupportsIndex, least: int, *, meaning: str = "", also: str = ""
 ) -> int:

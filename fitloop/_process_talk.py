@@ -179,6 +179,8 @@ class Conversation:
         worker = self._worker
         worker.end()
         if self._control.cancelled:
+            if self._running is not None:  # it could not tell any more
+                self._emit(_cut_off(self._running, StopReason.CANCELLED))
             raise Cancelled
         code = worker.process.exitcode
         told = [*self._lines, *worker.log_tail()]
@@ -192,7 +194,8 @@ class Conversation:
         if told:
             message += "; its last lines:\n  " + "\n  ".join(told)
         if self._running is not None:
-            self._emit(_cut_off(self._running, message.partition("\n")[0]))
+            why = f"WorkerDiedError: {message.partition(chr(10))[0]}"
+            self._emit(_cut_off(self._running, StopReason.FAILED, why))
         raise WorkerDiedError(message, code)
 
     # -- what it says ----------------------------------------------------------------------------
@@ -317,14 +320,14 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
 
 
-def _cut_off(started: RunStarted, why: str) -> RunEnded:
+def _cut_off(started: RunStarted, reason: StopReason, error: str | None = None) -> RunEnded:
     return RunEnded(
         trainer=started.trainer,
         call=started.call,
-        stop_reason=StopReason.FAILED,
+        stop_reason=reason,
         epochs=0,
         best_score=None,
         best_epoch=None,
         seconds=0.0,
-        error=f"WorkerDiedError: {why}",
+        error=error,
     )

@@ -37,7 +37,7 @@ from fitloop._jobs import (
 from fitloop._launch import Callback, aside
 from fitloop._loops import loop_scheduler
 from fitloop._options import fit_option
-from fitloop._parts import check_callbacks, check_optional
+from fitloop._parts import check_callbacks, check_optional, checked_path
 from fitloop._process_backend import backend_of
 from fitloop._share import Shares, available_cores
 
@@ -100,7 +100,7 @@ class Runner:
         most = check_optional("max_concurrent", max_concurrent, 1, meaning="trainings at a time")
         self._most = most or available_cores()
         self._backend = backend_of(backend)
-        self._save_path = None if save_path is None else Path(save_path)
+        self._save_path = None if save_path is None else checked_path(save_path)
         if checkpoint is not None and save_path is None:
             raise ConfigurationError(
                 "checkpoint is given, and no save_path to keep snapshots in; give save_path="
@@ -212,6 +212,8 @@ class Runner:
         if threading.get_ident() != self._thread:
             raise RuntimeError("submit() was called in another thread than the Runner's; " + _HOW)
         name = self._default_name(target) if name is None else str(name)
+        if not name:
+            raise ConfigurationError("name is ''; expected a name, or None for one of its own")
         if name in self._jobs:
             raise ConfigurationError(f"there is a job {name!r} already; give another name=")
         directory = None

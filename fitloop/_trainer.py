@@ -17,7 +17,7 @@ from fitloop._asking import Ask
 from fitloop._core import Core
 from fitloop._errors import ConfigurationError
 from fitloop._optim import configure_optimizer as default_configure_optimizer
-from fitloop._parts import Interval, Parts, check_callbacks, check_optional
+from fitloop._parts import Interval, Parts, check_callbacks, check_optional, checked_path
 from fitloop._share import SHARE
 from fitloop._types import Loader, LossFunction, StageFunction
 from fitloop._view import TrainerView
@@ -152,7 +152,7 @@ class Trainer(TrainerView):
             criteria=criteria,
             criteria_direction=_direction(criteria, criteria_direction),
             save_to_disk=save_to_disk,
-            save_path=_path(_first(save_path, share.save_path, DEFAULT_SAVE_PATH)),
+            save_path=checked_path(_first(save_path, share.save_path, DEFAULT_SAVE_PATH)),
             best_model_name=best_model_name,
             name=_first(name, share.name, type(model).__name__),
             named=name is not None or share.name is not None,
@@ -178,15 +178,6 @@ def _stateful(given: Mapping[str, Any] | None) -> dict[str, Any]:
     if given is not None and not isinstance(given, Mapping):
         raise ConfigurationError(f"stateful is {given!r:.60}; expected objects by name, as a dict")
     return {str(name): item for name, item in (given or {}).items()}
-
-
-def _path(path: str | Path) -> Path:
-    try:
-        return Path(path)
-    except TypeError:
-        raise ConfigurationError(
-            f"save_path is {path!r}; expected the path of a directory"
-        ) from None
 
 
 def _device(device: torch.device | str | None) -> torch.device:

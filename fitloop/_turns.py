@@ -53,12 +53,17 @@ class Turn:
         turnstile: Turnstile = TURNSTILE,
         *,
         hides_draws: bool = False,
+        reads: bool = False,
     ) -> None:
         self._cancelled = cancelled
         self._cuda = tuple(cuda)
         self._turnstile = turnstile
         self._hides_draws = hides_draws
         """steps cannot be watched"""
+        if reads:  # a loader, beside the steps of its trainer
+            _READERS.add(id(self))
+        self._rests = False
+        """the thread is in a callback or the like"""
         self._outside: Stream | None = None
         self._stream: Stream | None = None
         self._entered = self._moving = False
@@ -122,8 +127,10 @@ class Turn:
         `rise` ends it.
         """
         held = Held(self._stream, self._watched)
+        self._rests = True
         RESTING.begin(self)  # before it looks who there is, as they look here after they have come
-        if _SEEDED and SLICES.runs > 1 and self._watch is None:  # else it has joined them already
+        others = _SEEDED and (SLICES.runs > 1 or _READERS)
+        if others and self._watch is None:  # else it has joined them already
             RESTING.end(self)
             if held.stream is None:
                 self.take(PROCESS)
@@ -138,6 +145,7 @@ class Turn:
     def rise(self, held: Held) -> None:
         """Go on after `rest`."""
         RESTING.end(self)
+        self._rests = False
         self.go_on(held)
 
     def step_aside(self) -> Held:
@@ -215,7 +223,9 @@ class Turn:
             self._enter_again(self._stream)
 
     def _admit(self, stream: Stream, cancelled: Callable[[], bool]) -> None:
-        self._turnstile.admit(self, cancelled, shared=stream is PROCESS)
+        # Callbacks wait for each other at locks of theirs: each must get to the numbers that
+        # another has already, whoever stands in line for its own.
+        self._turnstile.admit(self, cancelled, shared=stream is PROCESS, joins=self._rests)
 
     def _enter_again(self, stream: Stream) -> None:
         self._moving = True  # what is read and put passes the gates
@@ -292,6 +302,7 @@ class Turn:
         RESTING.end(self)
         self.step_aside()
         _SEEDED.discard(id(self))
+        _READERS.discard(id(self))
 
     def end_in_child(self) -> None:
         """Be no turn in a process that was forked from its own."""
@@ -311,12 +322,15 @@ def _never() -> bool:
 
 _SEEDED: set[int] = set()
 """turns of runs that have randomness of their own"""
+_READERS: set[int] = set()
+"""turns of threads that read ahead"""
 
 
 def _forget_parent() -> None:
     """Begin anew in a process that was forked, where the other threads are gone."""
     forget_watches()
     _SEEDED.clear()
+    _READERS.clear()
     RESTING.__init__()  # type: ignore[misc]
     TURNSTILE.__init__()  # type: ignore[misc]
     SLICES.__init__()  # type: ignore[misc]

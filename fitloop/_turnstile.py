@@ -27,18 +27,33 @@ class Turnstile:
         self._shared = False
         self._when_free: list[Callable[[], None]] = []
 
-    def admit(self, turn: object, cancelled: Callable[[], bool], *, shared: bool = False) -> None:
-        """Block until it is ``turn``'s; raises `Cancelled` when that came first."""
+    def admit(
+        self,
+        turn: object,
+        cancelled: Callable[[], bool],
+        *,
+        shared: bool = False,
+        joins: bool = False,
+    ) -> None:
+        """Block until it is ``turn``'s; raises `Cancelled` when that came first.
+
+        With ``joins`` it goes past the line to those who share already.
+        """
         with self._changed:
             if self._holders or self._line:
-                self._wait(turn, cancelled, shared)
+                self._wait(turn, cancelled, shared, joins and shared)
             self._holders.append(turn)
             self._shared = shared
 
-    def _wait(self, turn: object, cancelled: Callable[[], bool], shared: bool) -> None:
+    def _may_go(self, turn: object, shared: bool, joins: bool) -> bool:
+        if self._holders:
+            return shared and self._shared and (joins or self._line[0] is turn)
+        return self._line[0] is turn
+
+    def _wait(self, turn: object, cancelled: Callable[[], bool], shared: bool, joins: bool) -> None:
         line = self._line
         line.append(turn)
-        while line[0] is not turn or (self._holders and not (shared and self._shared)):
+        while not self._may_go(turn, shared, joins):
             self.contended = True
             if cancelled():
                 line.remove(turn)
@@ -46,7 +61,7 @@ class Turnstile:
                 self._changed.notify_all()
                 raise Cancelled
             self._changed.wait()
-        line.popleft()
+        line.remove(turn)
         self.contended = bool(line)
         if line and shared:
             self._changed.notify_all()

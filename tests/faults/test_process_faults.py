@@ -131,6 +131,7 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
     tmp_path: Path,
 ) -> None:
     runners: list[Runner] = []
+    seen = Seen()
 
     def deaf(place: str) -> FitLoop:
         return endless(place, deaf=True)
@@ -138,7 +139,8 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
     async def both() -> None:
         async with Runner(2, backend=ProcessBackend(grace=0.5)) as runner:
             runners.append(runner)
-            runner.submit(deaf, str(tmp_path / "0"), name="0", epochs=10**6, **QUIET)
+            place = str(tmp_path / "0")
+            runner.submit(deaf, place, name="0", epochs=10**6, callbacks=[seen], **QUIET)
             runner.submit(endless, str(tmp_path / "1"), name="1", epochs=10**6, **QUIET)
             runner.submit(endless, str(tmp_path / "2"), name="2", epochs=10**6, **QUIET)
 
@@ -155,6 +157,8 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
         with pytest.warns(WorkerDiedWarning, match=r"0: .* had not ended 0.5 s after"):
             await cancelled_often(task)
         assert task.cancelled()
+        ends = [event for event in seen.events if isinstance(event, RunEnded)]
+        assert [event.stop_reason for event in ends] == ["cancelled"]
         statuses = {outcome.status for outcome in await runners[0].results()}
     assert statuses == {"cancelled"}
     assert not (tmp_path / "2").exists()

@@ -19,7 +19,7 @@ from support.states import assert_same_state, trainer_state
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from fitloop import Event, FitLoop, LoopState
+from fitloop import Event, FitLoop, LoopState, PhaseStarted
 from fitloop._gates import GATES
 from fitloop._random import Stream
 from fitloop._slices import SLICES
@@ -370,3 +370,52 @@ async def test_trainers_when_small_and_callbacks_draw_then_have_the_bits_that_ea
             group.start_soon(fitted, one, 4)
     for one, state in zip(together, alone, strict=True):
         assert_same_state(trainer_state(one, drawn=False), state)
+
+
+async def test_trainers_when_callbacks_draw_under_a_lock_of_theirs_then_none_waits_for_ever() -> (
+    None
+):
+    lock, drawn = threading.Lock(), list[float]()
+
+    def draw(_event: Event) -> None:
+        with lock:
+            drawn.extend([random.random(), np.random.rand(), torch.rand(1).item()])
+
+    def made(number: int) -> FitLoop:
+        return seeded(number, train_dl=batches_of(6), valid_dl=batches_of(6), callbacks=[draw])
+
+    with anyio.fail_after(GUARD):
+        for _ in range(5):
+            async with anyio.create_task_group() as group:
+                for number in range(4):
+                    group.start_soon(fitted, made(number), 3)
+    assert drawn
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_callback_when_a_thread_reads_ahead_with_a_stream_then_its_draws_are_seen() -> None:
+    """Else they would be taken from that stream: the trainer's own, though it is alone."""
+    seen: list[bool] = []
+
+    def draw(event: Event) -> None:
+        if isinstance(event, PhaseStarted):
+            seen.append(torch._C._len_torch_function_stack() > 0 and GATES.stand)
+
+    def made(callbacks: list[Any], **changes: Any) -> FitLoop:
+        data = DataLoader(Augmented(blobs(SAMPLES)), 8, shuffle=True)
+        return seeded(3, train_dl=data, valid_dl=None, callbacks=callbacks, **changes)
+
+    def disturb(_event: Event) -> None:
+        torch.rand(2000)
+        random.random()
+
+    await fitted(made([draw], prefetch=2))
+    assert seen == [True, True]
+    assert not GATES.stand
+    await fitted(made([draw], prefetch=0))
+    assert seen[2:] == [False, False]
+    expected = trainer_state(await fitted(made([])), drawn=False)
+    for _ in range(3):
+        assert_same_state(
+            trainer_state(await fitted(made([disturb], prefetch=2)), drawn=False), expected
+        )

@@ -300,6 +300,7 @@ async def test_submit_when_a_subclass_has_a_fit_of_its_own_then_its_arguments_co
         ({"max_concurrent": 0}, "max_concurrent is 0; expected an integer of at least 1"),
         ({"backend": "cluster"}, "backend is 'cluster'; expected"),
         ({"callbacks": 3}, "callbacks is 3"),
+        ({"save_path": 3}, "save_path is 3; expected the path of a directory"),
     ],
 )
 def test_runner_when_an_argument_cannot_work_then_says_so(
@@ -307,6 +308,13 @@ def test_runner_when_an_argument_cannot_work_then_says_so(
 ) -> None:
     with pytest.raises(ConfigurationError, match=said):
         Runner(**changes)
+
+
+async def test_submit_when_the_name_is_empty_then_says_so() -> None:
+    async with Runner(1) as runner:
+        with pytest.raises(ConfigurationError, match="name is ''; expected a name"):
+            runner.submit(make, name="")
+        assert runner.jobs == []
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

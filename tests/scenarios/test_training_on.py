@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -325,6 +326,28 @@ async def test_question_when_it_raises_meanwhile_then_the_run_ends_with_that() -
     with pytest.raises(ZeroDivisionError) as caught, anyio.fail_after(30):
         await fitted.fit(6, continue_loop=2, continue_while_asking=True, on_continue=broken)
     assert caught.value is error
+    assert (await fitted.fit(1, **QUIET)).epochs == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("trains_on", [True, False])
+async def test_question_when_what_it_awaits_is_cancelled_then_the_run_ends_with_that(
+    trains_on: bool,
+) -> None:
+    async def dropped(question: PromptAsked) -> bool:
+        if question.epoch == 2:
+            return True
+        await anyio.sleep(0.05)
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        return await future
+
+    fitted = seeded()
+    with pytest.raises(asyncio.CancelledError) as caught, anyio.fail_after(GUARD):
+        await fitted.fit(
+            9, continue_loop=2, continue_while_asking=trains_on, on_continue=dropped, **QUIET
+        )
+    assert any("after epoch 4" in said for said in caught.value.__notes__)
     assert (await fitted.fit(1, **QUIET)).epochs == 1
 
 

@@ -254,6 +254,22 @@ def test_turnstile_when_several_wait_then_first_come_first_served() -> None:
     assert log == ["holder", "a", "b", "c", "d"]
 
 
+def test_turnstile_when_a_callback_draws_then_it_joins_another_past_the_line() -> None:
+    """The other may hold a lock that this one waits for, or this one a lock that the other does."""
+    turnstile, log = Turnstile(), list[str]()
+    one, two, late = (Turn(turnstile=turnstile) for _ in range(3))
+    turnstile.admit(one, lambda: False, shared=True)
+    waiter = Waiter(turnstile, "a", log).queue()
+    turnstile.admit(two, lambda: False, shared=True, joins=True)
+    turnstile.dismiss(one)
+    turnstile.admit(late, lambda: False, shared=True, joins=True)
+    turnstile.dismiss(late)
+    assert log == []
+    turnstile.dismiss(two)
+    waiter.join()
+    assert log == ["a"]
+
+
 def test_turn_when_it_breathes_then_those_in_line_go_first() -> None:
     turnstile, log = Turnstile(), list[str]()
     holder, stream = Turn(turnstile=turnstile), Stream(3)
