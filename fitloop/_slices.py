@@ -21,6 +21,8 @@ from fitloop._machine import core_wait
 
 SLICE_SECONDS = 0.05
 """what a trainer has for itself; a change of hands costs 2 ms of a cache that is cold"""
+FIRST_SECONDS = 0.01
+"""of the first slice, which shows whether a trainer computes when nobody is in its way"""
 PATIENCE_SECONDS = 0.2
 """after which a slice is taken from a trainer that does not come to its end"""
 SMALL_SECONDS = 0.002
@@ -28,7 +30,9 @@ SMALL_SECONDS = 0.002
 WAITING_SHARE = 0.3
 """share of its time that a trainer waits for its loader, from which it takes no part"""
 IDLE_SHARE = 0.5
-"""share of its own slice that a trainer waits of itself, from which it takes no part either"""
+"""share of its time that a trainer does not compute, from which it takes no part either"""
+FREE_SHARE = 0.15
+"""if it is for so large a share that nobody can have kept it from computing"""
 LOOK_SECONDS = 0.25
 """between two looks whether a trainer is to take part, twice as long after each that says no"""
 LONGEST_LOOK_SECONDS = 2.0
@@ -183,15 +187,16 @@ class Slice:
             self._take()
         elif self._batches >= FEWEST:
             small = self._processor() - self._used <= SMALL_SECONDS * self._batches
-            if small and not self._waits(now):
-                self._take()
+            if small and not self._waits(now) and not self._idles(now):
+                self._take(FIRST_SECONDS)
             else:
                 self._stay_out()
 
     def _go_on(self, now: float) -> None:
         """At the end of a slice: keep it, hand it on, or take no part for a while."""
-        if self._idles(now) or self._waits(now):
+        if self._idles(now) or self._waits(now):  # and nobody was in its way
             self._end()
+            self._pause = LONGEST_LOOK_SECONDS
             self._stay_out()
             return
         self._pause = LOOK_SECONDS
@@ -202,10 +207,11 @@ class Slice:
             self._take()
 
     def _idles(self, now: float) -> bool:
-        # Not computing is not waiting: of those who fight, each would seem to wait.
-        whole = now - self._began
-        idle = whole - (self._processor() - self._used) - (self._kept() - self._barred)
-        return idle > IDLE_SHARE * whole
+        whole, computed = now - self._began, self._processor() - self._used
+        if computed >= (1 - IDLE_SHARE) * whole:
+            return False
+        # Not to compute is not to wait: of those who fight, each would seem to wait.
+        return whole - computed - (self._kept() - self._barred) >= FREE_SHARE * whole
 
     def _waits(self, now: float) -> bool:
         return self._control.waited - self._idle >= WAITING_SHARE * (now - self._began)
@@ -214,10 +220,10 @@ class Slice:
         self._note(self._pause)
         self._pause = min(2 * self._pause, LONGEST_LOOK_SECONDS)
 
-    def _take(self) -> None:
+    def _take(self, seconds: float = SLICE_SECONDS) -> None:
         self._interrupted = False
         self._rest(self._wait)
-        self._note(SLICE_SECONDS)
+        self._note(seconds)
 
     def _note(self, seconds: float) -> None:
         self._began, self._used, self._idle = self._clock(), self._processor(), self._control.waited

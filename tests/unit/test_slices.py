@@ -14,6 +14,7 @@ from fitloop._control import RunControl
 from fitloop._events import BatchProgress, EpochStarted
 from fitloop._slices import (
     FEWEST,
+    FIRST_SECONDS,
     LONGEST_LOOK_SECONDS,
     LOOK_SECONDS,
     SLICE_SECONDS,
@@ -112,7 +113,7 @@ def test_run_when_it_waits_for_something_else_in_its_slice_then_gives_it_up(
     slices: Slices,
 ) -> None:
     run, _other = Run(slices), Run(slices)
-    run.batches(FEWEST, 0.005, computed=0.05)
+    run.batches(FEWEST, 0.0003)
     assert slices.holder is run.part
     run.batches(int(SLICE_SECONDS / 0.005) + 1, 0.005, computed=0.05)
     assert slices.holder is None
@@ -128,6 +129,13 @@ def test_run_when_others_keep_it_from_computing_in_its_slice_then_takes_part_all
     run.batches(5000, 0.0003, computed=0.2, kept=0.7)
     assert slices.holder is run.part
     assert run.rests == 1
+
+
+def test_run_when_it_waits_from_the_first_then_never_stands_in_line(slices: Slices) -> None:
+    """As while a loader that waits is read in line, which no clock of the loader tells."""
+    run, _other = Run(slices), Run(slices)
+    run.batches(200, 0.02, computed=0.05, kept=0.5)
+    assert run.rests == 0
 
 
 def test_kept_waiting_when_another_thread_computes_then_grows() -> None:
@@ -181,7 +189,7 @@ def test_slice_when_it_was_kept_for_long_then_is_not_taken_in_the_middle() -> No
     assert slices.holder is two.part
 
 
-def test_slice_when_another_waits_then_is_handed_on_at_its_end() -> None:
+def test_slice_when_another_waits_then_the_first_one_is_short_and_handed_on() -> None:
     slices = Slices(patience=SOON)
     line = slices.line = Line()
     one, two = Run(slices), Run(slices)
@@ -189,7 +197,7 @@ def test_slice_when_another_waits_then_is_handed_on_at_its_end() -> None:
     thread = threading.Thread(target=two.batches, args=(FEWEST, 0.0003))
     thread.start()
     line.wait_for(two)
-    back = threading.Thread(target=one.batches, args=(int(SLICE_SECONDS / 0.0003) + 2, 0.0003))
+    back = threading.Thread(target=one.batches, args=(int(FIRST_SECONDS / 0.0003) + 2, 0.0003))
     back.start()
     thread.join(SOON)
     assert slices.holder is two.part
