@@ -3,8 +3,7 @@
 Without one a run uses the device's default stream, as a loop written by hand does, and the kernels
 of several runs wait for each other. Owns what orders the two: a run begins after all that was begun
 on the stream its thread had, and what is begun on the default stream afterwards comes after the
-run.
-Batches cross by `fitloop._device`.
+run. Batches cross by `fitloop._device`.
 """
 
 from __future__ import annotations
