@@ -300,7 +300,8 @@ class Runner:
         """Return the events of all jobs, to be read by any task: ``async with ... as events``.
 
         ``event.trainer`` is the name of the job. Each job has a `JobEnded`, which is its last one,
-        and before it those of its run, if it came to one. The stream ends when the Runner does.
+        and before it those of its run, if it came to one. Its outcome may be known before these
+        are read. The stream ends when the Runner does.
         """
         return EventStream(self._listeners, ends_with_run=False)
 

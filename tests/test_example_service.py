@@ -114,6 +114,23 @@ async def test_cancel_when_running_or_waiting_then_it_ends_and_the_next_one_begi
     assert (done.status_code, done.json()["status"]) == (202, "done")
 
 
+async def test_cancel_when_more_end_at_once_than_a_stream_keeps_then_all_are_told_to_be_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service.trainings, "MOST", 3000)
+    async with service.trainings.open_trainings("thread", 1) as trainings:
+        begun = [trainings.submit(read_settings({})) for _ in range(2000)]
+        for training in begun[1:]:  # the first one runs already
+            trainings.cancel(training)
+        for training in begun[1:]:
+            await training.over.wait()
+        assert trainings.dropped > 0
+        assert {training.as_dict()["status"] for training in begun[1:]} == {"cancelled"}
+        assert not begun[0].over.is_set()
+        await trainings.close()
+    assert begun[0].over.is_set()
+
+
 async def test_cancel_when_a_question_is_open_then_the_question_is_closed() -> None:
     async with serving() as service:
         await service.start(epochs=2, ask_every=1)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import anyio
-from anyio.abc import TaskGroup
 
 from fitloop import (
     BatchProgress,
@@ -19,6 +18,7 @@ from fitloop import (
     Event,
     EventStream,
     Job,
+    JobEnded,
     Outcome,
     ProcessBackend,
     PromptAnswered,
@@ -38,6 +38,7 @@ MOST = 200
 """trainings that are known; the oldest that is over is forgotten for a new one"""
 LASTING = (RunStarted, EpochEnded, BestImproved, PromptAnswered, RunEnded)
 """events that every reader gets; of `BatchProgress` only the newest, of others none"""
+OVER = ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,11 @@ class Training:
 class Trainings:
     """All trainings of the service; made by `open_trainings`, used on its event loop only."""
 
-    def __init__(self, runner: Runner, group: TaskGroup) -> None:
+    def __init__(self, runner: Runner) -> None:
         self.feed = Feed(secrets.token_hex(4))
         self.dropped = 0
         """events that came faster than they could be read"""
-        self._runner, self._group = runner, group
+        self._runner = runner
         self._known: dict[int, Training] = {}
         self._by_job: dict[str, Training] = {}
         self._trainings = self._messages = 0
@@ -152,7 +153,6 @@ class Trainings:
         )
         self._known[training.number] = self._by_job[training.job.name] = training
         self._tell(training, {"kind": "submitted", **training.as_dict()})
-        self._group.start_soon(self._watch, training)
         return training
 
     def answer(self, training: Training, epoch: int, go_on: bool) -> None:
@@ -183,16 +183,22 @@ class Trainings:
     async def listen(self, events: EventStream) -> None:
         """Pass on the events of all trainings until the Runner ends.
 
-        Nothing here waits for anything: so all events of a training are passed on before its
-        outcome is.
+        A training is over for readers with its `JobEnded`, which comes after all else of it: its
+        job's outcome may be known before the last events are read.
         """
         async for event in events:
-            self.dropped = events.dropped
+            if events.dropped > self.dropped:  # perhaps the end of one
+                self.dropped = events.dropped
+                for other in list(self._by_job.values()):
+                    if other.job.status in OVER:
+                        await self._end(other)
             training = self._by_job.get(event.trainer)
             if training is None:
                 continue
             training.take(event)
-            if isinstance(event, LASTING):
+            if isinstance(event, JobEnded):
+                await self._end(training)
+            elif isinstance(event, LASTING):
                 self._tell(training, event.as_dict())
             elif isinstance(event, BatchProgress):
                 self._show(training, event.as_dict())
@@ -211,9 +217,8 @@ class Trainings:
         finally:
             training.question = None
 
-    async def _watch(self, training: Training) -> None:
-        outcome = await training.job.outcome()
-        training.end(outcome)
+    async def _end(self, training: Training) -> None:
+        training.end(await training.job.outcome())  # which is there
         self._tell(training, {"kind": "over", **training.as_dict()})
         del self._by_job[training.job.name]
         training.over.set()
@@ -283,7 +288,7 @@ async def open_trainings(backend: BackendName, at_once: int | None) -> AsyncIter
     where = ProcessBackend(nice=NICE) if backend == "process" else backend
     runner = Runner(at_once, backend=where)
     async with anyio.create_task_group() as group, runner.events() as events, runner:
-        trainings = Trainings(runner, group)
+        trainings = Trainings(runner)
         group.start_soon(trainings.listen, events)
         try:
             yield trainings
