@@ -87,6 +87,11 @@ def _put_slowly(state: PythonState) -> None:
     _setstate(to_tuple(state))
 
 
+def _seeded_slowly(seed: int) -> PythonState:
+    _version, words, gauss = random.Random(seed).getstate()
+    return _packed(words, gauss)
+
+
 _BLOCK = _block_of(_RANDOM)
 
 
@@ -98,7 +103,12 @@ def _put_block(state: PythonState) -> None:
     _BLOCK.raw, _RANDOM.gauss_next = state  # type: ignore[attr-defined]
 
 
+def _seeded_block(seed: int) -> PythonState:
+    generator = random.Random(seed)  # which its memory must not outlive
+    return PythonState(_block_of(generator).raw, None)
+
+
 if _is_one_block():
-    read, put = _read_block, _put_block
+    read, put, seeded = _read_block, _put_block, _seeded_block
 else:  # another interpreter, or another layout
-    read, put = _read_slowly, _put_slowly
+    read, put, seeded = _read_slowly, _put_slowly, _seeded_slowly

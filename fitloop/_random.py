@@ -10,12 +10,12 @@ put back afterwards. Code that runs in two threads takes turns at that, see `fit
 from __future__ import annotations
 
 import ctypes
-import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from fitloop import _python_state
@@ -42,6 +42,17 @@ def get_bits() -> Any:
     """Return numpy's generator, the real one while a watched one stands before it."""
     bits = installed_bits()
     return getattr(bits, "watched", bits)
+
+
+class _Zeros(ISeedSequence):
+    """Seeds a generator that is to be put elsewhere at once; entropy would take longer."""
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
+        """Return so many words."""
+        return np.zeros(n_words, dtype)
+
+
+_ZEROS = _Zeros()
 
 
 class StreamState(NamedTuple):
@@ -76,9 +87,10 @@ class Stream:
         self._cuda = {
             index: torch.Generator(f"cuda:{index}").manual_seed(seed).get_state() for index in cuda
         }
-        self._python = _python_state.from_tuple(random.Random(seed).getstate())
-        legacy = np.random.RandomState(seed % _NUMPY_LIMIT)
-        self._use(legacy._bit_generator)
+        self._python = _python_state.seeded(seed)
+        bits = np.random.MT19937(_ZEROS)
+        np.random.RandomState(bits).seed(seed % _NUMPY_LIMIT)
+        self._use(bits)
         self._door: Any = None
         self._gauss: dict[str, Any] | None = None
 
@@ -87,7 +99,7 @@ class Stream:
         """Return a stream that goes on where the process's generators are, on copies of them."""
         stream = cls(0, cuda)
         state = np.random.get_state(legacy=False)
-        stream._use(type(get_bits())())
+        stream._use(type(get_bits())(_ZEROS))
         stream._bits.state = {k: state[k] for k in state if k not in ("has_gauss", "gauss")}
         stream._gauss = state if state["has_gauss"] else None
         stream._read()
@@ -97,7 +109,7 @@ class Stream:
         """Return a stream that will give the same numbers; it must not be entered now."""
         twin = Stream.__new__(Stream)
         twin._torch, twin._cuda, twin._python = self._torch, dict(self._cuda), self._python
-        twin._use(type(self._bits)())
+        twin._use(type(self._bits)(_ZEROS))
         twin._bits.state = self._bits.state
         twin._door = None
         twin._gauss = self._gauss
@@ -242,51 +254,60 @@ class Streams:
     """The streams of one trainer: a stream for the steps and one for the loader of each phase.
 
     A stream for each means that validating, testing or loading ahead does not change what
-    training draws.
+    training draws. Each is made when it is first asked for: to seed one takes a while.
     """
 
     def __init__(self, seed: int, cuda: Iterable[int] = ()) -> None:
         self.cuda = tuple(cuda)
+        self._seed = seed
         self._streams: dict[tuple[Phase, bool], Stream] = {}
-        for position, phase in enumerate(Phase):
-            for loader in (False, True):
-                place = 2 * position + loader
-                # The steps of training have the seed itself; see Stream on why.
-                derived = seed if place == 0 else _derive(seed, place)
-                self._streams[phase, loader] = Stream(derived, self.cuda)
 
     @classmethod
     def of_process(cls, cuda: Iterable[int] = ()) -> Streams:
         """Return streams that all go on from the process's generators, as one, on copies."""
-        streams = cls.__new__(cls)
-        streams.cuda = tuple(cuda)
-        shared = Stream.of_process(streams.cuda)
-        streams._streams = {(phase, loader): shared for phase in Phase for loader in (False, True)}
+        streams = cls(0, cuda)
+        streams._streams = dict.fromkeys(_PLACES, Stream.of_process(streams.cuda))
         return streams
 
     def copy(self) -> Streams:
         """Return streams that will give the same numbers."""
-        twin = Streams.__new__(Streams)
-        twin.cuda = self.cuda
+        twin = Streams(self._seed, self.cuda)
         twin._streams = {key: stream.copy() for key, stream in self._streams.items()}
         return twin
 
     def states(self) -> dict[tuple[Phase, bool], StreamState]:
         """Return where each stream is, by phase and whether it is the loader's."""
-        return {key: stream.state() for key, stream in self._streams.items()}
+        return {key: self._stream(key).state() for key in _PLACES}
 
     def set_states(self, states: Mapping[tuple[Phase, bool], StreamState]) -> None:
         """Put each stream where it was; none of them may be entered."""
-        for key, stream in self._streams.items():
-            stream.set_state(states[key])
+        for key in _PLACES:
+            self._stream(key).set_state(states[key])
 
     def steps(self, phase: Phase) -> Stream:
         """Return the stream that stage functions of this phase draw from."""
-        return self._streams[phase, False]
+        return self._stream((phase, False))
 
     def loader(self, phase: Phase) -> Stream:
         """Return the stream that the loader of this phase draws from."""
-        return self._streams[phase, True]
+        return self._stream((phase, True))
+
+    def _stream(self, key: tuple[Phase, bool]) -> Stream:
+        stream = self._streams.get(key)
+        if stream is None:
+            place = _PLACES[key]
+            # The steps of training have the seed itself; see Stream on why.
+            seed = _derive(self._seed, place) if place else self._seed
+            stream = self._streams[key] = Stream(seed, self.cuda)
+        return stream
+
+
+_PLACES: Final = {
+    (phase, loader): 2 * position + loader
+    for position, phase in enumerate(Phase)
+    for loader in (False, True)
+}
+"""of the streams of a trainer: phase, whether it is the loader's -> number"""
 
 
 def _derive(seed: int, place: int) -> int:

@@ -29,6 +29,14 @@ def _state_kept() -> Iterator[None]:
 def test_state_on_this_interpreter_is_copied_in_place() -> None:
     assert _python_state.read is _python_state._read_block
     assert _python_state.put is _python_state._put_block
+    assert _python_state.seeded is _python_state._seeded_block
+
+
+@given(seed=st.integers(0, 2**64))
+def test_state_when_seeded_in_either_way_is_that_of_random(seed: int) -> None:
+    state = random.Random(seed).getstate()
+    for seeded in (_python_state._seeded_block, _python_state._seeded_slowly):
+        assert to_tuple(seeded(seed)) == state
 
 
 @given(seed=st.integers(0, 2**64), draws=st.integers(0, 1300), gauss=st.booleans())
