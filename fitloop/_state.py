@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class LoopState:
         "_parts",
         "_phase",
         "_seen",
+        "_size",
         "_sizes",
         "_stop",
         "_values",
@@ -79,7 +81,8 @@ class LoopState:
         self._expected_size = 0
         self._seen = 0
         self._ended = False
-        self._sizes: list[int] = []
+        self._size = -1
+        self._sizes = _Sizes()
         self._values = BatchValues(phase)
         self.batch = None
         self.batch_num = 0
@@ -107,15 +110,19 @@ class LoopState:
         size = first.size(0) if type(first) is Tensor and first.ndim else batch_size_of(batch)
         self.batch_size = size
         self._seen += size
-        self._sizes.append(size)
+        if size != self._size:
+            self._size = size
+            self._sizes.change(self.batch_num, size)
 
     def _export(self) -> dict[str, Any]:
-        return {"sizes": np.array(self._sizes, np.int64), "values": self._values.export()}
+        return {"sizes": self._sizes.all(self.batch_num), "values": self._values.export()}
 
     def _restore(self, exported: Any) -> None:
-        self._sizes = [int(size) for size in exported["sizes"]]
-        self._seen = sum(self._sizes)
-        self.batch_num = len(self._sizes)
+        sizes = np.asarray(exported["sizes"], np.int64)
+        self.batch_num = len(sizes)
+        self._seen = int(sizes.sum())
+        self._size = int(sizes[-1]) if len(sizes) else -1
+        self._sizes = _Sizes.of(sizes)
         self._values.restore(exported["values"])
 
     def _end(self) -> None:
@@ -138,7 +145,8 @@ class LoopState:
     @property
     def batch_sizes(self) -> list[int]:
         """Samples in each batch of the phase so far."""
-        return list(self._sizes)
+        sizes: list[int] = self._sizes.all(self.batch_num).tolist()
+        return sizes
 
     @property
     def epoch_num(self) -> int:
@@ -189,6 +197,34 @@ class LoopState:
     def __repr__(self) -> str:
         of = "" if self._batches is None else f"/{self._batches}"
         return f"<LoopState {self._phase} epoch {self._epoch_num} batch {self.batch_num}{of}>"
+
+
+class _Sizes:
+    """The sizes of the batches of a phase: where they change, since most are alike."""
+
+    __slots__ = ("_first", "_values")
+
+    def __init__(self) -> None:
+        self._first, self._values = array("q"), array("q")
+
+    @classmethod
+    def of(cls, sizes: Any) -> _Sizes:
+        """Return those that are in an array."""
+        changed = cls()
+        for place in np.flatnonzero(np.diff(sizes, prepend=-1)):
+            changed.change(int(place) + 1, int(sizes[place]))
+        return changed
+
+    def change(self, batch_num: int, size: int) -> None:
+        """Note the size of a batch and of those that follow it."""
+        self._first.append(batch_num)
+        self._values.append(size)
+
+    def all(self, batches: int) -> Any:
+        """Return the size of each of the first so many batches, as an array."""
+        return np.repeat(
+            np.array(self._values, np.int64), np.diff(np.array([*self._first, batches + 1]))
+        )
 
 
 def _part(name: str) -> property:
