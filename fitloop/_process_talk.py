@@ -73,6 +73,8 @@ class Conversation:
         self._shown: Progress | None = None
         self._running: RunStarted | None = None
         self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._unended: dict[str, str] = {}
+        """stream -> what was flushed of a line that has no end yet"""
         self._questions: dict[int, Callable[[], None]] = {}
         self._withdrawn: set[int] = set()
         self._asked = 0
@@ -144,6 +146,8 @@ class Conversation:
                         self._emit(self._with_limit(event))
                     case ("print", stream, text):
                         self._print(stream, text)
+                    case ("unended", stream, text):
+                        self._unended[stream] = text
                     case ("ask", number, event):
                         self._begin_asking(number, self._with_limit(event))
                     case ("withdraw", number):
@@ -183,7 +187,7 @@ class Conversation:
                 self._emit(_cut_off(self._running, StopReason.CANCELLED))
             raise Cancelled
         code = worker.process.exitcode
-        told = [*self._lines, *worker.log_tail()]
+        told = [*self._lines, *self._unended.values(), *worker.log_tail()]
         message = f"the worker process of job {self._spec.name!r} (pid {worker.process.pid}) "
         message += how_ended(code)
         if not worker.ready:
@@ -218,6 +222,7 @@ class Conversation:
         self._side.ring()
 
     def _print(self, stream: str, text: str) -> None:
+        self._unended.pop(stream, None)
         self._lines.extend(text.splitlines())
         out = sys.stderr if stream == "stderr" else sys.stdout
         with suppress(Exception):  # as of a terminal that is gone

@@ -5,7 +5,7 @@ the parent is closed, whatever closed it. The training itself is `_backend.train
 
 Messages are tuples that begin with a word. From the parent: ``job``, ``cancel``, ``answer``. To the
 parent: ``ready``; then for each job ``begun``, ``built``, any number of ``event``, ``print``,
-``ask`` and ``withdraw``, and one of ``done``, ``cancelled`` and ``failed``.
+``unended``, ``ask`` and ``withdraw``, and one of ``done``, ``cancelled`` and ``failed``.
 """
 
 from __future__ import annotations
@@ -87,11 +87,18 @@ class _Lines(io.TextIOBase):
                 self._send("print", self._name, lines + end)
         return len(text)
 
+    def flush(self) -> None:
+        """Tell what there is of a line: it may be the last that is heard of this process."""
+        with self._lock:
+            if self._rest:
+                self._send("unended", self._name, self._rest)
+
     def leave_to_parent(self) -> None:
         """Write to the log, in a forked process."""
 
-        def write(_word: str, _name: str, text: str) -> None:
-            os.write(self._descriptor, text.encode(errors="replace"))
+        def write(word: str, _name: str, text: str) -> None:
+            if word == "print":
+                os.write(self._descriptor, text.encode(errors="replace"))
 
         self._lock, self._rest, self._send = threading.Lock(), "", write
 

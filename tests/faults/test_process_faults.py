@@ -111,7 +111,7 @@ async def test_worker_when_killed_then_its_job_is_tried_again_and_no_other_is_to
     assert isinstance(error, WorkerDiedError)
     assert error.exitcode == -signal.SIGABRT
     assert "was killed by signal 6 (SIGABRT)" in str(error)
-    assert "the last line before mark 1" in str(error)
+    assert "\n  the last line before mark 1\n  and one that has no end\n" in str(error)
     assert "Fatal Python error: Aborted" in str(error)  # which the interpreter itself wrote
     assert "it was tried 2 times" in error.__notes__
     told = sorted(str(warning.message) for warning in warned)

@@ -62,7 +62,8 @@ def dies(marks: str, at_epoch: int, signal_number: int = signal.SIGKILL) -> FitL
         if state.epoch_num == at_epoch and state.batch_num == 2:
             for mark in sorted(Path(marks).iterdir()):
                 mark.unlink()
-                print(f"the last line before {mark.name}", flush=True)  # noqa: T201
+                print(f"the last line before {mark.name}")  # noqa: T201
+                print("and one that has", "no end", end="", flush=True)  # noqa: T201
                 os.kill(os.getpid(), signal_number)
                 threading.Event().wait()  # another thread may be the one that is struck
         return default_batch_step(state)
