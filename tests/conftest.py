@@ -9,6 +9,9 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
+# Before anything imports torch, here and in the processes that tests begin. Threads that wait for
+# an operation of torch's spin; of two tests at a time each would take the other's core so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
