@@ -165,7 +165,7 @@ def measure(quick: bool = False) -> Report:
             run = partial(
                 epoch, kind=case.kind, count=case.count, epochs=case.epochs, keep=case.keep
             )
-            rounds = (5, 2) if case.alone is None else (60, 4)
+            rounds = (5, 2) if case.alone is None else (150, 4)
             found.append(in_turns(contenders(run, case.alone), rounds[quick], workers=workers))
     everywhere = skipped_in_all(found)
     pairs = zip(asked, found, strict=True)

@@ -52,7 +52,7 @@ class _Zeros(ISeedSequence):
         return np.zeros(n_words, dtype)
 
 
-_ZEROS = _Zeros()
+_ZEROS: Any = _Zeros()  # which the stubs of numpy do not take
 
 
 class StreamState(NamedTuple):
