@@ -6,7 +6,7 @@ from collections.abc import Callable
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, Protocol
 
-from fitloop._alone import process_alone
+from fitloop._alone import alone_in_steps, process_alone
 from fitloop._checkpoint import Checkpoint
 from fitloop._control import RunControl
 from fitloop._errors import ConfigurationError
@@ -94,7 +94,7 @@ async def build(spec: JobSpec) -> FitLoop:
     """Return the trainer of a job.
 
     A plain factory is called in a thread, no two at once, and no trainer draws meanwhile: what it
-    seeds and draws is what it would be alone. That ends when it begins a run of its own.
+    seeds and draws is what it would be alone. An async one has that between two of its waits.
     """
     return as_trainer(await made_by(spec.target, spec.args, spec.name), f"job {spec.name!r}")
 
@@ -104,7 +104,7 @@ async def made_by(target: Any, args: tuple[Any, ...], name: str) -> Any:
     if isinstance(target, FitLoop | SyncFitLoop):
         return target
     if iscoroutinefunction(target):
-        return await target(*args)
+        return await alone_in_steps(target(*args))
     control = RunControl()
 
     def call() -> Any:
@@ -112,7 +112,7 @@ async def made_by(target: Any, args: tuple[Any, ...], name: str) -> Any:
             return target(*args)
 
     made = await aside(name, call, control)
-    return await made if isawaitable(made) else made
+    return await alone_in_steps(made) if isawaitable(made) else made
 
 
 def as_trainer(made: Any, label: str) -> FitLoop:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import anyio.lowlevel
 import torch
 
-from fitloop._alone import give_way
+from fitloop._alone import GivenWay
 from fitloop._busy import busy
 from fitloop._control import RunControl
 from fitloop._core import Core
@@ -50,12 +50,12 @@ async def launch(
     at once, and what `supervise` raises.
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # or a thread would be started for nothing
-    give_way()
     plain = [callback for callback in callbacks if not is_async(callback)]
     threads = core.parts.num_threads or SHARE.get().num_threads or torch.get_num_threads()
     options["observers"] = [*options.get("observers", ()), *plain]
     with busy(core.parts.name, plan.call, core, core.parts.model), interruptible():
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(GivenWay())
             companions, streams = [], []
             for callback in callbacks:
                 if is_async(callback):
@@ -122,7 +122,9 @@ async def aside(name: str, function: Callable[[], T], control: RunControl | None
     """
     await anyio.lowlevel.checkpoint_if_cancelled()
     control = control or RunControl()
-    result: T = await supervise(Errand(function), control, LoopSide(control), name=name, grace=0.0)
+    work = Errand(function)
+    async with GivenWay():
+        result: T = await supervise(work, control, LoopSide(control), name=name, grace=0.0)
     return result
 
 

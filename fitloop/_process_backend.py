@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
+from fitloop._alone import GivenWay
 from fitloop._backend import Backend, ThreadBackend
 from fitloop._control import RunControl
 from fitloop._crossing import LoopSide, supervise
@@ -136,6 +137,7 @@ class ProcessBackend:
         companions, plain = [], []
         async with AsyncExitStack() as stack:
             stack.enter_context(interruptible())
+            await stack.enter_async_context(GivenWay())
             for callback in spec.options.get("callbacks", ()):
                 if is_async(callback):
                     stream = await stack.enter_async_context(EventStream(hub, None))

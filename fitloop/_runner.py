@@ -195,6 +195,7 @@ class Runner:
             target: a function, plain or async, that returns a `FitLoop`; a plain one is called in
                 a thread, no two at a time. With the thread backend also a trainer.
             args: what the function is called with; `functools.partial` binds keyword arguments.
+                They are looked at when the job begins: give each job objects of its own.
             name: of the job, and of a trainer without one; by default the function's name and a
                 number. With ``save_path`` its directory is named so.
             epochs: for ``fit``.

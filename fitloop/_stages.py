@@ -7,13 +7,14 @@ event loop while the step thread waits. Knows neither epochs nor batches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fitloop._driven import Driven
 from fitloop._parts import STAGE_NAMES, Parts
 from fitloop._state import LoopState
 from fitloop._types import Phase, Stage
@@ -135,41 +136,18 @@ class Scope:
 
     def wrap(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:
         """Return an awaitable that does the same with the scope around every step."""
-        return _Scoped(_awaiting(awaitable), self)
+        outside: list[bool] = []
 
+        def before() -> None:
+            outside.append(torch.is_grad_enabled())
+            torch.set_grad_enabled(self.grad)
+            self.resume()
 
-async def _awaiting(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+        def after() -> None:
+            self.pause()
+            torch.set_grad_enabled(outside.pop())
 
-
-class _Scoped:
-    """Drives a coroutine, with a scope around every one of its steps."""
-
-    def __init__(self, coroutine: Any, scope: Scope) -> None:
-        self._coroutine = coroutine
-        self._scope = scope
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        method, value = self._coroutine.send, None
-        while True:
-            outer = torch.is_grad_enabled()
-            torch.set_grad_enabled(self._scope.grad)
-            self._scope.resume()
-            try:
-                yielded = method(value)
-            except StopIteration as stop:
-                return stop.value
-            finally:
-                self._scope.pause()
-                torch.set_grad_enabled(outer)
-            try:
-                value = yield yielded
-                method = self._coroutine.send
-            except GeneratorExit:
-                self._coroutine.close()
-                raise
-            except BaseException as thrown:  # a cancellation, passed on to the coroutine
-                method, value = self._coroutine.throw, thrown
+        return Driven(awaitable, before, after)
 
 
 def is_awaitable(value: object) -> bool:

@@ -26,6 +26,7 @@ LAYERS: list[list[str]] = [
         "_lane",
         "_busy",
         "_loops",
+        "_driven",
         "_writer",
         "_forked_lines",
         "_terminal",

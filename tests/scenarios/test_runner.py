@@ -7,14 +7,16 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio
 import numpy as np
 import pytest
 import torch
-from support.models import arguments, mlp, sync_trainer, trainer
+from support.models import arguments, bits, mlp, sync_trainer, trainer
 from support.states import assert_same_state, trainer_state
+from torch import nn
 
 from fitloop import (
     BatchProgress,
@@ -36,6 +38,7 @@ from fitloop import (
 from fitloop._jobs import safe_name
 from fitloop._outcomes import write_outcome
 from fitloop._share import available_cores
+from fitloop._turnstile import TURNSTILE
 
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 30
@@ -421,6 +424,125 @@ async def test_trainers_when_side_by_side_then_each_is_as_it_is_alone() -> None:
         assert_same_state(
             trainer_state(outcome.trainer, drawn=False), trainer_state(plain, drawn=False)
         )
+
+
+def many_layers(seed: int) -> nn.Module:
+    """Seed the process's generator, and draw from it for some milliseconds."""
+    torch.manual_seed(seed)
+    return nn.Sequential(*[nn.Linear(4, 4) for _ in range(400)], nn.Linear(4, 2))
+
+
+def drawing(seed: int) -> FitLoop:
+    return trainer(model=many_layers(seed), seed=seed, num_threads=1)
+
+
+async def drawing_async(seed: int) -> FitLoop:
+    await anyio.lowlevel.checkpoint()
+    return drawing(seed)
+
+
+def drawing_awaitable(seed: int) -> Any:
+    return drawing_async(seed)
+
+
+def after_training(seed: int) -> FitLoop:
+    sync_trainer(seed=seed).fit(1, progress=False, **QUIET)
+    return drawing(seed)
+
+
+async def after_awaited_training(seed: int) -> FitLoop:
+    await trainer(seed=seed).fit(1, progress=False, **QUIET)
+    return drawing(seed)
+
+
+def after_a_runner(seed: int) -> FitLoop:
+    async def run() -> None:
+        async with Runner(2) as runner:
+            for inner in range(3):
+                runner.submit(drawing, inner, progress=False, **QUIET)
+
+    anyio.run(run)
+    return drawing(seed)
+
+
+def after_a_check_and_a_save(seed: int) -> FitLoop:
+    with TemporaryDirectory() as place:
+        checked = sync_trainer(save_path=place)
+        checked.run_sanity_check()
+        checked.save()
+        checked.load()
+    return drawing(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        drawing,
+        drawing_async,
+        drawing_awaitable,
+        after_training,
+        after_awaited_training,
+        after_a_runner,
+        after_a_check_and_a_save,
+    ],
+)
+async def test_factory_when_others_draw_then_makes_what_it_makes_alone_and_disturbs_nobody(
+    factory: Callable[[int], Any],
+) -> None:
+    def seeded() -> FitLoop:
+        return trainer(model=mlp(dropout=0.3), seed=5, num_threads=1)
+
+    def unseeded() -> FitLoop:
+        return trainer(model=mlp(dropout=0.3))
+
+    expected = {seed: bits(many_layers(seed)) for seed in range(6)}
+    plain = seeded()
+    with anyio.fail_after(SOON):
+        await plain.fit(20, **QUIET)
+        async with Runner(4, keep_trainers=True) as runner:
+            beside = runner.submit(seeded, epochs=20, **QUIET)
+            others = [runner.submit(unseeded, epochs=10**6, **QUIET) for _ in range(2)]
+            jobs = {seed: runner.submit(factory, seed, epochs=0, **QUIET) for seed in expected}
+            made = {}
+            for seed, job in jobs.items():
+                outcome = await job.outcome()
+                assert outcome.trainer is not None, outcome.error
+                made[seed] = bits(outcome.trainer.model)
+            outcome = await beside.outcome()
+            for other in others:
+                other.cancel()
+    assert made == expected
+    assert outcome.trainer is not None
+    assert bits(outcome.trainer.model) == bits(plain.model)
+
+
+async def test_async_factory_when_cancelled_as_it_waits_for_the_generators_then_is_closed() -> None:
+    ended: list[str] = []
+
+    async def building() -> FitLoop:
+        try:
+            await anyio.lowlevel.checkpoint()
+            raise AssertionError("it was not to go on")
+        except anyio.get_cancelled_exc_class():
+            ended.append("cancelled")
+            raise
+
+    holder = object()
+    await anyio.to_thread.run_sync(TURNSTILE.admit, holder, lambda: False)
+    try:
+        with anyio.fail_after(SOON):
+            async with Runner() as runner:
+                jobs = [runner.submit(building, name=f"{k}") for k in range(2)]
+                await anyio.wait_all_tasks_blocked()
+                for job in jobs:
+                    job.cancel()
+            assert [outcome.status for outcome in await runner.results()] == ["cancelled"] * 2
+    finally:
+        TURNSTILE.dismiss(holder)
+    assert ended == []  # neither had begun
+    assert not TURNSTILE.contended
 
 
 # -- with a save_path ------------------------------------------------------------------------------
