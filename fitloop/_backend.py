@@ -57,6 +57,7 @@ class ThreadBackend:
                     f"job {spec.name!r}: a trainer was submitted with the arguments "
                     f"{spec.args!r:.80}; expected none, they are for a function that makes one"
                 )
+            check_place(spec, spec.target)
         elif not callable(spec.target):
             raise ConfigurationError(
                 f"job {spec.name!r}: {spec.target!r:.80} was submitted; expected a function that "
@@ -78,7 +79,8 @@ async def train(spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> D
         trainer = await build(spec)
         options = dict(spec.options)
         options["callbacks"] = [*options.get("callbacks", ()), tell]
-        if spec.directory is not None and trainer.save_path == spec.directory:
+        if spec.directory is not None:
+            check_place(spec, trainer)
             options.setdefault("checkpoint", Checkpoint())
             options.setdefault("resume", True)
         result = await trainer.fit(spec.epochs, **options)
@@ -88,6 +90,21 @@ async def train(spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> D
         return Done(result=result, weights=weights, trainer=trainer)
     finally:
         SHARE.reset(token)
+
+
+def check_place(spec: JobSpec, trainer: FitLoop | SyncFitLoop) -> None:
+    """Refuse a trainer that keeps its files elsewhere than its job does: it could not be resumed.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    if spec.directory is None or trainer.save_path == spec.directory:
+        return
+    raise ConfigurationError(
+        f"job {spec.name!r}: the trainer keeps its files in {trainer.save_path}; expected "
+        f"{spec.directory}, where the Runner keeps those of this job. Submit a function that "
+        "makes the trainer, without save_path=, or leave the Runner's out"
+    )
 
 
 async def build(spec: JobSpec) -> FitLoop:

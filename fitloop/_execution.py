@@ -45,9 +45,9 @@ class Execution:
         try:
             if spec.directory is not None:
                 directory = spec.directory
-                found = await aside(spec.name, lambda: restored(directory, spec.epochs))
+                found = await aside(spec.name, lambda: restored(directory, spec.name, spec.epochs))
                 if found is not None:
-                    return replace(found, name=spec.name)
+                    return found
             share = self.shares.next(spec.name, spec.directory)
             done = await self.backend.run(
                 self._with_callbacks(spec), share, partial(self._tell, spec.name)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from hashlib import blake2s
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,8 @@ from fitloop._options import fit_option
 from fitloop._result import FitResult
 from fitloop._text import duration
 
-LONGEST_PLACE = 200
-"""bytes of the name of a job's directory; file systems take 255"""
+LONGEST_NAME, LONGEST_PLACE = 120, 200
+"""characters and bytes of the name of a job's directory; file systems take 255 bytes"""
 WEIGHTS = "weights.msgpack"
 """in the directory of a job: what its model had at the end"""
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
@@ -203,22 +204,22 @@ class Ended:
 
     def __init__(self) -> None:
         self._outcomes: dict[int, Outcome] = {}
+        self._numbers: dict[str, int] = {}
+        """by name"""
         self._number = 0
         self._changed = anyio.Event()
 
     def add(self, outcome: Outcome) -> None:
         """Tell those who iterate of one more."""
         self._outcomes[self._number] = outcome
+        self._numbers[outcome.name] = self._number
         self._number += 1
         self._changed.set()
         self._changed = anyio.Event()
 
     def forget(self, name: str) -> None:
         """Let go of the outcome of that name, whoever has not been given it yet."""
-        for number, outcome in self._outcomes.items():
-            if outcome.name == name:
-                del self._outcomes[number]
-                return
+        del self._outcomes[self._numbers.pop(name)]
 
     async def iterate(self, are_all: Callable[[], bool]) -> AsyncIterator[Outcome]:
         """Give them as they come, until there are no more to come."""
@@ -249,14 +250,30 @@ def forget_frames(error: BaseException) -> None:
             todo += one.exceptions
 
 
+def is_text(name: str) -> bool:
+    """Return whether a name can be written down: half of a surrogate pair cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def safe_name(name: str) -> str:
-    """Return a name of a directory for a job: what file systems or shells take amiss is ``_``.
+    """Return a name of a directory for a job.
+
+    What file systems or shells take amiss is ``_``, and a long one is cut; then there is a digest
+    of the whole name at its end, so that no other job has that directory.
 
     Raises:
         ConfigurationError: nothing is left of it.
     """
-    place = re.sub(r"[^\w.=+,@-]", "_", name)[:120]
-    place = place.encode()[:LONGEST_PLACE].decode(errors="ignore")
+    place = re.sub(r"[^\w.=+,@-]", "_", name)
     if not place.strip("._"):
         raise ConfigurationError(f"name is {name!r}; expected one that a directory can have")
-    return place if not place.startswith(".") else f"_{place[1:]}"
+    if place.startswith("."):
+        place = f"_{place[1:]}"
+    if place == name and len(name) <= LONGEST_NAME and len(name.encode()) <= LONGEST_PLACE:
+        return place
+    short = place[:LONGEST_NAME].encode()[:LONGEST_PLACE].decode(errors="ignore")
+    return f"{short}-{blake2s(name.encode(), digest_size=8).hexdigest()}"

@@ -128,13 +128,20 @@ def read_outcome(directory: Path) -> Record | None:
         ) from error
 
 
-def restored(directory: Path, epochs: int) -> Outcome | None:
+def restored(directory: Path, name: str, epochs: int) -> Outcome | None:
     """Return the outcome of a job that was done before, for so many epochs; blocks.
 
-    Raises `CheckpointError` for a file that is none.
+    Raises `CheckpointError` for a file that is none, or is of a job with another name.
     """
     found = read_outcome(directory)
-    if found is None or not found.covers(epochs):
+    if found is None:
+        return None
+    if found.status != "unfinished" and found.name != name:
+        raise CheckpointError(
+            f"{directory} has what came of job {found.name!r}; expected {name!r}. Give the job "
+            "another name=, or the Runner another save_path="
+        )
+    if not found.covers(epochs):
         return None
     weights = directory / WEIGHTS
     return Outcome(

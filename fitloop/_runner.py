@@ -6,6 +6,7 @@ is the backend's business.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -32,6 +33,7 @@ from fitloop._jobs import (
     Outcome,
     cancelled,
     check_options,
+    is_text,
     safe_name,
 )
 from fitloop._launch import Callback, aside
@@ -56,7 +58,9 @@ class Runner:
                 print(outcome.name, outcome.result or outcome.error)
 
     Leaving the block waits for all of them. One that fails does not touch the others, and raises
-    nothing: its error is in its outcome. With equal ``seed`` and ``num_threads`` a training gives
+    nothing: its error is in its outcome. What is no `Exception`, such as SystemExit, is of the
+    program: raised in this process, it cancels all jobs and is raised from the block; a worker
+    process only fails its job for it. With equal ``seed`` and ``num_threads`` a training gives
     the same bits as alone.
 
     Cancellation of the block, or an exception in it, cancels all: those that run end at a batch
@@ -68,7 +72,8 @@ class Runner:
         backend: ``"thread"``, ``"process"`` or a `ProcessBackend`, or a `Backend` of your own.
         save_path: a directory; each job has one of its own in it, and is resumable. Jobs that are
             found done there are not run again, unfinished ones are gone on with, failed ones begin
-            where their last snapshot was taken. While it runs, no other Runner can have it.
+            where their last snapshot was taken. While it runs, no other Runner can have it. A job
+            is known again by its name alone: give each a ``name`` that says what it trains.
         checkpoint: when snapshots are taken there, unless ``submit`` says so.
         fail_fast: the first failure cancels the others, and is raised from the block.
         callbacks: called with every event of every training, as those of a trainer are.
@@ -116,8 +121,6 @@ class Runner:
             push=self._listeners.push,
         )
         self._jobs: dict[str, Job] = {}
-        self._places: set[str] = set()
-        """names of the jobs' directories"""
         self._waiting: OrderedDict[str, Job] = OrderedDict()
         self._running = 0
         self._submitted = 0
@@ -140,7 +143,8 @@ class Runner:
         """
         if self._group is not None:
             raise RuntimeError("this Runner was used before; make another one")
-        if self._save_path is not None:
+        if self._save_path is not None:  # the program may change to another directory meanwhile
+            self._save_path = await aside("runner", self._save_path.absolute)
             lock = DirectoryLock(self._save_path)
             self._stack.push_async_callback(aside, "runner", lock.release)
             try:
@@ -213,19 +217,15 @@ class Runner:
         if threading.get_ident() != self._thread:
             raise RuntimeError("submit() was called in another thread than the Runner's; " + _HOW)
         name = self._default_name(target) if name is None else str(name)
-        if not name:
-            raise ConfigurationError("name is ''; expected a name, or None for one of its own")
+        if not name or not is_text(name):
+            raise ConfigurationError(
+                f"name is {name!r}; expected a name, or None for one of its own"
+            )
         if name in self._jobs:
             raise ConfigurationError(f"there is a job {name!r} already; give another name=")
         directory = None
         if self._save_path is not None:
-            place = safe_name(name)
-            if place in self._places:
-                raise ConfigurationError(
-                    f"there is a job already whose directory is {place!r}, as that of {name!r} "
-                    "would be; give another name="
-                )
-            directory = self._save_path / place
+            directory = self._save_path / safe_name(name)
             if self._checkpoint is not None:
                 options.setdefault("checkpoint", self._checkpoint)
         check_options(name, target, options)
@@ -238,8 +238,6 @@ class Runner:
             directory=directory,
         )
         self._backend.check(spec)
-        if directory is not None:
-            self._places.add(directory.name)
         job = self._jobs[name] = Job(spec, self._have_cancelled)
         self._waiting[name] = job
         self._submitted += 1
@@ -248,7 +246,9 @@ class Runner:
 
     def _default_name(self, target: Any) -> str:
         stem = getattr(target, "__name__", None) or getattr(target, "name", None) or "job"
-        return f"{stem}-{self._submitted + 1}".replace("<lambda>", "job")
+        stem = stem.replace("<lambda>", "job")
+        numbers = itertools.count(self._submitted + 1)
+        return next(name for n in numbers if (name := f"{stem}-{n}") not in self._jobs)
 
     def _job(self, name: str) -> Job:
         if name not in self._jobs:
@@ -278,8 +278,6 @@ class Runner:
             raise RuntimeError(f"job {name!r} is {job.status}; cancel it, and await its outcome")
         del self._jobs[name]
         self._ended.forget(name)
-        if job.spec.directory is not None:
-            self._places.discard(job.spec.directory.name)
 
     def cancel_all(self) -> None:
         """Cancel every job that is not over, from any thread; more may be submitted."""
@@ -294,7 +292,7 @@ class Runner:
             yield outcome
 
     async def results(self) -> list[Outcome]:
-        """Wait for all jobs and return their outcomes in order of submission."""
+        """Wait for all jobs that were submitted so far; return outcomes in order of submission."""
         return [await job.outcome() for job in self.jobs]
 
     def events(self) -> EventStream:

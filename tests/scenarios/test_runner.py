@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -200,12 +201,14 @@ async def test_submit_when_it_cannot_work_then_says_so_at_once(tmp_path: Path) -
         runner.submit(make, name="a/b", **QUIET)
         with pytest.raises(ConfigurationError, match="there is a job 'a/b' already"):
             runner.submit(make, name="a/b")
-        with pytest.raises(ConfigurationError, match=r"directory is 'a_b', as that of 'a:b'"):
-            runner.submit(make, name="a:b")
+        with pytest.raises(ConfigurationError, match=r"name is 'a\\udcff'; expected a name"):
+            runner.submit(make, name="a\udcff")
+        with pytest.raises(ConfigurationError, match=r"keeps its files in fitloop_state; expected"):
+            runner.submit(make(), name="built")
         with pytest.raises(ConfigurationError, match=r"expected a function that returns a FitLoop"):
             runner.submit("train.py")
         with pytest.raises(ConfigurationError, match=r"were|was submitted with the arguments"):
-            runner.submit(make(), 1)
+            runner.submit(make(), 1, name="built")
         with pytest.raises(ConfigurationError, match=r"epochs is -1"):
             runner.submit(make, epochs=-1)
         with pytest.raises(KeyError, match="no job 'c'; there are: a/b"):
@@ -619,7 +622,7 @@ async def test_sweep_when_a_job_was_cut_off_then_goes_on_to_the_same_bits(tmp_pa
             assert "in job 'a job'" in found["a job"].traceback
     assert outcome.result is not None
     assert outcome.result.epochs == 4
-    assert outcome.weights == tmp_path / "a_job" / "weights.msgpack"
+    assert outcome.weights == tmp_path / safe_name("a job") / "weights.msgpack"
     for name, value in plain.model.state_dict().items():
         assert torch.equal(outcome.trainer.model.state_dict()[name], value)  # type: ignore[union-attr]
     assert found["a job"].status == "done"
@@ -636,15 +639,17 @@ async def test_save_path_when_another_runner_has_it_then_says_so(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "place"),  # and a digest, where it is not the name itself
     [
         ("lr=0.1", "lr=0.1"),
-        ("a b/c\\d:e", "a_b_c_d_e"),
+        ("a b/c\\d:e", "a_b_c_d_e-0"),
         ("..", None),
         ("", None),
-        (".hidden", "_hidden"),
+        (".hidden", "_hidden-0"),
         ("é漢", "é漢"),
-        ("漢" * 100, "漢" * 66),
+        ("漢" * 100, "漢" * 66 + "-0"),
+        ("x" * 120, "x" * 120),
+        ("x" * 121, "x" * 120 + "-0"),
     ],
 )
 def test_safe_name_when_given_any_name_then_is_one_of_a_directory(
@@ -654,7 +659,68 @@ def test_safe_name_when_given_any_name_then_is_one_of_a_directory(
         with pytest.raises(ConfigurationError, match="expected one that a directory can have"):
             safe_name(name)
     else:
-        assert safe_name(name) == place
+        assert re.sub("-[0-9a-f]{16}$", "-0", safe_name(name)) == place
+
+
+async def test_names_when_their_directories_would_look_alike_then_each_has_its_own(
+    tmp_path: Path,
+) -> None:
+    names = ["lr=1/2", "lr=1_2", "lr=1:2", "x" * 130 + "1", "x" * 130 + "2"]
+    found = []
+    for seed, name in enumerate(names):  # as in scripts that are run one after the other
+        async with Runner(1, save_path=tmp_path) as runner:
+            runner.submit(tiny, seed, name=name, **QUIET)
+        found += await runner.results()
+    assert [outcome.restored for outcome in found] == [False] * 5
+    assert len({outcome.directory for outcome in found}) == 5
+    records = await anyio.to_thread.run_sync(read_results, tmp_path)
+    assert {record.name for record in records} == set(names)
+
+
+async def test_directory_when_it_has_the_outcome_of_another_job_then_is_refused(
+    tmp_path: Path,
+) -> None:
+    async with Runner(1, save_path=tmp_path) as runner:
+        runner.submit(tiny, name="one", **QUIET)
+    await anyio.to_thread.run_sync((tmp_path / "one").rename, tmp_path / "two")
+    async with Runner(1, save_path=tmp_path) as runner:
+        job = runner.submit(tiny, name="two", **QUIET)
+        error = (await job.outcome()).error
+    assert isinstance(error, CheckpointError)
+    assert "has what came of job 'one'; expected 'two'. Give the job another name=" in str(error)
+
+
+async def test_factory_when_it_gives_a_save_path_then_the_job_fails_and_says_why(
+    tmp_path: Path,
+) -> None:
+    async with Runner(1, save_path=tmp_path / "runs") as runner:
+        job = runner.submit(lambda: trainer(save_path=tmp_path / "own"), name="own", **QUIET)
+        error = (await job.outcome()).error
+    assert isinstance(error, ConfigurationError)
+    assert f"keeps its files in {tmp_path / 'own'}; expected {tmp_path / 'runs' / 'own'}" in str(
+        error
+    )
+    assert not (tmp_path / "own").exists()
+
+
+async def test_save_path_when_relative_then_stays_where_it_was_as_the_program_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    async with Runner(1, save_path="runs") as runner:
+        first = await runner.submit(tiny, name="first", **QUIET).outcome()
+        monkeypatch.chdir(tmp_path / "other")
+        second = await runner.submit(tiny, name="second", **QUIET).outcome()
+    assert first.directory == tmp_path / "runs" / "first"
+    assert second.directory == tmp_path / "runs" / "second"
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+async def test_default_name_when_it_is_given_to_another_job_then_is_the_next_one() -> None:
+    async with Runner(1) as runner:
+        names = [runner.submit(make, name=name, **QUIET).name for name in ("make-2", None, None)]
+    assert names == ["make-2", "make-3", "make-4"]
 
 
 def test_read_results_when_there_is_no_such_place_or_file_then_says_so(tmp_path: Path) -> None:
