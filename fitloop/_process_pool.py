@@ -27,6 +27,20 @@ END_SECONDS = 5.0
 
 _starting = threading.Lock()
 _alive: weakref.WeakSet[Worker] = weakref.WeakSet()
+_ends: weakref.WeakSet[Any] = weakref.WeakSet()
+"""of channels that this process has open"""
+
+
+def _leave_to_parent() -> None:
+    """Close the channels in a forked process: a worker ends when the last who has its is gone."""
+    for end in list(_ends):
+        end.close()
+    _ends.clear()
+    _alive.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @atexit.register  # and so called before that of multiprocessing, which waits for them
@@ -45,6 +59,7 @@ class Worker:
         descriptor, self._log = tempfile.mkstemp(prefix="fitloop-worker-", suffix=".log")
         self._file = os.fdopen(descriptor, "rb")
         self.connection, theirs = context.Pipe()
+        _ends.update((self.connection, theirs))
         # Not a daemon: a loader may have processes of its own.
         self.process = context.Process(
             target=serve,

@@ -192,8 +192,8 @@ class Conversation:
         message += how_ended(code)
         if not worker.ready:
             message += (
-                " before it could begin; a script needs its `if __name__ == '__main__':` around "
-                "what it runs, since a worker imports it"
+                " before it could begin; why is on the stderr of this process. A worker imports "
+                "the script: a file, with `if __name__ == '__main__':` around what it runs"
             )
         if told:
             message += "; its last lines:\n  " + "\n  ".join(told)

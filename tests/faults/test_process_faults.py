@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ import anyio
 import psutil
 import pytest
 import torch
-from support.workers import OwnError, Seen, dies, endless, fails, make, workers, written
+from support.workers import (
+    OwnError,
+    Seen,
+    dies,
+    endless,
+    fails,
+    is_worker,
+    make,
+    workers,
+    written,
+)
 
 from fitloop import (
     Event,
@@ -166,40 +177,81 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
 
 
 PARENT = """
+import multiprocessing
 import sys
+import time
 import anyio
 from support.workers import endless, make, tell, workers
 from fitloop import Runner
 
-async def main(place):
+async def main(place, forks):
     async with Runner(2, backend="process") as runner:
         done = runner.submit(make, name="done", verbose=False)
         runner.submit(endless, place + "/works", name="works", epochs=10**6, verbose=False)
         await done.outcome()  # and its worker waits for another job
         assert len(workers()) == 2
+        if forks:  # what it has open, this one has open too
+            multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
         tell(place + "/ready")
+
+if __name__ == "__main__":
+    anyio.run(main, sys.argv[1], len(sys.argv) > 2)
+"""
+
+
+@pytest.mark.parametrize("forks", [[], ["forks"]])
+def test_parent_when_killed_then_no_worker_is_left(tmp_path: Path, forks: list[str]) -> None:
+    parent = begun(tmp_path, PARENT, str(tmp_path), *forks)
+    anyio.run(_both_written, tmp_path)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    spawned = [child for child in children if is_worker(child)]
+    assert len(spawned) == 2
+    parent.kill()
+    parent.wait()
+    _gone, left = psutil.wait_procs(spawned, timeout=20)
+    for other in set(children) - set(spawned):
+        with suppress(psutil.NoSuchProcess):
+            other.kill()
+    assert left == []
+
+
+NO_OUTPUT = """
+import sys
+import anyio
+from support.workers import make, tell
+from fitloop import Runner
+
+async def main(place):
+    assert sys.stdout is None
+    async with Runner(1, backend="process") as runner:
+        runner.submit(make, name="job", verbose=False, progress=False)
+    (outcome,) = await runner.results()
+    assert outcome.status == "done", outcome.error
+    tell(place + "/done")
 
 if __name__ == "__main__":
     anyio.run(main, sys.argv[1])
 """
 
 
-def test_parent_when_killed_then_no_process_is_left(tmp_path: Path) -> None:
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT)
+def test_jobs_when_the_program_has_no_stdout_then_are_done(tmp_path: Path) -> None:
+    assert begun(tmp_path, NO_OUTPUT, str(tmp_path), without_stdout=True).wait(SOON) == 0
+    assert (tmp_path / "done").exists()
+
+
+def begun(
+    place: Path, text: str, *arguments: str, without_stdout: bool = False
+) -> subprocess.Popen[bytes]:
+    """Begin a script that finds the package and what supports its tests."""
+    script = place / "parent.py"
+    script.write_text(text)
     root = Path(__file__).parents[2]
     paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
-    parent = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)],
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        preexec_fn=(lambda: os.close(1)) if without_stdout else None,
     )
-    anyio.run(_both_written, tmp_path)
-    children = psutil.Process(parent.pid).children(recursive=True)
-    assert len(children) >= 2
-    parent.kill()
-    parent.wait()
-    _gone, left = psutil.wait_procs(children, timeout=20)
-    assert left == []
 
 
 async def _both_written(place: Path) -> None:

@@ -206,6 +206,8 @@ async def test_fit_when_cancelled_while_it_waits_for_its_slice_then_takes_a_last
     seed: int | None, tmp_path: Path, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_slices, "SMALL_SECONDS", 1000.0)
+    monkeypatch.setattr(_slices, "IDLE_SHARE", 1.0)  # it takes part however busy the machine is
+    monkeypatch.setattr(_slices, "WAITING_SHARE", 1000.0)
     monkeypatch.setattr(SLICES, "_patience", 1000.0)
     monkeypatch.setattr(SLICES, "line", line := TellingLine())
     other = await anyio.to_thread.run_sync(Slice, lambda call: call(), RunControl())
