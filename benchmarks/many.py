@@ -124,10 +124,8 @@ def measure(quick: bool = False) -> Report:
     torch.set_num_threads(1)
     try:
         tables = []
-        for batches in LENGTHS:
-            fewer = number * LENGTHS[0] // batches  # so that a round takes as long
-            times = asyncio.run(in_turns(batches, rounds, max(fewer, 2)))
-            tables.append(costs(batches, times))
+        for batches, trainings in zip(LENGTHS, (number, number // 5), strict=True):
+            tables.append(costs(batches, asyncio.run(in_turns(batches, rounds, trainings))))
         kept = asyncio.run(memory(rounds, number, forget=False))
         forgotten = asyncio.run(memory(rounds, number, forget=True))
     finally:

@@ -126,11 +126,12 @@ def process_alone(control: RunControl) -> Iterator[None]:
 async def alone_in_steps(awaitable: Awaitable[Any]) -> Any:
     """Await something that has the generators to itself in each of its steps."""
     alone = _Alone(by_steps=True)
-    token = _ALONE.set(alone)
-    try:
-        return await Driven(awaitable, alone.take, alone.dismiss)
-    finally:
-        _ALONE.reset(token)
+    async with GivenWay():  # of what awaits this, as a factory that asks another one
+        token = _ALONE.set(alone)
+        try:
+            return await Driven(awaitable, alone.take, alone.dismiss)
+        finally:
+            _ALONE.reset(token)
 
 
 class GivenWay:

@@ -36,6 +36,7 @@ from fitloop import (
     default_batch_step,
     read_results,
 )
+from fitloop._alone import alone_in_steps
 from fitloop._jobs import safe_name
 from fitloop._outcomes import write_outcome
 from fitloop._share import available_cores
@@ -463,8 +464,25 @@ def after_a_runner(seed: int) -> FitLoop:
         async with Runner(2) as runner:
             for inner in range(3):
                 runner.submit(drawing, inner, progress=False, **QUIET)
+                runner.submit(drawing_async, inner, progress=False, **QUIET)
 
     anyio.run(run)
+    return drawing(seed)
+
+
+async def after_an_awaited_runner(seed: int) -> FitLoop:
+    async with Runner(2, keep_trainers=True) as runner:
+        for factory in (drawing_async, drawing, drawing_async):
+            runner.submit(factory, seed, progress=False, epochs=0, **QUIET)
+    outcomes = await runner.results()
+    model = outcomes[0].trainer.model  # type: ignore[union-attr]
+    assert [bits(outcome.trainer.model) for outcome in outcomes] == [bits(model)] * 3  # type: ignore[union-attr]
+    return drawing(seed)
+
+
+async def of_another(seed: int) -> FitLoop:
+    trainer = await alone_in_steps(drawing_async(seed))
+    assert bits(trainer.model) == bits(many_layers(seed))
     return drawing(seed)
 
 
@@ -488,6 +506,8 @@ def after_a_check_and_a_save(seed: int) -> FitLoop:
         after_training,
         after_awaited_training,
         after_a_runner,
+        after_an_awaited_runner,
+        of_another,
         after_a_check_and_a_save,
     ],
 )
