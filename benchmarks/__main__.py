@@ -16,14 +16,52 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks import BENCHMARKS
-from benchmarks.chart import draw
+from benchmarks.harness import say
 from benchmarks.machine import NotHereError
 from benchmarks.page import RESULTS, write_page
 from benchmarks.report import Report
 
+INTERRUPTED = 130
+"""exit status after Ctrl-C, as of a program that SIGINT ended"""
+
 
 def main(words: list[str] | None = None) -> int:
-    """Run what is asked for; return 1 when a benchmark failed."""
+    """Run what is asked for; return 1 when a benchmark failed, `INTERRUPTED` after Ctrl-C."""
+    chosen = _parsed(words)
+    out: Path = RESULTS if chosen.keep else chosen.out
+    out.mkdir(parents=True, exist_ok=True)
+    reports: list[Report] = []
+    failed: list[str] = []
+    interrupted = ""
+    for name in chosen.only:
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        try:
+            report = import_module(f"benchmarks.{name}").measure(quick=chosen.quick)
+        except NotHereError as reason:
+            print(f"== {name} is left out: {reason}", end="\n\n", flush=True)
+            continue
+        except KeyboardInterrupt:  # those before it are still worth having
+            say("")
+            interrupted = name
+            break
+        except Exception as error:  # the others are still worth having
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        reports.append(report)
+        print(report.text(), end="\n\n", flush=True)
+        (out / f"{name}.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if reports:
+        print(", ".join(f"{key} {value}" for key, value in reports[0].machine.items()))
+        print(f"JSON is in {out}; {_drawn(reports, out, keep=chosen.keep)}", flush=True)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    if interrupted:
+        print(f"interrupted; there are no figures of {interrupted}", file=sys.stderr)
+        return INTERRUPTED
+    return 1 if failed else 0
+
+
+def _parsed(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -52,32 +90,21 @@ def main(words: list[str] | None = None) -> int:
     chosen = parser.parse_args(words)
     if chosen.keep and chosen.quick:
         parser.error("--keep and --quick exclude each other: rough figures are not to be kept")
-    out = RESULTS if chosen.keep else chosen.out
-    out.mkdir(parents=True, exist_ok=True)
-    reports: list[Report] = []
-    failed: list[str] = []
-    for name in chosen.only:
-        try:
-            report = import_module(f"benchmarks.{name}").measure(quick=chosen.quick)
-        except NotHereError as reason:
-            print(f"== {name} is left out: {reason}", end="\n\n", flush=True)
-            continue
-        except Exception as error:  # the others are still worth having
-            failed.append(f"{name}: {type(error).__name__}: {error}")
-            continue
-        reports.append(report)
-        print(report.text(), end="\n\n", flush=True)
-        (out / f"{name}.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    if reports:
-        print(", ".join(f"{key} {value}" for key, value in reports[0].machine.items()))
-    if chosen.keep:
-        write_page()
-    else:
+    return chosen
+
+
+def _drawn(reports: list[Report], out: Path, *, keep: bool) -> str:
+    """Draw what there is, and say so; tables and JSON are worth having without a plot."""
+    try:
+        if keep:
+            write_page()
+            return "page and chart are made anew"
+        from benchmarks.chart import draw  # here, since all else can be had without matplotlib
+
         draw(reports, out / "benchmarks.png")
-        print(f"JSON and a plot are in {out}")
-    for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    except ImportError as error:
+        return f"there is no plot, which needs matplotlib ({error}); pip install matplotlib"
+    return "a plot is beside it"
 
 
 if __name__ == "__main__":

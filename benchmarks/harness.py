@@ -12,19 +12,20 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Self
 
 import torch
 
-from benchmarks.report import Spread
+from benchmarks.report import ABSENT, Spread
 
 Figures = Mapping[str, float]
 
@@ -91,13 +92,16 @@ class Workers:
         )
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        if kind is KeyboardInterrupt:  # nobody wants to wait for the round in hand
+            for process in multiprocessing.active_children():
+                process.terminate()
         self._stack.close()
 
     def of(self, name: str) -> ProcessPoolExecutor:
         """Return the process of this name."""
         if name not in self._begun:
-            self._begun[name] = self._stack.enter_context(
+            pool = self._stack.enter_context(
                 ProcessPoolExecutor(
                     1,
                     multiprocessing.get_context("spawn"),
@@ -105,6 +109,9 @@ class Workers:
                     initargs=(self._threads, self._place),
                 )
             )
+            with _deaf():
+                pool.submit(_nothing)  # which begins the process
+            self._begun[name] = pool
         return self._begun[name]
 
 
@@ -129,9 +136,7 @@ def measure(
     ready = {contender.name: contender for contender in contenders}
     for contender in contenders:
         if absent := [package for package in contender.needs if not is_installed(package)]:
-            measured.skipped[contender.name] = (
-                f"{', '.join(absent)} is not installed; pip install 'fitloop[peers]'"
-            )
+            measured.skipped[contender.name] = f"{', '.join(absent)} is {ABSENT}"
             del ready[contender.name]
     for number in range(rounds + warm_ups):
         for name in turned(list(ready), number):
@@ -187,6 +192,23 @@ def is_installed(package: str) -> bool:
     return True
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Let processes begin deaf to Ctrl-C, which in a terminal strikes all: they hear when prepared.
+
+    Until then they would print where in an import it struck them.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _nothing() -> None:
+    """Do nothing, in a worker."""
+
+
 def _prepare(threads: int, place: str) -> None:
     """Prepare a worker: what a trainer says of itself, or leaves in files, is not wanted."""
     torch.set_num_threads(threads)
@@ -195,6 +217,7 @@ def _prepare(threads: int, place: str) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(place)
 
 

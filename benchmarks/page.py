@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import BENCHMARKS
-from benchmarks.chart import draw
 from benchmarks.readme import with_figures
 from benchmarks.report import Report, Table
 
@@ -35,9 +34,12 @@ def kept() -> list[Report]:
 
 
 def write_page() -> None:
+    """Write page and figures, then the chart. Raises ImportError for that without matplotlib."""
     reports = kept()
     PAGE.write_text(page(reports), encoding="utf-8")
     README.write_text(with_figures(README.read_text(encoding="utf-8"), reports), encoding="utf-8")
+    from benchmarks.chart import draw  # here, since all else can be had without matplotlib
+
     for report in reports:
         if report.name == "overhead":  # what a batch costs with metrics kept is for the README
             draw([replace(report, tables=report.tables[:1])], CHART)

@@ -6,11 +6,17 @@ Plain data: `chart` draws it, `page` writes it down, JSON keeps it.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from textwrap import fill
 from typing import Any
 
 from fitloop._tables import Table as TextTable
+
+ABSENT = "not installed; pip install 'fitloop[peers]'"
+"""how the reason ends for whom a package is missing"""
+WIDTH = 100
+"""columns of a paragraph"""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,8 @@ class Report:
 
     def text(self) -> str:
         parts = [f"== {self.name}: {self.question}", *(table.text() for table in self.tables)]
-        parts += [f"skipped {name}: {why}" for name, why in self.skipped.items()]
+        if self.skipped:
+            parts.append(fill(f"skipped: {_grouped(self.skipped)}", WIDTH))
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +126,14 @@ class Report:
     def from_dict(cls, found: dict[str, Any]) -> Report:
         """Make it from what `to_dict` returned."""
         return cls(**{**found, "tables": [_table(table) for table in found["tables"]]})
+
+
+def _grouped(skipped: Mapping[str, str]) -> str:
+    """Return who was skipped, and why, in as few words as can be."""
+    groups: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        groups.setdefault(ABSENT if why.endswith(ABSENT) else why, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in groups.items())
 
 
 def _table(found: dict[str, Any]) -> Table:

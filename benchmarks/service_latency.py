@@ -103,8 +103,10 @@ class Service:
         stream = self._followed.getresponse()
 
         def read() -> None:
-            while stream.read1(65536):
-                pass
+            # It breaks off where Ctrl-C ends the service, too.
+            with contextlib.suppress(http.client.HTTPException, OSError):
+                while stream.read1(65536):
+                    pass
 
         self._reader = threading.Thread(target=read, daemon=True)
         self._reader.start()

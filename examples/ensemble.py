@@ -123,11 +123,23 @@ async def main(arguments: argparse.Namespace) -> None:
             await vote(arguments.members, arguments.epochs, runner)
 
 
-if __name__ == "__main__":
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--members", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--max-concurrent", type=int, default=2)
     parser.add_argument("--backend", choices=["thread", "process"], default="thread")
     parser.add_argument("--save-path", type=Path, help="keep the members there")
-    asyncio.run(main(parser.parse_args()))
+    given = parser.parse_args()
+    if given.max_concurrent < 1:
+        parser.error(f"--max-concurrent is {given.max_concurrent}; expected 1 or more at a time")
+    return given
+
+
+if __name__ == "__main__":
+    given = parse()
+    try:
+        asyncio.run(main(given))
+    except KeyboardInterrupt:
+        kept = "the same command goes on" if given.save_path else "without --save-path all is lost"
+        raise SystemExit(f"interrupted; {kept}") from None

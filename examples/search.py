@@ -230,7 +230,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-concurrent", type=int, default=2)
     parser.add_argument("--backend", choices=["thread", "process"], default="thread")
     parser.add_argument("--save-path", type=Path, help="directory of the study and the runs")
-    return parser.parse_args()
+    given = parser.parse_args()
+    for option, count in (("epochs", given.epochs), ("max-concurrent", given.max_concurrent)):
+        if count < 1:
+            parser.error(f"--{option} is {count}; expected 1 or more")
+    return given
 
 
 if __name__ == "__main__":

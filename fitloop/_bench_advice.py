@@ -73,17 +73,11 @@ def _noise(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
 
 
 def _loader(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
+    if not figures.starved.is_above(STARVED):
+        yield _not_starved(conditions, figures)
+        return
     load, step = (figures.per_batch[way].median for way in (Way.LOAD, Way.STEP))
     waits = f"{figures.starved.median:.0%} of the time"
-    if not figures.starved.is_above(STARVED):
-        yield Advice(
-            "loader",
-            f"The loader keeps up: the step waits for it {waits}"
-            f"{', since batches are loaded ahead' * (conditions.loads == 'ahead')}. A faster "
-            "loader would gain nothing.",
-            change=False,
-        )
-        return
     better = _better_prefetch(conditions, figures)
     if better is not None:
         yield better
@@ -105,6 +99,25 @@ def _loader(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
     why = _why(conditions, figures)
     remedy = _remedy(conditions, workers, gain, waits=_waits(figures))
     yield Advice("loader", f"{slow} ({times}).{why} {remedy}")
+
+
+def _not_starved(conditions: Conditions, figures: Figures) -> Advice:
+    """Say that the loader keeps up, if the rounds agree on it."""
+    starved = figures.starved
+    if starved.is_below(STARVED):
+        return Advice(
+            "loader",
+            f"The loader keeps up: the step waits for it {starved.median:.0%} of the time"
+            f"{', since batches are loaded ahead' * (conditions.loads == 'ahead')}. A faster "
+            "loader would gain nothing.",
+            change=False,
+        )
+    return Advice(
+        "loader",
+        "Whether the loader keeps up cannot be told from these rounds: the step waits for it "
+        f"{starved.low:.0%} to {starved.high:.0%} of the time. Measure again, for longer or on a "
+        "quieter machine.",
+    )
 
 
 def _workers(conditions: Conditions, figures: Figures) -> int:
@@ -211,7 +224,8 @@ def _threads(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
             "threads",
             f"Give num_threads=1: a step takes {brief(figures.per_batch[Way.ONE_THREAD].median)} "
             f"with one intra-op thread, {brief(figures.per_batch[Way.STEP].median)} with "
-            f"{conditions.num_threads}.",
+            f"{conditions.num_threads}. Then measure the loader again: what is said of it here "
+            "rests on the slower step.",
         )
 
 

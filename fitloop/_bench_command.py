@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,12 @@ def add_bench(commands: Commands) -> None:
     parser.add_argument(
         "--device", type=_device, help="cpu, cuda:0 ... for a trainer that is given none"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all figures there, too; its directory must be there",
+    )
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -103,6 +109,8 @@ def _device(text: str) -> torch.device:
 
 
 def _bench(given: argparse.Namespace) -> int:
+    # Before the target has a say in what the current directory is.
+    figures = None if given.json is None else _place(given.json)
     if given.target is None:
         if given.arg:
             raise ConfigurationError("--arg is for the function of a TARGET, and there is none")
@@ -112,8 +120,8 @@ def _bench(given: argparse.Namespace) -> int:
         with _on_path(given.target) as target:
             report = _measure(_factory(target, dict(given.arg)), given)
     say(str(report))
-    if given.json is not None:
-        _write(given.json, report)
+    if figures is not None:
+        _write(figures, report)
     return 0
 
 
@@ -136,6 +144,27 @@ async def _run(factory: Callable[[], Any], given: argparse.Namespace) -> BenchRe
         return made
 
     return await benchmark(make, batches=given.batches, rounds=given.rounds, seconds=given.seconds)
+
+
+def _place(path: Path) -> Path:
+    """Check beforehand, as far as it can be, that a file can be written: measuring takes a while.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    there = path.parent
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a directory" if os.path.isdir(path) else "no plain file"
+        raise ConfigurationError(f"--json is {path}, which is {kind}; expected a file to write")
+    if not os.path.isdir(there):  # which is not made: it may be a slip of the pen
+        raise ConfigurationError(
+            f"--json is {path}, but {there} is no directory; make it, or name a file in another"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"--json is {path}, but {there} cannot be written to; name a file in another directory"
+        )
+    return path.absolute()
 
 
 def _write(path: Path, report: BenchReport) -> None:

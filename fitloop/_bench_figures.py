@@ -13,7 +13,7 @@ from statistics import median, quantiles
 from typing import Any
 
 AGREEMENT = 0.75
-"""share of the rounds that must agree on what is called faster"""
+"""share of the rounds that must agree on what is called faster: of three rounds all"""
 
 
 class Way(StrEnum):
@@ -203,6 +203,10 @@ class Spread:
         """Return whether the median is below, and so are the most of the rounds."""
         return Spread(tuple(-value for value in self.values)).is_above(-bound)
 
+    def within(self, least: float, most: float) -> Spread:
+        """Return it with nothing below ``least`` or above ``most``, to be shown."""
+        return Spread(tuple(min(most, max(least, value)) for value in self.values))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the figure for JSON."""
         return {
@@ -241,7 +245,8 @@ class Figures:
     startup: Spread
     """seconds until the loader gives batches at its pace, each time a pass begins"""
     hidden: Spread | None
-    """share of what could be hidden that loading ahead hides: 1 is all, below 0 it hurts"""
+    """share of what could be hidden that loading ahead hides: 1 is all, below 0 it hurts; beyond
+    0 and 1 as well where hardly anything could be hidden, by the noise of what it is a share of"""
     computes: Spread | None
     """share of loading that is the loader's own computing in this process, of the share that the
     steps had of the processor; the rest is waiting"""

@@ -113,7 +113,7 @@ class BenchReport:
         ]
         if found.hidden is not None:
             told = "of what prefetch=2 could hide it does"
-            rows.append(["loading ahead", told, *_percent(found.hidden)])
+            rows.append(["loading ahead", told, *_percent(found.hidden.within(0.0, 1.0))])
         if found.computes is not None and self.conditions.kind != "list":
             told = "of its time it computes in this process, else it waits"
             rows.append(["loader", told, *_percent(found.computes)])

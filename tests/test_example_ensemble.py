@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,13 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "ensemble.py"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
+def command(*options: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), *options]
+
+
 def run(directory: Path, *options: str) -> str:
     ran = subprocess.run(
-        [sys.executable, str(SCRIPT), "--members", "6", "--epochs", "1", *options],
+        command("--members", "6", "--epochs", "1", *options),
         capture_output=True,
         text=True,
         check=True,
@@ -47,3 +53,43 @@ def test_ensemble_when_run_then_is_better_than_its_members_and_the_same_on_both_
     written = weights.stat().st_mtime_ns
     assert figures(run(tmp_path, "--save-path", "kept")) == figures(threads)
     assert weights.stat().st_mtime_ns == written
+
+
+def test_ensemble_when_none_is_to_train_at_a_time_then_shows_the_usage(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        command("--max-concurrent", "0"), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("usage: ")
+    assert "--max-concurrent is 0; expected 1 or more" in ran.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--save-path", "kept"], "the same command goes on"),
+        (["--backend", "process"], "without --save-path all is lost"),
+    ],
+    ids=["threads, kept", "processes, lost"],
+)
+def test_ensemble_when_interrupted_then_says_in_a_line_whether_it_can_go_on(
+    tmp_path: Path, options: list[str], says: str
+) -> None:
+    with subprocess.Popen(
+        command("--members", "1000", "--epochs", "3", *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # What is begun in the background of a shell is deaf to SIGINT, and so are its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while not process.stdout.readline().startswith("      1"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert errors == f"interrupted; {says}\n"
+    assert process.returncode == 1

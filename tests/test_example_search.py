@@ -27,6 +27,15 @@ def ended(output: str) -> list[list[tuple[str, str]]]:
     return [ROW.findall(told), ROW.findall(table)]
 
 
+@pytest.mark.parametrize("option", ["--max-concurrent", "--epochs"])
+def test_search_when_a_count_is_none_then_shows_the_usage(tmp_path: Path, option: str) -> None:
+    ran = subprocess.run(command(option, "0"), capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("usage: ")
+    assert f"{option} is 0; expected 1 or more" in ran.stderr
+    assert ran.stdout == ""
+
+
 def test_search_when_run_in_processes_then_prunes_and_its_table_has_the_best_first(
     tmp_path: Path,
 ) -> None:

@@ -15,6 +15,7 @@ from support.service import Told, client_of, first, process, serving  # finds th
 # isort: split
 import service.trainings
 from service.feed import Feed, Message, lasting_text, passing_text
+from service.server import main
 from service.settings import read_settings
 
 LASTING = ("submitted", "run_started", "epoch_ended", "prompt_asked", "prompt_answered")
@@ -208,10 +209,12 @@ async def test_request_when_it_is_none_then_it_is_refused() -> None:
         answers = [
             (400, "expected JSON", await post("/trainings", content=b"{", headers=json_type)),
             (422, "expected an object", await post("/trainings", json=[1])),
+            (422, "'\\ud800'", await post("/trainings", content=rb'"\ud800"', headers=json_type)),
             (413, "send less", await post("/trainings", json={"name": "n" * 70_000})),
             (415, "expected application/json", await post("/trainings", content=b"{}")),
             (404, "no training '5'", await service.client.get("/trainings/5")),
             (404, "no training '1e3'", await service.client.delete("/trainings/1e3")),
+            (404, "no training '99", await service.client.get(f"/trainings/{'9' * 5000}")),
             (404, "no training '9'", await service.client.get("/trainings/9/events")),
             (404, "Not Found", await service.client.get("/nowhere")),
             (405, "Method Not Allowed", await service.client.put("/trainings", json={})),
@@ -219,6 +222,34 @@ async def test_request_when_it_is_none_then_it_is_refused() -> None:
     for status, expected, answer in answers:
         assert answer.status_code == status
         assert expected in answer.json()["problems"][0]["message"]
+
+
+async def test_request_when_it_is_nested_too_deeply_then_it_is_refused() -> None:
+    """Too deep for the decoder, or only for a message that shows it."""
+    async with serving() as service:
+        await service.start(epochs=1)
+        for depth in (*range(700, 1000, 10), 20_000):
+            for path in ("/trainings", "/trainings/1/answer"):
+                body = b"[" * depth + b"]" * depth
+                headers = {"Content-Type": "application/json"}
+                answer = await service.client.post(path, content=body, headers=headers)
+                assert answer.status_code in (400, 422)
+                (problem,) = answer.json()["problems"]
+                assert re.search("expected (JSON|an object)", problem["message"])
+
+
+async def test_start_when_a_field_is_half_a_character_then_it_is_told_escaped() -> None:
+    async with serving() as service:
+        answer = await service.client.post(
+            "/trainings",
+            content=b'{"\\ud800": 1, "\xc3\xa4": 2}',
+            headers={"Content-Type": "application/json"},
+        )
+    assert answer.status_code == 422
+    half, whole = answer.json()["problems"]
+    assert half["field"] == "\\ud800"
+    assert half["message"].startswith("'\\ud800' is no setting")
+    assert whole["field"] == "\u00e4"
 
 
 async def test_start_when_there_are_too_many_then_the_oldest_that_is_over_makes_room(
@@ -340,7 +371,17 @@ def test_settings_when_nothing_is_said_then_there_are_defaults() -> None:
     }
 
 
-# -- the end of the server -------------------------------------------------------------------------
+# -- the command line and the end of the server ----------------------------------------------------
+
+
+@pytest.mark.parametrize("port", ["-5", "65536", "99999"])
+def test_program_when_the_port_is_none_then_it_says_so_before_anything_begins(
+    port: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--port", port])
+    assert ended.value.code == 2
+    assert f"--port is {port}; expected 0 to 65535" in capsys.readouterr().err
 
 
 async def test_server_when_it_ends_then_streams_and_trainings_end_whole() -> None:

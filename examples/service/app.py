@@ -186,7 +186,7 @@ async def read_json(request: Request) -> Any:
             raise refusal(413, f"the body is longer than {LARGEST_BODY} bytes; send less")
     try:
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of what is nested too deeply
         told = body[:60].decode(errors="replace")
         raise refusal(400, f"the body is {told!r}; expected JSON ({error})") from error
 

@@ -74,11 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", choices=["thread", "process"], default="thread")
     parser.add_argument("--at-once", type=int, help="trainings at a time; default: one a core")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=8000, help="up to 65535; 0 takes a free one")
     given = parser.parse_args(arguments)
     if given.at_once is not None and given.at_once < 1:
         parser.error(
             f"--at-once is {given.at_once}; expected 1 or more; leave it out for the cores"
+        )
+    if not 0 <= given.port <= 65535:
+        parser.error(
+            f"--port is {given.port}; expected 0 to 65535; 0 takes a free one, which it prints"
         )
     server = make_server(given.backend, given.at_once, host=given.host, port=given.port)
     warm_up(given.backend)

@@ -62,7 +62,7 @@ def read_settings(body: object) -> Settings:
     known = [item.name for item in fields(Settings)]
     problems = [
         Problem(
-            field=str(field),
+            field=sendable(field),
             message=f"{shown(field)} is no setting; there are {', '.join(known)}; leave it out",
         )
         for field in body
@@ -83,8 +83,16 @@ def read_settings(body: object) -> Settings:
 
 def shown(value: object) -> str:
     """Return a value of a request for a message, cut short."""
-    told = repr(value)
+    try:
+        told = repr(value)
+    except RecursionError:  # it may need more of the stack than decoding did
+        return f"a {type(value).__name__} in too many others"
     return told if len(told) <= 60 else f"{told[:57]}..."
+
+
+def sendable(text: str) -> str:
+    r"""Return a text of a request as UTF-8 can say it; JSON may hold half a character, "\ud800"."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _is_name(value: object) -> bool:

@@ -28,7 +28,7 @@ from fitloop import (
     RunStarted,
 )
 from service.feed import Feed, Message, json_ready, lasting_text, passing_text
-from service.settings import Settings, refusal
+from service.settings import Settings, refusal, shown
 from service.trainers import make_trainer
 
 BackendName = Literal["thread", "process"]
@@ -125,9 +125,10 @@ class Trainings:
 
     def get(self, number: str) -> Training:
         """Return a training. Raises BadRequestError when there is none."""
-        found = self._known.get(int(number)) if number.isascii() and number.isdigit() else None
+        is_number = number.isascii() and number.isdigit() and len(number) < 16
+        found = self._known.get(int(number)) if is_number else None
         if found is None:
-            raise refusal(404, f"there is no training {number!r}; GET /trainings lists them")
+            raise refusal(404, f"there is no training {shown(number)}; GET /trainings lists them")
         return found
 
     def submit(self, settings: Settings) -> Training:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -129,7 +130,8 @@ def test_bench_when_the_script_is_elsewhere_then_finds_what_lies_beside_it(
 
 
 def test_bench_when_json_is_wanted_then_has_all_figures(capsys: Out, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "figures.json"
+    path = tmp_path / "figures.json"
+    path.write_text("{}")  # of before
     printed = report(capsys, "benched:make", "--json", str(path))
     found = json.loads(path.read_text())
     assert found["conditions"]["batches"] == 2
@@ -161,17 +163,49 @@ def test_bench_when_there_is_no_target_then_measures_a_model_of_its_own(capsys: 
         (["benched:make", "--rounds", "0"], "rounds is 0; expected an integer of at least 1"),
         (["--arg", "rows=3"], "--arg is for the function of a TARGET"),
         (["benched:on_cpu", "--device", "meta"], "the function gives its trainer device="),
-        (["benched:make", *SHORT, "--json", "benched.py/x"], "benched.py/x cannot be written"),
+        # Before anything is measured, or even looked for.
+        (["nothing:make", "--json", "."], "--json is ., which is a directory; expected a file"),
+        (["nothing:make", "--json", os.devnull], "which is no plain file; expected a file"),
+        (["nothing:make", "--json", "a/b"], "--json is a/b, but a is no directory; make it, or"),
+        (["nothing:make", "--json", "benched.py/x"], "but benched.py is no directory"),
     ],
 )
 def test_bench_when_it_cannot_be_then_says_why(
     capsys: Out, arguments: list[str], says: str
 ) -> None:
-    if "--json" in arguments:
-        assert main(["bench", *arguments]) == 1
-        assert says in capsys.readouterr().err
-    else:
-        assert says in refusal(capsys, *arguments)
+    assert says in refusal(capsys, *arguments)
+    assert not Path("a").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
+def test_bench_when_the_json_may_not_be_written_there_then_says_so_before_it_measures(
+    capsys: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "locked" / "figures.json"
+    path.parent.mkdir(mode=0o500)
+    if os.geteuid() == 0:  # whom no permission stops
+        monkeypatch.setattr(os, "access", lambda place, mode: place != path.parent)
+    says = refusal(capsys, "nothing:make", "--json", str(path))
+    assert "locked cannot be written to; name a file in another directory" in says
+
+
+def test_bench_when_the_json_cannot_be_written_after_all_then_the_report_is_still_printed(
+    capsys: Out, tmp_path: Path
+) -> None:
+    path = tmp_path / ("n" * 300)
+    assert main(["bench", "benched:make", *SHORT, "--json", str(path)]) == 1
+    printed, said = capsys.readouterr()
+    assert "loop overhead" in printed
+    assert said.startswith(f"fitloop: {path} cannot be written: ")
+
+
+def test_bench_when_the_script_goes_elsewhere_then_the_json_is_where_it_was_meant(
+    capsys: Out, tmp_path: Path, script: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    script.write_text(f"{SCRIPT}\nimport os\nos.chdir('there')\n")
+    report(capsys, "benched.py:make", "--json", "figures.json")
+    assert (tmp_path / "figures.json").is_file()
 
 
 def test_bench_when_the_function_raises_then_its_own_error_is_seen() -> None:

@@ -211,6 +211,9 @@ def test_report_when_times_are_any_then_it_can_be_shown(rounds: list[Round]) -> 
         ((2.0, 2.0, 0.5, 0.5), False, False),
         ((0.5, 0.5, 0.5, 2.0), False, True),
         ((1.0,), False, False),
+        ((2.0, 2.0, 2.0), True, False),
+        ((2.0, 2.0, 0.5), False, False),  # of three rounds all must agree
+        ((0.5, 0.5, 2.0), False, False),
     ],
 )
 def test_spread_when_rounds_disagree_then_it_is_neither_above_nor_below(
@@ -219,6 +222,19 @@ def test_spread_when_rounds_disagree_then_it_is_neither_above_nor_below(
     assert Spread(values).is_above(1.0) is above
     assert Spread(tuple(-value for value in values)).is_below(-1.0) is above
     assert Spread(values).is_below(1.0) is below
+
+
+def test_report_when_more_than_all_or_less_than_nothing_was_hidden_then_shows_all_or_nothing() -> (
+    None
+):
+    """Where hardly anything can be hidden, the noise is many times of it."""
+    ways: Any = {"load": 0.0001, "step": 0.01, "prefetch_0": 0.0101}
+    more, less = (measured(**ways, prefetch_2=ahead).rounds[0] for ahead in (0.0096, 0.0114))
+    found = BenchReport.of(Measured(conditions=CONDITIONS, rounds=[less, more, more]))
+    (row,) = (line for line in str(found).splitlines() if line.startswith("loading ahead"))
+    assert row.split()[-3:] == ["100%", "0%", "100%"]
+    raw = found.to_dict()["hidden"]
+    assert (raw["min"], raw["max"]) == pytest.approx((-13.0, 5.0))
 
 
 # -- advice ----------------------------------------------------------------------------------------
@@ -231,6 +247,19 @@ def test_advice_when_the_loader_keeps_up_then_nothing_is_to_be_changed() -> None
     assert texts["nothing"] == "Nothing to change."
     assert "keeps up: the step waits for it 2% of the time" in texts["loader"]
     assert texts["overhead"] == "fitloop adds 100 us a batch, 0.2% of a step."
+
+
+def test_advice_when_rounds_disagree_on_waiting_then_it_cannot_be_told() -> None:
+    one = measured(load=0.001, step=0.05, fitloop=0.051).rounds[0]
+    given = [{**one, Way.FITLOOP: taken(0.051, waited=0.051 * s)} for s in (0.02, 0.01, 0.8)]
+    found = Measured(conditions=CONDITIONS, rounds=given)
+    assert told(found)["loader"] == (
+        "Whether the loader keeps up cannot be told from these rounds: the step waits for it "
+        "1% to 80% of the time. Measure again, for longer or on a quieter machine."
+    )
+    assert "nothing" not in told(found)
+    agreed = replace(found, rounds=[given[0], given[1], given[0]])
+    assert told(agreed)["loader"].startswith("The loader keeps up: the step waits for it 2% ")
 
 
 def test_advice_when_the_loader_holds_the_interpreter_then_is_workers() -> None:
@@ -309,6 +338,7 @@ def test_advice_when_one_thread_is_faster_then_is_one_thread() -> None:
         "num_threads=1: a step takes 8.0 ms with one intra-op thread, 10.0 ms with 4"
         in (told(found)["threads"])
     )
+    assert "Then measure the loader again" in told(found)["threads"]
     slower = measured(load=0.0, step=0.01, step_1_thread=0.02, conditions=many)
     assert "threads" not in told(slower)
 

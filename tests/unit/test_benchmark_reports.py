@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import psutil
 import pytest
 
-from benchmarks import BENCHMARKS, overhead, overlap
+from benchmarks import BENCHMARKS, many, overhead, overlap
 from benchmarks.__main__ import main
 from benchmarks.chart import draw, picture
 from benchmarks.harness import (
@@ -23,9 +29,9 @@ from benchmarks.harness import (
     skipped_only_in,
     turned,
 )
-from benchmarks.page import PAGE, README, kept, page
+from benchmarks.page import PAGE, README, RESULTS, ROOT, kept, page
 from benchmarks.readme import with_figures
-from benchmarks.report import Column, Report, Row, Spread, Table
+from benchmarks.report import ABSENT, Column, Report, Row, Spread, Table
 
 MACHINE = {"processor": "made up", "cores": 2}
 
@@ -103,7 +109,27 @@ def test_report_when_as_text_then_all_that_was_found_is_told() -> None:
     assert lines[5] == "fitloop                    1,250  1.04  (1.00 to 1.10)"
     assert lines[6] == "Not in this table: other, it cannot."
     assert lines[10] == "bare  1.50  1.50  (1.40 to 1.60)"
-    assert lines[-1] == "skipped absent: other is not installed"
+    assert lines[-1] == "skipped: absent (other is not installed)"
+
+
+def test_report_when_several_were_skipped_then_they_are_told_in_one_short_paragraph() -> None:
+    absent = {f"Peer {n}": f"peer-{n} is {ABSENT}" for n in range(9)}
+    skipped = {**absent, "fails": "it failed: ValueError: no; such", "odd": "it keeps nothing"}
+    last = replace(made_up(), skipped=skipped).text().split("\n\n")[-1]
+    assert all(len(line) <= 100 for line in last.splitlines())
+    assert " ".join(last.split()) == (
+        f"skipped: {', '.join(absent)} (not installed; pip install 'fitloop[peers]'); "
+        "fails (it failed: ValueError: no; such); odd (it keeps nothing)"
+    )
+    assert "skipped" not in replace(made_up(), skipped={}).text()
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(RESULTS.glob("*.json"))])
+def test_report_in_the_repository_when_read_then_was_measured_as_is_said_now(name: str) -> None:
+    """Else the benchmark was changed since: ``python -m benchmarks --keep --only NAME``."""
+    kept_one = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    described = import_module(f"benchmarks.{name}").__doc__ or ""
+    assert kept_one["method"] == " ".join(described.split("\n\n", 1)[1].split())
 
 
 def test_page_when_made_then_tables_are_markdown_and_ours_are_bold() -> None:
@@ -161,10 +187,88 @@ def test_command_when_one_fails_then_the_others_are_told_and_kept(
     told = capsys.readouterr()
     assert made_up().text() in told.out
     assert "processor made up, cores 2" in told.out
-    assert told.err == "failed: overlap: RuntimeError: out of order, quick=True\n"
+    assert told.err.splitlines() == [
+        "measuring overlap",
+        "measuring overhead",
+        "failed: overlap: RuntimeError: out of order, quick=True",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.png", "overhead.json"]
     written = json.loads((tmp_path / "overhead.json").read_text(encoding="utf-8"))
     assert Report.from_dict(written) == made_up()
+
+
+def test_command_when_interrupted_then_what_was_measured_is_told_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*, quick: bool) -> Report:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(overhead, "measure", lambda *, quick: made_up())
+    monkeypatch.setattr(overlap, "measure", interrupted)
+    monkeypatch.setattr(many, "measure", fail)
+    words = ["--quick", "--only", "overhead", "overlap", "many", "--out", str(tmp_path)]
+    assert main(words) == 130
+    told = capsys.readouterr()
+    assert made_up().text() in told.out
+    assert told.out.endswith(f"JSON is in {tmp_path}; a plot is beside it\n")
+    assert told.err.endswith("\ninterrupted; there are no figures of overlap\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.png", "overhead.json"]
+
+
+def test_command_when_there_is_no_matplotlib_then_all_but_the_plot_is_there(
+    tmp_path: Path,
+) -> None:
+    program = f"""
+import sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from benchmarks import __main__, overhead
+from benchmarks.report import Report
+overhead.measure = lambda *, quick: Report(
+    name="made up", question="?", method="", tables=[], machine={{}}
+)
+sys.exit(__main__.main(["--only", "overhead", "--out", {str(tmp_path)!r}]))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (0, "measuring overhead\n")
+    assert "== made up: ?" in ran.stdout
+    assert "there is no plot, which needs matplotlib (No module named 'matplotlib" in ran.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["overhead.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_program_when_interrupted_as_in_a_terminal_then_a_line_says_so_and_all_end(
+    tmp_path: Path,
+) -> None:
+    words = ["--quick", "--only", "overhead", "--out", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        # What is begun in the background of a shell is deaf to SIGINT, and so are its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as program:
+        assert program.stderr is not None
+        assert program.stderr.readline() == "measuring overhead\n"
+        while not psutil.Process(program.pid).children():
+            assert program.poll() is None
+        time.sleep(0.5)  # in which a worker is importing
+        os.killpg(program.pid, signal.SIGINT)
+        said = program.stderr.read()  # to the end of all workers, too
+    assert said == "interrupted; there are no figures of overhead\n"
+    assert program.returncode == 130
 
 
 def test_command_when_rough_figures_are_to_be_kept_then_is_refused(
