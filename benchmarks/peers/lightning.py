@@ -42,7 +42,7 @@ def _fit(
 ) -> Means | None:
     import lightning
 
-    class Classifier(lightning.LightningModule):  # type: ignore[misc]
+    class Classifier(lightning.LightningModule):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             super().__init__()
             self.model = model
