@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.programs import begun
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "ensemble.py"
 
@@ -76,15 +77,7 @@ def test_ensemble_when_none_is_to_train_at_a_time_then_shows_the_usage(tmp_path:
 def test_ensemble_when_interrupted_then_says_in_a_line_whether_it_can_go_on(
     tmp_path: Path, options: list[str], says: str
 ) -> None:
-    with subprocess.Popen(
-        command("--members", "1000", "--epochs", "3", *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        # What is begun in the background of a shell is deaf to SIGINT, and so are its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
+    with begun(command("--members", "1000", "--epochs", "3", *options), tmp_path) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         while not process.stdout.readline().startswith("      1"):

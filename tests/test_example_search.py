@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.programs import begun
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "search.py"
 ROW = re.compile(r"^ +(\d+)  (complete|pruned)  ", re.MULTILINE)
@@ -65,15 +66,7 @@ def test_search_when_ended_and_started_again_then_trials_go_on_under_their_numbe
 ) -> None:
     options = ["--epochs", "60", "--trials", "2", "--max-concurrent", "1", "--save-path", "found"]
     first: list[str] = []
-    with subprocess.Popen(
-        command(*options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        # What is begun in the background of a shell is deaf to SIGINT, and so are its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
+    with begun(command(*options), tmp_path) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:
