@@ -342,9 +342,10 @@ def test_draws_at_rest_when_another_has_a_whole_turn_then_are_the_processs_own(
         drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
     finally:
         is_done.set()
+        resting.go_on(held)  # what a callback has drawn from is its own to its end
+        resting.revoke()
         thread.join(GUARD)
-    resting.go_on(held)
-    resting.revoke()
+    assert not thread.is_alive()
     assert drawn == expected
     assert others.state().python == untouched.state().python
     assert torch.equal(others.state().torch, untouched.state().torch)
