@@ -136,7 +136,7 @@ async def test_fit_when_stopped_in_one_shot_async_loader_then_no_batch_is_lost(
 async def test_fit_when_stopped_while_async_loader_waits_then_goes_on_from_there() -> None:
     reader = OneShotReader()
     reader.held[4] = anyio.Event()
-    recorder = Recorder(train_dl=reader, prefetch=2)
+    recorder = Recorder(train_dl=reader, prefetch=2, loader_grace=0.3)
 
     def stop_at_fourth(number: int) -> None:
         if number == 3:
