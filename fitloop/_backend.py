@@ -98,12 +98,12 @@ def check_place(spec: JobSpec, trainer: FitLoop | SyncFitLoop) -> None:
     Raises:
         ConfigurationError: it does.
     """
-    if spec.directory is None or trainer.save_path == spec.directory:
+    if spec.directory is None or trainer.save_path.absolute() == spec.directory:
         return
     raise ConfigurationError(
         f"job {spec.name!r}: the trainer keeps its files in {trainer.save_path}; expected "
-        f"{spec.directory}, where the Runner keeps those of this job. Submit a function that "
-        "makes the trainer, without save_path=, or leave the Runner's out"
+        f"{spec.directory}, where the Runner keeps those of this job. Give it that save_path=, "
+        "submit a function that makes it without one, or leave the Runner's out"
     )
 
 

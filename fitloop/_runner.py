@@ -197,7 +197,8 @@ class Runner:
 
         Args:
             target: a function, plain or async, that returns a `FitLoop`; a plain one is called in
-                a thread, no two at a time. With the thread backend also a trainer.
+                a thread, no two at a time. With the thread backend also a trainer; beside a
+                ``save_path`` one whose own is the directory of its job there.
             args: what the function is called with; `functools.partial` binds keyword arguments.
                 They are looked at when the job begins: give each job objects of its own.
             name: of the job, and of a trainer without one; by default the function's name and a

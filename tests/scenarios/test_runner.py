@@ -723,6 +723,19 @@ async def test_factory_when_it_gives_a_save_path_then_the_job_fails_and_says_why
     assert not (tmp_path / "own").exists()
 
 
+async def test_trainer_when_its_save_path_is_that_of_its_job_then_is_taken_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for _ in range(2):
+        async with Runner(1, save_path="runs") as runner:
+            runner.submit(trainer(save_path="runs/built"), name="built", **QUIET)
+        found += await runner.results()
+    assert [(one.status, one.restored) for one in found] == [("done", False), ("done", True)]
+    assert await anyio.Path("runs/built/snapshots").is_dir()
+
+
 async def test_save_path_when_relative_then_stays_where_it_was_as_the_program_moves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
