@@ -27,11 +27,11 @@ from benchmarks.harness import measure as in_turns
 from benchmarks.machine import machine
 from benchmarks.report import Column, Report, Row, Spread, Table
 from fitloop import FitLoop
-from fitloop._layout import Payload
-from fitloop._layout_writing import write_layout
-from fitloop._snapshot import KIND, Draft, draft
-from fitloop._staging import Staging
-from fitloop._weights import apply_weights, read_weights, write_weights
+from fitloop._checkpointing.snapshot import KIND, Draft, draft
+from fitloop._storage.layout import Payload
+from fitloop._storage.layout_writing import write_layout
+from fitloop._storage.staging import Staging
+from fitloop._storage.weight_store import apply_weights, read_weights, write_weights
 
 Ways = dict[str, Callable[[], object]]
 _turn = itertools.count()

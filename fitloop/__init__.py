@@ -3,10 +3,13 @@
 `FitLoop` is the trainer, `SyncFitLoop` its blocking twin for plain scripts.
 """
 
-from fitloop._bench import benchmark
-from fitloop._bench_report import BenchReport
-from fitloop._checkpoint import Checkpoint
-from fitloop._comparison import compare_metrics
+from fitloop._bench.benchmark import benchmark
+from fitloop._bench.report import BenchReport
+from fitloop._checkpointing.checkpointer import Checkpoint
+from fitloop._engine.event_bus import EventStream
+from fitloop._engine.loop_state import LoopState
+from fitloop._engine.profiler import PhaseProfile, ProfileReport
+from fitloop._engine.stages import default_batch_step, default_epoch_end
 from fitloop._errors import (
     BusyError,
     CheckpointError,
@@ -42,13 +45,16 @@ from fitloop._events import (
     SnapshotWritten,
     WentBack,
 )
-from fitloop._fitloop import FitLoop
-from fitloop._hub import EventStream
-from fitloop._jobs import Job, Outcome
-from fitloop._liveplot import live_plot
-from fitloop._metriclog import read_metrics
-from fitloop._metrics import History, MetricSeries, PhaseHistory
-from fitloop._optim import (
+from fitloop._metrics.history import History, MetricSeries, PhaseHistory
+from fitloop._metrics.results import FitResult
+from fitloop._runner.jobs import Job, Outcome
+from fitloop._runner.outcomes import Record, Results, read_results
+from fitloop._runner.runner import Runner
+from fitloop._storage.metric_log import read_metrics
+from fitloop._trainer.comparison import compare_metrics
+from fitloop._trainer.fitloop import FitLoop
+from fitloop._trainer.sync import SyncFitLoop
+from fitloop._training.layers import (
     configure_optimizer,
     freeze,
     get_layers,
@@ -56,15 +62,9 @@ from fitloop._optim import (
     unfreeze,
     unfreeze_last,
 )
-from fitloop._outcomes import Record, Results, read_results
-from fitloop._process_backend import ProcessBackend
-from fitloop._profile import PhaseProfile, ProfileReport
-from fitloop._result import FitResult
-from fitloop._runner import Runner
-from fitloop._stages import default_batch_step, default_epoch_end
-from fitloop._state import LoopState
-from fitloop._sync import SyncFitLoop
 from fitloop._types import Phase, Stage, StopReason
+from fitloop.backends.process.backend import ProcessBackend
+from fitloop.callbacks.live_plot import live_plot
 
 __all__ = [
     "BatchProgress",

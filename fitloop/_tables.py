@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from fitloop._terminal import columns
+from fitloop._format import columns
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Literal, SupportsIndex, TypeAlias
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from fitloop._state import LoopState
 
 
 class Phase(StrEnum):
@@ -49,6 +46,12 @@ Loader: TypeAlias = Iterable[Any] | AsyncIterable[Any]
 """Anything that yields batches: DataLoader, list, generator factory's result, async iterable."""
 
 StageMetrics: TypeAlias = Mapping[str, Tensor | float | int | bool] | None
-StageFunction: TypeAlias = Callable[["LoopState"], StageMetrics | Awaitable[StageMetrics]]
+StageFunction: TypeAlias = Callable[[Any], StageMetrics | Awaitable[StageMetrics]]
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 EpochMetrics: TypeAlias = Mapping[str, float]
+
+LOOKUP_ORDER = (Stage.EPOCH_END, Stage.BATCH_STEP, Stage.EPOCH_START)
+"""The order in which stages are searched for a metric when no stage is named."""
+
+RunChoice: TypeAlias = SupportsIndex | Literal["all"] | None
+"""Which runs a plot shows: the number of one, ``"all"``, or None for the last one."""

@@ -45,9 +45,9 @@ def blockbuster() -> Iterator[BlockBuster]:
             function.can_block_in("<frozen importlib._bootstrap>", {"_find_and_load"})
             function.can_block_in("linecache.py", {"checkcache", "updatecache"})
             # Half a millisecond at most, while a thread of its own ends.
-            function.can_block_in("fitloop/_crossing.py", {"is_alive"})
+            function.can_block_in("fitloop/_concurrency/supervisor.py", {"is_alive"})
             # The current directory, of which the system knows without a disk.
-            function.can_block_in("fitloop/_backend.py", {"check_place"})
+            function.can_block_in("fitloop/backends/base.py", {"check_place"})
         yield buster
 
 

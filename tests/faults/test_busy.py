@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 import pytest
-from support.faulty import GUARD, CountingSGD, Gate, Patient, native_loops
+from support.gates import GUARD, CountingSGD, Gate, Patient, native_loops
 from support.models import batches, bits
 from torch import nn
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
-from support.faulty import GUARD, NATIVE, SCOPES, Patient, fitloop_threads, running, to_loop
+from support.gates import GUARD, NATIVE, SCOPES, Patient, fitloop_threads, running, to_loop
 from support.models import Batch, batches
 
 from fitloop import LoopState, default_batch_step, default_epoch_end

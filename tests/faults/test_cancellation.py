@@ -8,7 +8,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from support.faulty import (
+from support.cancellation_points import PLACES, Place, async_at_batch, at_batch, at_end, cancel_at
+from support.gates import (
     GUARD,
     Gate,
     Gated,
@@ -24,7 +25,6 @@ from support.faulty import (
     to_loop,
 )
 from support.models import BATCHES, batches, bits
-from support.places import PLACES, Place, async_at_batch, at_batch, at_end, cancel_at
 
 from fitloop import LoopState, default_batch_step
 

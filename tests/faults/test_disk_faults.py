@@ -14,9 +14,9 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from support.faulty import GUARD, Patient, fitloop_threads, one_loop, settled, to_loop
+from support.gates import GUARD, Patient, fitloop_threads, one_loop, settled, to_loop
 from support.models import BATCHES, bits, mlp, sync_trainer
-from support.states import assert_same_state, trainer_state
+from support.state_comparison import assert_same_state, trainer_state
 
 from fitloop import (
     Checkpoint,
@@ -24,10 +24,10 @@ from fitloop import (
     SnapshotFailed,
     SnapshotWritten,
     SyncFitLoop,
-    _durable,
     read_metrics,
 )
-from fitloop._snapshot import read_snapshot
+from fitloop._checkpointing.snapshot import read_snapshot
+from fitloop._storage import durable
 
 QUIET: dict[str, Any] = {"verbose": False}
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -319,7 +319,7 @@ class SlowDisk:
         self.gate = threading.Event()
         self.inside = self.most = self.writes = 0
         self._lock = threading.Lock()
-        real = _durable.write_file
+        real = durable.write_file
 
         def write_file(path: Path, write: Callable[[Path, int], Any], *, overwrite: bool) -> Any:
             if "snapshot-" not in path.name:
@@ -328,7 +328,7 @@ class SlowDisk:
                 assert self.gate.wait(GUARD), "nobody opened the gate"
                 return real(path, write, overwrite=overwrite)
 
-        patch.setattr("fitloop._snapshot.write_file", write_file)
+        patch.setattr("fitloop._checkpointing.snapshot.write_file", write_file)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import anyio
 import pytest
-from support.faulty import GUARD, Gate, Patient, native_loops, settled
+from support.gates import GUARD, Gate, Patient, native_loops, settled
 from support.models import BATCHES, batches, bits
-from support.striking import NAME, Fault, FaultError, striking_stage
+from support.raising_code import NAME, Fault, FaultError, striking_stage
 
 from fitloop import ConfigurationError, LoopState, MetricError, default_batch_step
 

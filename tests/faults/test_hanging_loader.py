@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
-from support.faulty import (
+from support.gates import (
     GUARD,
     Gate,
     Gated,

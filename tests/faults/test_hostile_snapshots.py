@@ -19,13 +19,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.faulty import GUARD
-from support.fuzzing import Subject, campaign, forged, mutate, real_files, sealed, split, subjects
+from support.file_fuzzing import (
+    Subject,
+    campaign,
+    forged,
+    mutate,
+    real_files,
+    sealed,
+    split,
+    subjects,
+)
+from support.gates import GUARD
 from support.models import mlp, sync_trainer
-from support.states import assert_same_state, trainer_state
+from support.state_comparison import assert_same_state, trainer_state
 
-from fitloop import Checkpoint, CheckpointError, ResumeWarning, SyncFitLoop, _layout
-from fitloop._snapshot import read_snapshot
+from fitloop import Checkpoint, CheckpointError, ResumeWarning, SyncFitLoop
+from fitloop._checkpointing.snapshot import read_snapshot
+from fitloop._storage import layout
 
 pytestmark = pytest.mark.slow  # many, which together take long
 
@@ -96,10 +106,10 @@ def test_read_when_any_byte_is_flipped_then_is_refused(tmp_path: Path) -> None:
     "data",
     [
         *(b"", b"\x80", b"hello", pickle.dumps({"state": 1}), b"\0" * 5000, b"\xc0" * 5000),
-        b"\x8a" + _layout._MAGIC + b"\x91" * 100_000,
-        b"\x8a" + _layout._MAGIC + b"\xdd\xff\xff\xff\xff" * 20,
-        b"\x8a" + _layout._MAGIC + b"\xa1a\xc6\xff\xff\xff\xff",
-        b"\x8a" + _layout._MAGIC + b"\xa1a\xc9\xff\xff\xff\xff\x05",
+        b"\x8a" + layout._MAGIC + b"\x91" * 100_000,
+        b"\x8a" + layout._MAGIC + b"\xdd\xff\xff\xff\xff" * 20,
+        b"\x8a" + layout._MAGIC + b"\xa1a\xc6\xff\xff\xff\xff",
+        b"\x8a" + layout._MAGIC + b"\xa1a\xc9\xff\xff\xff\xff\x05",
     ],
     ids=["empty", "map", "text", "pickle", "zeros", "nils", "deep", "lists", "bin", "ext"],
 )
@@ -168,7 +178,7 @@ def retyped(header: dict[str, Any], dtype: str) -> None:
 
 
 FORGED: dict[str, Change] = {
-    "version": lambda h: h.update(version=_layout.VERSION + 1),
+    "version": lambda h: h.update(version=layout.VERSION + 1),
     "kind": lambda h: h.update(kind="weights"),
     "byteorder": lambda h: h.update(byteorder="middle"),
     "no state": lambda h: h.pop("state"),
@@ -266,6 +276,7 @@ import sys
 sys.path[:0] = ["tests"]
 import numpy
 from fitloop import CheckpointError
+from fitloop._storage import layout
 from support.models import sync_trainer
 try:
     sync_trainer(save_path=sys.argv[1]).load("bad")
@@ -339,7 +350,7 @@ def add_tensor(header: dict[str, Any], payloads: list[bytes], size: int) -> int:
             "dtype": "uint8",
             "shape": [size],
             "nbytes": size,
-            "crc32": _layout.crc32(bytes(size)),
+            "crc32": layout.crc32(bytes(size)),
         }
     )
     payloads.append(bytes(size))
@@ -405,7 +416,7 @@ def test_read_when_the_header_is_of_tiny_objects_then_memory_is_bounded(tmp_path
     tiny = b"\xdd" + struct.pack(">I", count) + b"\x80" * count
     forged_body = body[:end] + tiny + body[end + 5 :]
     header = forged_body[: forged_body.index(b"\xacheader_crc32\xce") + 14]
-    data = header + struct.pack(">I", _layout.crc32(header))
+    data = header + struct.pack(">I", layout.crc32(header))
     path = tmp_path / "bad.msgpack"
     path.write_bytes(data)
     before = peak()
@@ -565,7 +576,7 @@ def test_campaign_when_readers_are_wrong_then_it_says_so(
         Subject("raises", real, forged, raises, []),
         Subject("believes", real, forged, lambda path: path.read_bytes, [b""]),
     ]
-    monkeypatch.setattr("support.fuzzing.subjects", lambda directory: wrong)
+    monkeypatch.setattr("support.file_fuzzing.subjects", lambda directory: wrong)
     with pytest.raises(LookupError):  # of the real file
         campaign(4, tmp_path)
     del wrong[0]

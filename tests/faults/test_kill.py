@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="there is neither SIGKILL nor fork"),
 ]
 ROOT = Path(__file__).parents[2]
-CAMPAIGN = ROOT / "benchmarks" / "kill_campaign.py"
+CAMPAIGN = ROOT / "tests" / "campaigns" / "kill_trainings.py"
 
 
 def test_training_when_killed_again_and_again_then_ends_with_the_same_bits() -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from support.ends import cancelled, completed, failed
-from support.faulty import GUARD, Gate, Gated, Patient, settled
+from support.gates import GUARD, Gate, Gated, Patient, settled
 from support.models import BATCHES, Batch, batches
+from support.run_endings import cancelled, completed, failed
 
 from fitloop import LoopState, RunEnded, default_batch_step, default_epoch_end
-from fitloop._hub import STREAM_LIMIT
+from fitloop._engine.event_bus import STREAM_LIMIT
 
 ROOT = Path(__file__).parents[2]
 

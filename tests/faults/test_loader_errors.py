@@ -7,9 +7,9 @@ from typing import Any
 
 import anyio
 import pytest
-from support.faulty import GUARD, Patient, native_loops
+from support.gates import GUARD, Patient, native_loops
 from support.models import Batch, batches
-from support.striking import Fault, FaultError
+from support.raising_code import Fault, FaultError
 from torch.utils.data import DataLoader, Dataset
 
 from fitloop import LoopState, default_batch_step

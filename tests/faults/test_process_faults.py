@@ -15,7 +15,7 @@ import anyio
 import psutil
 import pytest
 import torch
-from support.workers import (
+from support.worker_processes import (
     OwnError,
     Seen,
     dies,
@@ -40,7 +40,7 @@ from fitloop import (
     WorkerDiedError,
     WorkerDiedWarning,
 )
-from fitloop._share import available_cores
+from fitloop._defaults import available_cores
 
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 50
@@ -181,7 +181,7 @@ import multiprocessing
 import sys
 import time
 import anyio
-from support.workers import endless, make, tell, workers
+from support.worker_processes import endless, make, tell, workers
 from fitloop import Runner
 
 async def main(place, forks):
@@ -218,7 +218,7 @@ def test_parent_when_killed_then_no_worker_is_left(tmp_path: Path, forks: list[s
 NO_OUTPUT = """
 import sys
 import anyio
-from support.workers import make, tell
+from support.worker_processes import make, tell
 from fitloop import Runner
 
 async def main(place):

@@ -16,9 +16,9 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 import torch
-from support.ends import cancelled, completed, failed
-from support.faulty import GUARD, QUIET, Patient, fitloop_threads
+from support.gates import GUARD, QUIET, Patient, fitloop_threads
 from support.models import BATCHES, batches, process_generators
+from support.run_endings import cancelled, completed, failed
 
 from fitloop import LoopState, default_batch_step
 

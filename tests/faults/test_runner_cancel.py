@@ -47,7 +47,7 @@ class Endless:
 
 
 def endless(number: int) -> Endless:
-    from fitloop._loops import loop_scheduler
+    from fitloop._concurrency.event_loops import loop_scheduler
 
     made = Endless(number)
     schedule = loop_scheduler()

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.terminal import terminal
+from support.pseudo_terminal import terminal
 
-from fitloop.__main__ import main
+from fitloop._cli.main import main
 
 Out = pytest.CaptureFixture[str]
 
@@ -231,7 +231,7 @@ def test_bench_when_an_option_is_wrong_then_shows_the_usage(capsys: Out, option:
 # -- on a terminal ---------------------------------------------------------------------------------
 
 PROGRAM = """
-from fitloop.__main__ import main
+from fitloop._cli.main import main
 
 def make():
     return trainer(hold=slowly(), batches=50, num_threads=1)

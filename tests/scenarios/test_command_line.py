@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.logs import (
+from support.made_up_runs import (
     Pretended,
     epoch,
     epoch_ended,
@@ -25,10 +25,10 @@ from support.logs import (
     run_ended,
 )
 from support.models import sync_trainer
-from support.terminal import ROOT, environment
+from support.pseudo_terminal import ROOT, environment
 
 from fitloop import Phase
-from fitloop.__main__ import main
+from fitloop._cli.main import main
 
 Out = pytest.CaptureFixture[str]
 
@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _fonts() -> None:
     """Have matplotlib open the files of its fonts, which it keeps open."""
-    from fitloop._plot import new_figure
+    from fitloop._plotting.draw import new_figure
 
     figure, (ax,) = new_figure(1)
     ax.set_title("any")

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 from support.models import Augmented, blobs, cnn, images, loader, mlp, seed_process, trainer
-from support.states import assert_same_state, trainer_state
+from support.state_comparison import assert_same_state, trainer_state
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from fitloop import Event, FitLoop, LoopState, PhaseStarted
-from fitloop._gates import GATES
-from fitloop._random import Stream
-from fitloop._slices import SLICES
-from fitloop._turns import Turn
+from fitloop._concurrency.time_slices import SLICES
+from fitloop._rng.interception import GATES
+from fitloop._rng.lease import Turn
+from fitloop._rng.streams import Stream
 
 QUIET: dict[str, Any] = {"verbose": False, "load_best": False}
 GUARD = 20.0

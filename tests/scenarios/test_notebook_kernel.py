@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from support.kernels import Kernel, kernel
+from support.jupyter_kernel import Kernel, kernel
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.models import Augmented, blobs, mlp, sync_trainer, trainer
-from support.workers import Seen, endless, make, workers, written
+from support.worker_processes import Seen, endless, make, workers, written
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -31,7 +31,7 @@ from fitloop import (
     Runner,
     read_results,
 )
-from fitloop._share import available_cores
+from fitloop._defaults import available_cores
 
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 50
@@ -239,7 +239,7 @@ async def test_submit_when_cloudpickle_is_missing_then_says_what_to_install(
 
 
 def test_loss_when_it_has_no_parameters_then_may_go() -> None:
-    from fitloop._portable import pack_job, unpack_job
+    from fitloop.backends.process.serialization import pack_job, unpack_job
 
     (loss,) = unpack_job(pack_job("x", (nn.CrossEntropyLoss(torch.ones(3)),)))
     assert torch.equal(loss.weight, torch.ones(3))

@@ -22,7 +22,7 @@ from support.models import (
     sync_trainer,
     trainer,
 )
-from support.resuming import (
+from support.resumed_trainings import (
     EVERY_BATCH,
     QUIET,
     SEED,
@@ -56,13 +56,13 @@ from fitloop import (
     ResumeWarning,
     SnapshotWritten,
     SyncFitLoop,
-    _slices,
     default_batch_step,
     read_metrics,
 )
-from fitloop._checkpoint import Checkpointer
-from fitloop._control import RunControl
-from fitloop._slices import SLICES, Slice
+from fitloop._checkpointing.checkpointer import Checkpointer
+from fitloop._concurrency import time_slices
+from fitloop._concurrency.control import RunControl
+from fitloop._concurrency.time_slices import SLICES, Slice
 
 pytestmark = pytest.mark.slow  # many, which together take long
 
@@ -205,9 +205,9 @@ class TellingLine(deque[Slice]):
 async def test_fit_when_cancelled_while_it_waits_for_its_slice_then_takes_a_last_snapshot(
     seed: int | None, tmp_path: Path, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_slices, "SMALL_SECONDS", 1000.0)
-    monkeypatch.setattr(_slices, "IDLE_SHARE", 1.0)  # it takes part however busy the machine is
-    monkeypatch.setattr(_slices, "WAITING_SHARE", 1000.0)
+    monkeypatch.setattr(time_slices, "SMALL_SECONDS", 1000.0)
+    monkeypatch.setattr(time_slices, "IDLE_SHARE", 1.0)  # it takes part however busy the machine is
+    monkeypatch.setattr(time_slices, "WAITING_SHARE", 1000.0)
     monkeypatch.setattr(SLICES, "_patience", 1000.0)
     monkeypatch.setattr(SLICES, "line", line := TellingLine())
     other = await anyio.to_thread.run_sync(Slice, lambda call: call(), RunControl())

@@ -19,7 +19,7 @@ from support.models import (
     mlp,
     sync_trainer,
 )
-from support.resuming import (
+from support.resumed_trainings import (
     EPOCHS,
     EVERY_BATCH,
     QUIET,

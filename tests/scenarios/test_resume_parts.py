@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import BATCH_SIZE, batches, blobs, cnn, images, loader, mlp
-from support.resuming import Setup, check_relay, write_at_once
+from support.resumed_trainings import Setup, check_relay, write_at_once
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers

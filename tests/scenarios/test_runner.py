@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support.models import arguments, bits, mlp, sync_trainer, trainer
-from support.states import assert_same_state, trainer_state
+from support.state_comparison import assert_same_state, trainer_state
 from torch import nn
 
 from fitloop import (
@@ -32,15 +32,15 @@ from fitloop import (
     RunEnded,
     Runner,
     RunStarted,
-    _execution,
     default_batch_step,
     read_results,
 )
-from fitloop._alone import alone_in_steps
-from fitloop._jobs import safe_name
-from fitloop._outcomes import write_outcome
-from fitloop._share import available_cores
-from fitloop._turnstile import TURNSTILE
+from fitloop._defaults import available_cores
+from fitloop._rng.exclusive import alone_in_steps
+from fitloop._rng.fair_lock import TURNSTILE
+from fitloop._runner import execution
+from fitloop._runner.jobs import safe_name
+from fitloop._runner.outcomes import write_outcome
 
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 30
@@ -931,7 +931,7 @@ async def test_outcome_when_it_is_being_written_as_all_are_cancelled_then_is_wha
         assert go_on.wait(SOON)
         write_outcome(*args)
 
-    monkeypatch.setattr(_execution, "write_outcome", held)
+    monkeypatch.setattr(execution, "write_outcome", held)
     with anyio.fail_after(SOON):
         async with Runner(1, save_path=tmp_path) as runner:
             job = runner.submit(cannot_make, name="bad", **QUIET)

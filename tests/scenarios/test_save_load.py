@@ -24,14 +24,14 @@ from support.models import (
     sync_trainer,
     trainer,
 )
-from support.states import AnyTrainer, assert_same_state, trainer_state
+from support.state_comparison import AnyTrainer, assert_same_state, trainer_state
 from support.tensors import SUFFIXES
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from fitloop import BusyError, CheckpointError, SyncFitLoop, SyncInAsyncError
-from fitloop._snapshot import read_snapshot
+from fitloop._checkpointing.snapshot import read_snapshot
 
 QUIET: dict[str, Any] = {"verbose": False}
 
@@ -297,7 +297,7 @@ def test_save_when_a_value_cannot_be_kept_then_its_path_is_named(
 def test_save_when_the_state_is_too_large_for_a_header_then_an_error_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fitloop._layout.HEADER_LIMIT", 1000)
+    monkeypatch.setattr("fitloop._storage.layout.HEADER_LIMIT", 1000)
     fitted = sync_trainer(save_path=tmp_path)
     with pytest.raises(CheckpointError, match="header takes more than 1000 bytes"):
         fitted.save()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from support.terminal import PRELUDE, ROOT, Terminal, environment, terminal
+from support.pseudo_terminal import PRELUDE, ROOT, Terminal, environment, terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="needs a pty")]
 

@@ -13,7 +13,7 @@ import anyio.to_thread
 import pytest
 import torch
 from blockbuster import BlockBuster
-from support.faulty import to_loop
+from support.gates import to_loop
 from support.models import (
     BATCHES,
     Augmented,
@@ -27,7 +27,7 @@ from support.models import (
     seed_process,
     trainer,
 )
-from support.states import assert_same_state, trainer_state
+from support.state_comparison import assert_same_state, trainer_state
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from fitloop import (
@@ -44,7 +44,7 @@ from fitloop import (
     default_batch_step,
     read_metrics,
 )
-from fitloop._loops import Doorbell, loop_scheduler
+from fitloop._concurrency.event_loops import Doorbell, loop_scheduler
 
 Make = Callable[..., FitLoop]
 QUIET: dict[str, Any] = {"verbose": False}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.logs import (
+from support.made_up_runs import (
     BATCHES,
     Pretended,
     epoch,
@@ -23,7 +23,7 @@ from support.logs import (
     progress,
     run_ended,
 )
-from support.terminal import PATIENCE, PRELUDE, ROOT, Terminal, environment
+from support.pseudo_terminal import PATIENCE, PRELUDE, ROOT, Terminal, environment
 
 from fitloop import Phase, PromptAnswered, PromptAsked
 

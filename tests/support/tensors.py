@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fitloop import _tensorfile
+from fitloop._storage import tensors
 
 SUFFIXES = [".msgpack", ".safetensors", ".pt", ".pth"]
 
@@ -27,7 +27,7 @@ def random_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    bits = tensor.view(_tensorfile._OF_SIZE[tensor.dtype.itemsize])
+    bits = tensor.view(tensors._OF_SIZE[tensor.dtype.itemsize])
     return bits.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -1,0 +1,14 @@
+"""Threads and event loops: how a run in a thread and the event loop work together.
+
+Owns the start, supervision, cancellation and end of threads. Must not know models, loaders,
+events or files.
+
+- `control`: flags to stop or cancel a run, and the one condition on which a run waits.
+- `supervisor`: runs work in a thread and awaits it through any number of cancellations.
+- `event_loops`: what differs between asyncio, uvloop and trio.
+- `coroutines`: runs code around each resumption of a coroutine.
+- `background_writer`: a thread that carries out writes in order.
+- `torch_threads`: the number of intra-op threads of torch.
+- `time_slices`: time slices for small models that train in the same process.
+- `in_use`: which trainers and models are in use by a run.
+"""

@@ -1,0 +1,13 @@
+"""From a loader to batches on the device.
+
+Owns the reading of loaders: in the step thread, ahead of it, or on the event loop. Must not know
+the training loop, events or files.
+
+- `loaders`: inspects loaders and opens a pass over one.
+- `sources`: reads batches inline or in a thread ahead of the steps.
+- `async_source`: reads an async iterable on the event loop.
+- `prefetch_trial`: measures whether reading ahead is faster.
+- `resumption`: goes to the k-th batch of a pass.
+- `one_shot`: loaders that can be read only once.
+- `device`, `cuda_stream`: copies to the device; a CUDA stream for a run.
+"""

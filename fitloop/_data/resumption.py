@@ -1,0 +1,165 @@
+"""Going on in the middle of a pass over a loader: where it was, and the way back there.
+
+Owns what is remembered of a pass (the randomness it began with, the loader's own state) and the
+three ways to its k-th batch: the loader's own ``load_state_dict``, by index without reading data,
+or reading again what came before. Never changes a loader, except one that loads its own state.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from fitloop._errors import ResumeWarning
+from fitloop._rng.state_io import process_state, restore_process
+from fitloop._rng.streams import StreamState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What a pass began with."""
+
+    drawn: StreamState
+    """the randomness of the loader in a seeded run, of the process else"""
+    generators: list[Tensor]
+    """states of the generators that the loader carries"""
+    continued: bool = False
+    """worker processes went on from an earlier pass, so that none were seeded"""
+    read: int = 0
+    """batches that were read before from a loader that can be read once"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seek:
+    """Where a pass is to go on."""
+
+    batches: int
+    """how many come before"""
+    opened: Opened
+    drawn: StreamState
+    """the randomness after those batches"""
+    generators: list[Tensor] = field(default_factory=list)
+    """states of the loader's generators after those batches"""
+    loader: Any = None
+    """what the loader's ``state_dict`` returned then, if it has one"""
+
+
+def generators_of(loader: object) -> list[torch.Generator]:
+    """Return the random generators that a DataLoader carries."""
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def generator_states(loader: object) -> list[Tensor]:
+    """Return where the loader's generators are."""
+    return [generator.get_state() for generator in generators_of(loader)]
+
+
+def set_generators(loader: object, states: list[Tensor]) -> None:
+    """Put the loader's generators where they were."""
+    for generator, state in zip(generators_of(loader), states, strict=True):
+        generator.set_state(state)
+
+
+def has_state(loader: object) -> bool:
+    """Return whether a loader tells its own position and can be moved to it."""
+    return callable(getattr(loader, "state_dict", None)) and callable(
+        getattr(loader, "load_state_dict", None)
+    )
+
+
+def has_workers(loader: object) -> bool:
+    """Return whether worker processes are kept between the passes, and are there."""
+    return bool(getattr(loader, "persistent_workers", False)) and (
+        getattr(loader, "_iterator", None) is not None
+    )
+
+
+def sought(iterable: Any, seek: Seek, label: str, *, by_index: bool) -> Iterator[Any]:
+    """Return an iterator over ``iterable`` that begins after ``seek.batches`` batches.
+
+    ``by_index`` says that reading draws nothing that batches to come depend on. Else what comes
+    before is read again, with a `ResumeWarning`.
+    """
+    if seek.loader is not None and has_state(iterable):
+        iterable.load_state_dict(seek.loader)
+        rest: Iterator[Any] = iter(iterable)
+        set_generators(iterable, seek.generators)
+        return rest
+    if type(iterable) in (list, tuple):
+        return itertools.islice(iterable, seek.batches, None)
+    if by_index and isinstance(iterable, DataLoader) and _is_map_style(iterable):
+        return _advanced(iterable, seek)
+    warn_of_replay(label, seek.batches)
+    iterator: Iterator[Any] = iter(iterable)
+    for _ in itertools.islice(iterator, seek.batches):
+        pass
+    return iterator
+
+
+def warn_of_replay(label: str, batches: int) -> None:
+    """Say that batches are read and thrown away; nothing for none."""
+    if batches:
+        warnings.warn(
+            f"resuming: {label} cannot be moved to a position, so its first {batches} batches are "
+            "read again and thrown away, which takes as long as loading them took. A DataLoader "
+            "over a map-style dataset without worker processes, or a loader with state_dict and "
+            "load_state_dict (torchdata's StatefulDataLoader), goes on at once. For a trainer "
+            "without a seed, what such a loader draws between the steps is not the same again",
+            ResumeWarning,
+            stacklevel=2,
+        )
+
+
+def _is_map_style(loader: DataLoader[Any]) -> bool:
+    return not isinstance(loader.dataset, IterableDataset)
+
+
+class _Rest:
+    """A sampler with what is left of an iteration."""
+
+    def __init__(self, sampler: Any, rest: Iterator[Any]) -> None:
+        self._sampler, self._rest = sampler, rest
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._rest
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+def _advanced(loader: DataLoader[Any], seek: Seek) -> Iterator[Any]:
+    """Advance the sampler only: as `DataLoader.__iter__` would, in the same order of draws."""
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    indices = iter(sampler)
+    if not seek.opened.continued:  # its iterator draws a seed for workers, used or not
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+    for _ in itertools.islice(indices, seek.batches):
+        pass
+    twin = copy.copy(loader)
+    twin._iterator = None
+    # Past its __setattr__, which refuses to have a sampler replaced.
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    vars(twin)[name] = _Rest(sampler, indices)
+    # Its iterator draws a seed as well, which the one of old did not draw twice.
+    vars(twin)["generator"] = torch.Generator()
+    return iter(twin)
+
+
+def start_workers(loader: DataLoader[Any]) -> None:
+    """Start worker processes that are kept, as if they had served a pass; draws nothing."""
+    if loader.num_workers and getattr(loader, "_iterator", None) is None:
+        process, own = process_state(), generator_states(loader)
+        loader._iterator = loader._get_iterator()
+        set_generators(loader, own)
+        restore_process(process)

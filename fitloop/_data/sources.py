@@ -1,0 +1,280 @@
+"""Batches out of any loader, inline or ahead of the steps, whichever is faster.
+
+Owns the way from a loader to the step thread. A `Source` is one pass over one loader. What the
+loader is decides which: `InlineSource` iterates in the step thread, `AheadSource` in a thread of
+its own that fills a bounded queue; `AsyncSource`, in `_async_loading`, in a task on the event
+loop. Which of them is used is decided elsewhere. Knows nothing of models, metrics or stages.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from fitloop._concurrency.control import Cancelled, RunControl
+from fitloop._rng.lease import Held, Turn
+from fitloop._rng.streams import PROCESS, Stream, StreamState
+
+
+class _End:
+    def __repr__(self) -> str:
+        return "END"
+
+
+END: Final = _End()
+"""What `Source.fetch` returns when there are no batches any more."""
+
+
+class Source(Protocol):
+    """One pass over a loader, used by the step thread alone."""
+
+    @property
+    def fetch(self) -> Callable[[], Any]:
+        """What returns the next batch, placed and received, or `END`.
+
+        It raises what the loader raised, as the same object; `Cancelled` when the run was
+        cancelled while it waited.
+        """
+
+    @property
+    def drawn(self) -> StreamState | None:
+        """The loader's randomness after the last batch that was fetched; None if it is its
+        stream's as it is.
+        """  # noqa: D205
+
+    def close(self) -> list[Any]:
+        """Stop loading and return the raw batches that were read but not fetched."""
+
+
+@dataclass(slots=True)
+class Feed:
+    """What every source needs: the loader's iterator and how to use it."""
+
+    iterator: Iterator[Any]
+    label: str
+    """how messages name the loader, e.g. ``train_dl (DataLoader)``"""
+    control: RunControl
+    place: Callable[[Any], Any] = lambda batch: batch
+    """starts moving a batch to the device; in the thread that read it"""
+    receive: Callable[[Any], Any] | None = None
+    """ends it, in the step thread; None when `place` has done everything"""
+    stream: Stream | None = None
+    """the randomness of the loader, in a seeded run whose loader may draw"""
+    turn: Turn | None = None
+    """the turn of the step thread"""
+    draws_outside: bool = False
+    """the loader may draw from the process's own numbers, in a run without a seed"""
+    rewinds: bool = True
+    """batches that were not fetched are read again, so their random numbers are drawn again"""
+    grace: float = 5.0
+    """seconds that `Source.close` waits for a loader that does not return"""
+    watch: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
+    """wraps the call that reads a batch, for the profiler"""
+
+    def borrow_turn(self) -> Held | None:
+        """Enter the loader's stream on the step thread's turn; return what to go back to."""
+        if self.turn is None or self.stream is None:
+            return None
+        return self.turn.lend(self.stream)
+
+    def return_turn(self, steps: Held | None) -> None:
+        """Go back to the stream of the steps."""
+        if self.turn is not None and steps is not None:
+            self.turn.go_on(steps)
+
+    def wait(self, ready: Callable[[], bool]) -> bool:
+        """Block the step thread, its turn given up meanwhile; false when the run was stopped.
+
+        Raises:
+            Cancelled: the run was cancelled first.
+        """
+        steps = None
+        if self.turn is not None:
+            steps = self.turn.give()  # the loader may be waiting for it
+        arrived = self.control.wait_for(ready, obey_stop=True)
+        if self.control.cancelled:
+            raise Cancelled
+        self.return_turn(steps)
+        return arrived
+
+
+class InlineSource:
+    """Iterates the loader in the step thread, between the steps."""
+
+    def __init__(self, feed: Feed) -> None:
+        # Closures, since this is called for every batch: they find everything in their cells.
+        self.fetch, self._close = _inline(feed)
+        self.drawn: StreamState | None = None
+
+    def close(self) -> list[Any]:
+        """See `Source`."""
+        return self._close()
+
+
+def _inline(feed: Feed) -> tuple[Callable[[], Any], Callable[[], list[Any]]]:
+    control, label, place, receive = feed.control, feed.label, feed.place, feed.receive
+    read: Callable[[], Any] | None = feed.iterator.__next__
+    unread: list[Any] = []
+
+    def fetch() -> Any:
+        control.loading = label
+        if control.cancelled:
+            control.left_loader()
+        try:
+            batch = read()  # type: ignore[misc]
+        except StopIteration:
+            batch = END
+        except BaseException:
+            control.left_loader(failed=True)
+            raise
+        control.loading = None
+        if control.cancelled:
+            if batch is not END:
+                unread.append(batch)
+            control.left_loader()
+        if batch is END:
+            return END
+        placed = place(batch)
+        return placed if receive is None else receive(placed)
+
+    def seeded_fetch() -> Any:
+        steps = feed.borrow_turn()
+        batch = fetch()
+        feed.return_turn(steps)
+        return batch
+
+    def close() -> list[Any]:
+        nonlocal read
+        read = None  # an exception may keep this frame, and it the loader's workers
+        feed.iterator = iter(())
+        return unread
+
+    return fetch if feed.stream is None else seeded_fetch, close
+
+
+class AheadSource:
+    """Iterates the loader in a thread of its own, up to ``depth`` batches ahead of the steps."""
+
+    def __init__(self, feed: Feed, depth: int) -> None:
+        self._feed = feed
+        self._depth = depth
+        self._ready: deque[tuple[Any, Any, StreamState | None]] = deque()
+        self.drawn = None if feed.stream is None else feed.stream.state()
+        """the loader's randomness after the last batch that was fetched"""
+        self._error: BaseException | None = None
+        self._ended = False
+        self._closed = False
+        self.exhausted = False
+        """the loader has come to its end"""
+        self.paused = False
+        """the thread reads no more, although the loader may have more"""
+        self.waited = 0
+        """batches for which the step thread had to wait"""
+        self._stream = PROCESS if feed.draws_outside else feed.stream
+        self._turn = Turn(self._is_closed, reads=True) if self._stream is not None else None
+        if self._turn is not None:
+            self._forget = feed.control.on_halt(self._turn.wake)
+        self._thread = threading.Thread(
+            target=self._load, name=f"fitloop loads {feed.label}", daemon=True
+        )
+        self._thread.start()
+
+    def fetch(self) -> Any:
+        """See `Source`."""
+        feed = self._feed
+        changed = feed.control.changed
+        ready = self._ready
+        if not ready:
+            self.waited += 1
+            if not feed.wait(lambda: bool(ready) or self._ended):
+                return END
+        with changed:
+            if not ready:
+                if self._error is not None:
+                    error, self._error = self._error, None
+                    raise error
+                return END
+            _raw, placed, self.drawn = ready.popleft()
+            changed.notify_all()
+        return placed if feed.receive is None else feed.receive(placed)
+
+    def close(self) -> list[Any]:
+        """See `Source`; a loader that does not return within the grace is left to itself."""
+        feed = self._feed
+        with feed.control.changed:
+            self._closed = True
+            feed.control.changed.notify_all()
+        steps: Held | None = None
+        if self._turn is not None:
+            if feed.turn is not None:
+                steps = feed.turn.give()
+            self._forget()
+            self._turn.wake()
+        self._thread.join(feed.grace)
+        if self._thread.is_alive():
+            feed.control.hung.append(feed.label)
+        if self._turn is not None:
+            self._turn.revoke()
+        with feed.control.changed:
+            unread = [raw for raw, _placed, _drawn in self._ready]
+            self._ready.clear()
+            hung = not self._ended
+            feed.iterator = feed.iterator if hung else iter(())
+        if feed.rewinds and feed.stream is not None and self.drawn and unread and not hung:
+            feed.stream.set_state(self.drawn)
+        if not feed.control.cancelled:
+            feed.return_turn(steps)
+        return unread
+
+    def pause(self) -> None:
+        """Let the thread end after the batch in hand; what is ready can still be fetched."""
+        with self._feed.control.changed:
+            self.paused = True
+            self._feed.control.changed.notify_all()
+
+    def _is_closed(self) -> bool:
+        return self._closed or self.paused or self._feed.control.cancelled
+
+    def _load(self) -> None:
+        feed, changed = self._feed, self._feed.control.changed
+        error: BaseException | None = None
+        try:
+            while True:
+                with changed:
+                    while len(self._ready) >= self._depth and not self._is_closed():
+                        changed.wait()
+                    if self._is_closed():
+                        return
+                raw = self._draw()
+                if raw is END:
+                    self.exhausted = True
+                    break
+                drawn = None if feed.stream is None else feed.stream.state()
+                item = (raw, feed.place(raw), drawn)
+                with changed:
+                    self._ready.append(item)
+                    changed.notify_all()
+        except Cancelled:
+            pass
+        except BaseException as raised:  # crosses to the step thread
+            error = raised
+        finally:
+            with changed:
+                self._error = error
+                self._ended = True
+                changed.notify_all()
+
+    def _draw(self) -> Any:
+        feed = self._feed
+        if self._turn is not None:
+            self._turn.take(self._stream)
+        try:
+            return next(feed.iterator)
+        except StopIteration:
+            return END
+        finally:
+            if self._turn is not None:
+                self._turn.give()

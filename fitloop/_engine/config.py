@@ -1,0 +1,332 @@
+"""What a trainer is made of: the constructor's arguments, checked once and frozen.
+
+Everything behind the constructor trusts a `Parts` and checks nothing again. Runs nothing, moves
+nothing, and touches neither the model nor the optimizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from operator import index
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from fitloop._data.loaders import check_loader
+from fitloop._errors import ConfigurationError, StageSignatureError
+from fitloop._types import LossFunction, Phase, Stage, StageFunction
+
+Interval = Literal["batch", "epoch", "valid"]
+PRETRAINED = "pretrained_model"
+"""name of the weights that the model had before its first run"""
+
+INTERVALS = ("batch", "epoch", "valid")
+
+STAGE_NAMES: dict[tuple[Phase, Stage], str] = {
+    (phase, stage): f"{phase}_{'step' if stage is Stage.BATCH_STEP else stage}"
+    for phase in Phase
+    for stage in Stage
+}
+"""the constructor's name for each of the nine stage functions"""
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a list: of the items of a list or tuple, of one thing, or of none."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_callable(name: str, function: object, given: str) -> None:
+    """Refuse a function that cannot be called with one positional argument.
+
+    Raises:
+        StageSignatureError: it is no callable, or needs other arguments.
+    """
+    expected = f"a function that can be called with one argument, {given}"
+    if not callable(function):
+        raise StageSignatureError(name, function, expected)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(object())
+    except TypeError:
+        shown = f"{getattr(function, '__name__', function)}{signature}"
+        raise StageSignatureError(name, shown, expected) from None
+
+
+def checked_path(path: Any) -> Path:
+    """Return ``save_path`` as a path.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    try:
+        return Path(path)
+    except TypeError:
+        raise ConfigurationError(
+            f"save_path is {path!r}; expected the path of a directory"
+        ) from None
+
+
+def check_number(
+    name: str, value: SupportsIndex, least: int, *, meaning: str = "", also: str = ""
+) -> int:
+    """Return an integer as a plain one.
+
+    Raises:
+        ConfigurationError: it is none, or less than ``least``.
+    """
+    try:
+        number = least - 1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ConfigurationError(
+            f"{name} is {value!r}; expected an integer of at least {least}{also}"
+            + (f": {meaning}" if meaning else "")
+        )
+    return number
+
+
+def check_optional(
+    name: str, value: SupportsIndex | None, least: int, *, meaning: str = ""
+) -> int | None:
+    """Return an integer as a plain one, or None.
+
+    Raises:
+        ConfigurationError: it is neither, or less than ``least``.
+    """
+    if value is None:
+        return None
+    return check_number(name, value, least, meaning=meaning, also=" or None")
+
+
+def check_seconds(name: str, value: object) -> float | None:
+    """Return a time in seconds, or None.
+
+    Raises:
+        ConfigurationError: it is neither, or not above 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigurationError(f"{name} is {value!r}; expected seconds above 0, or None")
+    return float(value)
+
+
+def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:
+    """Return callbacks as a tuple.
+
+    Raises:
+        ConfigurationError: they are no list or tuple.
+        StageSignatureError: one cannot be called with an event.
+    """
+    if not isinstance(callbacks, (list, tuple)):
+        raise ConfigurationError(
+            f"callbacks is {callbacks!r}; expected a list of functions that take an event"
+        )
+    for callback in callbacks:
+        check_callable("callbacks", callback, "the event")
+    return tuple(callbacks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The arguments of ``FitLoop``; see there for what each means."""
+
+    model: nn.Module
+    optimizer: Any
+    loss_function: LossFunction
+    train_dl: Any
+    valid_dl: Any
+    test_dl: Any
+    train_epoch_start: StageFunction | None
+    train_step: StageFunction | None
+    train_epoch_end: StageFunction | None
+    valid_epoch_start: StageFunction | None
+    valid_step: StageFunction | None
+    valid_epoch_end: StageFunction | None
+    test_epoch_start: StageFunction | None
+    test_step: StageFunction | None
+    test_epoch_end: StageFunction | None
+    preloop: Callable[[Any], object] | None
+    postloop: Callable[[Any], object] | None
+    lr_scheduler: Any
+    scheduler_interval: Interval | Sequence[Interval] | None
+    device: torch.device
+    dtype: torch.dtype
+    cast_model: bool
+    configure_optimizer: Callable[[Any], object]
+    criteria: str | None
+    criteria_direction: int
+    save_to_disk: bool
+    save_path: Path
+    best_model_name: str
+    name: str
+    named: bool
+    seed: int | None
+    num_threads: int | None
+    prefetch: int | None
+    loader_randomness: Literal["global", "own"]
+    loader_grace: float
+    callbacks: tuple[Callable[[Any], object], ...]
+    on_continue: Callable[[Any], Awaitable[bool]] | None
+    scaler: Any
+    stateful: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise ConfigurationError(
+                f"model is {self.model!r:.80}; expected a torch.nn.Module"
+                + (", an instance of the class" if isinstance(self.model, type) else "")
+            )
+        if not callable(self.loss_function):
+            raise StageSignatureError(
+                "loss_function", self.loss_function, "a callable (prediction, target) -> 0-d tensor"
+            )
+        if any(is_lazy(parameter) for parameter in self.model.parameters()):
+            raise ConfigurationError(
+                "model has lazy parameters, without values yet; run a batch through it before "
+                "its optimizer and trainer are made"
+            )
+        self._check_optimizers()
+        self._check_functions()
+        for phase in Phase:
+            loader = self.loader(phase)
+            if loader is not None:
+                check_loader(f"{phase}_dl", loader)
+        self._check_schedulers()
+        self._check_values()
+
+    def _check_optimizers(self) -> None:
+        if not self.optimizers:
+            raise ConfigurationError(
+                "optimizer is empty; expected a torch optimizer or a list of them"
+            )
+        own = {id(parameter) for parameter in self.model.parameters()}
+        held = False
+        for optimizer in self.optimizers:
+            if not isinstance(getattr(optimizer, "param_groups", None), list):
+                raise ConfigurationError(
+                    f"optimizer is {optimizer!r:.80}; expected a torch optimizer or a list of them"
+                )
+            held |= any(id(p) in own for g in optimizer.param_groups for p in g["params"])
+        if own and not held:
+            raise ConfigurationError(
+                "optimizer holds none of the model's parameters, so nothing would be trained; "
+                "build it from this very model: Adam(model.parameters())"
+            )
+
+    def _check_functions(self) -> None:
+        for name in STAGE_NAMES.values():
+            function = getattr(self, name)
+            if function is not None:
+                check_callable(name, function, "the LoopState")
+        for name in ("preloop", "postloop", "configure_optimizer"):
+            function = getattr(self, name)
+            if function is not None:
+                check_callable(name, function, "the trainer")
+        if self.on_continue is not None:
+            check_callable("on_continue", self.on_continue, "the PromptAsked event")
+
+    def _check_schedulers(self) -> None:
+        for scheduler in self.lr_schedulers:
+            other = getattr(scheduler, "optimizer", None)
+            if isinstance(other, Optimizer) and other not in self.optimizers:
+                raise ConfigurationError(
+                    f"lr_scheduler is a {type(scheduler).__name__} of another optimizer than the "
+                    "trainer's; build it from the one that is given as optimizer="
+                )
+            if isinstance(scheduler, type) or not callable(getattr(scheduler, "step", None)):
+                raise ConfigurationError(
+                    f"lr_scheduler is {scheduler!r:.80}; expected an object with step(), such as "
+                    "those of torch.optim.lr_scheduler, or a list of them"
+                )
+        intervals = as_list(self.scheduler_interval)
+        for interval in intervals:
+            if interval not in INTERVALS:
+                raise ConfigurationError(
+                    f"scheduler_interval is {interval!r}; expected 'batch', 'epoch' or 'valid'"
+                )
+        if intervals and not self.lr_schedulers:
+            raise ConfigurationError(
+                f"scheduler_interval is {self.scheduler_interval!r} and there is no lr_scheduler; "
+                "give lr_scheduler=, or leave it out"
+            )
+        if len(intervals) > 1 and len(intervals) != len(self.lr_schedulers):
+            raise ConfigurationError(
+                f"scheduler_interval has {len(intervals)} entries for "
+                f"{len(self.lr_schedulers)} schedulers; expected one for all, or one for each"
+            )
+
+    def _check_values(self) -> None:
+        if self.criteria is not None and not isinstance(self.criteria, str):
+            raise ConfigurationError(
+                f"criteria is {self.criteria!r}; expected the name of a metric that "
+                "valid_epoch_end returns"
+            )
+        direction = self.criteria_direction
+        if isinstance(direction, bool) or direction not in (1, -1):
+            raise ConfigurationError(
+                f"criteria_direction is {self.criteria_direction!r}; expected 1 (more is better) "
+                "or -1 (less is better)"
+            )
+        if self.seed is not None and self.seed >= 2**64:
+            raise ConfigurationError(f"seed is {self.seed}; expected less than 2**64")
+        if self.loader_randomness not in ("global", "own"):
+            raise ConfigurationError(
+                f"loader_randomness is {self.loader_randomness!r}; expected 'global' or 'own'"
+            )
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ConfigurationError(
+                f"dtype is {self.dtype!r}; expected a floating torch.dtype such as torch.float32"
+            )
+        for name in ("best_model_name", "name"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigurationError(f"{name} is {getattr(self, name)!r}; expected a name")
+        if self.best_model_name in (PRETRAINED, "metrics"):
+            raise ConfigurationError(
+                f"best_model_name is {self.best_model_name!r}, which names another file of the "
+                "trainer; expected another name"
+            )
+        for what, item in {"scaler": self.scaler, **self.stateful}.items():
+            has_state = all(hasattr(item, name) for name in ("state_dict", "load_state_dict"))
+            if not has_state and not (what == "scaler" and item is None):
+                raise ConfigurationError(
+                    f"{what} is {item!r:.60}; expected an object with state_dict() and "
+                    "load_state_dict()"
+                )
+        if self.scaler is not None and "scaler" in self.stateful:
+            raise ConfigurationError("scaler is given twice: as scaler= and in stateful=")
+        grace = self.loader_grace
+        if isinstance(grace, bool) or not isinstance(grace, (int, float)) or not grace >= 0:
+            raise ConfigurationError(
+                f"loader_grace is {self.loader_grace!r}; expected seconds, 0 or more"
+            )
+
+    def loader(self, phase: Phase) -> Any:
+        """Return the loader of ``phase``, or None."""
+        return getattr(self, f"{phase}_dl")
+
+    @cached_property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers, always as a list."""
+        return as_list(self.optimizer)
+
+    @cached_property
+    def lr_schedulers(self) -> list[Any]:
+        """The schedulers, always as a list."""
+        return as_list(self.lr_scheduler)
+
+
+PART_NAMES = {"optimizers", "lr_schedulers", *(field.name for field in fields(Parts))}

@@ -1,0 +1,181 @@
+"""Events to whoever listens: observers on the step thread, streams and tasks on event loops.
+
+`Hub.emit` is called on the step thread only. Observers are called there and then, in order; an
+`EventStream` is a bounded queue that any event loop reads at its own pace.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from types import TracebackType
+from typing import Any, cast
+
+from fitloop._concurrency.event_loops import Doorbell
+from fitloop._events import BatchProgress, Event, RunEnded
+
+STREAM_LIMIT = 1024
+"""events that a stream keeps for a slow reader"""
+
+
+class EventStream:
+    """Events for ``async for``; made by ``trainer.events()`` and ``runner.events()``.
+
+    Iteration ends after the `RunEnded` of a trainer's run, and with a runner. A reader that falls
+    behind does not slow the training: a newer `BatchProgress` replaces an unread older one, and
+    beyond ``limit`` events the oldest are dropped and counted in `dropped`.
+
+    Cancelling the reader loses no event: the next ``async for`` goes on with it.
+    """
+
+    def __init__(
+        self,
+        listeners: Listeners,
+        limit: int | None = STREAM_LIMIT,
+        *,
+        ends_with_run: bool = True,
+    ) -> None:
+        self._listeners = listeners
+        self._limit = limit
+        self._ends_with_run = ends_with_run
+        self._lock = threading.Lock()
+        self._events: deque[Event] = deque()
+        self._bell: Doorbell | None = None
+        self._ended = False
+        self._read_end = False
+        self.dropped = 0
+        """events lost to a slow reader"""
+
+    async def __aenter__(self) -> EventStream:
+        self._bell = Doorbell()
+        self._listeners.add_stream(self)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._listeners.remove_stream(self)
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._bell is None:
+            raise RuntimeError(
+                "this event stream is not open; use `async with trainer.events() as events`"
+            )
+        if self._read_end:
+            self._read_end = False  # it may be read again for the next run
+            raise StopAsyncIteration
+        while True:
+            with self._lock:
+                if self._events:
+                    event = self._events.popleft()
+                    break
+                if self._ended:
+                    raise StopAsyncIteration
+            await self._bell.wait()
+        self._read_end = self._ends_with_run and isinstance(event, RunEnded)
+        return event
+
+    def push(self, event: Event) -> None:
+        """Add an event; any thread."""
+        with self._lock:
+            if isinstance(event, BatchProgress):
+                self._drop_older(event)
+            self._events.append(event)
+            if self._limit is not None and len(self._events) > self._limit:
+                self._events.popleft()
+                self.dropped += 1
+        if self._bell is not None:
+            self._bell.ring()
+
+    def _drop_older(self, event: BatchProgress) -> None:
+        """Drop the same trainer's progress among the newest events."""
+        for place in range(len(self._events) - 1, -1, -1):
+            other = self._events[place]
+            if not isinstance(other, BatchProgress):
+                return
+            if other.trainer == event.trainer:
+                del self._events[place]
+                return
+
+    def end(self) -> None:
+        """End every iteration after the events there are; any thread."""
+        with self._lock:
+            self._ended = True
+        if self._bell is not None:
+            self._bell.ring()
+
+
+class Listeners:
+    """The streams that are told of events, from any thread."""
+
+    def __init__(self) -> None:
+        self._streams: list[EventStream] = []
+        self._ended = False
+
+    def add_stream(self, stream: EventStream) -> None:
+        """Have ``stream`` told of every event from now on."""
+        self._streams = [*self._streams, stream]
+        if self._ended:
+            stream.end()
+
+    def remove_stream(self, stream: EventStream) -> None:
+        """Tell ``stream`` no more."""
+        self._streams = [other for other in self._streams if other is not stream]
+
+    def push(self, event: Event) -> None:
+        """Tell every stream; never blocks."""
+        for stream in self._streams:
+            stream.push(event)
+
+    def end(self) -> None:
+        """End every stream after the events there are, and those that are added later at once."""
+        self._ended = True
+        for stream in self._streams:
+            stream.end()
+
+
+class Hub(Listeners):
+    """Hands each event to the observers of a run, in order, and to the streams of its trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._observers: list[Callable[[Event], object]] = []
+        self._queue: deque[Event] = deque()
+        self._emitting = False
+
+    def observers(self, observers: Iterable[Callable[[Event], object]]) -> None:
+        """Set who is told of the events of the next run."""
+        self._observers = list(observers)
+        self._queue.clear()
+        self._emitting = False
+
+    def emit(self, event: Event) -> None:
+        """Tell everyone; an event that an observer emits comes after this one for all.
+
+        Raises what an observer raises.
+        """
+        self._queue.append(event)
+        if self._emitting:
+            return
+        self._emitting = True
+        try:
+            while self._queue:
+                current = self._queue.popleft()
+                self.push(current)  # first: streams cannot fail, observers can
+                for observe in self._observers:
+                    observe(current)
+        finally:
+            self._emitting = False
+
+
+async def feed_callback(stream: EventStream, callback: Callable[[Any], object]) -> None:
+    """Await ``callback`` with each event of an entered ``stream``, one after the other."""
+    async for event in stream:
+        await cast("Awaitable[object]", callback(event))

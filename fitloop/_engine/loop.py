@@ -1,0 +1,370 @@
+"""The loop: epochs, phases, batches and stages, in their order, on the step thread.
+
+Owns nothing but the order of things. Whatever else a run does (history, best model, schedulers,
+progress, snapshots) observes its events or its batch hooks. Knows no terminal, file or figure,
+and no event loop either: what must run there is asked of the `LoopSide`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fitloop._concurrency.control import Cancelled
+from fitloop._data.device import Placement
+from fitloop._data.loaders import describe, length_of, samples_in
+from fitloop._data.resumption import Seek
+from fitloop._data.sources import END, Feed, Source
+from fitloop._engine.loop_state import LoopState
+from fitloop._engine.plan import Cursor, RunPlan, Surroundings
+from fitloop._engine.stages import Scope, Stages, is_awaitable
+from fitloop._errors import ConfigurationError, in_words, note
+from fitloop._events import (
+    BatchProgress,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    PhaseEnded,
+    PhaseStarted,
+)
+from fitloop._metrics.batch_values import as_numbers
+from fitloop._rng.lease import Turn
+from fitloop._rng.streams import PROCESS
+from fitloop._types import Phase, Stage, StopReason
+
+PROGRESS_SECONDS = 0.1
+"""least time between two `BatchProgress` events"""
+
+
+class Engine:
+    """Runs one plan. Not to be used again."""
+
+    def __init__(self, plan: RunPlan, around: Surroundings) -> None:
+        self._plan = plan
+        self._around = around
+        self._control = around.control
+        self._stages = Stages(around.parts)
+        self._placement = Placement(around.parts.device, around.parts.dtype, cast=plan.cast)
+        self._doing = "before the first epoch"
+        self.epochs_ended = plan.epochs_before
+        self.cursor: Cursor | None = None
+        """where the train phase is that is going on"""
+
+    def run(self) -> None:
+        """Train or test, epoch after epoch.
+
+        ::
+
+            for each epoch:
+                EpochStarted
+                for each phase (train, then valid; or test):
+                    model.train() or .eval(), grad mode
+                    epoch_start(state)
+                    PhaseStarted
+                    for each batch:
+                        optimizer.zero_grad()                          train only
+                        batch_step(state)                              its values are collected
+                        batch hooks                                    train only
+                        BatchProgress                                  ten times a second at most
+                    epoch_end(state)
+                    PhaseEnded
+                EpochEnded
+                ask whether to go on
+
+        Raises:
+            Cancelled: the run was cancelled; the batch in hand was finished.
+        """
+        plan = self._plan
+        if plan.epochs_before and plan.position is None:  # it may have died while it asked
+            self._ask_after(plan.epochs_before)
+        for epoch_in_run in range(plan.epochs_before + 1, plan.epochs + 1):
+            self._check_cancelled()
+            if self._control.halted:
+                return
+            self._epoch(plan.first_epoch + epoch_in_run - 1, epoch_in_run)
+            self._ask_after(epoch_in_run)
+        self._check_cancelled()
+
+    def _ask_after(self, epoch_in_run: int) -> None:
+        plan = self._plan
+        more = epoch_in_run < plan.epochs and not self._control.halted
+        if more and plan.ask_every and epoch_in_run % plan.ask_every == 0:
+            epoch = plan.first_epoch + epoch_in_run - 1
+            self._doing = f"asking whether to go on after epoch {epoch}"
+            if not self._around.ask(epoch, epoch_in_run):
+                self._control.stop(StopReason.PROMPT)
+
+    def call_plain(self, name: str, function: Callable[[Any], object] | None, trainer: Any) -> None:
+        """Call ``preloop`` or ``postloop`` with the trainer; an ``async def`` is awaited."""
+        if function is None:
+            return
+        self._doing = name
+        torch.set_grad_enabled(True)
+        result = function(trainer)
+        if is_awaitable(result):
+            self._await(result, Scope(True, self._around.places))
+
+    @property
+    def turn(self) -> Turn:
+        """The turn of the step thread."""
+        return self._around.turn
+
+    def position(self) -> str:
+        """Return where the run is, for the note on an exception."""
+        return self._doing
+
+    def _epoch(self, epoch: int, epoch_in_run: int) -> None:
+        around, plan = self._around, self._plan
+        trainer = around.parts.name
+        began = around.clock()
+        numbers = {"epoch": epoch, "epoch_in_run": epoch_in_run, "epochs": plan.epochs}
+        self._doing = f"beginning epoch {epoch}"
+        self._emit(EpochStarted(trainer=trainer, **numbers))
+        metrics: dict[str, dict[str, float]] = {}
+        complete = True
+        for phase, loader in plan.phases:
+            if self._control.halted:
+                complete = False
+                break
+            ended = self._phase(phase, loader, epoch, epoch_in_run)
+            if ended is None:
+                complete = False
+                break
+            metrics[phase], whole = ended
+            complete = complete and whole
+        if not metrics:  # stopped before there was anything to tell
+            return
+        self._check_cancelled()
+        self._doing = f"ending epoch {epoch}"
+        self.epochs_ended += 1
+        self._emit(
+            EpochEnded(
+                trainer=trainer,
+                **numbers,
+                metrics=metrics,
+                complete=complete,
+                seconds=around.clock() - began,
+            )
+        )
+
+    def _phase(
+        self, phase: Phase, loader: Any, epoch: int, epoch_in_run: int
+    ) -> tuple[dict[str, float], bool] | None:
+        """Run one phase; return its metrics and whether it is complete.
+
+        None when it was stopped and what it saw says nothing: before the first batch, or in the
+        middle of a validation or test, whose score would be of another data set.
+        """
+        around, plan = self._around, self._plan
+        began = around.clock()
+        state = LoopState(around.parts, phase, epoch, self._control.stop)
+        scope = self._enter(phase)
+        start = self._call(state, Stage.EPOCH_START, scope)
+        position = None
+        if phase is Phase.TRAIN and epoch_in_run == plan.epochs_before + 1:
+            position = plan.position
+        if position is not None:
+            self.at_rest(position.restore)
+            start = position.start_metrics
+            state._restore(position.exported)
+        self._doing = f"{phase}, epoch {epoch}, opening {describe(phase, loader)}"
+        source = self._open(phase, loader, None if position is None else position.seek)
+        if phase is Phase.TRAIN:
+            self.cursor = Cursor(
+                epoch_in_run=epoch_in_run, state=state, source=source, start_metrics=start
+            )
+        try:
+            batches = _at_most(length_of(loader), plan.steps)
+            state._begin(batches, samples_in(loader, plan.steps))
+            self._doing = f"{phase}, epoch {epoch}, beginning"
+            self._emit(
+                PhaseStarted(trainer=around.parts.name, epoch=epoch, phase=phase, batches=batches)
+            )
+            complete = self._batches(state, source, scope)
+        except BaseException as error:
+            self._close_after(error, source, loader)
+            raise
+        self.cursor = None
+        self._doing = f"{phase}, epoch {epoch}, closing {describe(phase, loader)}"
+        around.loaders.close(source, loader)
+        self._check_cancelled()
+        seen = state.batch_num
+        if seen == 0 and complete:
+            raise ConfigurationError(
+                f"{describe(phase, loader)} gave no batches in epoch {epoch}; expected at least "
+                "one. An iterator can be read only once: pass a list, a DataLoader, or a "
+                "function that makes a new iterator"
+            )
+        if not complete and (seen == 0 or phase is not Phase.TRAIN):
+            return None
+        state._end()
+        metrics = self._call(state, Stage.EPOCH_END, scope)
+        self._doing = f"{phase}, epoch {epoch}, ending"
+        tracked = state._values.scalars() if plan.track_batch_metrics else {}
+        self._emit(
+            PhaseEnded(
+                trainer=around.parts.name,
+                epoch=epoch,
+                phase=phase,
+                metrics=metrics,
+                start_metrics=start,
+                batch_metrics=tracked,
+                batches=seen,
+                samples=state.size,
+                seconds=around.clock() - began,
+            )
+        )
+        return metrics, complete
+
+    def _close_after(self, error: BaseException, source: Source, loader: Any) -> None:
+        try:
+            self._around.loaders.close(source, loader)
+        except Exception as later:  # the first error is what the caller is to see
+            note(error, f"closing the loader then raised {in_words(later)}")
+
+    def _batches(self, state: LoopState, source: Source, scope: Scope) -> bool:
+        """Step through a pass; return whether it came to its end."""
+        around, control, phase = self._around, self._control, state.phase
+        wrap = around.probe.wrap
+        step = self._stages.get(phase, Stage.BATCH_STEP)
+        assert step is not None
+        step = wrap(phase, "step", step)
+        await_step = wrap(phase, "step", self._await)
+        put = wrap(phase, "metrics", state._values.put)
+        fetch = wrap(phase, "wait", source.fetch)
+        train = phase is Phase.TRAIN
+        to_zero = around.parts.optimizers if train and not self._plan.define_all else ()
+        hooks = around.batch_hooks if train else ()
+        begin, breathe, clock = state._next, around.turn.breathe, around.clock
+        began = clock()
+        report_at = began + PROGRESS_SECONDS
+        epoch = f"{phase}, epoch {state.epoch_num}"
+        if control.halted:
+            return False
+        while True:
+            try:
+                batch = fetch()
+                if batch is END:
+                    return not control.halted
+                begin(batch)
+            except BaseException:
+                self._doing = f"{epoch}, loading batch {state.batch_num + 1}"
+                raise
+            try:
+                for optimizer in to_zero:
+                    optimizer.zero_grad()
+                values = step(state)
+                if type(values) is not dict and is_awaitable(values):
+                    values = await_step(values, scope)
+                put(values)
+                for hook in hooks:
+                    hook()
+            except BaseException:
+                self._doing = f"{epoch}, batch_step of batch {state.batch_num}"
+                raise
+            breathe()
+            if control.halted:
+                self._check_cancelled()
+                return state.batch_num == state.batches
+            now = clock()
+            if now >= report_at:
+                report_at = now + PROGRESS_SECONDS
+                self._report(state, now - began)
+
+    def _report(self, state: LoopState, seconds: float) -> None:
+        self._doing = f"{state.phase}, epoch {state.epoch_num}, after batch {state.batch_num}"
+        self._emit(
+            BatchProgress(
+                trainer=self._around.parts.name,
+                epoch=state.epoch_num,
+                phase=state.phase,
+                batch=state.batch_num,
+                batches=state.batches,
+                samples=state._seen,
+                seconds=seconds,
+            )
+        )
+
+    def _enter(self, phase: Phase) -> Scope:
+        """Set what holds for a phase: train or eval mode, grad mode, the stream."""
+        around = self._around
+        train = phase is Phase.TRAIN
+        grad = train or self._plan.define_all
+        if not self._plan.define_all:
+            around.parts.model.train(train)
+        torch.set_grad_enabled(grad)  # of this thread, which is the run's own
+        turn, streams = around.turn, around.streams
+        turn.begin(PROCESS if streams is None else streams.steps(phase))
+        return Scope(grad, around.places)
+
+    def _open(self, phase: Phase, loader: Any, seek: Seek | None) -> Source:
+        around = self._around
+        feed = Feed(
+            iterator=iter(()),
+            label=describe(phase, loader),
+            control=self._control,
+            place=self._placement.place,
+            receive=self._placement.receive if self._placement.is_async else None,
+            turn=around.turn,
+            grace=around.parts.loader_grace,
+            watch=around.probe.watch(phase),
+        )
+        stream = None if around.streams is None else around.streams.loader(phase)
+        return around.loaders.open(
+            loader,
+            phase,
+            feed,
+            around.side,
+            stream=stream,
+            limit=self._plan.steps,
+            seek=seek,
+        )
+
+    def _call(self, state: LoopState, stage: Stage, scope: Scope) -> dict[str, float]:
+        """Call a stage function of the epoch and return its metrics."""
+        self._doing = f"{state.phase}, epoch {state.epoch_num}, {stage}"
+        function = self._stages.get(state.phase, stage)
+        if function is None:
+            return {}
+        wrap = self._around.probe.wrap
+        values = wrap(state.phase, stage, function)(state)
+        if is_awaitable(values):
+            values = wrap(state.phase, stage, self._await)(values, scope)
+        return as_numbers(values, state.phase, stage)
+
+    def _await(self, awaitable: Any, scope: Scope) -> Any:
+        """Have an ``async def`` stage run on the event loop, and wait for it."""
+        turn = self._around.turn
+        turn.hold()  # the event loop's thread is not to wait for it
+        turn.pause()
+        try:
+            values = self._around.side.call(lambda: scope.wrap(awaitable))
+        except Cancelled:
+            if hasattr(awaitable, "close"):  # a coroutine may never have begun
+                awaitable.close()
+            raise
+        turn.resume()
+        return values
+
+    def _emit(self, event: Event) -> None:
+        self.at_rest(self._around.emit, event)
+
+    def at_rest(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call what is none of the stages, so that it does not draw from their stream."""
+        turn = self._around.turn
+        held = turn.rest()
+        result = call(*args)
+        turn.rise(held)
+        return result
+
+    def _check_cancelled(self) -> None:
+        if self._control.cancelled:
+            raise Cancelled
+
+
+def _at_most(count: int | None, limit: int | None) -> int | None:
+    if count is None or limit is None:
+        return count
+    return min(count, limit)

@@ -1,0 +1,114 @@
+"""What a run is to do, and what the engine does it with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from fitloop._concurrency.control import RunControl
+from fitloop._concurrency.supervisor import LoopSide
+from fitloop._data.loaders import Loaders
+from fitloop._data.resumption import Seek
+from fitloop._data.sources import Source
+from fitloop._engine.config import Parts
+from fitloop._engine.loop_state import LoopState
+from fitloop._engine.stages import Place
+from fitloop._events import Event
+from fitloop._rng.lease import Turn
+from fitloop._rng.streams import Streams
+from fitloop._types import Phase
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run is to do; checked by whoever made it."""
+
+    call: str
+    """the coroutine that was called: ``"fit"``, ``"test"`` ..."""
+    epochs: int
+    first_epoch: int
+    """number of the first epoch in the trainer's life, counted from 1"""
+    phases: tuple[tuple[Phase, Any], ...]
+    """the phases of an epoch, each with its loader"""
+    steps: int | None = None
+    """batches of each phase at most"""
+    define_all: bool = False
+    """grad mode, ``zero_grad`` and train/eval mode are left to the stage functions"""
+    cast: bool = True
+    track_batch_metrics: bool = True
+    ask_every: int = 0
+    """epochs between two continue questions; 0 for none"""
+    epochs_before: int = 0
+    """epochs of this run that were trained before it was resumed"""
+    position: PassPosition | None = None
+    """where in the next epoch to go on; None for its beginning"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassPosition:
+    """The middle of a train phase, where a run that is resumed goes on."""
+
+    start_metrics: dict[str, float]
+    """what ``epoch_start`` returned in its time"""
+    exported: Any
+    """what the `LoopState` had collected"""
+    seek: Seek
+    restore: Callable[[], None]
+    """puts back what ``epoch_start`` changes when it is called again"""
+
+
+@dataclass(slots=True, kw_only=True)
+class Cursor:
+    """Where a run is in a train phase, for whoever takes a snapshot between two batches."""
+
+    epoch_in_run: int
+    state: LoopState
+    source: Source
+    start_metrics: dict[str, float]
+
+
+class Probe(Protocol):
+    """Looks at the calls of the engine; the profiler's has a clock in it."""
+
+    def wrap(self, phase: Phase, name: str, function: F) -> F:
+        """Return ``function``, or one that does the same and more."""
+
+    def watch(self, phase: Phase) -> Callable[[Any], Any] | None:
+        """Return what to wrap the call in that reads a batch from a loader; None for nothing."""
+
+
+class NoProbe:
+    """Looks at nothing."""
+
+    def wrap(self, phase: Phase, name: str, function: F) -> F:
+        """Return ``function``."""
+        return function
+
+    def watch(self, phase: Phase) -> None:
+        """Return None."""
+        return
+
+
+@dataclass(slots=True, kw_only=True)
+class Surroundings:
+    """What the engine works with."""
+
+    parts: Parts
+    control: RunControl
+    side: LoopSide
+    loaders: Loaders
+    emit: Callable[[Event], None]
+    ask: Callable[[int, int], bool]
+    """whether to go on after an epoch, given its number in the trainer's life and in the run"""
+    streams: Streams | None
+    turn: Turn
+    places: Sequence[Place]
+    """what a coroutine of the trainer's is in, on the event loop's thread"""
+    batch_hooks: Sequence[Callable[[], None]] = ()
+    """called after every batch step of the train phase, on the step thread"""
+    probe: Probe = field(default_factory=NoProbe)
+    clock: Callable[[], float] = time.perf_counter

@@ -1,0 +1,394 @@
+"""The numbers a trainer has recorded and how to ask for them: `History` is ``trainer.M``.
+
+This module owns what stage functions returned, as plain floats. It learns of it from events and
+knows no tensors, devices, files or figures (the plot methods import `fitloop._plotting.draw` when
+they are called).
+
+    trainer.M                                              History
+    trainer.M.valid.epoch_end                              StageHistory of a PhaseHistory
+    trainer.M.valid.epoch_end["accuracy"]                  MetricSeries, a sequence of runs
+    trainer.M.valid.epoch_end["accuracy"][1]               numpy array of float64
+
+All of these but the arrays are views that grow with the run. They may be read from any thread
+while a run goes on: a reader gets a copy of a prefix of what the run will have recorded, cut
+between two events. `History.to_dict` and `History.to_pandas` see everything at one moment.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, overload
+
+import numpy as np
+
+from fitloop._errors import ConfigurationError, UnknownMetricError, listed
+from fitloop._events import Event, PhaseEnded, RunStarted
+from fitloop._format import joined
+from fitloop._metrics.history_table import history_html
+from fitloop._types import LOOKUP_ORDER, Phase, RunChoice, Stage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+    from pandas import DataFrame
+
+_Runs: TypeAlias = "dict[int, array[float]]"  # by run number; a run without values has no entry
+# Arrays only ever grow, so its length then is enough to find an array's earlier content again.
+_Entries: TypeAlias = "list[tuple[Stage, str, int, array[float], int]]"
+_StoreMark: TypeAlias = "tuple[int, int, _Entries]"
+
+
+@dataclass(slots=True)
+class _Store:
+    """The values of one phase; everything is read and written under the history's one lock.
+
+    An array handed to numpy could not grow while numpy holds its buffer, so no array in here is
+    ever handed out: readers get copies, made under the lock.
+    """
+
+    phase: Phase
+    lock: threading.RLock
+    runs: int = 0
+    epochs: int = 0
+    recorded: dict[Stage, dict[str, _Runs]] = field(
+        default_factory=lambda: {stage: {} for stage in Stage}
+    )
+
+    def append(self, values: Iterable[tuple[Stage, str, array[float]]]) -> None:
+        self.epochs += 1
+        for stage, name, new in values:
+            if new:
+                runs = self.recorded[stage].setdefault(name, {})
+                runs.setdefault(self.runs - 1, array("d")).extend(new)
+
+    def resolve(self, run: SupportsIndex) -> int:
+        number = operator.index(run)
+        if not -self.runs <= number < self.runs:
+            there = "there is 1 run" if self.runs == 1 else f"there are {self.runs} runs"
+            raise IndexError(f"{self.phase} run {number} is out of range: {there}, counted from 0")
+        return number % self.runs
+
+    def copy(self, stage: Stage, name: str, run: int) -> NDArray[np.float64]:
+        values = self.recorded[stage].get(name, {}).get(run)
+        return np.empty(0) if values is None else np.frombuffer(values[:], dtype=np.float64)
+
+    def mark(self) -> _StoreMark:
+        entries = [
+            (stage, name, run, values, len(values))
+            for stage, names in self.recorded.items()
+            for name, runs in names.items()
+            for run, values in runs.items()
+        ]
+        return self.runs, self.epochs, entries
+
+    def restore(self, runs: int, epochs: int, entries: _Entries) -> None:
+        self.runs, self.epochs = runs, epochs
+        self.recorded = {stage: {} for stage in Stage}
+        for stage, name, run, values, length in entries:
+            # A longer array is copied and not cut: a later mark may need the rest of it.
+            kept = values if len(values) == length else values[:length]
+            self.recorded[stage].setdefault(name, {})[run] = kept
+
+    def names(self, *stages: Stage) -> list[str]:
+        with self.lock:
+            return list(dict.fromkeys(name for stage in stages for name in self.recorded[stage]))
+
+    def unknown(self, name: str, *stages: Stage) -> UnknownMetricError:
+        where = f"{self.phase}.{stages[0]}" if len(stages) == 1 else str(self.phase)
+        return UnknownMetricError(name, self.names(*stages), where)
+
+
+class MetricSeries(Sequence["NDArray[np.float64]"]):
+    """What was recorded under one name in one stage: ``series[run]`` is an array of floats.
+
+    ``len(series)`` is the number of runs of the phase; a run without the metric has an empty
+    array, a cancelled one fewer values. Arrays are copies and do not grow with the series.
+    """
+
+    __slots__ = ("_name", "_stage", "_store")
+
+    def __init__(self, store: _Store, stage: Stage, name: str) -> None:
+        self._store, self._stage, self._name = store, stage, name
+
+    def __len__(self) -> int:
+        return self._store.runs
+
+    @overload
+    def __getitem__(self, run: SupportsIndex) -> NDArray[np.float64]: ...
+    @overload
+    def __getitem__(self, run: slice) -> list[NDArray[np.float64]]: ...
+    def __getitem__(
+        self, run: SupportsIndex | slice
+    ) -> NDArray[np.float64] | list[NDArray[np.float64]]:
+        """Return the values of a run, counted from 0; a negative number counts from the end.
+
+        Raises IndexError when there is no such run; it says how many there are.
+        """
+        store = self._store
+        with store.lock:
+            if isinstance(run, slice):
+                return [self[number] for number in range(store.runs)[run]]
+            return store.copy(self._stage, self._name, store.resolve(run))
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """The values of all runs, one run after the other."""
+        runs = self[:]
+        return np.concatenate(runs) if runs else np.empty(0)
+
+    @property
+    def last(self) -> float:
+        """The value recorded last; UnknownMetricError if it is gone, by ``clear`` or so."""
+        with self._store.lock:
+            runs = self._store.recorded[self._stage].get(self._name)
+            if not runs:
+                raise self._store.unknown(self._name, self._stage)
+            return runs[max(runs)][-1]
+
+    def __repr__(self) -> str:
+        with self._store.lock:
+            runs = self._store.recorded[self._stage].get(self._name, {})
+            last = f", last: {self.last:.6g}" if runs else ""
+            return (
+                f"<MetricSeries {self._store.phase}.{self._stage}[{self._name!r}] "
+                f"runs: {len(self)}, values: {sum(map(len, runs.values()))}{last}>"
+            )
+
+
+class StageHistory(Mapping[str, MetricSeries]):
+    """What one stage of a phase recorded: read-only, by name; else UnknownMetricError."""
+
+    __slots__ = ("_stage", "_store")
+
+    def __init__(self, store: _Store, stage: Stage) -> None:
+        self._store, self._stage = store, stage
+
+    def __getitem__(self, name: str) -> MetricSeries:
+        if name not in self._store.recorded[self._stage]:
+            raise self._store.unknown(name, self._stage)
+        return MetricSeries(self._store, self._stage, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.names(self._stage))
+
+    def __len__(self) -> int:
+        return len(self._store.recorded[self._stage])
+
+    def __repr__(self) -> str:
+        return f"<StageHistory {self._store.phase}.{self._stage} metrics: {joined(self)}>"
+
+
+class PhaseHistory(Mapping[str, MetricSeries]):
+    """What was recorded in a phase: ``epoch_start``, ``batch_step`` and ``epoch_end``.
+
+    As a mapping, ``phase["accuracy"]``, it looks in ``epoch_end``, ``batch_step`` and
+    ``epoch_start``, in that order, and raises UnknownMetricError when no stage has the name.
+    """
+
+    __slots__ = ("_store", "batch_step", "epoch_end", "epoch_start", "phase")
+
+    def __init__(self, store: _Store) -> None:
+        self._store, self.phase = store, store.phase
+        self.epoch_start = StageHistory(store, Stage.EPOCH_START)
+        self.batch_step = StageHistory(store, Stage.BATCH_STEP)
+        self.epoch_end = StageHistory(store, Stage.EPOCH_END)
+
+    @property
+    def runs(self) -> int:
+        """Runs so far: of ``fit`` for train and valid, of ``test`` for test."""
+        return self._store.runs
+
+    def stage(self, stage: Stage | str) -> StageHistory:
+        """Return the history of a stage by its name, such as ``"batch_step"``.
+
+        Raises ConfigurationError when there is no such stage.
+        """
+        try:
+            return StageHistory(self._store, Stage(stage))
+        except ValueError:
+            raise ConfigurationError(
+                f"stage is {stage!r}; expected one of {listed(Stage)}"
+            ) from None
+
+    def __getitem__(self, name: str) -> MetricSeries:
+        with self._store.lock:
+            for stage in LOOKUP_ORDER:
+                if name in self._store.recorded[stage]:
+                    return MetricSeries(self._store, stage, name)
+        raise self._store.unknown(name, *LOOKUP_ORDER)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.names(*LOOKUP_ORDER))
+
+    def __len__(self) -> int:
+        return len(self._store.names(*LOOKUP_ORDER))
+
+    def plot(
+        self,
+        name: str,
+        run: RunChoice = None,
+        stage: Stage | str | None = None,
+        *,
+        ax: Axes | None = None,
+        **kwargs: Any,
+    ) -> Axes:
+        """Draw a metric of this phase on ``ax`` or the current Axes, and return the Axes.
+
+        Arguments and errors are those of `fitloop._plotting.draw.plot_phase`.
+        """
+        from fitloop._plotting.draw import plot_phase
+
+        return plot_phase(self, name, run, stage, ax=ax, **kwargs)
+
+    def __repr__(self) -> str:
+        with self._store.lock:
+            counts = f"runs: {self.runs}, epochs: {self._store.epochs}"
+            return f"<PhaseHistory {self.phase} {counts}, metrics: {joined(self)}>"
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class HistoryMark:
+    """What `History.mark` returns; opaque, and good for any number of rollbacks."""
+
+    owner: History
+    contents: list[_StoreMark]
+
+
+class History:
+    """The metrics of a trainer, ``trainer.M``: by phase, stage, name and run.
+
+    ``M.train.batch_step["running_loss"][0]`` is a numpy array: the values of the first ``fit``.
+    ``train`` and ``valid`` count the runs of ``fit``, ``test`` those of ``test``. It takes 8 to 9
+    bytes a value. Any thread may read while a run goes on and sees a prefix of its values.
+    """
+
+    def __init__(self) -> None:
+        # Reentrant, so that a signal handler may look at the history of the thread it interrupts.
+        self._lock = threading.RLock()
+        self._stores = {phase: _Store(phase, self._lock) for phase in Phase}
+        self.train = PhaseHistory(self._stores[Phase.TRAIN])
+        self.valid = PhaseHistory(self._stores[Phase.VALID])
+        self.test = PhaseHistory(self._stores[Phase.TEST])
+
+    @property
+    def train_runs(self) -> int:
+        """Runs of ``fit`` so far."""
+        return self.train.runs
+
+    @property
+    def test_runs(self) -> int:
+        """Runs of ``test`` so far."""
+        return self.test.runs
+
+    def observe(self, event: Event) -> None:
+        """Open a run on RunStarted, add to the last run on PhaseEnded, ignore other events.
+
+        Raises TypeError, and records nothing of the event, when a value is no number.
+        """
+        if isinstance(event, RunStarted):
+            with self._lock:
+                self._open_run(test=event.call == "test")
+        elif isinstance(event, PhaseEnded):
+            values = _numbers(event)
+            with self._lock:
+                if not self._stores[event.phase].runs:  # cleared within the run
+                    self._open_run(test=event.phase is Phase.TEST)
+                self._stores[event.phase].append(values)
+
+    def _open_run(self, *, test: bool) -> None:
+        for phase in (Phase.TEST,) if test else (Phase.TRAIN, Phase.VALID):
+            self._stores[phase].runs += 1
+
+    def clear(self) -> None:
+        """Forget all runs and values; within a run, its later values make a new run 0."""
+        with self._lock:
+            for store in self._stores.values():
+                store.restore(0, 0, [])
+
+    def mark(self) -> HistoryMark:
+        """Return a token of the present content, for `rollback`; copies no values."""
+        with self._lock:
+            return HistoryMark(self, [store.mark() for store in self._stores.values()])
+
+    def rollback(self, mark: HistoryMark) -> None:
+        """Restore exactly the content there was at ``mark``, whatever happened since.
+
+        Raises ValueError, and changes nothing, when the mark is of another history.
+        """
+        if mark.owner is not self:
+            raise ValueError(f"the mark is of {mark.owner!r}; expected one that this history made")
+        with self._lock:
+            for store, content in zip(self._stores.values(), mark.contents, strict=True):
+                store.restore(*content)
+
+    def to_dict(self) -> dict[str, dict[str, dict[str, list[NDArray[np.float64]]]]]:
+        """Return everything as ``{phase: {stage: {name: [array of run 0, ...]}}}``, copied."""
+        with self._lock:
+            return {
+                str(phase): {
+                    str(stage): {
+                        name: [store.copy(stage, name, run) for run in range(store.runs)]
+                        for name in names
+                    }
+                    for stage, names in store.recorded.items()
+                }
+                for phase, store in self._stores.items()
+            }
+
+    def to_pandas(self) -> DataFrame:
+        """Return one row a value: columns phase, stage, run, name, index, value.
+
+        ``index`` counts the values of a run from 0. Raises ImportError without pandas.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "to_pandas() needs pandas; install it with `pip install fitloop[pandas]`"
+            ) from error
+        with self._lock:
+            rows = [
+                (str(phase), str(stage), run, name, store.copy(stage, name, run))
+                for phase, store in self._stores.items()
+                for stage, name, run, *_ in store.mark()[2]
+            ]
+        lengths = np.array([len(row[-1]) for row in rows], dtype=np.int64)
+        frame = pd.DataFrame([row[:-1] for row in rows], columns=["phase", "stage", "run", "name"])
+        frame = frame.astype({"phase": "str", "stage": "str", "run": np.int64, "name": "str"})
+        tidy: DataFrame = frame.take(np.repeat(np.arange(len(rows)), lengths))
+        return tidy.reset_index(drop=True).assign(
+            index=np.concatenate([np.arange(0), *map(np.arange, lengths)]),
+            value=np.concatenate([np.empty(0), *(row[-1] for row in rows)]),
+        )
+
+    def plot(
+        self, name: str, run: RunChoice = None, *, ax: Axes | None = None, **kwargs: Any
+    ) -> Axes:
+        """Draw a metric of train and valid on ``ax`` or the current Axes, and return the Axes.
+
+        Arguments and errors are those of `fitloop._plotting.draw.plot_history`.
+        """
+        from fitloop._plotting.draw import plot_history
+
+        return plot_history(self, name, run, ax=ax, **kwargs)
+
+    def __repr__(self) -> str:
+        with self._lock:
+            names = {name for store in self._stores.values() for name in store.names(*Stage)}
+            epochs = self._stores[Phase.TRAIN].epochs
+            counts = f"runs: {self.train_runs}, epochs: {epochs}, test runs: {self.test_runs}"
+            return f"<History train {counts}, metrics: {joined(sorted(names))}>"
+
+    _repr_html_ = history_html
+
+
+def _numbers(event: PhaseEnded) -> list[tuple[Stage, str, array[float]]]:
+    return [
+        *((Stage.EPOCH_START, name, array("d", [x])) for name, x in event.start_metrics.items()),
+        *((Stage.BATCH_STEP, name, array("d", xs)) for name, xs in event.batch_metrics.items()),
+        *((Stage.EPOCH_END, name, array("d", [x])) for name, x in event.metrics.items()),
+    ]

@@ -1,0 +1,97 @@
+"""What ``fit`` returns, and how it prints; the epoch metrics of a run, as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fitloop._events import Event, PhaseEnded
+from fitloop._format import duration
+from fitloop._tables import Table, by_metric, html_block
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """How a run went."""
+
+    epochs: int
+    """epochs trained in this run; with ``stop_reason`` "stopped" the last may be cut short"""
+    stop_reason: str
+    """one of `StopReason`: "completed", "prompt", "stopped", "early_stop" ..."""
+    best_score: float | None
+    """best value of the criteria in the trainer's life; None when none was tracked"""
+    best_epoch: int | None
+    """number of the epoch that reached it, counted from 1 over the trainer's life"""
+    metrics: Mapping[str, Mapping[str, Array]]
+    """phase -> name -> one value for each epoch of this run"""
+    seconds: float
+    """wall-clock time of the run"""
+
+    def __str__(self) -> str:
+        return "\n".join([*self._lines(), *([self._table().text()] if self.metrics else [])])
+
+    def _repr_html_(self) -> str:
+        return html_block(*map(escape, self._lines()), self._table().html() if self.metrics else "")
+
+    def _lines(self) -> list[str]:
+        epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
+        lines = [f"{epochs} in {duration(self.seconds)}, {self.stop_reason}"]
+        if self.best_score is not None:
+            lines.append(f"best score: {self.best_score:.4f} in epoch {self.best_epoch}")
+        return lines
+
+    def _table(self) -> Table:
+        return by_metric(
+            "phase",
+            {
+                phase: {name: values[-1] for name, values in metrics.items() if len(values)}
+                for phase, metrics in self.metrics.items()
+            },
+        )
+
+    def __repr__(self) -> str:
+        best = "" if self.best_score is None else f", best {self.best_score:.4f}"
+        epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
+        return f"<FitResult {self.stop_reason}: {epochs}{best}>"
+
+
+class EpochMetricsLog:
+    """Collects the epoch metrics of one run: an observer."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, dict[str, list[float]]] = {}
+        self.last: dict[str, dict[str, float]] = {}
+        """phase -> what its last ``epoch_end`` returned"""
+
+    def export(self) -> dict[str, dict[str, list[float]]]:
+        """Return all values, for `restore`."""
+        return {phase: {k: list(v) for k, v in own.items()} for phase, own in self._values.items()}
+
+    def restore(self, values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Begin with what `export` returned."""
+        self._values = {
+            phase: {k: list(v) for k, v in columns.items()} for phase, columns in values.items()
+        }
+
+    def observe(self, event: Event) -> None:
+        """Add the metrics of a phase."""
+        if isinstance(event, PhaseEnded):
+            phase = str(event.phase)
+            self.last[phase] = dict(event.metrics)
+            columns = self._values.setdefault(phase, {})
+            for name, value in event.metrics.items():
+                columns.setdefault(name, []).append(value)
+
+    def arrays(self) -> dict[str, dict[str, Any]]:
+        """Return phase -> name -> values."""
+        return {
+            phase: {name: np.array(column) for name, column in columns.items()}
+            for phase, columns in self._values.items()
+        }

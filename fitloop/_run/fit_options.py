@@ -1,0 +1,74 @@
+"""The arguments of ``fit`` that can be judged without a trainer: what each of them must be.
+
+Asked by ``fit`` itself, which goes on with what is returned, and by whoever takes such arguments
+before there is a trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fitloop._checkpointing.checkpointer import check_checkpoint
+from fitloop._data.loaders import check_loader
+from fitloop._engine.config import (
+    as_list,
+    check_callable,
+    check_callbacks,
+    check_number,
+    check_optional,
+    check_seconds,
+)
+from fitloop._errors import ConfigurationError
+
+
+def fit_option(name: str, value: Any) -> Any:
+    """Return an argument of ``fit`` as it is to be used; those that may be anything as they are.
+
+    Raises:
+        ConfigurationError: it cannot work, whatever the trainer is.
+    """
+    check = _CHECKS.get(name)
+    return value if check is None else check(name, value)
+
+
+def _number(least: int, meaning: str = "") -> Callable[[str, Any], int]:
+    return lambda name, value: check_number(name, value, least, meaning=meaning)
+
+
+def _names(name: str, value: Any) -> list[str] | None:
+    names = None if value is None else as_list(value)
+    if names is not None and not all(isinstance(one, str) for one in names):
+        raise ConfigurationError(
+            f"{name} is {value!r}; expected the name of a metric, or a list of names"
+        )
+    return names
+
+
+def _asker(name: str, value: Any) -> Any:
+    if value is not None:
+        check_callable(name, value, "the PromptAsked event")
+    return value
+
+
+def _loader(name: str, value: Any) -> Any:
+    if value is not None:
+        check_loader(f"{name} of fit()", value)
+    return value
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "epochs": _number(0),
+    "train_dl": _loader,
+    "valid_dl": _loader,
+    "print_every": _number(0, "0 prints nothing"),
+    "display_metrics": _names,
+    "continue_loop": _number(0, "epochs between questions"),
+    "steps": lambda name, value: check_optional(
+        name, value, 1, meaning="batches of each phase at most"
+    ),
+    "callbacks": lambda _name, value: check_callbacks(value),
+    "on_continue": _asker,
+    "continue_timeout": check_seconds,
+    "checkpoint": lambda _name, value: check_checkpoint(value, resume=False),
+}

@@ -1,0 +1,188 @@
+"""From the arguments of a coroutine to a supervised run: plans, options, and who is told.
+
+The glue between the public verbs and `Run`; runs on the event loop and never blocks it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any, TypeVar
+
+import anyio.lowlevel
+import torch
+
+from fitloop._concurrency.control import RunControl
+from fitloop._concurrency.in_use import busy
+from fitloop._concurrency.supervisor import LoopSide, supervise
+from fitloop._data.loaders import check_loader
+from fitloop._defaults import SHARE
+from fitloop._display.jupyter import interruptible
+from fitloop._engine.config import check_number
+from fitloop._engine.event_bus import EventStream, feed_callback
+from fitloop._engine.plan import RunPlan
+from fitloop._errors import MissingLoaderError
+from fitloop._events import Event, PhaseEnded
+from fitloop._rng.exclusive import GivenWay
+from fitloop._run.fit_options import fit_option
+from fitloop._run.run import Run, RunOptions
+from fitloop._training.trainer_state import Core
+from fitloop._types import Phase
+
+Callback = Callable[[Any], object]
+T = TypeVar("T")
+
+
+async def launch(
+    core: Core,
+    trainer: Any,
+    plan: RunPlan,
+    callbacks: Sequence[Callback] = (),
+    *,
+    make: Callable[..., Run] = Run,
+    **options: Any,
+) -> Any:
+    """Run ``plan`` on a thread of its own and return its `FitResult`.
+
+    ``make`` makes the run; ``options`` are those of `RunOptions`. Raises `BusyError`
+    at once, and what `supervise` raises.
+    """
+    await anyio.lowlevel.checkpoint_if_cancelled()  # or a thread would be started for nothing
+    plain = [callback for callback in callbacks if not is_async(callback)]
+    threads = core.parts.num_threads or SHARE.get().num_threads or torch.get_num_threads()
+    options["observers"] = [*options.get("observers", ()), *plain]
+    with busy(core.parts.name, plan.call, core, core.parts.model), interruptible():
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(GivenWay())
+            companions, streams = [], []
+            for callback in callbacks:
+                if is_async(callback):
+                    stream = await stack.enter_async_context(EventStream(core.hub, None))
+                    streams.append(stream)
+                    companions.append(partial(feed_callback, stream, callback))
+            control = RunControl()
+            side = LoopSide(control)
+            settings = RunOptions(num_threads=threads, own_stream=SHARE.get().own_stream, **options)
+            run = make(core, trainer, plan, settings, control, side)
+            core.control = control
+            try:
+                return await supervise(
+                    run,
+                    control,
+                    side,
+                    name=core.parts.name,
+                    grace=core.parts.loader_grace,
+                    companions=companions,
+                    release_companions=partial(_end_all, streams),
+                )
+            finally:
+                core.control = None
+                core.hub.observers(())
+
+
+def _end_all(streams: Sequence[EventStream]) -> None:
+    for stream in streams:
+        stream.end()
+
+
+class Errand:
+    """A `Work` that calls one function: weights in and out, reset."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self._result: Any = None
+
+    def execute(self) -> None:
+        """Call it."""
+        self._result = self._function()
+
+    def finish(self, error: BaseException | None) -> Any:
+        """Return what it returned."""
+        if error is not None:
+            raise error
+        return self._result
+
+
+async def errand(core: Core, call: str, function: Callable[[], T]) -> T:
+    """Call a blocking function in a thread while the trainer counts as busy.
+
+    It is not interrupted: a cancellation is raised when it has returned.
+    """
+    with busy(core.parts.name, call, core, core.parts.model):
+        return await aside(core.parts.name, function)
+
+
+async def aside(name: str, function: Callable[[], T], control: RunControl | None = None) -> T:
+    """Call a blocking function in a thread that is named after ``name``.
+
+    It is not interrupted: a cancellation is raised when it has returned. ``control`` tells it of
+    one meanwhile.
+    """
+    await anyio.lowlevel.checkpoint_if_cancelled()
+    control = control or RunControl()
+    work = Errand(function)
+    async with GivenWay():
+        result: T = await supervise(work, control, LoopSide(control), name=name, grace=0.0)
+    return result
+
+
+def phases(
+    core: Core, call: str, given: Mapping[Phase, Any], needed: Phase, *others: Phase
+) -> tuple[tuple[Phase, Any], ...]:
+    """Return the phases of an epoch with their loaders: the needed one, and others that have one.
+
+    Raises:
+        MissingLoaderError: the needed phase has none.
+        ConfigurationError: a given loader is none.
+    """
+    for phase, loader in given.items():
+        if loader is not None:
+            check_loader(f"{phase}_dl of {call}()", loader)
+    loaders = core.loaders_of(given)
+    if loaders[needed] is None:
+        raise MissingLoaderError(needed, call)
+    wanted = [needed, *(phase for phase in others if loaders[phase] is not None)]
+    return tuple((phase, loaders[phase]) for phase in wanted)
+
+
+def dry_plan(
+    core: Core,
+    call: str,
+    given: Mapping[Phase, Any],
+    *,
+    epochs: int,
+    steps: int | None,
+    define_all: bool,
+    cast: bool,
+) -> RunPlan:
+    """Return the plan of a run over every phase that has a loader."""
+    return RunPlan(
+        call=call,
+        epochs=check_number("epochs", epochs, 1),
+        first_epoch=core.epoch_num + 1,
+        phases=phases(core, call, given, Phase.TRAIN, Phase.VALID, Phase.TEST),
+        steps=fit_option("steps", steps),
+        define_all=define_all,
+        cast=cast,
+    )
+
+
+def criteria_check(core: Core) -> Callable[[Event], None]:
+    """Return an observer that raises when a validation does not return the criteria."""
+    criteria = core.criteria
+
+    def check(event: Event) -> None:
+        if criteria and isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
+            criteria.score(event.metrics)
+
+    return check
+
+
+def is_async(callback: object) -> bool:
+    """Return whether a callback is to be awaited on the event loop."""
+    plain = callback.func if isinstance(callback, partial) else callback
+    if inspect.isroutine(plain):
+        return inspect.iscoroutinefunction(plain)
+    return inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004

@@ -1,0 +1,393 @@
+"""One run of a trainer, on its thread: what comes before the loop, around it, and after it.
+
+`Run.execute` prepares and loops; `Run.finish` puts back what a run may not leave behind, however
+it ended, and says how it went. Knows no event loop but through `LoopSide`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fitloop._checkpointing.persistence import Persistence
+from fitloop._checkpointing.rollback import ReturnPoint
+from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
+from fitloop._concurrency.supervisor import LoopSide
+from fitloop._concurrency.time_slices import Slice
+from fitloop._concurrency.torch_threads import intra_op_threads
+from fitloop._data.cuda_stream import Lane, NoLane
+from fitloop._engine.config import STAGE_NAMES
+from fitloop._engine.loop import Engine
+from fitloop._engine.loop_state import explain
+from fitloop._engine.plan import NoProbe, Probe, RunPlan, Surroundings
+from fitloop._errors import in_words, note
+from fitloop._events import Event, RunEnded, RunStarted
+from fitloop._metrics.results import EpochMetricsLog, FitResult
+from fitloop._rng.lease import Turn, at_rest, process_numbers
+from fitloop._rng.streams import PROCESS, Streams
+from fitloop._rng.torch_ops import hides_its_draws
+from fitloop._run.questions import Asking, OpenQuestions, Questions, WaitingQuestions
+from fitloop._training.best import BestTracker
+from fitloop._training.capture import TrainingCapture
+from fitloop._training.schedulers import SchedulerSteps
+from fitloop._training.trainer_state import Core
+from fitloop._types import Phase, StopReason
+
+Observer = Callable[[Event], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What is special about a run."""
+
+    num_threads: int
+    """intra-op threads of the step thread"""
+    observers: Sequence[Observer] = ()
+    """called with every event, after the trainer's own"""
+    asking: Asking | None = None
+    """how to ask whether to go on; None for a run that never does"""
+    load_best: bool = False
+    dry: bool = False
+    """put everything back afterwards, and record nothing"""
+    probe: Probe = field(default_factory=NoProbe)
+    persistence: Persistence | None = None
+    """what is kept on disk; None for nothing"""
+    own_stream: bool = False
+    """on CUDA, its kernels go beside those of other runs"""
+
+
+class Run:
+    """A `Work`: one fit, test, sanity check or profile."""
+
+    def __init__(
+        self,
+        core: Core,
+        trainer: Any,
+        plan: RunPlan,
+        options: RunOptions,
+        control: RunControl,
+        side: LoopSide,
+    ) -> None:
+        self._core = core
+        self._trainer = trainer
+        self._plan = plan
+        self._options = options
+        self._control = control
+        self._side = side
+        self._log = EpochMetricsLog()
+        self._tracker: BestTracker | None = None
+        self._engine: Engine | None = None
+        self._around: Surroundings | None = None
+        self._turn: Turn | None = None
+        self._forget_turn: Callable[[], None] = lambda: None
+        self._capture: TrainingCapture | None = None
+        phases = [phase for phase, _loader in plan.phases]
+        self._schedulers: SchedulerSteps | None = None
+        if Phase.TRAIN in phases:  # made here, so that it refuses before anything has begun
+            self._schedulers = SchedulerSteps(
+                core.parts, core.criteria, validates=Phase.VALID in phases
+            )
+        self._loaders = core.loaders.rehearsal() if options.dry else core.loaders
+        self._modes: list[tuple[Any, bool]] = []
+        self._questions: Questions | None = None
+        self._slice: Slice | None = None
+        self._lane = NoLane()
+        self._found: FitResult | None = None
+        """of a run that had ended before it was resumed"""
+        self._has_threads = False
+        self._began = 0.0
+
+    # -- on the step thread --------------------------------------------------------------------
+
+    def execute(self) -> None:
+        """Prepare, call ``preloop``, run the engine, call ``postloop``."""
+        core, plan = self._core, self._plan
+        self._began = time.perf_counter()
+        kept = self._options.persistence
+        if kept is not None:
+            plan = self._plan = kept.open(plan)
+            self._began -= kept.seconds_before
+        self._enter_threads()
+        core.place()  # on the stream that others use, too
+        if self._options.own_stream and core.parts.device.type == "cuda":
+            self._lane = Lane(core.parts.device)
+        self._lane.enter()
+        self._modes = [(module, module.training) for module in core.parts.model.modules()]
+        streams = self._streams()
+        if self._options.dry:
+            self._capture = core.capture()
+        elif plan.call == "fit":
+            core.keep_pretrained(resuming=kept is not None and kept.found is not None)
+            self._tracker = core.tracker(core.hub.emit)
+        part = self._slice = Slice(self._aside, self._control)
+        core.hub.observers(self._observers(part))
+        turn = self._make_turn()
+        around = self._around = Surroundings(
+            parts=core.parts,
+            control=self._control,
+            side=self._side,
+            loaders=self._loaders,
+            emit=core.hub.emit,
+            ask=self._ask,
+            streams=streams,
+            turn=turn,
+            places=(self._lane, turn),
+            probe=self._options.probe,
+        )
+        engine = self._engine = Engine(plan, around)
+        self._questions = self._make_questions(engine)
+        if kept is not None:
+            kept.begin(engine, self._log, self._tracker, self._control)
+        around.batch_hooks = self._batch_hooks(part)
+        if isinstance(self._questions, OpenQuestions):
+            around.batch_hooks.append(self._questions.after_batch)
+        self._guarded(engine, streams)
+
+    def _loop(self, engine: Engine, streams: Streams | None) -> None:
+        core, plan = self._core, self._plan
+        begun = RunStarted(
+            trainer=core.parts.name,
+            call=plan.call,
+            epochs=plan.epochs,
+            first_epoch=plan.first_epoch,
+        )
+        engine.at_rest(core.hub.emit, begun)
+        kept = self._options.persistence
+        if kept is not None and kept.is_over:
+            kept.go_on()
+            self._found = kept.result()
+            return
+        turn = engine.turn
+        turn.begin(PROCESS if streams is None else streams.steps(plan.phases[0][0]))
+        trains = self._schedulers is not None
+        if trains:
+            engine.call_plain("preloop", core.parts.preloop, self._trainer)
+        if kept is not None:
+            engine.at_rest(kept.go_on)
+        engine.run()
+        self._settle_questions(engine)
+        if trains:
+            engine.call_plain("postloop", core.parts.postloop, self._trainer)
+        turn.give()
+
+    def _guarded(self, engine: Engine, streams: Streams | None) -> None:
+        try:
+            self._loop(engine, streams)
+        except (Cancelled, Abandoned):
+            raise
+        except BaseException as error:
+            explain(error)
+            note(error, f"in trainer {self._core.parts.name!r}: {self._position()}")
+            raise
+
+    def _position(self) -> str:
+        """Return where the run is, for the note on an exception."""
+        assert self._engine is not None
+        return self._engine.position()
+
+    def _streams(self) -> Streams | None:
+        """Return the randomness of this run; None for the process's own."""
+        core = self._core
+        streams = core.streams
+        if self._options.dry:
+            # A dry run draws from copies, also of the process's generators.
+            if streams is None:
+                with process_numbers():
+                    return Streams.of_process(core.cuda)
+            return streams.copy()
+        return streams
+
+    def _make_turn(self) -> Turn:
+        """Be ready to take turns at the process's random generators."""
+        parts, control = self._core.parts, self._control
+        functions = [getattr(parts, name) for name in STAGE_NAMES.values()]
+        turn = self._turn = Turn(
+            lambda: control.cancelled,
+            self._core.cuda,
+            hides_draws=hides_its_draws(parts.model, parts.loss_function, *functions),
+        )
+        self._forget_turn = control.on_halt(turn.wake)
+        return turn
+
+    def _batch_hooks(self, part: Slice) -> list[Callable[[], None]]:
+        schedulers, kept = self._schedulers, self._options.persistence
+        hooks = [schedulers.after_batch] if schedulers and schedulers.per_batch else []
+        return [*hooks, part.after_batch, *(kept.batch_hooks if kept else ())]  # see `_aside`
+
+    def _enter_threads(self) -> None:
+        kept, number = self._options.persistence, self._options.num_threads
+        if self._core.parts.num_threads is None and kept is not None:
+            number = kept.num_threads or number
+        self._core.num_threads = number
+        self._has_threads = intra_op_threads.enter(number)
+
+    def _aside(self, call: Callable[[], Any]) -> Any:
+        """Wait for something, out of the way of those who train; snapshots come after a slice."""
+        assert self._turn is not None
+        held = self._turn.step_aside()
+        result = call()
+        if not self._control.cancelled:
+            self._turn.go_on(held)
+        return result
+
+    def _observers(self, part: Slice) -> list[Observer]:
+        observers: list[Observer] = [part.observe, self._log.observe]
+        if not self._options.dry:
+            observers.append(self._core.history.observe)
+        if self._schedulers is not None:
+            observers.append(self._schedulers.observe)
+        if self._tracker is not None:
+            observers.append(self._tracker.observe)
+        if self._plan.call == "fit":
+            observers.append(self._core.observe)
+        observers += self._options.observers
+        if self._options.persistence is not None:  # last, so that it keeps what others did
+            observers.append(self._options.persistence.observe)
+        return observers
+
+    def _make_questions(self, engine: Engine) -> Questions | None:
+        asking, core = self._options.asking, self._core
+        if asking is None:
+            return None
+        rest = engine.at_rest
+        emit = partial(rest, core.hub.emit)
+        around = (asking.ask, self._control, self._side, emit, self._aside)
+        if not asking.trains_on:
+            return WaitingQuestions(*around)
+        mark = partial(rest, ReturnPoint, core, self._plan.phases, self._log, self._tracker)
+        return OpenQuestions(*around, mark=mark, rest=rest)
+
+    def _ask(self, epoch: int, epoch_in_run: int) -> bool:
+        asking, questions = self._options.asking, self._questions
+        assert asking is not None
+        assert questions is not None
+        name, epochs = self._core.parts.name, self._plan.epochs
+        return questions.pose(asking.event(name, epoch, epoch_in_run, epochs))
+
+    def _settle_questions(self, engine: Engine) -> None:
+        """Wait for the answer to a question that is open, and go back if it is no."""
+        if self._questions is None:
+            return
+        reached = self._questions.settle()
+        if reached is not None:
+            engine.epochs_ended = reached
+
+    # -- afterwards, on this or another thread --------------------------------------------------
+
+    def finish(self, error: BaseException | None) -> Any:
+        """Put back what must be, restore the best weights, tell the observers, and report."""
+        self._lane.enter()  # this may be another thread
+        if error is None and self._control.cancelled:
+            error = Cancelled()
+        if isinstance(error, Cancelled) and self._control.failure is not None:
+            error = self._control.failure
+        if self._questions is not None:
+            self._questions.withdraw()
+        steps: list[tuple[str, Callable[[], None]]] = [("putting back", self._put_back)]
+        if self._turn is not None:
+            steps.insert(0, ("putting back the random generators", self._turn.revoke))
+        if self._options.load_best and (error is None or isinstance(error, Cancelled)):
+            steps.append(("restoring the best weights", self._load_best))
+        for doing, step in steps:  # all of them, whatever the others raise
+            try:
+                step()
+            except BaseException as raised:
+                error = self._first(error, raised, doing)
+        try:
+            self._end_fit(error)
+        except BaseException as raised:
+            error = self._first(error, raised, "writing what is kept on disk")
+        try:
+            self._tell_end(error)
+        except BaseException as raised:
+            error = self._first(error, raised, "in a callback at the end of the run")
+        if self._has_threads:
+            intra_op_threads.leave()
+        self._lane.leave()
+        self._forget_turn()
+        if self._slice is not None:
+            self._slice.close()
+        if self._options.persistence is not None:
+            self._options.persistence.close()
+        result = None if error is not None else self._found or self._result()
+        # These refer back to this run, and all of them to the model.
+        self._engine = self._around = self._questions = self._slice = None
+        try:
+            if error is not None:
+                raise error
+            return result
+        finally:
+            del error
+
+    def _first(
+        self, error: BaseException | None, raised: BaseException, doing: str
+    ) -> BaseException:
+        """Return which of two errors the caller is to see: the first that is one."""
+        if error is None or isinstance(error, Cancelled):
+            return self._noted(raised, doing)
+        note(error, f"{doing} then raised {in_words(raised)}")
+        return error
+
+    def _noted(self, error: BaseException, doing: str) -> BaseException:
+        note(error, f"in trainer {self._core.parts.name!r}: {doing}")
+        return error
+
+    def _put_back(self) -> None:
+        for module, training in self._modes:
+            module.training = training
+        self._loaders.rewind()
+        if self._capture is not None:
+            self._capture.restore()
+
+    def _load_best(self) -> None:
+        tracked = self._tracker is not None and self._tracker.tracked and self._found is None
+        if tracked and self._core.best_score is not None:
+            self._core.restore_best(self._trainer)
+
+    def _end_fit(self, error: BaseException | None) -> None:
+        kept = self._options.persistence
+        ended = error is None and self._engine is not None and self._found is None
+        if ended and self._plan.call == "fit":
+            self._core.fits += 1
+        if kept is not None:
+            kept.finish(self._stop_reason(None) if ended else None)
+
+    def _tell_end(self, error: BaseException | None) -> None:
+        core, engine = self._core, self._engine
+        if engine is None:  # it failed before anybody was told that it began
+            return
+        ended = RunEnded(
+            trainer=core.parts.name,
+            call=self._plan.call,
+            stop_reason=self._stop_reason(error),
+            epochs=engine.epochs_ended,
+            best_score=core.best_score,
+            best_epoch=core.best_epoch,
+            seconds=time.perf_counter() - self._began,
+            error=None if error is None else in_words(error),
+        )
+        with at_rest():
+            core.hub.emit(ended)
+
+    def _stop_reason(self, error: BaseException | None) -> str:
+        if isinstance(error, Cancelled):
+            return str(StopReason.CANCELLED)
+        if error is not None:
+            return str(StopReason.FAILED)
+        if self._found is not None:
+            return self._found.stop_reason
+        return self._control.stop_reason or str(StopReason.COMPLETED)
+
+    def _result(self) -> FitResult:
+        assert self._engine is not None
+        return FitResult(
+            epochs=self._engine.epochs_ended,
+            stop_reason=self._stop_reason(None),
+            best_score=self._core.best_score,
+            best_epoch=self._core.best_epoch,
+            metrics=self._log.arrays(),
+            seconds=time.perf_counter() - self._began,
+        )

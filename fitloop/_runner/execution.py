@@ -1,0 +1,98 @@
+"""One job of a `Runner`, from its beginning to its outcome: read if it is done already, else run.
+
+Owns what becomes of a job's errors, and under which name its events go out. Knows no line and no
+other job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import anyio
+
+from fitloop._concurrency.event_loops import is_scope_cancelled
+from fitloop._defaults import Shares
+from fitloop._errors import note
+from fitloop._events import Event
+from fitloop._run.launch import Callback, aside
+from fitloop._runner.jobs import Outcome, forget_frames
+from fitloop._runner.outcomes import restored, write_outcome
+from fitloop.backends.base import Backend, JobSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the jobs of a Runner are executed."""
+
+    backend: Backend
+    shares: Shares
+    callbacks: tuple[Callback, ...]
+    keep_trainers: bool
+    push: Callable[[Event], None]
+    """takes events from any thread"""
+
+    async def outcome_of(self, spec: JobSpec) -> Outcome:
+        """Execute a job; raises nothing that it raised.
+
+        Cancellation: the training ends at a batch boundary, and the cancellation is raised.
+        """
+        began = time.perf_counter()
+        outcome = Outcome(name=spec.name, status="failed", directory=spec.directory)
+        try:
+            if spec.directory is not None:
+                directory = spec.directory
+                found = await aside(spec.name, lambda: restored(directory, spec.name, spec.epochs))
+                if found is not None:
+                    return found
+            share = self.shares.next(spec.name, spec.directory)
+            done = await self.backend.run(
+                self._with_callbacks(spec), share, partial(self._tell, spec.name)
+            )
+            outcome = replace(
+                outcome,
+                status="done",
+                result=done.result,
+                weights=done.weights,
+                trainer=done.trainer if self.keep_trainers else None,
+            )
+        except anyio.get_cancelled_exc_class() as error:
+            if is_scope_cancelled():
+                raise
+            outcome = self._failed(outcome, error)  # it awaited something that was cancelled
+        except BaseException as error:
+            outcome = self._failed(outcome, error)
+        outcome = replace(outcome, seconds=time.perf_counter() - began)
+        if spec.directory is not None:
+            with anyio.CancelScope(shield=True):  # what came of it is to be what the file says
+                try:
+                    await aside(spec.name, lambda: write_outcome(outcome, spec.epochs))
+                except Exception as error:
+                    outcome = replace(
+                        outcome, status="failed", result=None, error=outcome.error or error
+                    )
+        return outcome
+
+    def _with_callbacks(self, spec: JobSpec) -> JobSpec:
+        if not self.callbacks:
+            return spec
+        own = spec.options.get("callbacks", ())
+        return replace(spec, options={**spec.options, "callbacks": [*own, *self.callbacks]})
+
+    def _tell(self, name: str, event: Event) -> None:
+        """Pass an event on under the name of its job; a factory may name its trainer otherwise."""
+        self.push(event if event.trainer == name else replace(event, trainer=name))
+
+    def _failed(self, outcome: Outcome, error: BaseException) -> Outcome:
+        note(error, f"in job {outcome.name!r}")
+        if not self.keep_trainers:  # else the local variables of its frames would
+            forget_frames(error)
+        return replace(outcome, error=error)
+
+
+def is_of_the_job(error: BaseException) -> bool:
+    """Return whether an error is the job's alone, and not of the program, such as SystemExit."""
+    return isinstance(error, Exception | asyncio.CancelledError)

@@ -1,0 +1,298 @@
+"""State of any shape as plain msgpack: what state dicts hold, with the tensors taken out.
+
+Owns the encoding of nested Python values, and which may be kept: numbers, text, containers,
+numpy's and torch's plain values. No other object is: nothing here imports or calls what a file
+names. A value that is none of msgpack's own becomes a map with one key, its kind, which begins
+with ``!``::
+
+    {"!tensor": 3}                          the fourth in the list of tensors
+    {"!array": 4}                           a numpy array, kept as that tensor
+    {"!number": ["<f4", b"..."]}            a numpy scalar: its dtype and its bytes
+    {"!tuple": [...]}, {"!set": [...]}, {"!frozenset": [...]}, {"!size": [...]}
+    {"!map": [[key, value], ...]}           a dict whose keys are not all plain strings
+    {"!ordered": ...}, {"!counter": ...}    as "!map"; OrderedDict, Counter
+    {"!deque": [maxlen, [...]]}
+    {"!int": "18446744073709551616"}        an integer beyond 64 bits
+    {"!complex": [re, im]}
+    {"!dtype": "float32"}, {"!device": "cuda:0"}, {"!layout": "strided"},
+    {"!memory_format": "channels_last"}
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from reprlib import repr as short
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fitloop._storage.layout import LayoutError
+
+DEEPEST = 100
+"""levels of nesting at most, well below what msgpack's readers take"""
+
+_MARK = "!"
+_MOST_BITS = 8192
+"""of an integer; Python refuses to write out much longer ones"""
+
+
+def _torch_names(kind: type) -> dict[str, Any]:
+    """Return torch's values of a kind by name, so that no file names what to look up."""
+    found = [item for item in vars(torch).values() if type(item) is kind]
+    return {str(item).removeprefix("torch."): item for item in found}
+
+
+_DTYPES = _torch_names(torch.dtype)
+_LAYOUTS = _torch_names(torch.layout)
+_MEMORY_FORMATS = _torch_names(torch.memory_format)
+_PLAIN_NUMBERS = "biufc"
+
+
+class Encoder:
+    """Turns values into plain ones, and collects their tensors by name."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        """by the path of each in what was encoded"""
+
+    def encode(self, value: Any, path: str) -> Any:
+        """Return ``value`` as msgpack can hold it.
+
+        Raises `LayoutError`, naming the path, for a value that cannot be kept.
+        """
+        return self._encode(value, path, 0)
+
+    def _encode(self, value: Any, path: str, depth: int) -> Any:
+        if depth > DEEPEST:
+            raise LayoutError(f"{path[:80]}... is nested more than {DEEPEST} levels deep")
+        kind = type(value)
+        if value is None or kind is bool or kind is float or kind is bytes:
+            return value
+        if kind is int:
+            return _integer(value, path)
+        if kind is str:
+            return _text(value, path)
+        if kind is list:
+            return self._items(value, path, depth)
+        if kind is dict and all(type(key) is str and key[:1] != _MARK for key in value):
+            return {
+                _text(key, path): self._encode(item, f"{path}/{key}", depth + 1)
+                for key, item in value.items()
+            }
+        if isinstance(value, Tensor):
+            return {"!tensor": self._keep(value.detach(), path)}
+        container = self._container(value, path, depth)
+        return _scalar(value, path) if container is None else container
+
+    def _container(self, value: Any, path: str, depth: int) -> Any:
+        kind = type(value)
+        if kind in _SEQUENCES:
+            return {_SEQUENCES[kind]: self._items(value, path, depth)}
+        if kind in _MAPPINGS:
+            return {_MAPPINGS[kind]: self._pairs(value, path, depth)}
+        if kind is deque:
+            return {"!deque": [value.maxlen, self._items(value, path, depth)]}
+        if kind is np.ndarray:
+            if value.dtype.kind not in _PLAIN_NUMBERS or not value.dtype.isnative:
+                raise _unfit(value, path, f"an array of dtype {value.dtype}")
+            try:
+                tensor = torch.from_numpy(np.array(value, order="C"))
+            except TypeError:
+                raise _unfit(value, path, f"an array of dtype {value.dtype}") from None
+            return {"!array": self._keep(tensor, path)}
+        return None
+
+    def _items(self, values: Iterable[Any], path: str, depth: int) -> list[Any]:
+        return [self._encode(v, f"{path}/{i}", depth + 1) for i, v in enumerate(values)]
+
+    def _pairs(self, mapping: Any, path: str, depth: int) -> list[Any]:
+        return [
+            [
+                self._encode(key, f"{path} (a key)", depth + 1),
+                self._encode(item, f"{path}/{_shown(key)}", depth + 1),
+            ]
+            for key, item in mapping.items()
+        ]
+
+    def _keep(self, tensor: Tensor, path: str) -> int:
+        name, number = path, 2
+        while name in self.tensors:  # 1 and "1" are two keys
+            name, number = f"{path} ({number})", number + 1
+        self.tensors[name] = tensor
+        return len(self.tensors) - 1
+
+
+_SEQUENCES: dict[type, str] = {
+    tuple: "!tuple",
+    set: "!set",
+    frozenset: "!frozenset",
+    torch.Size: "!size",
+}
+_MAPPINGS: dict[type, str] = {dict: "!map", OrderedDict: "!ordered", Counter: "!counter"}
+
+
+def _integer(value: int, path: str) -> Any:
+    if -(2**63) <= value < 2**64:
+        return value
+    if value.bit_length() > _MOST_BITS:
+        raise LayoutError(f"{path} is an integer of more than {_MOST_BITS} bits")
+    return {"!int": str(value)}
+
+
+def _shown(key: object) -> str:
+    return "..." if type(key) is int and key.bit_length() > _MOST_BITS else str(key)
+
+
+def _text(value: str, path: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise LayoutError(f"{path} is text with half a surrogate pair in it") from None
+    return value
+
+
+def _scalar(value: Any, path: str) -> Any:
+    kind = type(value)
+    if isinstance(value, np.generic) and value.dtype.kind in _PLAIN_NUMBERS:
+        return {"!number": [value.dtype.str, value.tobytes()]}
+    if kind is complex:
+        return {"!complex": [value.real, value.imag]}
+    for name, (torch_kind, known) in _TORCH_VALUES.items():
+        if kind is torch_kind and (not known or value in known.values()):
+            return {name: str(value).removeprefix("torch.")}
+    raise _unfit(value, path, f"a {kind.__module__}.{kind.__qualname__}")
+
+
+_TORCH_VALUES: dict[str, tuple[type, dict[str, Any]]] = {
+    "!dtype": (torch.dtype, _DTYPES),
+    "!device": (torch.device, {}),
+    "!layout": (torch.layout, _LAYOUTS),
+    "!memory_format": (torch.memory_format, _MEMORY_FORMATS),
+}
+
+
+def _unfit(value: object, path: str, what: str) -> LayoutError:
+    return LayoutError(
+        f"{path} is {what}, {value!r:.60}, which cannot be kept; expected numbers, text, "
+        "tensors, numpy's numbers and arrays, or lists, tuples, dicts and sets of these"
+    )
+
+
+class Decoder:
+    """Turns plain values back; the tensors are those that the encoder collected, in order."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._used: set[int] = set()
+        self._arrays: set[int] = set()
+
+    def decode(self, value: Any, path: str = "state") -> Any:
+        """Return what was encoded.
+
+        Raises `LayoutError`, naming the path, for what no encoder made.
+        """
+        return self._decode(value, path, 0)
+
+    def _decode(self, value: Any, path: str, depth: int) -> Any:
+        if depth > DEEPEST:
+            raise LayoutError(f"{path[:80]}... is nested more than {DEEPEST} levels deep")
+        if type(value) is list:
+            return self._items(value, path, depth)
+        if type(value) is not dict:
+            if value is not None and type(value) not in _PLAIN:
+                raise LayoutError(f"{path} is a {type(value).__name__}, which no encoder makes")
+            return value
+        if len(value) == 1:
+            ((key, content),) = value.items()
+            if type(key) is str and key[:1] == _MARK:
+                return self._marked(key, content, path, depth)
+        if not all(type(key) is str for key in value):
+            raise LayoutError(f"{path} has keys that are no strings")
+        return {key: self._decode(v, f"{path}/{key}", depth + 1) for key, v in value.items()}
+
+    def _items(self, values: Any, path: str, depth: int) -> list[Any]:
+        if type(values) is not list:
+            raise LayoutError(f"{path} is {short(values)}; expected a list")
+        return [self._decode(v, f"{path}/{i}", depth + 1) for i, v in enumerate(values)]
+
+    def _marked(self, key: str, content: Any, path: str, depth: int) -> Any:
+        try:
+            if key in _FROM_ITEMS:
+                return _FROM_ITEMS[key](self._items(content, path, depth))
+            if key in _FROM_PAIRS:
+                pairs = [
+                    (self._decode(k, path, depth + 1), self._decode(v, f"{path}/...", depth + 1))
+                    for k, v in content
+                ]
+                found = _FROM_PAIRS[key](pairs)
+                if len(found) != len(pairs):
+                    raise LayoutError(f"{path} has a key twice")
+                return found
+            if key == "!tensor":
+                return self._tensor(content)
+            if key == "!array":
+                return self._array(self._tensor(content))
+            if key == "!deque":
+                return deque(self._items(content[1], path, depth), content[0])
+            if key in _FROM_VALUE:
+                return _FROM_VALUE[key](content)
+        except LayoutError:
+            raise
+        except Exception as error:  # whatever a forged value makes its constructor raise
+            raise LayoutError(f"{path} is no {key[1:]}: {short(content)}") from error
+        raise LayoutError(f"{path} is of the kind {short(key)}, unknown here")
+
+    def _tensor(self, index: Any) -> Tensor:
+        # Once each, as encoded: a forged tree could take any memory for the copies.
+        if type(index) is not int or index < 0 or index in self._used:
+            raise ValueError
+        self._used.add(index)
+        return self._tensors[index]
+
+    def _array(self, tensor: Tensor) -> Any:
+        if id(tensor) in self._arrays:  # under another name
+            raise ValueError
+        self._arrays.add(id(tensor))
+        return tensor.numpy().copy()
+
+
+_PLAIN = {bool, int, float, str, bytes}
+
+
+def _number(content: Any) -> Any:
+    code, data = content
+    dtype = np.dtype(code)
+    if dtype.kind not in _PLAIN_NUMBERS or dtype.itemsize != len(data):
+        raise ValueError
+    return np.frombuffer(data, dtype)[0]
+
+
+def _whole(text: str) -> int:
+    if len(text) > 4000:  # Python itself refuses to convert longer ones
+        raise ValueError
+    return int(text)
+
+
+_FROM_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
+    "!tuple": tuple,
+    "!set": set,
+    "!frozenset": frozenset,
+    "!size": torch.Size,
+}
+_FROM_PAIRS: dict[str, Callable[[list[Any]], Any]] = {
+    "!map": dict,
+    "!ordered": OrderedDict,
+    "!counter": lambda pairs: Counter(dict(pairs)),
+}
+_FROM_VALUE: dict[str, Callable[[Any], Any]] = {
+    "!int": _whole,
+    "!complex": lambda parts: complex(*parts),
+    "!number": _number,
+    "!dtype": lambda name: _DTYPES[name],
+    "!device": torch.device,
+    "!layout": lambda name: _LAYOUTS[name],
+    "!memory_format": lambda name: _MEMORY_FORMATS[name],
+}

@@ -1,0 +1,167 @@
+"""The runs that are logged in a directory, followed from another process as they go.
+
+Owns how far a log was read. Gives the events of the runs, the same as in the process that trains
+(but those of best scores and snapshots), each once, in order. Waits for nothing and prints nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from io import FileIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fitloop._errors import CheckpointError
+from fitloop._events import BatchProgress, EpochStarted, Event, PhaseEnded, RunEnded
+from fitloop._storage.durable import reason
+from fitloop._storage.log_records import RunFacts, check_head, event_in, records_in, run_in
+from fitloop._storage.metric_log import LOG_NAME, unreadable
+
+_HEAD_BYTES = 16
+"""enough to tell one log from the next: they begin with a checksum that covers the time"""
+
+
+class Told(NamedTuple):
+    """An event, and when it happened: seconds since 1970, by the clock of who trained."""
+
+    event: Event
+    at: float
+
+
+class LogFollower:
+    """The events of the runs in one directory; `poll` gives the new ones.
+
+    The file is kept open while a run goes on, so that its last records are read although the next
+    run has put another file in its place. On Windows, where that would keep it from doing so, it is
+    opened anew each time.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LOG_NAME
+        self.has_ended = True
+        """no run is going on, as far as the log tells"""
+        self._file: FileIO | None = None
+        self._identity: tuple[int, ...] = ()
+        self._head = b""
+        self._offset = 0
+        self._passing = b""
+        """the record at the offset, which another may have taken the place of by now"""
+        self.run: RunFacts | None = None
+        """the run that was last told of"""
+        self._status: os.stat_result | None = None
+        """of the file, before it was read last"""
+        self._trainer = ""
+        self._ended: dict[str, Any] = {}
+        """what the phases of the epoch have returned"""
+
+    def poll(self) -> list[Told]:
+        """Return what happened since the last call; nothing while there is no log.
+
+        Raises:
+            CheckpointError: the file is no log, or cannot be read.
+        """
+        try:
+            # Asked first: nothing is added to a file once another is in its place.
+            another = self._is_another()
+            told = [] if self._file is None else self._read()
+            if another and self._open():
+                told += self._read()
+            if self.has_ended or os.name == "nt":
+                self.close()
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {reason(error)}") from error
+        except Exception as error:  # whatever a forged record makes of it
+            raise unreadable(self.path, error) from error
+        return told
+
+    def close(self) -> None:
+        """Let go of the file; `poll` opens it again when it has changed."""
+        if self._file is not None:
+            if self._status is not None:
+                self._identity = _identity(self._status, closed=True)
+            self._file.close()
+            self._file = None
+
+    def _is_another(self) -> bool:
+        """Return whether there is another log than was read, or more of one that was closed."""
+        try:
+            status = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if _identity(status, closed=self._file is None) == self._identity:
+            return False
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise CheckpointError(f"{self.path} cannot be read: it is no file")
+        return True
+
+    def _open(self) -> bool:
+        kept_open = self._file is not None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        try:
+            self._file = FileIO(self.path)
+        except FileNotFoundError:  # just now
+            return False
+        self._identity = _identity(os.fstat(self._file.fileno()), closed=False)
+        head = self._file.read(_HEAD_BYTES)
+        if kept_open or head != self._head:
+            self._head, self._offset, self._passing = head, 0, b""
+        return True
+
+    def _read(self) -> list[Told]:
+        assert self._file is not None
+        self._status = os.fstat(self._file.fileno())
+        self._file.seek(self._offset)
+        data = self._file.readall()
+        told: list[Told] = []
+        start = unread = 0
+        for record, end in records_in(data):
+            raw = data[start:end]
+            passes = False
+            if self._offset + start == 0:
+                told += self._begin(record)
+            elif raw != self._passing:
+                new = self._take(record)
+                passes = isinstance(new.event, BatchProgress)
+                told.append(new)
+            else:
+                passes = True
+            # One that passes is looked at again: the next one may be in its place.
+            self._passing, unread = (raw, start) if passes else (b"", end)
+            start = end
+        if self._offset + start == 0:
+            check_head(None)
+        self._offset += unread
+        return told
+
+    def _begin(self, head: Any) -> list[Told]:
+        check_head(head)
+        self._ended = {}
+        run, started = run_in(head)
+        if self.run is not None and run.began == self.run.began and not self.has_ended:
+            return []  # it went back to an earlier epoch, and logs on from there
+        self._trainer, self.run, self.has_ended = started.trainer, run, False
+        return [Told(started, run.began)]
+
+    def _take(self, record: Any) -> Told:
+        event, at = event_in(record, self._trainer, self._ended)
+        if isinstance(event, EpochStarted):
+            self._ended = {}
+        elif isinstance(event, PhaseEnded):
+            self._ended[str(event.phase)] = event.metrics
+        elif isinstance(event, RunEnded):
+            self.has_ended = True
+        return Told(event, at)
+
+
+def _identity(status: os.stat_result, *, closed: bool) -> tuple[int, ...]:
+    """Return what a file that is another one, or was written to while it was closed, differs in.
+
+    The number of a file that was removed may be given to the next one, unless it is kept open.
+    """
+    own = (status.st_dev, status.st_ino)
+    return (*own, status.st_size, status.st_mtime_ns) if closed else own

@@ -1,0 +1,146 @@
+"""The metrics of a trainer in a file that grows while it trains, for readers in any process.
+
+Owns the file: a head with the history so far, then the records of what happened since, as
+`_logrecords` makes them. A record that was not written to its end is no record: readers stop
+before it. Every run begins the log anew, whole or not at all, so that nothing torn is ever
+appended to.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fitloop._errors import CheckpointError
+from fitloop._events import PhaseEnded
+from fitloop._metrics.history import History
+from fitloop._metrics.history_state import load_history
+from fitloop._storage.durable import reason, write_file
+from fitloop._storage.layout import LayoutError
+from fitloop._storage.log_records import batch_metrics_in, check_head, kind_of, records_in
+from fitloop._types import Phase
+
+LOG_NAME = "metrics.msgpack"
+
+
+class MetricLog:
+    """A log that one trainer appends to; nothing of it is kept open."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LOG_NAME
+        self._passing: tuple[int, int] | None = None
+        """where the last record begins and ends, if the next one like it may take its place"""
+
+    def begin(self, head: bytes) -> None:
+        """Replace the log by one with ``head`` only. Raises `CheckpointError`."""
+        self._passing = None
+        try:
+            write_file(self.path, lambda _path, file: _write(file, head), overwrite=True)
+        except OSError as error:
+            raise _unwritten(self.path, error) from error
+
+    def append(self, record: bytes, *, passing: bool = False) -> None:
+        """Add a record; what is left of one that failed is cut off. Raises `CheckpointError`.
+
+        A ``passing`` one takes the place of one just before it, if it is as long: so what is told
+        every second does not make the file grow by the day.
+        """
+        before, self._passing = self._passing, None
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+            try:
+                size = os.fstat(descriptor).st_size
+                place = size
+                if passing and before == (size - len(record), size):
+                    place = before[0]
+                os.lseek(descriptor, place, os.SEEK_SET)
+                try:
+                    _write(descriptor, record)
+                except OSError:
+                    os.ftruncate(descriptor, place)  # or what comes later could not be read
+                    raise
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise _unwritten(self.path, error) from error
+        if passing:
+            self._passing = (place, place + len(record))
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _unwritten(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be written: {reason(error)}")
+
+
+def log_path(path: str | os.PathLike[str]) -> Path:
+    """Return the log that ``path`` is, or is the ``save_path`` of."""
+    path = Path(path)
+    return path / LOG_NAME if path.is_dir() else path
+
+
+def read_metrics(path: str | os.PathLike[str]) -> History:
+    """Read the metrics that a trainer has logged: what its ``M`` is, at this moment.
+
+    ``path`` is a log file, or the ``save_path`` of a trainer. Any process may read while the
+    trainer runs: it sees every phase that has ended. A record that is being written, or that a
+    dying process left unfinished, is left out.
+
+    Raises:
+        CheckpointError: there is no log, or the file is none.
+    """
+    path = log_path(path)
+    if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} cannot be read: it is no file")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
+    history = History()
+    try:
+        records = records_in(data)
+        head: Any = next(records, (None, 0))[0]
+        check_head(head)
+        load_history(history, _with_arrays(head["history"]))
+        for record, _end in records:
+            if kind_of(record) == PhaseEnded.kind:  # the others are for who follows the run
+                history.observe(_phase_ended(record))
+    except Exception as error:  # whatever a forged record makes of it
+        raise unreadable(path, error) from error
+    return history
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """Return what to raise when reading a log raised ``error``."""
+    if isinstance(error, LayoutError):
+        return CheckpointError(f"{path} cannot be read: {error}")
+    return CheckpointError(f"{path} is not as fitloop writes it: {type(error).__name__}: {error}")
+
+
+def _with_arrays(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return np.frombuffer(value, dtype="<f8")
+    if isinstance(value, dict):
+        return {key: _with_arrays(item) for key, item in value.items()}
+    return [_with_arrays(item) for item in value] if isinstance(value, list) else value
+
+
+def _phase_ended(record: Any) -> PhaseEnded:
+    return PhaseEnded(
+        trainer="",
+        epoch=record["epoch"],
+        phase=Phase(record["phase"]),
+        metrics=record["metrics"],
+        start_metrics=record["start_metrics"],
+        batch_metrics=batch_metrics_in(record),
+        batches=0,
+        samples=0,
+        seconds=0.0,
+    )

@@ -1,0 +1,235 @@
+"""Files of weights: what the suffix means, and how a file comes to its place whole.
+
+Owns the path of a state dict's file and what is written there; the layout of a ``.msgpack``
+is `_tensorfile`'s. Everything here blocks. What is written must not change meanwhile.
+
+A file is whole or absent whatever dies when; see `_durable`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from fitloop._errors import CheckpointError, listed
+from fitloop._storage.durable import PART, reason, write_file
+from fitloop._storage.layout import LayoutError
+from fitloop._storage.tensors import read_tensors, write_tensors
+
+State: TypeAlias = Mapping[str, Any]
+"""what ``model.state_dict()`` returns: tensors by name, the modules' versions in ``_metadata``"""
+Writer: TypeAlias = Callable[[Path, int, State], None]
+Reader: TypeAlias = Callable[[Path, torch.device], dict[str, Any]]
+
+DEFAULT_SUFFIX = ".msgpack"
+
+
+def with_suffix(name: str) -> str:
+    """Return ``name`` as a relative file name: with ``.msgpack`` unless it has a known suffix.
+
+    A dot makes no suffix: ``lr=0.01`` becomes ``lr=0.01.msgpack``. Folders may be in the name.
+
+    Raises `CheckpointError` for a name that is empty or leads out of the directory.
+    """
+    windows = PureWindowsPath(name)
+    leads_out = ".." in windows.parts or bool(windows.anchor) or PurePosixPath(name).is_absolute()
+    # No name, a folder's, a bare suffix, and NUL, which no file system takes.
+    unfit = name.endswith(("/", "\\", "/.")) or "\0" in name or windows.name in {"", *_FORMATS}
+    if leads_out or unfit:
+        raise CheckpointError(f"{name!r} cannot name a file: give a name within the directory")
+    return name if _suffix(name) else name + DEFAULT_SUFFIX
+
+
+def write_weights(path: str | os.PathLike[str], state: State, *, overwrite: bool = False) -> None:
+    """Write a state dict to ``path``, in the format that the suffix names.
+
+    The directory is made if need be. Of two writers without ``overwrite`` only one succeeds
+    (on a file system without hard links the later one may win).
+
+    Raises `CheckpointError`, with nothing left behind, when the file exists and not
+    ``overwrite``, for an unknown suffix, for entries that are no tensors, and when the disk fails.
+    """
+    path = Path(path)
+    write, _ = _format_of(path)
+    _check_tensors(state)
+    try:
+        write_file(path, lambda temporary, file: write(temporary, file, state), overwrite=overwrite)
+    except (OSError, LayoutError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be written: {reason(error)}") from error
+
+
+def read_weights(
+    path: str | os.PathLike[str], *, map_location: str | torch.device | None = None
+) -> dict[str, Any]:
+    """Read a state dict from ``path``, in the format that the suffix names.
+
+    The tensors come to the CPU, whatever device they were on, unless ``map_location`` names
+    another. No file can run code.
+
+    Raises `CheckpointError` for a file that is not there, not whole or not what it should be.
+    """
+    path = Path(path)
+    _, read = _format_of(path)
+    device = as_device(map_location)
+    if os.path.lexists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise CheckpointError(f"{path} cannot be read: it is no file")
+    try:
+        state = read(path, device)
+    except (OSError, LayoutError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
+    return state
+
+
+def as_device(map_location: str | torch.device | None) -> torch.device:
+    """Return the device to read to; the CPU by default. Raises `CheckpointError` for none."""
+    try:
+        return torch.empty(0, device=map_location or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"map_location is {map_location!r}: {reason(error)}") from error
+
+
+def check_values(state: State) -> None:
+    """Raise `CheckpointError` for a tensor that stands for numbers not there yet."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and (is_lazy(value) or value.is_meta):
+            raise CheckpointError(
+                f"{key!r} has no values yet; run a batch through the model, or move it from the "
+                "meta device, before its weights are kept"
+            )
+
+
+def _check_tensors(state: State) -> None:
+    check_values(state)
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"the entry {key!r} of the state dict is a {type(value).__name__}; a weights file "
+                "holds tensors only, so have get_extra_state return a tensor"
+            )
+
+
+def set_metadata(state: OrderedDict[str, Any], metadata: object) -> None:
+    """Give a state dict the modules' versions, as ``Module.state_dict`` does."""
+    if metadata is not None:
+        vars(state)["_metadata"] = metadata
+
+
+def _write_msgpack(_path: Path, descriptor: int, state: State) -> None:
+    # Without the modules' versions torch takes the weights for those of an older one.
+    metadata = getattr(state, "_metadata", None)
+    fields = {} if metadata is None else {"modules": dict(metadata)}
+    write_tensors(descriptor, "weights", state, fields)
+
+
+def _read_msgpack(path: Path, device: torch.device) -> dict[str, Any]:
+    header, tensors = read_tensors(path, "weights", device)
+    state: OrderedDict[str, Any] = OrderedDict(tensors)
+    if "modules" in header:
+        set_metadata(state, module_versions(header["modules"]))
+    return state
+
+
+def module_versions(modules: object) -> dict[str, dict[str, Any]]:
+    """Check what `torch` will look up and compare while it is already loading."""
+    if not isinstance(modules, dict):
+        raise LayoutError("its modules are no map")
+    for name, entry in modules.items():
+        if not isinstance(name, str) or not isinstance(entry, dict):
+            raise LayoutError("its modules are no map of names to maps")
+        if type(entry.get("version", 1)) is not int:
+            raise LayoutError("a module's version is no whole number")
+    return modules
+
+
+def _write_safetensors(path: Path, descriptor: int, state: State) -> None:
+    library = _safetensors(path)
+    plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[key] = tensor.clone() if storage in storages else tensor  # the format has no ties
+        storages.add(storage)
+    part = path.with_suffix(PART)
+    try:
+        library.save_file(plain, part, metadata={"format": "pt"})
+        # Copied: it makes files that only their owner can read, and replaces a locked one.
+        with part.open("rb") as source, open(descriptor, "wb", closefd=False) as file:
+            shutil.copyfileobj(source, file, 2**24)
+    except OSError:
+        raise
+    except Exception as error:  # its own type comes from another module, and it leaks KeyErrors
+        raise LayoutError(f"safetensors refuses it: {error!r}") from error
+
+
+def _read_safetensors(path: Path, device: torch.device) -> dict[str, Any]:
+    library = _safetensors(path)
+    try:
+        return dict(library.load_file(path, device=str(device)))
+    except OSError:
+        raise
+    except Exception as error:
+        raise LayoutError(f"it is no whole safetensors file: {error}") from error
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} needs the package safetensors: pip install fitloop[safetensors]"
+        ) from error
+    return safetensors.torch
+
+
+def _write_pt(_path: Path, descriptor: int, state: State) -> None:
+    plain = OrderedDict((key, value.detach()) for key, value in state.items())
+    set_metadata(plain, getattr(state, "_metadata", None))
+    with open(descriptor, "wb", closefd=False) as file:  # torch puts a path into the file
+        torch.save(plain, file)
+
+
+def _read_pt(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a foreign pickle makes its reader raise
+        raise LayoutError(f"torch does not load it as weights only: {error}") from error
+    if not isinstance(state, dict):
+        raise LayoutError(f"it holds a {type(state).__name__}; expected a state dict")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise LayoutError(f"its entry {key!r} is a {type(value).__name__}; expected a tensor")
+    return state
+
+
+_FORMATS: dict[str, tuple[Writer, Reader]] = {
+    ".msgpack": (_write_msgpack, _read_msgpack),
+    ".safetensors": (_write_safetensors, _read_safetensors),
+    ".pt": (_write_pt, _read_pt),
+    ".pth": (_write_pt, _read_pt),
+}
+
+
+def _suffix(name: str) -> str | None:
+    return next((suffix for suffix in _FORMATS if name.lower().endswith(suffix)), None)
+
+
+def _format_of(path: Path) -> tuple[Writer, Reader]:
+    suffix = _suffix(path.name)
+    if suffix is None:
+        raise CheckpointError(
+            f"{path} has no suffix of a weights file; there are: {listed(_FORMATS)}"
+        )
+    return _FORMATS[suffix]

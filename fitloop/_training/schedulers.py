@@ -1,0 +1,128 @@
+"""When the learning-rate schedulers are stepped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import lr_scheduler as kinds
+
+from fitloop._engine.config import Interval, Parts, as_list
+from fitloop._errors import ConfigurationError, MissingCriteriaError
+from fitloop._events import EpochEnded, Event, PhaseEnded
+from fitloop._training.best import Criteria
+from fitloop._types import Phase
+
+_PER_BATCH = (kinds.OneCycleLR, kinds.CyclicLR)
+
+
+def intervals_of(parts: Parts) -> list[Interval | None]:
+    """Return for each scheduler when to step it; None for one that ``train_step`` steps itself."""
+    given = as_list(parts.scheduler_interval)
+    schedulers = parts.lr_schedulers
+    if given:
+        return given * len(schedulers) if len(given) == 1 else given
+    if parts.train_step is not None:
+        return [None] * len(schedulers)
+    return [_natural_interval(scheduler) for scheduler in schedulers]
+
+
+def _natural_interval(scheduler: object) -> Interval:
+    if isinstance(scheduler, kinds.ReduceLROnPlateau):
+        return "valid"
+    return "batch" if isinstance(scheduler, _PER_BATCH) else "epoch"
+
+
+def check_modes(parts: Parts, criteria: Criteria | None) -> None:
+    """Refuse a plateau scheduler that looks for the opposite of the criteria, where it is known.
+
+    Raises:
+        ConfigurationError: one does.
+    """
+    if criteria is None or criteria.is_default:
+        return
+    for scheduler, interval in zip(parts.lr_schedulers, intervals_of(parts), strict=True):
+        if interval is not None and isinstance(scheduler, kinds.ReduceLROnPlateau):
+            _check_mode(scheduler, criteria)
+
+
+def _check_mode(scheduler: kinds.ReduceLROnPlateau, criteria: Criteria) -> None:
+    better = "max" if criteria.direction > 0 else "min"
+    if scheduler.mode != better:
+        raise ConfigurationError(
+            f"ReduceLROnPlateau has mode={scheduler.mode!r}, but of the criteria "
+            f"{criteria.name!r} {'more' if better == 'max' else 'less'} is better, so it "
+            f"would lower the rate when the model improves; give it mode={better!r}, or "
+            "another criteria= and criteria_direction="
+        )
+
+
+class SchedulerSteps:
+    """Steps the schedulers of a trainer: an observer of its training runs.
+
+    Those at ``"valid"`` are given the criteria of each validation; ReduceLROnPlateau at any other
+    interval is given the criteria of the last one.
+    """
+
+    def __init__(self, parts: Parts, criteria: Criteria | None, *, validates: bool) -> None:
+        self._criteria = criteria
+        self._score: float | None = None
+        self._known: tuple[str, ...] = ()
+        pairs = list(zip(parts.lr_schedulers, intervals_of(parts), strict=True))
+        self.per_batch = [scheduler for scheduler, interval in pairs if interval == "batch"]
+        self._per_epoch = [scheduler for scheduler, interval in pairs if interval == "epoch"]
+        self._per_valid = [scheduler for scheduler, interval in pairs if interval == "valid"]
+        if self._per_valid and not validates:
+            raise ConfigurationError(
+                f"{_name(self._per_valid[0])} is stepped after validation, and there is no "
+                "valid_dl; give valid_dl=, or another scheduler_interval="
+            )
+        for scheduler in (*self.per_batch, *self._per_epoch, *self._per_valid):
+            if isinstance(scheduler, kinds.ReduceLROnPlateau):
+                self._check_plateau(scheduler, validates=validates)
+
+    def _check_plateau(self, scheduler: kinds.ReduceLROnPlateau, *, validates: bool) -> None:
+        if scheduler in self.per_batch:
+            raise ConfigurationError(
+                "ReduceLROnPlateau needs the criteria of a validation, and scheduler_interval is "
+                "'batch'; expected 'valid' or 'epoch'"
+            )
+        if self._criteria is None or not validates:
+            missing = "criteria" if validates else "valid_dl"
+            raise ConfigurationError(
+                "ReduceLROnPlateau is stepped with the criteria of the validation, and there is "
+                f"no {missing}; give {missing}=, or step it in a train_step of your own"
+            )
+
+    def after_batch(self) -> None:
+        """Step those that go by batches."""
+        for scheduler in self.per_batch:
+            scheduler.step()
+
+    def observe(self, event: Event) -> None:
+        """Step those that go by epochs or validations."""
+        if isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
+            if self._criteria is not None:
+                self._score = self._criteria.score(event.metrics)
+                self._known = tuple(event.metrics)
+            for scheduler in self._per_valid:
+                self._step_with_score(scheduler)
+        elif isinstance(event, EpochEnded) and event.complete:
+            for scheduler in self._per_epoch:
+                if isinstance(scheduler, kinds.ReduceLROnPlateau):
+                    self._step_with_score(scheduler)
+                else:
+                    scheduler.step()
+
+    def _step_with_score(self, scheduler: Any) -> None:
+        if not isinstance(scheduler, kinds.ReduceLROnPlateau):
+            scheduler.step()
+            return
+        assert self._criteria is not None
+        if self._score is None:
+            raise MissingCriteriaError(self._criteria.name, self._known)
+        _check_mode(scheduler, self._criteria)
+        scheduler.step(self._score)
+
+
+def _name(scheduler: object) -> str:
+    return type(scheduler).__name__

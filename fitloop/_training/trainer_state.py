@@ -1,0 +1,176 @@
+"""What a trainer remembers between its runs: the part of it that changes.
+
+Holds nothing that belongs to an event loop, so that a trainer can be used in one loop after the
+other. What is here runs in the thread of a run or of a weights call, never on an event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fitloop._concurrency.control import RunControl
+from fitloop._data.loaders import Loaders, LoadingOptions
+from fitloop._engine.config import PRETRAINED, Parts
+from fitloop._engine.event_bus import Hub
+from fitloop._errors import CheckpointError
+from fitloop._events import EpochEnded, Event
+from fitloop._metrics.history import History
+from fitloop._rng.streams import Streams
+from fitloop._storage.metric_log import MetricLog
+from fitloop._storage.weight_store import DiskStore, MemoryStore, WeightsStore, apply_weights
+from fitloop._training.best import BestTracker, Criteria
+from fitloop._training.capture import StepCapture, TrainingCapture
+from fitloop._training.schedulers import check_modes
+from fitloop._types import Phase
+
+
+class Core:
+    """The changing state of one trainer."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.history = History()
+        self.hub = Hub()
+        self.loaders = Loaders(
+            LoadingOptions(prefetch=parts.prefetch, randomness=parts.loader_randomness), self.cuda
+        )
+        self.store: WeightsStore = (
+            DiskStore(parts.save_path) if parts.save_to_disk else MemoryStore()
+        )
+        self.criteria = _criteria(parts)
+        """how models are compared; None when they are not"""
+        check_modes(parts, self.criteria)
+        self.epoch_num = 0
+        self.fits = 0
+        """runs of fit that came to an end of their own, over the life of the trainer"""
+        self.num_threads = parts.num_threads
+        """intra-op threads of its runs, once they are known"""
+        self.best_score: float | None = None
+        self.best_epoch: int | None = None
+        self.best_is_stale = False
+        """the kept best weights are those of another training than this one's"""
+        self.control: RunControl | None = None
+        """of the run that is going on"""
+        self.log: MetricLog | None = None
+        """the file that its metrics are appended to, once it has one"""
+        self.owns_archive = False
+        """the snapshots under its ``save_path`` are of its own training"""
+        self._streams: Streams | None = None
+        self._initial: StepCapture | None = None
+        self._keeps_pretrained = False
+
+    @property
+    def cuda(self) -> tuple[int, ...]:
+        """The CUDA devices whose generators the trainer draws from."""
+        device = self.parts.device
+        return (device.index or 0,) if device.type == "cuda" else ()
+
+    @property
+    def streams(self) -> Streams | None:
+        """The trainer's own randomness; None without a seed."""
+        if self._streams is None and self.parts.seed is not None:
+            self._streams = Streams(self.parts.seed, self.cuda)
+        return self._streams
+
+    def place(self) -> None:
+        """Move the model, and what the optimizers hold, to the device."""
+        parts = self.parts
+        before = {parameter: parameter.device for parameter in parts.model.parameters()}
+        parts.model.to(parts.device)
+        if parts.cast_model:
+            parts.model.to(parts.dtype)
+        if isinstance(parts.loss_function, nn.Module):
+            parts.loss_function.to(parts.device)
+        if any(parameter.device != device for parameter, device in before.items()):
+            for optimizer in parts.optimizers:
+                if optimizer.state:  # load_state_dict moves it to where the parameters are
+                    optimizer.load_state_dict(optimizer.state_dict())
+
+    def keep_pretrained(self, *, resuming: bool = False) -> None:
+        """Keep what `reset` goes back to: weights and optimizers before the first run.
+
+        A run that is ``resuming`` leaves a file of them alone that is there already.
+        """
+        if self._initial is None:
+            self._initial = StepCapture(self.parts.optimizers, self.parts.lr_schedulers)
+        if resuming and self.store.exists(PRETRAINED):
+            self._keeps_pretrained = True
+        if not self._keeps_pretrained:
+            self.store.save(PRETRAINED, self.parts.model.state_dict())
+            self._keeps_pretrained = True
+
+    def keep_best(self) -> None:
+        """Keep the weights that the model has now as the best."""
+        self.store.save(self.parts.best_model_name, self.parts.model.state_dict())
+        self.best_is_stale = False
+
+    def tracker(self, emit: Callable[[Event], None]) -> BestTracker | None:
+        """Return an observer that keeps the best weights of a run."""
+        return None if self.criteria is None else BestTracker(self.criteria, self, emit)
+
+    def restore_best(self, trainer: Any) -> None:
+        """Put the best weights back into the model and have the optimizer configured."""
+        if self.best_is_stale:
+            raise CheckpointError(
+                "there are no best weights: none were tracked before the state that was loaded"
+            )
+        apply_weights(self.parts.model, self.store.load(self.parts.best_model_name))
+        self.parts.configure_optimizer(trainer)
+
+    def reset(self, trainer: Any) -> None:
+        """Go back to before the first run; see ``FitLoop.reset``.
+
+        Raises `CheckpointError`, having changed nothing, when the weights are not there.
+        """
+        if self._keeps_pretrained:
+            apply_weights(self.parts.model, self.store.load(PRETRAINED))
+        if self._initial is not None:
+            self._initial.restore()
+        self.history.clear()
+        self.log = None  # the next run begins it anew
+        self.epoch_num = 0
+        self.forget_best()
+        self._streams = None
+        self.parts.configure_optimizer(trainer)
+
+    def forget_best(self) -> None:
+        """Compare with no earlier model any more."""
+        self.best_score = self.best_epoch = None
+
+    def forget_pretrained(self) -> None:
+        """Remove the weights from before the first run; the next run keeps new ones."""
+        self.store.delete(PRETRAINED)
+
+    def observe(self, event: Event) -> None:
+        """Count the epochs of a training run."""
+        if isinstance(event, EpochEnded):
+            self.epoch_num = event.epoch
+
+    def capture(self) -> TrainingCapture:
+        """Return a copy of what a dry run changes in model, loss, optimizers and schedulers."""
+        parts = self.parts
+        modules = [parts.model]
+        if isinstance(parts.loss_function, nn.Module):
+            modules.append(parts.loss_function)
+        others = [*parts.stateful.values(), *([] if parts.scaler is None else [parts.scaler])]
+        modules += [item for item in others if isinstance(item, nn.Module)]
+        others = [item for item in others if not isinstance(item, nn.Module)]
+        return TrainingCapture(modules, parts.optimizers, parts.lr_schedulers, others)
+
+    def loaders_of(self, given: Mapping[Phase, Any]) -> dict[Phase, Any]:
+        """Return the loader of each phase: the given one, or the constructor's, or None."""
+        return {
+            phase: self.parts.loader(phase) if given.get(phase) is None else given[phase]
+            for phase in Phase
+        }
+
+
+def _criteria(parts: Parts) -> Criteria | None:
+    if parts.criteria is not None:
+        return Criteria(parts.criteria, parts.criteria_direction)
+    if parts.valid_epoch_end is None:
+        return Criteria("accuracy", 1, is_default=True)
+    return None

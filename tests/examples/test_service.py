@@ -1,0 +1,463 @@
+"""The web service of the examples, by a real server and a real client."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from support.example_service import (  # finds the example, too
+    Told,
+    client_of,
+    first,
+    process,
+    serving,
+)
+
+# isort: split
+import service.trainings
+from service.feed import Feed, Message, lasting_text, passing_text
+from service.server import main
+from service.settings import read_settings
+
+LASTING = ("submitted", "run_started", "epoch_ended", "prompt_asked", "prompt_answered")
+ENDINGS = ("run_ended", "over")
+
+
+@pytest.fixture(params=[pytest.param(("asyncio", {}), id="asyncio")])
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """uvicorn is for asyncio only; as a program it takes uvloop."""
+    return request.param
+
+
+def kinds(messages: list[Told]) -> list[str]:
+    """Return the kinds of the messages that always come."""
+    return [one["kind"] for one in messages if one["kind"] in LASTING + ENDINGS]
+
+
+def columns(messages: list[Told], phase: str, name: str) -> list[float]:
+    return [one["metrics"][phase][name] for one in messages if one["kind"] == "epoch_ended"]
+
+
+# -- trainings -------------------------------------------------------------------------------------
+
+
+async def test_training_when_started_then_its_events_tell_it_to_the_end() -> None:
+    async with serving() as service:
+        begun = await service.start(name=" first ", epochs=2, lr=0.1)
+        assert (begun["id"], begun["name"], begun["model"]) == (1, "first", "small")
+        messages = await service.everything(1)
+        found = await service.get("/trainings/1")
+        listed = await service.get("/trainings")
+    assert messages[0]["kind"] == "hello"
+    assert kinds(messages) == ["submitted", "run_started", "epoch_ended", "epoch_ended", *ENDINGS]
+    for phase in ("train", "valid"):
+        for name in ("loss", "accuracy"):
+            assert found["metrics"][phase][name] == columns(messages, phase, name)
+            assert len(found["metrics"][phase][name]) == 2
+    over = messages[-1]
+    assert over["status"] == found["status"] == "done"
+    assert over["result"]["stop_reason"] == "completed"
+    assert over["result"]["epochs"] == found["epoch"] == 2
+    assert over["result"]["best_score"] == max(found["metrics"]["valid"]["accuracy"]) > 0.5
+    del found["metrics"]
+    assert listed == [found]
+
+
+@pytest.mark.parametrize("go_on", [True, False])
+async def test_question_when_answered_then_the_training_does_so(go_on: bool) -> None:
+    async with serving() as service:
+        await service.start(epochs=3, ask_every=2)
+        asked = await service.until(1, "prompt_asked")
+        assert (asked["epoch"], asked["epochs"]) == (2, 3)
+        assert (await service.get("/trainings/1"))["question"]["epoch"] == 2
+        assert (await service.answer(1, 2, go_on)).status_code == 202
+        messages = await service.everything(1)
+        late = await service.answer(1, 2, True)
+    expected = ["epoch_ended"] if go_on else []
+    assert kinds(messages)[4:] == ["prompt_asked", "prompt_answered", *expected, *ENDINGS]
+    assert messages[-1]["result"]["stop_reason"] == ("completed" if go_on else "prompt")
+    assert messages[-1]["question"] is None
+    assert late.status_code == 409
+    assert "asks nothing now" in late.text
+
+
+async def test_question_when_answered_for_another_epoch_then_it_stays_open() -> None:
+    async with serving() as service:
+        await service.start(epochs=2, ask_every=1)
+        await service.until(1, "prompt_asked")
+        other = await service.answer(1, 7, False)
+        wrong = await service.client.post("/trainings/1/answer", json={"go_on": "perhaps"})
+        assert (await service.get("/trainings/1"))["question"]["epoch"] == 1
+        assert (await service.answer(1, 1, False)).status_code == 202
+        assert (await service.everything(1))[-1]["result"]["epochs"] == 1
+    assert other.status_code == 409
+    assert "epoch is 7; expected 1" in other.text
+    assert wrong.status_code == 422
+    assert "perhaps" in wrong.text
+
+
+async def test_cancel_when_running_or_waiting_then_it_ends_and_the_next_one_begins() -> None:
+    async with serving(at_once=1) as service:
+        await service.start(name="running", epochs=1000)
+        assert (await service.start(name="waiting"))["status"] == "waiting"
+        await service.start(name="next", epochs=1)
+        await service.until(1, "epoch_ended")
+        for number in (2, 1, 1):
+            answer = await service.client.delete(f"/trainings/{number}")
+            assert answer.status_code == 202
+        running, waiting, following = [await service.everything(n) for n in (1, 2, 3)]
+        done = await service.client.delete("/trainings/3")
+    assert [one["status"] for one in (running[-1], waiting[-1])] == ["cancelled", "cancelled"]
+    assert running[-2]["kind"] == "run_ended"
+    assert running[-2]["stop_reason"] == "cancelled"
+    assert [one["kind"] for one in running].count("cancelling") == 1
+    assert [one["kind"] for one in waiting] == ["hello", "submitted", "cancelling", "over"]
+    assert following[-1]["status"] == "done"
+    assert (done.status_code, done.json()["status"]) == (202, "done")
+
+
+async def test_cancel_when_more_end_at_once_than_a_stream_keeps_then_all_are_told_to_be_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service.trainings, "MOST", 3000)
+    async with service.trainings.open_trainings("thread", 1) as trainings:
+        begun = [trainings.submit(read_settings({})) for _ in range(2000)]
+        for training in begun[1:]:  # the first one runs already
+            trainings.cancel(training)
+        for training in begun[1:]:
+            await training.over.wait()
+        assert trainings.dropped > 0
+        assert {training.as_dict()["status"] for training in begun[1:]} == {"cancelled"}
+        assert not begun[0].over.is_set()
+        await trainings.close()
+    assert begun[0].over.is_set()
+
+
+async def test_cancel_when_a_question_is_open_then_the_question_is_closed() -> None:
+    async with serving() as service:
+        await service.start(epochs=2, ask_every=1)
+        await service.until(1, "prompt_asked")
+        await service.client.delete("/trainings/1")
+        over = (await service.everything(1))[-1]
+    assert (over["status"], over["question"]) == ("cancelled", None)
+
+
+async def test_training_when_it_diverges_then_it_failed_and_says_why() -> None:
+    async with serving() as service:
+        await service.start(lr=900, model="medium")
+        over = (await service.everything(1))[-1]
+        found = await service.get("/trainings/1")
+    assert over["status"] == found["status"] == "failed"
+    assert over["error"].startswith("FloatingPointError: the loss is ")
+    assert over["error"].endswith("try a lower lr")
+    assert over["result"] is None
+
+
+async def test_trainings_when_two_at_once_then_both_go_on_and_each_as_alone() -> None:
+    async with serving(at_once=2) as service:
+        await service.start(epochs=2)
+        alone = await service.everything(1)
+        for _ in range(2):
+            await service.start(epochs=2, ask_every=1)
+        async with service.events() as events:  # both ask, so both run
+            for _ in range(2):
+                await first(events, "prompt_asked")
+        for number in (3, 2):
+            await service.answer(number, 1, True)
+        both = [await service.everything(number) for number in (2, 3)]
+        counted = await service.get("/status")
+    for messages in both:
+        assert messages[-1]["status"] == "done"
+        assert columns(messages, "train", "loss") == columns(alone, "train", "loss")
+    assert counted["trainings"] == {"done": 3}
+    assert counted["dropped_events"] == 0
+
+
+# -- requests that cannot be done ------------------------------------------------------------------
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"lr": "fast"}, "lr is 'fast'; expected a number above 0"),
+    ({"lr": 0}, "lr is 0; expected a number above 0"),
+    ({"lr": True}, "lr is True; expected a number above 0"),
+    ({"epochs": 2.5}, "epochs is 2.5; expected a whole number from 1 to 1000"),
+    ({"epochs": 10**9}, "epochs is 1000000000; expected a whole number from 1 to 1000"),
+    ({"ask_every": -1}, "ask_every is -1; expected a whole number from 0"),
+    ({"model": "huge"}, "model is 'huge'; expected one of small, medium, large"),
+    ({"model": ["small"]}, "model is ['small']; expected one of small"),
+    ({"name": "  "}, "name is '  '; expected a text of 1 to 60 printable characters"),
+    ({"name": "n" * 61}, "; expected a text of 1 to 60 printable characters"),
+    ({"batch": 3}, "'batch' is no setting; there are name, model, lr, epochs, ask_every"),
+]
+
+
+async def test_start_when_settings_are_wrong_then_it_says_what_was_expected() -> None:
+    async with serving() as service:
+        for body, expected in WRONG:
+            answer = await service.client.post("/trainings", json=body)
+            assert answer.status_code == 422, body
+            (problem,) = answer.json()["problems"]
+            assert expected in problem["message"]
+            assert problem["field"] == next(iter(body))
+        answer = await service.client.post("/trainings", json={"lr": "a", "epochs": None})
+        assert [one["field"] for one in answer.json()["problems"]] == ["lr", "epochs"]
+        assert await service.get("/trainings") == []
+
+
+async def test_request_when_it_is_none_then_it_is_refused() -> None:
+    json_type = {"Content-Type": "application/json"}
+    async with serving() as service:
+        post = service.client.post
+        answers = [
+            (400, "expected JSON", await post("/trainings", content=b"{", headers=json_type)),
+            (422, "expected an object", await post("/trainings", json=[1])),
+            (422, "'\\ud800'", await post("/trainings", content=rb'"\ud800"', headers=json_type)),
+            (413, "send less", await post("/trainings", json={"name": "n" * 70_000})),
+            (415, "expected application/json", await post("/trainings", content=b"{}")),
+            (404, "no training '5'", await service.client.get("/trainings/5")),
+            (404, "no training '1e3'", await service.client.delete("/trainings/1e3")),
+            (404, "no training '99", await service.client.get(f"/trainings/{'9' * 5000}")),
+            (404, "no training '9'", await service.client.get("/trainings/9/events")),
+            (404, "Not Found", await service.client.get("/nowhere")),
+            (405, "Method Not Allowed", await service.client.put("/trainings", json={})),
+        ]
+    for status, expected, answer in answers:
+        assert answer.status_code == status
+        assert expected in answer.json()["problems"][0]["message"]
+
+
+async def test_request_when_it_is_nested_too_deeply_then_it_is_refused() -> None:
+    """Too deep for the decoder, or only for a message that shows it."""
+    async with serving() as service:
+        await service.start(epochs=1)
+        for depth in (*range(700, 1000, 10), 20_000):
+            for path in ("/trainings", "/trainings/1/answer"):
+                body = b"[" * depth + b"]" * depth
+                headers = {"Content-Type": "application/json"}
+                answer = await service.client.post(path, content=body, headers=headers)
+                assert answer.status_code in (400, 422)
+                (problem,) = answer.json()["problems"]
+                assert re.search("expected (JSON|an object)", problem["message"])
+
+
+async def test_start_when_a_field_is_half_a_character_then_it_is_told_escaped() -> None:
+    async with serving() as service:
+        answer = await service.client.post(
+            "/trainings",
+            content=b'{"\\ud800": 1, "\xc3\xa4": 2}',
+            headers={"Content-Type": "application/json"},
+        )
+    assert answer.status_code == 422
+    half, whole = answer.json()["problems"]
+    assert half["field"] == "\\ud800"
+    assert half["message"].startswith("'\\ud800' is no setting")
+    assert whole["field"] == "\u00e4"
+
+
+async def test_start_when_there_are_too_many_then_the_oldest_that_is_over_makes_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service.trainings, "MOST", 2)
+    async with serving() as running:
+        await running.start(epochs=1)
+        await running.everything(1)
+        await running.start(epochs=1000)
+        await running.start(epochs=1000)
+        full = await running.client.post("/trainings", json={})
+        assert [one["id"] for one in await running.get("/trainings")] == [2, 3]
+        assert (await running.client.get("/trainings/1")).status_code == 404
+        async with running.events() as events:
+            assert (await first(events, "submitted"))["id"] == 2
+    assert full.status_code == 429
+    assert "cancel one" in full.text
+
+
+async def test_page_when_asked_for_then_it_needs_nothing_from_elsewhere() -> None:
+    async with serving() as service:
+        page = await service.client.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<title>fitloop: trainings</title>" in page.text
+    assert set(re.findall(r"https?://[^\"'\s]+", page.text)) == {"http://www.w3.org/2000/svg"}
+
+
+# -- readers of events -----------------------------------------------------------------------------
+
+
+async def test_reader_when_it_comes_back_then_it_gets_the_rest_and_nothing_twice() -> None:
+    async with serving() as service:
+        await service.start(epochs=3, ask_every=2)
+        async with service.events(1) as events:
+            before = [await first(events, kind) for kind in ("submitted", "epoch_ended")]
+        await service.until(1, "prompt_asked")
+        await service.answer(1, 2, True)
+        last = before[-1]["sse_id"]
+        rest = await service.everything(1, last)
+        everything = await service.everything(1)
+        again = await service.client.get(
+            "/trainings/1/events", headers={"Last-Event-ID": everything[-1]["sse_id"]}
+        )
+        foreign = await service.everything(1, f"0{last}")
+    numbers = [one["sse_id"] for one in everything if "sse_id" in one]
+    assert rest[0] == {**everything[0], "goes_on": True}
+    place = numbers.index(last) + 1
+    assert [one["sse_id"] for one in rest if "sse_id" in one] == numbers[place:]
+    assert again.status_code == 204  # which has a browser stay away
+    assert [one["sse_id"] for one in foreign if "sse_id" in one] == numbers
+    assert foreign[0]["goes_on"] is False
+
+
+async def test_reader_when_it_goes_away_then_nothing_of_it_is_left_and_the_training_goes_on() -> (
+    None
+):
+    async with serving() as service:
+        await service.start(epochs=2, ask_every=1)
+        for number in (1, None, 1):
+            async with service.events(number) as events:
+                await first(events, "submitted")
+                assert (await service.get("/status"))["readers"] >= 1
+        while (await service.get("/status"))["readers"]:
+            pass
+        await service.until(1, "prompt_asked")
+        await service.answer(1, 1, True)
+        assert (await service.everything(1))[-1]["status"] == "done"
+
+
+def lasting(number: int, training: int = 1) -> Message:
+    return Message(number, training, lasting_text("life", number, {"number": number}))
+
+
+def passing(number: int, training: int = 1) -> Message:
+    return Message(number, training, passing_text({"number": number}))
+
+
+async def test_feed_when_its_reader_is_slow_then_only_the_newest_progress_is_kept() -> None:
+    feed = Feed("life")
+    reader = feed.read()
+    assert b'"goes_on": false' in await anext(reader)
+    for number in range(1, 1000):
+        feed.show(passing(number, number % 2))
+    feed.add(lasting(1000))
+    feed.show(passing(1001, 1))
+    assert re.findall(rb'"number": (\d+)', await anext(reader)) == [b"998", b"1000", b"1001"]
+    feed.add(lasting(1002))
+    feed.end()
+    assert [chunk async for chunk in reader] == [lasting(1002).text]
+    assert feed.readers == 0
+
+
+async def test_feed_when_a_reader_is_far_behind_then_it_gets_all_and_no_stale_progress() -> None:
+    feed = Feed("life")
+    for number in range(1, 600):
+        feed.add(lasting(number))
+        if number == 100:
+            feed.show(passing(100))
+    reader = feed.read(5)
+    chunks = [await anext(reader) for _ in range(4)]  # a greeting, and what there is
+    feed.end()
+    chunks += [chunk async for chunk in reader]
+    numbers = re.findall(rb'"number": (\d+)', b"".join(chunks))
+    assert [int(number) for number in numbers] == list(range(6, 600))
+
+
+def test_message_when_a_value_is_no_number_then_it_is_still_json() -> None:
+    assert passing_text({"loss": [float("nan"), 1.0]}) == b'data: {"loss": [null, 1.0]}\n\n'
+
+
+def test_settings_when_nothing_is_said_then_there_are_defaults() -> None:
+    assert read_settings({}).as_dict() == {
+        "name": "digits",
+        "model": "small",
+        "lr": 0.05,
+        "epochs": 10,
+        "ask_every": 0,
+    }
+
+
+# -- the command line and the end of the server ----------------------------------------------------
+
+
+@pytest.mark.parametrize("port", ["-5", "65536", "99999"])
+def test_program_when_the_port_is_none_then_it_says_so_before_anything_begins(
+    port: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--port", port])
+    assert ended.value.code == 2
+    assert f"--port is {port}; expected 0 to 65535" in capsys.readouterr().err
+
+
+async def test_server_when_it_ends_then_streams_and_trainings_end_whole() -> None:
+    async with serving(at_once=1) as service:
+        for _ in range(2):
+            await service.start(epochs=1000)
+        async with service.events() as events:
+            await first(events, "epoch_ended")
+            assert service.server is not None
+            service.server.should_exit = True
+            rest = [message async for message in events]
+    over = {one["id"]: one["status"] for one in rest if one["kind"] == "over"}
+    assert over == {1: "cancelled", 2: "cancelled"}
+    (ended,) = [one for one in rest if one["kind"] == "run_ended"]
+    assert ended["stop_reason"] == "cancelled"
+
+
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Have children born as in a terminal: a background process is born ignoring SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
+@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.parametrize(
+    ("backend", "sign", "code"),
+    [("thread", signal.SIGINT, 0), ("process", signal.SIGTERM, -signal.SIGTERM)],
+    ids=["threads, SIGINT", "processes, SIGTERM"],
+)
+async def test_program_when_signalled_then_it_ends_whole_with_a_stream_open(
+    backend: str, sign: signal.Signals, code: int
+) -> None:
+    with process("--backend", backend) as (program, port):
+        async with client_of(port) as service:
+            await service.start(epochs=1000, model="large")
+            async with service.events() as events:
+                await first(events, "batch_progress")
+                children = psutil.Process(program.pid).children(recursive=True)
+                assert bool(children) == (backend == "process")
+                program.send_signal(sign)
+                rest = [message async for message in events]
+        assert program.stdout is not None
+        printed = program.stdout.read()
+        assert program.wait() == code, printed
+    assert rest[-1]["status"] == "cancelled"
+    assert "Finished server process" in printed
+    assert "Traceback" not in printed
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_process_backend_when_used_then_question_cancel_and_error_cross() -> None:
+    async with serving("process", at_once=1) as service:
+        await service.start(epochs=2, ask_every=1)
+        await service.until(1, "prompt_asked")
+        await service.answer(1, 1, True)
+        done = await service.everything(1)
+        await service.start(lr=900, model="medium")
+        failed = await service.everything(2)
+        await service.start(epochs=1000)
+        await service.until(3, "epoch_ended")
+        await service.client.delete("/trainings/3")
+        cancelled = await service.everything(3)
+    assert kinds(done)[3:] == ["prompt_asked", "prompt_answered", "epoch_ended", *ENDINGS]
+    assert done[-1]["status"] == "done"
+    assert failed[-1]["error"].endswith("try a lower lr")
+    assert cancelled[-1]["status"] == "cancelled"

@@ -1,0 +1,153 @@
+"""Runs that are not there: their events, and the log that they would write."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fitloop import (
+    BatchProgress,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    History,
+    Phase,
+    PhaseEnded,
+    PhaseStarted,
+    RunEnded,
+    RunStarted,
+)
+from fitloop._checkpointing.run_log import RunLog
+from fitloop._concurrency.background_writer import Writer
+from fitloop._engine.event_bus import Hub
+from fitloop._storage.durable import DirectoryLock
+
+NAME = "t"
+BATCHES = 200
+
+
+def run_started(epochs: int = 3, call: str = "fit") -> RunStarted:
+    return RunStarted(trainer=NAME, call=call, epochs=epochs, first_epoch=1)
+
+
+def epoch_started(epoch: int, epochs: int = 3) -> EpochStarted:
+    return EpochStarted(trainer=NAME, epoch=epoch, epoch_in_run=epoch, epochs=epochs)
+
+
+def phase_started(epoch: int, phase: Phase = Phase.TRAIN) -> PhaseStarted:
+    return PhaseStarted(trainer=NAME, epoch=epoch, phase=phase, batches=BATCHES)
+
+
+def progress(epoch: int, batch: int, phase: Phase = Phase.TRAIN) -> BatchProgress:
+    return BatchProgress(
+        trainer=NAME,
+        epoch=epoch,
+        phase=phase,
+        batch=batch,
+        batches=BATCHES,
+        samples=8 * batch,
+        seconds=batch / 100,
+    )
+
+
+def phase_ended(epoch: int, phase: Phase = Phase.TRAIN) -> PhaseEnded:
+    return PhaseEnded(
+        trainer=NAME,
+        epoch=epoch,
+        phase=phase,
+        metrics={"loss": 1 / epoch, "accuracy": 0.5},
+        start_metrics={},
+        batch_metrics={"loss": array("d", [epoch, 0.5])},
+        batches=BATCHES,
+        samples=8 * BATCHES,
+        seconds=2.0,
+    )
+
+
+def epoch_ended(epoch: int, epochs: int = 3, *phases: Phase) -> EpochEnded:
+    return EpochEnded(
+        trainer=NAME,
+        epoch=epoch,
+        epoch_in_run=epoch,
+        epochs=epochs,
+        metrics={str(phase): phase_ended(epoch).metrics for phase in phases or (Phase.TRAIN,)},
+        complete=True,
+        seconds=2.5,
+    )
+
+
+def run_ended(epochs: int = 3, call: str = "fit", **changes: Any) -> RunEnded:
+    values: dict[str, Any] = {"stop_reason": "completed", "best_score": 0.5, "best_epoch": 1}
+    values |= {"trainer": NAME, "call": call, "epochs": epochs, "seconds": 7.5, **changes}
+    return RunEnded(**values)
+
+
+def epoch(number: int, epochs: int = 3, batches: tuple[int, ...] = ()) -> list[Event]:
+    """Return the events of a whole epoch with these records of how far it is."""
+    return [
+        epoch_started(number, epochs),
+        phase_started(number),
+        *(progress(number, batch) for batch in batches),
+        phase_ended(number),
+        epoch_ended(number, epochs),
+    ]
+
+
+class Pretended:
+    """A trainer as its log knows it; the clock is the test's."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        raises: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.told: list[Event] = []
+        self.history = History()
+        hub = Hub()
+        hub.observers([self.told.append])
+        parts = SimpleNamespace(save_path=directory, name=NAME)
+        self.core: Any = SimpleNamespace(
+            parts=parts, history=self.history, hub=hub, log=None, epoch_num=0
+        )
+        self.writer = Writer(NAME)
+        self._options: dict[str, Any] = {"raises": raises, "clock": clock}
+        self.log = self._new()
+
+    def _new(self) -> RunLog:
+        return RunLog(self.core, self.writer, **self._options)
+
+    def begin(self, epochs: int = 3, call: str = "fit", done: int = 0) -> None:
+        """Begin a run."""
+        self.log = self._new()
+        self.observe(run_started(epochs, call))
+        self.log.begin(done)
+
+    def observe(self, *events: Event) -> None:
+        """Have these happen, and what is recorded of them written."""
+        for event in events:
+            self.history.observe(event)
+            self.log.observe(event)
+            self.writer.close()
+
+
+@contextmanager
+def pretended(
+    directory: Path, epochs: int = 3, call: str = "fit", **begun: Any
+) -> Iterator[Pretended]:
+    """Begin a run that has its directory, as others see it, until the end of the block."""
+    lock = DirectoryLock(directory)
+    lock.acquire()
+    run = Pretended(directory)
+    try:
+        run.begin(epochs, call, **begun)
+        yield run
+    finally:
+        run.writer.close()
+        lock.release()

@@ -1,0 +1,69 @@
+"""User code that raises when it is told to, and the check of what the caller gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from fitloop import LoopState, default_batch_step
+from support.gates import GUARD, Patient
+
+NAME = "patient-7"
+
+
+class FaultError(Exception):
+    """What the tests raise."""
+
+
+class Fault:
+    """Raises its error while it is armed, and keeps what a run tells meanwhile."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = FaultError("on purpose") if error is None else error
+        self.armed = True
+        self.events: list[Any] = []
+
+    def strike(self, *_given: Any) -> None:
+        if self.armed:
+            raise self.error
+
+    def patient(self, fit: dict[str, Any] | None = None, **changes: Any) -> Patient:
+        changes.setdefault("callbacks", [self.events.append])
+        return Patient(fit, name=NAME, **changes)
+
+    async def check(self, call: Callable[[], Any], *words: str) -> None:
+        """Check that ``call`` raises the error with a note that holds all ``words``."""
+        with anyio.fail_after(GUARD), pytest.raises(type(self.error)) as raised:
+            await call()
+        assert raised.value is self.error
+        notes = "\n".join(getattr(raised.value, "__notes__", []))
+        for word in (NAME, *words):
+            assert word in notes
+        if self.events:
+            self.check_ended()
+
+    def check_ended(self) -> None:
+        kinds = [event.kind for event in self.events]
+        assert kinds.index("run_ended") == len(kinds) - 1
+        assert self.events[-1].stop_reason == "failed"
+        assert type(self.error).__name__ in self.events[-1].error
+
+
+def striking_stage(fault: Fault, is_async: bool, at: int = 2) -> Callable[[LoopState], Any]:
+    """Return a stage function that strikes, as a batch step at batch ``at``."""
+
+    def stage(state: LoopState) -> Any:
+        in_step = state.batch is not None
+        if not in_step or state.batch_num == at:
+            fault.strike()
+        return default_batch_step(state) if in_step else {"loss": 1.0}
+
+    async def async_stage(state: LoopState) -> Any:
+        await anyio.lowlevel.checkpoint()
+        return stage(state)
+
+    return async_stage if is_async else stage

@@ -1,0 +1,194 @@
+"""Trainings that are cut short again and again, each time gone on with by objects made anew."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fitloop import Checkpoint, FitLoop, FitResult, ResumeWarning, SyncFitLoop
+from fitloop._concurrency.background_writer import Writer
+from support.models import process_generators, seed_process, sync_trainer
+
+SEED = 23
+EPOCHS = 2
+EVERY_BATCH = Checkpoint(every_batches=1)
+STOPS = (3, 1, 2, 1)
+"""With 4 train and 2 validation batches an epoch: within the train phase of epoch 1, at the
+beginning of its validation's second batch, at the beginning of epoch 2, after its first batch."""
+QUIET: dict[str, Any] = {"print_every": 0, "progress": False}
+
+Outcome = dict[str, Any]
+
+
+class InterruptionError(Exception):
+    """Ends a run as a bug in a stage would."""
+
+
+@dataclass(kw_only=True)
+class Setup:
+    """What a script would make before it calls ``fit``."""
+
+    given: dict[str, Any]
+    """arguments of the trainer besides those of `support.models.arguments`"""
+    fit: dict[str, Any] = field(default_factory=dict)
+    also: Callable[[], Any] = lambda: None
+    """gives more state that must be the same"""
+
+
+Make = Callable[[], Setup]
+
+
+def write_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every snapshot written before training goes on, so that none is left out.
+
+    Nothing waits for the disk: here no machine loses power.
+    """
+    monkeypatch.setattr(Writer, "submit", lambda _writer, job: job())
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+
+
+def plain(value: Any) -> Any:
+    """Return a value that can be compared; tensors and arrays by their bytes."""
+    if isinstance(value, Tensor):
+        numbers = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        return str(value.dtype), tuple(value.shape), numbers.numpy().tobytes()
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if isinstance(value, (str, bytes)) or value is None else repr(value)
+
+
+def state_of(trainer: FitLoop | SyncFitLoop) -> Outcome:
+    """Return what a trainer holds."""
+    loss = trainer.loss_function
+    return {
+        "weights": plain(trainer.model.state_dict()),
+        "frozen": [n for n, p in trainer.model.named_parameters() if not p.requires_grad],
+        "loss": plain(loss.state_dict()) if isinstance(loss, torch.nn.Module) else None,
+        "optimizers": [plain(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        "schedulers": [_scheduler_state(s) for s in trainer.lr_schedulers],
+        "stateful": {n: plain(s.state_dict()) for n, s in trainer._core.parts.stateful.items()},
+        "scaler": plain(trainer._core.parts.scaler and trainer._core.parts.scaler.state_dict()),
+        "M": plain(trainer.M.to_dict()),
+        "epoch": trainer.epoch_num,
+        "best": (repr(trainer.best_score), trainer.best_epoch),
+    }
+
+
+def _scheduler_state(scheduler: Any) -> Any:
+    if hasattr(scheduler, "state_dict"):
+        return plain(scheduler.state_dict())
+    return plain({key: value for key, value in vars(scheduler).items() if key != "optimizer"})
+
+
+def told(result: FitResult) -> Outcome:
+    """Return what a result says, but for the time it took."""
+    return {
+        "epochs": result.epochs,
+        "stop_reason": result.stop_reason,
+        "best": (repr(result.best_score), result.best_epoch),
+        "metrics": plain(result.metrics),
+    }
+
+
+def outcome(trainer: FitLoop | SyncFitLoop, result: FitResult, setup: Setup) -> Outcome:
+    found = {**state_of(trainer), "result": told(result), "also": plain(setup.also())}
+    if trainer._core.parts.seed is None:
+        found["process"] = process_generators()
+    return found
+
+
+def interrupt_after(trainer: FitLoop | SyncFitLoop, forwards: int | None) -> None:
+    """Have the model raise when it has been called so many times, for training or validation."""
+    done = 0
+
+    def count(*_args: Any) -> None:
+        nonlocal done
+        if done == forwards:
+            raise InterruptionError
+        done += 1
+
+    trainer.model.register_forward_pre_hook(count)
+
+
+def end_workers(loader: Any) -> None:
+    """End worker processes that are kept: left to the garbage collector it takes five seconds."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+        loader._iterator = None
+
+
+def leg(make: Make, path: Path, stop: int | None, **fit: Any) -> Outcome | None:
+    """Start the script once; return its outcome, or None if it was interrupted."""
+    setup = make()
+    trainer = sync_trainer(**{"save_path": path, **setup.given})
+    interrupt_after(trainer, stop)
+    seeded = trainer._core.parts.seed is not None
+    before = process_generators()
+    arguments = {"epochs": EPOCHS, **QUIET, **setup.fit, **fit}
+    try:
+        return outcome(trainer, trainer.fit(**arguments), setup)
+    except InterruptionError:
+        return None
+    finally:
+        end_workers(setup.given.get("train_dl"))
+        if seeded:
+            assert process_generators() == before, "the process's generators were changed"
+
+
+def uninterrupted(make: Make, path: Path, **fit: Any) -> Outcome:
+    """Train without any snapshots, once through."""
+    seed_process(SEED)
+    found = leg(make, path, None, **fit)
+    assert found is not None
+    return found
+
+
+def relay(make: Make, path: Path, stops: Sequence[int] = STOPS, **fit: Any) -> Outcome:
+    """Train in many legs, the generators of the process being elsewhere in each."""
+    given = {"checkpoint": EVERY_BATCH, "resume": True, **fit}
+    seed_process(SEED)
+    for number, stop in enumerate(stops):
+        assert leg(make, path, stop, **given) is None
+        seed_process(SEED + 1 + number)
+    found = leg(make, path, None, **given)
+    assert found is not None
+    return found
+
+
+def differing(found: Outcome, expected: Outcome) -> list[str]:
+    """Return the parts of two outcomes that differ, for messages that can be read."""
+    return [name for name in expected if found.get(name) != expected[name]]
+
+
+def check_relay(
+    make: Make,
+    path: Path,
+    stops: Sequence[int] = STOPS,
+    *,
+    replays: bool = False,
+    **fit: Any,
+) -> None:
+    """Assert that a relay ends as one run does; ``replays`` is whether it reads batches again."""
+    expected = uninterrupted(make, path / "whole", **fit)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "'set_vital'")  # torchdata, of torch
+        found = relay(make, path / "parts", stops, **fit)
+    others = [w for w in caught if not issubclass(w.category, ResumeWarning)]
+    assert not others, [str(w.message) for w in others]
+    assert bool(caught) == replays, [str(w.message) for w in caught]
+    assert differing(found, expected) == []

@@ -1,0 +1,184 @@
+"""The CUDA stream of a run: which kernels come after which, with streams that only note it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from support.models import blobs, loader, mlp, trainer
+from support.state_comparison import assert_same_state, trainer_state
+
+from fitloop import FitLoop, LoopState, Runner, default_batch_step
+from fitloop._data.cuda_stream import Lane
+from fitloop._defaults import SHARE
+
+DEVICE = torch.device("cuda", 0)
+
+
+class FakeStream:
+    def __init__(self, device: Any = None) -> None:
+        self.waited: list[FakeStream] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(other)
+
+
+class FakeCuda:
+    """The current stream of each thread, and the default one, which all have at first."""
+
+    def __init__(self) -> None:
+        self.default = FakeStream()
+        self._here = threading.local()
+
+    def current(self, _device: Any = None) -> FakeStream:
+        found: FakeStream = getattr(self._here, "stream", self.default)
+        return found
+
+    def set(self, stream: FakeStream) -> None:
+        self._here.stream = stream
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", fake.current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _device: fake.default)
+    monkeypatch.setattr(torch.cuda, "set_stream", fake.set)
+    return fake
+
+
+def test_enter_when_the_thread_has_begun_kernels_then_the_run_comes_after_them(
+    cuda: FakeCuda,
+) -> None:
+    lane = Lane(DEVICE)
+    lane.enter()
+    own = cuda.current()
+    assert own is not cuda.default
+    assert own.waited == [cuda.default]
+    lane.enter()
+    assert cuda.current() is own
+    assert own.waited == [cuda.default]
+
+
+def test_leave_when_a_run_ends_then_what_follows_comes_after_it(cuda: FakeCuda) -> None:
+    mine = FakeStream()
+    cuda.set(mine)
+    lane = Lane(DEVICE)
+    lane.enter()
+    own = cuda.current()
+    lane.leave()
+    assert cuda.current() is mine
+    assert mine.waited == [own]
+    assert cuda.default.waited == [own]
+
+
+def test_leave_when_another_thread_finishes_the_run_then_it_has_its_own_stream_again(
+    cuda: FakeCuda,
+) -> None:
+    lane = Lane(DEVICE)
+    lane.enter()
+    own = cuda.current()
+    found: list[FakeStream] = []
+
+    def finish() -> None:
+        lane.enter()
+        found.append(cuda.current())
+        lane.leave()
+        found.append(cuda.current())
+
+    thread = threading.Thread(target=finish)
+    thread.start()
+    thread.join()
+    assert found == [own, cuda.default]
+    assert cuda.default.waited == [own]
+
+
+def test_resume_when_a_coroutine_takes_a_step_then_only_that_is_on_the_runs_stream(
+    cuda: FakeCuda,
+) -> None:
+    lane = Lane(DEVICE)
+    lane.enter()
+    own = cuda.current()
+    seen: list[FakeStream] = []
+
+    def step() -> None:  # on the event loop's thread
+        for _ in range(2):
+            lane.resume()
+            seen.append(cuda.current())
+            lane.pause()
+            seen.append(cuda.current())
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    assert seen == [own, cuda.default, own, cuda.default]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_runner_when_streams_are_wanted_then_its_trainers_are_told(wanted: bool) -> None:
+    told: list[bool] = []
+
+    def make() -> FitLoop:
+        told.append(SHARE.get().own_stream)
+        return trainer(model=mlp(1), train_dl=loader(blobs(8)))
+
+    async with Runner(1, cuda_streams=wanted) as runner:
+        runner.submit(make, epochs=1, verbose=False)
+        (outcome,) = await runner.results()
+    assert outcome.error is None
+    assert told == [wanted]
+
+
+# -- on a device --------------------------------------------------------------------------------
+
+
+async def plain_and_async_step(state: LoopState) -> Any:
+    await anyio.lowlevel.checkpoint()
+    return default_batch_step(state)
+
+
+def on_cuda(seed: int, **changes: Any) -> FitLoop:
+    model, data = mlp(seed, dropout=0.3), loader(blobs(200), shuffle=True)
+    return trainer(model=model, train_dl=data, seed=seed, device="cuda", **changes)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "changes", [{}, {"train_step": plain_and_async_step}], ids=["plain", "async"]
+)
+async def test_trainers_when_each_has_a_stream_then_they_have_the_bits_that_each_has_alone(
+    changes: dict[str, Any],
+) -> None:
+    alone = []
+    for seed in range(6):
+        made = on_cuda(seed, **changes)
+        await made.fit(3, verbose=False)
+        alone.append(trainer_state(made))
+    together = [on_cuda(seed, **changes) for seed in range(6)]
+    async with Runner(6, cuda_streams=True) as runner:
+        for number, made in enumerate(together):
+            runner.submit(made, name=f"{number}", epochs=3, verbose=False)
+        for outcome in await runner.results():
+            assert outcome.error is None
+    for made, state in zip(together, alone, strict=True):
+        assert_same_state(trainer_state(made), state)
+
+
+@pytest.mark.cuda
+async def test_trainer_when_it_has_a_stream_then_its_kernels_are_on_it() -> None:
+    streams: set[Any] = set()
+
+    def step(state: LoopState) -> Any:
+        streams.add(torch.cuda.current_stream())
+        return default_batch_step(state)
+
+    async with Runner(2, cuda_streams=True) as runner:
+        for seed in range(2):
+            runner.submit(on_cuda(seed, train_step=step), name=f"{seed}", epochs=1, verbose=False)
+        await runner.results()
+    assert len(streams) == 2
+    assert torch.cuda.default_stream() not in streams

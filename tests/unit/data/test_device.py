@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+from fitloop._data.device import Placement, batch_size_of, map_tensors
+
+CPU = torch.device("cpu")
+
+
+def place(batch: Any, dtype: torch.dtype = torch.float32, *, cast: bool = True) -> Any:
+    placement = Placement(CPU, dtype, cast=cast)
+    return placement.receive(placement.place(batch))
+
+
+def doubles() -> Tensor:
+    return torch.ones(2, dtype=torch.float64)
+
+
+class Pair(NamedTuple):
+    inputs: Any
+    targets: Any
+
+
+class Labelled(dict[str, Any]):
+    label: str = "none"
+
+
+class Pickle(list[Any]):
+    """A list of a kind of its own."""
+
+
+class Graph:
+    """What graph libraries give: an object that knows how to move itself."""
+
+    def __init__(self) -> None:
+        self.moved: list[Any] = []
+
+    def to(self, device: torch.device) -> Graph:
+        self.moved.append(device)
+        return self
+
+
+@pytest.mark.parametrize(
+    ("given_dtype", "dtype"),
+    [
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.int32, torch.int64),
+        (torch.uint8, torch.int64),
+        (torch.int8, torch.int64),
+        (torch.int16, torch.int64),
+        (torch.int64, torch.int64),
+        (torch.bool, torch.bool),
+        (torch.complex64, torch.complex64),
+        (torch.complex128, torch.complex128),
+    ],
+    ids=str,
+)
+def test_place_when_cast_then_floating_is_dtype_and_integer_is_long(
+    given_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    tensor = torch.ones(3).to(given_dtype)
+    assert place(tensor).dtype is dtype
+    assert place(tensor, cast=False).dtype is given_dtype
+    assert place(tensor, cast=False) is tensor
+    assert torch.equal(place(tensor), tensor.to(dtype))
+
+
+def test_place_when_trainer_is_of_other_dtype_then_floating_follows_it() -> None:
+    assert place(torch.ones(2), torch.float64).dtype is torch.float64
+    assert place(torch.ones(2), torch.bfloat16).dtype is torch.bfloat16
+
+
+def test_place_when_nothing_changes_then_nothing_is_copied() -> None:
+    inputs, targets, mask = torch.ones(2, 3), torch.zeros(2, dtype=torch.long), torch.ones(2) > 0
+    batch = (inputs, {"targets": targets, "deeper": [mask]})
+    placed = place(batch)
+    assert placed[0] is inputs
+    assert placed[1]["targets"] is targets
+    assert placed[1]["deeper"][0] is mask
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_place_when_batches_need_nothing_then_a_list_can_still_be_changed(kind: Any) -> None:
+    placement = Placement(torch.device("cpu"), torch.float32)
+    batch = kind([torch.ones(2), torch.zeros(2, dtype=torch.long)])
+    for _ in range(3):  # the first time, what is right is still to be found out
+        placed = placement.place(batch)
+        assert type(placed) is kind
+        assert [id(part) for part in placed] == [id(part) for part in batch]
+        assert kind is tuple or placed is not batch
+
+
+def test_place_when_a_later_batch_is_of_another_dtype_then_it_is_cast() -> None:
+    placement = Placement(torch.device("cpu"), torch.float32)
+    for first, second in ((torch.ones(2), torch.ones(2)), (torch.ones(2), doubles())):
+        placed = placement.place((first, second, "name"))
+        assert [part.dtype for part in placed[:2]] == [torch.float32, torch.float32]
+        assert placed[2] == "name"
+
+
+def test_place_when_tensor_is_cast_then_loaders_own_is_left_alone() -> None:
+    tensor = doubles()
+    batch = {"a": tensor, "b": [tensor]}
+    place(batch)
+    assert batch["a"] is tensor
+    assert batch["b"] == [tensor]
+    assert tensor.dtype is torch.float64
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param([doubles(), "name", 5], id="list"),
+        pytest.param((doubles(), None, 2.5), id="tuple"),
+        pytest.param({"x": doubles(), "ids": ["a", "b"]}, id="dict"),
+        pytest.param(OrderedDict(b=doubles(), a=doubles()), id="ordered-dict"),
+        pytest.param(Labelled(x=doubles()), id="dict-subclass"),
+        pytest.param(UserDict(x=doubles()), id="user-dict"),
+        pytest.param(Pair(doubles(), Pair(doubles(), "x")), id="namedtuple"),
+        pytest.param(Pickle([doubles()]), id="list-subclass"),
+        pytest.param([], id="empty-list"),
+        pytest.param((), id="empty-tuple"),
+        pytest.param({}, id="empty-dict"),
+        pytest.param(([doubles(), {"x": (doubles(), [doubles()])}], doubles()), id="nested"),
+        pytest.param("text", id="text"),
+        pytest.param(b"bytes", id="bytes"),
+        pytest.param(None, id="none"),
+        pytest.param(5, id="number"),
+        pytest.param({1, 2}, id="set"),
+    ],
+)
+def test_place_when_batch_is_nested_then_form_is_kept_and_all_tensors_cast(batch: Any) -> None:
+    placed = place(batch)
+    assert form_of(placed) == form_of(batch)
+    assert all(tensor.dtype is torch.float32 for tensor in tensors_in(placed))
+    assert len(list(tensors_in(placed))) == len(list(tensors_in(batch)))
+
+
+def form_of(item: Any) -> Any:
+    """Return types, keys in their order and whatever is no tensor."""
+    if isinstance(item, Tensor):
+        return Tensor, item.shape
+    if isinstance(item, (dict, UserDict)):
+        return type(item), [(key, form_of(part)) for key, part in item.items()]
+    if isinstance(item, (list, tuple)):
+        return type(item), [form_of(part) for part in item]
+    return item
+
+
+def tensors_in(item: Any) -> Iterator[Tensor]:
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, (dict, UserDict)):
+        for part in item.values():
+            yield from tensors_in(part)
+    elif isinstance(item, (list, tuple)):
+        for part in item:
+            yield from tensors_in(part)
+
+
+leaves = st.one_of(
+    st.sampled_from([torch.float64, torch.int32, torch.bool]).map(
+        lambda dtype: torch.ones(2).to(dtype)
+    ),
+    st.text(max_size=2),
+    st.none(),
+)
+structures = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.text(max_size=2), inner, max_size=3),
+        st.tuples(inner, inner).map(lambda both: Pair(*both)),
+    ),
+    max_leaves=8,
+)
+
+
+@given(structures)
+def test_place_when_structure_is_any_then_form_is_kept(batch: Any) -> None:
+    assert form_of(place(batch)) == form_of(batch)
+    wanted = {torch.float64: torch.float32, torch.int32: torch.int64, torch.bool: torch.bool}
+    dtypes = [wanted[tensor.dtype] for tensor in tensors_in(batch)]
+    assert [tensor.dtype for tensor in tensors_in(place(batch))] == dtypes
+
+
+def test_place_when_defaultdict_then_factory_is_kept() -> None:
+    batch: defaultdict[str, list[Tensor]] = defaultdict(list, x=[doubles()])
+    placed = place(batch)
+    assert type(placed) is defaultdict
+    assert placed["unknown"] == []
+    assert placed["x"][0].dtype is torch.float32
+    assert "unknown" not in batch
+
+
+def test_place_when_dict_subclass_has_attributes_then_they_are_kept() -> None:
+    batch = Labelled(x=doubles())
+    batch.label = "cats"
+    placed = place(batch)
+    assert placed.label == "cats"
+    assert placed["x"].dtype is torch.float32
+    assert batch["x"].dtype is torch.float64
+
+
+def test_place_when_mapping_cannot_be_changed_then_a_mapping_comes_back() -> None:
+    placed = place(MappingProxyType({"x": doubles()}))
+    assert placed["x"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32], ids=str)
+def test_place_when_sequence_is_packed_then_cast_like_a_tensor(dtype: torch.dtype) -> None:
+    packed = pack_sequence([torch.ones(3, 1).to(dtype), torch.ones(2, 1).to(dtype)])
+    placed = place([packed])[0]
+    assert type(placed) is PackedSequence
+    assert placed.data.dtype is (torch.float32 if dtype is torch.float64 else torch.int64)
+    assert torch.equal(placed.batch_sizes, packed.batch_sizes)
+    assert place(packed, cast=False).data.dtype is dtype
+
+
+def test_place_when_object_has_to_then_it_is_moved_by_it() -> None:
+    graph = Graph()
+    assert place({"graph": graph})["graph"] is graph
+    assert graph.moved == [CPU]
+
+
+def test_place_when_tensor_requires_grad_then_it_still_does() -> None:
+    tensor = torch.ones(2, requires_grad=True)
+    assert place([tensor])[0] is tensor
+
+
+def test_map_tensors_when_type_is_structseq_then_it_is_kept() -> None:
+    result = torch.ones(2, 2).max(dim=0)
+    mapped = map_tensors(result, lambda tensor: tensor + 1)
+    assert type(mapped) is type(result)
+    assert torch.equal(mapped[0], torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        pytest.param(torch.ones(5, 3), 5, id="tensor"),
+        pytest.param((torch.ones(4, 3), torch.ones(2)), 4, id="first-counts"),
+        pytest.param((torch.tensor(1.0), torch.ones(7)), 7, id="scalar-has-none"),
+        pytest.param({"name": "x", "data": {"inputs": torch.ones(6)}}, 6, id="nested-dict"),
+        pytest.param(Pair("x", torch.ones(3)), 3, id="namedtuple"),
+        pytest.param([["a", "b"], torch.ones(8, 1)], 8, id="text-first"),
+        pytest.param(torch.ones(0, 3), 0, id="empty"),
+        pytest.param(["a", "b", "c"], 3, id="texts"),
+        pytest.param(torch.tensor(3.0), 1, id="scalar"),
+        pytest.param(5, 1, id="number"),
+        pytest.param(None, 1, id="none"),
+        pytest.param(pack_sequence([torch.ones(3, 1), torch.ones(2, 1)]), 2, id="packed"),
+        pytest.param(torch.ones(3, 2).to_sparse(), 3, id="sparse"),
+    ],
+)
+def test_batch_size_of_when_batch_is_any_then_first_dimension_of_first_tensor(
+    batch: Any, size: int
+) -> None:
+    assert batch_size_of(batch) == size
+
+
+# -- on a device --------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+def test_place_when_device_is_cuda_then_values_arrive_with_their_dtypes() -> None:
+    placement = Placement(torch.device("cuda"), torch.float32)
+    batch = {"x": torch.arange(6.0, dtype=torch.float64), "y": [torch.arange(3, dtype=torch.uint8)]}
+    placed = placement.receive(placement.place(batch))
+    assert placed["x"].device.type == "cuda"
+    assert placed["x"].dtype is torch.float32
+    assert placed["y"][0].dtype is torch.int64
+    assert placed["x"].tolist() == batch["x"].tolist()  # type: ignore[attr-defined]
+
+
+@pytest.mark.cuda
+def test_place_when_tensor_is_on_the_device_already_then_it_is_not_copied() -> None:
+    placement = Placement(torch.device("cuda"), torch.float32)
+    tensor = torch.ones(3, device="cuda")
+    assert placement.receive(placement.place([tensor]))[0].data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.cuda
+def test_place_when_sequence_is_packed_then_it_crosses() -> None:
+    placement = Placement(torch.device("cuda"), torch.float32)
+    packed = pack_sequence([torch.ones(3, 1, dtype=torch.float64), torch.ones(2, 1).double()])
+    placed = placement.receive(placement.place(packed))
+    assert placed.data.device.type == "cuda"
+    assert placed.data.dtype is torch.float32
+
+
+@pytest.mark.cuda
+def test_place_when_many_batches_are_in_flight_then_none_overwrites_another() -> None:
+    """Placed ahead and freed while a slow kernel still reads: the allocator must not reuse them."""
+    placement = Placement(torch.device("cuda"), torch.float32)
+    slow = torch.randn(2048, 2048, device="cuda")
+    sums: list[Tensor] = []
+    for number in range(50):
+        placed = placement.place(torch.full((256, 1024), float(number)))
+        following = placement.place(torch.full((256, 1024), -1.0))
+        batch = placement.receive(placed)
+        for _ in range(3):
+            slow = slow @ slow
+            slow = slow / slow.norm()
+        sums.append(batch.mean() + 0 * slow[0, 0])
+        del batch, placed, following
+    assert [round(value) for value in torch.stack(sums).tolist()] == list(range(50))
+
+
+@pytest.mark.cuda
+def test_place_when_consumer_uses_its_own_stream_then_the_copy_is_waited_for() -> None:
+    placement = Placement(torch.device("cuda"), torch.float32)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for number in range(50):
+            placed = placement.place(torch.full((1 << 20,), float(number)))
+            assert placement.receive(placed).sum().item() == number * (1 << 20)
+
+
+@pytest.mark.cuda
+def test_place_when_the_loader_made_it_on_the_device_then_it_is_cast_after_it_was_made() -> None:
+    placement = Placement(torch.device("cuda"), torch.float32)
+    slow = torch.randn(4096, 4096, device="cuda", dtype=torch.float64)
+    for number in range(20):
+        made = (slow @ slow).clamp(0, 0) + number
+        placed = placement.receive(placement.place([made]))[0]
+        del made
+        assert placed.dtype is torch.float32
+        assert placed.sum().item() == number * placed.numel()

@@ -1,0 +1,90 @@
+"""A batch costs no more than it did: opcodes and calls are counted, which no load changes.
+
+Who makes a batch dearer on purpose raises the number here, and says why in the commit. The times
+are in ``benchmarks/overhead.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.opcode_count import TRACED, Fit, told, work_of_a_batch
+from torch import nn
+
+from fitloop import FitLoop, LoopState
+
+pytestmark = [
+    pytest.mark.skipif(TRACED, reason="something else traces the interpreter"),
+    pytest.mark.skipif(
+        sys.version_info[:2] != (3, 11), reason="opcodes are of Python 3.11 here, others differ"
+    ),
+]
+
+
+def silent_step(state: LoopState) -> None:
+    inputs, targets = state.batch
+    loss = state.loss_function(state.model(inputs), targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    state.optimizer.step()
+
+
+class Unknown:
+    """Batches of which nothing is known, so that they may draw random numbers."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+
+def fitting(*, keep: bool, seed: int | None, unknown: bool) -> Fit:
+    async def fit(number: int) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        batches: Any = [(torch.randn(2, 4), torch.tensor([0, 1])) for _ in range(number)]
+        trainer = FitLoop(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            nn.CrossEntropyLoss(),
+            train_dl=Unknown(batches) if unknown else batches,
+            train_step=None if keep else silent_step,
+            seed=seed,
+            device="cpu",
+            prefetch=0,
+        )
+        await trainer.fit(1, verbose=False, progress=False)
+
+    return fit
+
+
+@pytest.mark.parametrize(
+    ("fit", "opcodes", "calls"),
+    [
+        pytest.param(fitting(keep=True, seed=None, unknown=False), 448, 14, id="metrics"),
+        pytest.param(fitting(keep=False, seed=None, unknown=False), 285, 5, id="none"),
+        pytest.param(fitting(keep=True, seed=0, unknown=False), 448, 14, id="seeded"),
+        pytest.param(fitting(keep=True, seed=0, unknown=True), 953, 20, id="seeded, may draw"),
+    ],
+)
+def test_batch_when_trained_then_takes_no_more_opcodes_and_calls_than_it_did(
+    fit: Fit, opcodes: int, calls: int
+) -> None:
+    executed, called = work_of_a_batch(fit)
+    assert executed.total() <= opcodes, told(executed)
+    assert called.total() <= calls, told(called)
+
+
+def test_batch_when_counted_again_then_is_the_same() -> None:
+    fit = fitting(keep=True, seed=0, unknown=True)
+    assert work_of_a_batch(fit) == work_of_a_batch(fit)
+
+
+def test_state_when_its_attributes_are_read_then_the_interpreter_may_take_its_short_cuts() -> None:
+    """With a ``__getattr__`` of its class, each read took ten times as long: 15 us a batch."""
+    assert not hasattr(LoopState, "__getattr__")
+    assert LoopState.__getattribute__ is object.__getattribute__

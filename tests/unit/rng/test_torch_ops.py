@@ -1,0 +1,118 @@
+"""Whether a function of torch's may draw is told before it is called, for all ops there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode, get_overridable_functions
+
+from fitloop._rng.torch_ops import drawing_ops, hides_its_draws, may_draw
+
+
+def aten_ops() -> list[Any]:
+    ops = []
+    for schema in torch._C._jit_get_all_schemas():
+        space, _, name = schema.name.partition("::")
+        packet = getattr(torch.ops.aten, name, None) if space == "aten" else None
+        op = getattr(packet, schema.overload_name or "default", None)
+        if op is not None:
+            ops.append(op)
+    return ops
+
+
+def test_ops_when_torch_says_that_they_draw_then_all_are_known() -> None:
+    ops = aten_ops()
+    assert len(ops) > 1000
+    tagged = [op for op in ops if torch.Tag.nondeterministic_seeded in op.tags]
+    assert tagged
+    takes = [op for op in ops if any("Generator" in str(a.type) for a in op._schema.arguments)]
+    for op in [*tagged, *takes]:
+        assert {op.__name__, op.__name__.split(".")[0]} <= drawing_ops()
+
+
+def test_functions_in_python_when_they_are_dropouts_and_the_like_then_are_known() -> None:
+    functions = {f for group in get_overridable_functions().values() for f in group}
+    python = [f for f in functions if isinstance(f, FunctionType)]
+    drawing = {f.__name__ for f in python if may_draw(f, (), {})}
+    assert {"dropout", "alpha_dropout", "feature_alpha_dropout", "rrelu"} <= drawing
+    assert {"gumbel_softmax", "multi_head_attention_forward", "fractional_max_pool2d"} <= drawing
+    assert not {"cross_entropy", "batch_norm", "relu", "softmax", "einsum"} & drawing
+
+
+SQUARE = torch.rand(4, 4, generator=torch.Generator().manual_seed(1))
+LSTM = nn.LSTM(4, 4, num_layers=2, dropout=0.5)
+ATTENTION = nn.MultiheadAttention(4, 2, dropout=0.5)
+
+CALLS: dict[str, tuple[bool, Callable[[], object]]] = {
+    "F.dropout": (True, lambda: F.dropout(SQUARE)),
+    "F.dropout in eval": (False, lambda: F.dropout(SQUARE, training=False)),
+    "F.dropout2d": (True, lambda: F.dropout2d(SQUARE[None, None])),
+    "rand": (True, lambda: torch.rand(2)),
+    "rand, own generator": (False, lambda: torch.rand(2, generator=torch.Generator())),
+    "default generator": (True, lambda: torch.rand(2, generator=torch.default_generator)),
+    "normal_": (True, lambda: torch.empty(2).normal_()),
+    "random_": (True, lambda: torch.empty(2).random_()),
+    "bernoulli": (True, lambda: torch.bernoulli(SQUARE)),
+    "multinomial": (True, lambda: torch.multinomial(SQUARE, 1)),
+    "randperm": (True, lambda: torch.randperm(5)),
+    "poisson": (True, lambda: torch.poisson(SQUARE)),
+    "ops": (True, lambda: torch.ops.aten.bernoulli(SQUARE)),
+    "overload": (True, lambda: torch.ops.aten.rand.default([2])),
+    "rrelu": (True, lambda: F.rrelu(SQUARE - 0.5, training=True)),
+    "pooling": (True, lambda: F.fractional_max_pool2d(SQUARE[None], 2, output_size=2)),
+    "gumbel": (True, lambda: F.gumbel_softmax(SQUARE)),
+    "init": (True, lambda: nn.init.kaiming_uniform_(torch.empty(2, 2))),
+    "trunc": (True, lambda: nn.init.trunc_normal_(torch.empty(2, 2))),
+    "linear": (True, lambda: nn.Linear(2, 2)),
+    "lstm": (True, lambda: LSTM(SQUARE)),
+    "attention": (True, lambda: ATTENTION(SQUARE, SQUARE, SQUARE)),
+    "sdpa": (
+        True,
+        lambda: F.scaled_dot_product_attention(SQUARE[None], SQUARE[None], SQUARE[None], None, 0.5),
+    ),
+    "sdpa, no dropout": (
+        False,
+        lambda: F.scaled_dot_product_attention(SQUARE[None], SQUARE[None], SQUARE[None]),
+    ),
+    "distribution": (True, lambda: torch.distributions.Gamma(1.0, 1.0).sample()),
+    "matmul": (False, lambda: (SQUARE @ SQUARE).sum()),
+    "cross entropy": (False, lambda: F.cross_entropy(SQUARE, torch.arange(4))),
+}
+
+
+class Seen(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawing: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if may_draw(func, args, kwargs):
+            self.drawing.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call_when_it_draws_then_it_was_told(name: str) -> None:
+    draws, call = CALLS[name]
+    with torch.random.fork_rng():
+        before = torch.get_rng_state()
+        with Seen() as seen:
+            call()
+        moved = not torch.equal(before, torch.get_rng_state())
+    assert moved == draws
+    assert bool(seen.drawing) == draws
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch
+def test_model_when_scripted_or_compiled_then_its_draws_are_hidden() -> None:
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    assert not hides_its_draws(plain, nn.CrossEntropyLoss(), None)
+    compiled = nn.Linear(2, 2)
+    compiled.compile()
+    assert hides_its_draws(nn.Sequential(compiled))

@@ -1,0 +1,166 @@
+"""Stores of weights, and weights put into a model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from support.tensors import assert_same, small_state
+from torch import Tensor, nn
+
+from fitloop._errors import CheckpointError
+from fitloop._storage.weight_store import (
+    DiskStore,
+    MemoryStore,
+    WeightsStore,
+    apply_weights,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(params=["memory", "disk"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> WeightsStore:
+    return MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "kept")
+
+
+def test_a_store_keeps_what_was_saved_last(store: WeightsStore) -> None:
+    assert not store.exists("best")
+    store.save("best", small_state())
+    store.save("best", {"weight": torch.zeros(2, 3), "other": torch.ones(1)})
+    assert store.exists("best")
+    assert_same(store.load("best"), {"weight": torch.zeros(2, 3), "other": torch.ones(1)})
+    store.delete("best")
+    assert not store.exists("best")
+    for call in (store.load, store.delete):
+        with pytest.raises(CheckpointError, match="best"):
+            call("best")
+
+
+def test_a_store_aliases_neither_the_model_nor_what_it_gave(store: WeightsStore) -> None:
+    model = nn.Linear(2, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    store.save("w", model.state_dict())
+    given = store.load("w")
+    with torch.no_grad():
+        model.weight.zero_()
+    given["bias"].zero_()
+    assert_same(store.load("w"), before)
+    again = store.load("w")
+    store.save("w", model.state_dict())
+    assert_same(again, before)
+
+
+def test_memory_is_used_again_where_it_fits() -> None:
+    store = MemoryStore()
+    store.save("w", small_state())
+    places = {name: tensor.data_ptr() for name, tensor in store._kept["w"].items()}
+    store.save("w", {"weight": torch.ones(2, 3), "bias": torch.ones(3)})
+    kept = store._kept["w"]
+    assert kept["weight"].data_ptr() == places["weight"]
+    assert_same(kept, {"weight": torch.ones(2, 3), "bias": torch.ones(3)})
+
+
+def test_memory_of_tied_weights_is_not_shared_once_they_are_not_tied() -> None:
+    store, shared = MemoryStore(), torch.ones(3)
+    store.save("w", {"a": shared, "b": shared})
+    assert store._kept["w"]["a"] is store._kept["w"]["b"]
+    untied = {"a": torch.zeros(3), "b": torch.full((3,), 2.0)}
+    store.save("w", untied)
+    assert_same(store.load("w"), untied)
+
+
+def test_memory_keeps_copies_of_what_is_no_tensor_and_of_versions() -> None:
+    extra = {"scale": [1]}
+    state: OrderedDict[str, Any] = OrderedDict(_extra_state=extra)
+    vars(state)["_metadata"] = {"": {"version": 1}}
+    store = MemoryStore()
+    store.save("w", state)
+    extra["scale"].append(2)
+    found = store.load("w")
+    assert found["_extra_state"] == {"scale": [1]}
+    assert vars(found)["_metadata"] == {"": {"version": 1}}
+
+
+def test_a_copy_that_fails_leaves_no_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Uncopyable:
+        def __deepcopy__(self, memo: object) -> None:
+            raise RuntimeError("no copies")
+
+    store = MemoryStore()
+    store.save("w", small_state())
+    with pytest.raises(RuntimeError, match="no copies"):
+        store.save("w", {"weight": torch.zeros(2, 3), "extra": Uncopyable()})
+    assert not store.exists("w")
+
+
+# Into a model
+
+
+def test_weights_are_applied_in_place() -> None:
+    source, target = nn.Linear(2, 3), nn.Linear(2, 3)
+    parameters = list(target.parameters())
+    apply_weights(target, source.state_dict())
+    assert all(a is b for a, b in zip(target.parameters(), parameters, strict=True))
+    assert_same(target.state_dict(), source.state_dict())
+    assert parameters[0].requires_grad
+
+
+def test_weights_that_do_not_fit_change_nothing() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state: dict[str, Any] = {name: tensor + 1 for name, tensor in before.items()}
+    del state["0.bias"]
+    state["1.weight"] = torch.ones(3, 1)
+    state["1.bias"] = 3
+    state.update({f"x{number}": torch.ones(1) for number in range(12)})
+    with pytest.raises(CheckpointError) as caught:
+        apply_weights(model, state)
+    message = str(caught.value)
+    assert "missing: '0.bias'; unexpected: 'x0', " in message
+    assert "'x9', ... and 2 more; differing: " in message
+    assert "'1.weight' (model (1, 3), weights (3, 1)), '1.bias' (a int for a tensor)" in message
+    assert_same(model.state_dict(), before)
+    with pytest.raises(CheckpointError, match="do not fit the model: differing:"):
+        apply_weights(model, state, strict=False)
+    assert_same(model.state_dict(), before)
+
+
+def test_not_strict_leaves_out_what_only_one_has() -> None:
+    model = nn.Linear(2, 2)
+    bias = model.bias.detach().clone()
+    apply_weights(model, {"weight": torch.ones(2, 2), "other": torch.ones(1)}, strict=False)
+    assert torch.equal(model.weight, torch.ones(2, 2))
+    assert torch.equal(model.bias, bias)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(2, 2, device="meta"), torch.ones(2, 2, dtype=torch.complex64)]
+)
+def test_values_that_cannot_be_copied_do_not_fit(value: Tensor) -> None:
+    with pytest.raises(CheckpointError, match="differing: 'weight'"):
+        apply_weights(nn.Linear(2, 2), {"weight": value}, strict=False)
+
+
+def test_a_model_whose_own_loading_fails_is_put_back() -> None:
+    class Picky(nn.Linear):
+        scale = 1
+
+        def get_extra_state(self) -> int:
+            return self.scale
+
+        def set_extra_state(self, state: int) -> None:
+            if state > 1:
+                raise ValueError("too large a scale")
+            self.scale = state
+
+    model = Picky(2, 2)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2), "_extra_state": 5}
+    with pytest.raises(CheckpointError, match=r"did not take the weights:(.|\n)*too large"):
+        apply_weights(model, state)
+    assert_same(dict(model.named_parameters()), before)
+    assert model.scale == 1
