@@ -27,7 +27,7 @@ from benchmarks.harness import measure as in_turns
 from benchmarks.machine import machine
 from benchmarks.report import Column, Report, Row, Spread, Table
 from fitloop import FitLoop
-from fitloop._checkpointing.snapshot import KIND, Draft, draft
+from fitloop._checkpointing.snapshot import KIND, PreparedSnapshot, take_snapshot
 from fitloop._storage.layout import Payload
 from fitloop._storage.layout_writing import write_layout
 from fitloop._storage.staging import Staging
@@ -72,9 +72,9 @@ kept_state = cache(State)
 
 
 @cache
-def kept_draft(megabytes: int) -> Draft:
+def kept_draft(megabytes: int) -> PreparedSnapshot:
     """Return a copy of the state, ready to be written."""
-    return draft(kept_state(megabytes).trainer._core, Staging())
+    return take_snapshot(kept_state(megabytes).trainer._core, Staging())
 
 
 def in_order(ways: Ways) -> dict[str, float]:
@@ -107,7 +107,7 @@ def stall(megabytes: int) -> Figures:
     seconds = in_order(
         {
             "plain copy": copy,
-            "fitloop": lambda: draft(state.trainer._core, state.staging),
+            "fitloop": lambda: take_snapshot(state.trainer._core, state.staging),
             "torch.save": lambda: torch.save(state.whole, path),
         }
     )

@@ -48,7 +48,7 @@ class Passage:
 
 
 class PassProbe:
-    """A `Probe` that reads the clock around each batch that the engine fetches."""
+    """An `Instrumentation` that reads the clock around each batch that the engine fetches."""
 
     def __init__(self, clock: Clock, settle: Callable[[], None] | None) -> None:
         self._clock = clock
@@ -59,7 +59,7 @@ class PassProbe:
         """Return ``function``, with a clock where it fetches batches."""
         return self._timed(function) if name == "wait" else function  # type: ignore[return-value]
 
-    def watch(self, phase: Phase) -> None:
+    def read_wrapper(self, phase: Phase) -> None:
         """Return None: what a loader thread does is not looked at."""
         return
 
@@ -87,7 +87,7 @@ def ended(now: float, clock: Clock, settle: Callable[[], None] | None) -> float:
 
 
 class LookProbe:
-    """A `Probe` for the first look at a trainer: how long loads and steps take, roughly."""
+    """An `Instrumentation` for the first look: how long loads and steps take, roughly."""
 
     def __init__(self, clock: Clock, settle: Callable[[], None] | None, device: str) -> None:
         self._clock = clock
@@ -127,7 +127,7 @@ class LookProbe:
 
         return timed  # type: ignore[return-value]
 
-    def watch(self, phase: Phase) -> None:
+    def read_wrapper(self, phase: Phase) -> None:
         """Return None."""
         return
 

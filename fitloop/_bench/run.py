@@ -28,10 +28,10 @@ from fitloop._concurrency.torch_threads import intra_op_threads
 from fitloop._data.device import Placement
 from fitloop._data.loaders import LoadingOptions, describe, length_of, samples_in
 from fitloop._defaults import available_cores
-from fitloop._engine.event_bus import Hub
+from fitloop._engine.event_bus import EventBus
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import LoopState
-from fitloop._engine.plan import Probe
+from fitloop._engine.plan import Instrumentation
 from fitloop._engine.stages import Stages
 from fitloop._errors import ConfigurationError, FitLoopError
 from fitloop._rng.state_io import process_state, restore_process
@@ -72,7 +72,7 @@ class BenchRun(Run):
         refuse_one_shot(self._loader)
         self._reading: Any = None
         self._opening: dict[Way, BenchLoaders] = {}
-        self._hub = Hub()
+        self._event_bus = EventBus()
         self._process: StreamState | None = None
         self._lags: list[float] = []
         self._listening = self._over = False
@@ -109,7 +109,7 @@ class BenchRun(Run):
         return None if self._core.streams is None else self._core.streams.copy()
 
     def _observers(self, part: Slice) -> list[Observer]:
-        self._hub.observers([part.observe])
+        self._event_bus.set_observers([part.observe])
         return []
 
     def _position(self) -> str:
@@ -277,12 +277,16 @@ class BenchRun(Run):
         probe.passage.opened = loaders.opened
         return probe.passage.result()
 
-    def _run_engine(self, loaders: BenchLoaders, loader: Any, limit: int, probe: Probe) -> None:
+    def _run_engine(
+        self, loaders: BenchLoaders, loader: Any, limit: int, probe: Instrumentation
+    ) -> None:
         assert self._around is not None
         plan = replace(
             self._plan, epochs=1, phases=((Phase.TRAIN, loader),), steps=limit, ask_every=0
         )
-        around = replace(self._around, loaders=loaders, emit=self._hub.emit, probe=probe)
+        around = replace(
+            self._around, loaders=loaders, emit=self._event_bus.emit, instrumentation=probe
+        )
         engine = self._engine = Engine(plan, around)
         engine.run()
         self._check()

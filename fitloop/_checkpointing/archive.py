@@ -26,7 +26,7 @@ _NAME = re.compile(r"snapshot-(\d{6,})\.msgpack")
 
 
 @dataclass(frozen=True)
-class Kept:
+class SnapshotEntry:
     """A snapshot on disk, and where in the training it is."""
 
     number: int
@@ -42,7 +42,7 @@ class Archive:
 
     def __init__(self, save_path: Path) -> None:
         self.directory = save_path / FOLDER
-        self._kept: list[Kept] = []
+        self._kept: list[SnapshotEntry] = []
         self._next = 1
 
     def open(self) -> None:
@@ -89,7 +89,7 @@ class Archive:
         # Of fits that are trained anew, what came of them before is of another training.
         surplus = [kept for kept in self._kept if kept.fit > fit]
         surplus += [kept for kept in self._kept if kept.fit == fit and kept.finished]
-        self._kept.append(Kept(self._next, path, fit, finished))
+        self._kept.append(SnapshotEntry(self._next, path, fit, finished))
         self._next += 1
         running = [kept for kept in self._kept if not kept.finished and kept.fit <= fit]
         if keep is not None:
@@ -128,13 +128,13 @@ class _UnreadableError(Exception):
     pass
 
 
-def _look_into(number: int, path: Path) -> Kept:
+def _look_into(number: int, path: Path) -> SnapshotEntry:
     try:
         header, _entries, _size = read_file_header(path)
         position = header["position"]
         if header["kind"] != KIND:
             raise LayoutError(f"it holds {header['kind']!r:.40}")
-        return Kept(number, path, int(position["fit"]), bool(position["finished"]))
+        return SnapshotEntry(number, path, int(position["fit"]), bool(position["finished"]))
     except (OSError, LayoutError, KeyError, TypeError, ValueError) as error:
         why = reason(error) if isinstance(error, (OSError, LayoutError)) else "it has no position"
         _warn_unreadable(f"{path} cannot be read: {why}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from fitloop._checkpointing.archive import Archive
-from fitloop._checkpointing.snapshot import Draft, RunPart, draft
+from fitloop._checkpointing.snapshot import PreparedSnapshot, RunPart, take_snapshot
 from fitloop._concurrency.background_writer import Writer
 from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import CheckpointError, ConfigurationError
@@ -143,7 +143,7 @@ class Checkpointer:
         part = self._part(finished)
         path = self._archive.next_path()
         try:
-            taken = draft(self._core, self._staging, part)
+            taken = take_snapshot(self._core, self._staging, part)
         except CheckpointError as error:
             self._outcomes.append(self._failure(path, part, error))
             self._tell()
@@ -155,7 +155,7 @@ class Checkpointer:
             self._writing = False
             raise
 
-    def _write(self, taken: Draft, part: RunPart, path: Path, finished: bool) -> None:
+    def _write(self, taken: PreparedSnapshot, part: RunPart, path: Path, finished: bool) -> None:
         """Write to disk; on the writer's thread."""
         began = self._clock()
         position = part.position
@@ -191,7 +191,7 @@ class Checkpointer:
         """Emit what the writer has to say; raise for a failure, if that is the wish."""
         while self._outcomes:
             event = self._outcomes.popleft()
-            self._core.hub.emit(event)
+            self._core.event_bus.emit(event)
             if isinstance(event, SnapshotFailed) and self._policy.on_error == "raise":
                 raise CheckpointError(
                     f"{event.path} cannot be written: {event.error}; the older snapshots are "

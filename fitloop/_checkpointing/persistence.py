@@ -32,7 +32,7 @@ from fitloop._data.resumption import (
     start_workers,
 )
 from fitloop._engine.loop import Engine
-from fitloop._engine.plan import Cursor, PassPosition, RunPlan
+from fitloop._engine.plan import PassPosition, PassProgress, RunPlan
 from fitloop._errors import CheckpointError, ResumeWarning
 from fitloop._events import Event
 from fitloop._metrics.results import EpochMetricsLog, FitResult
@@ -281,7 +281,7 @@ class Persistence:
         assert plan is not None
         assert self._metrics is not None
         cursor = None if finished else engine.cursor
-        done = engine.epochs_ended
+        done = engine.epochs_completed
         batch = 0 if cursor is None else cursor.state.batch_num
         drawn = None if cursor is None else cursor.source.drawn
         return RunPart(
@@ -309,7 +309,9 @@ class Persistence:
             with_grads=plan.define_all or (cursor is not None and batch == cursor.state.batches),
         )
 
-    def _loader_state(self, phase: Phase, loader: Any, cursor: Cursor | None) -> dict[str, Any]:
+    def _loader_state(
+        self, phase: Phase, loader: Any, cursor: PassProgress | None
+    ) -> dict[str, Any]:
         between = cursor is None or phase is not Phase.TRAIN
         # A DataLoader's own would begin its next iteration, which draws.
         tells = between and has_state(loader) and not isinstance(loader, DataLoader)
@@ -320,7 +322,7 @@ class Persistence:
             "state": loader.state_dict() if tells else None,
         }
 
-    def _pass_state(self, cursor: Cursor) -> dict[str, Any]:
+    def _pass_state(self, cursor: PassProgress) -> dict[str, Any]:
         opened, generators, loader = self._core.loaders.position(Phase.TRAIN)
         return {
             "start_metrics": dict(cursor.start_metrics),

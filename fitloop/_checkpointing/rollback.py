@@ -22,7 +22,7 @@ from fitloop._training.trainer_state import Core
 from fitloop._types import Phase
 
 
-class ReturnPoint:
+class RollbackPoint:
     """A copy of all that training changes: of the trainer, its loaders, and of what a run counts.
 
     Batches that are read meanwhile from a loader that can be read once stay read; so does what a

@@ -161,7 +161,7 @@ class RunLog:
         self._to_write.clear()
         if self._raises:
             raise error
-        self._core.hub.emit(
+        self._core.event_bus.emit(
             SnapshotFailed(
                 trainer=self._core.parts.name,
                 epoch=self._core.epoch_num,

@@ -23,9 +23,9 @@ from torch import Tensor
 from fitloop._checkpointing.training_state import (
     apply_training,
     check_training,
-    cloned,
+    clone_tensors,
+    module_weights,
     training_state,
-    weights_in,
 )
 from fitloop._data.resumption import generator_states, set_generators
 from fitloop._errors import CheckpointError
@@ -70,7 +70,7 @@ class RunPart:
 
 
 @dataclass(frozen=True)
-class Draft:
+class PreparedSnapshot:
     """A snapshot in memory of its own; good until the staging that holds it is used again."""
 
     fields: dict[str, Any]
@@ -92,7 +92,7 @@ class Draft:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def draft(core: Core, staging: Staging, run: RunPart | None = None) -> Draft:
+def take_snapshot(core: Core, staging: Staging, run: RunPart | None = None) -> PreparedSnapshot:
     """Copy the state that a trainer has now; it must be at rest, with no stream entered.
 
     Raises `CheckpointError`, naming its path in the tree, for a value that cannot be kept.
@@ -130,7 +130,7 @@ def draft(core: Core, staging: Staging, run: RunPart | None = None) -> Draft:
         "position": {} if run is None else run.position,
         "state": state,
     }
-    return Draft(fields, payloads)
+    return PreparedSnapshot(fields, payloads)
 
 
 def _trainer_fields(core: Core) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
     try:
         history = History()
         load_history(history, state["history"])
-        random = {name: imported(cloned(value)) for name, value in state["random"].items()}
+        random = {name: imported(clone_tensors(value)) for name, value in state["random"].items()}
         best, versions = state["best"], state["best_modules"]
         if not (best is None or isinstance(best, dict)):
             raise TypeError("its best weights are no map")
@@ -242,9 +242,11 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
             raise TypeError("its position and versions are no maps")
         # Cloned, as the randomness above: torch reads a generator's state from where its memory
         # begins, and in a file that is somewhere else.
-        state["run"] = cloned(state["run"])
+        state["run"] = clone_tensors(state["run"])
         state["generators"] = {
-            str(phase): [check_generator(item) for item in cloned(state["generators"][phase])]
+            str(phase): [
+                check_generator(item) for item in clone_tensors(state["generators"][phase])
+            ]
             for phase in Phase
         }
         return Snapshot(path, trainer, position, versions, state, random, history)
@@ -337,7 +339,7 @@ def _keep_best(core: Core, snapshot: Snapshot) -> Callable[[], None]:
     before = None
     with suppress(CheckpointError):  # a damaged file is as good as none
         before = store.steady(name) if store.exists(name) else None
-    weights = weights_in({"weights": best, "versions": snapshot.state["best_modules"]})
+    weights = module_weights({"weights": best, "versions": snapshot.state["best_modules"]})
     check_weights(core.parts.model, weights)
     store.save(name, weights)
 

@@ -43,7 +43,7 @@ def training_state(parts: Parts, *, with_grads: bool = False) -> dict[str, Any]:
             {"type": _type_of(scheduler), "state": _scheduler_state(scheduler)}
             for scheduler in parts.lr_schedulers
         ],
-        "stateful": {name: item.state_dict() for name, item in stateful_of(parts).items()},
+        "stateful": {name: item.state_dict() for name, item in stateful_objects(parts).items()},
         "grads": {},
     }
     if with_grads:
@@ -52,7 +52,7 @@ def training_state(parts: Parts, *, with_grads: bool = False) -> dict[str, Any]:
     return state
 
 
-def stateful_of(parts: Parts) -> dict[str, Any]:
+def stateful_objects(parts: Parts) -> dict[str, Any]:
     """Return the scaler and whatever else with a state was given, by name."""
     scaler = {} if parts.scaler is None else {"scaler": parts.scaler}
     return {**scaler, **parts.stateful}
@@ -92,7 +92,7 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def weights_in(module_state: Any) -> OrderedDict[str, Any]:
+def module_weights(module_state: Any) -> OrderedDict[str, Any]:
     """Return the weights of a module's state as ``state_dict`` gives them."""
     weights: OrderedDict[str, Any] = OrderedDict(module_state["weights"])
     set_metadata(weights, module_state["versions"])
@@ -174,7 +174,7 @@ def _check_kinds(parts: Parts, state: Any) -> None:
             raise CheckpointError(
                 f"the {what} differ: saved were {listed(had)}, the trainer has {listed(has)}"
             )
-    stateful, mine = sorted(map(str, state["stateful"])), sorted(stateful_of(parts))
+    stateful, mine = sorted(map(str, state["stateful"])), sorted(stateful_objects(parts))
     if stateful != mine:
         raise CheckpointError(
             f"what else has a state differs: saved were {listed(stateful)}, the trainer "
@@ -209,7 +209,7 @@ def _check_contents(parts: Parts, state: Any) -> None:
 def _copies(parts: Parts) -> Iterator[Callable[[], object]]:
     """Give what puts each thing back, except the model, whose weights come last."""
     yield StepCapture(parts.optimizers, parts.lr_schedulers).restore
-    for item in [*stateful_of(parts).values(), *_modules(parts)[1:]]:
+    for item in [*stateful_objects(parts).values(), *_modules(parts)[1:]]:
         yield partial(item.load_state_dict, copy.deepcopy(item.state_dict()))
     for module in _modules(parts):
         yield partial(_set_frozen, [(p, p.requires_grad) for p in module.parameters()])
@@ -237,20 +237,20 @@ def _copy_pairs(pairs: list[tuple[Tensor, Tensor]]) -> None:
 def _apply(parts: Parts, state: Any, *, strict: bool) -> None:
     parameters = {name: parameter for parameter, name in _names(parts).items()}
     for optimizer, saved in zip(parts.optimizers, state["optimizers"], strict=True):
-        _load_optimizer(optimizer, cloned(saved), parameters)
+        _load_optimizer(optimizer, clone_tensors(saved), parameters)
     for scheduler, saved in zip(parts.lr_schedulers, state["schedulers"], strict=True):
-        _load_scheduler(scheduler, cloned(saved["state"]))
-    for name, item in stateful_of(parts).items():
-        item.load_state_dict(cloned(state["stateful"][name]))
+        _load_scheduler(scheduler, clone_tensors(saved["state"]))
+    for name, item in stateful_objects(parts).items():
+        item.load_state_dict(clone_tensors(state["stateful"][name]))
     _copy_pairs(list(zip(_outside(parts), state["outside"], strict=True)))
     for module, frozen in zip(_modules(parts), state["frozen"], strict=True):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name not in frozen)
     for name, holder in parameters.items():
         grad = state["grads"].get(name)
-        holder.grad = None if grad is None else cloned(grad).to(holder.device)
+        holder.grad = None if grad is None else clone_tensors(grad).to(holder.device)
     for module, saved in reversed(list(zip(_modules(parts), state["modules"], strict=True))):
-        apply_weights(module, weights_in(saved), strict=strict)
+        apply_weights(module, module_weights(saved), strict=strict)
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tensor]) -> None:
@@ -278,7 +278,7 @@ def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tens
                 optimizer.state[parameter][key] = value.to(now.device)
 
 
-def cloned(value: Any, memo: dict[int, Tensor] | None = None) -> Any:
+def clone_tensors(value: Any, memo: dict[int, Tensor] | None = None) -> Any:
     """Return containers with tensors of memory of their own, not that of a file.
 
     What was one tensor stays one.
@@ -290,9 +290,9 @@ def cloned(value: Any, memo: dict[int, Tensor] | None = None) -> Any:
         return memo[id(value)]
     kind = type(value)
     if kind in (dict, OrderedDict, Counter):
-        return kind({key: cloned(item, memo) for key, item in value.items()})
+        return kind({key: clone_tensors(item, memo) for key, item in value.items()})
     if kind in (list, tuple, set, frozenset):
-        return kind(cloned(item, memo) for item in value)
+        return kind(clone_tensors(item, memo) for item in value)
     if kind is deque:
-        return deque((cloned(item, memo) for item in value), value.maxlen)
+        return deque((clone_tensors(item, memo) for item in value), value.maxlen)
     return value

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fitloop._checkpointing.snapshot import KIND, read_snapshot
-from fitloop._checkpointing.training_state import weights_in
+from fitloop._checkpointing.training_state import module_weights
 from fitloop._cli.common import Commands, add_command, read_header, say
 from fitloop._errors import CheckpointError
 from fitloop._storage.weight_store import read_weights, write_weights
@@ -41,9 +41,9 @@ def _export(given: argparse.Namespace) -> int:
         if given.best:
             if state["best"] is None:
                 raise CheckpointError(f"{path} holds no best weights: none were tracked")
-            weights = weights_in({"weights": state["best"], "versions": state["best_modules"]})
+            weights = module_weights({"weights": state["best"], "versions": state["best_modules"]})
         else:
-            weights = weights_in(state["training"]["modules"][0])
+            weights = module_weights(state["training"]["modules"][0])
     elif given.best:
         raise CheckpointError(f"{path} is no snapshot; --best is for snapshots")
     else:

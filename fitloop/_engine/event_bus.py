@@ -1,6 +1,6 @@
 """Events to whoever listens: observers on the step thread, streams and tasks on event loops.
 
-`Hub.emit` is called on the step thread only. Observers are called there and then, in order; an
+`EventBus.emit` is called on the step thread only. Observers are called there and then, in order; an
 `EventStream` is a bounded queue that any event loop reads at its own pace.
 """
 
@@ -31,7 +31,7 @@ class EventStream:
 
     def __init__(
         self,
-        listeners: Listeners,
+        listeners: EventStreams,
         limit: int | None = STREAM_LIMIT,
         *,
         ends_with_run: bool = True,
@@ -112,7 +112,7 @@ class EventStream:
             self._bell.ring()
 
 
-class Listeners:
+class EventStreams:
     """The streams that are told of events, from any thread."""
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class Listeners:
             stream.end()
 
 
-class Hub(Listeners):
+class EventBus(EventStreams):
     """Hands each event to the observers of a run, in order, and to the streams of its trainer."""
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class Hub(Listeners):
         self._queue: deque[Event] = deque()
         self._emitting = False
 
-    def observers(self, observers: Iterable[Callable[[Event], object]]) -> None:
+    def set_observers(self, observers: Iterable[Callable[[Event], object]]) -> None:
         """Set who is told of the events of the next run."""
         self._observers = list(observers)
         self._queue.clear()

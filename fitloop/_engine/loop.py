@@ -18,8 +18,8 @@ from fitloop._data.loaders import describe, length_of, samples_in
 from fitloop._data.resumption import Seek
 from fitloop._data.sources import END, Feed, Source
 from fitloop._engine.loop_state import LoopState
-from fitloop._engine.plan import Cursor, RunPlan, Surroundings
-from fitloop._engine.stages import Scope, Stages, is_awaitable
+from fitloop._engine.plan import EngineDeps, PassProgress, RunPlan
+from fitloop._engine.stages import ExecutionContext, Stages, is_awaitable
 from fitloop._errors import ConfigurationError, in_words, note
 from fitloop._events import (
     BatchProgress,
@@ -41,15 +41,15 @@ PROGRESS_SECONDS = 0.1
 class Engine:
     """Runs one plan. Not to be used again."""
 
-    def __init__(self, plan: RunPlan, around: Surroundings) -> None:
+    def __init__(self, plan: RunPlan, around: EngineDeps) -> None:
         self._plan = plan
         self._around = around
         self._control = around.control
         self._stages = Stages(around.parts)
         self._placement = Placement(around.parts.device, around.parts.dtype, cast=plan.cast)
         self._doing = "before the first epoch"
-        self.epochs_ended = plan.epochs_before
-        self.cursor: Cursor | None = None
+        self.epochs_completed = plan.epochs_before
+        self.cursor: PassProgress | None = None
         """where the train phase is that is going on"""
 
     def run(self) -> None:
@@ -104,7 +104,7 @@ class Engine:
         torch.set_grad_enabled(True)
         result = function(trainer)
         if is_awaitable(result):
-            self._await(result, Scope(True, self._around.places))
+            self._await(result, ExecutionContext(True, self._around.thread_contexts))
 
     @property
     def turn(self) -> Turn:
@@ -138,7 +138,7 @@ class Engine:
             return
         self._check_cancelled()
         self._doing = f"ending epoch {epoch}"
-        self.epochs_ended += 1
+        self.epochs_completed += 1
         self._emit(
             EpochEnded(
                 trainer=trainer,
@@ -172,7 +172,7 @@ class Engine:
         self._doing = f"{phase}, epoch {epoch}, opening {describe(phase, loader)}"
         source = self._open(phase, loader, None if position is None else position.seek)
         if phase is Phase.TRAIN:
-            self.cursor = Cursor(
+            self.cursor = PassProgress(
                 epoch_in_run=epoch_in_run, state=state, source=source, start_metrics=start
             )
         try:
@@ -224,10 +224,10 @@ class Engine:
         except Exception as later:  # the first error is what the caller is to see
             note(error, f"closing the loader then raised {in_words(later)}")
 
-    def _batches(self, state: LoopState, source: Source, scope: Scope) -> bool:
+    def _batches(self, state: LoopState, source: Source, scope: ExecutionContext) -> bool:
         """Step through a pass; return whether it came to its end."""
         around, control, phase = self._around, self._control, state.phase
-        wrap = around.probe.wrap
+        wrap = around.instrumentation.wrap
         step = self._stages.get(phase, Stage.BATCH_STEP)
         assert step is not None
         step = wrap(phase, "step", step)
@@ -287,7 +287,7 @@ class Engine:
             )
         )
 
-    def _enter(self, phase: Phase) -> Scope:
+    def _enter(self, phase: Phase) -> ExecutionContext:
         """Set what holds for a phase: train or eval mode, grad mode, the stream."""
         around = self._around
         train = phase is Phase.TRAIN
@@ -297,7 +297,7 @@ class Engine:
         torch.set_grad_enabled(grad)  # of this thread, which is the run's own
         turn, streams = around.turn, around.streams
         turn.begin(PROCESS if streams is None else streams.steps(phase))
-        return Scope(grad, around.places)
+        return ExecutionContext(grad, around.thread_contexts)
 
     def _open(self, phase: Phase, loader: Any, seek: Seek | None) -> Source:
         around = self._around
@@ -309,7 +309,7 @@ class Engine:
             receive=self._placement.receive if self._placement.is_async else None,
             turn=around.turn,
             grace=around.parts.loader_grace,
-            watch=around.probe.watch(phase),
+            watch=around.instrumentation.read_wrapper(phase),
         )
         stream = None if around.streams is None else around.streams.loader(phase)
         return around.loaders.open(
@@ -322,19 +322,19 @@ class Engine:
             seek=seek,
         )
 
-    def _call(self, state: LoopState, stage: Stage, scope: Scope) -> dict[str, float]:
+    def _call(self, state: LoopState, stage: Stage, scope: ExecutionContext) -> dict[str, float]:
         """Call a stage function of the epoch and return its metrics."""
         self._doing = f"{state.phase}, epoch {state.epoch_num}, {stage}"
         function = self._stages.get(state.phase, stage)
         if function is None:
             return {}
-        wrap = self._around.probe.wrap
+        wrap = self._around.instrumentation.wrap
         values = wrap(state.phase, stage, function)(state)
         if is_awaitable(values):
             values = wrap(state.phase, stage, self._await)(values, scope)
         return as_numbers(values, state.phase, stage)
 
-    def _await(self, awaitable: Any, scope: Scope) -> Any:
+    def _await(self, awaitable: Any, scope: ExecutionContext) -> Any:
         """Have an ``async def`` stage run on the event loop, and wait for it."""
         turn = self._around.turn
         turn.hold()  # the event loop's thread is not to wait for it

@@ -14,7 +14,7 @@ from fitloop._data.resumption import Seek
 from fitloop._data.sources import Source
 from fitloop._engine.config import Parts
 from fitloop._engine.loop_state import LoopState
-from fitloop._engine.stages import Place
+from fitloop._engine.stages import ThreadContext
 from fitloop._events import Event
 from fitloop._rng.lease import Turn
 from fitloop._rng.streams import Streams
@@ -62,7 +62,7 @@ class PassPosition:
 
 
 @dataclass(slots=True, kw_only=True)
-class Cursor:
+class PassProgress:
     """Where a run is in a train phase, for whoever takes a snapshot between two batches."""
 
     epoch_in_run: int
@@ -71,30 +71,30 @@ class Cursor:
     start_metrics: dict[str, float]
 
 
-class Probe(Protocol):
+class Instrumentation(Protocol):
     """Looks at the calls of the engine; the profiler's has a clock in it."""
 
     def wrap(self, phase: Phase, name: str, function: F) -> F:
         """Return ``function``, or one that does the same and more."""
 
-    def watch(self, phase: Phase) -> Callable[[Any], Any] | None:
+    def read_wrapper(self, phase: Phase) -> Callable[[Any], Any] | None:
         """Return what to wrap the call in that reads a batch from a loader; None for nothing."""
 
 
-class NoProbe:
+class NoInstrumentation:
     """Looks at nothing."""
 
     def wrap(self, phase: Phase, name: str, function: F) -> F:
         """Return ``function``."""
         return function
 
-    def watch(self, phase: Phase) -> None:
+    def read_wrapper(self, phase: Phase) -> None:
         """Return None."""
         return
 
 
 @dataclass(slots=True, kw_only=True)
-class Surroundings:
+class EngineDeps:
     """What the engine works with."""
 
     parts: Parts
@@ -106,9 +106,9 @@ class Surroundings:
     """whether to go on after an epoch, given its number in the trainer's life and in the run"""
     streams: Streams | None
     turn: Turn
-    places: Sequence[Place]
+    thread_contexts: Sequence[ThreadContext]
     """what a coroutine of the trainer's is in, on the event loop's thread"""
     batch_hooks: Sequence[Callable[[], None]] = ()
     """called after every batch step of the train phase, on the step thread"""
-    probe: Probe = field(default_factory=NoProbe)
+    instrumentation: Instrumentation = field(default_factory=NoInstrumentation)
     clock: Callable[[], float] = time.perf_counter

@@ -42,7 +42,7 @@ class Span:
 
 
 class SpanRecorder:
-    """Times every call that the engine lets it wrap. A `Probe`.
+    """Times every call that the engine lets it wrap. An `Instrumentation`.
 
     On CUDA a step is timed to the end of its kernels, which costs the overlap of the host with
     the device: a profiled run is slower than a real one.
@@ -76,7 +76,7 @@ class SpanRecorder:
 
         return timed  # type: ignore[return-value]
 
-    def watch(self, phase: Phase) -> Callable[[Any], Any]:
+    def read_wrapper(self, phase: Phase) -> Callable[[Any], Any]:
         """Return a wrapper that times the reading of batches."""
         return lambda function: self.wrap(phase, "load", function)
 

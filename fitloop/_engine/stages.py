@@ -103,7 +103,7 @@ class Stages:
         return self._table[phase, stage]
 
 
-class Place(Protocol):
+class ThreadContext(Protocol):
     """What the thread of a trainer's code is in, such as a stream of random numbers."""
 
     def resume(self) -> None:
@@ -113,25 +113,26 @@ class Place(Protocol):
         """End `resume`."""
 
 
-class Scope:
-    """What holds while a stage function runs: grad mode, and the places that its thread is in.
+class ExecutionContext:
+    """The grad mode and the thread contexts in which the stage functions of a phase run.
 
-    The step thread holds it for a whole phase. A coroutine runs on the event loop's thread, which
-    it shares with everything else, so there it is entered for each of its steps and left again.
+    The step thread stays in them for a whole phase. The coroutine of an ``async def`` stage runs
+    on the event loop's thread, which other code shares: there they are entered for each step of
+    the coroutine and left again.
     """
 
-    def __init__(self, grad: bool, places: Sequence[Place] = ()) -> None:
+    def __init__(self, grad: bool, thread_contexts: Sequence[ThreadContext] = ()) -> None:
         self.grad = grad
-        self._places = places
+        self._thread_contexts = thread_contexts
 
     def resume(self) -> None:
-        """Be in all places."""
-        for place in self._places:
+        """Enter all thread contexts."""
+        for place in self._thread_contexts:
             place.resume()
 
     def pause(self) -> None:
         """Leave them again."""
-        for place in reversed(self._places):
+        for place in reversed(self._thread_contexts):
             place.pause()
 
     def wrap(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:

@@ -50,7 +50,7 @@ async def launch(
     at once, and what `supervise` raises.
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # or a thread would be started for nothing
-    plain = [callback for callback in callbacks if not is_async(callback)]
+    plain = [callback for callback in callbacks if not is_async_callback(callback)]
     threads = core.parts.num_threads or SHARE.get().num_threads or torch.get_num_threads()
     options["observers"] = [*options.get("observers", ()), *plain]
     with busy(core.parts.name, plan.call, core, core.parts.model), interruptible():
@@ -58,8 +58,8 @@ async def launch(
             await stack.enter_async_context(GivenWay())
             companions, streams = [], []
             for callback in callbacks:
-                if is_async(callback):
-                    stream = await stack.enter_async_context(EventStream(core.hub, None))
+                if is_async_callback(callback):
+                    stream = await stack.enter_async_context(EventStream(core.event_bus, None))
                     streams.append(stream)
                     companions.append(partial(feed_callback, stream, callback))
             control = RunControl()
@@ -79,7 +79,7 @@ async def launch(
                 )
             finally:
                 core.control = None
-                core.hub.observers(())
+                core.event_bus.set_observers(())
 
 
 def _end_all(streams: Sequence[EventStream]) -> None:
@@ -87,7 +87,7 @@ def _end_all(streams: Sequence[EventStream]) -> None:
         stream.end()
 
 
-class Errand:
+class FunctionTask:
     """A `Work` that calls one function: weights in and out, reset."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
@@ -105,16 +105,18 @@ class Errand:
         return self._result
 
 
-async def errand(core: Core, call: str, function: Callable[[], T]) -> T:
+async def run_exclusively_in_thread(core: Core, call: str, function: Callable[[], T]) -> T:
     """Call a blocking function in a thread while the trainer counts as busy.
 
     It is not interrupted: a cancellation is raised when it has returned.
     """
     with busy(core.parts.name, call, core, core.parts.model):
-        return await aside(core.parts.name, function)
+        return await run_in_thread(core.parts.name, function)
 
 
-async def aside(name: str, function: Callable[[], T], control: RunControl | None = None) -> T:
+async def run_in_thread(
+    name: str, function: Callable[[], T], control: RunControl | None = None
+) -> T:
     """Call a blocking function in a thread that is named after ``name``.
 
     It is not interrupted: a cancellation is raised when it has returned. ``control`` tells it of
@@ -122,13 +124,13 @@ async def aside(name: str, function: Callable[[], T], control: RunControl | None
     """
     await anyio.lowlevel.checkpoint_if_cancelled()
     control = control or RunControl()
-    work = Errand(function)
+    work = FunctionTask(function)
     async with GivenWay():
         result: T = await supervise(work, control, LoopSide(control), name=name, grace=0.0)
     return result
 
 
-def phases(
+def phases_to_run(
     core: Core, call: str, given: Mapping[Phase, Any], needed: Phase, *others: Phase
 ) -> tuple[tuple[Phase, Any], ...]:
     """Return the phases of an epoch with their loaders: the needed one, and others that have one.
@@ -162,7 +164,7 @@ def dry_plan(
         call=call,
         epochs=check_number("epochs", epochs, 1),
         first_epoch=core.epoch_num + 1,
-        phases=phases(core, call, given, Phase.TRAIN, Phase.VALID, Phase.TEST),
+        phases=phases_to_run(core, call, given, Phase.TRAIN, Phase.VALID, Phase.TEST),
         steps=fit_option("steps", steps),
         define_all=define_all,
         cast=cast,
@@ -180,7 +182,7 @@ def criteria_check(core: Core) -> Callable[[Event], None]:
     return check
 
 
-def is_async(callback: object) -> bool:
+def is_async_callback(callback: object) -> bool:
     """Return whether a callback is to be awaited on the event loop."""
     plain = callback.func if isinstance(callback, partial) else callback
     if inspect.isroutine(plain):

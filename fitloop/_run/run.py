@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from fitloop._checkpointing.persistence import Persistence
-from fitloop._checkpointing.rollback import ReturnPoint
+from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._concurrency.supervisor import LoopSide
 from fitloop._concurrency.time_slices import Slice
@@ -22,14 +22,14 @@ from fitloop._data.cuda_stream import Lane, NoLane
 from fitloop._engine.config import STAGE_NAMES
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import explain
-from fitloop._engine.plan import NoProbe, Probe, RunPlan, Surroundings
+from fitloop._engine.plan import EngineDeps, Instrumentation, NoInstrumentation, RunPlan
 from fitloop._errors import in_words, note
 from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._metrics.results import EpochMetricsLog, FitResult
 from fitloop._rng.lease import Turn, at_rest, process_numbers
 from fitloop._rng.streams import PROCESS, Streams
 from fitloop._rng.torch_ops import hides_its_draws
-from fitloop._run.questions import Asking, OpenQuestions, Questions, WaitingQuestions
+from fitloop._run.prompts import BackgroundPrompts, BlockingPrompts, PromptOptions, Prompts
 from fitloop._training.best import BestTracker
 from fitloop._training.capture import TrainingCapture
 from fitloop._training.schedulers import SchedulerSteps
@@ -47,12 +47,12 @@ class RunOptions:
     """intra-op threads of the step thread"""
     observers: Sequence[Observer] = ()
     """called with every event, after the trainer's own"""
-    asking: Asking | None = None
+    prompt: PromptOptions | None = None
     """how to ask whether to go on; None for a run that never does"""
     load_best: bool = False
     dry: bool = False
     """put everything back afterwards, and record nothing"""
-    probe: Probe = field(default_factory=NoProbe)
+    instrumentation: Instrumentation = field(default_factory=NoInstrumentation)
     persistence: Persistence | None = None
     """what is kept on disk; None for nothing"""
     own_stream: bool = False
@@ -80,7 +80,7 @@ class Run:
         self._log = EpochMetricsLog()
         self._tracker: BestTracker | None = None
         self._engine: Engine | None = None
-        self._around: Surroundings | None = None
+        self._around: EngineDeps | None = None
         self._turn: Turn | None = None
         self._forget_turn: Callable[[], None] = lambda: None
         self._capture: TrainingCapture | None = None
@@ -92,7 +92,7 @@ class Run:
             )
         self._loaders = core.loaders.rehearsal() if options.dry else core.loaders
         self._modes: list[tuple[Any, bool]] = []
-        self._questions: Questions | None = None
+        self._prompts: Prompts | None = None
         self._slice: Slice | None = None
         self._lane = NoLane()
         self._found: FitResult | None = None
@@ -121,29 +121,29 @@ class Run:
             self._capture = core.capture()
         elif plan.call == "fit":
             core.keep_pretrained(resuming=kept is not None and kept.found is not None)
-            self._tracker = core.tracker(core.hub.emit)
+            self._tracker = core.tracker(core.event_bus.emit)
         part = self._slice = Slice(self._aside, self._control)
-        core.hub.observers(self._observers(part))
+        core.event_bus.set_observers(self._observers(part))
         turn = self._make_turn()
-        around = self._around = Surroundings(
+        around = self._around = EngineDeps(
             parts=core.parts,
             control=self._control,
             side=self._side,
             loaders=self._loaders,
-            emit=core.hub.emit,
+            emit=core.event_bus.emit,
             ask=self._ask,
             streams=streams,
             turn=turn,
-            places=(self._lane, turn),
-            probe=self._options.probe,
+            thread_contexts=(self._lane, turn),
+            instrumentation=self._options.instrumentation,
         )
         engine = self._engine = Engine(plan, around)
-        self._questions = self._make_questions(engine)
+        self._prompts = self._make_prompts(engine)
         if kept is not None:
             kept.begin(engine, self._log, self._tracker, self._control)
         around.batch_hooks = self._batch_hooks(part)
-        if isinstance(self._questions, OpenQuestions):
-            around.batch_hooks.append(self._questions.after_batch)
+        if isinstance(self._prompts, BackgroundPrompts):
+            around.batch_hooks.append(self._prompts.after_batch)
         self._guarded(engine, streams)
 
     def _loop(self, engine: Engine, streams: Streams | None) -> None:
@@ -154,7 +154,7 @@ class Run:
             epochs=plan.epochs,
             first_epoch=plan.first_epoch,
         )
-        engine.at_rest(core.hub.emit, begun)
+        engine.at_rest(core.event_bus.emit, begun)
         kept = self._options.persistence
         if kept is not None and kept.is_over:
             kept.go_on()
@@ -168,7 +168,7 @@ class Run:
         if kept is not None:
             engine.at_rest(kept.go_on)
         engine.run()
-        self._settle_questions(engine)
+        self._resolve_prompt(engine)
         if trains:
             engine.call_plain("postloop", core.parts.postloop, self._trainer)
         turn.give()
@@ -248,32 +248,32 @@ class Run:
             observers.append(self._options.persistence.observe)
         return observers
 
-    def _make_questions(self, engine: Engine) -> Questions | None:
-        asking, core = self._options.asking, self._core
-        if asking is None:
+    def _make_prompts(self, engine: Engine) -> Prompts | None:
+        prompt, core = self._options.prompt, self._core
+        if prompt is None:
             return None
         rest = engine.at_rest
-        emit = partial(rest, core.hub.emit)
-        around = (asking.ask, self._control, self._side, emit, self._aside)
-        if not asking.trains_on:
-            return WaitingQuestions(*around)
-        mark = partial(rest, ReturnPoint, core, self._plan.phases, self._log, self._tracker)
-        return OpenQuestions(*around, mark=mark, rest=rest)
+        emit = partial(rest, core.event_bus.emit)
+        around = (prompt.ask, self._control, self._side, emit, self._aside)
+        if not prompt.in_background:
+            return BlockingPrompts(*around)
+        mark = partial(rest, RollbackPoint, core, self._plan.phases, self._log, self._tracker)
+        return BackgroundPrompts(*around, mark=mark, rest=rest)
 
     def _ask(self, epoch: int, epoch_in_run: int) -> bool:
-        asking, questions = self._options.asking, self._questions
-        assert asking is not None
-        assert questions is not None
+        prompt, prompts = self._options.prompt, self._prompts
+        assert prompt is not None
+        assert prompts is not None
         name, epochs = self._core.parts.name, self._plan.epochs
-        return questions.pose(asking.event(name, epoch, epoch_in_run, epochs))
+        return prompts.ask(prompt.event(name, epoch, epoch_in_run, epochs))
 
-    def _settle_questions(self, engine: Engine) -> None:
+    def _resolve_prompt(self, engine: Engine) -> None:
         """Wait for the answer to a question that is open, and go back if it is no."""
-        if self._questions is None:
+        if self._prompts is None:
             return
-        reached = self._questions.settle()
+        reached = self._prompts.resolve()
         if reached is not None:
-            engine.epochs_ended = reached
+            engine.epochs_completed = reached
 
     # -- afterwards, on this or another thread --------------------------------------------------
 
@@ -284,8 +284,8 @@ class Run:
             error = Cancelled()
         if isinstance(error, Cancelled) and self._control.failure is not None:
             error = self._control.failure
-        if self._questions is not None:
-            self._questions.withdraw()
+        if self._prompts is not None:
+            self._prompts.cancel()
         steps: list[tuple[str, Callable[[], None]]] = [("putting back", self._put_back)]
         if self._turn is not None:
             steps.insert(0, ("putting back the random generators", self._turn.revoke))
@@ -314,7 +314,7 @@ class Run:
             self._options.persistence.close()
         result = None if error is not None else self._found or self._result()
         # These refer back to this run, and all of them to the model.
-        self._engine = self._around = self._questions = self._slice = None
+        self._engine = self._around = self._prompts = self._slice = None
         try:
             if error is not None:
                 raise error
@@ -363,14 +363,14 @@ class Run:
             trainer=core.parts.name,
             call=self._plan.call,
             stop_reason=self._stop_reason(error),
-            epochs=engine.epochs_ended,
+            epochs=engine.epochs_completed,
             best_score=core.best_score,
             best_epoch=core.best_epoch,
             seconds=time.perf_counter() - self._began,
             error=None if error is None else in_words(error),
         )
         with at_rest():
-            core.hub.emit(ended)
+            core.event_bus.emit(ended)
 
     def _stop_reason(self, error: BaseException | None) -> str:
         if isinstance(error, Cancelled):
@@ -384,7 +384,7 @@ class Run:
     def _result(self) -> FitResult:
         assert self._engine is not None
         return FitResult(
-            epochs=self._engine.epochs_ended,
+            epochs=self._engine.epochs_completed,
             stop_reason=self._stop_reason(None),
             best_score=self._core.best_score,
             best_epoch=self._core.best_epoch,

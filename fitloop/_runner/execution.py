@@ -18,7 +18,7 @@ from fitloop._concurrency.event_loops import is_scope_cancelled
 from fitloop._defaults import Shares
 from fitloop._errors import note
 from fitloop._events import Event
-from fitloop._run.launch import Callback, aside
+from fitloop._run.launch import Callback, run_in_thread
 from fitloop._runner.jobs import Outcome, forget_frames
 from fitloop._runner.outcomes import restored, write_outcome
 from fitloop.backends.base import Backend, JobSpec
@@ -45,7 +45,9 @@ class Execution:
         try:
             if spec.directory is not None:
                 directory = spec.directory
-                found = await aside(spec.name, lambda: restored(directory, spec.name, spec.epochs))
+                found = await run_in_thread(
+                    spec.name, lambda: restored(directory, spec.name, spec.epochs)
+                )
                 if found is not None:
                     return found
             share = self.shares.next(spec.name, spec.directory)
@@ -69,7 +71,7 @@ class Execution:
         if spec.directory is not None:
             with anyio.CancelScope(shield=True):  # what came of it is to be what the file says
                 try:
-                    await aside(spec.name, lambda: write_outcome(outcome, spec.epochs))
+                    await run_in_thread(spec.name, lambda: write_outcome(outcome, spec.epochs))
                 except Exception as error:
                     outcome = replace(
                         outcome, status="failed", result=None, error=outcome.error or error

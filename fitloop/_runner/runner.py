@@ -23,11 +23,11 @@ from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._concurrency.event_loops import loop_scheduler
 from fitloop._defaults import Shares, available_cores
 from fitloop._engine.config import check_callbacks, check_optional, checked_path
-from fitloop._engine.event_bus import EventStream, Listeners
+from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
 from fitloop._run.fit_options import fit_option
-from fitloop._run.launch import Callback, aside
+from fitloop._run.launch import Callback, run_in_thread
 from fitloop._runner.execution import Execution, is_of_the_job
 from fitloop._runner.jobs import (
     Ended,
@@ -111,7 +111,7 @@ class Runner:
             )
         self._checkpoint = check_checkpoint(checkpoint, resume=False)
         self._fail_fast = fail_fast
-        self._listeners = Listeners()
+        self._listeners = EventStreams()
         self._execution = Execution(
             backend=self._backend,
             shares=Shares(self._most, own_streams=cuda_streams),
@@ -143,11 +143,11 @@ class Runner:
         if self._group is not None:
             raise RuntimeError("this Runner was used before; make another one")
         if self._save_path is not None:  # the program may change to another directory meanwhile
-            self._save_path = await aside("runner", self._save_path.absolute)
+            self._save_path = await run_in_thread("runner", self._save_path.absolute)
             lock = DirectoryLock(self._save_path)
-            self._stack.push_async_callback(aside, "runner", lock.release)
+            self._stack.push_async_callback(run_in_thread, "runner", lock.release)
             try:
-                await aside("runner", lock.acquire)
+                await run_in_thread("runner", lock.acquire)
             except BaseException:  # a cancellation is raised when it has been taken
                 await self._close()
                 raise

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from fitloop._defaults import SHARE
 from fitloop._engine.config import Interval, Parts, check_callbacks, check_optional, checked_path
 from fitloop._errors import ConfigurationError
-from fitloop._run.questions import Ask
+from fitloop._run.prompts import Ask
 from fitloop._trainer.view import TrainerView
 from fitloop._training.layers import configure_optimizer as default_configure_optimizer
 from fitloop._training.trainer_state import Core

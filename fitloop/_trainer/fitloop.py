@@ -19,11 +19,11 @@ from fitloop._run.launch import (
     Callback,
     criteria_check,
     dry_plan,
-    errand,
     launch,
-    phases,
+    phases_to_run,
+    run_exclusively_in_thread,
 )
-from fitloop._run.questions import Ask, Asking
+from fitloop._run.prompts import Ask, PromptOptions
 from fitloop._trainer.saving import KeepingTrainer
 from fitloop._types import Loader, Phase
 
@@ -151,7 +151,7 @@ class FitLoop(KeepingTrainer):
             call="fit",
             epochs=fit_option("epochs", epochs),
             first_epoch=core.epoch_num + 1,
-            phases=phases(
+            phases=phases_to_run(
                 core,
                 "fit",
                 {Phase.TRAIN: train_dl, Phase.VALID: valid_dl},
@@ -166,12 +166,12 @@ class FitLoop(KeepingTrainer):
         )
         kept = self._persistence(check_checkpoint(checkpoint, resume=resume), resume)
         with self._progress(print_every if verbose else 0, display_metrics, progress) as shown:
-            asking = Asking(
+            prompt = PromptOptions(
                 ask=self._ask(on_continue, continue_timeout, shown, asks=often > 0),
                 question=QUESTION,
                 timeout=fit_option("continue_timeout", continue_timeout),
                 default=bool(continue_default),
-                trains_on=continue_while_asking,
+                in_background=continue_while_asking,
             )
             result: FitResult = await launch(
                 core,
@@ -180,7 +180,7 @@ class FitLoop(KeepingTrainer):
                 self._told(callbacks),
                 observers=[shown.observe],
                 load_best=load_best,
-                asking=asking,
+                prompt=prompt,
                 persistence=kept,
             )
         return result
@@ -211,7 +211,7 @@ class FitLoop(KeepingTrainer):
             call="test",
             epochs=1,
             first_epoch=max(1, core.epoch_num),
-            phases=phases(core, "test", {Phase.TEST: test_dl}, Phase.TEST),
+            phases=phases_to_run(core, "test", {Phase.TEST: test_dl}, Phase.TEST),
             steps=fit_option("steps", steps),
             define_all=define_all,
             cast=cast,
@@ -290,10 +290,12 @@ class FitLoop(KeepingTrainer):
             cast=cast,
         )
         recorder = SpanRecorder(core.parts.device)
-        await launch(core, self, plan, dry=True, observers=[recorder.observe], probe=recorder)
+        await launch(
+            core, self, plan, dry=True, observers=[recorder.observe], instrumentation=recorder
+        )
         report = recorder.report()
         if verbose:
-            await errand(self._core, "run_profiler", lambda: print(report))  # noqa: T201
+            await run_exclusively_in_thread(self._core, "run_profiler", lambda: print(report))  # noqa: T201
         return report
 
     def _progress(

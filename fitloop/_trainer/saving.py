@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from fitloop._checkpointing.snapshot import apply_snapshot, draft, read_snapshot
+from fitloop._checkpointing.snapshot import apply_snapshot, read_snapshot, take_snapshot
 from fitloop._checkpointing.training_state import check_training
 from fitloop._errors import CheckpointError
-from fitloop._run.launch import errand
+from fitloop._run.launch import run_exclusively_in_thread
 from fitloop._storage.durable import reason
 from fitloop._storage.metric_log import LOG_NAME
 from fitloop._storage.staging import Staging
@@ -51,14 +51,14 @@ class KeepingTrainer(Trainer):
         target = self._file(name, path, (DEFAULT_SUFFIX,))
 
         def write() -> Path:
-            taken = draft(self._core, Staging())
+            taken = take_snapshot(self._core, Staging())
             try:
                 taken.write(target, overwrite=overwrite)
             except OSError as error:
                 raise CheckpointError(f"{target} cannot be written: {reason(error)}") from error
             return target
 
-        return await errand(self._core, "save", write)
+        return await run_exclusively_in_thread(self._core, "save", write)
 
     async def load(
         self,
@@ -90,7 +90,7 @@ class KeepingTrainer(Trainer):
             apply_snapshot(self._core, snapshot)
             self._core.log = None  # what it holds is not the history any more
 
-        await errand(self._core, "load", read)
+        await run_exclusively_in_thread(self._core, "load", read)
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class KeepingTrainer(Trainer):
             write_weights(target, self._core.parts.model.state_dict(), overwrite=overwrite)
             return target
 
-        return await errand(self._core, "save_model", write)
+        return await run_exclusively_in_thread(self._core, "save_model", write)
 
     async def load_model(
         self,
@@ -138,7 +138,7 @@ class KeepingTrainer(Trainer):
             apply_weights(self._core.parts.model, weights, strict=strict)
             self._core.parts.configure_optimizer(self)
 
-        await errand(self._core, "load_model", read)
+        await run_exclusively_in_thread(self._core, "load_model", read)
 
     async def load_best(self) -> None:
         """Restore the best weights, as the end of a run with ``load_best=True`` does.
@@ -147,7 +147,9 @@ class KeepingTrainer(Trainer):
             BusyError: the trainer is busy.
             CheckpointError: there are none yet.
         """
-        await errand(self._core, "load_best", lambda: self._core.restore_best(self))
+        await run_exclusively_in_thread(
+            self._core, "load_best", lambda: self._core.restore_best(self)
+        )
 
     async def reset(self) -> None:
         """Go back to before the first run.
@@ -160,7 +162,7 @@ class KeepingTrainer(Trainer):
             BusyError: the trainer is busy.
             CheckpointError: the pretrained weights are gone; nothing was changed.
         """
-        await errand(self._core, "reset", lambda: self._core.reset(self))
+        await run_exclusively_in_thread(self._core, "reset", lambda: self._core.reset(self))
 
     async def delete(self, name: str, path: str | Path | None = None) -> None:
         """Remove a weights file of ``path`` (default ``save_path``).
@@ -168,7 +170,9 @@ class KeepingTrainer(Trainer):
         Raises CheckpointError when there is none, or it cannot be removed.
         """
         directory = self._core.parts.save_path if path is None else Path(path)
-        await errand(self._core, "delete", lambda: DiskStore(directory).delete(name))
+        await run_exclusively_in_thread(
+            self._core, "delete", lambda: DiskStore(directory).delete(name)
+        )
 
     async def del_best_model(self) -> None:
         """Remove the best weights, in memory or on disk, and forget the best score.
@@ -180,14 +184,16 @@ class KeepingTrainer(Trainer):
             self._core.store.delete(self._core.parts.best_model_name)
             self._core.forget_best()
 
-        await errand(self._core, "del_best_model", remove)
+        await run_exclusively_in_thread(self._core, "del_best_model", remove)
 
     async def del_pretrained_model(self) -> None:
         """Remove the pretrained weights; after this `reset` is refused.
 
         Raises CheckpointError when there are none.
         """
-        await errand(self._core, "del_pretrained_model", self._core.forget_pretrained)
+        await run_exclusively_in_thread(
+            self._core, "del_pretrained_model", self._core.forget_pretrained
+        )
 
     def _file(
         self, name: str, path: str | Path | None, suffixes: tuple[str, ...] | None = None

@@ -38,7 +38,7 @@ class TrainerView:
 
     def events(self) -> EventStream:
         """Return the trainer's events, to be read by any task: ``async with ... as events``."""
-        return EventStream(self._core.hub)
+        return EventStream(self._core.event_bus)
 
     def plot(
         self,

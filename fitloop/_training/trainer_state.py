@@ -14,7 +14,7 @@ from torch import nn
 from fitloop._concurrency.control import RunControl
 from fitloop._data.loaders import Loaders, LoadingOptions
 from fitloop._engine.config import PRETRAINED, Parts
-from fitloop._engine.event_bus import Hub
+from fitloop._engine.event_bus import EventBus
 from fitloop._errors import CheckpointError
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
@@ -33,7 +33,7 @@ class Core:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.history = History()
-        self.hub = Hub()
+        self.event_bus = EventBus()
         self.loaders = Loaders(
             LoadingOptions(prefetch=parts.prefetch, randomness=parts.loader_randomness), self.cuda
         )

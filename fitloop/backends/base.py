@@ -15,7 +15,7 @@ from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._metrics.results import FitResult
 from fitloop._rng.exclusive import alone_in_steps, process_alone
-from fitloop._run.launch import aside
+from fitloop._run.launch import run_in_thread
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
 
@@ -157,7 +157,7 @@ async def made_by(target: Any, args: tuple[Any, ...], name: str) -> Any:
         with process_alone(control):
             return target(*args)
 
-    made = await aside(name, call, control)
+    made = await run_in_thread(name, call, control)
     return await alone_in_steps(made) if isawaitable(made) else made
 
 

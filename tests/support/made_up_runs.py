@@ -24,7 +24,7 @@ from fitloop import (
 )
 from fitloop._checkpointing.run_log import RunLog
 from fitloop._concurrency.background_writer import Writer
-from fitloop._engine.event_bus import Hub
+from fitloop._engine.event_bus import EventBus
 from fitloop._storage.durable import DirectoryLock
 
 NAME = "t"
@@ -110,11 +110,11 @@ class Pretended:
     ) -> None:
         self.told: list[Event] = []
         self.history = History()
-        hub = Hub()
-        hub.observers([self.told.append])
+        event_bus = EventBus()
+        event_bus.set_observers([self.told.append])
         parts = SimpleNamespace(save_path=directory, name=NAME)
         self.core: Any = SimpleNamespace(
-            parts=parts, history=self.history, hub=hub, log=None, epoch_num=0
+            parts=parts, history=self.history, event_bus=event_bus, log=None, epoch_num=0
         )
         self.writer = Writer(NAME)
         self._options: dict[str, Any] = {"raises": raises, "clock": clock}

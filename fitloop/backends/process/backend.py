@@ -17,11 +17,11 @@ from fitloop._concurrency.supervisor import LoopSide, supervise
 from fitloop._defaults import Share
 from fitloop._display.jupyter import interruptible
 from fitloop._engine.config import check_number, check_seconds
-from fitloop._engine.event_bus import EventStream, Hub, feed_callback
+from fitloop._engine.event_bus import EventBus, EventStream, feed_callback
 from fitloop._errors import ConfigurationError, WorkerDiedError, WorkerDiedWarning, note
 from fitloop._events import Event
 from fitloop._rng.exclusive import GivenWay
-from fitloop._run.launch import aside, is_async
+from fitloop._run.launch import is_async_callback, run_in_thread
 from fitloop.backends.base import Backend, Done, JobSpec, ThreadBackend
 from fitloop.backends.process.conversation import Conversation, carried
 from fitloop.backends.process.pool import Pool
@@ -131,20 +131,20 @@ class ProcessBackend:
         raise AssertionError
 
     async def _try(self, spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> Done:
-        hub, control = Hub(), RunControl()
+        event_bus, control = EventBus(), RunControl()
         side = LoopSide(control)
         companions, plain = [], []
         async with AsyncExitStack() as stack:
             stack.enter_context(interruptible())
             await stack.enter_async_context(GivenWay())
             for callback in spec.options.get("callbacks", ()):
-                if is_async(callback):
-                    stream = await stack.enter_async_context(EventStream(hub, None))
+                if is_async_callback(callback):
+                    stream = await stack.enter_async_context(EventStream(event_bus, None))
                     companions.append(partial(feed_callback, stream, callback))
                 else:
                     plain.append(callback)
             talk = Conversation(
-                self._pool, spec, share, control, side, hub, tell, plain, self._grace
+                self._pool, spec, share, control, side, event_bus, tell, plain, self._grace
             )
             try:
                 done: Done = await supervise(
@@ -154,7 +154,7 @@ class ProcessBackend:
                     name=spec.name,
                     grace=0.0,
                     companions=companions,
-                    release_companions=hub.end,
+                    release_companions=event_bus.end,
                 )
             finally:
                 if talk.was_killed:
@@ -168,4 +168,4 @@ class ProcessBackend:
 
     async def close(self) -> None:
         """End the workers."""
-        await aside("runner", self._pool.close)
+        await run_in_thread("runner", self._pool.close)

@@ -24,12 +24,12 @@ from fitloop._concurrency.supervisor import LoopSide
 from fitloop._defaults import Share
 from fitloop._display.progress import Progress
 from fitloop._display.prompt import TerminalPrompt, TimeLimit
-from fitloop._engine.event_bus import Hub
+from fitloop._engine.event_bus import EventBus
 from fitloop._errors import WorkerDiedError, note
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted
 from fitloop._run.fit_options import fit_option
-from fitloop._run.launch import aside
-from fitloop._run.questions import Ask, checked
+from fitloop._run.launch import run_in_thread
+from fitloop._run.prompts import Ask, check_answer
 from fitloop._types import StopReason
 from fitloop.backends.base import Done, JobSpec
 from fitloop.backends.process.pool import Pool, how_ended
@@ -58,13 +58,13 @@ class Conversation:
         share: Share,
         control: RunControl,
         side: LoopSide,
-        hub: Hub,
+        event_bus: EventBus,
         tell: Callable[[Event], None],
         observers: Sequence[Callable[[Event], object]],
         grace: float,
     ) -> None:
         self._pool, self._spec, self._share, self._grace = pool, spec, share, grace
-        self._control, self._side, self._hub = control, side, hub
+        self._control, self._side, self._event_bus = control, side, event_bus
         self._tell, self._observers = tell, observers
         self.was_killed = False
         """since it did not end when it was told to"""
@@ -141,7 +141,9 @@ class Conversation:
                         begun = True
                     case ("built", name, named):
                         self._shown = stack.enter_context(_progress(self._spec, name, named))
-                        self._hub.observers([self._tell, self._shown.observe, *self._observers])
+                        self._event_bus.set_observers(
+                            [self._tell, self._shown.observe, *self._observers]
+                        )
                     case ("event", event):
                         self._emit(self._with_limit(event))
                     case ("print", stream, text):
@@ -211,7 +213,7 @@ class Conversation:
             self._tell(event)
             return
         try:
-            self._hub.emit(event)
+            self._event_bus.emit(event)
         except Exception as error:  # of a callback, or an unknown metric
             note(error, f"in job {self._spec.name!r}: at {type(event).__name__}, in this process")
             self._end_for(error)
@@ -257,7 +259,7 @@ class Conversation:
                 return
             try:
                 answer: Any = self._asker()(event)
-                answer = checked(await answer if isawaitable(answer) else answer)
+                answer = check_answer(await answer if isawaitable(answer) else answer)
             except anyio.get_cancelled_exc_class():
                 raise
             except BaseException as error:  # Ctrl-C at the prompt too
@@ -266,7 +268,9 @@ class Conversation:
             finally:
                 self._questions.pop(number, None)
             with suppress(OSError):
-                await aside(self._spec.name, lambda: self._worker.send("answer", number, answer))
+                await run_in_thread(
+                    self._spec.name, lambda: self._worker.send("answer", number, answer)
+                )
 
     def _asker(self) -> Ask:
         if self._ask is None:

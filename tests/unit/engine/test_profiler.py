@@ -41,7 +41,7 @@ def profiled(
     recorder.wrap(Phase.TRAIN, "epoch_end", clock.spend)(end)
     recorder.observe(phase_ended(clock.now - began))
     for _ in range(4):  # beside the others, as when batches are loaded ahead
-        recorder.watch(Phase.TRAIN)(clock.spend)(load)
+        recorder.read_wrapper(Phase.TRAIN)(clock.spend)(load)
     return recorder.report()
 
 

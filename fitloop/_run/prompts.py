@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import anyio
 
-from fitloop._checkpointing.rollback import ReturnPoint
+from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.event_loops import is_scope_cancelled, loop_scheduler
 from fitloop._concurrency.supervisor import LoopSide
@@ -27,14 +27,14 @@ Ask = Callable[[PromptAsked], Awaitable[bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class PromptOptions:
     """How a run asks whether to go on."""
 
     ask: Ask
     question: str
     timeout: float | None = None
     default: bool = True
-    trains_on: bool = False
+    in_background: bool = False
 
     def event(self, trainer: str, epoch: int, epoch_in_run: int, epochs: int) -> PromptAsked:
         """Return the question after an epoch."""
@@ -46,7 +46,7 @@ class Asking:
             question=self.question,
             timeout=self.timeout,
             default=self.default,
-            trains_on=self.trains_on,
+            trains_on=self.in_background,
         )
 
 
@@ -54,23 +54,23 @@ Aside = Callable[[Callable[[], Any]], Any]
 """calls what waits for a person while the run is in nobody's way, and returns what it returns"""
 
 
-class Questions(Protocol):
-    """The questions of one run, on its step thread."""
+class Prompts(Protocol):
+    """The prompts of one run, on its step thread."""
 
-    def pose(self, event: PromptAsked) -> bool:
+    def ask(self, event: PromptAsked) -> bool:
         """Ask; return whether the run is to go on now."""
 
-    def settle(self) -> int | None:
+    def resolve(self) -> int | None:
         """Return when no question is open any more, after the last epoch.
 
         The number of the epoch in the run that it went back to, if it did.
         """
 
-    def withdraw(self) -> None:
+    def cancel(self) -> None:
         """End with no answer, whatever is open; any thread, any number of times."""
 
 
-class WaitingQuestions:
+class BlockingPrompts:
     """The run waits for each answer."""
 
     def __init__(
@@ -84,22 +84,22 @@ class WaitingQuestions:
         self._ask, self._control, self._side, self._emit = ask, control, side, emit
         self._aside = aside
 
-    def pose(self, event: PromptAsked) -> bool:
+    def ask(self, event: PromptAsked) -> bool:
         """Ask and wait; ``stop()`` is taken as a no. Raises what asking raises."""
         self._emit(event)
         ask = partial(_answer, self._ask, event, self._control)
-        answer = checked(self._aside(partial(self._side.call, ask)))
+        answer = check_answer(self._aside(partial(self._side.call, ask)))
         self._emit(PromptAnswered(trainer=event.trainer, epoch=event.epoch, go_on=answer))
         return answer
 
-    def settle(self) -> None:
+    def resolve(self) -> None:
         """Nothing is open: every question was waited for."""
 
-    def withdraw(self) -> None:
+    def cancel(self) -> None:
         """Nothing is open but what the cancellation of the run ends anyway."""
 
 
-class OpenQuestions:
+class BackgroundPrompts:
     """The run trains on while it asks; a no takes it back to where it was.
 
     ``stop()`` and a cancellation withdraw the question, and what was trained stays.
@@ -112,7 +112,7 @@ class OpenQuestions:
         side: LoopSide,
         emit: Callable[[Event], None],
         aside: Aside,
-        mark: Callable[[], ReturnPoint],
+        mark: Callable[[], RollbackPoint],
         rest: Callable[[Callable[[], None]], None],
     ) -> None:
         self._ask, self._control, self._side, self._emit = ask, control, side, emit
@@ -120,7 +120,7 @@ class OpenQuestions:
         self._mark = mark
         self._rest = rest
         self._event: PromptAsked | None = None
-        self._point: ReturnPoint | None = None
+        self._point: RollbackPoint | None = None
         self._outcome: bool | BaseException | None = None
         self._is_told = False
         """whether the answer was; a no is looked at by the question after it, and at the end"""
@@ -128,7 +128,7 @@ class OpenQuestions:
         self._cancel: Callable[[], None] = lambda: None
         self._withdrawn = False
 
-    def pose(self, event: PromptAsked) -> bool:
+    def ask(self, event: PromptAsked) -> bool:
         """Ask and go on, once the question before this one is answered."""
         if self._is_declined():
             return False
@@ -151,7 +151,7 @@ class OpenQuestions:
         self._is_told = True
         self._emit(PromptAnswered(trainer=event.trainer, epoch=event.epoch, go_on=outcome))
 
-    def settle(self) -> int | None:
+    def resolve(self) -> int | None:
         """Wait for the answer that is open, and go back if it is no."""
         if not self._is_declined() or self._event is None or self._point is None:
             return None
@@ -163,7 +163,7 @@ class OpenQuestions:
         )
         return event.epoch_in_run
 
-    def withdraw(self) -> None:
+    def cancel(self) -> None:
         """Take the question back."""
         with self._scopes:
             self._withdrawn = True
@@ -200,7 +200,7 @@ class OpenQuestions:
                 self._cancel = lambda: schedule(scope.cancel)
             forget = self._control.on_halt(lambda: schedule(scope.cancel))
             try:
-                self._outcome = checked(await _awaited(self._ask(event)))
+                self._outcome = check_answer(await _awaited(self._ask(event)))
             except anyio.get_cancelled_exc_class() as error:
                 if is_scope_cancelled():
                     raise
@@ -215,7 +215,7 @@ class OpenQuestions:
             self._control.stop(StopReason.PROMPT)
 
 
-def checked(answer: object) -> bool:
+def check_answer(answer: object) -> bool:
     """Return an answer that is one.
 
     Raises:
