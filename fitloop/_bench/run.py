@@ -23,7 +23,7 @@ from fitloop._bench.figures import LABELS, Conditions, Measured, Pass, Round, Ta
 from fitloop._bench.loader_access import BenchLoaders, Reading, bytes_of, refuse_one_shot
 from fitloop._bench.passes import LookProbe, PassProbe
 from fitloop._concurrency.control import Cancelled
-from fitloop._concurrency.time_slices import Slice
+from fitloop._concurrency.time_slices import TimeSliceHook
 from fitloop._concurrency.torch_threads import intra_op_threads
 from fitloop._data.device import Placement
 from fitloop._data.loaders import LoadingOptions, describe, length_of, samples_in
@@ -34,8 +34,8 @@ from fitloop._engine.loop_state import LoopState
 from fitloop._engine.plan import Instrumentation
 from fitloop._engine.stages import Stages
 from fitloop._errors import ConfigurationError, FitLoopError
-from fitloop._rng.state_io import process_state, restore_process
-from fitloop._rng.streams import PROCESS, Streams, StreamState
+from fitloop._rng.state_io import global_state, restore_global_state
+from fitloop._rng.streams import GLOBAL_STREAM, RngState, Streams
 from fitloop._run.run import Observer, Run
 from fitloop._system import processor, versions
 from fitloop._types import Phase, Stage
@@ -73,7 +73,7 @@ class BenchRun(Run):
         self._reading: Any = None
         self._opening: dict[Way, BenchLoaders] = {}
         self._event_bus = EventBus()
-        self._process: StreamState | None = None
+        self._process: RngState | None = None
         self._lags: list[float] = []
         self._listening = self._over = False
         self._doing: str | None = None
@@ -108,7 +108,7 @@ class BenchRun(Run):
         """Return what a fit would draw from: it matters for how a loader is read."""
         return None if self._core.streams is None else self._core.streams.copy()
 
-    def _observers(self, part: Slice) -> list[Observer]:
+    def _observers(self, part: TimeSliceHook) -> list[Observer]:
         self._event_bus.set_observers([part.observe])
         return []
 
@@ -119,16 +119,16 @@ class BenchRun(Run):
 
     def _loop(self, engine: Engine, streams: Streams | None) -> None:
         parts, turn = self._core.parts, engine.turn
-        self._process = process_state(self._core.cuda)
-        stream = PROCESS if streams is None else streams.steps(Phase.TRAIN)
-        turn.begin(stream)
+        self._process = global_state(self._core.cuda)
+        stream = GLOBAL_STREAM if streams is None else streams.steps(Phase.TRAIN)
+        turn.begin_pass(stream)
         engine.call_plain("preloop", parts.preloop, self._trainer)
         self._prepare()
         self._side.start(self._listen)
-        self._measure(partial(turn.begin, stream))
+        self._measure(partial(turn.begin_pass, stream))
         self._engine, self._doing = engine, None
         engine.call_plain("postloop", parts.postloop, self._trainer)
-        turn.give()
+        turn.release()
 
     def _put_back(self) -> None:
         self._over = True
@@ -142,7 +142,7 @@ class BenchRun(Run):
                 self._reading.close()
             # A seeded trainer draws from copies, but for its loader when that is read ahead.
             if self._process is not None and (self._takes_turns or self._core.streams is None):
-                restore_process(self._process)
+                restore_global_state(self._process)
 
     def _tell_end(self, error: BaseException | None) -> None:
         """Tell nobody: no run has begun either."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from fitloop._data.resumption import generator_states, has_state, set_generators
 from fitloop._metrics.results import EpochMetricsLog
-from fitloop._rng.state_io import process_state, restore_process
+from fitloop._rng.state_io import global_state, restore_global_state
 from fitloop._training.best import BestTracker
 from fitloop._training.trainer_state import Core
 from fitloop._types import Phase
@@ -61,7 +61,7 @@ class RollbackPoint:
 def _random(core: Core) -> Callable[[], None]:
     streams = core.streams
     if streams is None:
-        return partial(restore_process, process_state(core.cuda))
+        return partial(restore_global_state, global_state(core.cuda))
     return partial(streams.set_states, streams.states())
 
 

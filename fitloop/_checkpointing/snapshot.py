@@ -35,11 +35,11 @@ from fitloop._rng.state_io import (
     check_generator,
     check_kind,
     exported,
+    global_state,
     imported,
-    process_state,
-    restore_process,
+    restore_global_state,
 )
-from fitloop._rng.streams import StreamState
+from fitloop._rng.streams import RngState
 from fitloop._storage.durable import write_file
 from fitloop._storage.encoding import Decoder, Encoder
 from fitloop._storage.layout import VERSION, Alias, LayoutError, Payload
@@ -53,7 +53,7 @@ from fitloop._types import Phase
 
 KIND = "snapshot"
 
-StreamStates = dict[tuple[Phase, bool], StreamState]
+StreamStates = dict[tuple[Phase, bool], RngState]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ def _plain_versions(state: State | None) -> Any:
 def _random_state(core: Core, moved: StreamStates) -> dict[str, Any]:
     streams = core.streams
     if streams is None:
-        return {"process": exported(process_state(core.cuda))}
+        return {"process": exported(global_state(core.cuda))}
     return {
         f"{phase} {'loader' if loader else 'steps'}": exported(state)
         for (phase, loader), state in {**streams.states(), **moved}.items()
@@ -190,7 +190,7 @@ class Snapshot:
     position: dict[str, Any]
     versions: dict[str, Any]
     state: dict[str, Any]
-    random: dict[str, StreamState]
+    random: dict[str, RngState]
     history: History
 
     @property
@@ -315,7 +315,7 @@ def _restoring_random(core: Core, snapshot: Snapshot) -> Callable[[], None]:
     try:
         if streams is None:
             check_kind(snapshot.random["process"])
-            return partial(restore_process, snapshot.random["process"])
+            return partial(restore_global_state, snapshot.random["process"])
         states = {
             (phase, loader): snapshot.random[f"{phase} {'loader' if loader else 'steps'}"]
             for phase in Phase

@@ -51,7 +51,7 @@ def kept_waiting() -> float:
     return time.process_time() - time.thread_time() + core_wait()
 
 
-class Slices:
+class TimeSlices:
     """Whose slice it is: one of the process, first come, first served."""
 
     def __init__(self, patience: float = PATIENCE_SECONDS, clock: Clock = time.monotonic) -> None:
@@ -60,12 +60,12 @@ class Slices:
         self.runs = 0
         """that go on; read without the lock, once a batch"""
         self.lock = threading.Lock()
-        self.line: deque[Slice] = deque()
-        self.holder: Slice | None = None
+        self.line: deque[TimeSliceHook] = deque()
+        self.holder: TimeSliceHook | None = None
         self._since = 0.0
         """when the holder got it"""
 
-    def admit(self, who: Slice, cancelled: Callable[[], bool]) -> None:
+    def admit(self, who: TimeSliceHook, cancelled: Callable[[], bool]) -> None:
         """Wait for a slice; without one when there is no need any more."""
         with self.lock:
             self.line.append(who)
@@ -79,7 +79,7 @@ class Slices:
                 self.line.remove(who)
                 self._call()
 
-    def renew(self, who: Slice) -> bool:
+    def renew(self, who: TimeSliceHook) -> bool:
         """Give the holder another slice; false when somebody waits, or it is not the holder."""
         with self.lock:
             if self.line or self.holder is not who:
@@ -87,7 +87,7 @@ class Slices:
             self._since = self._clock()
             return True
 
-    def dismiss(self, who: Slice) -> None:
+    def dismiss(self, who: TimeSliceHook) -> None:
         """End a slice; that of another is left alone."""
         with self.lock:
             if self.holder is who:
@@ -106,13 +106,13 @@ class Slices:
         return max(0.0, self._since + self._patience - self._clock())
 
 
-SLICES = Slices()
+TIME_SLICES = TimeSlices()
 
 
 def _nothing() -> None: ...
 
 
-class Slice:
+class TimeSliceHook:
     """The part of one run in it: a batch hook and an observer, on the step thread.
 
     Args:
@@ -126,7 +126,7 @@ class Slice:
         rest: Callable[[Callable[[], None]], None],
         control: RunControl,
         *,
-        slices: Slices = SLICES,
+        slices: TimeSlices = TIME_SLICES,
         clock: Clock = time.perf_counter,
         processor: Clock = time.thread_time,
         kept: Clock = kept_waiting,

@@ -14,7 +14,7 @@ import anyio
 from fitloop._concurrency.event_loops import Doorbell, is_scope_cancelled, loop_scheduler
 from fitloop._concurrency.supervisor import LoopSide
 from fitloop._data.sources import END, Feed
-from fitloop._rng.streams import StreamState
+from fitloop._rng.streams import RngState
 
 
 class AsyncSource:
@@ -40,7 +40,7 @@ class AsyncSource:
         self._limit = limit
         self._skip = skip
         """batches at the beginning that are read and left out"""
-        self.drawn: StreamState | None = None
+        self.drawn: RngState | None = None
         self._feed = feed
         self._depth = depth
         self._asked = 0

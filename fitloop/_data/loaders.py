@@ -46,8 +46,8 @@ from fitloop._data.resumption import (
 )
 from fitloop._data.sources import AheadSource, Feed, InlineSource, Source
 from fitloop._errors import CheckpointError, ConfigurationError
-from fitloop._rng.state_io import process_state, rewind_to
-from fitloop._rng.streams import Stream, StreamState
+from fitloop._rng.state_io import global_state, rewind_to
+from fitloop._rng.streams import RngState, Stream
 from fitloop._types import Phase
 
 AUTOMATIC_DEPTH = 2
@@ -126,7 +126,7 @@ def moves_by_index(loader: object) -> bool:
     return tensors or (loader.num_workers == 0 and _known_sampler(loader))
 
 
-def _opened(iterable: Any, drawn: StreamState) -> Opened:
+def _opened(iterable: Any, drawn: RngState) -> Opened:
     return Opened(
         drawn=drawn,
         generators=generator_states(iterable),
@@ -294,11 +294,11 @@ class Loaders:
         state = iterable.state_dict() if has_state(iterable) else None
         return opened, generator_states(iterable), state
 
-    def _drawn(self, stream: Stream | None) -> StreamState | None:
+    def _drawn(self, stream: Stream | None) -> RngState | None:
         """Return where the randomness of a pass is before it begins, if that will be asked for."""
         if not self.keeps_positions:
             return None
-        return process_state(self._cuda) if stream is None else stream.state()
+        return global_state(self._cuda) if stream is None else stream.state()
 
     def _source(self, feed: Feed, loader: Any, phase: Phase, *, certain: bool) -> Source:
         if self.keeps_positions and has_state(loader):

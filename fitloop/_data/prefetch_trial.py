@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fitloop._data.sources import END, AheadSource, Feed, InlineSource
-from fitloop._rng.state_io import process_fingerprint
-from fitloop._rng.streams import StreamState
+from fitloop._rng.state_io import global_fingerprint
+from fitloop._rng.streams import RngState
 
 
 def median(values: list[float]) -> float:
@@ -138,10 +138,10 @@ class AdaptiveSource:
 
     def _checked_fetch(self) -> Any:
         self._to_check -= 1
-        before = None if self._to_check else process_fingerprint()
+        before = None if self._to_check else global_fingerprint()
         batch = self._inline.fetch()
         if before is not None:
-            if process_fingerprint() != before:
+            if global_fingerprint() != before:
                 self._trial.drew()
             elif batch is not END:
                 self._go_ahead()
@@ -160,11 +160,11 @@ class AdaptiveSource:
 
     def _measured_fetch(self) -> Any:
         watched = self._watch_draws and not self._to_skip and not self._trial.ahead
-        before = process_fingerprint() if watched else None
+        before = global_fingerprint() if watched else None
         began, worked = self._clock(), self._processor()
         batch = self._fetch()
         ended, worked = self._clock(), self._processor() - worked
-        if watched and process_fingerprint() != before:
+        if watched and global_fingerprint() != before:
             self._trial.drew()
         elif self._to_skip or self._last is None:
             self._to_skip = max(0, self._to_skip - 1)
@@ -182,7 +182,7 @@ class AdaptiveSource:
         self._to_skip = 1  # the one that the new thread begins with
 
     @property
-    def drawn(self) -> StreamState | None:
+    def drawn(self) -> RngState | None:
         """See `Source`."""
         return None if self._source is None else self._source.drawn
 

@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fitloop._errors import ResumeWarning
-from fitloop._rng.state_io import process_state, restore_process
-from fitloop._rng.streams import StreamState
+from fitloop._rng.state_io import global_state, restore_global_state
+from fitloop._rng.streams import RngState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """What a pass began with."""
 
-    drawn: StreamState
+    drawn: RngState
     """the randomness of the loader in a seeded run, of the process else"""
     generators: list[Tensor]
     """states of the generators that the loader carries"""
@@ -44,7 +44,7 @@ class Seek:
     batches: int
     """how many come before"""
     opened: Opened
-    drawn: StreamState
+    drawn: RngState
     """the randomness after those batches"""
     generators: list[Tensor] = field(default_factory=list)
     """states of the loader's generators after those batches"""
@@ -159,7 +159,7 @@ def _advanced(loader: DataLoader[Any], seek: Seek) -> Iterator[Any]:
 def start_workers(loader: DataLoader[Any]) -> None:
     """Start worker processes that are kept, as if they had served a pass; draws nothing."""
     if loader.num_workers and getattr(loader, "_iterator", None) is None:
-        process, own = process_state(), generator_states(loader)
+        process, own = global_state(), generator_states(loader)
         loader._iterator = loader._get_iterator()
         set_generators(loader, own)
-        restore_process(process)
+        restore_global_state(process)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from fitloop._concurrency.control import Cancelled, RunControl
-from fitloop._rng.lease import Held, Turn
-from fitloop._rng.streams import PROCESS, Stream, StreamState
+from fitloop._rng.lease import GeneratorLease, LeaseState
+from fitloop._rng.streams import GLOBAL_STREAM, RngState, Stream
 
 
 class _End:
@@ -40,7 +40,7 @@ class Source(Protocol):
         """
 
     @property
-    def drawn(self) -> StreamState | None:
+    def drawn(self) -> RngState | None:
         """The loader's randomness after the last batch that was fetched; None if it is its
         stream's as it is.
         """  # noqa: D205
@@ -63,7 +63,7 @@ class Feed:
     """ends it, in the step thread; None when `place` has done everything"""
     stream: Stream | None = None
     """the randomness of the loader, in a seeded run whose loader may draw"""
-    turn: Turn | None = None
+    turn: GeneratorLease | None = None
     """the turn of the step thread"""
     draws_outside: bool = False
     """the loader may draw from the process's own numbers, in a run without a seed"""
@@ -74,16 +74,16 @@ class Feed:
     watch: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
     """wraps the call that reads a batch, for the profiler"""
 
-    def borrow_turn(self) -> Held | None:
+    def borrow_turn(self) -> LeaseState | None:
         """Enter the loader's stream on the step thread's turn; return what to go back to."""
         if self.turn is None or self.stream is None:
             return None
-        return self.turn.lend(self.stream)
+        return self.turn.switch_stream(self.stream)
 
-    def return_turn(self, steps: Held | None) -> None:
+    def return_turn(self, steps: LeaseState | None) -> None:
         """Go back to the stream of the steps."""
         if self.turn is not None and steps is not None:
-            self.turn.go_on(steps)
+            self.turn.restore(steps)
 
     def wait(self, ready: Callable[[], bool]) -> bool:
         """Block the step thread, its turn given up meanwhile; false when the run was stopped.
@@ -93,7 +93,7 @@ class Feed:
         """
         steps = None
         if self.turn is not None:
-            steps = self.turn.give()  # the loader may be waiting for it
+            steps = self.turn.release()  # the loader may be waiting for it
         arrived = self.control.wait_for(ready, obey_stop=True)
         if self.control.cancelled:
             raise Cancelled
@@ -107,7 +107,7 @@ class InlineSource:
     def __init__(self, feed: Feed) -> None:
         # Closures, since this is called for every batch: they find everything in their cells.
         self.fetch, self._close = _inline(feed)
-        self.drawn: StreamState | None = None
+        self.drawn: RngState | None = None
 
     def close(self) -> list[Any]:
         """See `Source`."""
@@ -161,7 +161,7 @@ class AheadSource:
     def __init__(self, feed: Feed, depth: int) -> None:
         self._feed = feed
         self._depth = depth
-        self._ready: deque[tuple[Any, Any, StreamState | None]] = deque()
+        self._ready: deque[tuple[Any, Any, RngState | None]] = deque()
         self.drawn = None if feed.stream is None else feed.stream.state()
         """the loader's randomness after the last batch that was fetched"""
         self._error: BaseException | None = None
@@ -173,10 +173,12 @@ class AheadSource:
         """the thread reads no more, although the loader may have more"""
         self.waited = 0
         """batches for which the step thread had to wait"""
-        self._stream = PROCESS if feed.draws_outside else feed.stream
-        self._turn = Turn(self._is_closed, reads=True) if self._stream is not None else None
+        self._stream = GLOBAL_STREAM if feed.draws_outside else feed.stream
+        self._turn = (
+            GeneratorLease(self._is_closed, reads=True) if self._stream is not None else None
+        )
         if self._turn is not None:
-            self._forget = feed.control.on_halt(self._turn.wake)
+            self._forget = feed.control.on_halt(self._turn.notify_cancelled)
         self._thread = threading.Thread(
             target=self._load, name=f"fitloop loads {feed.label}", daemon=True
         )
@@ -207,17 +209,17 @@ class AheadSource:
         with feed.control.changed:
             self._closed = True
             feed.control.changed.notify_all()
-        steps: Held | None = None
+        steps: LeaseState | None = None
         if self._turn is not None:
             if feed.turn is not None:
-                steps = feed.turn.give()
+                steps = feed.turn.release()
             self._forget()
-            self._turn.wake()
+            self._turn.notify_cancelled()
         self._thread.join(feed.grace)
         if self._thread.is_alive():
             feed.control.hung.append(feed.label)
         if self._turn is not None:
-            self._turn.revoke()
+            self._turn.close()
         with feed.control.changed:
             unread = [raw for raw, _placed, _drawn in self._ready]
             self._ready.clear()
@@ -270,11 +272,11 @@ class AheadSource:
     def _draw(self) -> Any:
         feed = self._feed
         if self._turn is not None:
-            self._turn.take(self._stream)
+            self._turn.acquire(self._stream)
         try:
             return next(feed.iterator)
         except StopIteration:
             return END
         finally:
             if self._turn is not None:
-                self._turn.give()
+                self._turn.release()

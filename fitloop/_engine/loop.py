@@ -30,8 +30,8 @@ from fitloop._events import (
     PhaseStarted,
 )
 from fitloop._metrics.batch_values import as_numbers
-from fitloop._rng.lease import Turn
-from fitloop._rng.streams import PROCESS
+from fitloop._rng.lease import GeneratorLease
+from fitloop._rng.streams import GLOBAL_STREAM
 from fitloop._types import Phase, Stage, StopReason
 
 PROGRESS_SECONDS = 0.1
@@ -107,7 +107,7 @@ class Engine:
             self._await(result, ExecutionContext(True, self._around.thread_contexts))
 
     @property
-    def turn(self) -> Turn:
+    def turn(self) -> GeneratorLease:
         """The turn of the step thread."""
         return self._around.turn
 
@@ -237,7 +237,7 @@ class Engine:
         train = phase is Phase.TRAIN
         to_zero = around.parts.optimizers if train and not self._plan.define_all else ()
         hooks = around.batch_hooks if train else ()
-        begin, breathe, clock = state._next, around.turn.breathe, around.clock
+        begin, breathe, clock = state._next, around.turn.yield_to_waiters, around.clock
         began = clock()
         report_at = began + PROGRESS_SECONDS
         epoch = f"{phase}, epoch {state.epoch_num}"
@@ -296,7 +296,7 @@ class Engine:
             around.parts.model.train(train)
         torch.set_grad_enabled(grad)  # of this thread, which is the run's own
         turn, streams = around.turn, around.streams
-        turn.begin(PROCESS if streams is None else streams.steps(phase))
+        turn.begin_pass(GLOBAL_STREAM if streams is None else streams.steps(phase))
         return ExecutionContext(grad, around.thread_contexts)
 
     def _open(self, phase: Phase, loader: Any, seek: Seek | None) -> Source:
@@ -337,7 +337,7 @@ class Engine:
     def _await(self, awaitable: Any, scope: ExecutionContext) -> Any:
         """Have an ``async def`` stage run on the event loop, and wait for it."""
         turn = self._around.turn
-        turn.hold()  # the event loop's thread is not to wait for it
+        turn.pin_until_step_end()  # the event loop's thread is not to wait for it
         turn.pause()
         try:
             values = self._around.side.call(lambda: scope.wrap(awaitable))
@@ -354,9 +354,9 @@ class Engine:
     def at_rest(self, call: Callable[..., Any], *args: Any) -> Any:
         """Call what is none of the stages, so that it does not draw from their stream."""
         turn = self._around.turn
-        held = turn.rest()
+        held = turn.suspend()
         result = call(*args)
-        turn.rise(held)
+        turn.resume_from(held)
         return result
 
     def _check_cancelled(self) -> None:

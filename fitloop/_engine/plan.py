@@ -16,7 +16,7 @@ from fitloop._engine.config import Parts
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.stages import ThreadContext
 from fitloop._events import Event
-from fitloop._rng.lease import Turn
+from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Streams
 from fitloop._types import Phase
 
@@ -105,7 +105,7 @@ class EngineDeps:
     ask: Callable[[int, int], bool]
     """whether to go on after an epoch, given its number in the trainer's life and in the run"""
     streams: Streams | None
-    turn: Turn
+    turn: GeneratorLease
     thread_contexts: Sequence[ThreadContext]
     """what a coroutine of the trainer's is in, on the event loop's thread"""
     batch_hooks: Sequence[Callable[[], None]] = ()

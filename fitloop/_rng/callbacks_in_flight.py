@@ -14,7 +14,7 @@ PATIENCE_SECONDS = 1.0
 """after which a callback is not waited for any more: it may itself wait for the one that begins"""
 
 
-class Resting:
+class CallbacksInFlight:
     """Which threads do, by what stands for them. One for the whole process."""
 
     def __init__(self, patience: float = PATIENCE_SECONDS) -> None:
@@ -49,5 +49,5 @@ class Resting:
             self._changed.notify_all()
 
 
-RESTING = Resting()
+CALLBACKS_IN_FLIGHT = CallbacksInFlight()
 """of the process"""

@@ -19,7 +19,7 @@ from anyio.lowlevel import cancel_shielded_checkpoint
 from fitloop._concurrency.control import Cancelled, RunControl
 from fitloop._concurrency.coroutines import Driven
 from fitloop._concurrency.supervisor import LoopSide, supervise
-from fitloop._rng.fair_lock import TURNSTILE
+from fitloop._rng.fair_lock import GLOBAL_RNG_LOCK
 
 
 class _Alone:
@@ -37,14 +37,14 @@ class _Alone:
 
     def admit(self, cancelled: Callable[[], bool]) -> None:
         """Wait for the turn; raises `Cancelled` when that came first."""
-        TURNSTILE.admit(self, cancelled)
+        GLOBAL_RNG_LOCK.acquire(self, cancelled)
         with self._lock:
             if self._away:  # another thread of it waits for something since a moment ago
-                TURNSTILE.dismiss(self)
+                GLOBAL_RNG_LOCK.release(self)
 
     def dismiss(self) -> None:
         """End the turn, if there is one."""
-        TURNSTILE.dismiss(self)
+        GLOBAL_RNG_LOCK.release(self)
 
     def take(self) -> Coroutine[Any, Any, None] | None:
         """Take the turn; return what is to be awaited where it is another's."""
@@ -89,7 +89,7 @@ class _Admission:
 
     def execute(self) -> None:
         """Wait."""
-        forget = self._control.on_halt(TURNSTILE.look_again)
+        forget = self._control.on_halt(GLOBAL_RNG_LOCK.look_again)
         try:
             self._alone.admit(lambda: self._control.cancelled)
         finally:
@@ -105,7 +105,7 @@ _ALONE: ContextVar[_Alone | None] = ContextVar("fitloop alone", default=None)
 
 
 @contextmanager
-def process_alone(control: RunControl) -> Iterator[None]:
+def exclusive_rng(control: RunControl) -> Iterator[None]:
     """Have the process's own states in the generators, and nobody else draw from them.
 
     For code that seeds them and makes a model with them, in a thread that is no trainer's.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fitloop._concurrency.control import Cancelled
 
 
-class Turnstile:
+class FairSharedLock:
     """Lets one turn at a time through, first come, first served. One for the whole process.
 
     Turns at the process's own numbers are let through together.
@@ -27,7 +27,7 @@ class Turnstile:
         self._shared = False
         self._when_free: list[Callable[[], None]] = []
 
-    def admit(
+    def acquire(
         self,
         turn: object,
         cancelled: Callable[[], bool],
@@ -66,7 +66,7 @@ class Turnstile:
         if line and shared:
             self._changed.notify_all()
 
-    def dismiss(self, turn: object) -> bool:
+    def release(self, turn: object) -> bool:
         """End ``turn``; false when it was not its."""
         with self._changed:
             if turn not in self._holders:
@@ -93,5 +93,5 @@ class Turnstile:
             self._changed.notify_all()
 
 
-TURNSTILE = Turnstile()
+GLOBAL_RNG_LOCK = FairSharedLock()
 """of the process"""

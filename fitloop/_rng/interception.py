@@ -23,7 +23,7 @@ from fitloop._rng.streams import Doors, get_bits, install_bits, installed_bits
 class Visitor(Protocol):
     """Whose code may come to a gate."""
 
-    def hold(self) -> None:
+    def pin_until_step_end(self) -> None:
         """Have the generators for itself from now on; called before the draw."""
 
 
@@ -53,7 +53,7 @@ def forget_visitor(who: Visitor) -> None:
 def _tell() -> None:
     who = None if getattr(_here, "building", False) else visitor()
     if who is not None:
-        who.hold()
+        who.pin_until_step_end()
 
 
 # -- torch --------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def _python_gates() -> dict[str, Callable[..., Any]]:
 # -- all of them --------------------------------------------------------------------------------
 
 
-class Gates:
+class GlobalRngPatches:
     """The gates of the process: they stand while somebody needs them."""
 
     def __init__(self) -> None:
@@ -228,4 +228,4 @@ class Gates:
         self._undo.append(undo)
 
 
-GATES = Gates()
+RNG_PATCHES = GlobalRngPatches()

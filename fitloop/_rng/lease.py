@@ -22,25 +22,25 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from fitloop._concurrency.time_slices import SLICES
-from fitloop._rng.callbacks_in_flight import RESTING
-from fitloop._rng.fair_lock import TURNSTILE, Turnstile
-from fitloop._rng.interception import GATES, forget_visitor, set_visitor, visitor
-from fitloop._rng.streams import PROCESS, Outside, Stream, TorchStates
+from fitloop._concurrency.time_slices import TIME_SLICES
+from fitloop._rng.callbacks_in_flight import CALLBACKS_IN_FLIGHT
+from fitloop._rng.fair_lock import GLOBAL_RNG_LOCK, FairSharedLock
+from fitloop._rng.interception import RNG_PATCHES, forget_visitor, set_visitor, visitor
+from fitloop._rng.streams import GLOBAL_STREAM, Outside, Stream, TorchStates
 from fitloop._rng.torch_calls import Watch, forget_watches
 
 _OBSERVED = 2
 """steps of a pass, at least, that are looked at whole before they are watched"""
 
 
-class Held(NamedTuple):
+class LeaseState(NamedTuple):
     """What a turn was at when it was given, to go on with."""
 
     stream: Stream | None
     watched: bool
 
 
-class Turn:
+class GeneratorLease:
     """The right of one thread to the process's generators, and which stream is in them.
 
     Not shared between threads, but for `revoke`, and `pause` and `resume` while its thread waits.
@@ -50,7 +50,7 @@ class Turn:
         self,
         cancelled: Callable[[], bool] = lambda: False,
         cuda: Iterable[int] = (),
-        turnstile: Turnstile = TURNSTILE,
+        turnstile: FairSharedLock = GLOBAL_RNG_LOCK,
         *,
         hides_draws: bool = False,
         reads: bool = False,
@@ -84,15 +84,15 @@ class Turn:
 
     # -- whole ---------------------------------------------------------------------------------
 
-    def begin(self, stream: Stream) -> None:
+    def begin_pass(self, stream: Stream) -> None:
         """Take the turn for a pass, of which nothing is known yet."""
         self._watched, self._looks = False, 0
-        if stream is not PROCESS and id(self) not in _SEEDED:
+        if stream is not GLOBAL_STREAM and id(self) not in _SEEDED:
             _SEEDED.add(id(self))
-            RESTING.wait(self._cancelled)
-        self.take(stream)
+            CALLBACKS_IN_FLIGHT.wait(self._cancelled)
+        self.acquire(stream)
 
-    def take(self, stream: Stream | None) -> None:
+    def acquire(self, stream: Stream | None) -> None:
         """Wait for the turn and enter ``stream``; a turn already held changes to it.
 
         None asks for nothing.
@@ -103,108 +103,108 @@ class Turn:
         if stream is None:
             return
         if self._watch is not None:
-            self.give()
+            self.release()
         if self._stream is stream and self._entered:
             return
         if self._stream is None:
-            self._admit(stream, self._cancelled)
+            self._acquire_lock(stream, self._cancelled)
             self._enter_again(stream)
             return
         if self._entered:
             self._leave()
         self._enter(stream)
 
-    def lend(self, stream: Stream) -> Held:
-        """Change to another stream, in the way that the turn is had; `go_on` changes back."""
-        held = Held(self._stream, self._watched)
-        self.go_on(Held(stream, self._watched))
+    def switch_stream(self, stream: Stream) -> LeaseState:
+        """Change to another stream, in the way that the turn is had; `restore` changes back."""
+        held = LeaseState(self._stream, self._watched)
+        self.restore(LeaseState(stream, self._watched))
         return held
 
-    def rest(self) -> Held:
+    def suspend(self) -> LeaseState:
         """End the turn while the thread runs what is not the trainer's own.
 
         It may draw from the process's numbers, which must not be another trainer's then.
-        `rise` ends it.
+        `resume_from` ends it.
         """
-        held = Held(self._stream, self._watched)
+        held = LeaseState(self._stream, self._watched)
         self._rests = True
-        RESTING.begin(self)  # before it looks who there is, as they look here after they have come
-        others = _SEEDED and (SLICES.runs > 1 or _READERS)
+        CALLBACKS_IN_FLIGHT.begin(self)  # before it looks who there is
+        others = _SEEDED and (TIME_SLICES.runs > 1 or _READERS)
         if others and self._watch is None:  # else it has joined them already
-            RESTING.end(self)
+            CALLBACKS_IN_FLIGHT.end(self)
             if held.stream is None:
-                self.take(PROCESS)
+                self.acquire(GLOBAL_STREAM)
             self.pause()
-            GATES.join(self)
-        self.give()
-        if GATES.stand:
-            RESTING.end(self)
-            self.watch(PROCESS)
+            RNG_PATCHES.join(self)
+        self.release()
+        if RNG_PATCHES.stand:
+            CALLBACKS_IN_FLIGHT.end(self)
+            self.watch(GLOBAL_STREAM)
         return held
 
-    def rise(self, held: Held) -> None:
-        """Go on after `rest`."""
-        RESTING.end(self)
+    def resume_from(self, held: LeaseState) -> None:
+        """Go on after `suspend`."""
+        CALLBACKS_IN_FLIGHT.end(self)
         self._rests = False
-        self.go_on(held)
+        self.restore(held)
 
-    def step_aside(self) -> Held:
+    def release_fully(self) -> LeaseState:
         """End the turn for longer, so that the others need not look out for this one meanwhile.
 
-        `go_on` then takes a whole turn.
+        `restore` then takes a whole turn.
         """
-        held = self.give()
+        held = self.release()
         self._watched = False
-        if GATES.leave(self):
-            self._turnstile.when_free(GATES.remove)
-        return Held(held.stream, False)
+        if RNG_PATCHES.leave(self):
+            self._turnstile.when_free(RNG_PATCHES.remove)
+        return LeaseState(held.stream, False)
 
-    def give(self) -> Held:
+    def release(self) -> LeaseState:
         """End the turn and put the process's own states back; does nothing without a turn.
 
-        Returns what `go_on` goes on with.
+        Returns what `restore` goes on with.
         """
-        held = Held(self._stream, self._watched)
+        held = LeaseState(self._stream, self._watched)
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.end()
         self._put_back()
         self._stream = None
         forget_visitor(self)
-        self._turnstile.dismiss(self)
+        self._turnstile.release(self)
         return held
 
-    def go_on(self, held: Held) -> None:
+    def restore(self, held: LeaseState) -> None:
         """Take the turn again that was given, in the way it was."""
         if held.stream is None:
-            self.give()
+            self.release()
         elif held.watched and id(held.stream) not in self._unseen:
             self.watch(held.stream)
         else:
-            self.take(held.stream)
+            self.acquire(held.stream)
 
-    def breathe(self) -> None:
+    def yield_to_waiters(self) -> None:
         """Let those in line go first, if there are any; at the end of every step."""
         if self._watched or self._turnstile.contended:
-            self._breathe()
+            self._yield_to_waiters()
 
-    def _breathe(self) -> None:
+    def _yield_to_waiters(self) -> None:
         stream = self._stream
         if stream is None:
             return
         if self._watch is not None:
             if self._entered:
                 self._release()
-            if GATES.is_alone(self):
-                self.begin(stream)
+            if RNG_PATCHES.is_alone(self):
+                self.begin_pass(stream)
             return
         self._looks += 1
         self.pause()
-        GATES.join(self)
-        self.give()
+        RNG_PATCHES.join(self)
+        self.release()
         seen = self._looks >= _OBSERVED and not self._hides_draws
         self._watched = seen and id(stream) not in self._unseen
-        self.go_on(Held(stream, self._watched))
+        self.restore(LeaseState(stream, self._watched))
 
     def pause(self) -> None:
         """Put the process's own states back but keep the turn."""
@@ -222,20 +222,20 @@ class Turn:
         if self._stream is not None and not self._entered:
             self._enter_again(self._stream)
 
-    def _admit(self, stream: Stream, cancelled: Callable[[], bool]) -> None:
+    def _acquire_lock(self, stream: Stream, cancelled: Callable[[], bool]) -> None:
         # Callbacks wait for each other at locks of theirs: each must get to the numbers that
         # another has already, whoever stands in line for its own.
-        self._turnstile.admit(self, cancelled, shared=stream is PROCESS, joins=self._rests)
+        self._turnstile.acquire(self, cancelled, shared=stream is GLOBAL_STREAM, joins=self._rests)
 
     def _enter_again(self, stream: Stream) -> None:
         self._moving = True  # what is read and put passes the gates
         self._stream = stream
-        self._outside = PROCESS if stream is PROCESS else Outside(self._cuda)
+        self._outside = GLOBAL_STREAM if stream is GLOBAL_STREAM else Outside(self._cuda)
         self._enter(stream)
 
     def _enter(self, stream: Stream) -> None:
         self._stream = stream
-        self._told, self._looking = False, GATES.stand
+        self._told, self._looking = False, RNG_PATCHES.stand
         self._moving = True
         stream.enter()
         self._moving, self._entered = False, True
@@ -258,7 +258,7 @@ class Turn:
                 self._release()
             self._stream = stream
             return
-        self.give()
+        self.release()
         self._stream = stream
         self._watch = Watch(self)
         self._watch.begin()
@@ -269,7 +269,7 @@ class Turn:
         stream = self._stream
         if self._entered or self._swapped is not None or stream is None:
             return function(*args, **kwargs)
-        self._admit(stream, _never)  # in the middle of a step, which is always ended
+        self._acquire_lock(stream, _never)  # in the middle of a step, which is always ended
         self._swapped = stream.swap_in()
         try:
             return function(*args, **kwargs)
@@ -277,9 +277,9 @@ class Turn:
             swapped, self._swapped = self._swapped, None
             if not self._entered:
                 stream.swap_out(swapped)
-                self._turnstile.dismiss(self)
+                self._turnstile.release(self)
 
-    def hold(self) -> None:
+    def pin_until_step_end(self) -> None:
         """Have the generators to itself until the end of the step."""
         self._told = True
         stream = self._stream
@@ -288,19 +288,19 @@ class Turn:
         if self._swapped is not None:
             stream.swap_out(self._swapped)
         else:
-            self._admit(stream, _never)
+            self._acquire_lock(stream, _never)
         self._enter_again(stream)
 
     def _release(self) -> None:
         self._put_back()
-        self._turnstile.dismiss(self)
+        self._turnstile.release(self)
 
     # -- the end -------------------------------------------------------------------------------
 
-    def revoke(self) -> None:
+    def close(self) -> None:
         """End the turn of a thread that does not come back; any thread."""
-        RESTING.end(self)
-        self.step_aside()
+        CALLBACKS_IN_FLIGHT.end(self)
+        self.release_fully()
         _SEEDED.discard(id(self))
         _READERS.discard(id(self))
 
@@ -310,9 +310,9 @@ class Turn:
         self._stream = self._swapped = None
         self._entered = False
 
-    def wake(self) -> None:
-        """Have a waiting `take` look whether it was cancelled; any thread."""
-        RESTING.look_again()
+    def notify_cancelled(self) -> None:
+        """Have a waiting `acquire` look whether it was cancelled; any thread."""
+        CALLBACKS_IN_FLIGHT.look_again()
         self._turnstile.look_again()
 
 
@@ -331,10 +331,10 @@ def _forget_parent() -> None:
     forget_watches()
     _SEEDED.clear()
     _READERS.clear()
-    RESTING.__init__()  # type: ignore[misc]
-    TURNSTILE.__init__()  # type: ignore[misc]
-    SLICES.__init__()  # type: ignore[misc]
-    GATES.forget_users()
+    CALLBACKS_IN_FLIGHT.__init__()  # type: ignore[misc]
+    GLOBAL_RNG_LOCK.__init__()  # type: ignore[misc]
+    TIME_SLICES.__init__()  # type: ignore[misc]
+    RNG_PATCHES.forget_users()
 
 
 if hasattr(os, "register_at_fork"):
@@ -342,30 +342,30 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def process_numbers() -> Iterator[None]:
+def global_numbers() -> Iterator[None]:
     """Have the process's own states in the generators: for reading or changing them as such.
 
     A thread that has a turn is not to wait for another: what it has in them is what it means.
     """
     if visitor() is not None:
-        visitor().hold()  # type: ignore[union-attr]
+        visitor().pin_until_step_end()  # type: ignore[union-attr]
         yield
         return
-    turn = Turn()
-    turn.take(PROCESS)
+    turn = GeneratorLease()
+    turn.acquire(GLOBAL_STREAM)
     try:
         yield
     finally:
-        turn.give()
+        turn.release()
 
 
 @contextmanager
 def at_rest() -> Iterator[None]:
     """Have what is no trainer's own draw from the process's numbers; for code without a turn."""
-    turn = Turn()
-    held = turn.rest()
+    turn = GeneratorLease()
+    held = turn.suspend()
     try:
         yield
     finally:
-        turn.rise(held)
-        turn.revoke()
+        turn.resume_from(held)
+        turn.close()

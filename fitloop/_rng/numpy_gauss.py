@@ -18,7 +18,7 @@ _RANDOM: Any = getattr(np.random.mtrand, "_rand", None)
 """the one whose methods are the functions of the module; scikit-learn takes it there, too"""
 
 
-def kept_gauss() -> dict[str, Any] | None:
+def cached_normal() -> dict[str, Any] | None:
     """Return the state of numpy's functions if they keep a number, else None."""
     if _FLAG is not None and not _FLAG.value:
         return None

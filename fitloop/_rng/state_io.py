@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fitloop._rng import python_state
-from fitloop._rng.lease import process_numbers
-from fitloop._rng.streams import MT19937_BYTES, Stream, StreamState, fingerprint, get_bits
+from fitloop._rng.lease import global_numbers
+from fitloop._rng.streams import MT19937_BYTES, RngState, Stream, fingerprint, get_bits
 
 _MT19937_WORDS = 624
 _PHILOX_WORDS = 4
@@ -19,20 +19,20 @@ _LARGEST_CUDA_STATE = 64
 """bytes; a seed and an offset. The state of one on the CPU has thousands"""
 
 
-def exported(state: StreamState) -> dict[str, Any]:
+def exported(state: RngState) -> dict[str, Any]:
     """Return a state as a tree; Python's 625 words in one array."""
     version, words, gauss = python_state.to_tuple(state.python)
     return {**state._asdict(), "python": [version, np.array(words, np.uint32), gauss]}
 
 
-def imported(tree: Any) -> StreamState:
+def imported(tree: Any) -> RngState:
     """Return the state of a tree; raises ValueError and the like for a forged one."""
     version, words, gauss = tree["python"]
     python = python_state.from_tuple((version, tuple(map(int, words)), gauss))
-    return check_state(StreamState(**{**tree, "python": python}))
+    return check_state(RngState(**{**tree, "python": python}))
 
 
-def check_state(state: StreamState) -> StreamState:
+def check_state(state: RngState) -> RngState:
     """Return ``state`` if generators take it; raises ValueError and the like for a forged one."""
     torch.Generator().set_state(state.torch)
     for index, value in state.cuda.items():
@@ -50,10 +50,10 @@ def check_state(state: StreamState) -> StreamState:
     return state
 
 
-def rewind_to(state: StreamState, stream: Stream | None) -> None:
+def rewind_to(state: RngState, stream: Stream | None) -> None:
     """Put a stream, or the process's generators without one, where they were."""
     if stream is None:
-        restore_process(state)
+        restore_global_state(state)
     else:
         stream.set_state(state)
 
@@ -67,7 +67,7 @@ def check_generator(state: object) -> Tensor:
     return state
 
 
-def check_kind(state: StreamState) -> None:
+def check_kind(state: RngState) -> None:
     """Raise ValueError for the state of another generator than numpy's functions have now."""
     saved = "MT19937" if isinstance(state.bits, bytes) else state.bits["bit_generator"]
     own = type(get_bits()).__name__
@@ -90,19 +90,19 @@ def _check_place(place: int, words: int) -> None:
         raise ValueError(f"{place} is no place in a buffer of {words}")
 
 
-def process_state(cuda: Iterable[int] = ()) -> StreamState:
+def global_state(cuda: Iterable[int] = ()) -> RngState:
     """Return where the process's generators are."""
-    with process_numbers():
+    with global_numbers():
         return Stream.of_process(cuda).state()
 
 
-def restore_process(state: StreamState) -> None:
+def restore_global_state(state: RngState) -> None:
     """Put the process's generators where they were; a device that is not there is left out."""
-    with process_numbers():
+    with global_numbers():
         _restore_process(state)
 
 
-def _restore_process(state: StreamState) -> None:
+def _restore_process(state: RngState) -> None:
     torch.default_generator.set_state(state.torch)
     for index, value in state.cuda.items():
         if index < torch.cuda.device_count():
@@ -119,7 +119,7 @@ def _restore_process(state: StreamState) -> None:
     np.random.set_state({**bits, "has_gauss": 0, "gauss": 0.0})
 
 
-def process_fingerprint() -> tuple[object, ...]:
+def global_fingerprint() -> tuple[object, ...]:
     """Return what changes when the trainer of this thread draws from its CPU generators."""
-    with process_numbers():
+    with global_numbers():
         return fingerprint()

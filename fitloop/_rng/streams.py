@@ -19,7 +19,7 @@ from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from fitloop._rng import python_state
-from fitloop._rng.numpy_gauss import kept_gauss
+from fitloop._rng.numpy_gauss import cached_normal
 from fitloop._rng.python_state import PythonState
 from fitloop._types import Phase
 
@@ -55,7 +55,7 @@ class _Zeros(ISeedSequence):
 _ZEROS: Any = _Zeros()  # which the stubs of numpy do not take
 
 
-class StreamState(NamedTuple):
+class RngState(NamedTuple):
     """Where a stream is; a value, which nothing changes."""
 
     torch: Tensor
@@ -115,12 +115,12 @@ class Stream:
         twin._gauss = self._gauss
         return twin
 
-    def state(self) -> StreamState:
+    def state(self) -> RngState:
         """Return where the stream is, for `set_state`; not while it is entered."""
         bits = self._raw() or self._bits.state
-        return StreamState(self._torch, dict(self._cuda), self._python, bits, self._gauss)
+        return RngState(self._torch, dict(self._cuda), self._python, bits, self._gauss)
 
-    def set_state(self, state: StreamState) -> None:
+    def set_state(self, state: RngState) -> None:
         """Go back to where the stream was; not while it is entered."""
         self._torch, self._cuda, self._python = state.torch, dict(state.cuda), state.python
         self._gauss = state.gauss
@@ -142,7 +142,7 @@ class Stream:
     def leave(self) -> None:
         """Take the states of the process's generators into this stream."""
         self._read()
-        self._gauss = kept_gauss()  # which is outside of the bit generator
+        self._gauss = cached_normal()  # which is outside of the bit generator
 
     def _use(self, bits: Any) -> None:
         """Have this bit generator, whose memory is read in place where it is known."""
@@ -236,7 +236,7 @@ class _Process(Stream):
 
 _NOTHING = torch.empty(0)
 _UNMOVED = PythonState(b"", None)
-PROCESS: Final[Stream] = _Process()
+GLOBAL_STREAM: Final[Stream] = _Process()
 
 
 def fingerprint() -> tuple[object, ...]:
@@ -275,11 +275,11 @@ class Streams:
         twin._streams = {key: stream.copy() for key, stream in self._streams.items()}
         return twin
 
-    def states(self) -> dict[tuple[Phase, bool], StreamState]:
+    def states(self) -> dict[tuple[Phase, bool], RngState]:
         """Return where each stream is, by phase and whether it is the loader's."""
         return {key: self._stream(key).state() for key in _PLACES}
 
-    def set_states(self, states: Mapping[tuple[Phase, bool], StreamState]) -> None:
+    def set_states(self, states: Mapping[tuple[Phase, bool], RngState]) -> None:
         """Put each stream where it was; none of them may be entered."""
         for key in _PLACES:
             self._stream(key).set_state(states[key])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fitloop._rng.torch_ops import BUILTIN, drawing_ops, may_draw
+from fitloop._rng.torch_ops import BUILTIN, may_use_rng, rng_ops
 
 
 class Drawer(Protocol):
@@ -32,7 +32,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, turn: Drawer) -> None:
         super().__init__()
         self.visitor = turn
-        self._ops = drawing_ops()
+        self._ops = rng_ops()
         self._thread = threading.get_ident()
         self._ended = False
         _WATCHES.add(self)
@@ -62,7 +62,7 @@ class Watch(TorchFunctionMode):
         if func is Tensor.backward and not types:
             with self:  # else hooks, and what checkpoints compute again, would not be seen
                 return _backward(*args, **kwargs)
-        if may_draw(func, args, kwargs):
+        if may_use_rng(func, args, kwargs):
             return self.visitor.draw(func, args, kwargs)
         return func(*args, **kwargs)
 

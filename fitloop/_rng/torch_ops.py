@@ -32,7 +32,7 @@ _RECURRENT = frozenset({"lstm", "gru", "rnn_relu", "rnn_tanh"})
 
 
 @cache
-def drawing_ops() -> frozenset[str]:
+def rng_ops() -> frozenset[str]:
     """Return the names of the ops that may draw, alone and with their overloads."""
     names = set(_CALLERS)
     for schema in torch._C._jit_get_all_schemas():
@@ -53,20 +53,20 @@ def _is_tagged(name: str, overload: str) -> bool:
     return torch.Tag.nondeterministic_seeded in op.tags
 
 
-def may_draw(
+def may_use_rng(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
 ) -> bool:
     """Return whether this call of a function that a `TorchFunctionMode` sees may draw."""
     name = getattr(function, "__name__", "")
     kind = type(function)
     if kind in BUILTIN:
-        return name in drawing_ops() and _really_draws(name, args, kwargs or {})
+        return name in rng_ops() and _really_draws(name, args, kwargs or {})
     if kind is FunctionType:
         return _reaches_a_draw(function) and _really_draws(name, args, kwargs or {})
     # an op of torch.ops, perhaps somebody's own, or something new
     packet = str(getattr(function, "_qualified_op_name", ""))
     if getattr(function, "namespace", "") == "aten" or packet.startswith("aten::"):
-        return name in drawing_ops() and _really_draws(name, args, kwargs or {})
+        return name in rng_ops() and _really_draws(name, args, kwargs or {})
     return True
 
 
@@ -98,7 +98,7 @@ def _reaches_a_draw(function: FunctionType) -> bool:
         if not (current.__module__ or "").startswith("torch"):
             return True
         names = _names(current.__code__)
-        if names & _DRAWING_IN_PYTHON or names & drawing_ops():
+        if names & _DRAWING_IN_PYTHON or names & rng_ops():
             return True
         found = [current.__globals__.get(name) for name in names]
         found += [cell.cell_contents for cell in current.__closure__ or ()]
@@ -118,7 +118,7 @@ def _names(code: CodeType) -> set[str]:
     return names
 
 
-def hides_its_draws(*modules: object) -> bool:
+def is_opaque(*modules: object) -> bool:
     """Return whether one of these is compiled or scripted, so that its draws cannot be seen."""
     for module in modules:
         if hasattr(module, "_torchdynamo_orig_callable") or isinstance(

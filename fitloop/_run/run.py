@@ -16,7 +16,7 @@ from fitloop._checkpointing.persistence import Persistence
 from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._concurrency.supervisor import LoopSide
-from fitloop._concurrency.time_slices import Slice
+from fitloop._concurrency.time_slices import TimeSliceHook
 from fitloop._concurrency.torch_threads import intra_op_threads
 from fitloop._data.cuda_stream import Lane, NoLane
 from fitloop._engine.config import STAGE_NAMES
@@ -26,9 +26,9 @@ from fitloop._engine.plan import EngineDeps, Instrumentation, NoInstrumentation,
 from fitloop._errors import in_words, note
 from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._metrics.results import EpochMetricsLog, FitResult
-from fitloop._rng.lease import Turn, at_rest, process_numbers
-from fitloop._rng.streams import PROCESS, Streams
-from fitloop._rng.torch_ops import hides_its_draws
+from fitloop._rng.lease import GeneratorLease, at_rest, global_numbers
+from fitloop._rng.streams import GLOBAL_STREAM, Streams
+from fitloop._rng.torch_ops import is_opaque
 from fitloop._run.prompts import BackgroundPrompts, BlockingPrompts, PromptOptions, Prompts
 from fitloop._training.best import BestTracker
 from fitloop._training.capture import TrainingCapture
@@ -81,7 +81,7 @@ class Run:
         self._tracker: BestTracker | None = None
         self._engine: Engine | None = None
         self._around: EngineDeps | None = None
-        self._turn: Turn | None = None
+        self._turn: GeneratorLease | None = None
         self._forget_turn: Callable[[], None] = lambda: None
         self._capture: TrainingCapture | None = None
         phases = [phase for phase, _loader in plan.phases]
@@ -93,7 +93,7 @@ class Run:
         self._loaders = core.loaders.rehearsal() if options.dry else core.loaders
         self._modes: list[tuple[Any, bool]] = []
         self._prompts: Prompts | None = None
-        self._slice: Slice | None = None
+        self._slice: TimeSliceHook | None = None
         self._lane = NoLane()
         self._found: FitResult | None = None
         """of a run that had ended before it was resumed"""
@@ -122,7 +122,7 @@ class Run:
         elif plan.call == "fit":
             core.keep_pretrained(resuming=kept is not None and kept.found is not None)
             self._tracker = core.tracker(core.event_bus.emit)
-        part = self._slice = Slice(self._aside, self._control)
+        part = self._slice = TimeSliceHook(self._aside, self._control)
         core.event_bus.set_observers(self._observers(part))
         turn = self._make_turn()
         around = self._around = EngineDeps(
@@ -161,7 +161,7 @@ class Run:
             self._found = kept.result()
             return
         turn = engine.turn
-        turn.begin(PROCESS if streams is None else streams.steps(plan.phases[0][0]))
+        turn.begin_pass(GLOBAL_STREAM if streams is None else streams.steps(plan.phases[0][0]))
         trains = self._schedulers is not None
         if trains:
             engine.call_plain("preloop", core.parts.preloop, self._trainer)
@@ -171,7 +171,7 @@ class Run:
         self._resolve_prompt(engine)
         if trains:
             engine.call_plain("postloop", core.parts.postloop, self._trainer)
-        turn.give()
+        turn.release()
 
     def _guarded(self, engine: Engine, streams: Streams | None) -> None:
         try:
@@ -195,24 +195,24 @@ class Run:
         if self._options.dry:
             # A dry run draws from copies, also of the process's generators.
             if streams is None:
-                with process_numbers():
+                with global_numbers():
                     return Streams.of_process(core.cuda)
             return streams.copy()
         return streams
 
-    def _make_turn(self) -> Turn:
+    def _make_turn(self) -> GeneratorLease:
         """Be ready to take turns at the process's random generators."""
         parts, control = self._core.parts, self._control
         functions = [getattr(parts, name) for name in STAGE_NAMES.values()]
-        turn = self._turn = Turn(
+        turn = self._turn = GeneratorLease(
             lambda: control.cancelled,
             self._core.cuda,
-            hides_draws=hides_its_draws(parts.model, parts.loss_function, *functions),
+            hides_draws=is_opaque(parts.model, parts.loss_function, *functions),
         )
-        self._forget_turn = control.on_halt(turn.wake)
+        self._forget_turn = control.on_halt(turn.notify_cancelled)
         return turn
 
-    def _batch_hooks(self, part: Slice) -> list[Callable[[], None]]:
+    def _batch_hooks(self, part: TimeSliceHook) -> list[Callable[[], None]]:
         schedulers, kept = self._schedulers, self._options.persistence
         hooks = [schedulers.after_batch] if schedulers and schedulers.per_batch else []
         return [*hooks, part.after_batch, *(kept.batch_hooks if kept else ())]  # see `_aside`
@@ -227,13 +227,13 @@ class Run:
     def _aside(self, call: Callable[[], Any]) -> Any:
         """Wait for something, out of the way of those who train; snapshots come after a slice."""
         assert self._turn is not None
-        held = self._turn.step_aside()
+        held = self._turn.release_fully()
         result = call()
         if not self._control.cancelled:
-            self._turn.go_on(held)
+            self._turn.restore(held)
         return result
 
-    def _observers(self, part: Slice) -> list[Observer]:
+    def _observers(self, part: TimeSliceHook) -> list[Observer]:
         observers: list[Observer] = [part.observe, self._log.observe]
         if not self._options.dry:
             observers.append(self._core.history.observe)
@@ -288,7 +288,7 @@ class Run:
             self._prompts.cancel()
         steps: list[tuple[str, Callable[[], None]]] = [("putting back", self._put_back)]
         if self._turn is not None:
-            steps.insert(0, ("putting back the random generators", self._turn.revoke))
+            steps.insert(0, ("putting back the random generators", self._turn.close))
         if self._options.load_best and (error is None or isinstance(error, Cancelled)):
             steps.append(("restoring the best weights", self._load_best))
         for doing, step in steps:  # all of them, whatever the others raise

@@ -14,7 +14,7 @@ from fitloop._defaults import SHARE, Share
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._metrics.results import FitResult
-from fitloop._rng.exclusive import alone_in_steps, process_alone
+from fitloop._rng.exclusive import alone_in_steps, exclusive_rng
 from fitloop._run.launch import run_in_thread
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
@@ -154,7 +154,7 @@ async def made_by(target: Any, args: tuple[Any, ...], name: str) -> Any:
     control = RunControl()
 
     def call() -> Any:
-        with process_alone(control):
+        with exclusive_rng(control):
             return target(*args)
 
     made = await run_in_thread(name, call, control)

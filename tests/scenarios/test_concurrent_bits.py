@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from fitloop import Event, FitLoop, LoopState, PhaseStarted
-from fitloop._concurrency.time_slices import SLICES
-from fitloop._rng.interception import GATES
-from fitloop._rng.lease import Turn
+from fitloop._concurrency.time_slices import TIME_SLICES
+from fitloop._rng.interception import RNG_PATCHES
+from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
 
 QUIET: dict[str, Any] = {"verbose": False, "load_best": False}
@@ -308,33 +308,33 @@ async def test_trainer_when_the_others_have_ended_then_has_its_turn_for_itself_a
         group.start_soon(fitted, made, 1)
         group.start_soon(short)
     assert not watched[-1]
-    assert not GATES.stand
+    assert not RNG_PATCHES.stand
 
 
 def test_draws_at_rest_when_another_has_a_whole_turn_then_are_the_processs_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a callback draws must not come from the stream of another trainer."""
-    monkeypatch.setattr(SLICES, "runs", 2)
+    monkeypatch.setattr(TIME_SLICES, "runs", 2)
     own, others = Stream(1), Stream(2)
     untouched = others.copy()
-    resting, training = Turn(), Turn()
+    resting, training = GeneratorLease(), GeneratorLease()
     has_turn, is_done = threading.Event(), threading.Event()
     seed_process(7)
     expected = [random.random(), np.random.rand(), torch.rand(1).item()]
     seed_process(7)
 
     def train() -> None:
-        training.begin(others)
-        training.go_on(training.step_aside())
+        training.begin_pass(others)
+        training.restore(training.release_fully())
         has_turn.set()
         while not is_done.is_set():  # the steps of a trainer that draws nothing
-            training.breathe()
-        training.revoke()
+            training.yield_to_waiters()
+        training.close()
 
-    resting.begin(own)
-    resting.go_on(resting.step_aside())
-    held = resting.rest()
+    resting.begin_pass(own)
+    resting.restore(resting.release_fully())
+    held = resting.suspend()
     thread = threading.Thread(target=train)
     thread.start()
     try:
@@ -342,15 +342,15 @@ def test_draws_at_rest_when_another_has_a_whole_turn_then_are_the_processs_own(
         drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
     finally:
         is_done.set()
-        resting.go_on(held)  # what a callback has drawn from is its own to its end
-        resting.revoke()
+        resting.restore(held)  # what a callback has drawn from is its own to its end
+        resting.close()
         thread.join(GUARD)
     assert not thread.is_alive()
     assert drawn == expected
     assert others.state().python == untouched.state().python
     assert torch.equal(others.state().torch, untouched.state().torch)
     assert others.state().bits == untouched.state().bits
-    assert not GATES.stand
+    assert not RNG_PATCHES.stand
 
 
 async def test_trainers_when_small_and_callbacks_draw_then_have_the_bits_that_each_has_alone() -> (
@@ -400,7 +400,7 @@ async def test_callback_when_a_thread_reads_ahead_with_a_stream_then_its_draws_a
 
     def draw(event: Event) -> None:
         if isinstance(event, PhaseStarted):
-            seen.append(torch._C._len_torch_function_stack() > 0 and GATES.stand)
+            seen.append(torch._C._len_torch_function_stack() > 0 and RNG_PATCHES.stand)
 
     def made(callbacks: list[Any], **changes: Any) -> FitLoop:
         data = DataLoader(Augmented(blobs(SAMPLES)), 8, shuffle=True)
@@ -412,7 +412,7 @@ async def test_callback_when_a_thread_reads_ahead_with_a_stream_then_its_draws_a
 
     await fitted(made([draw], prefetch=2))
     assert seen == [True, True]
-    assert not GATES.stand
+    assert not RNG_PATCHES.stand
     await fitted(made([draw], prefetch=0))
     assert seen[2:] == [False, False]
     expected = trainer_state(await fitted(made([])), drawn=False)

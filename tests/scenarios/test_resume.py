@@ -62,7 +62,7 @@ from fitloop import (
 from fitloop._checkpointing.checkpointer import Checkpointer
 from fitloop._concurrency import time_slices
 from fitloop._concurrency.control import RunControl
-from fitloop._concurrency.time_slices import SLICES, Slice
+from fitloop._concurrency.time_slices import TIME_SLICES, TimeSliceHook
 
 pytestmark = pytest.mark.slow  # many, which together take long
 
@@ -188,14 +188,14 @@ async def test_resume_when_the_task_was_cancelled_then_equals_one_run(
     assert differing(found, expected) == []
 
 
-class TellingLine(deque[Slice]):
+class TellingLine(deque[TimeSliceHook]):
     """A line for slices that tells when somebody joins it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.joined = threading.Event()
 
-    def append(self, who: Slice) -> None:
+    def append(self, who: TimeSliceHook) -> None:
         super().append(who)
         self.joined.set()
 
@@ -208,10 +208,10 @@ async def test_fit_when_cancelled_while_it_waits_for_its_slice_then_takes_a_last
     monkeypatch.setattr(time_slices, "SMALL_SECONDS", 1000.0)
     monkeypatch.setattr(time_slices, "IDLE_SHARE", 1.0)  # it takes part however busy the machine is
     monkeypatch.setattr(time_slices, "WAITING_SHARE", 1000.0)
-    monkeypatch.setattr(SLICES, "_patience", 1000.0)
-    monkeypatch.setattr(SLICES, "line", line := TellingLine())
-    other = await anyio.to_thread.run_sync(Slice, lambda call: call(), RunControl())
-    await anyio.to_thread.run_sync(SLICES.admit, other, lambda: False)
+    monkeypatch.setattr(TIME_SLICES, "_patience", 1000.0)
+    monkeypatch.setattr(TIME_SLICES, "line", line := TellingLine())
+    other = await anyio.to_thread.run_sync(TimeSliceHook, lambda call: call(), RunControl())
+    await anyio.to_thread.run_sync(TIME_SLICES.admit, other, lambda: False)
     line.joined.clear()
     data = batches(200, 2)
     fitted = trainer(save_path=tmp_path, train_dl=data, valid_dl=None, seed=seed)

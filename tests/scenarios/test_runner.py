@@ -37,7 +37,7 @@ from fitloop import (
 )
 from fitloop._defaults import available_cores
 from fitloop._rng.exclusive import alone_in_steps
-from fitloop._rng.fair_lock import TURNSTILE
+from fitloop._rng.fair_lock import GLOBAL_RNG_LOCK
 from fitloop._runner import execution
 from fitloop._runner.jobs import safe_name
 from fitloop._runner.outcomes import write_outcome
@@ -553,7 +553,7 @@ async def test_async_factory_when_cancelled_as_it_waits_for_the_generators_then_
             raise
 
     holder = object()
-    await anyio.to_thread.run_sync(TURNSTILE.admit, holder, lambda: False)
+    await anyio.to_thread.run_sync(GLOBAL_RNG_LOCK.acquire, holder, lambda: False)
     try:
         with anyio.fail_after(SOON):
             async with Runner() as runner:
@@ -563,9 +563,9 @@ async def test_async_factory_when_cancelled_as_it_waits_for_the_generators_then_
                     job.cancel()
             assert [outcome.status for outcome in await runner.results()] == ["cancelled"] * 2
     finally:
-        TURNSTILE.dismiss(holder)
+        GLOBAL_RNG_LOCK.release(holder)
     assert ended == []  # neither had begun
-    assert not TURNSTILE.contended
+    assert not GLOBAL_RNG_LOCK.contended
 
 
 # -- with a save_path ------------------------------------------------------------------------------

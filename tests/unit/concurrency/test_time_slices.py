@@ -17,8 +17,8 @@ from fitloop._concurrency.time_slices import (
     LONGEST_LOOK_SECONDS,
     LOOK_SECONDS,
     SLICE_SECONDS,
-    Slice,
-    Slices,
+    TimeSliceHook,
+    TimeSlices,
     kept_waiting,
 )
 from fitloop._events import BatchProgress, EpochStarted
@@ -27,14 +27,14 @@ from fitloop._types import Phase
 SOON = 20
 
 
-class Line(deque[Slice]):
+class Line(deque[TimeSliceHook]):
     """A line that tells who joins it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._joined: Queue[Slice] = Queue()
+        self._joined: Queue[TimeSliceHook] = Queue()
 
-    def append(self, who: Slice) -> None:
+    def append(self, who: TimeSliceHook) -> None:
         super().append(who)
         self._joined.put(who)
 
@@ -46,13 +46,13 @@ class Line(deque[Slice]):
 class Run:
     """A run of batches on a clock of its own."""
 
-    def __init__(self, slices: Slices) -> None:
+    def __init__(self, slices: TimeSlices) -> None:
         self.now = 0.0
         self.used = 0.0
         self.kept = 0.0
         self.control = RunControl()
         self.rests = 0
-        self.part = Slice(
+        self.part = TimeSliceHook(
             self.rest,
             self.control,
             slices=slices,
@@ -82,18 +82,18 @@ class Run:
 
 
 @pytest.fixture
-def slices() -> Slices:
-    return Slices()
+def slices() -> TimeSlices:
+    return TimeSlices()
 
 
-def test_run_when_it_is_alone_then_has_no_slice_and_is_asked_nothing(slices: Slices) -> None:
+def test_run_when_it_is_alone_then_has_no_slice_and_is_asked_nothing(slices: TimeSlices) -> None:
     run = Run(slices)
     run.batches(1000, 0.0003)
     assert slices.holder is None
     assert run.rests == 0
 
 
-def test_run_when_its_steps_are_small_then_takes_a_slice_beside_another(slices: Slices) -> None:
+def test_run_when_its_steps_are_small_then_takes_a_slice_beside_another(slices: TimeSlices) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(FEWEST, 0.0003)
     assert slices.holder is run.part
@@ -102,7 +102,7 @@ def test_run_when_its_steps_are_small_then_takes_a_slice_beside_another(slices: 
     assert run.rests == 1
 
 
-def test_run_when_its_steps_are_large_then_takes_no_part(slices: Slices) -> None:
+def test_run_when_its_steps_are_large_then_takes_no_part(slices: TimeSlices) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(200, 0.01)
     assert slices.holder is None
@@ -110,7 +110,7 @@ def test_run_when_its_steps_are_large_then_takes_no_part(slices: Slices) -> None
 
 
 def test_run_when_it_waits_for_something_else_in_its_slice_then_gives_it_up(
-    slices: Slices,
+    slices: TimeSlices,
 ) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(FEWEST, 0.0003)
@@ -122,7 +122,7 @@ def test_run_when_it_waits_for_something_else_in_its_slice_then_gives_it_up(
 
 
 def test_run_when_others_keep_it_from_computing_in_its_slice_then_takes_part_all_the_same(
-    slices: Slices,
+    slices: TimeSlices,
 ) -> None:
     """Else one that fights makes the others fight, and a busy machine makes all of them."""
     run, _other = Run(slices), Run(slices)
@@ -131,7 +131,7 @@ def test_run_when_others_keep_it_from_computing_in_its_slice_then_takes_part_all
     assert run.rests == 1
 
 
-def test_run_when_it_waits_from_the_first_then_never_stands_in_line(slices: Slices) -> None:
+def test_run_when_it_waits_from_the_first_then_never_stands_in_line(slices: TimeSlices) -> None:
     """As while a loader that waits is read in line, which no clock of the loader tells."""
     run, _other = Run(slices), Run(slices)
     run.batches(200, 0.02, computed=0.05, kept=0.5)
@@ -151,14 +151,14 @@ def test_kept_waiting_when_another_thread_computes_then_grows() -> None:
     assert kept_waiting() - before >= 0.04
 
 
-def test_run_when_it_waits_for_its_loader_then_never_stands_in_line(slices: Slices) -> None:
+def test_run_when_it_waits_for_its_loader_then_never_stands_in_line(slices: TimeSlices) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(10_000, 0.002, computed=0.1, waited=0.5)
     assert run.rests == 0
 
 
 def test_run_when_it_gave_up_again_and_again_then_comes_back_more_and_more_seldom(
-    slices: Slices,
+    slices: TimeSlices,
 ) -> None:
     run, _other = Run(slices), Run(slices)
     rests = []
@@ -173,7 +173,7 @@ def test_run_when_it_gave_up_again_and_again_then_comes_back_more_and_more_seldo
 
 def test_slice_when_it_was_kept_for_long_then_is_not_taken_in_the_middle() -> None:
     now = 0.0
-    slices = Slices(patience=0.1, clock=lambda: now)
+    slices = TimeSlices(patience=0.1, clock=lambda: now)
     one, two = Run(slices), Run(slices)
     line = slices.line = Line()
     one.batches(FEWEST, 0.0003)
@@ -190,7 +190,7 @@ def test_slice_when_it_was_kept_for_long_then_is_not_taken_in_the_middle() -> No
 
 
 def test_slice_when_another_waits_then_the_first_one_is_short_and_handed_on() -> None:
-    slices = Slices(patience=SOON)
+    slices = TimeSlices(patience=SOON)
     line = slices.line = Line()
     one, two = Run(slices), Run(slices)
     one.batches(FEWEST, 0.0003)
@@ -206,7 +206,7 @@ def test_slice_when_another_waits_then_the_first_one_is_short_and_handed_on() ->
     assert slices.holder is one.part
 
 
-def test_slice_when_its_run_stands_still_then_is_taken_from_it(slices: Slices) -> None:
+def test_slice_when_its_run_stands_still_then_is_taken_from_it(slices: TimeSlices) -> None:
     one, two = Run(slices), Run(slices)
     one.batches(FEWEST, 0.0003)
     two.batches(FEWEST, 0.0003)  # comes back, though the slice never ends
@@ -225,7 +225,7 @@ def test_slice_when_several_wait_then_patience_is_with_each_holder_anew() -> Non
         looked.set()
         return now
 
-    slices = Slices(patience=0.1, clock=clock)
+    slices = TimeSlices(patience=0.1, clock=clock)
     line = slices.line = Line()
     one, two, three = Run(slices), Run(slices), Run(slices)
     one.batches(FEWEST, 0.0003)
@@ -250,7 +250,7 @@ def test_slice_when_several_wait_then_patience_is_with_each_holder_anew() -> Non
     assert slices.holder is three.part
 
 
-def test_run_when_progress_is_told_then_it_keeps_its_slice(slices: Slices) -> None:
+def test_run_when_progress_is_told_then_it_keeps_its_slice(slices: TimeSlices) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(FEWEST, 0.0003)
     run.part.observe(
@@ -262,7 +262,7 @@ def test_run_when_progress_is_told_then_it_keeps_its_slice(slices: Slices) -> No
 
 
 def test_run_when_an_event_ended_its_slice_then_has_another_after_one_batch(
-    slices: Slices,
+    slices: TimeSlices,
 ) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(FEWEST, 0.0003)
@@ -272,7 +272,7 @@ def test_run_when_an_event_ended_its_slice_then_has_another_after_one_batch(
     assert slices.holder is run.part
 
 
-def test_run_when_it_ends_or_an_event_comes_then_its_slice_is_free(slices: Slices) -> None:
+def test_run_when_it_ends_or_an_event_comes_then_its_slice_is_free(slices: TimeSlices) -> None:
     one, two = Run(slices), Run(slices)
     one.batches(FEWEST, 0.0003)
     one.part.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
@@ -283,10 +283,10 @@ def test_run_when_it_ends_or_an_event_comes_then_its_slice_is_free(slices: Slice
     assert slices.runs == 1
 
 
-def test_wait_when_the_run_is_to_end_then_is_over_at_once(slices: Slices) -> None:
+def test_wait_when_the_run_is_to_end_then_is_over_at_once(slices: TimeSlices) -> None:
     one = Run(slices)
     control = RunControl()
-    other = Slice(lambda call: call(), control, slices=slices)
+    other = TimeSliceHook(lambda call: call(), control, slices=slices)
     one.batches(FEWEST, 0.0003)
     assert slices.holder is one.part
     control.stop()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fitloop import LoopState
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._data.sources import END, AheadSource, Feed, InlineSource, Source
-from fitloop._rng.lease import Turn
+from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
 
 GUARD = 20.0
@@ -267,15 +267,15 @@ def test_source_when_seeded_then_loader_and_steps_draw_from_a_stream_each(
         for _ in range(6):
             yield torch.rand(()).item()
 
-    turn = Turn()
-    turn.take(Stream(1))
+    turn = GeneratorLease()
+    turn.acquire(Stream(1))
     source = make(feed_of(batches(), stream=Stream(2), turn=turn))
     steps, loads = [], []
     for _ in range(6):
         steps.append(torch.rand(()).item())
         loads.append(source.fetch())
     source.close()
-    turn.give()
+    turn.release()
     assert steps == drawn_from(1)
     assert loads == drawn_from(2)
 

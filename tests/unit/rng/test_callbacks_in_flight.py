@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.models import seed_process
 
-from fitloop._rng.callbacks_in_flight import Resting
-from fitloop._rng.lease import Turn
+from fitloop._rng.callbacks_in_flight import CallbacksInFlight
+from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
 
 GUARD = 20.0
@@ -22,9 +22,9 @@ def never() -> bool:
 
 
 @pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> Resting:
-    resting = Resting(patience=GUARD)
-    monkeypatch.setattr("fitloop._rng.lease.RESTING", resting)
+def patient(monkeypatch: pytest.MonkeyPatch) -> CallbacksInFlight:
+    resting = CallbacksInFlight(patience=GUARD)
+    monkeypatch.setattr("fitloop._rng.lease.CALLBACKS_IN_FLIGHT", resting)
     return resting
 
 
@@ -39,47 +39,49 @@ def test_begin_when_another_is_in_a_callback_then_waits_and_keeps_its_numbers() 
         waits.set()
         return False
 
-    resting, training = Turn(), Turn(cancelled)
+    resting, training = GeneratorLease(), GeneratorLease(cancelled)
 
     def train() -> None:
-        training.begin(stream)
+        training.begin_pass(stream)
         begun.set()
-        training.revoke()
+        training.close()
 
-    held = resting.rest()
+    held = resting.suspend()
     thread = threading.Thread(target=train)
     thread.start()
     assert waits.wait(GUARD)
     drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
     assert not begun.is_set()
-    resting.rise(held)
+    resting.resume_from(held)
     assert begun.wait(GUARD)
     thread.join(GUARD)
-    resting.revoke()
+    resting.close()
     assert drawn == expected
     assert stream.state().python == untouched.state().python
     assert torch.equal(stream.state().torch, untouched.state().torch)
 
 
-def test_begin_when_it_was_begun_before_then_does_not_wait_again(patient: Resting) -> None:
-    training, resting = Turn(), Turn()
-    training.begin(Stream(1))
-    held = training.step_aside()
+def test_begin_when_it_was_begun_before_then_does_not_wait_again(
+    patient: CallbacksInFlight,
+) -> None:
+    training, resting = GeneratorLease(), GeneratorLease()
+    training.begin_pass(Stream(1))
+    held = training.release_fully()
     patient.begin(resting)
-    training.go_on(held)
-    training.begin(Stream(1))  # would wait until the guard
-    training.revoke()
+    training.restore(held)
+    training.begin_pass(Stream(1))  # would wait until the guard
+    training.close()
 
 
 def test_wait_when_a_callback_goes_on_then_has_an_end() -> None:
-    resting = Resting(patience=0.01)
+    resting = CallbacksInFlight(patience=0.01)
     resting.begin(callback := object())
     resting.wait(never)
     resting.end(callback)
 
 
 def test_wait_when_cancelled_then_ends() -> None:
-    resting, callback, is_cancelled = Resting(patience=GUARD), object(), threading.Event()
+    resting, callback, is_cancelled = CallbacksInFlight(patience=GUARD), object(), threading.Event()
     asked = threading.Event()
 
     def cancelled() -> bool:
@@ -97,7 +99,7 @@ def test_wait_when_cancelled_then_ends() -> None:
 
 
 def test_wait_when_a_callback_begins_later_then_is_not_for_that_one() -> None:
-    resting, first, second = Resting(patience=GUARD), object(), object()
+    resting, first, second = CallbacksInFlight(patience=GUARD), object(), object()
     asked = threading.Event()
 
     def cancelled() -> bool:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fitloop._rng import numpy_gauss
-from fitloop._rng.numpy_gauss import kept_gauss
+from fitloop._rng.numpy_gauss import cached_normal
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,6 @@ def test_gauss_after_any_draws_is_what_numpy_says(
                     np.random.seed(seed)
                 case _:
                     np.random.set_state({**begun, "has_gauss": 1, "gauss": 0.25})
-            state, kept = np.random.get_state(legacy=False), kept_gauss()
+            state, kept = np.random.get_state(legacy=False), cached_normal()
             assert (kept is not None) == bool(state["has_gauss"])
             assert kept is None or kept["gauss"] == state["gauss"]

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitloop._concurrency.control import Cancelled
-from fitloop._rng.fair_lock import Turnstile
-from fitloop._rng.lease import Turn
+from fitloop._rng.fair_lock import FairSharedLock
+from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream, Streams, fingerprint
 from fitloop._types import Phase
 
@@ -97,15 +97,15 @@ def test_turn_when_streams_interleave_then_each_draws_what_it_draws_alone(
     plan = data.draw(st.lists(st.tuples(st.integers(-1, count - 1), draws), max_size=20))
     with generators_kept():
         seed_process(99)
-        streams, turn = [Stream(seed) for seed in seeds], Turn(turnstile=Turnstile())
+        streams, turn = [Stream(seed) for seed in seeds], GeneratorLease(turnstile=FairSharedLock())
         drawn: dict[int, list[object]] = {key: [] for key in range(-1, count)}
         for key, names in plan:
             if key < 0:
-                turn.give()
+                turn.release()
             else:
-                turn.take(streams[key])
+                turn.acquire(streams[key])
             drawn[key] += draw(names)
-        turn.give()
+        turn.release()
     for key, seed in enumerate([*seeds, 99]):
         who = -1 if key == count else key
         together = [name for owner, names in plan if owner == who for name in names]
@@ -122,15 +122,15 @@ def test_turn_when_given_back_then_outside_is_exactly_as_before(
         draw(before)
         numpy: Any = np.random
         bits, states = numpy.get_bit_generator(), outside_state()
-        turn = Turn(turnstile=Turnstile())
-        turn.take(Stream(1))
+        turn = GeneratorLease(turnstile=FairSharedLock())
+        turn.acquire(Stream(1))
         draw(inside)
         if pause:
             turn.pause()
             assert outside_state() == states
             turn.resume()
             draw(inside)
-        turn.give()
+        turn.release()
         assert outside_state() == states
         assert numpy.get_bit_generator() is bits
 
@@ -146,13 +146,13 @@ def test_stream_of_process_when_made_then_goes_on_on_copies(kind: type, names: l
     use_bits(kind)
     draw(names)
     states = outside_state()
-    stream, turn = Stream.of_process(), Turn(turnstile=Turnstile())
-    turn.take(stream)
+    stream, turn = Stream.of_process(), GeneratorLease(turnstile=FairSharedLock())
+    turn.acquire(stream)
     drawn = draw(sorted(DRAWS))
-    turn.give()
-    turn.take(stream)
+    turn.release()
+    turn.acquire(stream)
     drawn += draw(sorted(DRAWS))
-    turn.give()
+    turn.release()
     assert outside_state() == states
     assert draw(sorted(DRAWS) * 2) == drawn
 
@@ -161,28 +161,28 @@ def test_stream_of_process_when_made_then_goes_on_on_copies(kind: type, names: l
 @settings(deadline=None, max_examples=60)
 def test_stream_when_copied_then_both_draw_the_same(first: list[str], then: list[str]) -> None:
     with generators_kept():
-        stream, turn = Stream(5), Turn(turnstile=Turnstile())
-        turn.take(stream)
+        stream, turn = Stream(5), GeneratorLease(turnstile=FairSharedLock())
+        turn.acquire(stream)
         draw(first)
-        turn.give()
+        turn.release()
         twin = stream.copy()
         results = []
         for each in (stream, twin):
-            turn.take(each)
+            turn.acquire(each)
             results.append(draw(then))
-            turn.give()
+            turn.release()
         assert results[0] == results[1]
         assert results[0] == alone(5, [*first, *then])[len(first) :]
 
 
 def test_streams_when_phases_differ_then_numbers_differ_and_training_has_the_seed() -> None:
-    streams, turn = Streams(7), Turn(turnstile=Turnstile())
+    streams, turn = Streams(7), GeneratorLease(turnstile=FairSharedLock())
     first = []
     for phase in Phase:
         for stream in (streams.steps(phase), streams.loader(phase)):
-            turn.take(stream)
+            turn.acquire(stream)
             first.append(repr(draw(["torch", "random", "numpy"])))
-    turn.give()
+    turn.release()
     assert len(set(first)) == len(first)
     assert first[0] == repr(alone(7, ["torch", "random", "numpy"]))
 
@@ -210,9 +210,9 @@ def test_fingerprint_when_cached_half_of_a_pair_is_used_then_it_changes() -> Non
 class Waiter:
     """A thread that takes a turn, notes its name and gives it back."""
 
-    def __init__(self, turnstile: Turnstile, name: str, log: list[str]) -> None:
+    def __init__(self, turnstile: FairSharedLock, name: str, log: list[str]) -> None:
         self.cancelled = False
-        self.turn = Turn(self._is_cancelled, (), turnstile)
+        self.turn = GeneratorLease(self._is_cancelled, (), turnstile)
         self.error: BaseException | None = None
         self._name, self._log = name, log
         self._in_line = threading.Event()
@@ -230,9 +230,9 @@ class Waiter:
 
     def _run(self) -> None:
         try:
-            self.turn.take(Stream(1))
+            self.turn.acquire(Stream(1))
             self._log.append(self._name)
-            self.turn.give()
+            self.turn.release()
         except BaseException as error:
             self.error = error
 
@@ -242,13 +242,13 @@ class Waiter:
 
 
 def test_turnstile_when_several_wait_then_first_come_first_served() -> None:
-    turnstile, log = Turnstile(), list[str]()
-    holder = Turn(turnstile=turnstile)
-    holder.take(Stream(0))
+    turnstile, log = FairSharedLock(), list[str]()
+    holder = GeneratorLease(turnstile=turnstile)
+    holder.acquire(Stream(0))
     waiters = [Waiter(turnstile, name, log).queue() for name in "abcd"]
     assert turnstile.contended
     log.append("holder")
-    holder.give()
+    holder.release()
     for waiter in waiters:
         waiter.join()
     assert log == ["holder", "a", "b", "c", "d"]
@@ -256,110 +256,110 @@ def test_turnstile_when_several_wait_then_first_come_first_served() -> None:
 
 def test_turnstile_when_a_callback_draws_then_it_joins_another_past_the_line() -> None:
     """The other may hold a lock that this one waits for, or this one a lock that the other does."""
-    turnstile, log = Turnstile(), list[str]()
-    one, two, late = (Turn(turnstile=turnstile) for _ in range(3))
-    turnstile.admit(one, lambda: False, shared=True)
+    turnstile, log = FairSharedLock(), list[str]()
+    one, two, late = (GeneratorLease(turnstile=turnstile) for _ in range(3))
+    turnstile.acquire(one, lambda: False, shared=True)
     waiter = Waiter(turnstile, "a", log).queue()
-    turnstile.admit(two, lambda: False, shared=True, joins=True)
-    turnstile.dismiss(one)
-    turnstile.admit(late, lambda: False, shared=True, joins=True)
-    turnstile.dismiss(late)
+    turnstile.acquire(two, lambda: False, shared=True, joins=True)
+    turnstile.release(one)
+    turnstile.acquire(late, lambda: False, shared=True, joins=True)
+    turnstile.release(late)
     assert log == []
-    turnstile.dismiss(two)
+    turnstile.release(two)
     waiter.join()
     assert log == ["a"]
 
 
 def test_turn_when_it_breathes_then_those_in_line_go_first() -> None:
-    turnstile, log = Turnstile(), list[str]()
-    holder, stream = Turn(turnstile=turnstile), Stream(3)
-    holder.take(stream)
+    turnstile, log = FairSharedLock(), list[str]()
+    holder, stream = GeneratorLease(turnstile=turnstile), Stream(3)
+    holder.acquire(stream)
     first = draw(["torch", "numpy normal"])
     waiters = [Waiter(turnstile, name, log).queue() for name in "ab"]
-    holder.breathe()
+    holder.yield_to_waiters()
     log.append("holder")
     rest = draw(["torch", "numpy normal"])
-    holder.give()
+    holder.release()
     for waiter in waiters:
         waiter.join()
     assert log == ["a", "b", "holder"]
-    holder.revoke()
+    holder.close()
     assert first + rest == alone(3, ["torch", "numpy normal"] * 2)
 
 
 def test_turn_when_nobody_waits_then_breathing_keeps_it() -> None:
-    turnstile = Turnstile()
-    turn, stream = Turn(turnstile=turnstile), Stream(3)
-    turn.take(stream)
-    turn.breathe()
+    turnstile = FairSharedLock()
+    turn, stream = GeneratorLease(turnstile=turnstile), Stream(3)
+    turn.acquire(stream)
+    turn.yield_to_waiters()
     assert turn.stream is stream
-    turn.give()
+    turn.release()
     assert turn.stream is None
-    turn.breathe()
+    turn.yield_to_waiters()
     assert turn.stream is None
 
 
 def test_turn_when_cancelled_in_line_then_raises_and_others_keep_their_places() -> None:
-    turnstile, log = Turnstile(), list[str]()
-    holder = Turn(turnstile=turnstile)
-    holder.take(Stream(0))
+    turnstile, log = FairSharedLock(), list[str]()
+    holder = GeneratorLease(turnstile=turnstile)
+    holder.acquire(Stream(0))
     waiters = [Waiter(turnstile, name, log).queue() for name in "abc"]
     waiters[0].cancelled = True
-    waiters[0].turn.wake()
+    waiters[0].turn.notify_cancelled()
     waiters[0].join()
     assert isinstance(waiters[0].error, Cancelled)
     assert log == []
-    holder.give()
+    holder.release()
     for waiter in waiters[1:]:
         waiter.join()
     assert log == ["b", "c"]
 
 
 def test_turn_when_revoked_then_others_go_on_and_outside_is_back() -> None:
-    turnstile, log = Turnstile(), list[str]()
+    turnstile, log = FairSharedLock(), list[str]()
     states = outside_state()
-    lost = Turn(turnstile=turnstile)
-    lost.take(Stream(0))
+    lost = GeneratorLease(turnstile=turnstile)
+    lost.acquire(Stream(0))
     draw(sorted(DRAWS))
     waiter = Waiter(turnstile, "a", log).queue()
-    lost.revoke()
+    lost.close()
     waiter.join()
     assert log == ["a"]
     assert outside_state() == states
-    lost.give()  # the thread that comes back too late ends nothing
-    again = Turn(turnstile=turnstile)
-    again.take(Stream(1))
-    lost.give()
+    lost.release()  # the thread that comes back too late ends nothing
+    again = GeneratorLease(turnstile=turnstile)
+    again.acquire(Stream(1))
+    lost.release()
     other = Waiter(turnstile, "b", log).queue()
     assert log == ["a"]
-    again.give()
+    again.release()
     other.join()
 
 
 def test_turn_when_none_is_taken_then_nothing_is_asked_for() -> None:
-    turnstile = Turnstile()
-    turn = Turn(turnstile=turnstile)
-    turn.take(None)
-    turn.give()
+    turnstile = FairSharedLock()
+    turn = GeneratorLease(turnstile=turnstile)
+    turn.acquire(None)
+    turn.release()
     turn.pause()
     turn.resume()
-    other = Turn(turnstile=turnstile)
-    other.take(Stream(1))
-    turn.take(None)
-    other.give()
+    other = GeneratorLease(turnstile=turnstile)
+    other.acquire(Stream(1))
+    turn.acquire(None)
+    other.release()
 
 
 def test_turn_when_two_threads_share_the_generators_then_each_draws_what_it_draws_alone() -> None:
-    turnstile, names = Turnstile(), sorted(DRAWS) * 4
+    turnstile, names = FairSharedLock(), sorted(DRAWS) * 4
     drawn: dict[int, list[object]] = {}
 
     def run(seed: int) -> None:
-        turn, mine = Turn(turnstile=turnstile), list[object]()
-        turn.take(Stream(seed))
+        turn, mine = GeneratorLease(turnstile=turnstile), list[object]()
+        turn.acquire(Stream(seed))
         for name in names:
             mine.append(DRAWS[name]())
-            turn.breathe()
-        turn.revoke()
+            turn.yield_to_waiters()
+        turn.close()
         drawn[seed] = mine
 
     threads = [threading.Thread(target=run, args=(seed,)) for seed in (1, 2, 3)]

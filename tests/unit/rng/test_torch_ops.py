@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode, get_overridable_functions
 
-from fitloop._rng.torch_ops import drawing_ops, hides_its_draws, may_draw
+from fitloop._rng.torch_ops import is_opaque, may_use_rng, rng_ops
 
 
 def aten_ops() -> list[Any]:
@@ -33,13 +33,13 @@ def test_ops_when_torch_says_that_they_draw_then_all_are_known() -> None:
     assert tagged
     takes = [op for op in ops if any("Generator" in str(a.type) for a in op._schema.arguments)]
     for op in [*tagged, *takes]:
-        assert {op.__name__, op.__name__.split(".")[0]} <= drawing_ops()
+        assert {op.__name__, op.__name__.split(".")[0]} <= rng_ops()
 
 
 def test_functions_in_python_when_they_are_dropouts_and_the_like_then_are_known() -> None:
     functions = {f for group in get_overridable_functions().values() for f in group}
     python = [f for f in functions if isinstance(f, FunctionType)]
-    drawing = {f.__name__ for f in python if may_draw(f, (), {})}
+    drawing = {f.__name__ for f in python if may_use_rng(f, (), {})}
     assert {"dropout", "alpha_dropout", "feature_alpha_dropout", "rrelu"} <= drawing
     assert {"gumbel_softmax", "multi_head_attention_forward", "fractional_max_pool2d"} <= drawing
     assert not {"cross_entropy", "batch_norm", "relu", "softmax", "einsum"} & drawing
@@ -92,7 +92,7 @@ class Seen(TorchFunctionMode):
         self.drawing: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if may_draw(func, args, kwargs):
+        if may_use_rng(func, args, kwargs):
             self.drawing.append(func.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -112,7 +112,7 @@ def test_call_when_it_draws_then_it_was_told(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch
 def test_model_when_scripted_or_compiled_then_its_draws_are_hidden() -> None:
     plain = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    assert not hides_its_draws(plain, nn.CrossEntropyLoss(), None)
+    assert not is_opaque(plain, nn.CrossEntropyLoss(), None)
     compiled = nn.Linear(2, 2)
     compiled.compile()
-    assert hides_its_draws(nn.Sequential(compiled))
+    assert is_opaque(nn.Sequential(compiled))
