@@ -47,7 +47,7 @@ def blockbuster() -> Iterator[BlockBuster]:
             # Half a millisecond at most, while a thread of its own ends.
             function.can_block_in("fitloop/_concurrency/supervisor.py", {"is_alive"})
             # The current directory, of which the system knows without a disk.
-            function.can_block_in("fitloop/backends/base.py", {"check_place"})
+            function.can_block_in("fitloop/backends/thread.py", {"check_save_path"})
         yield buster
 
 

@@ -24,7 +24,7 @@ from fitloop._run.launch import dry_plan, launch
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
 from fitloop._types import Loader, Phase
-from fitloop.backends.base import as_trainer, made_by
+from fitloop.backends.thread import as_trainer, build_from
 
 
 async def benchmark(
@@ -109,7 +109,7 @@ async def _trainer_of(given: Any) -> FitLoop:
             f"benchmark() was given {given!r:.80}; expected a FitLoop, or a function without "
             "arguments that returns one"
         )
-    return as_trainer(await made_by(given, (), "benchmark"), "benchmark")
+    return as_trainer(await build_from(given, (), "benchmark"), "benchmark")
 
 
 @contextmanager

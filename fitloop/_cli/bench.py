@@ -33,7 +33,7 @@ from fitloop._errors import ConfigurationError, FitLoopError, listed
 from fitloop._storage.durable import reason, write_file
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
-from fitloop.backends.base import as_trainer, made_by
+from fitloop.backends.thread import as_trainer, build_from
 
 _ABOUT = """\
 Time the train phase of your own trainer: what fitloop's loop costs beside one written by hand,
@@ -135,7 +135,7 @@ def _measure(factory: Callable[[], Any], given: argparse.Namespace) -> BenchRepo
 
 async def _run(factory: Callable[[], Any], given: argparse.Namespace) -> BenchReport:
     async def make() -> FitLoop:
-        made = as_trainer(await made_by(factory, (), "bench"), str(given.target))
+        made = as_trainer(await build_from(factory, (), "bench"), str(given.target))
         if given.device is not None and made.device != given.device:
             raise ConfigurationError(
                 f"--device is {given.device}, but the function gives its trainer device="

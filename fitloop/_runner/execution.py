@@ -19,13 +19,13 @@ from fitloop._defaults import Shares
 from fitloop._errors import note
 from fitloop._events import Event
 from fitloop._run.launch import Callback, run_in_thread
-from fitloop._runner.jobs import Outcome, forget_frames
+from fitloop._runner.jobs import Outcome, clear_frames
 from fitloop._runner.outcomes import restored, write_outcome
 from fitloop.backends.base import Backend, JobSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Execution:
+class JobExecutor:
     """How the jobs of a Runner are executed."""
 
     backend: Backend
@@ -35,7 +35,7 @@ class Execution:
     push: Callable[[Event], None]
     """takes events from any thread"""
 
-    async def outcome_of(self, spec: JobSpec) -> Outcome:
+    async def execute(self, spec: JobSpec) -> Outcome:
         """Execute a job; raises nothing that it raised.
 
         Cancellation: the training ends at a batch boundary, and the cancellation is raised.
@@ -91,10 +91,10 @@ class Execution:
     def _failed(self, outcome: Outcome, error: BaseException) -> Outcome:
         note(error, f"in job {outcome.name!r}")
         if not self.keep_trainers:  # else the local variables of its frames would
-            forget_frames(error)
+            clear_frames(error)
         return replace(outcome, error=error)
 
 
-def is_of_the_job(error: BaseException) -> bool:
+def is_job_error(error: BaseException) -> bool:
     """Return whether an error is the job's alone, and not of the program, such as SystemExit."""
     return isinstance(error, Exception | asyncio.CancelledError)

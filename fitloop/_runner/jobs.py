@@ -23,7 +23,7 @@ from fitloop._run.fit_options import fit_option
 from fitloop._trainer.fitloop import FitLoop
 from fitloop.backends.base import JobSpec
 
-LONGEST_NAME, LONGEST_PLACE = 120, 200
+LONGEST_NAME, LONGEST_NAME_BYTES = 120, 200
 """characters and bytes of the name of a job's directory; file systems take 255 bytes"""
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 
@@ -174,7 +174,7 @@ def _unknown(name: str, option: str, known: tuple[str, ...]) -> str:
     )
 
 
-class Ended:
+class CompletedJobs:
     """The outcomes of the jobs that are over, in the order in which they ended."""
 
     def __init__(self) -> None:
@@ -210,7 +210,7 @@ class Ended:
             await self._changed.wait()
 
 
-def forget_frames(error: BaseException) -> None:
+def clear_frames(error: BaseException) -> None:
     """Clear the local variables of an error's traceback, which would keep a trainer alive."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]
@@ -225,7 +225,7 @@ def forget_frames(error: BaseException) -> None:
             todo += one.exceptions
 
 
-def is_text(name: str) -> bool:
+def is_encodable(name: str) -> bool:
     """Return whether a name can be written down: half of a surrogate pair cannot."""
     try:
         name.encode()
@@ -234,7 +234,7 @@ def is_text(name: str) -> bool:
     return True
 
 
-def safe_name(name: str) -> str:
+def directory_name(name: str) -> str:
     """Return a name of a directory for a job.
 
     What file systems or shells take amiss is ``_``, and a long one is cut; then there is a digest
@@ -248,7 +248,7 @@ def safe_name(name: str) -> str:
         raise ConfigurationError(f"name is {name!r}; expected one that a directory can have")
     if place.startswith("."):
         place = f"_{place[1:]}"
-    if place == name and len(name) <= LONGEST_NAME and len(name.encode()) <= LONGEST_PLACE:
+    if place == name and len(name) <= LONGEST_NAME and len(name.encode()) <= LONGEST_NAME_BYTES:
         return place
-    short = place[:LONGEST_NAME].encode()[:LONGEST_PLACE].decode(errors="ignore")
+    short = place[:LONGEST_NAME].encode()[:LONGEST_NAME_BYTES].decode(errors="ignore")
     return f"{short}-{blake2s(name.encode(), digest_size=8).hexdigest()}"

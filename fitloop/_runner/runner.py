@@ -28,19 +28,19 @@ from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
 from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import Callback, run_in_thread
-from fitloop._runner.execution import Execution, is_of_the_job
+from fitloop._runner.execution import JobExecutor, is_job_error
 from fitloop._runner.jobs import (
-    Ended,
+    CompletedJobs,
     Job,
     Outcome,
     cancelled,
     check_options,
-    is_text,
-    safe_name,
+    directory_name,
+    is_encodable,
 )
 from fitloop._storage.durable import DirectoryLock
 from fitloop.backends.base import Backend, JobSpec
-from fitloop.backends.process.backend import backend_of
+from fitloop.backends.process.backend import resolve_backend
 
 _HOW = "have the event loop call it, as with anyio.from_thread.run_sync or call_soon_threadsafe"
 
@@ -103,7 +103,7 @@ class Runner:
     ) -> None:
         most = check_optional("max_concurrent", max_concurrent, 1, meaning="trainings at a time")
         self._most = most or available_cores()
-        self._backend = backend_of(backend)
+        self._backend = resolve_backend(backend)
         self._save_path = None if save_path is None else checked_path(save_path)
         if checkpoint is not None and save_path is None:
             raise ConfigurationError(
@@ -112,7 +112,7 @@ class Runner:
         self._checkpoint = check_checkpoint(checkpoint, resume=False)
         self._fail_fast = fail_fast
         self._listeners = EventStreams()
-        self._execution = Execution(
+        self._execution = JobExecutor(
             backend=self._backend,
             shares=Shares(self._most, own_streams=cuda_streams),
             callbacks=check_callbacks(callbacks),
@@ -123,7 +123,7 @@ class Runner:
         self._waiting: OrderedDict[str, Job] = OrderedDict()
         self._running = 0
         self._submitted = 0
-        self._ended = Ended()
+        self._ended = CompletedJobs()
         self._failure: BaseException | None = None
         self._group: Any = None
         self._thread = 0
@@ -217,7 +217,7 @@ class Runner:
         if threading.get_ident() != self._thread:
             raise RuntimeError("submit() was called in another thread than the Runner's; " + _HOW)
         name = self._default_name(target) if name is None else str(name)
-        if not name or not is_text(name):
+        if not name or not is_encodable(name):
             raise ConfigurationError(
                 f"name is {name!r}; expected a name, or None for one of its own"
             )
@@ -225,7 +225,7 @@ class Runner:
             raise ConfigurationError(f"there is a job {name!r} already; give another name=")
         directory = None
         if self._save_path is not None:
-            directory = self._save_path / safe_name(name)
+            directory = self._save_path / directory_name(name)
             if self._checkpoint is not None:
                 options.setdefault("checkpoint", self._checkpoint)
         check_options(name, target, options)
@@ -320,12 +320,12 @@ class Runner:
             with scope:
                 await anyio.lowlevel.checkpoint_if_cancelled()
                 self._listeners.push(JobStarted(trainer=job.name))
-                outcome = await self._execution.outcome_of(job.spec)
+                outcome = await self._execution.execute(job.spec)
         finally:
             self._running -= 1
             if outcome is None:
                 outcome = cancelled(job, time.perf_counter() - began)
-            if outcome.error is not None and not is_of_the_job(outcome.error):
+            if outcome.error is not None and not is_job_error(outcome.error):
                 self._fail(outcome.error)
             self._end(job, outcome)
             if self._open:

@@ -1,6 +1,7 @@
 """Backends: where the trainings of a `Runner` run."""
 
-from fitloop.backends.base import Backend, JobSpec, ThreadBackend
+from fitloop.backends.base import Backend, JobSpec
 from fitloop.backends.process.backend import ProcessBackend
+from fitloop.backends.thread import ThreadBackend
 
 __all__ = ["Backend", "JobSpec", "ProcessBackend", "ThreadBackend"]

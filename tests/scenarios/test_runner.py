@@ -39,7 +39,7 @@ from fitloop._defaults import available_cores
 from fitloop._rng.exclusive import alone_in_steps
 from fitloop._rng.fair_lock import GLOBAL_RNG_LOCK
 from fitloop._runner import execution
-from fitloop._runner.jobs import safe_name
+from fitloop._runner.jobs import directory_name
 from fitloop._runner.outcomes import write_outcome
 
 QUIET: dict[str, Any] = {"verbose": False}
@@ -642,7 +642,7 @@ async def test_sweep_when_a_job_was_cut_off_then_goes_on_to_the_same_bits(tmp_pa
             assert "in job 'a job'" in found["a job"].traceback
     assert outcome.result is not None
     assert outcome.result.epochs == 4
-    assert outcome.weights == tmp_path / safe_name("a job") / "weights.msgpack"
+    assert outcome.weights == tmp_path / directory_name("a job") / "weights.msgpack"
     for name, value in plain.model.state_dict().items():
         assert torch.equal(outcome.trainer.model.state_dict()[name], value)  # type: ignore[union-attr]
     assert found["a job"].status == "done"
@@ -677,9 +677,9 @@ def test_safe_name_when_given_any_name_then_is_one_of_a_directory(
 ) -> None:
     if place is None:
         with pytest.raises(ConfigurationError, match="expected one that a directory can have"):
-            safe_name(name)
+            directory_name(name)
     else:
-        assert re.sub("-[0-9a-f]{16}$", "-0", safe_name(name)) == place
+        assert re.sub("-[0-9a-f]{16}$", "-0", directory_name(name)) == place
 
 
 async def test_names_when_their_directories_would_look_alike_then_each_has_its_own(

@@ -1,6 +1,6 @@
 """Trainings in worker processes: the backend, which carries jobs there and tries again.
 
-The worker's side is `_process_worker`, the conversation with one `_process_talk`.
+The worker's side is `worker`, the client of one `client`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from fitloop._errors import ConfigurationError, WorkerDiedError, WorkerDiedWarni
 from fitloop._events import Event
 from fitloop._rng.exclusive import GivenWay
 from fitloop._run.launch import is_async_callback, run_in_thread
-from fitloop.backends.base import Backend, Done, JobSpec, ThreadBackend
-from fitloop.backends.process.conversation import Conversation, carried
-from fitloop.backends.process.pool import Pool
-from fitloop.backends.process.serialization import pack_job
+from fitloop.backends.base import Backend, JobSpec, TrainingResult
+from fitloop.backends.process.client import WorkerClient, options_for_worker
+from fitloop.backends.process.pool import WorkerPool
+from fitloop.backends.process.serialization import serialize_job
 from fitloop.backends.process.worker import serve
+from fitloop.backends.thread import ThreadBackend
 
 MOST_NICE = 19
 
 
-def backend_of(given: Any) -> Backend:
+def resolve_backend(given: Any) -> Backend:
     """Return the backend that a `Runner` was given, perhaps by its name.
 
     Raises:
@@ -97,7 +98,7 @@ class ProcessBackend:
     def __init__(self, *, retries: int = 1, grace: float = 10.0, nice: int = 0) -> None:
         self._retries = check_number("retries", retries, 0)
         self._grace = check_seconds("grace", grace) or 0.0
-        self._pool = Pool(partial(serve, check_nice(nice)))
+        self._pool = WorkerPool(partial(serve, check_nice(nice)))
 
     def check(self, spec: JobSpec) -> None:
         """Refuse what cannot go to another process.
@@ -105,10 +106,12 @@ class ProcessBackend:
         Raises:
             ConfigurationError: it could not.
         """
-        pack_job(spec.name, (spec.target, spec.args, carried(spec)))
+        serialize_job(spec.name, (spec.target, spec.args, options_for_worker(spec)))
         ThreadBackend().check(spec)
 
-    async def run(self, spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> Done:
+    async def run(
+        self, spec: JobSpec, share: Share, tell: Callable[[Event], None]
+    ) -> TrainingResult:
         """Have a worker do the training, and another one if that dies.
 
         Raises what the training raised, with the worker's traceback as a note, or
@@ -130,7 +133,9 @@ class ProcessBackend:
                 )
         raise AssertionError
 
-    async def _try(self, spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> Done:
+    async def _try(
+        self, spec: JobSpec, share: Share, tell: Callable[[Event], None]
+    ) -> TrainingResult:
         event_bus, control = EventBus(), RunControl()
         side = LoopSide(control)
         companions, plain = [], []
@@ -143,11 +148,11 @@ class ProcessBackend:
                     companions.append(partial(feed_callback, stream, callback))
                 else:
                     plain.append(callback)
-            talk = Conversation(
+            talk = WorkerClient(
                 self._pool, spec, share, control, side, event_bus, tell, plain, self._grace
             )
             try:
-                done: Done = await supervise(
+                done: TrainingResult = await supervise(
                     talk,
                     control,
                     side,

@@ -26,7 +26,7 @@ END_SECONDS = 5.0
 """for a process that has hung up to be gone"""
 
 _starting = threading.Lock()
-_alive: weakref.WeakSet[Worker] = weakref.WeakSet()
+_alive: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
 _ends: weakref.WeakSet[Any] = weakref.WeakSet()
 """of channels that this process has open"""
 
@@ -49,7 +49,7 @@ def _kill_all() -> None:
         worker.process.kill()
 
 
-class Worker:
+class WorkerProcess:
     """A worker process, and the channel to it."""
 
     def __init__(self, serve: Callable[..., None]) -> None:
@@ -120,7 +120,7 @@ class Worker:
             os.unlink(self._log)
 
 
-class Pool:
+class WorkerPool:
     """Workers that wait for something to do.
 
     Args:
@@ -129,21 +129,21 @@ class Pool:
 
     def __init__(self, serve: Callable[..., None]) -> None:
         self._serve = serve
-        self._idle: list[Worker] = []
+        self._idle: list[WorkerProcess] = []
         self._lock = threading.Lock()
 
-    def take(self) -> Worker:
+    def take(self) -> WorkerProcess:
         """Return a worker that does nothing; blocks while one is started."""
         while True:
             with self._lock:
                 worker = self._idle.pop() if self._idle else None
             if worker is None:
-                return Worker(self._serve)
+                return WorkerProcess(self._serve)
             if worker.process.exitcode is None:
                 return worker
             worker.close()
 
-    def give(self, worker: Worker) -> None:
+    def give(self, worker: WorkerProcess) -> None:
         """Have a worker back that does nothing."""
         with self._lock:
             self._idle.append(worker)
@@ -171,7 +171,7 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def how_ended(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
     """Tell how a process ended."""
     if code is None or code >= 0:
         return f"ended by itself, with exit code {code}"

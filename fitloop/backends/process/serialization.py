@@ -18,8 +18,8 @@ from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
 
 
-def pack_job(name: str, contents: Any) -> bytes:
-    """Return what a job is made of as bytes, for `unpack_job`.
+def serialize_job(name: str, contents: Any) -> bytes:
+    """Return what a job is made of as bytes, for `deserialize_job`.
 
     Raises:
         ConfigurationError: cloudpickle is not installed, or there is something in it that cannot
@@ -63,13 +63,13 @@ def _has_parameters(value: Any) -> bool:
     return "_parameters" not in vars(value) or any(True for _ in value.parameters())
 
 
-def unpack_job(data: bytes) -> Any:
-    """Return what `pack_job` was given; raises whatever unpickling raises."""
+def deserialize_job(data: bytes) -> Any:
+    """Return what `serialize_job` was given; raises whatever unpickling raises."""
     return pickle.loads(data)
 
 
-def pack_error(error: BaseException) -> tuple[list[bytes], str, str]:
-    """Return an error for `unpack_error`: ways to make it again, what it is, its traceback."""
+def serialize_error(error: BaseException) -> tuple[list[bytes], str, str]:
+    """Return an error for `deserialize_error`: ways to make it again, what it is, its traceback."""
     import cloudpickle
 
     told = in_words(error)
@@ -90,7 +90,7 @@ def pack_error(error: BaseException) -> tuple[list[bytes], str, str]:
     return ways, f"{told}\n{notes}".rstrip(), text
 
 
-def unpack_error(packed: tuple[list[bytes], str, str]) -> Exception:
+def deserialize_error(packed: tuple[list[bytes], str, str]) -> Exception:
     """Return the error, with the traceback of where it was raised as a note.
 
     One that cannot be made again is a `RemoteError`.

@@ -29,9 +29,10 @@ import torch
 from fitloop._concurrency.event_loops import Doorbell, loop_scheduler
 from fitloop._defaults import SHARE, Share
 from fitloop._events import Event, PromptAsked
-from fitloop.backends.base import Done, JobSpec, build, train
-from fitloop.backends.process.serialization import pack_error, unpack_job
-from fitloop.backends.process.worker_output import InTurn, Lines
+from fitloop.backends.base import JobSpec, TrainingResult
+from fitloop.backends.process.serialization import deserialize_job, serialize_error
+from fitloop.backends.process.worker_output import ForwardedStream, SerializedCall
+from fitloop.backends.thread import build, train
 
 
 def serve(nice: int, connection: Connection, log_path: str, start_method: str | None) -> None:
@@ -79,7 +80,7 @@ class _Worker:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._send_in_turn = InTurn(connection.send)
+        self._send_in_turn = SerializedCall(connection.send)
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._job = _Job(b"")
         self._asked = 0
@@ -90,7 +91,7 @@ class _Worker:
 
     def work(self) -> None:
         """Do jobs for ever: the process ends when the parent hangs up."""
-        outputs = Lines("stdout", 1, self.send), Lines("stderr", 2, self.send)
+        outputs = ForwardedStream("stdout", 1, self.send), ForwardedStream("stderr", 2, self.send)
         sys.stdout, sys.stderr = outputs
         if hasattr(
             os, "register_at_fork"
@@ -131,18 +132,20 @@ class _Worker:
     def _do(self, job: _Job) -> tuple[Any, ...]:
         """Do a job and return the last message about it."""
         try:
-            spec, share, asks = unpack_job(job.data)
+            spec, share, asks = deserialize_job(job.data)
             job.data = b""
             if share.num_threads is not None:
                 torch.set_num_threads(share.num_threads)
             done = anyio.run(self._train, job, spec, share, asks)
         except BaseException as error:  # crosses to the parent
-            return "failed", pack_error(error)
+            return "failed", serialize_error(error)
         if done is None:
             return ("cancelled",)
         return "done", done.result, done.weights
 
-    async def _train(self, job: _Job, spec: JobSpec, share: Share, asks: bool) -> Done | None:
+    async def _train(
+        self, job: _Job, spec: JobSpec, share: Share, asks: bool
+    ) -> TrainingResult | None:
         schedule = loop_scheduler()
         with anyio.CancelScope() as scope:
             job.cancel = lambda: schedule(scope.cancel)

@@ -1,6 +1,6 @@
 """What is printed in a worker process, on its way to the parent: whole lines, one after the other.
 
-Knows no job and no channel: `Lines` calls a function with what is to be sent.
+Knows no job and no channel: `ForwardedStream` calls a function with what is to be sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class InTurn:
+class SerializedCall:
     """Has a function called by one thread at a time.
 
     Not within itself: a call may have the garbage collector run code that calls again, which would
@@ -42,7 +42,7 @@ class InTurn:
                 self._inside = False
 
 
-class Lines(io.TextIOBase):
+class ForwardedStream(io.TextIOBase):
     """A ``sys.stdout`` whose lines go to the parent."""
 
     encoding = "utf-8"
@@ -50,7 +50,7 @@ class Lines(io.TextIOBase):
 
     def __init__(self, name: str, descriptor: int, send: Callable[..., None]) -> None:
         self._name, self._descriptor, self._send = name, descriptor, send
-        self._take_in_turn = InTurn(self._take)
+        self._take_in_turn = SerializedCall(self._take)
         self._rest = ""
         self.buffer = io.BufferedWriter(_Bytes(self), 1)
 
@@ -75,7 +75,7 @@ class Lines(io.TextIOBase):
         """Send the lines that end; for None what there is of one."""
         if text is None:
             if self._rest:
-                self._send("unended", self._name, self._rest)
+                self._send("partial_line", self._name, self._rest)
             return
         lines, end, rest = (self._rest + text).rpartition("\n")
         self._rest = rest.rpartition("\r")[2]  # of a bar that is drawn over itself: the last
@@ -89,7 +89,7 @@ class Lines(io.TextIOBase):
             if word == "print":
                 os.write(self._descriptor, text.encode(errors="replace"))
 
-        self._take_in_turn, self._rest, self._send = InTurn(self._take), "", write
+        self._take_in_turn, self._rest, self._send = SerializedCall(self._take), "", write
 
     def end_line(self) -> None:
         """Send what is left of a line."""
@@ -100,7 +100,7 @@ class Lines(io.TextIOBase):
 class _Bytes(io.RawIOBase):
     """What ``sys.stdout.buffer`` writes to: text again, for the same lines."""
 
-    def __init__(self, lines: Lines) -> None:
+    def __init__(self, lines: ForwardedStream) -> None:
         self._lines = lines
         self._decoder = codecs.getincrementaldecoder(lines.encoding)(lines.errors)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitloop.backends.process.worker_output import InTurn, Lines
+from fitloop.backends.process.worker_output import ForwardedStream, SerializedCall
 
 
 class Channel:
@@ -35,7 +35,7 @@ def channel() -> Channel:
 def test_write_when_the_collector_has_another_print_within_then_it_is_sent_after(
     channel: Channel,
 ) -> None:
-    lines = Lines("stdout", 1, channel.send)
+    lines = ForwardedStream("stdout", 1, channel.send)
     channel.within = lambda: print("bye", file=lines)
     lines.write("one\ntwo")
     lines.write("!\n")
@@ -54,7 +54,7 @@ def test_call_when_within_itself_then_comes_after_and_other_threads_wait() -> No
             assert go_on.wait(20)
             seen.append("outer ends")
 
-    in_turn = InTurn(take)
+    in_turn = SerializedCall(take)
     threads = [threading.Thread(target=in_turn, args=["outer"])]
     threads[0].start()
     assert inside.wait(20)
@@ -67,21 +67,21 @@ def test_call_when_within_itself_then_comes_after_and_other_threads_wait() -> No
 
 
 def test_call_when_it_raises_then_the_next_one_is_made(channel: Channel) -> None:
-    in_turn = InTurn(lambda given: 1 // given)
+    in_turn = SerializedCall(lambda given: 1 // given)
     with pytest.raises(ZeroDivisionError):
         in_turn(0)
     in_turn(1)
 
 
 def test_flush_when_a_line_has_no_end_then_tells_what_there_is(channel: Channel) -> None:
-    lines = Lines("stderr", 2, channel.send)
+    lines = ForwardedStream("stderr", 2, channel.send)
     lines.write("whole\nloading 1%\rloading 2%")
     lines.flush()
     lines.end_line()
     lines.flush()
     assert channel.sent == [
         ("print", "stderr", "whole\n"),
-        ("unended", "stderr", "loading 2%"),
+        ("partial_line", "stderr", "loading 2%"),
         ("print", "stderr", "loading 2%\n"),
     ]
 
@@ -92,7 +92,7 @@ def test_flush_when_a_line_has_no_end_then_tells_what_there_is(channel: Channel)
 )
 def test_buffer_when_bytes_come_in_pieces_then_gives_the_same_lines(text: str, cut: int) -> None:
     channel, data = Channel(), (text + "\n").encode()
-    lines = Lines("stdout", 1, channel.send)
+    lines = ForwardedStream("stdout", 1, channel.send)
     lines.buffer.write(data[:cut])
     lines.buffer.flush()
     lines.buffer.write(data[cut:])

@@ -1,7 +1,7 @@
 """A training in a worker process, as it is seen from here: what is said, shown, asked and told.
 
 Owns the conversation with one worker about one job. The event loop waits for it as for a training
-of this process: `Conversation` is a `Work` of `_crossing.supervise`, on a thread of its own.
+of this process: `WorkerClient` is a `Work` of `_crossing.supervise`, on a thread of its own.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import run_in_thread
 from fitloop._run.prompts import Ask, check_answer
 from fitloop._types import StopReason
-from fitloop.backends.base import Done, JobSpec
-from fitloop.backends.process.pool import Pool, how_ended
-from fitloop.backends.process.serialization import pack_job, unpack_error
+from fitloop.backends.base import JobSpec, TrainingResult
+from fitloop.backends.process.pool import WorkerPool, describe_exit
+from fitloop.backends.process.serialization import deserialize_error, serialize_job
 
 LAST_LINES = 20
 """of a worker's output that are told when it dies"""
@@ -48,12 +48,12 @@ _HERE = (
 """the options of ``fit`` that are obeyed in this process"""
 
 
-class Conversation:
+class WorkerClient:
     """A job in a worker: a `Work` of `supervise`, on a thread of its own."""
 
     def __init__(
         self,
-        pool: Pool,
+        pool: WorkerPool,
         spec: JobSpec,
         share: Share,
         control: RunControl,
@@ -68,7 +68,7 @@ class Conversation:
         self._tell, self._observers = tell, observers
         self.was_killed = False
         """since it did not end when it was told to"""
-        self._result: Done | None = None
+        self._result: TrainingResult | None = None
         self._error: Exception | None = None
         self._shown: Progress | None = None
         self._running: RunStarted | None = None
@@ -87,7 +87,7 @@ class Conversation:
 
     def execute(self) -> None:
         """Have the job done; raises what came of it."""
-        data = pack_job(self._spec.name, self._job())
+        data = serialize_job(self._spec.name, self._job())
         self._worker = self._pool.take()
         forget = self._control.on_halt(self._begin_ending)
         usable = False
@@ -109,7 +109,7 @@ class Conversation:
             else:
                 self._worker.close()
 
-    def finish(self, error: BaseException | None) -> Done:
+    def finish(self, error: BaseException | None) -> TrainingResult:
         """Return what the worker sent, or raise it."""
         error, self._error = error or self._error, None
         if error is not None:
@@ -148,7 +148,7 @@ class Conversation:
                         self._emit(self._with_limit(event))
                     case ("print", stream, text):
                         self._print(stream, text)
-                    case ("unended", stream, text):
+                    case ("partial_line", stream, text):
                         self._unended[stream] = text
                     case ("ask", number, event):
                         self._begin_asking(number, self._with_limit(event))
@@ -157,12 +157,12 @@ class Conversation:
                     case ("done", result, weights):
                         own = self._spec.directory
                         kept = None if weights is None or own is None else own / weights.name
-                        self._result = Done(result=result, weights=kept)
+                        self._result = TrainingResult(result=result, weights=kept)
                         return True
                     case ("cancelled",):
                         return True
                     case ("failed", packed):
-                        self._error = unpack_error(packed)
+                        self._error = deserialize_error(packed)
                         return True
         except (EOFError, OSError):
             if begun or self._control.cancelled:
@@ -172,7 +172,7 @@ class Conversation:
     def _job(self) -> tuple[JobSpec, Share, bool]:
         spec, share = self._spec, self._share
         given = spec.options.get("on_continue") is not None
-        options = {**carried(spec), "verbose": False}
+        options = {**options_for_worker(spec), "verbose": False}
         directory = _absolute(spec.directory)
         return (
             replace(spec, options=options, directory=directory),
@@ -191,7 +191,7 @@ class Conversation:
         code = worker.process.exitcode
         told = [*self._lines, *self._unended.values(), *worker.log_tail()]
         message = f"the worker process of job {self._spec.name!r} (pid {worker.process.pid}) "
-        message += how_ended(code)
+        message += describe_exit(code)
         if not worker.ready:
             message += (
                 " before it could begin; why is on the stderr of this process. A worker imports "
@@ -307,7 +307,7 @@ class Conversation:
             worker.process.kill()
 
 
-def carried(spec: JobSpec) -> dict[str, Any]:
+def options_for_worker(spec: JobSpec) -> dict[str, Any]:
     """Return the options of ``fit`` that go to the worker."""
     return {name: value for name, value in spec.options.items() if name not in _HERE}
 
