@@ -28,9 +28,8 @@ from benchmarks.machine import machine
 from benchmarks.report import Column, Report, Row, Spread, Table
 from fitloop import FitLoop
 from fitloop._checkpointing.snapshot import KIND, PreparedSnapshot, take_snapshot
-from fitloop._storage.layout import Payload
-from fitloop._storage.layout_writing import write_layout
-from fitloop._storage.staging import Staging
+from fitloop._storage.layout import Payload, write_layout
+from fitloop._storage.tensors import SnapshotBuffers
 from fitloop._storage.weight_store import apply_weights, read_weights, write_weights
 
 Ways = dict[str, Callable[[], object]]
@@ -60,7 +59,7 @@ class State:
 
     def __init__(self, megabytes: int) -> None:
         self.trainer = make_trainer(megabytes)
-        self.staging = Staging()
+        self.staging = SnapshotBuffers()
         self.whole = whole_state(self.trainer)
         self.tensors: dict[str, Tensor] = dict(self.trainer.model.state_dict())
         for number, state in self.trainer.optimizer.state_dict()["state"].items():
@@ -74,7 +73,7 @@ kept_state = cache(State)
 @cache
 def kept_draft(megabytes: int) -> PreparedSnapshot:
     """Return a copy of the state, ready to be written."""
-    return take_snapshot(kept_state(megabytes).trainer._core, Staging())
+    return take_snapshot(kept_state(megabytes).trainer._core, SnapshotBuffers())
 
 
 def in_order(ways: Ways) -> dict[str, float]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from enum import StrEnum
-from typing import Any, Literal, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Phase(StrEnum):
@@ -45,9 +46,9 @@ class StopReason(StrEnum):
 Loader: TypeAlias = Iterable[Any] | AsyncIterable[Any]
 """Anything that yields batches: DataLoader, list, generator factory's result, async iterable."""
 
-StageMetrics: TypeAlias = Mapping[str, Tensor | float | int | bool] | None
-StageFunction: TypeAlias = Callable[[Any], StageMetrics | Awaitable[StageMetrics]]
-LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+StageMetrics: TypeAlias = "Mapping[str, Tensor | float | int | bool] | None"
+StageFunction: TypeAlias = "Callable[[Any], StageMetrics | Awaitable[StageMetrics]]"
+LossFunction: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 EpochMetrics: TypeAlias = Mapping[str, float]
 
 LOOKUP_ORDER = (Stage.EPOCH_END, Stage.BATCH_STEP, Stage.EPOCH_START)

@@ -20,7 +20,7 @@ from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, Event, SnapshotFailed, SnapshotWritten
 from fitloop._storage.durable import reason
-from fitloop._storage.staging import Staging
+from fitloop._storage.tensors import SnapshotBuffers
 from fitloop._training.trainer_state import Core
 
 
@@ -85,7 +85,7 @@ class Checkpointer:
         self._cut = cut
         """whether the run ends after this batch, before its time"""
         self._clock = clock
-        self._staging = Staging()
+        self._staging = SnapshotBuffers()
         self._outcomes: deque[Event] = deque()
         self._writing = False
         self._epochs = 0

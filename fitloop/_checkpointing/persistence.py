@@ -35,7 +35,7 @@ from fitloop._engine.loop import Engine
 from fitloop._engine.plan import PassPosition, PassProgress, RunPlan
 from fitloop._errors import CheckpointError, ResumeWarning
 from fitloop._events import Event
-from fitloop._metrics.results import EpochMetricsLog, FitResult
+from fitloop._metrics.results import EpochMetricsRecorder, FitResult
 from fitloop._storage.durable import DirectoryLock
 from fitloop._training.best import BestTracker
 from fitloop._training.trainer_state import Core
@@ -58,7 +58,7 @@ class Persistence:
         self._fit = core.fits
         self._plan: RunPlan | None = None
         self._engine: Engine | None = None
-        self._metrics: EpochMetricsLog | None = None
+        self._metrics: EpochMetricsRecorder | None = None
         self._tracker: BestTracker | None = None
         self._checkpointer: Checkpointer | None = None
         self._stop_reason = ""
@@ -211,7 +211,7 @@ class Persistence:
     def begin(
         self,
         engine: Engine,
-        metrics: EpochMetricsLog,
+        metrics: EpochMetricsRecorder,
         tracker: BestTracker | None,
         control: RunControl,
     ) -> None:
@@ -247,7 +247,7 @@ class Persistence:
         """Return how the run went that had ended before it was resumed."""
         assert self.found is not None
         run, position = self.found.run, self.found.position
-        metrics = EpochMetricsLog()
+        metrics = EpochMetricsRecorder()
         metrics.restore(run["log"])
         return FitResult(
             epochs=position["epochs_done"],

@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fitloop._data.resumption import generator_states, has_state, set_generators
-from fitloop._metrics.results import EpochMetricsLog
+from fitloop._metrics.results import EpochMetricsRecorder
 from fitloop._rng.state_io import global_state, restore_global_state
 from fitloop._training.best import BestTracker
 from fitloop._training.trainer_state import Core
@@ -33,7 +33,7 @@ class RollbackPoint:
         self,
         core: Core,
         loaders: Sequence[tuple[Phase, Any]],
-        log: EpochMetricsLog,
+        log: EpochMetricsRecorder,
         tracker: BestTracker | None,
     ) -> None:
         self._ways_back: list[Callable[[], object]] = [
@@ -82,7 +82,7 @@ def _numbers(core: Core) -> Callable[[], None]:
 
 def _best(core: Core) -> Callable[[], None]:
     name, store, epoch = core.parts.best_model_name, core.store, core.best_epoch
-    kept = store.steady(name) if store.exists(name) else None
+    kept = store.borrow(name) if store.exists(name) else None
 
     def restore() -> None:
         if core.best_epoch == epoch:

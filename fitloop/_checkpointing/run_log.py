@@ -21,7 +21,7 @@ from fitloop._events import (
     SnapshotFailed,
     WentBack,
 )
-from fitloop._storage.log_records import RunFacts, log_head, log_record
+from fitloop._storage.log_records import RunInfo, encode_event, encode_head
 from fitloop._storage.metric_log import MetricLog
 from fitloop._training.trainer_state import Core
 
@@ -45,7 +45,7 @@ class RunLog:
         self._raises = raises
         self._clock = clock
         self._started: RunStarted | None = None
-        self._run: RunFacts | None = None
+        self._run: RunInfo | None = None
         """once the log is of this run"""
         self._told_at = 0.0
         """when the last record was made that says how far a phase is"""
@@ -57,7 +57,7 @@ class RunLog:
         """Begin the log with the history as it is; ``epochs_done`` before it was resumed."""
         started = self._started
         assert started is not None
-        self._run = RunFacts(
+        self._run = RunInfo(
             started.call, started.epochs, started.first_epoch, epochs_done, self._clock()
         )
         self._begin()
@@ -67,7 +67,7 @@ class RunLog:
         core = self._core
         log = MetricLog(core.parts.save_path)
         try:
-            log.begin(log_head(core.parts.name, core.history, self._run))
+            log.start(encode_head(core.parts.name, core.history, self._run))
         except CheckpointError as error:
             self._failed(log, error)
         else:
@@ -100,7 +100,7 @@ class RunLog:
         if log is None or self._run is None:
             return None
         now = self._clock()
-        record = log_record(event, now)
+        record = encode_event(event, now)
         if record is None:
             return None
         if isinstance(event, BatchProgress | PhaseStarted):

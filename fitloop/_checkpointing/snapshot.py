@@ -29,8 +29,7 @@ from fitloop._checkpointing.training_state import (
 )
 from fitloop._data.resumption import generator_states, set_generators
 from fitloop._errors import CheckpointError
-from fitloop._metrics.history import History
-from fitloop._metrics.history_state import history_state, load_history
+from fitloop._metrics.history import History, export_history, restore_history
 from fitloop._rng.state_io import (
     check_generator,
     check_kind,
@@ -42,12 +41,10 @@ from fitloop._rng.state_io import (
 from fitloop._rng.streams import RngState
 from fitloop._storage.durable import write_file
 from fitloop._storage.encoding import Decoder, Encoder
-from fitloop._storage.layout import VERSION, Alias, LayoutError, Payload
-from fitloop._storage.layout_writing import write_layout
-from fitloop._storage.staging import Staging
-from fitloop._storage.tensors import read_tensors
-from fitloop._storage.weight_files import module_versions
-from fitloop._storage.weight_store import State, check_weights
+from fitloop._storage.layout import VERSION, LayoutError, Payload, TensorAlias, write_layout
+from fitloop._storage.tensors import SnapshotBuffers, read_tensors
+from fitloop._storage.weight_files import check_module_versions
+from fitloop._storage.weight_store import StateDict, check_weights
 from fitloop._training.trainer_state import Core
 from fitloop._types import Phase
 
@@ -74,7 +71,7 @@ class PreparedSnapshot:
     """A snapshot in memory of its own; good until the staging that holds it is used again."""
 
     fields: dict[str, Any]
-    tensors: list[Payload | Alias]
+    tensors: list[Payload | TensorAlias]
 
     def write(self, path: Path, *, overwrite: bool) -> int:
         """Write it to ``path``, whole or not at all, and return its size in bytes.
@@ -92,7 +89,9 @@ class PreparedSnapshot:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def take_snapshot(core: Core, staging: Staging, run: RunPart | None = None) -> PreparedSnapshot:
+def take_snapshot(
+    core: Core, staging: SnapshotBuffers, run: RunPart | None = None
+) -> PreparedSnapshot:
     """Copy the state that a trainer has now; it must be at rest, with no stream entered.
 
     Raises `CheckpointError`, naming its path in the tree, for a value that cannot be kept.
@@ -102,7 +101,7 @@ def take_snapshot(core: Core, staging: Staging, run: RunPart | None = None) -> P
     whole = {
         "training": training_state(parts, with_grads=run is not None and run.with_grads),
         "random": _random_state(core, {} if run is None else run.streams),
-        "history": history_state(core.history),
+        "history": export_history(core.history),
         "generators": {
             str(phase): generator_states(loader) for phase, loader in core.loaders_of({}).items()
         },
@@ -156,14 +155,14 @@ def _trainer_fields(core: Core) -> dict[str, Any]:
     }
 
 
-def _best(core: Core) -> State | None:
+def _best(core: Core) -> StateDict | None:
     name = core.parts.best_model_name
     if core.best_score is None or not core.store.exists(name):
         return None
-    return core.store.steady(name)
+    return core.store.borrow(name)
 
 
-def _plain_versions(state: State | None) -> Any:
+def _plain_versions(state: StateDict | None) -> Any:
     versions = getattr(state, "_metadata", None)
     return None if versions is None else {key: dict(value) for key, value in versions.items()}
 
@@ -219,13 +218,13 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
     """Check all that can be checked without a trainer."""
     try:
         history = History()
-        load_history(history, state["history"])
+        restore_history(history, state["history"])
         random = {name: imported(clone_tensors(value)) for name, value in state["random"].items()}
         best, versions = state["best"], state["best_modules"]
         if not (best is None or isinstance(best, dict)):
             raise TypeError("its best weights are no map")
         if versions is not None:
-            module_versions(versions)
+            check_module_versions(versions)
         trainer = header["trainer"]
         if trainer["criteria"] is not None:
             name, direction = trainer["criteria"]
@@ -285,7 +284,7 @@ def apply_snapshot(core: Core, snapshot: Snapshot) -> None:
     except BaseException:
         undo()
         raise
-    load_history(core.history, history_state(snapshot.history))
+    restore_history(core.history, export_history(snapshot.history))
     core.epoch_num = trainer["epoch_num"]
     core.fits = trainer["fits"]
     core.best_score, core.best_epoch = trainer["best_score"], trainer["best_epoch"]
@@ -338,7 +337,7 @@ def _keep_best(core: Core, snapshot: Snapshot) -> Callable[[], None]:
         return lambda: None
     before = None
     with suppress(CheckpointError):  # a damaged file is as good as none
-        before = store.steady(name) if store.exists(name) else None
+        before = store.borrow(name) if store.exists(name) else None
     weights = module_weights({"weights": best, "versions": snapshot.state["best_modules"]})
     check_weights(core.parts.model, weights)
     store.save(name, weights)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from fitloop._engine.config import Parts
 from fitloop._errors import CheckpointError, listed
-from fitloop._storage.weight_files import module_versions, set_metadata
+from fitloop._storage.weight_files import check_module_versions, set_metadata
 from fitloop._storage.weight_store import apply_weights, check_weights
 from fitloop._training.capture import StepCapture
 
@@ -203,7 +203,7 @@ def _check_contents(parts: Parts, state: Any) -> None:
             raise CheckpointError(f"there is no parameter for the gradient of {name!r}")
     for saved in state["modules"]:
         if saved["versions"] is not None:
-            module_versions(saved["versions"])
+            check_module_versions(saved["versions"])
 
 
 def _copies(parts: Parts) -> Iterator[Callable[[], object]]:

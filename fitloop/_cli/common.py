@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from fitloop._errors import CheckpointError
 from fitloop._storage.durable import reason
-from fitloop._storage.layout import Entry, LayoutError, read_file_header
+from fitloop._storage.layout import LayoutError, TensorEntry, read_file_header
 from fitloop._storage.metric_log import LOG_NAME
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -39,7 +39,7 @@ def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201 - this is what it is for
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], list[Entry], int]:
+def read_header(path: Path) -> tuple[dict[str, Any], list[TensorEntry], int]:
     """Return the header of a file, its tensors, and its size. Raises `CheckpointError`."""
     try:
         return read_file_header(path)

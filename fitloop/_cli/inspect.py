@@ -12,7 +12,7 @@ from typing import Any
 
 from fitloop._checkpointing.snapshot import KIND
 from fitloop._cli.common import Commands, add_command, read_header, say
-from fitloop._storage.layout import Entry
+from fitloop._storage.layout import TensorEntry
 from fitloop._storage.metric_log import LOG_NAME, read_metrics
 from fitloop._types import Phase
 
@@ -108,7 +108,7 @@ def _where(trainer: dict[str, Any], position: dict[str, Any]) -> str:
     return f"{of_run} done{batch if position['batch'] else ''}"
 
 
-def _say_tensors(entries: list[Entry], *, everything: bool) -> None:
+def _say_tensors(entries: list[TensorEntry], *, everything: bool) -> None:
     total = sum(entry.nbytes for entry in entries)
     say(f"  tensors    {len(entries)}, {_size(total)}")
     shown = entries if everything else entries[:MOST_TENSORS]

@@ -19,8 +19,8 @@ from fitloop._display.status import RunStatus
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted
 from fitloop._format import duration
-from fitloop._storage.durable import is_in_use
-from fitloop._storage.log_follower import LogFollower, Told
+from fitloop._storage.durable import is_locked
+from fitloop._storage.log_follower import LogFollower, TimedEvent
 from fitloop._types import StopReason
 
 POLL_SECONDS = 0.2
@@ -118,7 +118,7 @@ class WatchedRun:
 
     # -- one that began before ---------------------------------------------------------------------
 
-    def _catch_up(self, told: Sequence[Told]) -> None:
+    def _catch_up(self, told: Sequence[TimedEvent]) -> None:
         """Take note of all that was, and print where it is: one line, and the last epoch's."""
         first, *rest = told
         assert isinstance(first.event, RunStarted)
@@ -166,7 +166,7 @@ class WatchedRun:
         the lock goes with its process. Where locks cannot be told from here, nothing is dead.
         """
         self._asked = time.time()
-        if is_in_use(self._directory) is not False:
+        if is_locked(self._directory) is not False:
             return False
         told = self._follower.poll()  # what it wrote before it let the lock go
         for each in told:

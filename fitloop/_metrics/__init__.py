@@ -5,6 +5,5 @@ files, terminals or figures.
 
 - `batch_values`: collects the values that batch steps return, without waiting for the device.
 - `history`: the metrics of all runs, as arrays.
-- `history_state`, `history_table`: the history as a tree, a dictionary and a data frame.
 - `results`: `FitResult`, and the recorder of one run.
 """

@@ -28,13 +28,16 @@ import numpy as np
 from fitloop._errors import ConfigurationError, UnknownMetricError, listed
 from fitloop._events import Event, PhaseEnded, RunStarted
 from fitloop._format import joined
-from fitloop._metrics.history_table import history_html
+from fitloop._tables import Table, html_block
 from fitloop._types import LOOKUP_ORDER, Phase, RunChoice, Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
     from pandas import DataFrame
+
+MOST_RUNS = 10**7
+"""runs, and epochs, of one history: a forged number would make lists of that length"""
 
 _Runs: TypeAlias = "dict[int, array[float]]"  # by run number; a run without values has no entry
 # Arrays only ever grow, so its length then is enough to find an array's earlier content again.
@@ -383,7 +386,26 @@ class History:
             counts = f"runs: {self.train_runs}, epochs: {epochs}, test runs: {self.test_runs}"
             return f"<History train {counts}, metrics: {joined(sorted(names))}>"
 
-    _repr_html_ = history_html
+    def _repr_html_(self) -> str:
+        """Return a table: of each metric its last value and the numbers of values and runs."""
+        with self._lock:
+            rows = [
+                (
+                    str(phase),
+                    str(stage),
+                    name,
+                    f"{runs[max(runs)][-1]:.4f}",
+                    str(sum(map(len, runs.values()))),
+                    str(len(runs)),
+                )
+                for phase, store in self._stores.items()
+                for stage in LOOKUP_ORDER
+                for name, runs in store.recorded[stage].items()
+                if runs
+            ]
+        if not rows:
+            return html_block("nothing recorded so far")
+        return Table(("phase", "stage", "metric", "last", "values", "runs"), rows, left=3).html()
 
 
 def _numbers(event: PhaseEnded) -> list[tuple[Stage, str, array[float]]]:
@@ -392,3 +414,47 @@ def _numbers(event: PhaseEnded) -> list[tuple[Stage, str, array[float]]]:
         *((Stage.BATCH_STEP, name, array("d", xs)) for name, xs in event.batch_metrics.items()),
         *((Stage.EPOCH_END, name, array("d", [x])) for name, x in event.metrics.items()),
     ]
+
+
+def export_history(history: History) -> dict[str, Any]:
+    """Return ``{phase: {runs, epochs, values: {stage: {name: [[run, array], ...]}}}}``, copied."""
+    with history._lock:
+        return {
+            str(phase): {
+                "runs": store.runs,
+                "epochs": store.epochs,
+                "values": {
+                    str(stage): {
+                        name: [[run, store.copy(stage, name, run)] for run in runs]
+                        for name, runs in names.items()
+                    }
+                    for stage, names in store.recorded.items()
+                },
+            }
+            for phase, store in history._stores.items()
+        }
+
+
+def restore_history(history: History, state: Any) -> None:
+    """Replace the content of a history.
+
+    Raises KeyError, TypeError and the like, having changed nothing, for what is no such tree.
+    """
+    contents: dict[Phase, tuple[int, int, list[Any]]] = {}
+    for phase in Phase:
+        own = state[str(phase)]
+        entries: list[Any] = []
+        counted = (int(own["runs"]), int(own["epochs"]))
+        if not all(0 <= number <= MOST_RUNS for number in counted):
+            raise ValueError(f"{counted} are no numbers of runs and epochs")
+        for stage in Stage:
+            for name, runs in own["values"][str(stage)].items():
+                for run, values in runs:
+                    column = array("d", np.asarray(values, dtype=np.float64).tobytes())
+                    if not column or not 0 <= run < counted[0]:
+                        raise ValueError(f"run {run!r} of {name!r} is none")
+                    entries.append((stage, str(name), int(run), column, len(column)))
+        contents[phase] = (*counted, entries)
+    with history._lock:
+        for phase, content in contents.items():
+            history._stores[phase].restore(*content)

@@ -62,7 +62,7 @@ class FitResult:
         return f"<FitResult {self.stop_reason}: {epochs}{best}>"
 
 
-class EpochMetricsLog:
+class EpochMetricsRecorder:
     """Collects the epoch metrics of one run: an observer."""
 
     def __init__(self) -> None:

@@ -15,11 +15,11 @@ import numpy as np
 from fitloop._errors import ConfigurationError, UnknownMetricError
 from fitloop._plotting.downsampling import MAX_POINTS, running_mean, thin, window_of
 from fitloop._plotting.selection import (
-    Best,
+    BestEpoch,
     Curve,
-    Entry,
     RecordedMetrics,
     RecordedPhase,
+    RunSelection,
     alone,
     locate,
     points,
@@ -52,7 +52,7 @@ def plot_history(
     run: RunChoice = None,
     *,
     ax: Axes | None = None,
-    best: Best | None = None,
+    best: BestEpoch | None = None,
     first_epoch: int = 1,
     **kwargs: Any,
 ) -> Axes:
@@ -124,7 +124,7 @@ def plot_phase(
     return ax
 
 
-def has_metric(entry: Entry, name: str) -> bool:
+def has_metric(entry: RunSelection, name: str) -> bool:
     """Return whether there is something to draw of a metric."""
     try:
         select_common([entry], name)
@@ -233,7 +233,7 @@ def _draw_legend(ax: Axes) -> None:
 def _mark_best(
     ax: Axes,
     history: RecordedMetrics,
-    best: Best,
+    best: BestEpoch,
     number: int | None,
     lines: Sequence[Curve],
     drawn: Sequence[Any],
@@ -296,12 +296,12 @@ def plot_comparison(
     for the first history that did not record the metric (in that run), naming its label, and
     IndexError, TypeError and ConfigurationError for a run or histories that there are not.
     """
-    entries = [Entry(label, history, run) for label, history in histories.items()]
-    return plot_entries(entries, name, ax=ax, **kwargs)
+    entries = [RunSelection(label, history, run) for label, history in histories.items()]
+    return plot_selections(entries, name, ax=ax, **kwargs)
 
 
-def plot_entries(
-    entries: Sequence[Entry], name: str, *, ax: Axes | None = None, **kwargs: Any
+def plot_selections(
+    entries: Sequence[RunSelection], name: str, *, ax: Axes | None = None, **kwargs: Any
 ) -> Axes:
     """Draw a metric of several entries; otherwise as `plot_comparison`."""
     if not entries:

@@ -55,7 +55,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Best:
+class BestEpoch:
     """The best epoch of a trainer, to be marked in a plot."""
 
     criteria: str
@@ -65,7 +65,7 @@ class Best:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RunSelection:
     """One of those that are compared: a run, or ``"all"`` runs, of a history."""
 
     label: str
@@ -125,7 +125,7 @@ def curves(
     return lines
 
 
-def select_common(entries: Sequence[Entry], name: str) -> tuple[Stage, list[list[Curve]]]:
+def select_common(entries: Sequence[RunSelection], name: str) -> tuple[Stage, list[list[Curve]]]:
     """Choose a stage as `select` does, that all entries have; its curves of each entry.
 
     Errors are those of `select`, and say which entry is meant.
@@ -163,7 +163,7 @@ def _count(found: Sequence[dict[Stage, list[Curve]]], stage: Stage) -> int:
     return sum(len(of_stage[stage]) for of_stage in found)
 
 
-def locate(history: RecordedMetrics, best: Best) -> tuple[int, int] | None:
+def locate(history: RecordedMetrics, best: BestEpoch) -> tuple[int, int] | None:
     """Return the run and the place in it of the best validation; None when it is not recorded.
 
     It is found by its score: the number of an epoch says neither how many epochs earlier runs

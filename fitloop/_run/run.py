@@ -25,7 +25,7 @@ from fitloop._engine.loop_state import explain
 from fitloop._engine.plan import EngineDeps, Instrumentation, NoInstrumentation, RunPlan
 from fitloop._errors import in_words, note
 from fitloop._events import Event, RunEnded, RunStarted
-from fitloop._metrics.results import EpochMetricsLog, FitResult
+from fitloop._metrics.results import EpochMetricsRecorder, FitResult
 from fitloop._rng.lease import GeneratorLease, at_rest, global_numbers
 from fitloop._rng.streams import GLOBAL_STREAM, Streams
 from fitloop._rng.torch_ops import is_opaque
@@ -77,7 +77,7 @@ class Run:
         self._options = options
         self._control = control
         self._side = side
-        self._log = EpochMetricsLog()
+        self._log = EpochMetricsRecorder()
         self._tracker: BestTracker | None = None
         self._engine: Engine | None = None
         self._around: EngineDeps | None = None

@@ -3,11 +3,13 @@
 Owns bytes on disk: the layout of a file, its checksums, atomic replacement and locks. Must not
 know trainers, runs or event loops.
 
-- `durable`: a file is replaced as a whole or not at all; locks of directories.
-- `layout`, `layout_writing`: the bytes of a container file.
-- `tensors`, `staging`: tensors in a container, and the copies of them that are written.
+- `durable`: files that are replaced as a whole or not at all; locks of directories.
+- `layout`: the bytes of a container file, read and written.
+- `tensors`: tensors in a container, and the buffers that a snapshot is copied into.
 - `encoding`: nested values as msgpack trees.
-- `weight_files`, `weight_store`: weights as `.msgpack`, `.safetensors` and `.pt`; weights kept in
-  memory or on disk.
-- `log_records`, `metric_log`, `log_follower`: the metric log, its writer and its readers.
+- `weight_files`: weights as `.msgpack`, `.safetensors` and `.pt`.
+- `weight_store`: weights under a name, in memory or on disk.
+- `log_records`: the records of the metric log, as bytes and back.
+- `metric_log`: the metric log: its writer, and `read_metrics`.
+- `log_follower`: the events of a run in another process, read from its log.
 """

@@ -34,7 +34,7 @@ PART = ".part"
 """suffix of a file that is made on the way to a temporary one, and removed with it"""
 LOCK = ".fitloop.lock"
 ASKING_SECONDS = 0.1
-"""longer than `is_in_use` ever holds a lock"""
+"""longer than `is_locked` ever holds a lock"""
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """what a file system without hard links answers to ``os.link``"""
@@ -179,7 +179,7 @@ class DirectoryLock:
         """
         try:
             make_directory(self._directory)
-            # Not at the first refusal: `is_in_use` may be asking at this very moment.
+            # Not at the first refusal: `is_locked` may be asking at this very moment.
             self._lock.acquire(timeout=ASKING_SECONDS, poll_interval=ASKING_SECONDS / 10)
         except Timeout:
             raise CheckpointError(
@@ -196,7 +196,7 @@ class DirectoryLock:
         self._lock.release()
 
 
-def is_in_use(directory: Path) -> bool | None:
+def is_locked(directory: Path) -> bool | None:
     """Return whether a trainer, of any process, has the lock of ``directory``; it keeps it.
 
     None where that cannot be told: on Windows, and on a file system without locks.

@@ -17,12 +17,14 @@ is taken for a tensor. There are no offsets that could overlap.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -47,6 +49,12 @@ _MAGIC = b"\xa6format\xa7fitloop"
 _FIRST_READ = 64 * 2**10
 _CRC_TAG = b"\xacheader_crc32\xce"
 CRC_STEP = 16 * 2**20
+
+_MOST_VECTORS = 1024  # IOV_MAX of Linux, macOS and the BSDs
+_MOST_AT_ONCE = 2**30
+_WORTH_A_THREAD = 2**20
+_UNKNOWN_CRC = 2**32 - 1  # any value that packs into five bytes
+_NO_ALLOCATION = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
 ITEM_SIZES = {
     **dict.fromkeys(("bool", "uint8", "int8", "bits8", "bits1x8", "bits2x4", "bits4x2"), 1),
@@ -80,7 +88,7 @@ class LayoutError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """One line of the header's list of tensors; all but the names is empty in an alias."""
 
     name: str
@@ -102,7 +110,7 @@ class Payload:
 
 
 @dataclass(frozen=True, slots=True)
-class Alias:
+class TensorAlias:
     """A tensor that is the same memory as an earlier one."""
 
     name: str
@@ -128,7 +136,7 @@ def frame(position: int, length: int) -> bytes:
 
 def read_layout(
     read: Callable[[int, int], bytes], size: int, kind: str | None = None
-) -> tuple[dict[str, Any], list[Entry], list[list[tuple[int, int]]], int]:
+) -> tuple[dict[str, Any], list[TensorEntry], list[list[tuple[int, int]]], int]:
     """Read the header of a file of ``size`` bytes, and check that the file is as long as it says.
 
     ``read(offset, length)`` gives the bytes there. Returns the header, its list of tensors, and
@@ -161,7 +169,7 @@ def read_layout(
 
 
 def check_payload(
-    entry: Entry, spans: Sequence[tuple[int, int]], data: memoryview, previous: int
+    entry: TensorEntry, spans: Sequence[tuple[int, int]], data: memoryview, previous: int
 ) -> None:
     """Compare what stands before and in the payloads of a tensor with what the header says.
 
@@ -274,11 +282,11 @@ def _check_header(header: dict[str, Any], kind: str | None) -> None:
         raise LayoutError("its header has no list of tensors")
 
 
-def _entries(listing: object) -> list[Entry]:
+def _entries(listing: object) -> list[TensorEntry]:
     """Check the header's list of tensors and return it; forged ones do not get further."""
     if not isinstance(listing, list):
         raise LayoutError(f"its tensors are {short(listing)}; expected a list")
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorEntry] = {}
     for index, item in enumerate(listing):
         entry = _entry(f"tensors[{index}]", item)
         if entry.name in found:
@@ -292,14 +300,14 @@ def _entries(listing: object) -> list[Entry]:
     return list(found.values())
 
 
-def _entry(where: str, item: object) -> Entry:
+def _entry(where: str, item: object) -> TensorEntry:
     if not isinstance(item, dict) or not isinstance(item.get("name"), str):
         raise LayoutError(f"{where} is {short(item)}; expected a map with a name")
     name: str = item["name"]
     where = f"{where} ({short(name)})"
     same_as = item.get("same_as")
     if isinstance(same_as, str):
-        return Entry(name, same_as, "", (), 0, 0)
+        return TensorEntry(name, same_as, "", (), 0, 0)
     dtype = item.get("dtype")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise LayoutError(f"{where} has the dtype {short(dtype)}, unknown here")
@@ -310,7 +318,7 @@ def _entry(where: str, item: object) -> Entry:
         raise LayoutError(f"{where} has the nbytes {short(nbytes)} and crc32 {short(crc)}")
     if prod(shape) * ITEM_SIZES[dtype] != nbytes:
         raise LayoutError(f"{where} has {nbytes} bytes, which its shape and dtype do not make")
-    return Entry(name, None, dtype, tuple(shape), nbytes, crc)
+    return TensorEntry(name, None, dtype, tuple(shape), nbytes, crc)
 
 
 def _is_count(value: object) -> TypeGuard[int]:
@@ -319,7 +327,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 def read_file_header(
     path: str | os.PathLike[str],
-) -> tuple[dict[str, Any], list[Entry], int]:
+) -> tuple[dict[str, Any], list[TensorEntry], int]:
     """Return header, list of tensors and size of the file at ``path``; reads no payload.
 
     Raises `LayoutError` for what is no such file, and OSError.
@@ -345,3 +353,131 @@ def read_file_header(
         with suppress(OSError):
             os.close(descriptor)
     return header, entries, size
+
+
+# -- writing ---------------------------------------------------------------------------------
+
+
+def write_layout(
+    descriptor: int,
+    kind: str,
+    tensors: Sequence[Payload | TensorAlias],
+    fields: Mapping[str, object],
+) -> int:
+    """Write a whole file to an empty one that is open for writing; return its length in bytes.
+
+    ``fields`` are the header keys special to ``kind``. The payloads must not change meanwhile:
+    their checksums are taken while they are being written, and come into the header at the end.
+    """
+    header, places = _pack_header(kind, tensors, fields)
+    payloads = [tensor.data for tensor in tensors if isinstance(tensor, Payload)]
+    pieces = [*_pieces(len(header), payloads)]
+    size = len(header) + sum(map(len, pieces))
+    _allocate(descriptor, size)
+    if size < _WORTH_A_THREAD:
+        sums = [_checksum(payload) for payload in payloads]
+        _seal(header, places, sums)
+        _write_all(descriptor, [memoryview(header), *pieces])
+        return size
+    with ThreadPoolExecutor(1, thread_name_prefix="fitloop checksums") as pool:
+        summing = pool.submit(lambda: [_checksum(payload) for payload in payloads])
+        _write_all(descriptor, [memoryview(header), *pieces])
+        _seal(header, places, summing.result())
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    _write_all(descriptor, [memoryview(header)])
+    return size
+
+
+def _pack_header(
+    kind: str, tensors: Sequence[Payload | TensorAlias], fields: Mapping[str, object]
+) -> tuple[bytearray, list[int]]:
+    """Return the header without checksums, and where those of the tensors belong."""
+    first = {"format": FORMAT, "version": VERSION, "kind": kind, "byteorder": sys.byteorder}
+    packer = msgpack.Packer()
+    places: list[int] = []
+    try:
+        header = bytearray(packer.pack_map_header(len(first) + 1 + len(fields) + 1))
+        for key, value in first.items():
+            header += packer.pack(key) + packer.pack(value)
+        header += packer.pack("tensors") + packer.pack_array_header(len(tensors))
+        for tensor in tensors:
+            if isinstance(tensor, TensorAlias):
+                header += packer.pack({"name": tensor.name, "same_as": tensor.same_as})
+                continue
+            header += packer.pack(
+                {
+                    "name": tensor.name,
+                    "dtype": tensor.dtype,
+                    "shape": list(tensor.shape),
+                    "nbytes": len(tensor.data),
+                    "crc32": _UNKNOWN_CRC,
+                }
+            )
+            places.append(len(header) - 4)
+        for key, value in fields.items():
+            header += packer.pack(key) + packer.pack(value)
+        header += packer.pack("header_crc32") + packer.pack(_UNKNOWN_CRC)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise LayoutError(f"its header cannot be written: {error}") from error
+    if len(header) > HEADER_LIMIT:
+        raise LayoutError(f"its header takes more than {HEADER_LIMIT} bytes")
+    return header, places
+
+
+def _seal(header: bytearray, places: list[int], sums: list[int]) -> None:
+    for place, value in zip(places, sums, strict=True):
+        header[place : place + 4] = struct.pack(">I", value)
+    header[-4:] = struct.pack(">I", crc32(memoryview(header)[:-4]))
+
+
+def _checksum(payload: memoryview) -> int:
+    value = 0
+    for offset in range(0, len(payload), CRC_STEP):
+        value = crc32(payload[offset : offset + CRC_STEP], value)
+    return value
+
+
+def _pieces(position: int, payloads: Iterable[memoryview]) -> Iterator[memoryview]:
+    for payload in payloads:
+        for offset, length in chunks(len(payload)):
+            before = frame(position, length)
+            yield memoryview(before)
+            yield payload[offset : offset + length]
+            position += len(before) + length
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Take the room on the disk at once: that is faster, and a full one says so early."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in _NO_ALLOCATION:
+            raise
+
+
+def _write_all(descriptor: int, pieces: Iterable[memoryview]) -> None:
+    group: list[memoryview] = []
+    length = 0
+    for piece in pieces:
+        for start in range(0, len(piece), _MOST_AT_ONCE):
+            group.append(piece[start : start + _MOST_AT_ONCE])
+            length += len(group[-1])
+            if len(group) == _MOST_VECTORS or length >= _MOST_AT_ONCE:
+                _write_group(descriptor, group)
+                group, length = [], 0
+    _write_group(descriptor, group)
+
+
+def _write_group(descriptor: int, group: list[memoryview]) -> None:
+    """Write all of ``group``, however little of it the system takes at a time."""
+    while group:
+        if hasattr(os, "writev"):
+            written = os.writev(descriptor, group)
+        else:
+            written = os.write(descriptor, group[0])
+        while group and written >= len(group[0]):
+            written -= len(group.pop(0))
+        if written:
+            group[0] = group[0][written:]

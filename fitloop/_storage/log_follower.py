@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 from fitloop._errors import CheckpointError
 from fitloop._events import BatchProgress, EpochStarted, Event, PhaseEnded, RunEnded
 from fitloop._storage.durable import reason
-from fitloop._storage.log_records import RunFacts, check_head, event_in, records_in, run_in
+from fitloop._storage.log_records import RunInfo, check_head, decode_event, decode_run, iter_records
 from fitloop._storage.metric_log import LOG_NAME, unreadable
 
 _HEAD_BYTES = 16
 """enough to tell one log from the next: they begin with a checksum that covers the time"""
 
 
-class Told(NamedTuple):
+class TimedEvent(NamedTuple):
     """An event, and when it happened: seconds since 1970, by the clock of who trained."""
 
     event: Event
@@ -47,7 +47,7 @@ class LogFollower:
         self._offset = 0
         self._passing = b""
         """the record at the offset, which another may have taken the place of by now"""
-        self.run: RunFacts | None = None
+        self.run: RunInfo | None = None
         """the run that was last told of"""
         self._status: os.stat_result | None = None
         """of the file, before it was read last"""
@@ -55,7 +55,7 @@ class LogFollower:
         self._ended: dict[str, Any] = {}
         """what the phases of the epoch have returned"""
 
-    def poll(self) -> list[Told]:
+    def poll(self) -> list[TimedEvent]:
         """Return what happened since the last call; nothing while there is no log.
 
         Raises:
@@ -112,14 +112,14 @@ class LogFollower:
             self._head, self._offset, self._passing = head, 0, b""
         return True
 
-    def _read(self) -> list[Told]:
+    def _read(self) -> list[TimedEvent]:
         assert self._file is not None
         self._status = os.fstat(self._file.fileno())
         self._file.seek(self._offset)
         data = self._file.readall()
-        told: list[Told] = []
+        told: list[TimedEvent] = []
         start = unread = 0
-        for record, end in records_in(data):
+        for record, end in iter_records(data):
             raw = data[start:end]
             passes = False
             if self._offset + start == 0:
@@ -138,24 +138,24 @@ class LogFollower:
         self._offset += unread
         return told
 
-    def _begin(self, head: Any) -> list[Told]:
+    def _begin(self, head: Any) -> list[TimedEvent]:
         check_head(head)
         self._ended = {}
-        run, started = run_in(head)
+        run, started = decode_run(head)
         if self.run is not None and run.began == self.run.began and not self.has_ended:
             return []  # it went back to an earlier epoch, and logs on from there
         self._trainer, self.run, self.has_ended = started.trainer, run, False
-        return [Told(started, run.began)]
+        return [TimedEvent(started, run.began)]
 
-    def _take(self, record: Any) -> Told:
-        event, at = event_in(record, self._trainer, self._ended)
+    def _take(self, record: Any) -> TimedEvent:
+        event, at = decode_event(record, self._trainer, self._ended)
         if isinstance(event, EpochStarted):
             self._ended = {}
         elif isinstance(event, PhaseEnded):
             self._ended[str(event.phase)] = event.metrics
         elif isinstance(event, RunEnded):
             self.has_ended = True
-        return Told(event, at)
+        return TimedEvent(event, at)
 
 
 def _identity(status: os.stat_result, *, closed: bool) -> tuple[int, ...]:

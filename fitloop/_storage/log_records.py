@@ -27,8 +27,7 @@ from fitloop._events import (
     RunStarted,
     WentBack,
 )
-from fitloop._metrics.history import History
-from fitloop._metrics.history_state import history_state
+from fitloop._metrics.history import History, export_history
 from fitloop._storage.layout import FORMAT, VERSION, LayoutError, crc32, pack, unpack
 from fitloop._types import Phase
 
@@ -50,7 +49,7 @@ _LEFT_OUT = {PhaseEnded: {"trainer", "batch_metrics"}, EpochEnded: {"trainer", "
 """what is not repeated: the head names the trainer, an epoch's metrics are its phases'"""
 
 
-class RunFacts(NamedTuple):
+class RunInfo(NamedTuple):
     """The run that a log is of, for who follows it."""
 
     call: str
@@ -65,21 +64,21 @@ class RunFacts(NamedTuple):
 # -- to bytes ----------------------------------------------------------------------------------
 
 
-def log_head(trainer: str, history: History, run: RunFacts | None = None) -> bytes:
+def encode_head(trainer: str, history: History, run: RunInfo | None = None) -> bytes:
     """Return a log of ``history`` as it is now, to be appended to."""
     contents = {
         "format": FORMAT,
         "version": VERSION,
         "kind": KIND,
         "trainer": trainer,
-        "history": _with_bytes(history_state(history)),
+        "history": _with_bytes(export_history(history)),
     }
     if run is not None:
         contents["run"] = run._asdict()
     return _framed(contents)
 
 
-def log_record(event: Event, at: float = 0.0) -> bytes | None:
+def encode_event(event: Event, at: float = 0.0) -> bytes | None:
     """Return what to append for an event that happened ``at``; None for one without record."""
     if event.kind not in LOGGED:
         return None
@@ -111,7 +110,7 @@ def _with_bytes(value: Any) -> Any:
 # -- from bytes --------------------------------------------------------------------------------
 
 
-def records_in(data: bytes) -> Iterator[tuple[Any, int]]:
+def iter_records(data: bytes) -> Iterator[tuple[Any, int]]:
     """Yield the whole records and where each ends; what comes after the last is ignored."""
     position = 0
     while position < len(data):
@@ -161,7 +160,7 @@ def check_head(head: Any) -> None:
         raise LayoutError(f"its version is {version!r:.40}; this fitloop reads up to {VERSION}")
 
 
-def kind_of(record: Any) -> str:
+def event_kind(record: Any) -> str:
     """Return which event a record is of; raises `LayoutError` for one that is of none."""
     kind = record["kind"]
     if not isinstance(kind, str) or kind not in LOGGED:
@@ -169,12 +168,12 @@ def kind_of(record: Any) -> str:
     return kind
 
 
-def batch_metrics_in(record: Any) -> dict[str, array[float]]:
+def decode_batch_metrics(record: Any) -> dict[str, array[float]]:
     """Return the values of the batch steps in a record of a phase."""
     return {str(k): array("d", v) for k, v in record["batch_metrics"].items()}
 
 
-def run_in(head: Any) -> tuple[RunFacts, RunStarted]:
+def decode_run(head: Any) -> tuple[RunInfo, RunStarted]:
     """Return the run that a log is of and how it began.
 
     Raises `LayoutError` for a log that does not tell, KeyError, TypeError and the like for what
@@ -183,7 +182,7 @@ def run_in(head: Any) -> tuple[RunFacts, RunStarted]:
     own = head.get("run")
     if own is None:
         raise LayoutError("it does not tell how its run goes: an earlier fitloop wrote it")
-    run = RunFacts(
+    run = RunInfo(
         call=_str(own["call"]),
         epochs=_int(own["epochs"]),
         first_epoch=_int(own["first_epoch"]),
@@ -196,16 +195,16 @@ def run_in(head: Any) -> tuple[RunFacts, RunStarted]:
     )
 
 
-def event_in(record: Any, trainer: str, ended: Mapping[str, Any]) -> tuple[Event, float]:
+def decode_event(record: Any, trainer: str, ended: Mapping[str, Any]) -> tuple[Event, float]:
     """Return the event of a record and when it happened.
 
     ``ended`` is what the phases of the epoch have returned, of which its end tells. Raises
     KeyError, TypeError and the like for what is not as it is written.
     """
-    cls = LOGGED[kind_of(record)]
+    cls = LOGGED[event_kind(record)]
     values: dict[str, Any] = {"trainer": trainer}
     if cls is PhaseEnded:
-        values["batch_metrics"] = batch_metrics_in(record)
+        values["batch_metrics"] = decode_batch_metrics(record)
     elif cls is EpochEnded:
         values["metrics"] = dict(ended)
     for item in fields(cls):

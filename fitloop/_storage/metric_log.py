@@ -16,11 +16,10 @@ import numpy as np
 
 from fitloop._errors import CheckpointError
 from fitloop._events import PhaseEnded
-from fitloop._metrics.history import History
-from fitloop._metrics.history_state import load_history
+from fitloop._metrics.history import History, restore_history
 from fitloop._storage.durable import reason, write_file
 from fitloop._storage.layout import LayoutError
-from fitloop._storage.log_records import batch_metrics_in, check_head, kind_of, records_in
+from fitloop._storage.log_records import check_head, decode_batch_metrics, event_kind, iter_records
 from fitloop._types import Phase
 
 LOG_NAME = "metrics.msgpack"
@@ -34,7 +33,7 @@ class MetricLog:
         self._passing: tuple[int, int] | None = None
         """where the last record begins and ends, if the next one like it may take its place"""
 
-    def begin(self, head: bytes) -> None:
+    def start(self, head: bytes) -> None:
         """Replace the log by one with ``head`` only. Raises `CheckpointError`."""
         self._passing = None
         try:
@@ -105,12 +104,12 @@ def read_metrics(path: str | os.PathLike[str]) -> History:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     history = History()
     try:
-        records = records_in(data)
+        records = iter_records(data)
         head: Any = next(records, (None, 0))[0]
         check_head(head)
-        load_history(history, _with_arrays(head["history"]))
+        restore_history(history, _with_arrays(head["history"]))
         for record, _end in records:
-            if kind_of(record) == PhaseEnded.kind:  # the others are for who follows the run
+            if event_kind(record) == PhaseEnded.kind:  # the others are for who follows the run
                 history.observe(_phase_ended(record))
     except Exception as error:  # whatever a forged record makes of it
         raise unreadable(path, error) from error
@@ -139,7 +138,7 @@ def _phase_ended(record: Any) -> PhaseEnded:
         phase=Phase(record["phase"]),
         metrics=record["metrics"],
         start_metrics=record["start_metrics"],
-        batch_metrics=batch_metrics_in(record),
+        batch_metrics=decode_batch_metrics(record),
         batches=0,
         samples=0,
         seconds=0.0,

@@ -7,7 +7,7 @@ what a file is for.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from reprlib import repr as short
 from typing import Any
@@ -19,14 +19,14 @@ from torch import Tensor
 from fitloop._storage.layout import (
     ITEM_SIZES,
     MAX_DIMS,
-    Alias,
-    Entry,
     LayoutError,
     Payload,
+    TensorAlias,
+    TensorEntry,
     check_payload,
     read_layout,
+    write_layout,
 )
-from fitloop._storage.layout_writing import write_layout
 
 DTYPES: dict[str, torch.dtype] = {
     name: dtype
@@ -101,12 +101,61 @@ def write_tensors(
 
     The tensors must not change meanwhile.
     """
-    listed: list[Payload | Alias] = []
+    listed: list[Payload | TensorAlias] = []
     seen: dict[object, str] = {}
     for name, tensor in tensors.items():
         first = seen.setdefault(memory_key(tensor) or object(), name)
-        listed.append(Alias(name, first) if first != name else payload_of(name, tensor))
+        listed.append(TensorAlias(name, first) if first != name else payload_of(name, tensor))
     return write_layout(descriptor, kind, listed, fields)
+
+
+class SnapshotBuffers:
+    """Buffers by name; they are allocated at the first copy and reused as long as they fit."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(
+        self, tensors: Mapping[str, Tensor], steady: Container[str]
+    ) -> list[Payload | TensorAlias]:
+        """Copy ``tensors`` and return what to write; good until the next `copy`.
+
+        Those named in ``steady`` do not change, so that they are written from where they are.
+
+        Raises `LayoutError` for a tensor that cannot be kept.
+        """
+        found: list[tuple[str, Tensor, Tensor] | TensorAlias] = []
+        seen: dict[object, str] = {}
+        sources: list[Tensor] = []
+        targets: list[Tensor] = []
+        for name, tensor in tensors.items():
+            first = seen.setdefault(memory_key(tensor) or object(), name)
+            if first != name:
+                found.append(TensorAlias(name, first))
+                continue
+            numbers = as_integers(name, tensor)
+            if name not in steady:
+                sources.append(numbers)
+                numbers = self._buffer(name, numbers)
+                targets.append(numbers)
+            found.append((name, tensor, numbers))
+        _copy_all(targets, sources)
+        return [item if isinstance(item, TensorAlias) else payload_of(*item) for item in found]
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+            self._buffers[name] = buffer
+        return buffer
+
+
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    with torch.no_grad():
+        if targets:
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+    for device in {source.device for source in sources if source.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def read_tensors(
@@ -149,7 +198,7 @@ def read_tensors(
 
 
 def _check_payloads(
-    entries: Sequence[Entry],
+    entries: Sequence[TensorEntry],
     spans: Sequence[Sequence[tuple[int, int]]],
     data: memoryview,
     position: int,

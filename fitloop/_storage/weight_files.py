@@ -24,9 +24,9 @@ from fitloop._storage.durable import PART, reason, write_file
 from fitloop._storage.layout import LayoutError
 from fitloop._storage.tensors import read_tensors, write_tensors
 
-State: TypeAlias = Mapping[str, Any]
+StateDict: TypeAlias = Mapping[str, Any]
 """what ``model.state_dict()`` returns: tensors by name, the modules' versions in ``_metadata``"""
-Writer: TypeAlias = Callable[[Path, int, State], None]
+Writer: TypeAlias = Callable[[Path, int, StateDict], None]
 Reader: TypeAlias = Callable[[Path, torch.device], dict[str, Any]]
 
 DEFAULT_SUFFIX = ".msgpack"
@@ -48,7 +48,9 @@ def with_suffix(name: str) -> str:
     return name if _suffix(name) else name + DEFAULT_SUFFIX
 
 
-def write_weights(path: str | os.PathLike[str], state: State, *, overwrite: bool = False) -> None:
+def write_weights(
+    path: str | os.PathLike[str], state: StateDict, *, overwrite: bool = False
+) -> None:
     """Write a state dict to ``path``, in the format that the suffix names.
 
     The directory is made if need be. Of two writers without ``overwrite`` only one succeeds
@@ -98,7 +100,7 @@ def as_device(map_location: str | torch.device | None) -> torch.device:
         raise CheckpointError(f"map_location is {map_location!r}: {reason(error)}") from error
 
 
-def check_values(state: State) -> None:
+def check_materialized(state: StateDict) -> None:
     """Raise `CheckpointError` for a tensor that stands for numbers not there yet."""
     for key, value in state.items():
         if isinstance(value, Tensor) and (is_lazy(value) or value.is_meta):
@@ -108,8 +110,8 @@ def check_values(state: State) -> None:
             )
 
 
-def _check_tensors(state: State) -> None:
-    check_values(state)
+def _check_tensors(state: StateDict) -> None:
+    check_materialized(state)
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
@@ -124,7 +126,7 @@ def set_metadata(state: OrderedDict[str, Any], metadata: object) -> None:
         vars(state)["_metadata"] = metadata
 
 
-def _write_msgpack(_path: Path, descriptor: int, state: State) -> None:
+def _write_msgpack(_path: Path, descriptor: int, state: StateDict) -> None:
     # Without the modules' versions torch takes the weights for those of an older one.
     metadata = getattr(state, "_metadata", None)
     fields = {} if metadata is None else {"modules": dict(metadata)}
@@ -135,11 +137,11 @@ def _read_msgpack(path: Path, device: torch.device) -> dict[str, Any]:
     header, tensors = read_tensors(path, "weights", device)
     state: OrderedDict[str, Any] = OrderedDict(tensors)
     if "modules" in header:
-        set_metadata(state, module_versions(header["modules"]))
+        set_metadata(state, check_module_versions(header["modules"]))
     return state
 
 
-def module_versions(modules: object) -> dict[str, dict[str, Any]]:
+def check_module_versions(modules: object) -> dict[str, dict[str, Any]]:
     """Check what `torch` will look up and compare while it is already loading."""
     if not isinstance(modules, dict):
         raise LayoutError("its modules are no map")
@@ -151,7 +153,7 @@ def module_versions(modules: object) -> dict[str, dict[str, Any]]:
     return modules
 
 
-def _write_safetensors(path: Path, descriptor: int, state: State) -> None:
+def _write_safetensors(path: Path, descriptor: int, state: StateDict) -> None:
     library = _safetensors(path)
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -192,7 +194,7 @@ def _safetensors(path: Path) -> Any:
     return safetensors.torch
 
 
-def _write_pt(_path: Path, descriptor: int, state: State) -> None:
+def _write_pt(_path: Path, descriptor: int, state: StateDict) -> None:
     plain = OrderedDict((key, value.detach()) for key, value in state.items())
     set_metadata(plain, getattr(state, "_metadata", None))
     with open(descriptor, "wb", closefd=False) as file:  # torch puts a path into the file

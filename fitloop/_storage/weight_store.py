@@ -21,8 +21,8 @@ from fitloop._errors import CheckpointError, listed
 from fitloop._storage.durable import reason
 from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import (
-    State,
-    check_values,
+    StateDict,
+    check_materialized,
     read_weights,
     set_metadata,
     with_suffix,
@@ -32,7 +32,7 @@ from fitloop._storage.weight_files import (
 __all__ = [
     "DiskStore",
     "MemoryStore",
-    "State",
+    "StateDict",
     "WeightsStore",
     "apply_weights",
     "read_weights",
@@ -50,7 +50,7 @@ class WeightsStore(Protocol):
     All four raise `CheckpointError`; a failed `save` never leaves half of the new weights.
     """
 
-    def save(self, name: str, state: State) -> None:
+    def save(self, name: str, state: StateDict) -> None:
         """Keep a copy of ``state``, in place of what had the name."""
 
     def load(self, name: str) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class WeightsStore(Protocol):
     def exists(self, name: str) -> bool:
         """Tell whether something has the name."""
 
-    def steady(self, name: str) -> State:
+    def borrow(self, name: str) -> StateDict:
         """Return what was saved, not copied: nothing changes these tensors from now on."""
 
 
@@ -75,12 +75,12 @@ class MemoryStore:
         """names whose tensors somebody else reads as well"""
         self._lock = threading.Lock()
 
-    def save(self, name: str, state: State) -> None:
+    def save(self, name: str, state: StateDict) -> None:
         """Keep a copy of ``state``; entries that are no tensors are copied deeply.
 
         Should copying fail there is nothing of this name any more.
         """
-        check_values(state)
+        check_materialized(state)
         with self._lock:
             # Taken out while it is overwritten: what fails halfway must not be found.
             old = self._kept.pop(name, OrderedDict())
@@ -104,7 +104,7 @@ class MemoryStore:
         """Tell whether there are weights of this name."""
         return name in self._kept
 
-    def steady(self, name: str) -> State:
+    def borrow(self, name: str) -> StateDict:
         """Return the weights themselves; the next `save` takes new memory."""
         with self._lock:
             self._lent.add(name)
@@ -121,13 +121,13 @@ class DiskStore:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        self._mapped: dict[str, State] = {}
+        self._mapped: dict[str, StateDict] = {}
 
     def path(self, name: str) -> Path:
         """Return the file of this name, which may not be there."""
         return self.directory / with_suffix(name)
 
-    def save(self, name: str, state: State) -> None:
+    def save(self, name: str, state: StateDict) -> None:
         """Write ``state``, replacing the file that has the name once the new one is whole."""
         self._mapped.pop(name, None)
         write_weights(self.path(name), state, overwrite=True)
@@ -145,7 +145,7 @@ class DiskStore:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be deleted: {reason(error)}") from error
 
-    def steady(self, name: str) -> State:
+    def borrow(self, name: str) -> StateDict:
         """Map the file, whose memory stays what it is when another takes its place."""
         if name not in self._mapped:
             self._mapped[name] = self.load(name)
@@ -156,7 +156,7 @@ class DiskStore:
         return os.path.isfile(self.path(name))
 
 
-def apply_weights(model: nn.Module, state: State, *, strict: bool = True) -> None:
+def apply_weights(model: nn.Module, state: StateDict, *, strict: bool = True) -> None:
     """Copy ``state`` into the model's own parameters and buffers, which stay the same objects.
 
     With ``strict=False`` entries that only one of the two has are left alone.
@@ -174,7 +174,7 @@ def apply_weights(model: nn.Module, state: State, *, strict: bool = True) -> Non
         raise CheckpointError(f"the model did not take the weights: {error}") from error
 
 
-def check_weights(model: nn.Module, state: State, *, strict: bool = True) -> None:
+def check_weights(model: nn.Module, state: StateDict, *, strict: bool = True) -> None:
     """Raise `CheckpointError`, listing what differs, for weights that do not fit a model."""
     own = model.state_dict()
     misfits = [f"{key!r} ({why})" for key in state if (why := _misfit(own.get(key), state[key]))]
@@ -221,7 +221,7 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(names[:LISTED_AT_MOST]) + (f", ... and {more} more" if more > 0 else "")
 
 
-def _copy_of(state: State, buffers: State) -> OrderedDict[str, Any]:
+def _copy_of(state: StateDict, buffers: StateDict) -> OrderedDict[str, Any]:
     """Copy to the CPU, into those of ``buffers`` that fit; what was tied stays so."""
     copied: OrderedDict[str, Any] = OrderedDict()
     seen: dict[object, Tensor] = {}

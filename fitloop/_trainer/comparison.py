@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fitloop._errors import ConfigurationError
 from fitloop._metrics.history import History
-from fitloop._plotting.draw import plot_entries
-from fitloop._plotting.selection import Entry
+from fitloop._plotting.draw import plot_selections
+from fitloop._plotting.selection import RunSelection
 from fitloop._storage.metric_log import read_metrics
 from fitloop._types import RunChoice, Stage
 
@@ -61,16 +61,17 @@ def compare_metrics(
         entries = _own_runs(_history(runs, "runs"), name, run)
     elif isinstance(runs, Mapping):
         entries = [
-            Entry(str(key), _history(item, f"runs[{key!r}]"), run) for key, item in runs.items()
+            RunSelection(str(key), _history(item, f"runs[{key!r}]"), run)
+            for key, item in runs.items()
         ]
     elif isinstance(runs, Iterable):
         items = list(runs)
         histories = [_history(item, f"runs[{place}]") for place, item in enumerate(items)]
         labels = _distinct([_name(item) for item in items])
-        entries = [Entry(*pair, run) for pair in zip(labels, histories, strict=True)]
+        entries = [RunSelection(*pair, run) for pair in zip(labels, histories, strict=True)]
     else:
         raise ConfigurationError(f"runs is {runs!r}; expected {_EXPECTED}, or several of them")
-    return plot_entries(entries, name, ax=ax, **kwargs)
+    return plot_selections(entries, name, ax=ax, **kwargs)
 
 
 _EXPECTED = "a trainer, its M (a History), or the path of a metric log"
@@ -111,7 +112,7 @@ def _distinct(names: Iterable[str]) -> list[str]:
     return taken
 
 
-def _own_runs(history: History, name: str, run: RunChoice) -> list[Entry]:
+def _own_runs(history: History, name: str, run: RunChoice) -> list[RunSelection]:
     """Return an entry for each run with the metric, or the last run, which then is refused."""
     if run is not None:
         raise ConfigurationError(
@@ -125,5 +126,5 @@ def _own_runs(history: History, name: str, run: RunChoice) -> list[Entry]:
         if name in phase.stage(stage)
     ]
     numbers = [n for n in range(history.train_runs) if any(len(of[n]) for of in series)]
-    entries = [Entry(f"run {number}", history, number) for number in numbers]
-    return entries or [Entry("the last run", history)]
+    entries = [RunSelection(f"run {number}", history, number) for number in numbers]
+    return entries or [RunSelection("the last run", history)]

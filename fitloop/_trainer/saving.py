@@ -15,7 +15,7 @@ from fitloop._errors import CheckpointError
 from fitloop._run.launch import run_exclusively_in_thread
 from fitloop._storage.durable import reason
 from fitloop._storage.metric_log import LOG_NAME
-from fitloop._storage.staging import Staging
+from fitloop._storage.tensors import SnapshotBuffers
 from fitloop._storage.weight_files import DEFAULT_SUFFIX, as_device
 from fitloop._storage.weight_store import (
     DiskStore,
@@ -51,7 +51,7 @@ class KeepingTrainer(Trainer):
         target = self._file(name, path, (DEFAULT_SUFFIX,))
 
         def write() -> Path:
-            taken = take_snapshot(self._core, Staging())
+            taken = take_snapshot(self._core, SnapshotBuffers())
             try:
                 taken.write(target, overwrite=overwrite)
             except OSError as error:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from fitloop._engine.event_bus import EventStream
 from fitloop._metrics.history import History, PhaseHistory
 from fitloop._plotting.draw import plot_history
-from fitloop._plotting.selection import Best
+from fitloop._plotting.selection import BestEpoch
 from fitloop._training.layers import configure_optimizer as default_configure_optimizer
 from fitloop._training.trainer_state import Core
 from fitloop._types import LossFunction
@@ -56,7 +56,7 @@ class TrainerView:
         score, epoch, criteria = self.best_score, self.best_epoch, self.criteria
         best = None
         if score is not None and epoch is not None and criteria is not None:
-            best = Best(criteria, score, epoch)
+            best = BestEpoch(criteria, score, epoch)
         return plot_history(self.M, name, run, ax=ax, best=best, **kwargs)
 
     def configure_optimizer(self, lr: Any = None, unlock: int | bool | None = None) -> None:

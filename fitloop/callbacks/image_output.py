@@ -17,7 +17,7 @@ from fitloop._storage.durable import write_file
 _FORMATS = (".png", ".svg", ".pdf")
 
 
-class Screen(Protocol):
+class ImageSink(Protocol):
     """Where pictures go."""
 
     format: str
@@ -25,11 +25,11 @@ class Screen(Protocol):
     def show(self, picture: bytes) -> None:
         """Show a picture instead of the one before it; blocking, any thread."""
 
-    def renew(self) -> None:
+    def start_new_image(self) -> None:
         """Leave the last picture where it is: what comes now is of other runs."""
 
 
-class FileScreen:
+class ImageFile:
     """A file that always is a whole picture."""
 
     def __init__(self, path: Path) -> None:
@@ -44,11 +44,11 @@ class FileScreen:
             note(error, f"live_plot() could not write {self._path}")
             raise
 
-    def renew(self) -> None:
+    def start_new_image(self) -> None:
         """Do nothing: there is one file."""
 
 
-class NotebookScreen:
+class NotebookImage:
     """An image below the cell that runs, updated in place."""
 
     format = "png"
@@ -64,12 +64,12 @@ class NotebookScreen:
         else:
             self._handle.update(content, raw=True)
 
-    def renew(self) -> None:
+    def start_new_image(self) -> None:
         """Begin another image."""
         self._handle = None
 
 
-def screen_for(path: str | os.PathLike[str] | None) -> Screen:
+def image_sink(path: str | os.PathLike[str] | None) -> ImageSink:
     """Return the screen that is ``path``, or the notebook that this code runs in.
 
     Raises ConfigurationError when there is none, or it is of no known format.
@@ -80,13 +80,13 @@ def screen_for(path: str | os.PathLike[str] | None) -> Screen:
             raise ConfigurationError(
                 f"path is {str(path)!r}; expected one that ends in {', '.join(_FORMATS)}"
             )
-        return FileScreen(place)
+        return ImageFile(place)
     if not in_notebook():
         raise ConfigurationError(
             "path is None, and this is no Jupyter notebook that could show the picture; give the "
             "file to draw into, such as path='curves.png'"
         )
-    return NotebookScreen()
+    return NotebookImage()
 
 
 def _write(descriptor: int, data: bytes) -> None:

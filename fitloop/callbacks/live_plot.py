@@ -30,10 +30,10 @@ from fitloop._events import (
     WentBack,
 )
 from fitloop._metrics.history import History, HistoryMark
-from fitloop._plotting.draw import has_metric, new_figure, plot_entries, plot_history
-from fitloop._plotting.selection import Best, Entry, RecordedMetrics
+from fitloop._plotting.draw import has_metric, new_figure, plot_history, plot_selections
+from fitloop._plotting.selection import BestEpoch, RecordedMetrics, RunSelection
 from fitloop._types import Phase
-from fitloop.callbacks.image_output import Screen, screen_for
+from fitloop.callbacks.image_output import ImageSink, image_sink
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,7 @@ def live_plot(
         raise ConfigurationError(f"every_seconds is {every_seconds!r}; expected 0 or more seconds")
     if run not in (None, "all"):
         raise ConfigurationError(f"run is {run!r}; expected 'all', or None for the last run")
-    return LivePlot(names, screen_for(path), every_seconds=every_seconds, run=run)
+    return LivePlot(names, image_sink(path), every_seconds=every_seconds, run=run)
 
 
 @dataclass(slots=True)
@@ -97,13 +97,13 @@ class _Told:
     """What the events of one trainer have told."""
 
     history: History = field(default_factory=History)
-    best: Best | None = None
+    best: BestEpoch | None = None
     first_epoch: int | None = None
     """place in its run of the first epoch that was seen: a resumed run begins later"""
     known: set[str] = field(default_factory=set)
     """metrics that the last run recorded, those that were not kept too"""
     checked: bool = False
-    marks: dict[int, tuple[HistoryMark, Best | None]] = field(default_factory=dict)
+    marks: dict[int, tuple[HistoryMark, BestEpoch | None]] = field(default_factory=dict)
     """what there was when it was asked whether to go on, by epoch"""
     progress: str = ""
 
@@ -114,14 +114,14 @@ class LivePlot:
     def __init__(
         self,
         names: Iterable[str],
-        screen: Screen,
+        sink: ImageSink,
         *,
         every_seconds: float,
         run: Literal["all"] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._names = tuple(dict.fromkeys(names))
-        self._screen = screen
+        self._sink = sink
         self._every = every_seconds
         self._run = run
         self._clock = clock
@@ -176,7 +176,7 @@ class LivePlot:
                 told.history.observe(self._without_unused(event))
                 return True
             case BestImproved():
-                told.best = Best(event.criteria, event.score, event.epoch)
+                told.best = BestEpoch(event.criteria, event.score, event.epoch)
                 return True
             case EpochEnded():
                 self._check_names(event, told)
@@ -206,7 +206,7 @@ class LivePlot:
             )
         alive.pop(event.trainer, None)
         if not alive:
-            self._screen.renew()
+            self._sink.start_new_image()
         self._gave_up = False
         self._open = {**alive, event.trainer: here}
         told.history.observe(event)
@@ -287,13 +287,13 @@ class LivePlot:
                 self._thread, self._hurry = None, False
                 return False
             entries = [
-                (Entry(name, told.history, self._run, told.first_epoch or 1), told.best)
+                (RunSelection(name, told.history, self._run, told.first_epoch or 1), told.best)
                 for name, told in self._told.items()
             ]
             progress = [told.progress for told in self._told.values()]
         began = self._clock()
         figure = make_figure(self._names, entries, progress)
-        self._screen.show(_save(figure, self._screen.format))
+        self._sink.show(_save(figure, self._sink.format))
         with self._changed:
             now = self._clock()
             self._drawn = wanted
@@ -307,7 +307,9 @@ class LivePlot:
 
 
 def make_figure(
-    names: tuple[str, ...], entries: list[tuple[Entry, Best | None]], progress: list[str]
+    names: tuple[str, ...],
+    entries: list[tuple[RunSelection, BestEpoch | None]],
+    progress: list[str],
 ) -> Figure:
     """Return a figure with a panel a name; without names, of what there is."""
     found = _default_names([entry.history for entry, _best in entries])
@@ -327,13 +329,13 @@ def _save(figure: Figure, file_format: str) -> bytes:
     return picture.getvalue()
 
 
-def _draw_panel(ax: Axes, name: str, entries: list[tuple[Entry, Best | None]]) -> None:
+def _draw_panel(ax: Axes, name: str, entries: list[tuple[RunSelection, BestEpoch | None]]) -> None:
     having = [(entry, best) for entry, best in entries if has_metric(entry, name)]
     if not having:
         ax.set_ylabel(name)
         _say_nothing(ax)
     elif len(entries) > 1:
-        plot_entries([entry for entry, _best in having], name, ax=ax)
+        plot_selections([entry for entry, _best in having], name, ax=ax)
     else:
         entry, best = having[0]
         first = entry.first_epoch

@@ -30,7 +30,7 @@ from fitloop import (
     WentBack,
     live_plot,
 )
-from fitloop._plotting.selection import Best
+from fitloop._plotting.selection import BestEpoch
 from fitloop.callbacks.live_plot import MOST_PANELS, LivePlot
 
 HOUR = 3600.0
@@ -38,7 +38,7 @@ SOON = 20.0
 """seconds within which a thread does what it has been told"""
 
 
-class Screen:
+class RecordingSink:
     """Keeps the figures it is shown."""
 
     format = "png"
@@ -61,7 +61,7 @@ class Screen:
         self.figures.append(picture)
         self.shown.release()
 
-    def renew(self) -> None:
+    def start_new_image(self) -> None:
         self.renewed += 1
 
     @property
@@ -74,16 +74,18 @@ class Screen:
 
 
 @pytest.fixture
-def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+def screen(monkeypatch: pytest.MonkeyPatch) -> RecordingSink:
     """Return a screen that is shown figures instead of pictures.
 
     matplotlib keeps the fonts open that a thread has rendered with.
     """
     monkeypatch.setattr(liveplot, "_save", lambda figure, _format: figure)
-    return Screen()
+    return RecordingSink()
 
 
-def plot_on(screen: Screen, *names: str, every_seconds: float = HOUR, **options: Any) -> LivePlot:
+def plot_on(
+    screen: RecordingSink, *names: str, every_seconds: float = HOUR, **options: Any
+) -> LivePlot:
     return LivePlot(names, screen, every_seconds=every_seconds, **options)
 
 
@@ -154,7 +156,9 @@ def drawing_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if "live plot" in thread.name]
 
 
-def test_pictures_when_phases_end_often_then_are_the_first_and_the_last(screen: Screen) -> None:
+def test_pictures_when_phases_end_often_then_are_the_first_and_the_last(
+    screen: RecordingSink,
+) -> None:
     plot = plot_on(screen, "loss")
     begin(plot)
     phase(plot, 5.0)
@@ -168,7 +172,7 @@ def test_pictures_when_phases_end_often_then_are_the_first_and_the_last(screen: 
     assert not drawing_threads()
 
 
-def test_pictures_when_no_pause_is_asked_for_then_each_phase_has_one(screen: Screen) -> None:
+def test_pictures_when_no_pause_is_asked_for_then_each_phase_has_one(screen: RecordingSink) -> None:
     plot = plot_on(screen, "loss", every_seconds=0.0, clock=lambda: 0.0)
     begin(plot)
     for epoch in range(1, 4):
@@ -178,7 +182,7 @@ def test_pictures_when_no_pause_is_asked_for_then_each_phase_has_one(screen: Scr
     assert len(screen.figures) == 4  # the last one says that the run has ended
 
 
-def test_pictures_when_nothing_was_recorded_then_there_are_none(screen: Screen) -> None:
+def test_pictures_when_nothing_was_recorded_then_there_are_none(screen: RecordingSink) -> None:
     plot = plot_on(screen, "loss")
     begin(plot)
     end(plot)
@@ -189,7 +193,7 @@ def test_pictures_when_nothing_was_recorded_then_there_are_none(screen: Screen) 
     assert not drawing_threads()
 
 
-def test_training_when_a_picture_takes_long_then_goes_on(screen: Screen) -> None:
+def test_training_when_a_picture_takes_long_then_goes_on(screen: RecordingSink) -> None:
     screen.may_show.clear()
     plot = plot_on(screen, "loss", every_seconds=0.0)
     begin(plot)
@@ -203,7 +207,7 @@ def test_training_when_a_picture_takes_long_then_goes_on(screen: Screen) -> None
     assert len(screen.lines["train"]) == 8
 
 
-def test_pause_when_drawing_took_long_then_is_longer_than_asked_for(screen: Screen) -> None:
+def test_pause_when_drawing_took_long_then_is_longer_than_asked_for(screen: RecordingSink) -> None:
     now = [100.0]
     show = screen.show
 
@@ -220,7 +224,9 @@ def test_pause_when_drawing_took_long_then_is_longer_than_asked_for(screen: Scre
     assert plot._due == 104.0 + 18.0
 
 
-def test_error_of_a_picture_when_the_next_event_comes_then_is_raised_once(screen: Screen) -> None:
+def test_error_of_a_picture_when_the_next_event_comes_then_is_raised_once(
+    screen: RecordingSink,
+) -> None:
     screen.error = OSError("disk full")
     plot = plot_on(screen, "loss")
     begin(plot)
@@ -240,7 +246,7 @@ def test_error_of_a_picture_when_the_next_event_comes_then_is_raised_once(screen
     assert screen.lines == {"train": [2.0]}
 
 
-def test_error_of_the_last_picture_when_the_run_ends_then_is_raised(screen: Screen) -> None:
+def test_error_of_the_last_picture_when_the_run_ends_then_is_raised(screen: RecordingSink) -> None:
     plot = plot_on(screen, "loss")
     begin(plot)
     phase(plot, 1.0)
@@ -251,7 +257,9 @@ def test_error_of_the_last_picture_when_the_run_ends_then_is_raised(screen: Scre
     assert not drawing_threads()
 
 
-def test_unknown_name_when_the_first_whole_epoch_ends_then_is_refused(screen: Screen) -> None:
+def test_unknown_name_when_the_first_whole_epoch_ends_then_is_refused(
+    screen: RecordingSink,
+) -> None:
     plot = plot_on(screen, "loss", "typo")
     begin(plot)
     phase(plot, 1.0, batches={"running": [1.0]})
@@ -262,7 +270,7 @@ def test_unknown_name_when_the_first_whole_epoch_ends_then_is_refused(screen: Sc
     assert [ax.get_ylabel() for ax in screen.figures[-1].axes] == ["loss", "typo"]
 
 
-def test_panels_when_nothing_is_named_then_are_the_epoch_metrics(screen: Screen) -> None:
+def test_panels_when_nothing_is_named_then_are_the_epoch_metrics(screen: RecordingSink) -> None:
     plot = plot_on(screen)
     begin(plot)
     phase(plot, 0.0, metrics={"accuracy": 0.5, "loss": 1.0}, batches={"running_loss": [1.0]})
@@ -271,7 +279,7 @@ def test_panels_when_nothing_is_named_then_are_the_epoch_metrics(screen: Screen)
     assert screen.figures[-1].get_suptitle() == "net, completed after 2 epochs"
 
 
-def test_panels_when_there_are_too_many_then_the_picture_says_so(screen: Screen) -> None:
+def test_panels_when_there_are_too_many_then_the_picture_says_so(screen: RecordingSink) -> None:
     plot = plot_on(screen)
     begin(plot)
     phase(plot, 0.0, metrics={f"m{n}": 1.0 for n in range(MOST_PANELS + 2)})
@@ -280,7 +288,7 @@ def test_panels_when_there_are_too_many_then_the_picture_says_so(screen: Screen)
     assert screen.figures[-1].get_supxlabel().startswith("2 more metrics")
 
 
-def test_panels_when_there_are_batch_metrics_only_then_are_those(screen: Screen) -> None:
+def test_panels_when_there_are_batch_metrics_only_then_are_those(screen: RecordingSink) -> None:
     plot = plot_on(screen)
     begin(plot)
     phase(plot, 0.0, metrics={}, batches={"running_loss": [1.0, 2.0]})
@@ -288,7 +296,7 @@ def test_panels_when_there_are_batch_metrics_only_then_are_those(screen: Screen)
     assert screen.lines == {"train": [1.0, 2.0]}
 
 
-def test_batch_values_when_they_are_not_drawn_then_are_not_kept(screen: Screen) -> None:
+def test_batch_values_when_they_are_not_drawn_then_are_not_kept(screen: RecordingSink) -> None:
     plot = plot_on(screen, "loss")
     begin(plot)
     phase(plot, 1.0, batches={"running_loss": [1.0] * 1000})
@@ -297,7 +305,7 @@ def test_batch_values_when_they_are_not_drawn_then_are_not_kept(screen: Screen) 
     assert list(told.history.train) == ["loss"]
 
 
-def test_best_epoch_when_it_was_told_then_has_a_ring(screen: Screen) -> None:
+def test_best_epoch_when_it_was_told_then_has_a_ring(screen: RecordingSink) -> None:
     plot = plot_on(screen, "loss")
     begin(plot)
     for epoch, value in enumerate([3.0, 1.0, 2.0], 1):
@@ -313,7 +321,7 @@ def test_best_epoch_when_it_was_told_then_has_a_ring(screen: Screen) -> None:
 
 
 def test_epochs_when_the_run_was_resumed_then_are_counted_from_its_beginning(
-    screen: Screen,
+    screen: RecordingSink,
 ) -> None:
     plot = plot_on(screen, "loss")
     begin(plot)
@@ -325,7 +333,9 @@ def test_epochs_when_the_run_was_resumed_then_are_counted_from_its_beginning(
     assert np.asarray(line.get_xdata()).tolist() == [4, 5]
 
 
-def test_what_was_undone_when_the_run_went_back_then_is_drawn_no_more(screen: Screen) -> None:
+def test_what_was_undone_when_the_run_went_back_then_is_drawn_no_more(
+    screen: RecordingSink,
+) -> None:
     plot = plot_on(screen, "loss")
     begin(plot)
     phase(plot, 3.0, of=Phase.VALID)
@@ -341,11 +351,11 @@ def test_what_was_undone_when_the_run_went_back_then_is_drawn_no_more(screen: Sc
     (told,) = plot._told.values()
     end(plot)
     assert screen.lines == {"valid": [3.0]}
-    assert told.best == Best("loss", 3.0, 1)
+    assert told.best == BestEpoch("loss", 3.0, 1)
 
 
 def test_second_run_when_it_is_drawn_then_stands_alone_unless_all_are_wanted(
-    screen: Screen,
+    screen: RecordingSink,
 ) -> None:
     for run, expected in ((None, [2.0]), ("all", [1.0, 2.0])):
         plot = plot_on(screen, "loss", run=run)
@@ -357,7 +367,7 @@ def test_second_run_when_it_is_drawn_then_stands_alone_unless_all_are_wanted(
     assert screen.renewed == 4
 
 
-def test_trainers_when_they_run_at_once_then_have_a_color_each(screen: Screen) -> None:
+def test_trainers_when_they_run_at_once_then_have_a_color_each(screen: RecordingSink) -> None:
     plot = plot_on(screen, "loss")
     begin(plot, "a")
     phase(plot, 1.0, trainer="a")
@@ -373,7 +383,7 @@ def test_trainers_when_they_run_at_once_then_have_a_color_each(screen: Screen) -
 
 
 def test_trainers_when_they_run_at_once_under_one_name_then_the_second_is_refused(
-    screen: Screen,
+    screen: RecordingSink,
 ) -> None:
     plot = plot_on(screen, "loss")
     begin(plot)
@@ -390,7 +400,9 @@ def test_trainers_when_they_run_at_once_under_one_name_then_the_second_is_refuse
     assert screen.lines == {"train": [1.0]}
 
 
-def test_run_when_the_one_before_could_not_tell_its_end_then_is_drawn(screen: Screen) -> None:
+def test_run_when_the_one_before_could_not_tell_its_end_then_is_drawn(
+    screen: RecordingSink,
+) -> None:
     plot = plot_on(screen, "loss")
     in_thread(lambda: begin(plot)).join(SOON)
     begin(plot)

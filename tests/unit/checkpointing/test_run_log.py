@@ -34,7 +34,7 @@ from fitloop import (
     read_metrics,
 )
 from fitloop._checkpointing.run_log import PROGRESS_SECONDS
-from fitloop._storage.log_follower import LogFollower, Told
+from fitloop._storage.log_follower import LogFollower, TimedEvent
 from fitloop._storage.metric_log import LOG_NAME
 
 ASKED = PromptAsked(
@@ -54,7 +54,7 @@ class Clock:
         return self.now
 
 
-def written(directory: Path) -> list[Told]:
+def written(directory: Path) -> list[TimedEvent]:
     follower = LogFollower(directory)
     try:
         return follower.poll()

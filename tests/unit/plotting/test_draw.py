@@ -24,8 +24,8 @@ from fitloop._events import PhaseEnded, RunStarted
 from fitloop._metrics.history import History
 from fitloop._plotting.downsampling import MAX_POINTS, running_mean, thin, window_of
 from fitloop._plotting.draw import plot_comparison, plot_history
-from fitloop._plotting.selection import Best
-from fitloop._storage.log_records import log_head
+from fitloop._plotting.selection import BestEpoch
+from fitloop._storage.log_records import encode_head
 from fitloop._storage.metric_log import MetricLog
 from fitloop._types import Phase
 
@@ -336,7 +336,7 @@ def test_import_has_no_matplotlib_and_plot_with_ax_no_pyplot_in_a_thread() -> No
     program = """
 import sys
 from fitloop._events import RunStarted, PhaseEnded
-from fitloop._storage.log_records import log_head
+from fitloop._storage.log_records import encode_head
 from fitloop._storage.metric_log import MetricLog
 from fitloop._metrics.history import History
 from fitloop._types import Phase
@@ -370,15 +370,15 @@ def rings(ax: Axes) -> dict[str, list[float]]:
 @pytest.mark.parametrize(
     ("run", "best", "expected"),
     [
-        (0, Best("loss", 3.0, 3), {"best epoch 3": [3, 3.0]}),
-        (None, Best("loss", 1.0, 7), {"best epoch 2 (7 over all runs)": [2, 1.0]}),
-        ("all", Best("loss", 1.0, 7), {"best epoch 7": [7, 1.0]}),
-        ("all", Best("loss", 1.0, 6), {"best epoch 7 (6 over all runs)": [7, 1.0]}),
-        (-3, Best("loss", 3.0, 3), {"best epoch 3": [3, 3.0]}),
-        (0, Best("loss", 1.0, 7), {}),
-        (1, Best("loss", 1.0, 7), {}),
-        ("all", Best("loss", 0.1, 7), {}),
-        ("all", Best("accuracy", 1.0, 7), {}),
+        (0, BestEpoch("loss", 3.0, 3), {"best epoch 3": [3, 3.0]}),
+        (None, BestEpoch("loss", 1.0, 7), {"best epoch 2 (7 over all runs)": [2, 1.0]}),
+        ("all", BestEpoch("loss", 1.0, 7), {"best epoch 7": [7, 1.0]}),
+        ("all", BestEpoch("loss", 1.0, 6), {"best epoch 7 (6 over all runs)": [7, 1.0]}),
+        (-3, BestEpoch("loss", 3.0, 3), {"best epoch 3": [3, 3.0]}),
+        (0, BestEpoch("loss", 1.0, 7), {}),
+        (1, BestEpoch("loss", 1.0, 7), {}),
+        ("all", BestEpoch("loss", 0.1, 7), {}),
+        ("all", BestEpoch("accuracy", 1.0, 7), {}),
     ],
     ids=[
         *("its-run", "last", "all", "an-epoch-that-did-not-end", "from-the-end"),
@@ -386,7 +386,7 @@ def rings(ax: Axes) -> dict[str, list[float]]:
     ],
 )
 def test_best_epoch_when_its_run_is_drawn_then_has_a_ring(
-    history: History, ax: Axes, run: Any, best: Best, expected: dict[str, list[float]]
+    history: History, ax: Axes, run: Any, best: BestEpoch, expected: dict[str, list[float]]
 ) -> None:
     plot_history(history, "loss", run, ax=ax, best=best)
     assert rings(ax) == expected
@@ -395,7 +395,7 @@ def test_best_epoch_when_its_run_is_drawn_then_has_a_ring(
 def test_best_epoch_when_scores_are_equal_then_is_the_later(ax: Axes) -> None:
     history = History()
     add_run(history, [1.0, 1.0, 1.0], [2.0, 1.0, 1.0])
-    plot_history(history, "loss", ax=ax, best=Best("loss", 1.0, 3))
+    plot_history(history, "loss", ax=ax, best=BestEpoch("loss", 1.0, 3))
     assert rings(ax) == {"best epoch 3": [3, 1.0]}
 
 
@@ -404,12 +404,12 @@ def test_best_epoch_when_valid_has_no_value_there_then_is_on_the_line_of_train(a
     add_run(history, [5.0, 4.0], [2.0, 1.0], name="other")
     for name, values in (("loss", [3.0, 2.0]), ("loss", [1.0, 0.5])):
         add_run(history, values, name=name)
-    plot_history(history, "start_other", 0, ax=ax, best=Best("other", 1.0, 2))
+    plot_history(history, "start_other", 0, ax=ax, best=BestEpoch("other", 1.0, 2))
     assert rings(ax) == {"best epoch 2": [2, 1.0]}
     train_only = History()
     add_run(train_only, [5.0, 4.0], [np.nan, np.nan])
     train_only.observe(valid_score(1.0))
-    plot_history(train_only, "loss", ax=ax, best=Best("score", 1.0, 1), label="b")
+    plot_history(train_only, "loss", ax=ax, best=BestEpoch("score", 1.0, 1), label="b")
     assert rings(ax)["b best epoch 1"] == [1, 5.0]
 
 
@@ -428,7 +428,7 @@ def valid_score(score: float) -> PhaseEnded:
 
 
 def test_best_epoch_when_batches_are_drawn_then_is_not_marked(history: History, ax: Axes) -> None:
-    plot_history(history, "running_loss", 0, ax=ax, best=Best("loss", 3.0, 3))
+    plot_history(history, "running_loss", 0, ax=ax, best=BestEpoch("loss", 3.0, 3))
     assert rings(ax) == {}
 
 
@@ -436,7 +436,7 @@ def test_plot_when_it_is_drawn_twice_then_the_legend_names_it_once(
     history: History, ax: Axes
 ) -> None:
     for _ in range(2):
-        plot_history(history, "loss", 0, ax=ax, best=Best("loss", 3.0, 3))
+        plot_history(history, "loss", 0, ax=ax, best=BestEpoch("loss", 3.0, 3))
     assert legend(ax) == ["train", "valid", "best epoch 3"]
     assert len(ax.collections) == 1
 
@@ -444,7 +444,9 @@ def test_plot_when_it_is_drawn_twice_then_the_legend_names_it_once(
 def test_keywords_when_the_best_is_marked_then_still_go_to_the_lines(
     history: History, ax: Axes
 ) -> None:
-    plot_history(history, "loss", 0, ax=ax, best=Best("loss", 3.0, 3), color="red", linewidth=4)
+    plot_history(
+        history, "loss", 0, ax=ax, best=BestEpoch("loss", 3.0, 3), color="red", linewidth=4
+    )
     assert {line.get_linewidth() for line in ax.get_lines()} == {4}
     assert legend(ax) == ["train", "valid", "best epoch 3"]
 
@@ -470,7 +472,7 @@ def test_million_batches_when_drawn_then_a_running_mean_is_over_pale_values(ax: 
     ]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     hnp.arrays(np.float64, st.integers(1, 400), elements=st.floats(-1e9, 1e9) | st.just(np.nan)),
     st.sampled_from([5, 10, 50]),
@@ -629,7 +631,7 @@ def test_compare_metrics_when_given_one_trainer_then_compares_its_runs(
 
 def test_compare_metrics_when_given_logs_then_reads_them(ax: Axes, tmp_path: Path) -> None:
     log = MetricLog(tmp_path)
-    log.begin(log_head("net", made(([1.0, 2.0], []))))
+    log.start(encode_head("net", made(([1.0, 2.0], []))))
     compare_metrics({"log": tmp_path, "file": str(log.path)}, "loss", ax=ax)
     assert drawn(ax) == {key: [(1, 1.0), (2, 2.0)] for key in ("log train", "file train")}
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -28,19 +28,19 @@ from support.made_up_runs import (
 
 from fitloop import BatchProgress, CheckpointError, Event, History, PromptAsked, WentBack
 from fitloop._storage.layout import crc32, pack, unpack
-from fitloop._storage.log_follower import LogFollower, Told
-from fitloop._storage.log_records import RunFacts, log_head, log_record
+from fitloop._storage.log_follower import LogFollower, TimedEvent
+from fitloop._storage.log_records import RunInfo, encode_event, encode_head
 from fitloop._storage.metric_log import LOG_NAME, MetricLog
 
 WENT_BACK = WentBack(trainer="t", epoch=1, epoch_in_run=1)
 
 
 def head(began: float, epochs: int = 3) -> bytes:
-    return log_head("t", History(), RunFacts("fit", epochs, 1, 0, began))
+    return encode_head("t", History(), RunInfo("fit", epochs, 1, 0, began))
 
 
 def record(event: Event, at: float = 2.0) -> bytes:
-    found = log_record(event, at)
+    found = encode_event(event, at)
     assert found is not None
     return found
 
@@ -54,7 +54,7 @@ class Log:
         self.follower = LogFollower(directory)
 
     def begin(self, began: float = 1.0) -> None:
-        self.log.begin(head(began))
+        self.log.start(head(began))
 
     def append(self, *events: Event) -> None:
         for event in events:
@@ -88,10 +88,10 @@ def test_follower_when_the_directory_is_a_file_then_tells_nothing(tmp_path: Path
 
 def test_follower_when_a_run_goes_then_tells_each_event_once_with_its_time(log: Log) -> None:
     log.begin(1.5)
-    assert log.follower.poll() == [Told(run_started(), 1.5)]
+    assert log.follower.poll() == [TimedEvent(run_started(), 1.5)]
     for event in (*epoch(1), *epoch(2), run_ended(2)):
         log.append(event)
-        assert log.follower.poll() == [Told(event, 2.0)]
+        assert log.follower.poll() == [TimedEvent(event, 2.0)]
         assert log.follower.poll() == []
     assert log.follower.has_ended
 
@@ -188,7 +188,7 @@ def test_follower_when_the_file_is_replaced_while_it_looks_then_loses_nothing(
         lambda: log.begin(9.0),
     ]
 
-    def reads() -> list[Told]:
+    def reads() -> list[TimedEvent]:
         told = read()
         while late:
             late.pop(0)()
@@ -231,10 +231,10 @@ def test_follower_when_a_run_died_then_tells_of_the_one_that_goes_on(log: Log) -
     log.begin(1.0)
     log.append(*epoch(1))
     log.poll()
-    log.log.begin(log_head("t", History(), RunFacts("fit", 3, 2, 1, 5.0)))
+    log.log.start(encode_head("t", History(), RunInfo("fit", 3, 2, 1, 5.0)))
     [started] = log.follower.poll()
     assert (started.at, started.event.kind) == (5.0, "run_started")
-    assert log.follower.run == RunFacts("fit", 3, 2, 1, 5.0)
+    assert log.follower.run == RunInfo("fit", 3, 2, 1, 5.0)
 
 
 def test_follower_when_the_run_goes_back_then_it_is_not_told_to_begin_again(log: Log) -> None:
@@ -445,7 +445,7 @@ def test_follower_when_the_head_is_forged_then_refuses_it(
 ) -> None:
     contents = plain(head(1.0))
     change(contents)
-    log.log.begin(frame(contents))
+    log.log.start(frame(contents))
     refused(log)
 
 

@@ -28,7 +28,7 @@ from fitloop import (
     read_metrics,
 )
 from fitloop._storage.layout import crc32, pack, unpack
-from fitloop._storage.log_records import log_head, log_record
+from fitloop._storage.log_records import encode_event, encode_head
 from fitloop._storage.metric_log import LOG_NAME, MetricLog
 from fitloop._types import Stage
 
@@ -65,9 +65,9 @@ def begun() -> History:
 
 def written(directory: Path, events: list[Any]) -> MetricLog:
     log = MetricLog(directory)
-    log.begin(log_head("t", begun()))
+    log.start(encode_head("t", begun()))
     for event in events:
-        log.append(log_record(event) or b"")
+        log.append(encode_event(event) or b"")
     return log
 
 
@@ -98,9 +98,9 @@ def test_log_when_begun_with_a_history_then_that_comes_first(tmp_path: Path) -> 
     for event in EVENTS[:5]:
         history.observe(event)
     log = MetricLog(tmp_path)
-    log.begin(log_head("t", history))
+    log.start(encode_head("t", history))
     for event in EVENTS[5:]:
-        log.append(log_record(event) or b"")
+        log.append(encode_event(event) or b"")
     assert contents(read_metrics(tmp_path)) == histories()[-1]
 
 
@@ -108,11 +108,11 @@ def test_log_when_begun_with_a_history_then_that_comes_first(tmp_path: Path) -> 
 def test_log_when_torn_at_any_byte_then_a_prefix_is_read(tmp_path: Path) -> None:
     log = written(tmp_path, EVENTS)
     data = log.path.read_bytes()
-    head = len(log_head("t", begun()))
+    head = len(encode_head("t", begun()))
     expected = histories()
     ends = [head]
     for event in EVENTS:
-        ends.append(ends[-1] + len(log_record(event) or b""))
+        ends.append(ends[-1] + len(encode_event(event) or b""))
     assert ends[-1] == len(data)
     for length in range(len(data) + 1):
         log.path.write_bytes(data[:length])
@@ -174,9 +174,9 @@ def test_log_when_a_write_fails_halfway_then_what_comes_later_can_be_read(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", fail)
         with pytest.raises(CheckpointError, match="cannot be written: No space left"):
-            log.append(log_record(EVENTS[2]) or b"")
+            log.append(encode_event(EVENTS[2]) or b"")
     for event in EVENTS[2:]:
-        log.append(log_record(event) or b"")
+        log.append(encode_event(event) or b"")
     assert contents(read_metrics(tmp_path)) == histories()[-1]
 
 
@@ -197,7 +197,7 @@ def test_log_when_read_while_another_thread_appends_then_readers_see_prefixes(
 
     def append() -> None:
         for number in range(200):
-            log.append(log_record(phase_ended(number)) or b"")
+            log.append(encode_event(phase_ended(number)) or b"")
         done.set()
 
     thread = threading.Thread(target=append)
@@ -302,9 +302,9 @@ def test_log_when_its_head_is_forged_then_it_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
     log = MetricLog(tmp_path)
-    head = unpack(unpack(log_head("t", begun()), "the head")[1], "the head")
+    head = unpack(unpack(encode_head("t", begun()), "the head")[1], "the head")
     change(head)
-    log.begin(frame(pack(head)))
+    log.start(frame(pack(head)))
     with pytest.raises(CheckpointError, match=LOG_NAME):
         read_metrics(tmp_path)
 
@@ -314,9 +314,9 @@ def test_log_when_its_number_of_runs_is_forged_then_it_can_still_be_looked_at(
 ) -> None:
     """Each run without values costs nothing in the file, and time and memory when it is read."""
     log = MetricLog(tmp_path)
-    head = unpack(unpack(log_head("t", begun()), "the head")[1], "the head")
+    head = unpack(unpack(encode_head("t", begun()), "the head")[1], "the head")
     head["history"]["train"].update(runs=2**60)
-    log.begin(frame(pack(head)))
+    log.start(frame(pack(head)))
     with pytest.raises(CheckpointError):
         read_metrics(tmp_path)
 

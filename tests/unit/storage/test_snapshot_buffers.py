@@ -12,12 +12,11 @@ from support.tensors import random_bytes
 from torch import Tensor, nn
 
 from fitloop._storage import tensors
-from fitloop._storage.layout import Alias, LayoutError, Payload
-from fitloop._storage.staging import Staging
-from fitloop._storage.tensors import payload_of
+from fitloop._storage.layout import LayoutError, Payload, TensorAlias
+from fitloop._storage.tensors import SnapshotBuffers, payload_of
 
 
-def payloads(items: list[Payload | Alias]) -> dict[str, Payload]:
+def payloads(items: list[Payload | TensorAlias]) -> dict[str, Payload]:
     return {item.name: item for item in items if isinstance(item, Payload)}
 
 
@@ -56,7 +55,7 @@ SHAPES: dict[str, Any] = {
 def test_copy_when_of_any_shape_then_holds_the_same_numbers(name: str) -> None:
     tensor = SHAPES[name]()
     for steady in (set(), {"x"}) if name != "one element, odd stride" else (set[str](),):
-        (payload,) = payloads(Staging().copy({"x": tensor}, steady)).values()
+        (payload,) = payloads(SnapshotBuffers().copy({"x": tensor}, steady)).values()
         assert (payload.dtype, payload.shape) == (
             tensors.dtype_name(tensor.dtype),
             tuple(tensor.shape),
@@ -79,7 +78,7 @@ def test_copy_when_of_any_dtype_then_holds_the_same_bytes(
     dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     tensor = random_bytes(dtype, shape)
-    (payload,) = payloads(Staging().copy({"x": tensor}, ())).values()
+    (payload,) = payloads(SnapshotBuffers().copy({"x": tensor}, ())).values()
     expected = payload_of("x", tensor)
     assert (payload.dtype, payload.shape) == (expected.dtype, expected.shape)
     assert bytes(payload.data) == bytes(expected.data)
@@ -87,7 +86,7 @@ def test_copy_when_of_any_dtype_then_holds_the_same_bytes(
 
 def test_copy_when_lazily_conjugate_or_negative_then_holds_the_real_numbers() -> None:
     plain = torch.randn(3, dtype=torch.complex64)
-    found = payloads(Staging().copy({"c": plain.conj(), "n": plain.conj().imag}, ()))
+    found = payloads(SnapshotBuffers().copy({"c": plain.conj(), "n": plain.conj().imag}, ()))
     assert torch.equal(numbers(found["c"]), plain.conj().resolve_conj())
     assert torch.equal(numbers(found["n"]), -plain.imag)
 
@@ -95,8 +94,11 @@ def test_copy_when_lazily_conjugate_or_negative_then_holds_the_real_numbers() ->
 def test_copy_when_tensors_are_tied_then_the_memory_is_copied_once() -> None:
     shared = base()
     state = {"a": shared, "b": shared, "c": shared[:2], "d": shared.T, "e": shared.clone()}
-    found = Staging().copy({**state, "f": shared.view(4, 6), "empty": torch.empty(0)}, ())
-    assert [item for item in found if isinstance(item, Alias)] == [Alias("b", "a"), Alias("f", "a")]
+    found = SnapshotBuffers().copy({**state, "f": shared.view(4, 6), "empty": torch.empty(0)}, ())
+    assert [item for item in found if isinstance(item, TensorAlias)] == [
+        TensorAlias("b", "a"),
+        TensorAlias("f", "a"),
+    ]
     assert list(payloads(found)) == ["a", "c", "d", "e", "empty"]
     for name, payload in payloads(found).items():
         if name != "empty":
@@ -105,13 +107,13 @@ def test_copy_when_tensors_are_tied_then_the_memory_is_copied_once() -> None:
 
 def test_copy_when_one_is_a_lazy_conjugate_of_the_other_then_both_are_copied() -> None:
     plain = torch.randn(3, dtype=torch.complex64)
-    found = Staging().copy({"a": plain, "b": plain.conj()}, ())
-    assert not any(isinstance(item, Alias) for item in found)
+    found = SnapshotBuffers().copy({"a": plain, "b": plain.conj()}, ())
+    assert not any(isinstance(item, TensorAlias) for item in found)
 
 
 def test_copy_when_the_source_changes_then_the_copy_does_not() -> None:
     source, steady = base(), base()
-    found = payloads(Staging().copy({"x": source, "best": steady}, {"best"}))
+    found = payloads(SnapshotBuffers().copy({"x": source, "best": steady}, {"best"}))
     source.zero_()
     assert torch.equal(numbers(found["x"]), base())
     steady.zero_()  # which nobody does: it is written from where it is
@@ -120,7 +122,7 @@ def test_copy_when_the_source_changes_then_the_copy_does_not() -> None:
 
 
 def test_copy_when_repeated_then_the_buffers_are_used_again() -> None:
-    staging, source = Staging(), {"x": base(), "y": base().T, "z": torch.tensor(3)}
+    staging, source = SnapshotBuffers(), {"x": base(), "y": base().T, "z": torch.tensor(3)}
     first = payloads(staging.copy(source, ()))
     source = {name: tensor + 1 for name, tensor in source.items()}
     second = payloads(staging.copy(source, ()))
@@ -133,7 +135,7 @@ def test_copy_when_repeated_then_the_buffers_are_used_again() -> None:
     "other", [base()[:2], base().double(), torch.arange(24), base().reshape(-1)], ids=str
 )
 def test_copy_when_a_tensor_has_another_look_then_its_buffer_is_another(other: Tensor) -> None:
-    staging = Staging()
+    staging = SnapshotBuffers()
     staging.copy({"x": base(), "y": base()}, ())
     found = payloads(staging.copy({"x": other, "y": base()}, ()))
     assert torch.equal(numbers(found["x"]), other)
@@ -141,10 +143,10 @@ def test_copy_when_a_tensor_has_another_look_then_its_buffer_is_another(other: T
 
 
 def test_copy_when_a_tie_is_made_and_loosened_then_all_numbers_are_right() -> None:
-    staging, shared = Staging(), base()
+    staging, shared = SnapshotBuffers(), base()
     for second in (shared, base() + 1, shared, base() + 2):
         found = staging.copy({"a": shared, "b": second}, ())
-        assert isinstance(found[1], Alias) == (second is shared)
+        assert isinstance(found[1], TensorAlias) == (second is shared)
         for name, payload in payloads(found).items():
             assert torch.equal(numbers(payload), {"a": shared, "b": second}[name])
 
@@ -164,12 +166,12 @@ def test_copy_when_a_tensor_has_no_plain_bytes_then_it_is_named(
     make: Callable[[], Tensor], words: str
 ) -> None:
     with pytest.raises(LayoutError, match=rf"tensor 'bad' .*{words}"):
-        Staging().copy({"good": base(), "bad": make()}, ())
+        SnapshotBuffers().copy({"good": base(), "bad": make()}, ())
 
 
 def test_copy_when_grad_mode_is_on_then_nothing_is_recorded() -> None:
     parameter = nn.Parameter(base())
-    staging = Staging()
+    staging = SnapshotBuffers()
     with torch.enable_grad():
         staging.copy({"x": parameter}, ())
         staging.copy({"x": parameter * 2}, ())
@@ -178,7 +180,7 @@ def test_copy_when_grad_mode_is_on_then_nothing_is_recorded() -> None:
 
 @pytest.mark.cuda
 def test_copy_when_on_cuda_then_the_buffers_are_pinned_and_used_again() -> None:
-    staging, source = Staging(), base().cuda()
+    staging, source = SnapshotBuffers(), base().cuda()
     first = payloads(staging.copy({"x": source}, ()))["x"]
     source += 1
     assert torch.equal(numbers(first), base())
