@@ -1,6 +1,6 @@
-"""What to change, judging by the figures of a benchmark: `advise`, a pure function.
+"""Advice that follows from the figures of a benchmark: `advise`, a pure function.
 
-Every piece of advice says the figure it rests on. What the rounds do not agree on is not advised.
+Each piece of advice names the figure behind it. A change is advised only if the rounds agree.
 """
 
 from __future__ import annotations
@@ -9,60 +9,60 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from fitloop._bench.figures import Conditions, Figures, Way
+from fitloop._bench.figures import Conditions, Figures, Variant
 from fitloop._format import brief
 
-GRANTED = 0.8
-"""share of their time that the steps must have the processor for"""
+BUSY = 0.8
+"""processor share of the steps below which the machine was busy"""
+NOISE = 0.25
+"""distance of the quartiles of a step's time above which the machine was busy"""
 STARVED = 0.1
-"""share of waiting from which the loader is worth a change"""
+"""share of waiting above which the loader is worth a change"""
 GAIN = 0.05
 """share of a batch's time that a change must save"""
-HIDES = 0.5
-"""share of what could be hidden, above which loading ahead does work"""
+GOOD_OVERLAP = 0.5
+"""overlap share above which loading ahead works"""
 LARGE_OVERHEAD = 0.1
-"""of fitloop, by the time of a step"""
-COMPUTES = 0.25
-"""share of computing in loading, below which a loader waits for disks, networks, others"""
-MOST_WORKERS = 16
-"""that are advised for a loader that waits, however many cores there are"""
+"""fitloop's overhead as a share of a step"""
+WAITING_LOADER = 0.25
+"""processor share of a loader below which it mainly waits for disks, networks or its workers"""
+MAX_WORKERS = 16
+"""worker processes advised for a loader that waits, even on fewer cores"""
 SMALL_STEP = 0.002
-"""seconds up to which a step is mostly the interpreter's own work"""
+"""seconds below which a step is mostly work of the interpreter"""
 LONG_START = 0.05
-"""share of an epoch that goes by before the loader gives batches"""
-NOISE = 0.25
-"""between the quartiles of one loop's time, from which the machine was too busy to tell"""
+"""start-up time of the loader as a share of an epoch"""
 LATE = 0.05
-"""seconds that an event loop may wake up late at the 99th percentile"""
+"""seconds of delay of the event loop at the 99th percentile"""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing to know or to change."""
+    """One change to make, or one fact that makes a change needless."""
 
     about: str
     """``"loader"``, ``"start"``, ``"prefetch"``, ``"threads"``, ``"overhead"`` ..."""
     text: str
     change: bool = True
-    """whether something is to be changed; else it is said so that nobody looks there"""
+    """whether the user should change something"""
 
 
 def advise(conditions: Conditions, figures: Figures) -> tuple[Advice, ...]:
-    """Return what to change, the most worthwhile first, and what not to look at."""
-    found = [advice for rule in _RULES for advice in rule(conditions, figures)]
-    if not any(advice.change for advice in found):
-        found.insert(0, Advice("nothing", "Nothing to change.", change=False))
-    return tuple(sorted(found, key=lambda advice: not advice.change and advice.about != "nothing"))
+    """Return all advice: first the changes, the most worthwhile first."""
+    items = [item for rule in _RULES for item in rule(conditions, figures)]
+    if not any(item.change for item in items):
+        items.insert(0, Advice("nothing", "Nothing to change.", change=False))
+    return tuple(sorted(items, key=lambda item: not item.change and item.about != "nothing"))
 
 
 def _noise(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
-    step, granted = figures.per_batch[Way.STEP], figures.granted
+    step, cpu_share = figures.per_batch[Variant.STEP], figures.cpu_share
     again = "Measure again on a quiet one, or for longer, before believing small differences."
-    if granted is not None and granted.median < GRANTED and conditions.device == "cpu":
+    if cpu_share is not None and cpu_share.median < BUSY and conditions.device == "cpu":
         yield Advice(
             "noise",
             "The machine was busy, unless the steps themselves wait for something: they had the "
-            f"processor for {granted.median:.0%} of their time. {again}",
+            f"processor for {cpu_share.median:.0%} of their time. {again}",
         )
     elif step.noise > NOISE:
         yield Advice(
@@ -74,18 +74,18 @@ def _noise(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
 
 def _loader(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
     if not figures.starved.is_above(STARVED):
-        yield _not_starved(conditions, figures)
+        yield _fed(conditions, figures)
         return
-    load, step = (figures.per_batch[way].median for way in (Way.LOAD, Way.STEP))
-    waits = f"{figures.starved.median:.0%} of the time"
-    better = _better_prefetch(conditions, figures)
-    if better is not None:
-        yield better
-    now = figures.per_batch[Way.FITLOOP if better is None else Way.AHEAD].median
-    workers = _workers(conditions, figures)
+    prefetch = _load_ahead(conditions, figures)
+    if prefetch is not None:
+        yield prefetch
+    load, step = figures.seconds(Variant.LOAD), figures.seconds(Variant.STEP)
+    now = figures.seconds(Variant.FITLOOP if prefetch is None else Variant.AHEAD)
+    workers = _useful_workers(conditions, figures)
     best = max(load * max(1, conditions.num_workers or 0) / workers, step)
-    if best > (1 - GAIN) * now and not load > step:
-        if better is None:
+    waits = f"{figures.starved.median:.0%} of the time"
+    if load <= step and best > (1 - GAIN) * now:
+        if prefetch is None:
             yield Advice(
                 "loader",
                 f"The step waits for the loader {waits}, but hardly anything is to be gained: "
@@ -93,16 +93,15 @@ def _loader(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
                 change=False,
             )
         return
-    slow = "The loader is the bottleneck" if load > step else "The step waits for the loader"
-    times = f"load {brief(load)}, step {brief(step)} a batch; it waits {waits}"
-    gain = f"at the best {brief(best)} instead of {brief(now)} a batch"
-    why = _why(conditions, figures)
-    remedy = _remedy(conditions, workers, gain, waits=_waits(figures))
-    yield Advice("loader", f"{slow} ({times}).{why} {remedy}")
+    problem = "The loader is the bottleneck" if load > step else "The step waits for the loader"
+    times = f"load {brief(load)}, step {brief(step)} a batch; the step waits {waits}"
+    gain = f"at best {brief(best)} instead of {brief(now)} a batch"
+    remedy = _loader_remedy(conditions, figures, workers, gain)
+    yield Advice("loader", f"{problem} ({times}).{_why_starved(conditions, figures)} {remedy}")
 
 
-def _not_starved(conditions: Conditions, figures: Figures) -> Advice:
-    """Say that the loader keeps up, if the rounds agree on it."""
+def _fed(conditions: Conditions, figures: Figures) -> Advice:
+    """Return the advice for a loader that keeps up, or about which the rounds disagree."""
     starved = figures.starved
     if starved.is_below(STARVED):
         return Advice(
@@ -120,57 +119,37 @@ def _not_starved(conditions: Conditions, figures: Figures) -> Advice:
     )
 
 
-def _workers(conditions: Conditions, figures: Figures) -> int:
-    """Return how many worker processes would load as fast as it is trained, if it can be had."""
-    there = conditions.num_workers or 0
-    load, step = (figures.per_batch[way].median for way in (Way.LOAD, Way.STEP))
-    wanted = ceil(max(1, there) * load / max(step, 1e-9))
-    most = MOST_WORKERS if _waits(figures) else conditions.cores
-    return max(1, there, min(most, wanted))
+def _useful_workers(conditions: Conditions, figures: Figures) -> int:
+    """Return the number of worker processes that load as fast as the steps, within limits."""
+    current = conditions.num_workers or 0
+    load, step = figures.seconds(Variant.LOAD), figures.seconds(Variant.STEP)
+    needed = ceil(max(1, current) * load / max(step, 1e-9))
+    limit = MAX_WORKERS if _loader_waits(figures) else conditions.cores
+    return max(1, current, min(limit, needed))
 
 
-def _waits(figures: Figures) -> bool:
-    """Return whether the loader waits for something rather than computes."""
-    return figures.computes is not None and figures.computes.is_below(COMPUTES)
+def _loader_waits(figures: Figures) -> bool:
+    share = figures.loader_cpu_share
+    return share is not None and share.is_below(WAITING_LOADER)
 
 
-def _why(conditions: Conditions, figures: Figures) -> str:
-    """Say why loading ahead in a thread does not do, where it is known."""
+def _why_starved(conditions: Conditions, figures: Figures) -> str:
+    """Return a sentence on why loading ahead in a thread is not enough, or an empty string."""
     if conditions.num_workers or conditions.kind == "async":
         return ""
-    hidden = figures.hidden
-    if _waits(figures):
-        assert figures.computes is not None
-        return f" It computes {figures.computes.median:.0%} of its time, and waits for the rest."
-    if hidden is not None and hidden.is_below(HIDES) and not conditions.takes_turns:
+    computes, overlap = figures.loader_cpu_share, figures.overlap_share
+    if computes is not None and computes.is_below(WAITING_LOADER):
+        return f" It computes {computes.median:.0%} of its time, and waits for the rest."
+    if overlap is not None and overlap.is_below(GOOD_OVERLAP) and not conditions.takes_turns:
         return (
             " It holds the interpreter while it works, so that a thread that loads ahead hides "
-            f"only {max(0.0, hidden.median):.0%} of what could be hidden."
+            f"only {max(0.0, overlap.median):.0%} of the time that could be hidden."
         )
     return ""
 
 
-def _better_prefetch(conditions: Conditions, figures: Figures) -> Advice | None:
-    """Advise to load ahead where it is not done and was faster."""
-    saved = figures.saving(Way.FITLOOP, Way.AHEAD)
-    if conditions.loads != "inline" or saved is None or not saved.is_above(GAIN):
-        return None
-    times = (
-        f"a batch took {brief(figures.per_batch[Way.FITLOOP].median)} as it is set up, and "
-        f"{brief(figures.per_batch[Way.AHEAD].median)} loaded ahead"
-    )
-    if conditions.takes_turns:
-        return Advice(
-            "prefetch",
-            'If the dataset draws no random numbers, give loader_randomness="own" and prefetch=2: '
-            f"{times}. With seed= a loader that may draw is read in turns with the steps.",
-        )
-    return Advice("prefetch", f"Give prefetch=2: {times}.")
-
-
-def _remedy(conditions: Conditions, workers: int, gain: str, *, waits: bool) -> str:
-    """Say how the loader is made faster."""
-    there = conditions.num_workers or 0
+def _loader_remedy(conditions: Conditions, figures: Figures, workers: int, gain: str) -> str:
+    current = conditions.num_workers or 0
     if conditions.kind == "async":
         return "Read several batches at once in it, or raise prefetch if its times vary."
     if conditions.kind != "DataLoader":
@@ -178,34 +157,52 @@ def _remedy(conditions: Conditions, workers: int, gain: str, *, waits: bool) -> 
             "Make its batches cheaper, or give a DataLoader over a Dataset with num_workers: "
             "worker processes load beside the steps."
         )
-    if conditions.cores < 2 and there == 0 and not waits:
+    if conditions.cores < 2 and current == 0 and not _loader_waits(figures):
         return "There is one core, so that workers would not help: make the samples cheaper."
-    if workers > there:
-        instead = f" instead of {there}" * (there > 0)
+    if workers > current:
+        instead = f" instead of {current}" * (current > 0)
         return f"Give the DataLoader num_workers={workers}{instead}: {gain}."
     return (
-        f"It has {there} workers on {conditions.cores} cores already: make the samples cheaper "
+        f"It has {current} workers on {conditions.cores} cores already: make the samples cheaper "
         "(smaller files, decoded once, fewer transforms)."
     )
 
 
-def _prefetch(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
-    saved = figures.saving(Way.FITLOOP, Way.INLINE)
+def _load_ahead(conditions: Conditions, figures: Figures) -> Advice | None:
+    """Return the advice to load ahead if fitloop does not and it was faster."""
+    saved = figures.saving(Variant.FITLOOP, Variant.AHEAD)
+    if conditions.loads != "inline" or saved is None or not saved.is_above(GAIN):
+        return None
+    times = (
+        f"a batch took {brief(figures.seconds(Variant.FITLOOP))} as it is set up, and "
+        f"{brief(figures.seconds(Variant.AHEAD))} loaded ahead"
+    )
+    if conditions.takes_turns:
+        return Advice(
+            "prefetch",
+            'If the dataset uses no random numbers, give loader_randomness="own" and prefetch=2: '
+            f"{times}. With seed=, a loader that may use them is not read during a step.",
+        )
+    return Advice("prefetch", f"Give prefetch=2: {times}.")
+
+
+def _load_inline(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
+    saved = figures.saving(Variant.FITLOOP, Variant.INLINE)
     if conditions.loads == "ahead" and saved is not None and saved.is_above(GAIN):
         yield Advice(
             "prefetch",
-            f"Give prefetch=0: loading ahead costs more than it hides, "
-            f"{brief(figures.per_batch[Way.FITLOOP].median)} a batch against "
-            f"{brief(figures.per_batch[Way.INLINE].median)} inline.",
+            "Give prefetch=0: loading ahead costs more than it hides, "
+            f"{brief(figures.seconds(Variant.FITLOOP))} a batch against "
+            f"{brief(figures.seconds(Variant.INLINE))} inline.",
         )
 
 
 def _start(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
-    startup, batch = figures.startup.median, figures.per_batch[Way.FITLOOP].median
-    batches = conditions.epoch or conditions.batches
-    if not figures.startup.is_above(LONG_START * batches * batch):
+    startup = figures.startup.median
+    epoch = (conditions.epoch or conditions.batches) * figures.seconds(Variant.FITLOOP)
+    if not figures.startup.is_above(LONG_START * epoch):
         return
-    share = startup / (startup + batches * batch)
+    share = startup / (startup + epoch)
     text = f"Each epoch begins with {brief(startup)} of waiting, {share:.0%} of it"
     if conditions.num_workers and not conditions.persistent_workers:
         text += (
@@ -213,57 +210,52 @@ def _start(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
             "keeps them from epoch to epoch."
         )
     else:
-        text += ", before the loader gives batches at its pace: see what it does in __iter__."
+        text += ", before the loader gives batches at its pace: see its __iter__."
     yield Advice("start", text)
 
 
 def _threads(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
-    saved = figures.saving(Way.STEP, Way.ONE_THREAD)
+    saved = figures.saving(Variant.STEP, Variant.ONE_THREAD)
     if saved is not None and saved.is_above(GAIN):
         yield Advice(
             "threads",
-            f"Give num_threads=1: a step takes {brief(figures.per_batch[Way.ONE_THREAD].median)} "
-            f"with one intra-op thread, {brief(figures.per_batch[Way.STEP].median)} with "
-            f"{conditions.num_threads}. Then measure the loader again: what is said of it here "
-            "rests on the slower step.",
+            f"Give num_threads=1: a step takes {brief(figures.seconds(Variant.ONE_THREAD))} "
+            f"with one intra-op thread, {brief(figures.seconds(Variant.STEP))} with "
+            f"{conditions.num_threads}. Then measure the loader again: the advice on it rests on "
+            "the slower step.",
         )
 
 
 def _overhead(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
-    step, added = figures.per_batch[Way.STEP].median, figures.overhead
-    share = added.median / step if step > 0 else 0.0
-    if not added.is_above(0.0) or any(_noise(conditions, figures)):
-        yield Advice(
-            "overhead",
-            "What fitloop adds to a batch cannot be told from the noise: "
-            f"{brief(added.median)} at the median, {brief(added.low)} to {brief(added.high)}, of "
-            f"a step of {brief(step)}.",
-            change=False,
+    step, overhead = figures.seconds(Variant.STEP), figures.overhead
+    added = brief(overhead.median)
+    share = overhead.median / step if step > 0 else 0.0
+    change = False
+    if not overhead.is_above(0.0) or any(_noise(conditions, figures)):
+        text = (
+            f"The overhead of fitloop cannot be told from the noise: {added} a batch at the "
+            f"median, {brief(overhead.low)} to {brief(overhead.high)}, of a step of {brief(step)}."
         )
-    elif conditions.async_step and added.is_above(GAIN * step):
-        yield Advice(
-            "overhead",
-            f"The async train_step goes to the event loop and back for each batch, "
-            f"{brief(added.median)} or {share:.0%} of a step: make it a plain function if it has "
-            "nothing to await.",
+    elif conditions.async_step and overhead.is_above(GAIN * step):
+        change = True
+        text = (
+            f"The async train_step goes to the event loop and back for each batch, {added} or "
+            f"{share:.0%} of a step: make it a plain function if it has nothing to await."
         )
-    elif added.is_above(LARGE_OVERHEAD * step):
-        yield Advice(
-            "overhead",
-            f"A step does little ({brief(step)}), so that fitloop's own {brief(added.median)} a "
-            f"batch are {share:.0%} of it: larger batches make both count less.",
+    elif overhead.is_above(LARGE_OVERHEAD * step):
+        change = True
+        text = (
+            f"A step does little ({brief(step)}), so that fitloop's own {added} a batch are "
+            f"{share:.0%} of it: larger batches make both count less."
         )
     else:
-        yield Advice(
-            "overhead",
-            f"fitloop adds {brief(added.median)} a batch, {share:.1%} of a step.",
-            change=False,
-        )
+        text = f"fitloop adds {added} a batch, {share:.1%} of a step."
+    yield Advice("overhead", text, change)
     if 0 < step <= SMALL_STEP and conditions.device == "cpu":
         yield Advice(
             "many",
-            f"Steps as short as {brief(step)} fight for the interpreter when several models train "
-            'in threads: for many such models use Runner(backend="process").',
+            f"Steps as short as {brief(step)} compete for the interpreter when several models "
+            'train in threads: for many such models use Runner(backend="process").',
             change=False,
         )
 
@@ -273,7 +265,7 @@ def _syncs(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
         yield Advice(
             "device",
             f"A step waits for the device {conditions.syncs:.1f} times to read a value (.item(), "
-            ".cpu(), float() and the like): return tensors as they are, fitloop reads them later.",
+            ".cpu(), float() ...): return tensors as they are, fitloop reads them later.",
         )
 
 
@@ -282,19 +274,13 @@ def _lateness(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
     if lag is not None and lag.p99 > LATE:
         yield Advice(
             "event loop",
-            f"The event loop beside it wakes up {brief(lag.p99)} late at the 99th percentile: "
-            "something in the steps or the loader holds the interpreter that long at a time. "
-            'worker processes (num_workers, or Runner(backend="process")) keep it free.',
+            f"The event loop wakes up {brief(lag.p99)} late at the 99th percentile while fitloop "
+            "trains: something in the steps or the loader holds the interpreter that long. "
+            'Worker processes (num_workers, or Runner(backend="process")) keep it free.',
         )
 
 
 _RULES: tuple[Callable[[Conditions, Figures], Iterator[Advice]], ...] = (
-    _noise,
-    _loader,
-    _prefetch,
-    _start,
-    _threads,
-    _overhead,
-    _syncs,
-    _lateness,
+    *(_noise, _loader, _load_inline, _start),
+    *(_threads, _overhead, _syncs, _lateness),
 )

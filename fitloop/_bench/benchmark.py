@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from fitloop._bench.budget import Wanted
+from fitloop._bench.budget import BenchRequest
 from fitloop._bench.report import BenchReport
-from fitloop._bench.run import BenchRun, Tell
+from fitloop._bench.run import BenchRun, Show
 from fitloop._display.terminal import can_draw
 from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import ConfigurationError
@@ -80,14 +80,14 @@ async def benchmark(
         FitLoopError: it was stopped before there was anything to report.
         Exception: whatever a stage function or loader raised, as the same object, with a note.
     """
-    wanted = Wanted(
+    request = BenchRequest(
         batches=check_optional("batches", batches, 2, meaning="of each way in a round"),
         rounds=check_optional("rounds", rounds, 1),
         seconds=check_seconds("seconds", seconds) or 15.0,
     )
-    with _status(shown=progress) as tell:
+    with _status_line(enabled=progress) as show:
         if not isinstance(trainer, FitLoop | SyncFitLoop):
-            tell("making the trainer")
+            show("making the trainer")
         made = await _trainer_of(trainer)
         core = made._core
         plan = dry_plan(
@@ -99,7 +99,7 @@ async def benchmark(
             define_all=define_all,
             cast=cast,
         )
-        make = partial(BenchRun, wanted, tell)
+        make = partial(BenchRun, request, show)
         return BenchReport.of(await launch(core, made, plan, dry=True, make=make))
 
 
@@ -113,20 +113,20 @@ async def _trainer_of(given: Any) -> FitLoop:
 
 
 @contextmanager
-def _status(*, shown: bool) -> Iterator[Tell]:
+def _status_line(*, enabled: bool) -> Iterator[Show]:
     """Give a function that shows a line on the terminal, which is gone afterwards."""
     stream = sys.stderr
-    if not (shown and stream is not None and stream.isatty() and can_draw()):
+    if not (enabled and stream is not None and stream.isatty() and can_draw()):
         yield lambda text: None
         return
 
-    def tell(text: str) -> None:
+    def show(text: str) -> None:
         width = shutil.get_terminal_size().columns - 1
         stream.write(f"\r\x1b[K{printable(f'benchmark: {text}')[:width]}")
         stream.flush()
 
     try:
-        yield tell
+        yield show
     finally:
         stream.write("\r\x1b[K")
         stream.flush()

@@ -1,4 +1,4 @@
-"""How many batches and rounds a benchmark is worth: `size_of`, a pure function of a first look."""
+"""The numbers of batches and rounds of a benchmark: `plan_budget`, a pure function."""
 
 from __future__ import annotations
 
@@ -6,87 +6,91 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
-from fitloop._bench.figures import Way
+from fitloop._bench.figures import Variant
 
-MOST_ROUNDS, FEWEST_ROUNDS = 25, 3
-ENOUGH = 24
-"""batches a round below which fewer rounds are made instead: a machine that is slow for a moment
-hits all ways alike only if they take turns quickly"""
-BUFFERS = 8
-"""as many times what worker processes have ready at the beginning of a pass is enough, too"""
-MOST, FEWEST = 500, 4
-"""batches a round"""
-SHORTEST_LOAD = 100e-6
-"""seconds below which it is not asked whether loading ahead pays: a hand-off costs 40 us"""
-SMALLEST_SHARE = 0.05
-"""of a batch's time that loading must take to be worth that question"""
-OVERHEAD = 50e-6
-"""seconds a batch that any loop takes, at least"""
+MIN_ROUNDS, MAX_ROUNDS = 3, 25
+MIN_BATCHES, MAX_BATCHES = 4, 500
+"""batches of a variant in a round"""
+ENOUGH_BATCHES = 24
+"""With fewer batches in a round, rounds are left out instead. Short rounds are wanted: a moment in
+which the machine is slow then slows all variants alike."""
+WORKER_BUFFERS = 8
+"""The batches that worker processes have ready at the start of a pass make it look fast. A pass has
+this many times their number."""
+SHORT_LOAD = 100e-6
+"""load time of a batch below which loading ahead cannot pay, since a hand-off costs 40 us"""
+SMALL_LOAD = 0.05
+"""share of a batch's time below which loading does not matter"""
+LOOP_TIME = 50e-6
+"""seconds that any loop adds to a batch, at least"""
 
-_OF_LOADER = {Way.BARE, Way.FITLOOP, Way.INLINE, Way.AHEAD}
-_OF_STEP = {Way.STEP, Way.FITLOOP_IN_MEMORY, Way.ONE_THREAD}
+_WITHOUT_LOADER = {Variant.STEP, Variant.FITLOOP_IN_MEMORY, Variant.ONE_THREAD}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What was asked for; None for what is to be found out."""
+class BenchRequest:
+    """The user's arguments; None if the number is to be chosen from the time."""
 
     batches: int | None = None
-    """in a round, of each way"""
+    """batches of a variant in a round"""
     rounds: int | None = None
     seconds: float = 15.0
-    """that it may take, about"""
+    """approximate duration of the benchmark"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """What a first look at a trainer found."""
+class FirstEstimate:
+    """Rough times of a trainer, from a few batches."""
 
     load: float
     """seconds a batch"""
     step: float
     """seconds a batch"""
     start: float = 0.0
-    """seconds until the loader has its first batch, beyond what the others take"""
+    """extra seconds for the first batch of a pass"""
     buffered: int = 0
-    """batches that are then there already: they would make a short pass look fast"""
+    """batches that worker processes may have ready at the start of a pass"""
 
     @property
-    def loading_counts(self) -> bool:
-        """Whether loading takes so long that it matters how it is done."""
-        return self.load >= max(SHORTEST_LOAD, SMALLEST_SHARE * (self.load + self.step))
+    def loading_matters(self) -> bool:
+        """Whether a batch takes so long to load that loading ahead can pay."""
+        return self.load >= max(SHORT_LOAD, SMALL_LOAD * (self.load + self.step))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much is measured."""
+class BenchBudget:
+    """The numbers of batches, passes and rounds."""
 
     batches: int
-    """of a pass"""
+    """batches of a pass"""
     repeats: int
-    """passes of a way in a round"""
+    """passes of a variant in a round"""
     rounds: int
 
 
-def size_of(look: Look, wanted: Wanted, ways: Iterable[Way], epoch: int | None) -> Size:
-    """Return as many batches and rounds as the time allows; a pass is an epoch at most."""
-    ways = list(ways)
-    each = sum(_seconds(way, look) for way in ways)
-    starts = look.start * sum(way in _OF_LOADER or way is Way.LOAD for way in ways)
-    batches, rounds = wanted.batches, wanted.rounds
+def plan_budget(
+    estimate: FirstEstimate,
+    request: BenchRequest,
+    variants: Iterable[Variant],
+    epoch: int | None,
+) -> BenchBudget:
+    """Choose as many batches and rounds as the time allows. A pass is one epoch at most."""
+    batch_time = start_time = 0.0
+    for variant in variants:
+        reads_loader, steps = variant not in _WITHOUT_LOADER, variant is not Variant.LOAD
+        batch_time += estimate.load * reads_loader + estimate.step * steps + LOOP_TIME
+        start_time += estimate.start * reads_loader
+    batches, rounds = request.batches, request.rounds
+    past_buffers = WORKER_BUFFERS * estimate.buffered
     if rounds is None:
-        enough = max(ENOUGH, BUFFERS * look.buffered)
-        enough = min(enough, epoch or enough) if batches is None else batches
-        affordable = int(wanted.seconds / (starts + enough * each))
-        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, affordable))
+        enough = batches
+        if enough is None:
+            enough = max(ENOUGH_BATCHES, past_buffers)
+            enough = min(enough, epoch or enough)
+        affordable = int(request.seconds / (start_time + enough * batch_time))
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, affordable))
     if batches is None:
-        affordable = int((wanted.seconds / rounds - starts) / each)
-        batches = max(FEWEST, BUFFERS * look.buffered, min(MOST, affordable))
-    one = batches if epoch is None else max(1, min(batches, epoch))
-    return Size(batches=one, repeats=ceil(batches / one), rounds=rounds)
-
-
-def _seconds(way: Way, look: Look) -> float:
-    load = look.load if way in _OF_LOADER or way is Way.LOAD else 0.0
-    step = look.step if way in _OF_LOADER or way in _OF_STEP else 0.0
-    return load + step + OVERHEAD
+        affordable = int((request.seconds / rounds - start_time) / batch_time)
+        batches = max(MIN_BATCHES, past_buffers, min(MAX_BATCHES, affordable))
+    pass_batches = batches if epoch is None else max(1, min(batches, epoch))
+    return BenchBudget(batches=pass_batches, repeats=ceil(batches / pass_batches), rounds=rounds)

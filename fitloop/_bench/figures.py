@@ -1,7 +1,6 @@
-"""From the times of passes to figures: pure functions of what was measured, nothing is run here.
+"""Figures of a benchmark, computed from the times of its passes by pure functions.
 
-Owns what a benchmark measures and how the figures follow from it. Times are in seconds, those of
-a way of training are per batch.
+All times are in seconds. The time of a variant is that of one batch.
 """
 
 from __future__ import annotations
@@ -13,141 +12,137 @@ from statistics import median, quantiles
 from typing import Any
 
 AGREEMENT = 0.75
-"""share of the rounds that must agree on what is called faster: of three rounds all"""
+"""share of the rounds that must agree before a difference counts; of three rounds all"""
 
 
-class Way(StrEnum):
-    """What is timed: the trainer's own train phase, done in several ways."""
+class Variant(StrEnum):
+    """One of the ways in which the train phase is done and timed, in the order of the report."""
 
     LOAD = "load"
-    """its loader read, and the batches moved to the device; no steps"""
+    """read the loader and move its batches to the device, without steps"""
     STEP = "step"
-    """its steps on batches held in memory, by a loop written by hand"""
-    BARE = "bare"
-    """its loader and its steps, one after the other, by a loop written by hand"""
-    FITLOOP = "fitloop"
-    """fitloop, as the trainer is set up"""
+    """a hand-written loop over batches in memory"""
+    ONE_THREAD = "step_1_thread"
+    """the same as `STEP`, with one intra-op thread"""
     FITLOOP_IN_MEMORY = "fitloop_in_memory"
-    """fitloop, on the batches held in memory"""
+    """fitloop over batches in memory"""
+    BARE = "bare"
+    """a hand-written loop over the loader: load, step, load, step"""
+    FITLOOP = "fitloop"
+    """fitloop with the trainer's settings"""
     INLINE = "prefetch_0"
     """fitloop with ``prefetch=0``"""
     AHEAD = "prefetch_2"
     """fitloop with ``prefetch=2``"""
-    ONE_THREAD = "step_1_thread"
-    """as `STEP`, with one intra-op thread"""
 
 
 LABELS = {
-    Way.LOAD: "load only",
-    Way.STEP: "step only",
-    Way.BARE: "bare loop",
-    Way.FITLOOP: "fitloop",
-    Way.FITLOOP_IN_MEMORY: "fitloop, step only",
-    Way.INLINE: "fitloop, prefetch=0",
-    Way.AHEAD: "fitloop, prefetch=2",
-    Way.ONE_THREAD: "step only, 1 thread",
+    Variant.LOAD: "load only",
+    Variant.STEP: "step only",
+    Variant.ONE_THREAD: "step only, 1 thread",
+    Variant.FITLOOP_IN_MEMORY: "fitloop, step only",
+    Variant.BARE: "bare loop",
+    Variant.FITLOOP: "fitloop",
+    Variant.INLINE: "fitloop, prefetch=0",
+    Variant.AHEAD: "fitloop, prefetch=2",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
-    """One timed pass over batches."""
+class PassTiming:
+    """The times of one pass over batches."""
 
     batches: int
     seconds: float
-    """from when the loader was opened to the end of the last step"""
-    first: float
-    """from then to the first batch"""
-    waited: float
-    """for all other batches together"""
-    computed: float | None = None
-    """processor time of the thread; known of reading by hand alone"""
+    """from the opening of the loader to the end of the last step"""
+    first_wait: float
+    """from the opening of the loader to the first batch"""
+    later_waits: float
+    """waiting for all other batches, added up"""
+    cpu_seconds: float | None = None
+    """processor time of the thread; measured in hand-written loops only"""
 
     @property
     def startup(self) -> float:
-        """What the first batch took longer than the others: worker processes start, files open."""
+        """Extra time for the first batch: worker processes start, files are opened."""
         if self.batches < 2:
             return 0.0
-        return max(0.0, self.first - self.waited / (self.batches - 1))
+        return max(0.0, self.first_wait - self.later_waits / (self.batches - 1))
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What a way took in one round: its passes together."""
+class RoundTiming:
+    """The passes of one variant in one round."""
 
-    passes: tuple[Pass, ...]
-
-    @property
-    def batches(self) -> int:
-        """Batches of all passes."""
-        return sum(each.batches for each in self.passes)
+    passes: tuple[PassTiming, ...]
 
     @property
     def seconds(self) -> float:
-        """Time of all passes, without their start."""
-        return sum(each.seconds - each.startup for each in self.passes)
+        """Time of all passes without their start-up."""
+        return sum(timing.seconds - timing.startup for timing in self.passes)
 
     @property
     def per_batch(self) -> float:
-        """Seconds a batch."""
-        return self.seconds / self.batches
+        """Time of a batch."""
+        return self.seconds / sum(timing.batches for timing in self.passes)
 
     @property
     def starved(self) -> float:
         """Share of the time in which the step waited for a batch, 0 to 1."""
-        waited = sum(each.first - each.startup + each.waited for each in self.passes)
-        return min(1.0, waited / self.seconds) if self.seconds else 0.0
+        waits = sum(t.first_wait - t.startup + t.later_waits for t in self.passes)
+        return min(1.0, waits / self.seconds) if self.seconds else 0.0
 
     @property
-    def computed(self) -> float | None:
-        """Share of the time in which the thread computed, 0 to 1; None if it is not known."""
-        known = [each.computed for each in self.passes if each.computed is not None]
-        whole = sum(each.seconds for each in self.passes)
-        return min(1.0, sum(known) / whole) if known and whole > 0 else None
+    def cpu_share(self) -> float | None:
+        """Share of the time in which the thread used the processor; None if not measured."""
+        cpu_times = [t.cpu_seconds for t in self.passes if t.cpu_seconds is not None]
+        elapsed = sum(timing.seconds for timing in self.passes)
+        return min(1.0, sum(cpu_times) / elapsed) if cpu_times and elapsed > 0 else None
 
     @property
     def startup(self) -> float:
-        """What a pass takes to begin, on average."""
-        return sum(each.startup for each in self.passes) / len(self.passes)
+        """Mean start-up time of a pass."""
+        return sum(timing.startup for timing in self.passes) / len(self.passes)
 
 
-Round = Mapping[Way, Taken]
-"""what every way took in one round, in which they took turns"""
+Round = Mapping[Variant, RoundTiming]
+"""the times of every variant in one round"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What was measured, and on what."""
+    """The trainer, the loader and the machine of a benchmark."""
 
     trainer: str
     loader: str
-    """its type's name"""
+    """type name of the loader"""
     kind: str
-    """of loader: ``"DataLoader"``, ``"list"``, ``"async"`` or ``"iterable"``"""
+    """kind of loader: ``"DataLoader"``, ``"list"``, ``"async"`` or ``"iterable"``"""
     epoch: int | None
-    """batches of an epoch, where the loader says"""
+    """batches of an epoch; None if the loader has no length"""
     batches: int
-    """of a pass over the loader"""
+    """batches of a variant in a round"""
     rounds: int
     seconds: float
-    """that the benchmark took"""
+    """duration of the benchmark"""
     device: str
     num_threads: int
     """intra-op threads"""
     cores: int
-    """that the process may use"""
+    """processor cores that the process may use"""
     processor: str
     loads: str
     """how fitloop loads: ``"inline"``, ``"ahead"``, or ``"on the event loop"``"""
     prefetch: int | None
-    """of the trainer"""
+    """the trainer's argument"""
     num_workers: int | None = None
-    """of a DataLoader"""
+    """worker processes of a DataLoader"""
     persistent_workers: bool = False
     async_step: bool = False
-    """the step is an ``async def``, which runs on the event loop"""
+    """whether the step is an ``async def``, which runs on the event loop"""
     takes_turns: bool = False
-    """seeded, with a loader that may draw: loading and stepping take turns at the generators"""
+    """whether a seed keeps loading and stepping from overlapping, as the loader may use random
+    numbers"""
     syncs: float | None = None
     """on CUDA, how often a step waits for the device to read a value"""
     python: str = ""
@@ -155,57 +150,56 @@ class Conditions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """All that a benchmark measured."""
+class Measurement:
+    """The raw result of a benchmark."""
 
     conditions: Conditions
     rounds: Sequence[Round]
     lags: Sequence[float] = ()
-    """by how much the event loop woke up late beside fitloop, in the order they came"""
+    """delays of the event loop's wake-ups while fitloop trained"""
 
 
 @dataclass(frozen=True)
-class Spread:
-    """One figure, as the rounds gave it."""
+class Distribution:
+    """One figure in all rounds."""
 
     values: tuple[float, ...]
-    """one of each round"""
 
     @property
     def median(self) -> float:
-        """The middle."""
+        """The median of the rounds."""
         return float(median(self.values))
 
     @property
     def low(self) -> float:
-        """The least."""
+        """The smallest value."""
         return min(self.values)
 
     @property
     def high(self) -> float:
-        """The most."""
+        """The largest value."""
         return max(self.values)
 
     @property
     def noise(self) -> float:
-        """By how much the upper quartile is above the lower one, as a share of that."""
+        """Distance of the quartiles as a share of the lower one."""
         if len(self.values) < 2:
             return 0.0
         lower, _median, upper = quantiles(self.values, method="inclusive")
         return upper / lower - 1 if lower > 0 else 0.0
 
     def is_above(self, bound: float) -> bool:
-        """Return whether the median is above, and so are the most of the rounds."""
+        """Return whether the median and enough of the rounds are above ``bound``."""
         above = sum(value > bound for value in self.values)
         return self.median > bound and above >= AGREEMENT * len(self.values)
 
     def is_below(self, bound: float) -> bool:
-        """Return whether the median is below, and so are the most of the rounds."""
-        return Spread(tuple(-value for value in self.values)).is_above(-bound)
+        """Return whether the median and enough of the rounds are below ``bound``."""
+        return Distribution(tuple(-value for value in self.values)).is_above(-bound)
 
-    def within(self, least: float, most: float) -> Spread:
-        """Return it with nothing below ``least`` or above ``most``, to be shown."""
-        return Spread(tuple(min(most, max(least, value)) for value in self.values))
+    def clipped(self, least: float, most: float) -> Distribution:
+        """Return a copy with every value moved into ``least`` to ``most``."""
+        return Distribution(tuple(min(most, max(least, value)) for value in self.values))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figure for JSON."""
@@ -218,135 +212,123 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lag:
-    """By how much the event loop woke up late while fitloop trained beside it, in seconds."""
+class EventLoopLag:
+    """Delays of the event loop's wake-ups while fitloop trained."""
 
     p50: float
     p99: float
     max: float
     beats: int
-    """times that it was asked"""
+    """number of wake-ups"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What the times say. A figure is None where what it needs was not measured."""
+    """The figures of a benchmark. A figure is None if it could not be measured."""
 
-    per_batch: Mapping[Way, Spread]
-    """seconds a batch of each way"""
-    overhead: Spread
-    """seconds a batch that fitloop adds to the loop by hand, on batches in memory"""
-    overlap: Spread
-    """time of a batch with fitloop by that of the slower of loading and stepping; 1 is ideal"""
-    against_both: Spread
-    """the same by the time of loading and stepping one after the other"""
-    starved: Spread
-    """share of the time in which the step waited for a batch, 0 to 1"""
-    startup: Spread
-    """seconds until the loader gives batches at its pace, each time a pass begins"""
-    hidden: Spread | None
-    """share of what could be hidden that loading ahead hides: 1 is all, below 0 it hurts; beyond
-    0 and 1 as well where hardly anything could be hidden, by the noise of what it is a share of"""
-    computes: Spread | None
-    """share of loading that is the loader's own computing in this process, of the share that the
-    steps had of the processor; the rest is waiting"""
-    granted: Spread | None
-    """share of the steps' time in which their thread computed: less than 1 on a busy machine"""
-    lag: Lag | None
+    per_batch: Mapping[Variant, Distribution]
+    """time of a batch for each variant"""
+    overhead: Distribution
+    """time that fitloop adds to a batch, against the hand-written loop on batches in memory"""
+    overlap: Distribution
+    """batch time of fitloop divided by the slower of loading and stepping; 1 is ideal"""
+    against_both: Distribution
+    """batch time of fitloop divided by loading and stepping one after the other"""
+    starved: Distribution
+    """share of fitloop's time in which the step waited for a batch, 0 to 1"""
+    startup: Distribution
+    """time at the start of each pass until the loader is at its normal pace"""
+    overlap_share: Distribution | None
+    """time saved by loading ahead, as a share of the possible saving: 1 is all of it. Below 0
+    loading ahead costs more than it saves. With little to save, noise can exceed 0 to 1."""
+    loader_cpu_share: Distribution | None
+    """processor time of the loader in this process as a share of its time, divided by `cpu_share`,
+    since on a busy machine the loader gets no more of the processor than the steps"""
+    cpu_share: Distribution | None
+    """processor time of the steps as a share of their time; below 1 on a busy machine"""
+    lag: EventLoopLag | None
 
-    def saving(self, slower: Way, faster: Way) -> Spread | None:
-        """Return which share of a batch's time ``faster`` saves, by rounds; None if not timed."""
+    def seconds(self, variant: Variant) -> float:
+        """Return the median time of a batch."""
+        return self.per_batch[variant].median
+
+    def saving(self, slower: Variant, faster: Variant) -> Distribution | None:
+        """Return the share of a batch's time saved by ``faster``; None if one was not timed."""
         if slower not in self.per_batch or faster not in self.per_batch:
             return None
         pairs = zip(self.per_batch[slower].values, self.per_batch[faster].values, strict=True)
-        return Spread(tuple(1 - _ratio(b, a) for a, b in pairs))
+        return Distribution(tuple(1 - _ratio(b, a) for a, b in pairs))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures for JSON."""
-        named = (
-            "overhead",
-            "overlap",
-            "against_both",
-            "starved",
-            "startup",
-            "hidden",
-            "computes",
-            "granted",
-        )
-        spreads = {name: getattr(self, name) for name in named}
+        figures = {
+            "overhead": self.overhead,
+            "overlap": self.overlap,
+            "against_both": self.against_both,
+            "starved": self.starved,
+            "startup": self.startup,
+            "hidden": self.overlap_share,
+            "computes": self.loader_cpu_share,
+            "granted": self.cpu_share,
+        }
         return {
-            "seconds_per_batch": {str(way): s.to_dict() for way, s in self.per_batch.items()},
-            **{name: None if s is None else s.to_dict() for name, s in spreads.items()},
-            "event_loop_lag": None if self.lag is None else asdict(self.lag),
+            "seconds_per_batch": {str(v): each.to_dict() for v, each in self.per_batch.items()},
+            **{name: each and each.to_dict() for name, each in figures.items()},
+            "event_loop_lag": self.lag and asdict(self.lag),
         }
 
 
-_SPREADS = (
-    *("overhead", "overlap", "against_both", "starved", "startup"),
-    *("hidden", "computes", "granted"),
-)
+def figures_of(measurement: Measurement) -> Figures:
+    """Compute the figures. Variants are compared within each round only."""
+    rounds = measurement.rounds
 
+    def each(figure: Callable[[Round], float]) -> Distribution:
+        return Distribution(tuple(map(figure, rounds)))
 
-def figures_of(measured: Measured) -> Figures:
-    """Return what the times say; every comparison is made within the rounds."""
-    rounds = measured.rounds
+    def each_if_measured(figure: Callable[[Round], float | None]) -> Distribution | None:
+        values = tuple(value for value in map(figure, rounds) if value is not None)
+        return Distribution(values) if len(values) == len(rounds) else None
 
-    def each(figure: Callable[[Round], float]) -> Spread:
-        return Spread(tuple(figure(taken) for taken in rounds))
+    def time_of(variant: Variant) -> Callable[[Round], float]:
+        return lambda times: times[variant].per_batch
 
-    def time_of(way: Way) -> Callable[[Round], float]:
-        return lambda taken: taken[way].per_batch
-
-    load, step, whole = (time_of(way) for way in (Way.LOAD, Way.STEP, Way.FITLOOP))
-    on_memory = time_of(Way.FITLOOP_IN_MEMORY)
-    ways = [way for way in Way if way in rounds[0]]
+    load, step, fitloop = map(time_of, (Variant.LOAD, Variant.STEP, Variant.FITLOOP))
+    in_memory = time_of(Variant.FITLOOP_IN_MEMORY)
     return Figures(
-        per_batch={way: each(time_of(way)) for way in ways},
-        overhead=each(lambda taken: on_memory(taken) - step(taken)),
-        overlap=each(lambda taken: _ratio(whole(taken), max(load(taken), step(taken)))),
-        against_both=each(lambda taken: _ratio(whole(taken), load(taken) + step(taken))),
-        starved=each(lambda taken: taken[Way.FITLOOP].starved),
-        startup=each(lambda taken: taken[Way.FITLOOP].startup),
-        hidden=_hidden(rounds),
-        computes=_computes(rounds),
-        granted=_granted(rounds),
-        lag=_lag(measured.lags),
+        per_batch={variant: each(time_of(variant)) for variant in Variant if variant in rounds[0]},
+        overhead=each(lambda times: in_memory(times) - step(times)),
+        overlap=each(lambda times: _ratio(fitloop(times), max(load(times), step(times)))),
+        against_both=each(lambda times: _ratio(fitloop(times), load(times) + step(times))),
+        starved=each(lambda times: times[Variant.FITLOOP].starved),
+        startup=each(lambda times: times[Variant.FITLOOP].startup),
+        overlap_share=each_if_measured(_overlap_share),
+        loader_cpu_share=each_if_measured(_loader_cpu_share),
+        cpu_share=each_if_measured(lambda times: times[Variant.STEP].cpu_share),
+        lag=_lag(measurement.lags),
     )
 
 
-def _hidden(rounds: Sequence[Round]) -> Spread | None:
-    if Way.AHEAD not in rounds[0] or Way.INLINE not in rounds[0]:
+def _overlap_share(times: Round) -> float | None:
+    if Variant.AHEAD not in times or Variant.INLINE not in times:
         return None
-    shares = []
-    for taken in rounds:
-        possible = min(taken[Way.LOAD].per_batch, taken[Way.STEP].per_batch)
-        saved = taken[Way.INLINE].per_batch - taken[Way.AHEAD].per_batch
-        shares.append(_ratio(saved, possible))
-    return Spread(tuple(shares))
+    possible = min(times[Variant.LOAD].per_batch, times[Variant.STEP].per_batch)
+    return _ratio(times[Variant.INLINE].per_batch - times[Variant.AHEAD].per_batch, possible)
 
 
-def _granted(rounds: Sequence[Round]) -> Spread | None:
-    shares = [taken[Way.STEP].computed for taken in rounds]
-    known = tuple(share for share in shares if share is not None)
-    return Spread(known) if len(known) == len(rounds) else None
+def _loader_cpu_share(times: Round) -> float | None:
+    load, step = times[Variant.LOAD].cpu_share, times[Variant.STEP].cpu_share
+    return None if load is None else min(1.0, _ratio(load, step or 1.0))
 
 
-def _computes(rounds: Sequence[Round]) -> Spread | None:
-    # On a busy machine a loader that computes gets no more of the processor than the steps do.
-    pairs = [(taken[Way.LOAD].computed, taken[Way.STEP].computed) for taken in rounds]
-    shares = [min(1.0, _ratio(load, step or 1.0)) for load, step in pairs if load is not None]
-    return Spread(tuple(shares)) if len(shares) == len(rounds) else None
-
-
-def _lag(lags: Sequence[float]) -> Lag | None:
+def _lag(lags: Sequence[float]) -> EventLoopLag | None:
     if not lags:
         return None
-    late = sorted(max(0.0, lag) for lag in lags)
-    return Lag(
-        p50=late[len(late) // 2],
-        p99=late[min(len(late) - 1, int(len(late) * 0.99))],
-        max=late[-1],
-        beats=len(late),
+    delays = sorted(max(0.0, lag) for lag in lags)
+    return EventLoopLag(
+        p50=delays[len(delays) // 2],
+        p99=delays[min(len(delays) - 1, int(len(delays) * 0.99))],
+        max=delays[-1],
+        beats=len(delays),
     )
 
 

@@ -1,7 +1,8 @@
-"""What a benchmark returns: `BenchReport`, as a table in text, in a notebook, and as JSON."""
+"""The result of a benchmark: `BenchReport`, shown as text, in a notebook and as JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from html import escape
 from textwrap import fill
@@ -11,11 +12,10 @@ from fitloop._bench.advice import Advice, advise
 from fitloop._bench.figures import (
     LABELS,
     Conditions,
+    Distribution,
     Figures,
-    Lag,
-    Measured,
-    Spread,
-    Way,
+    Measurement,
+    Variant,
     figures_of,
 )
 from fitloop._format import brief
@@ -24,38 +24,23 @@ from fitloop._tables import Table, html_block
 WIDTH = 100
 """columns of the printed advice"""
 
-_ORDER = (
-    Way.LOAD,
-    Way.STEP,
-    Way.ONE_THREAD,
-    Way.FITLOOP_IN_MEMORY,
-    Way.BARE,
-    Way.FITLOOP,
-    Way.INLINE,
-    Way.AHEAD,
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """What ``fitloop.benchmark`` returns; prints as tables, with advice below them."""
+    """The result of ``fitloop.benchmark``; prints as tables, with advice below them."""
 
     conditions: Conditions
-    """what was measured, and on what"""
+    """the trainer, the loader and the machine"""
     figures: Figures
-    """the times of each way of training, and what follows from them"""
+    """the times of each variant, and the figures computed from them"""
     advice: tuple[Advice, ...]
-    """what to change, and what not to look at, each with the figure it rests on"""
+    """the changes to make, and the facts that make others needless"""
 
     @classmethod
-    def of(cls, measured: Measured) -> BenchReport:
-        """Return the report on what was measured."""
-        figures = figures_of(measured)
-        return cls(
-            conditions=measured.conditions,
-            figures=figures,
-            advice=advise(measured.conditions, figures),
-        )
+    def of(cls, measurement: Measurement) -> BenchReport:
+        """Return the report on a measurement."""
+        conditions, figures = measurement.conditions, figures_of(measurement)
+        return cls(conditions=conditions, figures=figures, advice=advise(conditions, figures))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists, strings and numbers, for JSON; times in seconds."""
@@ -66,66 +51,68 @@ class BenchReport:
         }
 
     def __str__(self) -> str:
-        told = [self._head(), "", self._times().text(), "", self._verdicts().text()]
-        advice = [_item(advice.text) for advice in self.advice]
-        return "\n".join([*told, "", *advice])
+        tables = [self._heading(), "", self._times().text(), "", self._comparisons().text(), ""]
+        return "\n".join([*tables, *(_list_item(advice.text) for advice in self.advice)])
 
     def _repr_html_(self) -> str:
         items = "".join(f"<li>{escape(advice.text)}</li>" for advice in self.advice)
-        tables = (self._times().html(), self._verdicts().html())
-        return html_block(escape(self._head()), *tables, f"<ul>{items}</ul>")
+        tables = (self._times().html(), self._comparisons().html())
+        return html_block(escape(self._heading()), *tables, f"<ul>{items}</ul>")
 
     def __repr__(self) -> str:
-        batch = self.figures.per_batch[Way.FITLOOP].median
+        batch = self.figures.seconds(Variant.FITLOOP)
         return f"<BenchReport of {self.conditions.trainer!r}: {brief(batch)} a batch>"
 
-    def _head(self) -> str:
-        given = self.conditions
-        loader = given.loader
-        if given.num_workers:
-            loader += f" with {given.num_workers} workers"
-        threads = f"{given.num_threads} intra-op thread{'s' * (given.num_threads != 1)}"
+    def _heading(self) -> str:
+        run = self.conditions
+        workers = f" with {run.num_workers} workers" if run.num_workers else ""
+        threads = f"{run.num_threads} intra-op thread{'s' * (run.num_threads != 1)}"
         return (
-            f"{given.trainer}: train_dl ({loader}) is read {given.loads}; {given.device}, "
-            f"{threads}, {given.cores} cores, {given.processor}\n"
-            f"{given.rounds} rounds of {given.batches} batches, {given.seconds:.1f} s in all; "
-            f"Python {given.python}, torch {given.torch}"
+            f"{run.trainer}: train_dl ({run.loader}{workers}) is read {run.loads}; {run.device}, "
+            f"{threads}, {run.cores} cores, {run.processor}\n"
+            f"{run.rounds} rounds of {run.batches} batches, {run.seconds:.1f} s in all; "
+            f"Python {run.python}, torch {run.torch}"
         )
 
     def _times(self) -> Table:
-        per_batch = self.figures.per_batch
-        rows = [
-            [LABELS[way], *_shown(per_batch[way]), f"{_rate(per_batch[way].median)}"]
-            for way in _ORDER
-            if way in per_batch
-        ]
-        strong = [i for i, row in enumerate(rows) if row[0] == LABELS[Way.FITLOOP]]
+        rows = []
+        for variant, times in self.figures.per_batch.items():
+            rate = f"{1 / times.median:.0f}" if times.median > 0 else ""
+            rows.append([LABELS[variant], *_cells(times, brief), rate])
+        strong = [i for i, row in enumerate(rows) if row[0] == LABELS[Variant.FITLOOP]]
         return Table(("", "a batch", "least", "most", "batches/s"), rows, strong=strong)
 
-    def _verdicts(self) -> Table:
-        found, step = self.figures, self.figures.per_batch[Way.STEP].median
-        share = f"{found.overhead.median / step:+.1%} of a step" if step > 0 else ""
+    def _comparisons(self) -> Table:
+        figures, step = self.figures, self.figures.seconds(Variant.STEP)
+        relative = f"{figures.overhead.median / step:+.1%} of a step" if step > 0 else ""
         rows = [
-            ["loop overhead", f"added to each batch, {share}", *_signed(found.overhead)],
-            ["overlap", "of the slower of load and step; 1 is ideal", *_factor(found.overlap)],
-            ["", "of load and step one after the other", *_factor(found.against_both)],
-            ["starvation", "of the time the step waits for a batch", *_percent(found.starved)],
+            [
+                "loop overhead",
+                f"added to each batch, {relative}",
+                *_cells(figures.overhead, _signed),
+            ],
+            ["overlap", "of the slower of load and step; 1 is ideal", *_ratios(figures.overlap)],
+            ["", "of load and step one after the other", *_ratios(figures.against_both)],
+            ["starvation", "of the time the step waits for a batch", *_percents(figures.starved)],
         ]
-        if found.hidden is not None:
-            told = "of what prefetch=2 could hide it does"
-            rows.append(["loading ahead", told, *_percent(found.hidden.within(0.0, 1.0))])
-        if found.computes is not None and self.conditions.kind != "list":
-            told = "of its time it computes in this process, else it waits"
-            rows.append(["loader", told, *_percent(found.computes)])
-        if found.startup.median >= 1e-3:
-            told = "until the loader is at its pace, in each pass"
-            rows.append(["start", told, *_shown(found.startup)])
-        if found.lag is not None:
-            rows.append(["event loop", *_late(found.lag)])
+        if figures.overlap_share is not None:
+            shares = figures.overlap_share.clipped(0.0, 1.0)
+            rows.append(
+                ["loading ahead", "of the possible saving by prefetch=2", *_percents(shares)]
+            )
+        if figures.loader_cpu_share is not None and self.conditions.kind != "list":
+            text = "of its time it computes in this process, else it waits"
+            rows.append(["loader", text, *_percents(figures.loader_cpu_share)])
+        if figures.startup.median >= 1e-3:
+            text = "until the loader is at its pace, in each pass"
+            rows.append(["start", text, *_cells(figures.startup, brief)])
+        if figures.lag is not None:
+            text = f"late beside fitloop, {brief(figures.lag.p99)} at the 99th percentile"
+            rows.append(["event loop", text, brief(figures.lag.p50), "", brief(figures.lag.max)])
         return Table(("", "", "median", "least", "most"), rows, left=2)
 
 
-def _item(text: str) -> str:
+def _list_item(text: str) -> str:
     return fill(
         text,
         WIDTH,
@@ -136,27 +123,17 @@ def _item(text: str) -> str:
     )
 
 
-def _shown(spread: Spread) -> list[str]:
-    return [brief(value) for value in (spread.median, spread.low, spread.high)]
+def _cells(figure: Distribution, text_of: Callable[[float], str]) -> list[str]:
+    return [text_of(value) for value in (figure.median, figure.low, figure.high)]
 
 
-def _signed(spread: Spread) -> list[str]:
-    values = (spread.median, spread.low, spread.high)
-    return [f"{'+' * (value >= 0)}{brief(value)}" for value in values]
+def _signed(seconds: float) -> str:
+    return f"{'+' * (seconds >= 0)}{brief(seconds)}"
 
 
-def _factor(spread: Spread) -> list[str]:
-    return [f"{value:.2f}" for value in (spread.median, spread.low, spread.high)]
+def _ratios(figure: Distribution) -> list[str]:
+    return _cells(figure, "{:.2f}".format)
 
 
-def _percent(spread: Spread) -> list[str]:
-    return [f"{value:.0%}" for value in (spread.median, spread.low, spread.high)]
-
-
-def _late(lag: Lag) -> list[str]:
-    told = f"late beside fitloop, {brief(lag.p99)} at the 99th percentile"
-    return [told, brief(lag.p50), "", brief(lag.max)]
-
-
-def _rate(seconds: float) -> str:
-    return f"{1 / seconds:.0f}" if seconds > 0 else ""
+def _percents(figure: Distribution) -> list[str]:
+    return _cells(figure, "{:.0%}".format)

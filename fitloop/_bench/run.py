@@ -1,8 +1,7 @@
-"""The run of a benchmark: a trainer's own train phase, done in several ways that take turns.
+"""The measuring of all variants, on the step thread of a run that leaves no trace.
 
-Owns what is done on the step thread, and in which order. Every pass begins from the same state, and
-everything is put back at the end as after any dry run, the process's random generators and those of
-the loader too. What follows from the times is `_bench_figures`'.
+Every pass begins from the same state of the trainer. In each round, each variant has one turn. The
+figures that follow from the times are unknown here.
 """
 
 from __future__ import annotations
@@ -17,11 +16,23 @@ from typing import Any
 import anyio
 import torch
 
-from fitloop._bench.bare_loop import BareLoop
-from fitloop._bench.budget import FEWEST_ROUNDS, Look, Size, Wanted, size_of
-from fitloop._bench.figures import LABELS, Conditions, Measured, Pass, Round, Taken, Way
-from fitloop._bench.loader_access import BenchLoaders, Reading, bytes_of, refuse_one_shot
-from fitloop._bench.passes import LookProbe, PassProbe
+from fitloop._bench.budget import MIN_ROUNDS, BenchBudget, BenchRequest, FirstEstimate, plan_budget
+from fitloop._bench.figures import (
+    LABELS,
+    Conditions,
+    Measurement,
+    PassTiming,
+    Round,
+    RoundTiming,
+    Variant,
+)
+from fitloop._bench.loader_access import (
+    BenchLoaders,
+    LoaderAccess,
+    refuse_one_shot,
+    tensor_bytes,
+)
+from fitloop._bench.timing import BareLoop, PassTimer, StepInspector
 from fitloop._concurrency.control import Cancelled
 from fitloop._concurrency.time_slices import TimeSliceHook
 from fitloop._concurrency.torch_threads import intra_op_threads
@@ -31,7 +42,6 @@ from fitloop._defaults import available_cores
 from fitloop._engine.event_bus import EventBus
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import LoopState
-from fitloop._engine.plan import Instrumentation
 from fitloop._engine.stages import Stages
 from fitloop._errors import ConfigurationError, FitLoopError
 from fitloop._rng.state_io import global_state, restore_global_state
@@ -40,308 +50,318 @@ from fitloop._run.run import Observer, Run
 from fitloop._system import processor, versions
 from fitloop._types import Phase, Stage
 
-AHEAD = 2
-"""batches that `Way.AHEAD` loads ahead"""
+AHEAD_DEPTH = 2
+"""batches that `Variant.AHEAD` loads ahead"""
 HEARTBEAT = 0.005
-"""seconds between two wake-ups of the event loop that are looked at"""
-WARM_PASSES = 4
-"""at most, until fitloop has found out how to load"""
-WARM_BATCHES = 20
-MOST_KEPT, MOST_BYTES = 64, 256 << 20
-"""batches that are held in memory, and what they may take of it"""
-LOOK_SHARE = 0.05
-"""of the time, for a look at how long batches take"""
+"""seconds between two wake-ups of the event loop"""
+WARM_UP_PASSES = 4
+"""passes, at most, in which fitloop may find out how to load"""
+WARM_UP_BATCHES = 20
+MAX_STORED, MAX_BYTES = 64, 256 << 20
+"""limits of the batches in memory"""
+ESTIMATE_SHARE = 0.05
+"""share of the time for the first estimate"""
 
-Tell = Callable[[str], None]
+Show = Callable[[str], None]
 
 
 class _StoppedError(Exception):
-    """Somebody called ``stop()``."""
+    """``stop()`` was called."""
 
 
 class BenchRun(Run):
-    """A `Work`: the passes of a benchmark. Its result is a `Measured`."""
+    """A `Work` that runs the passes of a benchmark and returns a `Measurement`."""
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
-    def __init__(self, wanted: Wanted, tell: Tell, *of_run: Any) -> None:
-        super().__init__(*of_run)
-        self._wanted = wanted
-        self._tell = tell
+    def __init__(self, request: BenchRequest, show: Show, *run_arguments: Any) -> None:
+        super().__init__(*run_arguments)
+        self._request = request
+        self._show = show
         self._loader = self._plan.phases[0][1]
         refuse_one_shot(self._loader)
-        self._reading: Any = None
-        self._opening: dict[Way, BenchLoaders] = {}
-        self._event_bus = EventBus()
-        self._process: RngState | None = None
+        self._access: Any = None
+        self._loaders_of: dict[Variant, BenchLoaders] = {}
+        self._bus = EventBus()
+        self._process_rng: RngState | None = None
         self._lags: list[float] = []
-        self._listening = self._over = False
-        self._doing: str | None = None
+        self._measures_lag = self._closed = False
+        self._activity: str | None = None
         self._begin: Callable[[], None] = lambda: None
         self._loads = "inline"
         self._takes_turns = False
-        self._awaits = False
+        self._inspector = StepInspector(self._core.parts.device)
         self._syncs: float | None = None
         self._memory: list[Any] = []
-        self._size = Size(batches=1, repeats=1, rounds=1)
-        self._measured: Measured | None = None
+        self._budget = BenchBudget(batches=1, repeats=1, rounds=1)
+        self._measurement: Measurement | None = None
 
-    def _prepare(self) -> None:
-        """Look at the loader, which may run its code."""
+    def _open_loader(self) -> None:
         parts, cuda = self._core.parts, self._core.cuda
-        self._doing = "opening the loader"
-        reading = self._reading = Reading(self._loader)
-        self._takes_turns = reading.takes_turns(parts)
+        self._activity = "opening the loader"  # which may run the user's code
+        access = self._access = LoaderAccess(self._loader)
+        self._takes_turns = access.excludes_steps(parts)
         options = LoadingOptions(prefetch=parts.prefetch, randomness=parts.loader_randomness)
         randomness = "own" if self._takes_turns else options.randomness
-        ways = {
-            Way.FITLOOP: options,
-            Way.INLINE: replace(options, prefetch=0),
-            Way.AHEAD: LoadingOptions(prefetch=AHEAD, randomness=randomness),
-        }
-        for way, given in ways.items():
-            self._opening[way] = BenchLoaders(given, cuda, reading, self.clock)
+        for variant, changed in {
+            Variant.FITLOOP: options,
+            Variant.INLINE: replace(options, prefetch=0),
+            Variant.AHEAD: LoadingOptions(prefetch=AHEAD_DEPTH, randomness=randomness),
+        }.items():
+            self._loaders_of[variant] = BenchLoaders(changed, cuda, access)
 
-    # -- what differs from other runs ------------------------------------------------------------
+    # -- differences from other runs -------------------------------------------------------------
 
     def _streams(self) -> Streams | None:
-        """Return what a fit would draw from: it matters for how a loader is read."""
+        """Return the randomness of a fit, since it decides how a loader is read."""
         return None if self._core.streams is None else self._core.streams.copy()
 
     def _observers(self, part: TimeSliceHook) -> list[Observer]:
-        self._event_bus.set_observers([part.observe])
+        self._bus.set_observers([part.observe])
         return []
 
     def _position(self) -> str:
-        if self._doing is None:
+        if self._activity is None:
             return super()._position()
-        return f"benchmark, {self._doing}: {super()._position()}"
+        return f"benchmark, {self._activity}: {super()._position()}"
 
     def _loop(self, engine: Engine, streams: Streams | None) -> None:
         parts, turn = self._core.parts, engine.turn
-        self._process = global_state(self._core.cuda)
+        self._process_rng = global_state(self._core.cuda)
         stream = GLOBAL_STREAM if streams is None else streams.steps(Phase.TRAIN)
         turn.begin_pass(stream)
         engine.call_plain("preloop", parts.preloop, self._trainer)
-        self._prepare()
-        self._side.start(self._listen)
-        self._measure(partial(turn.begin_pass, stream))
-        self._engine, self._doing = engine, None
+        self._open_loader()
+        self._side.start(self._measure_lag)
+        self._begin = partial(turn.begin_pass, stream)
+        self._measure()
+        self._engine, self._activity = engine, None
         engine.call_plain("postloop", parts.postloop, self._trainer)
         turn.release()
 
     def _put_back(self) -> None:
-        self._over = True
+        self._closed = True
         try:
             super()._put_back()
         finally:
-            for opening in self._opening.values():
-                opening.forget()
+            for loaders in self._loaders_of.values():
+                loaders.clear()
             self._memory.clear()
-            if self._reading is not None:
-                self._reading.close()
-            # A seeded trainer draws from copies, but for its loader when that is read ahead.
-            if self._process is not None and (self._takes_turns or self._core.streams is None):
-                restore_global_state(self._process)
+            if self._access is not None:
+                self._access.close()
+            # A seeded trainer uses copies of its streams, except for a loader that is read ahead.
+            if self._process_rng is not None and (self._takes_turns or self._core.streams is None):
+                restore_global_state(self._process_rng)
 
     def _tell_end(self, error: BaseException | None) -> None:
-        """Tell nobody: no run has begun either."""
+        """Emit nothing, as no `RunStarted` was emitted."""
 
     def _result(self) -> Any:
-        return self._measured
+        return self._measurement
 
-    async def _listen(self) -> None:
-        """Note how late the event loop wakes up while fitloop trains."""
-        while not self._over:
+    async def _measure_lag(self) -> None:
+        """Record the delays of the event loop's wake-ups while fitloop trains."""
+        while not self._closed:
             due = self.clock() + HEARTBEAT
             await anyio.sleep(HEARTBEAT)
-            if self._listening:
+            if self._measures_lag:
                 self._lags.append(self.clock() - due)
 
-    # -- the measuring, on the step thread -------------------------------------------------------
+    # -- rounds, on the step thread --------------------------------------------------------------
 
-    def _measure(self, begin: Callable[[], None]) -> None:
-        self._begin = begin
-        began = self.clock()
+    def _measure(self) -> None:
+        started = self.clock()
         rounds: list[Round] = []
         epoch = None
         try:
-            look, epoch = self._look()
-            ways = self._ways(look)
-            self._size = size_of(look, self._wanted, ways, epoch)
-            self._warm_up(ways)
-            while len(rounds) < self._size.rounds and not self._is_late(began, len(rounds)):
-                rounds.append(self._round(ways, len(rounds)))
+            estimate, epoch = self._estimate()
+            variants = self._variants(estimate)
+            self._budget = plan_budget(estimate, self._request, variants, epoch)
+            self._warm_up(variants)
+            while len(rounds) < self._budget.rounds and not self._is_late(started, len(rounds)):
+                rounds.append(self._round(variants, len(rounds)))
         except _StoppedError:
             if not rounds:
                 raise FitLoopError(
                     "the benchmark was stopped before its first round had ended, so that there is "
                     "nothing to report; a train_step that calls state.stop() ends it too"
                 ) from None
-        conditions = self._conditions(len(rounds), self.clock() - began, epoch)
-        self._measured = Measured(conditions=conditions, rounds=rounds, lags=self._lags)
+        conditions = self._conditions(len(rounds), self.clock() - started, epoch)
+        self._measurement = Measurement(conditions=conditions, rounds=rounds, lags=self._lags)
 
-    def _round(self, ways: Sequence[Way], number: int) -> Round:
-        """Do each way once, beginning with another one each time."""
-        first = number % len(ways)
-        taken = {}
-        for way in [*ways[first:], *ways[:first]]:
-            self._tell(f"round {number + 1} of {self._size.rounds}: {LABELS[way]}")
-            taken[way] = Taken(tuple(self._pass(way) for _ in range(self._size.repeats)))
-        return taken
+    def _round(self, variants: Sequence[Variant], number: int) -> Round:
+        """Time each variant once, beginning with another one in each round."""
+        first = number % len(variants)
+        times = {}
+        for variant in [*variants[first:], *variants[:first]]:
+            self._show(f"round {number + 1} of {self._budget.rounds}: {LABELS[variant]}")
+            passes = (self._pass(variant) for _ in range(self._budget.repeats))
+            times[variant] = RoundTiming(tuple(passes))
+        return times
 
-    def _is_late(self, began: float, rounds: int) -> bool:
-        """Return whether it has taken so long that the rounds there are must do."""
-        given = self._wanted.rounds is not None or rounds < FEWEST_ROUNDS
-        return not given and self.clock() - began > self._wanted.seconds
+    def _is_late(self, started: float, rounds: int) -> bool:
+        """Return whether the time is up and the rounds so far are enough."""
+        if self._request.rounds is not None or rounds < MIN_ROUNDS:
+            return False
+        return self.clock() - started > self._request.seconds
 
-    def _look(self) -> tuple[Look, int | None]:
-        """Load and step a few batches, keep them, and see how long that takes."""
-        self._tell("a first look")
-        first, _whole = self._look_at(3)
-        room = MOST_BYTES // max(1, sum(map(bytes_of, self._memory)) // len(self._memory))
-        affordable = LOOK_SHARE * self._wanted.seconds / max(1e-9, first.load + first.step)
-        count = int(max(3, min(MOST_KEPT, room, affordable)))
-        look, seen = self._look_at(count)
+    def _estimate(self) -> tuple[FirstEstimate, int | None]:
+        """Store some batches in memory; return rough times and the batches of an epoch."""
+        self._show("a first look")
+        estimate = self._first_pass(3)
+        batch_bytes = sum(map(tensor_bytes, self._memory)) // len(self._memory)
+        affordable = ESTIMATE_SHARE * self._request.seconds
+        affordable /= max(1e-9, estimate.load + estimate.step)
+        count = int(max(3, min(MAX_STORED, MAX_BYTES // max(1, batch_bytes), affordable)))
+        estimate = self._first_pass(count)
         epoch = length_of(self._loader)
-        return look, seen if epoch is None and seen < count else epoch
+        stored = len(self._memory)
+        return estimate, stored if epoch is None and stored < count else epoch
 
-    def _look_at(self, count: int) -> tuple[Look, int]:
-        self._doing = "first look"
-        loaders = self._opening[Way.INLINE]
-        probe = LookProbe(self.clock, self._settle, self._core.parts.device.type)
-        self._memory = loaders.keep = []
+    def _first_pass(self, count: int) -> FirstEstimate:
+        self._activity = "first look"
+        loaders = self._loaders_of[Variant.INLINE]
+        inspector = self._inspector = StepInspector(self._core.parts.device)
+        timer = PassTimer(self.clock, self._synchronize, inspector.wrap)
+        self._memory = loaders.copies = []
         self._restore()
-        self._run_engine(loaders, self._loader, count, probe)
-        loaders.keep = None
-        batches = len(self._memory)
-        self._awaits = probe.awaits
-        if self._core.parts.device.type != "cpu" and self._core.parts.scaler is None:
-            self._syncs = probe.syncs / batches
-        return probe.look(loaders.opened, batches, self._reading.buffered), batches
+        self._run_engine(loaders, self._loader, count, timer)
+        loaders.copies = None
+        if inspector.device_reads is not None and self._core.parts.scaler is None:
+            self._syncs = inspector.device_reads / len(self._memory)
+        return timer.estimate(self._access.buffered)
 
-    def _ways(self, look: Look) -> list[Way]:
-        ways = [Way.LOAD, Way.STEP, Way.FITLOOP_IN_MEMORY, Way.FITLOOP]
-        if not (self._reading.is_async or self._awaits):
-            ways.append(Way.BARE)
-        if look.loading_counts and self._reading.kind not in ("async", "list"):
-            ways += [Way.INLINE, Way.AHEAD]
+    def _variants(self, estimate: FirstEstimate) -> list[Variant]:
+        variants = [Variant.LOAD, Variant.STEP, Variant.FITLOOP_IN_MEMORY, Variant.FITLOOP]
+        if not (self._access.is_async or self._inspector.is_async):
+            variants.append(Variant.BARE)
+        if estimate.loading_matters and self._access.kind not in ("async", "list"):
+            variants += [Variant.INLINE, Variant.AHEAD]
         if self._core.parts.device.type == "cpu" and self._options.num_threads > 1:
-            ways.append(Way.ONE_THREAD)
-        return ways
+            variants.append(Variant.ONE_THREAD)
+        return variants
 
-    def _warm_up(self, ways: Sequence[Way]) -> None:
-        """Do each way once, and fitloop until it has found out how to load."""
-        for way in ways:
-            self._tell(f"warming up: {LABELS[way]}")
-            for _ in range(WARM_PASSES if way is Way.FITLOOP else 1):
-                if self._pass(way, WARM_BATCHES).batches >= WARM_BATCHES:
+    def _warm_up(self, variants: Sequence[Variant]) -> None:
+        """Run each variant once, and fitloop until it has found out how to load."""
+        for variant in variants:
+            self._show(f"warming up: {LABELS[variant]}")
+            for _ in range(WARM_UP_PASSES if variant is Variant.FITLOOP else 1):
+                if self._pass(variant, WARM_UP_BATCHES).batches >= WARM_UP_BATCHES:
                     break
         self._lags.clear()
 
-    def _pass(self, way: Way, most: int | None = None) -> Pass:
-        """Do one pass from the state that the trainer had, and return its times."""
-        self._doing = LABELS[way]
+    # -- passes, on the step thread --------------------------------------------------------------
+
+    def _pass(self, variant: Variant, most: int | None = None) -> PassTiming:
+        """Run one pass from the state that the trainer had, and return its times."""
+        self._activity = LABELS[variant]
         self._restore()
-        limit = min(self._size.batches, most or self._size.batches)
-        if way is Way.ONE_THREAD:
+        limit = min(self._budget.batches, most or self._budget.batches)
+        if variant is Variant.ONE_THREAD:
             self._use_threads(1)
         try:
-            if way in self._opening or way is Way.FITLOOP_IN_MEMORY:
-                done = self._pass_of_fitloop(way, limit)
+            if variant in self._loaders_of:
+                timing = self._engine_pass(self._loaders_of[variant], self._loader, limit)
+            elif variant is Variant.FITLOOP_IN_MEMORY:
+                loaders = self._loaders_of[Variant.FITLOOP]
+                timing = self._engine_pass(loaders, self._in_memory(limit), limit)
             else:
-                done = self._pass_by_hand(way, limit)
+                timing = self._bare_pass(variant, limit)
         finally:
-            if way is Way.ONE_THREAD:
+            if variant is Variant.ONE_THREAD:
                 self._use_threads(self._options.num_threads)
+        if variant is Variant.FITLOOP:
+            self._loads = self._loaders_of[variant].mode
         self._check()
-        if not done.batches:
+        if not timing.batches:
             raise ConfigurationError(
                 f"{describe(Phase.TRAIN, self._loader)} gave no batches when it was read again; a "
                 "function must make a new iterator at each call"
             )
-        return done
+        return timing
 
-    def _pass_of_fitloop(self, way: Way, limit: int) -> Pass:
-        on_memory = way is Way.FITLOOP_IN_MEMORY
-        loaders = self._opening[Way.FITLOOP if on_memory else way]
-        probe = PassProbe(self.clock, self._settle)
-        self._listening = True
+    def _engine_pass(
+        self, loaders: BenchLoaders, loader: Any, limit: int, **changes: Any
+    ) -> PassTiming:
+        timer = PassTimer(self.clock, self._synchronize)
+        self._measures_lag = True
         try:
-            loader = self._in_memory(limit) if on_memory else self._loader
-            self._run_engine(loaders, loader, limit, probe)
+            self._run_engine(loaders, loader, limit, timer, **changes)
         finally:
-            self._listening = False
-        if way is Way.FITLOOP:
-            self._loads = loaders.way
-        probe.passage.opened = loaders.opened
-        return probe.passage.result()
+            self._measures_lag = False
+        return timer.result()
 
     def _run_engine(
-        self, loaders: BenchLoaders, loader: Any, limit: int, probe: Instrumentation
+        self,
+        loaders: BenchLoaders,
+        loader: Any,
+        limit: int,
+        timer: PassTimer,
+        *,
+        define_all: bool | None = None,
+        **changes: Any,
     ) -> None:
         assert self._around is not None
-        plan = replace(
-            self._plan, epochs=1, phases=((Phase.TRAIN, loader),), steps=limit, ask_every=0
+        plan = replace(self._plan, phases=((Phase.TRAIN, loader),), steps=limit)
+        if define_all is not None:
+            plan = replace(plan, define_all=define_all)
+        deps = replace(
+            self._around, loaders=loaders, emit=self._bus.emit, instrumentation=timer, **changes
         )
-        around = replace(
-            self._around, loaders=loaders, emit=self._event_bus.emit, instrumentation=probe
-        )
-        engine = self._engine = Engine(plan, around)
+        engine = self._engine = Engine(plan, deps)
         engine.run()
         self._check()
 
-    def _pass_by_hand(self, way: Way, limit: int) -> Pass:
-        if way is Way.LOAD and self._reading.is_async:
-            return self._async_loading(limit)
+    def _bare_pass(self, variant: Variant, limit: int) -> PassTiming:
+        if variant is Variant.LOAD and self._access.is_async:
+            return self._async_load(limit)
         assert self._around is not None
-        label = describe(Phase.TRAIN, self._loader)
         engine = self._engine = Engine(self._plan, self._around)
         self._begin()
-        loop = self._bare_loop()
-        if way is Way.LOAD:
-            return loop.read(self._reading.iterable(self._loader), limit, label)
-        state = self._bare_state(engine, limit)
+        loop = self._bare_loop(limit)
+        from_loader = variant in (Variant.LOAD, Variant.BARE)
+        batches = self._access.iterable(self._loader) if from_loader else self._in_memory(limit)
+        if variant is Variant.LOAD:
+            return loop.read(batches)
+        state = self._begin_epoch(engine, limit)
         step = Stages(self._core.parts).get(Phase.TRAIN, Stage.BATCH_STEP)
-        from_loader = way is Way.BARE
-        batches = self._reading.iterable(self._loader) if from_loader else self._in_memory(limit)
-        if not self._awaits:
-            return loop.train(step, state, batches, limit, label)
-        done: list[Pass] = []
+        if not self._inspector.is_async:
+            return loop.train(step, state, batches)
+        timings: list[PassTiming] = []
 
-        async def on_event_loop() -> None:
-            done.append(await loop.train_async(step, state, batches, limit, label))
+        async def train(_trainer: Any) -> None:
+            timings.append(await loop.train_async(step, state, batches))
 
-        engine.call_plain(LABELS[way], lambda _trainer: on_event_loop(), None)
-        return done[0]
+        engine.call_plain(LABELS[variant], train, None)
+        return timings[0]
 
-    def _async_loading(self, limit: int) -> Pass:
-        """Read an async loader as fitloop does, with steps that do nothing."""
-        assert self._around is not None
-        around, plan = self._around, self._plan
-        parts = replace(around.parts, train_step=_nothing, train_epoch_end=_nothing)
-        try:
-            self._around = replace(around, parts=parts, batch_hooks=())
-            self._plan = replace(plan, define_all=True)
-            return self._pass_of_fitloop(Way.FITLOOP, limit)
-        finally:
-            self._around, self._plan = around, plan
+    def _async_load(self, limit: int) -> PassTiming:
+        """Read an async loader by fitloop, with steps that do nothing."""
+        parts = replace(self._core.parts, train_step=_no_step, train_epoch_end=_no_step)
+        return self._engine_pass(
+            self._loaders_of[Variant.FITLOOP],
+            self._loader,
+            limit,
+            parts=parts,
+            batch_hooks=(),
+            define_all=True,
+        )
 
-    def _bare_loop(self) -> BareLoop:
+    def _bare_loop(self, limit: int) -> BareLoop:
         parts, schedulers = self._core.parts, self._schedulers
         per_batch = schedulers is not None and schedulers.per_batch
         return BareLoop(
-            parts,
             self._control,
+            PassTimer(self.clock, self._synchronize),
+            label=describe(Phase.TRAIN, self._loader),
+            limit=limit,
             move=Placement(parts.device, parts.dtype, cast=self._plan.cast).move,
-            clock=self.clock,
-            settle=self._settle,
+            optimizers=() if self._plan.define_all else parts.optimizers,
             after_batch=schedulers.after_batch if schedulers and per_batch else None,
-            define_all=self._plan.define_all,
         )
 
-    def _bare_state(self, engine: Engine, limit: int) -> LoopState:
-        """Return what the step is given, with the model in train mode and its epoch begun."""
+    def _begin_epoch(self, engine: Engine, limit: int) -> LoopState:
+        """Do by hand what the engine does before the first step; return the step's argument."""
         parts, plan = self._core.parts, self._plan
         state = LoopState(parts, Phase.TRAIN, plan.first_epoch, self._control.stop)
         if not plan.define_all:
@@ -371,18 +391,18 @@ class BenchRun(Run):
         self._has_threads = intra_op_threads.enter(number)
 
     @property
-    def _settle(self) -> Callable[[], None] | None:
+    def _synchronize(self) -> Callable[[], None] | None:
         device = self._core.parts.device
         return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
 
     def _conditions(self, rounds: int, seconds: float, epoch: int | None) -> Conditions:
-        parts, reading, size = self._core.parts, self._reading, self._size
+        parts, access, budget = self._core.parts, self._access, self._budget
         return Conditions(
             trainer=parts.name,
-            loader=reading.name,
-            kind=reading.kind,
+            loader=access.type_name,
+            kind=access.kind,
             epoch=epoch,
-            batches=size.batches * size.repeats,
+            batches=budget.batches * budget.repeats,
             rounds=rounds,
             seconds=seconds,
             device=str(parts.device),
@@ -391,14 +411,14 @@ class BenchRun(Run):
             processor=processor(),
             loads=self._loads,
             prefetch=parts.prefetch,
-            num_workers=reading.num_workers,
-            persistent_workers=reading.persistent_workers,
-            async_step=self._awaits,
+            num_workers=access.num_workers,
+            persistent_workers=access.persistent_workers,
+            async_step=self._inspector.is_async,
             takes_turns=self._takes_turns,
             syncs=self._syncs,
             **versions(),
         )
 
 
-def _nothing(state: LoopState) -> None:
+def _no_step(state: LoopState) -> None:
     """Train nothing."""

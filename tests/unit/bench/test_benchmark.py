@@ -1,19 +1,15 @@
-"""The benchmark: what follows from times, and that measuring them leaves no trace."""
+"""`fitloop.benchmark`: times are right, and the trainer is as before."""
 
 from __future__ import annotations
 
 import functools
-import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import anyio
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from support.clocks import Clock
 from support.models import (
     Augmented,
@@ -41,405 +37,14 @@ from fitloop import (
     LoopState,
     MissingLoaderError,
 )
-from fitloop._bench.advice import advise
-from fitloop._bench.budget import FEWEST, MOST, MOST_ROUNDS, Look, Wanted, size_of
-from fitloop._bench.figures import Conditions, Measured, Pass, Round, Spread, Taken, Way, figures_of
-from fitloop._bench.passes import SyncCounter
 from fitloop._bench.run import BenchRun
+from fitloop._bench.timing import DeviceReadCounter
 
 GUARD = 30.0
 ONE_LOOP = pytest.mark.parametrize(
     "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True
 )
 SHORT: dict[str, Any] = {"batches": 3, "rounds": 2}
-
-
-# -- from times to figures -------------------------------------------------------------------------
-
-CONDITIONS = Conditions(
-    trainer="t",
-    loader="DataLoader",
-    kind="DataLoader",
-    epoch=1000,
-    batches=100,
-    rounds=4,
-    seconds=9.0,
-    device="cpu",
-    num_threads=1,
-    cores=8,
-    processor="one",
-    loads="inline",
-    prefetch=None,
-    num_workers=0,
-    python="3",
-    torch="2",
-)
-
-
-def taken(seconds: float, *, waited: float = 0.0, start: float = 0.0, **more: float) -> Taken:
-    """Return ten batches of ``seconds`` each, ``waited`` of them waiting."""
-    first = waited + start
-    whole = 10 * seconds + start
-    return Taken((Pass(batches=10, seconds=whole, first=first, waited=9 * waited, **more),))
-
-
-def measured(
-    *, load: float, step: float, starved: float | None = None, **ways: float | Conditions
-) -> Measured:
-    """Return four equal rounds; ways by their names, in seconds a batch."""
-    conditions = ways.pop("conditions", CONDITIONS)
-    start, computed = ways.pop("start", 0.0), ways.pop("computed", None)
-    whole = ways.pop("fitloop", load + step)
-    assert isinstance(conditions, Conditions)
-    assert isinstance(whole, float)
-    waited = load if starved is None else starved * whole
-    one: dict[Way, Taken] = {
-        Way.LOAD: taken(load, waited=load, **({} if computed is None else {"computed": computed})),  # type: ignore[arg-type]
-        Way.STEP: taken(step),
-        Way.FITLOOP_IN_MEMORY: taken(ways.pop("fitloop_in_memory", step)),  # type: ignore[arg-type]
-        Way.BARE: taken(load + step, waited=load),
-        Way.FITLOOP: taken(whole, waited=waited, start=start),  # type: ignore[arg-type]
-    }
-    one |= {Way(name): taken(seconds) for name, seconds in ways.items()}  # type: ignore[arg-type]
-    return Measured(conditions=conditions, rounds=[one] * 4)
-
-
-def told(found: Measured) -> dict[str, str]:
-    """Return the text of all advice, by what it is about."""
-    return {advice.about: advice.text for advice in BenchReport.of(found).advice}
-
-
-def changes(found: Measured) -> set[str]:
-    return {advice.about for advice in BenchReport.of(found).advice if advice.change}
-
-
-def test_pass_when_the_first_batch_takes_longer_then_that_is_its_start() -> None:
-    one = Pass(batches=5, seconds=20.0, first=6.0, waited=4.0)
-    assert one.startup == 5.0
-    both = Taken((one, Pass(batches=5, seconds=15.0, first=1.0, waited=4.0)))
-    assert (both.batches, both.seconds, both.per_batch) == (10, 30.0, 3.0)
-    assert both.starved == 10 / 30
-    assert both.startup == 2.5
-
-
-def test_pass_when_it_has_one_batch_then_no_start_is_told_apart() -> None:
-    assert Pass(batches=1, seconds=9.0, first=6.0, waited=0.0).startup == 0.0
-
-
-def test_figures_when_times_are_given_then_follow_from_them() -> None:
-    found = figures_of(
-        measured(
-            load=3.0,
-            step=2.0,
-            fitloop=4.0,
-            starved=0.5,
-            fitloop_in_memory=2.25,
-            prefetch_0=5.0,
-            prefetch_2=4.0,
-        )
-    )
-    assert found.overhead.values == (0.25,) * 4
-    assert found.overlap.median == 4 / 3
-    assert found.against_both.median == 4 / 5
-    assert found.starved.median == pytest.approx(0.5)
-    assert found.hidden is not None
-    assert found.hidden.median == 0.5  # of the two seconds of a step, one is saved
-    assert found.lag is None
-
-
-def test_figures_when_rounds_differ_then_are_compared_within_rounds() -> None:
-    slow: Round = {way: taken(each.per_batch * 10) for way, each in two().rounds[0].items()}
-    mixed = replace(two(), rounds=[*two().rounds, slow, slow])
-    figures = figures_of(mixed)
-    assert figures.overlap.low == pytest.approx(figures.overlap.high)
-    assert figures.overhead.high == pytest.approx(10 * figures.overhead.low)
-
-
-def two() -> Measured:
-    return measured(load=3.0, step=2.0, fitloop_in_memory=2.5)
-
-
-SECONDS = st.floats(1e-6, 1e3)
-
-
-@st.composite
-def rounds(draw: st.DrawFn) -> list[Round]:
-    def way() -> Taken:
-        waits = [draw(SECONDS) for _ in range(3)]
-        steps = draw(SECONDS)
-        whole = sum(waits) + steps
-        return Taken((Pass(batches=3, seconds=whole, first=waits[0], waited=sum(waits[1:])),))
-
-    return [{each: way() for each in Way} for _ in range(draw(st.integers(1, 5)))]
-
-
-@given(rounds=rounds(), factor=st.sampled_from([0.25, 2.0, 1024.0]))
-def test_figures_when_the_machine_is_slower_then_ratios_stay(
-    rounds: list[Round], factor: float
-) -> None:
-    def slower(one: Pass) -> Pass:
-        times = {name: getattr(one, name) * factor for name in ("seconds", "first", "waited")}
-        return replace(one, **times)
-
-    scaled = [
-        {way: Taken(tuple(map(slower, each.passes))) for way, each in one.items()} for one in rounds
-    ]
-    was, now = (figures_of(Measured(conditions=CONDITIONS, rounds=r)) for r in (rounds, scaled))
-    for name in ("overlap", "against_both", "starved", "hidden"):
-        assert getattr(now, name) == getattr(was, name)
-    for name in ("overhead", "startup"):
-        assert getattr(now, name).median == getattr(was, name).median * factor
-    assert all(0 <= share <= 1 for share in was.starved.values)
-    assert all(taken[Way.FITLOOP].startup >= 0 for taken in rounds)
-
-
-@given(rounds=rounds())
-def test_report_when_times_are_any_then_it_can_be_shown(rounds: list[Round]) -> None:
-    report = BenchReport.of(Measured(conditions=CONDITIONS, rounds=rounds, lags=[0.001] * 3))
-    assert json.loads(json.dumps(report.to_dict()))["conditions"]["trainer"] == "t"
-    assert report.advice
-    for advice in report.advice:
-        assert f" - {advice.text}" in " ".join(str(report).split())
-        assert "nan" not in advice.text
-    assert report._repr_html_().count("<table>") == 2
-
-
-@pytest.mark.parametrize(
-    ("values", "above", "below"),
-    [
-        ((2.0, 2.0, 2.0, 0.5), True, False),
-        ((2.0, 2.0, 0.5, 0.5), False, False),
-        ((0.5, 0.5, 0.5, 2.0), False, True),
-        ((1.0,), False, False),
-        ((2.0, 2.0, 2.0), True, False),
-        ((2.0, 2.0, 0.5), False, False),  # of three rounds all must agree
-        ((0.5, 0.5, 2.0), False, False),
-    ],
-)
-def test_spread_when_rounds_disagree_then_it_is_neither_above_nor_below(
-    values: tuple[float, ...], above: bool, below: bool
-) -> None:
-    assert Spread(values).is_above(1.0) is above
-    assert Spread(tuple(-value for value in values)).is_below(-1.0) is above
-    assert Spread(values).is_below(1.0) is below
-
-
-def test_report_when_more_than_all_or_less_than_nothing_was_hidden_then_shows_all_or_nothing() -> (
-    None
-):
-    """Where hardly anything can be hidden, the noise is many times of it."""
-    ways: Any = {"load": 0.0001, "step": 0.01, "prefetch_0": 0.0101}
-    more, less = (measured(**ways, prefetch_2=ahead).rounds[0] for ahead in (0.0096, 0.0114))
-    found = BenchReport.of(Measured(conditions=CONDITIONS, rounds=[less, more, more]))
-    (row,) = (line for line in str(found).splitlines() if line.startswith("loading ahead"))
-    assert row.split()[-3:] == ["100%", "0%", "100%"]
-    raw = found.to_dict()["hidden"]
-    assert (raw["min"], raw["max"]) == pytest.approx((-13.0, 5.0))
-
-
-# -- advice ----------------------------------------------------------------------------------------
-
-
-def test_advice_when_the_loader_keeps_up_then_nothing_is_to_be_changed() -> None:
-    found = measured(load=0.001, step=0.05, fitloop=0.051, fitloop_in_memory=0.0501)
-    texts = told(found)
-    assert changes(found) == set()
-    assert texts["nothing"] == "Nothing to change."
-    assert "keeps up: the step waits for it 2% of the time" in texts["loader"]
-    assert texts["overhead"] == "fitloop adds 100 us a batch, 0.2% of a step."
-
-
-def test_advice_when_rounds_disagree_on_waiting_then_it_cannot_be_told() -> None:
-    one = measured(load=0.001, step=0.05, fitloop=0.051).rounds[0]
-    given = [{**one, Way.FITLOOP: taken(0.051, waited=0.051 * s)} for s in (0.02, 0.01, 0.8)]
-    found = Measured(conditions=CONDITIONS, rounds=given)
-    assert told(found)["loader"] == (
-        "Whether the loader keeps up cannot be told from these rounds: the step waits for it "
-        "1% to 80% of the time. Measure again, for longer or on a quieter machine."
-    )
-    assert "nothing" not in told(found)
-    agreed = replace(found, rounds=[given[0], given[1], given[0]])
-    assert told(agreed)["loader"].startswith("The loader keeps up: the step waits for it 2% ")
-
-
-def test_advice_when_the_loader_holds_the_interpreter_then_is_workers() -> None:
-    found = measured(
-        load=0.0074, step=0.0052, fitloop=0.0124, starved=0.6, prefetch_0=0.0126, prefetch_2=0.0124
-    )
-    text = told(found)["loader"]
-    assert "bottleneck (load 7.4 ms, step 5.2 ms a batch; it waits 60% of the time)" in text
-    assert "holds the interpreter" in text
-    assert "hides only 4%" in text
-    assert "num_workers=2: at the best 5.2 ms instead of 12.4 ms a batch." in text
-    assert changes(found) == {"loader"}
-
-
-def test_advice_when_the_loader_waits_then_there_may_be_more_workers_than_cores() -> None:
-    few = replace(CONDITIONS, cores=2)
-    given: Any = {"load": 0.03, "step": 0.005, "fitloop": 0.031, "conditions": few}
-    assert "num_workers=2:" in told(measured(**given))["loader"]
-    text = told(measured(**given, computed=0.003))["loader"]
-    assert "It computes 1% of its time, and waits for the rest." in text
-    assert "num_workers=6: at the best 5.0 ms" in text
-
-
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
-        ({"kind": "iterable"}, "give a DataLoader over a Dataset with num_workers"),
-        ({"kind": "async"}, "Read several batches at once"),
-        ({"num_workers": 2}, "Give the DataLoader num_workers=6 instead of 2"),
-        ({"num_workers": 8}, "It has 8 workers on 8 cores already"),
-        ({"cores": 1}, "There is one core"),
-    ],
-)
-def test_advice_when_the_loader_is_the_bottleneck_then_suits_its_kind(
-    changed: dict[str, Any], says: str
-) -> None:
-    found = measured(
-        load=0.03, step=0.01, fitloop=0.031, starved=0.7, conditions=replace(CONDITIONS, **changed)
-    )
-    assert says in told(found)["loader"]
-    assert changes(found) == {"loader"}
-
-
-def test_advice_when_loading_ahead_was_faster_then_is_prefetch() -> None:
-    given: Any = {"load": 0.004, "step": 0.005, "prefetch_0": 0.009, "prefetch_2": 0.0052}
-    texts = told(measured(**given))
-    assert texts["prefetch"].startswith("Give prefetch=2: a batch took 9.0 ms as it is set up, and")
-    assert "loader" not in texts
-    seeded = replace(CONDITIONS, takes_turns=True)
-    assert 'loader_randomness="own"' in told(measured(**given, conditions=seeded))["prefetch"]
-
-
-def test_advice_when_loading_ahead_costs_then_is_to_leave_it() -> None:
-    ahead = replace(CONDITIONS, loads="ahead", prefetch=2)
-    found = measured(
-        load=0.001, step=0.002, fitloop=0.004, prefetch_0=0.003, starved=0.05, conditions=ahead
-    )
-    assert told(found)["prefetch"].startswith("Give prefetch=0: loading ahead costs more")
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-def test_advice_when_each_epoch_starts_slowly_then_says_so(persistent: bool) -> None:
-    given = replace(CONDITIONS, epoch=20, num_workers=4, persistent_workers=persistent)
-    found = measured(load=0.001, step=0.01, starved=0.01, start=0.1, conditions=given)
-    text = told(found)["start"]
-    assert text.startswith("Each epoch begins with 100.0 ms of waiting, 31% of it")
-    assert ("persistent_workers=True" in text) is not persistent
-    longer = replace(given, epoch=10_000)
-    assert "start" not in told(replace(found, conditions=longer))
-
-
-def test_advice_when_one_thread_is_faster_then_is_one_thread() -> None:
-    many = replace(CONDITIONS, num_threads=4)
-    found = measured(load=0.0, step=0.01, step_1_thread=0.008, conditions=many)
-    assert (
-        "num_threads=1: a step takes 8.0 ms with one intra-op thread, 10.0 ms with 4"
-        in (told(found)["threads"])
-    )
-    assert "Then measure the loader again" in told(found)["threads"]
-    slower = measured(load=0.0, step=0.01, step_1_thread=0.02, conditions=many)
-    assert "threads" not in told(slower)
-
-
-def test_advice_when_steps_do_little_then_is_larger_batches_and_processes() -> None:
-    texts = told(measured(load=0.0, step=0.0002, fitloop_in_memory=0.00025))
-    assert "fitloop's own 50 us a batch are 25% of it: larger batches" in texts["overhead"]
-    assert 'Runner(backend="process")' in texts["many"]
-
-
-def test_advice_when_an_async_step_costs_then_is_a_plain_one() -> None:
-    given = replace(CONDITIONS, async_step=True)
-    found = measured(load=0.0, step=0.001, fitloop_in_memory=0.0013, conditions=given)
-    assert "make it a plain function" in told(found)["overhead"]
-
-
-def test_advice_when_the_overhead_drowns_then_is_not_told_as_a_figure() -> None:
-    found = measured(load=0.0, step=0.01, fitloop_in_memory=0.009)
-    assert "cannot be told from the noise: -1.0 ms at the median" in told(found)["overhead"]
-
-
-def test_advice_when_the_machine_was_busy_then_says_so_first() -> None:
-    quick, slow = measured(load=0.0, step=0.01), measured(load=0.0, step=0.02)
-    mixed = replace(quick, rounds=[*quick.rounds[:2], *slow.rounds[:2]])
-    first = BenchReport.of(mixed).advice[0]
-    assert first.about == "noise"
-    assert "took between 10.0 ms and 20.0 ms" in first.text
-
-
-def test_advice_when_the_steps_hardly_had_the_processor_then_differences_are_not_believed() -> None:
-    found = measured(load=0.02, step=0.01, fitloop_in_memory=0.03, computed=0.01)
-    starved = {**found.rounds[0], Way.STEP: taken(0.01, computed=0.02)}
-    texts = told(replace(found, rounds=[starved] * 3))
-    assert "they had the processor for 20% of their time" in texts["noise"]
-    assert "cannot be told from the noise: 20.0 ms at the median" in texts["overhead"]
-    # It had the processor for 5% of its time, a quarter of what the steps had: too near to call.
-    assert "waits for the rest" not in texts["loader"]
-
-
-def test_advice_when_steps_wait_for_the_device_then_is_to_return_tensors() -> None:
-    given = replace(CONDITIONS, device="cuda:0", syncs=2.0)
-    assert (
-        "waits for the device 2.0 times"
-        in (told(measured(load=0.0, step=0.01, conditions=given))["device"])
-    )
-
-
-def test_advice_when_the_event_loop_is_held_up_then_says_how_long() -> None:
-    late = replace(measured(load=0.0, step=0.01), lags=[0.001] * 90 + [0.2] * 10)
-    assert "200.0 ms late at the 99th percentile" in told(late)["event loop"]
-    found = figures_of(late)
-    assert found.lag is not None
-    assert (found.lag.p50, found.lag.max, found.lag.beats) == (0.001, 0.2, 100)
-
-
-@given(rounds=rounds())
-def test_advice_when_times_are_any_then_changes_come_first(rounds: list[Round]) -> None:
-    found = advise(CONDITIONS, figures_of(Measured(conditions=CONDITIONS, rounds=rounds)))
-    flags = [advice.change for advice in found if advice.about != "nothing"]
-    assert flags == sorted(flags, reverse=True)
-    assert any(flags) == all(advice.about != "nothing" for advice in found)
-
-
-# -- how much is measured --------------------------------------------------------------------------
-
-
-@given(
-    load=st.floats(0, 10),
-    step=st.floats(0, 10),
-    seconds=st.floats(1, 100),
-    epoch=st.none() | st.integers(1, 10_000),
-)
-def test_size_when_found_out_then_keeps_to_the_time_or_is_the_least(
-    load: float, step: float, seconds: float, epoch: int | None
-) -> None:
-    size = size_of(Look(load=load, step=step), Wanted(seconds=seconds), list(Way), epoch)
-    assert 3 <= size.rounds <= MOST_ROUNDS
-    assert epoch is None or size.batches <= epoch
-    whole = size.batches * size.repeats
-    assert whole >= FEWEST
-    assert size.batches <= MOST
-    cost = (5 * load + 7 * step) * whole * size.rounds
-    least = size.rounds == 3 and whole < 2 * FEWEST
-    assert cost <= 2 * seconds or least  # passes are rounded up to whole epochs
-
-
-@given(batches=st.integers(2, 500), rounds=st.integers(1, 50), epoch=st.integers(1, 100))
-def test_size_when_given_then_is_that(batches: int, rounds: int, epoch: int) -> None:
-    wanted = Wanted(batches=batches, rounds=rounds)
-    size = size_of(Look(load=1.0, step=1.0), wanted, list(Way), epoch)
-    assert size.rounds == rounds
-    assert batches <= size.batches * size.repeats < batches + epoch
-
-
-def test_size_when_workers_have_batches_ready_then_passes_are_longer() -> None:
-    look = Look(load=0.001, step=0.001, start=0.1, buffered=16)
-    size = size_of(look, Wanted(seconds=1.0), [Way.LOAD, Way.FITLOOP], 1000)
-    assert size.batches >= 128
-
-
-# -- measuring -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -654,7 +259,7 @@ async def test_benchmark_when_cancelled_then_everything_is_as_before(
 
     def restore(run: BenchRun) -> None:
         nonlocal doing
-        doing = run._doing or ""
+        doing = run._activity or ""
         begun(run)
 
     monkeypatch.setattr(BenchRun, "_restore", restore)
@@ -704,7 +309,7 @@ async def test_benchmark_when_something_raises_then_same_error_and_everything_is
 @ONE_LOOP
 async def test_benchmark_when_a_pass_by_hand_raises_then_the_note_names_it() -> None:
     def step(state: LoopState) -> None:
-        if type(state._values).__name__ == "KeptValues":
+        if type(state._values).__name__ == "ListedValues":
             raise KeyError("mine")
 
     with pytest.raises(KeyError) as caught:
@@ -909,12 +514,12 @@ async def test_benchmark_when_there_is_no_terminal_then_shows_nothing(
 
 def test_sync_counter_when_values_are_read_then_counts_those_of_its_device() -> None:
     x = torch.ones(3)
-    with SyncCounter("cpu") as counter:
+    with DeviceReadCounter("cpu") as counter:
         x.sum().item()
         float(x[0])
         assert x[0] > 0
         x + x
     assert counter.count == 3
-    with SyncCounter("cuda") as other:
+    with DeviceReadCounter("cuda") as other:
         x.tolist()
     assert other.count == 0
