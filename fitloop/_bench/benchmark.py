@@ -16,7 +16,7 @@ from typing import Any
 from fitloop._bench.budget import BenchRequest
 from fitloop._bench.report import BenchReport
 from fitloop._bench.run import BenchRun, Show
-from fitloop._display.terminal import can_draw
+from fitloop._display.console import can_draw
 from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import ConfigurationError
 from fitloop._format import printable

@@ -15,17 +15,11 @@ from torch.utils.data import DataLoader
 
 from fitloop._data.async_source import AsyncSource
 from fitloop._data.device import map_tensors
-from fitloop._data.loaders import (
-    Loaders,
-    LoadingOptions,
-    detached,
-    draws_only_to_begin,
-    is_iterable,
-)
-from fitloop._data.one_shot import one_shot_of
-from fitloop._data.prefetch_trial import AdaptiveSource
-from fitloop._data.resumption import generators_of
-from fitloop._data.sources import AheadSource, Feed, Source
+from fitloop._data.inspection import detached, generators_of, is_iterable, uses_rng_only_at_start
+from fitloop._data.loaders import Loaders, LoadingOptions
+from fitloop._data.prefetch_tuner import AdaptiveSource
+from fitloop._data.pushback import pushback_iterator_of
+from fitloop._data.sources import LoadContext, PrefetchSource, Source
 from fitloop._engine.config import Parts
 from fitloop._errors import ConfigurationError
 
@@ -36,7 +30,7 @@ def refuse_one_shot(loader: Any) -> None:
     Raises:
         ConfigurationError: ``loader`` is one.
     """
-    if one_shot_of(loader) is not None:
+    if pushback_iterator_of(loader) is not None:
         raise ConfigurationError(
             f"train_dl is {loader!r:.60}, an iterator, which can be read only once, and a "
             "benchmark reads it many times; pass a list, a DataLoader, or a function that makes "
@@ -79,7 +73,7 @@ class LoaderAccess:
 
     def excludes_steps(self, config: Parts) -> bool:
         """Return whether a seed keeps the loader from being read during a step."""
-        own = config.loader_randomness == "own" or draws_only_to_begin(self.loader)
+        own = config.loader_randomness == "own" or uses_rng_only_at_start(self.loader)
         return config.seed is not None and not own and not self.is_async
 
     def close(self) -> None:
@@ -100,17 +94,19 @@ class BenchLoaders(Loaders):
         self.copies: list[Any] | None = None
         """collects the batches as the loader gives them; None to collect nothing"""
 
-    def open(self, loader: Any, phase: Any, feed: Feed, *args: Any, **kwargs: Any) -> Source:
+    def open(
+        self, loader: Any, phase: Any, context: LoadContext, *args: Any, **kwargs: Any
+    ) -> Source:
         """See `Loaders`."""
-        copies, place = self.copies, feed.place
+        copies, place = self.copies, context.start_transfer
         if copies is not None:
 
             def collect(batch: Any) -> Any:
                 copies.append(batch)
                 return place(batch)
 
-            feed = replace(feed, place=collect)
-        self._last_source = super().open(loader, phase, feed, *args, **kwargs)
+            context = replace(context, start_transfer=collect)
+        self._last_source = super().open(loader, phase, context, *args, **kwargs)
         return self._last_source
 
     def _iterable(self, loader: Any) -> Any:
@@ -122,8 +118,8 @@ class BenchLoaders(Loaders):
         source = self._last_source
         if isinstance(source, AsyncSource):
             return "on the event loop"
-        if isinstance(source, AheadSource) or (
-            isinstance(source, AdaptiveSource) and source.is_ahead
+        if isinstance(source, PrefetchSource) or (
+            isinstance(source, AdaptiveSource) and source.is_prefetching
         ):
             return "ahead"
         return "inline"

@@ -36,8 +36,9 @@ from fitloop._bench.timing import BareLoop, PassTimer, StepInspector
 from fitloop._concurrency.control import Cancelled
 from fitloop._concurrency.time_slices import TimeSliceHook
 from fitloop._concurrency.torch_threads import intra_op_threads
-from fitloop._data.device import Placement
-from fitloop._data.loaders import LoadingOptions, describe, length_of, samples_in
+from fitloop._data.device import DeviceTransfer
+from fitloop._data.inspection import length_of, loader_label, sample_count
+from fitloop._data.loaders import LoadingOptions
 from fitloop._defaults import available_cores
 from fitloop._engine.event_bus import EventBus
 from fitloop._engine.loop import Engine
@@ -275,8 +276,8 @@ class BenchRun(Run):
         self._check()
         if not timing.batches:
             raise ConfigurationError(
-                f"{describe(Phase.TRAIN, self._loader)} gave no batches when it was read again; a "
-                "function must make a new iterator at each call"
+                f"{loader_label(Phase.TRAIN, self._loader)} gave no batches when it was read "
+                "again; a function must make a new iterator at each call"
             )
         return timing
 
@@ -353,9 +354,9 @@ class BenchRun(Run):
         return BareLoop(
             self._control,
             PassTimer(self.clock, self._synchronize),
-            label=describe(Phase.TRAIN, self._loader),
+            label=loader_label(Phase.TRAIN, self._loader),
             limit=limit,
-            move=Placement(parts.device, parts.dtype, cast=self._plan.cast).move,
+            move=DeviceTransfer(parts.device, parts.dtype, cast=self._plan.cast).move,
             optimizers=() if self._plan.define_all else parts.optimizers,
             after_batch=schedulers.after_batch if schedulers and per_batch else None,
         )
@@ -369,7 +370,7 @@ class BenchRun(Run):
         torch.set_grad_enabled(True)
         start = Stages(parts).get(Phase.TRAIN, Stage.EPOCH_START)
         engine.call_plain("train epoch_start", start and (lambda _trainer: start(state)), None)
-        state._begin(limit, samples_in(self._loader, limit))
+        state._begin(limit, sample_count(self._loader, limit))
         return state
 
     def _in_memory(self, limit: int) -> list[Any]:

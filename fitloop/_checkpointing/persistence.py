@@ -22,15 +22,15 @@ from fitloop._checkpointing.run_position import check_run, opened_from, opened_s
 from fitloop._checkpointing.snapshot import RunPart, Snapshot, apply_snapshot
 from fitloop._concurrency.background_writer import Writer
 from fitloop._concurrency.control import RunControl
-from fitloop._data.loaders import describe, moves_by_index
-from fitloop._data.resumption import (
-    Seek,
+from fitloop._data.inspection import (
+    can_skip_by_index,
     generator_states,
-    has_state,
-    has_workers,
-    set_generators,
-    start_workers,
+    has_live_workers,
+    is_stateful,
+    loader_label,
+    set_generator_states,
 )
+from fitloop._data.resumption import ResumePosition, start_workers
 from fitloop._engine.loop import Engine
 from fitloop._engine.plan import PassPosition, PassProgress, RunPlan
 from fitloop._errors import CheckpointError, ResumeWarning
@@ -92,7 +92,7 @@ class Persistence:
                 )
             self._archive.clear()
         core.owns_archive = True
-        core.loaders.keeps_positions = True
+        core.loaders.tracks_positions = True
         if self.found is not None:
             self._check_fits(self.found)
             self._plan = self._plan_from(self.found, plan)
@@ -151,12 +151,12 @@ class Persistence:
         return PassPosition(
             start_metrics=saved["start_metrics"],
             exported=saved["exported"],
-            seek=Seek(
+            resume_from=ResumePosition(
                 batches=len(saved["exported"]["sizes"]),
-                opened=opened_from(saved["opened"]),
-                drawn=drawn,
+                pass_start=opened_from(saved["opened"]),
+                rng_state=drawn,
                 generators=saved["generators"],
-                loader=saved["loader"],
+                loader_state=saved["loader"],
             ),
             restore=self._restore_again,
         )
@@ -177,10 +177,10 @@ class Persistence:
             if own["continued"] and isinstance(loader, DataLoader):
                 self._restore_workers(phase, loader)
             if len(own["generators"]) == len(generator_states(loader)):
-                set_generators(loader, own["generators"])
-            if own["state"] is not None and has_state(loader):
+                set_generator_states(loader, own["generators"])
+            if own["state"] is not None and is_stateful(loader):
                 loader.load_state_dict(own["state"])
-            self._core.loaders.expect_read(phase, own["read"])
+            self._core.loaders.skip_in_next_pass(phase, own["read"])
 
     def _restore_again(self) -> None:
         self.restore()
@@ -195,12 +195,16 @@ class Persistence:
         """Start worker processes that were kept, unless the pass that goes on does so itself."""
         assert self._plan is not None
         position = self._plan.position if phase is Phase.TRAIN else None
-        if position is None or position.seek.opened.continued or moves_by_index(loader):
+        if (
+            position is None
+            or position.resume_from.pass_start.reused_workers
+            or can_skip_by_index(loader)
+        ):
             start_workers(loader)
-            if not moves_by_index(loader):
+            if not can_skip_by_index(loader):
                 warnings.warn(
-                    f"resuming: {describe(phase, loader)} keeps its worker processes between the "
-                    "epochs; what its dataset draws in them goes on from anew, so that results "
+                    f"resuming: {loader_label(phase, loader)} keeps its worker processes between "
+                    "the epochs; what its dataset draws in them goes on from anew, so that results "
                     "differ if it draws. persistent_workers=False is exact",
                     ResumeWarning,
                     stacklevel=2,
@@ -283,7 +287,7 @@ class Persistence:
         cursor = None if finished else engine.cursor
         done = engine.epochs_completed
         batch = 0 if cursor is None else cursor.state.batch_num
-        drawn = None if cursor is None else cursor.source.drawn
+        drawn = None if cursor is None else cursor.source.rng_state_after
         return RunPart(
             position={
                 "fit": self._fit,
@@ -314,16 +318,16 @@ class Persistence:
     ) -> dict[str, Any]:
         between = cursor is None or phase is not Phase.TRAIN
         # A DataLoader's own would begin its next iteration, which draws.
-        tells = between and has_state(loader) and not isinstance(loader, DataLoader)
+        tells = between and is_stateful(loader) and not isinstance(loader, DataLoader)
         return {
             "generators": generator_states(loader),
-            "continued": has_workers(loader),
-            "read": self._core.loaders.read(loader) if between else 0,
+            "continued": has_live_workers(loader),
+            "read": self._core.loaders.batches_read(loader) if between else 0,
             "state": loader.state_dict() if tells else None,
         }
 
     def _pass_state(self, cursor: PassProgress) -> dict[str, Any]:
-        opened, generators, loader = self._core.loaders.position(Phase.TRAIN)
+        opened, generators, loader = self._core.loaders.pass_position(Phase.TRAIN)
         return {
             "start_metrics": dict(cursor.start_metrics),
             "exported": cursor.state._export(),
@@ -347,6 +351,6 @@ class Persistence:
 
     def close(self) -> None:
         """Give the directory back."""
-        self._core.loaders.forget_positions()
+        self._core.loaders.stop_tracking_positions()
         self._engine = None
         self._lock.release()

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from fitloop._data.resumption import generator_states, has_state, set_generators
+from fitloop._data.inspection import generator_states, is_stateful, set_generator_states
 from fitloop._metrics.results import EpochMetricsRecorder
 from fitloop._rng.state_io import global_state, restore_global_state
 from fitloop._training.best import BestTracker
@@ -47,8 +47,8 @@ class RollbackPoint:
         if tracker is not None:
             self._ways_back.append(partial(setattr, tracker, "tracked", tracker.tracked))
         for _phase, loader in loaders:
-            self._ways_back.append(partial(set_generators, loader, generator_states(loader)))
-            if has_state(loader) and not isinstance(loader, DataLoader):
+            self._ways_back.append(partial(set_generator_states, loader, generator_states(loader)))
+            if is_stateful(loader) and not isinstance(loader, DataLoader):
                 self._ways_back.append(partial(loader.load_state_dict, loader.state_dict()))
 
     def restore(self) -> None:

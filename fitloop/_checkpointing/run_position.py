@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fitloop._data.resumption import Opened
+from fitloop._data.resumption import PassStart
 from fitloop._rng.state_io import check_generator, exported, imported
 
 
@@ -32,19 +32,24 @@ def check_run(position: dict[str, Any], run: Any) -> None:
         _check_pass(run["pass"])
 
 
-def opened_state(opened: Opened) -> dict[str, Any]:
+def opened_state(opened: PassStart) -> dict[str, Any]:
     """Return what a pass began with as a tree."""
     return {
-        "drawn": exported(opened.drawn),
+        "drawn": exported(opened.rng_state),
         "generators": opened.generators,
-        "continued": opened.continued,
-        "read": opened.read,
+        "continued": opened.reused_workers,
+        "read": opened.batches_read,
     }
 
 
-def opened_from(tree: Any) -> Opened:
+def opened_from(tree: Any) -> PassStart:
     """Return what a pass began with; raises ValueError and the like for a forged tree."""
-    return Opened(**{**tree, "drawn": imported(tree["drawn"])})
+    return PassStart(
+        rng_state=imported(tree["drawn"]),
+        generators=tree["generators"],
+        reused_workers=tree["continued"],
+        batches_read=tree["read"],
+    )
 
 
 def _check_pass(saved: Any) -> None:

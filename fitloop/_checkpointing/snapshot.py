@@ -27,7 +27,7 @@ from fitloop._checkpointing.training_state import (
     module_weights,
     training_state,
 )
-from fitloop._data.resumption import generator_states, set_generators
+from fitloop._data.inspection import generator_states, set_generator_states
 from fitloop._errors import CheckpointError
 from fitloop._metrics.history import History, export_history, restore_history
 from fitloop._rng.state_io import (
@@ -292,7 +292,7 @@ def apply_snapshot(core: Core, snapshot: Snapshot) -> None:
         core.criteria.name, core.criteria.direction = trainer["criteria"]
     core.best_is_stale = snapshot.state["best"] is None
     for loader, states in generators:
-        set_generators(loader, states)
+        set_generator_states(loader, states)
     restore()
 
 

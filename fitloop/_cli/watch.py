@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fitloop._cli.common import Commands, add_command, labels, run_directories, say
-from fitloop._display.progress import VIEW, EpochLines
+from fitloop._display.progress import PROGRESS_VIEW, EpochPrinter
 from fitloop._display.status import RunStatus
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted
@@ -46,7 +46,7 @@ class WatchedRun:
         self._every = every
         self._follower = LogFollower(directory)
         self._status: RunStatus | None = None
-        self._lines: EpochLines | None = None
+        self._lines: EpochPrinter | None = None
         self._heard = 0.0
         self._asked = 0.0
 
@@ -71,8 +71,8 @@ class WatchedRun:
         """Take what is shown off the terminal."""
         self._follower.close()
         if self._status is not None:
-            VIEW.erase(self._status, wait=True)
-            VIEW.leave(self._status)
+            PROGRESS_VIEW.hide(self._status, wait=True)
+            PROGRESS_VIEW.remove(self._status)
         self._status = self._lines = None
 
     # -- a run that is watched from its beginning --------------------------------------------------
@@ -87,7 +87,7 @@ class WatchedRun:
         if not isinstance(event, RunEnded):
             self._lines.observe(event)
             return
-        VIEW.erase(self._status, wait=True)
+        PROGRESS_VIEW.hide(self._status, wait=True)
         if event.error is not None or event.stop_reason == StopReason.CANCELLED:
             say(self._line(_ending(event, self._status)))  # which the process has no line for
         else:
@@ -96,8 +96,8 @@ class WatchedRun:
 
     def _begin(self, event: RunStarted, at: float, *, draw: bool = True) -> RunStatus:
         self._leave()  # one whose end was never told: the next one took its place
-        self._status = VIEW.join(self._label, named=self._named)
-        self._lines = EpochLines(self._status, every=self._every)
+        self._status = PROGRESS_VIEW.add(self._label, named=self._named)
+        self._lines = EpochPrinter(self._status, every=self._every)
         for observer in (self._status, self._lines):
             observer.observe(event)
         self._status.began = _here(at)
@@ -107,13 +107,13 @@ class WatchedRun:
         if draw:
             if before:
                 say(self._line(f"{event.call} goes on after {before} of {event.epochs} epochs"))
-            VIEW.draw(self._status)
+            PROGRESS_VIEW.show(self._status)
         return self._status
 
     def _leave(self) -> None:
         if self._status is not None:
-            VIEW.erase(self._status, wait=True)
-            VIEW.leave(self._status)
+            PROGRESS_VIEW.hide(self._status, wait=True)
+            PROGRESS_VIEW.remove(self._status)
         self._status = self._lines = None
 
     # -- one that began before ---------------------------------------------------------------------
@@ -148,10 +148,10 @@ class WatchedRun:
         of = done if status.call == "fit" else "going on"
         say(self._line(f"{status.call}, {of}, began {duration(time.time() - first.at)} ago"))
         if epoch and self._every:
-            lines = EpochLines(status)
+            lines = EpochPrinter(status)
             for event in (first.event, *epoch):
                 lines.observe(event)
-        VIEW.draw(status)
+        PROGRESS_VIEW.show(status)
 
     # -- one that ends without a word --------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class WatchedRun:
     def _tell_death(self) -> None:
         status = self._status
         assert status is not None
-        VIEW.erase(status, wait=True)
+        PROGRESS_VIEW.hide(status, wait=True)
         done = f" after {status.epochs_done} of {status.epochs} epochs" * (status.call == "fit")
         why = "its process died or could not write"
         say(self._line(f"{status.call} is no longer running{done}: {why}"))
@@ -184,7 +184,7 @@ class WatchedRun:
         self._follower.close()
 
     def _line(self, text: str) -> str:
-        return f"{self._label}: {text}" if self._named or VIEW.has_several else text
+        return f"{self._label}: {text}" if self._named or PROGRESS_VIEW.has_several else text
 
 
 def _here(at: float) -> float:

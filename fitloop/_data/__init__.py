@@ -3,11 +3,12 @@
 Owns the reading of loaders: in the step thread, ahead of it, or on the event loop. Must not know
 the training loop, events or files.
 
-- `loaders`: inspects loaders and opens a pass over one.
+- `inspection`: answers questions about a loader: length, kind, generators, workers.
+- `loaders`: opens a pass over a loader.
 - `sources`: reads batches inline or in a thread ahead of the steps.
 - `async_source`: reads an async iterable on the event loop.
-- `prefetch_trial`: measures whether reading ahead is faster.
+- `prefetch_tuner`: measures whether reading ahead is faster.
 - `resumption`: goes to the k-th batch of a pass.
-- `one_shot`: loaders that can be read only once.
+- `pushback`: loaders that can be read only once.
 - `device`, `cuda_stream`: copies to the device; a CUDA stream for a run.
 """

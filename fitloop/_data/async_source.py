@@ -13,7 +13,7 @@ import anyio
 
 from fitloop._concurrency.event_loops import Doorbell, is_scope_cancelled, loop_scheduler
 from fitloop._concurrency.supervisor import LoopSide
-from fitloop._data.sources import END, Feed
+from fitloop._data.sources import END, LoadContext
 from fitloop._rng.streams import RngState
 
 
@@ -28,7 +28,7 @@ class AsyncSource:
     def __init__(
         self,
         iterable: AsyncIterable[Any],
-        feed: Feed,
+        context: LoadContext,
         side: LoopSide,
         *,
         depth: int,
@@ -40,8 +40,8 @@ class AsyncSource:
         self._limit = limit
         self._skip = skip
         """batches at the beginning that are read and left out"""
-        self.drawn: RngState | None = None
-        self._feed = feed
+        self.rng_state_after: RngState | None = None
+        self._context = context
         self._depth = depth
         self._asked = 0
         self._ready: deque[Any] = deque()
@@ -54,12 +54,12 @@ class AsyncSource:
 
     def fetch(self) -> Any:
         """See `Source`."""
-        feed, changed = self._feed, self._feed.control.changed
+        context, changed = self._context, self._context.control.changed
         with changed:
             self._asked += 1
         if self._depth == 0:
             self._ring()
-        if not feed.wait(lambda: bool(self._ready) or self._ended):
+        if not context.wait(lambda: bool(self._ready) or self._ended):
             return END
         with changed:
             if not self._ready:
@@ -69,19 +69,21 @@ class AsyncSource:
                 return END
             batch = self._ready.popleft()
         self._ring()
-        placed = feed.place(batch)
-        return placed if feed.receive is None else feed.receive(placed)
+        placed = context.start_transfer(batch)
+        return placed if context.finish_transfer is None else context.finish_transfer(placed)
 
     def close(self) -> list[Any]:
         """See `Source`; returns when the task on the event loop has ended."""
-        feed, control = self._feed, self._feed.control
+        context, control = self._context, self._context.control
         with control.changed:
             self._closed = True
         self._ring()
         with control.changed:
-            if not feed.rewinds:
+            if not context.rereads_unfetched:
                 # Cancelling an async generator ends it; the batch it is at is given back.
-                control.changed.wait_for(lambda: self._ended or control.cancelled, feed.grace)
+                control.changed.wait_for(
+                    lambda: self._ended or control.cancelled, context.close_timeout
+                )
             self._cancel()
         control.wait_for(lambda: self._ended, obey_stop=False)
         with control.changed:
@@ -93,13 +95,13 @@ class AsyncSource:
         return unread
 
     def _ring(self) -> None:
-        with self._feed.control.changed:
+        with self._context.control.changed:
             room = self._room
         if room is not None:
             room.ring()
 
     async def _pump(self) -> None:
-        changed = self._feed.control.changed
+        changed = self._context.control.changed
         schedule = loop_scheduler()
         scope = anyio.CancelScope()
         with changed:
@@ -114,7 +116,7 @@ class AsyncSource:
         except BaseException as raised:
             if isinstance(raised, anyio.get_cancelled_exc_class()) and self._is_over():
                 if not self._closed:  # or the step thread would take it for the loader's end
-                    self._feed.control.cancel()
+                    self._context.control.cancel()
                 raise
             error = raised  # crosses to the step thread
         finally:
@@ -126,7 +128,7 @@ class AsyncSource:
 
     def _is_over(self) -> bool:
         """Return whether a cancellation is the run's, and not one that the loader met."""
-        return self._closed or self._feed.control.cancelled or is_scope_cancelled()
+        return self._closed or self._context.control.cancelled or is_scope_cancelled()
 
     async def _close_iterator(self) -> BaseException | None:
         """Close an async generator that was not read to its end; return what that raised."""
@@ -134,14 +136,14 @@ class AsyncSource:
         if aclose is None:
             return None
         try:
-            with anyio.move_on_after(self._feed.grace, shield=True):
+            with anyio.move_on_after(self._context.close_timeout, shield=True):
                 await aclose()
         except BaseException as raised:  # crosses to the step thread
             return raised
         return None
 
     async def _read_all(self, room: Doorbell) -> None:
-        changed, limit = self._feed.control.changed, self._limit
+        changed, limit = self._context.control.changed, self._limit
         self._iterator = aiter(self._iterable)
         for _ in range(self._skip):
             await anext(self._iterator, None)

@@ -11,23 +11,23 @@ from __future__ import annotations
 import torch
 
 
-class NoLane:
+class NullStreamScope:
     """The default stream of whatever device."""
 
     def enter(self) -> None:
-        """See `Lane`."""
+        """See `CudaStreamScope`."""
 
     def leave(self) -> None:
-        """See `Lane`."""
+        """See `CudaStreamScope`."""
 
     def resume(self) -> None:
-        """See `Lane`."""
+        """See `CudaStreamScope`."""
 
     def pause(self) -> None:
-        """See `Lane`."""
+        """See `CudaStreamScope`."""
 
 
-class Lane(NoLane):
+class CudaStreamScope(NullStreamScope):
     """The stream of a run on a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:

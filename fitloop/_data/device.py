@@ -1,8 +1,8 @@
 """Batches on their way to the device: moved and cast, in the structure the loader gave.
 
-Owns what happens to the tensors of a batch between the loader and the step. Placing has two
-halves, because a batch may be placed in another thread than the one that uses it:
-`Placement.place` starts the copies, `Placement.receive` makes them safe to use. Knows no loader.
+Owns what happens to the tensors of a batch between the loader and the step. A transfer has two
+halves, because one thread may move a batch that another thread uses: `DeviceTransfer.start`
+starts the copies, `DeviceTransfer.finish` makes them safe to use. Knows no loader.
 
 On CUDA the copies run on a stream of the trainer's own, from pinned memory, without blocking
 either thread: the step's stream waits for the copy on the device, and each tensor is recorded
@@ -84,7 +84,7 @@ class _Copied(NamedTuple):
     events: list[torch.cuda.Event]
 
 
-class Placement:
+class DeviceTransfer:
     """Moves batches to a device; floating tensors become ``dtype``, integer ones long.
 
     Bool and complex tensors keep their dtype. With ``cast=False`` tensors are only moved.
@@ -103,10 +103,10 @@ class Placement:
 
     @property
     def is_async(self) -> bool:
-        """Whether `place` only starts the copies, so that `receive` is needed."""
+        """Whether `start` only starts the copies, so that `finish` is needed."""
         return self._copy_stream is not None
 
-    def place(self, batch: Any) -> Any:
+    def start(self, batch: Any) -> Any:
         """Start moving ``batch``; any thread, one at a time."""
         kind = type(batch)
         if self._on_cpu and (kind is list or kind is tuple):
@@ -135,8 +135,8 @@ class Placement:
         """Return ``batch`` moved and cast, as a hand-written loop would: ready at once."""
         return self._map(batch, self._move)
 
-    def receive(self, placed: Any) -> Any:
-        """Return the batch that `place` gave, ready for the calling thread's stream."""
+    def finish(self, placed: Any) -> Any:
+        """Return the batch that `start` gave, ready for the calling thread's stream."""
         if self._copy_stream is None:
             return placed
         consumer = torch.cuda.current_stream(self._device)

@@ -7,7 +7,6 @@ loader: its sampler, generator and workers stay as they are.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -16,36 +15,27 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.data import (
-    BatchSampler,
-    ConcatDataset,
     DataLoader,
-    Dataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
-    TensorDataset,
-    WeightedRandomSampler,
-    default_collate,
 )
 
 from fitloop._concurrency.supervisor import LoopSide
 from fitloop._data.async_source import AsyncSource
-from fitloop._data.one_shot import OneShot, one_shot_of
-from fitloop._data.prefetch_trial import AdaptiveSource, Trial
-from fitloop._data.resumption import (
-    Opened,
-    Seek,
+from fitloop._data.inspection import (
+    can_skip_by_index,
+    detached,
     generator_states,
     generators_of,
-    has_state,
-    has_workers,
-    set_generators,
-    sought,
-    warn_of_replay,
+    has_live_workers,
+    is_iterable,
+    is_stateful,
+    set_generator_states,
+    uses_rng_only_at_start,
 )
-from fitloop._data.sources import AheadSource, Feed, InlineSource, Source
-from fitloop._errors import CheckpointError, ConfigurationError
+from fitloop._data.prefetch_tuner import AdaptiveSource, PrefetchTuner
+from fitloop._data.pushback import PushbackIterator, pushback_iterator_of
+from fitloop._data.resumption import PassStart, ResumePosition, iterate_from, warn_of_replay
+from fitloop._data.sources import InlineSource, LoadContext, PrefetchSource, Source
+from fitloop._errors import CheckpointError
 from fitloop._rng.state_io import global_state, rewind_to
 from fitloop._rng.streams import RngState, Stream
 from fitloop._types import Phase
@@ -53,100 +43,14 @@ from fitloop._types import Phase
 AUTOMATIC_DEPTH = 2
 """batches loaded ahead where that is found to pay"""
 
-_SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
-"""they draw when an iteration begins, or from a generator of their own"""
 
-
-def check_loader(name: str, loader: object) -> None:
-    """Refuse what no batches can come from.
-
-    Raises:
-        ConfigurationError: ``loader`` is neither iterable nor a function that makes one.
-    """
-    if isinstance(loader, (str, bytes)) or not (is_iterable(loader) or callable(loader)):
-        raise ConfigurationError(
-            f"{name} is {loader!r}; expected a DataLoader, a list of batches, any other iterable "
-            "or async iterable of batches, or a function that returns one"
-        )
-
-
-def describe(phase: Phase, loader: object) -> str:
-    """Return how messages name the loader."""
-    return f"{phase}_dl ({type(loader).__name__})"
-
-
-def length_of(loader: object) -> int | None:
-    """Return the number of batches, or None for a loader that does not say."""
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # what DataLoader raises over an IterableDataset
-        return None
-
-
-def samples_in(loader: object, steps: int | None) -> int | None:
-    """Return the samples that a pass of at most ``steps`` batches will give, where it is known."""
-    if not isinstance(loader, DataLoader) or loader.batch_size is None:
-        return None
-    batches = length_of(loader)
-    try:
-        samples = len(loader.sampler)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None
-    if batches is None:
-        return None
-    limit = batches if steps is None else min(steps, batches)
-    return min(samples, limit * loader.batch_size)
-
-
-def draws_only_to_begin(loader: object) -> bool:
-    """Return whether it is certain that no batch after the first draws random numbers.
-
-    True of finished batches, of a DataLoader with worker processes (which have generators of
-    their own) and of one over tensors, with torch's own samplers. Of anything else it is not
-    known: a dataset may augment.
-    """
-    if type(loader) in (list, tuple):
-        return True
-    if type(loader) is not DataLoader or not _known_sampler(loader):
-        return False
-    if loader.num_workers > 0:
-        return True
-    return loader.collate_fn is default_collate and _only_tensors(loader.dataset)
-
-
-def moves_by_index(loader: object) -> bool:
-    """Return whether batches may be left out unread: none that come depend on their reading.
-
-    What a worker process draws depends on all that it has read, and what an unknown sampler draws
-    may depend on what the dataset drew.
-    """
-    if not isinstance(loader, DataLoader):
-        return False
-    tensors = loader.collate_fn is default_collate and _only_tensors(loader.dataset)
-    return tensors or (loader.num_workers == 0 and _known_sampler(loader))
-
-
-def _opened(iterable: Any, drawn: RngState) -> Opened:
-    return Opened(
-        drawn=drawn,
+def _opened(iterable: Any, drawn: RngState) -> PassStart:
+    return PassStart(
+        rng_state=drawn,
         generators=generator_states(iterable),
-        continued=has_workers(iterable),
-        read=iterable.read if isinstance(iterable, OneShot) else 0,
+        reused_workers=has_live_workers(iterable),
+        batches_read=iterable.batches_read if isinstance(iterable, PushbackIterator) else 0,
     )
-
-
-def _known_sampler(loader: DataLoader[Any]) -> bool:
-    batches = loader.batch_sampler
-    known = batches is None or type(batches) is BatchSampler
-    return known and type(loader.sampler) in _SAMPLERS
-
-
-def _only_tensors(dataset: Dataset[Any]) -> bool:
-    if type(dataset) is Subset:
-        return _only_tensors(dataset.dataset)
-    if type(dataset) is ConcatDataset:
-        return all(_only_tensors(part) for part in dataset.datasets)
-    return type(dataset) is TensorDataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,106 +69,113 @@ class Loaders:
     def __init__(self, options: LoadingOptions, cuda: Iterable[int] = ()) -> None:
         self._options = options
         self._cuda = tuple(cuda)
-        self._trials: dict[Phase, tuple[Callable[[], Any], Trial]] = {}
-        self._one_shots: dict[int, OneShot] = {}
-        self._rehearsed: list[OneShot] | None = None
+        self._tuners: dict[Phase, tuple[Callable[[], Any], PrefetchTuner]] = {}
+        self._one_shots: dict[int, PushbackIterator] = {}
+        self._rehearsed: list[PushbackIterator] | None = None
         self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
-        self.keeps_positions = False
+        self.tracks_positions = False
         """the positions of loaders are asked for, in the middle of their passes"""
-        self._passes: dict[Phase, tuple[Any, Opened]] = {}
+        self._passes: dict[Phase, tuple[Any, PassStart]] = {}
         self._read_before: dict[Phase, int] = {}
 
     def open(
         self,
         loader: Any,
         phase: Phase,
-        feed: Feed,
+        context: LoadContext,
         side: LoopSide,
         *,
         stream: Stream | None,
         limit: int | None,
-        seek: Seek | None = None,
+        resume_from: ResumePosition | None = None,
     ) -> Source:
         """Begin a pass of at most ``limit`` batches over ``loader`` and return its source.
 
-        ``feed`` holds all but the iterator; ``stream`` is the loader's randomness in a seeded
-        run; ``seek`` is where a resumed run goes on. Runs in the step thread, since beginning a
-        pass runs the loader's code.
+        ``context`` holds all but the iterator; ``stream`` is the loader's randomness in a seeded
+        run; ``resume_from`` is where a resumed run goes on. Runs in the step thread, since
+        beginning a pass runs the loader's code.
         """
         # Whatever the loader is, it begins with its own randomness in place.
-        seeded = replace(feed, stream=stream)
+        seeded = replace(context, stream=stream)
         drawn = self._drawn(stream)
-        if seek is not None:
-            limit = None if limit is None else limit - seek.batches
-            rewind_to(seek.opened.drawn, stream)
+        if resume_from is not None:
+            limit = None if limit is None else limit - resume_from.batches
+            rewind_to(resume_from.pass_start.rng_state, stream)
         steps = seeded.borrow_turn()
-        feed.control.loading = feed.label
-        if feed.control.cancelled:
-            feed.control.left_loader()
+        context.control.loading = context.label
+        if context.control.cancelled:
+            context.control.left_loader()
         try:
             iterable = self._iterable(loader)
             if drawn is not None:
-                opened_now = _opened(iterable, drawn) if seek is None else seek.opened
+                opened_now = (
+                    _opened(iterable, drawn) if resume_from is None else resume_from.pass_start
+                )
                 self._passes[phase] = (iterable, opened_now)
-            certain = draws_only_to_begin(loader) or self._options.randomness == "own"
+            certain = uses_rng_only_at_start(loader) or self._options.randomness == "own"
             is_async = hasattr(iterable, "__aiter__")
             if not is_async:
-                iterator = self._iterator(loader, iterable, phase, feed.label, seek)
+                iterator = self._iterator(loader, iterable, phase, context.label, resume_from)
                 if limit is not None:
                     iterator = itertools.islice(iterator, limit)
                 begins = certain and stream is not None and isinstance(loader, DataLoader)
-                if begins and seek is None:  # else what it draws to begin has been drawn
+                if begins and resume_from is None:  # else what it draws to begin has been drawn
                     iterator = _begun(iterator)
         except BaseException:
-            feed.control.left_loader(failed=True)
+            context.control.left_loader(failed=True)
             raise
-        feed.control.left_loader()
+        context.control.left_loader()
         seeded.return_turn(steps)
-        if seek is not None:
-            rewind_to(seek.drawn, stream)
+        if resume_from is not None:
+            rewind_to(resume_from.rng_state, stream)
         if is_async:
             given = self._options.prefetch
             depth = AUTOMATIC_DEPTH if given is None else given
-            opened = replace(feed, rewinds=not isinstance(iterable, OneShot))
-            skip = self._to_skip(phase, iterable, seek)
-            warn_of_replay(feed.label, skip)
+            opened = replace(context, rereads_unfetched=not isinstance(iterable, PushbackIterator))
+            skip = self._to_skip(phase, iterable, resume_from)
+            warn_of_replay(context.label, skip)
             return AsyncSource(iterable, opened, side, depth=depth, limit=limit, skip=skip)
-        if feed.watch is not None:
-            iterator = _Watched(feed.watch(iterator.__next__))
+        if context.read_wrapper is not None:
+            iterator = _Watched(context.read_wrapper(iterator.__next__))
         opened = replace(
-            feed,
+            context,
             iterator=iterator,
             stream=None if certain else stream,
             draws_outside=stream is None and not certain,
-            rewinds=not isinstance(iterable, OneShot),
+            rereads_unfetched=not isinstance(iterable, PushbackIterator),
         )
         return self._source(opened, loader, phase, certain=certain)
 
     def _iterator(
-        self, loader: Any, iterable: Any, phase: Phase, label: str, seek: Seek | None
+        self,
+        loader: Any,
+        iterable: Any,
+        phase: Phase,
+        label: str,
+        resume_from: ResumePosition | None,
     ) -> Iterator[Any]:
-        if isinstance(iterable, OneShot):
-            skip = self._to_skip(phase, iterable, seek)
+        if isinstance(iterable, PushbackIterator):
+            skip = self._to_skip(phase, iterable, resume_from)
             warn_of_replay(label, skip)
             iterator: Iterator[Any] = iter(iterable)  # type: ignore[call-overload]
             for _ in itertools.islice(iterator, skip):
                 pass
             return iterator
-        if seek is None:
+        if resume_from is None:
             return iter(iterable)
-        set_generators(iterable, seek.opened.generators)
-        return sought(iterable, seek, label, by_index=moves_by_index(loader))
+        set_generator_states(iterable, resume_from.pass_start.generators)
+        return iterate_from(iterable, resume_from, label, by_index=can_skip_by_index(loader))
 
-    def _to_skip(self, phase: Phase, iterable: Any, seek: Seek | None) -> int:
+    def _to_skip(self, phase: Phase, iterable: Any, resume_from: ResumePosition | None) -> int:
         """Return how many batches to read and leave out, of a loader that cannot be moved."""
         read = self._read_before.pop(phase, 0)
-        if not isinstance(iterable, OneShot):
-            return 0 if seek is None else seek.batches
-        if seek is not None:
-            read = seek.opened.read + seek.batches
+        if not isinstance(iterable, PushbackIterator):
+            return 0 if resume_from is None else resume_from.batches
+        if resume_from is not None:
+            read = resume_from.pass_start.batches_read + resume_from.batches
         elif not read:
             return 0
-        ahead = iterable.read - read
+        ahead = iterable.batches_read - read
         if ahead > 0:
             raise CheckpointError(
                 f"the loader can be read once, and {ahead} batches after the snapshot have been "
@@ -272,62 +183,64 @@ class Loaders:
             )
         return -ahead
 
-    def read(self, loader: Any) -> int:
+    def batches_read(self, loader: Any) -> int:
         """Return how many batches were read from a loader that can be read once; else 0."""
         one_shot = self._one_shots.get(id(loader))
-        return 0 if one_shot is None else one_shot.read
+        return 0 if one_shot is None else one_shot.batches_read
 
-    def expect_read(self, phase: Phase, batches: int) -> None:
+    def skip_in_next_pass(self, phase: Phase, batches: int) -> None:
         """Have the next pass leave out what was read before from a loader that is read once."""
         if batches:
             self._read_before[phase] = batches
 
-    def forget_positions(self) -> None:
-        """End what `keeps_positions` and `expect_read` began: they are of one run."""
-        self.keeps_positions = False
+    def stop_tracking_positions(self) -> None:
+        """End what `tracks_positions` and `skip_in_next_pass` began: they are of one run."""
+        self.tracks_positions = False
         self._passes.clear()
         self._read_before.clear()
 
-    def position(self, phase: Phase) -> tuple[Opened, list[torch.Tensor], Any]:
+    def pass_position(self, phase: Phase) -> tuple[PassStart, list[torch.Tensor], Any]:
         """Return what the phase's pass began with, its generators now, the loader's own state."""
         iterable, opened = self._passes[phase]
-        state = iterable.state_dict() if has_state(iterable) else None
+        state = iterable.state_dict() if is_stateful(iterable) else None
         return opened, generator_states(iterable), state
 
     def _drawn(self, stream: Stream | None) -> RngState | None:
         """Return where the randomness of a pass is before it begins, if that will be asked for."""
-        if not self.keeps_positions:
+        if not self.tracks_positions:
             return None
         return global_state(self._cuda) if stream is None else stream.state()
 
-    def _source(self, feed: Feed, loader: Any, phase: Phase, *, certain: bool) -> Source:
-        if self.keeps_positions and has_state(loader):
-            return InlineSource(feed)  # ahead, it would tell the position of another batch
+    def _source(self, context: LoadContext, loader: Any, phase: Phase, *, certain: bool) -> Source:
+        if self.tracks_positions and is_stateful(loader):
+            return InlineSource(context)  # ahead, it would tell the position of another batch
         depth = self._options.prefetch
         if depth is not None:
-            return AheadSource(feed, depth) if depth else InlineSource(feed)
+            return PrefetchSource(context, depth) if depth else InlineSource(context)
         # With turns to take, loading and stepping cannot overlap: ahead would only cost.
-        if feed.stream is not None or type(loader) in (list, tuple):
-            return InlineSource(feed)
-        trial = self._trial(phase, loader)
-        trial.begin_pass()
-        if trial.decided and (certain or not trial.ahead):
-            return AheadSource(feed, AUTOMATIC_DEPTH) if trial.ahead else InlineSource(feed)
-        return AdaptiveSource(feed, AUTOMATIC_DEPTH, trial, watch_draws=not certain)
+        if context.stream is not None or type(loader) in (list, tuple):
+            return InlineSource(context)
+        tuner = self._tuner(phase, loader)
+        tuner.begin_pass()
+        if tuner.decided and (certain or not tuner.ahead):
+            return (
+                PrefetchSource(context, AUTOMATIC_DEPTH) if tuner.ahead else InlineSource(context)
+            )
+        return AdaptiveSource(context, AUTOMATIC_DEPTH, tuner, watch_rng=not certain)
 
-    def _trial(self, phase: Phase, loader: Any) -> Trial:
+    def _tuner(self, phase: Phase, loader: Any) -> PrefetchTuner:
         """Return what was learnt about the phase's loader; nothing yet if it is another one."""
-        known, trial = self._trials.get(phase, (None, Trial()))
+        known, tuner = self._tuners.get(phase, (None, PrefetchTuner()))
         if known is None or known() is not loader:
             try:
-                self._trials[phase] = (weakref.ref(loader), trial := Trial())
+                self._tuners[phase] = (weakref.ref(loader), tuner := PrefetchTuner())
             except TypeError:  # it takes no weak references
-                self._trials[phase] = (lambda: loader, trial := Trial())
-        return trial
+                self._tuners[phase] = (lambda: loader, tuner := PrefetchTuner())
+        return tuner
 
     def _iterable(self, loader: Any) -> Any:
-        """Return what to iterate; in a rehearsal, having noted how to put it back."""
-        one_shot = self._one_shots.get(id(loader)) or one_shot_of(loader)
+        """Return what to iterate; in a dry run, having noted how to put it back."""
+        one_shot = self._one_shots.get(id(loader)) or pushback_iterator_of(loader)
         if one_shot is not None:
             self._one_shots[id(loader)] = one_shot
             if self._rehearsed is not None and one_shot not in self._rehearsed:
@@ -350,26 +263,19 @@ class Loaders:
             if one_shot.is_exhausted():
                 del self._one_shots[id(loader)]
 
-    def rehearsal(self) -> Loaders:
-        """Return loaders for a run after which `rewind` puts every one-shot loader back."""
+    def for_dry_run(self) -> Loaders:
+        """Return loaders for a run after which `restore` puts every one-shot loader back."""
         twin = Loaders(self._options, self._cuda)
         twin._one_shots = self._one_shots
         twin._rehearsed = []
         return twin
 
-    def rewind(self) -> None:
-        """Put back what a rehearsal read from loaders that can be read once, and what it drew."""
+    def restore(self) -> None:
+        """Put back what a dry run read from loaders that can be read once, and what it drew."""
         for one_shot in self._rehearsed or ():
             one_shot.rewind()
         for generator, state in self._generators.values():
             generator.set_state(state)
-
-
-def is_iterable(loader: object) -> bool:
-    """Return whether a loader gives batches itself, and is no function that makes one."""
-    if isinstance(loader, type):  # its instances may be; it is a function that makes one
-        return False
-    return any(hasattr(loader, method) for method in ("__iter__", "__aiter__", "__getitem__"))
 
 
 class _Watched:
@@ -389,12 +295,3 @@ def _begun(iterator: Iterator[Any]) -> Iterator[Any]:
     """Return the iterator with its first batch already read, since that draws."""
     first = list(itertools.islice(iterator, 1))
     return itertools.chain(first, iterator)
-
-
-def detached(loader: Any) -> Any:
-    """Return a loader over the same data that leaves ``loader``'s worker processes alone."""
-    if isinstance(loader, DataLoader) and loader.persistent_workers:
-        twin = copy.copy(loader)
-        twin._iterator = None
-        return twin
-    return loader

@@ -18,91 +18,61 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from fitloop._data.inspection import generator_states, is_stateful, set_generator_states
 from fitloop._errors import ResumeWarning
 from fitloop._rng.state_io import global_state, restore_global_state
 from fitloop._rng.streams import RngState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class PassStart:
     """What a pass began with."""
 
-    drawn: RngState
+    rng_state: RngState
     """the randomness of the loader in a seeded run, of the process else"""
     generators: list[Tensor]
     """states of the generators that the loader carries"""
-    continued: bool = False
+    reused_workers: bool = False
     """worker processes went on from an earlier pass, so that none were seeded"""
-    read: int = 0
+    batches_read: int = 0
     """batches that were read before from a loader that can be read once"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seek:
+class ResumePosition:
     """Where a pass is to go on."""
 
     batches: int
     """how many come before"""
-    opened: Opened
-    drawn: RngState
+    pass_start: PassStart
+    rng_state: RngState
     """the randomness after those batches"""
     generators: list[Tensor] = field(default_factory=list)
     """states of the loader's generators after those batches"""
-    loader: Any = None
+    loader_state: Any = None
     """what the loader's ``state_dict`` returned then, if it has one"""
 
 
-def generators_of(loader: object) -> list[torch.Generator]:
-    """Return the random generators that a DataLoader carries."""
-    batches = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = (getattr(holder, "generator", None) for holder in holders)
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def generator_states(loader: object) -> list[Tensor]:
-    """Return where the loader's generators are."""
-    return [generator.get_state() for generator in generators_of(loader)]
-
-
-def set_generators(loader: object, states: list[Tensor]) -> None:
-    """Put the loader's generators where they were."""
-    for generator, state in zip(generators_of(loader), states, strict=True):
-        generator.set_state(state)
-
-
-def has_state(loader: object) -> bool:
-    """Return whether a loader tells its own position and can be moved to it."""
-    return callable(getattr(loader, "state_dict", None)) and callable(
-        getattr(loader, "load_state_dict", None)
-    )
-
-
-def has_workers(loader: object) -> bool:
-    """Return whether worker processes are kept between the passes, and are there."""
-    return bool(getattr(loader, "persistent_workers", False)) and (
-        getattr(loader, "_iterator", None) is not None
-    )
-
-
-def sought(iterable: Any, seek: Seek, label: str, *, by_index: bool) -> Iterator[Any]:
-    """Return an iterator over ``iterable`` that begins after ``seek.batches`` batches.
+def iterate_from(
+    iterable: Any, position: ResumePosition, label: str, *, by_index: bool
+) -> Iterator[Any]:
+    """Return an iterator over ``iterable`` that begins after ``position.batches`` batches.
 
     ``by_index`` says that reading draws nothing that batches to come depend on. Else what comes
     before is read again, with a `ResumeWarning`.
     """
-    if seek.loader is not None and has_state(iterable):
-        iterable.load_state_dict(seek.loader)
+    if position.loader_state is not None and is_stateful(iterable):
+        iterable.load_state_dict(position.loader_state)
         rest: Iterator[Any] = iter(iterable)
-        set_generators(iterable, seek.generators)
+        set_generator_states(iterable, position.generators)
         return rest
     if type(iterable) in (list, tuple):
-        return itertools.islice(iterable, seek.batches, None)
+        return itertools.islice(iterable, position.batches, None)
     if by_index and isinstance(iterable, DataLoader) and _is_map_style(iterable):
-        return _advanced(iterable, seek)
-    warn_of_replay(label, seek.batches)
+        return _advanced(iterable, position)
+    warn_of_replay(label, position.batches)
     iterator: Iterator[Any] = iter(iterable)
-    for _ in itertools.islice(iterator, seek.batches):
+    for _ in itertools.islice(iterator, position.batches):
         pass
     return iterator
 
@@ -138,13 +108,13 @@ class _Rest:
         return len(self._sampler)
 
 
-def _advanced(loader: DataLoader[Any], seek: Seek) -> Iterator[Any]:
+def _advanced(loader: DataLoader[Any], position: ResumePosition) -> Iterator[Any]:
     """Advance the sampler only: as `DataLoader.__iter__` would, in the same order of draws."""
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     indices = iter(sampler)
-    if not seek.opened.continued:  # its iterator draws a seed for workers, used or not
+    if not position.pass_start.reused_workers:  # its iterator draws a seed for workers, used or not
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-    for _ in itertools.islice(indices, seek.batches):
+    for _ in itertools.islice(indices, position.batches):
         pass
     twin = copy.copy(loader)
     twin._iterator = None
@@ -161,5 +131,5 @@ def start_workers(loader: DataLoader[Any]) -> None:
     if loader.num_workers and getattr(loader, "_iterator", None) is None:
         process, own = global_state(), generator_states(loader)
         loader._iterator = loader._get_iterator()
-        set_generators(loader, own)
+        set_generator_states(loader, own)
         restore_global_state(process)

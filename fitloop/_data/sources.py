@@ -1,7 +1,7 @@
 """Batches out of any loader, inline or ahead of the steps, whichever is faster.
 
 Owns the way from a loader to the step thread. A `Source` is one pass over one loader. What the
-loader is decides which: `InlineSource` iterates in the step thread, `AheadSource` in a thread of
+loader is decides which: `InlineSource` iterates in the step thread, `PrefetchSource` in a thread of
 its own that fills a bounded queue; `AsyncSource`, in `_async_loading`, in a task on the event
 loop. Which of them is used is decided elsewhere. Knows nothing of models, metrics or stages.
 """
@@ -40,7 +40,7 @@ class Source(Protocol):
         """
 
     @property
-    def drawn(self) -> RngState | None:
+    def rng_state_after(self) -> RngState | None:
         """The loader's randomness after the last batch that was fetched; None if it is its
         stream's as it is.
         """  # noqa: D205
@@ -50,28 +50,28 @@ class Source(Protocol):
 
 
 @dataclass(slots=True)
-class Feed:
+class LoadContext:
     """What every source needs: the loader's iterator and how to use it."""
 
     iterator: Iterator[Any]
     label: str
     """how messages name the loader, e.g. ``train_dl (DataLoader)``"""
     control: RunControl
-    place: Callable[[Any], Any] = lambda batch: batch
+    start_transfer: Callable[[Any], Any] = lambda batch: batch
     """starts moving a batch to the device; in the thread that read it"""
-    receive: Callable[[Any], Any] | None = None
-    """ends it, in the step thread; None when `place` has done everything"""
+    finish_transfer: Callable[[Any], Any] | None = None
+    """ends it, in the step thread; None when `start_transfer` has done everything"""
     stream: Stream | None = None
     """the randomness of the loader, in a seeded run whose loader may draw"""
     turn: GeneratorLease | None = None
     """the turn of the step thread"""
     draws_outside: bool = False
     """the loader may draw from the process's own numbers, in a run without a seed"""
-    rewinds: bool = True
+    rereads_unfetched: bool = True
     """batches that were not fetched are read again, so their random numbers are drawn again"""
-    grace: float = 5.0
+    close_timeout: float = 5.0
     """seconds that `Source.close` waits for a loader that does not return"""
-    watch: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
+    read_wrapper: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
     """wraps the call that reads a batch, for the profiler"""
 
     def borrow_turn(self) -> LeaseState | None:
@@ -104,19 +104,24 @@ class Feed:
 class InlineSource:
     """Iterates the loader in the step thread, between the steps."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, context: LoadContext) -> None:
         # Closures, since this is called for every batch: they find everything in their cells.
-        self.fetch, self._close = _inline(feed)
-        self.drawn: RngState | None = None
+        self.fetch, self._close = _inline(context)
+        self.rng_state_after: RngState | None = None
 
     def close(self) -> list[Any]:
         """See `Source`."""
         return self._close()
 
 
-def _inline(feed: Feed) -> tuple[Callable[[], Any], Callable[[], list[Any]]]:
-    control, label, place, receive = feed.control, feed.label, feed.place, feed.receive
-    read: Callable[[], Any] | None = feed.iterator.__next__
+def _inline(context: LoadContext) -> tuple[Callable[[], Any], Callable[[], list[Any]]]:
+    control, label, place, receive = (
+        context.control,
+        context.label,
+        context.start_transfer,
+        context.finish_transfer,
+    )
+    read: Callable[[], Any] | None = context.iterator.__next__
     unread: list[Any] = []
 
     def fetch() -> Any:
@@ -141,28 +146,28 @@ def _inline(feed: Feed) -> tuple[Callable[[], Any], Callable[[], list[Any]]]:
         return placed if receive is None else receive(placed)
 
     def seeded_fetch() -> Any:
-        steps = feed.borrow_turn()
+        steps = context.borrow_turn()
         batch = fetch()
-        feed.return_turn(steps)
+        context.return_turn(steps)
         return batch
 
     def close() -> list[Any]:
         nonlocal read
         read = None  # an exception may keep this frame, and it the loader's workers
-        feed.iterator = iter(())
+        context.iterator = iter(())
         return unread
 
-    return fetch if feed.stream is None else seeded_fetch, close
+    return fetch if context.stream is None else seeded_fetch, close
 
 
-class AheadSource:
+class PrefetchSource:
     """Iterates the loader in a thread of its own, up to ``depth`` batches ahead of the steps."""
 
-    def __init__(self, feed: Feed, depth: int) -> None:
-        self._feed = feed
+    def __init__(self, context: LoadContext, depth: int) -> None:
+        self._context = context
         self._depth = depth
         self._ready: deque[tuple[Any, Any, RngState | None]] = deque()
-        self.drawn = None if feed.stream is None else feed.stream.state()
+        self.rng_state_after = None if context.stream is None else context.stream.state()
         """the loader's randomness after the last batch that was fetched"""
         self._error: BaseException | None = None
         self._ended = False
@@ -173,25 +178,25 @@ class AheadSource:
         """the thread reads no more, although the loader may have more"""
         self.waited = 0
         """batches for which the step thread had to wait"""
-        self._stream = GLOBAL_STREAM if feed.draws_outside else feed.stream
+        self._stream = GLOBAL_STREAM if context.draws_outside else context.stream
         self._turn = (
             GeneratorLease(self._is_closed, reads=True) if self._stream is not None else None
         )
         if self._turn is not None:
-            self._forget = feed.control.on_halt(self._turn.notify_cancelled)
+            self._forget = context.control.on_halt(self._turn.notify_cancelled)
         self._thread = threading.Thread(
-            target=self._load, name=f"fitloop loads {feed.label}", daemon=True
+            target=self._load, name=f"fitloop loads {context.label}", daemon=True
         )
         self._thread.start()
 
     def fetch(self) -> Any:
         """See `Source`."""
-        feed = self._feed
-        changed = feed.control.changed
+        context = self._context
+        changed = context.control.changed
         ready = self._ready
         if not ready:
             self.waited += 1
-            if not feed.wait(lambda: bool(ready) or self._ended):
+            if not context.wait(lambda: bool(ready) or self._ended):
                 return END
         with changed:
             if not ready:
@@ -199,49 +204,55 @@ class AheadSource:
                     error, self._error = self._error, None
                     raise error
                 return END
-            _raw, placed, self.drawn = ready.popleft()
+            _raw, placed, self.rng_state_after = ready.popleft()
             changed.notify_all()
-        return placed if feed.receive is None else feed.receive(placed)
+        return placed if context.finish_transfer is None else context.finish_transfer(placed)
 
     def close(self) -> list[Any]:
         """See `Source`; a loader that does not return within the grace is left to itself."""
-        feed = self._feed
-        with feed.control.changed:
+        context = self._context
+        with context.control.changed:
             self._closed = True
-            feed.control.changed.notify_all()
+            context.control.changed.notify_all()
         steps: LeaseState | None = None
         if self._turn is not None:
-            if feed.turn is not None:
-                steps = feed.turn.release()
+            if context.turn is not None:
+                steps = context.turn.release()
             self._forget()
             self._turn.notify_cancelled()
-        self._thread.join(feed.grace)
+        self._thread.join(context.close_timeout)
         if self._thread.is_alive():
-            feed.control.hung.append(feed.label)
+            context.control.hung.append(context.label)
         if self._turn is not None:
             self._turn.close()
-        with feed.control.changed:
+        with context.control.changed:
             unread = [raw for raw, _placed, _drawn in self._ready]
             self._ready.clear()
             hung = not self._ended
-            feed.iterator = feed.iterator if hung else iter(())
-        if feed.rewinds and feed.stream is not None and self.drawn and unread and not hung:
-            feed.stream.set_state(self.drawn)
-        if not feed.control.cancelled:
-            feed.return_turn(steps)
+            context.iterator = context.iterator if hung else iter(())
+        if (
+            context.rereads_unfetched
+            and context.stream is not None
+            and self.rng_state_after
+            and unread
+            and not hung
+        ):
+            context.stream.set_state(self.rng_state_after)
+        if not context.control.cancelled:
+            context.return_turn(steps)
         return unread
 
     def pause(self) -> None:
         """Let the thread end after the batch in hand; what is ready can still be fetched."""
-        with self._feed.control.changed:
+        with self._context.control.changed:
             self.paused = True
-            self._feed.control.changed.notify_all()
+            self._context.control.changed.notify_all()
 
     def _is_closed(self) -> bool:
-        return self._closed or self.paused or self._feed.control.cancelled
+        return self._closed or self.paused or self._context.control.cancelled
 
     def _load(self) -> None:
-        feed, changed = self._feed, self._feed.control.changed
+        context, changed = self._context, self._context.control.changed
         error: BaseException | None = None
         try:
             while True:
@@ -254,8 +265,8 @@ class AheadSource:
                 if raw is END:
                     self.exhausted = True
                     break
-                drawn = None if feed.stream is None else feed.stream.state()
-                item = (raw, feed.place(raw), drawn)
+                drawn = None if context.stream is None else context.stream.state()
+                item = (raw, context.start_transfer(raw), drawn)
                 with changed:
                     self._ready.append(item)
                     changed.notify_all()
@@ -270,11 +281,11 @@ class AheadSource:
                 changed.notify_all()
 
     def _draw(self) -> Any:
-        feed = self._feed
+        context = self._context
         if self._turn is not None:
             self._turn.acquire(self._stream)
         try:
-            return next(feed.iterator)
+            return next(context.iterator)
         except StopIteration:
             return END
         finally:

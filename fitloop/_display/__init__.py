@@ -3,7 +3,8 @@
 Owns everything that a person sees while training runs. Must not know models, loaders or
 snapshots: it reads events.
 
-- `terminal`: the lines at the bottom of a terminal that are redrawn.
+- `console`: answers questions about the terminal.
+- `live_area`: the lines at the bottom of a terminal that are redrawn.
 - `forked_lines`: prints of forked processes above those lines.
 - `status`: the state of a run as text.
 - `progress`: printed epochs, and one live view of all runs.

@@ -1,6 +1,6 @@
 """What a person sees of runs on the terminal: the lines of their epochs, and how far they are.
 
-`EpochLines` prints, wherever the output goes; `ProgressView` keeps one picture of everything that
+`EpochPrinter` prints, wherever the output goes; `ProgressView` keeps one picture of everything that
 runs in this process. Both are fed with events on the step threads and know neither torch nor the
 engine; the drawing is `_terminal`'s.
 """
@@ -13,10 +13,11 @@ import threading
 from collections.abc import Sequence
 from typing import TextIO
 
+from fitloop._display.console import can_draw, can_write, has_color, is_interactive
 from fitloop._display.jupyter import prints_to_notebook
+from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._display.notebook_view import NotebookView
-from fitloop._display.status import PLAIN_LOOK, Look, RunStatus, status_lines
-from fitloop._display.terminal import LIVE, Painted, can_draw, can_write, has_color, is_interactive
+from fitloop._display.status import ASCII_BARS, BarStyle, RunStatus, status_lines
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted, WentBack
 from fitloop._format import check_names, duration, metrics_text, printable
 
@@ -29,7 +30,7 @@ class ProgressView:
         self._runs: list[RunStatus] = []
         self._drawn: list[RunStatus] = []
 
-    def join(self, name: str, *, named: bool = False) -> RunStatus:
+    def add(self, name: str, *, named: bool = False) -> RunStatus:
         """Return the status of a run that begins; its label tells it from the others."""
         with self._lock:
             taken = {run.label for run in self._runs}
@@ -38,7 +39,7 @@ class ProgressView:
             self._runs = [*self._runs, run]
         return run
 
-    def leave(self, run: RunStatus) -> None:
+    def remove(self, run: RunStatus) -> None:
         """Have ``run`` no more."""
         with self._lock:
             self._runs = [other for other in self._runs if other is not run]
@@ -48,36 +49,36 @@ class ProgressView:
         """Whether what is printed must say whose it is."""
         return len(self._runs) > 1
 
-    def draw(self, run: RunStatus) -> None:
+    def show(self, run: RunStatus) -> None:
         """Show ``run`` on the terminal, if lines can be drawn over there."""
         with self._lock:
             if is_interactive() and can_draw():
                 self._drawn = [r for r in self._runs if r in self._drawn or r is run]
                 if len(self._drawn) == 1:
-                    LIVE.show(self._paint)
+                    LIVE_AREA.show(self._paint)
 
-    def erase(self, run: RunStatus, *, wait: bool = False) -> None:
+    def hide(self, run: RunStatus, *, wait: bool = False) -> None:
         """Show ``run`` no more; with ``wait`` it is gone from the terminal when this returns."""
         with self._lock:
             if run not in self._drawn:
                 return
             self._drawn = [other for other in self._drawn if other is not run]
-            gone = LIVE.refresh if self._drawn else LIVE.hide(self._paint)
+            gone = LIVE_AREA.refresh if self._drawn else LIVE_AREA.hide(self._paint)
         if wait:
             gone()
 
-    def _paint(self, width: int, height: int) -> Painted:
-        look = Look(color=has_color())
+    def _paint(self, width: int, height: int) -> Frame:
+        look = BarStyle(color=has_color())
         if not can_write(look.done + look.half + look.to_do):
-            look = PLAIN_LOOK
-        return Painted(status_lines(self._drawn, width - 1, height, look))
+            look = ASCII_BARS
+        return Frame(status_lines(self._drawn, width - 1, height, look))
 
 
-VIEW = ProgressView()
+PROGRESS_VIEW = ProgressView()
 """of the process, which has one terminal"""
 
 
-class EpochLines:
+class EpochPrinter:
     """Prints a run as it goes: the first epoch, every ``every``-th, and the end.
 
     Args:
@@ -106,7 +107,9 @@ class EpochLines:
     @property
     def label(self) -> str:
         """What to put before a line now: the run's label and a space, or nothing."""
-        return f"{printable(self._run.label)} " if self._run.named or VIEW.has_several else ""
+        return (
+            f"{printable(self._run.label)} " if self._run.named or PROGRESS_VIEW.has_several else ""
+        )
 
     def observe(self, event: Event) -> None:
         """Print what the event is worth."""
@@ -158,37 +161,37 @@ class EpochLines:
         out.flush()
 
 
-class Progress:
+class RunDisplay:
     """Both of them for one run: an observer. As a context manager it leaves nothing behind."""
 
     def __init__(
         self, name: str, *, named: bool, every: int, names: Sequence[str] | None, live: bool
     ) -> None:
-        self.run = VIEW.join(name, named=named)
-        self.run.names = names
-        self.lines = EpochLines(self.run, every=every, names=names)
+        self.status = PROGRESS_VIEW.add(name, named=named)
+        self.status.names = names
+        self.printer = EpochPrinter(self.status, every=every, names=names)
         self._live = live and every > 0
         self._page: NotebookView | None = None
         if self._live and prints_to_notebook():
-            self._page = NotebookView(self.run, every=every, names=names)
+            self._page = NotebookView(self.status, every=every, names=names)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> RunDisplay:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        VIEW.erase(self.run)  # of a run that failed before it could tell its end
-        VIEW.leave(self.run)
+        PROGRESS_VIEW.hide(self.status)  # of a run that failed before it could tell its end
+        PROGRESS_VIEW.remove(self.status)
         if self._page is not None:
             self._page.close()
 
     def observe(self, event: Event) -> None:
         """Print and show what the event is worth."""
-        self.run.observe(event)
+        self.status.observe(event)
         if self._page is not None:
             self._page.observe(event)
             return
         if isinstance(event, RunEnded):
-            VIEW.erase(self.run, wait=True)
-        self.lines.observe(event)
+            PROGRESS_VIEW.hide(self.status, wait=True)
+        self.printer.observe(event)
         if isinstance(event, RunStarted) and self._live:
-            VIEW.draw(self.run)
+            PROGRESS_VIEW.show(self.status)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from fitloop._concurrency.event_loops import Doorbell
-from fitloop._display.terminal import LIVE, Painted, can_draw, fitted, has_terminal
+from fitloop._display.console import can_draw, fitted, has_terminal
+from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._errors import ConfigurationError
 from fitloop._events import PromptAsked
 from fitloop._format import columns, printable
@@ -93,7 +94,7 @@ class TerminalPrompt:
         return True
 
 
-class TimeLimit:
+class PromptWithTimeout:
     """Another `on_continue` with a time limit, after which the default is the answer."""
 
     def __init__(self, ask: Callable[[PromptAsked], Awaitable[bool]]) -> None:
@@ -157,12 +158,12 @@ class _Question:
         """Seconds for an answer."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
-    def paint(self, width: int, height: int) -> Painted:
+    def paint(self, width: int, height: int) -> Frame:
         limit = ""
         if self.left is not None:
             limit = f"({'yes' if self._default else 'no'} in {self.left:.0f} s) "
         shown = fitted(f"{limit}{self.text}{self.typed()}", width - 1)
-        return Painted([shown], columns(shown))
+        return Frame([shown], columns(shown))
 
 
 async def _ask(text: str, event: PromptAsked) -> bool:
@@ -176,7 +177,7 @@ async def _ask(text: str, event: PromptAsked) -> bool:
     # and question are drawn by one hand; its renderer would want the terminal for itself.
     session: PromptSession[str] = PromptSession(output=DummyOutput(), enable_suspend=True)
     if can_draw():
-        shown, say = partial(_drawn, question, session), LIVE.say
+        shown, say = partial(_drawn, question, session), LIVE_AREA.print_above
     else:
         shown, say = partial(_typed_along, text, session), _print
     with anyio.move_on_after(event.timeout):
@@ -223,15 +224,15 @@ def _drawn(question: _Question, session: PromptSession[Any]) -> Iterator[None]:
     buffer = session.default_buffer
 
     def typed(_buffer: object) -> None:
-        LIVE.refresh()
+        LIVE_AREA.refresh()
 
     question.typed = lambda: buffer.text
     buffer.on_text_changed += typed
-    LIVE.show(question.paint, first=True)  # its line has the cursor
+    LIVE_AREA.show(question.paint, first=True)  # its line has the cursor
     try:
         yield
     finally:
-        LIVE.hide(question.paint)
+        LIVE_AREA.hide(question.paint)
         buffer.on_text_changed -= typed
 
 

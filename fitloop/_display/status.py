@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fitloop._display.terminal import fitted
+from fitloop._display.console import fitted
 from fitloop._events import (
     BatchProgress,
     EpochEnded,
@@ -125,7 +125,7 @@ class RunStatus:
 
 
 @dataclass(frozen=True)
-class Look:
+class BarStyle:
     """What lines are made of."""
 
     done: str = "━"
@@ -143,7 +143,7 @@ class Look:
         return done + to_do
 
 
-PLAIN_LOOK = Look(done="#", half="", to_do=".")
+ASCII_BARS = BarStyle(done="#", half="", to_do=".")
 
 
 def clock(seconds: float | None) -> str:
@@ -173,7 +173,7 @@ def _rate(run: RunStatus) -> str:
     return f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
 
 
-def status_lines(runs: Sequence[RunStatus], width: int, height: int, look: Look) -> list[str]:
+def status_lines(runs: Sequence[RunStatus], width: int, height: int, look: BarStyle) -> list[str]:
     """Return the lines that show ``runs``, at most ``height`` of at most ``width`` columns.
 
     One run has two bars, its epochs and the batches of its phase; of several each has a line.
@@ -197,7 +197,7 @@ def status_lines(runs: Sequence[RunStatus], width: int, height: int, look: Look)
     return lines
 
 
-def _two_lines(run: RunStatus, width: int, look: Look, now: float) -> list[str]:
+def _two_lines(run: RunStatus, width: int, look: BarStyle, now: float) -> list[str]:
     of = f"{run.epochs_done}/{run.epochs}"
     count = _count(run)
     numbers = max(len(of), len(count))
@@ -236,7 +236,7 @@ class _Widths:
     metrics: int
 
 
-def _one_line(run: RunStatus, width: int, look: Look, now: float, widths: _Widths) -> str:
+def _one_line(run: RunStatus, width: int, look: BarStyle, now: float, widths: _Widths) -> str:
     """Return a run in one line, with as much as there is room for."""
     name = fitted(run.label, widths.label)
     name += " " * (widths.label - columns(name))

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fitloop._data.loaders import check_loader
+from fitloop._data.inspection import check_loader
 from fitloop._errors import ConfigurationError, StageSignatureError
 from fitloop._types import LossFunction, Phase, Stage, StageFunction
 

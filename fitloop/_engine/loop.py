@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from fitloop._concurrency.control import Cancelled
-from fitloop._data.device import Placement
-from fitloop._data.loaders import describe, length_of, samples_in
-from fitloop._data.resumption import Seek
-from fitloop._data.sources import END, Feed, Source
+from fitloop._data.device import DeviceTransfer
+from fitloop._data.inspection import length_of, loader_label, sample_count
+from fitloop._data.resumption import ResumePosition
+from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.plan import EngineDeps, PassProgress, RunPlan
 from fitloop._engine.stages import ExecutionContext, Stages, is_awaitable
@@ -46,7 +46,7 @@ class Engine:
         self._around = around
         self._control = around.control
         self._stages = Stages(around.parts)
-        self._placement = Placement(around.parts.device, around.parts.dtype, cast=plan.cast)
+        self._transfer = DeviceTransfer(around.parts.device, around.parts.dtype, cast=plan.cast)
         self._doing = "before the first epoch"
         self.epochs_completed = plan.epochs_before
         self.cursor: PassProgress | None = None
@@ -169,15 +169,15 @@ class Engine:
             self.at_rest(position.restore)
             start = position.start_metrics
             state._restore(position.exported)
-        self._doing = f"{phase}, epoch {epoch}, opening {describe(phase, loader)}"
-        source = self._open(phase, loader, None if position is None else position.seek)
+        self._doing = f"{phase}, epoch {epoch}, opening {loader_label(phase, loader)}"
+        source = self._open(phase, loader, None if position is None else position.resume_from)
         if phase is Phase.TRAIN:
             self.cursor = PassProgress(
                 epoch_in_run=epoch_in_run, state=state, source=source, start_metrics=start
             )
         try:
             batches = _at_most(length_of(loader), plan.steps)
-            state._begin(batches, samples_in(loader, plan.steps))
+            state._begin(batches, sample_count(loader, plan.steps))
             self._doing = f"{phase}, epoch {epoch}, beginning"
             self._emit(
                 PhaseStarted(trainer=around.parts.name, epoch=epoch, phase=phase, batches=batches)
@@ -187,14 +187,14 @@ class Engine:
             self._close_after(error, source, loader)
             raise
         self.cursor = None
-        self._doing = f"{phase}, epoch {epoch}, closing {describe(phase, loader)}"
+        self._doing = f"{phase}, epoch {epoch}, closing {loader_label(phase, loader)}"
         around.loaders.close(source, loader)
         self._check_cancelled()
         seen = state.batch_num
         if seen == 0 and complete:
             raise ConfigurationError(
-                f"{describe(phase, loader)} gave no batches in epoch {epoch}; expected at least "
-                "one. An iterator can be read only once: pass a list, a DataLoader, or a "
+                f"{loader_label(phase, loader)} gave no batches in epoch {epoch}; expected at "
+                "least one. An iterator can be read only once: pass a list, a DataLoader, or a "
                 "function that makes a new iterator"
             )
         if not complete and (seen == 0 or phase is not Phase.TRAIN):
@@ -299,27 +299,27 @@ class Engine:
         turn.begin_pass(GLOBAL_STREAM if streams is None else streams.steps(phase))
         return ExecutionContext(grad, around.thread_contexts)
 
-    def _open(self, phase: Phase, loader: Any, seek: Seek | None) -> Source:
+    def _open(self, phase: Phase, loader: Any, resume_from: ResumePosition | None) -> Source:
         around = self._around
-        feed = Feed(
+        context = LoadContext(
             iterator=iter(()),
-            label=describe(phase, loader),
+            label=loader_label(phase, loader),
             control=self._control,
-            place=self._placement.place,
-            receive=self._placement.receive if self._placement.is_async else None,
+            start_transfer=self._transfer.start,
+            finish_transfer=self._transfer.finish if self._transfer.is_async else None,
             turn=around.turn,
-            grace=around.parts.loader_grace,
-            watch=around.instrumentation.read_wrapper(phase),
+            close_timeout=around.parts.loader_grace,
+            read_wrapper=around.instrumentation.read_wrapper(phase),
         )
         stream = None if around.streams is None else around.streams.loader(phase)
         return around.loaders.open(
             loader,
             phase,
-            feed,
+            context,
             around.side,
             stream=stream,
             limit=self._plan.steps,
-            seek=seek,
+            resume_from=resume_from,
         )
 
     def _call(self, state: LoopState, stage: Stage, scope: ExecutionContext) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.supervisor import LoopSide
 from fitloop._data.loaders import Loaders
-from fitloop._data.resumption import Seek
+from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import Source
 from fitloop._engine.config import Parts
 from fitloop._engine.loop_state import LoopState
@@ -56,7 +56,7 @@ class PassPosition:
     """what ``epoch_start`` returned in its time"""
     exported: Any
     """what the `LoopState` had collected"""
-    seek: Seek
+    resume_from: ResumePosition
     restore: Callable[[], None]
     """puts back what ``epoch_start`` changes when it is called again"""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fitloop._checkpointing.checkpointer import check_checkpoint
-from fitloop._data.loaders import check_loader
+from fitloop._data.inspection import check_loader
 from fitloop._engine.config import (
     as_list,
     check_callable,

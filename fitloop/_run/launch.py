@@ -17,7 +17,7 @@ import torch
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.in_use import busy
 from fitloop._concurrency.supervisor import LoopSide, supervise
-from fitloop._data.loaders import check_loader
+from fitloop._data.inspection import check_loader
 from fitloop._defaults import SHARE
 from fitloop._display.jupyter import interruptible
 from fitloop._engine.config import check_number

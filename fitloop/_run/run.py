@@ -18,7 +18,7 @@ from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._concurrency.supervisor import LoopSide
 from fitloop._concurrency.time_slices import TimeSliceHook
 from fitloop._concurrency.torch_threads import intra_op_threads
-from fitloop._data.cuda_stream import Lane, NoLane
+from fitloop._data.cuda_stream import CudaStreamScope, NullStreamScope
 from fitloop._engine.config import STAGE_NAMES
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import explain
@@ -90,11 +90,11 @@ class Run:
             self._schedulers = SchedulerSteps(
                 core.parts, core.criteria, validates=Phase.VALID in phases
             )
-        self._loaders = core.loaders.rehearsal() if options.dry else core.loaders
+        self._loaders = core.loaders.for_dry_run() if options.dry else core.loaders
         self._modes: list[tuple[Any, bool]] = []
         self._prompts: Prompts | None = None
         self._slice: TimeSliceHook | None = None
-        self._lane = NoLane()
+        self._lane = NullStreamScope()
         self._found: FitResult | None = None
         """of a run that had ended before it was resumed"""
         self._has_threads = False
@@ -113,7 +113,7 @@ class Run:
         self._enter_threads()
         core.place()  # on the stream that others use, too
         if self._options.own_stream and core.parts.device.type == "cuda":
-            self._lane = Lane(core.parts.device)
+            self._lane = CudaStreamScope(core.parts.device)
         self._lane.enter()
         self._modes = [(module, module.training) for module in core.parts.model.modules()]
         streams = self._streams()
@@ -338,7 +338,7 @@ class Run:
     def _put_back(self) -> None:
         for module, training in self._modes:
             module.training = training
-        self._loaders.rewind()
+        self._loaders.restore()
         if self._capture is not None:
             self._capture.restore()
 

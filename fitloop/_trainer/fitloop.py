@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._checkpointing.persistence import Persistence
-from fitloop._display.progress import Progress
-from fitloop._display.prompt import QUESTION, TerminalPrompt, TimeLimit
+from fitloop._display.progress import RunDisplay
+from fitloop._display.prompt import QUESTION, PromptWithTimeout, TerminalPrompt
 from fitloop._engine.plan import RunPlan
 from fitloop._engine.profiler import ProfileReport, SpanRecorder
 from fitloop._metrics.results import FitResult
@@ -300,8 +300,8 @@ class FitLoop(KeepingTrainer):
 
     def _progress(
         self, print_every: int, display_metrics: str | Sequence[str] | None, live: bool
-    ) -> Progress:
-        return Progress(
+    ) -> RunDisplay:
+        return RunDisplay(
             self._core.parts.name,
             named=self._core.parts.named,
             every=fit_option("print_every", print_every),
@@ -309,14 +309,16 @@ class FitLoop(KeepingTrainer):
             live=live,
         )
 
-    def _ask(self, given: Ask | None, timeout: float | None, shown: Progress, *, asks: bool) -> Ask:
+    def _ask(
+        self, given: Ask | None, timeout: float | None, shown: RunDisplay, *, asks: bool
+    ) -> Ask:
         ask = given or self._core.parts.on_continue
         if ask is None:
-            prompt = TerminalPrompt(lambda: shown.lines.label)
+            prompt = TerminalPrompt(lambda: shown.printer.label)
             if asks:
                 prompt.check()
             return prompt
-        return ask if timeout is None else TimeLimit(ask)
+        return ask if timeout is None else PromptWithTimeout(ask)
 
     def _persistence(self, policy: Checkpoint | None, resume: bool) -> Persistence | None:
         core = self._core

@@ -22,8 +22,8 @@ from fitloop._concurrency.control import Cancelled, RunControl
 from fitloop._concurrency.event_loops import loop_scheduler
 from fitloop._concurrency.supervisor import LoopSide
 from fitloop._defaults import Share
-from fitloop._display.progress import Progress
-from fitloop._display.prompt import TerminalPrompt, TimeLimit
+from fitloop._display.progress import RunDisplay
+from fitloop._display.prompt import PromptWithTimeout, TerminalPrompt
 from fitloop._engine.event_bus import EventBus
 from fitloop._errors import WorkerDiedError, note
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted
@@ -70,7 +70,7 @@ class WorkerClient:
         """since it did not end when it was told to"""
         self._result: TrainingResult | None = None
         self._error: Exception | None = None
-        self._shown: Progress | None = None
+        self._shown: RunDisplay | None = None
         self._running: RunStarted | None = None
         self._lines: deque[str] = deque(maxlen=LAST_LINES)
         self._unended: dict[str, str] = {}
@@ -277,12 +277,12 @@ class WorkerClient:
             options, shown = self._spec.options, self._shown
             given: Ask | None = options.get("on_continue")
             if given is None:
-                prompt = TerminalPrompt(lambda: "" if shown is None else shown.lines.label)
+                prompt = TerminalPrompt(lambda: "" if shown is None else shown.printer.label)
                 prompt.check()
                 self._ask = prompt
             else:
                 timed = options.get("continue_timeout") is not None
-                self._ask = TimeLimit(given) if timed else given
+                self._ask = PromptWithTimeout(given) if timed else given
         return self._ask
 
     # -- its end before its time -----------------------------------------------------------------
@@ -312,9 +312,9 @@ def options_for_worker(spec: JobSpec) -> dict[str, Any]:
     return {name: value for name, value in spec.options.items() if name not in _HERE}
 
 
-def _progress(spec: JobSpec, name: str, named: bool) -> Progress:
+def _progress(spec: JobSpec, name: str, named: bool) -> RunDisplay:
     options = spec.options
-    return Progress(
+    return RunDisplay(
         name,
         named=named,
         every=fit_option("print_every", options.get("print_every", 1))

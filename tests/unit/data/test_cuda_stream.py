@@ -12,7 +12,7 @@ from support.models import blobs, loader, mlp, trainer
 from support.state_comparison import assert_same_state, trainer_state
 
 from fitloop import FitLoop, LoopState, Runner, default_batch_step
-from fitloop._data.cuda_stream import Lane
+from fitloop._data.cuda_stream import CudaStreamScope
 from fitloop._defaults import SHARE
 
 DEVICE = torch.device("cuda", 0)
@@ -54,7 +54,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def test_enter_when_the_thread_has_begun_kernels_then_the_run_comes_after_them(
     cuda: FakeCuda,
 ) -> None:
-    lane = Lane(DEVICE)
+    lane = CudaStreamScope(DEVICE)
     lane.enter()
     own = cuda.current()
     assert own is not cuda.default
@@ -67,7 +67,7 @@ def test_enter_when_the_thread_has_begun_kernels_then_the_run_comes_after_them(
 def test_leave_when_a_run_ends_then_what_follows_comes_after_it(cuda: FakeCuda) -> None:
     mine = FakeStream()
     cuda.set(mine)
-    lane = Lane(DEVICE)
+    lane = CudaStreamScope(DEVICE)
     lane.enter()
     own = cuda.current()
     lane.leave()
@@ -79,7 +79,7 @@ def test_leave_when_a_run_ends_then_what_follows_comes_after_it(cuda: FakeCuda) 
 def test_leave_when_another_thread_finishes_the_run_then_it_has_its_own_stream_again(
     cuda: FakeCuda,
 ) -> None:
-    lane = Lane(DEVICE)
+    lane = CudaStreamScope(DEVICE)
     lane.enter()
     own = cuda.current()
     found: list[FakeStream] = []
@@ -100,7 +100,7 @@ def test_leave_when_another_thread_finishes_the_run_then_it_has_its_own_stream_a
 def test_resume_when_a_coroutine_takes_a_step_then_only_that_is_on_the_runs_stream(
     cuda: FakeCuda,
 ) -> None:
-    lane = Lane(DEVICE)
+    lane = CudaStreamScope(DEVICE)
     lane.enter()
     own = cuda.current()
     seen: list[FakeStream] = []

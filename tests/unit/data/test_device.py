@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from fitloop._data.device import Placement, batch_size_of, map_tensors
+from fitloop._data.device import DeviceTransfer, batch_size_of, map_tensors
 
 CPU = torch.device("cpu")
 
 
 def place(batch: Any, dtype: torch.dtype = torch.float32, *, cast: bool = True) -> Any:
-    placement = Placement(CPU, dtype, cast=cast)
-    return placement.receive(placement.place(batch))
+    placement = DeviceTransfer(CPU, dtype, cast=cast)
+    return placement.finish(placement.start(batch))
 
 
 def doubles() -> Tensor:
@@ -94,19 +94,19 @@ def test_place_when_nothing_changes_then_nothing_is_copied() -> None:
 
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_place_when_batches_need_nothing_then_a_list_can_still_be_changed(kind: Any) -> None:
-    placement = Placement(torch.device("cpu"), torch.float32)
+    placement = DeviceTransfer(torch.device("cpu"), torch.float32)
     batch = kind([torch.ones(2), torch.zeros(2, dtype=torch.long)])
     for _ in range(3):  # the first time, what is right is still to be found out
-        placed = placement.place(batch)
+        placed = placement.start(batch)
         assert type(placed) is kind
         assert [id(part) for part in placed] == [id(part) for part in batch]
         assert kind is tuple or placed is not batch
 
 
 def test_place_when_a_later_batch_is_of_another_dtype_then_it_is_cast() -> None:
-    placement = Placement(torch.device("cpu"), torch.float32)
+    placement = DeviceTransfer(torch.device("cpu"), torch.float32)
     for first, second in ((torch.ones(2), torch.ones(2)), (torch.ones(2), doubles())):
-        placed = placement.place((first, second, "name"))
+        placed = placement.start((first, second, "name"))
         assert [part.dtype for part in placed[:2]] == [torch.float32, torch.float32]
         assert placed[2] == "name"
 
@@ -278,9 +278,9 @@ def test_batch_size_of_when_batch_is_any_then_first_dimension_of_first_tensor(
 
 @pytest.mark.cuda
 def test_place_when_device_is_cuda_then_values_arrive_with_their_dtypes() -> None:
-    placement = Placement(torch.device("cuda"), torch.float32)
+    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
     batch = {"x": torch.arange(6.0, dtype=torch.float64), "y": [torch.arange(3, dtype=torch.uint8)]}
-    placed = placement.receive(placement.place(batch))
+    placed = placement.finish(placement.start(batch))
     assert placed["x"].device.type == "cuda"
     assert placed["x"].dtype is torch.float32
     assert placed["y"][0].dtype is torch.int64
@@ -289,16 +289,16 @@ def test_place_when_device_is_cuda_then_values_arrive_with_their_dtypes() -> Non
 
 @pytest.mark.cuda
 def test_place_when_tensor_is_on_the_device_already_then_it_is_not_copied() -> None:
-    placement = Placement(torch.device("cuda"), torch.float32)
+    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
     tensor = torch.ones(3, device="cuda")
-    assert placement.receive(placement.place([tensor]))[0].data_ptr() == tensor.data_ptr()
+    assert placement.finish(placement.start([tensor]))[0].data_ptr() == tensor.data_ptr()
 
 
 @pytest.mark.cuda
 def test_place_when_sequence_is_packed_then_it_crosses() -> None:
-    placement = Placement(torch.device("cuda"), torch.float32)
+    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
     packed = pack_sequence([torch.ones(3, 1, dtype=torch.float64), torch.ones(2, 1).double()])
-    placed = placement.receive(placement.place(packed))
+    placed = placement.finish(placement.start(packed))
     assert placed.data.device.type == "cuda"
     assert placed.data.dtype is torch.float32
 
@@ -306,13 +306,13 @@ def test_place_when_sequence_is_packed_then_it_crosses() -> None:
 @pytest.mark.cuda
 def test_place_when_many_batches_are_in_flight_then_none_overwrites_another() -> None:
     """Placed ahead and freed while a slow kernel still reads: the allocator must not reuse them."""
-    placement = Placement(torch.device("cuda"), torch.float32)
+    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
     slow = torch.randn(2048, 2048, device="cuda")
     sums: list[Tensor] = []
     for number in range(50):
-        placed = placement.place(torch.full((256, 1024), float(number)))
-        following = placement.place(torch.full((256, 1024), -1.0))
-        batch = placement.receive(placed)
+        placed = placement.start(torch.full((256, 1024), float(number)))
+        following = placement.start(torch.full((256, 1024), -1.0))
+        batch = placement.finish(placed)
         for _ in range(3):
             slow = slow @ slow
             slow = slow / slow.norm()
@@ -323,21 +323,21 @@ def test_place_when_many_batches_are_in_flight_then_none_overwrites_another() ->
 
 @pytest.mark.cuda
 def test_place_when_consumer_uses_its_own_stream_then_the_copy_is_waited_for() -> None:
-    placement = Placement(torch.device("cuda"), torch.float32)
+    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for number in range(50):
-            placed = placement.place(torch.full((1 << 20,), float(number)))
-            assert placement.receive(placed).sum().item() == number * (1 << 20)
+            placed = placement.start(torch.full((1 << 20,), float(number)))
+            assert placement.finish(placed).sum().item() == number * (1 << 20)
 
 
 @pytest.mark.cuda
 def test_place_when_the_loader_made_it_on_the_device_then_it_is_cast_after_it_was_made() -> None:
-    placement = Placement(torch.device("cuda"), torch.float32)
+    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
     slow = torch.randn(4096, 4096, device="cuda", dtype=torch.float64)
     for number in range(20):
         made = (slow @ slow).clamp(0, 0) + number
-        placed = placement.receive(placement.place([made]))[0]
+        placed = placement.finish(placement.start([made]))[0]
         del made
         assert placed.dtype is torch.float32
         assert placed.sum().item() == number * placed.numel()

@@ -21,15 +21,15 @@ from torch.utils.data import (
 )
 
 from fitloop import ConfigurationError, FitLoop, LoopState
-from fitloop._data.loaders import (
+from fitloop._data.inspection import (
     check_loader,
     detached,
-    draws_only_to_begin,
+    generators_of,
     length_of,
-    samples_in,
+    sample_count,
+    uses_rng_only_at_start,
 )
-from fitloop._data.one_shot import one_shot_of
-from fitloop._data.resumption import generators_of
+from fitloop._data.pushback import pushback_iterator_of
 
 ONE_LOOP = pytest.mark.parametrize(
     "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True
@@ -160,7 +160,7 @@ def test_length_of_when_loader_says_then_batches_else_none(
     ],
 )
 def test_samples_in_when_known_then_what_a_pass_gives(loader: Any, samples: int | None) -> None:
-    assert samples_in(loader, None) == samples
+    assert sample_count(loader, None) == samples
     if samples is not None:
         assert samples == sum(len(batch[0]) for batch in loader)
 
@@ -169,13 +169,13 @@ def test_samples_in_when_known_then_what_a_pass_gives(loader: Any, samples: int 
 def test_samples_in_when_steps_are_limited_then_no_more_than_they_take(
     steps: int, samples: int
 ) -> None:
-    assert samples_in(DataLoader(TEN, 3), steps) == samples
+    assert sample_count(DataLoader(TEN, 3), steps) == samples
 
 
 @pytest.mark.parametrize("last", [1, 3, 9])
 def test_samples_in_when_last_batch_is_dropped_then_steps_do_not_bring_it_back(last: int) -> None:
     loader = DataLoader(TEN, 3, drop_last=True)
-    assert samples_in(loader, last) == min(9, 3 * last)
+    assert sample_count(loader, last) == min(9, 3 * last)
 
 
 class OddSampler(SequentialSampler):
@@ -208,7 +208,7 @@ class OddLoader(DataLoader[Any]):
     ],
 )
 def test_draws_only_to_begin_when_not_certain_then_false(loader: object, certain: bool) -> None:
-    assert draws_only_to_begin(loader) is certain
+    assert uses_rng_only_at_start(loader) is certain
 
 
 def test_generators_of_when_loader_has_several_then_each_once() -> None:
@@ -238,14 +238,14 @@ def test_detached_when_workers_persist_then_loader_keeps_its_own() -> None:
 
 
 def test_one_shot_when_batches_are_put_back_then_they_come_first_in_order() -> None:
-    one_shot: Any = one_shot_of(iter([3, 4]))
+    one_shot: Any = pushback_iterator_of(iter([3, 4]))
     one_shot.put_back([1, 2])
     one_shot.put_back([0])
     assert list(one_shot) == [0, 1, 2, 3, 4]
 
 
 def test_one_shot_when_rewound_then_gives_again_what_was_recorded() -> None:
-    one_shot: Any = one_shot_of(iter(range(5)))
+    one_shot: Any = pushback_iterator_of(iter(range(5)))
     assert next(one_shot) == 0
     one_shot.record()
     assert [next(one_shot), next(one_shot)] == [1, 2]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from fitloop import LoopState
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
-from fitloop._data.sources import END, AheadSource, Feed, InlineSource, Source
+from fitloop._data.sources import END, InlineSource, LoadContext, PrefetchSource, Source
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
 
@@ -23,13 +23,15 @@ GUARD = 20.0
 
 SOURCES = [
     pytest.param(InlineSource, id="inline"),
-    pytest.param(lambda feed: AheadSource(feed, 1), id="ahead-1"),
-    pytest.param(lambda feed: AheadSource(feed, 3), id="ahead-3"),
+    pytest.param(lambda context: PrefetchSource(context, 1), id="ahead-1"),
+    pytest.param(lambda context: PrefetchSource(context, 3), id="ahead-3"),
 ]
 
 
-def feed_of(batches: Iterator[Any], control: RunControl | None = None, **more: Any) -> Feed:
-    return Feed(iterator=batches, label="train_dl", control=control or RunControl(), **more)
+def context_of(
+    batches: Iterator[Any], control: RunControl | None = None, **more: Any
+) -> LoadContext:
+    return LoadContext(iterator=batches, label="train_dl", control=control or RunControl(), **more)
 
 
 def drain(source: Source) -> list[Any]:
@@ -60,9 +62,9 @@ class Blocking:
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_source_when_drained_then_gives_every_batch_in_order(
-    make: Callable[[Feed], Source],
+    make: Callable[[LoadContext], Source],
 ) -> None:
-    source = make(feed_of(iter(range(50))))
+    source = make(context_of(iter(range(50))))
     assert drain(source) == list(range(50))
     assert source.fetch() is END
     assert source.close() == []
@@ -70,7 +72,7 @@ def test_source_when_drained_then_gives_every_batch_in_order(
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_source_when_loader_raises_then_good_batches_come_first_and_same_error(
-    make: Callable[[Feed], Source],
+    make: Callable[[LoadContext], Source],
 ) -> None:
     error = ValueError("broken sample")
 
@@ -78,7 +80,7 @@ def test_source_when_loader_raises_then_good_batches_come_first_and_same_error(
         yield from range(4)
         raise error
 
-    source = make(feed_of(batches()))
+    source = make(context_of(batches()))
     assert [source.fetch() for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="broken sample") as caught:
         source.fetch()
@@ -88,7 +90,7 @@ def test_source_when_loader_raises_then_good_batches_come_first_and_same_error(
 
 
 @pytest.mark.parametrize("make", SOURCES)
-def test_source_when_placing_raises_then_same_error(make: Callable[[Feed], Source]) -> None:
+def test_source_when_placing_raises_then_same_error(make: Callable[[LoadContext], Source]) -> None:
     error = RuntimeError("out of memory")
 
     def place(batch: int) -> int:
@@ -96,7 +98,7 @@ def test_source_when_placing_raises_then_same_error(make: Callable[[Feed], Sourc
             raise error
         return batch
 
-    source = make(feed_of(iter(range(4)), place=place))
+    source = make(context_of(iter(range(4)), start_transfer=place))
     assert [source.fetch(), source.fetch()] == [0, 1]
     with pytest.raises(RuntimeError, match="out of memory") as caught:
         source.fetch()
@@ -106,7 +108,7 @@ def test_source_when_placing_raises_then_same_error(make: Callable[[Feed], Sourc
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_source_when_fetched_then_batch_is_placed_first_and_received_here(
-    make: Callable[[Feed], Source],
+    make: Callable[[LoadContext], Source],
 ) -> None:
     receivers = []
 
@@ -114,7 +116,11 @@ def test_source_when_fetched_then_batch_is_placed_first_and_received_here(
         receivers.append(threading.current_thread())
         return ("received", batch)
 
-    source = make(feed_of(iter([7]), place=lambda batch: ("placed", batch), receive=receive))
+    source = make(
+        context_of(
+            iter([7]), start_transfer=lambda batch: ("placed", batch), finish_transfer=receive
+        )
+    )
     assert source.fetch() == ("received", ("placed", 7))
     assert source.fetch() is END
     assert receivers == [threading.current_thread()]
@@ -133,7 +139,7 @@ def test_ahead_source_when_loading_then_reads_and_places_in_one_other_thread() -
         threads.add(threading.current_thread())
         return batch
 
-    source = AheadSource(feed_of(batches(), place=place), 2)
+    source = PrefetchSource(context_of(batches(), start_transfer=place), 2)
     assert drain(source) == list(range(5))
     source.close()
     assert len(threads) == 1
@@ -151,7 +157,7 @@ def test_ahead_source_when_running_then_never_further_ahead_than_its_depth(depth
                 too_far.append(number)
             yield number
 
-    source = AheadSource(feed_of(batches()), depth)
+    source = PrefetchSource(context_of(batches()), depth)
     fetched = []
     for _ in range(40):
         asked += 1
@@ -171,7 +177,7 @@ def test_ahead_source_when_closed_then_returns_unread_batches_as_read(fetched: i
         return f"placed {batch}"
 
     loader = itertools.count()
-    source = AheadSource(feed_of(loader, place=place), depth)
+    source = PrefetchSource(context_of(loader, start_transfer=place), depth)
     assert [source.fetch() for _ in range(fetched)] == [f"placed {n}" for n in range(fetched)]
     wait_for(full)
     assert source.close() == [fetched, fetched + 1, fetched + 2]
@@ -179,7 +185,7 @@ def test_ahead_source_when_closed_then_returns_unread_batches_as_read(fetched: i
 
 
 def test_ahead_source_when_closed_twice_then_second_returns_nothing() -> None:
-    source = AheadSource(feed_of(itertools.count()), 2)
+    source = PrefetchSource(context_of(itertools.count()), 2)
     source.fetch()
     source.close()
     assert source.close() == []
@@ -193,7 +199,7 @@ def test_ahead_source_when_closed_with_error_pending_then_keeps_good_batches() -
         failed.set()
         raise ValueError
 
-    source = AheadSource(feed_of(batches()), 3)
+    source = PrefetchSource(context_of(batches()), 3)
     wait_for(failed)
     assert source.close() == [0]
 
@@ -201,7 +207,7 @@ def test_ahead_source_when_closed_with_error_pending_then_keeps_good_batches() -
 @pytest.mark.parametrize("halt", ["stop", "cancel"])
 def test_ahead_source_when_halted_then_wakes_waiting_step_thread(halt: str) -> None:
     control, loader = RunControl(), Blocking()
-    source = AheadSource(feed_of(loader, control), 2)
+    source = PrefetchSource(context_of(loader, control), 2)
 
     def halt_when_loading() -> None:
         wait_for(loader.entered)
@@ -229,7 +235,7 @@ def test_ahead_source_when_stopped_then_ready_batches_can_still_be_fetched() -> 
             full.set()
         return batch
 
-    source = AheadSource(feed_of(iter(range(9)), control, place=place), 2)
+    source = PrefetchSource(context_of(iter(range(9)), control, start_transfer=place), 2)
     wait_for(full)
     control.stop()
     assert source.fetch() == 0
@@ -239,19 +245,19 @@ def test_ahead_source_when_stopped_then_ready_batches_can_still_be_fetched() -> 
 
 def test_ahead_source_when_loader_hangs_then_close_names_it_and_leaves_it() -> None:
     loader = Blocking()
-    feed = feed_of(loader, grace=0.0)
-    source = AheadSource(feed, 2)
+    context = context_of(loader, close_timeout=0.0)
+    source = PrefetchSource(context, 2)
     wait_for(loader.entered)
     try:
         assert source.close() == []
-        assert feed.control.hung == ["train_dl"]
+        assert context.control.hung == ["train_dl"]
     finally:
         loader.release.set()
 
 
 def test_ahead_source_when_paused_then_rest_is_still_in_the_iterator() -> None:
     loader = iter(range(10))
-    source = AheadSource(feed_of(loader), 2)
+    source = PrefetchSource(context_of(loader), 2)
     assert source.fetch() == 0
     source.pause()
     ready = drain(source)
@@ -261,7 +267,7 @@ def test_ahead_source_when_paused_then_rest_is_still_in_the_iterator() -> None:
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_source_when_seeded_then_loader_and_steps_draw_from_a_stream_each(
-    make: Callable[[Feed], Source],
+    make: Callable[[LoadContext], Source],
 ) -> None:
     def batches() -> Iterator[float]:
         for _ in range(6):
@@ -269,7 +275,7 @@ def test_source_when_seeded_then_loader_and_steps_draw_from_a_stream_each(
 
     turn = GeneratorLease()
     turn.acquire(Stream(1))
-    source = make(feed_of(batches(), stream=Stream(2), turn=turn))
+    source = make(context_of(batches(), stream=Stream(2), turn=turn))
     steps, loads = [], []
     for _ in range(6):
         steps.append(torch.rand(()).item())
@@ -293,7 +299,7 @@ def test_inline_source_when_cancelled_while_loading_then_raises_cancelled() -> N
         control.cancel()
         yield 1
 
-    source = InlineSource(feed_of(batches(), control))
+    source = InlineSource(context_of(batches(), control))
     assert source.fetch() == 0
     with pytest.raises(Cancelled):
         source.fetch()
@@ -308,7 +314,7 @@ def test_inline_source_when_abandoned_while_loading_then_raises_abandoned() -> N
         yield 0
 
     with pytest.raises(Abandoned):
-        InlineSource(feed_of(batches(), control)).fetch()
+        InlineSource(context_of(batches(), control)).fetch()
 
 
 def test_inline_source_when_failing_while_cancelled_then_error_is_not_lost() -> None:
@@ -320,12 +326,12 @@ def test_inline_source_when_failing_while_cancelled_then_error_is_not_lost() -> 
         yield 0
 
     with pytest.raises(ValueError, match="broken"):
-        InlineSource(feed_of(batches(), control)).fetch()
+        InlineSource(context_of(batches(), control)).fetch()
 
 
 def test_inline_source_when_not_loading_then_cannot_be_abandoned() -> None:
     control = RunControl()
-    source = InlineSource(feed_of(iter([0]), control))
+    source = InlineSource(context_of(iter([0]), control))
     source.fetch()
     assert not control.abandon_loader()
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitloop._display.terminal import LiveArea, Painted, fitted
+from fitloop._display.console import fitted
+from fitloop._display.live_area import Frame, LiveArea
 from fitloop._format import columns
 
 COLUMNS, ROWS = 40, 12
@@ -61,7 +62,7 @@ class Area:
             self.live._write_said()
             self.live._draw()
 
-    def hide(self, painter: Callable[[int, int], Painted]) -> None:
+    def hide(self, painter: Callable[[int, int], Frame]) -> None:
         self.live.hide(painter)()
 
 
@@ -77,8 +78,8 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
     return terminal
 
 
-def paint(*lines: str) -> Callable[[int, int], Painted]:
-    return lambda _width, _height: Painted(list(lines))
+def paint(*lines: str) -> Callable[[int, int], Frame]:
+    return lambda _width, _height: Frame(list(lines))
 
 
 def test_lines_when_shown_then_stay_below_what_is_printed(out: FakeTerminal) -> None:
@@ -136,7 +137,7 @@ def test_bar_of_another_library_when_drawn_over_and_over_then_its_newest_form_is
 def test_first_painter_when_it_has_the_cursor_then_the_cursor_is_there(out: FakeTerminal) -> None:
     area, bars = Area(out), paint("bar 1", "bar 2")
     area.live.show(bars)
-    question = lambda _width, _height: Painted(["go on? ye"], 9)  # noqa: E731
+    question = lambda _width, _height: Frame(["go on? ye"], 9)  # noqa: E731
     area.live.show(question, first=True)
     area.draw()
     assert out.lines == ["go on? ye", "bar 1", "bar 2"]
@@ -154,7 +155,7 @@ def test_terminal_when_it_goes_away_then_drawing_ends_and_nobody_is_disturbed(
 ) -> None:
     area, bars = Area(out), paint("bar")
     ticks = iter(range(10**9))
-    area.live.show(lambda _width, _height: Painted([f"{next(ticks)}"]))
+    area.live.show(lambda _width, _height: Frame([f"{next(ticks)}"]))
     thread = area.live._thread
     assert thread is not None
     out.broken = True
@@ -179,8 +180,8 @@ def test_printed_text_when_lines_are_drawn_between_then_is_all_there_in_order(
         area = Area(out)
         count = 1
 
-        def bars(_width: int, height: int) -> Painted:
-            return Painted([f"bar {number}" for number in range(count)][:height])
+        def bars(_width: int, height: int) -> Frame:
+            return Frame([f"bar {number}" for number in range(count)][:height])
 
         area.live.show(bars)
         for text, count in pieces:  # noqa: B007 - the painter reads it
@@ -219,7 +220,7 @@ def test_threads_when_they_print_in_parts_then_every_line_is_whole(out: FakeTerm
 def test_line_when_said_then_comes_before_what_is_printed_later(out: FakeTerminal) -> None:
     area, bars = Area(out), paint("bar")
     area.live.show(bars)
-    area.live.say("answered \x1b[2Jy\udcff")
+    area.live.print_above("answered \x1b[2Jy\udcff")
     out.write("printed\n")
     assert out.lines[:2] == ["answered y", "printed"]
     area.hide(bars)
@@ -285,7 +286,7 @@ def test_painter_when_the_terminal_does_not_read_then_show_and_hide_do_not_wait(
     area.live.show(bars)
     assert stuck.wait(20)
     area.live.show(more, first=True)
-    area.live.say("said")
+    area.live.print_above("said")
     area.live.hide(more)
     gone = area.live.hide(bars)
     free.set()

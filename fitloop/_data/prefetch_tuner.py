@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median_low
 from typing import Any
 
-from fitloop._data.sources import END, AheadSource, Feed, InlineSource
+from fitloop._data.sources import END, InlineSource, LoadContext, PrefetchSource
 from fitloop._rng.state_io import global_fingerprint
 from fitloop._rng.streams import RngState
 
 
-def median(values: list[float]) -> float:
-    """Return the middle of an odd number of values, the lower middle of an even one."""
-    return sorted(values)[(len(values) - 1) // 2]
-
-
-class Trial:
+class PrefetchTuner:
     """Finds out, over as many passes as it takes, whether loading ahead of the steps is faster.
 
     Inline first: the median time of a load and of a whole batch. When loads are too short or too
@@ -41,7 +37,7 @@ class Trial:
     SMALLEST_GAIN = 0.05
     """part of a batch's time that loading ahead must save"""
     WAITING_SHARE = 0.2
-    """part of a load's time that the processor works, up to which the loader is taken to wait"""
+    """part of a load's time that the thread_clock works, up to which the loader is taken to wait"""
     CLEAR = (0.75, 1.15)
     """a batch ahead to one inline: outside of these nothing is tried again"""
     TRIES = 3
@@ -50,7 +46,7 @@ class Trial:
         self.ahead = False
         """how to load now"""
         self.decided = False
-        self.draws = False
+        self.uses_rng = False
         """the loader draws from the process's generators, and was kept inline for that"""
         self._loads: list[float] = []
         self._computed: list[float] = []
@@ -62,37 +58,37 @@ class Trial:
     def begin_pass(self) -> None:
         """Try again what was not clear."""
         least, most = self.CLEAR
-        again = self.decided and not self.draws and 0 < len(self._ratios) < self.TRIES
+        again = self.decided and not self.uses_rng and 0 < len(self._ratios) < self.TRIES
         if again and least < self._ratios[-1] < most:
             self.ahead = self.decided = False
             for values in (self._loads, self._computed, self._inline, self._ahead):
                 values.clear()
 
-    def drew(self) -> None:
+    def mark_uses_rng(self) -> None:
         """Stay inline: the loader draws from generators that the steps draw from as well."""
-        self.draws = True
+        self.uses_rng = True
         self._decide(ahead=False)
 
     def add(self, load: float, whole: float, computed: float) -> None:
         """Count a batch that took ``load`` to load and ``whole`` from batch to batch.
 
-        ``computed`` is the processor's time in the load.
+        ``computed`` is the thread_clock's time in the load.
         """
         if self.ahead:
             self._ahead.append(whole)
             if len(self._ahead) == self.SAMPLES:
-                self._ratios.append(median(self._ahead) / median(self._inline))
-                self._decide(ahead=median(self._ratios) <= 1 - self.SMALLEST_GAIN)
+                self._ratios.append(median_low(self._ahead) / median_low(self._inline))
+                self._decide(ahead=median_low(self._ratios) <= 1 - self.SMALLEST_GAIN)
             return
         self._loads.append(load)
         self._inline.append(whole)
         self._computed.append(computed)
         if len(self._loads) == self.SAMPLES:
-            typical = median(self._loads)
-            share = typical / max(median(self._inline), 1e-12)
+            typical = median_low(self._loads)
+            share = typical / max(median_low(self._inline), 1e-12)
             if typical < self.SHORTEST_LOAD or share < self.SMALLEST_SHARE:
                 self._decide(ahead=False)
-            elif median(self._computed) <= self.WAITING_SHARE * typical:
+            elif median_low(self._computed) <= self.WAITING_SHARE * typical:
                 self._decide(ahead=True)
             else:
                 self.ahead = True
@@ -102,39 +98,39 @@ class Trial:
 
 
 class AdaptiveSource:
-    """Loads as a `Trial` says, which it feeds with what it measures on the way."""
+    """Loads as a `PrefetchTuner` says, which it feeds with what it measures on the way."""
 
     def __init__(
         self,
-        feed: Feed,
+        context: LoadContext,
         depth: int,
-        trial: Trial,
+        tuner: PrefetchTuner,
         *,
-        watch_draws: bool,
+        watch_rng: bool,
         clock: Callable[[], float] = time.perf_counter,
-        processor: Callable[[], float] = time.thread_time,
+        thread_clock: Callable[[], float] = time.thread_time,
     ) -> None:
-        self._feed = feed
+        self._context = context
         self._depth = depth
-        self._trial = trial
-        self._watch_draws = watch_draws
+        self._tuner = tuner
+        self._watch_rng = watch_rng
         self._clock = clock
-        self._processor = processor
+        self._thread_clock = thread_clock
         self._to_skip = 1  # the first batch of a pass pays for its start
         self._last: float | None = None
-        self._inline = InlineSource(feed)
-        self._source: AheadSource | None = None
+        self._inline = InlineSource(context)
+        self._source: PrefetchSource | None = None
         # A loader that draws only in some epochs would be found out too late: look again at the
         # second batch of every pass. The first may draw to begin.
-        self._to_check = 2 if trial.ahead and watch_draws else 0
-        if trial.ahead and not watch_draws:
+        self._to_check = 2 if tuner.ahead and watch_rng else 0
+        if tuner.ahead and not watch_rng:
             self._go_ahead()
 
     def fetch(self) -> Any:
         """See `Source`."""
         if self._to_check:
             return self._checked_fetch()
-        return self._fetch() if self._trial.decided else self._measured_fetch()
+        return self._fetch() if self._tuner.decided else self._measured_fetch()
 
     def _checked_fetch(self) -> Any:
         self._to_check -= 1
@@ -142,7 +138,7 @@ class AdaptiveSource:
         batch = self._inline.fetch()
         if before is not None:
             if global_fingerprint() != before:
-                self._trial.drew()
+                self._tuner.mark_uses_rng()
             elif batch is not END:
                 self._go_ahead()
         return batch
@@ -151,7 +147,7 @@ class AdaptiveSource:
         if self._source is None:
             return self._inline.fetch()
         batch = self._source.fetch()
-        ended = self._source.exhausted or self._feed.control.halted
+        ended = self._source.exhausted or self._context.control.halted
         if batch is END and self._source.paused and not ended:
             self._source.close()  # its last batches are used up
             self._source = None
@@ -159,35 +155,35 @@ class AdaptiveSource:
         return batch
 
     def _measured_fetch(self) -> Any:
-        watched = self._watch_draws and not self._to_skip and not self._trial.ahead
+        watched = self._watch_rng and not self._to_skip and not self._tuner.ahead
         before = global_fingerprint() if watched else None
-        began, worked = self._clock(), self._processor()
+        began, worked = self._clock(), self._thread_clock()
         batch = self._fetch()
-        ended, worked = self._clock(), self._processor() - worked
+        ended, worked = self._clock(), self._thread_clock() - worked
         if watched and global_fingerprint() != before:
-            self._trial.drew()
+            self._tuner.mark_uses_rng()
         elif self._to_skip or self._last is None:
             self._to_skip = max(0, self._to_skip - 1)
         elif batch is not END:
-            self._trial.add(ended - began, ended - self._last, worked)
-            if self._trial.ahead and self._source is None:
+            self._tuner.add(ended - began, ended - self._last, worked)
+            if self._tuner.ahead and self._source is None:
                 self._go_ahead()
-            elif not self._trial.ahead and self._source is not None:
+            elif not self._tuner.ahead and self._source is not None:
                 self._source.pause()
         self._last = self._clock()
         return batch
 
     def _go_ahead(self) -> None:
-        self._source = AheadSource(self._feed, self._depth)
+        self._source = PrefetchSource(self._context, self._depth)
         self._to_skip = 1  # the one that the new thread begins with
 
     @property
-    def drawn(self) -> RngState | None:
+    def rng_state_after(self) -> RngState | None:
         """See `Source`."""
-        return None if self._source is None else self._source.drawn
+        return None if self._source is None else self._source.rng_state_after
 
     @property
-    def is_ahead(self) -> bool:
+    def is_prefetching(self) -> bool:
         """Whether the last batches came ahead of the steps."""
         return self._source is not None
 

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, TextIO
 
+from fitloop._display.console import fitted, writable
 from fitloop._display.forked_lines import ForkedLines
-from fitloop._format import character_columns, columns, newest, printable
+from fitloop._format import newest, printable
 
 REDRAW_SECONDS = 0.1
 """least time between two drawings that nobody asked for"""
@@ -27,7 +28,7 @@ PAUSE_SECONDS = 1.0
 """without a drawing, after which the process was stopped and the terminal may show anything"""
 
 
-class Painted(NamedTuple):
+class Frame(NamedTuple):
     """Lines to be shown, each at most one column narrower than the terminal."""
 
     lines: list[str]
@@ -35,70 +36,8 @@ class Painted(NamedTuple):
     """column of the first line at which the cursor is to be; None to leave that to others"""
 
 
-Painter = Callable[[int, int], Painted]
+Renderer = Callable[[int, int], Frame]
 """given the columns and lines there are, return what to show; called in the drawing thread"""
-
-
-def has_terminal() -> bool:
-    """Return whether a person looks at the terminal of this process, whatever is printed to."""
-    out = sys.__stdout__
-    try:
-        seen = out is not None and out.isatty()
-    except ValueError:  # closed
-        return False
-    return seen and os.environ.get("CI", "").lower() in ("", "0", "false")
-
-
-def is_interactive() -> bool:
-    """Return whether what is printed now is for a person at a terminal, and not in CI."""
-    return sys.stdout is sys.__stdout__ and has_terminal()
-
-
-def can_draw() -> bool:
-    """Return whether lines can be drawn over on the terminal of this process, if it has one."""
-    if os.name == "nt":  # the older consoles of Windows take no control sequences
-        return "WT_SESSION" in os.environ or "TERM" in os.environ
-    return os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
-
-
-def has_color() -> bool:
-    """Return whether colours are wanted; see https://no-color.org."""
-    return not os.environ.get("NO_COLOR")
-
-
-def can_write(text: str) -> bool:
-    """Return whether the terminal's encoding has these characters."""
-    try:
-        text.encode(_encoding())
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
-
-
-def _encoding() -> str:
-    return getattr(sys.__stdout__, "encoding", None) or "ascii"
-
-
-def _writable(text: str) -> str:
-    """Return text with ``?`` for what the terminal's encoding has not."""
-    if text.isascii() or can_write(text):
-        return text
-    return text.encode(_encoding(), "replace").decode(_encoding())
-
-
-def fitted(text: str, width: int) -> str:
-    """Return ``text`` as one printable line of at most ``width`` columns, cut where it must be."""
-    text = printable(text)
-    if columns(text) <= width:
-        return text
-    mark = "…" if can_write("…") else "~"
-    kept, used = [], columns(mark)
-    for character in text:
-        used += character_columns(character)
-        if used > width:
-            break
-        kept.append(character)
-    return "".join(kept) + mark if width > 0 else ""
 
 
 class _Taken(NamedTuple):
@@ -124,7 +63,7 @@ class LiveArea:
         """of what is to be shown; never held while something is written"""
         self._writing = threading.RLock()
         """of the terminal; a signal handler may print while its thread draws"""
-        self._painters: list[Painter] = []
+        self._painters: list[Renderer] = []
         self._said: list[str] = []
         """lines to be written above"""
         self._after: list[threading.Event] = []
@@ -145,7 +84,7 @@ class LiveArea:
 
     # -- for those who show something -------------------------------------------------------------
 
-    def show(self, painter: Painter, *, first: bool = False) -> None:
+    def show(self, painter: Renderer, *, first: bool = False) -> None:
         """Show what ``painter`` paints, below or above what is shown; `can_draw` must be true."""
         with self._state:
             if self._pid != os.getpid():  # of the process that this one was forked from
@@ -163,7 +102,7 @@ class LiveArea:
                 self._thread.start()
         self.refresh()
 
-    def hide(self, painter: Painter) -> Callable[[], None]:
+    def hide(self, painter: Renderer) -> Callable[[], None]:
         """Show ``painter`` no more; with the last one the terminal is left as it was found.
 
         Returns a function that waits until that has happened; whoever may not wait for the terminal
@@ -189,7 +128,7 @@ class LiveArea:
         """Have everything drawn soon; does not wait for it."""
         self._wake.set()
 
-    def say(self, line: str) -> None:
+    def print_above(self, line: str) -> None:
         """Have a line written above what is shown, before what is printed later; does not wait."""
         self._said.append(line)
         self.refresh()
@@ -232,7 +171,7 @@ class LiveArea:
         if self._said:
             said, self._said = self._said, []
             self._erase()
-            self._out("".join(f"{_writable(printable(line))}\n" for line in said), flush=True)
+            self._out("".join(f"{writable(printable(line))}\n" for line in said), flush=True)
 
     def _end_lines_of_the_dead(self) -> None:
         """Write what a thread that is gone has left without an end."""
@@ -321,7 +260,7 @@ class LiveArea:
         if cursor:
             frame += f"\x1b[{cursor}C"
         if frame != self._drawn:
-            self._out(f"{_up(self._above)}\r{_writable(frame)}", flush=True)
+            self._out(f"{_up(self._above)}\r{writable(frame)}", flush=True)
             self._drawn, self._above = frame, row
 
     def _size(self) -> tuple[int, int]:
@@ -353,5 +292,5 @@ def _is_terminal(stream: TextIO) -> bool:
         return False
 
 
-LIVE = LiveArea()
+LIVE_AREA = LiveArea()
 """of the process, which has one terminal"""

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitloop._concurrency.control import RunControl
-from fitloop._data.prefetch_trial import AdaptiveSource, Trial
-from fitloop._data.sources import END, Feed
+from fitloop._data.prefetch_tuner import AdaptiveSource, PrefetchTuner
+from fitloop._data.sources import END, LoadContext
 
 TRIVIAL, SLOW, STEP = 5e-6, 5e-3, 4e-3
 """seconds"""
@@ -47,7 +47,7 @@ class Loader:
             yield number
 
 
-class SwitchingTrial(Trial):
+class SwitchingTuner(PrefetchTuner):
     """Goes ahead and back inline when told, whatever was measured."""
 
     def __init__(self, ahead_after: int, inline_after: int) -> None:
@@ -64,15 +64,15 @@ class SwitchingTrial(Trial):
 
 def run_pass(
     loader: Any,
-    trial: Trial,
+    tuner: PrefetchTuner,
     clock: Clock,
     *,
     step: Callable[[], float] = lambda: STEP,
-    watch_draws: bool = False,
+    watch_rng: bool = False,
 ) -> list[Any]:
     """Fetch all batches, with a step of so many seconds after each."""
-    feed = Feed(iterator=iter(loader), label="train_dl", control=RunControl())
-    source = AdaptiveSource(feed, 2, trial, watch_draws=watch_draws, clock=clock, processor=clock)
+    context = LoadContext(iterator=iter(loader), label="train_dl", control=RunControl())
+    source = AdaptiveSource(context, 2, tuner, watch_rng=watch_rng, clock=clock, thread_clock=clock)
     fetched = []
     for batch in iter(source.fetch, END):
         fetched.append(batch)
@@ -82,45 +82,45 @@ def run_pass(
 
 
 def measured(
-    trial: Trial,
+    tuner: PrefetchTuner,
     load: float,
     whole: float,
-    count: int = Trial.SAMPLES,
+    count: int = PrefetchTuner.SAMPLES,
     computed: float | None = None,
-) -> Trial:
+) -> PrefetchTuner:
     for _ in range(count):
-        trial.add(load, whole, load if computed is None else computed)
-    return trial
+        tuner.add(load, whole, load if computed is None else computed)
+    return tuner
 
 
-def test_trial_when_loads_are_shorter_than_a_hand_off_then_inline_for_good() -> None:
-    trial = measured(Trial(), load=TRIVIAL, whole=6e-6)
-    assert (trial.ahead, trial.decided) == (False, True)
+def test_tuner_when_loads_are_shorter_than_a_hand_off_then_inline_for_good() -> None:
+    tuner = measured(PrefetchTuner(), load=TRIVIAL, whole=6e-6)
+    assert (tuner.ahead, tuner.decided) == (False, True)
 
 
-def test_trial_when_loading_is_a_small_share_then_inline_for_good() -> None:
-    trial = measured(Trial(), load=1e-3, whole=1.0)
-    assert (trial.ahead, trial.decided) == (False, True)
+def test_tuner_when_loading_is_a_small_share_then_inline_for_good() -> None:
+    tuner = measured(PrefetchTuner(), load=1e-3, whole=1.0)
+    assert (tuner.ahead, tuner.decided) == (False, True)
 
 
-def test_trial_when_loads_are_long_then_tries_ahead_before_it_decides() -> None:
-    trial = measured(Trial(), load=SLOW, whole=SLOW + STEP, count=Trial.SAMPLES - 1)
-    assert (trial.ahead, trial.decided) == (False, False)
-    trial.add(SLOW, SLOW + STEP, SLOW)
-    assert (trial.ahead, trial.decided) == (True, False)
+def test_tuner_when_loads_are_long_then_tries_ahead_before_it_decides() -> None:
+    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW + STEP, count=PrefetchTuner.SAMPLES - 1)
+    assert (tuner.ahead, tuner.decided) == (False, False)
+    tuner.add(SLOW, SLOW + STEP, SLOW)
+    assert (tuner.ahead, tuner.decided) == (True, False)
 
 
-def test_trial_when_loads_only_wait_then_ahead_for_good() -> None:
-    trial = measured(Trial(), load=SLOW, whole=SLOW + STEP, computed=0.2 * SLOW)
-    assert (trial.ahead, trial.decided) == (True, True)
-    trial = measured(Trial(), load=SLOW, whole=SLOW + STEP, computed=0.21 * SLOW)
-    assert (trial.ahead, trial.decided) == (True, False)
+def test_tuner_when_loads_only_wait_then_ahead_for_good() -> None:
+    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW + STEP, computed=0.2 * SLOW)
+    assert (tuner.ahead, tuner.decided) == (True, True)
+    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW + STEP, computed=0.21 * SLOW)
+    assert (tuner.ahead, tuner.decided) == (True, False)
 
 
 @pytest.mark.parametrize("computed", [0.0, TRIVIAL])
-def test_trial_when_loads_only_wait_and_are_short_then_inline_for_good(computed: float) -> None:
-    trial = measured(Trial(), load=TRIVIAL, whole=TRIVIAL + STEP, computed=computed)
-    assert (trial.ahead, trial.decided) == (False, True)
+def test_tuner_when_loads_only_wait_and_are_short_then_inline_for_good(computed: float) -> None:
+    tuner = measured(PrefetchTuner(), load=TRIVIAL, whole=TRIVIAL + STEP, computed=computed)
+    assert (tuner.ahead, tuner.decided) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -133,20 +133,20 @@ def test_trial_when_loads_only_wait_and_are_short_then_inline_for_good(computed:
         pytest.param(2 * (SLOW + STEP), False, id="slower"),
     ],
 )
-def test_trial_when_ahead_was_measured_then_the_faster_way_wins(whole: float, ahead: bool) -> None:
-    trial = measured(Trial(), load=SLOW, whole=SLOW + STEP)
-    measured(trial, load=0.0, whole=whole)
-    assert (trial.ahead, trial.decided) == (ahead, True)
+def test_tuner_when_ahead_was_measured_then_the_faster_way_wins(whole: float, ahead: bool) -> None:
+    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW + STEP)
+    measured(tuner, load=0.0, whole=whole)
+    assert (tuner.ahead, tuner.decided) == (ahead, True)
 
 
-def tried(trial: Trial, ratio: float) -> tuple[bool, bool]:
+def tried(tuner: PrefetchTuner, ratio: float) -> tuple[bool, bool]:
     """Begin a pass, and have it tried if it wants to; return whether it did, and what it chose."""
-    trial.begin_pass()
-    wanted = not trial.decided
+    tuner.begin_pass()
+    wanted = not tuner.decided
     if wanted:
-        measured(trial, load=SLOW, whole=SLOW + STEP)
-        measured(trial, load=0.0, whole=ratio * (SLOW + STEP))
-    return wanted, trial.ahead
+        measured(tuner, load=SLOW, whole=SLOW + STEP)
+        measured(tuner, load=0.0, whole=ratio * (SLOW + STEP))
+    return wanted, tuner.ahead
 
 
 @pytest.mark.parametrize(
@@ -162,103 +162,103 @@ def tried(trial: Trial, ratio: float) -> tuple[bool, bool]:
         ),
     ],
 )
-def test_trial_when_it_was_not_clear_then_later_passes_try_again(
+def test_tuner_when_it_was_not_clear_then_later_passes_try_again(
     ratios: list[float], expected: list[tuple[bool, bool]]
 ) -> None:
-    trial = Trial()
-    assert [tried(trial, ratio) for ratio in ratios] == expected
+    tuner = PrefetchTuner()
+    assert [tried(tuner, ratio) for ratio in ratios] == expected
 
 
-def test_trial_when_it_never_came_to_ahead_then_later_passes_do_not_try_again() -> None:
-    trial = measured(Trial(), load=TRIVIAL, whole=6e-6)
-    trial.begin_pass()
-    assert trial.decided
-    trial = measured(Trial(), load=SLOW, whole=SLOW + STEP, computed=0.0)
-    trial.begin_pass()
-    assert (trial.ahead, trial.decided) == (True, True)
+def test_tuner_when_it_never_came_to_ahead_then_later_passes_do_not_try_again() -> None:
+    tuner = measured(PrefetchTuner(), load=TRIVIAL, whole=6e-6)
+    tuner.begin_pass()
+    assert tuner.decided
+    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW + STEP, computed=0.0)
+    tuner.begin_pass()
+    assert (tuner.ahead, tuner.decided) == (True, True)
 
 
-def test_trial_when_one_load_is_an_outlier_then_it_does_not_decide() -> None:
-    trial = Trial()
-    trial.add(10.0, 10.0, 10.0)
-    measured(trial, load=TRIVIAL, whole=STEP, count=Trial.SAMPLES - 1)
-    assert (trial.ahead, trial.decided) == (False, True)
+def test_tuner_when_one_load_is_an_outlier_then_it_does_not_decide() -> None:
+    tuner = PrefetchTuner()
+    tuner.add(10.0, 10.0, 10.0)
+    measured(tuner, load=TRIVIAL, whole=STEP, count=PrefetchTuner.SAMPLES - 1)
+    assert (tuner.ahead, tuner.decided) == (False, True)
 
 
-def test_trial_when_all_times_are_zero_then_inline() -> None:
-    trial = measured(Trial(), load=0.0, whole=0.0)
-    assert (trial.ahead, trial.decided) == (False, True)
+def test_tuner_when_all_times_are_zero_then_inline() -> None:
+    tuner = measured(PrefetchTuner(), load=0.0, whole=0.0)
+    assert (tuner.ahead, tuner.decided) == (False, True)
 
 
-def test_trial_when_loader_drew_then_inline_for_good_and_says_why() -> None:
-    trial = measured(Trial(), load=SLOW, whole=SLOW, count=2)
-    trial.drew()
-    assert (trial.ahead, trial.decided, trial.draws) == (False, True, True)
+def test_tuner_when_loader_drew_then_inline_for_good_and_says_why() -> None:
+    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW, count=2)
+    tuner.mark_uses_rng()
+    assert (tuner.ahead, tuner.decided, tuner.uses_rng) == (False, True, True)
 
 
 def test_adaptive_when_loader_is_trivial_then_all_is_read_inline() -> None:
-    clock, trial = Clock(), Trial()
+    clock, tuner = Clock(), PrefetchTuner()
     loader = Loader(clock, TRIVIAL)
-    assert run_pass(loader, trial, clock) == list(range(100))
+    assert run_pass(loader, tuner, clock) == list(range(100))
     assert loader.ahead == []
-    assert (trial.ahead, trial.decided) == (False, True)
+    assert (tuner.ahead, tuner.decided) == (False, True)
 
 
 def test_adaptive_when_loader_is_slow_then_goes_ahead_and_stays() -> None:
-    clock, trial = Clock(), Trial()
+    clock, tuner = Clock(), PrefetchTuner()
     loader = Loader(clock, SLOW)
-    assert run_pass(loader, trial, clock) == list(range(100))
-    assert (trial.ahead, trial.decided) == (True, True)
+    assert run_pass(loader, tuner, clock) == list(range(100))
+    assert (tuner.ahead, tuner.decided) == (True, True)
     # The first batch of a pass does not count.
-    assert loader.inline == list(range(Trial.SAMPLES + 1))
-    assert loader.ahead == list(range(Trial.SAMPLES + 1, 100))
+    assert loader.inline == list(range(PrefetchTuner.SAMPLES + 1))
+    assert loader.ahead == list(range(PrefetchTuner.SAMPLES + 1, 100))
 
 
 def test_adaptive_when_ahead_does_not_pay_then_goes_back_inline() -> None:
-    clock, trial = Clock(), Trial()
+    clock, tuner = Clock(), PrefetchTuner()
     loader = Loader(clock, SLOW)
     # The steps beside the loading thread take as much longer as loading took.
-    steps = iter([STEP] * (Trial.SAMPLES + 1) + [SLOW + STEP] * 1000)
-    assert run_pass(loader, trial, clock, step=lambda: next(steps)) == list(range(100))
-    assert (trial.ahead, trial.decided) == (False, True)
+    steps = iter([STEP] * (PrefetchTuner.SAMPLES + 1) + [SLOW + STEP] * 1000)
+    assert run_pass(loader, tuner, clock, step=lambda: next(steps)) == list(range(100))
+    assert (tuner.ahead, tuner.decided) == (False, True)
     assert sorted(loader.inline + loader.ahead) == list(range(100))
     assert loader.inline[-1] == 99
     assert loader.ahead
 
 
 def test_adaptive_when_decided_then_next_passes_keep_to_it() -> None:
-    clock, trial = Clock(), Trial()
-    run_pass(Loader(clock, SLOW), trial, clock)
+    clock, tuner = Clock(), PrefetchTuner()
+    run_pass(Loader(clock, SLOW), tuner, clock)
     second = Loader(clock, SLOW)
-    assert run_pass(second, trial, clock) == list(range(100))
+    assert run_pass(second, tuner, clock) == list(range(100))
     assert second.inline == []
 
 
 def test_adaptive_when_passes_are_short_then_measures_over_several() -> None:
-    clock, trial = Clock(), Trial()
+    clock, tuner = Clock(), PrefetchTuner()
     passes = 0
-    while not trial.decided:
+    while not tuner.decided:
         passes += 1
         assert passes < 50, "it never decides"
-        assert run_pass(Loader(clock, SLOW, count=5), trial, clock) == list(range(5))
-    assert trial.ahead
+        assert run_pass(Loader(clock, SLOW, count=5), tuner, clock) == list(range(5))
+    assert tuner.ahead
     assert passes > 1
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_adaptive_when_passes_are_very_short_then_still_decides(count: int) -> None:
-    clock, trial = Clock(), Trial()
+    clock, tuner = Clock(), PrefetchTuner()
     for _ in range(100):
-        run_pass(Loader(clock, SLOW, count=count), trial, clock)
-    assert trial.decided
+        run_pass(Loader(clock, SLOW, count=count), tuner, clock)
+    assert tuner.decided
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_adaptive_when_there_is_nothing_to_measure_then_undecided_and_inline(count: int) -> None:
-    clock, trial = Clock(), Trial()
+    clock, tuner = Clock(), PrefetchTuner()
     for _ in range(10):
-        assert run_pass(Loader(clock, SLOW, count=count), trial, clock) == list(range(count))
-    assert (trial.ahead, trial.decided) == (False, False)
+        assert run_pass(Loader(clock, SLOW, count=count), tuner, clock) == list(range(count))
+    assert (tuner.ahead, tuner.decided) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_adaptive_when_there_is_nothing_to_measure_then_undecided_and_inline(cou
     ],
 )
 def test_adaptive_when_loader_draws_then_stays_inline(draw: Callable[[], object]) -> None:
-    clock, trial = Clock(), Trial()
+    clock, tuner = Clock(), PrefetchTuner()
     loader = Loader(clock, SLOW)
 
     def drawing() -> Iterator[int]:
@@ -278,48 +278,48 @@ def test_adaptive_when_loader_draws_then_stays_inline(draw: Callable[[], object]
             draw()
             yield number
 
-    assert run_pass(drawing(), trial, clock, watch_draws=True) == list(range(100))
-    assert trial.draws
+    assert run_pass(drawing(), tuner, clock, watch_rng=True) == list(range(100))
+    assert tuner.uses_rng
     assert loader.ahead == []
 
 
 def test_adaptive_when_only_steps_draw_then_may_go_ahead() -> None:
-    clock, trial = Clock(), Trial()
+    clock, tuner = Clock(), PrefetchTuner()
     loader = Loader(clock, SLOW)
 
     def step() -> float:
         torch.rand(())
         return STEP
 
-    run_pass(loader, trial, clock, step=step, watch_draws=True)
-    assert not trial.draws
-    assert trial.ahead
+    run_pass(loader, tuner, clock, step=step, watch_rng=True)
+    assert not tuner.uses_rng
+    assert tuner.ahead
 
 
 def test_adaptive_when_loader_draws_only_to_begin_then_may_go_ahead() -> None:
-    clock, trial = Clock(), Trial()
+    clock, tuner = Clock(), PrefetchTuner()
     loader = Loader(clock, SLOW)
 
     def shuffled() -> Iterator[int]:
         torch.randperm(100)
         yield from loader
 
-    run_pass(shuffled(), trial, clock, watch_draws=True)
-    assert not trial.draws
-    assert trial.ahead
+    run_pass(shuffled(), tuner, clock, watch_rng=True)
+    assert not tuner.uses_rng
+    assert tuner.ahead
 
 
 def test_adaptive_when_loader_raises_ahead_then_good_batches_come_first() -> None:
-    clock, trial = Clock(), Trial()
-    measured(trial, load=SLOW, whole=SLOW + STEP)
+    clock, tuner = Clock(), PrefetchTuner()
+    measured(tuner, load=SLOW, whole=SLOW + STEP)
     error = ValueError("broken")
 
     def broken() -> Iterator[int]:
         yield from range(4)
         raise error
 
-    feed = Feed(iterator=broken(), label="train_dl", control=RunControl())
-    source = AdaptiveSource(feed, 2, trial, watch_draws=False, clock=clock)
+    context = LoadContext(iterator=broken(), label="train_dl", control=RunControl())
+    source = AdaptiveSource(context, 2, tuner, watch_rng=False, clock=clock)
     assert [source.fetch() for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="broken") as caught:
         source.fetch()
@@ -354,9 +354,9 @@ class AutoReset:
 def test_adaptive_when_it_switches_anywhere_then_no_batch_is_lost_doubled_or_moved(
     lengths: list[int], ahead_after: int, inline_after: int, make: Callable[[int], Any]
 ) -> None:
-    clock, trial = Clock(), SwitchingTrial(ahead_after, inline_after)
+    clock, tuner = Clock(), SwitchingTuner(ahead_after, inline_after)
     for length in lengths:
-        assert run_pass(make(length), trial, clock) == list(range(length))
+        assert run_pass(make(length), tuner, clock) == list(range(length))
 
 
 @given(
@@ -369,11 +369,11 @@ def test_adaptive_when_it_switches_anywhere_then_no_batch_is_lost_doubled_or_mov
 def test_adaptive_when_closed_anywhere_then_unread_ones_are_what_comes_next(
     lengths: list[int], fetches: int, ahead_after: int, inline_after: int
 ) -> None:
-    clock, trial = Clock(), SwitchingTrial(ahead_after, inline_after)
+    clock, tuner = Clock(), SwitchingTuner(ahead_after, inline_after)
     for length in lengths:
         loader = iter(range(length))
-        feed = Feed(iterator=loader, label="train_dl", control=RunControl())
-        source = AdaptiveSource(feed, 2, trial, watch_draws=False, clock=clock)
+        context = LoadContext(iterator=loader, label="train_dl", control=RunControl())
+        source = AdaptiveSource(context, 2, tuner, watch_rng=False, clock=clock)
         fetched = [source.fetch() for _ in range(min(fetches, length))]
         unread = source.close()
         assert [*fetched, *unread, *loader] == list(range(length))
@@ -387,10 +387,10 @@ def test_adaptive_when_closed_anywhere_then_unread_ones_are_what_comes_next(
 def test_adaptive_when_times_are_any_then_batches_stay_whole(
     seconds: list[tuple[float, float]], passes: int
 ) -> None:
-    clock, trial = Clock(), Trial()
+    clock, tuner = Clock(), PrefetchTuner()
     for _ in range(passes):
         steps = iter([step for _load, step in seconds])
         loader = Loader(clock, seconds[0][0], count=len(seconds))
-        assert run_pass(loader, trial, clock, step=lambda: next(steps)) == list(  # noqa: B023
+        assert run_pass(loader, tuner, clock, step=lambda: next(steps)) == list(  # noqa: B023
             range(len(seconds))
         )

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 
-class OneShot:
+class PushbackIterator:
     """An iterator, which can be read once, with what was read from it but not used.
 
     Lets a run that ends early, and the sanity check, put batches back.
@@ -18,11 +18,11 @@ class OneShot:
         self._unread: deque[Any] = deque()
         self._record: list[Any] | None = None
         self._ended = False
-        self.read = 0
+        self.batches_read = 0
         """batches that were given and not put back"""
 
     def _note(self, batch: Any) -> Any:
-        self.read += 1
+        self.batches_read += 1
         if self._record is not None:
             self._record.append(batch)
         return batch
@@ -30,7 +30,7 @@ class OneShot:
     def put_back(self, batches: Iterable[Any]) -> None:
         """Have ``batches`` come first in the next pass."""
         again = list(batches)
-        self.read -= len(again)
+        self.batches_read -= len(again)
         self._unread.extendleft(reversed(again))
 
     def is_exhausted(self) -> bool:
@@ -47,7 +47,7 @@ class OneShot:
         self._record = None
 
 
-class _OneShotIterator(OneShot):
+class _OneShotIterator(PushbackIterator):
     def __iter__(self) -> Iterator[Any]:
         iter(self.loader)  # returns itself, and some begin anew at it
         self._ended = False
@@ -63,7 +63,7 @@ class _OneShotIterator(OneShot):
             raise
 
 
-class _OneShotAsyncIterator(OneShot):
+class _OneShotAsyncIterator(PushbackIterator):
     def __aiter__(self) -> AsyncIterator[Any]:
         aiter(self.loader)
         self._ended = False
@@ -79,7 +79,7 @@ class _OneShotAsyncIterator(OneShot):
             raise
 
 
-def one_shot_of(loader: Any) -> OneShot | None:
+def pushback_iterator_of(loader: Any) -> PushbackIterator | None:
     """Return a wrapper for a loader that is its own iterator, so that it goes on where it was left.
 
     One with a length is taken for a loader that begins anew at every pass, as some do.

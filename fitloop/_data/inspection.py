@@ -1,0 +1,163 @@
+"""Answers questions about a user's loader: length, kind, generators, worker processes.
+
+Never iterates a loader.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+from fitloop._errors import ConfigurationError
+from fitloop._types import Phase
+
+_SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
+"""they draw when an iteration begins, or from a generator of their own"""
+
+
+def check_loader(name: str, loader: object) -> None:
+    """Refuse what no batches can come from.
+
+    Raises:
+        ConfigurationError: ``loader`` is neither iterable nor a function that makes one.
+    """
+    if isinstance(loader, (str, bytes)) or not (is_iterable(loader) or callable(loader)):
+        raise ConfigurationError(
+            f"{name} is {loader!r}; expected a DataLoader, a list of batches, any other iterable "
+            "or async iterable of batches, or a function that returns one"
+        )
+
+
+def loader_label(phase: Phase, loader: object) -> str:
+    """Return how messages name the loader."""
+    return f"{phase}_dl ({type(loader).__name__})"
+
+
+def length_of(loader: object) -> int | None:
+    """Return the number of batches, or None for a loader that does not say."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # what DataLoader raises over an IterableDataset
+        return None
+
+
+def sample_count(loader: object, steps: int | None) -> int | None:
+    """Return the samples that a pass of at most ``steps`` batches will give, where it is known."""
+    if not isinstance(loader, DataLoader) or loader.batch_size is None:
+        return None
+    batches = length_of(loader)
+    try:
+        samples = len(loader.sampler)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+    if batches is None:
+        return None
+    limit = batches if steps is None else min(steps, batches)
+    return min(samples, limit * loader.batch_size)
+
+
+def uses_rng_only_at_start(loader: object) -> bool:
+    """Return whether it is certain that no batch after the first draws random numbers.
+
+    True of finished batches, of a DataLoader with worker processes (which have generators of
+    their own) and of one over tensors, with torch's own samplers. Of anything else it is not
+    known: a dataset may augment.
+    """
+    if type(loader) in (list, tuple):
+        return True
+    if type(loader) is not DataLoader or not _known_sampler(loader):
+        return False
+    if loader.num_workers > 0:
+        return True
+    return loader.collate_fn is default_collate and _only_tensors(loader.dataset)
+
+
+def can_skip_by_index(loader: object) -> bool:
+    """Return whether batches may be left out unread: none that come depend on their reading.
+
+    What a worker process draws depends on all that it has read, and what an unknown sampler draws
+    may depend on what the dataset mark_uses_rng.
+    """
+    if not isinstance(loader, DataLoader):
+        return False
+    tensors = loader.collate_fn is default_collate and _only_tensors(loader.dataset)
+    return tensors or (loader.num_workers == 0 and _known_sampler(loader))
+
+
+def is_iterable(loader: object) -> bool:
+    """Return whether a loader gives batches itself, and is no function that makes one."""
+    if isinstance(loader, type):  # its instances may be; it is a function that makes one
+        return False
+    return any(hasattr(loader, method) for method in ("__iter__", "__aiter__", "__getitem__"))
+
+
+def _known_sampler(loader: DataLoader[Any]) -> bool:
+    batches = loader.batch_sampler
+    known = batches is None or type(batches) is BatchSampler
+    return known and type(loader.sampler) in _SAMPLERS
+
+
+def _only_tensors(dataset: Dataset[Any]) -> bool:
+    if type(dataset) is Subset:
+        return _only_tensors(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(_only_tensors(part) for part in dataset.datasets)
+    return type(dataset) is TensorDataset
+
+
+def detached(loader: Any) -> Any:
+    """Return a loader over the same data that leaves ``loader``'s worker processes alone."""
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        twin = copy.copy(loader)
+        twin._iterator = None
+        return twin
+    return loader
+
+
+def generators_of(loader: object) -> list[torch.Generator]:
+    """Return the random generators that a DataLoader carries."""
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def generator_states(loader: object) -> list[Tensor]:
+    """Return where the loader's generators are."""
+    return [generator.get_state() for generator in generators_of(loader)]
+
+
+def set_generator_states(loader: object, states: list[Tensor]) -> None:
+    """Put the loader's generators where they were."""
+    for generator, state in zip(generators_of(loader), states, strict=True):
+        generator.set_state(state)
+
+
+def is_stateful(loader: object) -> bool:
+    """Return whether a loader tells its own position and can be moved to it."""
+    return callable(getattr(loader, "state_dict", None)) and callable(
+        getattr(loader, "load_state_dict", None)
+    )
+
+
+def has_live_workers(loader: object) -> bool:
+    """Return whether worker processes are kept between the passes, and are there."""
+    return bool(getattr(loader, "persistent_workers", False)) and (
+        getattr(loader, "_iterator", None) is not None
+    )
