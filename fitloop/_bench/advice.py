@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from fitloop._bench.figures import Conditions, Figures, Variant
+from fitloop._engine.profiler import STARVED
 from fitloop._format import brief
 
 BUSY = 0.8
 """processor share of the steps below which the machine was busy"""
 NOISE = 0.25
 """distance of the quartiles of a step's time above which the machine was busy"""
-STARVED = 0.1
-"""share of waiting above which the loader is worth a change"""
 GAIN = 0.05
 """share of a batch's time that a change must save"""
 GOOD_OVERLAP = 0.5

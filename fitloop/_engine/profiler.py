@@ -1,4 +1,7 @@
-"""Where the time of a run goes: a probe that times the engine's calls, and the report on them."""
+"""The profiler: times every call of the engine, and reports the sums by phase.
+
+It shows where the time goes. `fitloop.benchmark` measures which change would save some of it.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ from fitloop._types import Phase
 F = TypeVar("F", bound=Callable[..., Any])
 
 PARTS = ("epoch_start", "load", "wait", "step", "metrics", "epoch_end")
-"""what is timed; ``load`` overlaps the others when batches are loaded ahead"""
+"""timed parts of a phase; ``load`` overlaps the others if batches are loaded ahead"""
 
-_STARVED = 0.2
-"""share of waiting from which a loader is called the bottleneck"""
+STARVED = 0.1
+"""share of waiting above which a faster loader is worth a change"""
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,16 @@ class Span:
     phase: Phase
     name: str
     start: float
-    """seconds on a clock of its own"""
+    """seconds on the recorder's clock"""
     seconds: float
     thread: str
 
 
 class SpanRecorder:
-    """Times every call that the engine lets it wrap. An `Instrumentation`.
+    """Times the calls of the engine, as its `Instrumentation`, and counts the batches of phases.
 
-    On CUDA a step is timed to the end of its kernels, which costs the overlap of the host with
-    the device: a profiled run is slower than a real one.
+    On CUDA, a step is timed to the end of its kernels. Host and device do not overlap then, so a
+    profiled run is slower than a real one.
     """
 
     def __init__(
@@ -53,15 +56,13 @@ class SpanRecorder:
     ) -> None:
         self._device = device
         self._clock = clock
+        self._phases: dict[Phase, list[PhaseEnded]] = defaultdict(list)
         self.spans: list[Span] = []
-        self.phase_seconds: dict[Phase, float] = defaultdict(float)
-        self.batches: dict[Phase, int] = defaultdict(int)
-        self.samples: dict[Phase, int] = defaultdict(int)
 
     def wrap(self, phase: Phase, name: str, function: F) -> F:
         """Return ``function`` with its calls timed under ``name``."""
         clock, spans = self._clock, self.spans
-        settle = name in ("step", "epoch_end") and self._device.type == "cuda"
+        synchronizes = name in ("step", "epoch_end") and self._device.type == "cuda"
 
         @wraps(function)
         def timed(*args: Any) -> Any:
@@ -69,7 +70,7 @@ class SpanRecorder:
             try:
                 return function(*args)
             finally:
-                if settle:
+                if synchronizes:
                     torch.cuda.synchronize(self._device)
                 thread = threading.current_thread().name
                 spans.append(Span(phase, name, start, clock() - start, thread))
@@ -77,29 +78,27 @@ class SpanRecorder:
         return timed  # type: ignore[return-value]
 
     def read_wrapper(self, phase: Phase) -> Callable[[Any], Any]:
-        """Return a wrapper that times the reading of batches."""
+        """Return a wrapper that times the reading of a batch."""
         return lambda function: self.wrap(phase, "load", function)
 
     def observe(self, event: Event) -> None:
-        """Count what a phase did."""
+        """Record the end of a phase."""
         if isinstance(event, PhaseEnded):
-            self.phase_seconds[event.phase] += event.seconds
-            self.batches[event.phase] += event.batches
-            self.samples[event.phase] += event.samples
+            self._phases[event.phase].append(event)
 
     def report(self) -> ProfileReport:
-        """Return what was seen, added up."""
+        """Return the sums for each phase."""
         phases = {}
-        for phase, seconds in self.phase_seconds.items():
-            totals = dict.fromkeys(PARTS, 0.0)
+        for phase, events in self._phases.items():
+            parts = dict.fromkeys(PARTS, 0.0)
             for span in self.spans:
                 if span.phase is phase:
-                    totals[span.name] += span.seconds
+                    parts[span.name] += span.seconds
             phases[str(phase)] = PhaseProfile(
-                seconds=seconds,
-                batches=self.batches[phase],
-                samples=self.samples[phase],
-                parts=totals,
+                seconds=sum(event.seconds for event in events),
+                batches=sum(event.batches for event in events),
+                samples=sum(event.samples for event in events),
+                parts=parts,
             )
         return ProfileReport(phases=phases, spans=tuple(self.spans))
 
@@ -117,7 +116,7 @@ class PhaseProfile:
 
     @property
     def starved(self) -> float:
-        """Share of the phase that the step thread waited for data, 0 to 1."""
+        """Share of the phase in which the step waited for data, 0 to 1."""
         return self.parts["wait"] / self.seconds if self.seconds else 0.0
 
     @property
@@ -127,19 +126,19 @@ class PhaseProfile:
 
     @property
     def bottleneck(self) -> str:
-        """What to make faster: ``"loading"``, ``"step"``, ``"metrics"`` or ``"epoch_end"``."""
-        shares = {
+        """The largest part: ``"loading"``, ``"step"``, ``"metrics"`` or ``"epoch_end"``."""
+        seconds = {
             "loading": self.parts["wait"],
             "step": self.parts["step"],
             "metrics": self.parts["metrics"],
             "epoch_end": self.parts["epoch_end"] + self.parts["epoch_start"],
         }
-        return max(shares, key=lambda name: shares[name])
+        return max(seconds, key=lambda name: seconds[name])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileReport:
-    """What ``run_profiler`` returns; prints as a table."""
+    """The result of ``run_profiler``; prints as a table."""
 
     phases: Mapping[str, PhaseProfile]
     """phase -> its profile"""
@@ -148,28 +147,22 @@ class ProfileReport:
 
     @property
     def bottleneck(self) -> str:
-        """The phase and part that take most of the time, e.g. ``"train step"``."""
+        """The phase and the part that take most of the time, e.g. ``"train step"``."""
         if not self.phases:
             return "nothing was run"
         name = max(self.phases, key=lambda phase: self.phases[phase].seconds)
         return f"{name} {self.phases[name].bottleneck}"
 
     def advice(self) -> str:
-        """Return one sentence on what would make the run faster."""
-        starving = [name for name, p in self.phases.items() if p.starved >= _STARVED]
-        if not starving:
-            return "The steps are fed well; a faster model or device is what would help."
-        name = starving[0]
-        profile = self.phases[name]
-        if not profile.parts["load"]:
-            return (
-                f"The {name} steps wait for the async loader {profile.starved:.0%} of the time: "
-                "make it faster, or raise prefetch."
-            )
-        waited = f"The {name} steps wait for data {profile.starved:.0%} of the time"
-        if profile.ahead:
-            return f"{waited}, although batches are loaded ahead: give the DataLoader num_workers."
-        return f"{waited}: load ahead (prefetch=2), or give the DataLoader num_workers."
+        """Return one sentence on the loaders; `fitloop.benchmark` finds out what helps."""
+        for name, profile in self.phases.items():
+            if profile.starved > STARVED:
+                although = ", although batches are loaded ahead" * profile.ahead
+                return (
+                    f"The {name} steps wait for data {profile.starved:.0%} of the time{although}: "
+                    "fitloop.benchmark(trainer) measures which change of the loader would help."
+                )
+        return "The steps are fed well: a faster model or device would help."
 
     def __str__(self) -> str:
         return f"{self._table().text()}\n{self._verdict()}"
@@ -183,10 +176,9 @@ class ProfileReport:
     def _table(self) -> Table:
         rows = []
         for name, profile in self.phases.items():
-            parts = [brief(profile.parts[part]) for part in PARTS]
-            each = profile.seconds / profile.batches if profile.batches else 0.0
-            starved = f"{profile.starved:.0%}"
-            rows.append([name, brief(profile.seconds), *parts, starved, brief(each)])
+            times = [brief(profile.seconds), *(brief(profile.parts[part]) for part in PARTS)]
+            per_batch = profile.seconds / profile.batches if profile.batches else 0.0
+            rows.append([name, *times, f"{profile.starved:.0%}", brief(per_batch)])
         return Table(("phase", "total", *PARTS, "starved", "per batch"), rows)
 
     def __repr__(self) -> str:
@@ -195,25 +187,28 @@ class ProfileReport:
     def export_trace(self, path: str | Path) -> Path:
         """Write the spans as a Chrome trace (chrome://tracing, Perfetto) and return the path.
 
-        Blocking. Raises OSError where the file cannot be written.
+        Blocking.
+
+        Raises:
+            OSError: the file cannot be written.
         """
         origin = min((span.start for span in self.spans), default=0.0)
-        threads = {name: n for n, name in enumerate(dict.fromkeys(s.thread for s in self.spans))}
+        thread_ids: dict[str, int] = {}
         events: list[dict[str, Any]] = [
-            {"ph": "M", "name": "thread_name", "pid": 1, "tid": n, "args": {"name": name}}
-            for name, n in threads.items()
-        ]
-        events += [
             {
                 "ph": "X",
                 "name": span.name,
                 "cat": str(span.phase),
                 "pid": 1,
-                "tid": threads[span.thread],
+                "tid": thread_ids.setdefault(span.thread, len(thread_ids)),
                 "ts": (span.start - origin) * 1e6,
                 "dur": span.seconds * 1e6,
             }
             for span in self.spans
+        ]
+        events += [
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": name}}
+            for name, number in thread_ids.items()
         ]
         target = Path(path)
         target.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
