@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from textwrap import fill
 from typing import Any
 
-from fitloop._tables import Table as TextTable
+from fitloop._format import Table as TextTable
 
 ABSENT = "not installed; pip install 'fitloop[peers]'"
 """how the reason ends for whom a package is missing"""

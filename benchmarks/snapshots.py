@@ -73,7 +73,7 @@ kept_state = cache(State)
 @cache
 def kept_draft(megabytes: int) -> PreparedSnapshot:
     """Return a copy of the state, ready to be written."""
-    return take_snapshot(kept_state(megabytes).trainer._core, SnapshotBuffers())
+    return take_snapshot(kept_state(megabytes).trainer._state, SnapshotBuffers())
 
 
 def in_order(ways: Ways) -> dict[str, float]:
@@ -106,7 +106,7 @@ def stall(megabytes: int) -> Figures:
     seconds = in_order(
         {
             "plain copy": copy,
-            "fitloop": lambda: take_snapshot(state.trainer._core, state.staging),
+            "fitloop": lambda: take_snapshot(state.trainer._state, state.staging),
             "torch.save": lambda: torch.save(state.whole, path),
         }
     )

@@ -27,18 +27,18 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 
-def listed(names: Iterable[object]) -> str:
+def quoted_list(names: Iterable[object]) -> str:
     """Join names for a message: ``'a', 'b'``, or ``none``."""
     return ", ".join(repr(str(name)) for name in names) or "none"
 
 
-def note(error: BaseException, text: str) -> None:
+def add_note_safely(error: BaseException, text: str) -> None:
     """Add a note to an exception, unless it takes none: then it is worth more than the note."""
     with suppress(Exception):
         error.add_note(text)
 
 
-def in_words(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return type and message of an exception in a line, whatever its ``__str__`` does."""
     message = ""
     with suppress(Exception):
@@ -98,7 +98,7 @@ class MissingCriteriaError(MetricError):
         self.criteria, self.known = criteria, tuple(known)
         super().__init__(
             f"criteria is {criteria!r}, which valid_epoch_end did not return; it returned "
-            f"{listed(self.known)}. Give criteria= one of these (and criteria_direction=-1 "
+            f"{quoted_list(self.known)}. Give criteria= one of these (and criteria_direction=-1 "
             "where less is better), or return it from valid_epoch_end"
         )
 
@@ -108,7 +108,7 @@ class UnknownMetricError(FitLoopError, KeyError):
 
     def __init__(self, name: str, known: Iterable[str], where: str) -> None:
         self.name, self.known, self.where = name, tuple(known), where
-        super().__init__(f"no metric {name!r} in {where}; there are: {listed(self.known)}")
+        super().__init__(f"no metric {name!r} in {where}; there are: {quoted_list(self.known)}")
 
     def __str__(self) -> str:  # KeyError would show the repr of the message
         return str(self.args[0])

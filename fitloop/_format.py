@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 
 from fitloop._errors import UnknownMetricError
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a time as people read it: ``757 ms``, ``37 s 757 ms``, ``03 m 09 s 048 ms``."""
     milliseconds = round(seconds * 1000)
     hours, rest = divmod(milliseconds, 3_600_000)
@@ -26,7 +28,7 @@ def duration(seconds: float) -> str:
     return f"{rest} ms"
 
 
-def brief(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Return a time in the unit that suits it: ``45 us``, ``7.4 ms``, ``1.25 s``."""
     if abs(seconds) >= 1:
         return f"{seconds:.2f} s"
@@ -42,23 +44,25 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in _ESCAPE.sub("", text))
 
 
-def newest(line: str) -> str:
+def last_redraw(line: str) -> str:
     """Return the last form of a line that was drawn over and over, such as a bar."""
     return next(filter(None, reversed(line.split("\r"))), "")
 
 
-def joined(names: Iterable[str]) -> str:
+def comma_list(names: Iterable[str]) -> str:
     """Return names in one line, ``none`` for no names."""
     return ", ".join(names) or "none"
 
 
-def metrics_text(metrics: Mapping[str, float], names: Sequence[str] | None) -> str:
+def format_metrics(metrics: Mapping[str, float], names: Sequence[str] | None) -> str:
     """Return metrics in one line, those of ``names`` only, in their order."""
     chosen = metrics if names is None else {n: metrics[n] for n in names if n in metrics}
     return " | ".join(f"{printable(name)}: {value:.4f}" for name, value in chosen.items())
 
 
-def check_names(names: Sequence[str] | None, metrics: Mapping[str, Mapping[str, float]]) -> None:
+def check_display_metrics(
+    names: Sequence[str] | None, metrics: Mapping[str, Mapping[str, float]]
+) -> None:
     """Raise UnknownMetricError for a name that is to be shown and that no phase has."""
     known = list(dict.fromkeys(n for own in metrics.values() for n in own))
     for name in names or ():
@@ -66,15 +70,73 @@ def check_names(names: Sequence[str] | None, metrics: Mapping[str, Mapping[str, 
             raise UnknownMetricError(name, known, "the epoch metrics (display_metrics)")
 
 
-def columns(text: str) -> int:
+def display_width(text: str) -> int:
     """Return how many columns of a terminal printable text takes."""
     if text.isascii():
         return len(text)
-    return sum(map(character_columns, text))
+    return sum(map(character_width, text))
 
 
-def character_columns(character: str) -> int:
+def character_width(character: str) -> int:
     """Return the columns of a terminal that one character takes: 0, 1 or 2."""
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """A small table, as text and as HTML.
+
+    The HTML has no colours, styles sheets or scripts: it suits dark themes, saved notebooks that
+    are not trusted, and web pages that strip styles.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+    """so many columns begin at the left; the others, of numbers, end at the right"""
+    strong: Collection[int] = ()
+    """rows that stand out: bold in HTML; as text the caller marks them in a cell"""
+
+    def text(self) -> str:
+        """Return the table as lines of aligned columns."""
+        lines = [self.heads, *self.rows]
+        widths = [max(display_width(line[i]) for line in lines) for i in range(len(self.heads))]
+        return "\n".join(
+            "  ".join(self._aligned(i, cell, widths[i]) for i, cell in enumerate(line)).rstrip()
+            for line in lines
+        )
+
+    def _aligned(self, column: int, cell: str, width: int) -> str:
+        room = " " * (width - display_width(cell))
+        return f"{cell}{room}" if column < self.left else f"{room}{cell}"
+
+    def html(self) -> str:
+        """Return the table as HTML."""
+        head = self._row("th", self.heads)
+        rows = [self._row("td", row, strong=i in self.strong) for i, row in enumerate(self.rows)]
+        return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+
+    def _row(self, tag: str, cells: Sequence[str], *, strong: bool = False) -> str:
+        parts = []
+        for i, cell in enumerate(cells):
+            told = f"<strong>{escape(cell)}</strong>" if strong and cell else escape(cell)
+            align = "left" if i < self.left else "right"
+            parts.append(f'<{tag} style="text-align:{align}">{told}</{tag}>')
+        return f"<tr>{''.join(parts)}</tr>"
+
+
+def metrics_table(corner: str, metrics: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a table of numbers by row and name: a row that lacks a name has an empty cell."""
+    names = list(dict.fromkeys(name for own in metrics.values() for name in own))
+    rows = [
+        [row, *(f"{own[name]:.4f}" if name in own else "" for name in names)]
+        for row, own in metrics.items()
+    ]
+    return Table([corner, *names], rows)
+
+
+def html_block(*parts: str) -> str:
+    """Return pieces of HTML as one, each in a block of its own."""
+    return f"<div>{''.join(f'<div>{part}</div>' for part in parts if part)}</div>"

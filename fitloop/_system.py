@@ -1,15 +1,21 @@
-"""What this process runs on, as people who compare times want to know it."""
+"""The processor, its cores, and the versions of Python and torch."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
-import torch
+
+def available_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def processor() -> str:
-    """Return the name of the processor, as far as the system tells it."""
+    """Return the name of the processor; its architecture if the system does not tell the name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -19,7 +25,10 @@ def processor() -> str:
 
 
 def core_wait() -> float:
-    """Return the seconds so far in which this thread was ready and had no core; 0 if untold."""
+    """Return the total seconds that this thread was ready to run but had no core.
+
+    Return 0 on systems that do not count this time.
+    """
     try:
         with open("/proc/thread-self/schedstat", "rb") as counters:  # 16 us
             return int(counters.read().split()[1]) * 1e-9
@@ -29,4 +38,6 @@ def core_wait() -> float:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and torch."""
+    import torch
+
     return {"python": platform.python_version(), "torch": torch.__version__}

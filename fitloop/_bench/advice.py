@@ -11,7 +11,7 @@ from math import ceil
 
 from fitloop._bench.figures import Conditions, Figures, Variant
 from fitloop._engine.profiler import STARVED
-from fitloop._format import brief
+from fitloop._format import format_seconds
 
 BUSY = 0.8
 """processor share of the steps below which the machine was busy"""
@@ -66,8 +66,8 @@ def _noise(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
     elif step.noise > NOISE:
         yield Advice(
             "noise",
-            f"The machine was busy: the same steps took between {brief(step.low)} and "
-            f"{brief(step.high)}. {again}",
+            f"The machine was busy: the same steps took between {format_seconds(step.low)} and "
+            f"{format_seconds(step.high)}. {again}",
         )
 
 
@@ -88,13 +88,16 @@ def _loader(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
             yield Advice(
                 "loader",
                 f"The step waits for the loader {waits}, but hardly anything is to be gained: "
-                f"load {brief(load)}, step {brief(step)}, together {brief(now)} a batch.",
+                f"load {format_seconds(load)}, step {format_seconds(step)}, together "
+                f"{format_seconds(now)} a batch.",
                 change=False,
             )
         return
     problem = "The loader is the bottleneck" if load > step else "The step waits for the loader"
-    times = f"load {brief(load)}, step {brief(step)} a batch; the step waits {waits}"
-    gain = f"at best {brief(best)} instead of {brief(now)} a batch"
+    times = (
+        f"load {format_seconds(load)}, step {format_seconds(step)} a batch; the step waits {waits}"
+    )
+    gain = f"at best {format_seconds(best)} instead of {format_seconds(now)} a batch"
     remedy = _loader_remedy(conditions, figures, workers, gain)
     yield Advice("loader", f"{problem} ({times}).{_why_starved(conditions, figures)} {remedy}")
 
@@ -173,8 +176,8 @@ def _load_ahead(conditions: Conditions, figures: Figures) -> Advice | None:
     if conditions.loads != "inline" or saved is None or not saved.is_above(GAIN):
         return None
     times = (
-        f"a batch took {brief(figures.seconds(Variant.FITLOOP))} as it is set up, and "
-        f"{brief(figures.seconds(Variant.AHEAD))} loaded ahead"
+        f"a batch took {format_seconds(figures.seconds(Variant.FITLOOP))} as it is set up, and "
+        f"{format_seconds(figures.seconds(Variant.AHEAD))} loaded ahead"
     )
     if conditions.takes_turns:
         return Advice(
@@ -191,8 +194,8 @@ def _load_inline(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
         yield Advice(
             "prefetch",
             "Give prefetch=0: loading ahead costs more than it hides, "
-            f"{brief(figures.seconds(Variant.FITLOOP))} a batch against "
-            f"{brief(figures.seconds(Variant.INLINE))} inline.",
+            f"{format_seconds(figures.seconds(Variant.FITLOOP))} a batch against "
+            f"{format_seconds(figures.seconds(Variant.INLINE))} inline.",
         )
 
 
@@ -202,7 +205,7 @@ def _start(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
     if not figures.startup.is_above(LONG_START * epoch):
         return
     share = startup / (startup + epoch)
-    text = f"Each epoch begins with {brief(startup)} of waiting, {share:.0%} of it"
+    text = f"Each epoch begins with {format_seconds(startup)} of waiting, {share:.0%} of it"
     if conditions.num_workers and not conditions.persistent_workers:
         text += (
             ": the DataLoader starts its workers anew. Give it persistent_workers=True, which "
@@ -218,8 +221,9 @@ def _threads(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
     if saved is not None and saved.is_above(GAIN):
         yield Advice(
             "threads",
-            f"Give num_threads=1: a step takes {brief(figures.seconds(Variant.ONE_THREAD))} "
-            f"with one intra-op thread, {brief(figures.seconds(Variant.STEP))} with "
+            "Give num_threads=1: a step takes "
+            f"{format_seconds(figures.seconds(Variant.ONE_THREAD))} "
+            f"with one intra-op thread, {format_seconds(figures.seconds(Variant.STEP))} with "
             f"{conditions.num_threads}. Then measure the loader again: the advice on it rests on "
             "the slower step.",
         )
@@ -227,13 +231,14 @@ def _threads(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
 
 def _overhead(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
     step, overhead = figures.seconds(Variant.STEP), figures.overhead
-    added = brief(overhead.median)
+    added = format_seconds(overhead.median)
     share = overhead.median / step if step > 0 else 0.0
     change = False
     if not overhead.is_above(0.0) or any(_noise(conditions, figures)):
         text = (
             f"The overhead of fitloop cannot be told from the noise: {added} a batch at the "
-            f"median, {brief(overhead.low)} to {brief(overhead.high)}, of a step of {brief(step)}."
+            f"median, {format_seconds(overhead.low)} to {format_seconds(overhead.high)}, of a "
+            f"step of {format_seconds(step)}."
         )
     elif conditions.async_step and overhead.is_above(GAIN * step):
         change = True
@@ -244,7 +249,8 @@ def _overhead(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
     elif overhead.is_above(LARGE_OVERHEAD * step):
         change = True
         text = (
-            f"A step does little ({brief(step)}), so that fitloop's own {added} a batch are "
+            f"A step does little ({format_seconds(step)}), so that fitloop's own {added} a "
+            "batch are "
             f"{share:.0%} of it: larger batches make both count less."
         )
     else:
@@ -253,7 +259,8 @@ def _overhead(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
     if 0 < step <= SMALL_STEP and conditions.device == "cpu":
         yield Advice(
             "many",
-            f"Steps as short as {brief(step)} compete for the interpreter when several models "
+            f"Steps as short as {format_seconds(step)} compete for the interpreter when several "
+            "models "
             'train in threads: for many such models use Runner(backend="process").',
             change=False,
         )
@@ -273,7 +280,8 @@ def _lateness(conditions: Conditions, figures: Figures) -> Iterator[Advice]:
     if lag is not None and lag.p99 > LATE:
         yield Advice(
             "event loop",
-            f"The event loop wakes up {brief(lag.p99)} late at the 99th percentile while fitloop "
+            f"The event loop wakes up {format_seconds(lag.p99)} late at the 99th percentile "
+            "while fitloop "
             "trains: something in the steps or the loader holds the interpreter that long. "
             'Worker processes (num_workers, or Runner(backend="process")) keep it free.',
         )

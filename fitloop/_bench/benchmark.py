@@ -89,7 +89,7 @@ async def benchmark(
         if not isinstance(trainer, FitLoop | SyncFitLoop):
             show("making the trainer")
         made = await _trainer_of(trainer)
-        core = made._core
+        core = made._state
         plan = dry_plan(
             core,
             "benchmark",

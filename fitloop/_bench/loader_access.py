@@ -20,7 +20,7 @@ from fitloop._data.loaders import Loaders, LoadingOptions
 from fitloop._data.prefetch_tuner import AdaptiveSource
 from fitloop._data.pushback import pushback_iterator_of
 from fitloop._data.sources import LoadContext, PrefetchSource, Source
-from fitloop._engine.config import Parts
+from fitloop._engine.config import TrainerConfig
 from fitloop._errors import ConfigurationError
 
 
@@ -71,7 +71,7 @@ class LoaderAccess:
             self._generators.setdefault(id(generator), (generator, generator.get_state()))
         return iterable
 
-    def excludes_steps(self, config: Parts) -> bool:
+    def excludes_steps(self, config: TrainerConfig) -> bool:
         """Return whether a seed keeps the loader from being read during a step."""
         own = config.loader_randomness == "own" or uses_rng_only_at_start(self.loader)
         return config.seed is not None and not own and not self.is_async

@@ -18,8 +18,7 @@ from fitloop._bench.figures import (
     Variant,
     figures_of,
 )
-from fitloop._format import brief
-from fitloop._tables import Table, html_block
+from fitloop._format import Table, format_seconds, html_block
 
 WIDTH = 100
 """columns of the printed advice"""
@@ -61,7 +60,7 @@ class BenchReport:
 
     def __repr__(self) -> str:
         batch = self.figures.seconds(Variant.FITLOOP)
-        return f"<BenchReport of {self.conditions.trainer!r}: {brief(batch)} a batch>"
+        return f"<BenchReport of {self.conditions.trainer!r}: {format_seconds(batch)} a batch>"
 
     def _heading(self) -> str:
         run = self.conditions
@@ -78,7 +77,7 @@ class BenchReport:
         rows = []
         for variant, times in self.figures.per_batch.items():
             rate = f"{1 / times.median:.0f}" if times.median > 0 else ""
-            rows.append([LABELS[variant], *_cells(times, brief), rate])
+            rows.append([LABELS[variant], *_cells(times, format_seconds), rate])
         strong = [i for i, row in enumerate(rows) if row[0] == LABELS[Variant.FITLOOP]]
         return Table(("", "a batch", "least", "most", "batches/s"), rows, strong=strong)
 
@@ -105,10 +104,18 @@ class BenchReport:
             rows.append(["loader", text, *_percents(figures.loader_cpu_share)])
         if figures.startup.median >= 1e-3:
             text = "until the loader is at its pace, in each pass"
-            rows.append(["start", text, *_cells(figures.startup, brief)])
+            rows.append(["start", text, *_cells(figures.startup, format_seconds)])
         if figures.lag is not None:
-            text = f"late beside fitloop, {brief(figures.lag.p99)} at the 99th percentile"
-            rows.append(["event loop", text, brief(figures.lag.p50), "", brief(figures.lag.max)])
+            text = f"late beside fitloop, {format_seconds(figures.lag.p99)} at the 99th percentile"
+            rows.append(
+                [
+                    "event loop",
+                    text,
+                    format_seconds(figures.lag.p50),
+                    "",
+                    format_seconds(figures.lag.max),
+                ]
+            )
         return Table(("", "", "median", "least", "most"), rows, left=2)
 
 
@@ -128,7 +135,7 @@ def _cells(figure: Distribution, text_of: Callable[[float], str]) -> list[str]:
 
 
 def _signed(seconds: float) -> str:
-    return f"{'+' * (seconds >= 0)}{brief(seconds)}"
+    return f"{'+' * (seconds >= 0)}{format_seconds(seconds)}"
 
 
 def _ratios(figure: Distribution) -> list[str]:

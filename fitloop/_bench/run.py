@@ -39,7 +39,6 @@ from fitloop._concurrency.torch_threads import intra_op_threads
 from fitloop._data.device import DeviceTransfer
 from fitloop._data.inspection import length_of, loader_label, sample_count
 from fitloop._data.loaders import LoadingOptions
-from fitloop._defaults import available_cores
 from fitloop._engine.event_bus import EventBus
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import LoopState
@@ -48,7 +47,7 @@ from fitloop._errors import ConfigurationError, FitLoopError
 from fitloop._rng.state_io import global_state, restore_global_state
 from fitloop._rng.streams import GLOBAL_STREAM, RngState, Streams
 from fitloop._run.run import Observer, Run
-from fitloop._system import processor, versions
+from fitloop._system import available_cores, processor, versions
 from fitloop._types import Phase, Stage
 
 AHEAD_DEPTH = 2
@@ -91,14 +90,14 @@ class BenchRun(Run):
         self._begin: Callable[[], None] = lambda: None
         self._loads = "inline"
         self._takes_turns = False
-        self._inspector = StepInspector(self._core.parts.device)
+        self._inspector = StepInspector(self._core.config.device)
         self._syncs: float | None = None
         self._memory: list[Any] = []
         self._budget = BenchBudget(batches=1, repeats=1, rounds=1)
         self._measurement: Measurement | None = None
 
     def _open_loader(self) -> None:
-        parts, cuda = self._core.parts, self._core.cuda
+        parts, cuda = self._core.config, self._core.cuda_devices
         self._activity = "opening the loader"  # which may run the user's code
         access = self._access = LoaderAccess(self._loader)
         self._takes_turns = access.excludes_steps(parts)
@@ -127,8 +126,8 @@ class BenchRun(Run):
         return f"benchmark, {self._activity}: {super()._position()}"
 
     def _loop(self, engine: Engine, streams: Streams | None) -> None:
-        parts, turn = self._core.parts, engine.turn
-        self._process_rng = global_state(self._core.cuda)
+        parts, turn = self._core.config, engine.turn
+        self._process_rng = global_state(self._core.cuda_devices)
         stream = GLOBAL_STREAM if streams is None else streams.steps(Phase.TRAIN)
         turn.begin_pass(stream)
         engine.call_plain("preloop", parts.preloop, self._trainer)
@@ -222,13 +221,13 @@ class BenchRun(Run):
     def _first_pass(self, count: int) -> FirstEstimate:
         self._activity = "first look"
         loaders = self._loaders_of[Variant.INLINE]
-        inspector = self._inspector = StepInspector(self._core.parts.device)
+        inspector = self._inspector = StepInspector(self._core.config.device)
         timer = PassTimer(self.clock, self._synchronize, inspector.wrap)
         self._memory = loaders.copies = []
         self._restore()
         self._run_engine(loaders, self._loader, count, timer)
         loaders.copies = None
-        if inspector.device_reads is not None and self._core.parts.scaler is None:
+        if inspector.device_reads is not None and self._core.config.scaler is None:
             self._syncs = inspector.device_reads / len(self._memory)
         return timer.estimate(self._access.buffered)
 
@@ -238,7 +237,7 @@ class BenchRun(Run):
             variants.append(Variant.BARE)
         if estimate.loading_matters and self._access.kind not in ("async", "list"):
             variants += [Variant.INLINE, Variant.AHEAD]
-        if self._core.parts.device.type == "cpu" and self._options.num_threads > 1:
+        if self._core.config.device.type == "cpu" and self._options.num_threads > 1:
             variants.append(Variant.ONE_THREAD)
         return variants
 
@@ -325,7 +324,7 @@ class BenchRun(Run):
         if variant is Variant.LOAD:
             return loop.read(batches)
         state = self._begin_epoch(engine, limit)
-        step = Stages(self._core.parts).get(Phase.TRAIN, Stage.BATCH_STEP)
+        step = Stages(self._core.config).get(Phase.TRAIN, Stage.BATCH_STEP)
         if not self._inspector.is_async:
             return loop.train(step, state, batches)
         timings: list[PassTiming] = []
@@ -338,7 +337,7 @@ class BenchRun(Run):
 
     def _async_load(self, limit: int) -> PassTiming:
         """Read an async loader by fitloop, with steps that do nothing."""
-        parts = replace(self._core.parts, train_step=_no_step, train_epoch_end=_no_step)
+        parts = replace(self._core.config, train_step=_no_step, train_epoch_end=_no_step)
         return self._engine_pass(
             self._loaders_of[Variant.FITLOOP],
             self._loader,
@@ -349,7 +348,7 @@ class BenchRun(Run):
         )
 
     def _bare_loop(self, limit: int) -> BareLoop:
-        parts, schedulers = self._core.parts, self._schedulers
+        parts, schedulers = self._core.config, self._schedulers
         per_batch = schedulers is not None and schedulers.per_batch
         return BareLoop(
             self._control,
@@ -363,7 +362,7 @@ class BenchRun(Run):
 
     def _begin_epoch(self, engine: Engine, limit: int) -> LoopState:
         """Do by hand what the engine does before the first step; return the step's argument."""
-        parts, plan = self._core.parts, self._plan
+        parts, plan = self._core.config, self._plan
         state = LoopState(parts, Phase.TRAIN, plan.first_epoch, self._control.stop)
         if not plan.define_all:
             parts.model.train()
@@ -393,11 +392,11 @@ class BenchRun(Run):
 
     @property
     def _synchronize(self) -> Callable[[], None] | None:
-        device = self._core.parts.device
+        device = self._core.config.device
         return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
 
     def _conditions(self, rounds: int, seconds: float, epoch: int | None) -> Conditions:
-        parts, access, budget = self._core.parts, self._access, self._budget
+        parts, access, budget = self._core.config, self._access, self._budget
         return Conditions(
             trainer=parts.name,
             loader=access.type_name,

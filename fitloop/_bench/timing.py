@@ -195,14 +195,14 @@ class BareLoop:
         clock, add = timer.clock, timer.add
         fetched_at = timer.open()
         try:
-            control.loading = label
+            control.current_loader = label
             iterator = islice(iter(iterable), self._limit)
             while True:
-                control.loading = label
+                control.current_loader = label
                 batch = next(iterator, END)
-                control.loading = None
+                control.current_loader = None
                 if control.halted:
-                    control.left_loader()
+                    control.leave_loader()
                     return
                 if batch is END:
                     break
@@ -211,8 +211,8 @@ class BareLoop:
                 yield batch
                 fetched_at = clock()
         finally:
-            if control.loading is not None:  # the loader raised
-                control.left_loader(failed=True)
+            if control.current_loader is not None:  # the loader raised
+                control.leave_loader(failed=True)
         timer.end(fetched_at)
 
 

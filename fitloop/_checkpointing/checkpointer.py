@@ -15,13 +15,13 @@ from typing import Literal
 
 from fitloop._checkpointing.archive import Archive
 from fitloop._checkpointing.snapshot import PreparedSnapshot, RunPart, take_snapshot
-from fitloop._concurrency.background_writer import Writer
+from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, Event, SnapshotFailed, SnapshotWritten
 from fitloop._storage.durable import reason
 from fitloop._storage.tensors import SnapshotBuffers
-from fitloop._training.trainer_state import Core
+from fitloop._training.trainer_state import TrainerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,9 @@ class Checkpointer:
     def __init__(
         self,
         policy: Checkpoint,
-        core: Core,
+        core: TrainerState,
         archive: Archive,
-        writer: Writer,
+        writer: BackgroundWriter,
         part: Callable[[bool], RunPart],
         rest: Callable[[Callable[[], None]], None],
         cut: Callable[[], bool],
@@ -166,7 +166,7 @@ class Checkpointer:
             self._archive.add(path, fit, finished=finished, keep=self._policy.keep)
             self._outcomes.append(
                 SnapshotWritten(
-                    trainer=self._core.parts.name,
+                    trainer=self._core.config.name,
                     path=str(path),
                     nbytes=size,
                     seconds=self._clock() - began,
@@ -180,7 +180,7 @@ class Checkpointer:
 
     def _failure(self, path: Path, part: RunPart, error: Exception) -> SnapshotFailed:
         return SnapshotFailed(
-            trainer=self._core.parts.name,
+            trainer=self._core.config.name,
             epoch=part.position["epoch"],
             batch=part.position["batch"],
             path=str(path),

@@ -20,7 +20,7 @@ from fitloop._checkpointing.checkpointer import Checkpoint, Checkpointer
 from fitloop._checkpointing.run_log import RunLog
 from fitloop._checkpointing.run_position import check_run, opened_from, opened_state
 from fitloop._checkpointing.snapshot import RunPart, Snapshot, apply_snapshot
-from fitloop._concurrency.background_writer import Writer
+from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._concurrency.control import RunControl
 from fitloop._data.inspection import (
     can_skip_by_index,
@@ -38,7 +38,7 @@ from fitloop._events import Event
 from fitloop._metrics.results import EpochMetricsRecorder, FitResult
 from fitloop._storage.durable import DirectoryLock
 from fitloop._training.best import BestTracker
-from fitloop._training.trainer_state import Core
+from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
 
@@ -48,14 +48,14 @@ class Persistence:
     Without a ``policy`` it takes no snapshots and keeps the log only.
     """
 
-    def __init__(self, core: Core, policy: Checkpoint | None, *, resume: bool) -> None:
+    def __init__(self, core: TrainerState, policy: Checkpoint | None, *, resume: bool) -> None:
         self._core = core
         self._policy = policy
         self._resume = resume
-        self._lock = DirectoryLock(core.parts.save_path)
-        self._archive = Archive(core.parts.save_path)
-        self._writer = Writer(core.parts.name)
-        self._fit = core.fits
+        self._lock = DirectoryLock(core.config.save_path)
+        self._archive = Archive(core.config.save_path)
+        self._writer = BackgroundWriter(core.config.name)
+        self._fit = core.completed_fits
         self._plan: RunPlan | None = None
         self._engine: Engine | None = None
         self._metrics: EpochMetricsRecorder | None = None
@@ -109,7 +109,7 @@ class Persistence:
         return None if self.found is None else self.found.trainer["num_threads"]
 
     def _check_fits(self, found: Snapshot) -> None:
-        own, saved = self._core.parts, found.trainer
+        own, saved = self._core.config, found.trainer
         if saved["seed"] != own.seed:
             raise CheckpointError(
                 f"{found.path} is of a trainer with seed={saved['seed']}, this one has "

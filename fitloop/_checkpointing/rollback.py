@@ -18,7 +18,7 @@ from fitloop._data.inspection import generator_states, is_stateful, set_generato
 from fitloop._metrics.results import EpochMetricsRecorder
 from fitloop._rng.state_io import global_state, restore_global_state
 from fitloop._training.best import BestTracker
-from fitloop._training.trainer_state import Core
+from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
 
@@ -31,7 +31,7 @@ class RollbackPoint:
 
     def __init__(
         self,
-        core: Core,
+        core: TrainerState,
         loaders: Sequence[tuple[Phase, Any]],
         log: EpochMetricsRecorder,
         tracker: BestTracker | None,
@@ -58,14 +58,14 @@ class RollbackPoint:
                 stack.callback(way)
 
 
-def _random(core: Core) -> Callable[[], None]:
+def _random(core: TrainerState) -> Callable[[], None]:
     streams = core.streams
     if streams is None:
-        return partial(restore_global_state, global_state(core.cuda))
+        return partial(restore_global_state, global_state(core.cuda_devices))
     return partial(streams.set_states, streams.states())
 
 
-def _numbers(core: Core) -> Callable[[], None]:
+def _numbers(core: TrainerState) -> Callable[[], None]:
     names = ("epoch_num", "best_score", "best_epoch", "best_is_stale")
     values = [getattr(core, name) for name in names]
     criteria = core.criteria
@@ -80,8 +80,8 @@ def _numbers(core: Core) -> Callable[[], None]:
     return restore
 
 
-def _best(core: Core) -> Callable[[], None]:
-    name, store, epoch = core.parts.best_model_name, core.store, core.best_epoch
+def _best(core: TrainerState) -> Callable[[], None]:
+    name, store, epoch = core.config.best_model_name, core.store, core.best_epoch
     kept = store.borrow(name) if store.exists(name) else None
 
     def restore() -> None:

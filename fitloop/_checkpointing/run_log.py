@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from fitloop._concurrency.background_writer import Writer
+from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._errors import CheckpointError
 from fitloop._events import (
     BatchProgress,
@@ -23,7 +23,7 @@ from fitloop._events import (
 )
 from fitloop._storage.log_records import RunInfo, encode_event, encode_head
 from fitloop._storage.metric_log import MetricLog
-from fitloop._training.trainer_state import Core
+from fitloop._training.trainer_state import TrainerState
 
 PROGRESS_SECONDS = 1.0
 """least time between two records of how far a phase is"""
@@ -34,8 +34,8 @@ class RunLog:
 
     def __init__(
         self,
-        core: Core,
-        writer: Writer,
+        core: TrainerState,
+        writer: BackgroundWriter,
         *,
         raises: bool,
         clock: Callable[[], float] = time.time,
@@ -65,13 +65,13 @@ class RunLog:
     def _begin(self) -> None:
         # Anew for each run: whatever happened to file or history meanwhile, they are the same.
         core = self._core
-        log = MetricLog(core.parts.save_path)
+        log = MetricLog(core.config.save_path)
         try:
-            log.start(encode_head(core.parts.name, core.history, self._run))
+            log.start(encode_head(core.config.name, core.history, self._run))
         except CheckpointError as error:
             self._failed(log, error)
         else:
-            core.log = log
+            core.metric_log = log
 
     def observe(self, event: Event) -> None:
         """Write what the event adds to the history, and what others are to see of the run."""
@@ -96,7 +96,7 @@ class RunLog:
 
     def _keep(self, event: Event) -> MetricLog | None:
         """Have a record of the event among those to be written; return the log if it has one."""
-        log = self._core.log
+        log = self._core.metric_log
         if log is None or self._run is None:
             return None
         now = self._clock()
@@ -147,7 +147,7 @@ class RunLog:
         if log is not None:  # here: at the end of a program there may be no more threads
             self._write(log)
         if self._error is not None:
-            self._core.log, self._error = None, None  # the next run begins it anew
+            self._core.metric_log, self._error = None, None  # the next run begins it anew
 
     def tell_error(self) -> None:
         """Tell of a write that failed; raises `CheckpointError` if that is to end the run."""
@@ -157,13 +157,13 @@ class RunLog:
 
     def _failed(self, log: MetricLog, error: CheckpointError) -> None:
         """Raise, or tell it while training goes on, as the user wishes."""
-        self._core.log = None  # the next run begins it anew
+        self._core.metric_log = None  # the next run begins it anew
         self._to_write.clear()
         if self._raises:
             raise error
         self._core.event_bus.emit(
             SnapshotFailed(
-                trainer=self._core.parts.name,
+                trainer=self._core.config.name,
                 epoch=self._core.epoch_num,
                 batch=0,
                 path=str(log.path),

@@ -45,7 +45,7 @@ from fitloop._storage.layout import VERSION, LayoutError, Payload, TensorAlias, 
 from fitloop._storage.tensors import SnapshotBuffers, read_tensors
 from fitloop._storage.weight_files import check_module_versions
 from fitloop._storage.weight_store import StateDict, check_weights
-from fitloop._training.trainer_state import Core
+from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
 KIND = "snapshot"
@@ -90,13 +90,13 @@ class PreparedSnapshot:
 
 
 def take_snapshot(
-    core: Core, staging: SnapshotBuffers, run: RunPart | None = None
+    core: TrainerState, staging: SnapshotBuffers, run: RunPart | None = None
 ) -> PreparedSnapshot:
     """Copy the state that a trainer has now; it must be at rest, with no stream entered.
 
     Raises `CheckpointError`, naming its path in the tree, for a value that cannot be kept.
     """
-    parts = core.parts
+    parts = core.config
     best = _best(core)
     whole = {
         "training": training_state(parts, with_grads=run is not None and run.with_grads),
@@ -132,8 +132,8 @@ def take_snapshot(
     return PreparedSnapshot(fields, payloads)
 
 
-def _trainer_fields(core: Core) -> dict[str, Any]:
-    parts, criteria = core.parts, core.criteria
+def _trainer_fields(core: TrainerState) -> dict[str, Any]:
+    parts, criteria = core.config, core.criteria
     return {
         "name": parts.name,
         "model": type(parts.model).__qualname__,
@@ -142,7 +142,7 @@ def _trainer_fields(core: Core) -> dict[str, Any]:
         "device": str(parts.device),
         "dtype": str(parts.dtype).removeprefix("torch."),
         "epoch_num": core.epoch_num,
-        "fits": core.fits,
+        "fits": core.completed_fits,
         "best_score": core.best_score,
         "best_epoch": core.best_epoch,
         "criteria": None if criteria is None else [criteria.name, criteria.direction],
@@ -155,8 +155,8 @@ def _trainer_fields(core: Core) -> dict[str, Any]:
     }
 
 
-def _best(core: Core) -> StateDict | None:
-    name = core.parts.best_model_name
+def _best(core: TrainerState) -> StateDict | None:
+    name = core.config.best_model_name
     if core.best_score is None or not core.store.exists(name):
         return None
     return core.store.borrow(name)
@@ -167,10 +167,10 @@ def _plain_versions(state: StateDict | None) -> Any:
     return None if versions is None else {key: dict(value) for key, value in versions.items()}
 
 
-def _random_state(core: Core, moved: StreamStates) -> dict[str, Any]:
+def _random_state(core: TrainerState, moved: StreamStates) -> dict[str, Any]:
     streams = core.streams
     if streams is None:
-        return {"process": exported(global_state(core.cuda))}
+        return {"process": exported(global_state(core.cuda_devices))}
     return {
         f"{phase} {'loader' if loader else 'steps'}": exported(state)
         for (phase, loader), state in {**streams.states(), **moved}.items()
@@ -266,7 +266,7 @@ _TRAINER_KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def apply_snapshot(core: Core, snapshot: Snapshot) -> None:
+def apply_snapshot(core: TrainerState, snapshot: Snapshot) -> None:
     """Put a snapshot into a trainer at rest.
 
     The randomness is put back where the trainer has the seed that it was taken with: a trainer
@@ -275,18 +275,18 @@ def apply_snapshot(core: Core, snapshot: Snapshot) -> None:
     Raises `CheckpointError`, having changed nothing, when they do not fit each other.
     """
     trainer = snapshot.trainer
-    check_training(core.parts, snapshot.state["training"])
+    check_training(core.config, snapshot.state["training"])
     generators = _generators(core, snapshot)
     restore = _restoring_random(core, snapshot)
     undo = _keep_best(core, snapshot)
     try:
-        apply_training(core.parts, snapshot.state["training"])
+        apply_training(core.config, snapshot.state["training"])
     except BaseException:
         undo()
         raise
     restore_history(core.history, export_history(snapshot.history))
     core.epoch_num = trainer["epoch_num"]
-    core.fits = trainer["fits"]
+    core.completed_fits = trainer["fits"]
     core.best_score, core.best_epoch = trainer["best_score"], trainer["best_epoch"]
     if core.criteria is not None and core.criteria.is_default and trainer["criteria"]:
         core.criteria.name, core.criteria.direction = trainer["criteria"]
@@ -296,7 +296,7 @@ def apply_snapshot(core: Core, snapshot: Snapshot) -> None:
     restore()
 
 
-def _generators(core: Core, snapshot: Snapshot) -> list[tuple[Any, list[Tensor]]]:
+def _generators(core: TrainerState, snapshot: Snapshot) -> list[tuple[Any, list[Tensor]]]:
     """Return the trainer's loaders with the states of the generators that they carry."""
     found = []
     for phase, loader in core.loaders_of({}).items():
@@ -306,9 +306,9 @@ def _generators(core: Core, snapshot: Snapshot) -> list[tuple[Any, list[Tensor]]
     return found
 
 
-def _restoring_random(core: Core, snapshot: Snapshot) -> Callable[[], None]:
+def _restoring_random(core: TrainerState, snapshot: Snapshot) -> Callable[[], None]:
     """Return what puts back the randomness; raises `CheckpointError` if that cannot be done."""
-    if snapshot.trainer["seed"] != core.parts.seed:
+    if snapshot.trainer["seed"] != core.config.seed:
         return lambda: None
     streams = core.streams
     try:
@@ -329,17 +329,17 @@ def _restoring_random(core: Core, snapshot: Snapshot) -> Callable[[], None]:
         ) from error
 
 
-def _keep_best(core: Core, snapshot: Snapshot) -> Callable[[], None]:
+def _keep_best(core: TrainerState, snapshot: Snapshot) -> Callable[[], None]:
     """Keep the best weights of the snapshot; return what puts back those before."""
     best = snapshot.state["best"]
-    name, store = core.parts.best_model_name, core.store
+    name, store = core.config.best_model_name, core.store
     if best is None:
         return lambda: None
     before = None
     with suppress(CheckpointError):  # a damaged file is as good as none
         before = store.borrow(name) if store.exists(name) else None
     weights = module_weights({"weights": best, "versions": snapshot.state["best_modules"]})
-    check_weights(core.parts.model, weights)
+    check_weights(core.config.model, weights)
     store.save(name, weights)
 
     def undo() -> None:

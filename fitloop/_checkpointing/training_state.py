@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitloop._engine.config import Parts
-from fitloop._errors import CheckpointError, listed
+from fitloop._engine.config import TrainerConfig
+from fitloop._errors import CheckpointError, quoted_list
 from fitloop._storage.weight_files import check_module_versions, set_metadata
 from fitloop._storage.weight_store import apply_weights, check_weights
 from fitloop._training.capture import StepCapture
 
 
-def training_state(parts: Parts, *, with_grads: bool = False) -> dict[str, Any]:
+def training_state(parts: TrainerConfig, *, with_grads: bool = False) -> dict[str, Any]:
     """Return the state of model, loss, optimizers, schedulers and the rest, not copied.
 
     ``with_grads`` is for runs whose gradients live longer than a batch.
@@ -52,13 +52,13 @@ def training_state(parts: Parts, *, with_grads: bool = False) -> dict[str, Any]:
     return state
 
 
-def stateful_objects(parts: Parts) -> dict[str, Any]:
+def stateful_objects(parts: TrainerConfig) -> dict[str, Any]:
     """Return the scaler and whatever else with a state was given, by name."""
     scaler = {} if parts.scaler is None else {"scaler": parts.scaler}
     return {**scaler, **parts.stateful}
 
 
-def apply_training(parts: Parts, state: Any, *, strict: bool = True) -> None:
+def apply_training(parts: TrainerConfig, state: Any, *, strict: bool = True) -> None:
     """Put a `training_state` into the objects of ``parts``, which stay the same objects.
 
     Raises `CheckpointError`, having changed nothing, when they do not fit each other.
@@ -78,7 +78,7 @@ def apply_training(parts: Parts, state: Any, *, strict: bool = True) -> None:
         undo.pop_all()  # it went well
 
 
-def _modules(parts: Parts) -> list[nn.Module]:
+def _modules(parts: TrainerConfig) -> list[nn.Module]:
     loss = parts.loss_function
     return [parts.model, loss] if isinstance(loss, nn.Module) else [parts.model]
 
@@ -99,7 +99,7 @@ def module_weights(module_state: Any) -> OrderedDict[str, Any]:
     return weights
 
 
-def _outside(parts: Parts) -> Iterator[Tensor]:
+def _outside(parts: TrainerConfig) -> Iterator[Tensor]:
     """Give what an optimizer holds outside the modules, such as a learnt temperature."""
     seen = {id(p) for module in _modules(parts) for p in module.parameters()}
     for optimizer in parts.optimizers:
@@ -110,7 +110,7 @@ def _outside(parts: Parts) -> Iterator[Tensor]:
                     yield parameter
 
 
-def _names(parts: Parts) -> dict[Tensor, str]:
+def _names(parts: TrainerConfig) -> dict[Tensor, str]:
     """Return a name for each parameter there is, the same in every process."""
     named: dict[Tensor, str] = {}
     for number, module in enumerate(_modules(parts)):
@@ -148,7 +148,7 @@ def _load_scheduler(scheduler: Any, state: Any) -> None:
         vars(scheduler).update(state)
 
 
-def check_training(parts: Parts, state: Any, *, strict: bool = True) -> None:
+def check_training(parts: TrainerConfig, state: Any, *, strict: bool = True) -> None:
     """Refuse the state of a trainer that was made otherwise, naming what differs.
 
     Raises `CheckpointError`.
@@ -164,7 +164,7 @@ def check_training(parts: Parts, state: Any, *, strict: bool = True) -> None:
         raise CheckpointError(f"the state is not as fitloop writes it: {error!r}") from error
 
 
-def _check_kinds(parts: Parts, state: Any) -> None:
+def _check_kinds(parts: TrainerConfig, state: Any) -> None:
     for what, saved, own in (
         ("optimizers", state["optimizers"], parts.optimizers),
         ("schedulers", state["schedulers"], parts.lr_schedulers),
@@ -172,13 +172,14 @@ def _check_kinds(parts: Parts, state: Any) -> None:
         had, has = [item["type"] for item in saved], [_type_of(item) for item in own]
         if had != has:
             raise CheckpointError(
-                f"the {what} differ: saved were {listed(had)}, the trainer has {listed(has)}"
+                f"the {what} differ: saved were {quoted_list(had)}, "
+                f"the trainer has {quoted_list(has)}"
             )
     stateful, mine = sorted(map(str, state["stateful"])), sorted(stateful_objects(parts))
     if stateful != mine:
         raise CheckpointError(
-            f"what else has a state differs: saved were {listed(stateful)}, the trainer "
-            f"has {listed(mine)}; give scaler= and stateful= as before"
+            f"what else has a state differs: saved were {quoted_list(stateful)}, the trainer "
+            f"has {quoted_list(mine)}; give scaler= and stateful= as before"
         )
     for what, count, own_count in (
         ("modules", len(state["modules"]), len(_modules(parts))),
@@ -190,12 +191,12 @@ def _check_kinds(parts: Parts, state: Any) -> None:
             )
 
 
-def _check_contents(parts: Parts, state: Any) -> None:
+def _check_contents(parts: TrainerConfig, state: Any) -> None:
     for scheduler, saved in zip(parts.lr_schedulers, state["schedulers"], strict=True):
         unknown = set(saved["state"]) - set(_scheduler_state(scheduler))
         if unknown:
             raise CheckpointError(
-                f"the state of {saved['type']} has what it does not know: {listed(unknown)}"
+                f"the state of {saved['type']} has what it does not know: {quoted_list(unknown)}"
             )
     parameters = {name: parameter for parameter, name in _names(parts).items()}
     for name, grad in state["grads"].items():
@@ -206,7 +207,7 @@ def _check_contents(parts: Parts, state: Any) -> None:
             check_module_versions(saved["versions"])
 
 
-def _copies(parts: Parts) -> Iterator[Callable[[], object]]:
+def _copies(parts: TrainerConfig) -> Iterator[Callable[[], object]]:
     """Give what puts each thing back, except the model, whose weights come last."""
     yield StepCapture(parts.optimizers, parts.lr_schedulers).restore
     for item in [*stateful_objects(parts).values(), *_modules(parts)[1:]]:
@@ -234,7 +235,7 @@ def _copy_pairs(pairs: list[tuple[Tensor, Tensor]]) -> None:
             target.copy_(source)
 
 
-def _apply(parts: Parts, state: Any, *, strict: bool) -> None:
+def _apply(parts: TrainerConfig, state: Any, *, strict: bool) -> None:
     parameters = {name: parameter for parameter, name in _names(parts).items()}
     for optimizer, saved in zip(parts.optimizers, state["optimizers"], strict=True):
         _load_optimizer(optimizer, clone_tensors(saved), parameters)
@@ -261,7 +262,8 @@ def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tens
         unknown = [name for group in names for name in group if name not in parameters]
         if unknown:
             raise CheckpointError(
-                f"the optimizer held parameters that the model does not have: {listed(unknown)}"
+                "the optimizer held parameters that the model does not have: "
+                f"{quoted_list(unknown)}"
             )
         first = {key: value for key, value in groups[0].items() if key != "params"}
         groups[:] = [{**first, "params": [parameters[name] for name in group]} for group in names]

@@ -28,8 +28,8 @@ from torch import nn
 from fitloop._bench.benchmark import benchmark
 from fitloop._bench.report import BenchReport
 from fitloop._cli.common import Commands, add_command, say
-from fitloop._defaults import SHARE
-from fitloop._errors import ConfigurationError, FitLoopError, listed
+from fitloop._defaults import TRAINER_DEFAULTS
+from fitloop._errors import ConfigurationError, FitLoopError, quoted_list
 from fitloop._storage.durable import reason, write_file
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
@@ -126,11 +126,11 @@ def _bench(given: argparse.Namespace) -> int:
 
 
 def _measure(factory: Callable[[], Any], given: argparse.Namespace) -> BenchReport:
-    token = SHARE.set(replace(SHARE.get(), device=given.device))
+    token = TRAINER_DEFAULTS.set(replace(TRAINER_DEFAULTS.get(), device=given.device))
     try:
         return anyio.run(partial(_run, factory, given))
     finally:
-        SHARE.reset(token)
+        TRAINER_DEFAULTS.reset(token)
 
 
 async def _run(factory: Callable[[], Any], given: argparse.Namespace) -> BenchReport:
@@ -210,7 +210,7 @@ def _factory(target: tuple[str, str], arguments: dict[str, Any]) -> Callable[[],
     for part in name.split("."):
         if not hasattr(found, part):
             raise ConfigurationError(
-                f"{place} has no {name!r}; its functions are: {listed(_functions(module))}"
+                f"{place} has no {name!r}; its functions are: {quoted_list(_functions(module))}"
             )
         found = getattr(found, part)
     if isinstance(found, FitLoop | SyncFitLoop):

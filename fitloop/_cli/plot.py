@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fitloop._cli.common import Commands, add_command, labels, run_directories, say
-from fitloop._errors import CheckpointError, ConfigurationError, listed
+from fitloop._errors import CheckpointError, ConfigurationError, quoted_list
 from fitloop._metrics.history import History
 from fitloop._storage.durable import reason, write_file
 from fitloop._storage.metric_log import LOG_NAME, read_metrics
@@ -98,7 +98,7 @@ def _plot(given: argparse.Namespace) -> int:
     suffixes = sorted(f".{kind}" for kind in figure.canvas.get_supported_filetypes())
     if out.suffix.lower() not in suffixes:
         raise ConfigurationError(
-            f"{out} has the suffix {out.suffix!r}; expected one of {listed(suffixes)}"
+            f"{out} has the suffix {out.suffix!r}; expected one of {quoted_list(suffixes)}"
         )
     histories = _histories(given.directories)
     try:

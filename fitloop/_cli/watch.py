@@ -18,7 +18,7 @@ from fitloop._display.progress import PROGRESS_VIEW, EpochPrinter
 from fitloop._display.status import RunStatus
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted
-from fitloop._format import duration
+from fitloop._format import format_duration
 from fitloop._storage.durable import is_locked
 from fitloop._storage.log_follower import LogFollower, TimedEvent
 from fitloop._types import StopReason
@@ -146,7 +146,7 @@ class WatchedRun:
             return
         done = f"{status.epochs_done} of {status.epochs} epochs done"
         of = done if status.call == "fit" else "going on"
-        say(self._line(f"{status.call}, {of}, began {duration(time.time() - first.at)} ago"))
+        say(self._line(f"{status.call}, {of}, began {format_duration(time.time() - first.at)} ago"))
         if epoch and self._every:
             lines = EpochPrinter(status)
             for event in (first.event, *epoch):
@@ -196,7 +196,7 @@ def _ending(event: RunEnded, status: RunStatus) -> str:
     text = f"{event.call} {event.stop_reason}"
     if event.call == "fit":
         text += f" after {event.epochs} of {status.epochs} epochs"
-    text += f" in {duration(event.seconds)}"
+    text += f" in {format_duration(event.seconds)}"
     if event.best_score is not None and event.call == "fit":
         text += f", best score {event.best_score:.4f} in epoch {event.best_epoch}"
     return text if event.error is None else f"{text}: {event.error}"

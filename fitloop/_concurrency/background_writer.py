@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 
-class Writer:
+class BackgroundWriter:
     """Runs jobs in a thread of its own, which is there while there are any.
 
     A job tells its own outcome; one that raises is a defect, and the error is raised by `close`.

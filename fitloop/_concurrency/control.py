@@ -38,13 +38,13 @@ class RunControl:
         self.stop_reason: str | None = None
         self.failure: BaseException | None = None
         """what an observer on the event loop raised"""
-        self.loading: str | None = None
+        self.current_loader: str | None = None
         """description of the loader that the step thread is inside of, if it is"""
         self.abandoned = False
         """the step thread was left inside a loader"""
-        self.waited = 0.0
+        self.wait_seconds = 0.0
         """seconds that the step thread has waited for a loader or an answer, all in all"""
-        self.hung: list[str] = []
+        self.hung_loaders: list[str] = []
         """descriptions of the loaders that the run did not wait for any longer"""
         self._settled = False
         self._wakers: list[Callable[[], None]] = []
@@ -101,7 +101,7 @@ class RunControl:
                     self.changed.wait()
                 return True
             finally:
-                self.waited += time.perf_counter() - began
+                self.wait_seconds += time.perf_counter() - began
 
     def notify(self) -> None:
         """Wake every waiting thread of the run to look again."""
@@ -111,7 +111,7 @@ class RunControl:
     # A cancelled run may not wait for ever on a loader that does not return. The two calls below
     # decide, under the lock, which of the step thread and its supervisor ends the run.
 
-    def left_loader(self, *, failed: bool = False) -> None:
+    def leave_loader(self, *, failed: bool = False) -> None:
         """Note that the step thread has come back from the loader.
 
         Raises:
@@ -119,7 +119,7 @@ class RunControl:
             Cancelled: the run was cancelled meanwhile, and the loader has not ``failed``.
         """
         with self.changed:
-            self.loading = None
+            self.current_loader = None
             if self.abandoned:
                 raise Abandoned
             if self.cancelled and not failed:
@@ -128,12 +128,12 @@ class RunControl:
     def abandon_loader(self) -> bool:
         """Give up the step thread if it is inside a loader; return whether it was."""
         with self.changed:
-            if self.loading and not self._settled:
-                self.hung.append(self.loading)
+            if self.current_loader and not self._settled:
+                self.hung_loaders.append(self.current_loader)
                 self.abandoned = self._settled = True
             return self.abandoned
 
-    def settle(self) -> bool:
+    def claim_end(self) -> bool:
         """Claim the right to end the run; true for exactly one caller."""
         with self.changed:
             settled, self._settled = self._settled, True

@@ -11,7 +11,7 @@ from inspect import iscoroutine
 from typing import Any
 
 
-class Driven:
+class SteppedAwaitable:
     """An awaitable that does what ``awaitable`` does, and returns or raises the same.
 
     ``before`` may return something to be awaited first; what that raises is raised in the

@@ -41,7 +41,7 @@ def loop_scheduler() -> Callable[[Callable[[], object]], None]:
     return schedule_asyncio
 
 
-def leave_loop() -> None:
+def hide_running_loop() -> None:
     """Have the current context, a copy for a new thread, not say that an event loop runs in it.
 
     Else that thread could begin none of its own: user code may call `SyncFitLoop` there.
@@ -51,7 +51,7 @@ def leave_loop() -> None:
         sniffio.current_async_library_cvar.set(None)
 
 
-class Doorbell:
+class ThreadsafeEvent:
     """Wakes one task from any thread; rings between two wake-ups count as one.
 
     Made inside the event loop that will wait for it.
@@ -60,15 +60,15 @@ class Doorbell:
     def __init__(self) -> None:
         self._schedule = loop_scheduler()
         self._lock = threading.Lock()
-        self._rung = False
+        self._is_set = False
         self._event = anyio.Event()
 
-    def ring(self) -> None:
+    def set(self) -> None:
         """Wake the waiting task, or the next one to wait."""
         with self._lock:
-            if self._rung:
+            if self._is_set:
                 return
-            self._rung = True
+            self._is_set = True
         self._schedule(self._open)
 
     def _open(self) -> None:
@@ -85,10 +85,10 @@ class Doorbell:
             self._event = anyio.Event()
         finally:
             with self._lock:
-                self._rung = False
+                self._is_set = False
 
 
-class Tasks:
+class LoopTasks:
     """The tasks in which user code runs on the event loop for a run, and how to cancel them.
 
     A native ``Task.cancel()`` is one edge, an anyio scope keeps cancelling: user code gets what

@@ -15,7 +15,7 @@ _users: dict[int, str] = {}
 
 
 @contextmanager
-def busy(trainer: str, call: str, key: object, model: nn.Module) -> Iterator[None]:
+def in_use(trainer: str, call: str, key: object, model: nn.Module) -> Iterator[None]:
     """Hold a trainer and the parameters of its model while a coroutine works on them.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Owns the one hop of a run: `supervise` starts the step thread, serves what it asks of the event
 loop, and does not return before the thread has ended, however often it is cancelled. Knows
-nothing of models or loaders. The thread-side waiting is `RunControl`'s.
+nothing of models or loaders. The thread-portal waiting is `RunControl`'s.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import anyio.lowlevel
 
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._concurrency.event_loops import (
-    Doorbell,
-    Tasks,
+    LoopTasks,
+    ThreadsafeEvent,
+    hide_running_loop,
     is_scope_cancelled,
-    leave_loop,
     raise_in_scope,
 )
-from fitloop._errors import LoaderHungWarning, note
+from fitloop._errors import LoaderHungWarning, add_note_safely
 
 T = TypeVar("T")
-LAST_MOMENT = 0.0005
+JOIN_TIMEOUT = 0.0005
 """seconds that a thread which has said its last word is waited for without anything else"""
 
 
@@ -45,13 +45,13 @@ class _Request:
         self.error: BaseException | None = None
 
 
-class LoopSide:
+class LoopPortal:
     """What the threads of a run may ask of the event loop that awaits it."""
 
     def __init__(self, control: RunControl) -> None:
         self._control = control
-        self.tasks = Tasks()
-        self._bell = Doorbell()
+        self.tasks = LoopTasks()
+        self._wake_event = ThreadsafeEvent()
         self._requests: deque[_Request] = deque()
         self._open_requests: set[_Request] = set()
         self._closed = False
@@ -86,21 +86,21 @@ class LoopSide:
                 raise Cancelled
             self._requests.append(request)
             self._open_requests.add(request)
-        self._bell.ring()
+        self._wake_event.set()
         return request
 
     def finish(self) -> None:
         """Tell the awaiting task that the threads of the run are done; the last call of all."""
         self.finished = True
-        self._bell.ring()
+        self._wake_event.set()
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Have the awaiting task look again."""
-        self._bell.ring()
+        self._wake_event.set()
 
     async def wait(self) -> None:
         """Wait for a request, or for the end."""
-        await self._bell.wait()
+        await self._wake_event.wait()
 
     def take(self) -> list[_Request]:
         """Return the new requests."""
@@ -144,7 +144,7 @@ class LoopSide:
                 self._control.changed.notify_all()
 
 
-class Work(Protocol):
+class ThreadTask(Protocol):
     """What a step thread does: `execute`, and then `finish`, which always runs, once."""
 
     def execute(self) -> None:
@@ -160,8 +160,10 @@ class Work(Protocol):
 class _StepThread:
     """The thread of a run, and the outcome it leaves."""
 
-    def __init__(self, work: Work, control: RunControl, side: LoopSide, name: str) -> None:
-        self._work, self._control, self._side, self._name = work, control, side, name
+    def __init__(
+        self, task: ThreadTask, control: RunControl, portal: LoopPortal, name: str
+    ) -> None:
+        self._task, self._control, self._portal, self._name = task, control, portal, name
         self._threads: list[threading.Thread] = []
         self.result: Any = None
         self.error: BaseException | None = None
@@ -176,7 +178,7 @@ class _StepThread:
 
     def _launch(self, target: Callable[[], None]) -> None:
         context = contextvars.copy_context()
-        context.run(leave_loop)
+        context.run(hide_running_loop)
         thread = threading.Thread(
             target=context.run, args=(target,), name=f"fitloop {self._name}", daemon=True
         )
@@ -186,24 +188,24 @@ class _StepThread:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            self._work.execute()
+            self._task.execute()
         except Abandoned:
             return
         except BaseException as raised:  # crosses to the awaiting task
             error = raised
         try:
-            if self._control.settle():
+            if self._control.claim_end():
                 self._settle(error)
         finally:
             del error  # its traceback refers to this frame
 
     def _settle(self, error: BaseException | None) -> None:
         try:
-            self.result = self._work.finish(error)
+            self.result = self._task.finish(error)
         except BaseException as raised:  # crosses to the awaiting task
             self.error = raised
-        self._work = cast("Work", None)  # the thread may outlive the run by a moment
-        self._side.finish()
+        self._task = cast("ThreadTask", None)  # the thread may outlive the run by a moment
+        self._portal.finish()
 
     def is_alive(self) -> bool:
         """Return whether a thread is in the moment between its last word and its end.
@@ -212,103 +214,106 @@ class _StepThread:
         the interpreter from the thread that needs it to end.
         """
         for thread in self._threads:
-            thread.join(LAST_MOMENT)
+            thread.join(JOIN_TIMEOUT)
         return any(thread.is_alive() for thread in self._threads)
 
 
 async def supervise(
-    work: Work,
+    task: ThreadTask,
     control: RunControl,
-    side: LoopSide,
+    portal: LoopPortal,
     *,
     name: str,
     grace: float,
-    companions: Sequence[Callable[[], Awaitable[None]]] = (),
-    release_companions: Callable[[], None] = lambda: None,
+    background_tasks: Sequence[Callable[[], Awaitable[None]]] = (),
+    end_background_tasks: Callable[[], None] = lambda: None,
 ) -> Any:
-    """Run ``work`` in a thread of its own and return what its ``finish`` returned.
+    """Run ``task`` in a thread of its own and return what its ``finish`` returned.
 
-    ``companions`` run beside it as tasks; ``release_companions`` lets them end when the work is
-    over. The error of a companion ends the run and is raised from here.
+    ``background_tasks`` run beside it as tasks; ``end_background_tasks`` lets them
+    end when the task is over. The error of a background task ends the run and is raised from here.
 
     Cancellation: ``control`` is told, the coroutines that the work has asked for are cancelled,
     the thread ends at its next boundary and is joined, and the first cancellation is raised
     again. This also holds when it is cancelled again meanwhile. A thread that is still inside a
     loader after ``grace`` seconds is left there, with a `LoaderHungWarning`.
     """
-    thread = _StepThread(work, control, side, name)
+    thread = _StepThread(task, control, portal, name)
     interruption: BaseException | None = None
     try:
         async with anyio.create_task_group() as group:
-            for companion in companions:
-                group.start_soon(_accompany, companion, control, side, name)
+            for background_task in background_tasks:
+                group.start_soon(_run_background_task, background_task, control, portal, name)
             thread.start()
             try:
-                while not (side.finished or control.failure):
-                    await side.wait()
-                    for request in side.take():
-                        group.start_soon(side.serve, request)
-                release_companions()
+                while not (portal.finished or control.failure):
+                    await portal.wait()
+                    for request in portal.take():
+                        group.start_soon(portal.serve, request)
+                end_background_tasks()
             except BaseException as raised:
                 interruption = raised
                 control.cancel()
-                side.close()
+                portal.close()
                 if isinstance(raised, GeneratorExit):  # the event loop is gone: nothing to await
-                    side.answer_rest()
+                    portal.answer_rest()
                     raise
-                side.tasks.cancel(raised, group.cancel_scope)
+                portal.tasks.cancel(raised, group.cancel_scope)
             if control.failure is not None:
-                side.close()
+                portal.close()
                 group.cancel_scope.cancel()
-    except anyio.get_cancelled_exc_class() as raised:  # while the companions were ending
+    except anyio.get_cancelled_exc_class() as raised:  # while the background_tasks were ending
         interruption = interruption or raised
         control.cancel()
     except BaseExceptionGroup as raised:  # Ctrl-C pressed again, anywhere above
         interruption = interruption or raised.exceptions[0]
         control.cancel()
-        side.close()
-    side.answer_rest()
-    interruption = await _wind_up(thread, control, side, grace) or interruption
+        portal.close()
+    portal.answer_rest()
+    interruption = await _shut_down(thread, control, portal, grace) or interruption
     if interruption is None and isinstance(thread.error, Cancelled) and control.failure is None:
         # A coroutine of the run saw the cancellation of a scope before this task did.
         await anyio.lowlevel.checkpoint()
-    for loader in control.hung:
+    for loader in control.hung_loaders:
         _warn_hung(loader, name, grace)
     return _outcome(thread, control, interruption)
 
 
-async def _accompany(
-    companion: Callable[[], Awaitable[None]], control: RunControl, side: LoopSide, name: str
+async def _run_background_task(
+    background_task: Callable[[], Awaitable[None]],
+    control: RunControl,
+    portal: LoopPortal,
+    name: str,
 ) -> None:
     try:
-        with side.tasks.entered():
-            await companion()
+        with portal.tasks.entered():
+            await background_task()
     except anyio.get_cancelled_exc_class() as error:
         if not (control.halted or is_scope_cancelled()):
-            _fail(error, control, side, name)  # it awaited something that was cancelled
+            _fail(error, control, portal, name)  # it awaited something that was cancelled
         raise_in_scope(error)
     except BaseException as error:
-        _fail(error, control, side, name)
+        _fail(error, control, portal, name)
 
 
-def _fail(error: BaseException, control: RunControl, side: LoopSide, name: str) -> None:
+def _fail(error: BaseException, control: RunControl, portal: LoopPortal, name: str) -> None:
     """End the run for what an async callback raised; supervise raises it again."""
-    note(error, f"in trainer {name!r}: in an async callback")
+    add_note_safely(error, f"in trainer {name!r}: in an async callback")
     control.cancel(error)
-    side.ring()
+    portal.wake()
 
 
-async def _wind_up(
-    thread: _StepThread, control: RunControl, side: LoopSide, grace: float
+async def _shut_down(
+    thread: _StepThread, control: RunControl, portal: LoopPortal, grace: float
 ) -> BaseException | None:
     """Wait for the thread through any number of cancellations; return the first of them."""
     first: BaseException | None = None
     deadline = anyio.current_time() + grace
     with anyio.CancelScope(shield=True):
-        while not side.finished:
+        while not portal.finished:
             try:
                 with anyio.CancelScope(deadline=deadline):
-                    await side.wait()
+                    await portal.wait()
             except (anyio.get_cancelled_exc_class(), KeyboardInterrupt) as again:
                 # A native Task.cancel() passes anyio's shield. It is not lost: see `first`.
                 first = first or again
@@ -331,7 +336,7 @@ def _outcome(thread: _StepThread, control: RunControl, interruption: BaseExcepti
         error = control.failure
     if thread.error is not None and not isinstance(thread.error, Cancelled):
         if control.failure not in (None, thread.error):
-            note(thread.error, f"meanwhile an async callback raised {control.failure!r}")
+            add_note_safely(thread.error, f"meanwhile an async callback raised {control.failure!r}")
         error = thread.error
     thread.error = None
     try:

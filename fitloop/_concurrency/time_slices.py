@@ -143,7 +143,7 @@ class TimeSliceHook:
         """it has had a slice, which another may have taken from it"""
         self._interrupted = False
         """it had one, and an event ended it"""
-        self._began, self._used, self._idle = clock(), processor(), control.waited
+        self._began, self._used, self._idle = clock(), processor(), control.wait_seconds
         self._barred = kept()
         """what the clocks said at the last look"""
         self._until = 0.0
@@ -214,7 +214,7 @@ class TimeSliceHook:
         return whole - computed - (self._kept() - self._barred) >= FREE_SHARE * whole
 
     def _waits(self, now: float) -> bool:
-        return self._control.waited - self._idle >= WAITING_SHARE * (now - self._began)
+        return self._control.wait_seconds - self._idle >= WAITING_SHARE * (now - self._began)
 
     def _stay_out(self) -> None:
         self._note(self._pause)
@@ -226,7 +226,11 @@ class TimeSliceHook:
         self._note(seconds)
 
     def _note(self, seconds: float) -> None:
-        self._began, self._used, self._idle = self._clock(), self._processor(), self._control.waited
+        self._began, self._used, self._idle = (
+            self._clock(),
+            self._processor(),
+            self._control.wait_seconds,
+        )
         self._barred = self._kept()
         self._batches = 0
         self._until = self._began + seconds

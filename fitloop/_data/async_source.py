@@ -11,8 +11,8 @@ from typing import Any
 
 import anyio
 
-from fitloop._concurrency.event_loops import Doorbell, is_scope_cancelled, loop_scheduler
-from fitloop._concurrency.supervisor import LoopSide
+from fitloop._concurrency.event_loops import ThreadsafeEvent, is_scope_cancelled, loop_scheduler
+from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.sources import END, LoadContext
 from fitloop._rng.streams import RngState
 
@@ -29,7 +29,7 @@ class AsyncSource:
         self,
         iterable: AsyncIterable[Any],
         context: LoadContext,
-        side: LoopSide,
+        side: LoopPortal,
         *,
         depth: int,
         limit: int | None = None,
@@ -48,7 +48,7 @@ class AsyncSource:
         self._error: BaseException | None = None
         self._ended = False
         self._closed = False
-        self._room: Doorbell | None = None
+        self._room: ThreadsafeEvent | None = None
         self._cancel: Callable[[], None] = lambda: None
         side.start(self._pump)
 
@@ -98,14 +98,14 @@ class AsyncSource:
         with self._context.control.changed:
             room = self._room
         if room is not None:
-            room.ring()
+            room.set()
 
     async def _pump(self) -> None:
         changed = self._context.control.changed
         schedule = loop_scheduler()
         scope = anyio.CancelScope()
         with changed:
-            self._room = Doorbell()
+            self._room = ThreadsafeEvent()
             self._cancel = lambda: schedule(scope.cancel)
             closed = self._closed
         error: BaseException | None = None
@@ -142,7 +142,7 @@ class AsyncSource:
             return raised
         return None
 
-    async def _read_all(self, room: Doorbell) -> None:
+    async def _read_all(self, room: ThreadsafeEvent) -> None:
         changed, limit = self._context.control.changed, self._limit
         self._iterator = aiter(self._iterable)
         for _ in range(self._skip):

@@ -18,7 +18,7 @@ from torch.utils.data import (
     DataLoader,
 )
 
-from fitloop._concurrency.supervisor import LoopSide
+from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.async_source import AsyncSource
 from fitloop._data.inspection import (
     can_skip_by_index,
@@ -83,7 +83,7 @@ class Loaders:
         loader: Any,
         phase: Phase,
         context: LoadContext,
-        side: LoopSide,
+        side: LoopPortal,
         *,
         stream: Stream | None,
         limit: int | None,
@@ -102,9 +102,9 @@ class Loaders:
             limit = None if limit is None else limit - resume_from.batches
             rewind_to(resume_from.pass_start.rng_state, stream)
         steps = seeded.borrow_turn()
-        context.control.loading = context.label
+        context.control.current_loader = context.label
         if context.control.cancelled:
-            context.control.left_loader()
+            context.control.leave_loader()
         try:
             iterable = self._iterable(loader)
             if drawn is not None:
@@ -122,9 +122,9 @@ class Loaders:
                 if begins and resume_from is None:  # else what it draws to begin has been drawn
                     iterator = _begun(iterator)
         except BaseException:
-            context.control.left_loader(failed=True)
+            context.control.leave_loader(failed=True)
             raise
-        context.control.left_loader()
+        context.control.leave_loader()
         seeded.return_turn(steps)
         if resume_from is not None:
             rewind_to(resume_from.rng_state, stream)

@@ -125,21 +125,21 @@ def _inline(context: LoadContext) -> tuple[Callable[[], Any], Callable[[], list[
     unread: list[Any] = []
 
     def fetch() -> Any:
-        control.loading = label
+        control.current_loader = label
         if control.cancelled:
-            control.left_loader()
+            control.leave_loader()
         try:
             batch = read()  # type: ignore[misc]
         except StopIteration:
             batch = END
         except BaseException:
-            control.left_loader(failed=True)
+            control.leave_loader(failed=True)
             raise
-        control.loading = None
+        control.current_loader = None
         if control.cancelled:
             if batch is not END:
                 unread.append(batch)
-            control.left_loader()
+            control.leave_loader()
         if batch is END:
             return END
         placed = place(batch)
@@ -222,7 +222,7 @@ class PrefetchSource:
             self._turn.notify_cancelled()
         self._thread.join(context.close_timeout)
         if self._thread.is_alive():
-            context.control.hung.append(context.label)
+            context.control.hung_loaders.append(context.label)
         if self._turn is not None:
             self._turn.close()
         with context.control.changed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from fitloop._format import character_columns, columns, printable
+from fitloop._format import character_width, display_width, printable
 
 
 def has_terminal() -> bool:
@@ -58,12 +58,12 @@ def writable(text: str) -> str:
 def fitted(text: str, width: int) -> str:
     """Return ``text`` as one printable line of at most ``width`` columns, cut where it must be."""
     text = printable(text)
-    if columns(text) <= width:
+    if display_width(text) <= width:
         return text
     mark = "…" if can_write("…") else "~"
-    kept, used = [], columns(mark)
+    kept, used = [], display_width(mark)
     for character in text:
-        used += character_columns(character)
+        used += character_width(character)
         if used > width:
             break
         kept.append(character)

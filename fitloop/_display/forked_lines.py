@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
-from fitloop._format import newest
+from fitloop._format import last_redraw
 
 
 class ForkedLines:
@@ -37,7 +37,7 @@ class ForkedLines:
         if newline:
             _put(stream, plain, whole)
         if rest:
-            self._begun[key] = plain, newest(rest)
+            self._begun[key] = plain, last_redraw(rest)
 
     def end(self) -> None:
         """Write what has no end, as the process ends."""

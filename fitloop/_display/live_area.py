@@ -19,7 +19,7 @@ from typing import NamedTuple, TextIO
 
 from fitloop._display.console import fitted, writable
 from fitloop._display.forked_lines import ForkedLines
-from fitloop._format import newest, printable
+from fitloop._format import last_redraw, printable
 
 REDRAW_SECONDS = 0.1
 """least time between two drawings that nobody asked for"""
@@ -160,7 +160,7 @@ class LiveArea:
         key = (stream, threading.get_ident())
         whole, newline, rest = (self._partial.pop(key, "") + text).rpartition("\n")
         if rest:
-            self._partial[key] = newest(rest)
+            self._partial[key] = last_redraw(rest)
         if newline:
             self._erase()
             plain(f"{whole}\n")

@@ -27,8 +27,7 @@ from fitloop._events import (
     RunStarted,
     WentBack,
 )
-from fitloop._format import check_names, duration
-from fitloop._tables import Table, html_block
+from fitloop._format import Table, check_display_metrics, format_duration, html_block
 
 UPDATE_SECONDS = 0.5
 """least time between two updates of a display"""
@@ -84,7 +83,7 @@ class NotebookView:
     def observe(self, event: Event) -> None:
         """Take note of an event; waits for the display at the end of the run only."""
         if isinstance(event, EpochEnded):
-            check_names(self._names, event.metrics)
+            check_display_metrics(self._names, event.metrics)
         with self._lock:
             self._note(event)
         if isinstance(event, RunStarted):
@@ -115,7 +114,7 @@ class NotebookView:
                 self._best = event.epoch
             case EpochEnded() if self._rows and self._rows[-1].epoch == event.epoch:
                 cut = "" if event.complete else " (stopped)"
-                self._rows[-1].time = f"{duration(event.seconds)}{cut}"
+                self._rows[-1].time = f"{format_duration(event.seconds)}{cut}"
             case WentBack():
                 self._rows = [row for row in self._rows if row.epoch <= event.epoch]
             case RunEnded():
@@ -233,7 +232,7 @@ class NotebookView:
             else f"{end.epochs} of {self._run.epochs}"
         )
         parts.append(f"{of} {'epoch' if self._run.epochs == 1 else 'epochs'}")
-        parts.append(f"total time {duration(end.seconds)}")
+        parts.append(f"total time {format_duration(end.seconds)}")
         score, best = end.best_score, end.best_epoch
         if score is not None and best is not None and not math.isnan(score):
             here = best - self._epochs_ahead

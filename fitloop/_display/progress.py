@@ -19,7 +19,7 @@ from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._display.notebook_view import NotebookView
 from fitloop._display.status import ASCII_BARS, BarStyle, RunStatus, status_lines
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted, WentBack
-from fitloop._format import check_names, duration, metrics_text, printable
+from fitloop._format import check_display_metrics, format_duration, format_metrics, printable
 
 
 class ProgressView:
@@ -129,20 +129,20 @@ class EpochPrinter:
     def _print_epoch(self, event: EpochEnded) -> None:
         if not self._every or (event.epoch_in_run > 1 and event.epoch_in_run % self._every):
             return
-        check_names(self._names, event.metrics)
+        check_display_metrics(self._names, event.metrics)
         label = self.label
         if "test" in event.metrics and len(event.metrics) == 1:
-            shown = metrics_text(event.metrics["test"], self._names)
+            shown = format_metrics(event.metrics["test"], self._names)
             self._write(f"{label}test  :: {shown}\n")
             return
         head = f"{label}{self._epoch:>{self._width}} - "
         indent = " " * len(head)
         lines: list[str] = []
         for phase, metrics in event.metrics.items():
-            shown = metrics_text(metrics, self._names)
+            shown = format_metrics(metrics, self._names)
             lines.append(f"{indent if lines else head}{phase} :: {shown}\n")
         cut = "" if event.complete else " (stopped)"
-        lines.append(f"{indent}epoch time: {duration(event.seconds)}{cut}\n")
+        lines.append(f"{indent}epoch time: {format_duration(event.seconds)}{cut}\n")
         self._write("".join(lines))
 
     def _print_end(self, event: RunEnded) -> None:
@@ -150,7 +150,7 @@ class EpochPrinter:
             return
         label = self.label
         lines = [f"{label}{'-' * self._width}\n"]
-        lines.append(f"{label}total time: {duration(event.seconds)}\n")
+        lines.append(f"{label}total time: {format_duration(event.seconds)}\n")
         if event.best_score is not None and not math.isnan(event.best_score):
             lines.append(f"{label}best score: {event.best_score:.4f}\n")
         self._write("".join(lines))

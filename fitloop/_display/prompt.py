@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from fitloop._concurrency.event_loops import Doorbell
+from fitloop._concurrency.event_loops import ThreadsafeEvent
 from fitloop._display.console import can_draw, fitted, has_terminal
 from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._errors import ConfigurationError
 from fitloop._events import PromptAsked
-from fitloop._format import columns, printable
+from fitloop._format import display_width, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ QUESTION = "continue loop ([y]/n): "
 
 _ANSWERS = {"": True, "y": True, "yes": True, "n": False, "no": False}
 
-_waiting: deque[Doorbell] = deque()
+_waiting: deque[ThreadsafeEvent] = deque()
 _guard = threading.Lock()
 
 
@@ -127,7 +127,7 @@ def _check_loop() -> None:
 @asynccontextmanager
 async def _turn() -> AsyncIterator[None]:
     """Wait until those who came before have asked, in whatever event loop they are."""
-    bell = Doorbell()
+    bell = ThreadsafeEvent()
     with _guard:
         _waiting.append(bell)
         first = _waiting[0] is bell
@@ -141,7 +141,7 @@ async def _turn() -> AsyncIterator[None]:
             _waiting.remove(bell)
             following = _waiting[0] if led and _waiting else None
         if following is not None:
-            following.ring()
+            following.set()
 
 
 class _Question:
@@ -163,7 +163,7 @@ class _Question:
         if self.left is not None:
             limit = f"({'yes' if self._default else 'no'} in {self.left:.0f} s) "
         shown = fitted(f"{limit}{self.text}{self.typed()}", width - 1)
-        return Frame([shown], columns(shown))
+        return Frame([shown], display_width(shown))
 
 
 async def _ask(text: str, event: PromptAsked) -> bool:

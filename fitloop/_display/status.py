@@ -24,7 +24,7 @@ from fitloop._events import (
     RunEnded,
     RunStarted,
 )
-from fitloop._format import columns, metrics_text
+from fitloop._format import display_width, format_metrics
 
 RATE_SECONDS = 3.0
 """the rate is that of the last so many seconds"""
@@ -77,7 +77,7 @@ class RunStatus:
                 self._note_rate(event.seconds, event.batch)
             case PhaseEnded():
                 self.done = (event.batches, self.done[1])
-                self.metrics = f"{event.phase} {metrics_text(event.metrics, self.names)}"
+                self.metrics = f"{event.phase} {format_metrics(event.metrics, self.names)}"
             case EpochEnded():
                 self.epochs_done, self._epoch_seconds = event.epoch_in_run, event.seconds
             case PromptAsked() | PromptAnswered():
@@ -186,10 +186,10 @@ def status_lines(runs: Sequence[RunStatus], width: int, height: int, look: BarSt
         return _two_lines(runs[0], width, look, now)
     shown = runs if len(runs) <= height else runs[: height - 1]
     widths = _Widths(
-        label=min(max((columns(run.label) for run in shown), default=0), max(4, width // 4)),
+        label=min(max((display_width(run.label) for run in shown), default=0), max(4, width // 4)),
         of=max((len(str(run.epochs)) for run in shown), default=0),
         count=max((len(_count(run)) for run in shown), default=0),
-        metrics=max((columns(run.metrics) for run in shown), default=0),
+        metrics=max((display_width(run.metrics) for run in shown), default=0),
     )
     lines = [_one_line(run, width, look, now, widths) for run in shown]
     if len(shown) < len(runs):
@@ -204,15 +204,15 @@ def _two_lines(run: RunStatus, width: int, look: BarStyle, now: float) -> list[s
     rate = f"{_rate(run)}  " if _rate(run) else ""
     asks = "waits for the answer" if run.asks else ""
     first = fitted(run.label, max(6, width // 4)) if run.named else "epochs"
-    lead = max(6, columns(first))
-    first += " " * (lead - columns(first))
+    lead = max(6, display_width(first))
+    first += " " * (lead - display_width(first))
     heads: tuple[str, ...] = (
         f"{first}  {of:>{numbers}}",
         f"{run.phase or '...':{lead}}  {count:>{numbers}}",
     )
     tails: tuple[str, ...] = (_times(run, now), asks or f"{rate}{run.metrics}")
-    room = width - max(map(columns, heads)) - 4
-    bar = min(WIDEST_BAR, room - min(max(map(columns, tails)), max(12, room // 2)))
+    room = width - max(map(display_width, heads)) - 4
+    bar = min(WIDEST_BAR, room - min(max(map(display_width, tails)), max(12, room // 2)))
     if run.call == "test":
         heads, tails = heads[1:], (f"{rate}{clock(now - run.began)}",)
     shares = (run.epochs_done / max(1, run.epochs), run.share)
@@ -239,7 +239,7 @@ class _Widths:
 def _one_line(run: RunStatus, width: int, look: BarStyle, now: float, widths: _Widths) -> str:
     """Return a run in one line, with as much as there is room for."""
     name = fitted(run.label, widths.label)
-    name += " " * (widths.label - columns(name))
+    name += " " * (widths.label - display_width(name))
     doing = "asks" if run.asks else run.phase
     epoch = f"{run.epoch_in_run:>{widths.of}}/{run.epochs:<{widths.of}}"
     head = f"{name}  {epoch}  {doing:5}  {_count(run):>{widths.count}}"
@@ -247,7 +247,7 @@ def _one_line(run: RunStatus, width: int, look: BarStyle, now: float, widths: _W
     if len(name) + len(epoch) + 4 >= width:
         return fitted(f"{name} {epoch}", width)
     for tail in (f"{rate}  {times}", times, ""):
-        room = width - columns(head) - len(tail) - 4
+        room = width - display_width(head) - len(tail) - 4
         if room >= NARROWEST_BAR or not tail:
             break
     if room < NARROWEST_BAR:

@@ -1,7 +1,7 @@
 """What a trainer is made of: the constructor's arguments, checked once and frozen.
 
-Everything behind the constructor trusts a `Parts` and checks nothing again. Runs nothing, moves
-nothing, and touches neither the model nor the optimizer.
+Everything behind the constructor trusts a `TrainerConfig` and checks nothing again. Runs nothing,
+moves nothing, and touches neither the model nor the optimizer.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class TrainerConfig:
     """The arguments of ``FitLoop``; see there for what each means."""
 
     model: nn.Module
@@ -329,4 +329,4 @@ class Parts:
         return as_list(self.lr_scheduler)
 
 
-PART_NAMES = {"optimizers", "lr_schedulers", *(field.name for field in fields(Parts))}
+CONFIG_NAMES = {"optimizers", "lr_schedulers", *(field.name for field in fields(TrainerConfig))}

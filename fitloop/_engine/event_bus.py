@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, cast
 
-from fitloop._concurrency.event_loops import Doorbell
+from fitloop._concurrency.event_loops import ThreadsafeEvent
 from fitloop._events import BatchProgress, Event, RunEnded
 
 STREAM_LIMIT = 1024
@@ -41,14 +41,14 @@ class EventStream:
         self._ends_with_run = ends_with_run
         self._lock = threading.Lock()
         self._events: deque[Event] = deque()
-        self._bell: Doorbell | None = None
+        self._bell: ThreadsafeEvent | None = None
         self._ended = False
         self._read_end = False
         self.dropped = 0
         """events lost to a slow reader"""
 
     async def __aenter__(self) -> EventStream:
-        self._bell = Doorbell()
+        self._bell = ThreadsafeEvent()
         self._listeners.add_stream(self)
         return self
 
@@ -92,7 +92,7 @@ class EventStream:
                 self._events.popleft()
                 self.dropped += 1
         if self._bell is not None:
-            self._bell.ring()
+            self._bell.set()
 
     def _drop_older(self, event: BatchProgress) -> None:
         """Drop the same trainer's progress among the newest events."""
@@ -109,7 +109,7 @@ class EventStream:
         with self._lock:
             self._ended = True
         if self._bell is not None:
-            self._bell.ring()
+            self._bell.set()
 
 
 class EventStreams:

@@ -2,7 +2,7 @@
 
 Owns nothing but the order of things. Whatever else a run does (history, best model, schedulers,
 progress, snapshots) observes its events or its batch hooks. Knows no terminal, file or figure,
-and no event loop either: what must run there is asked of the `LoopSide`.
+and no event loop either: what must run there is asked of the `LoopPortal`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.plan import EngineDeps, PassProgress, RunPlan
 from fitloop._engine.stages import ExecutionContext, Stages, is_awaitable
-from fitloop._errors import ConfigurationError, in_words, note
+from fitloop._errors import ConfigurationError, add_note_safely, one_line
 from fitloop._events import (
     BatchProgress,
     EpochEnded,
@@ -222,7 +222,7 @@ class Engine:
         try:
             self._around.loaders.close(source, loader)
         except Exception as later:  # the first error is what the caller is to see
-            note(error, f"closing the loader then raised {in_words(later)}")
+            add_note_safely(error, f"closing the loader then raised {one_line(later)}")
 
     def _batches(self, state: LoopState, source: Source, scope: ExecutionContext) -> bool:
         """Step through a pass; return whether it came to its end."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fitloop._data.device import batch_size_of
-from fitloop._engine.config import PART_NAMES, Parts
-from fitloop._errors import note
+from fitloop._engine.config import CONFIG_NAMES, TrainerConfig
+from fitloop._errors import add_note_safely
 from fitloop._metrics.batch_values import BatchValues
 from fitloop._types import LossFunction, Phase
 
@@ -71,7 +71,7 @@ class LoopState:
     """the gradient scaler, or None"""
 
     def __init__(
-        self, parts: Parts, phase: Phase, epoch_num: int, stop: Callable[[], None]
+        self, parts: TrainerConfig, phase: Phase, epoch_num: int, stop: Callable[[], None]
     ) -> None:
         self._parts = parts
         self._phase = phase
@@ -235,14 +235,14 @@ def _part(name: str) -> property:
     return property(get)
 
 
-for _name in sorted(PART_NAMES - vars(LoopState).keys()):
+for _name in sorted(CONFIG_NAMES - vars(LoopState).keys()):
     setattr(LoopState, _name, _part(_name))
 
 
 def explain(error: BaseException) -> None:
     """Add a note to the error of an attribute that a `LoopState` lacks, with those it has."""
     if isinstance(error, AttributeError) and isinstance(error.obj, LoopState):
-        note(
+        add_note_safely(
             error,
             "LoopState has the arguments of FitLoop and: phase, batch, batch_size, batch_sizes, "
             "batch_num, epoch_num, size, batches, is_train, is_test, names(), stop()",

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from fitloop._concurrency.control import RunControl
-from fitloop._concurrency.supervisor import LoopSide
+from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.loaders import Loaders
 from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import Source
-from fitloop._engine.config import Parts
+from fitloop._engine.config import TrainerConfig
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.stages import ThreadContext
 from fitloop._events import Event
@@ -97,9 +97,9 @@ class NoInstrumentation:
 class EngineDeps:
     """What the engine works with."""
 
-    parts: Parts
+    parts: TrainerConfig
     control: RunControl
-    side: LoopSide
+    side: LoopPortal
     loaders: Loaders
     emit: Callable[[Event], None]
     ask: Callable[[int, int], bool]

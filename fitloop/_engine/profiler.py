@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from fitloop._events import Event, PhaseEnded
-from fitloop._format import brief
-from fitloop._tables import Table, html_block
+from fitloop._format import Table, format_seconds, html_block
 from fitloop._types import Phase
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -176,9 +175,12 @@ class ProfileReport:
     def _table(self) -> Table:
         rows = []
         for name, profile in self.phases.items():
-            times = [brief(profile.seconds), *(brief(profile.parts[part]) for part in PARTS)]
+            times = [
+                format_seconds(profile.seconds),
+                *(format_seconds(profile.parts[part]) for part in PARTS),
+            ]
             per_batch = profile.seconds / profile.batches if profile.batches else 0.0
-            rows.append([name, *times, f"{profile.starved:.0%}", brief(per_batch)])
+            rows.append([name, *times, f"{profile.starved:.0%}", format_seconds(per_batch)])
         return Table(("phase", "total", *PARTS, "starved", "per batch"), rows)
 
     def __repr__(self) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fitloop._concurrency.coroutines import Driven
-from fitloop._engine.config import STAGE_NAMES, Parts
+from fitloop._concurrency.coroutines import SteppedAwaitable
+from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._engine.loop_state import LoopState
 from fitloop._types import Phase, Stage
 
@@ -92,7 +92,7 @@ _DEFAULTS: dict[Stage, Callable[[LoopState], Any]] = {
 class Stages:
     """The stage functions of one trainer, the defaults where none was given."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: TrainerConfig) -> None:
         self._table = {
             (phase, stage): getattr(parts, name) or _DEFAULTS.get(stage)
             for (phase, stage), name in STAGE_NAMES.items()
@@ -148,7 +148,7 @@ class ExecutionContext:
             self.pause()
             torch.set_grad_enabled(outside.pop())
 
-        return Driven(awaitable, before, after)
+        return SteppedAwaitable(awaitable, before, after)
 
 
 def is_awaitable(value: object) -> bool:

@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, overload
 
 import numpy as np
 
-from fitloop._errors import ConfigurationError, UnknownMetricError, listed
+from fitloop._errors import ConfigurationError, UnknownMetricError, quoted_list
 from fitloop._events import Event, PhaseEnded, RunStarted
-from fitloop._format import joined
-from fitloop._tables import Table, html_block
+from fitloop._format import Table, comma_list, html_block
 from fitloop._types import LOOKUP_ORDER, Phase, RunChoice, Stage
 
 if TYPE_CHECKING:
@@ -182,7 +181,7 @@ class StageHistory(Mapping[str, MetricSeries]):
         return len(self._store.recorded[self._stage])
 
     def __repr__(self) -> str:
-        return f"<StageHistory {self._store.phase}.{self._stage} metrics: {joined(self)}>"
+        return f"<StageHistory {self._store.phase}.{self._stage} metrics: {comma_list(self)}>"
 
 
 class PhaseHistory(Mapping[str, MetricSeries]):
@@ -214,7 +213,7 @@ class PhaseHistory(Mapping[str, MetricSeries]):
             return StageHistory(self._store, Stage(stage))
         except ValueError:
             raise ConfigurationError(
-                f"stage is {stage!r}; expected one of {listed(Stage)}"
+                f"stage is {stage!r}; expected one of {quoted_list(Stage)}"
             ) from None
 
     def __getitem__(self, name: str) -> MetricSeries:
@@ -250,7 +249,7 @@ class PhaseHistory(Mapping[str, MetricSeries]):
     def __repr__(self) -> str:
         with self._store.lock:
             counts = f"runs: {self.runs}, epochs: {self._store.epochs}"
-            return f"<PhaseHistory {self.phase} {counts}, metrics: {joined(self)}>"
+            return f"<PhaseHistory {self.phase} {counts}, metrics: {comma_list(self)}>"
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -384,7 +383,7 @@ class History:
             names = {name for store in self._stores.values() for name in store.names(*Stage)}
             epochs = self._stores[Phase.TRAIN].epochs
             counts = f"runs: {self.train_runs}, epochs: {epochs}, test runs: {self.test_runs}"
-            return f"<History train {counts}, metrics: {joined(sorted(names))}>"
+            return f"<History train {counts}, metrics: {comma_list(sorted(names))}>"
 
     def _repr_html_(self) -> str:
         """Return a table: of each metric its last value and the numbers of values and runs."""

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fitloop._events import Event, PhaseEnded
-from fitloop._format import duration
-from fitloop._tables import Table, by_metric, html_block
+from fitloop._format import Table, format_duration, html_block, metrics_table
 
 Array = npt.NDArray[np.float64]
 
@@ -42,13 +41,13 @@ class FitResult:
 
     def _lines(self) -> list[str]:
         epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
-        lines = [f"{epochs} in {duration(self.seconds)}, {self.stop_reason}"]
+        lines = [f"{epochs} in {format_duration(self.seconds)}, {self.stop_reason}"]
         if self.best_score is not None:
             lines.append(f"best score: {self.best_score:.4f} in epoch {self.best_epoch}")
         return lines
 
     def _table(self) -> Table:
-        return by_metric(
+        return metrics_table(
             "phase",
             {
                 phase: {name: values[-1] for name, values in metrics.items() if len(values)}

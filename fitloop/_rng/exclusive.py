@@ -17,8 +17,8 @@ from typing import Any
 from anyio.lowlevel import cancel_shielded_checkpoint
 
 from fitloop._concurrency.control import Cancelled, RunControl
-from fitloop._concurrency.coroutines import Driven
-from fitloop._concurrency.supervisor import LoopSide, supervise
+from fitloop._concurrency.coroutines import SteppedAwaitable
+from fitloop._concurrency.supervisor import LoopPortal, supervise
 from fitloop._rng.fair_lock import GLOBAL_RNG_LOCK
 
 
@@ -61,7 +61,7 @@ class _Alone:
         control = RunControl()
         work = _Admission(self, control)
         try:
-            await supervise(work, control, LoopSide(control), name="turn", grace=0.0)
+            await supervise(work, control, LoopPortal(control), name="turn", grace=0.0)
         except BaseException:
             self.dismiss()
             raise
@@ -129,7 +129,7 @@ async def alone_in_steps(awaitable: Awaitable[Any]) -> Any:
     async with GivenWay():  # of what awaits this, as a factory that asks another one
         token = _ALONE.set(alone)
         try:
-            return await Driven(awaitable, alone.take, alone.dismiss)
+            return await SteppedAwaitable(awaitable, alone.take, alone.dismiss)
         finally:
             _ALONE.reset(token)
 

@@ -15,10 +15,10 @@ import anyio.lowlevel
 import torch
 
 from fitloop._concurrency.control import RunControl
-from fitloop._concurrency.in_use import busy
-from fitloop._concurrency.supervisor import LoopSide, supervise
+from fitloop._concurrency.in_use import in_use
+from fitloop._concurrency.supervisor import LoopPortal, supervise
 from fitloop._data.inspection import check_loader
-from fitloop._defaults import SHARE
+from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._display.jupyter import interruptible
 from fitloop._engine.config import check_number
 from fitloop._engine.event_bus import EventStream, feed_callback
@@ -28,7 +28,7 @@ from fitloop._events import Event, PhaseEnded
 from fitloop._rng.exclusive import GivenWay
 from fitloop._run.fit_options import fit_option
 from fitloop._run.run import Run, RunOptions
-from fitloop._training.trainer_state import Core
+from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
 Callback = Callable[[Any], object]
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 async def launch(
-    core: Core,
+    core: TrainerState,
     trainer: Any,
     plan: RunPlan,
     callbacks: Sequence[Callback] = (),
@@ -51,20 +51,24 @@ async def launch(
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # or a thread would be started for nothing
     plain = [callback for callback in callbacks if not is_async_callback(callback)]
-    threads = core.parts.num_threads or SHARE.get().num_threads or torch.get_num_threads()
+    threads = (
+        core.config.num_threads or TRAINER_DEFAULTS.get().num_threads or torch.get_num_threads()
+    )
     options["observers"] = [*options.get("observers", ()), *plain]
-    with busy(core.parts.name, plan.call, core, core.parts.model), interruptible():
+    with in_use(core.config.name, plan.call, core, core.config.model), interruptible():
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(GivenWay())
-            companions, streams = [], []
+            background_tasks, streams = [], []
             for callback in callbacks:
                 if is_async_callback(callback):
                     stream = await stack.enter_async_context(EventStream(core.event_bus, None))
                     streams.append(stream)
-                    companions.append(partial(feed_callback, stream, callback))
+                    background_tasks.append(partial(feed_callback, stream, callback))
             control = RunControl()
-            side = LoopSide(control)
-            settings = RunOptions(num_threads=threads, own_stream=SHARE.get().own_stream, **options)
+            side = LoopPortal(control)
+            settings = RunOptions(
+                num_threads=threads, own_stream=TRAINER_DEFAULTS.get().cuda_stream, **options
+            )
             run = make(core, trainer, plan, settings, control, side)
             core.control = control
             try:
@@ -72,10 +76,10 @@ async def launch(
                     run,
                     control,
                     side,
-                    name=core.parts.name,
-                    grace=core.parts.loader_grace,
-                    companions=companions,
-                    release_companions=partial(_end_all, streams),
+                    name=core.config.name,
+                    grace=core.config.loader_grace,
+                    background_tasks=background_tasks,
+                    end_background_tasks=partial(_end_all, streams),
                 )
             finally:
                 core.control = None
@@ -105,13 +109,13 @@ class FunctionTask:
         return self._result
 
 
-async def run_exclusively_in_thread(core: Core, call: str, function: Callable[[], T]) -> T:
+async def run_exclusively_in_thread(core: TrainerState, call: str, function: Callable[[], T]) -> T:
     """Call a blocking function in a thread while the trainer counts as busy.
 
     It is not interrupted: a cancellation is raised when it has returned.
     """
-    with busy(core.parts.name, call, core, core.parts.model):
-        return await run_in_thread(core.parts.name, function)
+    with in_use(core.config.name, call, core, core.config.model):
+        return await run_in_thread(core.config.name, function)
 
 
 async def run_in_thread(
@@ -126,12 +130,12 @@ async def run_in_thread(
     control = control or RunControl()
     work = FunctionTask(function)
     async with GivenWay():
-        result: T = await supervise(work, control, LoopSide(control), name=name, grace=0.0)
+        result: T = await supervise(work, control, LoopPortal(control), name=name, grace=0.0)
     return result
 
 
 def phases_to_run(
-    core: Core, call: str, given: Mapping[Phase, Any], needed: Phase, *others: Phase
+    core: TrainerState, call: str, given: Mapping[Phase, Any], needed: Phase, *others: Phase
 ) -> tuple[tuple[Phase, Any], ...]:
     """Return the phases of an epoch with their loaders: the needed one, and others that have one.
 
@@ -150,7 +154,7 @@ def phases_to_run(
 
 
 def dry_plan(
-    core: Core,
+    core: TrainerState,
     call: str,
     given: Mapping[Phase, Any],
     *,
@@ -171,7 +175,7 @@ def dry_plan(
     )
 
 
-def criteria_check(core: Core) -> Callable[[Event], None]:
+def criteria_check(core: TrainerState) -> Callable[[Event], None]:
     """Return an observer that raises when a validation does not return the criteria."""
     criteria = core.criteria
 

@@ -18,8 +18,8 @@ import anyio
 from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.event_loops import is_scope_cancelled, loop_scheduler
-from fitloop._concurrency.supervisor import LoopSide
-from fitloop._errors import ConfigurationError, note
+from fitloop._concurrency.supervisor import LoopPortal
+from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import Event, PromptAnswered, PromptAsked, WentBack
 from fitloop._types import StopReason
 
@@ -77,7 +77,7 @@ class BlockingPrompts:
         self,
         ask: Ask,
         control: RunControl,
-        side: LoopSide,
+        side: LoopPortal,
         emit: Callable[[Event], None],
         aside: Aside,
     ) -> None:
@@ -109,7 +109,7 @@ class BackgroundPrompts:
         self,
         ask: Ask,
         control: RunControl,
-        side: LoopSide,
+        side: LoopPortal,
         emit: Callable[[Event], None],
         aside: Aside,
         mark: Callable[[], RollbackPoint],
@@ -229,7 +229,7 @@ def check_answer(answer: object) -> bool:
 
 
 def _noted(error: BaseException, event: PromptAsked) -> BaseException:
-    note(error, f"in the question after epoch {event.epoch}, beside which it trained on")
+    add_note_safely(error, f"in the question after epoch {event.epoch}, beside which it trained on")
     return error
 
 

@@ -1,7 +1,7 @@
 """One run of a trainer, on its thread: what comes before the loop, around it, and after it.
 
 `Run.execute` prepares and loops; `Run.finish` puts back what a run may not leave behind, however
-it ended, and says how it went. Knows no event loop but through `LoopSide`.
+it ended, and says how it went. Knows no event loop but through `LoopPortal`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from fitloop._checkpointing.persistence import Persistence
 from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
-from fitloop._concurrency.supervisor import LoopSide
+from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._concurrency.time_slices import TimeSliceHook
 from fitloop._concurrency.torch_threads import intra_op_threads
 from fitloop._data.cuda_stream import CudaStreamScope, NullStreamScope
@@ -23,7 +23,7 @@ from fitloop._engine.config import STAGE_NAMES
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import explain
 from fitloop._engine.plan import EngineDeps, Instrumentation, NoInstrumentation, RunPlan
-from fitloop._errors import in_words, note
+from fitloop._errors import add_note_safely, one_line
 from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._metrics.results import EpochMetricsRecorder, FitResult
 from fitloop._rng.lease import GeneratorLease, at_rest, global_numbers
@@ -33,7 +33,7 @@ from fitloop._run.prompts import BackgroundPrompts, BlockingPrompts, PromptOptio
 from fitloop._training.best import BestTracker
 from fitloop._training.capture import TrainingCapture
 from fitloop._training.schedulers import SchedulerSteps
-from fitloop._training.trainer_state import Core
+from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase, StopReason
 
 Observer = Callable[[Event], object]
@@ -64,12 +64,12 @@ class Run:
 
     def __init__(
         self,
-        core: Core,
+        core: TrainerState,
         trainer: Any,
         plan: RunPlan,
         options: RunOptions,
         control: RunControl,
-        side: LoopSide,
+        side: LoopPortal,
     ) -> None:
         self._core = core
         self._trainer = trainer
@@ -88,7 +88,7 @@ class Run:
         self._schedulers: SchedulerSteps | None = None
         if Phase.TRAIN in phases:  # made here, so that it refuses before anything has begun
             self._schedulers = SchedulerSteps(
-                core.parts, core.criteria, validates=Phase.VALID in phases
+                core.config, core.criteria, validates=Phase.VALID in phases
             )
         self._loaders = core.loaders.for_dry_run() if options.dry else core.loaders
         self._modes: list[tuple[Any, bool]] = []
@@ -111,22 +111,22 @@ class Run:
             plan = self._plan = kept.open(plan)
             self._began -= kept.seconds_before
         self._enter_threads()
-        core.place()  # on the stream that others use, too
-        if self._options.own_stream and core.parts.device.type == "cuda":
-            self._lane = CudaStreamScope(core.parts.device)
+        core.move_to_device()  # on the stream that others use, too
+        if self._options.own_stream and core.config.device.type == "cuda":
+            self._lane = CudaStreamScope(core.config.device)
         self._lane.enter()
-        self._modes = [(module, module.training) for module in core.parts.model.modules()]
+        self._modes = [(module, module.training) for module in core.config.model.modules()]
         streams = self._streams()
         if self._options.dry:
             self._capture = core.capture()
         elif plan.call == "fit":
-            core.keep_pretrained(resuming=kept is not None and kept.found is not None)
-            self._tracker = core.tracker(core.event_bus.emit)
+            core.save_pretrained(resuming=kept is not None and kept.found is not None)
+            self._tracker = core.best_tracker(core.event_bus.emit)
         part = self._slice = TimeSliceHook(self._aside, self._control)
         core.event_bus.set_observers(self._observers(part))
         turn = self._make_turn()
         around = self._around = EngineDeps(
-            parts=core.parts,
+            parts=core.config,
             control=self._control,
             side=self._side,
             loaders=self._loaders,
@@ -149,7 +149,7 @@ class Run:
     def _loop(self, engine: Engine, streams: Streams | None) -> None:
         core, plan = self._core, self._plan
         begun = RunStarted(
-            trainer=core.parts.name,
+            trainer=core.config.name,
             call=plan.call,
             epochs=plan.epochs,
             first_epoch=plan.first_epoch,
@@ -164,13 +164,13 @@ class Run:
         turn.begin_pass(GLOBAL_STREAM if streams is None else streams.steps(plan.phases[0][0]))
         trains = self._schedulers is not None
         if trains:
-            engine.call_plain("preloop", core.parts.preloop, self._trainer)
+            engine.call_plain("preloop", core.config.preloop, self._trainer)
         if kept is not None:
             engine.at_rest(kept.go_on)
         engine.run()
         self._resolve_prompt(engine)
         if trains:
-            engine.call_plain("postloop", core.parts.postloop, self._trainer)
+            engine.call_plain("postloop", core.config.postloop, self._trainer)
         turn.release()
 
     def _guarded(self, engine: Engine, streams: Streams | None) -> None:
@@ -180,7 +180,7 @@ class Run:
             raise
         except BaseException as error:
             explain(error)
-            note(error, f"in trainer {self._core.parts.name!r}: {self._position()}")
+            add_note_safely(error, f"in trainer {self._core.config.name!r}: {self._position()}")
             raise
 
     def _position(self) -> str:
@@ -196,17 +196,17 @@ class Run:
             # A dry run draws from copies, also of the process's generators.
             if streams is None:
                 with global_numbers():
-                    return Streams.of_process(core.cuda)
+                    return Streams.of_process(core.cuda_devices)
             return streams.copy()
         return streams
 
     def _make_turn(self) -> GeneratorLease:
         """Be ready to take turns at the process's random generators."""
-        parts, control = self._core.parts, self._control
+        parts, control = self._core.config, self._control
         functions = [getattr(parts, name) for name in STAGE_NAMES.values()]
         turn = self._turn = GeneratorLease(
             lambda: control.cancelled,
-            self._core.cuda,
+            self._core.cuda_devices,
             hides_draws=is_opaque(parts.model, parts.loss_function, *functions),
         )
         self._forget_turn = control.on_halt(turn.notify_cancelled)
@@ -219,7 +219,7 @@ class Run:
 
     def _enter_threads(self) -> None:
         kept, number = self._options.persistence, self._options.num_threads
-        if self._core.parts.num_threads is None and kept is not None:
+        if self._core.config.num_threads is None and kept is not None:
             number = kept.num_threads or number
         self._core.num_threads = number
         self._has_threads = intra_op_threads.enter(number)
@@ -264,7 +264,7 @@ class Run:
         prompt, prompts = self._options.prompt, self._prompts
         assert prompt is not None
         assert prompts is not None
-        name, epochs = self._core.parts.name, self._plan.epochs
+        name, epochs = self._core.config.name, self._plan.epochs
         return prompts.ask(prompt.event(name, epoch, epoch_in_run, epochs))
 
     def _resolve_prompt(self, engine: Engine) -> None:
@@ -328,11 +328,11 @@ class Run:
         """Return which of two errors the caller is to see: the first that is one."""
         if error is None or isinstance(error, Cancelled):
             return self._noted(raised, doing)
-        note(error, f"{doing} then raised {in_words(raised)}")
+        add_note_safely(error, f"{doing} then raised {one_line(raised)}")
         return error
 
     def _noted(self, error: BaseException, doing: str) -> BaseException:
-        note(error, f"in trainer {self._core.parts.name!r}: {doing}")
+        add_note_safely(error, f"in trainer {self._core.config.name!r}: {doing}")
         return error
 
     def _put_back(self) -> None:
@@ -351,7 +351,7 @@ class Run:
         kept = self._options.persistence
         ended = error is None and self._engine is not None and self._found is None
         if ended and self._plan.call == "fit":
-            self._core.fits += 1
+            self._core.completed_fits += 1
         if kept is not None:
             kept.finish(self._stop_reason(None) if ended else None)
 
@@ -360,14 +360,14 @@ class Run:
         if engine is None:  # it failed before anybody was told that it began
             return
         ended = RunEnded(
-            trainer=core.parts.name,
+            trainer=core.config.name,
             call=self._plan.call,
             stop_reason=self._stop_reason(error),
             epochs=engine.epochs_completed,
             best_score=core.best_score,
             best_epoch=core.best_epoch,
             seconds=time.perf_counter() - self._began,
-            error=None if error is None else in_words(error),
+            error=None if error is None else one_line(error),
         )
         with at_rest():
             core.event_bus.emit(ended)

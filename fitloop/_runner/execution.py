@@ -11,17 +11,42 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import anyio
+import torch
 
 from fitloop._concurrency.event_loops import is_scope_cancelled
-from fitloop._defaults import Shares
-from fitloop._errors import note
+from fitloop._defaults import TrainerDefaults
+from fitloop._errors import add_note_safely
 from fitloop._events import Event
 from fitloop._run.launch import Callback, run_in_thread
 from fitloop._runner.jobs import Outcome, clear_frames
 from fitloop._runner.outcomes import restored, write_outcome
+from fitloop._system import available_cores
 from fitloop.backends.base import Backend, JobSpec
+
+
+class ResourceAllocator:
+    """Divides the cores among the jobs that run at a time, and assigns CUDA devices in turn."""
+
+    def __init__(self, max_concurrent: int, *, cuda_streams: bool = False) -> None:
+        self._cuda_streams = cuda_streams
+        self._num_threads = max(1, available_cores() // max_concurrent)
+        self._allocations = 0
+
+    def allocate(self, name: str, save_path: Path | None) -> TrainerDefaults:
+        """Return the defaults of the next job; with several devices, the next device."""
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = torch.device("cuda", self._allocations % devices) if devices > 1 else None
+        self._allocations += 1
+        return TrainerDefaults(
+            num_threads=self._num_threads,
+            device=device,
+            cuda_stream=self._cuda_streams,
+            name=name,
+            save_path=save_path,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +54,7 @@ class JobExecutor:
     """How the jobs of a Runner are executed."""
 
     backend: Backend
-    shares: Shares
+    allocator: ResourceAllocator
     callbacks: tuple[Callback, ...]
     keep_trainers: bool
     push: Callable[[Event], None]
@@ -50,7 +75,7 @@ class JobExecutor:
                 )
                 if found is not None:
                     return found
-            share = self.shares.next(spec.name, spec.directory)
+            share = self.allocator.allocate(spec.name, spec.directory)
             done = await self.backend.run(
                 self._with_callbacks(spec), share, partial(self._tell, spec.name)
             )
@@ -89,7 +114,7 @@ class JobExecutor:
         self.push(event if event.trainer == name else replace(event, trainer=name))
 
     def _failed(self, outcome: Outcome, error: BaseException) -> Outcome:
-        note(error, f"in job {outcome.name!r}")
+        add_note_safely(error, f"in job {outcome.name!r}")
         if not self.keep_trainers:  # else the local variables of its frames would
             clear_frames(error)
         return replace(outcome, error=error)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import anyio
 
-from fitloop._errors import ConfigurationError, in_words
+from fitloop._errors import ConfigurationError, one_line
 from fitloop._events import JobEnded
-from fitloop._format import duration
+from fitloop._format import format_duration
 from fitloop._metrics.results import FitResult
 from fitloop._run.fit_options import fit_option
 from fitloop._trainer.fitloop import FitLoop
@@ -52,7 +52,7 @@ class Outcome:
 
     def event(self) -> JobEnded:
         """Return the last event of the job."""
-        error = None if self.error is None else in_words(self.error)
+        error = None if self.error is None else one_line(self.error)
         return JobEnded(trainer=self.name, status=self.status, seconds=self.seconds, error=error)
 
     def __repr__(self) -> str:
@@ -60,9 +60,9 @@ class Outcome:
         if self.result is not None:
             told = f"done, {self.result!r}"
         elif self.error is not None:
-            told = f"failed, {in_words(self.error)}"
+            told = f"failed, {one_line(self.error)}"
         again = ", restored" if self.restored else ""
-        return f"<Outcome {self.name!r} {told} in {duration(self.seconds)}{again}>"
+        return f"<Outcome {self.name!r} {told} in {format_duration(self.seconds)}{again}>"
 
 
 class Job:

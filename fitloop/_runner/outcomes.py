@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fitloop._errors import CheckpointError, in_words
-from fitloop._format import duration
+from fitloop._errors import CheckpointError, one_line
+from fitloop._format import Table, format_duration, html_block
 from fitloop._metrics.results import FitResult
 from fitloop._runner.jobs import Outcome
 from fitloop._storage.durable import reason, write_file
 from fitloop._storage.layout import FORMAT, VERSION, LayoutError, pack, unpack
 from fitloop._storage.metric_log import LOG_NAME
-from fitloop._tables import Table, html_block
 from fitloop.backends.base import WEIGHTS
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def write_outcome(outcome: Outcome, epochs: int) -> None:
         "epochs": epochs,
         "seconds": outcome.seconds,
         "result": None if result is None else _packed(result),
-        "error": None if error is None else in_words(error),
+        "error": None if error is None else one_line(error),
         "traceback": None if error is None else "".join(traceback.format_exception(error)),
     }
     data = pack(contents)
@@ -228,7 +227,7 @@ class Results(Sequence[Record]):
                 done = str(result.epochs)
                 score = "" if result.best_score is None else f"{result.best_score:.4f}"
                 epoch = "" if result.best_epoch is None else str(result.best_epoch)
-            time = duration(record.seconds) if record.seconds else ""
+            time = format_duration(record.seconds) if record.seconds else ""
             rows.append([record.name, told.splitlines()[0][:60], done, score, epoch, time])
         return Table(heads, rows, left=2)
 

@@ -21,14 +21,13 @@ import anyio
 
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._concurrency.event_loops import loop_scheduler
-from fitloop._defaults import Shares, available_cores
 from fitloop._engine.config import check_callbacks, check_optional, checked_path
 from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
 from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import Callback, run_in_thread
-from fitloop._runner.execution import JobExecutor, is_job_error
+from fitloop._runner.execution import JobExecutor, ResourceAllocator, is_job_error
 from fitloop._runner.jobs import (
     CompletedJobs,
     Job,
@@ -39,6 +38,7 @@ from fitloop._runner.jobs import (
     is_encodable,
 )
 from fitloop._storage.durable import DirectoryLock
+from fitloop._system import available_cores
 from fitloop.backends.base import Backend, JobSpec
 from fitloop.backends.process.backend import resolve_backend
 
@@ -114,7 +114,7 @@ class Runner:
         self._listeners = EventStreams()
         self._execution = JobExecutor(
             backend=self._backend,
-            shares=Shares(self._most, own_streams=cuda_streams),
+            allocator=ResourceAllocator(self._most, cuda_streams=cuda_streams),
             callbacks=check_callbacks(callbacks),
             keep_trainers=keep_trainers,
             push=self._listeners.push,

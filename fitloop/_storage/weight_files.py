@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fitloop._errors import CheckpointError, listed
+from fitloop._errors import CheckpointError, quoted_list
 from fitloop._storage.durable import PART, reason, write_file
 from fitloop._storage.layout import LayoutError
 from fitloop._storage.tensors import read_tensors, write_tensors
@@ -232,6 +232,6 @@ def _format_of(path: Path) -> tuple[Writer, Reader]:
     suffix = _suffix(path.name)
     if suffix is None:
         raise CheckpointError(
-            f"{path} has no suffix of a weights file; there are: {listed(_FORMATS)}"
+            f"{path} has no suffix of a weights file; there are: {quoted_list(_FORMATS)}"
         )
     return _FORMATS[suffix]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fitloop._errors import CheckpointError, listed
+from fitloop._errors import CheckpointError, quoted_list
 from fitloop._storage.durable import reason
 from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import (
@@ -112,7 +112,9 @@ class MemoryStore:
 
     def _found(self, name: str) -> OrderedDict[str, Any]:
         if name not in self._kept:
-            raise CheckpointError(f"no weights {name!r} are kept; there are: {listed(self._kept)}")
+            raise CheckpointError(
+                f"no weights {name!r} are kept; there are: {quoted_list(self._kept)}"
+            )
         return self._kept[name]
 
 

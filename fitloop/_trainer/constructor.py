@@ -1,6 +1,6 @@
 """The constructor of a trainer, which both kinds of it share.
 
-Turns the users' arguments into checked `Parts` and makes the `Core`; runs nothing.
+Turns the users' arguments into checked `TrainerConfig` and makes the `TrainerState`; runs nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fitloop._defaults import SHARE
-from fitloop._engine.config import Interval, Parts, check_callbacks, check_optional, checked_path
+from fitloop._defaults import TRAINER_DEFAULTS
+from fitloop._engine.config import (
+    Interval,
+    TrainerConfig,
+    check_callbacks,
+    check_optional,
+    checked_path,
+)
 from fitloop._errors import ConfigurationError
 from fitloop._run.prompts import Ask
 from fitloop._trainer.view import TrainerView
 from fitloop._training.layers import configure_optimizer as default_configure_optimizer
-from fitloop._training.trainer_state import Core
+from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Loader, LossFunction, StageFunction
 
 Callback = Callable[[Any], object]
@@ -124,8 +130,8 @@ class Trainer(TrainerView):
             ConfigurationError: an argument cannot work; the message says what was expected.
             StageSignatureError: a function cannot be called as the run will call it.
         """
-        share = SHARE.get()
-        parts = Parts(
+        share = TRAINER_DEFAULTS.get()
+        parts = TrainerConfig(
             model=model,
             optimizer=optimizer,
             loss_function=loss_function,
@@ -166,7 +172,7 @@ class Trainer(TrainerView):
             scaler=scaler,
             stateful=_stateful(stateful),
         )
-        self._core = Core(parts)
+        self._state = TrainerState(parts)
 
 
 def _first(*values: Any) -> Any:

@@ -146,7 +146,7 @@ class FitLoop(KeepingTrainer):
         """
         often = fit_option("continue_loop", continue_loop)
         fit_option("on_continue", on_continue)
-        core = self._core
+        core = self._state
         plan = RunPlan(
             call="fit",
             epochs=fit_option("epochs", epochs),
@@ -206,7 +206,7 @@ class FitLoop(KeepingTrainer):
         The arguments are those of `fit`. Cancellation and errors are as in `fit`; weights are
         not changed, unless a stage function does so.
         """
-        core = self._core
+        core = self._state
         plan = RunPlan(
             call="test",
             epochs=1,
@@ -217,7 +217,7 @@ class FitLoop(KeepingTrainer):
             cast=cast,
             track_batch_metrics=track_batch_metrics,
         )
-        kept = None if core.log is None else self._persistence(None, False)
+        kept = None if core.metric_log is None else self._persistence(None, False)
         told = self._told(callbacks)
         with self._progress(print_every if verbose else 0, display_metrics, progress) as shown:
             result = await launch(
@@ -248,7 +248,7 @@ class FitLoop(KeepingTrainer):
         `fit` raises; a criteria that no stage returns too.
         """
         given = {Phase.TRAIN: train_dl, Phase.VALID: valid_dl, Phase.TEST: test_dl}
-        core = self._core
+        core = self._state
         plan = dry_plan(
             core,
             "run_sanity_check",
@@ -279,7 +279,7 @@ class FitLoop(KeepingTrainer):
         Cancellation and errors: as in `run_sanity_check`.
         """
         given = {Phase.TRAIN: train_dl, Phase.VALID: valid_dl, Phase.TEST: test_dl}
-        core = self._core
+        core = self._state
         plan = dry_plan(
             core,
             "run_profiler",
@@ -289,21 +289,21 @@ class FitLoop(KeepingTrainer):
             define_all=define_all,
             cast=cast,
         )
-        recorder = SpanRecorder(core.parts.device)
+        recorder = SpanRecorder(core.config.device)
         await launch(
             core, self, plan, dry=True, observers=[recorder.observe], instrumentation=recorder
         )
         report = recorder.report()
         if verbose:
-            await run_exclusively_in_thread(self._core, "run_profiler", lambda: print(report))  # noqa: T201
+            await run_exclusively_in_thread(self._state, "run_profiler", lambda: print(report))  # noqa: T201
         return report
 
     def _progress(
         self, print_every: int, display_metrics: str | Sequence[str] | None, live: bool
     ) -> RunDisplay:
         return RunDisplay(
-            self._core.parts.name,
-            named=self._core.parts.named,
+            self._state.config.name,
+            named=self._state.config.named,
             every=fit_option("print_every", print_every),
             names=fit_option("display_metrics", display_metrics),
             live=live,
@@ -312,7 +312,7 @@ class FitLoop(KeepingTrainer):
     def _ask(
         self, given: Ask | None, timeout: float | None, shown: RunDisplay, *, asks: bool
     ) -> Ask:
-        ask = given or self._core.parts.on_continue
+        ask = given or self._state.config.on_continue
         if ask is None:
             prompt = TerminalPrompt(lambda: shown.printer.label)
             if asks:
@@ -321,13 +321,13 @@ class FitLoop(KeepingTrainer):
         return ask if timeout is None else PromptWithTimeout(ask)
 
     def _persistence(self, policy: Checkpoint | None, resume: bool) -> Persistence | None:
-        core = self._core
-        if policy is None and not core.parts.save_to_disk and core.log is None:
+        core = self._state
+        if policy is None and not core.config.save_to_disk and core.metric_log is None:
             return None
         return Persistence(core, policy, resume=resume)
 
     def _told(self, callbacks: Sequence[Callback]) -> list[Callback]:
-        return [*self._core.parts.callbacks, *fit_option("callbacks", callbacks)]
+        return [*self._state.config.callbacks, *fit_option("callbacks", callbacks)]
 
 
 def _last(result: FitResult) -> dict[str, EpochResult]:

@@ -51,14 +51,14 @@ class KeepingTrainer(Trainer):
         target = self._file(name, path, (DEFAULT_SUFFIX,))
 
         def write() -> Path:
-            taken = take_snapshot(self._core, SnapshotBuffers())
+            taken = take_snapshot(self._state, SnapshotBuffers())
             try:
                 taken.write(target, overwrite=overwrite)
             except OSError as error:
                 raise CheckpointError(f"{target} cannot be written: {reason(error)}") from error
             return target
 
-        return await run_exclusively_in_thread(self._core, "save", write)
+        return await run_exclusively_in_thread(self._state, "save", write)
 
     async def load(
         self,
@@ -84,13 +84,13 @@ class KeepingTrainer(Trainer):
 
         def read() -> None:
             snapshot = read_snapshot(source, device)
-            check_training(self._core.parts, snapshot.state["training"])
-            self._core.place()
-            self._core.keep_pretrained()
-            apply_snapshot(self._core, snapshot)
-            self._core.log = None  # what it holds is not the history any more
+            check_training(self._state.config, snapshot.state["training"])
+            self._state.move_to_device()
+            self._state.save_pretrained()
+            apply_snapshot(self._state, snapshot)
+            self._state.metric_log = None  # what it holds is not the history any more
 
-        await run_exclusively_in_thread(self._core, "load", read)
+        await run_exclusively_in_thread(self._state, "load", read)
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -110,10 +110,10 @@ class KeepingTrainer(Trainer):
         target = self._file(name, path)
 
         def write() -> Path:
-            write_weights(target, self._core.parts.model.state_dict(), overwrite=overwrite)
+            write_weights(target, self._state.config.model.state_dict(), overwrite=overwrite)
             return target
 
-        return await run_exclusively_in_thread(self._core, "save_model", write)
+        return await run_exclusively_in_thread(self._state, "save_model", write)
 
     async def load_model(
         self,
@@ -135,10 +135,10 @@ class KeepingTrainer(Trainer):
 
         def read() -> None:
             weights = read_weights(source, map_location=map_location)
-            apply_weights(self._core.parts.model, weights, strict=strict)
-            self._core.parts.configure_optimizer(self)
+            apply_weights(self._state.config.model, weights, strict=strict)
+            self._state.config.configure_optimizer(self)
 
-        await run_exclusively_in_thread(self._core, "load_model", read)
+        await run_exclusively_in_thread(self._state, "load_model", read)
 
     async def load_best(self) -> None:
         """Restore the best weights, as the end of a run with ``load_best=True`` does.
@@ -148,7 +148,7 @@ class KeepingTrainer(Trainer):
             CheckpointError: there are none yet.
         """
         await run_exclusively_in_thread(
-            self._core, "load_best", lambda: self._core.restore_best(self)
+            self._state, "load_best", lambda: self._state.restore_best(self)
         )
 
     async def reset(self) -> None:
@@ -162,16 +162,16 @@ class KeepingTrainer(Trainer):
             BusyError: the trainer is busy.
             CheckpointError: the pretrained weights are gone; nothing was changed.
         """
-        await run_exclusively_in_thread(self._core, "reset", lambda: self._core.reset(self))
+        await run_exclusively_in_thread(self._state, "reset", lambda: self._state.reset(self))
 
     async def delete(self, name: str, path: str | Path | None = None) -> None:
         """Remove a weights file of ``path`` (default ``save_path``).
 
         Raises CheckpointError when there is none, or it cannot be removed.
         """
-        directory = self._core.parts.save_path if path is None else Path(path)
+        directory = self._state.config.save_path if path is None else Path(path)
         await run_exclusively_in_thread(
-            self._core, "delete", lambda: DiskStore(directory).delete(name)
+            self._state, "delete", lambda: DiskStore(directory).delete(name)
         )
 
     async def del_best_model(self) -> None:
@@ -181,10 +181,10 @@ class KeepingTrainer(Trainer):
         """
 
         def remove() -> None:
-            self._core.store.delete(self._core.parts.best_model_name)
-            self._core.forget_best()
+            self._state.store.delete(self._state.config.best_model_name)
+            self._state.forget_best()
 
-        await run_exclusively_in_thread(self._core, "del_best_model", remove)
+        await run_exclusively_in_thread(self._state, "del_best_model", remove)
 
     async def del_pretrained_model(self) -> None:
         """Remove the pretrained weights; after this `reset` is refused.
@@ -192,13 +192,13 @@ class KeepingTrainer(Trainer):
         Raises CheckpointError when there are none.
         """
         await run_exclusively_in_thread(
-            self._core, "del_pretrained_model", self._core.forget_pretrained
+            self._state, "del_pretrained_model", self._state.forget_pretrained
         )
 
     def _file(
         self, name: str, path: str | Path | None, suffixes: tuple[str, ...] | None = None
     ) -> Path:
-        directory = self._core.parts.save_path if path is None else Path(path)
+        directory = self._state.config.save_path if path is None else Path(path)
         file = directory / with_suffix(name)
         if file.name == LOG_NAME:
             raise CheckpointError(f"{name!r} names the log of metrics; give another name")

@@ -72,7 +72,7 @@ class SyncFitLoop(Trainer):
     def loop(self) -> FitLoop:
         """The same trainer for use in an event loop."""
         twin = FitLoop.__new__(FitLoop)
-        twin._core = self._core
+        twin._state = self._state
         return twin
 
     fit = _blocking(FitLoop.fit)

@@ -14,7 +14,7 @@ from fitloop._metrics.history import History, PhaseHistory
 from fitloop._plotting.draw import plot_history
 from fitloop._plotting.selection import BestEpoch
 from fitloop._training.layers import configure_optimizer as default_configure_optimizer
-from fitloop._training.trainer_state import Core
+from fitloop._training.trainer_state import TrainerState
 from fitloop._types import LossFunction
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class TrainerView:
     """Attributes of a trainer, and its verbs that do not wait. Safe to use while a run goes on."""
 
-    _core: Core
+    _state: TrainerState
 
     def stop(self) -> None:
         """End the run that goes on after the batch in hand; any thread. Does nothing without one.
@@ -32,13 +32,13 @@ class TrainerView:
         A train phase that is cut short still has its ``epoch_end``, on what was seen; a
         validation that is cut short counts as not done.
         """
-        control = self._core.control
+        control = self._state.control
         if control is not None:
             control.stop()
 
     def events(self) -> EventStream:
         """Return the trainer's events, to be read by any task: ``async with ... as events``."""
-        return EventStream(self._core.event_bus)
+        return EventStream(self._state.event_bus)
 
     def plot(
         self,
@@ -67,14 +67,14 @@ class TrainerView:
         Raises ConfigurationError, having changed nothing, for what cannot be done.
         """
         if lr is None and unlock is None:
-            self._core.parts.configure_optimizer(self)
+            self._state.config.configure_optimizer(self)
         else:
             default_configure_optimizer(self, lr=lr, unlock=unlock)
 
     @property
     def M(self) -> History:  # noqa: N802 - the users' name for it
         """The metrics of all runs."""
-        return self._core.history
+        return self._state.history
 
     @property
     def train_metrics(self) -> PhaseHistory:
@@ -94,93 +94,93 @@ class TrainerView:
     @property
     def best_score(self) -> float | None:
         """The best value of the criteria so far; None before the first."""
-        return self._core.best_score
+        return self._state.best_score
 
     @property
     def best_epoch(self) -> int | None:
         """Number of the epoch of `best_score`, counted from 1."""
-        return self._core.best_epoch
+        return self._state.best_epoch
 
     @property
     def epoch_num(self) -> int:
         """Epochs trained so far, in all runs since the last reset."""
-        return self._core.epoch_num
+        return self._state.epoch_num
 
     @property
     def name(self) -> str:
         """The label of the trainer; the model's class unless one was given."""
-        return self._core.parts.name
+        return self._state.config.name
 
     @property
     def model(self) -> nn.Module:
         """The model."""
-        return self._core.parts.model
+        return self._state.config.model
 
     @property
     def optimizer(self) -> Any:
         """The optimizer, or the list of them, as given."""
-        return self._core.parts.optimizer
+        return self._state.config.optimizer
 
     @property
     def optimizers(self) -> list[Optimizer]:
         """The optimizers, always as a list."""
-        return self._core.parts.optimizers
+        return self._state.config.optimizers
 
     @property
     def lr_scheduler(self) -> Any:
         """The scheduler, or the list of them, as given; None without."""
-        return self._core.parts.lr_scheduler
+        return self._state.config.lr_scheduler
 
     @property
     def lr_schedulers(self) -> list[Any]:
         """The schedulers, always as a list."""
-        return self._core.parts.lr_schedulers
+        return self._state.config.lr_schedulers
 
     @property
     def loss_function(self) -> LossFunction:
         """The loss function."""
-        return self._core.parts.loss_function
+        return self._state.config.loss_function
 
     @property
     def train_dl(self) -> Any:
         """The constructor's train loader."""
-        return self._core.parts.train_dl
+        return self._state.config.train_dl
 
     @property
     def valid_dl(self) -> Any:
         """The constructor's validation loader."""
-        return self._core.parts.valid_dl
+        return self._state.config.valid_dl
 
     @property
     def test_dl(self) -> Any:
         """The constructor's test loader."""
-        return self._core.parts.test_dl
+        return self._state.config.test_dl
 
     @property
     def device(self) -> torch.device:
         """Where the model is trained."""
-        return self._core.parts.device
+        return self._state.config.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What floating tensors of the batches are cast to."""
-        return self._core.parts.dtype
+        return self._state.config.dtype
 
     @property
     def criteria(self) -> str | None:
         """Name of the metric by which models are compared."""
-        criteria = self._core.criteria
+        criteria = self._state.criteria
         return None if criteria is None else criteria.name
 
     @property
     def save_path(self) -> Path:
         """The directory for files."""
-        return self._core.parts.save_path
+        return self._state.config.save_path
 
     @property
     def running(self) -> bool:
         """Whether a run is going on."""
-        return self._core.control is not None
+        return self._state.control is not None
 
     def __repr__(self) -> str:
         best = ""

@@ -50,7 +50,7 @@ class Keeper(Protocol):
     best_score: float | None
     best_epoch: int | None
 
-    def keep_best(self) -> None:
+    def save_best(self) -> None:
         """Keep the model's weights as the best."""
 
 
@@ -77,7 +77,7 @@ class BestTracker:
         self.tracked = True
         keeper = self._keeper
         if self._criteria.is_better(score, keeper.best_score):
-            keeper.keep_best()
+            keeper.save_best()
             keeper.best_score, keeper.best_epoch = score, event.epoch
             self._emit(
                 BestImproved(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import lr_scheduler as kinds
 
-from fitloop._engine.config import Interval, Parts, as_list
+from fitloop._engine.config import Interval, TrainerConfig, as_list
 from fitloop._errors import ConfigurationError, MissingCriteriaError
 from fitloop._events import EpochEnded, Event, PhaseEnded
 from fitloop._training.best import Criteria
@@ -15,7 +15,7 @@ from fitloop._types import Phase
 _PER_BATCH = (kinds.OneCycleLR, kinds.CyclicLR)
 
 
-def intervals_of(parts: Parts) -> list[Interval | None]:
+def intervals_of(parts: TrainerConfig) -> list[Interval | None]:
     """Return for each scheduler when to step it; None for one that ``train_step`` steps itself."""
     given = as_list(parts.scheduler_interval)
     schedulers = parts.lr_schedulers
@@ -32,7 +32,7 @@ def _natural_interval(scheduler: object) -> Interval:
     return "batch" if isinstance(scheduler, _PER_BATCH) else "epoch"
 
 
-def check_modes(parts: Parts, criteria: Criteria | None) -> None:
+def check_modes(parts: TrainerConfig, criteria: Criteria | None) -> None:
     """Refuse a plateau scheduler that looks for the opposite of the criteria, where it is known.
 
     Raises:
@@ -63,7 +63,7 @@ class SchedulerSteps:
     interval is given the criteria of the last one.
     """
 
-    def __init__(self, parts: Parts, criteria: Criteria | None, *, validates: bool) -> None:
+    def __init__(self, parts: TrainerConfig, criteria: Criteria | None, *, validates: bool) -> None:
         self._criteria = criteria
         self._score: float | None = None
         self._known: tuple[str, ...] = ()

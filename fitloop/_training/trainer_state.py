@@ -13,7 +13,7 @@ from torch import nn
 
 from fitloop._concurrency.control import RunControl
 from fitloop._data.loaders import Loaders, LoadingOptions
-from fitloop._engine.config import PRETRAINED, Parts
+from fitloop._engine.config import PRETRAINED, TrainerConfig
 from fitloop._engine.event_bus import EventBus
 from fitloop._errors import CheckpointError
 from fitloop._events import EpochEnded, Event
@@ -27,26 +27,27 @@ from fitloop._training.schedulers import check_modes
 from fitloop._types import Phase
 
 
-class Core:
+class TrainerState:
     """The changing state of one trainer."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, config: TrainerConfig) -> None:
+        self.config = config
         self.history = History()
         self.event_bus = EventBus()
         self.loaders = Loaders(
-            LoadingOptions(prefetch=parts.prefetch, randomness=parts.loader_randomness), self.cuda
+            LoadingOptions(prefetch=config.prefetch, randomness=config.loader_randomness),
+            self.cuda_devices,
         )
         self.store: WeightsStore = (
-            DiskStore(parts.save_path) if parts.save_to_disk else MemoryStore()
+            DiskStore(config.save_path) if config.save_to_disk else MemoryStore()
         )
-        self.criteria = _criteria(parts)
+        self.criteria = _criteria(config)
         """how models are compared; None when they are not"""
-        check_modes(parts, self.criteria)
+        check_modes(config, self.criteria)
         self.epoch_num = 0
-        self.fits = 0
+        self.completed_fits = 0
         """runs of fit that came to an end of their own, over the life of the trainer"""
-        self.num_threads = parts.num_threads
+        self.num_threads = config.num_threads
         """intra-op threads of its runs, once they are known"""
         self.best_score: float | None = None
         self.best_epoch: int | None = None
@@ -54,7 +55,7 @@ class Core:
         """the kept best weights are those of another training than this one's"""
         self.control: RunControl | None = None
         """of the run that is going on"""
-        self.log: MetricLog | None = None
+        self.metric_log: MetricLog | None = None
         """the file that its metrics are appended to, once it has one"""
         self.owns_archive = False
         """the snapshots under its ``save_path`` are of its own training"""
@@ -63,51 +64,51 @@ class Core:
         self._keeps_pretrained = False
 
     @property
-    def cuda(self) -> tuple[int, ...]:
+    def cuda_devices(self) -> tuple[int, ...]:
         """The CUDA devices whose generators the trainer draws from."""
-        device = self.parts.device
+        device = self.config.device
         return (device.index or 0,) if device.type == "cuda" else ()
 
     @property
     def streams(self) -> Streams | None:
         """The trainer's own randomness; None without a seed."""
-        if self._streams is None and self.parts.seed is not None:
-            self._streams = Streams(self.parts.seed, self.cuda)
+        if self._streams is None and self.config.seed is not None:
+            self._streams = Streams(self.config.seed, self.cuda_devices)
         return self._streams
 
-    def place(self) -> None:
+    def move_to_device(self) -> None:
         """Move the model, and what the optimizers hold, to the device."""
-        parts = self.parts
-        before = {parameter: parameter.device for parameter in parts.model.parameters()}
-        parts.model.to(parts.device)
-        if parts.cast_model:
-            parts.model.to(parts.dtype)
-        if isinstance(parts.loss_function, nn.Module):
-            parts.loss_function.to(parts.device)
+        config = self.config
+        before = {parameter: parameter.device for parameter in config.model.parameters()}
+        config.model.to(config.device)
+        if config.cast_model:
+            config.model.to(config.dtype)
+        if isinstance(config.loss_function, nn.Module):
+            config.loss_function.to(config.device)
         if any(parameter.device != device for parameter, device in before.items()):
-            for optimizer in parts.optimizers:
+            for optimizer in config.optimizers:
                 if optimizer.state:  # load_state_dict moves it to where the parameters are
                     optimizer.load_state_dict(optimizer.state_dict())
 
-    def keep_pretrained(self, *, resuming: bool = False) -> None:
+    def save_pretrained(self, *, resuming: bool = False) -> None:
         """Keep what `reset` goes back to: weights and optimizers before the first run.
 
         A run that is ``resuming`` leaves a file of them alone that is there already.
         """
         if self._initial is None:
-            self._initial = StepCapture(self.parts.optimizers, self.parts.lr_schedulers)
+            self._initial = StepCapture(self.config.optimizers, self.config.lr_schedulers)
         if resuming and self.store.exists(PRETRAINED):
             self._keeps_pretrained = True
         if not self._keeps_pretrained:
-            self.store.save(PRETRAINED, self.parts.model.state_dict())
+            self.store.save(PRETRAINED, self.config.model.state_dict())
             self._keeps_pretrained = True
 
-    def keep_best(self) -> None:
+    def save_best(self) -> None:
         """Keep the weights that the model has now as the best."""
-        self.store.save(self.parts.best_model_name, self.parts.model.state_dict())
+        self.store.save(self.config.best_model_name, self.config.model.state_dict())
         self.best_is_stale = False
 
-    def tracker(self, emit: Callable[[Event], None]) -> BestTracker | None:
+    def best_tracker(self, emit: Callable[[Event], None]) -> BestTracker | None:
         """Return an observer that keeps the best weights of a run."""
         return None if self.criteria is None else BestTracker(self.criteria, self, emit)
 
@@ -117,8 +118,8 @@ class Core:
             raise CheckpointError(
                 "there are no best weights: none were tracked before the state that was loaded"
             )
-        apply_weights(self.parts.model, self.store.load(self.parts.best_model_name))
-        self.parts.configure_optimizer(trainer)
+        apply_weights(self.config.model, self.store.load(self.config.best_model_name))
+        self.config.configure_optimizer(trainer)
 
     def reset(self, trainer: Any) -> None:
         """Go back to before the first run; see ``FitLoop.reset``.
@@ -126,15 +127,15 @@ class Core:
         Raises `CheckpointError`, having changed nothing, when the weights are not there.
         """
         if self._keeps_pretrained:
-            apply_weights(self.parts.model, self.store.load(PRETRAINED))
+            apply_weights(self.config.model, self.store.load(PRETRAINED))
         if self._initial is not None:
             self._initial.restore()
         self.history.clear()
-        self.log = None  # the next run begins it anew
+        self.metric_log = None  # the next run begins it anew
         self.epoch_num = 0
         self.forget_best()
         self._streams = None
-        self.parts.configure_optimizer(trainer)
+        self.config.configure_optimizer(trainer)
 
     def forget_best(self) -> None:
         """Compare with no earlier model any more."""
@@ -151,26 +152,26 @@ class Core:
 
     def capture(self) -> TrainingCapture:
         """Return a copy of what a dry run changes in model, loss, optimizers and schedulers."""
-        parts = self.parts
-        modules = [parts.model]
-        if isinstance(parts.loss_function, nn.Module):
-            modules.append(parts.loss_function)
-        others = [*parts.stateful.values(), *([] if parts.scaler is None else [parts.scaler])]
+        config = self.config
+        modules = [config.model]
+        if isinstance(config.loss_function, nn.Module):
+            modules.append(config.loss_function)
+        others = [*config.stateful.values(), *([] if config.scaler is None else [config.scaler])]
         modules += [item for item in others if isinstance(item, nn.Module)]
         others = [item for item in others if not isinstance(item, nn.Module)]
-        return TrainingCapture(modules, parts.optimizers, parts.lr_schedulers, others)
+        return TrainingCapture(modules, config.optimizers, config.lr_schedulers, others)
 
     def loaders_of(self, given: Mapping[Phase, Any]) -> dict[Phase, Any]:
         """Return the loader of each phase: the given one, or the constructor's, or None."""
         return {
-            phase: self.parts.loader(phase) if given.get(phase) is None else given[phase]
+            phase: self.config.loader(phase) if given.get(phase) is None else given[phase]
             for phase in Phase
         }
 
 
-def _criteria(parts: Parts) -> Criteria | None:
-    if parts.criteria is not None:
-        return Criteria(parts.criteria, parts.criteria_direction)
-    if parts.valid_epoch_end is None:
+def _criteria(config: TrainerConfig) -> Criteria | None:
+    if config.criteria is not None:
+        return Criteria(config.criteria, config.criteria_direction)
+    if config.valid_epoch_end is None:
         return Criteria("accuracy", 1, is_default=True)
     return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fitloop._defaults import Share
+from fitloop._defaults import TrainerDefaults
 from fitloop._events import Event
 from fitloop._metrics.results import FitResult
 from fitloop._trainer.fitloop import FitLoop
@@ -43,8 +43,9 @@ class TrainingResult:
 class Backend(Protocol):
     """Runs trainings, wherever that is. All calls are made on the event loop of the Runner.
 
-    A cluster is one more of these: it carries the `JobSpec` and the `Share` to where the training
-    is to run, has `train` done there, and brings events, questions and cancellations across.
+    A cluster is one more of these: it carries the `JobSpec` and the `TrainerDefaults` to where the
+    training is to run, has `train` done there, and brings events, questions and
+    cancellations across.
     """
 
     def check(self, spec: JobSpec) -> None:
@@ -55,7 +56,7 @@ class Backend(Protocol):
         """
 
     async def run(
-        self, spec: JobSpec, share: Share, tell: Callable[[Event], None]
+        self, spec: JobSpec, share: TrainerDefaults, tell: Callable[[Event], None]
     ) -> TrainingResult:
         """Do one training; as many at once as the Runner wants.
 

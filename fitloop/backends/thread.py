@@ -8,7 +8,7 @@ from typing import Any
 
 from fitloop._checkpointing.checkpointer import Checkpoint
 from fitloop._concurrency.control import RunControl
-from fitloop._defaults import SHARE, Share
+from fitloop._defaults import TRAINER_DEFAULTS, TrainerDefaults
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._rng.exclusive import alone_in_steps, exclusive_rng
@@ -37,7 +37,7 @@ class ThreadBackend:
             )
 
     async def run(
-        self, spec: JobSpec, share: Share, tell: Callable[[Event], None]
+        self, spec: JobSpec, share: TrainerDefaults, tell: Callable[[Event], None]
     ) -> TrainingResult:
         """Build the trainer in a thread and await its ``fit``."""
         return await train(spec, share, tell)
@@ -46,9 +46,11 @@ class ThreadBackend:
         """Nothing is kept."""
 
 
-async def train(spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> TrainingResult:
+async def train(
+    spec: JobSpec, share: TrainerDefaults, tell: Callable[[Event], None]
+) -> TrainingResult:
     """Do the training of a job in this process: what every backend does in the end."""
-    token = SHARE.set(share)
+    token = TRAINER_DEFAULTS.set(share)
     try:
         trainer = await build(spec)
         options = dict(spec.options)
@@ -63,7 +65,7 @@ async def train(spec: JobSpec, share: Share, tell: Callable[[Event], None]) -> T
             weights = await trainer.save_model(WEIGHTS, spec.directory, overwrite=True)
         return TrainingResult(result=result, weights=weights, trainer=trainer)
     finally:
-        SHARE.reset(token)
+        TRAINER_DEFAULTS.reset(token)
 
 
 def check_save_path(spec: JobSpec, trainer: FitLoop | SyncFitLoop) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fitloop._display.jupyter import Handle, display, in_notebook
-from fitloop._errors import ConfigurationError, note
+from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._storage.durable import write_file
 
 _FORMATS = (".png", ".svg", ".pdf")
@@ -41,7 +41,7 @@ class ImageFile:
         try:
             write_file(self._path, lambda _path, file: _write(file, picture), overwrite=True)
         except OSError as error:
-            note(error, f"live_plot() could not write {self._path}")
+            add_note_safely(error, f"live_plot() could not write {self._path}")
             raise
 
     def start_new_image(self) -> None:

@@ -183,7 +183,7 @@ async def test_cancel_when_in_a_weights_call_lets_that_end(way: Way, verb: str) 
         await patient.fit(load_best=False)
     with Gate() as gate:
         object.__setattr__(
-            patient.trainer._core.parts, "configure_optimizer", lambda _: gate.hold()
+            patient.trainer._state.config, "configure_optimizer", lambda _: gate.hold()
         )
         async with running(way, getattr(patient.trainer, verb)) as job:
             await gate.reached.wait()

@@ -43,7 +43,7 @@ def _refs(patient: Patient) -> dict[str, weakref.ref[Any]]:
     trainer = patient.trainer
     return {
         "trainer": weakref.ref(trainer),
-        "core": weakref.ref(trainer._core),
+        "core": weakref.ref(trainer._state),
         "model": weakref.ref(trainer.model),
         "weight": weakref.ref(next(trainer.model.parameters())),
     }

@@ -40,7 +40,7 @@ from fitloop import (
     WorkerDiedError,
     WorkerDiedWarning,
 )
-from fitloop._defaults import available_cores
+from fitloop._system import available_cores
 
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 50

@@ -130,7 +130,7 @@ def cancelled(seed: int) -> Awaitable[FitLoop]:
     def loss_of(state: LoopState) -> torch.Tensor:
         if state.epoch_num == 2 and state.batch_num == 2:
             anyio.from_thread.run_sync(scope.cancel, token=token[0])
-            control = made._core.control
+            control = made._state.control
             while control is not None and not control.cancelled:  # else it may end anywhere
                 time.sleep(0.001)
         return plain_loss(state)

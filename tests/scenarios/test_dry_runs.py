@@ -81,7 +81,7 @@ class World:
 
     def state(self) -> dict[str, object]:
         made, optimizer, model = self.trainer, self.optimizer, self.model
-        streams = made._core.streams
+        streams = made._state.streams
         return {
             "modules": [(name, id(part), part.training) for name, part in model.named_modules()],
             "parameters": [
@@ -100,7 +100,7 @@ class World:
             "streams": None if streams is None else repr(draws_of(streams.copy())),
             "loader": self.generator.get_state().tolist(),
             "metrics": repr(made.M.to_dict()),
-            "best": (made.best_score, made._core.best_epoch, made.epoch_num, made.M.train_runs),
+            "best": (made.best_score, made._state.best_epoch, made.epoch_num, made.M.train_runs),
             "files": {file.name: file.read_bytes() for file in sorted(self.path.glob("**/*"))},
             "threads": torch.get_num_threads(),
         }

@@ -31,7 +31,7 @@ from fitloop import (
     Runner,
     read_results,
 )
-from fitloop._defaults import available_cores
+from fitloop._system import available_cores
 
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 50

@@ -35,12 +35,12 @@ from fitloop import (
     default_batch_step,
     read_results,
 )
-from fitloop._defaults import available_cores
 from fitloop._rng.exclusive import alone_in_steps
 from fitloop._rng.fair_lock import GLOBAL_RNG_LOCK
 from fitloop._runner import execution
 from fitloop._runner.jobs import directory_name
 from fitloop._runner.outcomes import write_outcome
+from fitloop._system import available_cores
 
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 30

@@ -44,7 +44,7 @@ from fitloop import (
     default_batch_step,
     read_metrics,
 )
-from fitloop._concurrency.event_loops import Doorbell, loop_scheduler
+from fitloop._concurrency.event_loops import ThreadsafeEvent, loop_scheduler
 
 Make = Callable[..., FitLoop]
 QUIET: dict[str, Any] = {"verbose": False}
@@ -61,11 +61,11 @@ class Late:
         self.asked: list[PromptAsked] = []
         self._done = 0
         self._awaited = 10**9
-        self._bell: Doorbell | None = None
+        self._bell: ThreadsafeEvent | None = None
 
     async def __call__(self, question: PromptAsked) -> bool:
         self.asked.append(question)
-        self._bell = Doorbell()
+        self._bell = ThreadsafeEvent()
         self._awaited = question.epoch * BATCHES + self.batches
         if self._done < self._awaited:
             await self._bell.wait()
@@ -75,7 +75,7 @@ class Late:
         """Train, and have the question answered when it is time."""
         self._done = (state.epoch_num - 1) * BATCHES + state.batch_num
         if self._bell is not None and self._done >= self._awaited:
-            self._bell.ring()
+            self._bell.set()
         return default_batch_step(state)
 
 

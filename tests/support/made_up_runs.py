@@ -23,7 +23,7 @@ from fitloop import (
     RunStarted,
 )
 from fitloop._checkpointing.run_log import RunLog
-from fitloop._concurrency.background_writer import Writer
+from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._engine.event_bus import EventBus
 from fitloop._storage.durable import DirectoryLock
 
@@ -116,7 +116,7 @@ class Pretended:
         self.core: Any = SimpleNamespace(
             parts=parts, history=self.history, event_bus=event_bus, log=None, epoch_num=0
         )
-        self.writer = Writer(NAME)
+        self.writer = BackgroundWriter(NAME)
         self._options: dict[str, Any] = {"raises": raises, "clock": clock}
         self.log = self._new()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fitloop import Checkpoint, FitLoop, FitResult, ResumeWarning, SyncFitLoop
-from fitloop._concurrency.background_writer import Writer
+from fitloop._concurrency.background_writer import BackgroundWriter
 from support.models import process_generators, seed_process, sync_trainer
 
 SEED = 23
@@ -52,7 +52,7 @@ def write_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Nothing waits for the disk: here no machine loses power.
     """
-    monkeypatch.setattr(Writer, "submit", lambda _writer, job: job())
+    monkeypatch.setattr(BackgroundWriter, "submit", lambda _writer, job: job())
     monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
 
 
@@ -79,8 +79,8 @@ def state_of(trainer: FitLoop | SyncFitLoop) -> Outcome:
         "loss": plain(loss.state_dict()) if isinstance(loss, torch.nn.Module) else None,
         "optimizers": [plain(optimizer.state_dict()) for optimizer in trainer.optimizers],
         "schedulers": [_scheduler_state(s) for s in trainer.lr_schedulers],
-        "stateful": {n: plain(s.state_dict()) for n, s in trainer._core.parts.stateful.items()},
-        "scaler": plain(trainer._core.parts.scaler and trainer._core.parts.scaler.state_dict()),
+        "stateful": {n: plain(s.state_dict()) for n, s in trainer._state.config.stateful.items()},
+        "scaler": plain(trainer._state.config.scaler and trainer._state.config.scaler.state_dict()),
         "M": plain(trainer.M.to_dict()),
         "epoch": trainer.epoch_num,
         "best": (repr(trainer.best_score), trainer.best_epoch),
@@ -105,7 +105,7 @@ def told(result: FitResult) -> Outcome:
 
 def outcome(trainer: FitLoop | SyncFitLoop, result: FitResult, setup: Setup) -> Outcome:
     found = {**state_of(trainer), "result": told(result), "also": plain(setup.also())}
-    if trainer._core.parts.seed is None:
+    if trainer._state.config.seed is None:
         found["process"] = process_generators()
     return found
 
@@ -136,7 +136,7 @@ def leg(make: Make, path: Path, stop: int | None, **fit: Any) -> Outcome | None:
     setup = make()
     trainer = sync_trainer(**{"save_path": path, **setup.given})
     interrupt_after(trainer, stop)
-    seeded = trainer._core.parts.seed is not None
+    seeded = trainer._state.config.seed is not None
     before = process_generators()
     arguments = {"epochs": EPOCHS, **QUIET, **setup.fit, **fit}
     try:

@@ -44,8 +44,8 @@ def fingerprint(value: Any) -> Any:
 
 def trainer_state(trainer: AnyTrainer, *, best: bool = True, drawn: bool = True) -> dict[str, Any]:
     """Return all that `fit` changes in a trainer, to be compared; ``drawn``: randomness too."""
-    core = trainer._core
-    parts = core.parts
+    core = trainer._state
+    parts = core.config
     modules = [parts.model, parts.loss_function]
     state: dict[str, Any] = {
         "modules": [dict(m.state_dict()) for m in modules if hasattr(m, "state_dict")],
@@ -55,7 +55,7 @@ def trainer_state(trainer: AnyTrainer, *, best: bool = True, drawn: bool = True)
         "stateful": {name: item.state_dict() for name, item in parts.stateful.items()},
         "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
         "history": trainer.M.to_dict(),
-        "numbers": (core.epoch_num, core.fits, core.best_score, core.best_epoch),
+        "numbers": (core.epoch_num, core.completed_fits, core.best_score, core.best_epoch),
     }
     if best:
         kept = core.store.exists(parts.best_model_name)

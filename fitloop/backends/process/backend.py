@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 
 from fitloop._concurrency.control import RunControl
-from fitloop._concurrency.supervisor import LoopSide, supervise
-from fitloop._defaults import Share
+from fitloop._concurrency.supervisor import LoopPortal, supervise
+from fitloop._defaults import TrainerDefaults
 from fitloop._display.jupyter import interruptible
 from fitloop._engine.config import check_number, check_seconds
 from fitloop._engine.event_bus import EventBus, EventStream, feed_callback
-from fitloop._errors import ConfigurationError, WorkerDiedError, WorkerDiedWarning, note
+from fitloop._errors import ConfigurationError, WorkerDiedError, WorkerDiedWarning, add_note_safely
 from fitloop._events import Event
 from fitloop._rng.exclusive import GivenWay
 from fitloop._run.launch import is_async_callback, run_in_thread
@@ -110,7 +110,7 @@ class ProcessBackend:
         ThreadBackend().check(spec)
 
     async def run(
-        self, spec: JobSpec, share: Share, tell: Callable[[Event], None]
+        self, spec: JobSpec, share: TrainerDefaults, tell: Callable[[Event], None]
     ) -> TrainingResult:
         """Have a worker do the training, and another one if that dies.
 
@@ -124,7 +124,7 @@ class ProcessBackend:
             except WorkerDiedError as error:
                 if number == tries:
                     if number > 1:
-                        note(error, f"it was tried {number} times")
+                        add_note_safely(error, f"it was tried {number} times")
                     raise
                 warnings.warn(
                     f"{error}\nIt goes on from its last snapshot, try {number + 1} of {tries}",
@@ -134,18 +134,18 @@ class ProcessBackend:
         raise AssertionError
 
     async def _try(
-        self, spec: JobSpec, share: Share, tell: Callable[[Event], None]
+        self, spec: JobSpec, share: TrainerDefaults, tell: Callable[[Event], None]
     ) -> TrainingResult:
         event_bus, control = EventBus(), RunControl()
-        side = LoopSide(control)
-        companions, plain = [], []
+        side = LoopPortal(control)
+        background_tasks, plain = [], []
         async with AsyncExitStack() as stack:
             stack.enter_context(interruptible())
             await stack.enter_async_context(GivenWay())
             for callback in spec.options.get("callbacks", ()):
                 if is_async_callback(callback):
                     stream = await stack.enter_async_context(EventStream(event_bus, None))
-                    companions.append(partial(feed_callback, stream, callback))
+                    background_tasks.append(partial(feed_callback, stream, callback))
                 else:
                     plain.append(callback)
             talk = WorkerClient(
@@ -158,8 +158,8 @@ class ProcessBackend:
                     side,
                     name=spec.name,
                     grace=0.0,
-                    companions=companions,
-                    release_companions=event_bus.end,
+                    background_tasks=background_tasks,
+                    end_background_tasks=event_bus.end,
                 )
             finally:
                 if talk.was_killed:

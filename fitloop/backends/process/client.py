@@ -20,12 +20,12 @@ import anyio
 
 from fitloop._concurrency.control import Cancelled, RunControl
 from fitloop._concurrency.event_loops import loop_scheduler
-from fitloop._concurrency.supervisor import LoopSide
-from fitloop._defaults import Share
+from fitloop._concurrency.supervisor import LoopPortal
+from fitloop._defaults import TrainerDefaults
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import PromptWithTimeout, TerminalPrompt
 from fitloop._engine.event_bus import EventBus
-from fitloop._errors import WorkerDiedError, note
+from fitloop._errors import WorkerDiedError, add_note_safely
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted
 from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import run_in_thread
@@ -55,9 +55,9 @@ class WorkerClient:
         self,
         pool: WorkerPool,
         spec: JobSpec,
-        share: Share,
+        share: TrainerDefaults,
         control: RunControl,
-        side: LoopSide,
+        side: LoopPortal,
         event_bus: EventBus,
         tell: Callable[[Event], None],
         observers: Sequence[Callable[[Event], object]],
@@ -169,7 +169,7 @@ class WorkerClient:
                 self._died()
         return False
 
-    def _job(self) -> tuple[JobSpec, Share, bool]:
+    def _job(self) -> tuple[JobSpec, TrainerDefaults, bool]:
         spec, share = self._spec, self._share
         given = spec.options.get("on_continue") is not None
         options = {**options_for_worker(spec), "verbose": False}
@@ -215,13 +215,15 @@ class WorkerClient:
         try:
             self._event_bus.emit(event)
         except Exception as error:  # of a callback, or an unknown metric
-            note(error, f"in job {self._spec.name!r}: at {type(event).__name__}, in this process")
+            add_note_safely(
+                error, f"in job {self._spec.name!r}: at {type(event).__name__}, in this process"
+            )
             self._end_for(error)
 
     def _end_for(self, error: BaseException) -> None:
         """End the training for what was raised here; `supervise` raises it again."""
         self._control.cancel(error)
-        self._side.ring()
+        self._side.wake()
 
     def _print(self, stream: str, text: str) -> None:
         self._unended.pop(stream, None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fitloop._errors import ConfigurationError, RemoteError, in_words, note
+from fitloop._errors import ConfigurationError, RemoteError, add_note_safely, one_line
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
 
@@ -72,7 +72,7 @@ def serialize_error(error: BaseException) -> tuple[list[bytes], str, str]:
     """Return an error for `deserialize_error`: ways to make it again, what it is, its traceback."""
     import cloudpickle
 
-    told = in_words(error)
+    told = one_line(error)
     lines = traceback.TracebackException.from_exception(error)
     lines.__notes__ = None  # they come with the error
     text = "".join(lines.format())
@@ -105,7 +105,7 @@ def deserialize_error(packed: tuple[list[bytes], str, str]) -> Exception:
             continue
     if error is None:
         error = RemoteError(told)
-    note(error, f"in a worker process:\n{text.rstrip()}")
+    add_note_safely(error, f"in a worker process:\n{text.rstrip()}")
     return error
 
 

@@ -26,8 +26,8 @@ from typing import Any
 import anyio
 import torch
 
-from fitloop._concurrency.event_loops import Doorbell, loop_scheduler
-from fitloop._defaults import SHARE, Share
+from fitloop._concurrency.event_loops import ThreadsafeEvent, loop_scheduler
+from fitloop._defaults import TRAINER_DEFAULTS, TrainerDefaults
 from fitloop._events import Event, PromptAsked
 from fitloop.backends.base import JobSpec, TrainingResult
 from fitloop.backends.process.serialization import deserialize_job, serialize_error
@@ -144,19 +144,19 @@ class _Worker:
         return "done", done.result, done.weights
 
     async def _train(
-        self, job: _Job, spec: JobSpec, share: Share, asks: bool
+        self, job: _Job, spec: JobSpec, share: TrainerDefaults, asks: bool
     ) -> TrainingResult | None:
         schedule = loop_scheduler()
         with anyio.CancelScope() as scope:
             job.cancel = lambda: schedule(scope.cancel)
             if job.cancelled:  # before there was anything to cancel
                 return None
-            token = SHARE.set(share)
+            token = TRAINER_DEFAULTS.set(share)
             try:
                 trainer = await build(spec)
             finally:
-                SHARE.reset(token)
-            parts = trainer._core.parts
+                TRAINER_DEFAULTS.reset(token)
+            parts = trainer._state.config
             self.send("built", parts.name, parts.named)
             options = dict(spec.options)
             if asks or parts.on_continue is None:
@@ -171,14 +171,14 @@ class _Worker:
 
     async def _ask(self, event: PromptAsked) -> bool:
         """Have the parent ask, and return the answer."""
-        job, bell = self._job, Doorbell()
+        job, bell = self._job, ThreadsafeEvent()
         answers: list[bool] = []
         self._asked += 1
         number = self._asked
 
         def take(answer: bool) -> None:
             answers.append(answer)
-            bell.ring()
+            bell.set()
 
         job.answers[number] = take
         self.send("ask", number, event)

@@ -252,7 +252,7 @@ def test_error_when_only_the_end_cannot_be_written_then_the_run_does_not_fail(
     run.observe(*epoch(1))
     disk.broken = True
     run.observe(run_ended(1))
-    assert run.core.log is None
+    assert run.core.metric_log is None
     assert run.told == []
     assert events(tmp_path) == [run_started(), *epoch(1)]
 

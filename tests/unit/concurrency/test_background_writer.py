@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from support.gates import GUARD
 
-from fitloop._concurrency.background_writer import Writer
+from fitloop._concurrency.background_writer import BackgroundWriter
 
 
 def writing_threads() -> list[threading.Thread]:
@@ -18,7 +18,7 @@ def writing_threads() -> list[threading.Thread]:
 
 
 def test_writer_when_jobs_are_given_then_they_run_in_order_in_one_other_thread() -> None:
-    writer = Writer("test")
+    writer = BackgroundWriter("test")
     ran: list[int] = []
     threads: set[int] = set()
 
@@ -46,7 +46,7 @@ def assert_opened(gate: threading.Event) -> None:
 
 
 def test_writer_when_many_threads_give_jobs_then_never_two_run_at_once() -> None:
-    writer = Writer("test")
+    writer = BackgroundWriter("test")
     running, most, done = [0], [0], [0]
 
     def job() -> None:
@@ -69,7 +69,7 @@ def test_writer_when_many_threads_give_jobs_then_never_two_run_at_once() -> None
 
 
 def test_writer_when_closed_then_its_thread_is_gone_and_it_can_be_used_again() -> None:
-    writer = Writer("test")
+    writer = BackgroundWriter("test")
     writer.close()
     ran: list[int] = []
     for number in range(3):
@@ -81,7 +81,7 @@ def test_writer_when_closed_then_its_thread_is_gone_and_it_can_be_used_again() -
 
 
 def test_writer_when_a_job_raises_then_close_raises_it_once_and_the_others_ran() -> None:
-    writer = Writer("test")
+    writer = BackgroundWriter("test")
     ran: list[int] = []
     error = KeyboardInterrupt("first")
 
@@ -109,7 +109,7 @@ def test_writer_when_a_job_is_done_then_what_it_held_is_let_go() -> None:
     class Large:
         pass
 
-    writer, large = Writer("test"), Large()
+    writer, large = BackgroundWriter("test"), Large()
     ref = weakref.ref(large)
     done, gate = threading.Event(), threading.Event()
 
@@ -139,7 +139,7 @@ def test_writer_when_a_job_is_done_then_what_it_held_is_let_go() -> None:
 def test_writer_when_no_thread_can_be_started_then_the_next_job_has_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    writer = Writer("test")
+    writer = BackgroundWriter("test")
     ran: list[int] = []
 
     def start(thread: threading.Thread) -> None:

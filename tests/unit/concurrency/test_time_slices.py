@@ -77,7 +77,7 @@ class Run:
             self.now += seconds
             self.kept += seconds * kept
             self.used += seconds * computed
-            self.control.waited += seconds * waited
+            self.control.wait_seconds += seconds * waited
             self.part.after_batch()
 
 

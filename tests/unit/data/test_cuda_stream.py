@@ -13,7 +13,7 @@ from support.state_comparison import assert_same_state, trainer_state
 
 from fitloop import FitLoop, LoopState, Runner, default_batch_step
 from fitloop._data.cuda_stream import CudaStreamScope
-from fitloop._defaults import SHARE
+from fitloop._defaults import TRAINER_DEFAULTS
 
 DEVICE = torch.device("cuda", 0)
 
@@ -123,7 +123,7 @@ async def test_runner_when_streams_are_wanted_then_its_trainers_are_told(wanted:
     told: list[bool] = []
 
     def make() -> FitLoop:
-        told.append(SHARE.get().own_stream)
+        told.append(TRAINER_DEFAULTS.get().cuda_stream)
         return trainer(model=mlp(1), train_dl=loader(blobs(8)))
 
     async with Runner(1, cuda_streams=wanted) as runner:

@@ -250,7 +250,7 @@ def test_ahead_source_when_loader_hangs_then_close_names_it_and_leaves_it() -> N
     wait_for(loader.entered)
     try:
         assert source.close() == []
-        assert context.control.hung == ["train_dl"]
+        assert context.control.hung_loaders == ["train_dl"]
     finally:
         loader.release.set()
 

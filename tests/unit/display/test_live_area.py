@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fitloop._display.console import fitted
 from fitloop._display.live_area import Frame, LiveArea
-from fitloop._format import columns
+from fitloop._format import display_width
 
 COLUMNS, ROWS = 40, 12
 
@@ -299,7 +299,7 @@ def test_fitted_when_given_any_text_then_is_one_printable_line_of_that_width(
     text: str, width: int
 ) -> None:
     line = fitted(text, width)
-    assert columns(line) <= width
+    assert display_width(line) <= width
     assert line.isprintable()
 
 

@@ -16,7 +16,7 @@ SIZES = st.lists(st.integers(0, 3), max_size=30)
 
 
 def new_state() -> LoopState:
-    return LoopState(FitLoop(**arguments())._core.parts, Phase.TRAIN, 1, lambda: None)
+    return LoopState(FitLoop(**arguments())._state.config, Phase.TRAIN, 1, lambda: None)
 
 
 def stepped(state: LoopState, sizes: list[int]) -> LoopState:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fitloop._tables import Table, by_metric, html_block
+from fitloop._format import Table, html_block, metrics_table
 
 
 def test_text_when_cells_differ_in_length_then_columns_are_aligned() -> None:
@@ -40,7 +40,7 @@ def test_html_when_shown_on_any_theme_then_names_no_colour() -> None:
 
 
 def test_by_metric_when_a_row_lacks_a_name_then_its_cell_is_empty() -> None:
-    table = by_metric("phase", {"train": {"loss": 1.0, "lr": 0.1}, "valid": {"loss": 2.0}})
+    table = metrics_table("phase", {"train": {"loss": 1.0, "lr": 0.1}, "valid": {"loss": 2.0}})
     assert table.heads == ["phase", "loss", "lr"]
     assert table.rows == [["train", "1.0000", "0.1000"], ["valid", "2.0000", ""]]
 
