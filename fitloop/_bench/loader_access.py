@@ -5,7 +5,6 @@ Owns the loader's generators and worker processes during a benchmark. Knows no c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -87,8 +86,8 @@ class LoaderAccess:
 class BenchLoaders(Loaders):
     """Opens passes over the loader of a `LoaderAccess`."""
 
-    def __init__(self, options: LoadingOptions, cuda: Iterable[int], access: LoaderAccess) -> None:
-        super().__init__(options, cuda)
+    def __init__(self, options: LoadingOptions, access: LoaderAccess) -> None:
+        super().__init__(options)
         self._access = access
         self._last_source: Source | None = None
         self.copies: list[Any] | None = None

@@ -44,8 +44,8 @@ from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.stages import Stages
 from fitloop._errors import ConfigurationError, FitLoopError
-from fitloop._rng.state_io import global_state, restore_global_state
-from fitloop._rng.streams import GLOBAL_STREAM, RngState, Streams
+from fitloop._rng.guard import RngGuard, save_global_state
+from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._run.run import Observer, Run
 from fitloop._system import available_cores, processor, versions
 from fitloop._types import Phase, Stage
@@ -83,7 +83,7 @@ class BenchRun(Run):
         self._access: Any = None
         self._loaders_of: dict[Variant, BenchLoaders] = {}
         self._bus = EventBus()
-        self._process_rng: RngState | None = None
+        self._restore_rng: Callable[[], None] | None = None
         self._lags: list[float] = []
         self._measures_lag = self._closed = False
         self._activity: str | None = None
@@ -97,7 +97,7 @@ class BenchRun(Run):
         self._measurement: Measurement | None = None
 
     def _open_loader(self) -> None:
-        parts, cuda = self._core.config, self._core.cuda_devices
+        parts = self._core.config
         self._activity = "opening the loader"  # which may run the user's code
         access = self._access = LoaderAccess(self._loader)
         self._takes_turns = access.excludes_steps(parts)
@@ -108,13 +108,14 @@ class BenchRun(Run):
             Variant.INLINE: replace(options, prefetch=0),
             Variant.AHEAD: LoadingOptions(prefetch=AHEAD_DEPTH, randomness=randomness),
         }.items():
-            self._loaders_of[variant] = BenchLoaders(changed, cuda, access)
+            self._loaders_of[variant] = BenchLoaders(changed, access)
 
     # -- differences from other runs -------------------------------------------------------------
 
-    def _streams(self) -> Streams | None:
-        """Return the randomness of a fit, since it decides how a loader is read."""
-        return None if self._core.streams is None else self._core.streams.copy()
+    def _rng(self) -> TrainerRng:
+        """Return the random numbers of a fit, since they decide how a loader is read."""
+        rng = self._core.rng
+        return rng.fork() if rng.has_streams else rng
 
     def _observers(self, part: TimeSliceHook) -> list[Observer]:
         self._bus.set_observers([part.observe])
@@ -125,19 +126,17 @@ class BenchRun(Run):
             return super()._position()
         return f"benchmark, {self._activity}: {super()._position()}"
 
-    def _loop(self, engine: Engine, streams: Streams | None) -> None:
-        parts, turn = self._core.config, engine.turn
-        self._process_rng = global_state(self._core.cuda_devices)
-        stream = GLOBAL_STREAM if streams is None else streams.steps(Phase.TRAIN)
-        turn.begin_pass(stream)
+    def _loop(self, engine: Engine, guard: RngGuard) -> None:
+        parts = self._core.config
+        self._restore_rng = save_global_state(self._core.cuda_devices)
+        guard.enter_phase(Phase.TRAIN)
         engine.call_plain("preloop", parts.preloop, self._trainer)
         self._open_loader()
         self._side.start(self._measure_lag)
-        self._begin = partial(turn.begin_pass, stream)
+        self._begin = partial(guard.enter_phase, Phase.TRAIN)
         self._measure()
         self._engine, self._activity = engine, None
         engine.call_plain("postloop", parts.postloop, self._trainer)
-        turn.release()
 
     def _put_back(self) -> None:
         self._closed = True
@@ -150,8 +149,8 @@ class BenchRun(Run):
             if self._access is not None:
                 self._access.close()
             # A seeded trainer uses copies of its streams, except for a loader that is read ahead.
-            if self._process_rng is not None and (self._takes_turns or self._core.streams is None):
-                restore_global_state(self._process_rng)
+            if self._restore_rng and (self._takes_turns or not self._core.rng.has_streams):
+                self._restore_rng()
 
     def _tell_end(self, error: BaseException | None) -> None:
         """Emit nothing, as no `RunStarted` was emitted."""

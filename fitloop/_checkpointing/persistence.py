@@ -36,6 +36,8 @@ from fitloop._engine.plan import PassPosition, PassProgress, RunPlan
 from fitloop._errors import CheckpointError, ResumeWarning
 from fitloop._events import Event
 from fitloop._metrics.results import EpochMetricsRecorder, FitResult
+from fitloop._rng.guard import RngGuard
+from fitloop._rng.trainer_rng import loader_state
 from fitloop._storage.durable import DirectoryLock
 from fitloop._training.best import BestTracker
 from fitloop._training.trainer_state import TrainerState
@@ -147,14 +149,13 @@ class Persistence:
         saved = found.run["pass"]
         if saved is None:
             return None
-        drawn = found.random.get("process") or found.random[f"{Phase.TRAIN} loader"]
         return PassPosition(
             start_metrics=saved["start_metrics"],
             exported=saved["exported"],
             resume_from=ResumePosition(
                 batches=len(saved["exported"]["sizes"]),
                 pass_start=opened_from(saved["opened"]),
-                rng_state=drawn,
+                rng_state=loader_state(found.random, Phase.TRAIN),
                 generators=saved["generators"],
                 loader_state=saved["loader"],
             ),
@@ -218,6 +219,7 @@ class Persistence:
         metrics: EpochMetricsRecorder,
         tracker: BestTracker | None,
         control: RunControl,
+        guard: RngGuard,
     ) -> None:
         """Be ready to take snapshots of a run that is about to begin."""
         self._engine, self._metrics, self._tracker = engine, metrics, tracker
@@ -229,7 +231,7 @@ class Persistence:
                 self._archive,
                 self._writer,
                 self._part,
-                rest=engine.at_rest,
+                rest=guard.outside,
                 cut=lambda: control.cancelled,
             )
 
@@ -309,7 +311,7 @@ class Persistence:
                 },
                 "pass": None if cursor is None else self._pass_state(cursor),
             },
-            streams={} if drawn is None else {(Phase.TRAIN, True): drawn},
+            loader_rng={} if drawn is None else {Phase.TRAIN: drawn},
             with_grads=plan.define_all or (cursor is not None and batch == cursor.state.batches),
         )
 

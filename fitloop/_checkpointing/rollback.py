@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from fitloop._data.inspection import generator_states, is_stateful, set_generator_states
 from fitloop._metrics.results import EpochMetricsRecorder
-from fitloop._rng.state_io import global_state, restore_global_state
 from fitloop._training.best import BestTracker
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
@@ -38,7 +37,7 @@ class RollbackPoint:
     ) -> None:
         self._ways_back: list[Callable[[], object]] = [
             core.capture().restore,
-            _random(core),
+            core.rng.save(),
             partial(core.history.rollback, core.history.mark()),
             partial(log.restore, log.export()),
             _best(core),  # before the numbers, which tell whether it changed
@@ -56,13 +55,6 @@ class RollbackPoint:
         with ExitStack() as stack:
             for way in reversed(self._ways_back):
                 stack.callback(way)
-
-
-def _random(core: TrainerState) -> Callable[[], None]:
-    streams = core.streams
-    if streams is None:
-        return partial(restore_global_state, global_state(core.cuda_devices))
-    return partial(streams.set_states, streams.states())
 
 
 def _numbers(core: TrainerState) -> Callable[[], None]:

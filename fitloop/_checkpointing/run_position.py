@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fitloop._data.resumption import PassStart
-from fitloop._rng.state_io import check_generator, exported, imported
+from fitloop._rng.state_io import check_generator_state, from_tree, to_tree
 
 
 def check_run(position: dict[str, Any], run: Any) -> None:
@@ -35,7 +35,7 @@ def check_run(position: dict[str, Any], run: Any) -> None:
 def opened_state(opened: PassStart) -> dict[str, Any]:
     """Return what a pass began with as a tree."""
     return {
-        "drawn": exported(opened.rng_state),
+        "drawn": to_tree(opened.rng_state),
         "generators": opened.generators,
         "continued": opened.reused_workers,
         "read": opened.batches_read,
@@ -45,7 +45,7 @@ def opened_state(opened: PassStart) -> dict[str, Any]:
 def opened_from(tree: Any) -> PassStart:
     """Return what a pass began with; raises ValueError and the like for a forged tree."""
     return PassStart(
-        rng_state=imported(tree["drawn"]),
+        rng_state=from_tree(tree["drawn"]),
         generators=tree["generators"],
         reused_workers=tree["continued"],
         batches_read=tree["read"],
@@ -85,4 +85,4 @@ def _count(key: str, value: Any, least: int) -> None:
 def _generators(states: Any) -> None:
     _demand("generators", isinstance(states, list))
     for state in states:
-        check_generator(state)
+        check_generator_state(state)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,7 @@ from fitloop._checkpointing.training_state import (
 from fitloop._data.inspection import generator_states, set_generator_states
 from fitloop._errors import CheckpointError
 from fitloop._metrics.history import History, export_history, restore_history
-from fitloop._rng.state_io import (
-    check_generator,
-    check_kind,
-    exported,
-    global_state,
-    imported,
-    restore_global_state,
-)
+from fitloop._rng.state_io import check_generator_state, from_tree
 from fitloop._rng.streams import RngState
 from fitloop._storage.durable import write_file
 from fitloop._storage.encoding import Decoder, Encoder
@@ -50,8 +42,6 @@ from fitloop._types import Phase
 
 KIND = "snapshot"
 
-StreamStates = dict[tuple[Phase, bool], RngState]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunPart:
@@ -61,7 +51,7 @@ class RunPart:
     """where it is, in plain values: they can be read without the rest"""
     state: Any
     """what it needs to go on"""
-    streams: StreamStates = field(default_factory=dict)
+    loader_rng: dict[Phase, RngState] = field(default_factory=dict)
     """where the randomness of loaders is that were read ahead, in place of where it seems to be"""
     with_grads: bool = False
 
@@ -100,7 +90,7 @@ def take_snapshot(
     best = _best(core)
     whole = {
         "training": training_state(parts, with_grads=run is not None and run.with_grads),
-        "random": _random_state(core, {} if run is None else run.streams),
+        "random": core.rng.state_tree({} if run is None else run.loader_rng),
         "history": export_history(core.history),
         "generators": {
             str(phase): generator_states(loader) for phase, loader in core.loaders_of({}).items()
@@ -167,16 +157,6 @@ def _plain_versions(state: StateDict | None) -> Any:
     return None if versions is None else {key: dict(value) for key, value in versions.items()}
 
 
-def _random_state(core: TrainerState, moved: StreamStates) -> dict[str, Any]:
-    streams = core.streams
-    if streams is None:
-        return {"process": exported(global_state(core.cuda_devices))}
-    return {
-        f"{phase} {'loader' if loader else 'steps'}": exported(state)
-        for (phase, loader), state in {**streams.states(), **moved}.items()
-    }
-
-
 # -- back --------------------------------------------------------------------------------------
 
 
@@ -219,7 +199,7 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
     try:
         history = History()
         restore_history(history, state["history"])
-        random = {name: imported(clone_tensors(value)) for name, value in state["random"].items()}
+        random = {name: from_tree(clone_tensors(value)) for name, value in state["random"].items()}
         best, versions = state["best"], state["best_modules"]
         if not (best is None or isinstance(best, dict)):
             raise TypeError("its best weights are no map")
@@ -244,7 +224,7 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
         state["run"] = clone_tensors(state["run"])
         state["generators"] = {
             str(phase): [
-                check_generator(item) for item in clone_tensors(state["generators"][phase])
+                check_generator_state(item) for item in clone_tensors(state["generators"][phase])
             ]
             for phase in Phase
         }
@@ -310,19 +290,8 @@ def _restoring_random(core: TrainerState, snapshot: Snapshot) -> Callable[[], No
     """Return what puts back the randomness; raises `CheckpointError` if that cannot be done."""
     if snapshot.trainer["seed"] != core.config.seed:
         return lambda: None
-    streams = core.streams
     try:
-        if streams is None:
-            check_kind(snapshot.random["process"])
-            return partial(restore_global_state, snapshot.random["process"])
-        states = {
-            (phase, loader): snapshot.random[f"{phase} {'loader' if loader else 'steps'}"]
-            for phase in Phase
-            for loader in (False, True)
-        }
-        if not all(isinstance(state.bits, bytes) for state in states.values()):
-            raise ValueError("a stream is of another generator of numpy's")
-        return partial(streams.set_states, states)
+        return core.rng.prepare_load(snapshot.random)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{snapshot.path} cannot be used: its random states do not fit: {error}"

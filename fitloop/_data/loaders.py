@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -36,8 +36,7 @@ from fitloop._data.pushback import PushbackIterator, pushback_iterator_of
 from fitloop._data.resumption import PassStart, ResumePosition, iterate_from, warn_of_replay
 from fitloop._data.sources import InlineSource, LoadContext, PrefetchSource, Source
 from fitloop._errors import CheckpointError
-from fitloop._rng.state_io import global_state, rewind_to
-from fitloop._rng.streams import RngState, Stream
+from fitloop._rng.streams import RngState
 from fitloop._types import Phase
 
 AUTOMATIC_DEPTH = 2
@@ -66,9 +65,8 @@ class LoadingOptions:
 class Loaders:
     """Opens the loaders of one trainer, and remembers what it learnt about them."""
 
-    def __init__(self, options: LoadingOptions, cuda: Iterable[int] = ()) -> None:
+    def __init__(self, options: LoadingOptions) -> None:
         self._options = options
-        self._cuda = tuple(cuda)
         self._tuners: dict[Phase, tuple[Callable[[], Any], PrefetchTuner]] = {}
         self._one_shots: dict[int, PushbackIterator] = {}
         self._rehearsed: list[PushbackIterator] | None = None
@@ -85,49 +83,45 @@ class Loaders:
         context: LoadContext,
         side: LoopPortal,
         *,
-        stream: Stream | None,
         limit: int | None,
         resume_from: ResumePosition | None = None,
     ) -> Source:
         """Begin a pass of at most ``limit`` batches over ``loader`` and return its source.
 
-        ``context`` holds all but the iterator; ``stream`` is the loader's randomness in a seeded
-        run; ``resume_from`` is where a resumed run goes on. Runs in the step thread, since
-        beginning a pass runs the loader's code.
+        ``context`` holds all but the iterator; ``resume_from`` is where a resumed run goes on.
+        Runs in the step thread, since beginning a pass runs the loader's code.
         """
-        # Whatever the loader is, it begins with its own randomness in place.
-        seeded = replace(context, stream=stream)
-        drawn = self._drawn(stream)
+        rng = context.rng
+        drawn = rng.state() if self.tracks_positions else None
         if resume_from is not None:
             limit = None if limit is None else limit - resume_from.batches
-            rewind_to(resume_from.pass_start.rng_state, stream)
-        steps = seeded.borrow_turn()
-        context.control.current_loader = context.label
-        if context.control.cancelled:
+            rng.set_state(resume_from.pass_start.rng_state)
+        with rng.installed():  # the beginning of any loader may use random numbers
+            context.control.current_loader = context.label
+            if context.control.cancelled:
+                context.control.leave_loader()
+            try:
+                iterable = self._iterable(loader)
+                if drawn is not None:
+                    opened_now = (
+                        _opened(iterable, drawn) if resume_from is None else resume_from.pass_start
+                    )
+                    self._passes[phase] = (iterable, opened_now)
+                certain = uses_rng_only_at_start(loader) or self._options.randomness == "own"
+                is_async = hasattr(iterable, "__aiter__")
+                if not is_async:
+                    iterator = self._iterator(loader, iterable, phase, context.label, resume_from)
+                    if limit is not None:
+                        iterator = itertools.islice(iterator, limit)
+                    begins = certain and rng.has_stream and isinstance(loader, DataLoader)
+                    if begins and resume_from is None:  # else what it draws to begin has been drawn
+                        iterator = _begun(iterator)
+            except BaseException:
+                context.control.leave_loader(failed=True)
+                raise
             context.control.leave_loader()
-        try:
-            iterable = self._iterable(loader)
-            if drawn is not None:
-                opened_now = (
-                    _opened(iterable, drawn) if resume_from is None else resume_from.pass_start
-                )
-                self._passes[phase] = (iterable, opened_now)
-            certain = uses_rng_only_at_start(loader) or self._options.randomness == "own"
-            is_async = hasattr(iterable, "__aiter__")
-            if not is_async:
-                iterator = self._iterator(loader, iterable, phase, context.label, resume_from)
-                if limit is not None:
-                    iterator = itertools.islice(iterator, limit)
-                begins = certain and stream is not None and isinstance(loader, DataLoader)
-                if begins and resume_from is None:  # else what it draws to begin has been drawn
-                    iterator = _begun(iterator)
-        except BaseException:
-            context.control.leave_loader(failed=True)
-            raise
-        context.control.leave_loader()
-        seeded.return_turn(steps)
         if resume_from is not None:
-            rewind_to(resume_from.rng_state, stream)
+            rng.set_state(resume_from.rng_state)
         if is_async:
             given = self._options.prefetch
             depth = AUTOMATIC_DEPTH if given is None else given
@@ -140,8 +134,7 @@ class Loaders:
         opened = replace(
             context,
             iterator=iterator,
-            stream=None if certain else stream,
-            draws_outside=stream is None and not certain,
+            rng=rng.without_reads() if certain else rng,
             rereads_unfetched=not isinstance(iterable, PushbackIterator),
         )
         return self._source(opened, loader, phase, certain=certain)
@@ -205,12 +198,6 @@ class Loaders:
         state = iterable.state_dict() if is_stateful(iterable) else None
         return opened, generator_states(iterable), state
 
-    def _drawn(self, stream: Stream | None) -> RngState | None:
-        """Return where the randomness of a pass is before it begins, if that will be asked for."""
-        if not self.tracks_positions:
-            return None
-        return global_state(self._cuda) if stream is None else stream.state()
-
     def _source(self, context: LoadContext, loader: Any, phase: Phase, *, certain: bool) -> Source:
         if self.tracks_positions and is_stateful(loader):
             return InlineSource(context)  # ahead, it would tell the position of another batch
@@ -218,7 +205,7 @@ class Loaders:
         if depth is not None:
             return PrefetchSource(context, depth) if depth else InlineSource(context)
         # With turns to take, loading and stepping cannot overlap: ahead would only cost.
-        if context.stream is not None or type(loader) in (list, tuple):
+        if context.rng.has_stream or type(loader) in (list, tuple):
             return InlineSource(context)
         tuner = self._tuner(phase, loader)
         tuner.begin_pass()
@@ -265,7 +252,7 @@ class Loaders:
 
     def for_dry_run(self) -> Loaders:
         """Return loaders for a run after which `restore` puts every one-shot loader back."""
-        twin = Loaders(self._options, self._cuda)
+        twin = Loaders(self._options)
         twin._one_shots = self._one_shots
         twin._rehearsed = []
         return twin

@@ -13,7 +13,6 @@ from statistics import median_low
 from typing import Any
 
 from fitloop._data.sources import END, InlineSource, LoadContext, PrefetchSource
-from fitloop._rng.state_io import global_fingerprint
 from fitloop._rng.streams import RngState
 
 
@@ -134,10 +133,10 @@ class AdaptiveSource:
 
     def _checked_fetch(self) -> Any:
         self._to_check -= 1
-        before = None if self._to_check else global_fingerprint()
+        before = None if self._to_check else self._context.rng.fingerprint()
         batch = self._inline.fetch()
         if before is not None:
-            if global_fingerprint() != before:
+            if self._context.rng.fingerprint() != before:
                 self._tuner.mark_uses_rng()
             elif batch is not END:
                 self._go_ahead()
@@ -156,11 +155,11 @@ class AdaptiveSource:
 
     def _measured_fetch(self) -> Any:
         watched = self._watch_rng and not self._to_skip and not self._tuner.ahead
-        before = global_fingerprint() if watched else None
+        before = self._context.rng.fingerprint() if watched else None
         began, worked = self._clock(), self._thread_clock()
         batch = self._fetch()
         ended, worked = self._clock(), self._thread_clock() - worked
-        if watched and global_fingerprint() != before:
+        if watched and self._context.rng.fingerprint() != before:
             self._tuner.mark_uses_rng()
         elif self._to_skip or self._last is None:
             self._to_skip = max(0, self._to_skip - 1)

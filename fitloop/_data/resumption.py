@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fitloop._data.inspection import generator_states, is_stateful, set_generator_states
 from fitloop._errors import ResumeWarning
-from fitloop._rng.state_io import global_state, restore_global_state
+from fitloop._rng.guard import save_global_state
 from fitloop._rng.streams import RngState
 
 
@@ -129,7 +129,7 @@ def _advanced(loader: DataLoader[Any], position: ResumePosition) -> Iterator[Any
 def start_workers(loader: DataLoader[Any]) -> None:
     """Start worker processes that are kept, as if they had served a pass; draws nothing."""
     if loader.num_workers and getattr(loader, "_iterator", None) is None:
-        process, own = global_state(), generator_states(loader)
+        restore, own = save_global_state(), generator_states(loader)
         loader._iterator = loader._get_iterator()
         set_generator_states(loader, own)
-        restore_global_state(process)
+        restore()

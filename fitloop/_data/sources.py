@@ -11,12 +11,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from fitloop._concurrency.control import Cancelled, RunControl
-from fitloop._rng.lease import GeneratorLease, LeaseState
-from fitloop._rng.streams import GLOBAL_STREAM, RngState, Stream
+from fitloop._rng.guard import LoaderRng
+from fitloop._rng.streams import RngState
 
 
 class _End:
@@ -61,12 +61,8 @@ class LoadContext:
     """starts moving a batch to the device; in the thread that read it"""
     finish_transfer: Callable[[Any], Any] | None = None
     """ends it, in the step thread; None when `start_transfer` has done everything"""
-    stream: Stream | None = None
-    """the randomness of the loader, in a seeded run whose loader may draw"""
-    turn: GeneratorLease | None = None
-    """the turn of the step thread"""
-    draws_outside: bool = False
-    """the loader may draw from the process's own numbers, in a run without a seed"""
+    rng: LoaderRng = field(default_factory=LoaderRng)
+    """Random numbers of the loader in this pass."""
     rereads_unfetched: bool = True
     """batches that were not fetched are read again, so their random numbers are drawn again"""
     close_timeout: float = 5.0
@@ -74,30 +70,16 @@ class LoadContext:
     read_wrapper: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
     """wraps the call that reads a batch, for the profiler"""
 
-    def borrow_turn(self) -> LeaseState | None:
-        """Enter the loader's stream on the step thread's turn; return what to go back to."""
-        if self.turn is None or self.stream is None:
-            return None
-        return self.turn.switch_stream(self.stream)
-
-    def return_turn(self, steps: LeaseState | None) -> None:
-        """Go back to the stream of the steps."""
-        if self.turn is not None and steps is not None:
-            self.turn.restore(steps)
-
     def wait(self, ready: Callable[[], bool]) -> bool:
-        """Block the step thread, its turn given up meanwhile; false when the run was stopped.
+        """Block the step thread, its generators released; false when the run was stopped.
 
         Raises:
             Cancelled: the run was cancelled first.
         """
-        steps = None
-        if self.turn is not None:
-            steps = self.turn.release()  # the loader may be waiting for it
-        arrived = self.control.wait_for(ready, obey_stop=True)
-        if self.control.cancelled:
-            raise Cancelled
-        self.return_turn(steps)
+        with self.rng.waiting():
+            arrived = self.control.wait_for(ready, obey_stop=True)
+            if self.control.cancelled:
+                raise Cancelled
         return arrived
 
 
@@ -145,19 +127,13 @@ def _inline(context: LoadContext) -> tuple[Callable[[], Any], Callable[[], list[
         placed = place(batch)
         return placed if receive is None else receive(placed)
 
-    def seeded_fetch() -> Any:
-        steps = context.borrow_turn()
-        batch = fetch()
-        context.return_turn(steps)
-        return batch
-
     def close() -> list[Any]:
         nonlocal read
         read = None  # an exception may keep this frame, and it the loader's workers
         context.iterator = iter(())
         return unread
 
-    return fetch if context.stream is None else seeded_fetch, close
+    return context.rng.wrap_read(fetch), close
 
 
 class PrefetchSource:
@@ -167,7 +143,7 @@ class PrefetchSource:
         self._context = context
         self._depth = depth
         self._ready: deque[tuple[Any, Any, RngState | None]] = deque()
-        self.rng_state_after = None if context.stream is None else context.stream.state()
+        self.rng_state_after = context.rng.state() if context.rng.has_stream else None
         """the loader's randomness after the last batch that was fetched"""
         self._error: BaseException | None = None
         self._ended = False
@@ -178,12 +154,7 @@ class PrefetchSource:
         """the thread reads no more, although the loader may have more"""
         self.waited = 0
         """batches for which the step thread had to wait"""
-        self._stream = GLOBAL_STREAM if context.draws_outside else context.stream
-        self._turn = (
-            GeneratorLease(self._is_closed, reads=True) if self._stream is not None else None
-        )
-        if self._turn is not None:
-            self._forget = context.control.on_halt(self._turn.notify_cancelled)
+        self._reader = context.rng.reader(context.control, self._is_closed)
         self._thread = threading.Thread(
             target=self._load, name=f"fitloop loads {context.label}", daemon=True
         )
@@ -214,32 +185,19 @@ class PrefetchSource:
         with context.control.changed:
             self._closed = True
             context.control.changed.notify_all()
-        steps: LeaseState | None = None
-        if self._turn is not None:
-            if context.turn is not None:
-                steps = context.turn.release()
-            self._forget()
-            self._turn.notify_cancelled()
-        self._thread.join(context.close_timeout)
-        if self._thread.is_alive():
-            context.control.hung_loaders.append(context.label)
-        if self._turn is not None:
-            self._turn.close()
-        with context.control.changed:
-            unread = [raw for raw, _placed, _drawn in self._ready]
-            self._ready.clear()
-            hung = not self._ended
-            context.iterator = context.iterator if hung else iter(())
-        if (
-            context.rereads_unfetched
-            and context.stream is not None
-            and self.rng_state_after
-            and unread
-            and not hung
-        ):
-            context.stream.set_state(self.rng_state_after)
-        if not context.control.cancelled:
-            context.return_turn(steps)
+        with context.rng.waiting():
+            self._reader.wake()
+            self._thread.join(context.close_timeout)
+            if self._thread.is_alive():
+                context.control.hung_loaders.append(context.label)
+            self._reader.close()
+            with context.control.changed:
+                unread = [raw for raw, _placed, _drawn in self._ready]
+                self._ready.clear()
+                hung = not self._ended
+                context.iterator = context.iterator if hung else iter(())
+            if context.rereads_unfetched and self.rng_state_after and unread and not hung:
+                context.rng.set_state(self.rng_state_after)
         return unread
 
     def pause(self) -> None:
@@ -253,6 +211,7 @@ class PrefetchSource:
 
     def _load(self) -> None:
         context, changed = self._context, self._context.control.changed
+        read = self._reader.wrap_read(lambda: next(context.iterator))
         error: BaseException | None = None
         try:
             while True:
@@ -261,11 +220,12 @@ class PrefetchSource:
                         changed.wait()
                     if self._is_closed():
                         return
-                raw = self._draw()
-                if raw is END:
+                try:
+                    raw = read()
+                except StopIteration:
                     self.exhausted = True
                     break
-                drawn = None if context.stream is None else context.stream.state()
+                drawn = context.rng.state() if context.rng.has_stream else None
                 item = (raw, context.start_transfer(raw), drawn)
                 with changed:
                     self._ready.append(item)
@@ -279,15 +239,3 @@ class PrefetchSource:
                 self._error = error
                 self._ended = True
                 changed.notify_all()
-
-    def _draw(self) -> Any:
-        context = self._context
-        if self._turn is not None:
-            self._turn.acquire(self._stream)
-        try:
-            return next(context.iterator)
-        except StopIteration:
-            return END
-        finally:
-            if self._turn is not None:
-                self._turn.release()

@@ -30,8 +30,6 @@ from fitloop._events import (
     PhaseStarted,
 )
 from fitloop._metrics.batch_values import as_numbers
-from fitloop._rng.lease import GeneratorLease
-from fitloop._rng.streams import GLOBAL_STREAM
 from fitloop._types import Phase, Stage, StopReason
 
 PROGRESS_SECONDS = 0.1
@@ -106,11 +104,6 @@ class Engine:
         if is_awaitable(result):
             self._await(result, ExecutionContext(True, self._around.thread_contexts))
 
-    @property
-    def turn(self) -> GeneratorLease:
-        """The turn of the step thread."""
-        return self._around.turn
-
     def position(self) -> str:
         """Return where the run is, for the note on an exception."""
         return self._doing
@@ -166,7 +159,7 @@ class Engine:
         if phase is Phase.TRAIN and epoch_in_run == plan.epochs_before + 1:
             position = plan.position
         if position is not None:
-            self.at_rest(position.restore)
+            around.guard.outside(position.restore)
             start = position.start_metrics
             state._restore(position.exported)
         self._doing = f"{phase}, epoch {epoch}, opening {loader_label(phase, loader)}"
@@ -237,7 +230,7 @@ class Engine:
         train = phase is Phase.TRAIN
         to_zero = around.parts.optimizers if train and not self._plan.define_all else ()
         hooks = around.batch_hooks if train else ()
-        begin, breathe, clock = state._next, around.turn.yield_to_waiters, around.clock
+        begin, end_of_batch, clock = state._next, around.guard.end_of_batch, around.clock
         began = clock()
         report_at = began + PROGRESS_SECONDS
         epoch = f"{phase}, epoch {state.epoch_num}"
@@ -264,7 +257,7 @@ class Engine:
             except BaseException:
                 self._doing = f"{epoch}, batch_step of batch {state.batch_num}"
                 raise
-            breathe()
+            end_of_batch()
             if control.halted:
                 self._check_cancelled()
                 return state.batch_num == state.batches
@@ -295,8 +288,7 @@ class Engine:
         if not self._plan.define_all:
             around.parts.model.train(train)
         torch.set_grad_enabled(grad)  # of this thread, which is the run's own
-        turn, streams = around.turn, around.streams
-        turn.begin_pass(GLOBAL_STREAM if streams is None else streams.steps(phase))
+        around.guard.enter_phase(phase)
         return ExecutionContext(grad, around.thread_contexts)
 
     def _open(self, phase: Phase, loader: Any, resume_from: ResumePosition | None) -> Source:
@@ -307,17 +299,15 @@ class Engine:
             control=self._control,
             start_transfer=self._transfer.start,
             finish_transfer=self._transfer.finish if self._transfer.is_async else None,
-            turn=around.turn,
+            rng=around.guard.loader(phase),
             close_timeout=around.parts.loader_grace,
             read_wrapper=around.instrumentation.read_wrapper(phase),
         )
-        stream = None if around.streams is None else around.streams.loader(phase)
         return around.loaders.open(
             loader,
             phase,
             context,
             around.side,
-            stream=stream,
             limit=self._plan.steps,
             resume_from=resume_from,
         )
@@ -336,28 +326,16 @@ class Engine:
 
     def _await(self, awaitable: Any, scope: ExecutionContext) -> Any:
         """Have an ``async def`` stage run on the event loop, and wait for it."""
-        turn = self._around.turn
-        turn.pin_until_step_end()  # the event loop's thread is not to wait for it
-        turn.pause()
         try:
-            values = self._around.side.call(lambda: scope.wrap(awaitable))
+            with self._around.guard.on_event_loop():
+                return self._around.side.call(lambda: scope.wrap(awaitable))
         except Cancelled:
             if hasattr(awaitable, "close"):  # a coroutine may never have begun
                 awaitable.close()
             raise
-        turn.resume()
-        return values
 
     def _emit(self, event: Event) -> None:
-        self.at_rest(self._around.emit, event)
-
-    def at_rest(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Call what is none of the stages, so that it does not draw from their stream."""
-        turn = self._around.turn
-        held = turn.suspend()
-        result = call(*args)
-        turn.resume_from(held)
-        return result
+        self._around.guard.outside(self._around.emit, event)
 
     def _check_cancelled(self) -> None:
         if self._control.cancelled:

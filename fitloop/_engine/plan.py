@@ -16,8 +16,7 @@ from fitloop._engine.config import TrainerConfig
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.stages import ThreadContext
 from fitloop._events import Event
-from fitloop._rng.lease import GeneratorLease
-from fitloop._rng.streams import Streams
+from fitloop._rng.guard import RngGuard
 from fitloop._types import Phase
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -104,8 +103,8 @@ class EngineDeps:
     emit: Callable[[Event], None]
     ask: Callable[[int, int], bool]
     """whether to go on after an epoch, given its number in the trainer's life and in the run"""
-    streams: Streams | None
-    turn: GeneratorLease
+    guard: RngGuard
+    """random numbers of the run"""
     thread_contexts: Sequence[ThreadContext]
     """what a coroutine of the trainer's is in, on the event loop's thread"""
     batch_hooks: Sequence[Callable[[], None]] = ()

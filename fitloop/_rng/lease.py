@@ -174,6 +174,22 @@ class GeneratorLease:
         self._turnstile.release(self)
         return held
 
+    @contextmanager
+    def used_by_event_loop(self) -> Iterator[None]:
+        """Hold the lock in this thread while the event loop's thread installs the stream."""
+        self.pin_until_step_end()
+        self.pause()
+        yield
+        self.resume()
+
+    @contextmanager
+    def released(self, *, fully: bool = False) -> Iterator[None]:
+        """Release the lease for a block, and take it again unless the block or the run failed."""
+        held = self.release_fully() if fully else self.release()
+        yield
+        if not self._cancelled():
+            self.restore(held)
+
     def restore(self, held: LeaseState) -> None:
         """Take the turn again that was given, in the way it was."""
         if held.stream is None:
@@ -360,8 +376,8 @@ def global_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def at_rest() -> Iterator[None]:
-    """Have what is no trainer's own draw from the process's numbers; for code without a turn."""
+def outside_runs() -> Iterator[None]:
+    """Run code without a lease, such as a last callback, on the global generators."""
     turn = GeneratorLease()
     held = turn.suspend()
     try:

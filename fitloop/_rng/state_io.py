@@ -19,13 +19,13 @@ _LARGEST_CUDA_STATE = 64
 """bytes; a seed and an offset. The state of one on the CPU has thousands"""
 
 
-def exported(state: RngState) -> dict[str, Any]:
+def to_tree(state: RngState) -> dict[str, Any]:
     """Return a state as a tree; Python's 625 words in one array."""
     version, words, gauss = python_state.to_tuple(state.python)
     return {**state._asdict(), "python": [version, np.array(words, np.uint32), gauss]}
 
 
-def imported(tree: Any) -> RngState:
+def from_tree(tree: Any) -> RngState:
     """Return the state of a tree; raises ValueError and the like for a forged one."""
     version, words, gauss = tree["python"]
     python = python_state.from_tuple((version, tuple(map(int, words)), gauss))
@@ -50,15 +50,7 @@ def check_state(state: RngState) -> RngState:
     return state
 
 
-def rewind_to(state: RngState, stream: Stream | None) -> None:
-    """Put a stream, or the process's generators without one, where they were."""
-    if stream is None:
-        restore_global_state(state)
-    else:
-        stream.set_state(state)
-
-
-def check_generator(state: object) -> Tensor:
+def check_generator_state(state: object) -> Tensor:
     """Return the state of a generator of torch's; raises TypeError for what is none."""
     if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1:
         raise TypeError(f"{state!r:.60} is no state of a generator")
@@ -67,7 +59,7 @@ def check_generator(state: object) -> Tensor:
     return state
 
 
-def check_kind(state: RngState) -> None:
+def check_same_generator(state: RngState) -> None:
     """Raise ValueError for the state of another generator than numpy's functions have now."""
     saved = "MT19937" if isinstance(state.bits, bytes) else state.bits["bit_generator"]
     own = type(get_bits()).__name__

@@ -10,7 +10,7 @@ put back afterwards. Code that runs in two threads takes turns at that, see `fit
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -21,7 +21,6 @@ from torch import Tensor
 from fitloop._rng import python_state
 from fitloop._rng.numpy_gauss import cached_normal
 from fitloop._rng.python_state import PythonState
-from fitloop._types import Phase
 
 # Public since numpy 1.24, but missing in its type stubs.
 installed_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
@@ -248,67 +247,3 @@ def fingerprint() -> tuple[object, ...]:
         repr(numpy["state"]) if block is None else block.raw,
         numpy["has_gauss"],
     )
-
-
-class Streams:
-    """The streams of one trainer: a stream for the steps and one for the loader of each phase.
-
-    A stream for each means that validating, testing or loading ahead does not change what
-    training draws. Each is made when it is first asked for: to seed one takes a while.
-    """
-
-    def __init__(self, seed: int, cuda: Iterable[int] = ()) -> None:
-        self.cuda = tuple(cuda)
-        self._seed = seed
-        self._streams: dict[tuple[Phase, bool], Stream] = {}
-
-    @classmethod
-    def of_process(cls, cuda: Iterable[int] = ()) -> Streams:
-        """Return streams that all go on from the process's generators, as one, on copies."""
-        streams = cls(0, cuda)
-        streams._streams = dict.fromkeys(_PLACES, Stream.of_process(streams.cuda))
-        return streams
-
-    def copy(self) -> Streams:
-        """Return streams that will give the same numbers."""
-        twin = Streams(self._seed, self.cuda)
-        twin._streams = {key: stream.copy() for key, stream in self._streams.items()}
-        return twin
-
-    def states(self) -> dict[tuple[Phase, bool], RngState]:
-        """Return where each stream is, by phase and whether it is the loader's."""
-        return {key: self._stream(key).state() for key in _PLACES}
-
-    def set_states(self, states: Mapping[tuple[Phase, bool], RngState]) -> None:
-        """Put each stream where it was; none of them may be entered."""
-        for key in _PLACES:
-            self._stream(key).set_state(states[key])
-
-    def steps(self, phase: Phase) -> Stream:
-        """Return the stream that stage functions of this phase draw from."""
-        return self._stream((phase, False))
-
-    def loader(self, phase: Phase) -> Stream:
-        """Return the stream that the loader of this phase draws from."""
-        return self._stream((phase, True))
-
-    def _stream(self, key: tuple[Phase, bool]) -> Stream:
-        stream = self._streams.get(key)
-        if stream is None:
-            place = _PLACES[key]
-            # The steps of training have the seed itself; see Stream on why.
-            seed = _derive(self._seed, place) if place else self._seed
-            stream = self._streams[key] = Stream(seed, self.cuda)
-        return stream
-
-
-_PLACES: Final = {
-    (phase, loader): 2 * position + loader
-    for position, phase in enumerate(Phase)
-    for loader in (False, True)
-}
-"""of the streams of a trainer: phase, whether it is the loader's -> number"""
-
-
-def _derive(seed: int, place: int) -> int:
-    return int(np.random.SeedSequence((seed, place)).generate_state(1, np.uint64)[0])

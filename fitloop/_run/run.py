@@ -26,9 +26,8 @@ from fitloop._engine.plan import EngineDeps, Instrumentation, NoInstrumentation,
 from fitloop._errors import add_note_safely, one_line
 from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._metrics.results import EpochMetricsRecorder, FitResult
-from fitloop._rng.lease import GeneratorLease, at_rest, global_numbers
-from fitloop._rng.streams import GLOBAL_STREAM, Streams
-from fitloop._rng.torch_ops import is_opaque
+from fitloop._rng.guard import RngGuard
+from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._run.prompts import BackgroundPrompts, BlockingPrompts, PromptOptions, Prompts
 from fitloop._training.best import BestTracker
 from fitloop._training.capture import TrainingCapture
@@ -81,8 +80,7 @@ class Run:
         self._tracker: BestTracker | None = None
         self._engine: Engine | None = None
         self._around: EngineDeps | None = None
-        self._turn: GeneratorLease | None = None
-        self._forget_turn: Callable[[], None] = lambda: None
+        self._guard: RngGuard | None = None
         self._capture: TrainingCapture | None = None
         phases = [phase for phase, _loader in plan.phases]
         self._schedulers: SchedulerSteps | None = None
@@ -116,15 +114,14 @@ class Run:
             self._lane = CudaStreamScope(core.config.device)
         self._lane.enter()
         self._modes = [(module, module.training) for module in core.config.model.modules()]
-        streams = self._streams()
+        guard = self._guard = self._make_guard()
         if self._options.dry:
             self._capture = core.capture()
         elif plan.call == "fit":
             core.save_pretrained(resuming=kept is not None and kept.found is not None)
             self._tracker = core.best_tracker(core.event_bus.emit)
-        part = self._slice = TimeSliceHook(self._aside, self._control)
+        part = self._slice = TimeSliceHook(guard.wait, self._control)
         core.event_bus.set_observers(self._observers(part))
-        turn = self._make_turn()
         around = self._around = EngineDeps(
             parts=core.config,
             control=self._control,
@@ -132,21 +129,20 @@ class Run:
             loaders=self._loaders,
             emit=core.event_bus.emit,
             ask=self._ask,
-            streams=streams,
-            turn=turn,
-            thread_contexts=(self._lane, turn),
+            guard=guard,
+            thread_contexts=(self._lane, guard),
             instrumentation=self._options.instrumentation,
         )
         engine = self._engine = Engine(plan, around)
-        self._prompts = self._make_prompts(engine)
+        self._prompts = self._make_prompts(guard)
         if kept is not None:
-            kept.begin(engine, self._log, self._tracker, self._control)
+            kept.begin(engine, self._log, self._tracker, self._control, guard)
         around.batch_hooks = self._batch_hooks(part)
         if isinstance(self._prompts, BackgroundPrompts):
             around.batch_hooks.append(self._prompts.after_batch)
-        self._guarded(engine, streams)
+        self._guarded(engine, guard)
 
-    def _loop(self, engine: Engine, streams: Streams | None) -> None:
+    def _loop(self, engine: Engine, guard: RngGuard) -> None:
         core, plan = self._core, self._plan
         begun = RunStarted(
             trainer=core.config.name,
@@ -154,28 +150,26 @@ class Run:
             epochs=plan.epochs,
             first_epoch=plan.first_epoch,
         )
-        engine.at_rest(core.event_bus.emit, begun)
+        guard.outside(core.event_bus.emit, begun)
         kept = self._options.persistence
         if kept is not None and kept.is_over:
             kept.go_on()
             self._found = kept.result()
             return
-        turn = engine.turn
-        turn.begin_pass(GLOBAL_STREAM if streams is None else streams.steps(plan.phases[0][0]))
+        guard.enter_phase(plan.phases[0][0])
         trains = self._schedulers is not None
         if trains:
             engine.call_plain("preloop", core.config.preloop, self._trainer)
         if kept is not None:
-            engine.at_rest(kept.go_on)
+            guard.outside(kept.go_on)
         engine.run()
         self._resolve_prompt(engine)
         if trains:
             engine.call_plain("postloop", core.config.postloop, self._trainer)
-        turn.release()
 
-    def _guarded(self, engine: Engine, streams: Streams | None) -> None:
+    def _guarded(self, engine: Engine, guard: RngGuard) -> None:
         try:
-            self._loop(engine, streams)
+            self._loop(engine, guard)
         except (Cancelled, Abandoned):
             raise
         except BaseException as error:
@@ -188,34 +182,24 @@ class Run:
         assert self._engine is not None
         return self._engine.position()
 
-    def _streams(self) -> Streams | None:
-        """Return the randomness of this run; None for the process's own."""
-        core = self._core
-        streams = core.streams
-        if self._options.dry:
-            # A dry run draws from copies, also of the process's generators.
-            if streams is None:
-                with global_numbers():
-                    return Streams.of_process(core.cuda_devices)
-            return streams.copy()
-        return streams
+    def _rng(self) -> TrainerRng:
+        """Return the random numbers of this run."""
+        rng = self._core.rng
+        return rng.fork() if self._options.dry else rng
 
-    def _make_turn(self) -> GeneratorLease:
-        """Be ready to take turns at the process's random generators."""
-        parts, control = self._core.config, self._control
-        functions = [getattr(parts, name) for name in STAGE_NAMES.values()]
-        turn = self._turn = GeneratorLease(
-            lambda: control.cancelled,
-            self._core.cuda_devices,
-            hides_draws=is_opaque(parts.model, parts.loss_function, *functions),
-        )
-        self._forget_turn = control.on_halt(turn.notify_cancelled)
-        return turn
+    def _make_guard(self) -> RngGuard:
+        parts = self._core.config
+        stages = [getattr(parts, name) for name in STAGE_NAMES.values()]
+        return RngGuard(self._rng(), self._control, [parts.model, parts.loss_function, *stages])
 
     def _batch_hooks(self, part: TimeSliceHook) -> list[Callable[[], None]]:
         schedulers, kept = self._schedulers, self._options.persistence
         hooks = [schedulers.after_batch] if schedulers and schedulers.per_batch else []
-        return [*hooks, part.after_batch, *(kept.batch_hooks if kept else ())]  # see `_aside`
+        return [
+            *hooks,
+            part.after_batch,
+            *(kept.batch_hooks if kept else ()),
+        ]  # snapshots come after a slice
 
     def _enter_threads(self) -> None:
         kept, number = self._options.persistence, self._options.num_threads
@@ -223,15 +207,6 @@ class Run:
             number = kept.num_threads or number
         self._core.num_threads = number
         self._has_threads = intra_op_threads.enter(number)
-
-    def _aside(self, call: Callable[[], Any]) -> Any:
-        """Wait for something, out of the way of those who train; snapshots come after a slice."""
-        assert self._turn is not None
-        held = self._turn.release_fully()
-        result = call()
-        if not self._control.cancelled:
-            self._turn.restore(held)
-        return result
 
     def _observers(self, part: TimeSliceHook) -> list[Observer]:
         observers: list[Observer] = [part.observe, self._log.observe]
@@ -248,17 +223,18 @@ class Run:
             observers.append(self._options.persistence.observe)
         return observers
 
-    def _make_prompts(self, engine: Engine) -> Prompts | None:
+    def _make_prompts(self, guard: RngGuard) -> Prompts | None:
         prompt, core = self._options.prompt, self._core
         if prompt is None:
             return None
-        rest = engine.at_rest
-        emit = partial(rest, core.event_bus.emit)
-        around = (prompt.ask, self._control, self._side, emit, self._aside)
+        emit = partial(guard.outside, core.event_bus.emit)
+        around = (prompt.ask, self._control, self._side, emit, guard.wait)
         if not prompt.in_background:
             return BlockingPrompts(*around)
-        mark = partial(rest, RollbackPoint, core, self._plan.phases, self._log, self._tracker)
-        return BackgroundPrompts(*around, mark=mark, rest=rest)
+        mark = partial(
+            guard.outside, RollbackPoint, core, self._plan.phases, self._log, self._tracker
+        )
+        return BackgroundPrompts(*around, mark=mark, rest=guard.outside)
 
     def _ask(self, epoch: int, epoch_in_run: int) -> bool:
         prompt, prompts = self._options.prompt, self._prompts
@@ -287,8 +263,8 @@ class Run:
         if self._prompts is not None:
             self._prompts.cancel()
         steps: list[tuple[str, Callable[[], None]]] = [("putting back", self._put_back)]
-        if self._turn is not None:
-            steps.insert(0, ("putting back the random generators", self._turn.close))
+        if self._guard is not None:
+            steps.insert(0, ("putting back the random generators", self._guard.close))
         if self._options.load_best and (error is None or isinstance(error, Cancelled)):
             steps.append(("restoring the best weights", self._load_best))
         for doing, step in steps:  # all of them, whatever the others raise
@@ -307,7 +283,6 @@ class Run:
         if self._has_threads:
             intra_op_threads.leave()
         self._lane.leave()
-        self._forget_turn()
         if self._slice is not None:
             self._slice.close()
         if self._options.persistence is not None:
@@ -369,8 +344,8 @@ class Run:
             seconds=time.perf_counter() - self._began,
             error=None if error is None else one_line(error),
         )
-        with at_rest():
-            core.event_bus.emit(ended)
+        assert self._guard is not None
+        self._guard.outside(core.event_bus.emit, ended)
 
     def _stop_reason(self, error: BaseException | None) -> str:
         if isinstance(error, Cancelled):

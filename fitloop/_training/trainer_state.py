@@ -18,7 +18,7 @@ from fitloop._engine.event_bus import EventBus
 from fitloop._errors import CheckpointError
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
-from fitloop._rng.streams import Streams
+from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._storage.metric_log import MetricLog
 from fitloop._storage.weight_store import DiskStore, MemoryStore, WeightsStore, apply_weights
 from fitloop._training.best import BestTracker, Criteria
@@ -36,7 +36,6 @@ class TrainerState:
         self.event_bus = EventBus()
         self.loaders = Loaders(
             LoadingOptions(prefetch=config.prefetch, randomness=config.loader_randomness),
-            self.cuda_devices,
         )
         self.store: WeightsStore = (
             DiskStore(config.save_path) if config.save_to_disk else MemoryStore()
@@ -59,7 +58,8 @@ class TrainerState:
         """the file that its metrics are appended to, once it has one"""
         self.owns_archive = False
         """the snapshots under its ``save_path`` are of its own training"""
-        self._streams: Streams | None = None
+        self.rng = TrainerRng(config.seed, self.cuda_devices)
+        """random numbers of the trainer"""
         self._initial: StepCapture | None = None
         self._keeps_pretrained = False
 
@@ -68,13 +68,6 @@ class TrainerState:
         """The CUDA devices whose generators the trainer draws from."""
         device = self.config.device
         return (device.index or 0,) if device.type == "cuda" else ()
-
-    @property
-    def streams(self) -> Streams | None:
-        """The trainer's own randomness; None without a seed."""
-        if self._streams is None and self.config.seed is not None:
-            self._streams = Streams(self.config.seed, self.cuda_devices)
-        return self._streams
 
     def move_to_device(self) -> None:
         """Move the model, and what the optimizers hold, to the device."""
@@ -134,7 +127,7 @@ class TrainerState:
         self.metric_log = None  # the next run begins it anew
         self.epoch_num = 0
         self.forget_best()
-        self._streams = None
+        self.rng.reset()
         self.config.configure_optimizer(trainer)
 
     def forget_best(self) -> None:

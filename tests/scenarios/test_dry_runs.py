@@ -81,7 +81,7 @@ class World:
 
     def state(self) -> dict[str, object]:
         made, optimizer, model = self.trainer, self.optimizer, self.model
-        streams = made._state.streams
+        rng = made._state.rng
         return {
             "modules": [(name, id(part), part.training) for name, part in model.named_modules()],
             "parameters": [
@@ -97,7 +97,7 @@ class World:
             "state": [id(parameter) for parameter in optimizer.state],
             "scheduler": plain(self.scheduler.state_dict()),
             "process": process_generators(),
-            "streams": None if streams is None else repr(draws_of(streams.copy())),
+            "streams": repr(draws_of(rng.fork())) if rng.has_streams else None,
             "loader": self.generator.get_state().tolist(),
             "metrics": repr(made.M.to_dict()),
             "best": (made.best_score, made._state.best_epoch, made.epoch_num, made.M.train_runs),
@@ -118,10 +118,10 @@ def plain(item: Any) -> Any:
     return [plain(part) for part in item] if isinstance(item, (list, tuple)) else item
 
 
-def draws_of(streams: Any) -> list[object]:
+def draws_of(rng: Any) -> list[object]:
     python, numpy, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     drawn: list[object] = []
-    for stream in streams._streams.values():
+    for stream in rng._streams.values():
         torch.default_generator.set_state(stream._torch)
         drawn.append((torch.rand(2).tolist(), stream._python, stream._bits.state))
     random.setstate(python)

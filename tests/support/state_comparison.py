@@ -61,8 +61,7 @@ def trainer_state(trainer: AnyTrainer, *, best: bool = True, drawn: bool = True)
         kept = core.store.exists(parts.best_model_name)
         state["best"] = dict(core.store.load(parts.best_model_name)) if kept else None
     if drawn:
-        states = {} if core.streams is None else core.streams.states()
-        state["streams"] = {str(key): tuple(value) for key, value in states.items()}
+        state["streams"] = {str(key): tuple(value) for key, value in core.rng.states().items()}
         state["process"] = process_generators()
     return {name: fingerprint(value) for name, value in state.items()}
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from fitloop import LoopState
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._data.sources import END, InlineSource, LoadContext, PrefetchSource, Source
+from fitloop._rng.guard import LoaderRng
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
 
@@ -275,7 +276,7 @@ def test_source_when_seeded_then_loader_and_steps_draw_from_a_stream_each(
 
     turn = GeneratorLease()
     turn.acquire(Stream(1))
-    source = make(context_of(batches(), stream=Stream(2), turn=turn))
+    source = make(context_of(batches(), rng=LoaderRng(turn, Stream(2))))
     steps, loads = [], []
     for _ in range(6):
         steps.append(torch.rand(()).item())

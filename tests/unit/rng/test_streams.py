@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fitloop._concurrency.control import Cancelled
 from fitloop._rng.fair_lock import FairSharedLock
 from fitloop._rng.lease import GeneratorLease
-from fitloop._rng.streams import Stream, Streams, fingerprint
+from fitloop._rng.streams import Stream, fingerprint
+from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._types import Phase
 
 GUARD = 20.0
@@ -176,10 +177,10 @@ def test_stream_when_copied_then_both_draw_the_same(first: list[str], then: list
 
 
 def test_streams_when_phases_differ_then_numbers_differ_and_training_has_the_seed() -> None:
-    streams, turn = Streams(7), GeneratorLease(turnstile=FairSharedLock())
+    rng, turn = TrainerRng(7), GeneratorLease(turnstile=FairSharedLock())
     first = []
     for phase in Phase:
-        for stream in (streams.steps(phase), streams.loader(phase)):
+        for stream in (rng.steps(phase), rng.loader(phase)):
             turn.acquire(stream)
             first.append(repr(draw(["torch", "random", "numpy"])))
     turn.release()

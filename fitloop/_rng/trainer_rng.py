@@ -1,0 +1,145 @@
+"""The random numbers of one trainer over its life: streams of its own, or the global generators.
+
+Owns which stream belongs to which phase, and their states as a tree for a snapshot. `RngGuard`
+puts the streams to use during a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+
+from fitloop._rng.lease import global_numbers
+from fitloop._rng.state_io import (
+    check_same_generator,
+    global_state,
+    restore_global_state,
+    to_tree,
+)
+from fitloop._rng.streams import GLOBAL_STREAM, RngState, Stream
+from fitloop._types import Phase
+
+STREAM_INDEX: Final = {
+    (phase, loader): 2 * position + loader
+    for position, phase in enumerate(Phase)
+    for loader in (False, True)
+}
+"""The streams of a trainer: phase and whether the loader uses it -> number, mixed into the seed."""
+
+_GLOBAL = "process"
+"""Name in a snapshot of the state of the global generators."""
+
+
+class TrainerRng:
+    """The random numbers of one trainer.
+
+    With a seed the trainer has six streams: for each phase one for its steps and one for its
+    loader. So validating, testing or loading ahead does not change the numbers of the training.
+    Without a seed the trainer uses the global generators.
+
+    Args:
+        seed: None for the global generators.
+        cuda: indices of the CUDA devices whose generators the trainer uses.
+    """
+
+    def __init__(self, seed: int | None, cuda: Iterable[int] = ()) -> None:
+        self.cuda = tuple(cuda)
+        self._seed = seed
+        self._streams: dict[tuple[Phase, bool], Stream] = {}
+        """Made at first use, since seeding one takes a while."""
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether the trainer has streams of its own."""
+        return self._seed is not None or bool(self._streams)
+
+    def steps(self, phase: Phase) -> Stream:
+        """Return the stream for the stage functions of a phase."""
+        return self._stream((phase, False)) if self.has_streams else GLOBAL_STREAM
+
+    def loader(self, phase: Phase) -> Stream | None:
+        """Return the stream for the loader of a phase; None if the trainer has no streams."""
+        return self._stream((phase, True)) if self.has_streams else None
+
+    def reset(self) -> None:
+        """Start all streams again from the seed."""
+        self._streams.clear()
+
+    def fork(self) -> TrainerRng:
+        """Return a copy for a run that must change nothing: it has streams in any case.
+
+        Without a seed all phases share one stream, a copy of the global generators.
+        """
+        twin = TrainerRng(self._seed, self.cuda)
+        if self.has_streams:
+            twin._streams = {key: stream.copy() for key, stream in self._streams.items()}
+        else:
+            with global_numbers():
+                twin._streams = dict.fromkeys(STREAM_INDEX, Stream.of_process(self.cuda))
+        return twin
+
+    def states(self) -> dict[tuple[Phase, bool], RngState]:
+        """Return the state of each stream; none may be installed now."""
+        return {key: self._stream(key).state() for key in STREAM_INDEX} if self.has_streams else {}
+
+    def save(self) -> Callable[[], None]:
+        """Return a function that puts the random numbers back to where they are now."""
+        if self.has_streams:
+            return partial(self._set_states, self.states())
+        return partial(restore_global_state, global_state(self.cuda))
+
+    def state_tree(self, loaders: Mapping[Phase, RngState] | None = None) -> dict[str, Any]:
+        """Return the states as a tree for a snapshot.
+
+        Args:
+            loaders: states to write for loaders whose stream has moved on since, because batches
+                were read ahead.
+        """
+        if not self.has_streams:
+            return {_GLOBAL: to_tree(global_state(self.cuda))}
+        states = self.states() | {(phase, True): s for phase, s in (loaders or {}).items()}
+        return {_name(*key): to_tree(state) for key, state in states.items()}
+
+    def prepare_load(self, states: Mapping[str, RngState]) -> Callable[[], None]:
+        """Return a function that loads the states of a snapshot.
+
+        Raises:
+            KeyError, ValueError: the states do not fit this trainer or numpy's generator.
+        """
+        if not self.has_streams:
+            check_same_generator(states[_GLOBAL])
+            return partial(restore_global_state, states[_GLOBAL])
+        own = {key: states[_name(*key)] for key in STREAM_INDEX}
+        if not all(isinstance(state.bits, bytes) for state in own.values()):
+            raise ValueError("a stream is of another generator of numpy's")
+        return partial(self._set_states, own)
+
+    def _set_states(self, states: Mapping[tuple[Phase, bool], RngState]) -> None:
+        for key in STREAM_INDEX:
+            self._stream(key).set_state(states[key])
+
+    def _stream(self, key: tuple[Phase, bool]) -> Stream:
+        stream = self._streams.get(key)
+        if stream is None:
+            assert self._seed is not None
+            index = STREAM_INDEX[key]
+            # The train steps have the seed itself, so that a hand-written loop has their numbers.
+            seed = _derive(self._seed, index) if index else self._seed
+            stream = self._streams[key] = Stream(seed, self.cuda)
+        return stream
+
+
+def loader_state(states: Mapping[str, RngState], phase: Phase) -> RngState:
+    """Return the state in a snapshot that the loader of a phase continues from."""
+    return states.get(_GLOBAL) or states[_name(phase, True)]
+
+
+def _name(phase: Phase, loader: bool) -> str:
+    return f"{phase} {'loader' if loader else 'steps'}"
+
+
+def _derive(seed: int, index: int) -> int:
+    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
