@@ -1,6 +1,6 @@
 """``fitloop bench``: the benchmark of a trainer that a script or a module makes.
 
-Owns how the trainer is found and made, and what is printed. What is measured is `_bench`'s.
+Finds and calls the function that makes the trainer, prints the report and writes it as JSON.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from fitloop._trainer.sync import SyncFitLoop
 from fitloop.backends.thread import as_trainer, build_from
 
 _ABOUT = """\
-Time the train phase of your own trainer: what fitloop's loop costs beside one written by hand,
-whether the loader keeps up with the steps, what loading ahead brings; and say what to change.
-Model, optimizers, random generators and files are afterwards as before. It takes some 15 seconds.
+Time the train phase of your own trainer, and advise changes. The report shows the cost of
+fitloop's loop against a hand-written one, whether the loader keeps up with the steps, and the gain
+of loading ahead. Model, optimizers, random generators and files are unchanged afterwards. It takes
+some 15 seconds.
 
 TARGET is a function that returns a FitLoop, in a module that can be imported from here or in a
-script: package.module:function or script.py:function, plain or async. Without a TARGET a small
-model is measured, to see what the report looks like."""
+script: package.module:function or script.py:function, plain or async. Without a TARGET, a small
+built-in model is measured."""
 
 _EXAMPLES = """\
   fitloop bench train.py:make_trainer
@@ -52,8 +53,8 @@ _EXAMPLES = """\
 
 def add_bench(commands: Commands) -> None:
     """Add the command ``bench``."""
-    does = "time a trainer's loop and loader, and say what to change"
-    parser = add_command(commands, "bench", does, _ABOUT, _EXAMPLES, _bench)
+    summary = "time a trainer's loop and loader, and advise changes"
+    parser = add_command(commands, "bench", summary, _ABOUT, _EXAMPLES, _bench)
     parser.add_argument(
         "target", nargs="?", metavar="TARGET", help="MODULE:FUNCTION or SCRIPT.py:FUNCTION"
     )
@@ -66,26 +67,26 @@ def add_bench(commands: Commands) -> None:
         help="an argument for the function, as a Python value or else a string; may be repeated",
     )
     parser.add_argument(
-        "--batches", type=int, metavar="N", help="batches of each way in a round (default: by time)"
+        "--batches", type=int, metavar="N", help="batches of each row in a round (default: by time)"
     )
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help="turns of each way (default 3 to 25, by time)"
+        "--rounds", type=int, metavar="N", help="number of rounds (default: 3 to 25, by time)"
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=15.0,
         metavar="S",
-        help="that it may take, about (default 15)",
+        help="approximate duration (default 15)",
     )
     parser.add_argument(
-        "--device", type=_device, help="cpu, cuda:0 ... for a trainer that is given none"
+        "--device", type=_device, help="cpu, cuda:0 ... for a trainer without device="
     )
     parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="write all figures there, too; its directory must be there",
+        help="also write all figures to this file; its directory must exist",
     )
 
 
@@ -108,61 +109,66 @@ def _device(text: str) -> torch.device:
         ) from None
 
 
-def _bench(given: argparse.Namespace) -> int:
-    # Before the target has a say in what the current directory is.
-    figures = None if given.json is None else _place(given.json)
-    if given.target is None:
-        if given.arg:
+def _bench(options: argparse.Namespace) -> int:
+    # The path is resolved now, since the target may change the current directory.
+    json_path = None if options.json is None else _writable(options.json)
+    if options.target is None:
+        if options.arg:
             raise ConfigurationError("--arg is for the function of a TARGET, and there is none")
         say("no TARGET: a built-in model, two hidden layers of 256 on made-up data\n")
-        report = _measure(built_in_trainer, given)
+        report = _measure(built_in_trainer, options)
     else:
-        with _on_path(given.target) as target:
-            report = _measure(_factory(target, dict(given.arg)), given)
+        with _import_path(options.target) as (module, name):
+            report = _measure(_factory(module, name, dict(options.arg)), options)
     say(str(report))
-    if figures is not None:
-        _write(figures, report)
+    if json_path is not None:
+        _write(json_path, report)
     return 0
 
 
-def _measure(factory: Callable[[], Any], given: argparse.Namespace) -> BenchReport:
-    token = TRAINER_DEFAULTS.set(replace(TRAINER_DEFAULTS.get(), device=given.device))
+def _measure(factory: Callable[[], Any], options: argparse.Namespace) -> BenchReport:
+    async def make_trainer() -> FitLoop:
+        trainer = as_trainer(await build_from(factory, (), "bench"), str(options.target))
+        if options.device is not None and trainer.device != options.device:
+            raise ConfigurationError(
+                f"--device is {options.device}, but the function gives its trainer device="
+                f"'{trainer.device}'; leave that out of it, or leave out --device"
+            )
+        return trainer
+
+    token = TRAINER_DEFAULTS.set(replace(TRAINER_DEFAULTS.get(), device=options.device))
     try:
-        return anyio.run(partial(_run, factory, given))
+        return anyio.run(
+            partial(
+                benchmark,
+                make_trainer,
+                batches=options.batches,
+                rounds=options.rounds,
+                seconds=options.seconds,
+            )
+        )
     finally:
         TRAINER_DEFAULTS.reset(token)
 
 
-async def _run(factory: Callable[[], Any], given: argparse.Namespace) -> BenchReport:
-    async def make() -> FitLoop:
-        made = as_trainer(await build_from(factory, (), "bench"), str(given.target))
-        if given.device is not None and made.device != given.device:
-            raise ConfigurationError(
-                f"--device is {given.device}, but the function gives its trainer device="
-                f"'{made.device}'; leave that out of it, or leave out --device"
-            )
-        return made
-
-    return await benchmark(make, batches=given.batches, rounds=given.rounds, seconds=given.seconds)
-
-
-def _place(path: Path) -> Path:
-    """Check beforehand, as far as it can be, that a file can be written: measuring takes a while.
+def _writable(path: Path) -> Path:
+    """Check before the measuring that a file can be written; return its absolute path.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: the file cannot be written.
     """
-    there = path.parent
+    directory = path.parent
     if os.path.exists(path) and not os.path.isfile(path):
         kind = "a directory" if os.path.isdir(path) else "no plain file"
         raise ConfigurationError(f"--json is {path}, which is {kind}; expected a file to write")
-    if not os.path.isdir(there):  # which is not made: it may be a slip of the pen
+    if not os.path.isdir(directory):  # not created, since it may be a typing mistake
         raise ConfigurationError(
-            f"--json is {path}, but {there} is no directory; make it, or name a file in another"
+            f"--json is {path}, but {directory} is no directory; make it, or name a file in another"
         )
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigurationError(
-            f"--json is {path}, but {there} cannot be written to; name a file in another directory"
+            f"--json is {path}, but {directory} cannot be written to; name a file in another "
+            "directory"
         )
     return path.absolute()
 
@@ -170,7 +176,7 @@ def _place(path: Path) -> Path:
 def _write(path: Path, report: BenchReport) -> None:
     text = json.dumps(report.to_dict(), indent=1)
     try:
-        write_file(path, lambda part, _descriptor: part.write_text(text), overwrite=True)
+        write_file(path, lambda file, _descriptor: file.write_text(text), overwrite=True)
     except OSError as error:
         raise FitLoopError(f"{path} cannot be written: {reason(error)}") from error
 
@@ -179,61 +185,61 @@ def _write(path: Path, report: BenchReport) -> None:
 
 
 @contextmanager
-def _on_path(target: str) -> Iterator[tuple[str, str]]:
-    """Split a target; modules are found from here, and from beside a script, while it is used."""
-    place, colon, name = target.rpartition(":")
-    if not colon or not place or not name:
+def _import_path(target: str) -> Iterator[tuple[str, str]]:
+    """Split a target into module or script and function; extend ``sys.path`` in the block.
+
+    Modules are found from the current directory, and those of a script from its directory.
+    """
+    module, _colon, name = target.rpartition(":")
+    if not module or not name:
         raise ConfigurationError(
             f"TARGET is {target!r}; expected MODULE:FUNCTION or SCRIPT.py:FUNCTION, such as "
             "train.py:make_trainer"
         )
-    path = str(Path(place).resolve().parent) if place.endswith(".py") else str(Path.cwd())
+    path = str(Path(module).resolve().parent) if module.endswith(".py") else str(Path.cwd())
     sys.path.insert(0, path)
     try:
-        yield place, name
+        yield module, name
     finally:
         if path in sys.path:
             sys.path.remove(path)
 
 
-def _factory(target: tuple[str, str], arguments: dict[str, Any]) -> Callable[[], Any]:
-    """Return what makes the trainer; a trainer that is there already is as good.
-
-    What the module itself raises is raised as it is.
+def _factory(module_name: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    """Return the function that makes the trainer. ``name`` may also be a finished trainer.
 
     Raises:
-        ConfigurationError: it is not there, or cannot be called so.
+        ConfigurationError: the function does not exist, or takes other arguments.
+        Exception: raised by the module, and left as it is.
     """
-    place, name = target
-    module = _script(place) if place.endswith(".py") else _module(place)
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
+    is_script = module_name.endswith(".py")
+    module = _load_script(module_name) if is_script else _import_module(module_name)
+    value: Any = module
+    for attribute in name.split("."):
+        if not hasattr(value, attribute):
             raise ConfigurationError(
-                f"{place} has no {name!r}; its functions are: {quoted_list(_functions(module))}"
+                f"{module_name} has no {name!r}; its functions are: "
+                f"{quoted_list(_functions(module))}"
             )
-        found = getattr(found, part)
-    if isinstance(found, FitLoop | SyncFitLoop):
-        return lambda: found
-    if not callable(found):
+        value = getattr(value, attribute)
+    if isinstance(value, FitLoop | SyncFitLoop):
+        return lambda: value
+    if not callable(value):
         raise ConfigurationError(
-            f"{place}:{name} is {found!r:.60}; expected a function that returns a FitLoop"
+            f"{module_name}:{name} is {value!r:.60}; expected a function that returns a FitLoop"
         )
     try:
-        signature(found).bind(**arguments)
+        signature(value).bind(**arguments)
     except TypeError as error:
-        takes = str(signature(found))
+        passed = ", ".join(f"{key}={each!r}" for key, each in arguments.items()) or "no arguments"
+        takes = str(signature(value))
         raise ConfigurationError(
-            f"{place}:{name}{takes:.80} cannot be called with {_shown(arguments)}: {error}; give "
-            "its arguments as --arg NAME=VALUE"
+            f"{module_name}:{name}{takes:.80} cannot be called with {passed}: "
+            f"{error}; give its arguments as --arg NAME=VALUE"
         ) from None
     except ValueError:  # some built-in functions have no signature
         pass
-    return partial(found, **arguments)
-
-
-def _shown(arguments: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"
+    return partial(value, **arguments)
 
 
 def _functions(module: ModuleType) -> Sequence[str]:
@@ -246,12 +252,12 @@ def _functions(module: ModuleType) -> Sequence[str]:
     ]
 
 
-def _module(name: str) -> ModuleType:
+def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and imports another that is not
+            raise  # the module exists, and imports another one that does not
         raise ConfigurationError(
             f"there is no module {error.name!r}; expected one that can be imported from "
             f"{Path.cwd()}, or a script: SCRIPT.py:FUNCTION"
@@ -260,32 +266,33 @@ def _module(name: str) -> ModuleType:
         raise ConfigurationError(f"{name!r} is no name of a module: {error}") from None
 
 
-def _script(place: str) -> ModuleType:
-    path = Path(place)
+def _load_script(name: str) -> ModuleType:
+    path = Path(name)
     if not path.is_file():
-        raise ConfigurationError(f"there is no file {place}; expected SCRIPT.py:FUNCTION")
-    # Under its own name, so that worker processes of a DataLoader find what is in it.
+        raise ConfigurationError(f"there is no file {name}; expected SCRIPT.py:FUNCTION")
+    # Under its own name, so that worker processes of a DataLoader can import from it.
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    known = sys.modules.get(path.stem)
+    namesake = sys.modules.get(path.stem)
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[path.stem]
-        if known is not None:
-            sys.modules[path.stem] = known
+        if namesake is not None:
+            sys.modules[path.stem] = namesake
         raise
     return module
 
 
 def built_in_trainer() -> FitLoop:
-    """Return a small classifier over made-up data, to try the command with."""
-    numbers = torch.Generator().manual_seed(0)
+    """Return a small classifier over made-up data, for a benchmark without a TARGET."""
+    generator = torch.Generator().manual_seed(0)
     data = torch.utils.data.TensorDataset(
-        torch.randn(4096, 64, generator=numbers), torch.randint(0, 10, (4096,), generator=numbers)
+        torch.randn(4096, 64, generator=generator),
+        torch.randint(0, 10, (4096,), generator=generator),
     )
     model = nn.Sequential(
         nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
