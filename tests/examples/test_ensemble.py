@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.interrupted_programs import begun
+from support.interrupted_programs import start_program
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "ensemble.py"
 
@@ -77,7 +77,9 @@ def test_ensemble_when_none_is_to_train_at_a_time_then_shows_the_usage(tmp_path:
 def test_ensemble_when_interrupted_then_says_in_a_line_whether_it_can_go_on(
     tmp_path: Path, options: list[str], says: str
 ) -> None:
-    with begun(command("--members", "1000", "--epochs", "3", *options), tmp_path) as process:
+    with start_program(
+        command("--members", "1000", "--epochs", "3", *options), tmp_path
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         while not process.stdout.readline().startswith("      1"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.notebooks import EXAMPLES, NAMES, ROOT, read
+from support.notebooks import EXAMPLES, NAMES, ROOT, read_notebook
 
 MOST_BYTES = 400_000
 
@@ -88,12 +88,12 @@ def test_notebooks_when_executed_then_show_what_they_say(tmp_path: Path) -> None
     script = str(ROOT / "tests" / "support" / "notebooks.py")
     subprocess.run([sys.executable, script, str(tmp_path)], check=True)
     for name in NAMES:
-        CHECKS[name](read(name, tmp_path))
+        CHECKS[name](read_notebook(name, tmp_path))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_when_read_then_has_its_outputs_and_nothing_of_a_machine(name: str) -> None:
-    notebook = read(name)
+    notebook = read_notebook(name)
     CHECKS[name](notebook)
     text = (EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8")
     assert len(text) < MOST_BYTES

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.interrupted_programs import begun
+from support.interrupted_programs import start_program
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "search.py"
 ROW = re.compile(r"^ +(\d+)  (complete|pruned)  ", re.MULTILINE)
@@ -66,7 +66,7 @@ def test_search_when_ended_and_started_again_then_trials_go_on_under_their_numbe
 ) -> None:
     options = ["--epochs", "60", "--trials", "2", "--max-concurrent", "1", "--save-path", "found"]
     first: list[str] = []
-    with begun(command(*options), tmp_path) as process:
+    with start_program(command(*options), tmp_path) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:

@@ -12,10 +12,10 @@ import psutil
 import pytest
 from support.example_service import (  # finds the example, too
     Told,
-    client_of,
+    connect_to_service,
     first,
-    process,
-    serving,
+    run_service,
+    run_service_process,
 )
 
 # isort: split
@@ -47,7 +47,7 @@ def columns(messages: list[Told], phase: str, name: str) -> list[float]:
 
 
 async def test_training_when_started_then_its_events_tell_it_to_the_end() -> None:
-    async with serving() as service:
+    async with run_service() as service:
         begun = await service.start(name=" first ", epochs=2, lr=0.1)
         assert (begun["id"], begun["name"], begun["model"]) == (1, "first", "small")
         messages = await service.everything(1)
@@ -70,7 +70,7 @@ async def test_training_when_started_then_its_events_tell_it_to_the_end() -> Non
 
 @pytest.mark.parametrize("go_on", [True, False])
 async def test_question_when_answered_then_the_training_does_so(go_on: bool) -> None:
-    async with serving() as service:
+    async with run_service() as service:
         await service.start(epochs=3, ask_every=2)
         asked = await service.until(1, "prompt_asked")
         assert (asked["epoch"], asked["epochs"]) == (2, 3)
@@ -87,7 +87,7 @@ async def test_question_when_answered_then_the_training_does_so(go_on: bool) -> 
 
 
 async def test_question_when_answered_for_another_epoch_then_it_stays_open() -> None:
-    async with serving() as service:
+    async with run_service() as service:
         await service.start(epochs=2, ask_every=1)
         await service.until(1, "prompt_asked")
         other = await service.answer(1, 7, False)
@@ -102,7 +102,7 @@ async def test_question_when_answered_for_another_epoch_then_it_stays_open() -> 
 
 
 async def test_cancel_when_running_or_waiting_then_it_ends_and_the_next_one_begins() -> None:
-    async with serving(at_once=1) as service:
+    async with run_service(at_once=1) as service:
         await service.start(name="running", epochs=1000)
         assert (await service.start(name="waiting"))["status"] == "waiting"
         await service.start(name="next", epochs=1)
@@ -139,7 +139,7 @@ async def test_cancel_when_more_end_at_once_than_a_stream_keeps_then_all_are_tol
 
 
 async def test_cancel_when_a_question_is_open_then_the_question_is_closed() -> None:
-    async with serving() as service:
+    async with run_service() as service:
         await service.start(epochs=2, ask_every=1)
         await service.until(1, "prompt_asked")
         await service.client.delete("/trainings/1")
@@ -148,7 +148,7 @@ async def test_cancel_when_a_question_is_open_then_the_question_is_closed() -> N
 
 
 async def test_training_when_it_diverges_then_it_failed_and_says_why() -> None:
-    async with serving() as service:
+    async with run_service() as service:
         await service.start(lr=900, model="medium")
         over = (await service.everything(1))[-1]
         found = await service.get("/trainings/1")
@@ -159,7 +159,7 @@ async def test_training_when_it_diverges_then_it_failed_and_says_why() -> None:
 
 
 async def test_trainings_when_two_at_once_then_both_go_on_and_each_as_alone() -> None:
-    async with serving(at_once=2) as service:
+    async with run_service(at_once=2) as service:
         await service.start(epochs=2)
         alone = await service.everything(1)
         for _ in range(2):
@@ -196,7 +196,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 async def test_start_when_settings_are_wrong_then_it_says_what_was_expected() -> None:
-    async with serving() as service:
+    async with run_service() as service:
         for body, expected in WRONG:
             answer = await service.client.post("/trainings", json=body)
             assert answer.status_code == 422, body
@@ -210,7 +210,7 @@ async def test_start_when_settings_are_wrong_then_it_says_what_was_expected() ->
 
 async def test_request_when_it_is_none_then_it_is_refused() -> None:
     json_type = {"Content-Type": "application/json"}
-    async with serving() as service:
+    async with run_service() as service:
         post = service.client.post
         answers = [
             (400, "expected JSON", await post("/trainings", content=b"{", headers=json_type)),
@@ -232,7 +232,7 @@ async def test_request_when_it_is_none_then_it_is_refused() -> None:
 
 async def test_request_when_it_is_nested_too_deeply_then_it_is_refused() -> None:
     """Too deep for the decoder, or only for a message that shows it."""
-    async with serving() as service:
+    async with run_service() as service:
         await service.start(epochs=1)
         for depth in (*range(700, 1000, 10), 20_000):
             for path in ("/trainings", "/trainings/1/answer"):
@@ -245,7 +245,7 @@ async def test_request_when_it_is_nested_too_deeply_then_it_is_refused() -> None
 
 
 async def test_start_when_a_field_is_half_a_character_then_it_is_told_escaped() -> None:
-    async with serving() as service:
+    async with run_service() as service:
         answer = await service.client.post(
             "/trainings",
             content=b'{"\\ud800": 1, "\xc3\xa4": 2}',
@@ -262,7 +262,7 @@ async def test_start_when_there_are_too_many_then_the_oldest_that_is_over_makes_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(service.trainings, "MOST", 2)
-    async with serving() as running:
+    async with run_service() as running:
         await running.start(epochs=1)
         await running.everything(1)
         await running.start(epochs=1000)
@@ -277,7 +277,7 @@ async def test_start_when_there_are_too_many_then_the_oldest_that_is_over_makes_
 
 
 async def test_page_when_asked_for_then_it_needs_nothing_from_elsewhere() -> None:
-    async with serving() as service:
+    async with run_service() as service:
         page = await service.client.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "<title>fitloop: trainings</title>" in page.text
@@ -288,7 +288,7 @@ async def test_page_when_asked_for_then_it_needs_nothing_from_elsewhere() -> Non
 
 
 async def test_reader_when_it_comes_back_then_it_gets_the_rest_and_nothing_twice() -> None:
-    async with serving() as service:
+    async with run_service() as service:
         await service.start(epochs=3, ask_every=2)
         async with service.events(1) as events:
             before = [await first(events, kind) for kind in ("submitted", "epoch_ended")]
@@ -313,7 +313,7 @@ async def test_reader_when_it_comes_back_then_it_gets_the_rest_and_nothing_twice
 async def test_reader_when_it_goes_away_then_nothing_of_it_is_left_and_the_training_goes_on() -> (
     None
 ):
-    async with serving() as service:
+    async with run_service() as service:
         await service.start(epochs=2, ask_every=1)
         for number in (1, None, 1):
             async with service.events(number) as events:
@@ -391,7 +391,7 @@ def test_program_when_the_port_is_none_then_it_says_so_before_anything_begins(
 
 
 async def test_server_when_it_ends_then_streams_and_trainings_end_whole() -> None:
-    async with serving(at_once=1) as service:
+    async with run_service(at_once=1) as service:
         for _ in range(2):
             await service.start(epochs=1000)
         async with service.events() as events:
@@ -425,8 +425,8 @@ def _interruptible() -> Iterator[None]:
 async def test_program_when_signalled_then_it_ends_whole_with_a_stream_open(
     backend: str, sign: signal.Signals, code: int
 ) -> None:
-    with process("--backend", backend) as (program, port):
-        async with client_of(port) as service:
+    with run_service_process("--backend", backend) as (program, port):
+        async with connect_to_service(port) as service:
             await service.start(epochs=1000, model="large")
             async with service.events() as events:
                 await first(events, "batch_progress")
@@ -446,7 +446,7 @@ async def test_program_when_signalled_then_it_ends_whole_with_a_stream_open(
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 async def test_process_backend_when_used_then_question_cancel_and_error_cross() -> None:
-    async with serving("process", at_once=1) as service:
+    async with run_service("process", at_once=1) as service:
         await service.start(epochs=2, ask_every=1)
         await service.until(1, "prompt_asked")
         await service.answer(1, 1, True)

@@ -9,7 +9,9 @@ from typing import Any
 
 import anyio
 import pytest
-from support.gates import GUARD, NATIVE, SCOPES, Patient, fitloop_threads, running, to_loop
+from support.cancellation import NATIVE_METHODS, SCOPE_METHODS, expect_cancelled
+from support.checked_trainer import CheckedTrainer, fitloop_threads
+from support.event_loops import HANG_TIMEOUT, threadsafe_scheduler
 from support.models import Batch, batches
 
 from fitloop import LoopState, default_batch_step, default_epoch_end
@@ -23,7 +25,7 @@ class Tripwire:
     def __init__(self, passes: int) -> None:
         self._left = passes
         self._lock = threading.Lock()
-        self._schedule = to_loop()
+        self._schedule = threadsafe_scheduler()
         self._cancel: Callable[[], object] | None = None
         self._tripped = False
 
@@ -90,14 +92,14 @@ def _stages(wire: Tripwire, is_async: bool) -> dict[str, Any]:
     return {"train_step": async_step if is_async else step, "train_epoch_end": epoch_end}
 
 
-def _patient(wire: Tripwire, luck: random.Random) -> Patient:
+def _checked_trainer(wire: Tripwire, luck: random.Random) -> CheckedTrainer:
     changes = _stages(wire, luck.random() < 0.3)
     changes["train_dl"] = luck.choice([_Loader, _Loader, _AsyncLoader])(wire)
     changes["prefetch"] = luck.choice([None, 0, 2])
     changes["seed"] = luck.choice([None, 5])
     if luck.random() < 0.3:
         changes["callbacks"] = [lambda event: wire.touch()]
-    return Patient({"epochs": 10**6}, **changes)
+    return CheckedTrainer({"epochs": 10**6}, **changes)
 
 
 @pytest.mark.slow
@@ -108,13 +110,13 @@ async def test_cancel_when_at_two_hundred_random_points_leaves_nothing_and_train
     luck = random.Random(20)
     for number in range(CANCELS):
         wire = Tripwire(luck.randrange(1, 40))
-        patient = _patient(wire, luck)
+        checked = _checked_trainer(wire, luck)
         native = anyio_backend_name == "asyncio" and number % 2 == 0
-        way = luck.choice(NATIVE if native else SCOPES)
-        with anyio.fail_after(GUARD):
-            async with running(way, patient.fit) as job:
-                wire.arm(job.cancel)
+        method = luck.choice(NATIVE_METHODS if native else SCOPE_METHODS)
+        with anyio.fail_after(HANG_TIMEOUT):
+            async with expect_cancelled(method, checked.fit) as handle:
+                wire.arm(handle.cancel)
         wire.disarm()
         assert fitloop_threads() == []
-        patient.check_whole()
-        await patient.check_trains_on()
+        checked.check_whole_batches()
+        await checked.check_can_train_again()

@@ -14,7 +14,9 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from support.gates import GUARD, Patient, fitloop_threads, one_loop, settled, to_loop
+from support.cancellation import wait_until_idle
+from support.checked_trainer import CheckedTrainer, fitloop_threads
+from support.event_loops import HANG_TIMEOUT, plain_asyncio, threadsafe_scheduler
 from support.models import BATCHES, bits, mlp, sync_trainer
 from support.state_comparison import assert_same_state, trainer_state
 
@@ -104,7 +106,7 @@ def wait_for_writer() -> None:
     """Wait until what was submitted is written, so that it is known what is on disk."""
     for thread in threading.enumerate():
         if thread.name.startswith("fitloop writes"):
-            thread.join(GUARD)
+            thread.join(HANG_TIMEOUT)
 
 
 @each_fault
@@ -325,7 +327,7 @@ class SlowDisk:
             if "snapshot-" not in path.name:
                 return real(path, write, overwrite=overwrite)
             with self._inside():
-                assert self.gate.wait(GUARD), "nobody opened the gate"
+                assert self.gate.wait(HANG_TIMEOUT), "nobody opened the gate"
                 return real(path, write, overwrite=overwrite)
 
         patch.setattr("fitloop._checkpointing.snapshot.write_file", write_file)
@@ -372,7 +374,7 @@ def test_fit_when_the_disk_is_slow_then_one_write_is_under_way_and_none_is_torn(
 
     def told(event: Any) -> None:
         if event.kind == "epoch_started" and event.epoch == 2:
-            assert disk.begun.wait(GUARD)
+            assert disk.begun.wait(HANG_TIMEOUT)
         if event.kind == "epoch_started" and event.epoch == 4:
             assert (disk.writes, disk.inside) == (1, 1)
             disk.gate.set()
@@ -415,48 +417,48 @@ def test_fit_when_a_write_is_under_way_then_it_does_not_return_before_it_is_dura
 
     thread = threading.Thread(target=fit)
     thread.start()
-    assert disk.begun.wait(GUARD)
+    assert disk.begun.wait(HANG_TIMEOUT)
     assert fitted.running
     assert not returned.is_set()
     disk.gate.set()
-    thread.join(GUARD)
+    thread.join(HANG_TIMEOUT)
     assert durable == [True]
     assert disk.most == 1
 
 
-@one_loop
+@plain_asyncio
 async def test_fit_when_cancelled_during_a_write_then_it_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
 ) -> None:
     disk = SlowDisk(monkeypatch)
-    call = to_loop()
+    call = threadsafe_scheduler()
     begun = anyio.Event()
     trained = [0]
 
     def told(event: Any) -> None:
         if event.kind == "epoch_started" and event.epoch == 2:
-            assert disk.begun.wait(GUARD)
+            assert disk.begun.wait(HANG_TIMEOUT)
             call(begun.set)
 
-    patient = Patient({"epochs": 400}, save_path=tmp_path, callbacks=[told])
+    checked = CheckedTrainer({"epochs": 400}, save_path=tmp_path, callbacks=[told])
     ended = anyio.Event()
 
     async def fit(scope: anyio.CancelScope) -> None:
         with scope:
-            await patient.fit(checkpoint=Checkpoint())
-        trained[0] = patient.optimizer.steps
+            await checked.fit(checkpoint=Checkpoint())
+        trained[0] = checked.optimizer.steps
         ended.set()
 
     scope = anyio.CancelScope()
-    with anyio.fail_after(GUARD):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with anyio.create_task_group() as group:
             group.start_soon(fit, scope)
             await begun.wait()
             scope.cancel()
-            await settled()
+            await wait_until_idle()
             assert disk.inside == 1
             assert not ended.is_set()
-            assert patient.trainer.running
+            assert checked.trainer.running
             disk.gate.set()
             await ended.wait()
     assert scope.cancelled_caught
@@ -466,21 +468,21 @@ async def test_fit_when_cancelled_during_a_write_then_it_waits_for_it(
     assert kept
     await anyio.to_thread.run_sync(read_snapshot, kept[-1])
     assert fitloop_threads() == []
-    patient.check_whole()
+    checked.check_whole_batches()
 
 
-@one_loop
+@plain_asyncio
 async def test_loop_when_the_disk_is_slow_then_it_is_not_blocked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
 ) -> None:
     disk = SlowDisk(monkeypatch)
-    patient = Patient(save_path=tmp_path)
+    checked = CheckedTrainer(save_path=tmp_path)
     async with anyio.create_task_group() as group:
-        group.start_soon(lambda: patient.fit(checkpoint=Checkpoint()))
-        assert await anyio.to_thread.run_sync(disk.begun.wait, GUARD)
+        group.start_soon(lambda: checked.fit(checkpoint=Checkpoint()))
+        assert await anyio.to_thread.run_sync(disk.begun.wait, HANG_TIMEOUT)
         for _ in range(100):
             await anyio.lowlevel.checkpoint()
-        assert patient.trainer.running
+        assert checked.trainer.running
         disk.gate.set()
 
 
@@ -491,7 +493,7 @@ def test_fit_when_it_fails_during_a_write_then_that_is_waited_for_and_whole(
 
     def told(event: Any) -> None:
         if event.kind == "epoch_started" and event.epoch == 2:
-            assert disk.begun.wait(GUARD)
+            assert disk.begun.wait(HANG_TIMEOUT)
             threading.Timer(0.0, disk.gate.set).start()
             raise LookupError("on purpose")
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import anyio
 import pytest
-from support.gates import GUARD, Gate, Patient, native_loops, settled
+from support.cancellation import wait_until_idle
+from support.checked_trainer import CheckedTrainer
+from support.event_loops import HANG_TIMEOUT, asyncio_loops
+from support.gates import Gate
 from support.models import BATCHES, batches, bits
-from support.raising_code import NAME, Fault, FaultError, striking_stage
+from support.raising_code import TRAINER_NAME, ErrorInjector, InjectedError, raising_stage
 
 from fitloop import ConfigurationError, LoopState, MetricError, default_batch_step
 
@@ -28,22 +31,22 @@ STAGES = [
 async def test_stage_when_it_raises_is_told_with_its_place(
     anyio_backend: Any, name: str, is_async: bool
 ) -> None:
-    fault = Fault()
-    changes: dict[str, Any] = {name: striking_stage(fault, is_async)}
-    patient = fault.patient(
+    injector = ErrorInjector()
+    changes: dict[str, Any] = {name: raising_stage(injector, is_async)}
+    checked = injector.checked_trainer(
         valid_dl=batches(14), test_dl=batches(14), criteria="loss", criteria_direction=-1, **changes
     )
-    model = patient.trainer.model
+    model = checked.trainer.model
     next(model.children()).eval()
     modes = [module.training for module in model.modules()]
     phase, _, stage = name.partition("_")
-    call = patient.fit if phase != "test" else lambda: patient.trainer.test(print_every=0)
+    call = checked.fit if phase != "test" else lambda: checked.trainer.test(print_every=0)
     words = [phase, "epoch 1", "batch 2" if stage == "step" else stage]
-    await fault.check(call, *words)
+    await injector.check(call, *words)
     assert [module.training for module in model.modules()] == modes
-    patient.check_whole()
-    fault.armed = False
-    await patient.check_trains_on()
+    checked.check_whole_batches()
+    injector.armed = False
+    await checked.check_can_train_again()
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
@@ -51,31 +54,31 @@ async def test_stage_when_it_raises_is_told_with_its_place(
 async def test_preloop_or_postloop_when_it_raises_is_told(
     anyio_backend: Any, name: str, is_async: bool
 ) -> None:
-    fault = Fault()
+    injector = ErrorInjector()
 
-    async def strike(trainer: Any) -> None:
-        fault.strike()
+    async def raise_error(trainer: Any) -> None:
+        injector.raise_error()
 
-    changes: dict[str, Any] = {name: strike if is_async else fault.strike}
-    patient = fault.patient(**changes)
-    await fault.check(patient.fit, name)
-    assert patient.check_whole() == (0 if name == "preloop" else BATCHES)
-    fault.armed = False
-    await patient.check_trains_on()
+    changes: dict[str, Any] = {name: raise_error if is_async else injector.raise_error}
+    checked = injector.checked_trainer(**changes)
+    await injector.check(checked.fit, name)
+    assert checked.check_whole_batches() == (0 if name == "preloop" else BATCHES)
+    injector.armed = False
+    await checked.check_can_train_again()
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
-@native_loops
+@asyncio_loops
 async def test_stage_when_it_raises_a_base_exception_is_told(
     kind: type[BaseException], is_async: bool
 ) -> None:
-    fault = Fault(kind("on purpose"))
-    patient = fault.patient(train_step=striking_stage(fault, is_async))
-    await fault.check(patient.fit, "train", "epoch 1", "batch 2")
-    assert patient.check_whole() == 1
-    fault.armed = False
-    await patient.check_trains_on()
+    injector = ErrorInjector(kind("on purpose"))
+    checked = injector.checked_trainer(train_step=raising_stage(injector, is_async))
+    await injector.check(checked.fit, "train", "epoch 1", "batch 2")
+    assert checked.check_whole_batches() == 1
+    injector.armed = False
+    await checked.check_can_train_again()
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
@@ -83,52 +86,54 @@ async def test_stage_when_it_raises_stop_iteration_is_told_as_the_cause(
     anyio_backend: Any, is_async: bool
 ) -> None:
     """Python lets no StopIteration out of a coroutine, and makes a RuntimeError of it."""
-    fault = Fault(StopIteration("on purpose"))
-    patient = fault.patient(train_step=striking_stage(fault, is_async))
-    with anyio.fail_after(GUARD), pytest.raises(RuntimeError) as raised:
-        await patient.fit()
-    assert raised.value.__cause__ is fault.error
-    assert patient.check_whole() == 1
-    fault.armed = False
-    await patient.check_trains_on()
+    injector = ErrorInjector(StopIteration("on purpose"))
+    checked = injector.checked_trainer(train_step=raising_stage(injector, is_async))
+    with anyio.fail_after(HANG_TIMEOUT), pytest.raises(RuntimeError) as raised:
+        await checked.fit()
+    assert raised.value.__cause__ is injector.error
+    assert checked.check_whole_batches() == 1
+    injector.armed = False
+    await checked.check_can_train_again()
 
 
-@native_loops
+@asyncio_loops
 async def test_stage_when_it_awaits_what_somebody_cancelled_is_told() -> None:
     """The run was not cancelled: this is an error of the stage."""
-    fault = Fault(asyncio.CancelledError("not yours"))
-    patient = fault.patient(train_step=striking_stage(fault, is_async=True))
-    with anyio.fail_after(GUARD), pytest.raises(asyncio.CancelledError) as raised:
-        await patient.fit()
-    assert raised.value is fault.error
-    assert patient.check_whole() == 1
-    fault.armed = False
-    await patient.check_trains_on()
+    injector = ErrorInjector(asyncio.CancelledError("not yours"))
+    checked = injector.checked_trainer(train_step=raising_stage(injector, is_async=True))
+    with anyio.fail_after(HANG_TIMEOUT), pytest.raises(asyncio.CancelledError) as raised:
+        await checked.fit()
+    assert raised.value is injector.error
+    assert checked.check_whole_batches() == 1
+    injector.armed = False
+    await checked.check_can_train_again()
 
 
 async def test_best_weights_when_a_later_epoch_raises_are_not_restored(anyio_backend: Any) -> None:
-    fault = Fault()
+    injector = ErrorInjector()
 
     def step(state: LoopState) -> Any:
         if state.epoch_num == 2 and state.batch_num == 3:
-            fault.strike()
+            injector.raise_error()
         return default_batch_step(state)
 
-    patient = fault.patient({"epochs": 3, "load_best": True}, valid_dl=batches(14), train_step=step)
-    await fault.check(patient.fit, "train", "epoch 2", "batch 3")
-    assert patient.check_whole() == BATCHES + 2
+    checked = injector.checked_trainer(
+        {"epochs": 3, "load_best": True}, valid_dl=batches(14), train_step=step
+    )
+    await injector.check(checked.fit, "train", "epoch 2", "batch 3")
+    assert checked.check_whole_batches() == BATCHES + 2
 
 
 @pytest.mark.parametrize("value", ["text", object(), [1.0, 2.0]], ids=["text", "object", "list"])
 async def test_epoch_end_when_it_returns_no_metric_raises_with_its_place(
     anyio_backend: Any, value: Any
 ) -> None:
-    patient = Patient(name=NAME, train_epoch_end=lambda state: {"odd": value})
-    with anyio.fail_after(GUARD), pytest.raises(MetricError, match="odd") as raised:
-        await patient.fit()
-    assert NAME in raised.value.__notes__[-1]
+    checked = CheckedTrainer(name=TRAINER_NAME, train_epoch_end=lambda state: {"odd": value})
+    with anyio.fail_after(HANG_TIMEOUT), pytest.raises(MetricError, match="odd") as raised:
+        await checked.fit()
+    assert TRAINER_NAME in raised.value.__notes__[-1]
     assert "train, epoch 1, epoch_end" in raised.value.__notes__[-1]
-    assert patient.check_whole() == BATCHES
+    assert checked.check_whole_batches() == BATCHES
 
 
 # -- the other functions -------------------------------------------------------------------------
@@ -148,93 +153,95 @@ async def test_epoch_end_when_it_returns_no_metric_raises_with_its_place(
 async def test_callback_when_it_raises_is_told(
     anyio_backend: Any, kind: str, words: list[str], is_async: bool
 ) -> None:
-    fault = Fault()
+    injector = ErrorInjector()
 
     def callback(event: Any) -> None:
         if event.kind == kind:
-            fault.strike()
+            injector.raise_error()
 
     async def async_callback(event: Any) -> None:
         callback(event)
 
     struck = async_callback if is_async else callback
     # When an async one is called, the training is somewhere else already, or at its end.
-    told = [] if is_async else [fault.events.append]
-    patient = fault.patient(callbacks=[*told, struck])
-    await fault.check(patient.fit, *([] if is_async else words))
-    fault.armed = False
-    patient.check_whole()
-    await patient.check_trains_on()
+    told = [] if is_async else [injector.events.append]
+    checked = injector.checked_trainer(callbacks=[*told, struck])
+    await injector.check(checked.fit, *([] if is_async else words))
+    injector.armed = False
+    checked.check_whole_batches()
+    await checked.check_can_train_again()
 
 
 async def test_async_callback_when_it_raises_ends_the_run_as_failed_and_restores_no_best(
     anyio_backend: Any,
 ) -> None:
-    fault = Fault()
+    injector = ErrorInjector()
 
     async def callback(event: Any) -> None:
         if event.kind == "epoch_ended":
-            fault.strike()
+            injector.raise_error()
 
-    patient = fault.patient(
+    checked = injector.checked_trainer(
         {"epochs": 10**6, "load_best": True},
         valid_dl=batches(14),
         valid_epoch_end=lambda state: {"score": -float(state.epoch_num)},
         criteria="score",
-        callbacks=[fault.events.append, callback],
+        callbacks=[injector.events.append, callback],
     )
-    await fault.check(patient.fit)
-    patient.check_whole()
+    await injector.check(checked.fit)
+    checked.check_whole_batches()
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 async def test_callback_when_it_raises_at_the_end_is_told(
     anyio_backend: Any, is_async: bool
 ) -> None:
-    fault = Fault()
+    injector = ErrorInjector()
 
     def callback(event: Any) -> None:
         if event.kind == "run_ended":
-            fault.strike()
+            injector.raise_error()
 
     async def async_callback(event: Any) -> None:
         callback(event)
 
-    patient = Patient(name=NAME, callbacks=[async_callback if is_async else callback])
-    await fault.check(patient.fit)
-    assert patient.check_whole() == BATCHES
-    fault.armed = False
-    await patient.check_trains_on()
+    checked = CheckedTrainer(
+        name=TRAINER_NAME, callbacks=[async_callback if is_async else callback]
+    )
+    await injector.check(checked.fit)
+    assert checked.check_whole_batches() == BATCHES
+    injector.armed = False
+    await checked.check_can_train_again()
 
 
 async def test_on_continue_when_it_raises_is_told(anyio_backend: Any) -> None:
-    fault = Fault()
+    injector = ErrorInjector()
 
     async def ask(question: Any) -> bool:
-        fault.strike()
+        injector.raise_error()
         return True
 
-    patient = fault.patient({"continue_loop": 1, "epochs": 2}, on_continue=ask)
-    await fault.check(patient.fit, "epoch 1")
-    assert patient.check_whole() == BATCHES
+    checked = injector.checked_trainer({"continue_loop": 1, "epochs": 2}, on_continue=ask)
+    await injector.check(checked.fit, "epoch 1")
+    assert checked.check_whole_batches() == BATCHES
 
 
 async def test_on_continue_when_it_returns_no_bool_is_refused(anyio_backend: Any) -> None:
     async def ask(question: Any) -> Any:
         return "y"
 
-    patient = Patient({"continue_loop": 1, "epochs": 2}, on_continue=ask)
-    with anyio.fail_after(GUARD), pytest.raises(ConfigurationError, match="'y'"):
-        await patient.fit()
+    checked = CheckedTrainer({"continue_loop": 1, "epochs": 2}, on_continue=ask)
+    with anyio.fail_after(HANG_TIMEOUT), pytest.raises(ConfigurationError, match="'y'"):
+        await checked.fit()
 
 
 async def test_configure_optimizer_when_it_raises_is_told(anyio_backend: Any) -> None:
-    fault = Fault()
-    patient = fault.patient(
-        {"load_best": True}, valid_dl=batches(14), configure_optimizer=fault.strike
+    injector = ErrorInjector()
+    checked = injector.checked_trainer(
+        {"load_best": True}, valid_dl=batches(14), configure_optimizer=injector.raise_error
     )
-    await fault.check(patient.fit)
-    assert patient.recorded() == 1
+    await injector.check(checked.fit)
+    assert checked.recorded_phases() == 1
 
 
 @pytest.mark.parametrize(
@@ -244,7 +251,7 @@ async def test_configure_optimizer_when_it_raises_is_told(anyio_backend: Any) ->
 async def test_scheduler_when_it_raises_is_told(
     anyio_backend: Any, interval: Any, words: list[str]
 ) -> None:
-    fault = Fault()
+    injector = ErrorInjector()
 
     class Scheduler:
         calls = 0
@@ -252,12 +259,12 @@ async def test_scheduler_when_it_raises_is_told(
         def step(self) -> None:
             self.calls += 1
             if self.calls == 2 or interval != "batch":
-                fault.strike()
+                injector.raise_error()
 
-    patient = fault.patient(
+    checked = injector.checked_trainer(
         valid_dl=batches(14), lr_scheduler=Scheduler(), scheduler_interval=interval
     )
-    await fault.check(patient.fit, *words)
+    await injector.check(checked.fit, *words)
 
 
 # -- two at once ---------------------------------------------------------------------------------
@@ -286,69 +293,69 @@ def _is_told(error: BaseException, other: BaseException) -> bool:
 async def test_stage_and_run_ended_callback_when_both_raise_are_both_told(
     anyio_backend: Any,
 ) -> None:
-    first, second = Fault(), Fault(LookupError("the second"))
+    first, second = ErrorInjector(), ErrorInjector(LookupError("the second"))
 
     def callback(event: Any) -> None:
         if event.kind == "run_ended":
-            second.strike()
+            second.raise_error()
 
-    patient = Patient(
-        name=NAME, train_step=striking_stage(first, is_async=False), callbacks=[callback]
+    checked = CheckedTrainer(
+        name=TRAINER_NAME, train_step=raising_stage(first, is_async=False), callbacks=[callback]
     )
-    await first.check(patient.fit, "train", "epoch 1", "batch 2")
+    await first.check(checked.fit, "train", "epoch 1", "batch 2")
     assert _is_told(first.error, second.error)
 
 
 async def test_stage_and_async_callback_when_both_raise_are_both_told(anyio_backend: Any) -> None:
-    first, second = Fault(), Fault(LookupError("the second"))
+    first, second = ErrorInjector(), ErrorInjector(LookupError("the second"))
     with Gate() as gate:
 
         def step(state: LoopState) -> None:
-            gate.hold()
-            first.strike()
+            gate.wait_in_thread()
+            first.raise_error()
 
         async def callback(event: Any) -> None:
             if event.kind == "phase_started":
                 await gate.reached.wait()
-                second.strike()
+                second.raise_error()
 
-        patient = Patient(train_step=step, callbacks=[callback])
+        checked = CheckedTrainer(train_step=step, callbacks=[callback])
 
         async def open_later() -> None:
             await gate.reached.wait()
-            await settled()
+            await wait_until_idle()
             gate.open()
 
-        with anyio.fail_after(GUARD):
+        with anyio.fail_after(HANG_TIMEOUT):
             async with anyio.create_task_group() as group:
                 group.start_soon(open_later)
-                with pytest.raises((FaultError, LookupError)) as raised:
-                    await patient.fit()
+                with pytest.raises((InjectedError, LookupError)) as raised:
+                    await checked.fit()
     assert _is_told(raised.value, first.error)
     assert _is_told(raised.value, second.error)
-    await Patient().check_trains_on()
+    await CheckedTrainer().check_can_train_again()
 
 
-@native_loops
+@asyncio_loops
 async def test_stage_when_it_raises_after_a_cancel_is_told_and_not_lost() -> None:
-    fault = Fault()
+    injector = ErrorInjector()
     with Gate() as gate:
 
         def step(state: LoopState) -> None:
-            gate.hold()
-            fault.strike()
+            gate.wait_in_thread()
+            injector.raise_error()
 
-        patient = fault.patient(train_step=step)
-        task = asyncio.ensure_future(patient.fit())
+        checked = injector.checked_trainer(train_step=step)
+        task = asyncio.ensure_future(checked.fit())
         await gate.reached.wait()
         task.cancel()
-        await settled()
+        await wait_until_idle()
         gate.open()
 
         async def wait() -> None:
             await task
 
-        await fault.check(wait, "train", "epoch 1", "batch 1")
+        await injector.check(wait, "train", "epoch 1", "batch 1")
 
 
 # -- who else hears of it ------------------------------------------------------------------------
@@ -358,16 +365,16 @@ async def test_stage_when_it_raises_after_a_cancel_is_told_and_not_lost() -> Non
 async def test_reader_of_events_when_a_callback_raises_comes_to_the_end(
     anyio_backend: Any, kind: str
 ) -> None:
-    fault = Fault()
+    injector = ErrorInjector()
 
     def callback(event: Any) -> None:
         if event.kind == kind:
-            fault.strike()
+            injector.raise_error()
 
-    patient = Patient(name=NAME, callbacks=[callback])
-    async with patient.trainer.events() as events:
-        await fault.check(patient.fit)
-        with anyio.fail_after(GUARD):
+    checked = CheckedTrainer(name=TRAINER_NAME, callbacks=[callback])
+    async with checked.trainer.events() as events:
+        await injector.check(checked.fit)
+        with anyio.fail_after(HANG_TIMEOUT):
             kinds = [event.kind async for event in events]
     assert kinds[-1] == "run_ended"
     assert kind in kinds
@@ -387,8 +394,8 @@ async def test_error_when_it_takes_no_notes_still_reaches_the_caller(
     def step(state: LoopState) -> None:
         raise error
 
-    patient = Patient(train_step=step)
-    with anyio.fail_after(GUARD), pytest.raises(FrozenError) as raised:
-        await patient.fit()
+    checked = CheckedTrainer(train_step=step)
+    with anyio.fail_after(HANG_TIMEOUT), pytest.raises(FrozenError) as raised:
+        await checked.fit()
     assert raised.value is error
-    assert bits(patient.trainer.model)
+    assert bits(checked.trainer.model)

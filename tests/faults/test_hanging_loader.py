@@ -11,20 +11,10 @@ from typing import Any
 
 import anyio
 import pytest
-from support.gates import (
-    GUARD,
-    Gate,
-    Gated,
-    Patient,
-    Way,
-    each_kind,
-    fitloop_threads,
-    native_loops,
-    one_loop,
-    running,
-    settled,
-    to_loop,
-)
+from support.cancellation import CancelMethod, expect_cancelled, native_and_scope, wait_until_idle
+from support.checked_trainer import CheckedTrainer, fitloop_threads
+from support.event_loops import HANG_TIMEOUT, asyncio_loops, plain_asyncio, threadsafe_scheduler
+from support.gates import Gate, GatedLoader
 from support.models import Batch, batches, bits, blobs, process_generators
 from torch.utils.data import DataLoader, Dataset
 
@@ -45,7 +35,7 @@ class HangingDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         if index == 16:
-            self._gate.hold()
+            self._gate.wait_in_thread()
         return self._inputs[index], self._targets[index]
 
 
@@ -57,19 +47,19 @@ class HangingAtIter:
         return len(batches())
 
     def __iter__(self) -> Iterator[Batch]:
-        self._gate.hold()
+        self._gate.wait_in_thread()
         return iter(batches())
 
 
 class StrikingAfterHang(HangingAtIter):
     def __iter__(self) -> Iterator[Batch]:
-        self._gate.hold()
+        self._gate.wait_in_thread()
         raise ValueError("nobody is there to hear this")
 
 
 LOADERS: dict[str, tuple[Callable[[Gate], Any], int | None]] = {
     "dataset": (lambda gate: DataLoader(HangingDataset(gate), 8), 2),
-    "iterable": (Gated, 2),
+    "iterable": (GatedLoader, 2),
     "at_iter": (HangingAtIter, 0),
     "raises_afterwards": (StrikingAfterHang, 0),
 }
@@ -78,62 +68,64 @@ prefetches = pytest.mark.parametrize("prefetch", [None, 0, 2], ids=["found_out",
 seeds = pytest.mark.parametrize("seed", [None, 7], ids=["unseeded", "seeded"])
 
 
-async def _cancel_while_hanging(patient: Patient, gate: Gate, way: Way) -> None:
+async def _cancel_while_hanging(checked: CheckedTrainer, gate: Gate, method: CancelMethod) -> None:
     with pytest.warns(LoaderHungWarning, match=r"train_dl \(\w+\)") as told:  # noqa: PT031
-        async with running(way, patient.fit) as job:
+        async with expect_cancelled(method, checked.fit) as handle:
             await gate.reached.wait()
-            job.cancel()
+            handle.cancel()
     assert len(told) == 1
 
 
 @pytest.mark.slow
-@each_kind
+@native_and_scope
 @prefetches
 @seeds
 @loaders
 async def test_cancel_when_the_loader_hangs_warns_and_the_trainer_trains_on_meanwhile(
-    way: Way, kind: str, prefetch: int | None, seed: int | None
+    method: CancelMethod, kind: str, prefetch: int | None, seed: int | None
 ) -> None:
     make, done = LOADERS[kind]
     generators = process_generators()
     with Gate() as gate:
-        patient = Patient(
+        checked = CheckedTrainer(
             {"epochs": 3}, train_dl=make(gate), prefetch=prefetch, seed=seed, loader_grace=GRACE
         )
-        await _cancel_while_hanging(patient, gate, way)
-        trained = patient.check_whole()
+        await _cancel_while_hanging(checked, gate, method)
+        trained = checked.check_whole_batches()
         assert trained == done or (prefetch == 2 and trained <= (done or 0))
-        assert patient.recorded() == 0
+        assert checked.recorded_phases() == 0
         if seed is not None:
             assert process_generators() == generators
         abandoned = fitloop_threads()
         assert len(abandoned) == 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            await patient.check_trains_on(train_dl=batches())
-        weights = bits(patient.trainer.model)
+            await checked.check_can_train_again(train_dl=batches())
+        weights = bits(checked.trainer.model)
 
         gate.open()
         for thread in abandoned:
-            thread.join(GUARD)
+            thread.join(HANG_TIMEOUT)
             assert not thread.is_alive()
-    assert bits(patient.trainer.model) == weights
-    assert patient.recorded() == 1
-    assert patient.optimizer.steps == 0  # none since check_trains_on
+    assert bits(checked.trainer.model) == weights
+    assert checked.recorded_phases() == 1
+    assert checked.optimizer.steps == 0  # none since check_trains_on
     if seed is not None:
         assert process_generators() == generators
 
 
-@each_kind
+@native_and_scope
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
 async def test_other_seeded_trainers_when_one_was_abandoned_get_their_turn(
-    way: Way, prefetch: int
+    method: CancelMethod, prefetch: int
 ) -> None:
     with Gate() as gate:
-        patient = Patient(train_dl=Gated(gate), prefetch=prefetch, seed=1, loader_grace=GRACE)
-        await _cancel_while_hanging(patient, gate, way)
-        await Patient(seed=2, prefetch=0).check_trains_on()
-        await Patient(seed=2, prefetch=2).check_trains_on()
+        checked = CheckedTrainer(
+            train_dl=GatedLoader(gate), prefetch=prefetch, seed=1, loader_grace=GRACE
+        )
+        await _cancel_while_hanging(checked, gate, method)
+        await CheckedTrainer(seed=2, prefetch=0).check_can_train_again()
+        await CheckedTrainer(seed=2, prefetch=2).check_can_train_again()
 
 
 class DrawingAfterHang:
@@ -144,7 +136,7 @@ class DrawingAfterHang:
 
     def __iter__(self) -> Iterator[Batch]:
         random.random()
-        self._gate.hold()
+        self._gate.wait_in_thread()
         yield batches()[0]
 
 
@@ -155,14 +147,14 @@ async def test_process_generators_when_a_seeded_loader_was_abandoned_are_put_bac
     before = process_generators()
     with Gate() as gate:
         loader = DrawingAfterHang(gate)
-        patient = Patient(train_dl=loader, prefetch=prefetch, seed=1, loader_grace=GRACE)
+        checked = CheckedTrainer(train_dl=loader, prefetch=prefetch, seed=1, loader_grace=GRACE)
         with (  # noqa: PT031
             pytest.warns(LoaderHungWarning),
-            anyio.fail_after(GUARD),
+            anyio.fail_after(HANG_TIMEOUT),
             anyio.CancelScope() as scope,
         ):
             async with anyio.create_task_group() as group:
-                group.start_soon(patient.fit)
+                group.start_soon(checked.fit)
                 await gate.reached.wait()
                 scope.cancel()
         assert process_generators() == before
@@ -178,47 +170,47 @@ async def test_stop_when_the_loader_hangs_ahead_of_it_ends_after_the_grace(
         def step(state: LoopState) -> Any:
             if state.batch_num == 2:
                 if prefetch:
-                    gate.reached_by_another()
+                    gate.wait_until_reached()
                 state.stop()
             return default_batch_step(state)
 
-        patient = Patient(
+        checked = CheckedTrainer(
             {"epochs": 3},
-            train_dl=Gated(gate),
+            train_dl=GatedLoader(gate),
             train_step=step,
             prefetch=prefetch,
             loader_grace=GRACE,
         )
-        with anyio.fail_after(GUARD):
+        with anyio.fail_after(HANG_TIMEOUT):
             if prefetch:
                 with pytest.warns(LoaderHungWarning, match="train_dl"):
-                    result = await patient.fit()
+                    result = await checked.fit()
             else:
-                result = await patient.fit()
+                result = await checked.fit()
         assert result.stop_reason == "stopped"
-        assert patient.check_whole() == 2
+        assert checked.check_whole_batches() == 2
 
 
-@native_loops
+@asyncio_loops
 async def test_cancel_when_a_stage_outlasts_the_grace_and_then_the_loader_hangs_returns() -> None:
     """The deadline has passed before the loader is entered, so it may not be entered."""
     with Gate() as stage, Gate() as loading:
-        patient = Patient(
-            train_epoch_start=lambda state: stage.hold(),
+        checked = CheckedTrainer(
+            train_epoch_start=lambda state: stage.wait_in_thread(),
             train_dl=HangingAtIter(loading),
             loader_grace=0.0,
         )
-        with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+        with anyio.fail_after(HANG_TIMEOUT), anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
-                group.start_soon(patient.fit)
+                group.start_soon(checked.fit)
                 await stage.reached.wait()
                 scope.cancel()
                 with anyio.CancelScope(shield=True):
-                    await settled()
+                    await wait_until_idle()
                 stage.open()
         assert scope.cancelled_caught
         assert not loading.reached.is_set()
-        assert patient.check_whole() == 0
+        assert checked.check_whole_batches() == 0
 
 
 class AsyncHanging:
@@ -230,28 +222,28 @@ class AsyncHanging:
         try:
             for number, batch in enumerate(batches()):
                 if number == (0 if self._at_iter else 2):
-                    await self._gate.hold_task()
+                    await self._gate.wait_in_task()
                 yield batch
         finally:
             self.closed = True
 
 
-@each_kind
+@native_and_scope
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("at_iter", [True, False], ids=["first", "later"])
 async def test_cancel_when_an_async_loader_hangs_cancels_it_without_a_warning(
-    way: Way, at_iter: bool, prefetch: int
+    method: CancelMethod, at_iter: bool, prefetch: int
 ) -> None:
     """What awaits can be cancelled: nothing is left behind, so there is nothing to warn of."""
     with Gate() as gate:
         loader = AsyncHanging(gate, at_iter=at_iter)
-        patient = Patient(train_dl=loader, prefetch=prefetch, loader_grace=GRACE)
-        async with running(way, patient.fit) as job:
+        checked = CheckedTrainer(train_dl=loader, prefetch=prefetch, loader_grace=GRACE)
+        async with expect_cancelled(method, checked.fit) as handle:
             await gate.reached.wait()
-            job.cancel()
+            handle.cancel()
         assert loader.closed
-        patient.check_whole()
-        await patient.check_trains_on(train_dl=batches())
+        checked.check_whole_batches()
+        await checked.check_can_train_again(train_dl=batches())
 
 
 class HangingInWorker(Dataset[Any]):
@@ -290,13 +282,13 @@ class Announcing:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
-@one_loop
+@plain_asyncio
 async def test_cancel_when_a_worker_process_hangs_warns_and_returns(prefetch: int) -> None:
     opened, to_open = os.pipe()
-    reached, schedule = anyio.Event(), to_loop()
+    reached, schedule = anyio.Event(), threadsafe_scheduler()
     dataset = HangingInWorker(opened)
     loader = DataLoader(dataset, 8, num_workers=1, multiprocessing_context="fork")
-    patient = Patient(
+    checked = CheckedTrainer(
         {"epochs": 2},
         train_dl=Announcing(loader, lambda: schedule(reached.set)),
         prefetch=prefetch,
@@ -305,22 +297,22 @@ async def test_cancel_when_a_worker_process_hangs_warns_and_returns(prefetch: in
     try:
         with (  # noqa: PT031
             pytest.warns(LoaderHungWarning, match=r"train_dl \(Announcing\)"),
-            anyio.fail_after(GUARD),
+            anyio.fail_after(HANG_TIMEOUT),
             anyio.CancelScope() as scope,
         ):
             async with anyio.create_task_group() as group:
-                group.start_soon(patient.fit)
+                group.start_soon(checked.fit)
                 await reached.wait()
                 scope.cancel()
-        patient.check_whole()
-        await patient.check_trains_on(train_dl=batches())
-        weights = bits(patient.trainer.model)
+        checked.check_whole_batches()
+        await checked.check_can_train_again(train_dl=batches())
+        weights = bits(checked.trainer.model)
     finally:
         abandoned = fitloop_threads()
         os.write(to_open, b"x")
         for thread in abandoned:
-            thread.join(GUARD)
+            thread.join(HANG_TIMEOUT)
         os.close(opened)
         os.close(to_open)
     assert [thread for thread in abandoned if thread.is_alive()] == []
-    assert bits(patient.trainer.model) == weights
+    assert bits(checked.trainer.model) == weights

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.file_fuzzing import (
     Subject,
     campaign,
@@ -29,7 +30,6 @@ from support.file_fuzzing import (
     split,
     subjects,
 )
-from support.gates import GUARD
 from support.models import mlp, sync_trainer
 from support.state_comparison import assert_same_state, trainer_state
 
@@ -509,7 +509,7 @@ def test_resume_when_a_snapshot_is_a_pipe_then_it_is_not_waited_for(tmp_path: Pa
     waited = thread.is_alive()
     if waited:
         os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
-    thread.join(GUARD)
+    thread.join(HANG_TIMEOUT)
     assert not waited
     assert ended
 

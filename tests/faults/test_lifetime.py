@@ -13,9 +13,12 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from support.gates import GUARD, Gate, Gated, Patient, settled
+from support.cancellation import wait_until_idle
+from support.checked_trainer import CheckedTrainer
+from support.event_loops import HANG_TIMEOUT
+from support.gates import Gate, GatedLoader
 from support.models import BATCHES, Batch, batches
-from support.run_endings import cancelled, completed, failed
+from support.run_endings import cancel_run, complete_run, fail_run
 
 from fitloop import LoopState, RunEnded, default_batch_step, default_epoch_end
 from fitloop._engine.event_bus import STREAM_LIMIT
@@ -39,8 +42,8 @@ def _without_gc() -> Iterator[None]:
         gc.enable()
 
 
-def _refs(patient: Patient) -> dict[str, weakref.ref[Any]]:
-    trainer = patient.trainer
+def _refs(checked: CheckedTrainer) -> dict[str, weakref.ref[Any]]:
+    trainer = checked.trainer
     return {
         "trainer": weakref.ref(trainer),
         "core": weakref.ref(trainer._state),
@@ -53,14 +56,14 @@ def _alive(refs: dict[str, weakref.ref[Any]]) -> list[str]:
     return [name for name, ref in refs.items() if ref() is not None]
 
 
-@pytest.mark.parametrize("run", [completed, failed, cancelled])
+@pytest.mark.parametrize("run", [complete_run, fail_run, cancel_run])
 async def test_trainer_and_model_when_dropped_after_a_run_die(
-    anyio_backend: Any, run: Callable[[Patient], Any]
+    anyio_backend: Any, run: Callable[[CheckedTrainer], Any]
 ) -> None:
-    patient = Patient(valid_dl=batches(14), callbacks=[lambda event: None], seed=1)
-    refs = _refs(patient)
-    await run(patient)
-    del patient
+    checked = CheckedTrainer(valid_dl=batches(14), callbacks=[lambda event: None], seed=1)
+    refs = _refs(checked)
+    await run(checked)
+    del checked
     await anyio.lowlevel.checkpoint()
     gc.collect()
     assert _alive(refs) == []
@@ -71,11 +74,11 @@ async def test_trainer_and_model_when_dropped_after_a_completed_run_die_without_
 ) -> None:
     """Weights on a GPU cannot wait for the collector, which does not know how large they are."""
     with _without_gc():
-        patient = Patient(valid_dl=batches(14))
-        refs = _refs(patient)
+        checked = CheckedTrainer(valid_dl=batches(14))
+        refs = _refs(checked)
         del refs["weight"]  # held by the optimizer's own cycles
-        await completed(patient)
-        del patient
+        await complete_run(checked)
+        del checked
         await anyio.lowlevel.checkpoint()
         assert _alive(refs) == []
 
@@ -96,10 +99,10 @@ async def test_loader_when_a_run_was_cut_is_closed_without_gc(anyio_backend: Any
         return default_batch_step(state)
 
     with _without_gc():
-        patient = Patient(train_dl=lambda: iter(reading()), train_step=step)
+        checked = CheckedTrainer(train_dl=lambda: iter(reading()), train_step=step)
         with pytest.raises(ValueError, match="on purpose"):
-            await patient.fit()
-        del patient
+            await checked.fit()
+        del checked
         await anyio.lowlevel.checkpoint()
         assert closed.is_set()
 
@@ -108,12 +111,12 @@ async def test_loaders_given_to_fit_when_it_is_over_die(anyio_backend: Any) -> N
     class Loader(list[Batch]):
         pass
 
-    patient = Patient()
+    checked = CheckedTrainer()
     refs = []
     for make in (lambda: Loader(batches()), lambda: (batch for batch in batches())):
         loader: Any = make()
         refs.append(weakref.ref(loader))
-        await patient.fit(train_dl=loader)
+        await checked.fit(train_dl=loader)
         del loader
     await anyio.lowlevel.checkpoint()
     gc.collect()
@@ -122,11 +125,11 @@ async def test_loaders_given_to_fit_when_it_is_over_die(anyio_backend: Any) -> N
 
 @pytest.mark.slow
 async def test_many_runs_when_repeated_leave_no_more_objects(anyio_backend: Any) -> None:
-    patient = Patient({"track_batch_metrics": False})
+    checked = CheckedTrainer({"track_batch_metrics": False})
     counts = []
     for _ in range(6):
-        await patient.fit()
-        await settled()
+        await checked.fit()
+        await wait_until_idle()
         gc.collect()
         counts.append(
             len([o for o in gc.get_objects() if str(type(o).__module__).startswith("fitloop")])
@@ -139,12 +142,12 @@ async def test_many_runs_when_repeated_leave_no_more_objects(anyio_backend: Any)
 
 @pytest.mark.slow
 async def test_reader_when_it_never_reads_does_not_slow_training(anyio_backend: Any) -> None:
-    patient = Patient(train_dl=batches()[:1])
+    checked = CheckedTrainer(train_dl=batches()[:1])
     epochs = STREAM_LIMIT // 4 + 50  # four events an epoch
-    with anyio.fail_after(GUARD):
-        async with patient.trainer.events() as events:
+    with anyio.fail_after(HANG_TIMEOUT):
+        async with checked.trainer.events() as events:
             told: list[Any] = []
-            await patient.fit(epochs=epochs, callbacks=[told.append])
+            await checked.fit(epochs=epochs, callbacks=[told.append])
             assert events.dropped == len(told) - STREAM_LIMIT
             kept = [event async for event in events]
     assert kept == told[-STREAM_LIMIT:]
@@ -154,11 +157,11 @@ async def test_reader_when_it_never_reads_does_not_slow_training(anyio_backend: 
 async def test_reader_when_two_runs_are_waiting_gets_one_after_the_other(
     anyio_backend: Any,
 ) -> None:
-    patient = Patient()
-    async with patient.trainer.events() as events:
-        await patient.fit()
-        await patient.fit()
-        with anyio.fail_after(GUARD):
+    checked = CheckedTrainer()
+    async with checked.trainer.events() as events:
+        await checked.fit()
+        await checked.fit()
+        with anyio.fail_after(HANG_TIMEOUT):
             first = [event.kind async for event in events if event.kind != PROGRESS]
             second = [event.kind async for event in events if event.kind != PROGRESS]
     assert first == second
@@ -167,9 +170,9 @@ async def test_reader_when_two_runs_are_waiting_gets_one_after_the_other(
 
 
 async def test_reader_when_cancelled_loses_no_event(anyio_backend: Any) -> None:
-    patient = Patient()
+    checked = CheckedTrainer()
     kinds: list[str] = []
-    async with patient.trainer.events() as events:
+    async with checked.trainer.events() as events:
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
 
@@ -180,8 +183,8 @@ async def test_reader_when_cancelled_loses_no_event(anyio_backend: Any) -> None:
                 group.start_soon(read)
                 await anyio.wait_all_tasks_blocked()
                 scope.cancel()
-        await patient.fit()
-        with anyio.fail_after(GUARD):
+        await checked.fit()
+        with anyio.fail_after(HANG_TIMEOUT):
             kinds += [event.kind async for event in events if event.kind != PROGRESS]
     assert kinds[0] == "run_started"
     assert kinds[-1] == "run_ended"
@@ -199,7 +202,7 @@ async def test_event_loop_when_user_code_blocks_stays_responsive(
     with Gate() as gate:
 
         def hold(given: Any) -> Any:
-            gate.hold()
+            gate.wait_in_thread()
             if where == "train_step":
                 return default_batch_step(given)
             return default_epoch_end(given) if where == "train_epoch_end" else None
@@ -208,17 +211,17 @@ async def test_event_loop_when_user_code_blocks_stays_responsive(
         if where == "callback":
             changes = {"callbacks": [hold]}
         elif where == "loader":
-            changes = {"train_dl": Gated(gate)}
-        patient = Patient({"load_best": True}, valid_dl=batches(14), **changes)
-        with anyio.fail_after(GUARD):
+            changes = {"train_dl": GatedLoader(gate)}
+        checked = CheckedTrainer({"load_best": True}, valid_dl=batches(14), **changes)
+        with anyio.fail_after(HANG_TIMEOUT):
             async with anyio.create_task_group() as group:
-                group.start_soon(patient.fit)
+                group.start_soon(checked.fit)
                 await gate.reached.wait()
                 for _ in range(100):
                     await anyio.lowlevel.checkpoint()
-                assert patient.trainer.running
+                assert checked.trainer.running
                 gate.open()
-    assert patient.optimizer.steps == BATCHES
+    assert checked.optimizer.steps == BATCHES
 
 
 async def test_training_when_an_async_callback_is_slow_goes_on(anyio_backend: Any) -> None:
@@ -233,13 +236,13 @@ async def test_training_when_an_async_callback_is_slow_goes_on(anyio_backend: An
 
         def step(state: LoopState) -> Any:
             if state.batch_num == BATCHES:
-                gate.hold()
+                gate.wait_in_thread()
             return default_batch_step(state)
 
-        patient = Patient(train_step=step, callbacks=[callback])
+        checked = CheckedTrainer(train_step=step, callbacks=[callback])
         gate.open()
-        with anyio.fail_after(GUARD):
-            await patient.fit()
+        with anyio.fail_after(HANG_TIMEOUT):
+            await checked.fit()
         assert last.is_set()
 
 
@@ -247,12 +250,12 @@ async def test_two_trainers_when_gathered_run_at_the_same_time(anyio_backend: An
     barrier = threading.Barrier(2)
 
     def step(state: LoopState) -> Any:
-        barrier.wait(GUARD)
+        barrier.wait(HANG_TIMEOUT)
         return default_batch_step(state)
 
-    patients = [Patient(train_step=step) for _ in range(2)]
-    with anyio.fail_after(GUARD):
+    all_checked = [CheckedTrainer(train_step=step) for _ in range(2)]
+    with anyio.fail_after(HANG_TIMEOUT):
         async with anyio.create_task_group() as group:
-            for patient in patients:
-                group.start_soon(patient.fit)
-    assert [patient.check_whole() for patient in patients] == [BATCHES, BATCHES]
+            for checked in all_checked:
+                group.start_soon(checked.fit)
+    assert [checked.check_whole_batches() for checked in all_checked] == [BATCHES, BATCHES]

@@ -7,9 +7,10 @@ from typing import Any
 
 import anyio
 import pytest
-from support.gates import GUARD, Patient, native_loops
+from support.checked_trainer import CheckedTrainer
+from support.event_loops import HANG_TIMEOUT, asyncio_loops
 from support.models import Batch, batches
-from support.raising_code import Fault, FaultError
+from support.raising_code import ErrorInjector, InjectedError
 from torch.utils.data import DataLoader, Dataset
 
 from fitloop import LoopState, default_batch_step
@@ -18,18 +19,18 @@ from fitloop import LoopState, default_batch_step
 class StrikingLoader:
     """Strikes when it is begun, or instead of its third batch."""
 
-    def __init__(self, fault: Fault, *, at_iter: bool) -> None:
-        self._fault, self._at_iter = fault, at_iter
+    def __init__(self, injector: ErrorInjector, *, at_iter: bool) -> None:
+        self._fault, self._at_iter = injector, at_iter
 
     def __iter__(self) -> Iterator[Batch]:
         if self._at_iter:
-            self._fault.strike()
+            self._fault.raise_error()
         return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
         for number, batch in enumerate(batches()):
             if number == 2 and not self._at_iter:
-                self._fault.strike()
+                self._fault.raise_error()
             yield batch
 
 
@@ -38,7 +39,7 @@ class AsyncStrikingLoader(StrikingLoader):
 
     def __aiter__(self) -> AsyncIterator[Batch]:
         if self._at_iter:
-            self._fault.strike()
+            self._fault.raise_error()
         return self._async_batches()
 
     async def _async_batches(self) -> AsyncIterator[Batch]:
@@ -53,29 +54,29 @@ class AsyncStrikingLoader(StrikingLoader):
 async def test_loader_when_it_raises_is_told_after_the_good_batches(
     anyio_backend: Any, kind: type[StrikingLoader], at_iter: bool, prefetch: int | None
 ) -> None:
-    fault = Fault()
-    patient = fault.patient(train_dl=kind(fault, at_iter=at_iter), prefetch=prefetch)
-    await fault.check(patient.fit, "train", "epoch 1", *([] if at_iter else ["batch 3"]))
-    assert patient.check_whole() == (0 if at_iter else 2)
-    assert patient.recorded() == 0
-    fault.armed = False
-    await patient.check_trains_on()
+    injector = ErrorInjector()
+    checked = injector.checked_trainer(train_dl=kind(injector, at_iter=at_iter), prefetch=prefetch)
+    await injector.check(checked.fit, "train", "epoch 1", *([] if at_iter else ["batch 3"]))
+    assert checked.check_whole_batches() == (0 if at_iter else 2)
+    assert checked.recorded_phases() == 0
+    injector.armed = False
+    await checked.check_can_train_again()
 
 
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
 async def test_seeded_loader_when_it_raises_leaves_the_turn_to_others(
     anyio_backend: Any, prefetch: int
 ) -> None:
-    fault = Fault()
-    loader = StrikingLoader(fault, at_iter=False)
-    patient = fault.patient(train_dl=loader, prefetch=prefetch, seed=1)
-    await fault.check(patient.fit, "train", "epoch 1", "batch 3")
-    await Patient(seed=2).check_trains_on()
+    injector = ErrorInjector()
+    loader = StrikingLoader(injector, at_iter=False)
+    checked = injector.checked_trainer(train_dl=loader, prefetch=prefetch, seed=1)
+    await injector.check(checked.fit, "train", "epoch 1", "batch 3")
+    await CheckedTrainer(seed=2).check_can_train_again()
 
 
 class StrikingDataset(Dataset[Any]):
-    def __init__(self, fault: Fault) -> None:
-        self._fault = fault
+    def __init__(self, injector: ErrorInjector) -> None:
+        self._fault = injector
         self._samples = [
             (inputs[row], int(targets[row])) for inputs, targets in batches() for row in range(2)
         ]
@@ -85,52 +86,52 @@ class StrikingDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         if index == 5:
-            self._fault.strike()
+            self._fault.raise_error()
         return self._samples[index]
 
 
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
 async def test_dataset_when_it_raises_is_told(anyio_backend: Any, prefetch: int) -> None:
-    fault = Fault()
-    loader = DataLoader(StrikingDataset(fault), 2)
-    patient = fault.patient(train_dl=loader, prefetch=prefetch)
-    await fault.check(patient.fit, "train", "epoch 1", "batch 3")
-    assert patient.optimizer.steps == 2
+    injector = ErrorInjector()
+    loader = DataLoader(StrikingDataset(injector), 2)
+    checked = injector.checked_trainer(train_dl=loader, prefetch=prefetch)
+    await injector.check(checked.fit, "train", "epoch 1", "batch 3")
+    assert checked.optimizer.steps == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
-@native_loops
+@asyncio_loops
 async def test_dataset_when_it_raises_in_a_worker_process_is_told(prefetch: int) -> None:
     """The object cannot be the same: it comes from another process."""
-    fault = Fault()
-    patient = fault.patient(
-        train_dl=DataLoader(StrikingDataset(fault), 2, num_workers=1), prefetch=prefetch
+    injector = ErrorInjector()
+    checked = injector.checked_trainer(
+        train_dl=DataLoader(StrikingDataset(injector), 2, num_workers=1), prefetch=prefetch
     )
-    with anyio.fail_after(GUARD), pytest.raises(FaultError, match="on purpose") as raised:
-        await patient.fit()
+    with anyio.fail_after(HANG_TIMEOUT), pytest.raises(InjectedError, match="on purpose") as raised:
+        await checked.fit()
     assert "batch 3" in raised.value.__notes__[-1]
-    assert patient.optimizer.steps == 2
-    fault.check_ended()
+    assert checked.optimizer.steps == 2
+    injector.check_ended()
 
 
 class Unmovable:
-    def __init__(self, fault: Fault) -> None:
-        self.to = fault.strike
+    def __init__(self, injector: ErrorInjector) -> None:
+        self.to = injector.raise_error
 
 
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
 async def test_batch_when_it_cannot_be_moved_is_told(anyio_backend: Any, prefetch: int) -> None:
-    fault = Fault()
+    injector = ErrorInjector()
 
     class Loader:
         def __iter__(self) -> Iterator[Any]:
             yield from batches()[:2]
-            yield [Unmovable(fault)] * 2
+            yield [Unmovable(injector)] * 2
 
-    patient = fault.patient(train_dl=Loader(), prefetch=prefetch)
-    await fault.check(patient.fit, "train", "epoch 1", "batch 3")
-    assert patient.check_whole() == 2
+    checked = injector.checked_trainer(train_dl=Loader(), prefetch=prefetch)
+    await injector.check(checked.fit, "train", "epoch 1", "batch 3")
+    assert checked.check_whole_batches() == 2
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -138,7 +139,7 @@ async def test_batch_when_it_cannot_be_moved_is_told(anyio_backend: Any, prefetc
 async def test_async_loader_when_closing_it_raises_is_told(
     anyio_backend: Any, end: str, prefetch: int
 ) -> None:
-    fault = Fault()
+    injector = ErrorInjector()
 
     class Loader:
         def __init__(self) -> None:
@@ -154,7 +155,7 @@ async def test_async_loader_when_closing_it_raises_is_told(
                 raise StopAsyncIteration from None
 
         async def aclose(self) -> None:
-            fault.strike()
+            injector.raise_error()
 
     class Loaders:
         def __aiter__(self) -> Loader:
@@ -165,7 +166,7 @@ async def test_async_loader_when_closing_it_raises_is_told(
             state.stop()
         return default_batch_step(state)
 
-    patient = fault.patient(train_dl=Loaders(), train_step=step, prefetch=prefetch)
-    await fault.check(patient.fit, "train", "epoch 1")
-    fault.armed = False
-    patient.check_whole()
+    checked = injector.checked_trainer(train_dl=Loaders(), train_step=step, prefetch=prefetch)
+    await injector.check(checked.fit, "train", "epoch 1")
+    injector.armed = False
+    checked.check_whole_batches()

@@ -16,15 +16,15 @@ import psutil
 import pytest
 import torch
 from support.worker_processes import (
-    OwnError,
-    Seen,
-    dies,
-    endless,
-    fails,
+    CustomInitError,
+    EventRecorder,
     is_worker,
-    make,
-    workers,
-    written,
+    make_endless_trainer,
+    make_failing_trainer,
+    make_killed_trainer,
+    make_trainer,
+    wait_for_file,
+    worker_processes,
 )
 
 from fitloop import (
@@ -63,15 +63,15 @@ async def test_job_when_it_raises_in_a_worker_then_the_error_comes_across() -> N
     with anyio.fail_after(SOON):
         async with Runner(1, backend="process") as runner:
             for how in ("factory", "step", "lock"):
-                runner.submit(fails, how, name=how, **QUIET)
-            runner.submit(make, name="callback", epochs=10**6, callbacks=[breaks], **QUIET)
-            runner.submit(make, name="metric", epochs=10**6, display_metrics="nope")
+                runner.submit(make_failing_trainer, how, name=how, **QUIET)
+            runner.submit(make_trainer, name="callback", epochs=10**6, callbacks=[breaks], **QUIET)
+            runner.submit(make_trainer, name="metric", epochs=10**6, display_metrics="nope")
             runner.submit(exits, name="exits", **QUIET)
-            runner.submit(make, name="good", **QUIET)
+            runner.submit(make_trainer, name="good", **QUIET)
             *failed, good = await runner.results()
-            assert len(workers()) == 1  # all of them in one
+            assert len(worker_processes()) == 1  # all of them in one
     factory, step, lock, callback, metric, exited = (outcome.error for outcome in failed)
-    assert isinstance(factory, OwnError)
+    assert isinstance(factory, CustomInitError)
     assert (factory.code, str(factory)) == (7, "factory failed with 7")
     assert isinstance(step, ZeroDivisionError)
     assert "train" in step.__notes__[0]
@@ -86,27 +86,35 @@ async def test_job_when_it_raises_in_a_worker_then_the_error_comes_across() -> N
     assert isinstance(exited, RemoteError)
     assert str(exited).startswith("SystemExit: 3")
     assert good.status == "done"
-    assert workers() == []
+    assert worker_processes() == []
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_worker_when_killed_then_its_job_is_tried_again_and_no_other_is_touched(
     tmp_path: Path,
 ) -> None:
-    plain = make(num_threads=max(1, available_cores() // 2))
+    plain = make_trainer(num_threads=max(1, available_cores() // 2))
     await plain.fit(4, **QUIET)
     for marks, number in (("once", 1), ("often", 5)):
         (tmp_path / marks).mkdir()
         for k in range(number):
             (tmp_path / marks / f"mark {k}").touch()
-    seen = Seen()
+    seen = EventRecorder()
 
     async def both() -> list[Outcome]:
         backend, often = ProcessBackend(retries=1), str(tmp_path / "often")
         options: dict[str, Any] = {"epochs": 4, **QUIET}
         async with Runner(2, backend=backend, save_path=tmp_path / "runs") as runner:
-            runner.submit(dies, str(tmp_path / "once"), 3, name="once", **options)
-            runner.submit(dies, often, 2, signal.SIGABRT, name="often", callbacks=[seen], **options)
+            runner.submit(make_killed_trainer, str(tmp_path / "once"), 3, name="once", **options)
+            runner.submit(
+                make_killed_trainer,
+                often,
+                2,
+                signal.SIGABRT,
+                name="often",
+                callbacks=[seen],
+                **options,
+            )
         return await runner.results()
 
     with anyio.fail_after(SOON), pytest.warns(WorkerDiedWarning) as warned:
@@ -114,7 +122,7 @@ async def test_worker_when_killed_then_its_job_is_tried_again_and_no_other_is_to
     assert once.error is None
     assert once.result is not None
     assert once.result.epochs == 4
-    loaded = make(99)
+    loaded = make_trainer(99)
     await loaded.load_model("weights.msgpack", tmp_path / "runs" / "once")
     for name, value in plain.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], value)
@@ -134,7 +142,7 @@ async def test_worker_when_killed_then_its_job_is_tried_again_and_no_other_is_to
         RunStarted,
         RunEnded,
     ] * 2
-    assert workers() == []
+    assert worker_processes() == []
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -142,18 +150,22 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
     tmp_path: Path,
 ) -> None:
     runners: list[Runner] = []
-    seen = Seen()
+    seen = EventRecorder()
 
     def deaf(place: str) -> FitLoop:
-        return endless(place, deaf=True)
+        return make_endless_trainer(place, deaf=True)
 
     async def both() -> None:
         async with Runner(2, backend=ProcessBackend(grace=0.5)) as runner:
             runners.append(runner)
             place = str(tmp_path / "0")
             runner.submit(deaf, place, name="0", epochs=10**6, callbacks=[seen], **QUIET)
-            runner.submit(endless, str(tmp_path / "1"), name="1", epochs=10**6, **QUIET)
-            runner.submit(endless, str(tmp_path / "2"), name="2", epochs=10**6, **QUIET)
+            runner.submit(
+                make_endless_trainer, str(tmp_path / "1"), name="1", epochs=10**6, **QUIET
+            )
+            runner.submit(
+                make_endless_trainer, str(tmp_path / "2"), name="2", epochs=10**6, **QUIET
+            )
 
     async def cancelled_often(task: asyncio.Task[None]) -> None:
         while not task.done():
@@ -162,8 +174,8 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
 
     with anyio.fail_after(SOON):
         task = asyncio.create_task(both())
-        await written(tmp_path / "0")
-        await written(tmp_path / "1")
+        await wait_for_file(tmp_path / "0")
+        await wait_for_file(tmp_path / "1")
         task.cancel()
         with pytest.warns(WorkerDiedWarning, match=r"0: .* had not ended 0.5 s after"):
             await cancelled_often(task)
@@ -173,7 +185,7 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
         statuses = {outcome.status for outcome in await runners[0].results()}
     assert statuses == {"cancelled"}
     assert not (tmp_path / "2").exists()
-    assert workers() == []
+    assert worker_processes() == []
 
 
 PARENT = """
@@ -181,18 +193,19 @@ import multiprocessing
 import sys
 import time
 import anyio
-from support.worker_processes import endless, make, tell, workers
+from support.worker_processes import make_endless_trainer, make_trainer, worker_processes, write_pid
 from fitloop import Runner
 
 async def main(place, forks):
     async with Runner(2, backend="process") as runner:
-        done = runner.submit(make, name="done", verbose=False)
-        runner.submit(endless, place + "/works", name="works", epochs=10**6, verbose=False)
+        done = runner.submit(make_trainer, name="done", verbose=False)
+        options = {"epochs": 10**6, "verbose": False}
+        runner.submit(make_endless_trainer, place + "/works", name="works", **options)
         await done.outcome()  # and its worker waits for another job
-        assert len(workers()) == 2
+        assert len(worker_processes()) == 2
         if forks:  # what it has open, this one has open too
             multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
-        tell(place + "/ready")
+        write_pid(place + "/ready")
 
 if __name__ == "__main__":
     anyio.run(main, sys.argv[1], len(sys.argv) > 2)
@@ -218,16 +231,16 @@ def test_parent_when_killed_then_no_worker_is_left(tmp_path: Path, forks: list[s
 NO_OUTPUT = """
 import sys
 import anyio
-from support.worker_processes import make, tell
+from support.worker_processes import make_trainer, write_pid
 from fitloop import Runner
 
 async def main(place):
     assert sys.stdout is None
     async with Runner(1, backend="process") as runner:
-        runner.submit(make, name="job", verbose=False, progress=False)
+        runner.submit(make_trainer, name="job", verbose=False, progress=False)
     (outcome,) = await runner.results()
     assert outcome.status == "done", outcome.error
-    tell(place + "/done")
+    write_pid(place + "/done")
 
 if __name__ == "__main__":
     anyio.run(main, sys.argv[1])
@@ -256,16 +269,16 @@ def begun(
 
 async def _both_written(place: Path) -> None:
     with anyio.fail_after(SOON):
-        await written(place / "ready")
-        await written(place / "works")
+        await wait_for_file(place / "ready")
+        await wait_for_file(place / "works")
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_job_when_the_waiting_worker_was_killed_then_gets_another_one() -> None:
     with anyio.fail_after(SOON):
         async with Runner(1, backend="process") as runner:
-            assert (await runner.submit(make, name="0", **QUIET).outcome()).status == "done"
-            (idle,) = workers()
+            assert (await runner.submit(make_trainer, name="0", **QUIET).outcome()).status == "done"
+            (idle,) = worker_processes()
             idle.kill()
-            assert (await runner.submit(make, name="1", **QUIET).outcome()).error is None
-            assert workers() != [idle]
+            assert (await runner.submit(make_trainer, name="1", **QUIET).outcome()).error is None
+            assert worker_processes() != [idle]

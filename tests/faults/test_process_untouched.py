@@ -16,9 +16,10 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 import torch
-from support.gates import GUARD, QUIET, Patient, fitloop_threads
+from support.checked_trainer import QUIET, CheckedTrainer, fitloop_threads
+from support.event_loops import HANG_TIMEOUT
 from support.models import BATCHES, batches, process_generators
-from support.run_endings import cancelled, completed, failed
+from support.run_endings import cancel_run, complete_run, fail_run
 
 from fitloop import LoopState, default_batch_step
 
@@ -55,7 +56,7 @@ def _threads_of_a_new_thread() -> int:
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     thread.start()
-    thread.join(GUARD)
+    thread.join(HANG_TIMEOUT)
     return found[0]
 
 
@@ -64,11 +65,11 @@ def _threads_of_a_new_thread() -> int:
 async def test_process_when_a_run_is_over_is_as_before(
     anyio_backend: Any, end: str, num_threads: int | None
 ) -> None:
-    run = {"completed": completed, "failed": failed, "cancelled": cancelled}[end]
+    run = {"completed": complete_run, "failed": fail_run, "cancelled": cancel_run}[end]
     before = _process()
     generators = process_generators()
-    patient = Patient(num_threads=num_threads, valid_dl=batches(14), seed=1)
-    await run(patient)
+    checked = CheckedTrainer(num_threads=num_threads, valid_dl=batches(14), seed=1)
+    await run(checked)
     assert _process() == before
     assert process_generators() == generators
     assert fitloop_threads() == []
@@ -84,13 +85,13 @@ async def test_number_of_threads_when_given_holds_in_every_plain_stage(
     def look(state: LoopState) -> None:
         seen.append(torch.get_num_threads())
 
-    patient = Patient(
+    checked = CheckedTrainer(
         num_threads=num_threads,
         train_epoch_start=look,
         train_step=look,
         train_epoch_end=look,
     )
-    await patient.fit()
+    await checked.fit()
     assert seen == [num_threads] * (BATCHES + 2)
     assert torch.get_num_threads() == outside
 
@@ -108,11 +109,11 @@ async def test_grad_mode_of_the_caller_when_stages_are_async_is_untouched(
         inside.append(torch.is_grad_enabled())
         return default_batch_step(state)
 
-    patient = Patient(train_step=step, valid_step=step, valid_dl=batches(14))
-    with torch.set_grad_enabled(enabled), anyio.fail_after(GUARD):
+    checked = CheckedTrainer(train_step=step, valid_step=step, valid_dl=batches(14))
+    with torch.set_grad_enabled(enabled), anyio.fail_after(HANG_TIMEOUT):
         async with anyio.create_task_group() as group:
-            group.start_soon(patient.fit)
-            while patient.trainer.epoch_num == 0:
+            group.start_soon(checked.fit)
+            while checked.trainer.epoch_num == 0:
                 outside.append(torch.is_grad_enabled())
                 await anyio.lowlevel.checkpoint()
         assert torch.is_grad_enabled() is enabled
@@ -153,7 +154,7 @@ def test_process_when_fitloop_is_imported_and_constructed_is_as_before(tmp_path:
         [sys.executable, "-c", CHANGED_BY_IMPORT],
         capture_output=True,
         text=True,
-        timeout=GUARD,
+        timeout=HANG_TIMEOUT,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
@@ -162,6 +163,6 @@ def test_process_when_fitloop_is_imported_and_constructed_is_as_before(tmp_path:
 
 
 def test_quiet_run_when_it_is_over_has_printed_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    patient = Patient()
-    anyio.run(lambda: patient.trainer.fit(**QUIET))
+    checked = CheckedTrainer()
+    anyio.run(lambda: checked.trainer.fit(**QUIET))
     assert capfd.readouterr() == ("", "")

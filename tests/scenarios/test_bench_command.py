@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.pseudo_terminal import terminal
+from support.pseudo_terminal import run_in_terminal
 
 from fitloop._cli.main import main
 
@@ -244,7 +244,7 @@ print("status", status, threading.active_count())
 
 @pytest.mark.slow
 def test_bench_when_on_a_terminal_then_one_line_says_what_it_does_and_goes() -> None:
-    with terminal(PROGRAM.format(more="'--batches', '5', '--rounds', '2'")) as shown:
+    with run_in_terminal(PROGRAM.format(more="'--batches', '5', '--rounds', '2'")) as shown:
         shown.until("status 0 1")
         assert "benchmark: making the trainer" in shown.raw
         assert "benchmark: round 2 of 2: fitloop" in shown.raw
@@ -255,7 +255,7 @@ def test_bench_when_on_a_terminal_then_one_line_says_what_it_does_and_goes() -> 
 
 @pytest.mark.slow
 def test_bench_when_interrupted_then_ends_without_a_word() -> None:
-    with terminal(PROGRAM.format(more="'--rounds', '1000', '--batches', '100'")) as shown:
+    with run_in_terminal(PROGRAM.format(more="'--rounds', '1000', '--batches', '100'")) as shown:
         shown.until("benchmark: round 1 of 1000")
         shown.type("\x03")
         shown.until("status 130 1")

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 from support.made_up_runs import (
-    Pretended,
-    epoch,
+    FakeRun,
     epoch_ended,
+    epoch_events,
     epoch_started,
+    fake_run,
     phase_ended,
     phase_started,
-    pretended,
     run_ended,
 )
 from support.models import sync_trainer
@@ -36,8 +36,8 @@ Out = pytest.CaptureFixture[str]
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Return the directory of a run that has ended."""
-    with pretended(tmp_path / "runs" / "a") as made:
-        made.observe(*epoch(1), *epoch(2), *epoch(3), run_ended())
+    with fake_run(tmp_path / "runs" / "a") as made:
+        made.observe(*epoch_events(1), *epoch_events(2), *epoch_events(3), run_ended())
     return tmp_path / "runs" / "a"
 
 
@@ -139,8 +139,8 @@ def test_plot_when_of_one_run_then_is_an_image(
 def test_plot_when_of_several_then_names_each_once(
     tmp_path: Path, run: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch, ways: list[str]
 ) -> None:
-    with pretended(run.parent / "b") as going:  # still
-        going.observe(*epoch(1))
+    with fake_run(run.parent / "b") as going:  # still
+        going.observe(*epoch_events(1))
         monkeypatch.chdir(tmp_path)
         assert main(["plot", *ways, "loss", "-o", "new/both.svg", "--title", "two runs"]) == 0
     assert capsys.readouterr().out == "new/both.svg: loss of a, b\n"
@@ -152,8 +152,8 @@ def test_plot_when_of_several_then_names_each_once(
 def test_plot_when_two_have_one_name_then_tells_them_apart(
     tmp_path: Path, run: Path, capsys: Out
 ) -> None:
-    with pretended(tmp_path / "others" / "a") as other:
-        other.observe(*epoch(1))
+    with fake_run(tmp_path / "others" / "a") as other:
+        other.observe(*epoch_events(1))
     log = tmp_path / "others" / "a" / "metrics.msgpack"
     out = tmp_path / "x.png"
     assert main(["plot", str(run), str(log), "loss", "-o", str(out)]) == 0
@@ -171,7 +171,7 @@ def test_plot_when_the_size_is_given_then_the_image_has_it(tmp_path: Path, run: 
 def test_plot_when_the_metric_is_a_path_then_the_image_is_in_this_directory(
     tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pretended(tmp_path / "a") as made:
+    with fake_run(tmp_path / "a") as made:
         made.observe(epoch_started(1), replace(phase_ended(1), metrics={"../x y": 1.0}))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -253,7 +253,7 @@ def test_watch_when_the_run_has_ended_then_says_how_in_one_line(run: Path, capsy
 
 
 def test_watch_when_a_test_has_ended_then_tells_its_metrics(tmp_path: Path, capsys: Out) -> None:
-    with pretended(tmp_path, 1, "test") as made:
+    with fake_run(tmp_path, 1, "test") as made:
         made.observe(epoch_started(1, 1), phase_started(1, Phase.TEST), phase_ended(1, Phase.TEST))
         made.observe(epoch_ended(1, 1, Phase.TEST), run_ended(1, "test"))
     assert main(["watch", str(tmp_path)]) == 0
@@ -265,10 +265,12 @@ def test_watch_when_a_test_has_ended_then_tells_its_metrics(tmp_path: Path, caps
 def test_watch_when_all_in_a_directory_are_over_then_each_has_a_line(
     run: Path, capsys: Out
 ) -> None:
-    with pretended(run.parent / "b") as failed:
+    with fake_run(run.parent / "b") as failed:
         error = "ValueError: mine"
-        failed.observe(*epoch(1), run_ended(1, stop_reason="failed", error=error, best_score=None))
-    died = Pretended(run.parent / "c", clock=lambda: time.time() - 3600)
+        failed.observe(
+            *epoch_events(1), run_ended(1, stop_reason="failed", error=error, best_score=None)
+        )
+    died = FakeRun(run.parent / "c", clock=lambda: time.time() - 3600)
     died.begin(done=1)
     assert main(["watch", str(run.parent), str(run)]) == 0
     first, second, third = capsys.readouterr().out.splitlines()

@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from support.jupyter_kernel import Kernel, kernel
+from support.jupyter_kernel import Kernel, start_kernel
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def jupyter() -> Iterator[Kernel]:
-    with kernel() as running:
+    with start_kernel() as running:
         yield running
 
 

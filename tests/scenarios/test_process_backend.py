@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 import torch
 from support.models import Augmented, blobs, mlp, sync_trainer, trainer
-from support.worker_processes import Seen, endless, make, workers, written
+from support.worker_processes import (
+    EventRecorder,
+    make_endless_trainer,
+    make_trainer,
+    wait_for_file,
+    worker_processes,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -45,9 +51,9 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
 ) -> None:
     alone = {}
     for seed in (5, 6):
-        plain = make(seed, num_threads=max(1, available_cores() // 2))
+        plain = make_trainer(seed, num_threads=max(1, available_cores() // 2))
         alone[seed] = plain, await plain.fit(3, **QUIET)
-    seen, awaited = Seen(), Seen()
+    seen, awaited = EventRecorder(), EventRecorder()
 
     async def watch(event: Event) -> None:
         awaited(event)
@@ -56,14 +62,14 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
         print("made", seed)  # noqa: T201
         print("by", seed, file=sys.stderr)  # noqa: T201
         print("half a line", end="")  # noqa: T201
-        return make(seed)
+        return make_trainer(seed)
 
     with anyio.fail_after(SOON):
         async with Runner(2, backend="process", save_path=tmp_path, callbacks=[seen]) as runner:
             streamed = []
             async with runner.events() as events:
                 one = runner.submit(chatty, 5, name="five", epochs=3, callbacks=[watch])
-                runner.submit(lambda: make(6), name="six", epochs=3, **QUIET)
+                runner.submit(lambda: make_trainer(6), name="six", epochs=3, **QUIET)
                 async for event in events:
                     streamed.append(event)
                     if len([e for e in streamed if isinstance(e, JobEnded)]) == 2:
@@ -71,10 +77,10 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
             results = await runner.results()
             assert one.status == "done"
             batches = DataLoader(Augmented(blobs()), 8, num_workers=1)  # with a process of its own
-            again = runner.submit(make, 7, name="seven", train_dl=batches, **QUIET)
+            again = runner.submit(make_trainer, 7, name="seven", train_dl=batches, **QUIET)
             assert (await again.outcome()).status == "done"
-            assert len(workers()) == 2
-    assert workers() == []
+            assert len(worker_processes()) == 2
+    assert worker_processes() == []
     for outcome, seed in zip(results, (5, 6), strict=True):
         assert outcome.error is None
         assert outcome.trainer is None
@@ -85,7 +91,7 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
             for name, values in metrics.items():
                 assert np.array_equal(outcome.result.metrics[phase][name], values)
         assert outcome.weights == tmp_path / outcome.name / "weights.msgpack"
-        loaded = make(99)
+        loaded = make_trainer(99)
         await loaded.load_model("weights.msgpack", tmp_path / outcome.name)
         for name, value in trained.model.state_dict().items():
             assert torch.equal(loaded.model.state_dict()[name], value)
@@ -110,7 +116,7 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_question_when_asked_in_a_worker_then_is_answered_here() -> None:
     asked: list[PromptAsked] = []
-    seen = Seen()
+    seen = EventRecorder()
 
     async def ask(event: PromptAsked) -> bool:
         asked.append(event)
@@ -121,7 +127,7 @@ async def test_question_when_asked_in_a_worker_then_is_answered_here() -> None:
         async def never(event: PromptAsked) -> bool:
             return False
 
-        return make(on_continue=never)
+        return make_trainer(on_continue=never)
 
     def broken(event: PromptAsked) -> bool:
         raise ZeroDivisionError("asking")
@@ -131,7 +137,7 @@ async def test_question_when_asked_in_a_worker_then_is_answered_here() -> None:
         async with Runner(1, backend="process") as runner:
             for trains_on in (False, True):
                 runner.submit(
-                    make,
+                    make_trainer,
                     name=f"asks {trains_on}",
                     on_continue=ask,
                     continue_timeout=SOON,
@@ -139,7 +145,7 @@ async def test_question_when_asked_in_a_worker_then_is_answered_here() -> None:
                     **options,
                 )
             runner.submit(own, name="its own", **options)
-            runner.submit(make, name="broken", on_continue=broken, **options)
+            runner.submit(make_trainer, name="broken", on_continue=broken, **options)
             first, second, third, fourth = await runner.results()
     for outcome in (first, second):
         assert outcome.result is not None
@@ -152,7 +158,7 @@ async def test_question_when_asked_in_a_worker_then_is_answered_here() -> None:
     assert third.result is not None
     assert third.result.epochs == 1
     assert isinstance(fourth.error, ZeroDivisionError)
-    assert workers() == []
+    assert worker_processes() == []
 
 
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})])
@@ -160,21 +166,23 @@ async def test_jobs_when_cancelled_then_end_and_the_others_go_on(tmp_path: Path)
     with anyio.fail_after(SOON):
         async with Runner(2, backend="process") as runner:
             jobs = [
-                runner.submit(endless, str(tmp_path / f"{k}"), name=f"{k}", epochs=10**6, **QUIET)
+                runner.submit(
+                    make_endless_trainer, str(tmp_path / f"{k}"), name=f"{k}", epochs=10**6, **QUIET
+                )
                 for k in range(3)
             ]
-            pids = [int(await written(tmp_path / f"{k}")) for k in range(2)]
+            pids = [int(await wait_for_file(tmp_path / f"{k}")) for k in range(2)]
             jobs[0].cancel()
             assert (await jobs[0].outcome()).status == "cancelled"
-            assert int(await written(tmp_path / "2")) == pids[0]  # in the same worker
+            assert int(await wait_for_file(tmp_path / "2")) == pids[0]  # in the same worker
             assert jobs[1].status == "running"
             runner.cancel_all()
             assert {outcome.status for outcome in await runner.results()} == {"cancelled"}
-            unready = runner.submit(make, name="3", **QUIET)
+            unready = runner.submit(make_trainer, name="3", **QUIET)
             await anyio.lowlevel.checkpoint()
             unready.cancel()
             assert (await unready.outcome()).status == "cancelled"
-    assert workers() == []
+    assert worker_processes() == []
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -202,17 +210,17 @@ async def test_submit_when_it_cannot_go_to_a_process_then_is_refused() -> None:
         for target, args, what in [
             (live, (), "a live FitLoop"),
             (sync_trainer(), (), "a live SyncFitLoop"),
-            (make, (model,), "a live Sequential"),
+            (make_trainer, (model,), "a live Sequential"),
             (closure, (), "a live Sequential"),
             (lambda: trainer(train_dl=[lock]), (), r"cannot be pickled .*lock"),
-            (make, (lock,), r"cannot be pickled .*lock"),
+            (make_trainer, (lock,), r"cannot be pickled .*lock"),
             (7, (), "expected a function that"),
         ]:
             with pytest.raises(ConfigurationError, match=what):
                 runner.submit(target, *args, name="x")
         for options, what in wrong:
             with pytest.raises(ConfigurationError, match=what):
-                runner.submit(make, name="x", **options)
+                runner.submit(make_trainer, name="x", **options)
         assert runner.jobs == []
 
 
@@ -222,9 +230,9 @@ async def test_worker_when_it_is_to_be_nice_then_has_that_on_top_of_this_process
     own = os.getpriority(os.PRIO_PROCESS, 0)
     with anyio.fail_after(SOON):
         async with Runner(1, backend=ProcessBackend(nice=3)) as runner:
-            outcome = await runner.submit(make, 5, epochs=1, **QUIET).outcome()
+            outcome = await runner.submit(make_trainer, 5, epochs=1, **QUIET).outcome()
             assert outcome.status == "done"
-            assert [worker.nice() for worker in workers()] == [min(19, own + 3)]
+            assert [worker.nice() for worker in worker_processes()] == [min(19, own + 3)]
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
@@ -235,7 +243,7 @@ async def test_submit_when_cloudpickle_is_missing_then_says_what_to_install(
     monkeypatch.setitem(sys.modules, "cloudpickle", None)
     async with Runner(1, backend="process") as runner:
         with pytest.raises(ConfigurationError, match=r"pip install fitloop\[process\]"):
-            runner.submit(make, name="x")
+            runner.submit(make_trainer, name="x")
 
 
 def test_loss_when_it_has_no_parameters_then_may_go() -> None:

@@ -28,20 +28,20 @@ from support.resumed_trainings import (
     SEED,
     STOPS,
     InterruptionError,
-    Make,
+    MakeSetup,
     Outcome,
-    Setup,
-    check_relay,
-    differing,
+    TrainingSetup,
+    check_resumed_training,
+    comparable,
+    different_keys,
     interrupt_after,
-    leg,
-    outcome,
-    plain,
-    relay,
-    state_of,
-    told,
-    uninterrupted,
-    write_at_once,
+    result_values,
+    run_script,
+    train_with_interruptions,
+    train_without_interruption,
+    trainer_values,
+    training_outcome,
+    write_snapshots_at_once,
 )
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -75,19 +75,19 @@ RESUMED: dict[str, Any] = {"checkpoint": EVERY_BATCH, "resume": True}
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_at_once(monkeypatch)
+    write_snapshots_at_once(monkeypatch)
 
 
 AT_ONCE = pytest.mark.usefixtures("at_once")
 
 
-def drawing(seed: int | None = 5, **given: Any) -> Setup:
+def drawing(seed: int | None = 5, **given: Any) -> TrainingSetup:
     """Return a training that draws everywhere."""
     train_dl = DataLoader(Augmented(blobs()), 8, shuffle=True)
     valid_dl = DataLoader(Augmented(blobs(14, 2)), 8)
     model = mlp(dropout=0.3)
     given = {"model": model, "train_dl": train_dl, "valid_dl": valid_dl, "seed": seed, **given}
-    return Setup(given=given)
+    return TrainingSetup(given=given)
 
 
 # -- every place a run may end at ------------------------------------------------------------------
@@ -96,12 +96,14 @@ def drawing(seed: int | None = 5, **given: Any) -> Setup:
 @AT_ONCE
 @pytest.mark.slow
 def test_resume_when_interrupted_at_any_forward_then_equals_one_run(tmp_path: Path) -> None:
-    expected = uninterrupted(lambda: drawing(None), tmp_path / "whole", epochs=2)
+    expected = train_without_interruption(lambda: drawing(None), tmp_path / "whole", epochs=2)
     wrong = {}
     for stop in range(1, 2 * FORWARDS):  # at 0 there is nothing yet to go on from
-        found = relay(lambda: drawing(None), tmp_path / str(stop), (stop,), epochs=2)
-        if differing(found, expected):
-            wrong[stop] = differing(found, expected)
+        found = train_with_interruptions(
+            lambda: drawing(None), tmp_path / str(stop), (stop,), epochs=2
+        )
+        if different_keys(found, expected):
+            wrong[stop] = different_keys(found, expected)
     assert wrong == {}
 
 
@@ -111,13 +113,13 @@ def test_resume_when_interrupted_at_each_forward_in_turn_then_equals_one_run(
     tmp_path: Path,
 ) -> None:
     """Each leg makes one step forward; those in a validation begin it again."""
-    check_relay(drawing, tmp_path, (1, 1, 1, 1, 1, 2, 1, 1, 1, 1), epochs=2)
+    check_resumed_training(drawing, tmp_path, (1, 1, 1, 1, 1, 2, 1, 1, 1, 1), epochs=2)
 
 
 @SEEDS
 def test_resume_when_a_thread_writes_then_equals_one_run(seed: int | None, tmp_path: Path) -> None:
     """Snapshots are left out while one is written, so what is gone on from depends on the disk."""
-    check_relay(lambda: drawing(seed), tmp_path, stops=(5, 4))
+    check_resumed_training(lambda: drawing(seed), tmp_path, stops=(5, 4))
 
 
 PLACES = (
@@ -141,15 +143,15 @@ def test_resume_when_a_stage_raised_then_equals_one_run(place: str, tmp_path: Pa
             raise InterruptionError
         return {"loss": drawn} if isinstance(state, LoopState) else None
 
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         given: dict[str, Any] = {place: stage}
         return drawing(criteria="loss", criteria_direction=-1, **given)
 
-    assert leg(make, tmp_path / "parts", None, **RESUMED) is None
+    assert run_script(make, tmp_path / "parts", None, **RESUMED) is None
     raises = False
-    found = leg(make, tmp_path / "parts", None, **RESUMED)
+    found = run_script(make, tmp_path / "parts", None, **RESUMED)
     assert found is not None
-    assert differing(found, uninterrupted(make, tmp_path / "whole")) == []
+    assert different_keys(found, train_without_interruption(make, tmp_path / "whole")) == []
 
 
 @ONE_LOOP
@@ -175,7 +177,7 @@ async def test_resume_when_the_task_was_cancelled_then_equals_one_run(
                 await fitted.fit(2, **QUIET, **RESUMED)
             return None
         resumed = RESUMED if path.name == "parts" else {}
-        return outcome(fitted, await fitted.fit(2, **QUIET, **resumed), setup)
+        return training_outcome(fitted, await fitted.fit(2, **QUIET, **resumed), setup)
 
     seed_process(SEED)
     expected = await run(tmp_path / "whole", None)
@@ -185,7 +187,7 @@ async def test_resume_when_the_task_was_cancelled_then_equals_one_run(
     found = await run(tmp_path / "parts", None)
     assert found is not None
     assert expected is not None
-    assert differing(found, expected) == []
+    assert different_keys(found, expected) == []
 
 
 class TellingLine(deque[TimeSliceHook]):
@@ -233,7 +235,7 @@ async def test_fit_when_cancelled_while_it_waits_for_its_slice_then_takes_a_last
 def test_resume_when_the_same_trainer_is_used_then_equals_one_run(
     seed: int | None, stop: int, tmp_path: Path
 ) -> None:
-    expected = uninterrupted(lambda: drawing(seed), tmp_path / "whole")
+    expected = train_without_interruption(lambda: drawing(seed), tmp_path / "whole")
     seed_process(SEED)
     setup = drawing(seed)
     fitted = sync_trainer(save_path=tmp_path / "parts", **setup.given)
@@ -241,8 +243,8 @@ def test_resume_when_the_same_trainer_is_used_then_equals_one_run(
     with pytest.raises(InterruptionError):
         fitted.fit(2, **QUIET, **RESUMED)
     fitted.model._forward_pre_hooks.clear()
-    found = outcome(fitted, fitted.fit(2, **QUIET, **RESUMED), setup)
-    assert differing(found, expected) == []
+    found = training_outcome(fitted, fitted.fit(2, **QUIET, **RESUMED), setup)
+    assert different_keys(found, expected) == []
 
 
 def accumulating(state: LoopState) -> dict[str, Any]:
@@ -270,8 +272,10 @@ def test_resume_when_the_same_trainer_has_gradients_left_then_equals_one_run(
             raise InterruptionError
         return values
 
-    def make() -> Setup:
-        return Setup(given={"train_step": step, "valid_step": step}, fit={"define_all": True})
+    def make() -> TrainingSetup:
+        return TrainingSetup(
+            given={"train_step": step, "valid_step": step}, fit={"define_all": True}
+        )
 
     setup = make()
     fitted = sync_trainer(save_path=tmp_path / "parts", **setup.given)
@@ -279,9 +283,9 @@ def test_resume_when_the_same_trainer_has_gradients_left_then_equals_one_run(
         fitted.fit(2, define_all=True, **QUIET, **RESUMED)
     failing = False
     result = fitted.fit(2, define_all=True, **QUIET, **RESUMED)
-    expected = uninterrupted(make, tmp_path / "whole", epochs=2)
-    found = {**outcome(fitted, result, setup), "process": expected["process"]}
-    assert differing(found, expected) == []
+    expected = train_without_interruption(make, tmp_path / "whole", epochs=2)
+    found = {**training_outcome(fitted, result, setup), "process": expected["process"]}
+    assert different_keys(found, expected) == []
 
 
 # -- what is printed, and what is logged -----------------------------------------------------------
@@ -298,9 +302,9 @@ def test_resume_when_lines_are_printed_then_they_are_those_of_one_run(
     print_every: int, stops: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = {"print_every": print_every}
-    uninterrupted(drawing, tmp_path / "whole", **lines)
+    train_without_interruption(drawing, tmp_path / "whole", **lines)
     expected = printed(capsys.readouterr().out)
-    relay(drawing, tmp_path / "parts", stops, **lines)
+    train_with_interruptions(drawing, tmp_path / "parts", stops, **lines)
     assert printed(capsys.readouterr().out) == expected
     assert any("train :: loss" in line for line in expected)
 
@@ -310,20 +314,20 @@ def test_resume_when_lines_are_printed_then_they_are_those_of_one_run(
 def test_read_metrics_when_a_run_was_resumed_then_gives_those_of_the_trainer(
     tmp_path: Path,
 ) -> None:
-    expected = uninterrupted(drawing, tmp_path / "whole")["M"]
+    expected = train_without_interruption(drawing, tmp_path / "whole")["M"]
     for number, stops in enumerate([(5,), STOPS]):
-        relay(drawing, tmp_path / str(number), stops)
-        assert plain(read_metrics(tmp_path / str(number)).to_dict()) == expected, stops
+        train_with_interruptions(drawing, tmp_path / str(number), stops)
+        assert comparable(read_metrics(tmp_path / str(number)).to_dict()) == expected, stops
 
 
 @AT_ONCE
 def test_read_metrics_when_a_run_was_interrupted_then_gives_what_had_ended(
     tmp_path: Path,
 ) -> None:
-    leg(drawing, tmp_path, FORWARDS + 2, **RESUMED)
+    run_script(drawing, tmp_path, FORWARDS + 2, **RESUMED)
     found = read_metrics(tmp_path)
     assert len(found.train["loss"].values) == len(found.valid["loss"].values) == 1
-    leg(drawing, tmp_path, 1, **RESUMED)
+    run_script(drawing, tmp_path, 1, **RESUMED)
     assert len(read_metrics(tmp_path).train["loss"].values) == 1
 
 
@@ -335,11 +339,11 @@ def test_read_metrics_when_a_run_was_interrupted_then_gives_what_had_ended(
 def test_resume_when_the_fit_had_ended_then_does_nothing_and_returns_the_same(
     seed: int | None, tmp_path: Path
 ) -> None:
-    expected = relay(lambda: drawing(seed), tmp_path)
+    expected = train_with_interruptions(lambda: drawing(seed), tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.msgpack")}
     for again in range(2):
         seed_process(again)
-        assert leg(lambda: drawing(seed), tmp_path, 0, **RESUMED) == expected
+        assert run_script(lambda: drawing(seed), tmp_path, 0, **RESUMED) == expected
     logged = tmp_path / "metrics.msgpack"
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.msgpack")}
     assert {k: v for k, v in after.items() if k != logged and "pretrained" not in k.name} == {
@@ -352,28 +356,28 @@ def test_resume_when_the_fit_had_ended_then_does_nothing_and_returns_the_same(
 def test_resume_when_more_epochs_are_asked_for_then_goes_on(
     stops: tuple[int, ...], seed: int | None, tmp_path: Path
 ) -> None:
-    expected = uninterrupted(lambda: drawing(seed), tmp_path / "whole", epochs=3)
-    relay(lambda: drawing(seed), tmp_path / "parts", stops, epochs=2)
-    found = leg(lambda: drawing(seed), tmp_path / "parts", FORWARDS, **RESUMED, epochs=3)
+    expected = train_without_interruption(lambda: drawing(seed), tmp_path / "whole", epochs=3)
+    train_with_interruptions(lambda: drawing(seed), tmp_path / "parts", stops, epochs=2)
+    found = run_script(lambda: drawing(seed), tmp_path / "parts", FORWARDS, **RESUMED, epochs=3)
     assert found is not None
-    assert differing(found, expected) == []
+    assert different_keys(found, expected) == []
 
 
 @AT_ONCE
 def test_resume_when_more_epochs_are_asked_for_then_trains_only_those(tmp_path: Path) -> None:
     """Also when no snapshot was due at the end of the last epoch."""
     rarely = {"checkpoint": Checkpoint(every_epochs=2), "resume": True}
-    expected = uninterrupted(drawing, tmp_path / "whole", epochs=4)
-    assert leg(drawing, tmp_path / "parts", None, **rarely, epochs=3) is not None
-    found = leg(drawing, tmp_path / "parts", FORWARDS, **rarely, epochs=4)
+    expected = train_without_interruption(drawing, tmp_path / "whole", epochs=4)
+    assert run_script(drawing, tmp_path / "parts", None, **rarely, epochs=3) is not None
+    found = run_script(drawing, tmp_path / "parts", FORWARDS, **rarely, epochs=4)
     assert found is not None, "it trained more than the one epoch"
-    assert differing(found, expected) == []
+    assert different_keys(found, expected) == []
 
 
 @AT_ONCE
 def test_resume_when_fewer_epochs_are_asked_for_then_ends_where_it_is(tmp_path: Path) -> None:
-    assert leg(drawing, tmp_path, 2 * FORWARDS + 1, **RESUMED, epochs=3) is None
-    found = leg(drawing, tmp_path, 0, **RESUMED, epochs=1)
+    assert run_script(drawing, tmp_path, 2 * FORWARDS + 1, **RESUMED, epochs=3) is None
+    found = run_script(drawing, tmp_path, 0, **RESUMED, epochs=1)
     assert found is not None
     assert found["result"]["epochs"] == 2
 
@@ -385,13 +389,13 @@ def test_resume_when_stopped_then_has_ended(tmp_path: Path) -> None:
             state.stop()
         return default_batch_step(state)
 
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         return drawing(train_step=stopping)
 
-    expected = leg(make, tmp_path, None, **RESUMED)
+    expected = run_script(make, tmp_path, None, **RESUMED)
     assert expected is not None
     assert expected["result"]["stop_reason"] == "stopped"
-    assert leg(make, tmp_path, 0, **RESUMED) == expected
+    assert run_script(make, tmp_path, 0, **RESUMED) == expected
 
 
 # -- several fits ----------------------------------------------------------------------------------
@@ -414,7 +418,7 @@ def script(path: Path, stop: int | None, epochs: tuple[int, ...], **fit: Any) ->
             results.append(fitted.fit(own, **QUIET, **fit))
     except InterruptionError:
         return None
-    return {**state_of(fitted), "results": [told(result) for result in results]}
+    return {**trainer_values(fitted), "results": [result_values(result) for result in results]}
 
 
 @AT_ONCE
@@ -429,7 +433,7 @@ def test_script_when_started_again_then_skips_the_fits_that_had_ended(
     found = script(tmp_path / "parts", left, (2, 2), **RESUMED)
     assert found is not None
     assert expected is not None
-    assert differing(found, expected) == []
+    assert different_keys(found, expected) == []
     assert script(tmp_path / "parts", 0, (2, 2), **RESUMED) == found
 
 
@@ -444,7 +448,7 @@ def test_script_when_the_first_fit_gets_more_epochs_then_the_second_is_made_anew
     expected = script(tmp_path / "whole", None, (2, 1))
     assert found is not None
     assert expected is not None
-    assert differing(found, expected) == []
+    assert different_keys(found, expected) == []
 
 
 @AT_ONCE
@@ -459,7 +463,7 @@ def test_script_when_reset_between_fits_then_starts_again_as_one_run(tmp_path: P
             result = fitted.fit(2, **QUIET, **fit)
         except InterruptionError:
             return None
-        return {**state_of(fitted), "result": told(result)}
+        return {**trainer_values(fitted), "result": result_values(result)}
 
     expected = run(tmp_path / "whole", None)
     assert expected is not None
@@ -468,7 +472,7 @@ def test_script_when_reset_between_fits_then_starts_again_as_one_run(tmp_path: P
         assert run(path, stop, **RESUMED) is None
         found = run(path, None, **RESUMED)
         assert found is not None
-        assert differing(found, expected) == [], stop
+        assert different_keys(found, expected) == [], stop
 
 
 @AT_ONCE
@@ -477,17 +481,17 @@ def test_reset_when_a_run_was_resumed_then_goes_back_to_before_the_training(
 ) -> None:
     """The model of the second process may begin with other weights, since nothing seeds them."""
     whole = sync_trainer(**drawing().given)
-    before = plain(whole.model.state_dict())
+    before = comparable(whole.model.state_dict())
 
-    def kept() -> Setup:
+    def kept() -> TrainingSetup:
         return drawing(save_to_disk=True)
 
-    assert leg(kept, tmp_path, 3, **RESUMED) is None
+    assert run_script(kept, tmp_path, 3, **RESUMED) is None
     other = drawing(model=mlp(seed=77, dropout=0.3), save_to_disk=True).given
     fitted = sync_trainer(save_path=tmp_path, **other)
     fitted.fit(2, **QUIET, **RESUMED)
     fitted.reset()
-    assert plain(fitted.model.state_dict()) == before
+    assert comparable(fitted.model.state_dict()) == before
 
 
 # -- asking ----------------------------------------------------------------------------------------
@@ -511,7 +515,7 @@ def test_continue_question_when_it_was_not_answered_then_is_asked_again(tmp_path
             result = fitted.fit(5, continue_loop=2, **QUIET, **fit)
         except InterruptionError:
             return None
-        return outcome(fitted, result, setup)
+        return training_outcome(fitted, result, setup)
 
     expected = run(tmp_path / "whole", {2: True, 4: False})
     asked.clear()
@@ -522,7 +526,7 @@ def test_continue_question_when_it_was_not_answered_then_is_asked_again(tmp_path
     assert asked == [2, 2, 4, 4]
     assert found is not None
     assert expected is not None
-    assert differing(found, expected) == []
+    assert different_keys(found, expected) == []
     assert found["result"]["stop_reason"] == "prompt"
     assert run(path, {}, **RESUMED) == found
 
@@ -621,25 +625,25 @@ def test_resume_when_the_newest_snapshot_is_damaged_then_goes_on_from_the_one_be
     keep: int, tmp_path: Path
 ) -> None:
     policy = {"checkpoint": Checkpoint(every_batches=1, keep=keep), "resume": True}
-    expected = uninterrupted(drawing, tmp_path / "whole")
-    assert leg(drawing, tmp_path / "parts", 8, **policy) is None
+    expected = train_without_interruption(drawing, tmp_path / "whole")
+    assert run_script(drawing, tmp_path / "parts", 8, **policy) is None
     newest = max((tmp_path / "parts" / "snapshots").glob("*.msgpack"))
     newest.write_bytes(newest.read_bytes()[:-100])
     with pytest.warns(ResumeWarning, match="left out"):
-        found = leg(drawing, tmp_path / "parts", None, **policy)
+        found = run_script(drawing, tmp_path / "parts", None, **policy)
     assert found is not None
-    assert differing(found, expected) == []
+    assert different_keys(found, expected) == []
 
 
 @AT_ONCE
 def test_fit_when_there_are_snapshots_and_it_is_not_to_resume_then_refuses(tmp_path: Path) -> None:
-    assert leg(drawing, tmp_path, 3, **RESUMED) is None
+    assert run_script(drawing, tmp_path, 3, **RESUMED) is None
     with pytest.raises(CheckpointError, match="earlier training"):
-        leg(drawing, tmp_path, None, checkpoint=EVERY_BATCH)
+        run_script(drawing, tmp_path, None, checkpoint=EVERY_BATCH)
     anew = Checkpoint(every_batches=1, overwrite=True)
-    found = leg(drawing, tmp_path, None, checkpoint=anew)
+    found = run_script(drawing, tmp_path, None, checkpoint=anew)
     assert found is not None
-    assert differing(found, uninterrupted(drawing, tmp_path / "whole")) == []
+    assert different_keys(found, train_without_interruption(drawing, tmp_path / "whole")) == []
 
 
 # -- save and load ---------------------------------------------------------------------------------
@@ -662,27 +666,27 @@ def test_load_when_saved_between_fits_then_goes_on_as_if_nothing_had_been(
     second = make()
     second.load()
     assert (process_generators() == between) == (seed is not None)
-    assert state_of(second) == state_of(first)
+    assert trainer_values(second) == trainer_values(first)
     second.fit(2, **QUIET)
 
     seed_process(SEED)
     whole = make()
     whole.fit(2, **QUIET, load_best=False)
     whole.fit(2, **QUIET)
-    assert differing(state_of(second), state_of(whole)) == []
+    assert different_keys(trainer_values(second), trainer_values(whole)) == []
 
 
 @AT_ONCE
 def test_load_when_file_is_a_snapshot_from_the_middle_of_an_epoch_then_has_its_weights(
     tmp_path: Path,
 ) -> None:
-    assert leg(drawing, tmp_path, 3, **RESUMED) is None
+    assert run_script(drawing, tmp_path, 3, **RESUMED) is None
     newest = max((tmp_path / "snapshots").glob("*.msgpack"))
     fitted = sync_trainer(**drawing().given)
     fitted.load(newest.name, newest.parent)
     other = sync_trainer(**drawing().given)
     other.fit(1, steps=3, valid_dl=batches(8), load_best=False, **QUIET)
-    assert plain(fitted.model.state_dict()) == plain(other.model.state_dict())
+    assert comparable(fitted.model.state_dict()) == comparable(other.model.state_dict())
 
 
 # -- manners ---------------------------------------------------------------------------------------
@@ -696,23 +700,23 @@ def test_resume_when_callbacks_look_then_phases_begin_as_usual(tmp_path: Path) -
         if isinstance(event, PhaseStarted):
             seen.append((event.epoch, str(event.phase), event.batches))
 
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         return drawing(callbacks=[look])
 
-    assert leg(make, tmp_path, 3, **RESUMED, epochs=1) is None
-    leg(make, tmp_path, None, **RESUMED, epochs=1)
+    assert run_script(make, tmp_path, 3, **RESUMED, epochs=1) is None
+    run_script(make, tmp_path, None, **RESUMED, epochs=1)
     assert seen == [(1, "train", 4), (1, "train", 4), (1, "valid", 2)]
 
 
-def changed_seed() -> Setup:
+def changed_seed() -> TrainingSetup:
     return drawing(seed=6)
 
 
-def other_model() -> Setup:
+def other_model() -> TrainingSetup:
     return drawing(model=mlp(outputs=4))
 
 
-def other_optimizer() -> Setup:
+def other_optimizer() -> TrainingSetup:
     model = mlp(dropout=0.3)
     return drawing(model=model, optimizer=torch.optim.Adam(model.parameters()))
 
@@ -720,16 +724,18 @@ def other_optimizer() -> Setup:
 @AT_ONCE
 @pytest.mark.parametrize("make", [changed_seed, other_model, other_optimizer])
 def test_resume_when_the_script_makes_another_trainer_then_refuses_and_changes_nothing(
-    make: Make, tmp_path: Path
+    make: MakeSetup, tmp_path: Path
 ) -> None:
-    assert leg(drawing, tmp_path, 3, **RESUMED) is None
+    assert run_script(drawing, tmp_path, 3, **RESUMED) is None
     setup = make()
     fitted = sync_trainer(save_path=tmp_path, **setup.given)
-    before = state_of(fitted)
+    before = trainer_values(fitted)
     with pytest.raises(CheckpointError):
         fitted.fit(3, **QUIET, **RESUMED)
-    found = state_of(fitted)
-    assert differing({**found, "M": None}, {**before, "M": None}) == []
-    found_again = leg(drawing, tmp_path, None, **RESUMED)
+    found = trainer_values(fitted)
+    assert different_keys({**found, "M": None}, {**before, "M": None}) == []
+    found_again = run_script(drawing, tmp_path, None, **RESUMED)
     assert found_again is not None
-    assert differing(found_again, uninterrupted(drawing, tmp_path / "whole")) == []
+    assert (
+        different_keys(found_again, train_without_interruption(drawing, tmp_path / "whole")) == []
+    )

@@ -24,11 +24,11 @@ from support.resumed_trainings import (
     EVERY_BATCH,
     QUIET,
     InterruptionError,
-    Setup,
-    check_relay,
+    TrainingSetup,
+    check_resumed_training,
     interrupt_after,
-    leg,
-    write_at_once,
+    run_script,
+    write_snapshots_at_once,
 )
 from torch.utils.data import (
     DataLoader,
@@ -51,7 +51,7 @@ stateful_dataloader = pytest.importorskip("torchdata.stateful_dataloader")
 
 @pytest.fixture(autouse=True)
 def _snapshots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_at_once(monkeypatch)
+    write_snapshots_at_once(monkeypatch)
 
 
 SEEDS = pytest.mark.parametrize("seed", [None, 5], ids=["unseeded", "seeded"])
@@ -65,8 +65,8 @@ def tensors() -> TensorDataset:
     return TensorDataset(*blobs())
 
 
-def dropout_mlp(train_dl: Any, **given: Any) -> Setup:
-    return Setup(given={"model": mlp(dropout=0.3), "train_dl": train_dl, **given})
+def dropout_mlp(train_dl: Any, **given: Any) -> TrainingSetup:
+    return TrainingSetup(given={"model": mlp(dropout=0.3), "train_dl": train_dl, **given})
 
 
 LOADERS: dict[str, Callable[[], Any]] = {
@@ -101,7 +101,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 def test_resume_when_loader_can_be_moved_then_equals_one_run(
     name: str, seed: int | None, tmp_path: Path
 ) -> None:
-    check_relay(lambda: dropout_mlp(LOADERS[name](), seed=seed), tmp_path)
+    check_resumed_training(lambda: dropout_mlp(LOADERS[name](), seed=seed), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_resume_when_loader_can_be_moved_then_equals_one_run(
 def test_resume_when_prefetch_is_given_then_equals_one_run(
     name: str, prefetch: int, tmp_path: Path
 ) -> None:
-    check_relay(
+    check_resumed_training(
         lambda: dropout_mlp(LOADERS[name](), prefetch=prefetch, seed=5), tmp_path, stops=(3, 3)
     )
 
@@ -129,16 +129,16 @@ def test_resume_when_sampler_draws_in_the_middle_then_equals_one_run(
 ) -> None:
     """With replacement a generator of its own draws 32 indices at a time, here for four batches."""
 
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         sampler = RandomSampler(tensors(), replacement=True, num_samples=96, generator=generator())
         train_dl = DataLoader(tensors(), BATCH_SIZE, sampler=sampler)
         return dropout_mlp(train_dl, prefetch=prefetch, seed=seed)
 
-    check_relay(make, tmp_path, stops=(4, 5))
+    check_resumed_training(make, tmp_path, stops=(4, 5))
 
 
 def test_resume_when_sampler_draws_ahead_then_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         changed = threading.Condition()
         read = trained = 0
 
@@ -163,7 +163,7 @@ def test_resume_when_sampler_draws_ahead_then_equals_one_run(tmp_path: Path) -> 
         setup.given["model"].register_forward_pre_hook(wait)
         return setup
 
-    check_relay(make, tmp_path, stops=(4,), epochs=1)
+    check_resumed_training(make, tmp_path, stops=(4,), epochs=1)
 
 
 # -- loaders that are read again -------------------------------------------------------------------
@@ -212,7 +212,7 @@ REPLAYED: dict[str, Callable[[], Any]] = {
 def test_resume_when_loader_cannot_be_moved_then_reads_again_and_equals_one_run(
     name: str, seed: int | None, tmp_path: Path
 ) -> None:
-    check_relay(lambda: dropout_mlp(REPLAYED[name](), seed=seed), tmp_path, replays=True)
+    check_resumed_training(lambda: dropout_mlp(REPLAYED[name](), seed=seed), tmp_path, replays=True)
 
 
 class Buffered(IterableDataset[Any]):
@@ -230,7 +230,7 @@ class Buffered(IterableDataset[Any]):
 def test_resume_when_a_seeded_loader_shuffles_in_a_buffer_then_equals_one_run(
     tmp_path: Path,
 ) -> None:
-    check_relay(
+    check_resumed_training(
         lambda: dropout_mlp(DataLoader(Buffered(), BATCH_SIZE), seed=5), tmp_path, replays=True
     )
 
@@ -250,10 +250,10 @@ async def long_async_iterator() -> AsyncIterator[Batch]:
 def test_resume_when_loader_is_an_iterator_then_a_new_one_equals_one_run(
     make_iterator: Callable[[], Any], prefetch: int, stops: tuple[int, ...], tmp_path: Path
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         return dropout_mlp(make_iterator(), seed=5, prefetch=prefetch)
 
-    check_relay(make, tmp_path, replays=True, steps=3, stops=stops)
+    check_resumed_training(make, tmp_path, replays=True, steps=3, stops=stops)
 
 
 # -- loaders with a state --------------------------------------------------------------------------
@@ -302,14 +302,16 @@ WITH_STATE: dict[str, Callable[..., Any]] = {
 def test_resume_when_loader_has_a_state_then_equals_one_run(
     name: str, seed: int | None, tmp_path: Path
 ) -> None:
-    check_relay(lambda: dropout_mlp(WITH_STATE[name](), seed=seed), tmp_path, stops=(3, 1))
+    check_resumed_training(
+        lambda: dropout_mlp(WITH_STATE[name](), seed=seed), tmp_path, stops=(3, 1)
+    )
 
 
 @pytest.mark.parametrize("name", ["own", "tensors", "generator"])
 def test_resume_when_loader_with_state_is_between_epochs_then_equals_one_run(
     name: str, tmp_path: Path
 ) -> None:
-    check_relay(lambda: dropout_mlp(WITH_STATE[name](), seed=5), tmp_path, stops=(6,))
+    check_resumed_training(lambda: dropout_mlp(WITH_STATE[name](), seed=5), tmp_path, stops=(6,))
 
 
 def test_resume_when_loader_with_state_reads_a_stream_again_then_equals_one_run(
@@ -317,38 +319,40 @@ def test_resume_when_loader_with_state_reads_a_stream_again_then_equals_one_run(
 ) -> None:
     """Once only: torchdata 0.11 counts the batches twice that it reads again."""
 
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         train_dl = stateful_dataloader.StatefulDataLoader(Stream(), BATCH_SIZE)
         return dropout_mlp(train_dl, seed=5)
 
-    check_relay(make, tmp_path, stops=(3,))
+    check_resumed_training(make, tmp_path, stops=(3,))
 
 
 @pytest.mark.parametrize("name", ["own", "tensors"])
 def test_resume_when_loader_with_state_is_to_be_read_ahead_then_equals_one_run(
     name: str, tmp_path: Path
 ) -> None:
-    check_relay(lambda: dropout_mlp(WITH_STATE[name](), prefetch=2), tmp_path, stops=(3, 1, 3))
+    check_resumed_training(
+        lambda: dropout_mlp(WITH_STATE[name](), prefetch=2), tmp_path, stops=(3, 1, 3)
+    )
 
 
 @pytest.mark.parametrize("name", ["own", "tensors"])
 def test_resume_when_validation_loader_has_a_state_then_equals_one_run(
     name: str, tmp_path: Path
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         return dropout_mlp(batches(), valid_dl=WITH_STATE[name](), seed=5)
 
-    check_relay(make, tmp_path, stops=(8,), epochs=2)
+    check_resumed_training(make, tmp_path, stops=(8,), epochs=2)
 
 
 @SEEDS
 def test_resume_when_validation_draws_then_equals_one_run(seed: int | None, tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         data = Augmented(blobs(14, 2))
         valid_dl = DataLoader(data, BATCH_SIZE, shuffle=True, generator=generator())
         return dropout_mlp(DataLoader(Augmented(blobs()), 8), valid_dl=valid_dl, seed=seed)
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 # -- worker processes ------------------------------------------------------------------------------
@@ -369,43 +373,43 @@ WORKERS: dict[str, dict[str, Any]] = {
 def test_resume_when_there_are_workers_then_equals_one_run(
     name: str, seed: int | None, tmp_path: Path
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         options = dict(WORKERS[name])
         own = generator() if options.pop("own", False) else None
         train_dl = DataLoader(tensors(), BATCH_SIZE, shuffle=True, generator=own, **options)
         return dropout_mlp(train_dl, seed=seed)
 
-    check_relay(make, tmp_path, stops=(3, 1))
+    check_resumed_training(make, tmp_path, stops=(3, 1))
 
 
 @pytest.mark.slow
 def test_resume_when_workers_draw_then_reads_again_and_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         data = Augmented(blobs())
         return dropout_mlp(DataLoader(data, BATCH_SIZE, shuffle=True, num_workers=1), seed=5)
 
-    check_relay(make, tmp_path, stops=(3, 5), replays=True)
+    check_resumed_training(make, tmp_path, stops=(3, 5), replays=True)
 
 
 @pytest.mark.slow
 def test_resume_when_kept_workers_draw_in_the_first_epoch_then_equals_one_run(
     tmp_path: Path,
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         train_dl = DataLoader(
             Augmented(blobs()), BATCH_SIZE, shuffle=True, num_workers=1, persistent_workers=True
         )
         return dropout_mlp(train_dl)
 
-    check_relay(make, tmp_path, stops=(3,), replays=True)
+    check_resumed_training(make, tmp_path, stops=(3,), replays=True)
 
 
 @pytest.mark.slow
 def test_resume_when_loader_with_state_has_workers_then_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         return dropout_mlp(WITH_STATE["tensors"](num_workers=1), seed=5)
 
-    check_relay(make, tmp_path, stops=(3, 5))
+    check_resumed_training(make, tmp_path, stops=(3, 5))
 
 
 # -- what cannot be resumed ------------------------------------------------------------------------
@@ -424,6 +428,6 @@ def test_resume_when_the_same_iterator_has_gone_on_then_refuses(tmp_path: Path) 
 
 def test_resume_when_seed_differs_then_refuses(tmp_path: Path) -> None:
     options: dict[str, Any] = {"checkpoint": EVERY_BATCH, "resume": True}
-    assert leg(lambda: dropout_mlp(batches(), seed=5), tmp_path, 2, **options) is None
+    assert run_script(lambda: dropout_mlp(batches(), seed=5), tmp_path, 2, **options) is None
     with pytest.raises(CheckpointError, match="seed=6"):
-        leg(lambda: dropout_mlp(batches(), seed=6), tmp_path, None, **options)
+        run_script(lambda: dropout_mlp(batches(), seed=6), tmp_path, None, **options)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import BATCH_SIZE, batches, blobs, cnn, images, loader, mlp
-from support.resumed_trainings import Setup, check_relay, write_at_once
+from support.resumed_trainings import TrainingSetup, check_resumed_training, write_snapshots_at_once
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
@@ -23,16 +23,16 @@ pytestmark = pytest.mark.slow  # many, which together take long
 
 @pytest.fixture(autouse=True)
 def _snapshots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_at_once(monkeypatch)
+    write_snapshots_at_once(monkeypatch)
 
 
 SEEDS = pytest.mark.parametrize("seed", [None, 5], ids=["unseeded", "seeded"])
 
 
-def dropout_mlp(**given: Any) -> Setup:
+def dropout_mlp(**given: Any) -> TrainingSetup:
     model = mlp(dropout=0.3)
     data = loader(blobs(), shuffle=True)
-    return Setup(given={"model": model, "train_dl": data, **given})
+    return TrainingSetup(given={"model": model, "train_dl": data, **given})
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -42,16 +42,16 @@ def dropout_mlp(**given: Any) -> Setup:
 def test_resume_when_model_has_batch_norm_and_dropout_then_equals_one_run(
     seed: int | None, tmp_path: Path
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         given = {
             "model": cnn(),
             "train_dl": loader(images(), shuffle=True),
             "valid_dl": loader(images(14, 2)),
             "seed": seed,
         }
-        return Setup(given=given)
+        return TrainingSetup(given=given)
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 class Learnt(nn.Module):
@@ -72,19 +72,19 @@ class Learnt(nn.Module):
 def test_resume_when_loss_function_has_parameters_then_equals_one_run(
     seed: int | None, tmp_path: Path
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         model, loss = mlp(dropout=0.3), Learnt()
         optimizer = Adam([*model.parameters(), *loss.parameters()], lr=0.05)
         given = {"model": model, "loss_function": loss, "optimizer": optimizer, "seed": seed}
-        return Setup(given=given)
+        return TrainingSetup(given=given)
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 def test_resume_when_optimizer_holds_a_tensor_of_no_module_then_equals_one_run(
     tmp_path: Path,
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         model = mlp()
         scale = torch.ones((), requires_grad=True)
 
@@ -93,9 +93,9 @@ def test_resume_when_optimizer_holds_a_tensor_of_no_module_then_equals_one_run(
 
         optimizer = Adam([*model.parameters(), scale], lr=0.05)
         given = {"model": model, "loss_function": loss, "optimizer": optimizer}
-        return Setup(given=given, also=lambda: scale)
+        return TrainingSetup(given=given, also=lambda: scale)
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 class Counting(nn.Linear):
@@ -119,25 +119,25 @@ class Counting(nn.Linear):
 
 
 def test_resume_when_model_has_extra_state_then_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         model = Counting()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.1)
-        return Setup(given={"model": model})
+        return TrainingSetup(given={"model": model})
 
-    check_relay(make, tmp_path, load_best=False)
+    check_resumed_training(make, tmp_path, load_best=False)
 
 
 def test_resume_when_weights_are_tied_then_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         torch.manual_seed(3)
         first, second = nn.Linear(6, 6), nn.Linear(6, 6)
         second.weight = first.weight
         model = nn.Sequential(first, nn.ReLU(), second, nn.Linear(6, 3))
-        return Setup(given={"model": model, "optimizer": Adam(model.parameters())})
+        return TrainingSetup(given={"model": model, "optimizer": Adam(model.parameters())})
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 # -- optimizers ------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class WideMomentum(Optimizer):
 def test_resume_when_bf16_parameters_have_float32_state_then_equals_one_run(
     tmp_path: Path,
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         model = mlp(dropout=0.3).to(torch.bfloat16)
         given = {
             "model": model,
@@ -177,9 +177,9 @@ def test_resume_when_bf16_parameters_have_float32_state_then_equals_one_run(
             "dtype": torch.bfloat16,
             "seed": None,
         }
-        return Setup(given=given)
+        return TrainingSetup(given=given)
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 RATES = (0.1, 0, 0, 0.2)
@@ -202,11 +202,13 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 def test_resume_when_optimizer_is_another_one_then_equals_one_run(
     name: str, tmp_path: Path
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         model = mlp(dropout=0.3)
-        return Setup(given={"model": model, "optimizer": OPTIMIZERS[name](model), "seed": None})
+        return TrainingSetup(
+            given={"model": model, "optimizer": OPTIMIZERS[name](model), "seed": None}
+        )
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 def closure_step(state: LoopState) -> dict[str, Any]:
@@ -224,17 +226,17 @@ def closure_step(state: LoopState) -> dict[str, Any]:
 
 
 def test_resume_when_optimizer_is_lbfgs_then_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         model = mlp()
         optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=2, history_size=3)
         given = {"model": model, "optimizer": optimizer, "train_step": closure_step}
-        return Setup(given=given)
+        return TrainingSetup(given=given)
 
-    check_relay(make, tmp_path, stops=(5, 4))
+    check_resumed_training(make, tmp_path, stops=(5, 4))
 
 
 def test_resume_when_there_are_two_optimizers_then_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         model = mlp(dropout=0.3)
         first = Adam(model[0].parameters(), lr=0.02)
         second = SGD(model[3].parameters(), lr=0.1, momentum=0.9)
@@ -243,9 +245,9 @@ def test_resume_when_there_are_two_optimizers_then_equals_one_run(tmp_path: Path
             schedulers.OneCycleLR(second, max_lr=0.2, total_steps=12),
         ]
         given = {"model": model, "optimizer": [first, second], "seed": None}
-        return Setup(given={**given, "lr_scheduler": lr_scheduler})
+        return TrainingSetup(given={**given, "lr_scheduler": lr_scheduler})
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
@@ -274,7 +276,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_resume_when_there_is_a_scheduler_then_equals_one_run(name: str, tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         model = mlp(dropout=0.3)
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
         given = {
@@ -283,9 +285,9 @@ def test_resume_when_there_is_a_scheduler_then_equals_one_run(name: str, tmp_pat
             "lr_scheduler": SCHEDULERS[name](optimizer),
             "seed": None,
         }
-        return Setup(given=given)
+        return TrainingSetup(given=given)
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 class Schedule:
@@ -302,13 +304,13 @@ class Schedule:
 
 
 def test_resume_when_scheduler_is_of_no_library_then_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         model = mlp()
         optimizer = SGD(model.parameters(), lr=0.1)
         given = {"model": model, "optimizer": optimizer, "lr_scheduler": Schedule(optimizer)}
-        return Setup(given=given)
+        return TrainingSetup(given=given)
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 # -- stages ----------------------------------------------------------------------------------------
@@ -331,19 +333,19 @@ def accumulate(state: LoopState) -> dict[str, Any]:
 def test_resume_when_gradients_accumulate_then_equals_one_run(
     seed: int | None, tmp_path: Path
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         given = dropout_mlp(train_step=accumulate, valid_step=accumulate, seed=seed)
-        return Setup(given=given.given, fit={"define_all": True})
+        return TrainingSetup(given=given.given, fit={"define_all": True})
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 def test_resume_when_there_is_a_scaler_then_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=2)
         return dropout_mlp(scaler=scaler, seed=None)
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 class Tally:
@@ -360,7 +362,7 @@ class Tally:
 
 
 def test_resume_when_more_is_stateful_then_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         setup = dropout_mlp(seed=None)
         tally = Tally()
         average = AveragedModel(setup.given["model"])
@@ -375,9 +377,9 @@ def test_resume_when_more_is_stateful_then_equals_one_run(tmp_path: Path) -> Non
             return values
 
         given = {"train_step": step, "stateful": {"tally": tally, "average": average}}
-        return Setup(given={**setup.given, **given})
+        return TrainingSetup(given={**setup.given, **given})
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 def with_vectors(state: LoopState) -> dict[str, Any]:
@@ -407,7 +409,7 @@ def from_vectors(state: LoopState) -> dict[str, float]:
 def test_resume_when_steps_return_tensors_then_equals_one_run(
     seed: int | None, tmp_path: Path
 ) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         return dropout_mlp(
             train_step=with_vectors,
             valid_step=with_vectors,
@@ -417,7 +419,7 @@ def test_resume_when_steps_return_tensors_then_equals_one_run(
             seed=seed,
         )
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 @SEEDS
@@ -431,7 +433,7 @@ def test_resume_when_epoch_start_draws_and_changes_the_model_then_equals_one_run
         state.optimizer.param_groups[0]["lr"] *= 0.9
         return {"drawn": float(torch.rand(()))}
 
-    check_relay(lambda: dropout_mlp(train_epoch_start=shake, seed=seed), tmp_path)
+    check_resumed_training(lambda: dropout_mlp(train_epoch_start=shake, seed=seed), tmp_path)
 
 
 @SEEDS
@@ -443,7 +445,7 @@ def test_resume_when_preloop_and_postloop_draw_then_equals_one_run(
             for parameter in trainer.model.parameters():
                 parameter.add_(0.01 * torch.randn(parameter.shape))
 
-    check_relay(lambda: dropout_mlp(preloop=shake, postloop=shake, seed=seed), tmp_path)
+    check_resumed_training(lambda: dropout_mlp(preloop=shake, postloop=shake, seed=seed), tmp_path)
 
 
 async def awaiting_step(state: LoopState) -> dict[str, Any]:
@@ -452,7 +454,7 @@ async def awaiting_step(state: LoopState) -> dict[str, Any]:
 
 @SEEDS
 def test_resume_when_stages_are_async_then_equals_one_run(seed: int | None, tmp_path: Path) -> None:
-    check_relay(lambda: dropout_mlp(train_step=awaiting_step, seed=seed), tmp_path)
+    check_resumed_training(lambda: dropout_mlp(train_step=awaiting_step, seed=seed), tmp_path)
 
 
 # -- arguments of fit ------------------------------------------------------------------------------
@@ -467,7 +469,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_resume_when_fit_has_other_arguments_then_equals_one_run(name: str, tmp_path: Path) -> None:
-    check_relay(lambda: dropout_mlp(seed=None), tmp_path, **ARGUMENTS[name])
+    check_resumed_training(lambda: dropout_mlp(seed=None), tmp_path, **ARGUMENTS[name])
 
 
 @pytest.mark.parametrize("save_to_disk", [False, True])
@@ -477,23 +479,25 @@ def test_resume_when_the_first_epoch_was_the_best_then_restores_it(
     def falling(state: LoopState) -> dict[str, float]:
         return {"score": -state.epoch_num}
 
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         return dropout_mlp(
             valid_epoch_end=falling, criteria="score", save_to_disk=save_to_disk, seed=None
         )
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 def test_resume_when_scores_are_nan_then_equals_one_run(tmp_path: Path) -> None:
     def nothing(state: LoopState) -> dict[str, float]:
         return {"score": float("nan")}
 
-    check_relay(lambda: dropout_mlp(valid_epoch_end=nothing, criteria="score", seed=None), tmp_path)
+    check_resumed_training(
+        lambda: dropout_mlp(valid_epoch_end=nothing, criteria="score", seed=None), tmp_path
+    )
 
 
 def test_resume_when_there_is_no_validation_then_equals_one_run(tmp_path: Path) -> None:
-    check_relay(lambda: dropout_mlp(valid_dl=None, seed=None), tmp_path, stops=(3, 1, 1))
+    check_resumed_training(lambda: dropout_mlp(valid_dl=None, seed=None), tmp_path, stops=(3, 1, 1))
 
 
 def test_resume_when_there_are_batches_of_dictionaries_then_equals_one_run(
@@ -506,27 +510,29 @@ def test_resume_when_there_are_batches_of_dictionaries_then_equals_one_run(
             state.optimizer.step()
         return {"loss": loss}
 
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         data = [{"inputs": x, "targets": y} for x, y in batches()]
         given = {"train_dl": data, "valid_dl": data[:2], "train_step": step, "valid_step": step}
-        return Setup(given={"model": mlp(dropout=0.3), "seed": None, **given})
+        return TrainingSetup(given={"model": mlp(dropout=0.3), "seed": None, **given})
 
-    check_relay(make, tmp_path)
+    check_resumed_training(make, tmp_path)
 
 
 @pytest.mark.parametrize("stops", [(1, 2), (2, 1), (3,)])
 def test_resume_when_epochs_are_of_one_batch_then_equals_one_run(
     stops: tuple[int, ...], tmp_path: Path
 ) -> None:
-    check_relay(lambda: dropout_mlp(train_dl=batches(8), seed=None), tmp_path, stops=stops)
+    check_resumed_training(
+        lambda: dropout_mlp(train_dl=batches(8), seed=None), tmp_path, stops=stops
+    )
 
 
 def test_resume_when_last_batches_are_dropped_then_equals_one_run(tmp_path: Path) -> None:
-    def make() -> Setup:
+    def make() -> TrainingSetup:
         data = TensorDataset(*blobs())
         return dropout_mlp(train_dl=DataLoader(data, BATCH_SIZE, drop_last=True), seed=None)
 
-    check_relay(make, tmp_path, stops=(3, 1, 1))
+    check_resumed_training(make, tmp_path, stops=(3, 1, 1))
 
 
 def test_resume_when_epoch_end_looks_at_gradients_then_equals_one_run(tmp_path: Path) -> None:
@@ -534,4 +540,6 @@ def test_resume_when_epoch_end_looks_at_gradients_then_equals_one_run(tmp_path: 
         gradients = [p.grad.norm() for p in state.model.parameters() if p.grad is not None]
         return {"norm": float(sum(gradients, torch.zeros(())))}
 
-    check_relay(lambda: dropout_mlp(train_epoch_end=norms, seed=None), tmp_path, stops=(4,))
+    check_resumed_training(
+        lambda: dropout_mlp(train_epoch_end=norms, seed=None), tmp_path, stops=(4,)
+    )

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from support.pseudo_terminal import PRELUDE, ROOT, Terminal, environment, terminal
+from support.pseudo_terminal import PRELUDE, ROOT, Terminal, environment, run_in_terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="needs a pty")]
 
@@ -44,7 +44,7 @@ def test_fit_when_on_a_terminal_then_bars_move_and_leave_only_the_lines() -> Non
 asyncio.run(trainer(batches=200, hold=slowly()).fit(2))
 print("after")
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         first = shown.until(rf"epochs +0/2 +{BAR}+ +\d:\d\d<\S+\ntrain +\d+/200 +{BAR}+ +\d+/s")
         done = re.search(r"train +(\d+)/200", first)
         assert done is not None
@@ -72,7 +72,7 @@ t = trainer(hold=slowly())
 asyncio.run(t.fit(1, train_dl=endless, steps=None, callbacks=[
     lambda event: t.stop() if event.kind == "batch_progress" and event.batch > 300 else None]))
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         shown.until(r"train +\d\d+ +.*\d+/s")
         shown.until(r"\(stopped\)")
         assert shown.end() == 0
@@ -101,7 +101,7 @@ async def main():
 
 asyncio.run(main())
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         shown.until(rf"print \d+ ends\n(.*\n)*epochs +0/1 +{BAR}")
         assert shown.end() == 0
         lines = shown.transcript.split("\n")
@@ -122,7 +122,7 @@ async def main():
 
 asyncio.run(main())
 """
-    with terminal(program, size=(90, 12)) as shown:
+    with run_in_terminal(program, size=(90, 12)) as shown:
         seen = shown.until(
             r"run 00  [12]/2  train +\d+/150[^\n]*\n(run \d\d [^\n]*\n)+\.\.\. and 10 more"
         )
@@ -144,7 +144,7 @@ async def main():
 
 asyncio.run(main())
 """
-    with terminal(program, size=(100, 24)) as shown:
+    with run_in_terminal(program, size=(100, 24)) as shown:
         shown.until(rf"train +\d+/100000 +{BAR}")
         shown.resize(45, 10)
         shown.until(lambda: _fits(shown, 45))
@@ -180,7 +180,7 @@ try:
 except ZeroDivisionError as error:
     print("caught", error)
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         shown.until(rf"train +\d+/200 +{BAR}")
         shown.until("caught mine")
         assert shown.end() == 0
@@ -201,7 +201,7 @@ async def main():
 
 asyncio.run(main())
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         shown.until(rf"train +\d+/100000 +{BAR}")
         shown.signal(signal.SIGUSR1)
         shown.until("time is up")
@@ -216,7 +216,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted", threading.active_count())
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         shown.until(rf"train +\d+/100000 +{BAR}")
         shown.type("\x03")
         shown.until("interrupted 1")
@@ -240,7 +240,7 @@ def test_fit_when_there_is_to_be_no_drawing_then_only_plain_lines_are_written(
     arguments: str, env: dict[str, str]
 ) -> None:
     program = f"asyncio.run(trainer(batches=60, hold=slowly()).fit(2, {arguments}))"
-    with terminal(program, env=env) as shown:
+    with run_in_terminal(program, env=env) as shown:
         assert shown.end() == 0
         assert re.fullmatch(epoch(1, 2) + epoch(2, 2) + ending(), shown.shown + "\n")
         assert not re.search(CONTROL, shown.raw)
@@ -248,7 +248,7 @@ def test_fit_when_there_is_to_be_no_drawing_then_only_plain_lines_are_written(
 
 def test_fit_when_verbose_is_off_then_nothing_is_written() -> None:
     program = "asyncio.run(trainer(batches=60, hold=slowly()).fit(2, verbose=False))"
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         assert shown.end() == 0
         assert shown.raw == ""
 
@@ -258,7 +258,7 @@ def test_no_color_when_set_then_bars_are_drawn_without_colors(
     value: str | None, colors: bool
 ) -> None:
     program = "asyncio.run(trainer(batches=120, hold=slowly()).fit(1))"
-    with terminal(program, env={} if value is None else {"NO_COLOR": value}) as shown:
+    with run_in_terminal(program, env={} if value is None else {"NO_COLOR": value}) as shown:
         shown.until(rf"train +\d+/120 +{BAR}")
         assert shown.end() == 0
         assert bool(re.search(r"\x1b\[[0-9;]*m", shown.raw)) is colors
@@ -304,7 +304,7 @@ asyncio.run(main())
     ids=["y", "YES", "Enter", "n", "no", "Ctrl-D", "corrected"],
 )
 def test_question_when_answered_then_run_does_so(keys: str, shows: str, reason: str) -> None:
-    with terminal(ASKS) as shown:
+    with run_in_terminal(ASKS) as shown:
         shown.until(rf"{epoch(1, 4)}{epoch(2, 4)}{QUESTION}\n.*\n.*waits for the answer")
         shown.type(keys)
         shown.until(reason)
@@ -314,7 +314,7 @@ def test_question_when_answered_then_run_does_so(keys: str, shows: str, reason: 
 
 
 def test_question_when_answered_with_something_else_then_it_is_explained() -> None:
-    with terminal(ASKS) as shown:
+    with run_in_terminal(ASKS) as shown:
         shown.until(QUESTION)
         shown.type("maybe")
         shown.until(rf"{QUESTION} maybe")
@@ -334,7 +334,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted", threading.active_count())
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         shown.until(QUESTION)
         shown.type("\x03")
         shown.until("interrupted 1")
@@ -355,7 +355,7 @@ async def main():
 
 asyncio.run(main())
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         shown.until(rf"\((yes|no) in [01] s\) {QUESTION}")
         shown.until(reason)
         assert shown.end() == 0
@@ -379,7 +379,7 @@ async def main():
 
 asyncio.run(main())
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         seen = shown.until(
             rf"^[ab] {QUESTION}\n(?s:.*)third +1/1 +train +\d+/100000".replace("^", "(?m:^)")
         )
@@ -402,7 +402,7 @@ asyncio.run(main())
 
 
 def test_question_when_the_terminal_is_dumb_then_is_a_plain_line() -> None:
-    with terminal(ASKS, env={"TERM": "dumb"}) as shown:
+    with run_in_terminal(ASKS, env={"TERM": "dumb"}) as shown:
         shown.until(QUESTION)
         shown.type("what\r")
         shown.until(rf"'what' is neither(?s:.*){QUESTION}")
@@ -421,7 +421,7 @@ try:
 except ConfigurationError as error:
     print(error)
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         shown.until("give on_continue=")
         assert shown.end() == 0
         assert "[1/4]" not in shown.transcript
@@ -436,7 +436,7 @@ async def main():
 
 asyncio.run(main())
 """
-    with terminal(program, size=(100, 40)) as shown:
+    with run_in_terminal(program, size=(100, 40)) as shown:
         shown.until(rf"\[4/100\](?s:.*){QUESTION}\n.*epochs|\[4/100\](?s:.*){QUESTION}")
         shown.type("n\r")
         shown.until("went back to epoch 2")
@@ -446,7 +446,7 @@ asyncio.run(main())
 
 
 def test_question_when_a_key_is_no_character_then_it_is_asked_again() -> None:
-    with terminal(ASKS, env={"PYTHONIOENCODING": "ascii"}) as shown:
+    with run_in_terminal(ASKS, env={"PYTHONIOENCODING": "ascii"}) as shown:
         shown.until(QUESTION)
         shown.type("é\r")
         shown.until(rf"is neither y nor n: .*\n{QUESTION}")
@@ -476,7 +476,7 @@ except KeyboardInterrupt:
     loop.call_soon_threadsafe(task.cancel)
     over.wait()
 """
-    with terminal(program) as shown:
+    with run_in_terminal(program) as shown:
         shown.until(QUESTION)
         shown.type("\x03")
         shown.until("interrupted")
@@ -499,7 +499,7 @@ class Talking(torch.utils.data.Dataset):
 loader = torch.utils.data.DataLoader(Talking(), batch_size=4, num_workers=2)
 asyncio.run(trainer(hold=slowly(0.05)).fit(1, train_dl=loader))
 """
-    with terminal(program, size=(100, 60)) as shown:
+    with run_in_terminal(program, size=(100, 60)) as shown:
         shown.until("best score")
         assert shown.end() == 0
         for index in range(16):
@@ -541,7 +541,7 @@ def hold(state):
 
 asyncio.run(trainer(hold=hold).fit(1))
 """
-    with terminal(program, size=(100, 60), env={"PYTHONUNBUFFERED": unbuffered}) as shown:
+    with run_in_terminal(program, size=(100, 60), env={"PYTHONUNBUFFERED": unbuffered}) as shown:
         shown.until("best score")
         assert shown.end() == 0
         for line in ("a line in parts", "one between", "one without an end", "the next one"):

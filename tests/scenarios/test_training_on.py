@@ -13,7 +13,7 @@ import anyio.to_thread
 import pytest
 import torch
 from blockbuster import BlockBuster
-from support.gates import to_loop
+from support.event_loops import threadsafe_scheduler
 from support.models import (
     BATCHES,
     Augmented,
@@ -214,7 +214,7 @@ async def test_events_when_declined_then_say_so_in_order() -> None:
 
 async def test_answer_when_the_next_question_waits_for_a_no_then_is_told_once() -> None:
     events: list[Event] = []
-    ended, call = anyio.Event(), to_loop()
+    ended, call = anyio.Event(), threadsafe_scheduler()
 
     def callback(event: Event) -> None:
         events.append(event)

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from support.made_up_runs import (
     BATCHES,
-    Pretended,
-    epoch,
+    FakeRun,
     epoch_ended,
+    epoch_events,
     epoch_started,
+    fake_run,
     phase_ended,
     phase_started,
-    pretended,
     progress,
     run_ended,
 )
-from support.pseudo_terminal import PATIENCE, PRELUDE, ROOT, Terminal, environment
+from support.pseudo_terminal import PRELUDE, ROOT, TIMEOUT, Terminal, environment
 
 from fitloop import Phase, PromptAnswered, PromptAsked
 
@@ -151,8 +151,8 @@ asyncio.run(t.fit(9, continue_loop=2, continue_while_asking=True, on_continue=an
 def test_watch_when_begun_in_the_middle_then_tells_where_it_is_and_numbers_what_comes(
     tmp_path: Path,
 ) -> None:
-    with pretended(tmp_path) as run:
-        run.observe(*epoch(1), *epoch(2), epoch_started(3), phase_started(3))
+    with fake_run(tmp_path) as run:
+        run.observe(*epoch_events(1), *epoch_events(2), epoch_started(3), phase_started(3))
         with watching(tmp_path) as shown:
             shown.until(
                 rf"fit, 2 of 3 epochs done, began [^\n]* ago\n{lines(2)}epochs +2/3 +{BAR}+[^\n]*\n"
@@ -170,7 +170,7 @@ def test_watch_when_runs_appear_and_end_in_all_ways_then_each_is_told_by_its_nam
 ) -> None:
     with watching(tmp_path) as shown:
         shown.until("waiting for a run in")
-        with pretended(tmp_path / "a") as first, pretended(tmp_path / "b", 1, "test") as second:
+        with fake_run(tmp_path / "a") as first, fake_run(tmp_path / "b", 1, "test") as second:
             first.observe(epoch_started(1), phase_started(1))
             shown.until(rf"a +1/3 +train +0/200 +{BAR}")
             second.observe(epoch_started(1, 1), phase_started(1, Phase.TEST))
@@ -179,11 +179,11 @@ def test_watch_when_runs_appear_and_end_in_all_ways_then_each_is_told_by_its_nam
                 phase_ended(1, Phase.TEST), epoch_ended(1, 1, Phase.TEST), run_ended(1, "test")
             )
             shown.until(rf"b test  :: {METRICS}\n")
-            with pretended(tmp_path / "c") as third:
+            with fake_run(tmp_path / "c") as third:
                 third.observe(epoch_started(1), run_ended(0, stop_reason="cancelled"))
                 shown.until(r"accuracy: 0.5000\nc: fit cancelled after 0 of 3 epochs")
             error = "ValueError: mine"
-            first.observe(*epoch(1)[2:], run_ended(1, stop_reason="failed", error=error))
+            first.observe(*epoch_events(1)[2:], run_ended(1, stop_reason="failed", error=error))
         shown.until(rf"{lines(1, label='a ')}a: fit failed after 1 of 3 epochs[^\n]*: {error}")
         assert shown.end() == 0
         assert is_clean(shown)
@@ -191,17 +191,17 @@ def test_watch_when_runs_appear_and_end_in_all_ways_then_each_is_told_by_its_nam
 
 def test_watch_when_batches_pass_or_a_run_asks_then_shows_it(tmp_path: Path) -> None:
     now = [1_000_000.0]
-    run = Pretended(tmp_path, clock=lambda: now[0])
-    with pretended(tmp_path), watching(tmp_path) as shown:
+    run = FakeRun(tmp_path, clock=lambda: now[0])
+    with fake_run(tmp_path), watching(tmp_path) as shown:
         run.begin()
         run.observe(epoch_started(1), phase_started(1))
         for batch in (50, 100, 150):
             now[0] += 1
             run.observe(progress(1, batch))
             shown.until(rf"train +{batch}/200 +{BAR}")
-        run.observe(*epoch(1)[2:], ASKED)
+        run.observe(*epoch_events(1)[2:], ASKED)
         shown.until("waits for the answer")
-        run.observe(PromptAnswered(trainer="t", epoch=1, go_on=True), *epoch(2)[:2])
+        run.observe(PromptAnswered(trainer="t", epoch=1, go_on=True), *epoch_events(2)[:2])
         shown.until(lambda: "waits" not in shown.shown)
         run.observe(run_ended(1, stop_reason="cancelled"))
         assert shown.end() == 0
@@ -210,8 +210,8 @@ def test_watch_when_batches_pass_or_a_run_asks_then_shows_it(tmp_path: Path) -> 
 def test_watch_when_the_terminal_is_narrow_then_no_line_of_the_bars_is_wider(
     tmp_path: Path,
 ) -> None:
-    with pretended(tmp_path / "a") as run, pretended(tmp_path / "b"):
-        run.observe(*epoch(1, batches=(20,)), *epoch(2)[:2])
+    with fake_run(tmp_path / "a") as run, fake_run(tmp_path / "b"):
+        run.observe(*epoch_events(1, batches=(20,)), *epoch_events(2)[:2])
         with watching(tmp_path, "--every", 0, size=(30, 10)) as shown:
             shown.until(r"(?m:^a +2/3)[^\n]*\n(?m:^b +0/3)")
             shown.type("\x03")
@@ -220,7 +220,7 @@ def test_watch_when_the_terminal_is_narrow_then_no_line_of_the_bars_is_wider(
 
 
 def test_ctrl_c_when_pressed_then_ends_with_130_and_a_clean_terminal(tmp_path: Path) -> None:
-    with pretended(tmp_path) as run:
+    with fake_run(tmp_path) as run:
         run.observe(epoch_started(1), phase_started(1))
         with watching(tmp_path) as shown:
             shown.until(rf"train +0/200 +{BAR}")
@@ -235,8 +235,8 @@ def test_watch_when_one_log_cannot_be_read_then_the_others_go_on_and_the_status_
 ) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "metrics.msgpack").write_text("hello")
-    with pretended(tmp_path / "good") as run:
-        run.observe(*epoch(1))
+    with fake_run(tmp_path / "good") as run:
+        run.observe(*epoch_events(1))
         with watching(tmp_path, size=(200, 30)) as shown:
             shown.until(r"fitloop: \S*bad/metrics.msgpack cannot be read(?s:.*)good +1/3")
             run.observe(run_ended(1, stop_reason="stopped"))
@@ -256,10 +256,10 @@ def test_watch_when_piped_then_every_line_comes_at_once_and_is_plain(tmp_path: P
     assert out is not None
     try:
         assert "waiting for a run" in out.readline()
-        with pretended(tmp_path / "a") as run:
-            run.observe(*epoch(1), *epoch(2), *epoch(3), run_ended())
+        with fake_run(tmp_path / "a") as run:
+            run.observe(*epoch_events(1), *epoch_events(2), *epoch_events(3), run_ended())
         said = out.read()
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0
     finally:
         process.kill()
         process.wait()

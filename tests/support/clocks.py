@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Clock:
+class FakeClock:
     """Time that passes only when it is told to."""
 
     def __init__(self) -> None:

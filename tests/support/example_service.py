@@ -114,7 +114,7 @@ class _Told(Server):
 
 
 @asynccontextmanager
-async def serving(
+async def run_service(
     backend: BackendName = "thread", at_once: int | None = None
 ) -> AsyncIterator[Service]:
     """Run the real server in this event loop, and end it as a signal would."""
@@ -133,7 +133,7 @@ async def serving(
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def run_service_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """Run the service as a program; gives the process and its port."""
     command = [sys.executable, str(EXAMPLES / "service"), "--port", "0", *arguments]
     root = str(EXAMPLES.parent)
@@ -155,7 +155,7 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 
 @asynccontextmanager
-async def client_of(port: int) -> AsyncIterator[Service]:
+async def connect_to_service(port: int) -> AsyncIterator[Service]:
     """Talk to a service that runs elsewhere."""
     async with _client(port) as client:
         yield Service(client)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def begun(command: Sequence[str], directory: Path) -> subprocess.Popen[str]:
+def start_program(command: Sequence[str], directory: Path) -> subprocess.Popen[str]:
     """Begin a program as in the foreground of a terminal, with its output in pipes."""
     return subprocess.Popen(
         command,

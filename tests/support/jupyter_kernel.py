@@ -85,7 +85,7 @@ class Kernel:
 
 
 @contextmanager
-def kernel() -> Iterator[Kernel]:
+def start_kernel() -> Iterator[Kernel]:
     """Start a kernel, set it up, and end it afterwards."""
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(env=kernel_environment())

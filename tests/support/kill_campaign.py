@@ -37,7 +37,7 @@ from fitloop import (
     read_metrics,
 )
 from support.models import Augmented, blobs, mlp, seed_process, sync_trainer
-from support.resumed_trainings import plain, state_of, told
+from support.resumed_trainings import comparable, result_values, trainer_values
 
 FITS, EPOCHS, BATCHES = 2, 2, 4
 LONGEST_WAIT = 0.01
@@ -86,8 +86,8 @@ def train(path: Path, seed: int | None, say: Say, *, resume: bool = True) -> str
         fitted.fit(EPOCHS, checkpoint=checkpoint, resume=resume, load_best=False, verbose=False)
         for _ in range(FITS)
     ]
-    logged = plain(read_metrics(path).to_dict())
-    end = (state_of(fitted), [told(result) for result in results], logged)
+    logged = comparable(read_metrics(path).to_dict())
+    end = (trainer_values(fitted), [result_values(result) for result in results], logged)
     return hashlib.sha256(repr(end).encode()).hexdigest()
 
 

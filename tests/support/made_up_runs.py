@@ -27,25 +27,25 @@ from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._engine.event_bus import EventBus
 from fitloop._storage.durable import DirectoryLock
 
-NAME = "t"
+TRAINER_NAME = "t"
 BATCHES = 200
 
 
 def run_started(epochs: int = 3, call: str = "fit") -> RunStarted:
-    return RunStarted(trainer=NAME, call=call, epochs=epochs, first_epoch=1)
+    return RunStarted(trainer=TRAINER_NAME, call=call, epochs=epochs, first_epoch=1)
 
 
 def epoch_started(epoch: int, epochs: int = 3) -> EpochStarted:
-    return EpochStarted(trainer=NAME, epoch=epoch, epoch_in_run=epoch, epochs=epochs)
+    return EpochStarted(trainer=TRAINER_NAME, epoch=epoch, epoch_in_run=epoch, epochs=epochs)
 
 
 def phase_started(epoch: int, phase: Phase = Phase.TRAIN) -> PhaseStarted:
-    return PhaseStarted(trainer=NAME, epoch=epoch, phase=phase, batches=BATCHES)
+    return PhaseStarted(trainer=TRAINER_NAME, epoch=epoch, phase=phase, batches=BATCHES)
 
 
 def progress(epoch: int, batch: int, phase: Phase = Phase.TRAIN) -> BatchProgress:
     return BatchProgress(
-        trainer=NAME,
+        trainer=TRAINER_NAME,
         epoch=epoch,
         phase=phase,
         batch=batch,
@@ -57,7 +57,7 @@ def progress(epoch: int, batch: int, phase: Phase = Phase.TRAIN) -> BatchProgres
 
 def phase_ended(epoch: int, phase: Phase = Phase.TRAIN) -> PhaseEnded:
     return PhaseEnded(
-        trainer=NAME,
+        trainer=TRAINER_NAME,
         epoch=epoch,
         phase=phase,
         metrics={"loss": 1 / epoch, "accuracy": 0.5},
@@ -71,7 +71,7 @@ def phase_ended(epoch: int, phase: Phase = Phase.TRAIN) -> PhaseEnded:
 
 def epoch_ended(epoch: int, epochs: int = 3, *phases: Phase) -> EpochEnded:
     return EpochEnded(
-        trainer=NAME,
+        trainer=TRAINER_NAME,
         epoch=epoch,
         epoch_in_run=epoch,
         epochs=epochs,
@@ -83,11 +83,11 @@ def epoch_ended(epoch: int, epochs: int = 3, *phases: Phase) -> EpochEnded:
 
 def run_ended(epochs: int = 3, call: str = "fit", **changes: Any) -> RunEnded:
     values: dict[str, Any] = {"stop_reason": "completed", "best_score": 0.5, "best_epoch": 1}
-    values |= {"trainer": NAME, "call": call, "epochs": epochs, "seconds": 7.5, **changes}
+    values |= {"trainer": TRAINER_NAME, "call": call, "epochs": epochs, "seconds": 7.5, **changes}
     return RunEnded(**values)
 
 
-def epoch(number: int, epochs: int = 3, batches: tuple[int, ...] = ()) -> list[Event]:
+def epoch_events(number: int, epochs: int = 3, batches: tuple[int, ...] = ()) -> list[Event]:
     """Return the events of a whole epoch with these records of how far it is."""
     return [
         epoch_started(number, epochs),
@@ -98,7 +98,7 @@ def epoch(number: int, epochs: int = 3, batches: tuple[int, ...] = ()) -> list[E
     ]
 
 
-class Pretended:
+class FakeRun:
     """A trainer as its log knows it; the clock is the test's."""
 
     def __init__(
@@ -112,11 +112,11 @@ class Pretended:
         self.history = History()
         event_bus = EventBus()
         event_bus.set_observers([self.told.append])
-        parts = SimpleNamespace(save_path=directory, name=NAME)
+        parts = SimpleNamespace(save_path=directory, name=TRAINER_NAME)
         self.core: Any = SimpleNamespace(
             parts=parts, history=self.history, event_bus=event_bus, log=None, epoch_num=0
         )
-        self.writer = BackgroundWriter(NAME)
+        self.writer = BackgroundWriter(TRAINER_NAME)
         self._options: dict[str, Any] = {"raises": raises, "clock": clock}
         self.log = self._new()
 
@@ -138,13 +138,13 @@ class Pretended:
 
 
 @contextmanager
-def pretended(
+def fake_run(
     directory: Path, epochs: int = 3, call: str = "fit", **begun: Any
-) -> Iterator[Pretended]:
+) -> Iterator[FakeRun]:
     """Begin a run that has its directory, as others see it, until the end of the block."""
     lock = DirectoryLock(directory)
     lock.acquire()
-    run = Pretended(directory)
+    run = FakeRun(directory)
     try:
         run.begin(epochs, call, **begun)
         yield run

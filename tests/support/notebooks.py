@@ -31,7 +31,7 @@ def kernel_environment() -> dict[str, str]:
     return kept
 
 
-def read(name: str, directory: Path = EXAMPLES) -> Any:
+def read_notebook(name: str, directory: Path = EXAMPLES) -> Any:
     return nbformat.read(directory / f"{name}.ipynb", as_version=4)  # type: ignore[no-untyped-call]
 
 
@@ -47,7 +47,7 @@ def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def execute(notebook: Any) -> Any:
+def execute_notebook(notebook: Any) -> Any:
     """Run all cells in a kernel of its own, in an empty directory; raise what a cell raises."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -65,9 +65,9 @@ def execute(notebook: Any) -> Any:
     return notebook
 
 
-def store(name: str, directory: Path) -> None:
+def store_notebook(name: str, directory: Path) -> None:
     """Execute a notebook and write it, without what tells of this machine and day."""
-    notebook = execute(read(name))
+    notebook = execute_notebook(read_notebook(name))
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -80,4 +80,4 @@ def store(name: str, directory: Path) -> None:
 
 if __name__ == "__main__":
     for name in NAMES:
-        store(name, Path(sys.argv[1]) if sys.argv[1:] else EXAMPLES)
+        store_notebook(name, Path(sys.argv[1]) if sys.argv[1:] else EXAMPLES)

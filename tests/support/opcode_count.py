@@ -20,7 +20,7 @@ PACKAGE = str(Path(fitloop.__file__).parent)
 FEW, MANY = 50, 150
 
 
-class Work:
+class OpcodeCounter:
     """What threads begun meanwhile do in fitloop's own modules."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Work:
         self.calls: Counter[str] = Counter()
         """of functions that are not Python's, from fitloop's: torch, numpy, built-in ones"""
 
-    def __enter__(self) -> Work:
+    def __enter__(self) -> OpcodeCounter:
         self._before = threading.gettrace(), threading.getprofile()
         threading.settrace(self._trace)
         threading.setprofile(self._profile)
@@ -60,7 +60,7 @@ class Work:
 Fit = Callable[[int], Coroutine[Any, Any, Any]]
 
 
-def work_of_a_batch(fit: Fit) -> tuple[Counter[str], Counter[str]]:
+def work_per_batch(fit: Fit) -> tuple[Counter[str], Counter[str]]:
     """Return the opcodes and the calls that one more batch takes; ``fit(n)`` trains n of them.
 
     Events of progress come by time and are left out.
@@ -69,7 +69,7 @@ def work_of_a_batch(fit: Fit) -> tuple[Counter[str], Counter[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "PROGRESS_SECONDS", float("inf"))
         for batches in (FEW, MANY):
-            with Work() as work:
+            with OpcodeCounter() as work:
                 asyncio.run(fit(batches))
             found.append(work)
     few, many = found
@@ -82,10 +82,10 @@ def _each(few: Counter[str], many: Counter[str]) -> Counter[str]:
     return Counter({name: number for name, number in each.items() if number > 0})
 
 
-def told(work: Counter[str]) -> str:
+def counts_text(work: Counter[str]) -> str:
     """Return the numbers for a message, the largest first."""
     return ", ".join(f"{name} {number}" for name, number in work.most_common())
 
 
-TRACED = sys.gettrace() is not None
+IS_TRACED = sys.gettrace() is not None
 """a debugger or a measurement of coverage is at work, which would be disturbed"""

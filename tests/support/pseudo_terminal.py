@@ -15,7 +15,7 @@ import pexpect
 import pyte
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 40
+TIMEOUT = 40
 """seconds after which what is waited for will not come"""
 
 PRELUDE = """
@@ -72,7 +72,7 @@ class Terminal:
             env=env,
             dimensions=(rows, columns),
             encoding="utf-8",
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             echo=True,
             cwd=str(ROOT),
             # Which is ignored in whatever a shell has begun in the background, such as these tests.
@@ -106,7 +106,7 @@ class Terminal:
         return self.shown
 
     def _read(self) -> None:
-        text = self._child.read_nonblocking(65536, timeout=PATIENCE)
+        text = self._child.read_nonblocking(65536, timeout=TIMEOUT)
         self.raw += text
         self._stream.feed(text)
 
@@ -140,7 +140,7 @@ class Terminal:
 
 
 @contextmanager
-def terminal(
+def run_in_terminal(
     program: str, *, size: tuple[int, int] = (100, 24), env: Mapping[str, str] | None = None
 ) -> Iterator[Terminal]:
     """Run a Python program that begins with `PRELUDE` in a terminal of (columns, rows)."""

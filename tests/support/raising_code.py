@@ -10,38 +10,39 @@ import anyio.lowlevel
 import pytest
 
 from fitloop import LoopState, default_batch_step
-from support.gates import GUARD, Patient
+from support.checked_trainer import CheckedTrainer
+from support.event_loops import HANG_TIMEOUT
 
-NAME = "patient-7"
+TRAINER_NAME = "trainer-7"
 
 
-class FaultError(Exception):
+class InjectedError(Exception):
     """What the tests raise."""
 
 
-class Fault:
+class ErrorInjector:
     """Raises its error while it is armed, and keeps what a run tells meanwhile."""
 
     def __init__(self, error: BaseException | None = None) -> None:
-        self.error = FaultError("on purpose") if error is None else error
+        self.error = InjectedError("on purpose") if error is None else error
         self.armed = True
         self.events: list[Any] = []
 
-    def strike(self, *_given: Any) -> None:
+    def raise_error(self, *_given: Any) -> None:
         if self.armed:
             raise self.error
 
-    def patient(self, fit: dict[str, Any] | None = None, **changes: Any) -> Patient:
+    def checked_trainer(self, fit: dict[str, Any] | None = None, **changes: Any) -> CheckedTrainer:
         changes.setdefault("callbacks", [self.events.append])
-        return Patient(fit, name=NAME, **changes)
+        return CheckedTrainer(fit, name=TRAINER_NAME, **changes)
 
     async def check(self, call: Callable[[], Any], *words: str) -> None:
         """Check that ``call`` raises the error with a note that holds all ``words``."""
-        with anyio.fail_after(GUARD), pytest.raises(type(self.error)) as raised:
+        with anyio.fail_after(HANG_TIMEOUT), pytest.raises(type(self.error)) as raised:
             await call()
         assert raised.value is self.error
         notes = "\n".join(getattr(raised.value, "__notes__", []))
-        for word in (NAME, *words):
+        for word in (TRAINER_NAME, *words):
             assert word in notes
         if self.events:
             self.check_ended()
@@ -53,13 +54,15 @@ class Fault:
         assert type(self.error).__name__ in self.events[-1].error
 
 
-def striking_stage(fault: Fault, is_async: bool, at: int = 2) -> Callable[[LoopState], Any]:
+def raising_stage(
+    injector: ErrorInjector, is_async: bool, at: int = 2
+) -> Callable[[LoopState], Any]:
     """Return a stage function that strikes, as a batch step at batch ``at``."""
 
     def stage(state: LoopState) -> Any:
         in_step = state.batch is not None
         if not in_step or state.batch_num == at:
-            fault.strike()
+            injector.raise_error()
         return default_batch_step(state) if in_step else {"loss": 1.0}
 
     async def async_stage(state: LoopState) -> Any:

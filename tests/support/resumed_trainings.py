@@ -34,7 +34,7 @@ class InterruptionError(Exception):
 
 
 @dataclass(kw_only=True)
-class Setup:
+class TrainingSetup:
     """What a script would make before it calls ``fit``."""
 
     given: dict[str, Any]
@@ -44,10 +44,10 @@ class Setup:
     """gives more state that must be the same"""
 
 
-Make = Callable[[], Setup]
+MakeSetup = Callable[[], TrainingSetup]
 
 
-def write_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def write_snapshots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every snapshot written before training goes on, so that none is left out.
 
     Nothing waits for the disk: here no machine loses power.
@@ -56,7 +56,7 @@ def write_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
 
 
-def plain(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """Return a value that can be compared; tensors and arrays by their bytes."""
     if isinstance(value, Tensor):
         numbers = value.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -64,24 +64,28 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: comparable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [comparable(item) for item in value]
     return value if isinstance(value, (str, bytes)) or value is None else repr(value)
 
 
-def state_of(trainer: FitLoop | SyncFitLoop) -> Outcome:
+def trainer_values(trainer: FitLoop | SyncFitLoop) -> Outcome:
     """Return what a trainer holds."""
     loss = trainer.loss_function
     return {
-        "weights": plain(trainer.model.state_dict()),
+        "weights": comparable(trainer.model.state_dict()),
         "frozen": [n for n, p in trainer.model.named_parameters() if not p.requires_grad],
-        "loss": plain(loss.state_dict()) if isinstance(loss, torch.nn.Module) else None,
-        "optimizers": [plain(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        "loss": comparable(loss.state_dict()) if isinstance(loss, torch.nn.Module) else None,
+        "optimizers": [comparable(optimizer.state_dict()) for optimizer in trainer.optimizers],
         "schedulers": [_scheduler_state(s) for s in trainer.lr_schedulers],
-        "stateful": {n: plain(s.state_dict()) for n, s in trainer._state.config.stateful.items()},
-        "scaler": plain(trainer._state.config.scaler and trainer._state.config.scaler.state_dict()),
-        "M": plain(trainer.M.to_dict()),
+        "stateful": {
+            n: comparable(s.state_dict()) for n, s in trainer._state.config.stateful.items()
+        },
+        "scaler": comparable(
+            trainer._state.config.scaler and trainer._state.config.scaler.state_dict()
+        ),
+        "M": comparable(trainer.M.to_dict()),
         "epoch": trainer.epoch_num,
         "best": (repr(trainer.best_score), trainer.best_epoch),
     }
@@ -89,22 +93,28 @@ def state_of(trainer: FitLoop | SyncFitLoop) -> Outcome:
 
 def _scheduler_state(scheduler: Any) -> Any:
     if hasattr(scheduler, "state_dict"):
-        return plain(scheduler.state_dict())
-    return plain({key: value for key, value in vars(scheduler).items() if key != "optimizer"})
+        return comparable(scheduler.state_dict())
+    return comparable({key: value for key, value in vars(scheduler).items() if key != "optimizer"})
 
 
-def told(result: FitResult) -> Outcome:
+def result_values(result: FitResult) -> Outcome:
     """Return what a result says, but for the time it took."""
     return {
         "epochs": result.epochs,
         "stop_reason": result.stop_reason,
         "best": (repr(result.best_score), result.best_epoch),
-        "metrics": plain(result.metrics),
+        "metrics": comparable(result.metrics),
     }
 
 
-def outcome(trainer: FitLoop | SyncFitLoop, result: FitResult, setup: Setup) -> Outcome:
-    found = {**state_of(trainer), "result": told(result), "also": plain(setup.also())}
+def training_outcome(
+    trainer: FitLoop | SyncFitLoop, result: FitResult, setup: TrainingSetup
+) -> Outcome:
+    found = {
+        **trainer_values(trainer),
+        "result": result_values(result),
+        "also": comparable(setup.also()),
+    }
     if trainer._state.config.seed is None:
         found["process"] = process_generators()
     return found
@@ -123,7 +133,7 @@ def interrupt_after(trainer: FitLoop | SyncFitLoop, forwards: int | None) -> Non
     trainer.model.register_forward_pre_hook(count)
 
 
-def end_workers(loader: Any) -> None:
+def stop_loader_workers(loader: Any) -> None:
     """End worker processes that are kept: left to the garbage collector it takes five seconds."""
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):
@@ -131,7 +141,7 @@ def end_workers(loader: Any) -> None:
         loader._iterator = None
 
 
-def leg(make: Make, path: Path, stop: int | None, **fit: Any) -> Outcome | None:
+def run_script(make: MakeSetup, path: Path, stop: int | None, **fit: Any) -> Outcome | None:
     """Start the script once; return its outcome, or None if it was interrupted."""
     setup = make()
     trainer = sync_trainer(**{"save_path": path, **setup.given})
@@ -140,42 +150,44 @@ def leg(make: Make, path: Path, stop: int | None, **fit: Any) -> Outcome | None:
     before = process_generators()
     arguments = {"epochs": EPOCHS, **QUIET, **setup.fit, **fit}
     try:
-        return outcome(trainer, trainer.fit(**arguments), setup)
+        return training_outcome(trainer, trainer.fit(**arguments), setup)
     except InterruptionError:
         return None
     finally:
-        end_workers(setup.given.get("train_dl"))
+        stop_loader_workers(setup.given.get("train_dl"))
         if seeded:
             assert process_generators() == before, "the process's generators were changed"
 
 
-def uninterrupted(make: Make, path: Path, **fit: Any) -> Outcome:
+def train_without_interruption(make: MakeSetup, path: Path, **fit: Any) -> Outcome:
     """Train without any snapshots, once through."""
     seed_process(SEED)
-    found = leg(make, path, None, **fit)
+    found = run_script(make, path, None, **fit)
     assert found is not None
     return found
 
 
-def relay(make: Make, path: Path, stops: Sequence[int] = STOPS, **fit: Any) -> Outcome:
+def train_with_interruptions(
+    make: MakeSetup, path: Path, stops: Sequence[int] = STOPS, **fit: Any
+) -> Outcome:
     """Train in many legs, the generators of the process being elsewhere in each."""
     given = {"checkpoint": EVERY_BATCH, "resume": True, **fit}
     seed_process(SEED)
     for number, stop in enumerate(stops):
-        assert leg(make, path, stop, **given) is None
+        assert run_script(make, path, stop, **given) is None
         seed_process(SEED + 1 + number)
-    found = leg(make, path, None, **given)
+    found = run_script(make, path, None, **given)
     assert found is not None
     return found
 
 
-def differing(found: Outcome, expected: Outcome) -> list[str]:
+def different_keys(found: Outcome, expected: Outcome) -> list[str]:
     """Return the parts of two outcomes that differ, for messages that can be read."""
     return [name for name in expected if found.get(name) != expected[name]]
 
 
-def check_relay(
-    make: Make,
+def check_resumed_training(
+    make: MakeSetup,
     path: Path,
     stops: Sequence[int] = STOPS,
     *,
@@ -183,12 +195,12 @@ def check_relay(
     **fit: Any,
 ) -> None:
     """Assert that a relay ends as one run does; ``replays`` is whether it reads batches again."""
-    expected = uninterrupted(make, path / "whole", **fit)
+    expected = train_without_interruption(make, path / "whole", **fit)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", "'set_vital'")  # torchdata, of torch
-        found = relay(make, path / "parts", stops, **fit)
+        found = train_with_interruptions(make, path / "parts", stops, **fit)
     others = [w for w in caught if not issubclass(w.category, ResumeWarning)]
     assert not others, [str(w.message) for w in others]
     assert bool(caught) == replays, [str(w.message) for w in caught]
-    assert differing(found, expected) == []
+    assert different_keys(found, expected) == []

@@ -7,23 +7,24 @@ from collections.abc import Iterator
 import anyio
 import pytest
 
-from support.gates import Gate, Gated, Patient
+from support.checked_trainer import CheckedTrainer
+from support.gates import Gate, GatedLoader
 from support.models import Batch, batches
 
 
-async def completed(patient: Patient) -> None:
-    await patient.fit(load_best=True)
+async def complete_run(checked: CheckedTrainer) -> None:
+    await checked.fit(load_best=True)
 
 
-async def failed(patient: Patient) -> None:
+async def fail_run(checked: CheckedTrainer) -> None:
     with pytest.raises(ValueError, match="on purpose"):
-        await patient.fit(train_dl=_Failing())
+        await checked.fit(train_dl=_Failing())
 
 
-async def cancelled(patient: Patient) -> None:
+async def cancel_run(checked: CheckedTrainer) -> None:
     with anyio.CancelScope() as scope, Gate() as gate:
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: patient.fit(train_dl=Gated(gate)))
+            group.start_soon(lambda: checked.fit(train_dl=GatedLoader(gate)))
             await gate.reached.wait()
             gate.open()
             scope.cancel()

@@ -16,7 +16,7 @@ def small_state() -> dict[str, Tensor]:
     return {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([1, -1])}
 
 
-def random_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Return any bit patterns, NaNs among them, as a tensor."""
     number = 1
     for length in shape:
@@ -31,7 +31,7 @@ def raw_bytes(tensor: Tensor) -> bytes:
     return bits.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Tensor]) -> None:
+def assert_same_tensors(found: dict[str, Any], expected: dict[str, Tensor]) -> None:
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype

@@ -19,7 +19,7 @@ from support.models import Augmented, blobs, loader, mlp, trainer
 resource_tracker.ensure_running()  # of the standard library: once a process, and for its life
 
 
-def make(seed: int = 5, **changes: Any) -> FitLoop:
+def make_trainer(seed: int = 5, **changes: Any) -> FitLoop:
     """Return a trainer that draws wherever one can."""
     data = Augmented(blobs())
     return trainer(
@@ -33,7 +33,7 @@ def make(seed: int = 5, **changes: Any) -> FitLoop:
     )
 
 
-def endless(place: str, *, deaf: bool = False) -> FitLoop:
+def make_endless_trainer(place: str, *, deaf: bool = False) -> FitLoop:
     """Return a trainer that tells where it runs in a file, when it is in its first step."""
     told = False
 
@@ -41,21 +41,21 @@ def endless(place: str, *, deaf: bool = False) -> FitLoop:
         nonlocal told
         if not told:
             told = True
-            tell(place)
+            write_pid(place)
         if deaf:
             threading.Event().wait()
         return default_batch_step(state)
 
-    return make(train_step=step)
+    return make_trainer(train_step=step)
 
 
-def tell(place: str) -> None:
+def write_pid(place: str) -> None:
     """Write the number of this process into a file, whole or not at all."""
     Path(f"{place}.new").write_text(str(os.getpid()))
     os.replace(f"{place}.new", place)
 
 
-def dies(marks: str, at_epoch: int, signal_number: int = signal.SIGKILL) -> FitLoop:
+def make_killed_trainer(marks: str, at_epoch: int, signal_number: int = signal.SIGKILL) -> FitLoop:
     """Return a trainer whose process is killed in an epoch, once for each file in ``marks``."""
 
     def step(state: LoopState) -> Any:
@@ -68,10 +68,10 @@ def dies(marks: str, at_epoch: int, signal_number: int = signal.SIGKILL) -> FitL
                 threading.Event().wait()  # another thread may be the one that is struck
         return default_batch_step(state)
 
-    return make(train_step=step)
+    return make_trainer(train_step=step)
 
 
-class OwnError(Exception):
+class CustomInitError(Exception):
     """Whose arguments are not those of its __init__."""
 
     def __init__(self, code: int, place: str) -> None:
@@ -79,10 +79,10 @@ class OwnError(Exception):
         super().__init__(f"{place} failed with {code}")
 
 
-def fails(how: str) -> FitLoop:
+def make_failing_trainer(how: str) -> FitLoop:
     """Raise, or return a trainer that does."""
     if how == "factory":
-        raise OwnError(7, how)
+        raise CustomInitError(7, how)
 
     def step(state: LoopState) -> Any:
         if how == "lock":
@@ -91,10 +91,10 @@ def fails(how: str) -> FitLoop:
             raise error
         raise ZeroDivisionError("in a step")
 
-    return make(train_step=step)
+    return make_trainer(train_step=step)
 
 
-class Seen:
+class EventRecorder:
     """A callback that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -104,14 +104,14 @@ class Seen:
         self.events.append(event)
 
 
-async def written(path: Path) -> str:
+async def wait_for_file(path: Path) -> str:
     """Wait until there is such a file; return what is in it."""
     while not await anyio.Path(path).exists():  # noqa: ASYNC110
         await anyio.sleep(0.02)
     return await anyio.Path(path).read_text()
 
 
-def workers() -> list[psutil.Process]:
+def worker_processes() -> list[psutil.Process]:
     """Return the worker processes of this one."""
     children = psutil.Process().children(recursive=True)
     return [child for child in children if is_worker(child)]

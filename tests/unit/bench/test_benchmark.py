@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from support.clocks import Clock
+from support.clocks import FakeClock
 from support.models import (
     Augmented,
     batches,
@@ -48,8 +48,8 @@ SHORT: dict[str, Any] = {"batches": 3, "rounds": 2}
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    made = FakeClock()
     monkeypatch.setattr(BenchRun, "clock", staticmethod(made))
     return made
 
@@ -68,7 +68,7 @@ def medians(report: BenchReport) -> dict[str, float]:
     return {str(way): spread.median for way, spread in report.figures.per_batch.items()}
 
 
-def spending(clock: Clock, seconds: float) -> Callable[[LoopState], dict[str, float]]:
+def spending(clock: FakeClock, seconds: float) -> Callable[[LoopState], dict[str, float]]:
     def step(state: LoopState) -> dict[str, float]:
         clock.spend(seconds)
         return {"loss": 1.0}
@@ -78,7 +78,7 @@ def spending(clock: Clock, seconds: float) -> Callable[[LoopState], dict[str, fl
 
 @ONE_LOOP
 async def test_benchmark_when_time_passes_in_loader_and_step_then_each_way_has_its_own(
-    clock: Clock,
+    clock: FakeClock,
 ) -> None:
     def slow() -> Iterator[Any]:
         for batch in batches():
@@ -106,7 +106,7 @@ async def test_benchmark_when_time_passes_in_loader_and_step_then_each_way_has_i
 
 @ONE_LOOP
 async def test_benchmark_when_the_loader_takes_long_to_begin_then_that_is_told_apart(
-    clock: Clock,
+    clock: FakeClock,
 ) -> None:
     class Slow(list[Any]):
         def __iter__(self) -> Iterator[Any]:
@@ -121,7 +121,7 @@ async def test_benchmark_when_the_loader_takes_long_to_begin_then_that_is_told_a
 
 @ONE_LOOP
 async def test_benchmark_when_epoch_stages_take_long_then_they_are_not_counted(
-    clock: Clock,
+    clock: FakeClock,
 ) -> None:
     def stage(state: LoopState) -> None:
         clock.spend(70.0)
@@ -131,7 +131,7 @@ async def test_benchmark_when_epoch_stages_take_long_then_they_are_not_counted(
 
 
 @ONE_LOOP
-async def test_benchmark_when_the_epoch_is_short_then_passes_are_repeated(clock: Clock) -> None:
+async def test_benchmark_when_the_epoch_is_short_then_passes_are_repeated(clock: FakeClock) -> None:
     seen = 0
 
     def step(state: LoopState) -> None:
@@ -147,7 +147,9 @@ async def test_benchmark_when_the_epoch_is_short_then_passes_are_repeated(clock:
 
 
 @ONE_LOOP
-async def test_benchmark_when_time_is_up_then_the_rounds_there_are_must_do(clock: Clock) -> None:
+async def test_benchmark_when_time_is_up_then_the_rounds_there_are_must_do(
+    clock: FakeClock,
+) -> None:
     steps = 0
 
     def step(state: LoopState) -> None:
@@ -318,7 +320,7 @@ async def test_benchmark_when_a_pass_by_hand_raises_then_the_note_names_it() -> 
 
 
 @ONE_LOOP
-async def test_benchmark_when_stopped_then_reports_the_rounds_that_ended(clock: Clock) -> None:
+async def test_benchmark_when_stopped_then_reports_the_rounds_that_ended(clock: FakeClock) -> None:
     steps = 0
 
     def step(state: LoopState) -> None:
@@ -362,7 +364,7 @@ async def test_benchmark_when_a_function_gives_one_iterator_again_then_says_so()
 
 
 @ONE_LOOP
-async def test_benchmark_when_the_step_is_async_then_both_loops_await_it(clock: Clock) -> None:
+async def test_benchmark_when_the_step_is_async_then_both_loops_await_it(clock: FakeClock) -> None:
     threads = set()
 
     async def step(state: LoopState) -> dict[str, float]:

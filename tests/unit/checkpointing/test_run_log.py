@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from support.made_up_runs import (
-    Pretended,
-    epoch,
+    FakeRun,
     epoch_ended,
+    epoch_events,
     epoch_started,
     phase_ended,
     phase_started,
@@ -71,18 +71,24 @@ def contents(history: History) -> str:
 
 
 def test_log_when_a_run_goes_then_has_its_events_in_their_order(tmp_path: Path) -> None:
-    run = Pretended(tmp_path)
+    run = FakeRun(tmp_path)
     run.begin()
-    happened = [*epoch(1), ASKED, ANSWERED, *epoch(2), run_ended(2, stop_reason="prompt")]
+    happened = [
+        *epoch_events(1),
+        ASKED,
+        ANSWERED,
+        *epoch_events(2),
+        run_ended(2, stop_reason="prompt"),
+    ]
     run.observe(*happened)
     assert events(tmp_path) == [run_started(), *happened]
     assert contents(read_metrics(tmp_path)) == contents(run.history)
 
 
 def test_log_when_many_records_wait_for_the_disk_then_are_in_their_order(tmp_path: Path) -> None:
-    run = Pretended(tmp_path)
+    run = FakeRun(tmp_path)
     run.begin(50)
-    happened = [event for number in range(1, 51) for event in epoch(number, 50)]
+    happened = [event for number in range(1, 51) for event in epoch_events(number, 50)]
     for event in happened:  # not waiting for the writer
         run.log.observe(event)
     run.log.observe(run_ended(50))
@@ -90,7 +96,7 @@ def test_log_when_many_records_wait_for_the_disk_then_are_in_their_order(tmp_pat
 
 
 def test_log_when_an_event_has_no_record_then_is_not_written(tmp_path: Path) -> None:
-    run = Pretended(tmp_path)
+    run = FakeRun(tmp_path)
     run.begin()
     before = (tmp_path / LOG_NAME).read_bytes()
     run.observe(BestImproved(trainer="t", epoch=1, criteria="loss", score=0.5))
@@ -98,9 +104,9 @@ def test_log_when_an_event_has_no_record_then_is_not_written(tmp_path: Path) -> 
 
 
 def test_log_when_a_run_ends_before_it_is_begun_then_is_left_alone(tmp_path: Path) -> None:
-    run = Pretended(tmp_path)
+    run = FakeRun(tmp_path)
     run.begin()
-    run.observe(*epoch(1), run_ended(1))
+    run.observe(*epoch_events(1), run_ended(1))
     before = (tmp_path / LOG_NAME).read_bytes()
     run.log = run._new()
     run.observe(run_started(), run_ended(0, stop_reason="failed", error="ValueError: mine"))
@@ -109,7 +115,7 @@ def test_log_when_a_run_ends_before_it_is_begun_then_is_left_alone(tmp_path: Pat
 
 def test_log_when_read_then_tells_when_things_happened(tmp_path: Path) -> None:
     clock = Clock()
-    run = Pretended(tmp_path, clock=clock)
+    run = FakeRun(tmp_path, clock=clock)
     run.begin()
     clock.now += 10
     run.observe(epoch_started(1))
@@ -123,7 +129,7 @@ def test_log_when_read_then_tells_when_things_happened(tmp_path: Path) -> None:
 
 def test_progress_when_told_often_then_is_written_once_in_a_while(tmp_path: Path) -> None:
     clock = Clock()
-    run = Pretended(tmp_path, clock=clock)
+    run = FakeRun(tmp_path, clock=clock)
     run.begin()
     run.observe(epoch_started(1), phase_started(1))
     found: list[int] = []
@@ -140,7 +146,7 @@ def test_progress_when_told_often_then_is_written_once_in_a_while(tmp_path: Path
 
 def test_progress_when_written_for_long_then_the_log_does_not_grow(tmp_path: Path) -> None:
     clock = Clock()
-    run = Pretended(tmp_path, clock=clock)
+    run = FakeRun(tmp_path, clock=clock)
     run.begin()
     run.observe(epoch_started(1), phase_started(1))
     sizes = set()
@@ -158,7 +164,7 @@ def test_progress_when_written_for_long_then_the_log_does_not_grow(tmp_path: Pat
 
 def test_progress_when_the_clock_is_set_back_then_is_written_soon(tmp_path: Path) -> None:
     clock = Clock()
-    run = Pretended(tmp_path, clock=clock)
+    run = FakeRun(tmp_path, clock=clock)
     run.begin()
     run.observe(epoch_started(1), phase_started(1))
     clock.now -= 3600
@@ -170,13 +176,13 @@ def test_progress_when_the_clock_is_set_back_then_is_written_soon(tmp_path: Path
 
 
 def test_log_when_the_run_goes_back_then_is_begun_anew_with_what_is_left(tmp_path: Path) -> None:
-    run = Pretended(tmp_path)
+    run = FakeRun(tmp_path)
     run.begin()
-    run.observe(*epoch(1), ASKED)
+    run.observe(*epoch_events(1), ASKED)
     kept = run.history.to_dict()
-    run.observe(*epoch(2), ANSWERED)
+    run.observe(*epoch_events(2), ANSWERED)
     left = History()
-    for event in (run_started(), *epoch(1)):
+    for event in (run_started(), *epoch_events(1)):
         left.observe(event)
     run.core.history = left
     run.log.observe(WENT_BACK)
@@ -213,52 +219,52 @@ MESSAGE = "metrics.msgpack cannot be written: No space left on device"
 
 
 def test_error_when_it_is_to_raise_then_the_next_event_does(tmp_path: Path, disk: Disk) -> None:
-    run = Pretended(tmp_path)
+    run = FakeRun(tmp_path)
     run.begin()
-    run.observe(*epoch(1))
+    run.observe(*epoch_events(1))
     disk.broken = True
     run.observe(epoch_started(2))
     with pytest.raises(CheckpointError, match=MESSAGE):
         run.observe(phase_started(2))
     run.observe(run_ended(1, stop_reason="failed"))  # which is not to hide the error
-    assert events(tmp_path) == [run_started(), *epoch(1)]
+    assert events(tmp_path) == [run_started(), *epoch_events(1)]
 
 
 def test_error_when_it_is_to_warn_then_is_told_once_and_the_next_run_has_a_log(
     tmp_path: Path, disk: Disk
 ) -> None:
-    run = Pretended(tmp_path, raises=False)
+    run = FakeRun(tmp_path, raises=False)
     run.begin()
-    run.observe(*epoch(1))
+    run.observe(*epoch_events(1))
     disk.broken = True
-    run.observe(*epoch(2), *epoch(3))
+    run.observe(*epoch_events(2), *epoch_events(3))
     disk.broken = False
     run.observe(run_ended())
     failed = [event for event in run.told if isinstance(event, SnapshotFailed)]
     assert [event.path for event in failed] == [str(tmp_path / LOG_NAME)]
     assert MESSAGE in failed[0].error
-    assert events(tmp_path) == [run_started(), *epoch(1)], "no gap, and nothing after one"
+    assert events(tmp_path) == [run_started(), *epoch_events(1)], "no gap, and nothing after one"
     run.begin()
-    run.observe(*epoch(1))
-    assert events(tmp_path) == [run_started(), *epoch(1)]
+    run.observe(*epoch_events(1))
+    assert events(tmp_path) == [run_started(), *epoch_events(1)]
     assert contents(read_metrics(tmp_path)) == contents(run.history)
 
 
 def test_error_when_only_the_end_cannot_be_written_then_the_run_does_not_fail(
     tmp_path: Path, disk: Disk
 ) -> None:
-    run = Pretended(tmp_path)
+    run = FakeRun(tmp_path)
     run.begin()
-    run.observe(*epoch(1))
+    run.observe(*epoch_events(1))
     disk.broken = True
     run.observe(run_ended(1))
     assert run.core.metric_log is None
     assert run.told == []
-    assert events(tmp_path) == [run_started(), *epoch(1)]
+    assert events(tmp_path) == [run_started(), *epoch_events(1)]
 
 
 def test_error_when_the_log_cannot_be_begun_then_is_raised(tmp_path: Path, disk: Disk) -> None:
-    run = Pretended(tmp_path)
+    run = FakeRun(tmp_path)
     disk.broken = True
     with pytest.raises(CheckpointError, match=MESSAGE):
         run.begin()
@@ -267,7 +273,7 @@ def test_error_when_the_log_cannot_be_begun_then_is_raised(tmp_path: Path, disk:
 def test_error_when_the_last_record_before_going_back_failed_then_is_raised(
     tmp_path: Path, disk: Disk
 ) -> None:
-    run = Pretended(tmp_path)
+    run = FakeRun(tmp_path)
     run.begin()
     disk.broken = True
     run.log.observe(ANSWERED)
@@ -278,9 +284,9 @@ def test_error_when_the_last_record_before_going_back_failed_then_is_raised(
 def test_end_when_there_can_be_no_more_threads_then_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Pretended(tmp_path)
+    run = FakeRun(tmp_path)
     run.begin()
-    run.observe(*epoch(1))
+    run.observe(*epoch_events(1))
 
     def refuse(_job: Callable[[], None]) -> None:
         raise RuntimeError("can't start new thread")

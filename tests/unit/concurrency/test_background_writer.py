@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 
 import pytest
-from support.gates import GUARD
+from support.event_loops import HANG_TIMEOUT
 
 from fitloop._concurrency.background_writer import BackgroundWriter
 
@@ -42,7 +42,7 @@ def test_writer_when_jobs_are_given_then_they_run_in_order_in_one_other_thread()
 
 
 def assert_opened(gate: threading.Event) -> None:
-    assert gate.wait(GUARD)
+    assert gate.wait(HANG_TIMEOUT)
 
 
 def test_writer_when_many_threads_give_jobs_then_never_two_run_at_once() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from support.clocks import Clock
+from support.clocks import FakeClock
 from support.models import batches, blobs, loader, trainer
 
 import fitloop._trainer.fitloop as facade
@@ -34,7 +34,7 @@ def profiled(
     end: float = 0.0,
 ) -> ProfileReport:
     """Return the report on four batches, given the seconds of each part of a batch."""
-    clock = Clock()
+    clock = FakeClock()
     recorder = SpanRecorder(torch.device("cpu"), clock)
     started = clock.now
     for _ in range(4):
@@ -140,7 +140,7 @@ def test_report_when_nothing_was_run_then_says_so() -> None:
 
 
 def test_wrap_when_function_raises_then_its_time_counts_and_same_error() -> None:
-    clock = Clock()
+    clock = FakeClock()
     recorder = SpanRecorder(torch.device("cpu"), clock)
     error = ValueError("broken")
 
@@ -177,9 +177,9 @@ def test_trace_when_there_are_no_spans_then_still_valid_json(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """The clock of all profilers that trainers make."""
-    clock = Clock()
+    clock = FakeClock()
     monkeypatch.setattr(facade, "SpanRecorder", functools.partial(SpanRecorder, clock=clock))
     return clock
 
@@ -193,7 +193,7 @@ def counts(report: ProfileReport, phase: Phase = Phase.TRAIN) -> dict[str, int]:
 @pytest.mark.parametrize("kind", ["list", "dataloader", "generator"])
 @pytest.mark.parametrize("prefetch", [None, 0, 2], ids=str)
 async def test_profiler_when_phases_run_then_every_batch_has_its_spans(
-    kind: str, prefetch: int | None, clock: Clock
+    kind: str, prefetch: int | None, clock: FakeClock
 ) -> None:
     loaders: dict[str, Any] = {
         "list": batches(),
@@ -208,7 +208,7 @@ async def test_profiler_when_phases_run_then_every_batch_has_its_spans(
 
 
 @ONE_LOOP
-async def test_profiler_when_loader_is_slow_then_it_is_the_bottleneck(clock: Clock) -> None:
+async def test_profiler_when_loader_is_slow_then_it_is_the_bottleneck(clock: FakeClock) -> None:
     def slow() -> Iterator[Any]:
         for batch in batches():
             clock.spend(3.0)
@@ -221,7 +221,7 @@ async def test_profiler_when_loader_is_slow_then_it_is_the_bottleneck(clock: Clo
 
 
 @ONE_LOOP
-async def test_profiler_when_step_is_slow_then_it_is_the_bottleneck(clock: Clock) -> None:
+async def test_profiler_when_step_is_slow_then_it_is_the_bottleneck(clock: FakeClock) -> None:
     def slow(state: LoopState) -> dict[str, float]:
         clock.spend(2.0)
         return {"loss": 1.0}
@@ -231,7 +231,9 @@ async def test_profiler_when_step_is_slow_then_it_is_the_bottleneck(clock: Clock
     assert report.phases["train"].bottleneck == "step"
 
 
-async def test_profiler_when_stages_are_coroutines_then_their_awaits_count(clock: Clock) -> None:
+async def test_profiler_when_stages_are_coroutines_then_their_awaits_count(
+    clock: FakeClock,
+) -> None:
     async def slow(state: LoopState) -> dict[str, float]:
         clock.spend(1.0)
         await anyio.lowlevel.checkpoint()
@@ -248,7 +250,7 @@ async def test_profiler_when_stages_are_coroutines_then_their_awaits_count(clock
 
 
 async def test_profiler_when_loader_is_async_then_it_is_the_bottleneck(
-    clock: Clock,
+    clock: FakeClock,
 ) -> None:
     async def slow() -> AsyncIterator[Any]:
         for batch in batches():

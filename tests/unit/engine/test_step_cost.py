@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.opcode_count import TRACED, Fit, told, work_of_a_batch
+from support.opcode_count import IS_TRACED, Fit, counts_text, work_per_batch
 from torch import nn
 
 from fitloop import FitLoop, LoopState
 
 pytestmark = [
-    pytest.mark.skipif(TRACED, reason="something else traces the interpreter"),
+    pytest.mark.skipif(IS_TRACED, reason="something else traces the interpreter"),
     pytest.mark.skipif(
         sys.version_info[:2] != (3, 11), reason="opcodes are of Python 3.11 here, others differ"
     ),
@@ -74,14 +74,14 @@ def fitting(*, keep: bool, seed: int | None, unknown: bool) -> Fit:
 def test_batch_when_trained_then_takes_no_more_opcodes_and_calls_than_it_did(
     fit: Fit, opcodes: int, calls: int
 ) -> None:
-    executed, called = work_of_a_batch(fit)
-    assert executed.total() <= opcodes, told(executed)
-    assert called.total() <= calls, told(called)
+    executed, called = work_per_batch(fit)
+    assert executed.total() <= opcodes, counts_text(executed)
+    assert called.total() <= calls, counts_text(called)
 
 
 def test_batch_when_counted_again_then_is_the_same() -> None:
     fit = fitting(keep=True, seed=0, unknown=True)
-    assert work_of_a_batch(fit) == work_of_a_batch(fit)
+    assert work_per_batch(fit) == work_per_batch(fit)
 
 
 def test_state_when_its_attributes_are_read_then_the_interpreter_may_take_its_short_cuts() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.gates import GUARD
+from support.event_loops import HANG_TIMEOUT
 from support.made_up_runs import (
-    epoch,
     epoch_ended,
+    epoch_events,
     epoch_started,
     phase_ended,
     phase_started,
@@ -89,7 +89,7 @@ def test_follower_when_the_directory_is_a_file_then_tells_nothing(tmp_path: Path
 def test_follower_when_a_run_goes_then_tells_each_event_once_with_its_time(log: Log) -> None:
     log.begin(1.5)
     assert log.follower.poll() == [TimedEvent(run_started(), 1.5)]
-    for event in (*epoch(1), *epoch(2), run_ended(2)):
+    for event in (*epoch_events(1), *epoch_events(2), run_ended(2)):
         log.append(event)
         assert log.follower.poll() == [TimedEvent(event, 2.0)]
         assert log.follower.poll() == []
@@ -169,12 +169,12 @@ def test_follower_when_the_next_run_has_its_place_then_tells_the_end_of_the_one_
     log: Log,
 ) -> None:
     log.begin(1.0)
-    log.append(*epoch(1))
+    log.append(*epoch_events(1))
     log.poll()
-    log.append(*epoch(2), run_ended(2))
+    log.append(*epoch_events(2), run_ended(2))
     log.begin(9.0)
     log.append(epoch_started(1))
-    assert log.poll() == [*epoch(2), run_ended(2), run_started(), epoch_started(1)]
+    assert log.poll() == [*epoch_events(2), run_ended(2), run_started(), epoch_started(1)]
 
 
 def test_follower_when_the_file_is_replaced_while_it_looks_then_loses_nothing(
@@ -229,7 +229,7 @@ def test_follower_when_a_run_has_ended_then_keeps_no_file_open_and_tells_the_nex
 
 def test_follower_when_a_run_died_then_tells_of_the_one_that_goes_on(log: Log) -> None:
     log.begin(1.0)
-    log.append(*epoch(1))
+    log.append(*epoch_events(1))
     log.poll()
     log.log.start(encode_head("t", History(), RunInfo("fit", 3, 2, 1, 5.0)))
     [started] = log.follower.poll()
@@ -239,7 +239,7 @@ def test_follower_when_a_run_died_then_tells_of_the_one_that_goes_on(log: Log) -
 
 def test_follower_when_the_run_goes_back_then_it_is_not_told_to_begin_again(log: Log) -> None:
     log.begin(1.0)
-    log.append(*epoch(1), *epoch(2))
+    log.append(*epoch_events(1), *epoch_events(2))
     log.poll()
     log.append(epoch_started(3))
     log.begin(1.0)
@@ -270,7 +270,7 @@ def files(draw: st.DrawFn) -> list[tuple[float, list[Event]]]:
         events: list[Event] = [WENT_BACK] if goes_on else []
         for number in range(1, draw(st.integers(1, 3)) + 1):
             batches = draw(st.lists(st.integers(1, 199), max_size=4, unique=True).map(sorted))
-            events += epoch(number, batches=tuple(batches))
+            events += epoch_events(number, batches=tuple(batches))
         if draw(st.booleans()):
             events.append(run_ended())
         else:
@@ -470,7 +470,7 @@ def test_follower_when_the_log_is_no_file_then_refuses_it_and_does_not_wait(
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
-    thread.join(GUARD)
+    thread.join(HANG_TIMEOUT)
     assert not thread.is_alive()
     assert "it is no file" in str(raised[0])
 

@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
-from support.gates import GUARD, one_loop, to_loop
+from support.event_loops import HANG_TIMEOUT, plain_asyncio, threadsafe_scheduler
 from support.models import batches, sync_trainer, trainer
 from support.state_comparison import fingerprint
 
@@ -351,7 +351,7 @@ def test_log_when_it_is_a_pipe_then_it_is_refused_and_not_waited_for(tmp_path: P
     waited = thread.is_alive()
     if waited:  # it is let go, with nothing to read
         os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
-        thread.join(GUARD)
+        thread.join(HANG_TIMEOUT)
     assert not waited
     assert "no file" in str(raised[0])
 
@@ -432,11 +432,11 @@ def test_log_when_metrics_are_cleared_between_runs_then_the_next_run_begins_it(
     assert contents(read_metrics(tmp_path)) == contents(fitted.M)
 
 
-@one_loop
+@plain_asyncio
 async def test_log_when_a_run_is_cancelled_then_is_what_the_trainer_has(
     tmp_path: Path, anyio_backend: Any
 ) -> None:
-    scope, call = anyio.CancelScope(), to_loop()
+    scope, call = anyio.CancelScope(), threadsafe_scheduler()
 
     def callback(event: Any) -> None:
         if event.kind == "phase_ended" and event.epoch == 2:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tensors import random_bytes
+from support.tensors import random_tensor
 from torch import Tensor, nn
 
 from fitloop._storage import tensors
@@ -77,7 +77,7 @@ def test_payload_when_one_element_has_an_odd_stride_then_is_written(tensor: Tens
 def test_copy_when_of_any_dtype_then_holds_the_same_bytes(
     dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    tensor = random_bytes(dtype, shape)
+    tensor = random_tensor(dtype, shape)
     (payload,) = payloads(SnapshotBuffers().copy({"x": tensor}, ())).values()
     expected = payload_of("x", tensor)
     assert (payload.dtype, payload.shape) == (expected.dtype, expected.shape)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.tensors import assert_same, random_bytes, raw_bytes, small_state
+from support.tensors import assert_same_tensors, random_tensor, raw_bytes, small_state
 from torch import Tensor, nn
 
 from fitloop._errors import CheckpointError
@@ -39,19 +39,19 @@ msgpack: Any = msgpack_library
 def test_every_dtype_and_shape_round_trips_bit_for_bit(
     tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...], transposed: bool
 ) -> None:
-    tensor = random_bytes(dtype, shape)
+    tensor = random_tensor(dtype, shape)
     state = {"x": tensor.mT if transposed and tensor.dim() > 1 else tensor}
     path = tmp_path / "w.msgpack"
     write_weights(path, state, overwrite=True)
-    assert_same(read_weights(path), state)
+    assert_same_tensors(read_weights(path), state)
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("dtype", tensors.DTYPES.values(), ids=str)
 def test_every_dtype_round_trips(tmp_path: Path, dtype: torch.dtype) -> None:
-    state = {"x": random_bytes(dtype, (3, 2))}
+    state = {"x": random_tensor(dtype, (3, 2))}
     write_weights(tmp_path / "w.msgpack", state)
-    assert_same(read_weights(tmp_path / "w.msgpack"), state)
+    assert_same_tensors(read_weights(tmp_path / "w.msgpack"), state)
 
 
 def test_views_strides_and_lazy_conjugates_round_trip(tmp_path: Path) -> None:
@@ -70,7 +70,9 @@ def test_views_strides_and_lazy_conjugates_round_trip(tmp_path: Path) -> None:
     write_weights(tmp_path / "w.msgpack", state)
     found = read_weights(tmp_path / "w.msgpack")
     for name, tensor in state.items():
-        assert_same({name: found[name]}, {name: tensor.detach().resolve_conj().resolve_neg()})
+        assert_same_tensors(
+            {name: found[name]}, {name: tensor.detach().resolve_conj().resolve_neg()}
+        )
     assert not found["parameter"].requires_grad
 
 
@@ -103,7 +105,7 @@ def test_any_msgpack_library_can_walk_a_file(
     assert unpacker.tell() == len(data)
     assert [len(item) for item in payloads] == [10, 10, 4, 10, 6, 0]
     assert b"".join(payloads) == raw_bytes(state["weight"]) + raw_bytes(state["bias"])
-    assert_same(read_weights(tmp_path / "w.msgpack"), state)
+    assert_same_tensors(read_weights(tmp_path / "w.msgpack"), state)
 
 
 def forged(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -216,7 +218,7 @@ def test_forged_headers_are_named(
 def test_unknown_keys_in_the_header_are_ignored(tmp_path: Path) -> None:
     write_weights(tmp_path / "w.msgpack", small_state())
     path = forged(tmp_path / "w.msgpack", lambda header: header.update(later={"a": [1]}))
-    assert_same(read_weights(path), small_state())
+    assert_same_tensors(read_weights(path), small_state())
 
 
 def test_bools_that_are_neither_are_refused(tmp_path: Path) -> None:
@@ -250,4 +252,4 @@ def test_a_header_larger_than_the_first_read_is_read(
 ) -> None:
     monkeypatch.setattr(layout, "_FIRST_READ", 7)
     write_weights(tmp_path / "w.msgpack", small_state())
-    assert_same(read_weights(tmp_path / "w.msgpack"), small_state())
+    assert_same_tensors(read_weights(tmp_path / "w.msgpack"), small_state())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support.tensors import SUFFIXES, assert_same, small_state
+from support.tensors import SUFFIXES, assert_same_tensors, small_state
 from torch import Tensor, nn
 
 from fitloop._errors import CheckpointError
@@ -41,7 +41,7 @@ def test_tied_weights_are_written_and_load_into_a_tied_model(tmp_path: Path, suf
     write_weights(path, source.state_dict())
     apply_weights(target, read_weights(path))
     assert target[0].weight is target[1].weight
-    assert_same(dict(target.named_parameters()), dict(source.named_parameters()))
+    assert_same_tensors(dict(target.named_parameters()), dict(source.named_parameters()))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -49,7 +49,7 @@ def test_every_format_round_trips_a_model(tmp_path: Path, suffix: str) -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     path = tmp_path / "new" / "folder" / f"w{suffix}"
     write_weights(path, model.state_dict())
-    assert_same(read_weights(path, map_location="cpu"), model.state_dict())
+    assert_same_tensors(read_weights(path, map_location="cpu"), model.state_dict())
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
     assert os.listdir(path.parent) == [path.name]
 
@@ -133,7 +133,7 @@ def test_map_location_brings_tensors_to_a_device(tmp_path: Path, suffix: str) ->
     write_weights(tmp_path / f"w{suffix}", state)
     found = read_weights(tmp_path / f"w{suffix}", map_location="cuda")
     assert all(tensor.is_cuda for tensor in found.values())
-    assert_same(read_weights(tmp_path / f"w{suffix}"), small_state())
+    assert_same_tensors(read_weights(tmp_path / f"w{suffix}"), small_state())
 
 
 # Writing
@@ -172,9 +172,9 @@ def test_an_existing_file_stays_without_overwrite(tmp_path: Path, suffix: str) -
     other = {"weight": torch.zeros(1)}
     with pytest.raises(CheckpointError, match="exists already; pass overwrite=True"):
         write_weights(path, other)
-    assert_same(read_weights(path), small_state())
+    assert_same_tensors(read_weights(path), small_state())
     write_weights(path, other, overwrite=True)
-    assert_same(read_weights(path), other)
+    assert_same_tensors(read_weights(path), other)
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -240,7 +240,7 @@ def test_a_disk_that_fails_leaves_the_old_file_and_no_other(
     assert isinstance(caught.value.__cause__, OSError)
     assert os.listdir(tmp_path) == before
     if overwrite:
-        assert_same(read_weights(path), small_state())
+        assert_same_tensors(read_weights(path), small_state())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses the limit of a file's size")

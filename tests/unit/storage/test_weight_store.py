@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support.tensors import assert_same, small_state
+from support.tensors import assert_same_tensors, small_state
 from torch import Tensor, nn
 
 from fitloop._errors import CheckpointError
@@ -32,7 +32,7 @@ def test_a_store_keeps_what_was_saved_last(store: WeightsStore) -> None:
     store.save("best", small_state())
     store.save("best", {"weight": torch.zeros(2, 3), "other": torch.ones(1)})
     assert store.exists("best")
-    assert_same(store.load("best"), {"weight": torch.zeros(2, 3), "other": torch.ones(1)})
+    assert_same_tensors(store.load("best"), {"weight": torch.zeros(2, 3), "other": torch.ones(1)})
     store.delete("best")
     assert not store.exists("best")
     for call in (store.load, store.delete):
@@ -48,10 +48,10 @@ def test_a_store_aliases_neither_the_model_nor_what_it_gave(store: WeightsStore)
     with torch.no_grad():
         model.weight.zero_()
     given["bias"].zero_()
-    assert_same(store.load("w"), before)
+    assert_same_tensors(store.load("w"), before)
     again = store.load("w")
     store.save("w", model.state_dict())
-    assert_same(again, before)
+    assert_same_tensors(again, before)
 
 
 def test_memory_is_used_again_where_it_fits() -> None:
@@ -61,7 +61,7 @@ def test_memory_is_used_again_where_it_fits() -> None:
     store.save("w", {"weight": torch.ones(2, 3), "bias": torch.ones(3)})
     kept = store._kept["w"]
     assert kept["weight"].data_ptr() == places["weight"]
-    assert_same(kept, {"weight": torch.ones(2, 3), "bias": torch.ones(3)})
+    assert_same_tensors(kept, {"weight": torch.ones(2, 3), "bias": torch.ones(3)})
 
 
 def test_memory_of_tied_weights_is_not_shared_once_they_are_not_tied() -> None:
@@ -70,7 +70,7 @@ def test_memory_of_tied_weights_is_not_shared_once_they_are_not_tied() -> None:
     assert store._kept["w"]["a"] is store._kept["w"]["b"]
     untied = {"a": torch.zeros(3), "b": torch.full((3,), 2.0)}
     store.save("w", untied)
-    assert_same(store.load("w"), untied)
+    assert_same_tensors(store.load("w"), untied)
 
 
 def test_memory_keeps_copies_of_what_is_no_tensor_and_of_versions() -> None:
@@ -105,7 +105,7 @@ def test_weights_are_applied_in_place() -> None:
     parameters = list(target.parameters())
     apply_weights(target, source.state_dict())
     assert all(a is b for a, b in zip(target.parameters(), parameters, strict=True))
-    assert_same(target.state_dict(), source.state_dict())
+    assert_same_tensors(target.state_dict(), source.state_dict())
     assert parameters[0].requires_grad
 
 
@@ -123,10 +123,10 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
     assert "missing: '0.bias'; unexpected: 'x0', " in message
     assert "'x9', ... and 2 more; differing: " in message
     assert "'1.weight' (model (1, 3), weights (3, 1)), '1.bias' (a int for a tensor)" in message
-    assert_same(model.state_dict(), before)
+    assert_same_tensors(model.state_dict(), before)
     with pytest.raises(CheckpointError, match="do not fit the model: differing:"):
         apply_weights(model, state, strict=False)
-    assert_same(model.state_dict(), before)
+    assert_same_tensors(model.state_dict(), before)
 
 
 def test_not_strict_leaves_out_what_only_one_has() -> None:
@@ -162,5 +162,5 @@ def test_a_model_whose_own_loading_fails_is_put_back() -> None:
     state = {"weight": torch.ones(2, 2), "bias": torch.ones(2), "_extra_state": 5}
     with pytest.raises(CheckpointError, match=r"did not take the weights:(.|\n)*too large"):
         apply_weights(model, state)
-    assert_same(dict(model.named_parameters()), before)
+    assert_same_tensors(dict(model.named_parameters()), before)
     assert model.scale == 1

@@ -1,0 +1,40 @@
+"""Event loops that a test runs under, and calls into them from other threads."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+HANG_TIMEOUT = 20.0
+"""seconds after which a test that hangs fails; no test passes or fails by it otherwise"""
+
+
+def loop_parameter(name: str) -> Any:
+    backends: dict[str, Any] = {
+        "asyncio": ("asyncio", {"debug": True}),
+        "uvloop": ("asyncio", {"use_uvloop": True}),
+        "trio": ("trio", {}),
+    }
+    missing = importlib.util.find_spec(name) is None
+    mark = pytest.mark.skipif(missing, reason=f"{name} is not installed")
+    return pytest.param(backends[name], id=name, marks=mark)
+
+
+asyncio_loops = pytest.mark.parametrize(
+    "anyio_backend", [loop_parameter("asyncio"), loop_parameter("uvloop")]
+)
+plain_asyncio = pytest.mark.parametrize("anyio_backend", [loop_parameter("asyncio")])
+
+
+def threadsafe_scheduler() -> Callable[[Callable[[], object]], object]:
+    """Return a function that has something called on the running event loop, from any thread."""
+    try:
+        return asyncio.get_running_loop().call_soon_threadsafe
+    except RuntimeError:
+        import trio
+
+        return trio.lowlevel.current_trio_token().run_sync_soon
