@@ -32,7 +32,7 @@ from fitloop._bench.loader_access import (
     refuse_one_shot,
     tensor_bytes,
 )
-from fitloop._bench.timing import BareLoop, PassTimer, StepInspector
+from fitloop._bench.timing import BareLoop, ListedValues, PassTimer, StepInspector
 from fitloop._concurrency.control import Cancelled
 from fitloop._concurrency.time_slices import TimeSliceHook
 from fitloop._concurrency.torch_threads import intra_op_threads
@@ -41,7 +41,7 @@ from fitloop._data.inspection import length_of, loader_label, sample_count
 from fitloop._data.loaders import LoadingOptions
 from fitloop._engine.event_bus import EventBus
 from fitloop._engine.loop import Engine
-from fitloop._engine.loop_state import LoopState
+from fitloop._engine.loop_state import LoopState, StateWriter
 from fitloop._engine.stages import Stages
 from fitloop._errors import ConfigurationError, FitLoopError
 from fitloop._rng.guard import RngGuard, save_global_state
@@ -322,14 +322,14 @@ class BenchRun(Run):
         batches = self._access.iterable(self._loader) if from_loader else self._in_memory(limit)
         if variant is Variant.LOAD:
             return loop.read(batches)
-        state = self._begin_epoch(engine, limit)
+        writer = self._begin_epoch(engine, limit)
         step = Stages(self._core.config).get(Phase.TRAIN, Stage.BATCH_STEP)
         if not self._inspector.is_async:
-            return loop.train(step, state, batches)
+            return loop.train(step, writer, batches)
         timings: list[PassTiming] = []
 
         async def train(_trainer: Any) -> None:
-            timings.append(await loop.train_async(step, state, batches))
+            timings.append(await loop.train_async(step, writer, batches))
 
         engine.call_plain(LABELS[variant], train, None)
         return timings[0]
@@ -359,17 +359,20 @@ class BenchRun(Run):
             after_batch=schedulers.after_batch if schedulers and per_batch else None,
         )
 
-    def _begin_epoch(self, engine: Engine, limit: int) -> LoopState:
+    def _begin_epoch(self, engine: Engine, limit: int) -> StateWriter:
         """Do by hand what the engine does before the first step; return the step's argument."""
         parts, plan = self._core.config, self._plan
-        state = LoopState(parts, Phase.TRAIN, plan.first_epoch, self._control.stop)
+        writer = StateWriter(
+            parts, Phase.TRAIN, plan.first_epoch, self._control.stop, values=ListedValues()
+        )
+        state = writer.state
         if not plan.define_all:
             parts.model.train()
         torch.set_grad_enabled(True)
         start = Stages(parts).get(Phase.TRAIN, Stage.EPOCH_START)
         engine.call_plain("train epoch_start", start and (lambda _trainer: start(state)), None)
-        state._begin(limit, sample_count(self._loader, limit))
-        return state
+        writer.begin(limit, sample_count(self._loader, limit))
+        return writer
 
     def _in_memory(self, limit: int) -> list[Any]:
         return list(islice(cycle(self._memory), limit))

@@ -20,7 +20,7 @@ from fitloop._bench.budget import FirstEstimate
 from fitloop._bench.figures import PassTiming
 from fitloop._concurrency.control import RunControl
 from fitloop._data.sources import END
-from fitloop._engine.loop_state import LoopState
+from fitloop._engine.loop_state import StateWriter
 from fitloop._errors import UnknownMetricError
 from fitloop._types import Phase
 
@@ -164,13 +164,13 @@ class BareLoop:
             pass
         return self._timer.result(time.thread_time() - cpu_start)
 
-    def train(self, step: Any, state: LoopState, iterable: Any) -> PassTiming:
+    def train(self, step: Any, writer: StateWriter, iterable: Any) -> PassTiming:
         """Read and step, one after the other."""
-        put = _collect_in_lists(state)
+        put, state = writer.values.put, writer.state
         optimizers, after_batch = self._optimizers, self._after_batch
         cpu_start = time.thread_time()
         for batch in self._batches(iterable):
-            state._next(batch)
+            writer.next_batch(batch)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             put(step(state))
@@ -178,11 +178,11 @@ class BareLoop:
                 after_batch()
         return self._timer.result(time.thread_time() - cpu_start)
 
-    async def train_async(self, step: Any, state: LoopState, iterable: Any) -> PassTiming:
+    async def train_async(self, step: Any, writer: StateWriter, iterable: Any) -> PassTiming:
         """Read and step, one after the other, with a step that is awaited."""
-        put = _collect_in_lists(state)
+        put, state = writer.values.put, writer.state
         for batch in self._batches(iterable):
-            state._next(batch)
+            writer.next_batch(batch)
             for optimizer in self._optimizers:
                 optimizer.zero_grad()
             put(await step(state))
@@ -248,12 +248,6 @@ class ListedValues:
         if any(isinstance(value, Tensor) and value.ndim for value in values):
             return values
         return torch.tensor([float(value) for value in values], dtype=torch.float64)
-
-
-def _collect_in_lists(state: LoopState) -> Callable[[Any], None]:
-    values: Any = ListedValues()
-    state._values = values  # for a step that reads earlier values
-    return values.put  # type: ignore[no-any-return]
 
 
 class StepInspector:

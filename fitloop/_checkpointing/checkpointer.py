@@ -1,7 +1,7 @@
-"""When snapshots are taken, and what a run that is resumed begins with.
+"""`Checkpoint`, the policy of a run for its snapshots, and `Checkpointer`, which carries it out.
 
-`Checkpoint` is the users' wish. `Checkpointer` observes a run: it copies the state when a
-snapshot is due and has a writer thread do the rest. Knows neither the engine nor the bytes.
+A `Checkpointer` observes a run. If a snapshot is due, it copies the state of the trainer on the
+step thread; the writer thread writes it. Knows neither the engine nor the format of the file.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from fitloop._checkpointing.archive import Archive
-from fitloop._checkpointing.snapshot import PreparedSnapshot, RunPart, take_snapshot
+from fitloop._checkpointing.run_position import RunPosition
+from fitloop._checkpointing.snapshot import PreparedSnapshot, take_snapshot
 from fitloop._concurrency.background_writer import BackgroundWriter
+from fitloop._concurrency.control import RunControl
 from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, Event, SnapshotFailed, SnapshotWritten
@@ -26,29 +28,28 @@ from fitloop._training.trainer_state import TrainerState
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When ``fit`` takes a snapshot of the whole training, and how many it keeps.
+    """The policy of ``fit`` for snapshots: when one is taken, and how many are kept.
 
-    Whatever comes first: the intervals are independent of each other, and one more is taken when
-    the run ends. Training waits for the copy of the state in memory; a thread writes it to
-    ``save_path/snapshots``. While it writes, a snapshot that is due waits for the next batch
-    boundary.
+    A snapshot is due when any of the intervals is over, and when the run ends. Training waits
+    while its state is copied in memory; a thread writes the copy to ``save_path/snapshots``. A
+    snapshot that becomes due during a write is taken at the first batch boundary after it.
 
     Raises ConfigurationError for values that cannot work.
     """
 
     every_epochs: int | None = 1
     every_batches: int | None = None
-    """train batches"""
+    """interval in train batches"""
     every_seconds: float | None = None
-    """of wall-clock time"""
+    """interval in wall-clock time"""
     keep: int | None = 2
-    """how many of the running fit are kept; None keeps all. The end of every fit is kept too"""
+    """snapshots of the running fit to keep; None keeps all. The last of each fit always stays"""
     on_error: Literal["raise", "warn"] = "raise"
-    """a snapshot that cannot be written ends the run with a CheckpointError at the next batch
-    boundary, or is told by a `SnapshotFailed` event while training goes on"""
+    """"raise": a snapshot that cannot be written ends the run with a CheckpointError at the next
+    batch boundary; "warn": it causes a `SnapshotFailed` event, and training goes on"""
     overwrite: bool = False
-    """a run that is not resumed removes the snapshots of an earlier training; else they are
-    a CheckpointError"""
+    """whether a run that is not resumed removes the snapshots of an earlier training; otherwise
+    they cause a CheckpointError"""
 
     def __post_init__(self) -> None:
         for name in ("every_epochs", "every_batches", "keep"):
@@ -61,7 +62,13 @@ class Checkpoint:
 
 
 class Checkpointer:
-    """Takes the snapshots of one run. On the step thread, but for the writing."""
+    """Takes the snapshots of one run: on the step thread, except for the writing.
+
+    Args:
+        position: returns the position of the run; its argument says whether the run has finished.
+        outside: calls a function while no random stream of the trainer is in use.
+        control: of the run. A cancelled run takes one more snapshot.
+    """
 
     def __init__(
         self,
@@ -69,126 +76,125 @@ class Checkpointer:
         core: TrainerState,
         archive: Archive,
         writer: BackgroundWriter,
-        part: Callable[[bool], RunPart],
-        rest: Callable[[Callable[[], None]], None],
-        cut: Callable[[], bool],
+        *,
+        position: Callable[[bool], RunPosition],
+        outside: Callable[[Callable[[], None]], object],
+        control: RunControl,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._policy = policy
         self._core = core
         self._archive = archive
         self._writer = writer
-        self._part = part
-        """makes what the run adds, given whether it has ended"""
-        self._rest = rest
-        """calls a function while no stream of random numbers is entered"""
-        self._cut = cut
-        """whether the run ends after this batch, before its time"""
+        self._position = position
+        self._outside = outside
+        self._control = control
         self._clock = clock
         self._staging = SnapshotBuffers()
         self._outcomes: deque[Event] = deque()
-        self._writing = False
+        """events of the writer thread that are not emitted yet"""
+        self._is_writing = False
         self._epochs = 0
         self._batches = 0
-        self._due = False
-        self._last = clock()
+        self._is_due = False
+        self._last_taken = clock()
 
     def after_batch(self) -> None:
-        """Take a snapshot if one is due; a batch hook."""
+        """Take a snapshot if one is due; called after each train batch."""
         policy = self._policy
         self._batches += 1
         if self._outcomes:
-            self._rest(self._tell)
+            self._outside(self._emit_outcomes)
         if policy.every_batches is not None and self._batches >= policy.every_batches:
-            self._due = True
-        elif policy.every_seconds is not None and not self._due:
-            self._due = self._clock() - self._last >= policy.every_seconds
-        if (self._due or self._cut()) and not self._writing:
-            self._rest(self._take)
+            self._is_due = True
+        elif policy.every_seconds is not None and not self._is_due:
+            self._is_due = self._clock() - self._last_taken >= policy.every_seconds
+        if (self._is_due or self._control.cancelled) and not self._is_writing:
+            self._outside(self._take)
 
     def observe(self, event: Event) -> None:
-        """Take a snapshot at the end of an epoch, if one is due; an observer."""
+        """Take a snapshot at the end of an epoch if one is due."""
         if not isinstance(event, EpochEnded):
             return
-        self._tell()
+        self._emit_outcomes()
         self._epochs += 1
         policy = self._policy
         if policy.every_epochs is not None and self._epochs >= policy.every_epochs:
-            self._due = True
+            self._is_due = True
         if event.epoch_in_run == event.epochs:
-            # What more epochs would go on from: the best weights may be restored after it.
-            self._due = True
+            # A later fit with more epochs resumes here, before the best weights are restored.
+            self._is_due = True
             self._writer.close()
-        if self._due and not self._writing and event.complete:
+        if self._is_due and not self._is_writing and event.complete:
             self._take()
 
-    def finish(self, *, ended: bool) -> None:
-        """Take the last snapshot, if the run has ended, and return when all is durable.
+    def finish(self, *, finished: bool) -> None:
+        """Take the last snapshot of a finished run, and return when all are durable.
 
-        Raises `CheckpointError` when something could not be written, if that is the wish.
+        Raises `CheckpointError` if one could not be written and the policy says "raise".
         """
         self._writer.close()
         try:
-            self._tell()
+            self._emit_outcomes()
         finally:
-            if ended:
+            if finished:
                 self._take(finished=True)
                 self._writer.close()
-                self._tell()
+                self._emit_outcomes()
 
     def _take(self, *, finished: bool = False) -> None:
-        self._due = False
+        self._is_due = False
         self._epochs = self._batches = 0
-        self._last = self._clock()
-        part = self._part(finished)
+        self._last_taken = self._clock()
+        position = self._position(finished)
         path = self._archive.next_path()
         try:
-            taken = take_snapshot(self._core, self._staging, part)
+            prepared = take_snapshot(self._core, self._staging, position)
         except CheckpointError as error:
-            self._outcomes.append(self._failure(path, part, error))
-            self._tell()
+            self._outcomes.append(self._failure(path, position, error))
+            self._emit_outcomes()
             return
-        self._writing = True
+        self._is_writing = True
         try:
-            self._writer.submit(lambda: self._write(taken, part, path, finished))
+            self._writer.submit(lambda: self._write(prepared, position, path))
         except BaseException:
-            self._writing = False
+            self._is_writing = False
             raise
 
-    def _write(self, taken: PreparedSnapshot, part: RunPart, path: Path, finished: bool) -> None:
-        """Write to disk; on the writer's thread."""
-        began = self._clock()
-        position = part.position
-        where = {"epoch": position["epoch"], "batch": position["batch"]}
+    def _write(self, prepared: PreparedSnapshot, position: RunPosition, path: Path) -> None:
+        """Write the snapshot to disk; on the writer thread."""
+        started = self._clock()
         try:
-            size = taken.write(path, overwrite=True)
-            fit = position["fit"]
-            self._archive.add(path, fit, finished=finished, keep=self._policy.keep)
+            size = prepared.write(path, overwrite=True)
+            self._archive.add(
+                path, position.fit, finished=position.finished, keep=self._policy.keep
+            )
             self._outcomes.append(
                 SnapshotWritten(
                     trainer=self._core.config.name,
                     path=str(path),
                     nbytes=size,
-                    seconds=self._clock() - began,
-                    **where,
+                    seconds=self._clock() - started,
+                    epoch=position.epoch,
+                    batch=position.batch,
                 )
             )
-        except Exception as error:  # told on the step thread
-            self._outcomes.append(self._failure(path, part, error))
+        except Exception as error:  # the step thread emits it
+            self._outcomes.append(self._failure(path, position, error))
         finally:
-            self._writing = False
+            self._is_writing = False
 
-    def _failure(self, path: Path, part: RunPart, error: Exception) -> SnapshotFailed:
+    def _failure(self, path: Path, position: RunPosition, error: Exception) -> SnapshotFailed:
         return SnapshotFailed(
             trainer=self._core.config.name,
-            epoch=part.position["epoch"],
-            batch=part.position["batch"],
+            epoch=position.epoch,
+            batch=position.batch,
             path=str(path),
             error=reason(error),
         )
 
-    def _tell(self) -> None:
-        """Emit what the writer has to say; raise for a failure, if that is the wish."""
+    def _emit_outcomes(self) -> None:
+        """Emit the events of the writer thread; raise for a failure if the policy says so."""
         while self._outcomes:
             event = self._outcomes.popleft()
             self._core.event_bus.emit(event)
@@ -200,9 +206,9 @@ class Checkpointer:
 
 
 def check_checkpoint(checkpoint: object, *, resume: bool) -> Checkpoint | None:
-    """Return the policy of a run; None for one without snapshots.
+    """Return the policy of a run; None if it takes no snapshots.
 
-    Raises ConfigurationError when it is none.
+    Raises ConfigurationError if ``checkpoint`` is not a `Checkpoint`.
     """
     if checkpoint is None:
         return Checkpoint() if resume else None

@@ -1,7 +1,6 @@
-"""What a run writes into its metric log, when, and what becomes of it when that fails.
+"""The records that a run writes into its metric log, and the handling of writes that fail.
 
-Owns the order of the records of one run and how often those are written that pass. Called on the
-run's step thread; the file is written on the writer's.
+Called on the run's step thread; the records are written on the writer thread.
 """
 
 from __future__ import annotations
@@ -26,11 +25,15 @@ from fitloop._storage.metric_log import MetricLog
 from fitloop._training.trainer_state import TrainerState
 
 PROGRESS_SECONDS = 1.0
-"""least time between two records of how far a phase is"""
+"""least time between two records of the progress in a phase"""
 
 
 class RunLog:
-    """The log of one run: an observer. ``raises`` is whether a failed write ends the run."""
+    """The metric log of one run, which observes its events.
+
+    ``raises`` says whether a write that fails ends the run; otherwise it causes a
+    `SnapshotFailed` event.
+    """
 
     def __init__(
         self,
@@ -44,84 +47,82 @@ class RunLog:
         self._writer = writer
         self._raises = raises
         self._clock = clock
-        self._started: RunStarted | None = None
-        self._run: RunInfo | None = None
-        """once the log is of this run"""
-        self._told_at = 0.0
-        """when the last record was made that says how far a phase is"""
-        self._to_write: deque[tuple[bytes, bool]] = deque()
-        """records, and whether they pass"""
+        self._facts: RunInfo | None = None
+        """data of the run in the head of the log; None before `begin`"""
+        self._progress_at = 0.0
+        """time of the last record about the progress in a phase"""
+        self._records: deque[tuple[bytes, bool]] = deque()
+        """records to be written, each with whether it is replaceable"""
         self._error: tuple[MetricLog, CheckpointError] | None = None
 
-    def begin(self, epochs_done: int) -> None:
-        """Begin the log with the history as it is; ``epochs_done`` before it was resumed."""
-        started = self._started
-        assert started is not None
-        self._run = RunInfo(
-            started.call, started.epochs, started.first_epoch, epochs_done, self._clock()
-        )
-        self._begin()
+    def begin(self, started: RunStarted, epochs_before: int) -> None:
+        """Start the log with the present history.
 
-    def _begin(self) -> None:
-        # Anew for each run: whatever happened to file or history meanwhile, they are the same.
+        ``epochs_before`` is the number of epochs that the run completed before it was resumed.
+        """
+        self._facts = RunInfo(
+            started.call, started.epochs, started.first_epoch, epochs_before, self._clock()
+        )
+        self._write_head()
+
+    def _write_head(self) -> None:
+        # A new file for each run, since the old one need not agree with the history any more.
         core = self._core
         log = MetricLog(core.config.save_path)
         try:
-            log.start(encode_head(core.config.name, core.history, self._run))
+            log.start(encode_head(core.config.name, core.history, self._facts))
         except CheckpointError as error:
-            self._failed(log, error)
+            self._fail(log, error)
         else:
             core.metric_log = log
 
     def observe(self, event: Event) -> None:
-        """Write what the event adds to the history, and what others are to see of the run."""
-        self.tell_error()
-        if isinstance(event, RunStarted):
-            self._started = event
-        elif isinstance(event, RunEnded):
+        """Record the event; raise `CheckpointError` if an earlier record could not be written."""
+        self.raise_error()
+        if isinstance(event, RunEnded):
             self._end(event)
         elif isinstance(event, WentBack):
-            self._go_back(event)
+            self._restart(event)
         elif isinstance(event, BatchProgress):
-            # Whichever way: the clock of the day may be set back.
-            if abs(self._clock() - self._told_at) >= PROGRESS_SECONDS:
+            # The difference may be negative, since the system clock may be set back.
+            if abs(self._clock() - self._progress_at) >= PROGRESS_SECONDS:
                 self._append(event)
         else:
             self._append(event)
 
     def _append(self, event: Event) -> None:
-        log = self._keep(event)
-        if log is not None and len(self._to_write) == 1:  # or a job waits that takes it along
+        log = self._add_record(event)
+        if log is not None and len(self._records) == 1:  # else a waiting job writes this one too
             self._writer.submit(lambda: self._write(log))
 
-    def _keep(self, event: Event) -> MetricLog | None:
-        """Have a record of the event among those to be written; return the log if it has one."""
+    def _add_record(self, event: Event) -> MetricLog | None:
+        """Queue the record of an event; return the log, or None if there is nothing to write."""
         log = self._core.metric_log
-        if log is None or self._run is None:
+        if log is None or self._facts is None:
             return None
         now = self._clock()
         record = encode_event(event, now)
         if record is None:
             return None
         if isinstance(event, BatchProgress | PhaseStarted):
-            self._told_at = now
-        self._to_write.append((record, isinstance(event, BatchProgress)))
+            self._progress_at = now
+        self._records.append((record, isinstance(event, BatchProgress)))
         return log
 
     def _write(self, log: MetricLog) -> None:
         if self._error is not None:
-            return  # a gap would make later records those of other epochs
+            return  # a record after a gap would belong to another epoch
         joined: list[bytes] = []
         try:
-            while self._to_write:
-                record, passing = self._to_write.popleft()
-                if not passing:
+            while self._records:
+                record, replaceable = self._records.popleft()
+                if not replaceable:
                     joined.append(record)
                     continue
                 self._write_joined(log, joined)
                 log.append(record, passing=True)
             self._write_joined(log, joined)
-        except CheckpointError as error:  # told on the step thread, at the next event
+        except CheckpointError as error:  # raised on the step thread, at the next event
             self._error = (log, error)
 
     def _write_joined(self, log: MetricLog, records: list[bytes]) -> None:
@@ -129,36 +130,35 @@ class RunLog:
             log.append(b"".join(records))
             records.clear()
 
-    def _go_back(self, event: WentBack) -> None:
-        """Log the history as it is now that a part of the run was undone."""
+    def _restart(self, event: WentBack) -> None:
+        """Start the log again with the history after a rollback."""
         self._writer.close()
-        self.tell_error()
-        self._begin()
+        self.raise_error()
+        self._write_head()
         self._append(event)
 
     def _end(self, event: RunEnded) -> None:
-        """Write that the run is over, while its directory is still its own.
+        """Record the end of the run.
 
-        All that was recorded is durable by now, and the run kept as ended. So it does not fail for
-        want of this: who follows it learns from the directory's lock that it is no longer running.
+        Everything else is durable by now, so an error here is ignored: readers of the log also
+        see from the lock of the directory that the run is over.
         """
         self._writer.close()
-        log = self._keep(event)
-        if log is not None:  # here: at the end of a program there may be no more threads
+        log = self._add_record(event)
+        if log is not None:  # on this thread: at interpreter exit no thread can be started
             self._write(log)
         if self._error is not None:
-            self._core.metric_log, self._error = None, None  # the next run begins it anew
+            self._core.metric_log, self._error = None, None  # the next run starts a new log
 
-    def tell_error(self) -> None:
-        """Tell of a write that failed; raises `CheckpointError` if that is to end the run."""
+    def raise_error(self) -> None:
+        """Report a write that failed: raise `CheckpointError`, or emit `SnapshotFailed`."""
         failure, self._error = self._error, None
         if failure is not None:
-            self._failed(*failure)
+            self._fail(*failure)
 
-    def _failed(self, log: MetricLog, error: CheckpointError) -> None:
-        """Raise, or tell it while training goes on, as the user wishes."""
-        self._core.metric_log = None  # the next run begins it anew
-        self._to_write.clear()
+    def _fail(self, log: MetricLog, error: CheckpointError) -> None:
+        self._core.metric_log = None  # the next run starts a new log
+        self._records.clear()
         if self._raises:
             raise error
         self._core.event_bus.emit(

@@ -1,76 +1,214 @@
-"""What a snapshot says of its run, checked: a file from a stranger may say anything."""
+"""The position of a run in a snapshot, its form on disk, and the check of a form from a file.
+
+A file can come from anyone, so `RunPosition.from_trees` checks everything that it reads.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from fitloop._data.inspection import generator_states, has_live_workers, is_stateful
+from fitloop._data.loaders import Loaders
 from fitloop._data.resumption import PassStart
+from fitloop._engine.plan import PassPosition
 from fitloop._rng.state_io import check_generator_state, from_tree, to_tree
+from fitloop._rng.streams import RngState
 
 
-def check_run(position: dict[str, Any], run: Any) -> None:
-    """Raise ValueError, TypeError or KeyError for a run that is not as fitloop writes it."""
-    for key, least in (("first_epoch", 1), ("epochs_done", 0), ("epochs", 0), ("fit", 0)):
-        _count(key, position[key], least)
-    _demand("finished", isinstance(position["finished"], bool))
-    _demand("stop_reason", isinstance(position["stop_reason"], (str, type(None))))
-    _demand("tracked", isinstance(run["tracked"], bool))
-    _demand("seconds", isinstance(run["seconds"], float) and 0 <= run["seconds"] < 1e12)
-    for phase, columns in run["log"].items():
-        _demand("log", isinstance(phase, str))
-        for values in columns.values():
-            _demand("log", all(isinstance(value, float) for value in values))
-    for own in run["loaders"].values():
-        _generators(own["generators"])
-        _demand("continued", isinstance(own["continued"], bool))
-        _count("read", own["read"], 0)
-        _demand("state", "state" in own)
-    if run["pass"] is not None:
-        _check_pass(run["pass"])
+@dataclass(frozen=True, kw_only=True)
+class LoaderPosition:
+    """The state of one loader."""
+
+    generators: list[Tensor]
+    """states of the random generators that the loader carries"""
+    has_workers: bool
+    """persistent worker processes were running"""
+    batches_read: int
+    """batches read from a loader that can be read only once; 0 for any other"""
+    state: Any
+    """the loader's ``state_dict``, if it has one that can be used between two passes"""
+
+    @classmethod
+    def of(cls, loaders: Loaders, loader: Any, *, in_pass: bool) -> LoaderPosition:
+        """Return the state of a loader now; ``in_pass`` is whether it is being read."""
+        # The state_dict of a stateful DataLoader would start its next pass, which uses random
+        # numbers.
+        stateful = is_stateful(loader) and not isinstance(loader, DataLoader)
+        return cls(
+            generators=generator_states(loader),
+            has_workers=has_live_workers(loader),
+            batches_read=0 if in_pass else loaders.batches_read(loader),
+            state=loader.state_dict() if stateful and not in_pass else None,
+        )
+
+    @classmethod
+    def from_tree(cls, tree: Any) -> LoaderPosition:
+        """Return the state in a tree; raises ValueError, TypeError or KeyError for a bad one."""
+        return cls(
+            generators=_generators(tree["generators"]),
+            has_workers=_typed("continued", tree["continued"], bool),
+            batches_read=_count("read", tree["read"]),
+            state=tree["state"],
+        )
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return the form on disk."""
+        return {
+            "generators": self.generators,
+            "continued": self.has_workers,
+            "read": self.batches_read,
+            "state": self.state,
+        }
 
 
-def opened_state(opened: PassStart) -> dict[str, Any]:
-    """Return what a pass began with as a tree."""
+@dataclass(frozen=True, kw_only=True)
+class RunPosition:
+    """Everything that a run adds to a snapshot of its trainer, so that it can be resumed."""
+
+    fit: int
+    """number of earlier fits of the trainer that have ended"""
+    finished: bool
+    stop_reason: str | None
+    """one of `StopReason` for a finished run, else None"""
+    epochs: int
+    """epochs that the run was started with"""
+    first_epoch: int
+    epochs_completed: int
+    metrics: dict[str, dict[str, list[float]]]
+    """phase -> name -> one value for each epoch of the run"""
+    best_tracked: bool
+    """whether a validation of this run gave a score"""
+    seconds: float
+    """duration of the run so far"""
+    loaders: dict[str, LoaderPosition]
+    """phase -> the state of its loader"""
+    train_pass: PassPosition | None
+    """position in the train phase of the next epoch; None between two epochs or phases"""
+    has_gradients: bool = False
+    """whether the snapshot must contain the gradients"""
+
+    @property
+    def epoch(self) -> int:
+        """Number of the current epoch, or of the last one between two epochs."""
+        return self.first_epoch + self.epochs_completed - (1 if self.train_pass is None else 0)
+
+    @property
+    def batch(self) -> int:
+        """Batches of the current train phase that were trained; 0 outside one."""
+        return 0 if self.train_pass is None else self.train_pass.batches
+
+    def header(self) -> dict[str, Any]:
+        """Return the part that can be read without the rest of the file."""
+        return {
+            "fit": self.fit,
+            "finished": self.finished,
+            "stop_reason": self.stop_reason,
+            "epochs": self.epochs,
+            "first_epoch": self.first_epoch,
+            "epochs_done": self.epochs_completed,
+            "epoch": self.epoch,
+            "batch": self.batch,
+        }
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return the rest of the form on disk; its tensors are not copied."""
+        return {
+            "log": self.metrics,
+            "tracked": self.best_tracked,
+            "seconds": self.seconds,
+            "loaders": {phase: loader.to_tree() for phase, loader in self.loaders.items()},
+            "pass": None if self.train_pass is None else _pass_tree(self.train_pass),
+        }
+
+    @classmethod
+    def from_trees(cls, header: Mapping[str, Any], tree: Any, rng_state: RngState) -> RunPosition:
+        """Return the position in the two trees of a file.
+
+        ``rng_state`` is the random state of the train loader, which a snapshot keeps elsewhere.
+        Raises ValueError, TypeError, KeyError or AttributeError for trees that `header` and
+        `to_tree` cannot have made.
+        """
+        seconds = _typed("seconds", tree["seconds"], float)
+        _demand("seconds", 0 <= seconds < 1e12)
+        return cls(
+            fit=_count("fit", header["fit"]),
+            finished=_typed("finished", header["finished"], bool),
+            stop_reason=_typed("stop_reason", header["stop_reason"], str, type(None)),
+            epochs=_count("epochs", header["epochs"]),
+            first_epoch=_count("first_epoch", header["first_epoch"], least=1),
+            epochs_completed=_count("epochs_done", header["epochs_done"]),
+            metrics={
+                _typed("log", phase, str): {
+                    name: [_typed("log", value, float) for value in values]
+                    for name, values in columns.items()
+                }
+                for phase, columns in tree["log"].items()
+            },
+            best_tracked=_typed("tracked", tree["tracked"], bool),
+            seconds=seconds,
+            loaders={
+                phase: LoaderPosition.from_tree(loader) for phase, loader in tree["loaders"].items()
+            },
+            train_pass=None if tree["pass"] is None else _pass_position(tree["pass"], rng_state),
+        )
+
+
+def _pass_tree(position: PassPosition) -> dict[str, Any]:
+    start = position.pass_start
     return {
-        "drawn": to_tree(opened.rng_state),
-        "generators": opened.generators,
-        "continued": opened.reused_workers,
-        "read": opened.batches_read,
+        "start_metrics": position.start_metrics,
+        "exported": position.collected,
+        "opened": {
+            "drawn": to_tree(start.rng_state),
+            "generators": start.generators,
+            "continued": start.reused_workers,
+            "read": start.batches_read,
+        },
+        "generators": position.generators,
+        "loader": position.loader_state,
     }
 
 
-def opened_from(tree: Any) -> PassStart:
-    """Return what a pass began with; raises ValueError and the like for a forged tree."""
-    return PassStart(
-        rng_state=from_tree(tree["drawn"]),
-        generators=tree["generators"],
-        reused_workers=tree["continued"],
-        batches_read=tree["read"],
+def _pass_position(tree: Any, rng_state: RngState) -> PassPosition:
+    for value in tree["start_metrics"].values():
+        _typed("start_metrics", value, float)
+    _check_collected(tree["exported"])
+    opened = tree["opened"]
+    return PassPosition(
+        start_metrics=tree["start_metrics"],
+        collected=tree["exported"],
+        batches=len(tree["exported"]["sizes"]),
+        pass_start=PassStart(
+            rng_state=from_tree(opened["drawn"]),
+            generators=_generators(opened["generators"]),
+            reused_workers=_typed("continued", opened["continued"], bool),
+            batches_read=_count("read", opened["read"]),
+        ),
+        rng_state=rng_state,
+        generators=_generators(tree["generators"]),
+        loader_state=tree["loader"],
     )
 
 
-def _check_pass(saved: Any) -> None:
-    for value in saved["start_metrics"].values():
-        _demand("start_metrics", isinstance(value, float))
-    sizes = saved["exported"]["sizes"]
-    whole = isinstance(sizes, np.ndarray) and sizes.ndim == 1 and sizes.dtype == np.int64
-    _demand("sizes", whole and len(sizes) > 0 and bool((sizes >= 0).all()))
-    values = saved["exported"]["values"]
-    for name, column in values["numbers"].items():
-        plain = isinstance(column, np.ndarray) and column.ndim == 1
-        _demand("numbers", isinstance(name, str) and plain and column.dtype == np.float64)
-    for name, tensors in values["tensors"].items():
-        _demand("tensors", isinstance(name, str) and isinstance(tensors, list))
-        _demand("tensors", all(isinstance(tensor, Tensor) for tensor in tensors))
-    opened = saved["opened"]
-    _generators(opened["generators"])
-    _generators(saved["generators"])
-    _demand("continued", isinstance(opened["continued"], bool))
-    _count("read", opened["read"], 0)
-    _demand("loader", "loader" in saved)
+def _check_collected(tree: Any) -> None:
+    """Check the data of `StateWriter.export`."""
+    sizes = _typed("sizes", tree["sizes"], np.ndarray)
+    _demand("sizes", sizes.ndim == 1 and sizes.dtype == np.int64 and len(sizes) > 0)
+    _demand("sizes", bool((sizes >= 0).all()))
+    for name, column in tree["values"]["numbers"].items():
+        _typed("numbers", name, str)
+        _demand("numbers", _typed("numbers", column, np.ndarray).ndim == 1)
+        _demand("numbers", column.dtype == np.float64)
+    for name, tensors in tree["values"]["tensors"].items():
+        _typed("tensors", name, str)
+        for tensor in _typed("tensors", tensors, list):
+            _typed("tensors", tensor, Tensor)
 
 
 def _demand(key: str, holds: bool) -> None:
@@ -78,11 +216,15 @@ def _demand(key: str, holds: bool) -> None:
         raise ValueError(f"{key} is not what it should be")
 
 
-def _count(key: str, value: Any, least: int) -> None:
+def _typed(key: str, value: Any, *kinds: type) -> Any:
+    _demand(key, isinstance(value, kinds))
+    return value
+
+
+def _count(key: str, value: Any, least: int = 0) -> int:
     _demand(key, type(value) is int and least <= value < 2**31)
+    return int(value)
 
 
-def _generators(states: Any) -> None:
-    _demand("generators", isinstance(states, list))
-    for state in states:
-        check_generator_state(state)
+def _generators(states: Any) -> list[Tensor]:
+    return [check_generator_state(state) for state in _typed("generators", states, list)]

@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.training_state import (
     apply_training,
     check_training,
@@ -41,19 +42,6 @@ from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
 KIND = "snapshot"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPart:
-    """What a run adds to a snapshot of its trainer."""
-
-    position: dict[str, Any]
-    """where it is, in plain values: they can be read without the rest"""
-    state: Any
-    """what it needs to go on"""
-    loader_rng: dict[Phase, RngState] = field(default_factory=dict)
-    """where the randomness of loaders is that were read ahead, in place of where it seems to be"""
-    with_grads: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ class PreparedSnapshot:
 
 
 def take_snapshot(
-    core: TrainerState, staging: SnapshotBuffers, run: RunPart | None = None
+    core: TrainerState, staging: SnapshotBuffers, position: RunPosition | None = None
 ) -> PreparedSnapshot:
     """Copy the state that a trainer has now; it must be at rest, with no stream entered.
 
@@ -88,16 +76,17 @@ def take_snapshot(
     """
     parts = core.config
     best = _best(core)
+    with_grads = position is not None and position.has_gradients
     whole = {
-        "training": training_state(parts, with_grads=run is not None and run.with_grads),
-        "random": core.rng.state_tree({} if run is None else run.loader_rng),
+        "training": training_state(parts, with_grads=with_grads),
+        "random": core.rng.state_tree(_loader_states(position)),
         "history": export_history(core.history),
         "generators": {
             str(phase): generator_states(loader) for phase, loader in core.loaders_of({}).items()
         },
         "best": None if best is None else dict(best),
         "best_modules": _plain_versions(best),
-        "run": None if run is None else run.state,
+        "run": None if position is None else position.to_tree(),
     }
     encoder = Encoder()
     try:
@@ -116,7 +105,7 @@ def take_snapshot(
             "numpy": str(np.__version__),
         },
         "trainer": _trainer_fields(core),
-        "position": {} if run is None else run.position,
+        "position": {} if position is None else position.header(),
         "state": state,
     }
     return PreparedSnapshot(fields, payloads)
@@ -143,6 +132,14 @@ def _trainer_fields(core: TrainerState) -> dict[str, Any]:
             for phase in Phase
         },
     }
+
+
+def _loader_states(position: RunPosition | None) -> dict[Phase, RngState]:
+    """Return the random states of loaders whose stream is ahead of the training."""
+    train_pass = None if position is None else position.train_pass
+    if train_pass is None or train_pass.rng_state is None:
+        return {}
+    return {Phase.TRAIN: train_pass.rng_state}
 
 
 def _best(core: TrainerState) -> StateDict | None:

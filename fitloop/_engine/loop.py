@@ -17,8 +17,14 @@ from fitloop._data.device import DeviceTransfer
 from fitloop._data.inspection import length_of, loader_label, sample_count
 from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import END, LoadContext, Source
-from fitloop._engine.loop_state import LoopState
-from fitloop._engine.plan import EngineDeps, PassProgress, RunPlan
+from fitloop._engine.loop_state import LoopState, StateWriter
+from fitloop._engine.plan import (
+    EngineDeps,
+    EnginePosition,
+    PassPosition,
+    PassProgress,
+    RunPlan,
+)
 from fitloop._engine.stages import ExecutionContext, Stages, is_awaitable
 from fitloop._errors import ConfigurationError, add_note_safely, one_line
 from fitloop._events import (
@@ -39,16 +45,16 @@ PROGRESS_SECONDS = 0.1
 class Engine:
     """Runs one plan. Not to be used again."""
 
-    def __init__(self, plan: RunPlan, around: EngineDeps) -> None:
+    def __init__(self, plan: RunPlan, deps: EngineDeps) -> None:
         self._plan = plan
-        self._around = around
-        self._control = around.control
-        self._stages = Stages(around.parts)
-        self._transfer = DeviceTransfer(around.parts.device, around.parts.dtype, cast=plan.cast)
-        self._doing = "before the first epoch"
+        self._deps = deps
+        self._control = deps.control
+        self._stages = Stages(deps.parts)
+        self._transfer = DeviceTransfer(deps.parts.device, deps.parts.dtype, cast=plan.cast)
+        self._activity = "before the first epoch"
         self.epochs_completed = plan.epochs_before
-        self.cursor: PassProgress | None = None
-        """where the train phase is that is going on"""
+        self._progress: PassProgress | None = None
+        """progress of the current train phase; None outside one"""
 
     def run(self) -> None:
         """Train or test, epoch after epoch.
@@ -90,30 +96,54 @@ class Engine:
         more = epoch_in_run < plan.epochs and not self._control.halted
         if more and plan.ask_every and epoch_in_run % plan.ask_every == 0:
             epoch = plan.first_epoch + epoch_in_run - 1
-            self._doing = f"asking whether to go on after epoch {epoch}"
-            if not self._around.ask(epoch, epoch_in_run):
+            self._activity = f"asking whether to go on after epoch {epoch}"
+            if not self._deps.ask(epoch, epoch_in_run):
                 self._control.stop(StopReason.PROMPT)
 
     def call_plain(self, name: str, function: Callable[[Any], object] | None, trainer: Any) -> None:
         """Call ``preloop`` or ``postloop`` with the trainer; an ``async def`` is awaited."""
         if function is None:
             return
-        self._doing = name
+        self._activity = name
         torch.set_grad_enabled(True)
         result = function(trainer)
         if is_awaitable(result):
-            self._await(result, ExecutionContext(True, self._around.thread_contexts))
+            self._await(result, ExecutionContext(True, self._deps.thread_contexts))
 
-    def position(self) -> str:
-        """Return where the run is, for the note on an exception."""
-        return self._doing
+    def describe_position(self) -> str:
+        """Return the current phase, epoch and batch in words, for the note on an exception."""
+        return self._activity
+
+    def position(self) -> EnginePosition:
+        """Return the position between two batches or two phases; on the step thread."""
+        progress = self._progress
+        if progress is None:
+            return EnginePosition(
+                epochs_completed=self.epochs_completed, has_gradients=self._plan.define_all
+            )
+        state = progress.writer.state
+        pass_start, generators, loader_state = self._deps.loaders.pass_position(Phase.TRAIN)
+        return EnginePosition(
+            epochs_completed=self.epochs_completed,
+            # Otherwise the next batch sets them to zero.
+            has_gradients=self._plan.define_all or state.batch_num == state.batches,
+            train_pass=PassPosition(
+                start_metrics=dict(progress.start_metrics),
+                collected=progress.writer.export(),
+                batches=state.batch_num,
+                pass_start=pass_start,
+                rng_state=progress.source.rng_state_after,
+                generators=generators,
+                loader_state=loader_state,
+            ),
+        )
 
     def _epoch(self, epoch: int, epoch_in_run: int) -> None:
-        around, plan = self._around, self._plan
-        trainer = around.parts.name
-        began = around.clock()
+        deps, plan = self._deps, self._plan
+        trainer = deps.parts.name
+        began = deps.clock()
         numbers = {"epoch": epoch, "epoch_in_run": epoch_in_run, "epochs": plan.epochs}
-        self._doing = f"beginning epoch {epoch}"
+        self._activity = f"beginning epoch {epoch}"
         self._emit(EpochStarted(trainer=trainer, **numbers))
         metrics: dict[str, dict[str, float]] = {}
         complete = True
@@ -130,7 +160,7 @@ class Engine:
         if not metrics:  # stopped before there was anything to tell
             return
         self._check_cancelled()
-        self._doing = f"ending epoch {epoch}"
+        self._activity = f"ending epoch {epoch}"
         self.epochs_completed += 1
         self._emit(
             EpochEnded(
@@ -138,7 +168,7 @@ class Engine:
                 **numbers,
                 metrics=metrics,
                 complete=complete,
-                seconds=around.clock() - began,
+                seconds=deps.clock() - began,
             )
         )
 
@@ -150,38 +180,37 @@ class Engine:
         None when it was stopped and what it saw says nothing: before the first batch, or in the
         middle of a validation or test, whose score would be of another data set.
         """
-        around, plan = self._around, self._plan
-        began = around.clock()
-        state = LoopState(around.parts, phase, epoch, self._control.stop)
+        deps, plan = self._deps, self._plan
+        began = deps.clock()
+        writer = StateWriter(deps.parts, phase, epoch, self._control.stop)
+        state = writer.state
         scope = self._enter(phase)
         start = self._call(state, Stage.EPOCH_START, scope)
         position = None
         if phase is Phase.TRAIN and epoch_in_run == plan.epochs_before + 1:
             position = plan.position
         if position is not None:
-            around.guard.outside(position.restore)
+            deps.guard.outside(deps.restore_position)
             start = position.start_metrics
-            state._restore(position.exported)
-        self._doing = f"{phase}, epoch {epoch}, opening {loader_label(phase, loader)}"
-        source = self._open(phase, loader, None if position is None else position.resume_from)
+            writer.restore(position.collected)
+        self._activity = f"{phase}, epoch {epoch}, opening {loader_label(phase, loader)}"
+        source = self._open(phase, loader, None if position is None else position.resume_from())
         if phase is Phase.TRAIN:
-            self.cursor = PassProgress(
-                epoch_in_run=epoch_in_run, state=state, source=source, start_metrics=start
-            )
+            self._progress = PassProgress(writer=writer, source=source, start_metrics=start)
         try:
             batches = _at_most(length_of(loader), plan.steps)
-            state._begin(batches, sample_count(loader, plan.steps))
-            self._doing = f"{phase}, epoch {epoch}, beginning"
+            writer.begin(batches, sample_count(loader, plan.steps))
+            self._activity = f"{phase}, epoch {epoch}, beginning"
             self._emit(
-                PhaseStarted(trainer=around.parts.name, epoch=epoch, phase=phase, batches=batches)
+                PhaseStarted(trainer=deps.parts.name, epoch=epoch, phase=phase, batches=batches)
             )
-            complete = self._batches(state, source, scope)
+            complete = self._batches(writer, source, scope)
         except BaseException as error:
             self._close_after(error, source, loader)
             raise
-        self.cursor = None
-        self._doing = f"{phase}, epoch {epoch}, closing {loader_label(phase, loader)}"
-        around.loaders.close(source, loader)
+        self._progress = None
+        self._activity = f"{phase}, epoch {epoch}, closing {loader_label(phase, loader)}"
+        deps.loaders.close(source, loader)
         self._check_cancelled()
         seen = state.batch_num
         if seen == 0 and complete:
@@ -192,13 +221,13 @@ class Engine:
             )
         if not complete and (seen == 0 or phase is not Phase.TRAIN):
             return None
-        state._end()
+        writer.end()
         metrics = self._call(state, Stage.EPOCH_END, scope)
-        self._doing = f"{phase}, epoch {epoch}, ending"
-        tracked = state._values.scalars() if plan.track_batch_metrics else {}
+        self._activity = f"{phase}, epoch {epoch}, ending"
+        tracked = writer.values.scalars() if plan.track_batch_metrics else {}
         self._emit(
             PhaseEnded(
-                trainer=around.parts.name,
+                trainer=deps.parts.name,
                 epoch=epoch,
                 phase=phase,
                 metrics=metrics,
@@ -206,31 +235,32 @@ class Engine:
                 batch_metrics=tracked,
                 batches=seen,
                 samples=state.size,
-                seconds=around.clock() - began,
+                seconds=deps.clock() - began,
             )
         )
         return metrics, complete
 
     def _close_after(self, error: BaseException, source: Source, loader: Any) -> None:
         try:
-            self._around.loaders.close(source, loader)
+            self._deps.loaders.close(source, loader)
         except Exception as later:  # the first error is what the caller is to see
             add_note_safely(error, f"closing the loader then raised {one_line(later)}")
 
-    def _batches(self, state: LoopState, source: Source, scope: ExecutionContext) -> bool:
+    def _batches(self, writer: StateWriter, source: Source, scope: ExecutionContext) -> bool:
         """Step through a pass; return whether it came to its end."""
-        around, control, phase = self._around, self._control, state.phase
-        wrap = around.instrumentation.wrap
+        deps, control, state = self._deps, self._control, writer.state
+        phase = state.phase
+        wrap = deps.instrumentation.wrap
         step = self._stages.get(phase, Stage.BATCH_STEP)
         assert step is not None
         step = wrap(phase, "step", step)
         await_step = wrap(phase, "step", self._await)
-        put = wrap(phase, "metrics", state._values.put)
+        put = wrap(phase, "metrics", writer.values.put)
         fetch = wrap(phase, "wait", source.fetch)
         train = phase is Phase.TRAIN
-        to_zero = around.parts.optimizers if train and not self._plan.define_all else ()
-        hooks = around.batch_hooks if train else ()
-        begin, end_of_batch, clock = state._next, around.guard.end_of_batch, around.clock
+        to_zero = deps.parts.optimizers if train and not self._plan.define_all else ()
+        hooks = deps.batch_hooks if train else ()
+        begin, end_of_batch, clock = writer.next_batch, deps.guard.end_of_batch, deps.clock
         began = clock()
         report_at = began + PROGRESS_SECONDS
         epoch = f"{phase}, epoch {state.epoch_num}"
@@ -243,7 +273,7 @@ class Engine:
                     return not control.halted
                 begin(batch)
             except BaseException:
-                self._doing = f"{epoch}, loading batch {state.batch_num + 1}"
+                self._activity = f"{epoch}, loading batch {state.batch_num + 1}"
                 raise
             try:
                 for optimizer in to_zero:
@@ -255,7 +285,7 @@ class Engine:
                 for hook in hooks:
                     hook()
             except BaseException:
-                self._doing = f"{epoch}, batch_step of batch {state.batch_num}"
+                self._activity = f"{epoch}, batch_step of batch {state.batch_num}"
                 raise
             end_of_batch()
             if control.halted:
@@ -264,61 +294,62 @@ class Engine:
             now = clock()
             if now >= report_at:
                 report_at = now + PROGRESS_SECONDS
-                self._report(state, now - began)
+                self._report(writer, now - began)
 
-    def _report(self, state: LoopState, seconds: float) -> None:
-        self._doing = f"{state.phase}, epoch {state.epoch_num}, after batch {state.batch_num}"
+    def _report(self, writer: StateWriter, seconds: float) -> None:
+        state = writer.state
+        self._activity = f"{state.phase}, epoch {state.epoch_num}, after batch {state.batch_num}"
         self._emit(
             BatchProgress(
-                trainer=self._around.parts.name,
+                trainer=self._deps.parts.name,
                 epoch=state.epoch_num,
                 phase=state.phase,
                 batch=state.batch_num,
                 batches=state.batches,
-                samples=state._seen,
+                samples=writer.samples,
                 seconds=seconds,
             )
         )
 
     def _enter(self, phase: Phase) -> ExecutionContext:
         """Set what holds for a phase: train or eval mode, grad mode, the stream."""
-        around = self._around
+        deps = self._deps
         train = phase is Phase.TRAIN
         grad = train or self._plan.define_all
         if not self._plan.define_all:
-            around.parts.model.train(train)
+            deps.parts.model.train(train)
         torch.set_grad_enabled(grad)  # of this thread, which is the run's own
-        around.guard.enter_phase(phase)
-        return ExecutionContext(grad, around.thread_contexts)
+        deps.guard.enter_phase(phase)
+        return ExecutionContext(grad, deps.thread_contexts)
 
     def _open(self, phase: Phase, loader: Any, resume_from: ResumePosition | None) -> Source:
-        around = self._around
+        deps = self._deps
         context = LoadContext(
             iterator=iter(()),
             label=loader_label(phase, loader),
             control=self._control,
             start_transfer=self._transfer.start,
             finish_transfer=self._transfer.finish if self._transfer.is_async else None,
-            rng=around.guard.loader(phase),
-            close_timeout=around.parts.loader_grace,
-            read_wrapper=around.instrumentation.read_wrapper(phase),
+            rng=deps.guard.loader(phase),
+            close_timeout=deps.parts.loader_grace,
+            read_wrapper=deps.instrumentation.read_wrapper(phase),
         )
-        return around.loaders.open(
+        return deps.loaders.open(
             loader,
             phase,
             context,
-            around.side,
+            deps.side,
             limit=self._plan.steps,
             resume_from=resume_from,
         )
 
     def _call(self, state: LoopState, stage: Stage, scope: ExecutionContext) -> dict[str, float]:
         """Call a stage function of the epoch and return its metrics."""
-        self._doing = f"{state.phase}, epoch {state.epoch_num}, {stage}"
+        self._activity = f"{state.phase}, epoch {state.epoch_num}, {stage}"
         function = self._stages.get(state.phase, stage)
         if function is None:
             return {}
-        wrap = self._around.instrumentation.wrap
+        wrap = self._deps.instrumentation.wrap
         values = wrap(state.phase, stage, function)(state)
         if is_awaitable(values):
             values = wrap(state.phase, stage, self._await)(values, scope)
@@ -327,15 +358,15 @@ class Engine:
     def _await(self, awaitable: Any, scope: ExecutionContext) -> Any:
         """Have an ``async def`` stage run on the event loop, and wait for it."""
         try:
-            with self._around.guard.on_event_loop():
-                return self._around.side.call(lambda: scope.wrap(awaitable))
+            with self._deps.guard.on_event_loop():
+                return self._deps.side.call(lambda: scope.wrap(awaitable))
         except Cancelled:
             if hasattr(awaitable, "close"):  # a coroutine may never have begun
                 awaitable.close()
             raise
 
     def _emit(self, event: Event) -> None:
-        self._around.guard.outside(self._around.emit, event)
+        self._deps.guard.outside(self._deps.emit, event)
 
     def _check_cancelled(self) -> None:
         if self._control.cancelled:

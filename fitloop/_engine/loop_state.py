@@ -1,4 +1,4 @@
-"""`LoopState`: what a stage function sees of the run, and its one verb, ``stop()``."""
+"""`LoopState`, the argument of every stage function, and its `StateWriter` for the loop."""
 
 from __future__ import annotations
 
@@ -18,25 +18,19 @@ from fitloop._types import LossFunction, Phase
 
 
 class LoopState:
-    """Passed to every stage function of one phase. Written by the loop, read by the functions.
+    """The state of one phase, passed to each of its stage functions, which only read it.
 
-    Whatever was given to the constructor of the trainer is here too, under the same name:
-    ``state.device``, ``state.valid_dl``, ``state.criteria`` ...; and ``optimizers`` and
+    It also has every argument of the trainer's constructor under the same name
+    (``state.device``, ``state.valid_dl``, ``state.criteria`` ...), and ``optimizers`` and
     ``lr_schedulers``, which are always lists.
     """
 
     __slots__ = (
-        "_batches",
-        "_ended",
+        "_config",
         "_epoch_num",
-        "_expected_size",
-        "_parts",
         "_phase",
-        "_seen",
-        "_size",
-        "_sizes",
+        "_record",
         "_stop",
-        "_values",
         "batch",
         "batch_num",
         "batch_size",
@@ -49,9 +43,9 @@ class LoopState:
         "scaler",
     )
 
-    # Plain attributes, since every batch step reads them; to be read only.
+    # Plain attributes instead of properties, since every batch step reads them.
     batch: Any
-    """the batch, in the structure that the loader gave, on the device; None outside a step"""
+    """the batch on the device, in the structure that the loader gave; None outside a step"""
     batch_num: int
     """number of this batch in the phase, counted from 1; 0 before the first"""
     batch_size: int
@@ -64,73 +58,35 @@ class LoopState:
     """the optimizer, or the list of them, as given"""
     loss_function: LossFunction
     lr_scheduler: Any
-    """the scheduler, or the list of them, as given; None without"""
+    """the scheduler, or the list of them, as given; None if there is none"""
     optimizers: list[Optimizer]
     """the optimizers, always as a list"""
     scaler: Any
     """the gradient scaler, or None"""
 
     def __init__(
-        self, parts: TrainerConfig, phase: Phase, epoch_num: int, stop: Callable[[], None]
+        self,
+        config: TrainerConfig,
+        phase: Phase,
+        epoch_num: int,
+        stop: Callable[[], None],
+        record: _Record,
     ) -> None:
-        self._parts = parts
+        self._config = config
         self._phase = phase
         self._epoch_num = epoch_num
         self._stop = stop
-        self._batches: int | None = None
-        self._expected_size = 0
-        self._seen = 0
-        self._ended = False
-        self._size = -1
-        self._sizes = _Sizes()
-        self._values = BatchValues(phase)
+        self._record = record
         self.batch = None
         self.batch_num = 0
         self.batch_size = 0
         self.is_train = phase is Phase.TRAIN
-        self.optimizers = parts.optimizers
-        self.model = parts.model
-        self.optimizer = parts.optimizer
-        self.loss_function = parts.loss_function
-        self.lr_scheduler = parts.lr_scheduler
-        self.scaler = parts.scaler
-
-    # -- for the loop --------------------------------------------------------------------------
-
-    def _begin(self, batches: int | None, size: int | None) -> None:
-        self._batches = batches
-        self._expected_size = size or 0
-
-    def _next(self, batch: Any) -> None:
-        self.batch = batch
-        self.batch_num += 1
-        kind = type(batch)
-        first = batch[0] if (kind is list or kind is tuple) and batch else None
-        # The usual batch, without a call; `batch_size_of` says the same.
-        size = first.size(0) if type(first) is Tensor and first.ndim else batch_size_of(batch)
-        self.batch_size = size
-        self._seen += size
-        if size != self._size:
-            self._size = size
-            self._sizes.change(self.batch_num, size)
-
-    def _export(self) -> dict[str, Any]:
-        return {"sizes": self._sizes.all(self.batch_num), "values": self._values.export()}
-
-    def _restore(self, exported: Any) -> None:
-        sizes = np.asarray(exported["sizes"], np.int64)
-        self.batch_num = len(sizes)
-        self._seen = int(sizes.sum())
-        self._size = int(sizes[-1]) if len(sizes) else -1
-        self._sizes = _Sizes.of(sizes)
-        self._values.restore(exported["values"])
-
-    def _end(self) -> None:
-        self.batch = None
-        self._ended = True
-        self._batches = self.batch_num
-
-    # -- for the stage functions ---------------------------------------------------------------
+        self.optimizers = config.optimizers
+        self.model = config.model
+        self.optimizer = config.optimizer
+        self.loss_function = config.loss_function
+        self.lr_scheduler = config.lr_scheduler
+        self.scaler = config.scaler
 
     @property
     def phase(self) -> Phase:
@@ -145,102 +101,190 @@ class LoopState:
     @property
     def batch_sizes(self) -> list[int]:
         """Samples in each batch of the phase so far."""
-        sizes: list[int] = self._sizes.all(self.batch_num).tolist()
+        sizes: list[int] = self._record.sizes.all(self.batch_num).tolist()
         return sizes
 
     @property
     def epoch_num(self) -> int:
-        """Number of this epoch in the life of the trainer, counted from 1."""
+        """Number of this epoch over all runs of the trainer, counted from 1."""
         return self._epoch_num
 
     @property
     def size(self) -> int:
         """Samples in this phase.
 
-        At ``epoch_end`` the samples really seen; before, what the loader says, or the samples
-        seen so far when it does not say.
+        At ``epoch_end`` this is the number of samples that were read. Before, it is the number
+        that the loader announces, or the samples read so far if it announces none.
         """
-        return self._seen if self._ended else max(self._expected_size, self._seen)
+        record = self._record
+        read = record.sizes.samples(self.batch_num)
+        return read if record.is_complete else max(record.expected_size, read)
 
     @property
     def batches(self) -> int | None:
         """Batches in this phase; None during a phase whose loader has no length."""
-        return self._batches
+        return self._record.batches
 
-    if TYPE_CHECKING:  # what the constructor was given is added below; no __getattr__, which
-        # would make the interpreter look up every attribute of every batch the slow way
+    if TYPE_CHECKING:  # The constructor's arguments are added as properties below. A real
+        # __getattr__ would slow down the lookup of every attribute.
 
         def __getattr__(self, name: str) -> Any: ...
 
     def __getitem__(self, name: str) -> Tensor | list[Tensor]:
-        """Return this epoch's batch-step values of ``name`` so far.
+        """Return the values of ``name`` that the batch steps of this phase have returned so far.
 
-        Scalars come as a float64 tensor on the CPU, one value a batch; tensors with dimensions
-        as a list of them, detached, where they were.
+        Scalars come as one float64 tensor on the CPU with a value for each batch. Tensors with
+        dimensions come as a list; they are detached and stay on their device.
 
         Raises:
             UnknownMetricError: no batch step of this phase returned ``name``.
         """
-        return self._values[name]
+        return self._record.values[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._values
+        return name in self._record.values
 
     def names(self) -> list[str]:
-        """Return the names for which there are batch-step values."""
-        return self._values.names()
+        """Return the names of the values that batch steps have returned."""
+        return self._record.values.names()
 
     def stop(self) -> None:
         """End the run after this batch; the phase's ``epoch_end`` still runs on what was seen."""
         self._stop()
 
     def __repr__(self) -> str:
-        of = "" if self._batches is None else f"/{self._batches}"
-        return f"<LoopState {self._phase} epoch {self._epoch_num} batch {self.batch_num}{of}>"
+        total = "" if self.batches is None else f"/{self.batches}"
+        return f"<LoopState {self._phase} epoch {self._epoch_num} batch {self.batch_num}{total}>"
 
 
-class _Sizes:
-    """The sizes of the batches of a phase: where they change, since most are alike."""
+class _Record:
+    """The data of one phase that a `LoopState` shows through properties."""
 
-    __slots__ = ("_first", "_values")
+    __slots__ = ("batches", "expected_size", "is_complete", "sizes", "values")
+
+    def __init__(self, values: Any) -> None:
+        self.values: BatchValues = values
+        self.sizes = _BatchSizes()
+        self.batches: int | None = None
+        self.expected_size = 0
+        self.is_complete = False
+
+
+class StateWriter:
+    """The write access to the `LoopState` of one phase.
+
+    ``values`` collects the values of the batch steps; by default a `BatchValues`.
+    """
+
+    __slots__ = ("_record", "_size", "state", "values")
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        phase: Phase,
+        epoch_num: int,
+        stop: Callable[[], None],
+        values: Any = None,
+    ) -> None:
+        self.values: Any = BatchValues(phase) if values is None else values
+        self._record = _Record(self.values)
+        self._size = -1
+        """samples in the last batch"""
+        self.state = LoopState(config, phase, epoch_num, stop, self._record)
+
+    @property
+    def samples(self) -> int:
+        """Samples read so far."""
+        return self._record.sizes.samples(self.state.batch_num)
+
+    def begin(self, batches: int | None, samples: int | None) -> None:
+        """Set the expected number of batches and samples; None if it is unknown."""
+        self._record.batches = batches
+        self._record.expected_size = samples or 0
+
+    def next_batch(self, batch: Any) -> None:
+        """Make ``batch`` the current batch."""
+        state = self.state
+        state.batch = batch
+        state.batch_num += 1
+        kind = type(batch)
+        first = batch[0] if (kind is list or kind is tuple) and batch else None
+        # The most common batch, without a call; `batch_size_of` returns the same.
+        size = first.size(0) if type(first) is Tensor and first.ndim else batch_size_of(batch)
+        state.batch_size = size
+        if size != self._size:
+            self._size = size
+            self._record.sizes.change(state.batch_num, size)
+
+    def end(self) -> None:
+        """End the phase: its size is now the number of samples that were read."""
+        self.state.batch = None
+        self._record.is_complete = True
+        self._record.batches = self.state.batch_num
+
+    def export(self) -> dict[str, Any]:
+        """Return everything that was collected, for `restore`."""
+        sizes = self._record.sizes.all(self.state.batch_num)
+        return {"sizes": sizes, "values": self.values.export()}
+
+    def restore(self, exported: Any) -> None:
+        """Continue after the batches of ``exported``."""
+        sizes = np.asarray(exported["sizes"], np.int64)
+        self.state.batch_num = len(sizes)
+        self._size = int(sizes[-1]) if len(sizes) else -1
+        self._record.sizes = _BatchSizes.of(sizes)
+        self.values.restore(exported["values"])
+
+
+class _BatchSizes:
+    """The sizes of the batches of a phase, stored as changes, since most are equal."""
+
+    __slots__ = ("_batch_nums", "_samples_before", "_sizes")
 
     def __init__(self) -> None:
-        self._first, self._values = array("q"), array("q")
+        # For each change: the first batch of the new size, that size, and the samples before it.
+        self._batch_nums, self._sizes, self._samples_before = array("q"), array("q"), array("q")
 
     @classmethod
-    def of(cls, sizes: Any) -> _Sizes:
-        """Return those that are in an array."""
-        changed = cls()
-        for place in np.flatnonzero(np.diff(sizes, prepend=-1)):
-            changed.change(int(place) + 1, int(sizes[place]))
-        return changed
+    def of(cls, sizes: Any) -> _BatchSizes:
+        """Return the sizes of an array, which has one for each batch."""
+        changes = cls()
+        for index in np.flatnonzero(np.diff(sizes, prepend=-1)):
+            changes.change(int(index) + 1, int(sizes[index]))
+        return changes
 
     def change(self, batch_num: int, size: int) -> None:
-        """Note the size of a batch and of those that follow it."""
-        self._first.append(batch_num)
-        self._values.append(size)
+        """Set the size of a batch and of all later ones."""
+        self._samples_before.append(self.samples(batch_num - 1))
+        self._batch_nums.append(batch_num)
+        self._sizes.append(size)
+
+    def samples(self, batches: int) -> int:
+        """Return the samples in the first ``batches`` batches; not before the last change."""
+        if not self._sizes:
+            return 0
+        return self._samples_before[-1] + self._sizes[-1] * (batches + 1 - self._batch_nums[-1])
 
     def all(self, batches: int) -> Any:
-        """Return the size of each of the first so many batches, as an array."""
-        return np.repeat(
-            np.array(self._values, np.int64), np.diff(np.array([*self._first, batches + 1]))
-        )
+        """Return an array with the size of each of the first ``batches`` batches."""
+        lengths = np.diff(np.array([*self._batch_nums, batches + 1]))
+        return np.repeat(np.array(self._sizes, np.int64), lengths)
 
 
-def _part(name: str) -> property:
+def _config_property(name: str) -> property:
     def get(state: LoopState) -> Any:
-        return getattr(state._parts, name)
+        return getattr(state._config, name)
 
-    get.__doc__ = f"The ``{name}`` that the trainer was given, as it was checked."
+    get.__doc__ = f"The checked argument ``{name}`` of the trainer's constructor."
     return property(get)
 
 
 for _name in sorted(CONFIG_NAMES - vars(LoopState).keys()):
-    setattr(LoopState, _name, _part(_name))
+    setattr(LoopState, _name, _config_property(_name))
 
 
-def explain(error: BaseException) -> None:
-    """Add a note to the error of an attribute that a `LoopState` lacks, with those it has."""
+def add_attribute_hint(error: BaseException) -> None:
+    """Add a note with all attributes of a `LoopState` to the error of a missing one."""
     if isinstance(error, AttributeError) and isinstance(error.obj, LoopState):
         add_note_safely(
             error,

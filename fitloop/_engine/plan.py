@@ -7,16 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.loaders import Loaders
-from fitloop._data.resumption import ResumePosition
+from fitloop._data.resumption import PassStart, ResumePosition
 from fitloop._data.sources import Source
 from fitloop._engine.config import TrainerConfig
-from fitloop._engine.loop_state import LoopState
+from fitloop._engine.loop_state import StateWriter
 from fitloop._engine.stages import ThreadContext
 from fitloop._events import Event
 from fitloop._rng.guard import RngGuard
+from fitloop._rng.streams import RngState
 from fitloop._types import Phase
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,23 +52,51 @@ class RunPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class PassPosition:
-    """The middle of a train phase, where a run that is resumed goes on."""
+    """A position between two batches of a train phase, from which a run can be resumed."""
 
     start_metrics: dict[str, float]
-    """what ``epoch_start`` returned in its time"""
-    exported: Any
-    """what the `LoopState` had collected"""
-    resume_from: ResumePosition
-    restore: Callable[[], None]
-    """puts back what ``epoch_start`` changes when it is called again"""
+    """metrics that ``train_epoch_start`` returned in this phase"""
+    collected: Any
+    """data of `StateWriter.export`"""
+    batches: int
+    """batches that were trained"""
+    pass_start: PassStart
+    """the state with which the pass over the loader began"""
+    rng_state: RngState | None
+    """random state of the loader after these batches; None if its stream still has that state"""
+    generators: list[Tensor]
+    """states of the loader's own generators after these batches"""
+    loader_state: Any
+    """the loader's ``state_dict`` after these batches, if it has one"""
+
+    def resume_from(self) -> ResumePosition:
+        """Return the position for the loader."""
+        assert self.rng_state is not None
+        return ResumePosition(
+            batches=self.batches,
+            pass_start=self.pass_start,
+            rng_state=self.rng_state,
+            generators=self.generators,
+            loader_state=self.loader_state,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnginePosition:
+    """The position of a run in its plan."""
+
+    epochs_completed: int
+    train_pass: PassPosition | None = None
+    """position in the train phase of the next epoch; None between two epochs or phases"""
+    has_gradients: bool
+    """whether gradients are needed to continue from here"""
 
 
 @dataclass(slots=True, kw_only=True)
 class PassProgress:
-    """Where a run is in a train phase, for whoever takes a snapshot between two batches."""
+    """The parts of a train phase that is in progress."""
 
-    epoch_in_run: int
-    state: LoopState
+    writer: StateWriter
     source: Source
     start_metrics: dict[str, float]
 
@@ -110,4 +141,6 @@ class EngineDeps:
     batch_hooks: Sequence[Callable[[], None]] = ()
     """called after every batch step of the train phase, on the step thread"""
     instrumentation: Instrumentation = field(default_factory=NoInstrumentation)
+    restore_position: Callable[[], None] = lambda: None
+    """restores the trainer once more in a resumed epoch, since ``epoch_start`` may change it"""
     clock: Callable[[], float] = time.perf_counter

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from fitloop._checkpointing.persistence import Persistence
+from fitloop._checkpointing.checkpointer import Checkpointer
 from fitloop._checkpointing.rollback import RollbackPoint
+from fitloop._checkpointing.run_files import FileOptions, RunFiles
+from fitloop._checkpointing.run_position import LoaderPosition, RunPosition
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._concurrency.time_slices import TimeSliceHook
@@ -21,7 +23,7 @@ from fitloop._concurrency.torch_threads import intra_op_threads
 from fitloop._data.cuda_stream import CudaStreamScope, NullStreamScope
 from fitloop._engine.config import STAGE_NAMES
 from fitloop._engine.loop import Engine
-from fitloop._engine.loop_state import explain
+from fitloop._engine.loop_state import add_attribute_hint
 from fitloop._engine.plan import EngineDeps, Instrumentation, NoInstrumentation, RunPlan
 from fitloop._errors import add_note_safely, one_line
 from fitloop._events import Event, RunEnded, RunStarted
@@ -52,8 +54,8 @@ class RunOptions:
     dry: bool = False
     """put everything back afterwards, and record nothing"""
     instrumentation: Instrumentation = field(default_factory=NoInstrumentation)
-    persistence: Persistence | None = None
-    """what is kept on disk; None for nothing"""
+    files: FileOptions | None = None
+    """what the run writes to disk; None for nothing"""
     own_stream: bool = False
     """on CUDA, its kernels go beside those of other runs"""
 
@@ -93,6 +95,9 @@ class Run:
         self._prompts: Prompts | None = None
         self._slice: TimeSliceHook | None = None
         self._lane = NullStreamScope()
+        self._fit = core.completed_fits
+        self._files: RunFiles | None = None
+        self._checkpointer: Checkpointer | None = None
         self._found: FitResult | None = None
         """of a run that had ended before it was resumed"""
         self._has_threads = False
@@ -104,10 +109,13 @@ class Run:
         """Prepare, call ``preloop``, run the engine, call ``postloop``."""
         core, plan = self._core, self._plan
         self._began = time.perf_counter()
-        kept = self._options.persistence
-        if kept is not None:
-            plan = self._plan = kept.open(plan)
-            self._began -= kept.seconds_before
+        resumption = None
+        if self._options.files is not None:
+            files = self._files = RunFiles(core, self._options.files, plan)
+            resumption = files.resumption
+        if resumption is not None:
+            plan = self._plan = resumption.plan
+            self._began -= resumption.position.seconds
         self._enter_threads()
         core.move_to_device()  # on the stream that others use, too
         if self._options.own_stream and core.config.device.type == "cuda":
@@ -118,7 +126,7 @@ class Run:
         if self._options.dry:
             self._capture = core.capture()
         elif plan.call == "fit":
-            core.save_pretrained(resuming=kept is not None and kept.found is not None)
+            core.save_pretrained(resuming=resumption is not None)
             self._tracker = core.best_tracker(core.event_bus.emit)
         part = self._slice = TimeSliceHook(guard.wait, self._control)
         core.event_bus.set_observers(self._observers(part))
@@ -132,11 +140,20 @@ class Run:
             guard=guard,
             thread_contexts=(self._lane, guard),
             instrumentation=self._options.instrumentation,
+            restore_position=self._restore_position,
         )
         engine = self._engine = Engine(plan, around)
         self._prompts = self._make_prompts(guard)
-        if kept is not None:
-            kept.begin(engine, self._log, self._tracker, self._control, guard)
+        if self._files is not None and self._options.files and self._options.files.checkpoint:
+            self._checkpointer = Checkpointer(
+                self._options.files.checkpoint,
+                core,
+                self._files.archive,
+                self._files.writer,
+                position=self._run_position,
+                outside=guard.outside,
+                control=self._control,
+            )
         around.batch_hooks = self._batch_hooks(part)
         if isinstance(self._prompts, BackgroundPrompts):
             around.batch_hooks.append(self._prompts.after_batch)
@@ -151,17 +168,16 @@ class Run:
             first_epoch=plan.first_epoch,
         )
         guard.outside(core.event_bus.emit, begun)
-        kept = self._options.persistence
-        if kept is not None and kept.is_over:
-            kept.go_on()
-            self._found = kept.result()
+        resumption = None if self._files is None else self._files.resumption
+        if resumption is not None and resumption.position.finished:
+            self._resume(begun)
+            self._found = self._result_of(resumption.position)
             return
         guard.enter_phase(plan.phases[0][0])
         trains = self._schedulers is not None
         if trains:
             engine.call_plain("preloop", core.config.preloop, self._trainer)
-        if kept is not None:
-            guard.outside(kept.go_on)
+        guard.outside(self._resume, begun)
         engine.run()
         self._resolve_prompt(engine)
         if trains:
@@ -173,14 +189,14 @@ class Run:
         except (Cancelled, Abandoned):
             raise
         except BaseException as error:
-            explain(error)
+            add_attribute_hint(error)
             add_note_safely(error, f"in trainer {self._core.config.name!r}: {self._position()}")
             raise
 
     def _position(self) -> str:
         """Return where the run is, for the note on an exception."""
         assert self._engine is not None
-        return self._engine.position()
+        return self._engine.describe_position()
 
     def _rng(self) -> TrainerRng:
         """Return the random numbers of this run."""
@@ -193,18 +209,19 @@ class Run:
         return RngGuard(self._rng(), self._control, [parts.model, parts.loss_function, *stages])
 
     def _batch_hooks(self, part: TimeSliceHook) -> list[Callable[[], None]]:
-        schedulers, kept = self._schedulers, self._options.persistence
+        schedulers, checkpointer = self._schedulers, self._checkpointer
         hooks = [schedulers.after_batch] if schedulers and schedulers.per_batch else []
         return [
             *hooks,
             part.after_batch,
-            *(kept.batch_hooks if kept else ()),
+            *([checkpointer.after_batch] if checkpointer else ()),
         ]  # snapshots come after a slice
 
     def _enter_threads(self) -> None:
-        kept, number = self._options.persistence, self._options.num_threads
-        if self._core.config.num_threads is None and kept is not None:
-            number = kept.num_threads or number
+        number = self._options.num_threads
+        resumption = None if self._files is None else self._files.resumption
+        if self._core.config.num_threads is None and resumption is not None:
+            number = resumption.num_threads or number
         self._core.num_threads = number
         self._has_threads = intra_op_threads.enter(number)
 
@@ -219,8 +236,10 @@ class Run:
         if self._plan.call == "fit":
             observers.append(self._core.observe)
         observers += self._options.observers
-        if self._options.persistence is not None:  # last, so that it keeps what others did
-            observers.append(self._options.persistence.observe)
+        if self._files is not None:  # last, so that it keeps what others did
+            observers.append(self._files.log.observe)
+        if self._options.files is not None and self._options.files.checkpoint is not None:
+            observers.append(self._observe_for_snapshots)
         return observers
 
     def _make_prompts(self, guard: RngGuard) -> Prompts | None:
@@ -285,8 +304,8 @@ class Run:
         self._lane.leave()
         if self._slice is not None:
             self._slice.close()
-        if self._options.persistence is not None:
-            self._options.persistence.close()
+        if self._files is not None:
+            self._files.close()
         result = None if error is not None else self._found or self._result()
         # These refer back to this run, and all of them to the model.
         self._engine = self._around = self._prompts = self._slice = None
@@ -323,12 +342,13 @@ class Run:
             self._core.restore_best(self._trainer)
 
     def _end_fit(self, error: BaseException | None) -> None:
-        kept = self._options.persistence
         ended = error is None and self._engine is not None and self._found is None
         if ended and self._plan.call == "fit":
             self._core.completed_fits += 1
-        if kept is not None:
-            kept.finish(self._stop_reason(None) if ended else None)
+        if self._checkpointer is not None and self._found is None:
+            self._checkpointer.finish(finished=ended)
+        if self._files is not None:
+            self._files.flush()
 
     def _tell_end(self, error: BaseException | None) -> None:
         core, engine = self._core, self._engine
@@ -355,6 +375,65 @@ class Run:
         if self._found is not None:
             return self._found.stop_reason
         return self._control.stop_reason or str(StopReason.COMPLETED)
+
+    def _observe_for_snapshots(self, event: Event) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.observe(event)
+
+    def _resume(self, started: RunStarted) -> None:
+        """Restore the position of a resumed run, and start the log of any run."""
+        if self._files is None:
+            return
+        resumption = self._files.resumption
+        if resumption is not None:
+            resumption.restore()
+            self._log.restore(resumption.position.metrics)
+            if self._tracker is not None:
+                self._tracker.tracked = resumption.position.best_tracked
+            if resumption.position.train_pass is None:
+                resumption.release_snapshot()
+        self._files.log.begin(started, self._plan.epochs_before)
+
+    def _restore_position(self) -> None:
+        assert self._files is not None
+        assert self._files.resumption is not None
+        self._files.resumption.restore()
+        self._files.resumption.release_snapshot()
+
+    def _run_position(self, finished: bool) -> RunPosition:
+        """Return what the run adds to a snapshot that is taken now."""
+        assert self._engine is not None
+        plan, position = self._plan, self._engine.position()
+        in_train = position.train_pass is not None
+        return RunPosition(
+            fit=self._fit,
+            finished=finished,
+            stop_reason=self._stop_reason(None) if finished else None,
+            epochs=plan.epochs,
+            first_epoch=plan.first_epoch,
+            epochs_completed=position.epochs_completed,
+            metrics=self._log.export(),
+            best_tracked=self._tracker is not None and self._tracker.tracked,
+            seconds=time.perf_counter() - self._began,
+            loaders={
+                str(phase): LoaderPosition.of(
+                    self._loaders, loader, in_pass=in_train and phase is Phase.TRAIN
+                )
+                for phase, loader in plan.phases
+            },
+            train_pass=position.train_pass,
+            has_gradients=position.has_gradients,
+        )
+
+    def _result_of(self, position: RunPosition) -> FitResult:
+        return FitResult(
+            epochs=position.epochs_completed,
+            stop_reason=position.stop_reason or "",
+            best_score=self._core.best_score,
+            best_epoch=self._core.best_epoch,
+            metrics=self._log.arrays(),
+            seconds=position.seconds,
+        )
 
     def _result(self) -> FitResult:
         assert self._engine is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
-from fitloop._checkpointing.persistence import Persistence
+from fitloop._checkpointing.run_files import FileOptions
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import QUESTION, PromptWithTimeout, TerminalPrompt
 from fitloop._engine.plan import RunPlan
@@ -164,7 +164,7 @@ class FitLoop(KeepingTrainer):
             track_batch_metrics=track_batch_metrics,
             ask_every=often,
         )
-        kept = self._persistence(check_checkpoint(checkpoint, resume=resume), resume)
+        files = self._file_options(check_checkpoint(checkpoint, resume=resume), resume)
         with self._progress(print_every if verbose else 0, display_metrics, progress) as shown:
             prompt = PromptOptions(
                 ask=self._ask(on_continue, continue_timeout, shown, asks=often > 0),
@@ -181,7 +181,7 @@ class FitLoop(KeepingTrainer):
                 observers=[shown.observe],
                 load_best=load_best,
                 prompt=prompt,
-                persistence=kept,
+                files=files,
             )
         return result
 
@@ -217,12 +217,10 @@ class FitLoop(KeepingTrainer):
             cast=cast,
             track_batch_metrics=track_batch_metrics,
         )
-        kept = None if core.metric_log is None else self._persistence(None, False)
+        files = None if core.metric_log is None else FileOptions()
         told = self._told(callbacks)
         with self._progress(print_every if verbose else 0, display_metrics, progress) as shown:
-            result = await launch(
-                core, self, plan, told, observers=[shown.observe], persistence=kept
-            )
+            result = await launch(core, self, plan, told, observers=[shown.observe], files=files)
         return _last(result).get(str(Phase.TEST), {})
 
     async def run_sanity_check(
@@ -320,11 +318,11 @@ class FitLoop(KeepingTrainer):
             return prompt
         return ask if timeout is None else PromptWithTimeout(ask)
 
-    def _persistence(self, policy: Checkpoint | None, resume: bool) -> Persistence | None:
+    def _file_options(self, checkpoint: Checkpoint | None, resume: bool) -> FileOptions | None:
         core = self._state
-        if policy is None and not core.config.save_to_disk and core.metric_log is None:
+        if checkpoint is None and not core.config.save_to_disk and core.metric_log is None:
             return None
-        return Persistence(core, policy, resume=resume)
+        return FileOptions(checkpoint=checkpoint, resume=resume)
 
     def _told(self, callbacks: Sequence[Callback]) -> list[Callback]:
         return [*self._state.config.callbacks, *fit_option("callbacks", callbacks)]

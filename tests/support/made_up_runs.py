@@ -114,7 +114,7 @@ class FakeRun:
         event_bus.set_observers([self.told.append])
         parts = SimpleNamespace(save_path=directory, name=TRAINER_NAME)
         self.core: Any = SimpleNamespace(
-            parts=parts, history=self.history, event_bus=event_bus, log=None, epoch_num=0
+            parts=parts, history=self.history, event_bus=event_bus, metric_log=None, epoch_num=0
         )
         self.writer = BackgroundWriter(TRAINER_NAME)
         self._options: dict[str, Any] = {"raises": raises, "clock": clock}
@@ -127,7 +127,7 @@ class FakeRun:
         """Begin a run."""
         self.log = self._new()
         self.observe(run_started(epochs, call))
-        self.log.begin(done)
+        self.log.begin(run_started(epochs, call), done)
 
     def observe(self, *events: Event) -> None:
         """Have these happen, and what is recorded of them written."""

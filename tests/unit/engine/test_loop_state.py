@@ -1,4 +1,4 @@
-"""The sizes of the batches of a phase, which are kept where they change."""
+"""The sizes of the batches of a phase, which are stored as changes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import arguments
 
-from fitloop import FitLoop, LoopState
+from fitloop import FitLoop
+from fitloop._engine.loop_state import StateWriter
 from fitloop._types import Phase
 
 SIZES = st.lists(st.integers(0, 3), max_size=30)
 
 
-def new_state() -> LoopState:
-    return LoopState(FitLoop(**arguments())._state.config, Phase.TRAIN, 1, lambda: None)
+def new_writer() -> StateWriter:
+    return StateWriter(FitLoop(**arguments())._state.config, Phase.TRAIN, 1, lambda: None)
 
 
-def stepped(state: LoopState, sizes: list[int]) -> LoopState:
+def write_batches(writer: StateWriter, sizes: list[int]) -> None:
     for size in sizes:
-        state._next([torch.empty(size, 1)])
-        state._values.put(None)
-    return state
+        writer.next_batch([torch.empty(size, 1)])
+        writer.values.put(None)
 
 
 @settings(deadline=None)  # the first trainer of a process takes long
@@ -31,19 +31,22 @@ def stepped(state: LoopState, sizes: list[int]) -> LoopState:
 def test_batch_sizes_when_exported_and_restored_in_the_middle_are_those_of_all_batches(
     before: list[int], after: list[int]
 ) -> None:
-    first = stepped(new_state(), before)
-    assert first.batch_sizes == before
-    exported: Any = first._export()
+    first = new_writer()
+    write_batches(first, before)
+    assert first.state.batch_sizes == before
+    assert first.samples == sum(before)
+    exported: Any = first.export()
     assert exported["sizes"].tolist() == before
-    second = new_state()
-    second._restore(exported)
-    stepped(second, after)
-    assert second.batch_sizes == before + after
-    assert second.batch_num == len(before + after)
-    assert second.size == sum(before + after)
+    second = new_writer()
+    second.restore(exported)
+    write_batches(second, after)
+    assert second.state.batch_sizes == before + after
+    assert second.state.batch_num == len(before + after)
+    assert second.state.size == sum(before + after)
 
 
-def test_batch_sizes_when_most_are_alike_take_no_memory_of_their_own() -> None:
-    state = stepped(new_state(), [3] * 1000 + [2])
-    assert state.batch_sizes == [3] * 1000 + [2]
-    assert len(state._sizes._values) == 2
+def test_batch_sizes_when_most_are_equal_then_take_little_memory() -> None:
+    writer = new_writer()
+    write_batches(writer, [3] * 1000 + [2])
+    assert writer.state.batch_sizes == [3] * 1000 + [2]
+    assert len(writer._record.sizes._sizes) == 2

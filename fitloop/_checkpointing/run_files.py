@@ -1,0 +1,182 @@
+"""The files of one run: its locked directory, snapshots and metric log, and how it is resumed.
+
+Brings together the archive, the metric log and the writer thread. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from fitloop._checkpointing.archive import Archive
+from fitloop._checkpointing.checkpointer import Checkpoint
+from fitloop._checkpointing.run_log import RunLog
+from fitloop._checkpointing.run_position import LoaderPosition, RunPosition
+from fitloop._checkpointing.snapshot import Snapshot, apply_snapshot
+from fitloop._concurrency.background_writer import BackgroundWriter
+from fitloop._data.inspection import (
+    can_skip_by_index,
+    generator_states,
+    is_stateful,
+    loader_label,
+    set_generator_states,
+)
+from fitloop._data.resumption import start_workers
+from fitloop._engine.plan import RunPlan
+from fitloop._errors import CheckpointError, ResumeWarning
+from fitloop._rng.trainer_rng import loader_state
+from fitloop._storage.durable import DirectoryLock
+from fitloop._training.trainer_state import TrainerState
+from fitloop._types import Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """What a run writes: always the metric log; snapshots if there is a ``checkpoint``."""
+
+    checkpoint: Checkpoint | None = None
+    resume: bool = False
+
+
+class RunFiles:
+    """The open files of one run. Used on its step thread; `close` must be the last call.
+
+    Raises `CheckpointError`, with nothing left open, if another run uses the directory, if the
+    archive holds the snapshots of another training, or if its snapshot cannot be resumed.
+    """
+
+    def __init__(self, core: TrainerState, options: FileOptions, plan: RunPlan) -> None:
+        self._core = core
+        self._lock = DirectoryLock(core.config.save_path)
+        self.writer = BackgroundWriter(core.config.name)
+        self.archive = Archive(core.config.save_path)
+        self.log = RunLog(core, self.writer, raises=_raises(options.checkpoint))
+        self._lock.acquire()
+        try:
+            self.resumption = self._open_archive(options, plan)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_archive(self, options: FileOptions, plan: RunPlan) -> Resumption | None:
+        core, archive = self._core, self.archive
+        if options.checkpoint is None:
+            return None
+        archive.open()
+        snapshot = archive.find(core.completed_fits, plan.epochs) if options.resume else None
+        if not (options.resume or core.owns_archive or archive.is_empty()):
+            if not options.checkpoint.overwrite:
+                raise CheckpointError(
+                    f"{archive.directory} holds the snapshots of an earlier training; "
+                    "fit(resume=True) goes on with it, another save_path= keeps it, "
+                    "Checkpoint(overwrite=True) removes it"
+                )
+            archive.clear()
+        core.owns_archive = True
+        core.loaders.tracks_positions = True
+        return None if snapshot is None else Resumption(core, snapshot, plan)
+
+    def flush(self) -> None:
+        """Return when everything is durable. Raises `CheckpointError` if the log is not."""
+        self.writer.close()
+        self.log.raise_error()
+
+    def close(self) -> None:
+        """Release the directory."""
+        self._core.loaders.stop_tracking_positions()
+        self._lock.release()
+
+
+def _raises(checkpoint: Checkpoint | None) -> bool:
+    return checkpoint is None or checkpoint.on_error == "raise"
+
+
+class Resumption:
+    """A snapshot in the archive from which a run is resumed."""
+
+    def __init__(self, core: TrainerState, snapshot: Snapshot, plan: RunPlan) -> None:
+        self._core = core
+        self._snapshot = snapshot
+        _check_trainer(core, snapshot)
+        self.num_threads: int | None = snapshot.trainer["num_threads"]
+        try:
+            rng_state = loader_state(snapshot.random, Phase.TRAIN)
+            self.position = RunPosition.from_trees(snapshot.position, snapshot.run, rng_state)
+        except Exception as error:  # any error that a forged tree causes
+            raise CheckpointError(
+                f"{snapshot.path} cannot be read: its run is not as fitloop writes it: {error!r}"
+            ) from error
+        self.plan = replace(
+            plan,
+            first_epoch=self.position.first_epoch,
+            epochs_before=self.position.epochs_completed,
+            position=self.position.train_pass,
+        )
+
+    def restore(self) -> None:
+        """Apply the snapshot to the trainer and its loaders, outside every random stream.
+
+        In the middle of an epoch this is called twice: before ``epoch_start`` and after it.
+        Raises `CheckpointError`, having changed nothing of the trainer, if they do not match.
+        """
+        apply_snapshot(self._core, self._snapshot)
+        if self.position.finished:
+            return
+        for phase, loader in self.plan.phases:
+            saved = self.position.loaders.get(str(phase))
+            if saved is not None:
+                self._restore_loader(phase, loader, saved)
+
+    def release_snapshot(self) -> None:
+        """Let go of the mapped file, which may have been removed; no `restore` comes after it."""
+        self._snapshot = replace(self._snapshot, state={})
+
+    def _restore_loader(self, phase: Phase, loader: Any, saved: LoaderPosition) -> None:
+        if saved.has_workers and isinstance(loader, DataLoader):
+            self._restore_workers(phase, loader)
+        if len(saved.generators) == len(generator_states(loader)):
+            set_generator_states(loader, saved.generators)
+        if saved.state is not None and is_stateful(loader):
+            loader.load_state_dict(saved.state)
+        self._core.loaders.skip_in_next_pass(phase, saved.batches_read)
+
+    def _restore_workers(self, phase: Phase, loader: DataLoader[Any]) -> None:
+        """Start persistent worker processes, unless the resumed pass itself starts them."""
+        position = self.position.train_pass if phase is Phase.TRAIN else None
+        if position is None or position.pass_start.reused_workers or can_skip_by_index(loader):
+            start_workers(loader)
+            if not can_skip_by_index(loader):
+                warnings.warn(
+                    f"resuming: {loader_label(phase, loader)} keeps its worker processes between "
+                    "the epochs; what its dataset draws in them goes on from anew, so that results "
+                    "differ if it draws. persistent_workers=False is exact",
+                    ResumeWarning,
+                    stacklevel=2,
+                )
+
+
+def _check_trainer(core: TrainerState, snapshot: Snapshot) -> None:
+    """Raise `CheckpointError` for another seed; warn of differences that change the last bits."""
+    config, saved = core.config, snapshot.trainer
+    if saved["seed"] != config.seed:
+        raise CheckpointError(
+            f"{snapshot.path} is of a trainer with seed={saved['seed']}, this one has "
+            f"seed={config.seed}; resume with the same seed"
+        )
+    differences = []
+    if config.num_threads not in (None, saved["num_threads"]):
+        differences.append(f"num_threads was {saved['num_threads']} and is {config.num_threads}")
+    torch_version = snapshot.versions.get("torch")
+    if torch_version != str(torch.__version__):
+        differences.append(f"torch was {torch_version} and is {torch.__version__}")
+    if differences:
+        warnings.warn(
+            f"resuming {config.name!r}: results may differ in their last bits, since "
+            + " and ".join(differences),
+            ResumeWarning,
+            stacklevel=2,
+        )
