@@ -112,9 +112,9 @@ class FakeRun:
         self.history = History()
         event_bus = EventBus()
         event_bus.set_observers([self.told.append])
-        parts = SimpleNamespace(save_path=directory, name=TRAINER_NAME)
+        config = SimpleNamespace(save_path=directory, name=TRAINER_NAME)
         self.core: Any = SimpleNamespace(
-            parts=parts, history=self.history, event_bus=event_bus, metric_log=None, epoch_num=0
+            config=config, history=self.history, event_bus=event_bus, metric_log=None, epoch_num=0
         )
         self.writer = BackgroundWriter(TRAINER_NAME)
         self._options: dict[str, Any] = {"raises": raises, "clock": clock}
