@@ -27,7 +27,7 @@ from torch import nn
 
 from fitloop._bench.benchmark import benchmark
 from fitloop._bench.report import BenchReport
-from fitloop._cli.common import Commands, add_command, say
+from fitloop._cli.common import print_line
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._errors import ConfigurationError, FitLoopError, quoted_list
 from fitloop._storage.durable import reason, write_file
@@ -35,7 +35,7 @@ from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
 from fitloop.backends.thread import as_trainer, build_from
 
-_ABOUT = """\
+ABOUT = """\
 Time the train phase of your own trainer, and advise changes. The report shows the cost of
 fitloop's loop against a hand-written one, whether the loader keeps up with the steps, and the gain
 of loading ahead. Model, optimizers, random generators and files are unchanged afterwards. It takes
@@ -45,16 +45,14 @@ TARGET is a function that returns a FitLoop, in a module that can be imported fr
 script: package.module:function or script.py:function, plain or async. Without a TARGET, a small
 built-in model is measured."""
 
-_EXAMPLES = """\
+EXAMPLES = """\
   fitloop bench train.py:make_trainer
   fitloop bench project.training:make_trainer --arg lr=0.1 --arg size=large
   fitloop bench train.py:make_trainer --seconds 60 --json before.json"""
 
 
-def add_bench(commands: Commands) -> None:
-    """Add the command ``bench``."""
-    summary = "time a trainer's loop and loader, and advise changes"
-    parser = add_command(commands, "bench", summary, _ABOUT, _EXAMPLES, _bench)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument(
         "target", nargs="?", metavar="TARGET", help="MODULE:FUNCTION or SCRIPT.py:FUNCTION"
     )
@@ -109,18 +107,19 @@ def _device(text: str) -> torch.device:
         ) from None
 
 
-def _bench(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Run the benchmark and print its report; return the exit status."""
     # The path is resolved now, since the target may change the current directory.
     json_path = None if options.json is None else _writable(options.json)
     if options.target is None:
         if options.arg:
             raise ConfigurationError("--arg is for the function of a TARGET, and there is none")
-        say("no TARGET: a built-in model, two hidden layers of 256 on made-up data\n")
+        print_line("no TARGET: a built-in model, two hidden layers of 256 on made-up data\n")
         report = _measure(built_in_trainer, options)
     else:
         with _import_path(options.target) as (module, name):
             report = _measure(_factory(module, name, dict(options.arg)), options)
-    say(str(report))
+    print_line(str(report))
     if json_path is not None:
         _write(json_path, report)
     return 0

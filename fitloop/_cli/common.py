@@ -1,42 +1,21 @@
-"""What the commands share: how they teach and print, read headers, find and name directories."""
+"""Shared by the commands: printing, file headers, and the directories of runs."""
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from fitloop._errors import CheckpointError
 from fitloop._storage.durable import reason
 from fitloop._storage.layout import LayoutError, TensorEntry, read_file_header
 from fitloop._storage.metric_log import LOG_NAME
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-Command = Callable[[argparse.Namespace], int]
-"""does what was asked for and returns the exit status"""
-
-
-def add_command(
-    commands: Commands, name: str, does: str, about: str, examples: str, run: Command
-) -> argparse.ArgumentParser:
-    """Return the parser of a new command, whose ``--help`` shows ``about`` and ``examples``."""
-    parser = commands.add_parser(
-        name,
-        help=does,
-        description=about,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(command=run)
-    return parser
-
-
-def say(text: str) -> None:
-    """Print a line, also at once into a pipe: what is followed goes on for hours."""
-    print(text, flush=True)  # noqa: T201 - this is what it is for
+def print_line(text: str) -> None:
+    """Print a line and flush it, since a pipe may be read for hours while a command runs."""
+    print(text, flush=True)  # noqa: T201 - the output of the command line
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[TensorEntry], int]:
@@ -48,34 +27,31 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[TensorEntry], int]:
 
 
 def run_directories(path: Path) -> list[Path]:
-    """Return the directories with a log that ``path`` stands for: itself, those right in it."""
-    found = [path] if _has_log(path) else []
+    """Return the directories with a metric log: ``path`` itself, and its direct subdirectories."""
+    own = [path] if _has_log(path) else []
     try:
         with os.scandir(path) as entries:
             inner = sorted(Path(entry) for entry in entries)
     except (FileNotFoundError, NotADirectoryError):
-        return found
+        return own
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
-    return found + [entry for entry in inner if _has_log(entry)]
+    return own + [entry for entry in inner if _has_log(entry)]
 
 
 def _has_log(directory: Path) -> bool:
-    return os.path.lexists(directory / LOG_NAME)  # unlike Path.exists, not where one may not look
+    return os.path.lexists(directory / LOG_NAME)  # Path.exists fails in an unreadable directory
 
 
-def labels(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each: its last parts, as many as tell it from the others."""
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each path: as many of its last parts as tell it from the others."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
-    return [_label(own, [other for other in parts if other != own]) for own in parts]
+    return [_short_name(own, [other for other in parts if other != own]) for own in parts]
 
 
-def _label(own: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
-    for suffix in _suffixes(own):
-        if not any(other[-len(suffix) :] == suffix for other in others):
+def _short_name(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
+    for count in range(1, len(parts) + 1):
+        suffix = parts[-count:]
+        if not any(other[-count:] == suffix for other in others):
             break
     return "".join(c if c.isprintable() else "?" for c in "/".join(suffix))
-
-
-def _suffixes(parts: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    yield from (parts[-count:] for count in range(1, len(parts) + 1))

@@ -1,4 +1,4 @@
-"""The command line, ``fitloop``: its commands, each in a module of its own, and how they fail."""
+"""The command line, ``fitloop``: finds a command, runs it, and reports failures."""
 
 from __future__ import annotations
 
@@ -6,59 +6,74 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from fitloop._cli.bench import add_bench
-from fitloop._cli.export import add_export
-from fitloop._cli.inspect import add_inspect
-from fitloop._cli.plot import add_plot
-from fitloop._cli.watch import add_watch
 from fitloop._errors import FitLoopError
 
 INTERRUPTED = 130
-"""what a shell makes of a command that Ctrl-C ended"""
+"""exit status of a command that Ctrl-C ended, as shells report it"""
+
+COMMANDS = {
+    "watch": "follow runs live from another terminal",
+    "plot": "draw a metric of one run, or of several to compare them",
+    "bench": "time a trainer's loop and loader, and advise changes",
+    "inspect": "show the contents of a snapshot, a weights file or a log of metrics",
+    "export": "write the weights of a snapshot or a weights file to another file",
+}
+"""the name of each command, which is its module in this package, and its line in ``--help``"""
 
 _EXAMPLES = """\
 examples:
   fitloop watch runs                               follow all runs in runs/ as they train
   fitloop plot runs accuracy -o accuracy.png       compare them
   fitloop inspect runs/a                           the last metrics of one
-  fitloop bench train.py:make_trainer              what its loop and its loader cost
+  fitloop bench train.py:make_trainer              the cost of its loop and its loader
   fitloop export snapshot-000012.msgpack model.safetensors
 
-`fitloop COMMAND --help` tells all about a command."""
+`fitloop COMMAND --help` explains a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 1 for what cannot be done, 2 for usage."""
-    parser = _parser()
-    given = parser.parse_args(arguments)
-    if given.command is None:
+    """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(arguments[0] if arguments else "")
+    options = parser.parse_args(arguments)
+    if options.command is None:
         parser.print_help(sys.stderr)
         return 2
     try:
-        status: int = given.command(given)
+        status: int = options.command(options)
         sys.stdout.flush()
     except FitLoopError as error:
         print(f"fitloop: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has seen enough; nor is what is left written at exit
+    except BrokenPipeError:  # the reader of the pipe has gone; do not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
+    """Return a parser that knows all commands by name, and the arguments of ``command``."""
     parser = argparse.ArgumentParser(
         prog="fitloop",
-        description="Follow, compare and time what fitloop trains, look into the files it writes,\n"
-        "and take weights out of them.",
+        description="Follow, compare and time trainings, look into the files of fitloop, and take\n"
+        "weights out of them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (add_watch, add_plot, add_bench, add_inspect, add_export):
-        add(commands)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == command:
+            module = import_module(f"fitloop._cli.{name}")
+            subparser.description = module.ABOUT
+            subparser.epilog = f"examples:\n{module.EXAMPLES}"
+            module.add_arguments(subparser)
+            subparser.set_defaults(command=module.run)
     return parser

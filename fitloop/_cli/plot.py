@@ -1,6 +1,6 @@
-"""``fitloop plot``: a metric of logged runs as an image file.
+"""``fitloop plot``: draws a metric of logged runs to an image file.
 
-Owns whose metrics are drawn, and the file. What a plot looks like is `_plot`'s.
+Owns the choice of the runs, and the file. `fitloop._plotting` owns the look of a plot.
 """
 
 from __future__ import annotations
@@ -11,32 +11,35 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fitloop._cli.common import Commands, add_command, labels, run_directories, say
+from fitloop._cli.common import print_line, run_directories, short_names
 from fitloop._errors import CheckpointError, ConfigurationError, quoted_list
 from fitloop._metrics.history import History
+from fitloop._plotting.draw import new_figure, plot_comparison
 from fitloop._storage.durable import reason, write_file
 from fitloop._storage.metric_log import LOG_NAME, read_metrics
 
-MOST_DOTS = 10_000
-"""of a side; more takes gigabytes, and from 65536 it cannot be drawn"""
+MAX_DOTS = 10_000
+"""of a side; more takes gigabytes of memory, and matplotlib refuses 65536 or more"""
 
-_ABOUT = """\
-Draw a metric of runs that keep a log (fit(checkpoint=...) or save_to_disk=True), also while they
-go on. Of one run it shows train and valid; several are compared, named by their directories.
+ABOUT = """\
+Draw a metric of runs that keep a log (fit(checkpoint=...) or save_to_disk=True), even while they
+train. One run is drawn with train and valid; several are compared, named by their directories.
 A directory with many runs in it stands for all of them."""
 
-_EXAMPLES = """\
+EXAMPLES = """\
   fitloop plot runs/a loss                         writes loss.png
   fitloop plot runs/a runs/b accuracy -o both.svg
   fitloop plot runs accuracy --title "learning rates" --size 10x4"""
 
 
-def add_plot(commands: Commands) -> None:
-    """Add the command ``plot``."""
-    does = "draw a metric of one run, or of several to compare them"
-    parser = add_command(commands, "plot", does, _ABOUT, _EXAMPLES, _plot)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument(
-        "directories", nargs="+", type=Path, metavar="RUN_DIR", help="a save_path, or many in one"
+        "directories",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR",
+        help="the save_path of a run, or a directory with several",
     )
     parser.add_argument("metric", metavar="METRIC", help="a name that a stage function returned")
     parser.add_argument(
@@ -44,24 +47,24 @@ def add_plot(commands: Commands) -> None:
         "--out",
         type=Path,
         metavar="OUT",
-        help="the image, which is replaced if it is there; its suffix says the format "
+        help="the image file, replaced if it exists; its suffix sets the format "
         "(default METRIC.png)",
     )
     parser.add_argument(
         "--run",
-        type=_run,
+        type=_run_number,
         metavar="N",
         help="which fit of each trainer, counted from 0, -1 for the last; or 'all', joined end to "
         "end (default the last)",
     )
-    parser.add_argument("--title", help="above the plot")
+    parser.add_argument("--title", help="text above the plot")
     parser.add_argument(
         "--size", type=_size, default=(8.0, 5.0), metavar="WxH", help="in inches (default 8x5)"
     )
-    parser.add_argument("--dpi", type=_dpi, default=150, help="dots an inch (default 150)")
+    parser.add_argument("--dpi", type=_dpi, default=150, help="dots per inch (default 150)")
 
 
-def _run(text: str) -> int | str:
+def _run_number(text: str) -> int | str:
     if text == "all":
         return text
     try:
@@ -71,8 +74,8 @@ def _run(text: str) -> int | str:
 
 
 def _size(text: str) -> tuple[float, float]:
-    found = re.fullmatch(r"(\d+\.?\d*)x(\d+\.?\d*)", text)
-    sides = [float(side) for side in found.groups()] if found else []
+    match = re.fullmatch(r"(\d+\.?\d*)x(\d+\.?\d*)", text)
+    sides = [float(side) for side in match.groups()] if match else []
     if not all(0 < side <= 200 for side in sides) or not sides:
         raise argparse.ArgumentTypeError(f"{text!r}; expected inches such as 8x5, 200 at most")
     return sides[0], sides[1]
@@ -84,39 +87,40 @@ def _dpi(text: str) -> int:
     return int(text)
 
 
-def _plot(given: argparse.Namespace) -> int:
-    from fitloop._plotting.draw import new_figure, plot_comparison
-
-    out = given.out or Path(re.sub(r"[^\w.=+-]", "_", given.metric) + ".png")
-    if max(given.size) * given.dpi > MOST_DOTS:
+def run(options: argparse.Namespace) -> int:
+    """Draw the plot; return the exit status."""
+    out = options.out or Path(re.sub(r"[^\w.=+-]", "_", options.metric) + ".png")
+    if max(options.size) * options.dpi > MAX_DOTS:
         raise ConfigurationError(
-            f"--size and --dpi make a side of {max(given.size) * given.dpi:.0f} dots; expected "
-            f"{MOST_DOTS} at most"
+            f"--size and --dpi make a side of {max(options.size) * options.dpi:.0f} dots; expected "
+            f"{MAX_DOTS} at most"
         )
     figure, (ax,) = new_figure(1)
-    figure.set_size_inches(*given.size)
+    figure.set_size_inches(*options.size)
     suffixes = sorted(f".{kind}" for kind in figure.canvas.get_supported_filetypes())
     if out.suffix.lower() not in suffixes:
         raise ConfigurationError(
             f"{out} has the suffix {out.suffix!r}; expected one of {quoted_list(suffixes)}"
         )
-    histories = _histories(given.directories)
+    histories = _histories(options.directories)
     try:
         if len(histories) == 1:
-            next(iter(histories.values())).plot(given.metric, given.run, ax=ax)
+            next(iter(histories.values())).plot(options.metric, options.run, ax=ax)
         else:
-            plot_comparison(histories, given.metric, given.run, ax=ax)
+            plot_comparison(histories, options.metric, options.run, ax=ax)
     except IndexError as error:
-        raise ConfigurationError(f"--run is {given.run}: {error}") from error
-    if given.title:
-        ax.set_title(given.title)
-    _write(figure, out, given.dpi)
-    say(f"{out}: {given.metric} of {', '.join(histories)}")
+        raise ConfigurationError(f"--run is {options.run}: {error}") from error
+    if options.title:
+        ax.set_title(options.title)
+    _write(figure, out, options.dpi)
+    print_line(f"{out}: {options.metric} of {', '.join(histories)}")
     return 0
 
 
 def _histories(paths: list[Path]) -> dict[str, History]:
-    directories: list[Path] = []
+    """Return the history of each run by a short name of its directory."""
+    logs: dict[str, Path] = {}
+    """by their real path, since a run may be given twice, in two ways"""
     for path in paths:
         found = [path] if path.is_file() else run_directories(path)
         if not found:
@@ -124,15 +128,12 @@ def _histories(paths: list[Path]) -> dict[str, History]:
                 f"{path} holds no log of metrics; expected the save_path of a run with "
                 "checkpoint= or save_to_disk=True, or a directory with such in it"
             )
-        directories += found
-    once: dict[str, Path] = {}
-    for directory in directories:  # it may be given twice, in two ways
-        once.setdefault(os.path.realpath(directory), directory)
-    directories = list(once.values())
-    # A log that is given as a file is called like its directory.
-    owners = [path.parent if path.name == LOG_NAME else path for path in directories]
-    named = zip(labels(owners), directories, strict=True)
-    return {label: read_metrics(directory) for label, directory in named}
+        for log in found:
+            logs.setdefault(os.path.realpath(log), log)
+    # A log that is given as a file has the name of its directory.
+    directories = [log.parent if log.name == LOG_NAME else log for log in logs.values()]
+    named = zip(short_names(directories), logs.values(), strict=True)
+    return {name: read_metrics(log) for name, log in named}
 
 
 def _write(figure: Any, out: Path, dpi: int) -> None:
@@ -140,7 +141,7 @@ def _write(figure: Any, out: Path, dpi: int) -> None:
         with open(descriptor, "wb", closefd=False) as file:
             try:
                 figure.savefig(file, format=out.suffix[1:].lower(), dpi=dpi)
-            except (RuntimeError, ValueError) as error:  # such as LaTeX that is not installed
+            except (RuntimeError, ValueError) as error:  # for example, LaTeX is not installed
                 raise ConfigurationError(f"{out} cannot be drawn: {error}") from error
 
     try:
