@@ -20,7 +20,7 @@ from fitloop._events import (
     SnapshotFailed,
     WentBack,
 )
-from fitloop._storage.log_records import RunInfo, encode_event, encode_head
+from fitloop._storage.log_records import RunInfo, encode_event, encode_head, encode_progress
 from fitloop._storage.metric_log import MetricLog
 from fitloop._training.trainer_state import TrainerState
 
@@ -50,9 +50,11 @@ class RunLog:
         self._facts: RunInfo | None = None
         """data of the run in the head of the log; None before `begin`"""
         self._progress_at = 0.0
-        """time of the last record about the progress in a phase"""
-        self._records: deque[tuple[bytes, bool]] = deque()
-        """records to be written, each with whether it is replaceable"""
+        """time of the last progress, or of the start of the phase"""
+        self._records: deque[bytes] = deque()
+        """records to be appended to the log"""
+        self._progress: deque[bytes] = deque(maxlen=1)
+        """the newest content for the progress file"""
         self._error: tuple[MetricLog, CheckpointError] | None = None
 
     def begin(self, started: RunStarted, epochs_before: int) -> None:
@@ -84,11 +86,19 @@ class RunLog:
         elif isinstance(event, WentBack):
             self._restart(event)
         elif isinstance(event, BatchProgress):
-            # The difference may be negative, since the system clock may be set back.
-            if abs(self._clock() - self._progress_at) >= PROGRESS_SECONDS:
-                self._append(event)
+            self._report_progress(event)
         else:
             self._append(event)
+
+    def _report_progress(self, event: BatchProgress) -> None:
+        """Write the progress file, at most once in `PROGRESS_SECONDS`."""
+        log, facts, now = self._core.metric_log, self._facts, self._clock()
+        # The difference may be negative, since the system clock may be set back.
+        if log is None or facts is None or abs(now - self._progress_at) < PROGRESS_SECONDS:
+            return
+        self._progress_at = now
+        self._progress.append(encode_progress(event, now, facts))
+        self._writer.submit(lambda: self._write(log))
 
     def _append(self, event: Event) -> None:
         log = self._add_record(event)
@@ -104,31 +114,24 @@ class RunLog:
         record = encode_event(event, now)
         if record is None:
             return None
-        if isinstance(event, BatchProgress | PhaseStarted):
+        if isinstance(event, PhaseStarted):
             self._progress_at = now
-        self._records.append((record, isinstance(event, BatchProgress)))
+        self._records.append(record)
         return log
 
     def _write(self, log: MetricLog) -> None:
         if self._error is not None:
             return  # a record after a gap would belong to another epoch
-        joined: list[bytes] = []
+        records: list[bytes] = []
+        while self._records:
+            records.append(self._records.popleft())
         try:
-            while self._records:
-                record, replaceable = self._records.popleft()
-                if not replaceable:
-                    joined.append(record)
-                    continue
-                self._write_joined(log, joined)
-                log.append(record, passing=True)
-            self._write_joined(log, joined)
+            if records:
+                log.append(b"".join(records))
         except CheckpointError as error:  # raised on the step thread, at the next event
             self._error = (log, error)
-
-    def _write_joined(self, log: MetricLog, records: list[bytes]) -> None:
-        if records:
-            log.append(b"".join(records))
-            records.clear()
+        while self._progress:
+            log.write_progress(self._progress.popleft())
 
     def _restart(self, event: WentBack) -> None:
         """Start the log again with the history after a rollback."""
@@ -147,6 +150,7 @@ class RunLog:
         log = self._add_record(event)
         if log is not None:  # on this thread: at interpreter exit no thread can be started
             self._write(log)
+            log.remove_progress()
         if self._error is not None:
             self._core.metric_log, self._error = None, None  # the next run starts a new log
 

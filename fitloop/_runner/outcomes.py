@@ -18,8 +18,8 @@ from fitloop._errors import CheckpointError, one_line
 from fitloop._format import Table, format_duration, html_block
 from fitloop._metrics.results import FitResult
 from fitloop._runner.jobs import Outcome
-from fitloop._storage.durable import reason, write_file
-from fitloop._storage.layout import FORMAT, VERSION, LayoutError, pack, unpack
+from fitloop._storage.durable import reason, write_bytes
+from fitloop._storage.layout import FORMAT, VERSION, LayoutError, check_format, pack, unpack
 from fitloop._storage.metric_log import LOG_NAME
 from fitloop.backends.base import WEIGHTS
 
@@ -76,14 +76,8 @@ def write_outcome(outcome: Outcome, epochs: int) -> None:
         "error": None if error is None else one_line(error),
         "traceback": None if error is None else "".join(traceback.format_exception(error)),
     }
-    data = pack(contents)
-
-    def write(_path: Path, descriptor: int) -> None:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(data)
-
     try:
-        write_file(path, write, overwrite=True)
+        write_bytes(path, pack(contents))
     except OSError as failure:
         raise CheckpointError(f"{path} cannot be written: {reason(failure)}") from failure
 
@@ -156,13 +150,7 @@ def restored(directory: Path, name: str, epochs: int) -> Outcome | None:
 
 
 def _record(contents: Any, directory: Path) -> Record:
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        raise LayoutError("it is no file of fitloop's")
-    if contents.get("kind") != _KIND:
-        raise LayoutError(f"it holds {contents.get('kind')!r:.40}, not an outcome")
-    version = contents.get("version")
-    if type(version) is not int or not 1 <= version <= VERSION:
-        raise LayoutError(f"its version is {version!r:.40}; this fitloop reads up to {VERSION}")
+    check_format(contents, _KIND)
     status, found = contents["status"], contents["result"]
     if status not in ("done", "failed") or (status == "done") != (found is not None):
         raise LayoutError(f"its status is {status!r:.40}")

@@ -82,6 +82,18 @@ def write_file(path: Path, write: Callable[[Path, int], T], *, overwrite: bool) 
     return result
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace the file at ``path`` by one with ``data``, as `write_file` does; raises OSError."""
+    write_file(path, lambda _temporary, descriptor: write_all(descriptor, data), overwrite=True)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write ``data`` to its end, although the system may write less at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
 def _temporary_in(directory: Path) -> tuple[Path, int]:
     """Make and lock an empty file."""
     while True:

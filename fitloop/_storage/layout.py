@@ -265,7 +265,15 @@ def _unique(what: str) -> Callable[[Iterable[tuple[Any, Any]]], dict[Any, Any]]:
     return collect
 
 
-def _check_header(header: dict[str, Any], kind: str | None) -> None:
+def check_format(header: Any, kind: str | None) -> None:
+    """Raise `LayoutError` unless this fitloop can read a file that has ``header``.
+
+    Args:
+        header: the first map of the file, unpacked.
+        kind: the expected kind; None allows any.
+    """
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise LayoutError("it does not begin as a fitloop file does")
     version = header.get("version")
     if type(version) is not int or version < 1:
         raise LayoutError(f"its version is {short(version)}; expected {VERSION}")
@@ -275,6 +283,10 @@ def _check_header(header: dict[str, Any], kind: str | None) -> None:
         )
     if kind is not None and header.get("kind") != kind:
         raise LayoutError(f"it holds {short(header.get('kind'))}; expected {kind!r}")
+
+
+def _check_header(header: dict[str, Any], kind: str | None) -> None:
+    check_format(header, kind)
     if header.get("byteorder") != sys.byteorder:
         order = short(header.get("byteorder"))
         raise LayoutError(f"its byte order is {order}; this machine's is {sys.byteorder!r}")

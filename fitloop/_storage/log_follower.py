@@ -13,10 +13,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fitloop._errors import CheckpointError
-from fitloop._events import BatchProgress, EpochStarted, Event, PhaseEnded, RunEnded
+from fitloop._events import (
+    BatchProgress,
+    EpochStarted,
+    Event,
+    PhaseEnded,
+    PhaseStarted,
+    RunEnded,
+    WentBack,
+)
 from fitloop._storage.durable import reason
-from fitloop._storage.log_records import RunInfo, check_head, decode_event, decode_run, iter_records
-from fitloop._storage.metric_log import LOG_NAME, unreadable
+from fitloop._storage.log_records import (
+    RunInfo,
+    check_head,
+    decode_event,
+    decode_progress,
+    decode_run,
+    iter_records,
+)
+from fitloop._storage.metric_log import LOG_NAME, read_progress, unreadable
+from fitloop._types import Phase
 
 _HEAD_BYTES = 16
 """enough to tell one log from the next: they begin with a checksum that covers the time"""
@@ -45,8 +61,6 @@ class LogFollower:
         self._identity: tuple[int, ...] = ()
         self._head = b""
         self._offset = 0
-        self._passing = b""
-        """the record at the offset, which another may have taken the place of by now"""
         self.run: RunInfo | None = None
         """the run that was last told of"""
         self._status: os.stat_result | None = None
@@ -54,6 +68,10 @@ class LogFollower:
         self._trainer = ""
         self._ended: dict[str, Any] = {}
         """what the phases of the epoch have returned"""
+        self._open_phase: tuple[int, Phase] | None = None
+        """epoch and phase that go on, as far as the log was read"""
+        self._progress: tuple[BatchProgress, float] | None = None
+        """the progress that was returned last, and its time"""
 
     def poll(self) -> list[TimedEvent]:
         """Return what happened since the last call; nothing while there is no log.
@@ -67,6 +85,7 @@ class LogFollower:
             told = [] if self._file is None else self._read()
             if another and self._open():
                 told += self._read()
+            told += self._read_progress()
             if self.has_ended or os.name == "nt":
                 self.close()
         except CheckpointError:
@@ -109,7 +128,7 @@ class LogFollower:
         self._identity = _identity(os.fstat(self._file.fileno()), closed=False)
         head = self._file.read(_HEAD_BYTES)
         if kept_open or head != self._head:
-            self._head, self._offset, self._passing = head, 0, b""
+            self._head, self._offset = head, 0
         return True
 
     def _read(self) -> list[TimedEvent]:
@@ -118,29 +137,30 @@ class LogFollower:
         self._file.seek(self._offset)
         data = self._file.readall()
         told: list[TimedEvent] = []
-        start = unread = 0
+        start = self._offset
         for record, end in iter_records(data):
-            raw = data[start:end]
-            passes = False
-            if self._offset + start == 0:
-                told += self._begin(record)
-            elif raw != self._passing:
-                new = self._take(record)
-                passes = isinstance(new.event, BatchProgress)
-                told.append(new)
-            else:
-                passes = True
-            # One that passes is looked at again: the next one may be in its place.
-            self._passing, unread = (raw, start) if passes else (b"", end)
-            start = end
-        if self._offset + start == 0:
+            told += [self._take(record)] if self._offset else self._begin(record)
+            self._offset = start + end
+        if self._offset == 0:
             check_head(None)
-        self._offset += unread
         return told
+
+    def _read_progress(self) -> list[TimedEvent]:
+        """Return the last progress of the phase that is going on, unless it was returned before."""
+        if self._open_phase is None or self.run is None:
+            return []
+        progress = decode_progress(read_progress(self.path.parent), self._trainer, self.run)
+        if progress is None or progress == self._progress:
+            return []
+        event, _at = progress
+        if (event.epoch, event.phase) != self._open_phase:
+            return []  # the log was read up to another phase
+        self._progress = progress
+        return [TimedEvent(*progress)]
 
     def _begin(self, head: Any) -> list[TimedEvent]:
         check_head(head)
-        self._ended = {}
+        self._ended, self._open_phase = {}, None
         run, started = decode_run(head)
         if self.run is not None and run.began == self.run.began and not self.has_ended:
             return []  # it went back to an earlier epoch, and logs on from there
@@ -149,6 +169,10 @@ class LogFollower:
 
     def _take(self, record: Any) -> TimedEvent:
         event, at = decode_event(record, self._trainer, self._ended)
+        if isinstance(event, PhaseStarted):
+            self._open_phase = event.epoch, event.phase
+        elif isinstance(event, PhaseEnded | WentBack | RunEnded):
+            self._open_phase = None
         if isinstance(event, EpochStarted):
             self._ended = {}
         elif isinstance(event, PhaseEnded):

@@ -28,7 +28,7 @@ from fitloop._events import (
     WentBack,
 )
 from fitloop._metrics.history import History, export_history
-from fitloop._storage.layout import FORMAT, VERSION, LayoutError, crc32, pack, unpack
+from fitloop._storage.layout import FORMAT, VERSION, LayoutError, check_format, crc32, pack, unpack
 from fitloop._types import Phase
 
 KIND = "metrics"
@@ -82,12 +82,21 @@ def encode_event(event: Event, at: float = 0.0) -> bytes | None:
     """Return what to append for an event that happened ``at``; None for one without record."""
     if event.kind not in LOGGED:
         return None
+    return _framed(_contents(event, at))
+
+
+def encode_progress(event: BatchProgress, at: float, run: RunInfo) -> bytes:
+    """Return the content of the progress file of a run."""
+    return _framed(_contents(event, at) | {"began": run.began})
+
+
+def _contents(event: Event, at: float) -> dict[str, Any]:
     left_out = _LEFT_OUT.get(type(event), {"trainer"})
     contents = {key: value for key, value in event.as_dict().items() if key not in left_out}
     if isinstance(event, PhaseEnded):
         contents["batch_metrics"] = {k: _bytes_of(v) for k, v in event.batch_metrics.items()}
     contents["at"] = at
-    return _framed(contents)
+    return contents
 
 
 def _framed(contents: dict[str, Any]) -> bytes:
@@ -152,12 +161,10 @@ def _frame_at(data: bytes, position: int) -> tuple[int, int, int] | None:
 
 
 def check_head(head: Any) -> None:
-    """Raise `LayoutError` for what does not begin a log that can be read here."""
-    if not isinstance(head, dict) or head.get("format") != FORMAT or head.get("kind") != KIND:
+    """Raise `LayoutError` unless ``head`` begins a log of metrics; None if there is no record."""
+    if head is None:
         raise LayoutError("it does not begin as a log of metrics does")
-    version = head.get("version")
-    if type(version) is not int or not 1 <= version <= VERSION:
-        raise LayoutError(f"its version is {version!r:.40}; this fitloop reads up to {VERSION}")
+    check_format(head, KIND)
 
 
 def event_kind(record: Any) -> str:
@@ -211,6 +218,21 @@ def decode_event(record: Any, trainer: str, ended: Mapping[str, Any]) -> tuple[E
         if item.name not in values:
             values[item.name] = _READ[str(item.type)](record[item.name])
     return cls(**values), _seconds(record["at"])
+
+
+def decode_progress(data: bytes, trainer: str, run: RunInfo) -> tuple[BatchProgress, float] | None:
+    """Return the event in a progress file and its time.
+
+    None if the file is torn, damaged, or of another run.
+    """
+    try:
+        for record, _end in iter_records(data):
+            if record["began"] == run.began:
+                event, at = decode_event(record, trainer, {})
+                return (event, at) if isinstance(event, BatchProgress) else None
+    except (LayoutError, KeyError, TypeError, ValueError):
+        pass
+    return None
 
 
 def _int(value: Any) -> int:

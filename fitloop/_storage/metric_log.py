@@ -9,6 +9,7 @@ appended to.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +18,80 @@ import numpy as np
 from fitloop._errors import CheckpointError
 from fitloop._events import PhaseEnded
 from fitloop._metrics.history import History, restore_history
-from fitloop._storage.durable import reason, write_file
+from fitloop._storage.durable import reason, write_all, write_bytes
 from fitloop._storage.layout import LayoutError
 from fitloop._storage.log_records import check_head, decode_batch_metrics, event_kind, iter_records
 from fitloop._types import Phase
 
 LOG_NAME = "metrics.msgpack"
+PROGRESS_NAME = ".fitloop.progress"
+
+_LARGEST_PROGRESS = 4096  # bytes; a record takes less than 300
+_BINARY = getattr(os, "O_BINARY", 0)
 
 
 class MetricLog:
-    """A log that one trainer appends to; nothing of it is kept open."""
+    """The log of one trainer, and the progress file beside it; keeps neither of them open."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / LOG_NAME
-        self._passing: tuple[int, int] | None = None
-        """where the last record begins and ends, if the next one like it may take its place"""
+        self._progress_path = directory / PROGRESS_NAME
 
     def start(self, head: bytes) -> None:
-        """Replace the log by one with ``head`` only. Raises `CheckpointError`."""
-        self._passing = None
+        """Replace the log by one that has only a head. Raises `CheckpointError`."""
+        self.remove_progress()
         try:
-            write_file(self.path, lambda _path, file: _write(file, head), overwrite=True)
+            write_bytes(self.path, head)
         except OSError as error:
             raise _unwritten(self.path, error) from error
 
-    def append(self, record: bytes, *, passing: bool = False) -> None:
-        """Add a record; what is left of one that failed is cut off. Raises `CheckpointError`.
-
-        A ``passing`` one takes the place of one just before it, if it is as long: so what is told
-        every second does not make the file grow by the day.
-        """
-        before, self._passing = self._passing, None
+    def append(self, records: bytes) -> None:
+        """Add records. If that fails, cut off a torn one and raise `CheckpointError`."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+            descriptor = os.open(self.path, os.O_RDWR | _BINARY)
             try:
-                size = os.fstat(descriptor).st_size
-                place = size
-                if passing and before == (size - len(record), size):
-                    place = before[0]
-                os.lseek(descriptor, place, os.SEEK_SET)
+                size = os.lseek(descriptor, 0, os.SEEK_END)
                 try:
-                    _write(descriptor, record)
+                    write_all(descriptor, records)
                 except OSError:
-                    os.ftruncate(descriptor, place)  # or what comes later could not be read
+                    os.ftruncate(descriptor, size)  # a reader would stop at the torn record
                     raise
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise _unwritten(self.path, error) from error
-        if passing:
-            self._passing = (place, place + len(record))
+
+    def write_progress(self, record: bytes) -> None:
+        """Overwrite the progress file with ``record``; an OSError is ignored.
+
+        The file is written in place, without fsync. A reader recognizes a torn record by its
+        checksum and tries again.
+        """
+        with suppress(OSError):
+            descriptor = os.open(self._progress_path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
+            try:
+                write_all(descriptor, record)
+                os.ftruncate(descriptor, len(record))
+            finally:
+                os.close(descriptor)
+
+    def remove_progress(self) -> None:
+        """Remove the progress file; an OSError is ignored."""
+        with suppress(OSError):
+            self._progress_path.unlink()
 
 
-def _write(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+def read_progress(directory: Path) -> bytes:
+    """Return the content of the progress file; empty if there is none, or it cannot be read."""
+    with suppress(OSError):
+        # Not blocking: the file may be a pipe.
+        flags = os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(directory / PROGRESS_NAME, flags)
+        try:
+            return os.read(descriptor, _LARGEST_PROGRESS)
+        finally:
+            os.close(descriptor)
+    return b""
 
 
 def _unwritten(path: Path, error: OSError) -> CheckpointError:

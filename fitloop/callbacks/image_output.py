@@ -12,7 +12,7 @@ from typing import Protocol
 
 from fitloop._display.jupyter import Handle, display, in_notebook
 from fitloop._errors import ConfigurationError, add_note_safely
-from fitloop._storage.durable import write_file
+from fitloop._storage.durable import write_bytes
 
 _FORMATS = (".png", ".svg", ".pdf")
 
@@ -39,7 +39,7 @@ class ImageFile:
     def show(self, picture: bytes) -> None:
         """Replace the file. Raises OSError."""
         try:
-            write_file(self._path, lambda _path, file: _write(file, picture), overwrite=True)
+            write_bytes(self._path, picture)
         except OSError as error:
             add_note_safely(error, f"live_plot() could not write {self._path}")
             raise
@@ -87,9 +87,3 @@ def image_sink(path: str | os.PathLike[str] | None) -> ImageSink:
             "file to draw into, such as path='curves.png'"
         )
     return NotebookImage()
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

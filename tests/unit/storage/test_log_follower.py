@@ -26,23 +26,33 @@ from support.made_up_runs import (
     run_started,
 )
 
-from fitloop import BatchProgress, CheckpointError, Event, History, PromptAsked, WentBack
+from fitloop import BatchProgress, CheckpointError, Event, History, Phase, PromptAsked, WentBack
 from fitloop._storage.layout import crc32, pack, unpack
 from fitloop._storage.log_follower import LogFollower, TimedEvent
-from fitloop._storage.log_records import RunInfo, encode_event, encode_head
-from fitloop._storage.metric_log import LOG_NAME, MetricLog
+from fitloop._storage.log_records import RunInfo, encode_event, encode_head, encode_progress
+from fitloop._storage.metric_log import LOG_NAME, PROGRESS_NAME, MetricLog
 
+ASKED = PromptAsked(trainer="t", epoch=1, epoch_in_run=1, epochs=3, question="go on?")
 WENT_BACK = WentBack(trainer="t", epoch=1, epoch_in_run=1)
 
 
-def head(began: float, epochs: int = 3) -> bytes:
-    return encode_head("t", History(), RunInfo("fit", epochs, 1, 0, began))
+def run_info(began: float) -> RunInfo:
+    return RunInfo("fit", 3, 1, 0, began)
+
+
+def head(began: float) -> bytes:
+    return encode_head("t", History(), run_info(began))
 
 
 def record(event: Event, at: float = 2.0) -> bytes:
     found = encode_event(event, at)
     assert found is not None
     return found
+
+
+def frame(contents: Any) -> bytes:
+    packed = pack(contents)
+    return pack([crc32(packed), packed])
 
 
 class Log:
@@ -54,11 +64,15 @@ class Log:
         self.follower = LogFollower(directory)
 
     def begin(self, began: float = 1.0) -> None:
+        self.run = run_info(began)
         self.log.start(head(began))
 
     def append(self, *events: Event) -> None:
         for event in events:
-            self.log.append(record(event), passing=isinstance(event, BatchProgress))
+            if isinstance(event, BatchProgress):
+                self.log.write_progress(encode_progress(event, 2.0, self.run))
+            else:
+                self.log.append(record(event))
 
     def poll(self) -> list[Event]:
         return [told.event for told in self.follower.poll()]
@@ -113,53 +127,119 @@ def test_follower_when_a_record_is_written_byte_by_byte_then_tells_it_when_whole
         assert log.poll() == ([phase_ended(1)] if place == len(whole) - 1 else [])
 
 
-# -- records that pass -----------------------------------------------------------------------------
+# -- progress --------------------------------------------------------------------------------------
 
 
-def test_follower_when_a_record_takes_the_place_of_another_then_tells_both(log: Log) -> None:
-    log.begin()
-    log.append(progress(1, 10))
-    assert log.poll() == [run_started(), progress(1, 10)]
-    size = log.path.stat().st_size
-    log.append(progress(1, 11))
-    assert log.path.stat().st_size == size
-    assert log.poll() == [progress(1, 11)]
-    assert log.poll() == []
-    log.append(progress(1, 12), progress(1, 13), phase_ended(1))
-    assert log.poll() == [progress(1, 13), phase_ended(1)]
-
-
-@pytest.mark.slow
-def test_follower_when_a_passing_record_is_half_overwritten_then_waits_and_loses_nothing(
+def test_follower_when_the_progress_file_is_replaced_then_returns_each_content_once(
     log: Log,
 ) -> None:
-    old, new = record(progress(1, 10)), record(progress(1, 11))
-    for place in range(1, len(new)):
-        log.begin(float(place))
-        log.append(progress(1, 10))
-        assert log.poll() == [run_started(), progress(1, 10)]
-        data = log.path.read_bytes()
-        log.path.write_bytes(data[: -len(old)] + new[:place] + old[place:])
-        torn = new[:place] + old[place:]
-        for _ in range(3):  # it is looked at more than once meanwhile
-            assert log.poll() == ([progress(1, 11)] if torn == new else [])
-            if torn == new:
-                break
-        log.path.write_bytes(data[: -len(old)] + new + record(phase_ended(1)))
-        rest = [phase_ended(1)]
-        assert log.poll() == (rest if torn == new else [progress(1, 11), *rest])
-
-
-def test_follower_when_a_passing_record_is_cut_off_then_tells_what_comes_instead(log: Log) -> None:
     log.begin()
-    size = log.path.stat().st_size
-    log.append(progress(1, 10))
+    log.append(epoch_started(1), phase_started(1))
     log.poll()
-    os.truncate(log.path, size)  # as a failed write does
+    size = log.path.stat().st_size
+    for batch in (10, 11, 120):
+        log.append(progress(1, batch))
+        assert log.poll() == [progress(1, batch)]
+        assert log.poll() == []
+    assert log.path.stat().st_size == size
+    log.append(progress(1, 121), progress(1, 122), phase_ended(1))
+    assert log.poll() == [phase_ended(1)]
+
+
+@pytest.mark.parametrize("stale", [progress(1, 5), progress(2, 5, Phase.VALID), progress(3, 5)])
+def test_follower_when_progress_is_not_of_the_current_phase_then_ignores_it(
+    log: Log, stale: BatchProgress
+) -> None:
+    log.begin()
+    log.append(stale, epoch_started(2), phase_started(2))
+    assert log.poll() == [run_started(), epoch_started(2), phase_started(2)]
+    log.append(progress(2, 5))
+    assert log.poll() == [progress(2, 5)]
+
+
+def test_follower_when_progress_is_of_another_run_then_ignores_it(log: Log) -> None:
+    log.begin(1.0)
+    log.append(epoch_started(1), phase_started(1))
+    log.poll()
+    log.log.write_progress(encode_progress(progress(1, 5), 2.0, run_info(9.0)))
     assert log.poll() == []
+
+
+def test_follower_when_a_question_is_asked_within_a_phase_then_still_returns_progress(
+    log: Log,
+) -> None:
+    log.begin()
+    log.append(epoch_started(2), phase_started(2), ASKED)
+    log.poll()
+    log.append(progress(2, 5))
+    assert log.poll() == [progress(2, 5)]
+
+
+def test_log_when_started_then_the_progress_of_the_run_before_is_removed(log: Log) -> None:
+    log.begin()
+    log.append(progress(1, 5))
+    log.begin()
+    assert not (log.path.parent / PROGRESS_NAME).exists()
+
+
+def test_follower_when_the_progress_file_is_torn_then_waits_for_a_whole_one(log: Log) -> None:
+    log.begin()
+    log.append(epoch_started(1), phase_started(1))
+    log.poll()
+    old, new = (encode_progress(progress(1, batch), 2.0, run_info(1.0)) for batch in (10, 11))
+    path = log.path.parent / PROGRESS_NAME
+    for end in range(1, len(new)):
+        torn = new[:end] + old[end:]
+        path.write_bytes(torn)
+        if torn not in (old, new):
+            assert log.poll() == []
+    path.write_bytes(new)
+    assert log.poll() == [progress(1, 11)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"hello", b"\x92" * 100, os.urandom(10_000), b"\x92\x01\xc4\x00"),
+        frame(None),
+        frame({"kind": "batch_progress"}),
+        frame({"kind": "batch_progress", "began": 1.0}),
+        frame({"kind": ["batch_progress"], "began": 1.0}),
+        record(progress(1, 10)),
+    ],
+    ids=len,
+)
+def test_follower_when_the_progress_file_is_forged_then_ignores_it(log: Log, data: bytes) -> None:
+    log.begin()
+    log.append(epoch_started(1), phase_started(1))
+    log.poll()
+    (log.path.parent / PROGRESS_NAME).write_bytes(data)
+    assert log.poll() == []
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_follower_when_the_progress_file_is_no_file_then_ignores_it_and_does_not_wait(
+    log: Log, make: Callable[[Path], None]
+) -> None:
+    log.begin()
+    log.append(epoch_started(1), phase_started(1))
+    make(log.path.parent / PROGRESS_NAME)
+    assert log.poll() == [run_started(), epoch_started(1), phase_started(1)]
+
+
+def test_follower_when_an_earlier_fitloop_logs_progress_then_returns_it(log: Log) -> None:
+    """Earlier versions appended progress to the log, and overwrote it if it was the last record."""
+    log.begin()
+    log.append(epoch_started(1), phase_started(1))
+    log.log.append(record(progress(1, 10)))
+    log.poll()
+    data = log.path.read_bytes()
+    replaced = data.removesuffix(record(progress(1, 10))) + record(progress(1, 11))
+    log.path.write_bytes(replaced)
     assert log.poll() == []
     log.append(phase_ended(1))
     assert log.poll() == [phase_ended(1)]
+    assert [event.kind for event in read_at_end(replaced)][-1] == "batch_progress"
 
 
 # -- one file after the other ----------------------------------------------------------------------
@@ -354,11 +434,6 @@ def read_at_end(data: bytes) -> list[Event]:
 # -- forged ones -----------------------------------------------------------------------------------
 
 
-def frame(contents: Any) -> bytes:
-    packed = pack(contents)
-    return pack([crc32(packed), packed])
-
-
 def plain(data: bytes) -> dict[str, Any]:
     found: dict[str, Any] = unpack(unpack(data, "it")[1], "it")
     return found
@@ -368,9 +443,6 @@ def refused(log: Log) -> None:
     for _ in range(2):  # and it stays so
         with pytest.raises(CheckpointError, match=LOG_NAME):
             log.poll()
-
-
-ASKED = PromptAsked(trainer="t", epoch=1, epoch_in_run=1, epochs=3, question="go on?")
 
 
 @pytest.mark.parametrize(
