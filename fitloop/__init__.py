@@ -63,10 +63,12 @@ from fitloop._training.layers import (
     unfreeze_last,
 )
 from fitloop._types import Phase, Stage, StopReason
+from fitloop.backends.base import Backend, JobSpec
 from fitloop.backends.process.backend import ProcessBackend
 from fitloop.callbacks.live_plot import live_plot
 
 __all__ = [
+    "Backend",
     "BatchProgress",
     "BenchReport",
     "BestImproved",
@@ -84,6 +86,7 @@ __all__ = [
     "History",
     "Job",
     "JobEnded",
+    "JobSpec",
     "JobStarted",
     "LoaderHungWarning",
     "LoopState",

@@ -41,7 +41,7 @@ SOLE_IMPORTERS = {
     "prompt_toolkit": "_display.prompt",
     "msgpack": "_storage.layout",
     "IPython": "_display.jupyter",
-    "cloudpickle": "backends.process.serialization",
+    "cloudpickle": "backends.remote.serialization",
 }
 HEAVY = {"matplotlib", "prompt_toolkit", "trio", "pandas", "IPython"}
 

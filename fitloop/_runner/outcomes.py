@@ -21,7 +21,7 @@ from fitloop._runner.jobs import Outcome
 from fitloop._storage.durable import reason, write_bytes
 from fitloop._storage.layout import FORMAT, VERSION, LayoutError, check_format, pack, unpack
 from fitloop._storage.metric_log import LOG_NAME
-from fitloop.backends.base import WEIGHTS
+from fitloop.backends.base import WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -137,7 +137,7 @@ def restored(directory: Path, name: str, epochs: int) -> Outcome | None:
         )
     if not found.covers(epochs):
         return None
-    weights = directory / WEIGHTS
+    weights = directory / WEIGHTS_NAME
     return Outcome(
         name=found.name,
         status="done",

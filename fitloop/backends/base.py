@@ -12,60 +12,89 @@ from fitloop._events import Event
 from fitloop._metrics.results import FitResult
 from fitloop._trainer.fitloop import FitLoop
 
-WEIGHTS = "weights.msgpack"
-"""in the directory of a job: what its model had at the end"""
+WEIGHTS_NAME = "weights.msgpack"
+"""file in the directory of a job: the weights of the model after the training"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """What is to be done: all that a backend needs to know."""
+    """The description of one training, complete for any backend."""
 
     name: str
     target: Any
     """a function that returns a trainer, or a trainer"""
     args: tuple[Any, ...]
+    """positional arguments of ``target``"""
     epochs: int
     options: Mapping[str, Any]
-    """of ``fit``"""
+    """keyword arguments of ``fit``"""
     directory: Path | None
-    """where its files are; None to keep none"""
+    """directory for the files of the job; None if it keeps none"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a backend returns for a training that came to its end."""
+    """The result of a completed training, as a backend returns it."""
 
     result: FitResult
     weights: Path | None = None
+    """file with the weights after the training; None if the job has no directory"""
     trainer: FitLoop | None = None
+    """the trained trainer; None if the training was in another process"""
 
 
 class Backend(Protocol):
-    """Runs trainings, wherever that is. All calls are made on the event loop of the Runner.
+    """A place where a `Runner` has its trainings done: this process, worker processes, a cluster.
 
-    A cluster is one more of these: it carries the `JobSpec` and the `TrainerDefaults` to where the
-    training is to run, has `train` done there, and brings events, questions and
-    cancellations across.
+    The Runner calls all methods on its event loop. `run_job` does the training of a job in the
+    process that calls it. This backend trains short jobs in the current process, and long ones in
+    worker processes::
+
+        class MixedBackend:
+            def __init__(self):
+                self.workers = ProcessBackend()
+
+            def check(self, spec):
+                if spec.epochs > 10:
+                    self.workers.check(spec)
+
+            async def run(self, spec, defaults, emit):
+                run = self.workers.run if spec.epochs > 10 else run_job
+                return await run(spec, defaults, emit)
+
+            async def close(self):
+                await self.workers.close()
+
+        async with Runner(backend=MixedBackend()) as runner:
+            runner.submit(make_trainer, epochs=3)
+
+    For trainings in other processes or on other machines, `fitloop.backends.remote` has the parts
+    that carry jobs, events, questions and cancellations.
     """
 
     def check(self, spec: JobSpec) -> None:
-        """Refuse what could never run, when it is submitted.
+        """Refuse a job that this backend can never run; called by ``submit``.
 
         Raises:
-            ConfigurationError: it could not.
+            ConfigurationError: the job cannot run.
         """
 
     async def run(
-        self, spec: JobSpec, share: TrainerDefaults, tell: Callable[[Event], None]
+        self, spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]
     ) -> TrainingResult:
-        """Do one training; as many at once as the Runner wants.
+        """Do one training and return its result; called once a job, for several jobs at a time.
 
-        ``tell`` takes events from any thread, and never blocks. Raises what the factory or the
-        training raised; for a worker that died an error that says so.
+        Args:
+            spec: the training.
+            defaults: settings for the trainer where its user gave none: threads, device, name,
+                directory.
+            emit: passes an event of the training on to the Runner; from any thread, never blocks.
 
-        Cancellation: the training ends at a batch boundary before the cancellation is raised, and
-        nothing of it is left running.
+        Raises whatever the factory or the training raised; `WorkerDiedError` if its process died.
+
+        Cancellation: the training ends at a batch boundary, nothing of it keeps running, and the
+        cancellation is raised again.
         """
 
     async def close(self) -> None:
-        """Leave nothing behind; called once, when nothing runs any more. Not cancelled."""
+        """Free all resources; called once, after the last training. Not cancelled."""

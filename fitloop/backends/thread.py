@@ -1,4 +1,4 @@
-"""Trainings in this process: the thread backend, and the function that trains for every backend."""
+"""Trainings in this process: the thread backend, and `run_job`, which trains for every backend."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from fitloop._rng.exclusive import alone_in_steps, exclusive_rng
 from fitloop._run.launch import run_in_thread
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
-from fitloop.backends.base import WEIGHTS, JobSpec, TrainingResult
+from fitloop.backends.base import WEIGHTS_NAME, JobSpec, TrainingResult
 
 
 class ThreadBackend:
     """Trainings in this process, each on a thread of its own."""
 
     def check(self, spec: JobSpec) -> None:
-        """Refuse a trainer with arguments; everything else is seen when it is called."""
+        """Refuse a target that is neither a function nor a trainer, or a trainer with arguments.
+
+        Raises:
+            ConfigurationError: the job cannot run.
+        """
         if isinstance(spec.target, FitLoop | SyncFitLoop):
             if spec.args:
                 raise ConfigurationError(
@@ -37,24 +41,28 @@ class ThreadBackend:
             )
 
     async def run(
-        self, spec: JobSpec, share: TrainerDefaults, tell: Callable[[Event], None]
+        self, spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]
     ) -> TrainingResult:
         """Build the trainer in a thread and await its ``fit``."""
-        return await train(spec, share, tell)
+        return await run_job(spec, defaults, emit)
 
     async def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: this backend holds no resources."""
 
 
-async def train(
-    spec: JobSpec, share: TrainerDefaults, tell: Callable[[Event], None]
+async def run_job(
+    spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]
 ) -> TrainingResult:
-    """Do the training of a job in this process: what every backend does in the end."""
-    token = TRAINER_DEFAULTS.set(share)
+    """Do the training of a job in this process: build its trainer, await ``fit``, save the weights.
+
+    Every backend calls this function in the process where the training runs. Arguments, errors
+    and cancellation are those of `Backend.run`.
+    """
+    token = TRAINER_DEFAULTS.set(defaults)
     try:
-        trainer = await build(spec)
+        trainer = await build_trainer(spec)
         options = dict(spec.options)
-        options["callbacks"] = [*options.get("callbacks", ()), tell]
+        options["callbacks"] = [*options.get("callbacks", ()), emit]
         if spec.directory is not None:
             check_save_path(spec, trainer)
             options.setdefault("checkpoint", Checkpoint())
@@ -62,17 +70,17 @@ async def train(
         result = await trainer.fit(spec.epochs, **options)
         weights = None
         if spec.directory is not None:
-            weights = await trainer.save_model(WEIGHTS, spec.directory, overwrite=True)
+            weights = await trainer.save_model(WEIGHTS_NAME, spec.directory, overwrite=True)
         return TrainingResult(result=result, weights=weights, trainer=trainer)
     finally:
         TRAINER_DEFAULTS.reset(token)
 
 
 def check_save_path(spec: JobSpec, trainer: FitLoop | SyncFitLoop) -> None:
-    """Refuse a trainer that keeps its files elsewhere than its job does: it could not be resumed.
+    """Refuse a trainer whose files are not in the directory of its job: it could not be resumed.
 
     Raises:
-        ConfigurationError: it does.
+        ConfigurationError: the directories differ.
     """
     if spec.directory is None or trainer.save_path.absolute() == spec.directory:
         return
@@ -83,17 +91,18 @@ def check_save_path(spec: JobSpec, trainer: FitLoop | SyncFitLoop) -> None:
     )
 
 
-async def build(spec: JobSpec) -> FitLoop:
-    """Return the trainer of a job.
-
-    A plain factory is called in a thread, no two at once, and no trainer draws meanwhile: what it
-    seeds and draws is what it would be alone. An async one has that between two of its waits.
-    """
+async def build_trainer(spec: JobSpec) -> FitLoop:
+    """Return the trainer of a job: its target, or the trainer that its target returns."""
     return as_trainer(await build_from(spec.target, spec.args, spec.name), f"job {spec.name!r}")
 
 
 async def build_from(target: Any, args: tuple[Any, ...], name: str) -> Any:
-    """Return a trainer that is given as such, or what the factory makes of ``args``."""
+    """Return ``target`` if it is a trainer, else the value that it returns for ``args``.
+
+    A plain function is called in a thread that is named after ``name``. Meanwhile no other factory
+    runs, and no trainer uses the random generators: a factory that seeds them builds the same
+    model as in a program of its own.
+    """
     if isinstance(target, FitLoop | SyncFitLoop):
         return target
     if iscoroutinefunction(target):
@@ -104,18 +113,18 @@ async def build_from(target: Any, args: tuple[Any, ...], name: str) -> Any:
         with exclusive_rng(control):
             return target(*args)
 
-    made = await run_in_thread(name, call, control)
-    return await alone_in_steps(made) if isawaitable(made) else made
+    value = await run_in_thread(name, call, control)
+    return await alone_in_steps(value) if isawaitable(value) else value
 
 
-def as_trainer(made: Any, label: str) -> FitLoop:
-    """Return the trainer that a factory made, the one for event loops of a blocking one.
+def as_trainer(value: Any, label: str) -> FitLoop:
+    """Return a factory's value as a trainer; for a `SyncFitLoop` the `FitLoop` inside it.
 
     Raises:
-        ConfigurationError: it made something else.
+        ConfigurationError: the value is no trainer; the message begins with ``label``.
     """
-    if isinstance(made, SyncFitLoop):
-        made = made.loop
-    if not isinstance(made, FitLoop):
-        raise ConfigurationError(f"{label}: the factory returned {made!r:.80}; expected a FitLoop")
-    return made
+    if isinstance(value, SyncFitLoop):
+        value = value.loop
+    if not isinstance(value, FitLoop):
+        raise ConfigurationError(f"{label}: the factory returned {value!r:.80}; expected a FitLoop")
+    return value

@@ -247,7 +247,7 @@ async def test_submit_when_cloudpickle_is_missing_then_says_what_to_install(
 
 
 def test_loss_when_it_has_no_parameters_then_may_go() -> None:
-    from fitloop.backends.process.serialization import deserialize_job, serialize_job
+    from fitloop.backends.remote.serialization import deserialize_job, serialize_job
 
     (loss,) = deserialize_job(serialize_job("x", (nn.CrossEntropyLoss(torch.ones(3)),)))
     assert torch.equal(loss.weight, torch.ones(3))

@@ -1,9 +1,9 @@
-"""Trainings in worker processes.
+"""Trainings in worker processes on this machine, over ``multiprocessing``.
 
 - `backend`: `ProcessBackend`.
-- `pool`: starts, reuses and ends worker processes.
-- `worker`: the worker's side.
-- `worker_output`: forwards what a worker prints.
-- `client`: the parent's side of one training.
-- `serialization`: jobs and errors as bytes.
+- `pool`: starts, reuses and ends worker processes; their `Transport`.
+- `worker`: the main function of a worker process.
+- `worker_output`: sends the prints of a worker to its parent.
+
+Knows nothing of the messages it carries: those are the business of `fitloop.backends.remote`.
 """

@@ -1,65 +1,55 @@
-"""Trainings in worker processes: the backend, which carries jobs there and tries again.
-
-The worker's side is `worker`, the client of one `client`.
-"""
+"""The process backend, and the choice of a `Runner`'s backend by name."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
-from fitloop._concurrency.control import RunControl
-from fitloop._concurrency.supervisor import LoopPortal, supervise
 from fitloop._defaults import TrainerDefaults
-from fitloop._display.jupyter import interruptible
 from fitloop._engine.config import check_number, check_seconds
-from fitloop._engine.event_bus import EventBus, EventStream, feed_callback
-from fitloop._errors import ConfigurationError, WorkerDiedError, WorkerDiedWarning, add_note_safely
+from fitloop._errors import ConfigurationError
 from fitloop._events import Event
-from fitloop._rng.exclusive import GivenWay
-from fitloop._run.launch import is_async_callback, run_in_thread
+from fitloop._run.launch import run_in_thread
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
-from fitloop.backends.process.client import WorkerClient, options_for_worker
 from fitloop.backends.process.pool import WorkerPool
-from fitloop.backends.process.serialization import serialize_job
 from fitloop.backends.process.worker import serve
+from fitloop.backends.remote.client import options_for_worker, run_remotely
+from fitloop.backends.remote.serialization import serialize_job
 from fitloop.backends.thread import ThreadBackend
 
-MOST_NICE = 19
+MAX_NICE = 19
 
 
-def resolve_backend(given: Any) -> Backend:
-    """Return the backend that a `Runner` was given, perhaps by its name.
+def resolve_backend(backend: Any) -> Backend:
+    """Return the backend of a `Runner`, from its argument: a backend, or the name of one.
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: the argument is neither.
     """
-    if given == "thread":
+    if backend == "thread":
         return ThreadBackend()
-    if given == "process":
+    if backend == "process":
         return ProcessBackend()
-    if isinstance(given, str) or not hasattr(given, "run"):
+    if isinstance(backend, str) or not hasattr(backend, "run"):
         raise ConfigurationError(
-            f"backend is {given!r:.60}; expected 'thread', 'process' or a Backend"
+            f"backend is {backend!r:.60}; expected 'thread', 'process' or a Backend"
         )
-    chosen: Backend = given
+    chosen: Backend = backend
     return chosen
 
 
-def check_nice(given: Any) -> int:
-    """Return a niceness that worker processes can have.
+def check_nice(value: Any) -> int:
+    """Return an increment of niceness that worker processes can have.
 
     Raises:
-        ConfigurationError: they cannot.
+        ConfigurationError: they cannot have it.
     """
-    nice = check_number("nice", given, 0)
-    if nice > MOST_NICE or (nice and not hasattr(os, "nice")):
+    nice = check_number("nice", value, 0)
+    if nice > MAX_NICE or (nice and not hasattr(os, "nice")):
         raise ConfigurationError(
-            f"nice is {nice}; expected 0 to {MOST_NICE}, on Windows 0: what the niceness of "
+            f"nice is {nice}; expected 0 to {MAX_NICE}, on Windows 0: what the niceness of "
             "worker processes is more than that of this one"
         )
     return nice
@@ -68,31 +58,31 @@ def check_nice(given: Any) -> int:
 class ProcessBackend:
     """Trainings in worker processes: real parallelism for models whose steps are mostly Python.
 
-    ``Runner(backend="process")`` has one with the defaults. Workers are spawned, so that a script
-    needs ``if __name__ == "__main__":``, and used again for the next job; they end with the Runner.
-    What is submitted goes there by cloudpickle (``pip install fitloop[process]``): a function and
-    arguments, never a trainer or a model. Results and events come back; weights only in the file
-    `Outcome.weights`, with ``save_path``; a trainer never does.
+    ``Runner(backend="process")`` uses one with the default arguments. Workers are spawned, so a
+    script needs ``if __name__ == "__main__":``. A worker does one job after the other, and ends
+    with the Runner. Jobs are sent with cloudpickle (``pip install fitloop[process]``): a function
+    and its arguments, never a trainer or a model. Results and events come back. Weights come back
+    only as the file `Outcome.weights`, if the Runner has a ``save_path``; the trainer never does.
 
-    What Python prints there appears here, line by line. Callbacks and ``on_continue`` of
-    ``submit`` and of the Runner are called in this process, those that the trainer was made with
-    in the worker. A callback that raises here ends the training a little later than it would
-    there.
+    Lines that Python code prints in a worker are printed in this process. Callbacks and
+    ``on_continue`` of ``submit`` and of the Runner are called in this process, those of the
+    trainer's constructor in the worker. A callback that raises in this process ends the training a
+    little later than in the worker.
 
-    A worker that dies is the `WorkerDiedError` of its job only. When the parent dies, however it
-    does, the workers end at once.
+    If a worker dies, its own job fails with `WorkerDiedError`, and no other. If the parent dies,
+    for any reason, the workers end at once.
 
     Args:
-        retries: how often a job whose worker died is tried again, with a `WorkerDiedWarning`,
-            from its last snapshot; with ``save_path`` only.
-        grace: seconds after a cancellation in which a training is to end; else its worker is
-            killed, with a `WorkerDiedWarning`.
-        nice: niceness added to that of this process (0 to 19, not on Windows): above 0, when
-            cores are short, this process and its event loop come before the trainings, as does
-            whatever else the machine does.
+        retries: further attempts for a job whose worker died, each from its last snapshot and with
+            a `WorkerDiedWarning`; only if the Runner has a ``save_path``.
+        grace: seconds for a cancelled training to end; then its worker is killed, with a
+            `WorkerDiedWarning`.
+        nice: number added to the niceness of this process for the workers (0 to 19; not on
+            Windows). Above 0, this process and its event loop go first when cores are short, and
+            so does everything else on the machine.
 
     Raises:
-        ConfigurationError: an argument cannot work.
+        ConfigurationError: an argument is invalid.
     """
 
     def __init__(self, *, retries: int = 1, grace: float = 10.0, nice: int = 0) -> None:
@@ -101,75 +91,25 @@ class ProcessBackend:
         self._pool = WorkerPool(partial(serve, check_nice(nice)))
 
     def check(self, spec: JobSpec) -> None:
-        """Refuse what cannot go to another process.
+        """Refuse a job that cannot be sent to another process.
 
         Raises:
-            ConfigurationError: it could not.
+            ConfigurationError: the job cannot be sent, or cannot run.
         """
         serialize_job(spec.name, (spec.target, spec.args, options_for_worker(spec)))
         ThreadBackend().check(spec)
 
     async def run(
-        self, spec: JobSpec, share: TrainerDefaults, tell: Callable[[Event], None]
+        self, spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]
     ) -> TrainingResult:
-        """Have a worker do the training, and another one if that dies.
+        """Do the training in a worker; in another one if that dies, up to ``retries`` times.
 
-        Raises what the training raised, with the worker's traceback as a note, or
+        Raises the error of the training, with the worker's traceback as a note, or
         `WorkerDiedError`.
         """
-        tries = 1 + (self._retries if spec.directory is not None else 0)
-        for number in range(1, tries + 1):
-            try:
-                return await self._try(spec, share, tell)
-            except WorkerDiedError as error:
-                if number == tries:
-                    if number > 1:
-                        add_note_safely(error, f"it was tried {number} times")
-                    raise
-                warnings.warn(
-                    f"{error}\nIt goes on from its last snapshot, try {number + 1} of {tries}",
-                    WorkerDiedWarning,
-                    stacklevel=2,
-                )
-        raise AssertionError
-
-    async def _try(
-        self, spec: JobSpec, share: TrainerDefaults, tell: Callable[[Event], None]
-    ) -> TrainingResult:
-        event_bus, control = EventBus(), RunControl()
-        side = LoopPortal(control)
-        background_tasks, plain = [], []
-        async with AsyncExitStack() as stack:
-            stack.enter_context(interruptible())
-            await stack.enter_async_context(GivenWay())
-            for callback in spec.options.get("callbacks", ()):
-                if is_async_callback(callback):
-                    stream = await stack.enter_async_context(EventStream(event_bus, None))
-                    background_tasks.append(partial(feed_callback, stream, callback))
-                else:
-                    plain.append(callback)
-            talk = WorkerClient(
-                self._pool, spec, share, control, side, event_bus, tell, plain, self._grace
-            )
-            try:
-                done: TrainingResult = await supervise(
-                    talk,
-                    control,
-                    side,
-                    name=spec.name,
-                    grace=0.0,
-                    background_tasks=background_tasks,
-                    end_background_tasks=event_bus.end,
-                )
-            finally:
-                if talk.was_killed:
-                    warnings.warn(
-                        f"{spec.name}: the training had not ended {self._grace:g} s after it was "
-                        "cancelled; its worker process was killed. Give grace= to wait longer",
-                        WorkerDiedWarning,
-                        stacklevel=2,
-                    )
-        return done
+        return await run_remotely(
+            self._pool, spec, defaults, emit, retries=self._retries, grace=self._grace
+        )
 
     async def close(self) -> None:
         """End the workers."""

@@ -1,7 +1,4 @@
-"""What is printed in a worker process, on its way to the parent: whole lines, one after the other.
-
-Knows no job and no channel: `ForwardedStream` calls a function with what is to be sent.
-"""
+"""The prints of a worker process on their way to the parent: whole lines, one after the other."""
 
 from __future__ import annotations
 
@@ -11,105 +8,102 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
+
+from fitloop.backends.remote.messages import Printed, WorkerMessage
 
 
 class SerializedCall:
-    """Has a function called by one thread at a time.
+    """Wraps a function so that one thread at a time calls it, and never within itself.
 
-    Not within itself: a call may have the garbage collector run code that calls again, which would
-    wait for its own thread. Such a call is made when the outer one is over.
+    The garbage collector may run code inside a call that calls again; with a plain lock this
+    thread would wait for itself. Such a call is made after the outer one has returned.
     """
 
-    def __init__(self, call: Callable[[Any], None]) -> None:
-        self._call = call
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self._function = function
         self._lock = threading.RLock()
-        self._inside = False
-        self._later: deque[Any] = deque()
+        self._is_calling = False
+        self._postponed: deque[Any] = deque()
 
-    def __call__(self, given: Any) -> None:
-        """Call the function, or leave the argument to the thread that is inside it."""
+    def __call__(self, argument: Any) -> None:
+        """Call the function; inside of a call, when that has returned."""
         with self._lock:
-            if self._inside:
-                self._later.append(given)
+            if self._is_calling:
+                self._postponed.append(argument)
                 return
-            self._inside = True
+            self._is_calling = True
             try:
-                self._call(given)
-                while self._later:
-                    self._call(self._later.popleft())
+                self._function(argument)
+                while self._postponed:
+                    self._function(self._postponed.popleft())
             finally:
-                self._inside = False
+                self._is_calling = False
 
 
-class ForwardedStream(io.TextIOBase):
-    """A ``sys.stdout`` whose lines go to the parent."""
+class OutputForwarder(io.RawIOBase):
+    """Sends the bytes of an output stream to the parent as lines of text.
 
-    encoding = "utf-8"
-    errors = "replace"
+    A flush sends the unfinished line too: it may be the last output of this process.
 
-    def __init__(self, name: str, descriptor: int, send: Callable[..., None]) -> None:
+    Args:
+        name: ``"stdout"`` or ``"stderr"``.
+        descriptor: file descriptor of the stream, which leads to the log.
+        send: sends a message to the parent.
+    """
+
+    def __init__(self, name: str, descriptor: int, send: Callable[[WorkerMessage], None]) -> None:
         self._name, self._descriptor, self._send = name, descriptor, send
-        self._take_in_turn = SerializedCall(self._take)
-        self._rest = ""
-        self.buffer = io.BufferedWriter(_Bytes(self), 1)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._line = ""
+        """the unfinished line"""
+        self._forward = SerializedCall(self._forward_now)
+
+    def text_stream(self) -> TextIO:
+        """Return a replacement for ``sys.stdout`` or ``sys.stderr``."""
+        binary: Any = self
+        return io.TextIOWrapper(
+            binary, encoding="utf-8", errors="replace", newline="\n", write_through=True
+        )
 
     def writable(self) -> bool:
         """Return True."""
         return True
 
     def fileno(self) -> int:
-        """Return the descriptor of the stream that this one replaces."""
+        """Return the descriptor of the stream."""
         return self._descriptor
 
-    def write(self, text: str) -> int:
-        """Forward text, and return its length."""
-        self._take_in_turn(text)
-        return len(text)
+    def write(self, data: Any) -> int:
+        """Send the lines that end in ``data``."""
+        self._forward(bytes(data))
+        return len(data)
 
     def flush(self) -> None:
-        """Tell what there is of a line: it may be the last that is heard of this process."""
-        self._take_in_turn(None)
-
-    def _take(self, text: str | None) -> None:
-        """Send the lines that end; for None what there is of one."""
-        if text is None:
-            if self._rest:
-                self._send("partial_line", self._name, self._rest)
-            return
-        lines, end, rest = (self._rest + text).rpartition("\n")
-        self._rest = rest.rpartition("\r")[2]  # of a bar that is drawn over itself: the last
-        if end:
-            self._send("print", self._name, lines + end)
-
-    def leave_to_parent(self) -> None:
-        """Write to the log, in a forked process."""
-
-        def write(word: str, _name: str, text: str) -> None:
-            if word == "print":
-                os.write(self._descriptor, text.encode(errors="replace"))
-
-        self._take_in_turn, self._rest, self._send = SerializedCall(self._take), "", write
+        """Send the unfinished line as far as it goes."""
+        self._forward(None)
 
     def end_line(self) -> None:
-        """Send what is left of a line."""
-        if self._rest:
-            self.write("\n")
+        """End the unfinished line, if there is one, and send it."""
+        if self._line:
+            self._forward(b"\n")
 
+    def write_to_log(self) -> None:
+        """Write to the log from now on; called in a forked process, which has no connection."""
 
-class _Bytes(io.RawIOBase):
-    """What ``sys.stdout.buffer`` writes to: text again, for the same lines."""
+        def write(message: WorkerMessage) -> None:
+            if isinstance(message, Printed) and not message.is_partial:
+                os.write(self._descriptor, message.text.encode(errors="replace"))
 
-    def __init__(self, lines: ForwardedStream) -> None:
-        self._lines = lines
-        self._decoder = codecs.getincrementaldecoder(lines.encoding)(lines.errors)
+        self._forward, self._line, self._send = SerializedCall(self._forward_now), "", write
 
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._lines.fileno()
-
-    def write(self, data: Any) -> int:
-        self._lines.write(self._decoder.decode(bytes(data)))
-        return len(data)
+    def _forward_now(self, data: bytes | None) -> None:
+        """Send the lines that end in ``data``; the unfinished line if it is None."""
+        if data is None:
+            if self._line:
+                self._send(Printed(self._name, self._line, is_partial=True))
+            return
+        lines, end, rest = (self._line + self._decoder.decode(data)).rpartition("\n")
+        self._line = rest.rpartition("\r")[2]  # of a bar that overwrites itself: the last state
+        if end:
+            self._send(Printed(self._name, lines + end))

@@ -1,30 +1,31 @@
-"""What a worker process prints, as it is sent to its parent."""
+"""The prints of a worker process, as they are sent to its parent."""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitloop.backends.process.worker_output import ForwardedStream, SerializedCall
+from fitloop.backends.process.worker_output import OutputForwarder, SerializedCall
+from fitloop.backends.remote.messages import Printed, WorkerMessage
 
 
 class Channel:
-    """Keeps what is sent, and does something else within."""
+    """Records sent messages; calls a function during the next one."""
 
     def __init__(self) -> None:
-        self.sent: list[tuple[str, str, str]] = []
-        self.within: Any = None
+        self.sent: list[Printed] = []
+        self.during_send: Callable[[], None] | None = None
 
-    def send(self, *message: str) -> None:
-        word, name, text = message
-        self.sent.append((word, name, text))
-        within, self.within = self.within, None
-        if within is not None:
-            within()
+    def send(self, message: WorkerMessage) -> None:
+        assert isinstance(message, Printed)
+        self.sent.append(message)
+        during_send, self.during_send = self.during_send, None
+        if during_send is not None:
+            during_send()
 
 
 @pytest.fixture
@@ -32,57 +33,59 @@ def channel() -> Channel:
     return Channel()
 
 
-def test_write_when_the_collector_has_another_print_within_then_it_is_sent_after(
+def test_write_when_the_collector_prints_during_it_then_that_is_sent_after(
     channel: Channel,
 ) -> None:
-    lines = ForwardedStream("stdout", 1, channel.send)
-    channel.within = lambda: print("bye", file=lines)
-    lines.write("one\ntwo")
-    lines.write("!\n")
-    assert [text for _word, _name, text in channel.sent] == ["one\n", "twobye\n", "!\n"]
+    output = OutputForwarder("stdout", 1, channel.send)
+    stream = output.text_stream()
+    channel.during_send = lambda: print("bye", file=stream)
+    stream.write("one\ntwo")
+    stream.write("!\n")
+    assert [message.text for message in channel.sent] == ["one\n", "twobye\n", "!\n"]
 
 
 def test_call_when_within_itself_then_comes_after_and_other_threads_wait() -> None:
-    seen: list[str] = []
-    inside, go_on = threading.Event(), threading.Event()
+    calls: list[str] = []
+    entered, leave = threading.Event(), threading.Event()
 
-    def take(given: str) -> None:
-        seen.append(given)
-        if given == "outer":
-            in_turn("inner")
-            inside.set()
-            assert go_on.wait(20)
-            seen.append("outer ends")
+    def record(argument: str) -> None:
+        calls.append(argument)
+        if argument == "outer":
+            call("inner")
+            entered.set()
+            assert leave.wait(20)
+            calls.append("outer ends")
 
-    in_turn = SerializedCall(take)
-    threads = [threading.Thread(target=in_turn, args=["outer"])]
+    call = SerializedCall(record)
+    threads = [threading.Thread(target=call, args=["outer"])]
     threads[0].start()
-    assert inside.wait(20)
-    threads.append(threading.Thread(target=in_turn, args=["other"]))
+    assert entered.wait(20)
+    threads.append(threading.Thread(target=call, args=["other"]))
     threads[1].start()
-    go_on.set()
+    leave.set()
     for thread in threads:
         thread.join()
-    assert seen == ["outer", "outer ends", "inner", "other"]
+    assert calls == ["outer", "outer ends", "inner", "other"]
 
 
-def test_call_when_it_raises_then_the_next_one_is_made(channel: Channel) -> None:
-    in_turn = SerializedCall(lambda given: 1 // given)
+def test_call_when_it_raises_then_the_next_one_is_made() -> None:
+    call = SerializedCall(lambda number: 1 // number)
     with pytest.raises(ZeroDivisionError):
-        in_turn(0)
-    in_turn(1)
+        call(0)
+    call(1)
 
 
-def test_flush_when_a_line_has_no_end_then_tells_what_there_is(channel: Channel) -> None:
-    lines = ForwardedStream("stderr", 2, channel.send)
-    lines.write("whole\nloading 1%\rloading 2%")
-    lines.flush()
-    lines.end_line()
-    lines.flush()
+def test_flush_when_a_line_has_no_end_then_sends_its_beginning(channel: Channel) -> None:
+    output = OutputForwarder("stderr", 2, channel.send)
+    stream = output.text_stream()
+    stream.write("whole\nloading 1%\rloading 2%")
+    stream.flush()
+    output.end_line()
+    stream.flush()
     assert channel.sent == [
-        ("print", "stderr", "whole\n"),
-        ("partial_line", "stderr", "loading 2%"),
-        ("print", "stderr", "loading 2%\n"),
+        Printed("stderr", "whole\n"),
+        Printed("stderr", "loading 2%", is_partial=True),
+        Printed("stderr", "loading 2%\n"),
     ]
 
 
@@ -92,10 +95,11 @@ def test_flush_when_a_line_has_no_end_then_tells_what_there_is(channel: Channel)
 )
 def test_buffer_when_bytes_come_in_pieces_then_gives_the_same_lines(text: str, cut: int) -> None:
     channel, data = Channel(), (text + "\n").encode()
-    lines = ForwardedStream("stdout", 1, channel.send)
-    lines.buffer.write(data[:cut])
-    lines.buffer.flush()
-    lines.buffer.write(data[cut:])
-    lines.buffer.flush()
-    sent = "".join(text for word, _name, text in channel.sent if word == "print")
+    output = OutputForwarder("stdout", 1, channel.send)
+    stream = output.text_stream()
+    stream.buffer.write(data[:cut])
+    stream.buffer.flush()
+    stream.buffer.write(data[cut:])
+    stream.buffer.flush()
+    sent = "".join(message.text for message in channel.sent if not message.is_partial)
     assert sent == text + "\n"

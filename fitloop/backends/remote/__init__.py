@@ -1,0 +1,12 @@
+"""Trainings outside of this process: the code that does not depend on the kind of connection.
+
+- `transport`: the protocol of a connection to a worker.
+- `messages`: the messages that it carries.
+- `client`: `run_remotely` has a worker do a training, with questions, retries and cancellation.
+- `server`: `JobServer` does the trainings, in the worker.
+- `serialization`: jobs and errors as bytes.
+
+Knows no process and no connection. A backend for a cluster gives `run_remotely` a `TransportPool`
+of its own, and runs a `JobServer` in each of its workers; `fitloop.backends.process` does the same
+with ``multiprocessing``.
+"""

@@ -1,0 +1,477 @@
+"""The client of a worker: one training elsewhere, controlled and displayed in this process.
+
+Owns the exchange with a worker about one job, over any `Transport`. Events, prints and questions
+of the training appear in this process as if it trained here.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable
+from contextlib import AsyncExitStack, ExitStack, suppress
+from dataclasses import replace
+from functools import partial
+from inspect import isawaitable
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from fitloop._concurrency.control import Cancelled, RunControl
+from fitloop._concurrency.event_loops import loop_scheduler
+from fitloop._concurrency.supervisor import LoopPortal, supervise
+from fitloop._defaults import TrainerDefaults
+from fitloop._display.jupyter import interruptible
+from fitloop._display.progress import RunDisplay
+from fitloop._display.prompt import PromptWithTimeout, TerminalPrompt
+from fitloop._engine.event_bus import EventBus, EventStream, feed_callback
+from fitloop._errors import WorkerDiedError, WorkerDiedWarning, add_note_safely
+from fitloop._events import Event, PromptAsked, RunEnded, RunStarted
+from fitloop._rng.exclusive import GivenWay
+from fitloop._run.fit_options import fit_option
+from fitloop._run.launch import is_async_callback, run_in_thread
+from fitloop._run.prompts import Ask, check_answer
+from fitloop._types import StopReason
+from fitloop.backends.base import JobSpec, TrainingResult
+from fitloop.backends.remote import messages
+from fitloop.backends.remote.messages import Answer, Printed, WorkerMessage
+from fitloop.backends.remote.serialization import deserialize_error, serialize_job
+from fitloop.backends.remote.transport import Transport, TransportPool
+
+LAST_LINES = 20
+"""lines of a dead worker's output in the message of its error"""
+CLIENT_OPTIONS = (
+    "callbacks",
+    "on_continue",
+    "print_every",
+    "display_metrics",
+    "verbose",
+    "progress",
+)
+"""options of ``fit`` that take effect in this process"""
+
+
+async def run_remotely(
+    pool: TransportPool,
+    spec: JobSpec,
+    defaults: TrainerDefaults,
+    emit: Callable[[Event], None],
+    *,
+    retries: int,
+    grace: float,
+) -> TrainingResult:
+    """Do a training on a worker of ``pool``; the whole of `Backend.run` for a remote backend.
+
+    Args:
+        retries: further attempts after the death of a worker, from the last snapshot of the job,
+            each with a `WorkerDiedWarning`. Without a directory there are no snapshots, and so no
+            further attempts.
+        grace: seconds for a cancelled training to end; then its worker is killed, with a
+            `WorkerDiedWarning`.
+
+    Raises the error of the training, with the worker's traceback as a note, or `WorkerDiedError`.
+    """
+    attempts = 1 + (retries if spec.directory is not None else 0)
+    for attempt in range(1, attempts + 1):
+        try:
+            return await WorkerClient(pool, spec, defaults, emit, grace).run()
+        except WorkerDiedError as error:
+            if attempt == attempts:
+                if attempt > 1:
+                    add_note_safely(error, f"it was tried {attempt} times")
+                raise
+            warnings.warn(
+                f"{error}\nIt goes on from its last snapshot, try {attempt + 1} of {attempts}",
+                WorkerDiedWarning,
+                stacklevel=2,
+            )
+    raise AssertionError
+
+
+def options_for_worker(spec: JobSpec) -> dict[str, Any]:
+    """Return the options of ``fit`` that take effect in the worker."""
+    return {name: value for name, value in spec.options.items() if name not in CLIENT_OPTIONS}
+
+
+class WorkerClient:
+    """One job on one worker. A thread receives the worker's messages; the event loop awaits it."""
+
+    def __init__(
+        self,
+        pool: TransportPool,
+        spec: JobSpec,
+        defaults: TrainerDefaults,
+        emit: Callable[[Event], None],
+        grace: float,
+    ) -> None:
+        self._pool, self._spec, self._defaults, self._emit = pool, spec, defaults, emit
+        self._control = RunControl()
+        self._portal = LoopPortal(self._control)
+        self._event_bus = EventBus()
+        self._observers: list[Callable[[Event], object]] = []
+        self._output = _WorkerOutput()
+        self._questions = _Questions(spec, self._portal, self._send, self._fail)
+        self._canceller = _JobCanceller(spec.name, grace)
+        self._grace = grace
+        self._run_started: RunStarted | None = None
+        """first event of the run that is now going on"""
+        self._result: TrainingResult | None = None
+        self._error: Exception | None = None
+
+    async def run(self) -> TrainingResult:
+        """Do the job and return its result.
+
+        Raises the error of the training or of a callback, or `WorkerDiedError`.
+
+        Cancellation: as for `Backend.run`.
+        """
+        feeds = []
+        async with AsyncExitStack() as stack:
+            stack.enter_context(interruptible())
+            await stack.enter_async_context(GivenWay())
+            for callback in self._spec.options.get("callbacks", ()):
+                if is_async_callback(callback):
+                    stream = EventStream(self._event_bus, None)
+                    await stack.enter_async_context(stream)
+                    feeds.append(partial(feed_callback, stream, callback))
+                else:
+                    self._observers.append(callback)
+            try:
+                result: TrainingResult = await supervise(
+                    self,
+                    self._control,
+                    self._portal,
+                    name=self._spec.name,
+                    grace=0.0,
+                    background_tasks=feeds,
+                    end_background_tasks=self._event_bus.end,
+                )
+            finally:
+                if self._canceller.has_killed:
+                    warnings.warn(
+                        f"{self._spec.name}: the training had not ended {self._grace:g} s after it "
+                        "was cancelled; its worker process was killed. Give grace= to wait longer",
+                        WorkerDiedWarning,
+                        stacklevel=2,
+                    )
+        return result
+
+    # -- the thread ------------------------------------------------------------------------------
+
+    def execute(self) -> None:
+        """Do the job on a worker; called in the thread of this job."""
+        job = serialize_job(self._spec.name, self._remote_job())
+        self._use(self._pool.acquire())
+        remove_hook = self._control.on_halt(self._canceller.start)
+        completed = False
+        try:
+            with ExitStack() as stack:
+                while not (completed := self._do_job(job, stack)):
+                    # The worker died while it had no job: use another one.
+                    self._transport.close()
+                    self._use(self._pool.acquire())
+                    if self._control.halted:
+                        break
+        finally:
+            remove_hook()
+            self._canceller.close()
+            self._questions.withdraw_all()
+            if completed:
+                self._pool.release(self._transport)
+            else:
+                self._transport.close()
+
+    def finish(self, error: BaseException | None) -> TrainingResult:
+        """Return the result or raise the error of the job; called after `execute`."""
+        error, self._error = error or self._error, None
+        if error is not None:
+            raise error
+        if self._result is None:
+            raise Cancelled
+        return self._result
+
+    def _use(self, transport: Transport) -> None:
+        self._transport = self._canceller.transport = transport
+
+    def _remote_job(self) -> messages.RemoteJob:
+        spec, defaults = self._spec, self._defaults
+        options = {**options_for_worker(spec), "verbose": False}
+        return messages.RemoteJob(
+            replace(spec, options=options, directory=_absolute(spec.directory)),
+            replace(defaults, save_path=_absolute(defaults.save_path)),
+            asks_client=spec.options.get("on_continue") is not None,
+        )
+
+    def _do_job(self, job: bytes, stack: ExitStack) -> bool:
+        """Send the job and handle messages until it is over.
+
+        Returns False if the worker died before it accepted the job; a later death raises.
+        """
+        transport = self._transport
+        accepted = not transport.ready  # a new worker that dies would do so again
+        try:
+            transport.send(messages.StartJob(job))
+            self._canceller.job_sent.set()
+            while True:
+                match transport.receive():
+                    case messages.Ready():
+                        transport.ready = True
+                    case messages.JobAccepted():
+                        accepted = True
+                    case messages.JobOver() as over:
+                        self._set_outcome(over)
+                        return True
+                    case message:
+                        self._handle(message, stack)
+        except (EOFError, OSError):
+            if accepted or self._control.cancelled:
+                self._raise_death()
+        return False
+
+    def _handle(self, message: WorkerMessage, stack: ExitStack) -> None:
+        """Handle a message of a running job."""
+        match message:
+            case messages.TrainerBuilt(name, named):
+                progress = stack.enter_context(_progress(self._spec, name, named))
+                self._questions.progress = progress
+                self._event_bus.set_observers([self._emit, progress.observe, *self._observers])
+            case Printed():
+                self._output.print(message)
+            case messages.QuestionAsked(number, question):
+                self._questions.ask(number, self._with_timeout(question))
+            case messages.QuestionWithdrawn(number):
+                self._questions.withdraw(number)
+            case Event():
+                self._relay(self._with_timeout(message))
+
+    def _set_outcome(self, over: messages.JobOver) -> None:
+        if over.error is not None:
+            self._error = deserialize_error(over.error)
+        elif over.result is not None:
+            weights, directory = over.weights, self._spec.directory
+            if weights is not None and directory is not None:
+                weights = directory / weights.name
+            self._result = TrainingResult(result=over.result, weights=weights)
+
+    def _raise_death(self) -> None:
+        """Raise the error of a worker that died, after the `RunEnded` that it could not send."""
+        transport, started = self._transport, self._run_started
+        self._canceller.job_over.set()
+        end = transport.wait_for_exit()
+        if self._control.cancelled:
+            if started is not None:
+                self._relay(_cut_off(started, StopReason.CANCELLED))
+            raise Cancelled
+        message = f"the worker process of job {self._spec.name!r} {end.description}"
+        lines = [*self._output.last_lines(), *transport.log_tail()]
+        if started is not None:
+            self._relay(_cut_off(started, StopReason.FAILED, f"WorkerDiedError: {message}"))
+        if lines:
+            message += "; its last lines:\n  " + "\n  ".join(lines)
+        raise WorkerDiedError(message, end.code)
+
+    # -- events ----------------------------------------------------------------------------------
+
+    def _relay(self, event: Event) -> None:
+        """Pass an event on to the Runner, the display and the callbacks."""
+        if isinstance(event, RunStarted | RunEnded):
+            self._run_started = event if isinstance(event, RunStarted) else None
+        if self._control.failure is not None:
+            self._emit(event)
+            return
+        try:
+            self._event_bus.emit(event)
+        except Exception as error:  # of a callback, or an unknown metric
+            add_note_safely(
+                error, f"in job {self._spec.name!r}: at {type(event).__name__}, in this process"
+            )
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """End the training for an error of this process; `supervise` raises it."""
+        self._control.cancel(error)
+        self._portal.wake()
+
+    def _with_timeout(self, event: Any) -> Any:
+        """Add the time limit to a question: the worker asks without one, see `JobServer`."""
+        limit = self._spec.options.get("continue_timeout")
+        if isinstance(event, PromptAsked) and event.timeout is None and limit is not None:
+            return replace(event, timeout=limit)
+        return event
+
+    def _send(self, answer: Answer) -> None:
+        self._transport.send(answer)
+
+
+class _WorkerOutput:
+    """The printed lines of a worker: printed here again, and the last ones remembered."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._partial_lines: dict[str, str] = {}
+        """stream -> the flushed beginning of its last line"""
+
+    def print(self, message: Printed) -> None:
+        """Print whole lines; only remember a partial line."""
+        if message.is_partial:
+            self._partial_lines[message.stream] = message.text
+            return
+        self._partial_lines.pop(message.stream, None)
+        self._lines.extend(message.text.splitlines())
+        out = sys.stderr if message.stream == "stderr" else sys.stdout
+        with suppress(Exception):  # such as a terminal that is gone
+            out.write(message.text)
+            out.flush()
+
+    def last_lines(self) -> list[str]:
+        """Return the last lines, with those that have no end yet."""
+        return [*self._lines, *self._partial_lines.values()]
+
+
+class _Question:
+    """A question of the worker that has no answer yet."""
+
+    def __init__(self) -> None:
+        self.withdrawn = False
+        self.cancel: Callable[[], None] = lambda: None
+
+
+class _Questions:
+    """Asks the user of this process the questions of a worker, and sends the answers."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        portal: LoopPortal,
+        send: Callable[[Answer], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self._spec, self._portal, self._send, self._fail = spec, portal, send, fail
+        self._open: dict[int, _Question] = {}
+        self._ask: Ask | None = None
+        self.progress: RunDisplay | None = None
+        """display of the training; labels its questions"""
+
+    def ask(self, number: int, event: PromptAsked) -> None:
+        """Have the event loop ask a question; returns at once."""
+        self._open[number] = question = _Question()
+        with suppress(Cancelled):
+            self._portal.start(lambda: self._answer(number, question, event))
+
+    def withdraw(self, number: int) -> None:
+        """Stop asking a question, if it is open; any thread."""
+        question = self._open.pop(number, None)
+        if question is not None:
+            question.withdrawn = True
+            question.cancel()
+
+    def withdraw_all(self) -> None:
+        """Stop asking all questions."""
+        for number in list(self._open):
+            self.withdraw(number)
+
+    async def _answer(self, number: int, question: _Question, event: PromptAsked) -> None:
+        """Ask, and send the answer."""
+        schedule = loop_scheduler()
+        with anyio.CancelScope() as scope:
+            question.cancel = lambda: schedule(scope.cancel)
+            if question.withdrawn:
+                return
+            try:
+                answer: Any = self._asker()(event)
+                answer = check_answer(await answer if isawaitable(answer) else answer)
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as error:  # Ctrl-C at the prompt too
+                self._fail(error)
+                return
+            finally:
+                self._open.pop(number, None)
+            with suppress(OSError):
+                await run_in_thread(self._spec.name, lambda: self._send(Answer(number, answer)))
+
+    def _asker(self) -> Ask:
+        if self._ask is None:
+            on_continue: Ask | None = self._spec.options.get("on_continue")
+            if on_continue is None:
+                prompt = TerminalPrompt(
+                    lambda: "" if self.progress is None else self.progress.printer.label
+                )
+                prompt.check()
+                self._ask = prompt
+            else:
+                timed = self._spec.options.get("continue_timeout") is not None
+                self._ask = PromptWithTimeout(on_continue) if timed else on_continue
+        return self._ask
+
+
+class _JobCanceller:
+    """Cancels the job of a worker, and kills a worker that does not obey in time."""
+
+    transport: Transport
+
+    def __init__(self, job: str, grace: float) -> None:
+        self._job, self._grace = job, grace
+        self._thread: threading.Thread | None = None
+        self.job_sent, self.job_over = threading.Event(), threading.Event()
+        self.has_killed = False
+
+    def start(self) -> None:
+        """Cancel the job, in a thread of its own: the caller may not block."""
+        if self._thread is None:
+            name = f"fitloop {self._job} ending"
+            self._thread = threading.Thread(target=self._cancel, name=name, daemon=True)
+            self._thread.start()
+
+    def _cancel(self) -> None:
+        transport = self.transport
+        if not transport.ready:  # it has no job yet
+            transport.kill()
+            return
+        self.job_sent.wait()  # else the worker would cancel its last job
+        with suppress(OSError):
+            transport.send(messages.CancelJob())
+        if not self.job_over.wait(self._grace):
+            self.has_killed = True
+            transport.kill()
+
+    def close(self) -> None:
+        """Wait for the thread, if there is one: the job is over."""
+        self.job_sent.set()
+        self.job_over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _progress(spec: JobSpec, name: str, named: bool) -> RunDisplay:
+    """Return the display of a training in this process."""
+    options = spec.options
+    every = options.get("print_every", 1) if options.get("verbose", True) else 0
+    return RunDisplay(
+        name,
+        named=named,
+        every=fit_option("print_every", every),
+        names=fit_option("display_metrics", options.get("display_metrics")),
+        live=bool(options.get("progress", True)),
+    )
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
+
+
+def _cut_off(started: RunStarted, reason: StopReason, error: str | None = None) -> RunEnded:
+    """Return the last event of a run whose worker died."""
+    return RunEnded(
+        trainer=started.trainer,
+        call=started.call,
+        stop_reason=reason,
+        epochs=0,
+        best_score=None,
+        best_epoch=None,
+        seconds=0.0,
+        error=error,
+    )

@@ -1,0 +1,113 @@
+"""The messages between a `WorkerClient` and the `JobServer` of its worker.
+
+The worker sends `Ready` once. Then for each `StartJob` it sends `JobAccepted`, `TrainerBuilt`, the
+messages of the training, and last `JobOver`. An event of the training is a message itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fitloop._defaults import TrainerDefaults
+from fitloop._events import Event, PromptAsked
+from fitloop._metrics.results import FitResult
+from fitloop.backends.base import JobSpec
+from fitloop.backends.remote.serialization import SerializedError
+
+
+@dataclass(frozen=True)
+class RemoteJob:
+    """The contents of `StartJob.data`."""
+
+    spec: JobSpec
+    defaults: TrainerDefaults
+    asks_client: bool
+    """questions go to the client even if the trainer has an ``on_continue`` of its own"""
+
+
+@dataclass(frozen=True)
+class StartJob:
+    """From the client: do the training of a serialized `RemoteJob`."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class CancelJob:
+    """From the client: end the training at its next batch boundary."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """From the client: the answer to a `QuestionAsked`."""
+
+    number: int
+    go_on: bool
+
+
+@dataclass(frozen=True)
+class Ready:
+    """From the worker: it has started."""
+
+
+@dataclass(frozen=True)
+class JobAccepted:
+    """From the worker: it begins with the job."""
+
+
+@dataclass(frozen=True)
+class TrainerBuilt:
+    """From the worker: the trainer has this name, which its user gave it if ``named``."""
+
+    name: str
+    named: bool
+
+
+@dataclass(frozen=True)
+class Printed:
+    """From the worker: whole lines of ``"stdout"`` or ``"stderr"``, or a partial line.
+
+    A partial line was flushed before its end; the whole line is sent later.
+    """
+
+    stream: str
+    text: str
+    is_partial: bool = False
+
+
+@dataclass(frozen=True)
+class QuestionAsked:
+    """From the worker: the run asks whether to go on. The number is new for each question."""
+
+    number: int
+    event: PromptAsked
+
+
+@dataclass(frozen=True)
+class QuestionWithdrawn:
+    """From the worker: the run needs no answer any more."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class JobOver:
+    """From the worker: the result of the training or its error; neither if it was cancelled."""
+
+    result: FitResult | None = None
+    weights: Path | None = None
+    error: SerializedError | None = None
+
+
+ClientMessage = StartJob | CancelJob | Answer
+WorkerMessage = (
+    Ready
+    | JobAccepted
+    | TrainerBuilt
+    | Event
+    | Printed
+    | QuestionAsked
+    | QuestionWithdrawn
+    | JobOver
+)

@@ -1,0 +1,136 @@
+"""The worker's side of remote trainings: does the jobs of a `WorkerClient` one after the other.
+
+Knows no process and no connection, only functions that send and receive messages. The trainings
+themselves are those of `fitloop.backends.thread.run_job`.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
+
+import anyio
+import torch
+
+from fitloop._concurrency.event_loops import ThreadsafeEvent, loop_scheduler
+from fitloop._defaults import TRAINER_DEFAULTS
+from fitloop._events import PromptAsked
+from fitloop.backends.base import TrainingResult
+from fitloop.backends.remote import messages
+from fitloop.backends.remote.messages import ClientMessage, JobOver, RemoteJob, WorkerMessage
+from fitloop.backends.remote.serialization import deserialize_job, serialize_error
+from fitloop.backends.thread import build_trainer, run_job
+
+
+@dataclass(eq=False)
+class _CurrentJob:
+    """The job in progress, as the receiving thread knows it."""
+
+    data: bytes
+    cancelled: bool = False
+    cancel: Callable[[], None] = lambda: None
+    answer_handlers: dict[int, Callable[[bool], None]] = field(default_factory=dict)
+    """number of an open question -> function that takes its answer"""
+
+
+class JobServer:
+    """Does the jobs that a client sends. One thread calls `receive_all`, another one `serve`.
+
+    Args:
+        send: sends a message to the client; any thread.
+        receive: waits for the next message of the client; raises when the client is gone.
+    """
+
+    def __init__(
+        self, send: Callable[[WorkerMessage], None], receive: Callable[[], ClientMessage]
+    ) -> None:
+        self._send, self._receive = send, receive
+        self._jobs: queue.SimpleQueue[_CurrentJob] = queue.SimpleQueue()
+        self._job = _CurrentJob(b"")
+        self._last_question = 0
+
+    def receive_all(self) -> NoReturn:
+        """Take messages until the client is gone. Raises the error of ``receive``."""
+        while True:
+            match self._receive():
+                case messages.StartJob(data):
+                    self._job = _CurrentJob(data)
+                    self._jobs.put(self._job)
+                case messages.CancelJob():
+                    self._job.cancelled = True
+                    self._job.cancel()
+                case messages.Answer(number, go_on):
+                    handle = self._job.answer_handlers.pop(number, None)
+                    if handle is not None:  # else the question was withdrawn meanwhile
+                        handle(go_on)
+
+    def serve(self, flush_output: Callable[[], None]) -> NoReturn:
+        """Do jobs for ever.
+
+        ``flush_output`` sends the rest of the printed lines, before the last message of each job.
+        """
+        self._send(messages.Ready())
+        while True:
+            job = self._jobs.get()
+            self._send(messages.JobAccepted())
+            last_message = self._do(job)
+            flush_output()
+            self._send(last_message)
+
+    def _do(self, job: _CurrentJob) -> JobOver:
+        try:
+            contents: RemoteJob = deserialize_job(job.data)
+            job.data = b""
+            if contents.defaults.num_threads is not None:
+                torch.set_num_threads(contents.defaults.num_threads)
+            training = anyio.run(self._train, job, contents)
+        except BaseException as error:  # sent to the client
+            return JobOver(error=serialize_error(error))
+        return JobOver() if training is None else JobOver(training.result, training.weights)
+
+    async def _train(self, job: _CurrentJob, contents: RemoteJob) -> TrainingResult | None:
+        """Do a training; None if it was cancelled."""
+        spec, defaults = contents.spec, contents.defaults
+        schedule = loop_scheduler()
+        with anyio.CancelScope() as scope:
+            job.cancel = lambda: schedule(scope.cancel)
+            if job.cancelled:  # when there was no scope yet
+                return None
+            token = TRAINER_DEFAULTS.set(defaults)
+            try:
+                trainer = await build_trainer(spec)
+            finally:
+                TRAINER_DEFAULTS.reset(token)
+            config = trainer._state.config
+            self._send(messages.TrainerBuilt(config.name, config.named))
+            options = dict(spec.options)
+            if contents.asks_client or config.on_continue is None:
+                options["on_continue"] = self._ask
+                # The client counts it, from the moment when the question is displayed.
+                options.pop("continue_timeout", None)
+            spec = replace(spec, target=trainer, args=(), options=options)
+            return await run_job(spec, defaults, self._send)
+        return None
+
+    async def _ask(self, event: PromptAsked) -> bool:
+        """Ask the client, and return its answer."""
+        job, answered = self._job, ThreadsafeEvent()
+        answers: list[bool] = []
+        self._last_question += 1
+        number = self._last_question
+
+        def handle(answer: bool) -> None:
+            answers.append(answer)
+            answered.set()
+
+        job.answer_handlers[number] = handle
+        self._send(messages.QuestionAsked(number, event))
+        try:
+            while not answers:
+                await answered.wait()
+        finally:
+            if job.answer_handlers.pop(number, None) is not None:
+                self._send(messages.QuestionWithdrawn(number))
+        return answers[0]

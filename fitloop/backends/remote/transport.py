@@ -1,0 +1,53 @@
+"""The connection of a client to its worker: the part that each remote backend implements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
+
+
+@dataclass(frozen=True)
+class WorkerExit:
+    """The end of a worker."""
+
+    description: str
+    """continues "the worker process of job 'x' ...": identifies the worker and says how it ended"""
+    code: int | None
+    """exit code of its process; minus the number of a signal that killed it; None if not known"""
+
+
+class Transport(Protocol):
+    """A worker and the connection to it."""
+
+    ready: bool
+    """whether the worker has sent `Ready`; set by the client"""
+
+    def send(self, message: ClientMessage) -> None:
+        """Send a message; any thread. Raises OSError if the worker is gone."""
+
+    def receive(self) -> WorkerMessage:
+        """Wait for the next message. Raises EOFError or OSError if the worker is gone."""
+
+    def kill(self) -> None:
+        """End the worker at once, in the middle of its work; any thread, never blocks."""
+
+    def wait_for_exit(self) -> WorkerExit:
+        """Disconnect, wait until the worker has ended, and describe how; blocks."""
+
+    def log_tail(self) -> list[str]:
+        """Return the last lines of the worker's log, such as a crash report."""
+
+    def close(self) -> None:
+        """End the worker and free all resources; blocks."""
+
+
+class TransportPool(Protocol):
+    """The workers of a backend; called from any thread."""
+
+    def acquire(self) -> Transport:
+        """Return a worker that has no job; blocks until there is one."""
+
+    def release(self, transport: Transport) -> None:
+        """Take back a worker that has completed its job."""

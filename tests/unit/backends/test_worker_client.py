@@ -1,0 +1,201 @@
+"""A client of a worker over a transport that is no process: any transport can carry a training."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from support.models import trainer
+
+from fitloop import (
+    Event,
+    FitResult,
+    JobSpec,
+    PromptAsked,
+    RunEnded,
+    RunStarted,
+    WorkerDiedError,
+    WorkerDiedWarning,
+)
+from fitloop._concurrency.event_loops import loop_scheduler
+from fitloop._defaults import TrainerDefaults
+from fitloop.backends import TrainingResult
+from fitloop.backends.remote.client import run_remotely
+from fitloop.backends.remote.messages import (
+    Answer,
+    CancelJob,
+    ClientMessage,
+    JobAccepted,
+    JobOver,
+    Printed,
+    QuestionAsked,
+    Ready,
+    StartJob,
+    TrainerBuilt,
+    WorkerMessage,
+)
+from fitloop.backends.remote.transport import Transport, WorkerExit
+
+SOON = 20
+RESULT = FitResult(
+    epochs=1, stop_reason="completed", best_score=None, best_epoch=None, metrics={}, seconds=0.1
+)
+STARTED = RunStarted(trainer="job", call="fit", epochs=1, first_epoch=1)
+QUESTION = PromptAsked(trainer="job", epoch=1, epoch_in_run=1, epochs=1, question="go on")
+
+
+class FakeTransport:
+    """A worker that reacts to each message with the messages that ``react`` returns for it.
+
+    A message None in their place is the death of the worker.
+    """
+
+    def __init__(self, react: Callable[[ClientMessage], list[WorkerMessage | None]]) -> None:
+        self.ready = False
+        self.sent: list[ClientMessage] = []
+        self.ended: list[str] = []
+        self._react = react
+        self._messages: queue.SimpleQueue[WorkerMessage | None] = queue.SimpleQueue()
+        self._messages.put(Ready())
+
+    def send(self, message: ClientMessage) -> None:
+        self.sent.append(message)
+        for reaction in self._react(message):
+            self._messages.put(reaction)
+
+    def receive(self) -> WorkerMessage:
+        message = self._messages.get()
+        if message is None:
+            raise EOFError
+        return message
+
+    def kill(self) -> None:
+        self.ended.append("killed")
+        self._messages.put(None)
+
+    def wait_for_exit(self) -> WorkerExit:
+        return WorkerExit("on node 7 was lost", None)
+
+    def log_tail(self) -> list[str]:
+        return ["a line of the log"]
+
+    def close(self) -> None:
+        self.ended.append("closed")
+
+
+class FakePool:
+    """Hands out its transports in order, and records the released ones."""
+
+    def __init__(self, *transports: FakeTransport) -> None:
+        self.transports = list(transports)
+        self.released: list[Transport] = []
+
+    def acquire(self) -> Transport:
+        return self.transports.pop(0)
+
+    def release(self, transport: Transport) -> None:
+        self.released.append(transport)
+
+
+def completes(message: ClientMessage) -> list[WorkerMessage | None]:
+    """React as a worker whose job asks one question and completes."""
+    match message:
+        case StartJob():
+            printed = Printed("stdout", "from far away\n")
+            built = TrainerBuilt("job", named=True)
+            return [JobAccepted(), built, STARTED, printed, QuestionAsked(1, QUESTION)]
+        case Answer(number=1, go_on=True):
+            return [JobOver(RESULT, Path("/elsewhere/weights.msgpack"))]
+    raise AssertionError(message)
+
+
+def dies(message: ClientMessage) -> list[WorkerMessage | None]:
+    """React as a worker that dies during its job."""
+    built = TrainerBuilt("job", named=True)
+    return [JobAccepted(), built, STARTED, Printed("stdout", "the last", is_partial=True), None]
+
+
+async def run(pool: FakePool, events: list[Event], **changes: Any) -> TrainingResult:
+    values = {"name": "job", "target": trainer, "args": (), "epochs": 1, "directory": None}
+    values["options"] = {"on_continue": lambda event: True, "print_every": 0}
+    spec = JobSpec(**{**values, **changes})
+    return await run_remotely(pool, spec, TrainerDefaults(), events.append, retries=1, grace=0.1)
+
+
+async def test_job_when_done_over_any_transport_then_gives_events_prints_answers_and_result(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    transport, events = FakeTransport(completes), list[Event]()
+    pool = FakePool(transport)
+    with anyio.fail_after(SOON):
+        result = await run(pool, events, directory=tmp_path)
+    assert result.result is RESULT
+    assert result.weights == tmp_path / "weights.msgpack"
+    assert events == [STARTED]
+    assert "from far away\n" in capsys.readouterr().out
+    assert pool.released == [transport]
+    assert transport.ended == []
+
+
+async def test_job_when_its_idle_worker_had_died_then_another_one_does_it() -> None:
+    dead, transport = FakeTransport(lambda message: [None]), FakeTransport(completes)
+    dead.ready = True
+    pool = FakePool(dead, transport)
+    with anyio.fail_after(SOON):
+        assert (await run(pool, [])).weights is not None
+    assert dead.ended == ["closed"]
+    assert pool.released == [transport]
+
+
+async def test_worker_when_it_dies_then_the_job_is_tried_again_and_its_error_says_how(
+    tmp_path: Path,
+) -> None:
+    pool, events = FakePool(FakeTransport(dies), FakeTransport(dies)), list[Event]()
+    with (
+        anyio.fail_after(SOON),
+        pytest.warns(WorkerDiedWarning, match="try 2 of 2"),
+        pytest.raises(WorkerDiedError, match=r"job 'job' on node 7 was lost") as caught,
+    ):
+        await run(pool, events, directory=tmp_path)
+    assert str(caught.value).endswith("its last lines:\n  the last\n  a line of the log")
+    assert [type(event) for event in events] == [RunStarted, RunEnded] * 2
+    assert pool.released == []
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+async def test_job_when_cancelled_then_the_worker_ends_it_or_is_killed(obeys: bool) -> None:
+    started = anyio.Event()
+
+    def react(message: ClientMessage) -> list[WorkerMessage | None]:
+        if isinstance(message, CancelJob):
+            return [JobOver()] if obeys else []
+        return [JobAccepted(), TrainerBuilt("job", named=True), STARTED]
+
+    class Events(list[Event]):
+        def append(self, event: Event) -> None:
+            super().append(event)
+            schedule(started.set)
+
+    schedule = loop_scheduler()
+    transport = FakeTransport(react)
+    pool = FakePool(transport)
+
+    async def train() -> None:
+        if obeys:
+            await run(pool, Events())
+        else:
+            with pytest.warns(WorkerDiedWarning, match=r"had not ended 0.1 s"):
+                await run(pool, Events())
+
+    with anyio.fail_after(SOON):
+        async with anyio.create_task_group() as group:
+            group.start_soon(train)
+            await started.wait()
+            group.cancel_scope.cancel()
+    assert isinstance(transport.sent[-1], CancelJob)
+    assert pool.released == ([transport] if obeys else [])
+    assert transport.ended == ([] if obeys else ["killed", "closed"])
