@@ -1,8 +1,4 @@
-"""`benchmark`: what the loop costs, whether the loader keeps up, and what to change.
-
-From a trainer, or a function that makes one, to a supervised run of its train phase in several
-ways. What is done is `_bench_run`'s, what follows from it `_bench_figures`' and `_bench_advice`'s.
-"""
+"""`benchmark`: the public function that runs a benchmark and returns its report."""
 
 from __future__ import annotations
 
@@ -38,60 +34,58 @@ async def benchmark(
     cast: bool = True,
     progress: bool = True,
 ) -> BenchReport:
-    """Time a trainer's own train phase in several ways, and say what to change.
+    """Time a trainer's own train phase in several variants, and advise changes.
 
     ::
 
         print(await fitloop.benchmark(trainer))
 
-    The same steps on the same batches are done by a loop written by hand and by fitloop, on the
-    trainer's loader and on batches held in memory; the loader is also read alone, and loaded ahead
-    and inline. The ways take turns, round after round, in one thread of this process, and all
-    comparisons are made within the rounds. ``docs/bench.md`` says what each figure means.
+    A hand-written loop and fitloop run the same steps, on the trainer's loader and on batches in
+    memory. The loader is also read alone, ahead of the steps, and inline. The variants take turns,
+    round after round, in one thread of this process, and are compared within the rounds.
+    ``docs/bench.md`` explains each figure.
 
     Afterwards everything is as before, as after `FitLoop.run_profiler`: model, optimizers,
     schedulers, random generators, metrics and files; also after an error or a cancellation.
-    ``preloop`` and ``postloop`` are called once, ``train_epoch_start`` in every pass, validation
-    not at all, callbacks are told nothing. What stage functions do to objects of their own is not
-    undone. A trainer without a seed draws from the process's generators meanwhile, and these are
-    put back too: draws of other threads between are undone with them. Nothing else should train
-    meanwhile: it would be in the figures, and a loader that is loaded ahead here may draw numbers
-    that are another trainer's.
+    ``preloop`` and ``postloop`` are called once, ``train_epoch_start`` in every pass. There is no
+    validation, and callbacks get no events. Effects of stage functions on objects of their own are
+    not undone. A trainer without a seed uses the process's generators. They are put back, which
+    also undoes their use by other threads meanwhile. Train nothing else at the same time: it would
+    distort the figures, and a loader that is read ahead here may use its random numbers.
 
     Args:
-        trainer: what is measured, or a function that makes it, plain (called in a thread) or
+        trainer: the trainer, or a function that makes it, plain (called in a thread) or
             ``async def``.
-        batches: in each round and of each way; by default as many as the time allows.
-        rounds: how often each way has its turn; by default 3 to 25, as the time allows.
-        seconds: that it may take, about, where the two do not say more. Making the trainer and
-            starting worker processes come on top.
+        batches: batches of each variant in a round; by default as many as the time allows.
+        rounds: number of rounds; by default 3 to 25, as the time allows.
+        seconds: approximate duration if ``batches`` and ``rounds`` do not determine it. Making the
+            trainer and starting worker processes come on top.
         train_dl: used instead of the constructor's. A one-shot iterator is refused.
         define_all, cast: as in `FitLoop.fit`.
-        progress: show on the terminal, in one line of stderr, what is being done.
+        progress: show the current activity in one line of stderr, on a terminal.
 
-    ``trainer.stop()`` ends it after the batch in hand, with a report on the rounds that were
-    completed. Cancellation: the batch in hand is finished, everything is put back, and the
+    ``trainer.stop()`` ends the benchmark after the current batch, with a report on the completed
+    rounds. Cancellation: the current batch is finished, everything is put back, and the
     cancellation is raised again.
 
     Raises:
         BusyError: the trainer, or another one with this model, is busy.
         ConfigurationError: an argument cannot work, or the loader can be read only once.
         MissingLoaderError: there is no ``train_dl``.
-        FitLoopError: it was stopped before there was anything to report.
-        Exception: whatever a stage function or loader raised, as the same object, with a note.
+        FitLoopError: the benchmark was stopped before its first round had ended.
+        Exception: raised by a stage function or loader; the same object, with a note.
     """
     request = BenchRequest(
-        batches=check_optional("batches", batches, 2, meaning="of each way in a round"),
+        batches=check_optional("batches", batches, 2, meaning="of each variant in a round"),
         rounds=check_optional("rounds", rounds, 1),
         seconds=check_seconds("seconds", seconds) or 15.0,
     )
     with _status_line(enabled=progress) as show:
         if not isinstance(trainer, FitLoop | SyncFitLoop):
             show("making the trainer")
-        made = await _trainer_of(trainer)
-        core = made._state
+        fitloop = await _make_trainer(trainer)
         plan = dry_plan(
-            core,
+            fitloop._state,
             "benchmark",
             {Phase.TRAIN: train_dl},
             epochs=1,
@@ -100,21 +94,21 @@ async def benchmark(
             cast=cast,
         )
         make = partial(BenchRun, request, show)
-        return BenchReport.of(await launch(core, made, plan, dry=True, make=make))
+        return BenchReport.of(await launch(fitloop._state, fitloop, plan, dry=True, make=make))
 
 
-async def _trainer_of(given: Any) -> FitLoop:
-    if not isinstance(given, FitLoop | SyncFitLoop) and not callable(given):
+async def _make_trainer(trainer: Any) -> FitLoop:
+    if not isinstance(trainer, FitLoop | SyncFitLoop) and not callable(trainer):
         raise ConfigurationError(
-            f"benchmark() was given {given!r:.80}; expected a FitLoop, or a function without "
+            f"benchmark() was given {trainer!r:.80}; expected a FitLoop, or a function without "
             "arguments that returns one"
         )
-    return as_trainer(await build_from(given, (), "benchmark"), "benchmark")
+    return as_trainer(await build_from(trainer, (), "benchmark"), "benchmark")
 
 
 @contextmanager
 def _status_line(*, enabled: bool) -> Iterator[Show]:
-    """Give a function that shows a line on the terminal, which is gone afterwards."""
+    """Yield a function that shows a text in one line of the terminal; clear the line at the end."""
     stream = sys.stderr
     if not (enabled and stream is not None and stream.isatty() and can_draw()):
         yield lambda text: None
