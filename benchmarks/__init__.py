@@ -1,7 +1,7 @@
-"""What fitloop costs and gains, side by side with what it is compared to, in one run each.
+"""Benchmarks of fitloop against hand-written loops and other trainers.
 
-``python -m benchmarks`` runs them. `harness` has contenders take turns, `report` is what they give
-back; each other module is one benchmark and has ``measure(quick) -> Report``.
+``python -m benchmarks`` runs them. `harness` measures contenders in turns, and `report` holds the
+figures. Each module in `BENCHMARKS` is one benchmark and has ``measure(quick) -> Report``.
 """
 
 BENCHMARKS = (
@@ -16,4 +16,4 @@ BENCHMARKS = (
     "memory",
     "gpu",
 )
-"""modules with ``measure(quick)``, in the order in which they are run and told"""
+"""modules with ``measure(quick)``, in the order in which they are run and reported"""

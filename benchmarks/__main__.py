@@ -1,10 +1,10 @@
-"""``python -m benchmarks``: measure, print tables, and keep JSON and a plot.
+"""``python -m benchmarks``: measure, print tables, and write JSON and a plot.
 
-python -m benchmarks                     all of them, some thirty minutes
-python -m benchmarks --quick             a first look, some minutes; the figures are rough
+python -m benchmarks                     all benchmarks, some thirty minutes
+python -m benchmarks --quick             rough figures, some minutes
 python -m benchmarks --only overhead overlap
 python -m benchmarks --keep              also write benchmarks/results/, docs/benchmarks.md
-                                         and the chart of the README, which are made from them
+                                         and the chart of the README
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks import BENCHMARKS
-from benchmarks.harness import say
-from benchmarks.machine import NotHereError
+from benchmarks.harness import show_status
+from benchmarks.machine import UnsupportedMachineError
 from benchmarks.page import RESULTS, write_page
 from benchmarks.report import Report
 
 INTERRUPTED = 130
-"""exit status after Ctrl-C, as of a program that SIGINT ended"""
+"""exit status after Ctrl-C, as of a program ended by SIGINT"""
 
 
-def main(words: list[str] | None = None) -> int:
-    """Run what is asked for; return 1 when a benchmark failed, `INTERRUPTED` after Ctrl-C."""
-    chosen = _parsed(words)
-    out: Path = RESULTS if chosen.keep else chosen.out
+def main(arguments: list[str] | None = None) -> int:
+    """Run the options benchmarks; return 1 if one failed, `INTERRUPTED` after Ctrl-C, else 0."""
+    options = _parse(arguments)
+    out: Path = RESULTS if options.keep else options.out
     out.mkdir(parents=True, exist_ok=True)
     reports: list[Report] = []
     failed: list[str] = []
     interrupted = ""
-    for name in chosen.only:
+    for name in options.only:
         print(f"measuring {name}", file=sys.stderr, flush=True)
         try:
-            report = import_module(f"benchmarks.{name}").measure(quick=chosen.quick)
-        except NotHereError as reason:
+            report = import_module(f"benchmarks.{name}").measure(quick=options.quick)
+        except UnsupportedMachineError as reason:
             print(f"== {name} is left out: {reason}", end="\n\n", flush=True)
             continue
-        except KeyboardInterrupt:  # those before it are still worth having
-            say("")
+        except KeyboardInterrupt:  # the reports before it are still useful
+            show_status("")
             interrupted = name
             break
-        except Exception as error:  # the others are still worth having
+        except Exception as error:  # the other benchmarks are still useful
             failed.append(f"{name}: {type(error).__name__}: {error}")
             continue
         reports.append(report)
@@ -52,7 +52,7 @@ def main(words: list[str] | None = None) -> int:
         (out / f"{name}.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     if reports:
         print(", ".join(f"{key} {value}" for key, value in reports[0].machine.items()))
-        print(f"JSON is in {out}; {_drawn(reports, out, keep=chosen.keep)}", flush=True)
+        print(f"JSON is in {out}; {_draw(reports, out, keep=options.keep)}", flush=True)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if interrupted:
@@ -61,7 +61,7 @@ def main(words: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _parsed(words: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -85,21 +85,21 @@ def _parsed(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="keep the figures in the repository, and make page and chart anew",
+        help="write the figures, the page and the chart of the repository",
     )
-    chosen = parser.parse_args(words)
-    if chosen.keep and chosen.quick:
+    options = parser.parse_args(arguments)
+    if options.keep and options.quick:
         parser.error("--keep and --quick exclude each other: rough figures are not to be kept")
-    return chosen
+    return options
 
 
-def _drawn(reports: list[Report], out: Path, *, keep: bool) -> str:
-    """Draw what there is, and say so; tables and JSON are worth having without a plot."""
+def _draw(reports: list[Report], out: Path, *, keep: bool) -> str:
+    """Draw the plot if possible, and return a sentence on it."""
     try:
         if keep:
             write_page()
-            return "page and chart are made anew"
-        from benchmarks.chart import draw  # here, since all else can be had without matplotlib
+            return "page and chart are written"
+        from benchmarks.chart import draw  # imported here, as only the plot needs matplotlib
 
         draw(reports, out / "benchmarks.png")
     except ImportError as error:

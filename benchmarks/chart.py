@@ -1,4 +1,4 @@
-"""Draws reports: a panel of bars or of coloured cells for each table that asks for it."""
+"""Draws reports: a panel of bars or of coloured cells for each table with a chart."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from benchmarks.report import Column, Report, Row, Table
 OURS, OTHERS, INK = "#d1495b", "#9aa5b1", "#334155"
 TITLE_WIDTH = 100
 PALE_INK_FROM = 1.75
-"""cells above it are so dark that their numbers are white"""
+"""value above which a cell is so dark that its number is white"""
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
-    """Write all of their tables as one picture; nothing when none of them is to be drawn."""
+    """Write the charts of all reports as one picture; write nothing if there are none."""
     if (figure := picture(reports)) is not None:
         figure.savefig(path, dpi=120)
 
 
 def picture(reports: Sequence[Report]) -> Figure | None:
-    """Return a picture of all of their tables that are to be drawn, one below the other."""
-    drawn = [
+    """Return the charts of all reports, one below the other; None if there are none."""
+    charts = [
         (report, table)
         for report in reports
         for table in report.tables
         if table.rows and (table.chart or table.heat)
     ]
-    if not drawn:
+    if not charts:
         return None
-    heights = [1.2 + 0.32 * len(table.rows) for _report, table in drawn]
+    heights = [1.2 + 0.32 * len(table.rows) for _report, table in charts]
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
     figure = Figure(figsize=(10, sum(heights)), layout=layout)
-    panels = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (report, table) in zip(panels, drawn, strict=True):
+    panels = figure.subplots(len(charts), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (report, table) in zip(panels, charts, strict=True):
         (draw_heat if table.heat else draw_bars)(axes, table)
         title = "\n".join(wrap(f"{report.name}: {table.title}", TITLE_WIDTH))
         axes.set_title(title, fontsize=10, loc="left", color=INK)
@@ -46,30 +46,30 @@ def picture(reports: Sequence[Report]) -> Figure | None:
 
 
 def draw_bars(axes: Axes, table: Table) -> None:
-    """Draw one column of a table as bars, with a line from the least to the most round."""
+    """Draw one column of a table as bars, with a line from the smallest to the largest value."""
     (column,) = (column for column in table.columns if column.name == table.chart)
     rows = [row for row in table.rows if column.name in row.figures]
     rows.sort(key=lambda row: row.figures[column.name].median, reverse=column.better == "less")
-    for place, row in enumerate(rows):
-        _bar(axes, place, row, column)
+    for y, row in enumerate(rows):
+        _bar(axes, y, row, column)
     _name_rows(axes, rows)
-    told = {"less": " (less is better)", "more": " (more is better)"}.get(column.better, "")
-    axes.set_xlabel(f"{column.head}{told}", color=INK)
+    direction = {"less": " (less is better)", "more": " (more is better)"}.get(column.better, "")
+    axes.set_xlabel(f"{column.head}{direction}", color=INK)
     axes.margins(x=0.12)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def draw_heat(axes: Axes, table: Table) -> None:
-    """Draw columns of a table as cells, the darker the farther above 1."""
+    """Draw columns of a table as cells; the darker, the farther above 1."""
     columns = [column for column in table.columns if column.name in table.heat]
     values = [[row.figures[column.name].median for column in columns] for row in table.rows]
     axes.imshow(values, cmap="YlOrRd", vmin=1.0, vmax=2.2, aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             ink = "white" if value > PALE_INK_FROM else INK
-            told = f"{value:.{columns[x].digits}f}"
-            axes.text(x, y, told, ha="center", va="center", fontsize=8, color=ink)
+            text = f"{value:.{columns[x].digits}f}"
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color=ink)
     axes.set_xticks(range(len(columns)), [column.head for column in columns], color=INK)
     _name_rows(axes, table.rows)
     axes.set_xlabel("load/step, ms (1.00 is best)", color=INK)
@@ -84,13 +84,13 @@ def _name_rows(axes: Axes, rows: Sequence[Row]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _bar(axes: Axes, place: int, row: Row, column: Column) -> None:
+def _bar(axes: Axes, y: int, row: Row, column: Column) -> None:
     spread = row.figures[column.name]
-    axes.barh(place, spread.median, color=OURS if row.ours else OTHERS, height=0.7)
-    axes.plot([spread.low, spread.high], [place, place], color=INK, linewidth=1)
+    axes.barh(y, spread.median, color=OURS if row.ours else OTHERS, height=0.7)
+    axes.plot([spread.low, spread.high], [y, y], color=INK, linewidth=1)
     axes.annotate(
         f"{spread.median:,.{column.digits}f}",
-        (max(spread.high, 0), place),
+        (max(spread.high, 0), y),
         xytext=(4, 0),
         textcoords="offset points",
         va="center",

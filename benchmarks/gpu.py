@@ -1,11 +1,11 @@
-"""What a trainer takes of a GPU's time: steps, copies, waits for the device, and two at once.
+"""A trainer's use of a GPU: steps, copies, waits for the device, and two trainings at once.
 
-Every contender trains the same batches in a process of its own, and has the mean loss of each epoch
-at its end. Timed are whole epochs but the first and the last. Steps: batches are on the device; the
-small model is bound by what launches its kernels, the residual network by the kernels. Copies:
-batches are in pinned memory, and large for what is done with them. Waits: calls that have the host
-wait for the device, as the profiler counts them, for each step beyond the first hundred; none are
-wanted. Two at once: two trainings through a `Runner`, against one after the other.
+Every contender trains the same batches in a process of its own, and computes the mean loss of each
+epoch. Whole epochs are timed, except the first and the last. Steps: batches are on the device; the
+small model is limited by the launches of its kernels, the residual network by the kernels. Copies:
+batches are in pinned memory, and large compared with the work on them. Waits: calls in which the
+host waits for the device, counted by the profiler, for each step after the first hundred; none are
+needed. Two at once: two trainings through a `Runner`, against one after the other.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import Contender, Figures, Measured
+from benchmarks.harness import Contender, Figures, Measurements
 from benchmarks.harness import measure as in_turns
-from benchmarks.machine import NotHereError, machine
-from benchmarks.report import Column, Report, Row, Table
+from benchmarks.machine import UnsupportedMachineError, machine
+from benchmarks.report import Column, Report, Row, Table, method_of
 from benchmarks.workloads import CLASSES, Batch, make_optimizer
 from fitloop import FitLoop, LoopState, Runner
 
 WAITS = {"cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize"}
-"""runtime calls that have the host wait"""
+"""runtime calls in which the host waits for the device"""
 BARE = "bare loop"
-_turn = itertools.count()
-"""of this process: who goes first changes from round to round"""
+_rounds = itertools.count()
+"""counts the rounds of this process, to alternate their order"""
 
 
-# -- what is trained -------------------------------------------------------------------------------
+# -- models and batches ---------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a way past them."""
+    """Two convolutions and a shortcut past them."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -52,15 +52,15 @@ class Residual(nn.Module):
             nn.Conv2d(after, after, 3, 1, 1, bias=False),
             nn.BatchNorm2d(after),
         )
-        straight = before == after and stride == 1
-        self.past = nn.Identity() if straight else nn.Conv2d(before, after, 1, stride)
+        keeps_shape = before == after and stride == 1
+        self.shortcut = nn.Identity() if keeps_shape else nn.Conv2d(before, after, 1, stride)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.relu(self.body(inputs) + self.past(inputs))
+        return torch.relu(self.body(inputs) + self.shortcut(inputs))
 
 
 def residual(width: int) -> nn.Module:
-    """Return a network of eight residual blocks, as ResNet-18 has them; ``width`` 64 is its own."""
+    """Return a network of the eight residual blocks of ResNet-18, which has a ``width`` of 64."""
     blocks = [
         Residual(width * before, width * after, stride)
         for before, after, stride in (
@@ -91,52 +91,52 @@ class Task:
     title: str
     model: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    """of a batch"""
+    """shape of a batch"""
     steps: int
-    """an epoch"""
+    """batches of an epoch"""
     device: str = "cuda"
     is_loaded: bool = True
-    """batches are on the device already; else they come from pinned memory"""
+    """whether batches are on the device already; otherwise they are in pinned memory"""
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
         return self.model().to(self.device)
 
     def batches(self, epochs: list[float]) -> Epochs:
-        few = min(self.steps, 4)
-        made = [
-            (torch.randn(self.shape), torch.randint(0, CLASSES, self.shape[:1])) for _ in range(few)
+        batches = [
+            (torch.randn(self.shape), torch.randint(0, CLASSES, self.shape[:1]))
+            for _ in range(min(self.steps, 4))
         ]
-        return Epochs([self._placed(batch) for batch in made], self.steps, epochs)
+        return Epochs([self._move(batch) for batch in batches], self.steps, epochs)
 
-    def _placed(self, batch: Batch) -> Batch:
+    def _move(self, batch: Batch) -> Batch:
         inputs, targets = batch
         if self.is_loaded:
             return inputs.to(self.device), targets.to(self.device)
-        if self.device == "cpu":  # which needs no pinned memory
+        if self.device == "cpu":  # a CPU needs no pinned memory
             return batch
         return inputs.pin_memory(), targets.pin_memory()
 
 
 class Epochs:
-    """Some batches again and again, which note when each epoch began."""
+    """A few batches, repeated to an epoch of ``steps``; ``starts`` gets the start of each epoch."""
 
-    def __init__(self, few: list[Batch], steps: int, began: list[float]) -> None:
-        self._few, self._steps, self._began = few, steps, began
+    def __init__(self, batches: list[Batch], steps: int, starts: list[float]) -> None:
+        self._batches, self._steps, self._starts = batches, steps, starts
 
     def __iter__(self) -> Iterator[Batch]:
-        self._began.append(time.perf_counter())
-        return itertools.islice(itertools.cycle(self._few), self._steps)
+        self._starts.append(time.perf_counter())
+        return itertools.islice(itertools.cycle(self._batches), self._steps)
 
     def __len__(self) -> int:
         return self._steps
 
 
-# -- who trains ------------------------------------------------------------------------------------
+# -- trainers --------------------------------------------------------------------------------------
 
 
 class Train(Protocol):
-    """Trains for so many epochs, and has the mean loss of each at its end."""
+    """Trains for some epochs, and computes the mean loss of each."""
 
     def __call__(
         self, model: nn.Module, optimizer: Any, batches: Epochs, *, epochs: int, device: str
@@ -144,7 +144,7 @@ class Train(Protocol):
 
 
 def bare(model: nn.Module, optimizer: Any, batches: Epochs, *, epochs: int, device: str) -> None:
-    """Train by hand, and read the loss once an epoch."""
+    """Train in a hand-written loop that reads the loss once an epoch."""
     loss_function = nn.CrossEntropyLoss()
     for _ in range(epochs):
         total = torch.zeros((), device=device)
@@ -161,7 +161,7 @@ def bare(model: nn.Module, optimizer: Any, batches: Epochs, *, epochs: int, devi
 def with_item(
     model: nn.Module, optimizer: Any, batches: Epochs, *, epochs: int, device: str
 ) -> None:
-    """Train by hand, and read the loss at every step."""
+    """Train in a hand-written loop that reads the loss at every step."""
     loss_function = nn.CrossEntropyLoss()
     for _ in range(epochs):
         total = 0.0
@@ -178,8 +178,8 @@ def with_item(
 def on_a_stream(
     model: nn.Module, optimizer: Any, batches: Epochs, *, epochs: int, device: str
 ) -> None:
-    """Train by hand, with copies a batch ahead on a stream of their own."""
-    if device == "cpu":  # which has no streams
+    """Train in a hand-written loop that copies one batch ahead on a stream of its own."""
+    if device == "cpu":  # a CPU has no streams
         bare(model, optimizer, batches, epochs=epochs, device=device)
         return
     for _ in range(epochs):
@@ -187,7 +187,7 @@ def on_a_stream(
 
 
 class _Ahead:
-    """Batches on the device, each copied while the one before it is worked on."""
+    """Batches on the device, each copied while the step before it runs."""
 
     def __init__(self, batches: Epochs, device: str) -> None:
         self._batches, self._device = batches, device
@@ -291,53 +291,53 @@ TRAINERS: dict[str, tuple[Train, tuple[str, ...]]] = {
 
 def speed(train: Train, *, task: Task, epochs: int) -> Figures:
     """Return the microseconds of a step, and steps a second."""
-    began: list[float] = []
+    starts: list[float] = []
     model = task.build()
-    batches = task.batches(began)
+    batches = task.batches(starts)
     train(model, make_optimizer(model), batches, epochs=epochs, device=task.device)
     steps = (epochs - 2) * task.steps
-    seconds = (began[-1] - began[-(epochs - 1)]) / steps
+    seconds = (starts[-1] - starts[-(epochs - 1)]) / steps
     return {"time": seconds * 1e6, "speed": 1 / seconds}
 
 
 def count_waits(train: Train, task: Task) -> int:
-    """Return how often the host waited for the device in one epoch, start and end included."""
+    """Return the number of waits for the device in one epoch, including its start and its end."""
     model = task.build()
     optimizer, batches = make_optimizer(model), task.batches([])
     activities = [ProfilerActivity.CPU]
     if task.device != "cpu":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as recorded:
+    with profile(activities=activities) as profiler:
         train(model, optimizer, batches, epochs=1, device=task.device)
-    return sum(each.count for each in recorded.key_averages() if each.key in WAITS)
+    return sum(each.count for each in profiler.key_averages() if each.key in WAITS)
 
 
 def waits_per_step(train: Train, *, short: Task, long: Task) -> Figures:
-    """Return the waits of a step: what a longer epoch has more than a short one."""
+    """Return the waits of a step: the additional ones of a longer epoch, for each of its steps."""
     few, many = count_waits(train, short), count_waits(train, long)
     return {"waits": (many - few) / (long.steps - short.steps), "epoch": few}
 
 
 async def run_two(task: Task, at_once: int, epochs: int) -> float:
-    """Return the seconds that two trainings took."""
+    """Return the seconds of two trainings."""
     trainers = []
     for _ in range(2):
         model = task.build()
         batches = task.batches([])
         trainers.append(trainer_of(model, make_optimizer(model), batches, task.device))
-    began = time.perf_counter()
+    start = time.perf_counter()
     async with Runner(at_once) as runner:
-        for place, trainer in enumerate(trainers):
-            runner.submit(trainer, name=f"{place}", epochs=epochs, verbose=False, progress=False)
+        for index, trainer in enumerate(trainers):
+            runner.submit(trainer, name=f"{index}", epochs=epochs, verbose=False, progress=False)
         for outcome in await runner.results():
             if outcome.error is not None:
                 raise outcome.error
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def two_at_once(*, task: Task, epochs: int) -> Figures:
     seconds: dict[int, float] = {}
-    for at_once in (1, 2) if next(_turn) % 2 else (2, 1):
+    for at_once in (1, 2) if next(_rounds) % 2 else (2, 1):
         seconds[at_once] = asyncio.run(run_two(task, at_once, epochs))
     return {
         "one after the other": seconds[1],
@@ -348,15 +348,17 @@ def two_at_once(*, task: Task, epochs: int) -> Figures:
 
 # -- all of them -----------------------------------------------------------------------------------
 
-Found = tuple[Table, dict[str, str]]
+TableAndSkipped = tuple[Table, dict[str, str]]
 
 
-def table(title: str, measured: Measured, columns: list[Column], chart: str) -> Found:
+def table(title: str, measured: Measurements, columns: list[Column], chart: str) -> TableAndSkipped:
     rows = []
     for name in sorted(measured.rounds, key=lambda name: list(TRAINERS).index(name)):
         figures = {figure: measured.spread(name, figure) for figure in measured.rounds[name][0]}
         if "time" in figures and BARE in measured.rounds:
-            figures["ratio"] = measured.compared(name, BARE, "time", lambda own, bare: own / bare)
+            figures["ratio"] = measured.compared(
+                name, BARE, "time", lambda trainer, bare: trainer / bare
+            )
         rows.append(Row(name=name, figures=figures, ours=name == "fitloop"))
     return Table(title=title, columns=columns, rows=rows, chart=chart), measured.skipped
 
@@ -368,7 +370,7 @@ def contenders(run: Callable[..., Figures], **options: Any) -> list[Contender]:
     ]
 
 
-def speeds(task: Task, rounds: int) -> Found:
+def speeds(task: Task, rounds: int) -> TableAndSkipped:
     columns = [
         Column(name="time", unit="us a step"),
         Column(name="speed", unit="steps a second", digits=0, better="more"),
@@ -378,7 +380,7 @@ def speeds(task: Task, rounds: int) -> Found:
     return table(task.title, measured, columns, "time")
 
 
-def waits(short: Task, long: Task) -> Found:
+def waits(short: Task, long: Task) -> TableAndSkipped:
     columns = [
         Column(name="waits", unit="a step", digits=3),
         Column(name="epoch", unit=f"waits in one of {short.steps} steps", digits=0),
@@ -387,7 +389,7 @@ def waits(short: Task, long: Task) -> Found:
     return table("waits for the device, the small model", measured, columns, "")
 
 
-def pairs(tasks: list[Task], rounds: int) -> Found:
+def pairs(tasks: list[Task], rounds: int) -> TableAndSkipped:
     measured = in_turns(
         [
             Contender(name=task.title, run=partial(two_at_once, task=task, epochs=3))
@@ -415,24 +417,24 @@ def pairs(tasks: list[Task], rounds: int) -> Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How large everything is; a test takes the least."""
+    """The sizes of models and batches; tests use small ones."""
 
     device: str = "cuda"
     steps: int = 500
-    """of the small model; the network has a tenth"""
+    """steps of the small model in an epoch; the other models have a tenth of them"""
     width: int = 256
     channels: int = 64
     images: int = 64
     pixels: int = 224
     copied: int = 4_000_000
-    """numbers of a sample whose copy takes long; a batch has four"""
+    """numbers in a sample of the large batches; a batch has four samples"""
     rounds: int = 5
 
 
 def tasks(sizes: Sizes) -> tuple[Task, Task, Task]:
-    """Return the small model, the residual network, and the one that waits for copies."""
+    """Return the small model, the residual network, and the model with large batches."""
     small = Task(
-        title="a small model, bound by its launches",
+        title="a small model, limited by its launches",
         model=partial(perceptron, 64, sizes.width),
         shape=(64, 64),
         steps=sizes.steps,
@@ -446,7 +448,7 @@ def tasks(sizes: Sizes) -> tuple[Task, Task, Task]:
         device=sizes.device,
     )
     copied = Task(
-        title=f"pinned batches of {16 * sizes.copied / 1e6:.0f} MB, bound by their copies",
+        title=f"pinned batches of {16 * sizes.copied / 1e6:.0f} MB, limited by their copies",
         model=partial(perceptron, sizes.copied, 16),
         shape=(4, sizes.copied),
         steps=max(2, sizes.steps // 10),
@@ -457,24 +459,24 @@ def tasks(sizes: Sizes) -> tuple[Task, Task, Task]:
 
 
 def measure_on(sizes: Sizes) -> Report:
-    """Measure with these sizes."""
+    """Return the report for models and batches of these sizes."""
     small, network, copied = tasks(sizes)
-    few = Task(**{**vars(small), "steps": min(100, sizes.steps // 2)})
-    found = [speeds(task, sizes.rounds) for task in (small, network, copied)]
-    found += [waits(few, small), pairs([small, network], sizes.rounds)]
+    short = Task(**{**vars(small), "steps": min(100, sizes.steps // 2)})
+    results = [speeds(task, sizes.rounds) for task in (small, network, copied)]
+    results += [waits(short, small), pairs([small, network], sizes.rounds)]
     return Report(
         name="gpu",
-        question="what does a trainer take of a GPU's time?",
-        method=" ".join((__doc__ or "").split("\n\n", 1)[1].split()),
-        tables=[table for table, _skipped in found],
+        question="how well does a trainer use a GPU?",
+        method=method_of(__doc__),
+        tables=[table for table, _skipped in results],
         machine=machine("lightning"),
-        skipped={name: why for _table, skipped in found for name, why in skipped.items()},
+        skipped={name: reason for _table, each in results for name, reason in each.items()},
     )
 
 
 def measure(quick: bool = False) -> Report:
     if not torch.cuda.is_available():
-        raise NotHereError(
+        raise UnsupportedMachineError(
             f"torch {torch.__version__} finds no CUDA device; run it on a machine with one"
         )
     return measure_on(Sizes(steps=200, rounds=2) if quick else Sizes())

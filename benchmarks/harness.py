@@ -1,10 +1,10 @@
-"""Contenders that take turns, each in a process of its own.
+"""Measures contenders in turns, each in a process of its own.
 
 Trainers disturb each other: they set thread counts, hooks and loggers for the whole process, and
-what one leaves in the allocator the next one finds. So each contender has a worker process, begun
-and warmed up beforehand (some that are alike share one); a round goes through all of them, one at
-a time while the others rest, so that a slow moment of the machine strikes neighbours alike. The
-order turns from round to round.
+leave memory in its allocator. So each contender has a worker process, started and warmed up
+beforehand; similar contenders may share one. A round runs the contenders one at a time while the
+other processes are idle, so that a slow moment of the machine slows neighbours alike. The order
+rotates from round to round.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Figures = Mapping[str, float]
 
 
 class NotApplicableError(Exception):
-    """What a contender raises when it cannot do what is measured by its nature; says why."""
+    """A contender does not have the measured feature; the message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """Something that is measured.
+    """One measured alternative.
 
-    ``run`` does one round and returns its figures by name. It goes to a worker process, so it is
+    ``run`` runs one round and returns its figures by name. It is sent to a worker process, so it is
     a function of a module, or a `functools.partial` of one.
     """
 
@@ -52,8 +52,8 @@ class Contender:
 
 
 @dataclass
-class Measured:
-    """The figures of each contender, round by round, and who was not measured, and why."""
+class Measurements:
+    """The figures of each contender in each round, and the reasons of those not measured."""
 
     rounds: dict[str, list[Figures]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -65,54 +65,54 @@ class Measured:
         return [figures[figure] for figures in self.rounds[name]]
 
     def compared(
-        self, name: str, other: str, figure: str, how: Callable[[float, float], float]
+        self, name: str, other: str, figure: str, operation: Callable[[float, float], float]
     ) -> Spread:
-        """Return ``how`` of the figures of two contenders, round by round."""
-        return Spread.of(self.pairs(name, other, figure, how))
+        """Return the spread of `compared_rounds`."""
+        return Spread.of(self.compared_rounds(name, other, figure, operation))
 
-    def pairs(
-        self, name: str, other: str, figure: str, how: Callable[[float, float], float]
+    def compared_rounds(
+        self, name: str, other: str, figure: str, operation: Callable[[float, float], float]
     ) -> list[float]:
-        """Return what `compared` is the spread of."""
+        """Apply ``operation`` to the figures of two contenders, round by round."""
         pairs = zip(self.values(name, figure), self.values(other, figure), strict=True)
-        return [how(mine, theirs) for mine, theirs in pairs]
+        return [operation(first, second) for first, second in pairs]
 
 
 class Workers:
-    """Processes of contenders, by name: begun when first asked for, and kept."""
+    """Worker processes by name, started at first use."""
 
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
-        self._begun: dict[str, ProcessPoolExecutor] = {}
+        self._pools: dict[str, ProcessPoolExecutor] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._place = self._stack.enter_context(
+        self._directory = self._stack.enter_context(
             tempfile.TemporaryDirectory(prefix="fitloop-benchmarks-")
         )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
-        if kind is KeyboardInterrupt:  # nobody wants to wait for the round in hand
+        if kind is KeyboardInterrupt:  # do not wait for the current round
             for process in multiprocessing.active_children():
                 process.terminate()
         self._stack.close()
 
-    def of(self, name: str) -> ProcessPoolExecutor:
+    def get(self, name: str) -> ProcessPoolExecutor:
         """Return the process of this name."""
-        if name not in self._begun:
+        if name not in self._pools:
             pool = self._stack.enter_context(
                 ProcessPoolExecutor(
                     1,
                     multiprocessing.get_context("spawn"),
                     initializer=_prepare,
-                    initargs=(self._threads, self._place),
+                    initargs=(self._threads, self._directory),
                 )
             )
-            with _deaf():
-                pool.submit(_nothing)  # which begins the process
-            self._begun[name] = pool
-        return self._begun[name]
+            with _interrupts_ignored():
+                pool.submit(_no_op)  # starts the process
+            self._pools[name] = pool
+        return self._pools[name]
 
 
 def measure(
@@ -122,64 +122,68 @@ def measure(
     threads: int = 1,
     warm_ups: int = 1,
     workers: Workers | None = None,
-) -> Measured:
-    """Have the contenders take turns, for so many rounds.
+) -> Measurements:
+    """Measure the contenders in turns.
 
-    One that cannot be measured, since a package is missing, it failed, or it does not do such a
-    thing, is told in ``skipped``. With ``workers`` their processes are used, and ``threads`` is
-    theirs.
+    Args:
+        contenders: one without its packages, one that fails and one that raises
+            `NotApplicableError` are listed in ``skipped`` of the result.
+        rounds: number of measured rounds.
+        threads: intra-op threads of each process; ignored with ``workers``.
+        warm_ups: rounds before them that are not measured.
+        workers: processes to use; by default new ones.
     """
     if workers is None:
-        with Workers(threads) as own:
-            return measure(contenders, rounds, warm_ups=warm_ups, workers=own)
-    measured = Measured()
+        with Workers(threads) as workers:
+            return measure(contenders, rounds, warm_ups=warm_ups, workers=workers)
+    measured = Measurements()
     ready = {contender.name: contender for contender in contenders}
     for contender in contenders:
-        if absent := [package for package in contender.needs if not is_installed(package)]:
-            measured.skipped[contender.name] = f"{', '.join(absent)} is {ABSENT}"
+        if missing := [package for package in contender.needs if not is_installed(package)]:
+            measured.skipped[contender.name] = f"{', '.join(missing)} is {ABSENT}"
             del ready[contender.name]
     for number in range(rounds + warm_ups):
-        for name in turned(list(ready), number):
-            say(f"round {number + 1} of {rounds + warm_ups}: {name}")
+        for name in rotated(list(ready), number):
+            show_status(f"round {number + 1} of {rounds + warm_ups}: {name}")
             try:
-                worker = workers.of(ready[name].process or name)
+                worker = workers.get(ready[name].process or name)
                 figures = worker.submit(ready[name].run).result()
             except Exception as error:
-                measured.skipped[name] = _told(error)
+                measured.skipped[name] = _reason(error)
                 measured.rounds.pop(name, None)
                 del ready[name]
                 continue
             if number >= warm_ups:
                 measured.rounds.setdefault(name, []).append(figures)
-    say("")
+    show_status("")
     return measured
 
 
-def turned(names: list[str], number: int) -> list[str]:
-    """Return the order of a round: each begins with the next one."""
+def rotated(names: list[str], number: int) -> list[str]:
+    """Return the order of a round: each round begins with the next name."""
     first = number % len(names) if names else 0
     return names[first:] + names[:first]
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, NotApplicableError):
         return str(error)
     return f"it failed: {type(error).__name__}: {error}"[:300]
 
 
-def skipped_in_all(measured: Iterable[Measured]) -> dict[str, str]:
-    """Return who was measured nowhere, and why; who was measured somewhere is not among them."""
-    found = list(measured)
-    told = {name: why for one in found for name, why in one.skipped.items()}
-    seen = {name for one in found for name in one.rounds}
-    return {name: why for name, why in told.items() if name not in seen}
+def skipped_in_all(measured: Iterable[Measurements]) -> dict[str, str]:
+    """Return the contenders that were never measured, each with its reason."""
+    parts = list(measured)
+    reasons = {name: reason for part in parts for name, reason in part.skipped.items()}
+    names = {name for part in parts for name in part.rounds}
+    return {name: reason for name, reason in reasons.items() if name not in names}
 
 
-def skipped_only_in(measured: Measured, everywhere: Mapping[str, str]) -> list[str]:
-    """Return notes for one table: who was not measured for it, but for others."""
+def skipped_only_in(measured: Measurements, everywhere: Mapping[str, str]) -> list[str]:
+    """Return notes on the contenders that are in other tables but not in this one."""
     return [
-        f"Not in this table: {name} ({why})."
-        for name, why in measured.skipped.items()
+        f"Not in this table: {name} ({reason})."
+        for name, reason in measured.skipped.items()
         if name not in everywhere
     ]
 
@@ -193,10 +197,10 @@ def is_installed(package: str) -> bool:
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
-    """Let processes begin deaf to Ctrl-C, which in a terminal strikes all: they hear when prepared.
+def _interrupts_ignored() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C until `_prepare` runs in them.
 
-    Until then they would print where in an import it struck them.
+    In a terminal, Ctrl-C reaches all processes, and would print tracebacks of their imports.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -205,24 +209,24 @@ def _deaf() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _nothing() -> None:
+def _no_op() -> None:
     """Do nothing, in a worker."""
 
 
-def _prepare(threads: int, place: str) -> None:
-    """Prepare a worker: what a trainer says of itself, or leaves in files, is not wanted."""
+def _prepare(threads: int, directory: str) -> None:
+    """Prepare a worker: silence the output of trainers, and put their files into ``directory``."""
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(place)
+    os.chdir(directory)
 
 
-def say(what: str) -> None:
-    """Tell on a terminal what goes on, in one line that is written over."""
+def show_status(text: str) -> None:
+    """Show the current activity on a terminal, in one line that is overwritten."""
     if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{what[:100]}")
+        sys.stderr.write(f"\r\033[K{text[:100]}")
         sys.stderr.flush()

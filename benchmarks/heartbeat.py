@@ -1,4 +1,4 @@
-"""How late an event loop wakes up: a heartbeat beside whatever else it has to do."""
+"""Delays of an event loop's wake-ups while it does other work."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ LAG_COLUMNS = [
     Column(name="p99", unit="ms", digits=2),
     Column(name="max", unit="ms", digits=1),
 ]
-"""columns for what `lag_figures` returns"""
+"""columns for the figures of `lag_figures`"""
 
 
-async def lags_beside(work: Coroutine[Any, Any, object]) -> list[float]:
-    """Return how late each beat was, in seconds, until ``work`` was done; there is one at least.
+async def measure_lags(work: Coroutine[Any, Any, object]) -> list[float]:
+    """Run ``work`` and return the delay of each heartbeat meanwhile, in seconds; at least one.
 
-    A beat is a sleep of `HEARTBEAT`. Work that blocks the loop makes one beat late, by all of it.
+    A beat is a sleep of `HEARTBEAT`. Work that blocks the loop delays one beat by its duration.
     """
-    late: list[float] = []
-    working = asyncio.create_task(work)
-    while not working.done():
+    lags: list[float] = []
+    task = asyncio.create_task(work)
+    while not task.done():
         due = time.perf_counter() + HEARTBEAT
         await asyncio.sleep(HEARTBEAT)
-        late.append(time.perf_counter() - due)
-    await working
-    return late
+        lags.append(time.perf_counter() - due)
+    await task
+    return lags
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the least of ``values`` that at least so many percent of them do not exceed."""
+    """Return the smallest value that is not exceeded by ``percent`` percent of the values."""
     return float(np.percentile(values, percent, method="inverted_cdf"))
 
 
-def lag_figures(late: Sequence[float]) -> dict[str, float]:
-    """Return p50, p99 and max of some seconds, in milliseconds."""
+def lag_figures(lags: Sequence[float]) -> dict[str, float]:
+    """Return p50, p99 and max of delays in seconds, in milliseconds."""
     return {
-        "p50": percentile(late, 50) * 1e3,
-        "p99": percentile(late, 99) * 1e3,
-        "max": max(late) * 1e3,
+        "p50": percentile(lags, 50) * 1e3,
+        "p99": percentile(lags, 99) * 1e3,
+        "max": max(lags) * 1e3,
     }

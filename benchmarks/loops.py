@@ -1,4 +1,4 @@
-"""Loops written by hand, which the trainers are compared to."""
+"""Hand-written training loops, to which the trainers are compared."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def bare(
     batches: Loader,
     *,
     epochs: int,
-    keep: bool,
+    keep_metrics: bool,
     backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> Means | None:
-    """Train as one would by hand; with ``keep``, loss and right answers of every batch."""
+    """Train in the usual loop; with ``keep_metrics``, collect loss and correct answers."""
     loss_function = nn.CrossEntropyLoss()
     means: Means | None = None
     for _epoch in range(epochs):
@@ -32,37 +32,37 @@ def bare(
             loss = loss_function(predictions, targets)
             backward(loss)
             optimizer.step()
-            if keep:
+            if keep_metrics:
                 losses.append(loss.item() * len(targets))
                 corrects.append((predictions.argmax(dim=1) == targets).sum().item())
-        if keep:
+        if keep_metrics:
             samples = len(batches) * len(targets)
             means = sum(losses) / samples, sum(corrects) / samples
     return means
 
 
 def idle(
-    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep_metrics: bool
 ) -> Means | None:
-    """Take batches without computing anything; with ``keep``, two numbers of each."""
+    """Read batches without computing anything; with ``keep_metrics``, collect two numbers each."""
     for _epoch in range(epochs):
         losses: list[float] = []
         corrects: list[float] = []
         model.train()
         for inputs, _targets in batches:
             optimizer.zero_grad()
-            if keep:
+            if keep_metrics:
                 losses.append(1.0 * len(inputs))
                 corrects.append(1.0)
-    return (1.0, 1.0) if keep else None
+    return (1.0, 1.0) if keep_metrics else None
 
 
 def with_item(
-    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep_metrics: bool
 ) -> Means | None:
-    """Train with stage functions as trainers of old had them: every value read by ``.item()``.
+    """Train with a step that returns a dict of numbers, each read by ``.item()``.
 
-    A dict a batch, appended to lists name by name, and tensors made of them at the end.
+    The numbers are appended to lists by name, and made into tensors at the end of the epoch.
     """
     loss_function = nn.CrossEntropyLoss()
 
@@ -72,7 +72,7 @@ def with_item(
         loss: Tensor = loss_function(predictions, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if not keep:
+        if not keep_metrics:
             return {}
         return {
             "running_loss": loss.item() * targets.size(0),
@@ -82,16 +82,16 @@ def with_item(
     step: Callable[[Any], dict[str, float]] = train_step
     tensors: dict[str, Tensor] = {}
     for _epoch in range(epochs):
-        kept: dict[str, list[float]] = {}
+        lists: dict[str, list[float]] = {}
         samples = 0
         model.train()
         for batch in batches:
             optimizer.zero_grad()
             samples += len(batch[0])
             for name, value in step(batch).items():
-                kept.setdefault(name, []).append(value)
-        tensors = {name: Tensor(values) for name, values in kept.items()}
-    if not keep:
+                lists.setdefault(name, []).append(value)
+        tensors = {name: Tensor(values) for name, values in lists.items()}
+    if not keep_metrics:
         return None
     return (
         tensors["running_loss"].sum().item() / samples,

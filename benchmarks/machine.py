@@ -1,4 +1,4 @@
-"""On what, and with what, something was measured."""
+"""The machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 
-class NotHereError(Exception):
-    """A benchmark cannot be run on this machine; the message says what it lacks."""
+class UnsupportedMachineError(Exception):
+    """A benchmark cannot run on this machine; the message names the missing part."""
 
 
 def machine(*packages: str, threads: int = 1) -> dict[str, Any]:
-    """Return processor, cores, versions and settings; of ``packages`` those that are installed.
+    """Return processor, cores, versions and settings, for the end of a report.
 
-    ``threads`` is what the contenders had for their operations.
+    Args:
+        packages: included if they are installed.
+        threads: intra-op threads of the contenders.
     """
-    found: dict[str, Any] = {
+    info: dict[str, Any] = {
         "processor": processor(),
         "cores": cores(),
         "python": platform.python_version(),
@@ -30,13 +32,13 @@ def machine(*packages: str, threads: int = 1) -> dict[str, Any]:
         "switch interval": f"{sys.getswitchinterval() * 1e3:g} ms",
     }
     if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
+        info["device"] = torch.cuda.get_device_name()
     for package in packages:
         try:
-            found[package] = version(package)
+            info[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return info
 
 
 def cores() -> int:

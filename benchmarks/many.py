@@ -1,10 +1,11 @@
-"""What a tiny training costs beside its own steps, and whether memory grows with their number.
+"""The cost of tiny trainings besides their steps, and the memory of many.
 
-Trains linear layers through one `Runner`, one at a time and two at a time, and the same batches in
-a bare loop, in turns, all with one intra-op thread. Figures are the median of these rounds, for one
-training, with the building of its model; the processor's time tells more than the clock's on a
-machine that does other things too. Then 1,000 more are trained, whose outcomes the Runner keeps,
-and 1,000 that it is told to forget as they end, and the memory of the process is read meanwhile.
+Linear layers are trained through one `Runner`, one at a time and two at a time, in turns with a
+bare loop over the same batches, all with one intra-op thread. A figure is the median of the rounds
+for one training, including the building of its model. On a machine that is also used otherwise,
+processor time is more reliable than elapsed time. Then the memory of the process is read while
+1,000 more are trained whose outcomes the Runner keeps, and 1,000 whose outcomes it forgets as they
+end.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import machine
-from benchmarks.report import Column, Report, Row, Spread, Table
+from benchmarks.report import Column, Report, Row, Spread, Table, method_of
 from fitloop import FitLoop, Runner
 
 LENGTHS = (8, 200)
@@ -34,22 +35,22 @@ def data(batches: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def bare(batches: int) -> None:
-    """Train as a script without fitloop would, keeping loss and accuracy of every batch."""
+    """Train in a bare loop that collects loss and correct answers of every batch."""
     model = nn.Linear(16, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loss_function = nn.CrossEntropyLoss()
     losses, corrects = [], []
     for inputs, targets in data(batches):
         optimizer.zero_grad()
-        said = model(inputs)
-        loss = loss_function(said, targets)
+        predictions = model(inputs)
+        loss = loss_function(predictions, targets)
         loss.backward()
         optimizer.step()
         losses.append(loss.item() * len(targets))
-        corrects.append((said.argmax(dim=1) == targets).sum().item())
+        corrects.append((predictions.argmax(dim=1) == targets).sum().item())
 
 
-def make(batches: int, seed: int | None) -> FitLoop:
+def make_trainer(batches: int, seed: int | None) -> FitLoop:
     model = nn.Linear(16, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     return FitLoop(
@@ -62,13 +63,13 @@ def make(batches: int, seed: int | None) -> FitLoop:
     )
 
 
-async def many(
+async def train_all(
     runner: Runner, number: int, batches: int, *, seeded: bool = False, forget: bool = False
 ) -> None:
-    """Have so many trainings done by a Runner; raises what one of them raised."""
+    """Run trainings by a Runner. Raises the error of the first that failed."""
     jobs = [
-        runner.submit(make, batches, place if seeded else None, verbose=False)
-        for place in range(number)
+        runner.submit(make_trainer, batches, index if seeded else None, verbose=False)
+        for index in range(number)
     ]
     for job in jobs:
         outcome = await job.outcome()
@@ -79,43 +80,47 @@ async def many(
 
 
 Times = dict[str, dict[str, list[float]]]
-"""clock -> way -> ms of a training in each round"""
+"""clock -> variant -> ms of a training in each round"""
 
 
 async def in_turns(batches: int, rounds: int, number: int) -> Times:
-    """Let the ways of training take turns."""
+    """Measure all variants in turns."""
     async with Runner(1) as one, Runner(2) as two:
 
         async def loop() -> None:
             for _ in range(number):
                 bare(batches)
 
-        ways: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+        variants: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "bare loop": loop,
-            "one at a time": partial(many, one, number, batches, forget=True),
-            "one at a time, seeded": partial(many, one, number, batches, seeded=True, forget=True),
-            "two at a time": partial(many, two, number, batches, forget=True),
+            "one at a time": partial(train_all, one, number, batches, forget=True),
+            "one at a time, seeded": partial(
+                train_all, one, number, batches, seeded=True, forget=True
+            ),
+            "two at a time": partial(train_all, two, number, batches, forget=True),
         }
-        times: Times = {clock: {name: [] for name in ways} for clock in ("clock", "processor")}
-        for turn in range(rounds + 1):
-            for name, way in ways.items():
-                began, busy = time.perf_counter(), time.process_time()
-                await way()
-                if turn:  # the first warms up
-                    times["clock"][name].append((time.perf_counter() - began) / number * 1e3)
-                    times["processor"][name].append((time.process_time() - busy) / number * 1e3)
+        times: Times = {clock: {name: [] for name in variants} for clock in ("clock", "processor")}
+        for number_of_round in range(rounds + 1):
+            for name, train in variants.items():
+                start, cpu_start = time.perf_counter(), time.process_time()
+                await train()
+                if number_of_round:  # the first round warms up
+                    times["clock"][name].append((time.perf_counter() - start) / number * 1e3)
+                    times["processor"][name].append(
+                        (time.process_time() - cpu_start) / number * 1e3
+                    )
     return times
 
 
-async def memory(rounds: int, number: int, *, forget: bool) -> list[float]:
-    """Return the MiB of the process after each round of so many trainings by one Runner."""
-    found = []
+async def read_memory(rounds: int, number: int, *, forget: bool) -> list[float]:
+    """Return the MiB of the process after each round of ``number`` trainings by one Runner."""
+    memory_sizes = []
     async with Runner(1) as runner:
-        for _ in range(rounds + 1):  # the first warms up
-            await many(runner, number, LENGTHS[0], forget=forget)
+        for _ in range(rounds + 1):  # the first round warms up
+            await train_all(runner, number, LENGTHS[0], forget=forget)
             gc.collect()
-            found.append(psutil.Process().memory_info().rss / 2**20)
-    return found
+            memory_sizes.append(psutil.Process().memory_info().rss / 2**20)
+    return memory_sizes
 
 
 def measure(quick: bool = False) -> Report:
@@ -125,30 +130,30 @@ def measure(quick: bool = False) -> Report:
     try:
         tables = []
         for batches, trainings in zip(LENGTHS, (number, number // 5), strict=True):
-            tables.append(costs(batches, asyncio.run(in_turns(batches, rounds, trainings))))
-        kept = asyncio.run(memory(rounds, number, forget=False))
-        forgotten = asyncio.run(memory(rounds, number, forget=True))
+            tables.append(cost_table(batches, asyncio.run(in_turns(batches, rounds, trainings))))
+        kept_sizes = asyncio.run(read_memory(rounds, number, forget=False))
+        forgotten_sizes = asyncio.run(read_memory(rounds, number, forget=True))
     finally:
         torch.set_num_threads(threads)
     return Report(
         name="many",
-        question="what does a tiny training cost, and do many of them take memory?",
-        method=" ".join((__doc__ or "").split("\n\n", 1)[1].split()),
-        tables=[*tables, memories(number, kept, forgotten)],
+        question="what does a tiny training cost, and does memory grow with their number?",
+        method=method_of(__doc__),
+        tables=[*tables, memory_table(number, kept_sizes, forgotten_sizes)],
         machine=machine(),
     )
 
 
-def costs(batches: int, times: Times) -> Table:
+def cost_table(batches: int, times: Times) -> Table:
     rows = []
     for name in times["clock"]:
-        figures = {clock: Spread.of(found[name]) for clock, found in times.items()}
+        figures = {clock: Spread.of(rounds[name]) for clock, rounds in times.items()}
         if name != "bare loop":
             pairs = list(
                 zip(times["processor"][name], times["processor"]["bare loop"], strict=True)
             )
-            figures["added"] = Spread.of([own - other for own, other in pairs])
-            figures["ratio"] = Spread.of([own / other for own, other in pairs])
+            figures["added"] = Spread.of([runner - bare for runner, bare in pairs])
+            figures["ratio"] = Spread.of([runner / bare for runner, bare in pairs])
         rows.append(Row(name=name, figures=figures, ours=name != "bare loop"))
     return Table(
         title=f"a training of {batches} batches, with its model and optimizer",
@@ -163,23 +168,26 @@ def costs(batches: int, times: Times) -> Table:
     )
 
 
-def memories(number: int, kept: list[float], forgotten: list[float]) -> Table:
-    def row(name: str, found: list[float]) -> Row:
-        trained = (len(found) - 1) * number
+def memory_table(number: int, kept_sizes: list[float], forgotten_sizes: list[float]) -> Table:
+    def row(name: str, sizes: list[float]) -> Row:
         figures = {
-            "before": found[0],
-            "after": found[-1],
-            "grown": (found[-1] - found[0]) * 1024 / trained,
+            "before": sizes[0],
+            "after": sizes[-1],
+            "grown": (sizes[-1] - sizes[0]) * 1024 / number_of_all,
         }
-        told = {name: Spread.of([figure]) for name, figure in figures.items()}
-        return Row(name=name, figures=told, ours=True)
+        spreads = {name: Spread.of([figure]) for name, figure in figures.items()}
+        return Row(name=name, figures=spreads, ours=True)
 
+    number_of_all = (len(kept_sizes) - 1) * number
     return Table(
-        title=f"memory of the process, {(len(kept) - 1) * number:,} trainings by one Runner",
+        title=f"memory of the process, {number_of_all:,} trainings by one Runner",
         columns=[
             Column(name="before", unit="MiB"),
             Column(name="after", unit="MiB"),
             Column(name="grown", unit="KiB a training", digits=2),
         ],
-        rows=[row("outcomes kept", kept), row("forgotten as they end", forgotten)],
+        rows=[
+            row("outcomes kept", kept_sizes),
+            row("forgotten as they end", forgotten_sizes),
+        ],
     )

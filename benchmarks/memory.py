@@ -1,12 +1,12 @@
-"""What memory a training takes beyond what it trains.
+"""The memory of a training.
 
-Every figure is of a process of its own. Bytes a value: how much the process has grown (resident)
-after a fit whose steps return numbers, for each number kept, and what Python has allocated
-(tracemalloc) for one more such fit. Peak: the most that was ever resident, of a loop written by
-hand and of fitloop with the same batches, which keep loss and right answers of each. Flat: the
-growth of a process over a million batches of nothing with ``track_batch_metrics=False``, since a
-tenth of them. Tensors: those that a finished trainer holds, in sizes of the model; without
-save_to_disk its first and its best weights are in memory, each once.
+Every figure is from a process of its own. Bytes a value: the growth of the process (resident) by a
+fit whose steps return numbers, for each number, and the memory allocated by Python (tracemalloc)
+for one more such fit. Peak: the largest resident memory of a hand-written loop and of fitloop with
+the same batches, both collecting loss and correct answers of each. Flat: the growth of a process
+over a million empty batches with ``track_batch_metrics=False``, after the first tenth of them.
+Tensors: those that a finished trainer refers to, in sizes of the model; without save_to_disk, its
+first and its best weights are in memory, each once.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import loops
-from benchmarks.harness import Contender, Figures, Measured
+from benchmarks.harness import Contender, Figures, Measurements
 from benchmarks.harness import measure as in_turns
-from benchmarks.machine import NotHereError, machine
-from benchmarks.report import Column, Report, Row, Table
-from benchmarks.workloads import Timed, make_batches, make_model, make_optimizer
+from benchmarks.machine import UnsupportedMachineError, machine
+from benchmarks.report import Column, Report, Row, Table, method_of
+from benchmarks.workloads import TimedBatches, make_batches, make_model, make_optimizer
 from fitloop import FitLoop, LoopState
 
 STATUS = Path("/proc/self/status")
 MB = 1e6
 NAMES = tuple(f"value_{number}" for number in range(10))
-"""of what the steps return, where bytes a value are measured"""
+"""names of the values that steps return if bytes a value are measured"""
 
 
 def resident(entry: str = "VmRSS") -> int:
-    """Return the resident bytes of this process; of ``"VmHWM"`` the most there ever were."""
+    """Return the resident bytes of this process; with ``"VmHWM"``, their maximum so far."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{entry}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"{STATUS} has no line {entry}")
 
 
-class Nothing:
-    """So many batches that hold one number, and take no memory."""
+class EmptyBatches:
+    """``count`` batches that are one number each and take no memory."""
 
-    def __init__(self, count: int, at: Callable[[int], object] | None = None) -> None:
-        self._count, self._at = count, at
+    def __init__(self, count: int, on_batch: Callable[[int], object] | None = None) -> None:
+        self._count, self._on_batch = count, on_batch
 
     def __iter__(self) -> Iterator[int]:
         for number in range(self._count):
-            if self._at is not None:
-                self._at(number)
+            if self._on_batch is not None:
+                self._on_batch(number)
             yield number
 
     def __len__(self) -> int:
@@ -97,16 +97,16 @@ def fit(trainer: FitLoop, epochs: int, **options: Any) -> None:
 
 
 class Growth:
-    """Bytes by which the process grows while it does something, and then again while traced."""
+    """Memory growth by two calls of a function: resident by the first, allocated by the second."""
 
-    def __init__(self, do: Callable[[], object]) -> None:
+    def __init__(self, call: Callable[[], object]) -> None:
         gc.collect()
         before = resident()
-        do()
+        call()
         gc.collect()
         self.resident = resident() - before
         tracemalloc.start()
-        do()
+        call()
         gc.collect()
         self.allocated = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
@@ -116,9 +116,9 @@ class Growth:
 
 
 def values_of(epochs: int, batches: int, *, of_epochs: bool) -> Figures:
-    """Return the bytes for each value, of the batches or of the epochs."""
+    """Return the bytes for each value of a batch, or of an epoch."""
     steps = (no_step, ten_values) if of_epochs else (ten_values, no_end)
-    trainer = trainer_of(Nothing(batches), *steps)
+    trainer = trainer_of(EmptyBatches(batches), *steps)
     fit(trainer, 2, steps=2)
     growth = Growth(lambda: fit(trainer, epochs))
     values = len(NAMES) * epochs * (1 if of_epochs else batches)
@@ -132,68 +132,73 @@ def values_of(epochs: int, batches: int, *, of_epochs: bool) -> Figures:
 
 def peak(train: Callable[..., object], count: int) -> Figures:
     model = make_model("mlp")
-    batches = Timed(make_batches("mlp", count))
+    batches = TimedBatches(make_batches("mlp", count))
     before = resident()
-    train(model, make_optimizer(model), batches, epochs=3, keep=True)
+    train(model, make_optimizer(model), batches, epochs=3, keep_metrics=True)
     return {"before": before / MB, "peak": resident("VmHWM") / MB,
             "added": (resident("VmHWM") - before) / MB}  # fmt: skip
 
 
 def fit_as_usual(
-    model: nn.Module, optimizer: Any, batches: Timed, *, epochs: int, keep: bool
+    model: nn.Module, optimizer: Any, batches: TimedBatches, *, epochs: int, keep_metrics: bool
 ) -> None:
     loss_function = nn.CrossEntropyLoss()
     trainer = FitLoop(
         model, optimizer, loss_function, train_dl=batches, device="cpu", num_threads=1
     )
-    fit(trainer, epochs, track_batch_metrics=keep)
+    fit(trainer, epochs, track_batch_metrics=keep_metrics)
 
 
 def flat(step: Any, epochs: int, batches: int) -> Figures:
-    """Return how much is resident after a tenth, half and all of the batches."""
-    at: dict[int, int] = {}
-    total, seen = epochs * batches, iter(range(epochs * batches))
+    """Return the resident memory after a tenth, half and all of the batches."""
+    sizes: dict[int, int] = {}
+    total, counter = epochs * batches, iter(range(epochs * batches))
     marks = {total // 10: 10, total // 2: 50, total - 1: 100}
 
-    def look(_number: int) -> None:
-        if (percent := marks.get(next(seen))) is not None:
-            at[percent] = resident()
+    def measure_at_marks(_number: int) -> None:
+        if (percent := marks.get(next(counter))) is not None:
+            sizes[percent] = resident()
 
-    fit(trainer_of(Nothing(batches, look), step), epochs, track_batch_metrics=False)
+    fit(
+        trainer_of(EmptyBatches(batches, measure_at_marks), step), epochs, track_batch_metrics=False
+    )
     return {
-        "10%": at[10] / MB,
-        "50%": at[50] / MB,
-        "100%": at[100] / MB,
-        "grown": (at[100] - at[10]) / MB,
+        "10%": sizes[10] / MB,
+        "50%": sizes[50] / MB,
+        "100%": sizes[100] / MB,
+        "grown": (sizes[100] - sizes[10]) / MB,
     }
 
 
 def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
-    """Return the bytes of the memory of tensors, by its address."""
-    found = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-    return {storage.data_ptr(): storage.nbytes() for storage in found}
+    """Return the size of each storage of the tensors by its address."""
+    present = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return {storage.data_ptr(): storage.nbytes() for storage in present}
 
 
-def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of all tensors of this process but those of model and optimizer."""
+def other_tensor_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of all tensors of this process except those of model and optimizer."""
     gc.collect()
-    found = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
-    tensors = [each for each in found if each.layout is torch.strided]  # others have no storage
+    tensors = [
+        each
+        for each in gc.get_objects()
+        if type(each) in (Tensor, nn.Parameter) and each.layout is torch.strided  # has a storage
+    ]
     gradients = [each.grad for each in tensors if each.is_leaf]
     states = [value for state in optimizer.state.values() for value in state.values()]
-    own = [*model.parameters(), *(each.grad for each in model.parameters())]
-    own += [value for value in states if isinstance(value, Tensor)]
-    others = storages([*tensors, *gradients]).items() - storages(own).items()
+    known = [*model.parameters(), *(each.grad for each in model.parameters())]
+    known += [value for value in states if isinstance(value, Tensor)]
+    others = storages([*tensors, *gradients]).items() - storages(known).items()
     return sum(size for _address, size in others)
 
 
-def kept(*, validates: bool, lets_go: bool = False) -> Figures:
-    """Return the memory of tensors that a finished trainer has, in sizes of the model."""
+def trainer_tensors(*, validates: bool, deleted: bool = False) -> Figures:
+    """Return the memory of the tensors of a finished trainer, in sizes of the model."""
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(10)))
     size = sum(each.nbytes for each in model.parameters())
     optimizer = torch.optim.Adam(model.parameters())
     batches = [(torch.randn(4, 1024), torch.randint(0, 1024, (4,))) for _ in range(3)]
-    before = held(model, optimizer)
+    before = other_tensor_bytes(model, optimizer)
     trainer = FitLoop(
         model,
         optimizer,
@@ -204,13 +209,13 @@ def kept(*, validates: bool, lets_go: bool = False) -> Figures:
         num_threads=1,
     )
     fit(trainer, 3)
-    if lets_go:
+    if deleted:
         del trainer
-    return {"held": (held(model, optimizer) - before) / size}
+    return {"tensors": (other_tensor_bytes(model, optimizer) - before) / size}
 
 
-def many_kept(number: int) -> Figures:
-    """Return the kB for each of many finished trainers of a small model, all told."""
+def many_trainers(number: int) -> Figures:
+    """Return the kB of each of many finished trainers of a small model, in total."""
     batches = make_batches("mlp", 4)
     trainers: list[FitLoop] = []
 
@@ -232,10 +237,12 @@ def many_kept(number: int) -> Figures:
 
 
 def imported(modules: str) -> Figures:
-    """Return what is resident in a Python that has imported something."""
+    """Return the resident memory of a Python that has imported ``modules``."""
     code = f"import {modules}, pathlib; print(pathlib.Path('{STATUS}').read_text())"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    (line,) = (line for line in said.stdout.splitlines() if line.startswith("VmRSS"))
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    (line,) = (line for line in finished.stdout.splitlines() if line.startswith("VmRSS"))
     return {"resident": int(line.split()[1]) * 1024 / MB}
 
 
@@ -245,25 +252,25 @@ def imported(modules: str) -> Figures:
 def table(
     title: str, columns: list[Column], runs: dict[str, Callable[[], Figures]], rounds: int
 ) -> tuple[Table, dict[str, str]]:
-    """Measure each in fresh processes, so many times."""
-    all_of_it = Measured()
+    """Measure each run ``rounds`` times, each time in a new process."""
+    measured = Measurements()
     for _ in range(rounds):
         contenders = [Contender(name=name, run=run) for name, run in runs.items()]
-        once = in_turns(contenders, 1, warm_ups=0)
-        for name, figures in once.rounds.items():
-            all_of_it.rounds.setdefault(name, []).extend(figures)
-        all_of_it.skipped.update(once.skipped)
+        one_round = in_turns(contenders, 1, warm_ups=0)
+        for name, figures in one_round.rounds.items():
+            measured.rounds.setdefault(name, []).extend(figures)
+        measured.skipped.update(one_round.skipped)
     rows = [
         Row(
             name=name,
-            figures={each.name: all_of_it.spread(name, each.name) for each in columns
+            figures={each.name: measured.spread(name, each.name) for each in columns
                      if each.name in figures[0]},
             ours=name != "bare loop" and name != "torch",
         )
-        for name, figures in ((name, all_of_it.rounds.get(name)) for name in runs)
+        for name, figures in ((name, measured.rounds.get(name)) for name in runs)
         if figures
     ]  # fmt: skip
-    return Table(title=title, columns=columns, rows=rows), all_of_it.skipped
+    return Table(title=title, columns=columns, rows=rows), measured.skipped
 
 
 def per_value(unit: str) -> list[Column]:
@@ -280,18 +287,20 @@ def megabytes(*names: str) -> list[Column]:
 
 def measure(quick: bool = False) -> Report:
     if not STATUS.exists():
-        raise NotHereError(f"it reads {STATUS}, which there is on Linux only")
-    part = 20 if quick else 1
-    many = 1_000_000 // part
+        raise UnsupportedMachineError(f"it reads {STATUS}, which exists on Linux only")
+    divisor = 20 if quick else 1
+    many = 1_000_000 // divisor
     of_batches = partial(values_of, of_epochs=False)
-    found = [
+    results = [
         table(
             "the history, a value",
             per_value("bytes"),
             {
-                "of batches, one long epoch": partial(of_batches, 1, 200_000 // part),
-                "of batches, 100 epochs": partial(of_batches, 100, 2_000 // part),
-                "of epochs, one batch each": partial(values_of, 10_000 // part, 1, of_epochs=True),
+                "of batches, one long epoch": partial(of_batches, 1, 200_000 // divisor),
+                "of batches, 100 epochs": partial(of_batches, 100, 2_000 // divisor),
+                "of epochs, one batch each": partial(
+                    values_of, 10_000 // divisor, 1, of_epochs=True
+                ),
             },
             1,
         ),
@@ -299,8 +308,8 @@ def measure(quick: bool = False) -> Report:
             "three epochs of the small MLP, batches included",
             megabytes("before", "peak", "added"),
             {
-                "bare loop": partial(peak, loops.bare, 10_000 // part),
-                "fitloop": partial(peak, fit_as_usual, 10_000 // part),
+                "bare loop": partial(peak, loops.bare, 10_000 // divisor),
+                "fitloop": partial(peak, fit_as_usual, 10_000 // divisor),
             },
             1 if quick else 3,
         ),
@@ -315,20 +324,20 @@ def measure(quick: bool = False) -> Report:
         ),
         table(
             "tensors of a finished trainer beside model and optimizer, a model of 42 MB with Adam",
-            [Column(name="held", unit="models", digits=2)],
+            [Column(name="tensors", unit="models", digits=2)],
             {
-                "fitloop, no validation": partial(kept, validates=False),
-                "fitloop, with validation": partial(kept, validates=True),
-                "fitloop, with validation, and let go of": partial(
-                    kept, validates=True, lets_go=True
+                "fitloop, no validation": partial(trainer_tensors, validates=False),
+                "fitloop, with validation": partial(trainer_tensors, validates=True),
+                "fitloop, with validation, deleted": partial(
+                    trainer_tensors, validates=True, deleted=True
                 ),
             },
             1,
         ),
         table(
-            "kept by each of many finished trainers, the small MLP",
+            "memory of each of many finished trainers, the small MLP",
             per_value("kB")[1:],
-            {"fitloop, with model and optimizer": partial(many_kept, 200 // part)},
+            {"fitloop, with model and optimizer": partial(many_trainers, 200 // divisor)},
             1,
         ),
         table(
@@ -343,9 +352,9 @@ def measure(quick: bool = False) -> Report:
     ]
     return Report(
         name="memory",
-        question="what memory does a training take beyond what it trains?",
-        method=" ".join((__doc__ or "").split("\n\n", 1)[1].split()),
-        tables=[table for table, _skipped in found],
+        question="how much memory does a training take?",
+        method=method_of(__doc__),
+        tables=[table for table, _skipped in results],
         machine=machine(),
-        skipped={name: why for _table, skipped in found for name, why in skipped.items()},
+        skipped={name: reason for _table, each in results for name, reason in each.items()},
     )

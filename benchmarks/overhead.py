@@ -1,13 +1,13 @@
-"""What a trainer adds to a batch, beside a hand-written loop that does the same work.
+"""The time that a trainer adds to a batch, against a hand-written loop with the same work.
 
-The models are small, so that the loop is what is measured. Every contender trains the same batches,
-built beforehand, on one intra-op thread, to the same weights bit for bit; with metrics it keeps
-loss and accuracy in its own usual way (the notes say how). Timed is an epoch in the midst of a
-training, from its first batch asked for to the next epoch's: with all that the trainer does between
-epochs, and without what it does once before and after them. Each has a process of its own, but
-for the tables of fitloop alone: there it takes turns with the bare loop in one process, so that
-both have the same memory, in many short rounds. In the last two the steps compute nothing, so that
-it is only the loops that are timed.
+The models are small, so that the loop itself is measured. Every contender trains the same batches,
+built beforehand, on one intra-op thread, to the same weights bit for bit. With metrics, it collects
+loss and accuracy in its own usual way (see the notes). An epoch in the middle of a training is
+timed, from the fetch of its first batch to that of the next epoch. This includes the work of the
+trainer between epochs, and excludes its work before the first and after the last. Each contender
+has a process of its own, except in the tables of fitloop alone: there it takes turns with the bare
+loop in one process, in many short rounds, so that both use the same memory. In the last two tables
+the steps compute nothing, so that only the loops are timed.
 """
 
 from __future__ import annotations
@@ -18,35 +18,42 @@ from functools import partial
 from statistics import quantiles
 
 from benchmarks import loops
+from benchmarks.fitloop_loop import with_fitloop
 from benchmarks.harness import (
     Contender,
     Figures,
-    Measured,
+    Measurements,
     Workers,
     skipped_in_all,
     skipped_only_in,
 )
 from benchmarks.harness import measure as in_turns
 from benchmarks.machine import machine
-from benchmarks.ours import with_fitloop
 from benchmarks.peers import PEERS, Train
-from benchmarks.report import Column, Report, Row, Table
-from benchmarks.workloads import DESCRIBED, Kind, Timed, make_batches, make_model, make_optimizer
+from benchmarks.report import Column, Report, Row, Table, method_of
+from benchmarks.workloads import (
+    DESCRIPTIONS,
+    Kind,
+    TimedBatches,
+    make_batches,
+    make_model,
+    make_optimizer,
+)
 
 BARE = "bare loop"
 SHORT = 10
 """batches of a short epoch"""
 
 
-def epoch(train: Train, *, kind: Kind, count: int, epochs: int, keep: bool) -> Figures:
-    """Train for so many epochs; return the microseconds of one, the first and last left out."""
-    batches = Timed(make_batches(kind, count))
+def epoch(train: Train, *, kind: Kind, count: int, epochs: int, keep_metrics: bool) -> Figures:
+    """Train, and return the mean microseconds of the epochs without the first and the last."""
+    batches = TimedBatches(make_batches(kind, count))
     model = make_model(kind)
-    train(model, make_optimizer(model), batches, epochs=epochs, keep=keep)
+    train(model, make_optimizer(model), batches, epochs=epochs, keep_metrics=keep_metrics)
     return {"us": batches.seconds_between(epochs - 2) * 1e6}
 
 
-OWN: dict[str, Train] = {
+LOOPS: dict[str, Train] = {
     BARE: loops.bare,
     "stage functions with .item()": loops.with_item,
     "fitloop": with_fitloop,
@@ -54,7 +61,7 @@ OWN: dict[str, Train] = {
 }
 
 
-IDLE: dict[str, Train] = {
+IDLE_LOOPS: dict[str, Train] = {
     BARE: loops.idle,
     "fitloop": partial(with_fitloop, idle=True),
     "fitloop, seeded": partial(with_fitloop, idle=True, seed=0),
@@ -62,49 +69,54 @@ IDLE: dict[str, Train] = {
 
 
 def contenders(
-    run: Callable[[Train], Figures], alone: Mapping[str, Train] | None = None
+    run: Callable[[Train], Figures], side_by_side: Mapping[str, Train] | None = None
 ) -> list[Contender]:
-    """Return everybody who trains, or those ``alone`` in one process; ``run`` is a round."""
-    own = [
+    """Return all contenders, or those ``side_by_side`` in one process; ``run`` is one round."""
+    in_house = [
         Contender(
             name=name,
             run=partial(run, train),
             ours=name.startswith("fitloop"),
-            process="" if alone is None else "side by side",
+            process="" if side_by_side is None else "side by side",
         )
-        for name, train in (OWN if alone is None else alone).items()
+        for name, train in (LOOPS if side_by_side is None else side_by_side).items()
     ]
-    if alone is not None:
-        return own
-    return own + [
+    if side_by_side is not None:
+        return in_house
+    return in_house + [
         Contender(name=peer.name, run=partial(run, peer.train), needs=peer.needs) for peer in PEERS
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What one table is about."""
+    """The settings of one table."""
 
     title: str
     kind: Kind
     count: int
     """batches of an epoch"""
     epochs: int = 3
-    keep: bool = True
+    keep_metrics: bool = True
     by_epoch: bool = False
-    """figures are of an epoch, not of a batch"""
-    alone: Mapping[str, Train] | None = None
-    """who takes part, in one process, in many rounds; None for everybody"""
+    """whether figures are those of an epoch, not of a batch"""
+    side_by_side: Mapping[str, Train] | None = None
+    """loops that take turns in one process, in many rounds; None for all contenders"""
 
 
 def cases(*, quick: bool) -> list[Case]:
     small, images = (100, 10) if quick else (500, 30)
-    close = partial(Case, kind="mlp", count=100, alone=OWN)
-    idle = partial(Case, kind="mlp", count=1000, alone=IDLE)
+    close = partial(Case, kind="mlp", count=100, side_by_side=LOOPS)
+    idle = partial(Case, kind="mlp", count=1000, side_by_side=IDLE_LOOPS)
     return [
-        Case(title=f"{DESCRIBED['mlp']}; loss and accuracy kept", kind="mlp", count=small),
-        Case(title=f"{DESCRIBED['mlp']}; nothing kept", kind="mlp", count=small, keep=False),
-        Case(title=f"{DESCRIBED['cnn']}; loss and accuracy kept", kind="cnn", count=images),
+        Case(title=f"{DESCRIPTIONS['mlp']}; loss and accuracy kept", kind="mlp", count=small),
+        Case(
+            title=f"{DESCRIPTIONS['mlp']}; nothing kept",
+            kind="mlp",
+            count=small,
+            keep_metrics=False,
+        ),
+        Case(title=f"{DESCRIPTIONS['cnn']}; loss and accuracy kept", kind="cnn", count=images),
         Case(
             title=f"short epochs: {SHORT} batches of the small MLP; loss and accuracy kept",
             kind="mlp",
@@ -112,67 +124,76 @@ def cases(*, quick: bool) -> list[Case]:
             epochs=12 if quick else 62,
             by_epoch=True,
         ),
-        close(title=f"{DESCRIBED['mlp']}; fitloop alone, loss and accuracy kept"),
-        close(title=f"{DESCRIBED['mlp']}; fitloop alone, nothing kept", keep=False),
+        close(title=f"{DESCRIPTIONS['mlp']}; fitloop alone, loss and accuracy kept"),
+        close(title=f"{DESCRIPTIONS['mlp']}; fitloop alone, nothing kept", keep_metrics=False),
         idle(title="steps that compute nothing; fitloop alone, two numbers kept"),
-        idle(title="steps that compute nothing; fitloop alone, nothing kept", keep=False),
+        idle(title="steps that compute nothing; fitloop alone, nothing kept", keep_metrics=False),
     ]
 
 
-def closely(case: Case, measured: Measured) -> list[str]:
-    """Return what the rounds say that were disturbed least."""
-    said = []
+def quiet_rounds_note(case: Case, measured: Measurements) -> str:
+    """Return a note with the figures of the rounds that were disturbed least."""
+    parts = []
     for name in measured.rounds:
         if name != BARE:
-            added = measured.pairs(name, BARE, "us", lambda own, bare: own - bare)
+            added = measured.compared_rounds(name, BARE, "us", lambda trainer, bare: trainer - bare)
             low, _median, high = (cut / case.count for cut in quantiles(added))
-            own, bare = (measured.spread(each, "us").low / case.count for each in (name, BARE))
-            said.append(f"{name} {low:.1f} to {high:.1f}, {own - bare:.1f}")
-    return [
+            least, bare = (measured.spread(each, "us").low / case.count for each in (name, BARE))
+            parts.append(f"{name} {low:.1f} to {high:.1f}, {least - bare:.1f}")
+    return (
         "Added in the middle half of the rounds, and in the quickest against the quickest: "
-        f"{'; '.join(said)}."
-    ]
+        f"{'; '.join(parts)}."
+    )
 
 
-def table(case: Case, measured: Measured, notes: list[str]) -> Table:
+def table(case: Case, measured: Measurements, notes: list[str]) -> Table:
     batches = 1 if case.by_epoch else case.count
     rows: list[Row] = []
     for name in measured.rounds:
-        figures = {"time": measured.spread(name, "us").over(batches)}
+        figures = {"time": measured.spread(name, "us").divided_by(batches)}
         if name != BARE:
-            added = measured.compared(name, BARE, "us", lambda own, bare: own - bare)
-            figures["added"] = added.over(batches)
-            figures["ratio"] = measured.compared(name, BARE, "us", lambda own, bare: own / bare)
+            added = measured.compared(name, BARE, "us", lambda trainer, bare: trainer - bare)
+            figures["added"] = added.divided_by(batches)
+            figures["ratio"] = measured.compared(
+                name, BARE, "us", lambda trainer, bare: trainer / bare
+            )
         rows.append(Row(name=name, figures=figures, ours=name.startswith("fitloop")))
     rows.sort(key=lambda row: row.figures["time"].median)
-    chart = "added" if case.alone is None else ""
-    said = notes if case.alone is None else [*closely(case, measured), *notes]
+    chart = "added" if case.side_by_side is None else ""
+    if case.side_by_side is not None:
+        notes = [quiet_rounds_note(case, measured), *notes]
     unit = f"us {'an epoch' if case.by_epoch else 'a batch'}"
-    digits = 0 if case.alone is not IDLE else 1
+    digits = 0 if case.side_by_side is not IDLE_LOOPS else 1
     columns = [
         Column(name="time", unit=unit, digits=digits),
         Column(name="added", unit=unit, digits=digits),
         Column(name="ratio", unit="", digits=2),
     ]
-    return Table(title=case.title, columns=columns, rows=rows, chart=chart, notes=said)
+    return Table(title=case.title, columns=columns, rows=rows, chart=chart, notes=notes)
 
 
 def measure(quick: bool = False) -> Report:
-    asked = cases(quick=quick)
-    found: list[Measured] = []
+    tables = cases(quick=quick)
+    results: list[Measurements] = []
     with Workers() as workers:
-        for case in asked:
+        for case in tables:
             run = partial(
-                epoch, kind=case.kind, count=case.count, epochs=case.epochs, keep=case.keep
+                epoch,
+                kind=case.kind,
+                count=case.count,
+                epochs=case.epochs,
+                keep_metrics=case.keep_metrics,
             )
-            rounds = (5, 2) if case.alone is None else (150, 4)
-            found.append(in_turns(contenders(run, case.alone), rounds[quick], workers=workers))
-    everywhere = skipped_in_all(found)
-    pairs = zip(asked, found, strict=True)
+            rounds = (5, 2) if case.side_by_side is None else (150, 4)
+            results.append(
+                in_turns(contenders(run, case.side_by_side), rounds[quick], workers=workers)
+            )
+    everywhere = skipped_in_all(results)
+    pairs = zip(tables, results, strict=True)
     return Report(
         name="overhead",
         question="what does a trainer add to a batch?",
-        method=" ".join((__doc__ or "").split("\n\n", 1)[1].split()),
+        method=method_of(__doc__),
         tables=[table(case, one, skipped_only_in(one, everywhere)) for case, one in pairs],
         machine=machine(*sorted({package for peer in PEERS for package in peer.needs})),
         skipped=everywhere,

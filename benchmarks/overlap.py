@@ -1,15 +1,16 @@
-"""How well loading hides behind training, or training behind loading.
+"""The overlap of loading and training.
 
-A figure is the time of a batch to the longer of its load and its step, each measured alone in the
-same rounds. 1.00 is the best that one loader beside the steps can do; two workers may be below it.
-What the machine allows is seen by a thread that reads ahead for a bare loop: two threads share more
-than the interpreter.
-Loaders are of three kinds: they wait for something outside, decompress without the interpreter's
-lock, or compute in Python, holding it. Every contender gets the same `DataLoader`, with 0 workers
-unless it is said, so what trainers of one process overlap is of their own doing. A cell is
-load/step in ms, as they were aimed at; timed are 32 batches, after 16 in which loaders fill and
-fitloop tries which way of loading is faster. The last column is the ratio to the bare loop with 0
-workers; "all cells" and it give the median of the cells, and the best and the worst of them.
+A figure is the time of a batch divided by the longer of its load and its step, each measured alone
+in the same rounds. 1.00 is the best possible figure of one loader beside the steps; two workers may
+be below it. A thread that reads ahead for a bare loop shows the limit of the machine, since two
+threads share more than the interpreter.
+There are three kinds of loaders: they wait for something outside, decompress without the
+interpreter's lock, or compute in Python, holding it. Every contender gets the same `DataLoader`,
+with 0 workers unless the row names a number, so that all overlap within one process is the work of
+the trainer. A cell is named load/step in ms, as intended; 32 batches are timed, after 16 in which
+loaders fill up and fitloop finds out whether loading ahead is faster. The last column is the ratio
+to the bare loop with 0 workers. That column and "all cells" show the median of the cells, with the
+best and the worst cell.
 """
 
 from __future__ import annotations
@@ -32,41 +33,38 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import loops
+from benchmarks.fitloop_loop import with_fitloop
 from benchmarks.harness import (
     Contender,
     Figures,
-    Measured,
+    Measurements,
     Workers,
     skipped_in_all,
     skipped_only_in,
 )
 from benchmarks.harness import measure as in_turns
 from benchmarks.machine import machine
-from benchmarks.ours import with_fitloop
 from benchmarks.peers import PEERS, Train
-from benchmarks.report import Column, Report, Row, Spread, Table
+from benchmarks.report import Column, Report, Row, Spread, Table, method_of
 from benchmarks.workloads import CLASSES, Batch, make_optimizer
 
 Kind = Literal["waits", "decompresses", "computes in Python"]
 KINDS: tuple[Kind, ...] = ("waits", "decompresses", "computes in Python")
-SETTLING, TIMED = 16, 32
+WARM_UP, TIMED = 16, 32
 FEATURES, SAMPLES = 64, 128
-PACKED = zlib.compress(torch.randn(4096).mul(1e3).short().numpy().tobytes() * 8)
-"""64 KiB when it is decompressed, so many times as a load takes"""
+COMPRESSED = zlib.compress(torch.randn(4096).mul(1e3).short().numpy().tobytes() * 8)
+"""64 KiB when decompressed; repeated until a load takes the intended time"""
 LOAD_ALONE, STEP_ALONE, BARE = "load alone", "step alone", "bare loop"
-PEERS_HERE = ("ignite", "Lightning")
+PEER_NAMES = ("ignite", "Lightning")
 QUICK, FULL = ((1, 8), (2, 10)), ((1, 8), (2, 8))
-"""ms that loads and that steps are to take"""
+"""intended ms of loads, and of steps"""
 
 
-# -- what is loaded, and what is trained -----------------------------------------------------------
+# -- loaders and models ----------------------------------------------------------------------------
 
 
 class Loads(Dataset[Batch]):
-    """Batches that take work to load.
-
-    ``amount`` is the work of one: seconds of a wait, else repetitions.
-    """
+    """Batches that take work to load: ``amount`` seconds of waiting, or repetitions of the work."""
 
     def __init__(self, kind: Kind, amount: float) -> None:
         self.kind, self.amount = kind, amount
@@ -75,7 +73,7 @@ class Loads(Dataset[Batch]):
         self._targets = torch.randint(0, CLASSES, (SAMPLES,), generator=generator)
 
     def __len__(self) -> int:
-        return SETTLING + TIMED
+        return WARM_UP + TIMED
 
     def __getitem__(self, index: int) -> Batch:
         if index >= len(self):
@@ -92,7 +90,7 @@ def work(kind: Kind, amount: float) -> None:
         time.sleep(amount)
     elif kind == "decompresses":
         for _ in range(round(amount)):
-            zlib.decompress(PACKED)
+            zlib.decompress(COMPRESSED)
     else:
         total = 0
         for number in range(round(amount)):
@@ -115,7 +113,7 @@ class AsyncLoads:
 
 
 class Loaded:
-    """Batches that are there already."""
+    """Batches in memory."""
 
     def __init__(self, loads: Loads) -> None:
         self._batches = [loads.batch() for _ in range(len(loads))]
@@ -128,7 +126,7 @@ class Loaded:
 
 
 class ReadAhead:
-    """Batches that a thread reads two ahead, as one would write it by hand."""
+    """Batches that a hand-written thread reads up to two ahead."""
 
     def __init__(self, loads: Loads) -> None:
         self._loader = as_data_loader(loads, 0)
@@ -154,7 +152,7 @@ def as_data_loader(loads: Loads, workers: int) -> DataLoader[Batch]:
         loads,
         batch_size=None,
         num_workers=workers,
-        # The worker of a contender would have them spawned, as it was itself; that is not usual.
+        # A contender's process was spawned, and would spawn its workers too, which is unusual.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
 
@@ -170,12 +168,12 @@ def make_model(width: int) -> nn.Module:
     )
 
 
-# -- how much work takes how long ------------------------------------------------------------------
+# -- calibration of the work -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The work that takes a millisecond, and the widths of models by the milliseconds of a step."""
+    """The amount of work for a millisecond, and the widths of models by the ms of a step."""
 
     repetitions: dict[Kind, float]
     widths: dict[int, int]
@@ -185,16 +183,16 @@ class Scale:
 
 
 def calibrate(steps: tuple[int, ...]) -> Scale:
-    """Find out what takes how long here. The figures do not depend on how well it hits."""
+    """Measure the scale of this machine. The figures do not depend on its accuracy."""
     repetitions: dict[Kind, float] = {"waits": 1e-3}
-    tries: dict[Kind, int] = {"decompresses": 20, "computes in Python": 20_000}
-    for kind, tried in tries.items():
-        repetitions[kind] = tried / _least_ms(partial(work, kind, tried))
+    trials: dict[Kind, int] = {"decompresses": 20, "computes in Python": 20_000}
+    for kind, amount in trials.items():
+        repetitions[kind] = amount / _least_ms(partial(work, kind, amount))
     return Scale(repetitions, {ms: _width(ms) for ms in steps})
 
 
 def _width(ms: int) -> int:
-    low, high = 1, 64  # of 32
+    low, high = 1, 64  # multiples of 32
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if _least_ms(_stepper(32 * middle)) < ms else (low, middle)
@@ -216,14 +214,14 @@ def _stepper(width: int) -> Callable[[], None]:
 
 
 def _least_ms(call: Callable[[], None], times: int = 15) -> float:
-    """Return the ms of the quickest call, which other work on the machine disturbed least."""
+    """Return the ms of the fastest call, which was disturbed least by other work."""
     call()
-    taken: list[float] = []
+    seconds: list[float] = []
     for _ in range(times):
-        began = time.perf_counter()
+        start = time.perf_counter()
         call()
-        taken.append(time.perf_counter() - began)
-    return min(taken) * 1e3
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) * 1e3
 
 
 # -- one cell --------------------------------------------------------------------------------------
@@ -236,7 +234,7 @@ class Cell:
     kind: Kind
     load: int
     step: int
-    """ms, as aimed at"""
+    """intended ms"""
     amount: float
     width: int
 
@@ -246,42 +244,42 @@ class Cell:
 
 
 Source = Callable[[Loads], Any]
-"""makes what a contender iterates over"""
+"""makes the iterable of a contender"""
 
 
 def load(cell: Cell) -> Figures:
-    """Return what a batch takes to load, in ms."""
+    """Return the ms to load a batch."""
     times = [time.perf_counter() for _batch in as_data_loader(Loads(cell.kind, cell.amount), 0)]
     return per_batch(times)
 
 
 def step(train: Train, source: Source, cell: Cell) -> Figures:
-    """Train for a pass; return what a batch takes, from step to step, in ms."""
+    """Train for one pass; return the ms of a batch, from step to step."""
     model = make_model(cell.width)
     optimizer = make_optimizer(model)
     times: list[float] = []
     optimizer.register_step_post_hook(lambda *_: times.append(time.perf_counter()))
-    train(model, optimizer, source(Loads(cell.kind, cell.amount)), epochs=1, keep=True)
+    train(model, optimizer, source(Loads(cell.kind, cell.amount)), epochs=1, keep_metrics=True)
     return per_batch(times)
 
 
 def per_batch(times: list[float]) -> Figures:
-    """Return the ms a batch, from the ends of all of a pass."""
-    if len(times) != SETTLING + TIMED:
-        raise RuntimeError(f"{len(times)} batches were done, not {SETTLING + TIMED}")
-    return {"ms": (times[-1] - times[SETTLING - 1]) / TIMED * 1e3}
+    """Return the ms of a batch, given the times at which the batches of a pass ended."""
+    if len(times) != WARM_UP + TIMED:
+        raise RuntimeError(f"the pass had {len(times)} batches; expected {WARM_UP + TIMED}")
+    return {"ms": (times[-1] - times[WARM_UP - 1]) / TIMED * 1e3}
 
 
 def contenders(cell: Cell) -> list[Contender]:
     plain = partial(as_data_loader, workers=0)
-    own: dict[str, tuple[Train, Source]] = {STEP_ALONE: (loops.bare, Loaded)}
-    own[BARE] = loops.bare, plain
-    own[f"{BARE}, 1 worker"] = loops.bare, partial(as_data_loader, workers=1)
-    own[f"{BARE}, 2 workers"] = loops.bare, partial(as_data_loader, workers=2)
-    own[f"{BARE}, a thread reads ahead"] = loops.bare, ReadAhead
-    own["fitloop"] = with_fitloop, plain
+    in_house: dict[str, tuple[Train, Source]] = {STEP_ALONE: (loops.bare, Loaded)}
+    in_house[BARE] = loops.bare, plain
+    in_house[f"{BARE}, 1 worker"] = loops.bare, partial(as_data_loader, workers=1)
+    in_house[f"{BARE}, 2 workers"] = loops.bare, partial(as_data_loader, workers=2)
+    in_house[f"{BARE}, a thread reads ahead"] = loops.bare, ReadAhead
+    in_house["fitloop"] = with_fitloop, plain
     if cell.kind == "waits":
-        own["fitloop, async loader"] = with_fitloop, AsyncLoads
+        in_house["fitloop, async loader"] = with_fitloop, AsyncLoads
     return [
         Contender(name=LOAD_ALONE, run=partial(load, cell), process=BARE),
         *(
@@ -289,14 +287,14 @@ def contenders(cell: Cell) -> list[Contender]:
                 name=name,
                 run=partial(step, train, source, cell),
                 ours=name.startswith("fitloop"),
-                process=BARE,  # also fitloop: where memory lies is worth 5% either way
+                process=BARE,  # one for all: the place of memory makes a difference of 5%
             )
-            for name, (train, source) in own.items()
+            for name, (train, source) in in_house.items()
         ),
         *(
             Contender(name=peer.name, run=partial(step, peer.train, plain, cell), needs=peer.needs)
             for peer in PEERS
-            if peer.name in PEERS_HERE
+            if peer.name in PEER_NAMES
         ),
     ]
 
@@ -304,74 +302,76 @@ def contenders(cell: Cell) -> list[Contender]:
 # -- all cells -------------------------------------------------------------------------------------
 
 
-def ideal_ratio(measured: Measured, name: str) -> Spread:
-    """Return the time of a contender to the longer of load and step, round by round."""
+def ideal_ratio(measured: Measurements, name: str) -> Spread:
+    """Return the time of a contender divided by the longer of load and step, round by round."""
     alone = zip(measured.values(LOAD_ALONE, "ms"), measured.values(STEP_ALONE, "ms"), strict=True)
     pairs = zip(measured.values(name, "ms"), map(max, alone), strict=True)
-    return Spread.of([own / longer for own, longer in pairs])
+    return Spread.of([time / longer for time, longer in pairs])
 
 
-def table(kind: Kind, found: dict[Cell, Measured], skipped: Mapping[str, str]) -> Table:
-    """Return the ratios of all cells of a kind; who lacks one of them is told in a note."""
-    common = set.intersection(*(set(measured.rounds) for measured in found.values()))
-    names = [name for name in next(iter(found.values())).rounds if name in common]
+def table(kind: Kind, cells: dict[Cell, Measurements], skipped: Mapping[str, str]) -> Table:
+    """Return the ratios of all cells of a kind, for the contenders that have all of them."""
+    common = set.intersection(*(set(measured.rounds) for measured in cells.values()))
+    names = [name for name in next(iter(cells.values())).rounds if name in common]
     rows: list[Row] = []
     for name in names:
         if name in (LOAD_ALONE, STEP_ALONE):
             continue
-        cells = {cell.name: ideal_ratio(measured, name) for cell, measured in found.items()}
+        ratios = {cell.name: ideal_ratio(measured, name) for cell, measured in cells.items()}
         to_bare = [
-            measured.compared(name, BARE, "ms", lambda own, bare: own / bare).median
-            for measured in found.values()
+            measured.compared(name, BARE, "ms", lambda trainer, bare: trainer / bare).median
+            for measured in cells.values()
         ]
         grid = {
-            "all cells": Spread.of([cell.median for cell in cells.values()]),
+            "all cells": Spread.of([ratio.median for ratio in ratios.values()]),
             "to bare loop": Spread.of(to_bare),
         }
-        rows.append(Row(name=name, figures=cells | grid, ours=name.startswith("fitloop")))
+        rows.append(Row(name=name, figures=ratios | grid, ours=name.startswith("fitloop")))
     rows.sort(key=lambda row: row.figures["all cells"].median)
     return Table(
-        title=f"a loader that {kind}: time to the longer of load and step",
+        title=f"a loader that {kind}: time divided by the longer of load and step",
         columns=[
-            *(Column(name=cell.name, unit="", digits=2, ranged=False) for cell in found),
+            *(Column(name=cell.name, unit="", digits=2, ranged=False) for cell in cells),
             Column(name="all cells", unit="", digits=2),
             Column(name="to bare loop", unit="", digits=2),
         ],
         rows=rows,
-        heat=[cell.name for cell in found],
+        heat=[cell.name for cell in cells],
         notes=[
-            _alone(found, LOAD_ALONE, "load"),
-            _alone(found, STEP_ALONE, "step"),
-            *sorted({note for one in found.values() for note in skipped_only_in(one, skipped)}),
+            _alone_note(cells, LOAD_ALONE, "load"),
+            _alone_note(cells, STEP_ALONE, "step"),
+            *sorted({note for one in cells.values() for note in skipped_only_in(one, skipped)}),
         ],
     )
 
 
-def _alone(found: dict[Cell, Measured], name: str, what: Literal["load", "step"]) -> str:
-    told: dict[int, list[float]] = {}
-    for cell, measured in found.items():
-        told.setdefault(getattr(cell, what), []).append(measured.spread(name, "ms").median)
-    parts = [f"{statistics.median(ms):.2f} (aimed at {aim})" for aim, ms in told.items()]
-    return f"A {what} alone took, in ms: {', '.join(parts)}."
+def _alone_note(cells: dict[Cell, Measurements], name: str, action: Literal["load", "step"]) -> str:
+    times: dict[int, list[float]] = {}
+    for cell, measured in cells.items():
+        times.setdefault(getattr(cell, action), []).append(measured.spread(name, "ms").median)
+    parts = [f"{statistics.median(ms):.2f} (intended: {aim})" for aim, ms in times.items()]
+    return f"A {action} alone took, in ms: {', '.join(parts)}."
 
 
 def measure(quick: bool = False) -> Report:
     loads, steps = QUICK if quick else FULL
-    found: dict[Kind, dict[Cell, Measured]] = {kind: {} for kind in KINDS}
+    results: dict[Kind, dict[Cell, Measurements]] = {kind: {} for kind in KINDS}
     with Workers() as workers:
-        scale = workers.of(BARE).submit(calibrate, steps).result()
-        in_turns(contenders(Cell("waits", 0, 0, 0.0, 32)), 0, workers=workers)  # imports and all
+        scale = workers.get(BARE).submit(calibrate, steps).result()
+        in_turns(contenders(Cell("waits", 0, 0, 0.0, 32)), 0, workers=workers)  # imports
         for kind, ms, step_ms in product(KINDS, loads, steps):
             cell = Cell(kind, ms, step_ms, scale.amount(kind, ms), scale.widths[step_ms])
-            found[kind][cell] = in_turns(
+            results[kind][cell] = in_turns(
                 contenders(cell), 1 if quick else 5, warm_ups=0, workers=workers
             )
-    everywhere = skipped_in_all(one for cells in found.values() for one in cells.values())
+    everywhere = skipped_in_all(one for cells in results.values() for one in cells.values())
     return Report(
         name="overlap",
-        question="how well do loading and training hide behind each other?",
-        method=" ".join((__doc__ or "").split("\n\n", 1)[1].split()),
-        tables=[table(kind, cells, everywhere) for kind, cells in found.items()],
-        machine=machine(*sorted(n for p in PEERS if p.name in PEERS_HERE for n in p.needs)),
+        question="how well do loading and training overlap?",
+        method=method_of(__doc__),
+        tables=[table(kind, cells, everywhere) for kind, cells in results.items()],
+        machine=machine(
+            *sorted(name for peer in PEERS if peer.name in PEER_NAMES for name in peer.needs)
+        ),
         skipped=everywhere,
     )

@@ -1,6 +1,6 @@
-"""Makes ``docs/benchmarks.md``, and figures and chart of the README, from the reports kept.
+"""Writes ``docs/benchmarks.md``, and the figures and the chart of the README.
 
-``python -m benchmarks.page`` makes them anew; nothing in them is written by hand.
+``python -m benchmarks.page`` writes them from the stored reports; they are not edited by hand.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ README = ROOT / "README.md"
 CHART = ROOT / "docs" / "benchmarks.png"
 INTRODUCTION = """# Benchmarks
 
-Made by `python -m benchmarks --keep` from the reports in `benchmarks/results`; none of it is
-written by hand. Contenders are measured in turns, in one run; a figure is the median of the rounds,
-in parentheses the least and the most of them. Rows of fitloop are bold; where it loses, it says so
-here as plainly.
+Written by `python -m benchmarks --keep` from the reports in `benchmarks/results`, not by hand.
+Contenders are measured in turns, in one run. A figure is the median of the rounds, with the
+smallest and the largest value in parentheses. Rows of fitloop are bold, also where it loses.
 """
 
 
-def kept() -> list[Report]:
+def stored_reports() -> list[Report]:
     """Return the reports in ``benchmarks/results``."""
     paths = (RESULTS / f"{name}.json" for name in BENCHMARKS)
     return [Report.from_dict(json.loads(path.read_text())) for path in paths if path.exists()]
 
 
 def write_page() -> None:
-    """Write page and figures, then the chart. Raises ImportError for that without matplotlib."""
-    reports = kept()
+    """Write page and figures, then the chart. Raises ImportError without matplotlib."""
+    reports = stored_reports()
     PAGE.write_text(page(reports), encoding="utf-8")
     README.write_text(with_figures(README.read_text(encoding="utf-8"), reports), encoding="utf-8")
-    from benchmarks.chart import draw  # here, since all else can be had without matplotlib
+    from benchmarks.chart import draw  # imported here, as only the chart needs it
 
     for report in reports:
-        if report.name == "overhead":  # what a batch costs with metrics kept is for the README
+        if report.name == "overhead":  # the README shows the first table
             draw([replace(report, tables=report.tables[:1])], CHART)
 
 
 def page(reports: list[Report]) -> str:
-    """Return the page of the reports, as Markdown."""
+    """Return the page as Markdown."""
     return "\n".join([INTRODUCTION, *(section(report) for report in reports)])
 
 
@@ -55,7 +54,7 @@ def section(report: Report) -> str:
     for table in report.tables:
         lines += [markdown(table), ""]
     points = [f"- {name}: {note}." for name, note in report.notes.items()]
-    points += [f"- Not measured: {name}, {why}." for name, why in report.skipped.items()]
+    points += [f"- Not measured: {name}, {reason}." for name, reason in report.skipped.items()]
     machine = ", ".join(f"{key} {value}" for key, value in report.machine.items())
     lines += (
         [*points, "", f"Measured on: {machine}.", ""] if points else [f"Measured on: {machine}."]

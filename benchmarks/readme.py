@@ -1,4 +1,4 @@
-"""Writes the figures of the README from the reports that were kept: one line for each question."""
+"""Writes the figures of the README from the stored reports: one line for each question."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ END = "<!-- end of figures -->"
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A figure of fitloop's, and those beside it."""
+    """Figures of fitloop, and those of other contenders."""
 
     question: str
     report: str
     table: int
     column: str
     ours: Sequence[str]
-    """rows; of several each is told with its name"""
-    beside: Sequence[str]
+    """rows of fitloop; several are shown with their names"""
+    others: Sequence[str]
+    """rows of other contenders"""
 
 
-def overhead(question: str, table: int, *beside: str, column: str = "added") -> Line:
+def overhead(question: str, table: int, *others: str, column: str = "added") -> Line:
     return Line(
         question=question,
         report="overhead",
         table=table,
         column=column,
         ours=["fitloop"],
-        beside=beside,
+        others=others,
     )
 
 
@@ -42,7 +43,7 @@ def close(question: str, table: int) -> Line:
         table=table,
         column="added",
         ours=["fitloop", "fitloop, seeded"],
-        beside=[],
+        others=[],
     )
 
 
@@ -53,13 +54,13 @@ def overlap(question: str, table: int) -> Line:
         table=table,
         column="all cells",
         ours=["fitloop"],
-        beside=["bare loop", AHEAD, "bare loop, 1 worker", "bare loop, 2 workers", "Lightning"],
+        others=["bare loop", AHEAD, "bare loop, 1 worker", "bare loop, 2 workers", "Lightning"],
     )
 
 
 def at_once(question: str, *ours: str) -> Line:
     return Line(
-        question=question, report="concurrency", table=0, column="speed-up", ours=ours, beside=[]
+        question=question, report="concurrency", table=0, column="speed-up", ours=ours, others=[]
     )
 
 
@@ -72,21 +73,21 @@ LINES = [
     close("the same, nothing kept", 5),
     close("the same, steps that compute nothing, two numbers kept", 6),
     overhead(
-        "a batch of a CNN, loss and accuracy kept, to the bare loop's",
+        "a batch of a CNN, loss and accuracy kept, divided by the bare loop's",
         2,
         *LIGHTNING,
         column="ratio",
     ),
-    overlap("a loader that waits beside the steps: time to the longer of the two (best: 1)", 0),
+    overlap("a loader that waits: time divided by the longer of load and step (best: 1)", 0),
     overlap("a loader that decompresses", 1),
     overlap("a loader that computes in Python", 2),
     Line(
-        question="how late the event loop wakes up beside the MLP, 99th percentile",
+        question="delay of the event loop while the MLP trains, 99th percentile",
         report="responsiveness",
         table=0,
         column="p99",
         ours=["fitloop"],
-        beside=["idle loop", "by hand, run_in_executor a batch", "straight on the loop"],
+        others=["idle loop", "by hand, run_in_executor a batch", "straight on the loop"],
     ),
     at_once("two CNNs at once, against one after the other", "two CNNs", "two CNNs, in processes"),
     at_once("eight trainers whose loaders wait 20 ms", "eight, loaders wait 20 ms"),
@@ -97,7 +98,7 @@ LINES = [
         table=0,
         column="p99",
         ours=["threads, small", "processes, small"],
-        beside=["idle, before small"],
+        others=["idle, before small"],
     ),
 ]
 
@@ -105,25 +106,25 @@ LINES = [
 def figures(reports: Sequence[Report]) -> str:
     """Return the block of the README, from `BEGIN` to `END`."""
     by_name = {report.name: report for report in reports}
-    lines = [BEGIN, "| | fitloop | beside it |", "|---|---|---|"]
+    lines = [BEGIN, "| | fitloop | compared with |", "|---|---|---|"]
     for line in LINES:
         if line.report not in by_name:
             continue
         table = by_name[line.report].tables[line.table]
-        ours = "; ".join(_told(table, name, line, named=len(line.ours) > 1) for name in line.ours)
-        beside = "; ".join(_told(table, name, line, named=True) for name in line.beside)
-        lines.append(f"| {line.question} | {ours} | {beside} |")
+        ours = "; ".join(_text(table, name, line, named=len(line.ours) > 1) for name in line.ours)
+        others = "; ".join(_text(table, name, line, named=True) for name in line.others)
+        lines.append(f"| {line.question} | {ours} | {others} |")
     return "\n".join([*lines, END])
 
 
 def with_figures(readme: str, reports: Sequence[Report]) -> str:
-    """Return the README with the block made anew."""
-    before, _, rest = readme.partition(BEGIN)
-    _old, _, after = rest.partition(END)
+    """Return the README with a new block."""
+    before, _, block_on = readme.partition(BEGIN)
+    _block, _, after = block_on.partition(END)
     return before + figures(reports) + after
 
 
-def _told(table: Table, name: str, line: Line, *, named: bool) -> str:
+def _text(table: Table, name: str, line: Line, *, named: bool) -> str:
     row: Row = next(row for row in table.rows if row.name == name)
     column = next(column for column in table.columns if column.name == line.column)
     unit = column.unit.split()[0] if column.unit else "x"

@@ -1,6 +1,6 @@
-"""What a benchmark gives back: rows of figures, with their spread, and what they were compared to.
+"""The report of a benchmark: tables of figures, as plain data.
 
-Plain data: `chart` draws it, `page` writes it down, JSON keeps it.
+`chart` draws reports, `page` writes them as Markdown, and they are stored as JSON.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from typing import Any
 from fitloop._format import Table as TextTable
 
 ABSENT = "not installed; pip install 'fitloop[peers]'"
-"""how the reason ends for whom a package is missing"""
+"""end of the reason of a contender whose package is missing"""
 WIDTH = 100
 """columns of a paragraph"""
 
 
+def method_of(docstring: str | None) -> str:
+    """Return a benchmark's docstring without its first paragraph, in one line."""
+    return " ".join((docstring or "").split("\n\n", 1)[1].split())
+
+
 @dataclass(frozen=True)
 class Spread:
-    """The median of the rounds, with the least and the most of them."""
+    """The median of the rounds, with the smallest and the largest value."""
 
     median: float
     low: float
@@ -31,11 +36,10 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
 
-    def over(self, count: int) -> Spread:
-        """Return it divided by a count."""
+    def divided_by(self, count: int) -> Spread:
         return Spread(self.median / count, self.low / count, self.high / count)
 
-    def told(self, digits: int, *, ranged: bool = True) -> str:
+    def text(self, digits: int, *, ranged: bool = True) -> str:
         if not ranged or self.low == self.high:
             return f"{self.median:,.{digits}f}"
         return f"{self.median:,.{digits}f}  ({self.low:,.{digits}f} to {self.high:,.{digits}f})"
@@ -49,9 +53,9 @@ class Column:
     unit: str
     digits: int = 1
     better: str = "less"
-    """``"less"`` or ``"more"``; ``""`` when it is neither"""
+    """``"less"``, ``"more"``, or ``""`` if neither is better"""
     ranged: bool = True
-    """least and most are told with the median"""
+    """whether the smallest and the largest value are shown with the median"""
 
     @property
     def head(self) -> str:
@@ -64,20 +68,20 @@ class Row:
 
     name: str
     figures: dict[str, Spread]
-    """by the name of the column; a contender may lack some"""
+    """by the name of the column; a contender may lack some columns"""
     ours: bool = False
-    """it is fitloop, which a chart shows in its own colour"""
+    """whether the contender is fitloop, which has its own colour in charts"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Contenders that were measured in turns."""
+    """Contenders that were measured in the same rounds."""
 
     title: str
     columns: list[Column]
     rows: list[Row]
     chart: str = ""
-    """name of the column that is drawn as bars; empty for none"""
+    """name of the column that is drawn as bars; empty for no chart"""
     heat: list[str] = field(default_factory=list)
     """names of the columns that are drawn as a map of coloured cells; 1 is the ideal"""
     notes: list[str] = field(default_factory=list)
@@ -88,9 +92,9 @@ class Table:
         return "\n".join([self.title, TextTable(heads, rows).text(), *self.notes])
 
     def cells(self, row: Row) -> list[str]:
-        """Return the figures of a row in words; an empty one where it has none."""
+        """Return the figures of a row as text; a missing figure is an empty text."""
         return [
-            row.figures[column.name].told(column.digits, ranged=column.ranged)
+            row.figures[column.name].text(column.digits, ranged=column.ranged)
             if column.name in row.figures
             else ""
             for column in self.columns
@@ -99,19 +103,19 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one benchmark found."""
+    """The result of one benchmark."""
 
     name: str
     question: str
-    """what it answers, in a sentence"""
+    """the question that the benchmark answers"""
     method: str
-    """how, in as few sentences as make the figures mean something"""
+    """how the figures are measured, in a few sentences"""
     tables: list[Table]
     machine: dict[str, Any]
     skipped: dict[str, str] = field(default_factory=dict)
-    """contender -> why it was not measured, in any of the tables"""
+    """contender -> reason why it is in no table"""
     notes: dict[str, str] = field(default_factory=dict)
-    """contender -> what is different about it"""
+    """contender -> remark on how it is used"""
 
     def text(self) -> str:
         parts = [f"== {self.name}: {self.question}", *(table.text() for table in self.tables)]
@@ -123,21 +127,21 @@ class Report:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> Report:
-        """Make it from what `to_dict` returned."""
-        return cls(**{**found, "tables": [_table(table) for table in found["tables"]]})
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """Return the report from the result of `to_dict`."""
+        return cls(**{**data, "tables": [_table(table) for table in data["tables"]]})
 
 
 def _grouped(skipped: Mapping[str, str]) -> str:
-    """Return who was skipped, and why, in as few words as can be."""
+    """Return the skipped contenders as text, grouped by their reason."""
     groups: dict[str, list[str]] = {}
-    for name, why in skipped.items():
-        groups.setdefault(ABSENT if why.endswith(ABSENT) else why, []).append(name)
-    return "; ".join(f"{', '.join(names)} ({why})" for why, names in groups.items())
+    for name, reason in skipped.items():
+        groups.setdefault(ABSENT if reason.endswith(ABSENT) else reason, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
 
 
-def _table(found: dict[str, Any]) -> Table:
-    columns = [Column(**column) for column in found["columns"]]
+def _table(data: dict[str, Any]) -> Table:
+    columns = [Column(**column) for column in data["columns"]]
     rows = [
         Row(
             **{
@@ -145,6 +149,6 @@ def _table(found: dict[str, Any]) -> Table:
                 "figures": {name: Spread(**spread) for name, spread in row["figures"].items()},
             }
         )
-        for row in found["rows"]
+        for row in data["rows"]
     ]
-    return Table(**{**found, "columns": columns, "rows": rows})
+    return Table(**{**data, "columns": columns, "rows": rows})

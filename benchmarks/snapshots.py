@@ -1,11 +1,11 @@
-"""What snapshots cost, beside a plain copy, torch.save, safetensors and a bare writev.
+"""The time of snapshots, against a plain copy, torch.save, safetensors and a bare writev.
 
 The state is that of an MLP with Adam: parameters and two moments each. Contenders take turns in one
-process, over the same tensors. What training waits for is the copy of the state: against a plain
-copy of the same tensors into memory that is there already, and against torch.save in the loop.
-Files are written with fsync (fitloop's with its rename and the directory's fsync) and without;
-weights are loaded into a model from a file in the page cache. Times: how many times as long as the
-first of the table.
+process, with the same tensors. Training waits only for the copy of the state, which is compared
+with a plain copy of the same tensors into allocated memory, and with torch.save in the loop. Files
+are written with fsync (fitloop's with its rename and the directory's fsync) and without. Weights
+are loaded into a model from a file in the page cache. The column "times" is the time divided by
+that of the first row.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from torch import Tensor, nn
 from benchmarks.harness import Contender, Figures
 from benchmarks.harness import measure as in_turns
 from benchmarks.machine import machine
-from benchmarks.report import Column, Report, Row, Spread, Table
+from benchmarks.report import Column, Report, Row, Spread, Table, method_of
 from fitloop import FitLoop
 from fitloop._checkpointing.snapshot import KIND, PreparedSnapshot, take_snapshot
 from fitloop._storage.layout import Payload, write_layout
 from fitloop._storage.tensors import SnapshotBuffers
 from fitloop._storage.weight_store import apply_weights, read_weights, write_weights
 
-Ways = dict[str, Callable[[], object]]
-_turn = itertools.count()
-"""of this process: who goes first changes from round to round"""
+Functions = dict[str, Callable[[], object]]
+_rounds = itertools.count()
+"""counts the rounds of this process, to rotate their order"""
 
 
 def make_trainer(megabytes: int) -> FitLoop:
-    """Return a trainer whose parameters and moments take so many megabytes."""
+    """Return a trainer whose parameters and moments have ``megabytes`` together."""
     width = 2048
     layers = max(1, round(megabytes * 1e6 / (3 * 4 * width * (width + 1))))
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
@@ -49,43 +49,43 @@ def make_trainer(megabytes: int) -> FitLoop:
     return FitLoop(model, optimizer, nn.MSELoss(), train_dl=[], seed=1, device="cpu")
 
 
-def whole_state(trainer: FitLoop) -> dict[str, Any]:
-    """Return what one would give to torch.save."""
+def state_to_save(trainer: FitLoop) -> dict[str, Any]:
+    """Return the usual argument of torch.save."""
     return {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
 
 
 class State:
-    """A trainer, and its state in the forms that the contenders take."""
+    """A trainer, and its state in the forms for all contenders."""
 
     def __init__(self, megabytes: int) -> None:
         self.trainer = make_trainer(megabytes)
-        self.staging = SnapshotBuffers()
-        self.whole = whole_state(self.trainer)
+        self.buffers = SnapshotBuffers()
+        self.as_dicts = state_to_save(self.trainer)
         self.tensors: dict[str, Tensor] = dict(self.trainer.model.state_dict())
         for number, state in self.trainer.optimizer.state_dict()["state"].items():
             self.tensors.update({f"{number}.{key}": value for key, value in state.items()})
 
 
-kept_state = cache(State)
-"""the state of this process, made once"""
+cached_state = cache(State)
+"""returns the state of this process, made once"""
 
 
 @cache
-def kept_draft(megabytes: int) -> PreparedSnapshot:
+def cached_snapshot(megabytes: int) -> PreparedSnapshot:
     """Return a copy of the state, ready to be written."""
-    return take_snapshot(kept_state(megabytes).trainer._state, SnapshotBuffers())
+    return take_snapshot(cached_state(megabytes).trainer._state, SnapshotBuffers())
 
 
-def in_order(ways: Ways) -> dict[str, float]:
-    """Return the seconds of each way, begun with another one each time."""
-    names = list(ways)
-    first = next(_turn) % len(names)
+def in_rotation(functions: Functions) -> dict[str, float]:
+    """Return the seconds of each function, beginning with another one in each call."""
+    names = list(functions)
+    first = next(_rounds) % len(names)
     seconds: dict[str, float] = {}
     for name in names[first:] + names[:first]:
-        began = time.perf_counter()
-        ways[name]()
-        seconds[name] = time.perf_counter() - began
-    return {name: seconds[name] for name in ways}
+        start = time.perf_counter()
+        functions[name]()
+        seconds[name] = time.perf_counter() - start
+    return {name: seconds[name] for name in functions}
 
 
 # -- one round each --------------------------------------------------------------------------------
@@ -93,21 +93,21 @@ def in_order(ways: Ways) -> dict[str, float]:
 
 @cache
 def buffers(megabytes: int) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(it) for name, it in kept_state(megabytes).tensors.items()}
+    return {name: torch.zeros_like(each) for name, each in cached_state(megabytes).tensors.items()}
 
 
 def stall(megabytes: int) -> Figures:
-    state, copies, path = kept_state(megabytes), buffers(megabytes), Path("stall.pt")
+    state, copies, path = cached_state(megabytes), buffers(megabytes), Path("stall.pt")
 
     def copy() -> None:
         for name, copied in copies.items():
             copied.copy_(state.tensors[name])
 
-    seconds = in_order(
+    seconds = in_rotation(
         {
             "plain copy": copy,
-            "fitloop": lambda: take_snapshot(state.trainer._state, state.staging),
-            "torch.save": lambda: torch.save(state.whole, path),
+            "fitloop": lambda: take_snapshot(state.trainer._state, state.buffers),
+            "torch.save": lambda: torch.save(state.as_dicts, path),
         }
     )
     path.unlink()
@@ -115,48 +115,48 @@ def stall(megabytes: int) -> Figures:
 
 
 def write(megabytes: int, *, sync: bool) -> Figures:
-    state, taken, path = kept_state(megabytes), kept_draft(megabytes), Path("state")
-    views = [item.data for item in taken.tensors if isinstance(item, Payload)]
+    state, snapshot, path = cached_state(megabytes), cached_snapshot(megabytes), Path("state")
+    views = [item.data for item in snapshot.tensors if isinstance(item, Payload)]
 
     def bare() -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         write_all(descriptor, views)
         os.close(descriptor)
 
-    def ours() -> None:
+    def with_fitloop() -> None:
         if sync:
-            taken.write(path, overwrite=True)  # with its syncs and its rename
+            snapshot.write(path, overwrite=True)  # with its syncs and its rename
             return
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        write_layout(descriptor, KIND, taken.tensors, taken.fields)
+        write_layout(descriptor, KIND, snapshot.tensors, snapshot.fields)
         os.close(descriptor)
 
-    def finished(way: Callable[[], object]) -> None:
-        way()
-        if sync and way is not ours:
-            synced(path)
+    def write_and_remove(write_file: Callable[[], object]) -> None:
+        write_file()
+        if sync and write_file is not with_fitloop:
+            fsync(path)
         path.unlink()
 
-    ways: Ways = {
+    functions: Functions = {
         "bare writev": bare,
-        "fitloop": ours,
-        "torch.save": lambda: torch.save(state.whole, path),
+        "fitloop": with_fitloop,
+        "torch.save": lambda: torch.save(state.as_dicts, path),
         "safetensors": lambda: save_file(state.tensors, path),
     }
-    return in_order({name: partial(finished, way) for name, way in ways.items()})
+    return in_rotation({name: partial(write_and_remove, each) for name, each in functions.items()})
 
 
 def write_all(descriptor: int, views: list[memoryview]) -> None:
-    left = [view for view in views if len(view)]
-    while left:
-        written = os.writev(descriptor, left[:1024])
-        while left and written >= len(left[0]):
-            written -= len(left.pop(0))
+    remaining = [view for view in views if len(view)]
+    while remaining:
+        written = os.writev(descriptor, remaining[:1024])
+        while remaining and written >= len(remaining[0]):
+            written -= len(remaining.pop(0))
         if written:
-            left[0] = left[0][written:]
+            remaining[0] = remaining[0][written:]
 
 
-def synced(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -164,23 +164,29 @@ def synced(path: Path) -> None:
 
 @cache
 def saved_weights(megabytes: int) -> tuple[Path, Path, Path]:
-    """Return files of the same weights: of fitloop, of safetensors, of torch.save."""
-    weights = kept_state(megabytes).trainer.model.state_dict()
-    ours, theirs, pickled = Path("w.msgpack"), Path("w.safetensors"), Path("w.pt")
-    write_weights(ours, weights, overwrite=True)
-    save_file(weights, theirs)
-    torch.save(weights, pickled)
-    return ours, theirs, pickled
+    """Return files with the same weights, by fitloop, safetensors and torch.save."""
+    weights = cached_state(megabytes).trainer.model.state_dict()
+    fitloop_file, safetensors_file, torch_file = (
+        Path("w.msgpack"),
+        Path("w.safetensors"),
+        Path("w.pt"),
+    )
+    write_weights(fitloop_file, weights, overwrite=True)
+    save_file(weights, safetensors_file)
+    torch.save(weights, torch_file)
+    return fitloop_file, safetensors_file, torch_file
 
 
 def load(megabytes: int) -> Figures:
-    model = kept_state(megabytes).trainer.model
-    ours, theirs, pickled = saved_weights(megabytes)
-    return in_order(
+    model = cached_state(megabytes).trainer.model
+    fitloop_file, safetensors_file, torch_file = saved_weights(megabytes)
+    return in_rotation(
         {
-            "safetensors, nothing checked": lambda: model.load_state_dict(load_file(theirs)),
-            "fitloop, checksums compared": lambda: apply_weights(model, read_weights(ours)),
-            "torch.load": lambda: model.load_state_dict(torch.load(pickled, weights_only=True)),
+            "safetensors, nothing checked": lambda: model.load_state_dict(
+                load_file(safetensors_file)
+            ),
+            "fitloop, checksums compared": lambda: apply_weights(model, read_weights(fitloop_file)),
+            "torch.load": lambda: model.load_state_dict(torch.load(torch_file, weights_only=True)),
         }
     )
 
@@ -195,7 +201,7 @@ COLUMNS = [
 
 
 def table(title: str, rounds: list[Figures], megabytes: float) -> Table:
-    """Make a table of the seconds of each way; the first one is what others are compared to."""
+    """Return the table of the seconds of all contenders, which are compared with the first."""
     first = next(iter(rounds[0]))
     rows = []
     for name in rounds[0]:
@@ -228,8 +234,8 @@ def measure(quick: bool = False) -> Report:
             tables.append(table(title, measured.rounds[title], size))
     return Report(
         name="snapshots",
-        question="what does it cost to keep the state of a training?",
-        method=" ".join((__doc__ or "").split("\n\n", 1)[1].split()),
+        question="how long do snapshots take?",
+        method=method_of(__doc__),
         tables=tables,
         machine=machine("safetensors", "msgpack", "zlib-ng"),
         skipped=skipped,

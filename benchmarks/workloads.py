@@ -1,4 +1,4 @@
-"""The models and batches that contenders train, alike for all of them."""
+"""Models and batches, the same for all contenders."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Means = tuple[float, float]
 """loss and accuracy of an epoch, over its samples"""
 CLASSES = 10
 BATCH_SIZE = 16
-DESCRIBED: dict[Kind, str] = {
+DESCRIPTIONS: dict[Kind, str] = {
     "mlp": "small MLP: 16 samples of 16 numbers, 32 hidden units, 10 classes",
     "cnn": "CNN: 16 images of 3 x 32 x 32, two convolutions of 32 channels, 10 classes",
 }
 
 
 class Loader(Protocol):
-    """Batches, which can be gone through again and again."""
+    """Batches that can be iterated many times."""
 
     def __len__(self) -> int: ...
 
@@ -49,38 +49,38 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_batches(kind: Kind, count: int) -> list[Batch]:
-    """Return batches of which no two are the same object, of a few different contents."""
+    """Return distinct batch objects that share the data of at most 64 batches."""
     generator = torch.Generator().manual_seed(1)
     shape = (16,) if kind == "mlp" else (3, 32, 32)
-    few = [
+    different = [
         (
             torch.randn(BATCH_SIZE, *shape, generator=generator),
             torch.randint(0, CLASSES, (BATCH_SIZE,), generator=generator),
         )
         for _ in range(min(count, 64))
     ]
-    return [(x.view_as(x), y.view_as(y)) for x, y in (few[i % 64] for i in range(count))]
+    return [(x.view_as(x), y.view_as(y)) for x, y in (different[i % 64] for i in range(count))]
 
 
-class Timed:
-    """Batches that note when a pass over them begins.
+class TimedBatches:
+    """Batches that record the start of every pass.
 
-    An epoch lasts from the first batch that is asked for to the next epoch's first. So it does not
-    matter whether a trainer asks for a batch before it needs it, leaves the last ask out, or looks
-    into the batches before it begins.
+    An epoch lasts from the start of its pass to the start of the next one. So it does not matter
+    whether a trainer fetches batches early, omits the fetch that finds the end, or reads a batch
+    before it begins.
     """
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
-        self.began: list[float] = []
+        self.pass_starts: list[float] = []
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        self.began.append(time.perf_counter())
+        self.pass_starts.append(time.perf_counter())
         yield from self.batches
 
     def seconds_between(self, epochs: int) -> float:
-        """Return the seconds of an epoch: the mean of so many, the last of which is left out."""
-        return (self.began[-1] - self.began[-1 - epochs]) / epochs
+        """Return the mean seconds of the last ``epochs`` epochs that have ended."""
+        return (self.pass_starts[-1] - self.pass_starts[-1 - epochs]) / epochs

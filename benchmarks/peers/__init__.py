@@ -1,8 +1,8 @@
-"""Other trainers, each driven as its own documentation has it. Optional: ``fitloop[peers]``.
+"""Trainers of other libraries, used as their documentation shows. Optional: ``fitloop[peers]``.
 
-An adapter is a module with a function of the shape of `Train`, which imports its library when it
-is called, and a `Peer` in `PEERS` here. `tests/unit/test_benchmark_peers.py` holds each to the
-weights and the means of the bare loop.
+An adapter is a module with a function of the type `Train`, which imports its library when it is
+called, and a `Peer` in `PEERS`. `tests/benchmarks/test_peers.py` compares its weights and means
+with those of the bare loop.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from benchmarks.workloads import Loader, Means
 
 
 class Train(Protocol):
-    """Trains a classifier on all batches, for so many epochs.
+    """Trains a classifier for some epochs, without progress, checkpoints or validation.
 
-    With ``keep``, loss and accuracy are kept in the way that is usual with this trainer, and their
-    means over the last epoch are returned; without it nothing is kept, and None returned. No
-    progress, no checkpoints, no validation.
+    With ``keep_metrics``, loss and accuracy are collected in the usual way of this trainer, and
+    their means over the last epoch are returned. Otherwise nothing is collected, and the result is
+    None.
 
     Raises:
-        NotApplicableError: it cannot do that.
+        NotApplicableError: the trainer does not support that.
     """
 
     def __call__(
-        self, model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+        self, model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep_metrics: bool
     ) -> Means | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A trainer of somebody else's."""
+    """A trainer of another library."""
 
     name: str
     train: Train
     needs: tuple[str, ...]
-    """packages"""
+    """packages that must be installed"""
     note: str
-    """how it keeps metrics and takes batches, and what else is different about it"""
+    """how it collects metrics and gets its batches, and other differences"""
 
 
 PEERS = [

@@ -12,14 +12,14 @@ Output = tuple[Tensor, Tensor, float]
 
 
 def train(
-    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep_metrics: bool
 ) -> Means | None:
     """Train with the engine of `create_supervised_trainer`, and metrics attached to it."""
     from ignite.engine import create_supervised_trainer
     from ignite.metrics import Accuracy, Average
 
     loss_function = nn.CrossEntropyLoss()
-    if not keep:
+    if not keep_metrics:
         create_supervised_trainer(model, optimizer, loss_function, device="cpu").run(
             batches, max_epochs=epochs
         )

@@ -13,7 +13,7 @@ from benchmarks.workloads import Batch, Loader, Means
 
 
 class AsDataLoader(DataLoader[Batch]):
-    """Batches that are taken for a `DataLoader`, and are iterated without one's work."""
+    """Batches that pass for a `DataLoader`, and are iterated without its work."""
 
     def __init__(self, batches: Loader) -> None:
         super().__init__(batches, batch_size=None)  # type: ignore[arg-type]
@@ -24,9 +24,9 @@ class AsDataLoader(DataLoader[Batch]):
 
 
 def train(
-    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep_metrics: bool
 ) -> Means | None:
-    """Train with ``compile`` and ``fit``; the module is wrapped as Keras has it for torch."""
+    """Train with ``compile`` and ``fit``, the module in Keras's wrapper for torch."""
     os.environ.setdefault("KERAS_BACKEND", "torch")
     os.environ.setdefault("KERAS_TORCH_DEVICE", "cpu")
     import keras
@@ -43,11 +43,13 @@ def train(
     classifier.compile(
         optimizer=keras.optimizers.SGD(learning_rate=optimizer.param_groups[0]["lr"]),
         loss=_loss,
-        metrics=["sparse_categorical_accuracy"] if keep else None,
+        metrics=["sparse_categorical_accuracy"] if keep_metrics else None,
     )
     loader = batches if isinstance(batches, DataLoader) else AsDataLoader(batches)
     history = classifier.fit(loader, epochs=epochs, verbose=0).history
-    return (history["loss"][-1], history["sparse_categorical_accuracy"][-1]) if keep else None
+    return (
+        (history["loss"][-1], history["sparse_categorical_accuracy"][-1]) if keep_metrics else None
+    )
 
 
 def _loss(targets: Tensor, predictions: Tensor) -> Tensor:

@@ -12,14 +12,14 @@ from benchmarks.workloads import Loader, Means
 
 
 def train(
-    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep_metrics: bool
 ) -> Means | None:
-    """Train with a `Trainer` that keeps the epoch's means, and is asked for nothing else."""
+    """Train with a `Trainer` that collects the means of the epoch and does nothing else."""
     return _fit(
         model,
         optimizer,
         batches,
-        keep=keep,
+        keep_metrics=keep_metrics,
         max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,
@@ -29,16 +29,16 @@ def train(
 
 
 def train_barebones(
-    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep_metrics: bool
 ) -> Means | None:
     """Train with ``Trainer(barebones=True)``, which is meant for measuring its overhead."""
-    if keep:
+    if keep_metrics:
         raise NotApplicableError("barebones=True keeps no metrics")
-    return _fit(model, optimizer, batches, keep=False, max_epochs=epochs, barebones=True)
+    return _fit(model, optimizer, batches, keep_metrics=False, max_epochs=epochs, barebones=True)
 
 
 def _fit(
-    model: nn.Module, optimizer: Any, batches: Loader, *, keep: bool, **settings: Any
+    model: nn.Module, optimizer: Any, batches: Loader, *, keep_metrics: bool, **settings: Any
 ) -> Means | None:
     import lightning
 
@@ -52,7 +52,7 @@ def _fit(
             inputs, targets = batch
             predictions = self.model(inputs)
             loss: Tensor = self.loss_function(predictions, targets)
-            if keep:
+            if keep_metrics:
                 accuracy = (predictions.argmax(dim=1) == targets).float().mean()
                 self.log_dict(
                     {"loss": loss, "accuracy": accuracy},
@@ -67,21 +67,26 @@ def _fit(
 
     trainer = lightning.Trainer(accelerator="cpu", devices=1, **settings)
     trainer.fit(Classifier(), batches)
-    if not keep:
+    if not keep_metrics:
         return None
     means = trainer.callback_metrics
     return means["loss"].item(), means["accuracy"].item()
 
 
 def train_fabric(
-    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep_metrics: bool
 ) -> Means | None:
-    """Train with the loop by hand, whose model, optimizer and backward are Fabric's."""
+    """Train with the bare loop, with model, optimizer and backward of Fabric."""
     from lightning.fabric import Fabric
 
     fabric = Fabric(accelerator="cpu", devices=1)
     fabric.launch()
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     return bare(
-        wrapped, wrapped_optimizer, batches, epochs=epochs, keep=keep, backward=fabric.backward
+        wrapped,
+        wrapped_optimizer,
+        batches,
+        epochs=epochs,
+        keep_metrics=keep_metrics,
+        backward=fabric.backward,
     )

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from benchmarks.workloads import CLASSES, Batch, Loader, Means
 
 
-class Whole(Dataset[Batch]):
-    """What skorch takes for a data set; its batches are made elsewhere."""
+class FinishedBatches(Dataset[Batch]):
+    """The data set for skorch, which holds finished batches."""
 
     def __init__(self, batches: Loader) -> None:
         self.batches = batches
@@ -20,21 +20,21 @@ class Whole(Dataset[Batch]):
         return len(self.batches)
 
 
-def _batches_of(dataset: Whole, **_settings: Any) -> Loader:
+def _batches_of(dataset: FinishedBatches, **_settings: Any) -> Loader:
     return dataset.batches
 
 
 def train(
-    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep: bool
+    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep_metrics: bool
 ) -> Means | None:
-    """Train a `NeuralNetClassifier`, whose iterator gives the batches that there are."""
+    """Train a `NeuralNetClassifier` whose iterator returns the finished batches."""
     from skorch import NeuralNetClassifier
     from skorch.callbacks import EpochScoring
 
-    kept: dict[str, Any] = {"callbacks": "disable"}
-    if keep:
+    callbacks: dict[str, Any] = {"callbacks": "disable"}
+    if keep_metrics:
         scoring = EpochScoring("accuracy", on_train=True, lower_is_better=False, name="accuracy")
-        kept = {
+        callbacks = {
             "callbacks": [("accuracy", scoring)],
             "callbacks__valid_acc": None,
             "callbacks__valid_loss": None,
@@ -51,9 +51,9 @@ def train(
         max_epochs=epochs,
         device="cpu",
         verbose=0,
-        **kept,
+        **callbacks,
     )
-    net.fit(Whole(batches), y=None)
-    if not keep:
+    net.fit(FinishedBatches(batches), y=None)
+    if not keep_metrics:
         return None
     return net.history[-1, "train_loss"], net.history[-1, "accuracy"]

@@ -1,4 +1,4 @@
-"""Whoever is compared does the same training: weights and means of the bare loop."""
+"""All compared trainers train alike: to the weights and the means of the bare loop."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks import loops
 from benchmarks.harness import NotApplicableError, is_installed
-from benchmarks.overhead import OWN
+from benchmarks.overhead import LOOPS
 from benchmarks.peers import PEERS, Peer, Train
-from benchmarks.workloads import Means, Timed, make_batches, make_model, make_optimizer
+from benchmarks.workloads import Means, TimedBatches, make_batches, make_model, make_optimizer
 
 EPOCHS, BATCHES = 3, 8
 
@@ -31,8 +31,8 @@ def _on_one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def guest(directory: Path) -> Iterator[None]:
-    """Let a library of somebody else's warn, log and write where nobody minds."""
+def silenced(directory: Path) -> Iterator[None]:
+    """Silence warnings and logs of another library, and let it write into ``directory``."""
     before = Path.cwd()
     variables = dict(os.environ)
     os.chdir(directory)
@@ -48,35 +48,39 @@ def guest(directory: Path) -> Iterator[None]:
         os.environ.update(variables)
 
 
-def trained(train: Train, *, keep: bool) -> tuple[list[Tensor], Means | None, Timed]:
+def train_small(
+    train: Train, *, keep_metrics: bool
+) -> tuple[list[Tensor], Means | None, TimedBatches]:
     model = make_model("mlp")
-    batches = Timed(make_batches("mlp", BATCHES))
-    means = train(model, make_optimizer(model), batches, epochs=EPOCHS, keep=keep)
+    batches = TimedBatches(make_batches("mlp", BATCHES))
+    means = train(model, make_optimizer(model), batches, epochs=EPOCHS, keep_metrics=keep_metrics)
     return [parameter.detach().clone() for parameter in model.parameters()], means, batches
 
 
-def check_same_training(train: Train, *, keep: bool) -> None:
-    weights, means, batches = trained(train, keep=keep)
-    expected, expected_means, _batches = trained(loops.bare, keep=keep)
+def check_same_training(train: Train, *, keep_metrics: bool) -> None:
+    weights, means, batches = train_small(train, keep_metrics=keep_metrics)
+    expected, expected_means, _batches = train_small(loops.bare, keep_metrics=keep_metrics)
     assert all(map(torch.equal, weights, expected))
     if expected_means is None:
         assert means is None
     else:
         assert means == pytest.approx(expected_means, rel=1e-5)
-    assert len(batches.began) >= EPOCHS  # an epoch is timed from a pass's beginning to the next
+    assert (
+        len(batches.pass_starts) >= EPOCHS
+    )  # an epoch is timed from the start of its pass to the next
     assert batches.seconds_between(EPOCHS - 2) > 0
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "nothing kept"])
-@pytest.mark.parametrize("name", OWN)
-def test_own_loop_when_it_trained_then_weights_and_means_are_the_bare_loops(
-    name: str, keep: bool
+@pytest.mark.parametrize("keep_metrics", [True, False], ids=["metrics", "no metrics"])
+@pytest.mark.parametrize("name", LOOPS)
+def test_loop_when_it_trained_then_weights_and_means_are_the_bare_loops(
+    name: str, keep_metrics: bool
 ) -> None:
-    check_same_training(OWN[name], keep=keep)
+    check_same_training(LOOPS[name], keep_metrics=keep_metrics)
 
 
 def test_bare_loop_when_it_trained_then_weights_changed() -> None:
-    weights, means, _batches = trained(loops.bare, keep=True)
+    weights, means, _batches = train_small(loops.bare, keep_metrics=True)
     assert not any(map(torch.equal, weights, make_model("mlp").parameters()))
     assert means is not None
     assert 0 < means[0] < 10
@@ -84,18 +88,18 @@ def test_bare_loop_when_it_trained_then_weights_changed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "nothing kept"])
+@pytest.mark.parametrize("keep_metrics", [True, False], ids=["metrics", "no metrics"])
 @pytest.mark.parametrize("peer", PEERS, ids=[peer.name for peer in PEERS])
-# Importing these libraries closes over files and deprecations of their own, which are not ours.
+# These libraries leave files open and use deprecated functions on import.
 @pytest.mark.filterwarnings("ignore")
 def test_peer_when_it_trained_then_weights_and_means_are_the_bare_loops(
-    peer: Peer, keep: bool, tmp_path: Path
+    peer: Peer, keep_metrics: bool, tmp_path: Path
 ) -> None:
-    if absent := [package for package in peer.needs if not is_installed(package)]:
-        pytest.skip(f"{', '.join(absent)} not installed")
-    with guest(tmp_path):
+    if missing := [package for package in peer.needs if not is_installed(package)]:
+        pytest.skip(f"{', '.join(missing)} not installed")
+    with silenced(tmp_path):
         try:
-            check_same_training(peer.train, keep=keep)
-        except NotApplicableError as why:
-            assert keep
-            pytest.skip(str(why))
+            check_same_training(peer.train, keep_metrics=keep_metrics)
+        except NotApplicableError as reason:
+            assert keep_metrics
+            pytest.skip(str(reason))

@@ -1,4 +1,4 @@
-"""What benchmarks measure comes out whole: turns, skips, tables, page and chart."""
+"""Measurements in turns, reports, page, chart and the command of the benchmarks."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from benchmarks.__main__ import main
 from benchmarks.chart import draw, picture
 from benchmarks.harness import (
     Contender,
-    Measured,
+    Measurements,
     NotApplicableError,
     Workers,
     measure,
+    rotated,
     skipped_in_all,
     skipped_only_in,
-    turned,
 )
-from benchmarks.page import PAGE, README, RESULTS, ROOT, kept, page
+from benchmarks.page import PAGE, README, RESULTS, ROOT, page, stored_reports
 from benchmarks.readme import with_figures
-from benchmarks.report import ABSENT, Column, Report, Row, Spread, Table
+from benchmarks.report import ABSENT, Column, Report, Row, Spread, Table, method_of
 
 MACHINE = {"processor": "made up", "cores": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _fonts() -> None:
-    """Have matplotlib open the fonts that it keeps open."""
-    if (figure := picture([made_up()])) is not None:
+    """Let matplotlib open its fonts, which it keeps open, before the tests."""
+    if (figure := picture([sample_report()])) is not None:
         figure.draw_without_rendering()
 
 
-def made_up() -> Report:
+def sample_report() -> Report:
     bars = Table(
         title="small model; a title that is so long that it would run out of the picture, unless "
-        "somebody takes the trouble to break it into lines",
+        "the chart breaks it into several lines of text",
         columns=[Column(name="time", unit="us", digits=0), Column(name="ratio", unit="", digits=2)],
         rows=[
             Row(name="bare", figures={"time": Spread(1200.0, 1100.0, 1300.0)}),
@@ -88,21 +88,21 @@ def made_up() -> Report:
 
 
 def test_report_when_through_json_then_is_the_same() -> None:
-    report = made_up()
+    report = sample_report()
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
 def test_spread_when_of_rounds_then_has_the_median_and_both_ends() -> None:
     spread = Spread.of([3.0, 1.0, 2.0])
     assert spread == Spread(2.0, 1.0, 3.0)
-    assert spread.over(2) == Spread(1.0, 0.5, 1.5)
-    assert spread.told(1) == "2.0  (1.0 to 3.0)"
-    assert spread.told(1, ranged=False) == "2.0"
-    assert Spread.of([2000.0]).told(0) == "2,000"
+    assert spread.divided_by(2) == Spread(1.0, 0.5, 1.5)
+    assert spread.text(1) == "2.0  (1.0 to 3.0)"
+    assert spread.text(1, ranged=False) == "2.0"
+    assert Spread.of([2000.0]).text(0) == "2,000"
 
 
-def test_report_when_as_text_then_all_that_was_found_is_told() -> None:
-    lines = made_up().text().splitlines()
+def test_report_when_as_text_then_has_all_figures_and_notes() -> None:
+    lines = sample_report().text().splitlines()
     assert lines[0] == "== made up: does it come out?"
     assert lines[3].split() == ["time,", "us", "ratio"]
     assert lines[4] == "bare     1,200  (1,100 to 1,300)"
@@ -112,28 +112,27 @@ def test_report_when_as_text_then_all_that_was_found_is_told() -> None:
     assert lines[-1] == "skipped: absent (other is not installed)"
 
 
-def test_report_when_several_were_skipped_then_they_are_told_in_one_short_paragraph() -> None:
+def test_report_when_several_were_skipped_then_one_paragraph_groups_them() -> None:
     absent = {f"Peer {n}": f"peer-{n} is {ABSENT}" for n in range(9)}
     skipped = {**absent, "fails": "it failed: ValueError: no; such", "odd": "it keeps nothing"}
-    last = replace(made_up(), skipped=skipped).text().split("\n\n")[-1]
+    last = replace(sample_report(), skipped=skipped).text().split("\n\n")[-1]
     assert all(len(line) <= 100 for line in last.splitlines())
     assert " ".join(last.split()) == (
         f"skipped: {', '.join(absent)} (not installed; pip install 'fitloop[peers]'); "
         "fails (it failed: ValueError: no; such); odd (it keeps nothing)"
     )
-    assert "skipped" not in replace(made_up(), skipped={}).text()
+    assert "skipped" not in replace(sample_report(), skipped={}).text()
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(RESULTS.glob("*.json"))])
-def test_report_in_the_repository_when_read_then_was_measured_as_is_said_now(name: str) -> None:
-    """Else the benchmark was changed since: ``python -m benchmarks --keep --only NAME``."""
-    kept_one = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    described = import_module(f"benchmarks.{name}").__doc__ or ""
-    assert kept_one["method"] == " ".join(described.split("\n\n", 1)[1].split())
+def test_report_in_the_repository_when_read_then_its_method_is_the_current_one(name: str) -> None:
+    """If not, the benchmark has changed: ``python -m benchmarks --keep --only NAME``."""
+    stored = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert stored["method"] == method_of(import_module(f"benchmarks.{name}").__doc__)
 
 
 def test_page_when_made_then_tables_are_markdown_and_ours_are_bold() -> None:
-    lines = page([made_up()]).splitlines()
+    lines = page([sample_report()]).splitlines()
     assert "## made up: does it come out?" in lines
     assert "|  | time, us | ratio |" in lines
     assert "| bare | 1,200 (1,100 to 1,300) |  |" in lines
@@ -144,28 +143,28 @@ def test_page_when_made_then_tables_are_markdown_and_ours_are_bold() -> None:
 
 
 def test_page_in_the_repository_when_made_anew_then_is_the_same() -> None:
-    """``python -m benchmarks.page`` makes it; figures are not written by hand."""
-    assert PAGE.read_text(encoding="utf-8") == page(kept())
-    written = README.read_text(encoding="utf-8")
-    assert written == with_figures(written, kept())
+    """``python -m benchmarks.page`` writes it; figures are not written by hand."""
+    assert PAGE.read_text(encoding="utf-8") == page(stored_reports())
+    readme = README.read_text(encoding="utf-8")
+    assert readme == with_figures(readme, stored_reports())
 
 
 def test_chart_when_drawn_then_nothing_runs_out_of_the_picture() -> None:
-    figure = picture([made_up()])
+    figure = picture([sample_report()])
     assert figure is not None
     figure.draw_without_rendering()
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert "\n" in titles[0]
     assert titles[1] == "made up: grid"
     for axes in figure.axes:
-        drawn = axes.get_tightbbox()
-        assert drawn is not None
-        assert figure.bbox.x0 <= drawn.x0
-        assert drawn.x1 <= figure.bbox.x1
+        box = axes.get_tightbbox()
+        assert box is not None
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
 
 
 def test_chart_when_written_then_is_a_png_and_without_tables_there_is_none(tmp_path: Path) -> None:
-    draw([made_up()], tmp_path / "chart.png")
+    draw([sample_report()], tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     draw([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
@@ -174,48 +173,48 @@ def test_chart_when_written_then_is_a_png_and_without_tables_there_is_none(tmp_p
 # -- the command -----------------------------------------------------------------------------------
 
 
-def test_command_when_one_fails_then_the_others_are_told_and_kept(
+def test_command_when_one_fails_then_the_others_are_printed_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*, quick: bool) -> Report:
         raise RuntimeError(f"out of order, quick={quick}")
 
-    monkeypatch.setattr(overhead, "measure", lambda *, quick: made_up())
+    monkeypatch.setattr(overhead, "measure", lambda *, quick: sample_report())
     monkeypatch.setattr(overlap, "measure", broken)
-    words = ["--quick", "--only", "overlap", "overhead", "--out", str(tmp_path)]
-    assert main(words) == 1
-    told = capsys.readouterr()
-    assert made_up().text() in told.out
-    assert "processor made up, cores 2" in told.out
-    assert told.err.splitlines() == [
+    arguments = ["--quick", "--only", "overlap", "overhead", "--out", str(tmp_path)]
+    assert main(arguments) == 1
+    output = capsys.readouterr()
+    assert sample_report().text() in output.out
+    assert "processor made up, cores 2" in output.out
+    assert output.err.splitlines() == [
         "measuring overlap",
         "measuring overhead",
         "failed: overlap: RuntimeError: out of order, quick=True",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.png", "overhead.json"]
     written = json.loads((tmp_path / "overhead.json").read_text(encoding="utf-8"))
-    assert Report.from_dict(written) == made_up()
+    assert Report.from_dict(written) == sample_report()
 
 
-def test_command_when_interrupted_then_what_was_measured_is_told_and_drawn(
+def test_command_when_interrupted_then_finished_reports_are_printed_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*, quick: bool) -> Report:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(overhead, "measure", lambda *, quick: made_up())
+    monkeypatch.setattr(overhead, "measure", lambda *, quick: sample_report())
     monkeypatch.setattr(overlap, "measure", interrupted)
     monkeypatch.setattr(many, "measure", fail)
-    words = ["--quick", "--only", "overhead", "overlap", "many", "--out", str(tmp_path)]
-    assert main(words) == 130
-    told = capsys.readouterr()
-    assert made_up().text() in told.out
-    assert told.out.endswith(f"JSON is in {tmp_path}; a plot is beside it\n")
-    assert told.err.endswith("\ninterrupted; there are no figures of overlap\n")
+    arguments = ["--quick", "--only", "overhead", "overlap", "many", "--out", str(tmp_path)]
+    assert main(arguments) == 130
+    output = capsys.readouterr()
+    assert sample_report().text() in output.out
+    assert output.out.endswith(f"JSON is in {tmp_path}; a plot is beside it\n")
+    assert output.err.endswith("\ninterrupted; there are no figures of overlap\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.png", "overhead.json"]
 
 
-def test_command_when_there_is_no_matplotlib_then_all_but_the_plot_is_there(
+def test_command_when_there_is_no_matplotlib_then_only_the_plot_is_missing(
     tmp_path: Path,
 ) -> None:
     program = f"""
@@ -246,37 +245,37 @@ sys.exit(__main__.main(["--only", "overhead", "--out", {str(tmp_path)!r}]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
-def test_program_when_interrupted_as_in_a_terminal_then_a_line_says_so_and_all_end(
+def test_program_when_interrupted_as_in_a_terminal_then_prints_a_line_and_all_end(
     tmp_path: Path,
 ) -> None:
-    words = ["--quick", "--only", "overhead", "--out", str(tmp_path)]
+    arguments = ["--quick", "--only", "overhead", "--out", str(tmp_path)]
     with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", *words],
+        [sys.executable, "-m", "benchmarks", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         start_new_session=True,
-        # What is begun in the background of a shell is deaf to SIGINT, and so are its children.
+        # A background process of a shell ignores SIGINT, and so do its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as program:
         assert program.stderr is not None
         assert program.stderr.readline() == "measuring overhead\n"
         while not psutil.Process(program.pid).children():
             assert program.poll() is None
-        time.sleep(0.5)  # in which a worker is importing
+        time.sleep(0.5)  # a worker is importing
         os.killpg(program.pid, signal.SIGINT)
-        said = program.stderr.read()  # to the end of all workers, too
-    assert said == "interrupted; there are no figures of overhead\n"
+        errors = program.stderr.read()  # until all workers have ended
+    assert errors == "interrupted; there are no figures of overhead\n"
     assert program.returncode == 130
 
 
-def test_command_when_rough_figures_are_to_be_kept_then_is_refused(
+def test_command_when_keep_and_quick_are_given_then_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["--quick", "--keep"])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "rough figures are not to be kept" in capsys.readouterr().err
 
 
@@ -287,12 +286,14 @@ def test_overhead_when_two_loops_are_measured_then_each_case_has_a_table(
 ) -> None:
     cases = [
         overhead.Case(title="batches", kind="mlp", count=5),
-        overhead.Case(title="epochs", kind="mlp", count=2, epochs=4, keep=False, by_epoch=True),
+        overhead.Case(
+            title="epochs", kind="mlp", count=2, epochs=4, keep_metrics=False, by_epoch=True
+        ),
     ]
     monkeypatch.setattr(overhead, "cases", lambda *, quick: cases)
     monkeypatch.setattr(overhead, "PEERS", [])
-    own = {name: overhead.OWN[name] for name in (overhead.BARE, "fitloop")}
-    monkeypatch.setattr(overhead, "OWN", own)
+    two_loops = {name: overhead.LOOPS[name] for name in (overhead.BARE, "fitloop")}
+    monkeypatch.setattr(overhead, "LOOPS", two_loops)
     report = overhead.measure(quick=True)
     assert report.skipped == {}
     assert [table.title for table in report.tables] == ["batches", "epochs"]
@@ -311,7 +312,7 @@ def test_overlap_when_one_cell_is_measured_then_each_kind_of_loader_has_a_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(overlap, "QUICK", ((1,), (1,)))
-    monkeypatch.setattr(overlap, "PEERS_HERE", ())
+    monkeypatch.setattr(overlap, "PEER_NAMES", ())
     report = overlap.measure(quick=True)
     assert report.skipped == {}
     by_hand = ("a thread reads ahead", "1 worker", "2 workers")
@@ -332,10 +333,10 @@ def test_benchmark_when_registered_then_can_be_measured(name: str) -> None:
 # -- turns -----------------------------------------------------------------------------------------
 
 
-def test_turned_when_rounds_go_on_then_each_begins_with_the_next() -> None:
-    orders = ["".join(turned(["a", "b", "c"], number)) for number in range(4)]
+def test_order_when_rounds_go_on_then_each_begins_with_the_next() -> None:
+    orders = ["".join(rotated(["a", "b", "c"], number)) for number in range(4)]
     assert orders == ["abc", "bca", "cab", "abc"]
-    assert turned([], 3) == []
+    assert rotated([], 3) == []
 
 
 def note(path: Path, name: str) -> dict[str, float]:
@@ -361,15 +362,15 @@ def test_measure_when_contenders_take_turns_then_each_keeps_its_process(tmp_path
         again = measure(contenders[:1], 1, warm_ups=0, workers=workers)
     lines = [line.split() for line in log.read_text().splitlines()]
     assert [name for name, _process in lines] == ["a", "b", "b", "a", "a", "b", "a"]
-    processes = {name: {process for own, process in lines if own == name} for name in "ab"}
-    assert [len(own) for own in processes.values()] == [1, 1]
+    processes = {name: {process for who, process in lines if who == name} for name in "ab"}
+    assert [len(each) for each in processes.values()] == [1, 1]
     assert str(os.getpid()) not in processes["a"] | processes["b"]
     assert measured.values("a", "value") == [1.0, 1.0]
     assert again.values("a", "value") == [1.0]
 
 
 @pytest.mark.slow
-def test_measure_when_some_cannot_then_says_why_and_measures_the_others(tmp_path: Path) -> None:
+def test_measure_when_some_fail_then_gives_reasons_and_measures_the_others(tmp_path: Path) -> None:
     contenders = [
         Contender(name="fails", run=fail, process="shared"),
         Contender(name="refuses", run=refuse, process="shared"),
@@ -385,18 +386,18 @@ def test_measure_when_some_cannot_then_says_why_and_measures_the_others(tmp_path
     }
 
 
-def test_skipped_when_measured_elsewhere_then_is_told_at_the_table_alone() -> None:
-    kept = Measured(skipped={"a": "it keeps nothing", "b": "is not installed"})
-    other = Measured(rounds={"a": [{"us": 1.0}]}, skipped={"b": "is not installed"})
-    everywhere = skipped_in_all([kept, other])
+def test_skipped_when_in_another_table_then_has_a_note_at_this_table_only() -> None:
+    one = Measurements(skipped={"a": "it keeps nothing", "b": "is not installed"})
+    other = Measurements(rounds={"a": [{"us": 1.0}]}, skipped={"b": "is not installed"})
+    everywhere = skipped_in_all([one, other])
     assert everywhere == {"b": "is not installed"}
-    assert skipped_only_in(kept, everywhere) == ["Not in this table: a (it keeps nothing)."]
+    assert skipped_only_in(one, everywhere) == ["Not in this table: a (it keeps nothing)."]
     assert skipped_only_in(other, everywhere) == []
 
 
 def test_compared_when_two_took_turns_then_round_by_round() -> None:
-    measured = Measured(
+    measured = Measurements(
         rounds={"a": [{"us": 2.0}, {"us": 9.0}], "b": [{"us": 1.0}, {"us": 3.0}]},
     )
-    ratio = measured.compared("a", "b", "us", lambda own, other: own / other)
+    ratio = measured.compared("a", "b", "us", lambda first, second: first / second)
     assert ratio == Spread(2.5, 2.0, 3.0)

@@ -1,4 +1,4 @@
-"""fitloop in the shape of the others: `with_fitloop`."""
+"""fitloop with the signature of the hand-written loops: `with_fitloop`."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def with_fitloop(
     batches: Any,
     *,
     epochs: int,
-    keep: bool,
+    keep_metrics: bool,
     seed: int | None = None,
     idle: bool = False,
 ) -> Means | None:
-    """Train with the default stage functions, which keep loss and right answers of every batch.
+    """Train by fitloop; with ``keep_metrics``, with the default step, which returns metrics.
 
     With ``idle`` the steps compute nothing.
     """
-    step: Callable[[LoopState], Any] | None = None if keep else silent_step
+    step: Callable[[LoopState], Any] | None = None if keep_metrics else silent_step
     if idle:
-        step = numbers_step if keep else idle_step
+        step = numbers_step if keep_metrics else idle_step
     trainer = FitLoop(
         model,
         optimizer,
@@ -55,7 +55,7 @@ def with_fitloop(
         seed=seed,
     )
     result = asyncio.run(trainer.fit(epochs, verbose=False, progress=False))
-    if not keep:
+    if not keep_metrics:
         return None
     means = result.metrics["train"]
     return means["loss"][-1].item(), means["accuracy"][-1].item()
