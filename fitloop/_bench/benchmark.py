@@ -94,7 +94,7 @@ async def benchmark(
             cast=cast,
         )
         make = partial(BenchRun, request, show)
-        return BenchReport.of(await launch(fitloop._state, fitloop, plan, dry=True, make=make))
+        return BenchReport.of(await launch(fitloop._state, fitloop, plan, make))
 
 
 async def _make_trainer(trainer: Any) -> FitLoop:

@@ -34,8 +34,6 @@ from fitloop._bench.loader_access import (
 )
 from fitloop._bench.timing import BareLoop, ListedValues, PassTimer, StepInspector
 from fitloop._concurrency.control import Cancelled
-from fitloop._concurrency.time_slices import TimeSliceHook
-from fitloop._concurrency.torch_threads import intra_op_threads
 from fitloop._data.device import DeviceTransfer
 from fitloop._data.inspection import length_of, loader_label, sample_count
 from fitloop._data.loaders import LoadingOptions
@@ -44,9 +42,8 @@ from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import LoopState, StateWriter
 from fitloop._engine.stages import Stages
 from fitloop._errors import ConfigurationError, FitLoopError
-from fitloop._rng.guard import RngGuard, save_global_state
-from fitloop._rng.trainer_rng import TrainerRng
-from fitloop._run.run import Observer, Run
+from fitloop._rng.guard import save_global_state
+from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._system import available_cores, processor, versions
 from fitloop._types import Phase, Stage
 
@@ -69,36 +66,40 @@ class _StoppedError(Exception):
     """``stop()`` was called."""
 
 
-class BenchRun(Run):
-    """A `Work` that runs the passes of a benchmark and returns a `Measurement`."""
+class BenchRun:
+    """A `ThreadTask` that runs the passes of a benchmark and returns a `Measurement`."""
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
-    def __init__(self, request: BenchRequest, show: Show, *run_arguments: Any) -> None:
-        super().__init__(*run_arguments)
+    def __init__(self, request: BenchRequest, show: Show, context: RunContext) -> None:
         self._request = request
         self._show = show
+        self._context, self._state, self._plan = context, context.state, context.plan
         self._loader = self._plan.phases[0][1]
         refuse_one_shot(self._loader)
+        # The random numbers of a fit, since they decide how a loader is read.
+        rng = self._state.rng
+        if rng.has_streams:
+            rng = rng.fork()
+        self._session = RunSession(context, dry=True, rng=rng)
+        self._session.on_restore.append(self._clear)
         self._access: Any = None
         self._loaders_of: dict[Variant, BenchLoaders] = {}
         self._bus = EventBus()
         self._restore_rng: Callable[[], None] | None = None
         self._lags: list[float] = []
         self._measures_lag = self._closed = False
-        self._activity: str | None = None
-        self._begin: Callable[[], None] = lambda: None
         self._loads = "inline"
         self._takes_turns = False
-        self._inspector = StepInspector(self._core.config.device)
+        self._inspector = StepInspector(self._state.config.device)
         self._syncs: float | None = None
         self._memory: list[Any] = []
         self._budget = BenchBudget(batches=1, repeats=1, rounds=1)
         self._measurement: Measurement | None = None
 
     def _open_loader(self) -> None:
-        parts = self._core.config
-        self._activity = "opening the loader"  # which may run the user's code
+        parts = self._state.config
+        self._doing("opening the loader")  # which may run the user's code
         access = self._access = LoaderAccess(self._loader)
         self._takes_turns = access.excludes_steps(parts)
         options = LoadingOptions(prefetch=parts.prefetch, randomness=parts.loader_randomness)
@@ -110,53 +111,40 @@ class BenchRun(Run):
         }.items():
             self._loaders_of[variant] = BenchLoaders(changed, access)
 
-    # -- differences from other runs -------------------------------------------------------------
+    def execute(self) -> None:
+        """Call ``preloop``, measure, call ``postloop``."""
+        session, config, trainer = self._session, self._state.config, self._context.trainer
+        with session.error_notes():
+            self._restore_rng = save_global_state(self._state.cuda_devices)
+            session.guard.enter_phase(Phase.TRAIN)
+            session.engine().call_hook("preloop", config.preloop, trainer)
+            self._open_loader()
+            self._context.portal.start(self._measure_lag)
+            self._measure()
+            session.activity = ""
+            session.engine().call_hook("postloop", config.postloop, trainer)
 
-    def _rng(self) -> TrainerRng:
-        """Return the random numbers of a fit, since they decide how a loader is read."""
-        rng = self._core.rng
-        return rng.fork() if rng.has_streams else rng
-
-    def _observers(self, part: TimeSliceHook) -> list[Observer]:
-        self._bus.set_observers([part.observe])
-        return []
-
-    def _position(self) -> str:
-        if self._activity is None:
-            return super()._position()
-        return f"benchmark, {self._activity}: {super()._position()}"
-
-    def _loop(self, engine: Engine, guard: RngGuard) -> None:
-        parts = self._core.config
-        self._restore_rng = save_global_state(self._core.cuda_devices)
-        guard.enter_phase(Phase.TRAIN)
-        engine.call_plain("preloop", parts.preloop, self._trainer)
-        self._open_loader()
-        self._side.start(self._measure_lag)
-        self._begin = partial(guard.enter_phase, Phase.TRAIN)
-        self._measure()
-        self._engine, self._activity = engine, None
-        engine.call_plain("postloop", parts.postloop, self._trainer)
-
-    def _put_back(self) -> None:
+    def finish(self, error: BaseException | None) -> Measurement:
+        """Restore everything; return the measurement, or raise the first error."""
+        ending = RunEnding(self._state.config.name, self._context.control, error)
+        del error  # its traceback refers to this frame
         self._closed = True
-        try:
-            super()._put_back()
-        finally:
-            for loaders in self._loaders_of.values():
-                loaders.clear()
-            self._memory.clear()
-            if self._access is not None:
-                self._access.close()
-            # A seeded trainer uses copies of its streams, except for a loader that is read ahead.
-            if self._restore_rng and (self._takes_turns or not self._core.rng.has_streams):
-                self._restore_rng()
+        self._session.restore(ending)
+        self._session.close()
+        return ending.result(self._measurement)  # type: ignore[no-any-return]
 
-    def _tell_end(self, error: BaseException | None) -> None:
-        """Emit nothing, as no `RunStarted` was emitted."""
+    def _clear(self) -> None:
+        for loaders in self._loaders_of.values():
+            loaders.clear()
+        self._memory.clear()
+        if self._access is not None:
+            self._access.close()
+        # A seeded trainer uses copies of its streams, except for a loader that is read ahead.
+        if self._restore_rng and (self._takes_turns or not self._state.rng.has_streams):
+            self._restore_rng()
 
-    def _result(self) -> Any:
-        return self._measurement
+    def _doing(self, activity: str) -> None:
+        self._session.activity = f"benchmark, {activity}: "
 
     async def _measure_lag(self) -> None:
         """Record the delays of the event loop's wake-ups while fitloop trains."""
@@ -218,15 +206,15 @@ class BenchRun(Run):
         return estimate, stored if epoch is None and stored < count else epoch
 
     def _first_pass(self, count: int) -> FirstEstimate:
-        self._activity = "first look"
+        self._doing("first look")
         loaders = self._loaders_of[Variant.INLINE]
-        inspector = self._inspector = StepInspector(self._core.config.device)
+        inspector = self._inspector = StepInspector(self._state.config.device)
         timer = PassTimer(self.clock, self._synchronize, inspector.wrap)
         self._memory = loaders.copies = []
-        self._restore()
+        self._session.restore_training()
         self._run_engine(loaders, self._loader, count, timer)
         loaders.copies = None
-        if inspector.device_reads is not None and self._core.config.scaler is None:
+        if inspector.device_reads is not None and self._state.config.scaler is None:
             self._syncs = inspector.device_reads / len(self._memory)
         return timer.estimate(self._access.buffered)
 
@@ -236,7 +224,7 @@ class BenchRun(Run):
             variants.append(Variant.BARE)
         if estimate.loading_matters and self._access.kind not in ("async", "list"):
             variants += [Variant.INLINE, Variant.AHEAD]
-        if self._core.config.device.type == "cpu" and self._options.num_threads > 1:
+        if self._state.config.device.type == "cpu" and self._session.num_threads > 1:
             variants.append(Variant.ONE_THREAD)
         return variants
 
@@ -253,11 +241,11 @@ class BenchRun(Run):
 
     def _pass(self, variant: Variant, most: int | None = None) -> PassTiming:
         """Run one pass from the state that the trainer had, and return its times."""
-        self._activity = LABELS[variant]
-        self._restore()
+        self._doing(LABELS[variant])
+        self._session.restore_training()
         limit = min(self._budget.batches, most or self._budget.batches)
         if variant is Variant.ONE_THREAD:
-            self._use_threads(1)
+            self._session.use_threads(1)
         try:
             if variant in self._loaders_of:
                 timing = self._engine_pass(self._loaders_of[variant], self._loader, limit)
@@ -268,7 +256,7 @@ class BenchRun(Run):
                 timing = self._bare_pass(variant, limit)
         finally:
             if variant is Variant.ONE_THREAD:
-                self._use_threads(self._options.num_threads)
+                self._session.use_threads(self._session.num_threads)
         if variant is Variant.FITLOOP:
             self._loads = self._loaders_of[variant].mode
         self._check()
@@ -300,30 +288,31 @@ class BenchRun(Run):
         define_all: bool | None = None,
         **changes: Any,
     ) -> None:
-        assert self._around is not None
         plan = replace(self._plan, phases=((Phase.TRAIN, loader),), steps=limit)
         if define_all is not None:
             plan = replace(plan, define_all=define_all)
-        deps = replace(
-            self._around, loaders=loaders, emit=self._bus.emit, instrumentation=timer, **changes
+        schedulers, time_slice = self._context.schedulers, self._session.time_slice
+        self._bus.set_observers([time_slice.observe])
+        steps = [schedulers.after_batch] if schedulers and schedulers.per_batch else []
+        deps = {"after_batch": [*steps, time_slice.after_batch], **changes}
+        engine = self._session.engine(
+            plan, loaders=loaders, emit=self._bus.emit, instrumentation=timer, **deps
         )
-        engine = self._engine = Engine(plan, deps)
         engine.run()
         self._check()
 
     def _bare_pass(self, variant: Variant, limit: int) -> PassTiming:
         if variant is Variant.LOAD and self._access.is_async:
             return self._async_load(limit)
-        assert self._around is not None
-        engine = self._engine = Engine(self._plan, self._around)
-        self._begin()
+        engine = self._session.engine()
+        self._session.guard.enter_phase(Phase.TRAIN)
         loop = self._bare_loop(limit)
         from_loader = variant in (Variant.LOAD, Variant.BARE)
         batches = self._access.iterable(self._loader) if from_loader else self._in_memory(limit)
         if variant is Variant.LOAD:
             return loop.read(batches)
         writer = self._begin_epoch(engine, limit)
-        step = Stages(self._core.config).get(Phase.TRAIN, Stage.BATCH_STEP)
+        step = Stages(self._state.config).get(Phase.TRAIN, Stage.BATCH_STEP)
         if not self._inspector.is_async:
             return loop.train(step, writer, batches)
         timings: list[PassTiming] = []
@@ -331,26 +320,26 @@ class BenchRun(Run):
         async def train(_trainer: Any) -> None:
             timings.append(await loop.train_async(step, writer, batches))
 
-        engine.call_plain(LABELS[variant], train, None)
+        engine.call_hook(LABELS[variant], train, None)
         return timings[0]
 
     def _async_load(self, limit: int) -> PassTiming:
         """Read an async loader by fitloop, with steps that do nothing."""
-        parts = replace(self._core.config, train_step=_no_step, train_epoch_end=_no_step)
+        parts = replace(self._state.config, train_step=_no_step, train_epoch_end=_no_step)
         return self._engine_pass(
             self._loaders_of[Variant.FITLOOP],
             self._loader,
             limit,
-            parts=parts,
-            batch_hooks=(),
+            config=parts,
+            after_batch=(),
             define_all=True,
         )
 
     def _bare_loop(self, limit: int) -> BareLoop:
-        parts, schedulers = self._core.config, self._schedulers
+        parts, schedulers = self._state.config, self._context.schedulers
         per_batch = schedulers is not None and schedulers.per_batch
         return BareLoop(
-            self._control,
+            self._context.control,
             PassTimer(self.clock, self._synchronize),
             label=loader_label(Phase.TRAIN, self._loader),
             limit=limit,
@@ -361,44 +350,35 @@ class BenchRun(Run):
 
     def _begin_epoch(self, engine: Engine, limit: int) -> StateWriter:
         """Do by hand what the engine does before the first step; return the step's argument."""
-        parts, plan = self._core.config, self._plan
+        parts, plan = self._state.config, self._plan
         writer = StateWriter(
-            parts, Phase.TRAIN, plan.first_epoch, self._control.stop, values=ListedValues()
+            parts, Phase.TRAIN, plan.first_epoch, self._context.control.stop, values=ListedValues()
         )
         state = writer.state
         if not plan.define_all:
             parts.model.train()
         torch.set_grad_enabled(True)
         start = Stages(parts).get(Phase.TRAIN, Stage.EPOCH_START)
-        engine.call_plain("train epoch_start", start and (lambda _trainer: start(state)), None)
+        engine.call_hook("train epoch_start", start and (lambda _trainer: start(state)), None)
         writer.begin(limit, sample_count(self._loader, limit))
         return writer
 
     def _in_memory(self, limit: int) -> list[Any]:
         return list(islice(cycle(self._memory), limit))
 
-    def _restore(self) -> None:
-        if self._capture is not None:
-            self._capture.restore()
-
     def _check(self) -> None:
-        if self._control.cancelled:
+        if self._context.control.cancelled:
             raise Cancelled
-        if self._control.halted:
+        if self._context.control.halted:
             raise _StoppedError
-
-    def _use_threads(self, number: int) -> None:
-        if self._has_threads:
-            intra_op_threads.leave()
-        self._has_threads = intra_op_threads.enter(number)
 
     @property
     def _synchronize(self) -> Callable[[], None] | None:
-        device = self._core.config.device
+        device = self._state.config.device
         return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
 
     def _conditions(self, rounds: int, seconds: float, epoch: int | None) -> Conditions:
-        parts, access, budget = self._core.config, self._access, self._budget
+        parts, access, budget = self._state.config, self._access, self._budget
         return Conditions(
             trainer=parts.name,
             loader=access.type_name,
@@ -408,7 +388,7 @@ class BenchRun(Run):
             rounds=rounds,
             seconds=seconds,
             device=str(parts.device),
-            num_threads=self._options.num_threads,
+            num_threads=self._session.num_threads,
             cores=available_cores(),
             processor=processor(),
             loads=self._loads,

@@ -21,6 +21,7 @@ from fitloop._bench.figures import PassTiming
 from fitloop._concurrency.control import RunControl
 from fitloop._data.sources import END
 from fitloop._engine.loop_state import StateWriter
+from fitloop._engine.plan import Instrumentation
 from fitloop._errors import UnknownMetricError
 from fitloop._types import Phase
 
@@ -28,8 +29,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 Clock = Callable[[], float]
 
 
-class PassTimer:
-    """The clock of one pass. As a `Instrumentation`, it times a pass of the engine.
+class PassTimer(Instrumentation):
+    """The clock of one pass. As an `Instrumentation`, it times a pass of the engine.
 
     Args:
         clock: returns seconds.

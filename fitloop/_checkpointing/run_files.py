@@ -51,6 +51,7 @@ class RunFiles:
 
     def __init__(self, core: TrainerState, options: FileOptions, plan: RunPlan) -> None:
         self._core = core
+        self.checkpoint = options.checkpoint
         self._lock = DirectoryLock(core.config.save_path)
         self.writer = BackgroundWriter(core.config.name)
         self.archive = Archive(core.config.save_path)

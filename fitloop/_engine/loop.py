@@ -49,8 +49,8 @@ class Engine:
         self._plan = plan
         self._deps = deps
         self._control = deps.control
-        self._stages = Stages(deps.parts)
-        self._transfer = DeviceTransfer(deps.parts.device, deps.parts.dtype, cast=plan.cast)
+        self._stages = Stages(deps.config)
+        self._transfer = DeviceTransfer(deps.config.device, deps.config.dtype, cast=plan.cast)
         self._activity = "before the first epoch"
         self.epochs_completed = plan.epochs_before
         self._progress: PassProgress | None = None
@@ -100,13 +100,13 @@ class Engine:
             if not self._deps.ask(epoch, epoch_in_run):
                 self._control.stop(StopReason.PROMPT)
 
-    def call_plain(self, name: str, function: Callable[[Any], object] | None, trainer: Any) -> None:
-        """Call ``preloop`` or ``postloop`` with the trainer; an ``async def`` is awaited."""
+    def call_hook(self, name: str, function: Callable[[Any], object] | None, argument: Any) -> None:
+        """Call a function outside the phases, such as ``preloop``; an ``async def`` is awaited."""
         if function is None:
             return
         self._activity = name
         torch.set_grad_enabled(True)
-        result = function(trainer)
+        result = function(argument)
         if is_awaitable(result):
             self._await(result, ExecutionContext(True, self._deps.thread_contexts))
 
@@ -140,7 +140,7 @@ class Engine:
 
     def _epoch(self, epoch: int, epoch_in_run: int) -> None:
         deps, plan = self._deps, self._plan
-        trainer = deps.parts.name
+        trainer = deps.config.name
         began = deps.clock()
         numbers = {"epoch": epoch, "epoch_in_run": epoch_in_run, "epochs": plan.epochs}
         self._activity = f"beginning epoch {epoch}"
@@ -182,7 +182,7 @@ class Engine:
         """
         deps, plan = self._deps, self._plan
         began = deps.clock()
-        writer = StateWriter(deps.parts, phase, epoch, self._control.stop)
+        writer = StateWriter(deps.config, phase, epoch, self._control.stop)
         state = writer.state
         scope = self._enter(phase)
         start = self._call(state, Stage.EPOCH_START, scope)
@@ -202,7 +202,7 @@ class Engine:
             writer.begin(batches, sample_count(loader, plan.steps))
             self._activity = f"{phase}, epoch {epoch}, beginning"
             self._emit(
-                PhaseStarted(trainer=deps.parts.name, epoch=epoch, phase=phase, batches=batches)
+                PhaseStarted(trainer=deps.config.name, epoch=epoch, phase=phase, batches=batches)
             )
             complete = self._batches(writer, source, scope)
         except BaseException as error:
@@ -227,7 +227,7 @@ class Engine:
         tracked = writer.values.scalars() if plan.track_batch_metrics else {}
         self._emit(
             PhaseEnded(
-                trainer=deps.parts.name,
+                trainer=deps.config.name,
                 epoch=epoch,
                 phase=phase,
                 metrics=metrics,
@@ -258,8 +258,8 @@ class Engine:
         put = wrap(phase, "metrics", writer.values.put)
         fetch = wrap(phase, "wait", source.fetch)
         train = phase is Phase.TRAIN
-        to_zero = deps.parts.optimizers if train and not self._plan.define_all else ()
-        hooks = deps.batch_hooks if train else ()
+        to_zero = deps.config.optimizers if train and not self._plan.define_all else ()
+        hooks = deps.after_batch if train else ()
         begin, end_of_batch, clock = writer.next_batch, deps.guard.end_of_batch, deps.clock
         began = clock()
         report_at = began + PROGRESS_SECONDS
@@ -301,7 +301,7 @@ class Engine:
         self._activity = f"{state.phase}, epoch {state.epoch_num}, after batch {state.batch_num}"
         self._emit(
             BatchProgress(
-                trainer=self._deps.parts.name,
+                trainer=self._deps.config.name,
                 epoch=state.epoch_num,
                 phase=state.phase,
                 batch=state.batch_num,
@@ -317,7 +317,7 @@ class Engine:
         train = phase is Phase.TRAIN
         grad = train or self._plan.define_all
         if not self._plan.define_all:
-            deps.parts.model.train(train)
+            deps.config.model.train(train)
         torch.set_grad_enabled(grad)  # of this thread, which is the run's own
         deps.guard.enter_phase(phase)
         return ExecutionContext(grad, deps.thread_contexts)
@@ -331,14 +331,14 @@ class Engine:
             start_transfer=self._transfer.start,
             finish_transfer=self._transfer.finish if self._transfer.is_async else None,
             rng=deps.guard.loader(phase),
-            close_timeout=deps.parts.loader_grace,
+            close_timeout=deps.config.loader_grace,
             read_wrapper=deps.instrumentation.read_wrapper(phase),
         )
         return deps.loaders.open(
             loader,
             phase,
             context,
-            deps.side,
+            deps.portal,
             limit=self._plan.steps,
             resume_from=resume_from,
         )
@@ -359,7 +359,7 @@ class Engine:
         """Have an ``async def`` stage run on the event loop, and wait for it."""
         try:
             with self._deps.guard.on_event_loop():
-                return self._deps.side.call(lambda: scope.wrap(awaitable))
+                return self._deps.portal.call(lambda: scope.wrap(awaitable))
         except Cancelled:
             if hasattr(awaitable, "close"):  # a coroutine may never have begun
                 awaitable.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -101,46 +101,36 @@ class PassProgress:
     start_metrics: dict[str, float]
 
 
-class Instrumentation(Protocol):
-    """Looks at the calls of the engine; the profiler's has a clock in it."""
+class Instrumentation:
+    """Wraps the calls of the engine, to time them for example. This base class wraps nothing."""
 
     def wrap(self, phase: Phase, name: str, function: F) -> F:
-        """Return ``function``, or one that does the same and more."""
-
-    def read_wrapper(self, phase: Phase) -> Callable[[Any], Any] | None:
-        """Return what to wrap the call in that reads a batch from a loader; None for nothing."""
-
-
-class NoInstrumentation:
-    """Looks at nothing."""
-
-    def wrap(self, phase: Phase, name: str, function: F) -> F:
-        """Return ``function``."""
+        """Return ``function``, or a function that calls it; at the beginning of each pass."""
         return function
 
-    def read_wrapper(self, phase: Phase) -> None:
-        """Return None."""
-        return
+    def read_wrapper(self, phase: Phase) -> Callable[[Any], Any] | None:
+        """Return a wrapper for the call that reads a batch from a loader; None for no wrapper."""
+        return None
 
 
 @dataclass(slots=True, kw_only=True)
 class EngineDeps:
-    """What the engine works with."""
+    """The dependencies of the engine."""
 
-    parts: TrainerConfig
+    config: TrainerConfig
     control: RunControl
-    side: LoopPortal
+    portal: LoopPortal
     loaders: Loaders
-    emit: Callable[[Event], None]
-    ask: Callable[[int, int], bool]
-    """whether to go on after an epoch, given its number in the trainer's life and in the run"""
     guard: RngGuard
     """random numbers of the run"""
     thread_contexts: Sequence[ThreadContext]
-    """what a coroutine of the trainer's is in, on the event loop's thread"""
-    batch_hooks: Sequence[Callable[[], None]] = ()
-    """called after every batch step of the train phase, on the step thread"""
-    instrumentation: Instrumentation = field(default_factory=NoInstrumentation)
+    """contexts of the step thread, which coroutines on the event loop's thread must enter"""
+    emit: Callable[[Event], None] = lambda event: None
+    ask: Callable[[int, int], bool] = lambda epoch, epoch_in_run: True
+    """asks whether to go on after an epoch, given its number in all runs and in this one"""
+    after_batch: Sequence[Callable[[], object]] = ()
+    """called after each step of the train phase"""
+    instrumentation: Instrumentation = field(default_factory=Instrumentation)
     restore_position: Callable[[], None] = lambda: None
     """restores the trainer once more in a resumed epoch, since ``epoch_start`` may change it"""
     clock: Callable[[], float] = time.perf_counter

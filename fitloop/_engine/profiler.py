@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fitloop._engine.plan import Instrumentation
 from fitloop._events import Event, PhaseEnded
 from fitloop._format import Table, format_seconds, html_block
 from fitloop._types import Phase
@@ -43,7 +44,7 @@ class Span:
     thread: str
 
 
-class SpanRecorder:
+class SpanRecorder(Instrumentation):
     """Times the calls of the engine, as its `Instrumentation`, and counts the batches of phases.
 
     On CUDA, a step is timed to the end of its kernels. Host and device do not overlap then, so a

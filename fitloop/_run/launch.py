@@ -1,7 +1,4 @@
-"""From the arguments of a coroutine to a supervised run: plans, options, and who is told.
-
-The glue between the public verbs and `Run`; runs on the event loop and never blocks it.
-"""
+"""Starts the supervised thread of a public verb. Runs on the event loop and never blocks it."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import torch
 
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.in_use import in_use
-from fitloop._concurrency.supervisor import LoopPortal, supervise
+from fitloop._concurrency.supervisor import LoopPortal, ThreadTask, supervise
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._display.jupyter import interruptible
@@ -27,7 +24,7 @@ from fitloop._errors import MissingLoaderError
 from fitloop._events import Event, PhaseEnded
 from fitloop._rng.exclusive import GivenWay
 from fitloop._run.fit_options import fit_option
-from fitloop._run.run import Run, RunOptions
+from fitloop._run.session import RunContext, scheduler_steps
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
@@ -36,54 +33,54 @@ T = TypeVar("T")
 
 
 async def launch(
-    core: TrainerState,
+    state: TrainerState,
     trainer: Any,
     plan: RunPlan,
+    make_task: Callable[[RunContext], ThreadTask],
     callbacks: Sequence[Callback] = (),
-    *,
-    make: Callable[..., Run] = Run,
-    **options: Any,
 ) -> Any:
-    """Run ``plan`` on a thread of its own and return its `FitResult`.
+    """Run ``plan`` on a thread of its own, and return the result of the task.
 
-    ``make`` makes the run; ``options`` are those of `RunOptions`. Raises `BusyError`
-    at once, and what `supervise` raises.
+    ``make_task`` is called on that thread: `Run` with its options, or another `ThreadTask` that
+    opens a `RunSession`. Raises `BusyError` at once, and everything that `supervise` raises.
     """
-    await anyio.lowlevel.checkpoint_if_cancelled()  # or a thread would be started for nothing
-    plain = [callback for callback in callbacks if not is_async_callback(callback)]
-    threads = (
-        core.config.num_threads or TRAINER_DEFAULTS.get().num_threads or torch.get_num_threads()
-    )
-    options["observers"] = [*options.get("observers", ()), *plain]
-    with in_use(core.config.name, plan.call, core, core.config.model), interruptible():
+    await anyio.lowlevel.checkpoint_if_cancelled()  # before a thread is started
+    config, defaults = state.config, TRAINER_DEFAULTS.get()
+    with in_use(config.name, plan.call, state, config.model), interruptible():
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(GivenWay())
             background_tasks, streams = [], []
             for callback in callbacks:
                 if is_async_callback(callback):
-                    stream = await stack.enter_async_context(EventStream(core.event_bus, None))
+                    stream = await stack.enter_async_context(EventStream(state.event_bus, None))
                     streams.append(stream)
                     background_tasks.append(partial(feed_callback, stream, callback))
             control = RunControl()
-            side = LoopPortal(control)
-            settings = RunOptions(
-                num_threads=threads, own_stream=TRAINER_DEFAULTS.get().cuda_stream, **options
+            context = RunContext(
+                state=state,
+                trainer=trainer,
+                plan=plan,
+                schedulers=scheduler_steps(state, plan),
+                control=control,
+                portal=LoopPortal(control),
+                callbacks=[each for each in callbacks if not is_async_callback(each)],
+                num_threads=config.num_threads or defaults.num_threads or torch.get_num_threads(),
+                own_cuda_stream=defaults.cuda_stream,
             )
-            run = make(core, trainer, plan, settings, control, side)
-            core.control = control
+            state.control = control
             try:
                 return await supervise(
-                    run,
+                    _LateTask(partial(make_task, context)),
                     control,
-                    side,
-                    name=core.config.name,
-                    grace=core.config.loader_grace,
+                    context.portal,
+                    name=config.name,
+                    grace=config.loader_grace,
                     background_tasks=background_tasks,
                     end_background_tasks=partial(_end_all, streams),
                 )
             finally:
-                core.control = None
-                core.event_bus.set_observers(())
+                state.control = None
+                state.event_bus.set_observers(())
 
 
 def _end_all(streams: Sequence[EventStream]) -> None:
@@ -91,72 +88,98 @@ def _end_all(streams: Sequence[EventStream]) -> None:
         stream.end()
 
 
+class _LateTask:
+    """A `ThreadTask` that is made on the step thread, since making it may take long."""
+
+    def __init__(self, make: Callable[[], ThreadTask]) -> None:
+        self._make = make
+        self._task: ThreadTask | None = None
+
+    def execute(self) -> None:
+        """Make the task and execute it."""
+        self._task = self._make()
+        self._task.execute()
+
+    def finish(self, error: BaseException | None) -> Any:
+        """Finish the task, or raise the error of making it."""
+        if self._task is not None:
+            return self._task.finish(error)
+        assert error is not None
+        try:
+            raise error
+        finally:
+            del error
+
+
 class FunctionTask:
-    """A `Work` that calls one function: weights in and out, reset."""
+    """A `ThreadTask` that calls one function."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
         self._result: Any = None
 
     def execute(self) -> None:
-        """Call it."""
+        """Call the function."""
         self._result = self._function()
 
     def finish(self, error: BaseException | None) -> Any:
-        """Return what it returned."""
+        """Return its result, or raise its error."""
         if error is not None:
             raise error
         return self._result
 
 
-async def run_exclusively_in_thread(core: TrainerState, call: str, function: Callable[[], T]) -> T:
-    """Call a blocking function in a thread while the trainer counts as busy.
+async def run_exclusively_in_thread(state: TrainerState, call: str, function: Callable[[], T]) -> T:
+    """Call a blocking function in a thread, as `run_in_thread`, while the trainer is in use.
 
-    It is not interrupted: a cancellation is raised when it has returned.
+    ``call`` names the public verb. Raises `BusyError` if the trainer or its model is in use.
     """
-    with in_use(core.config.name, call, core, core.config.model):
-        return await run_in_thread(core.config.name, function)
+    with in_use(state.config.name, call, state, state.config.model):
+        return await run_in_thread(state.config.name, function)
 
 
 async def run_in_thread(
     name: str, function: Callable[[], T], control: RunControl | None = None
 ) -> T:
-    """Call a blocking function in a thread that is named after ``name``.
+    """Call a blocking function in a thread that is named after ``name``, and return its result.
 
-    It is not interrupted: a cancellation is raised when it has returned. ``control`` tells it of
-    one meanwhile.
+    Cancellation: ``control`` is cancelled, and the cancellation is raised when the function has
+    returned.
     """
     await anyio.lowlevel.checkpoint_if_cancelled()
     control = control or RunControl()
-    work = FunctionTask(function)
+    task = FunctionTask(function)
     async with GivenWay():
-        result: T = await supervise(work, control, LoopPortal(control), name=name, grace=0.0)
+        result: T = await supervise(task, control, LoopPortal(control), name=name, grace=0.0)
     return result
 
 
 def phases_to_run(
-    core: TrainerState, call: str, given: Mapping[Phase, Any], needed: Phase, *others: Phase
+    state: TrainerState, call: str, loaders: Mapping[Phase, Any], required: Phase, *optional: Phase
 ) -> tuple[tuple[Phase, Any], ...]:
-    """Return the phases of an epoch with their loaders: the needed one, and others that have one.
+    """Return the phases of an epoch, each with its loader.
+
+    These are the required phase, and the optional ones that have a loader. ``loaders`` are
+    arguments of the call; a None stands for the loader of the constructor.
 
     Raises:
-        MissingLoaderError: the needed phase has none.
-        ConfigurationError: a given loader is none.
+        MissingLoaderError: the required phase has no loader.
+        ConfigurationError: an argument is no loader.
     """
-    for phase, loader in given.items():
+    for phase, loader in loaders.items():
         if loader is not None:
             check_loader(f"{phase}_dl of {call}()", loader)
-    loaders = core.loaders_of(given)
-    if loaders[needed] is None:
-        raise MissingLoaderError(needed, call)
-    wanted = [needed, *(phase for phase in others if loaders[phase] is not None)]
-    return tuple((phase, loaders[phase]) for phase in wanted)
+    available = state.loaders_of(loaders)
+    if available[required] is None:
+        raise MissingLoaderError(required, call)
+    phases = [required, *(phase for phase in optional if available[phase] is not None)]
+    return tuple((phase, available[phase]) for phase in phases)
 
 
 def dry_plan(
-    core: TrainerState,
+    state: TrainerState,
     call: str,
-    given: Mapping[Phase, Any],
+    loaders: Mapping[Phase, Any],
     *,
     epochs: int,
     steps: int | None,
@@ -167,17 +190,17 @@ def dry_plan(
     return RunPlan(
         call=call,
         epochs=check_number("epochs", epochs, 1),
-        first_epoch=core.epoch_num + 1,
-        phases=phases_to_run(core, call, given, Phase.TRAIN, Phase.VALID, Phase.TEST),
+        first_epoch=state.epoch_num + 1,
+        phases=phases_to_run(state, call, loaders, Phase.TRAIN, Phase.VALID, Phase.TEST),
         steps=fit_option("steps", steps),
         define_all=define_all,
         cast=cast,
     )
 
 
-def criteria_check(core: TrainerState) -> Callable[[Event], None]:
-    """Return an observer that raises when a validation does not return the criteria."""
-    criteria = core.criteria
+def criteria_check(state: TrainerState) -> Callable[[Event], None]:
+    """Return an observer that raises an error if a validation does not return the criteria."""
+    criteria = state.criteria
 
     def check(event: Event) -> None:
         if criteria and isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
@@ -187,8 +210,8 @@ def criteria_check(core: TrainerState) -> Callable[[Event], None]:
 
 
 def is_async_callback(callback: object) -> bool:
-    """Return whether a callback is to be awaited on the event loop."""
-    plain = callback.func if isinstance(callback, partial) else callback
-    if inspect.isroutine(plain):
-        return inspect.iscoroutinefunction(plain)
-    return inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004
+    """Return whether a callback must be awaited on the event loop."""
+    function = callback.func if isinstance(callback, partial) else callback
+    if inspect.isroutine(function):
+        return inspect.iscoroutinefunction(function)
+    return inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

@@ -1,7 +1,7 @@
-"""The question whether to go on, as a run asks it: waiting for the answer, or training on.
+"""The question whether to go on, as a run asks it: it waits for the answer, or trains on meanwhile.
 
-Owns what an answer does to a run. Where and how it is asked is the business of the `Ask` that is
-given; it runs on the event loop, these classes on the step thread.
+Owns the effect of an answer on the run. The question itself is asked by an `Ask`, which runs on
+the event loop; the classes here are used on the step thread.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import isawaitable
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 
 from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.event_loops import is_scope_cancelled, loop_scheduler
-from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import Event, PromptAnswered, PromptAsked, WentBack
+from fitloop._run.session import RunSession
 from fitloop._types import StopReason
 
 Ask = Callable[[PromptAsked], Awaitable[bool]]
@@ -28,198 +28,185 @@ Ask = Callable[[PromptAsked], Awaitable[bool]]
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """How a run asks whether to go on."""
+    """The question of a run, and how it is asked."""
 
     ask: Ask
     question: str
     timeout: float | None = None
     default: bool = True
     in_background: bool = False
+    """whether the run trains on while the question is open"""
 
-    def event(self, trainer: str, epoch: int, epoch_in_run: int, epochs: int) -> PromptAsked:
-        """Return the question after an epoch."""
-        return PromptAsked(
-            trainer=trainer,
-            epoch=epoch,
-            epoch_in_run=epoch_in_run,
-            epochs=epochs,
-            question=self.question,
-            timeout=self.timeout,
-            default=self.default,
-            trains_on=self.in_background,
+
+class Prompts:
+    """The questions of one run. The run waits for each answer."""
+
+    def __init__(self, options: PromptOptions, session: RunSession) -> None:
+        context = session.context
+        self._options = options
+        self._trainer = context.state.config.name
+        self._epochs = session.plan.epochs
+        self._control, self._portal = context.control, context.portal
+        self._guard = session.guard
+        self._event_bus = context.state.event_bus
+
+    def ask_after(self, epoch: int, epoch_in_run: int) -> bool:
+        """Ask after an epoch; return whether the run is to go on. ``stop()`` counts as a no.
+
+        Raises an error of the `Ask`.
+        """
+        options = self._options
+        return self._ask(
+            PromptAsked(
+                trainer=self._trainer,
+                epoch=epoch,
+                epoch_in_run=epoch_in_run,
+                epochs=self._epochs,
+                question=options.question,
+                timeout=options.timeout,
+                default=options.default,
+                trains_on=options.in_background,
+            )
         )
 
-
-Aside = Callable[[Callable[[], Any]], Any]
-"""calls what waits for a person while the run is in nobody's way, and returns what it returns"""
-
-
-class Prompts(Protocol):
-    """The prompts of one run, on its step thread."""
-
-    def ask(self, event: PromptAsked) -> bool:
-        """Ask; return whether the run is to go on now."""
-
     def resolve(self) -> int | None:
-        """Return when no question is open any more, after the last epoch.
+        """Wait, after the last epoch, for the answer to an open question.
 
-        The number of the epoch in the run that it went back to, if it did.
+        Returns the epoch in the run to which a no has rolled the trainer back, or None.
         """
 
     def cancel(self) -> None:
-        """End with no answer, whatever is open; any thread, any number of times."""
+        """Cancel an open question; any thread, any number of times."""
 
-
-class BlockingPrompts:
-    """The run waits for each answer."""
-
-    def __init__(
-        self,
-        ask: Ask,
-        control: RunControl,
-        side: LoopPortal,
-        emit: Callable[[Event], None],
-        aside: Aside,
-    ) -> None:
-        self._ask, self._control, self._side, self._emit = ask, control, side, emit
-        self._aside = aside
-
-    def ask(self, event: PromptAsked) -> bool:
-        """Ask and wait; ``stop()`` is taken as a no. Raises what asking raises."""
-        self._emit(event)
-        ask = partial(_answer, self._ask, event, self._control)
-        answer = check_answer(self._aside(partial(self._side.call, ask)))
-        self._emit(PromptAnswered(trainer=event.trainer, epoch=event.epoch, go_on=answer))
+    def _ask(self, question: PromptAsked) -> bool:
+        self._emit(question)
+        ask = partial(_ask_until_stopped, self._options.ask, question, self._control)
+        answer = check_answer(self._guard.wait(partial(self._portal.call, ask)))
+        self._emit_answer(question, answer)
         return answer
 
-    def resolve(self) -> None:
-        """Nothing is open: every question was waited for."""
+    def _emit_answer(self, question: PromptAsked, answer: bool) -> None:
+        self._emit(PromptAnswered(trainer=self._trainer, epoch=question.epoch, go_on=answer))
 
-    def cancel(self) -> None:
-        """Nothing is open but what the cancellation of the run ends anyway."""
+    def _emit(self, event: Event) -> None:
+        self._guard.outside(self._event_bus.emit, event)
 
 
-class BackgroundPrompts:
-    """The run trains on while it asks; a no takes it back to where it was.
+@dataclass(eq=False)
+class _OpenQuestion:
+    """A question that is asked while the run trains on."""
 
-    ``stop()`` and a cancellation withdraw the question, and what was trained stays.
+    event: PromptAsked
+    rollback: RollbackPoint
+    outcome: bool | BaseException | None = None
+    """the answer, or the error of the `Ask`; None while it is open, and after `cancel`"""
+    answer_emitted: bool = False
+
+
+class BackgroundPrompts(Prompts):
+    """The questions of a run that trains on while it asks. A no rolls the trainer back.
+
+    After ``stop()`` or a cancellation, an open question is cancelled and the training is kept.
     """
 
     def __init__(
-        self,
-        ask: Ask,
-        control: RunControl,
-        side: LoopPortal,
-        emit: Callable[[Event], None],
-        aside: Aside,
-        mark: Callable[[], RollbackPoint],
-        rest: Callable[[Callable[[], None]], None],
+        self, options: PromptOptions, session: RunSession, mark: Callable[[], RollbackPoint]
     ) -> None:
-        self._ask, self._control, self._side, self._emit = ask, control, side, emit
-        self._aside = aside
+        super().__init__(options, session)
         self._mark = mark
-        self._rest = rest
-        self._event: PromptAsked | None = None
-        self._point: RollbackPoint | None = None
-        self._outcome: bool | BaseException | None = None
-        self._is_told = False
-        """whether the answer was; a no is looked at by the question after it, and at the end"""
-        self._scopes = threading.Lock()
-        self._cancel: Callable[[], None] = lambda: None
-        self._withdrawn = False
+        self._open: _OpenQuestion | None = None
+        self._lock = threading.Lock()
+        self._cancel_scope: Callable[[], None] = lambda: None
+        self._cancelled = False
 
-    def ask(self, event: PromptAsked) -> bool:
-        """Ask and go on, once the question before this one is answered."""
+    def _ask(self, question: PromptAsked) -> bool:
         if self._is_declined():
             return False
-        self._point = self._mark()
-        self._event, self._outcome = event, None
-        self._is_told = False
-        self._emit(event)
-        self._side.start(lambda: self._open(event))
+        self._open = _OpenQuestion(question, self._guard.outside(self._mark))
+        self._emit(question)
+        self._portal.start(partial(self._serve, self._open))
         return True
 
     def after_batch(self) -> None:
-        """Tell of an answer when it has come; a batch hook."""
-        if self._event is not None and not self._is_told and isinstance(self._outcome, bool):
-            self._tell()
+        """Emit the answer when it has come; called after each train batch."""
+        if self._open is not None and not self._open.answer_emitted:
+            self._emit_outcome(self._open)
 
-    def _tell(self) -> None:
-        event, outcome = self._event, self._outcome
-        if self._is_told or event is None or not isinstance(outcome, bool):
-            return
-        self._is_told = True
-        self._emit(PromptAnswered(trainer=event.trainer, epoch=event.epoch, go_on=outcome))
+    def _emit_outcome(self, question: _OpenQuestion) -> None:
+        if isinstance(question.outcome, bool) and not question.answer_emitted:
+            question.answer_emitted = True
+            self._emit_answer(question.event, question.outcome)
 
     def resolve(self) -> int | None:
-        """Wait for the answer that is open, and go back if it is no."""
-        if not self._is_declined() or self._event is None or self._point is None:
+        """See `Prompts.resolve`."""
+        if not self._is_declined() or self._open is None:
             return None
-        point, event = self._point, self._event
-        self._point = self._event = None
-        self._rest(point.restore)
-        self._emit(
-            WentBack(trainer=event.trainer, epoch=event.epoch, epoch_in_run=event.epoch_in_run)
-        )
-        return event.epoch_in_run
+        question, self._open = self._open, None
+        self._guard.outside(question.rollback.restore)
+        epoch, epoch_in_run = question.event.epoch, question.event.epoch_in_run
+        self._emit(WentBack(trainer=self._trainer, epoch=epoch, epoch_in_run=epoch_in_run))
+        return epoch_in_run
 
     def cancel(self) -> None:
-        """Take the question back."""
-        with self._scopes:
-            self._withdrawn = True
-            self._cancel()
+        """See `Prompts.cancel`."""
+        with self._lock:
+            self._cancelled = True
+            self._cancel_scope()
 
     def _is_declined(self) -> bool:
-        """Return whether the open question was answered with no, when it is answered."""
-        event = self._event
-        if event is None:
+        """Return whether the answer to the open question is no; wait for it. Raises its error."""
+        question = self._open
+        if question is None:
             return False
-        if self._outcome is None:
-            self._aside(self._await_outcome)
-        outcome = self._outcome
+        if question.outcome is None:
+            self._guard.wait(partial(self._wait_for, question))
+        outcome = question.outcome
         if isinstance(outcome, BaseException):
             raise outcome
-        if outcome is None:  # withdrawn
-            self._point = self._event = None
+        if outcome is None:  # the question was cancelled
+            self._open = None
             return False
-        self._tell()
+        self._emit_outcome(question)
         if outcome:
-            self._point = self._event = None
+            self._open = None
         return not outcome
 
-    def _await_outcome(self) -> None:
-        self._control.wait_for(lambda: self._outcome is not None, obey_stop=True)
+    def _wait_for(self, question: _OpenQuestion) -> None:
+        self._control.wait_for(lambda: question.outcome is not None, obey_stop=True)
 
-    async def _open(self, event: PromptAsked) -> None:
-        """Ask, on the event loop, and have the run end where it is if the answer is no."""
+    async def _serve(self, question: _OpenQuestion) -> None:
+        """Ask on the event loop; a no stops the run at the next batch boundary."""
         schedule = loop_scheduler()
         with anyio.CancelScope() as scope:
-            with self._scopes:
-                if self._withdrawn:
+            with self._lock:
+                if self._cancelled:
                     return
-                self._cancel = lambda: schedule(scope.cancel)
+                self._cancel_scope = lambda: schedule(scope.cancel)
             forget = self._control.on_halt(lambda: schedule(scope.cancel))
             try:
-                self._outcome = check_answer(await _awaited(self._ask(event)))
+                question.outcome = check_answer(
+                    await _await_if_needed(self._options.ask(question.event))
+                )
             except anyio.get_cancelled_exc_class() as error:
                 if is_scope_cancelled():
                     raise
-                self._outcome = _noted(error, event)  # it awaited something that was cancelled
-            except BaseException as error:  # crosses to the step thread
-                self._outcome = _noted(error, event)
+                # The `Ask` awaited something else that was cancelled.
+                question.outcome = _with_note(error, question.event)
+            except BaseException as error:  # raised on the step thread
+                question.outcome = _with_note(error, question.event)
             finally:
                 forget()
-        if self._outcome is None or self._outcome is True:
+        if question.outcome is None or question.outcome is True:
             self._control.notify()
         else:
             self._control.stop(StopReason.PROMPT)
 
 
 def check_answer(answer: object) -> bool:
-    """Return an answer that is one.
+    """Return an answer that is True or False.
 
     Raises:
-        ConfigurationError: it is neither True nor False.
+        ConfigurationError: it is neither.
     """
     if not isinstance(answer, bool):
         raise ConfigurationError(
@@ -228,22 +215,24 @@ def check_answer(answer: object) -> bool:
     return answer
 
 
-def _noted(error: BaseException, event: PromptAsked) -> BaseException:
-    add_note_safely(error, f"in the question after epoch {event.epoch}, beside which it trained on")
+def _with_note(error: BaseException, question: PromptAsked) -> BaseException:
+    add_note_safely(
+        error, f"in the question after epoch {question.epoch}, beside which it trained on"
+    )
     return error
 
 
-async def _awaited(answer: Any) -> Any:
+async def _await_if_needed(answer: Any) -> Any:
     return await answer if isawaitable(answer) else answer
 
 
-async def _answer(ask: Ask, question: PromptAsked, control: RunControl) -> Any:
-    """Ask, and take ``stop()`` as a no."""
+async def _ask_until_stopped(ask: Ask, question: PromptAsked, control: RunControl) -> Any:
+    """Ask, on the event loop; return False if the run is stopped meanwhile."""
     schedule = loop_scheduler()
     with anyio.CancelScope() as scope:
         forget = control.on_halt(lambda: schedule(scope.cancel))
         try:
-            return await _awaited(ask(question))
+            return await _await_if_needed(ask(question))
         finally:
             forget()
     return False

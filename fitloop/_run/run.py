@@ -1,410 +1,217 @@
-"""One run of a trainer, on its thread: what comes before the loop, around it, and after it.
+"""One fit, test, sanity check or profile, on its step thread.
 
-`Run.execute` prepares and loops; `Run.finish` puts back what a run may not leave behind, however
-it ended, and says how it went. Knows no event loop but through `LoopPortal`.
+`Run` observes the engine in a `RunSession`: it emits the events of the run, keeps its metrics and
+its best weights, asks whether to go on, and writes its files.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from fitloop._checkpointing.checkpointer import Checkpointer
 from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._checkpointing.run_files import FileOptions, RunFiles
 from fitloop._checkpointing.run_position import LoaderPosition, RunPosition
-from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
-from fitloop._concurrency.supervisor import LoopPortal
-from fitloop._concurrency.time_slices import TimeSliceHook
-from fitloop._concurrency.torch_threads import intra_op_threads
-from fitloop._data.cuda_stream import CudaStreamScope, NullStreamScope
-from fitloop._engine.config import STAGE_NAMES
-from fitloop._engine.loop import Engine
-from fitloop._engine.loop_state import add_attribute_hint
-from fitloop._engine.plan import EngineDeps, Instrumentation, NoInstrumentation, RunPlan
-from fitloop._errors import add_note_safely, one_line
+from fitloop._concurrency.control import Cancelled
+from fitloop._engine.plan import Instrumentation
+from fitloop._errors import one_line
 from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._metrics.results import EpochMetricsRecorder, FitResult
-from fitloop._rng.guard import RngGuard
-from fitloop._rng.trainer_rng import TrainerRng
-from fitloop._run.prompts import BackgroundPrompts, BlockingPrompts, PromptOptions, Prompts
-from fitloop._training.best import BestTracker
-from fitloop._training.capture import TrainingCapture
-from fitloop._training.schedulers import SchedulerSteps
-from fitloop._training.trainer_state import TrainerState
+from fitloop._run.prompts import BackgroundPrompts, PromptOptions, Prompts
+from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._types import Phase, StopReason
-
-Observer = Callable[[Event], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What is special about a run."""
+    """The differences between the kinds of runs."""
 
-    num_threads: int
-    """intra-op threads of the step thread"""
-    observers: Sequence[Observer] = ()
-    """called with every event, after the trainer's own"""
+    observers: Sequence[Callable[[Event], object]] = ()
+    """called with every event, before the user's callbacks"""
     prompt: PromptOptions | None = None
-    """how to ask whether to go on; None for a run that never does"""
+    """how the run asks whether to go on; None if it never does"""
     load_best: bool = False
     dry: bool = False
-    """put everything back afterwards, and record nothing"""
-    instrumentation: Instrumentation = field(default_factory=NoInstrumentation)
+    """restore everything afterwards, and leave the history as it is"""
+    instrumentation: Instrumentation = field(default_factory=Instrumentation)
     files: FileOptions | None = None
-    """what the run writes to disk; None for nothing"""
-    own_stream: bool = False
-    """on CUDA, its kernels go beside those of other runs"""
+    """the files that the run writes; None if it writes none"""
+
+
+@dataclass(frozen=True)
+class Observer:
+    """A part of a run that reacts to its events, to each train batch, or to both."""
+
+    on_event: Callable[[Event], object] | None = None
+    after_batch: Callable[[], object] | None = None
 
 
 class Run:
-    """A `Work`: one fit, test, sanity check or profile."""
+    """A `ThreadTask` for any plan, made on the step thread."""
 
-    def __init__(
-        self,
-        core: TrainerState,
-        trainer: Any,
-        plan: RunPlan,
-        options: RunOptions,
-        control: RunControl,
-        side: LoopPortal,
-    ) -> None:
-        self._core = core
-        self._trainer = trainer
-        self._plan = plan
-        self._options = options
-        self._control = control
-        self._side = side
-        self._log = EpochMetricsRecorder()
-        self._tracker: BestTracker | None = None
-        self._engine: Engine | None = None
-        self._around: EngineDeps | None = None
-        self._guard: RngGuard | None = None
-        self._capture: TrainingCapture | None = None
-        phases = [phase for phase, _loader in plan.phases]
-        self._schedulers: SchedulerSteps | None = None
-        if Phase.TRAIN in phases:  # made here, so that it refuses before anything has begun
-            self._schedulers = SchedulerSteps(
-                core.config, core.criteria, validates=Phase.VALID in phases
+    def __init__(self, context: RunContext, options: RunOptions) -> None:
+        state = context.state
+        self._context, self._state, self._options = context, state, options
+        self._start = time.perf_counter()
+        self._fit = state.completed_fits
+        with ExitStack() as stack:
+            self._files = None
+            if options.files is not None:
+                self._files = RunFiles(state, options.files, context.plan)
+                stack.callback(self._files.close)
+            self._resumption = None if self._files is None else self._files.resumption
+            self._session = self._open_session()
+            stack.callback(self._session.close)
+            self._plan = self._session.plan
+            self._metrics = EpochMetricsRecorder()
+            self._tracker = None
+            if self._plan.call == "fit":
+                state.save_pretrained(resuming=self._resumption is not None)
+                self._tracker = state.best_tracker(state.event_bus.emit)
+            self._checkpointer = self._make_checkpointer()
+            self._prompts = self._make_prompts()
+            observers = self._observers()
+            self._engine = self._session.engine(
+                emit=state.event_bus.emit,
+                ask=self._ask,
+                after_batch=[o.after_batch for o in observers if o.after_batch is not None],
+                instrumentation=options.instrumentation,
+                restore_position=self._restore_position,
             )
-        self._loaders = core.loaders.for_dry_run() if options.dry else core.loaders
-        self._modes: list[tuple[Any, bool]] = []
-        self._prompts: Prompts | None = None
-        self._slice: TimeSliceHook | None = None
-        self._lane = NullStreamScope()
-        self._fit = core.completed_fits
-        self._files: RunFiles | None = None
-        self._checkpointer: Checkpointer | None = None
-        self._found: FitResult | None = None
-        """of a run that had ended before it was resumed"""
-        self._has_threads = False
-        self._began = 0.0
+            state.event_bus.set_observers(o.on_event for o in observers if o.on_event is not None)
+            self._close = stack.pop_all().close
 
-    # -- on the step thread --------------------------------------------------------------------
-
-    def execute(self) -> None:
-        """Prepare, call ``preloop``, run the engine, call ``postloop``."""
-        core, plan = self._core, self._plan
-        self._began = time.perf_counter()
-        resumption = None
-        if self._options.files is not None:
-            files = self._files = RunFiles(core, self._options.files, plan)
-            resumption = files.resumption
-        if resumption is not None:
-            plan = self._plan = resumption.plan
-            self._began -= resumption.position.seconds
-        self._enter_threads()
-        core.move_to_device()  # on the stream that others use, too
-        if self._options.own_stream and core.config.device.type == "cuda":
-            self._lane = CudaStreamScope(core.config.device)
-        self._lane.enter()
-        self._modes = [(module, module.training) for module in core.config.model.modules()]
-        guard = self._guard = self._make_guard()
-        if self._options.dry:
-            self._capture = core.capture()
-        elif plan.call == "fit":
-            core.save_pretrained(resuming=resumption is not None)
-            self._tracker = core.best_tracker(core.event_bus.emit)
-        part = self._slice = TimeSliceHook(guard.wait, self._control)
-        core.event_bus.set_observers(self._observers(part))
-        around = self._around = EngineDeps(
-            parts=core.config,
-            control=self._control,
-            side=self._side,
-            loaders=self._loaders,
-            emit=core.event_bus.emit,
-            ask=self._ask,
-            guard=guard,
-            thread_contexts=(self._lane, guard),
-            instrumentation=self._options.instrumentation,
-            restore_position=self._restore_position,
+    def _open_session(self) -> RunSession:
+        resumption, dry = self._resumption, self._options.dry
+        if resumption is None:
+            return RunSession(self._context, dry=dry)
+        self._start -= resumption.position.seconds
+        configured = self._state.config.num_threads is not None
+        return RunSession(
+            self._context,
+            resumption.plan,
+            dry=dry,
+            num_threads=None if configured else resumption.num_threads,
         )
-        engine = self._engine = Engine(plan, around)
-        self._prompts = self._make_prompts(guard)
-        if self._files is not None and self._options.files and self._options.files.checkpoint:
-            self._checkpointer = Checkpointer(
-                self._options.files.checkpoint,
-                core,
-                self._files.archive,
-                self._files.writer,
-                position=self._run_position,
-                outside=guard.outside,
-                control=self._control,
-            )
-        around.batch_hooks = self._batch_hooks(part)
-        if isinstance(self._prompts, BackgroundPrompts):
-            around.batch_hooks.append(self._prompts.after_batch)
-        self._guarded(engine, guard)
 
-    def _loop(self, engine: Engine, guard: RngGuard) -> None:
-        core, plan = self._core, self._plan
-        begun = RunStarted(
-            trainer=core.config.name,
-            call=plan.call,
-            epochs=plan.epochs,
-            first_epoch=plan.first_epoch,
-        )
-        guard.outside(core.event_bus.emit, begun)
-        resumption = None if self._files is None else self._files.resumption
-        if resumption is not None and resumption.position.finished:
-            self._resume(begun)
-            self._found = self._result_of(resumption.position)
-            return
-        guard.enter_phase(plan.phases[0][0])
-        trains = self._schedulers is not None
-        if trains:
-            engine.call_plain("preloop", core.config.preloop, self._trainer)
-        guard.outside(self._resume, begun)
-        engine.run()
-        self._resolve_prompt(engine)
-        if trains:
-            engine.call_plain("postloop", core.config.postloop, self._trainer)
+    def _observers(self) -> list[Observer]:
+        """Return everything that observes the run, in the order in which it is called.
 
-    def _guarded(self, engine: Engine, guard: RngGuard) -> None:
-        try:
-            self._loop(engine, guard)
-        except (Cancelled, Abandoned):
-            raise
-        except BaseException as error:
-            add_attribute_hint(error)
-            add_note_safely(error, f"in trainer {self._core.config.name!r}: {self._position()}")
-            raise
-
-    def _position(self) -> str:
-        """Return where the run is, for the note on an exception."""
-        assert self._engine is not None
-        return self._engine.describe_position()
-
-    def _rng(self) -> TrainerRng:
-        """Return the random numbers of this run."""
-        rng = self._core.rng
-        return rng.fork() if self._options.dry else rng
-
-    def _make_guard(self) -> RngGuard:
-        parts = self._core.config
-        stages = [getattr(parts, name) for name in STAGE_NAMES.values()]
-        return RngGuard(self._rng(), self._control, [parts.model, parts.loss_function, *stages])
-
-    def _batch_hooks(self, part: TimeSliceHook) -> list[Callable[[], None]]:
-        schedulers, checkpointer = self._schedulers, self._checkpointer
-        hooks = [schedulers.after_batch] if schedulers and schedulers.per_batch else []
-        return [
-            *hooks,
-            part.after_batch,
-            *([checkpointer.after_batch] if checkpointer else ()),
-        ]  # snapshots come after a slice
-
-    def _enter_threads(self) -> None:
-        number = self._options.num_threads
-        resumption = None if self._files is None else self._files.resumption
-        if self._core.config.num_threads is None and resumption is not None:
-            number = resumption.num_threads or number
-        self._core.num_threads = number
-        self._has_threads = intra_op_threads.enter(number)
-
-    def _observers(self, part: TimeSliceHook) -> list[Observer]:
-        observers: list[Observer] = [part.observe, self._log.observe]
-        if not self._options.dry:
-            observers.append(self._core.history.observe)
-        if self._schedulers is not None:
-            observers.append(self._schedulers.observe)
+        Each event, and each train batch, goes down this list. A later observer can rely on the
+        work of an earlier one: a snapshot contains the effect of all others on the trainer. Event
+        streams and async callbacks, which run elsewhere, receive an event before this list.
+        """
+        state, options, schedulers = self._state, self._options, self._context.schedulers
+        observers = [Observer(self._metrics.observe)]  # the result of this run
+        if not options.dry:
+            observers.append(Observer(state.history.observe))
+        if schedulers is not None:
+            after_batch = schedulers.after_batch if schedulers.per_batch else None
+            observers.append(Observer(schedulers.observe, after_batch))
+        # It may wait for other runs, with the generators released, so before the checkpointer.
+        time_slice = self._session.time_slice
+        observers.append(Observer(time_slice.observe, time_slice.after_batch))
         if self._tracker is not None:
-            observers.append(self._tracker.observe)
+            observers.append(Observer(self._tracker.observe))
         if self._plan.call == "fit":
-            observers.append(self._core.observe)
-        observers += self._options.observers
-        if self._files is not None:  # last, so that it keeps what others did
-            observers.append(self._files.log.observe)
-        if self._options.files is not None and self._options.files.checkpoint is not None:
-            observers.append(self._observe_for_snapshots)
+            observers.append(Observer(state.observe))  # counts the epochs
+        observers += [Observer(observe) for observe in options.observers]
+        observers += [Observer(callback) for callback in self._context.callbacks]
+        if self._files is not None:
+            observers.append(Observer(self._files.log.observe))
+        if self._checkpointer is not None:
+            checkpointer = self._checkpointer
+            observers.append(Observer(checkpointer.observe, checkpointer.after_batch))
+        if isinstance(self._prompts, BackgroundPrompts):
+            observers.append(Observer(after_batch=self._prompts.after_batch))
         return observers
 
-    def _make_prompts(self, guard: RngGuard) -> Prompts | None:
-        prompt, core = self._options.prompt, self._core
-        if prompt is None:
+    def _make_checkpointer(self) -> Checkpointer | None:
+        if self._files is None or self._files.checkpoint is None:
             return None
-        emit = partial(guard.outside, core.event_bus.emit)
-        around = (prompt.ask, self._control, self._side, emit, guard.wait)
-        if not prompt.in_background:
-            return BlockingPrompts(*around)
-        mark = partial(
-            guard.outside, RollbackPoint, core, self._plan.phases, self._log, self._tracker
+        return Checkpointer(
+            self._files.checkpoint,
+            self._state,
+            self._files.archive,
+            self._files.writer,
+            position=self._position,
+            outside=self._session.guard.outside,
+            control=self._context.control,
         )
-        return BackgroundPrompts(*around, mark=mark, rest=guard.outside)
+
+    def _make_prompts(self) -> Prompts | None:
+        options = self._options.prompt
+        if options is None:
+            return None
+        if not options.in_background:
+            return Prompts(options, self._session)
+        mark = partial(RollbackPoint, self._state, self._plan.phases, self._metrics, self._tracker)
+        return BackgroundPrompts(options, self._session, mark)
+
+    # -- on the step thread ----------------------------------------------------------------------
+
+    def execute(self) -> None:
+        """Emit `RunStarted`, call ``preloop``, run the engine, call ``postloop``."""
+        with self._session.error_notes():
+            self._execute()
+
+    def _execute(self) -> None:
+        config, plan, outside = self._state.config, self._plan, self._session.guard.outside
+        started = RunStarted(
+            trainer=config.name, call=plan.call, epochs=plan.epochs, first_epoch=plan.first_epoch
+        )
+        outside(self._state.event_bus.emit, started)
+        if self._was_finished:
+            self._begin(started)
+            return
+        self._session.guard.enter_phase(plan.phases[0][0])
+        trains = self._context.schedulers is not None
+        if trains:
+            self._engine.call_hook("preloop", config.preloop, self._context.trainer)
+        outside(self._begin, started)
+        self._engine.run()
+        if self._prompts is not None:
+            rollback_epoch = self._prompts.resolve()
+            if rollback_epoch is not None:
+                self._engine.epochs_completed = rollback_epoch
+        if trains:
+            self._engine.call_hook("postloop", config.postloop, self._context.trainer)
 
     def _ask(self, epoch: int, epoch_in_run: int) -> bool:
-        prompt, prompts = self._options.prompt, self._prompts
-        assert prompt is not None
-        assert prompts is not None
-        name, epochs = self._core.config.name, self._plan.epochs
-        return prompts.ask(prompt.event(name, epoch, epoch_in_run, epochs))
+        return self._prompts is None or self._prompts.ask_after(epoch, epoch_in_run)
 
-    def _resolve_prompt(self, engine: Engine) -> None:
-        """Wait for the answer to a question that is open, and go back if it is no."""
-        if self._prompts is None:
-            return
-        reached = self._prompts.resolve()
-        if reached is not None:
-            engine.epochs_completed = reached
+    @property
+    def _was_finished(self) -> bool:
+        """Whether the run to be resumed had finished already."""
+        return self._resumption is not None and self._resumption.position.finished
 
-    # -- afterwards, on this or another thread --------------------------------------------------
-
-    def finish(self, error: BaseException | None) -> Any:
-        """Put back what must be, restore the best weights, tell the observers, and report."""
-        self._lane.enter()  # this may be another thread
-        if error is None and self._control.cancelled:
-            error = Cancelled()
-        if isinstance(error, Cancelled) and self._control.failure is not None:
-            error = self._control.failure
-        if self._prompts is not None:
-            self._prompts.cancel()
-        steps: list[tuple[str, Callable[[], None]]] = [("putting back", self._put_back)]
-        if self._guard is not None:
-            steps.insert(0, ("putting back the random generators", self._guard.close))
-        if self._options.load_best and (error is None or isinstance(error, Cancelled)):
-            steps.append(("restoring the best weights", self._load_best))
-        for doing, step in steps:  # all of them, whatever the others raise
-            try:
-                step()
-            except BaseException as raised:
-                error = self._first(error, raised, doing)
-        try:
-            self._end_fit(error)
-        except BaseException as raised:
-            error = self._first(error, raised, "writing what is kept on disk")
-        try:
-            self._tell_end(error)
-        except BaseException as raised:
-            error = self._first(error, raised, "in a callback at the end of the run")
-        if self._has_threads:
-            intra_op_threads.leave()
-        self._lane.leave()
-        if self._slice is not None:
-            self._slice.close()
-        if self._files is not None:
-            self._files.close()
-        result = None if error is not None else self._found or self._result()
-        # These refer back to this run, and all of them to the model.
-        self._engine = self._around = self._prompts = self._slice = None
-        try:
-            if error is not None:
-                raise error
-            return result
-        finally:
-            del error
-
-    def _first(
-        self, error: BaseException | None, raised: BaseException, doing: str
-    ) -> BaseException:
-        """Return which of two errors the caller is to see: the first that is one."""
-        if error is None or isinstance(error, Cancelled):
-            return self._noted(raised, doing)
-        add_note_safely(error, f"{doing} then raised {one_line(raised)}")
-        return error
-
-    def _noted(self, error: BaseException, doing: str) -> BaseException:
-        add_note_safely(error, f"in trainer {self._core.config.name!r}: {doing}")
-        return error
-
-    def _put_back(self) -> None:
-        for module, training in self._modes:
-            module.training = training
-        self._loaders.restore()
-        if self._capture is not None:
-            self._capture.restore()
-
-    def _load_best(self) -> None:
-        tracked = self._tracker is not None and self._tracker.tracked and self._found is None
-        if tracked and self._core.best_score is not None:
-            self._core.restore_best(self._trainer)
-
-    def _end_fit(self, error: BaseException | None) -> None:
-        ended = error is None and self._engine is not None and self._found is None
-        if ended and self._plan.call == "fit":
-            self._core.completed_fits += 1
-        if self._checkpointer is not None and self._found is None:
-            self._checkpointer.finish(finished=ended)
-        if self._files is not None:
-            self._files.flush()
-
-    def _tell_end(self, error: BaseException | None) -> None:
-        core, engine = self._core, self._engine
-        if engine is None:  # it failed before anybody was told that it began
-            return
-        ended = RunEnded(
-            trainer=core.config.name,
-            call=self._plan.call,
-            stop_reason=self._stop_reason(error),
-            epochs=engine.epochs_completed,
-            best_score=core.best_score,
-            best_epoch=core.best_epoch,
-            seconds=time.perf_counter() - self._began,
-            error=None if error is None else one_line(error),
-        )
-        assert self._guard is not None
-        self._guard.outside(core.event_bus.emit, ended)
-
-    def _stop_reason(self, error: BaseException | None) -> str:
-        if isinstance(error, Cancelled):
-            return str(StopReason.CANCELLED)
-        if error is not None:
-            return str(StopReason.FAILED)
-        if self._found is not None:
-            return self._found.stop_reason
-        return self._control.stop_reason or str(StopReason.COMPLETED)
-
-    def _observe_for_snapshots(self, event: Event) -> None:
-        if self._checkpointer is not None:
-            self._checkpointer.observe(event)
-
-    def _resume(self, started: RunStarted) -> None:
-        """Restore the position of a resumed run, and start the log of any run."""
-        if self._files is None:
-            return
-        resumption = self._files.resumption
+    def _begin(self, started: RunStarted) -> None:
+        """Restore the position of a resumed run, and begin the log."""
+        resumption = self._resumption
         if resumption is not None:
             resumption.restore()
-            self._log.restore(resumption.position.metrics)
+            self._metrics.restore(resumption.position.metrics)
             if self._tracker is not None:
                 self._tracker.tracked = resumption.position.best_tracked
             if resumption.position.train_pass is None:
                 resumption.release_snapshot()
-        self._files.log.begin(started, self._plan.epochs_before)
+        if self._files is not None:
+            self._files.log.begin(started, self._plan.epochs_before)
 
     def _restore_position(self) -> None:
-        assert self._files is not None
-        assert self._files.resumption is not None
-        self._files.resumption.restore()
-        self._files.resumption.release_snapshot()
+        """Restore once more, after ``epoch_start`` of a resumed epoch."""
+        if self._resumption is not None:
+            self._resumption.restore()
+            self._resumption.release_snapshot()
 
-    def _run_position(self, finished: bool) -> RunPosition:
-        """Return what the run adds to a snapshot that is taken now."""
-        assert self._engine is not None
+    def _position(self, finished: bool) -> RunPosition:
+        """Return the present position of the run, for a snapshot."""
         plan, position = self._plan, self._engine.position()
-        in_train = position.train_pass is not None
+        in_train_pass = position.train_pass is not None
         return RunPosition(
             fit=self._fit,
             finished=finished,
@@ -412,12 +219,12 @@ class Run:
             epochs=plan.epochs,
             first_epoch=plan.first_epoch,
             epochs_completed=position.epochs_completed,
-            metrics=self._log.export(),
+            metrics=self._metrics.export(),
             best_tracked=self._tracker is not None and self._tracker.tracked,
-            seconds=time.perf_counter() - self._began,
+            seconds=self._seconds(),
             loaders={
                 str(phase): LoaderPosition.of(
-                    self._loaders, loader, in_pass=in_train and phase is Phase.TRAIN
+                    self._state.loaders, loader, in_pass=in_train_pass and phase is Phase.TRAIN
                 )
                 for phase, loader in plan.phases
             },
@@ -425,23 +232,77 @@ class Run:
             has_gradients=position.has_gradients,
         )
 
-    def _result_of(self, position: RunPosition) -> FitResult:
-        return FitResult(
-            epochs=position.epochs_completed,
-            stop_reason=position.stop_reason or "",
-            best_score=self._core.best_score,
-            best_epoch=self._core.best_epoch,
-            metrics=self._log.arrays(),
-            seconds=position.seconds,
+    def _seconds(self) -> float:
+        if self._resumption is not None and self._was_finished:
+            return self._resumption.position.seconds
+        return time.perf_counter() - self._start
+
+    # -- at the end, on this or another thread ---------------------------------------------------
+
+    def finish(self, error: BaseException | None) -> FitResult:
+        """Restore the trainer, load the best weights, complete the files, and emit `RunEnded`.
+
+        Returns the result, or raises the first error of the run.
+        """
+        ending = RunEnding(self._state.config.name, self._context.control, error)
+        del error  # its traceback refers to this frame
+        if self._prompts is not None:
+            self._prompts.cancel()
+        self._session.restore(ending)
+        if self._options.load_best and not ending.has_failed:
+            ending.attempt("restoring the best weights", self._load_best)
+        ended = ending.error is None and not self._was_finished
+        ending.attempt("writing what is kept on disk", partial(self._complete_files, ended))
+        ending.attempt(
+            "in a callback at the end of the run", partial(self._emit_ended, ending.error)
         )
+        self._close()
+        result = self._result()
+        vars(self).clear()  # or references in a circle would keep the model in memory
+        return ending.result(result)  # type: ignore[no-any-return]
+
+    def _load_best(self) -> None:
+        tracked = self._tracker is not None and self._tracker.tracked and not self._was_finished
+        if tracked and self._state.best_score is not None:
+            self._state.restore_best(self._context.trainer)
+
+    def _complete_files(self, ended: bool) -> None:
+        if ended and self._plan.call == "fit":
+            self._state.completed_fits += 1
+        if self._checkpointer is not None and not self._was_finished:
+            self._checkpointer.finish(finished=ended)
+        if self._files is not None:
+            self._files.flush()
+
+    def _emit_ended(self, error: BaseException | None) -> None:
+        state = self._state
+        event = RunEnded(
+            trainer=state.config.name,
+            call=self._plan.call,
+            stop_reason=self._stop_reason(error),
+            epochs=self._engine.epochs_completed,
+            best_score=state.best_score,
+            best_epoch=state.best_epoch,
+            seconds=time.perf_counter() - self._start,
+            error=None if error is None else one_line(error),
+        )
+        self._session.guard.outside(state.event_bus.emit, event)
+
+    def _stop_reason(self, error: BaseException | None) -> str:
+        if isinstance(error, Cancelled):
+            return str(StopReason.CANCELLED)
+        if error is not None:
+            return str(StopReason.FAILED)
+        if self._resumption is not None and self._was_finished:
+            return self._resumption.position.stop_reason or ""
+        return self._context.control.stop_reason or str(StopReason.COMPLETED)
 
     def _result(self) -> FitResult:
-        assert self._engine is not None
         return FitResult(
             epochs=self._engine.epochs_completed,
             stop_reason=self._stop_reason(None),
-            best_score=self._core.best_score,
-            best_epoch=self._core.best_epoch,
-            metrics=self._log.arrays(),
-            seconds=time.perf_counter() - self._began,
+            best_score=self._state.best_score,
+            best_epoch=self._state.best_epoch,
+            metrics=self._metrics.arrays(),
+            seconds=self._seconds(),
         )

@@ -6,6 +6,7 @@ No logic of its own: each coroutine checks its arguments, plans a run and has it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._checkpointing.run_files import FileOptions
@@ -24,6 +25,7 @@ from fitloop._run.launch import (
     run_exclusively_in_thread,
 )
 from fitloop._run.prompts import Ask, PromptOptions
+from fitloop._run.run import Run, RunOptions
 from fitloop._trainer.saving import KeepingTrainer
 from fitloop._types import Loader, Phase
 
@@ -173,15 +175,11 @@ class FitLoop(KeepingTrainer):
                 default=bool(continue_default),
                 in_background=continue_while_asking,
             )
+            options = RunOptions(
+                observers=[shown.observe], load_best=load_best, prompt=prompt, files=files
+            )
             result: FitResult = await launch(
-                core,
-                self,
-                plan,
-                self._told(callbacks),
-                observers=[shown.observe],
-                load_best=load_best,
-                prompt=prompt,
-                files=files,
+                core, self, plan, partial(Run, options=options), self._told(callbacks)
             )
         return result
 
@@ -220,7 +218,8 @@ class FitLoop(KeepingTrainer):
         files = None if core.metric_log is None else FileOptions()
         told = self._told(callbacks)
         with self._progress(print_every if verbose else 0, display_metrics, progress) as shown:
-            result = await launch(core, self, plan, told, observers=[shown.observe], files=files)
+            options = RunOptions(observers=[shown.observe], files=files)
+            result = await launch(core, self, plan, partial(Run, options=options), told)
         return _last(result).get(str(Phase.TEST), {})
 
     async def run_sanity_check(
@@ -256,7 +255,8 @@ class FitLoop(KeepingTrainer):
             define_all=define_all,
             cast=cast,
         )
-        return _last(await launch(core, self, plan, dry=True, observers=[criteria_check(core)]))
+        options = RunOptions(dry=True, observers=[criteria_check(core)])
+        return _last(await launch(core, self, plan, partial(Run, options=options)))
 
     async def run_profiler(
         self,
@@ -288,9 +288,8 @@ class FitLoop(KeepingTrainer):
             cast=cast,
         )
         recorder = SpanRecorder(core.config.device)
-        await launch(
-            core, self, plan, dry=True, observers=[recorder.observe], instrumentation=recorder
-        )
+        options = RunOptions(dry=True, observers=[recorder.observe], instrumentation=recorder)
+        await launch(core, self, plan, partial(Run, options=options))
         report = recorder.report()
         if verbose:
             await run_exclusively_in_thread(self._state, "run_profiler", lambda: print(report))  # noqa: T201

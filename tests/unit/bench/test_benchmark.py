@@ -39,6 +39,7 @@ from fitloop import (
 )
 from fitloop._bench.run import BenchRun
 from fitloop._bench.timing import DeviceReadCounter
+from fitloop._run.session import RunSession
 
 GUARD = 30.0
 ONE_LOOP = pytest.mark.parametrize(
@@ -257,14 +258,14 @@ async def test_benchmark_when_cancelled_then_everything_is_as_before(
         return {"loss": 1.0}
 
     doing = ""
-    begun = BenchRun._restore
+    restore_training = RunSession.restore_training
 
-    def restore(run: BenchRun) -> None:
+    def restore(session: RunSession) -> None:
         nonlocal doing
-        doing = run._activity or ""
-        begun(run)
+        doing = session.activity.removeprefix("benchmark, ").removesuffix(": ")
+        restore_training(session)
 
-    monkeypatch.setattr(BenchRun, "_restore", restore)
+    monkeypatch.setattr(RunSession, "restore_training", restore)
     made = await lived("augmented", None, train_step=step, scheduler_interval="batch")
     before, armed = everything(made), True
     async with anyio.create_task_group() as group:

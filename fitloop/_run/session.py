@@ -1,0 +1,222 @@
+"""The conditions in which the code of a run executes on its step thread, and their removal.
+
+`RunSession` is common to fits, tests, dry runs and benchmarks. It records nothing and emits no
+event: `Run` does that around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
+from fitloop._concurrency.supervisor import LoopPortal
+from fitloop._concurrency.time_slices import TimeSliceHook
+from fitloop._concurrency.torch_threads import intra_op_threads
+from fitloop._data.cuda_stream import CudaStreamScope, NullStreamScope
+from fitloop._engine.config import STAGE_NAMES
+from fitloop._engine.loop import Engine
+from fitloop._engine.loop_state import add_attribute_hint
+from fitloop._engine.plan import EngineDeps, RunPlan
+from fitloop._errors import add_note_safely, one_line
+from fitloop._rng.guard import RngGuard
+from fitloop._rng.trainer_rng import TrainerRng
+from fitloop._training.schedulers import SchedulerSteps
+from fitloop._training.trainer_state import TrainerState
+from fitloop._types import Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """The inputs of any kind of run; `launch` makes them."""
+
+    state: TrainerState
+    trainer: Any
+    """the public object, which ``preloop``, ``postloop`` and ``configure_optimizer`` receive"""
+    plan: RunPlan
+    schedulers: SchedulerSteps | None
+    """None if the plan has no train phase"""
+    control: RunControl
+    portal: LoopPortal
+    callbacks: Sequence[Callable[[Any], object]]
+    """the user's plain callbacks, called with every event"""
+    num_threads: int
+    """intra-op threads of the step thread"""
+    own_cuda_stream: bool
+    """whether the kernels of this run overlap with those of other runs"""
+
+
+class RunSession:
+    """Prepares the step thread and the trainer for one run, and restores both.
+
+    Everything is in effect when the constructor returns, and nothing if it raises. At the end of
+    the run, call `restore` and then `close`, both from any thread.
+
+    Args:
+        context: inputs of the run.
+        plan: replaces the plan of the context, for a resumed run.
+        dry: copy the state of the training now, for `restore_training`, and restore it at the end.
+        num_threads: replaces the number of the context.
+        rng: replaces the random numbers of the trainer (or their copy, for a dry run).
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        plan: RunPlan | None = None,
+        *,
+        dry: bool = False,
+        num_threads: int | None = None,
+        rng: TrainerRng | None = None,
+    ) -> None:
+        state = context.state
+        config = state.config
+        self.context = context
+        self.plan = plan or context.plan
+        self.activity = ""
+        """words before the position in the note on an exception, e.g. for a part of a benchmark"""
+        self.on_restore: list[Callable[[], object]] = []
+        """functions that `restore` calls after everything else"""
+        self._sets_threads = False
+        with ExitStack() as stack:
+            stack.callback(self._reset_threads)
+            self.num_threads = state.num_threads = num_threads or context.num_threads
+            self.use_threads(self.num_threads)
+            state.move_to_device()  # on the thread's own CUDA stream, which other runs use too
+            self._cuda_stream = NullStreamScope()
+            if context.own_cuda_stream and config.device.type == "cuda":
+                self._cuda_stream = CudaStreamScope(config.device)
+            self._cuda_stream.enter()
+            stack.callback(self._cuda_stream.leave)
+            self._modes = [(module, module.training) for module in config.model.modules()]
+            if rng is None:
+                rng = state.rng.fork() if dry else state.rng
+            self.guard = _guard(rng, context)
+            stack.callback(self.guard.close)
+            self._loaders = state.loaders.for_dry_run() if dry else state.loaders
+            self._capture = state.capture() if dry else None
+            self.time_slice = TimeSliceHook(self.guard.wait, context.control)
+            stack.callback(self.time_slice.close)
+            self._deps = EngineDeps(
+                config=config,
+                control=context.control,
+                portal=context.portal,
+                loaders=self._loaders,
+                guard=self.guard,
+                thread_contexts=(self._cuda_stream, self.guard),
+            )
+            self._engine = Engine(self.plan, self._deps)
+            self._close = stack.pop_all().close
+
+    def engine(self, plan: RunPlan | None = None, **deps: Any) -> Engine:
+        """Return an engine for a plan; ``deps`` replaces fields of `EngineDeps`.
+
+        Notes on exceptions name the position of the engine that was returned last.
+        """
+        self._engine = Engine(plan or self.plan, replace(self._deps, **deps))
+        return self._engine
+
+    @contextmanager
+    def error_notes(self) -> Iterator[None]:
+        """Add the trainer and the position of the run to an exception of the block."""
+        try:
+            yield
+        except (Cancelled, Abandoned):
+            raise
+        except BaseException as error:
+            add_attribute_hint(error)
+            name, position = self.context.state.config.name, self._engine.describe_position()
+            add_note_safely(error, f"in trainer {name!r}: {self.activity}{position}")
+            raise
+
+    def use_threads(self, number: int) -> None:
+        """Set the number of intra-op threads of the step thread."""
+        self._reset_threads()
+        self._sets_threads = intra_op_threads.enter(number)
+
+    def _reset_threads(self) -> None:
+        if self._sets_threads:
+            intra_op_threads.leave()
+        self._sets_threads = False
+
+    def restore_training(self) -> None:
+        """Return to the state of the training that a dry run began with."""
+        if self._capture is not None:
+            self._capture.restore()
+
+    def restore(self, ending: RunEnding) -> None:
+        """Restore the random generators, the modes of the modules, and what a dry run changed."""
+        self._cuda_stream.enter()  # this may be another thread than the step thread
+        ending.attempt("putting back the random generators", self.guard.close)
+        for function in (
+            self._restore_modes,
+            self._loaders.restore,
+            self.restore_training,
+            *self.on_restore,
+        ):
+            ending.attempt("putting back", function)
+
+    def _restore_modes(self) -> None:
+        for module, training in self._modes:
+            module.training = training
+
+    def close(self) -> None:
+        """Leave the CUDA stream, and release intra-op threads and time slice."""
+        self._close()
+
+
+def _guard(rng: TrainerRng, context: RunContext) -> RngGuard:
+    config = context.state.config
+    stages = [getattr(config, name) for name in STAGE_NAMES.values()]
+    return RngGuard(rng, context.control, [config.model, config.loss_function, *stages])
+
+
+def scheduler_steps(state: TrainerState, plan: RunPlan) -> SchedulerSteps | None:
+    """Return the steps of the schedulers in a run; None if it does not train.
+
+    Raises ConfigurationError if a scheduler cannot be stepped in this run.
+    """
+    phases = [phase for phase, _loader in plan.phases]
+    if Phase.TRAIN not in phases:
+        return None
+    return SchedulerSteps(state.config, state.criteria, validates=Phase.VALID in phases)
+
+
+class RunEnding:
+    """The end of a run: all its steps are attempted, and the first error is kept."""
+
+    def __init__(self, name: str, control: RunControl, error: BaseException | None) -> None:
+        self._name = name
+        if error is None and control.cancelled:
+            error = Cancelled()
+        if isinstance(error, Cancelled) and control.failure is not None:
+            error = control.failure
+        self.error = error
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether there is an error other than a cancellation."""
+        return self.error is not None and not isinstance(self.error, Cancelled)
+
+    def attempt(self, activity: str, step: Callable[[], object]) -> None:
+        """Call ``step``; an error after the first one becomes a note on it."""
+        try:
+            step()
+        except BaseException as error:
+            if self.error is None or not self.has_failed:
+                add_note_safely(error, f"in trainer {self._name!r}: {activity}")
+                self.error = error
+            else:
+                add_note_safely(self.error, f"{activity} then raised {one_line(error)}")
+
+    def result(self, value: Any) -> Any:
+        """Return ``value``, or raise the error; the last call."""
+        error, self.error = self.error, None  # a raised error refers to this frame
+        try:
+            if error is not None:
+                raise error
+            return value
+        finally:
+            del error
