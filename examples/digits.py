@@ -57,7 +57,7 @@ def make_trainer(out: Path | None = None) -> FitLoop:
     torch.manual_seed(0)
     model = make_model()
     train_dl, valid_dl, test_dl = make_loaders()
-    trainer = FitLoop(
+    trainer: FitLoop = FitLoop(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=2e-3),
         loss_function=nn.CrossEntropyLoss(),

@@ -65,6 +65,7 @@ from fitloop._training.layers import (
 from fitloop._types import Phase, Stage, StopReason
 from fitloop.backends.base import Backend, JobSpec
 from fitloop.backends.process.backend import ProcessBackend
+from fitloop.callbacks.callback import Callback
 from fitloop.callbacks.live_plot import live_plot
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "BenchReport",
     "BestImproved",
     "BusyError",
+    "Callback",
     "Checkpoint",
     "CheckpointError",
     "ConfigurationError",

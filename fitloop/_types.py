@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
+else:
+    Tensor = Any  # the command line imports this module without torch
 
 
 class Phase(StrEnum):
@@ -46,9 +48,9 @@ class StopReason(StrEnum):
 Loader: TypeAlias = Iterable[Any] | AsyncIterable[Any]
 """Anything that yields batches: DataLoader, list, generator factory's result, async iterable."""
 
-StageMetrics: TypeAlias = "Mapping[str, Tensor | float | int | bool] | None"
-StageFunction: TypeAlias = "Callable[[Any], StageMetrics | Awaitable[StageMetrics]]"
-LossFunction: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+StageMetrics: TypeAlias = Mapping[str, Tensor | float | int | bool] | None
+StageFunction: TypeAlias = Callable[[Any], StageMetrics | Awaitable[StageMetrics]]
+LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 EpochMetrics: TypeAlias = Mapping[str, float]
 
 LOOKUP_ORDER = (Stage.EPOCH_END, Stage.BATCH_STEP, Stage.EPOCH_START)

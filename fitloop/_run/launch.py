@@ -27,8 +27,8 @@ from fitloop._run.fit_options import fit_option
 from fitloop._run.session import RunContext, scheduler_steps
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
+from fitloop.callbacks.callback import Callback
 
-Callback = Callable[[Any], object]
 T = TypeVar("T")
 
 

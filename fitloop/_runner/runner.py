@@ -26,7 +26,7 @@ from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
 from fitloop._run.fit_options import fit_option
-from fitloop._run.launch import Callback, run_in_thread
+from fitloop._run.launch import run_in_thread
 from fitloop._runner.execution import JobExecutor, ResourceAllocator, is_job_error
 from fitloop._runner.jobs import (
     CompletedJobs,
@@ -41,6 +41,7 @@ from fitloop._storage.durable import DirectoryLock
 from fitloop._system import available_cores
 from fitloop.backends.base import Backend, JobSpec
 from fitloop.backends.process.backend import resolve_backend
+from fitloop.callbacks.callback import Callback
 
 _HOW = "have the event loop call it, as with anyio.from_thread.run_sync or call_soon_threadsafe"
 

@@ -27,8 +27,7 @@ from fitloop._trainer.view import TrainerView
 from fitloop._training.layers import configure_optimizer as default_configure_optimizer
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Loader, LossFunction, StageFunction
-
-Callback = Callable[[Any], object]
+from fitloop.callbacks.callback import Callback
 
 DEFAULT_SAVE_PATH = "fitloop_state"
 

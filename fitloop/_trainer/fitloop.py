@@ -17,7 +17,6 @@ from fitloop._engine.profiler import ProfileReport, SpanRecorder
 from fitloop._metrics.results import FitResult
 from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import (
-    Callback,
     criteria_check,
     dry_plan,
     launch,
@@ -28,6 +27,7 @@ from fitloop._run.prompts import Ask, PromptOptions
 from fitloop._run.run import Run, RunOptions
 from fitloop._trainer.saving import KeepingTrainer
 from fitloop._types import Loader, Phase
+from fitloop.callbacks.callback import Callback
 
 EpochResult = dict[str, float]
 

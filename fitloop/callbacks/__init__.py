@@ -1,5 +1,14 @@
-"""Callbacks: code that reacts to the events of a training."""
+"""Callbacks: objects that react to the events of a training.
 
+Owns the type `Callback`, and the callbacks that fitloop provides, each in a module of its own. Must
+not know how a run is made, or which thread it uses.
+
+- `callback`: `Callback`, with an example.
+- `live_plot`: plots of the metrics that are redrawn while training goes on.
+- `image_output`: the destinations of an image that is redrawn: a file, or a notebook.
+"""
+
+from fitloop.callbacks.callback import Callback
 from fitloop.callbacks.live_plot import live_plot
 
-__all__ = ["live_plot"]
+__all__ = ["Callback", "live_plot"]

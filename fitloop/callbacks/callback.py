@@ -1,0 +1,53 @@
+"""`Callback`: the type of an object that reacts to the events of a training."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fitloop._events import Event
+
+
+class Callback(Protocol):
+    """A function or object that is called with every `Event` of a run, such as a logger.
+
+    For example, a callback that writes the metrics of each epoch as a line of JSON::
+
+        import json
+
+        from fitloop import EpochEnded, Event
+
+        class EpochLogger:
+            def __init__(self, path: str) -> None:
+                self.path = path
+
+            def __call__(self, event: Event) -> None:
+                if isinstance(event, EpochEnded):
+                    with open(self.path, "a") as file:
+                        print(json.dumps(event.as_dict()), file=file)
+
+    ``FitLoop(..., callbacks=[EpochLogger("epochs.jsonl")])`` calls it in all runs of a trainer,
+    ``fit(callbacks=[...])`` in one run, ``Runner(callbacks=[...])`` in all runs of its jobs. A
+    callback that is given to several trainers may be called from several threads at once.
+
+    There are two kinds, which differ in where they run:
+
+    - A plain callable is called on the thread that trains, between two batches, and training waits
+      until it returns. Callbacks are called in the order of the list, after the trainer itself has
+      recorded the event: ``trainer.M`` and ``trainer.best_score`` are up to date.
+    - An ``async def`` callable is awaited on the event loop of ``fit``, with one event after the
+      other in their order. Training never waits for a slow one: events wait in a queue, where a
+      newer `BatchProgress` replaces an older one. ``fit`` returns when the queue is empty.
+
+    To end the run, call ``trainer.stop()``. The run ends at the next batch boundary; a plain
+    callback that stops it at the end of an epoch prevents the next epoch.
+
+    An exception from a callback ends the run as failed, and ``fit`` raises the same exception
+    object with a note that names the trainer.
+
+    A cancellation does not interrupt a plain callback, and every plain callback gets the `RunEnded`
+    of the cancelled run. It cancels an ``async def`` callback in its present ``await``; later
+    events do not reach that callback.
+    """
+
+    def __call__(self, event: Event, /) -> object:
+        """Handle ``event``; the result is ignored, but that of an ``async def`` is awaited."""
