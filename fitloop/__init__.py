@@ -1,140 +1,139 @@
 """fitloop trains PyTorch models, and can be awaited.
 
 `FitLoop` is the trainer, `SyncFitLoop` its blocking twin for plain scripts.
+
+Each name is imported when it is first used, so that ``import fitloop`` imports no torch.
 """
 
-from fitloop._bench.benchmark import benchmark
-from fitloop._bench.report import BenchReport
-from fitloop._checkpointing.checkpointer import Checkpoint
-from fitloop._engine.event_bus import EventStream
-from fitloop._engine.loop_state import LoopState
-from fitloop._engine.profiler import PhaseProfile, ProfileReport
-from fitloop._engine.stages import default_batch_step, default_epoch_end
-from fitloop._errors import (
-    BusyError,
-    CheckpointError,
-    ConfigurationError,
-    FitLoopError,
-    LoaderHungWarning,
-    MetricError,
-    MissingCriteriaError,
-    MissingLoaderError,
-    RemoteError,
-    ResumeWarning,
-    StageSignatureError,
-    SyncInAsyncError,
-    UnknownMetricError,
-    WorkerDiedError,
-    WorkerDiedWarning,
-)
-from fitloop._events import (
-    BatchProgress,
-    BestImproved,
-    EpochEnded,
-    EpochStarted,
-    Event,
-    JobEnded,
-    JobStarted,
-    PhaseEnded,
-    PhaseStarted,
-    PromptAnswered,
-    PromptAsked,
-    RunEnded,
-    RunStarted,
-    SnapshotFailed,
-    SnapshotWritten,
-    WentBack,
-)
-from fitloop._metrics.history import History, MetricSeries, PhaseHistory
-from fitloop._metrics.results import FitResult
-from fitloop._runner.jobs import Job, Outcome
-from fitloop._runner.outcomes import Record, Results, read_results
-from fitloop._runner.runner import Runner
-from fitloop._storage.metric_log import read_metrics
-from fitloop._trainer.comparison import compare_metrics
-from fitloop._trainer.fitloop import FitLoop
-from fitloop._trainer.sync import SyncFitLoop
-from fitloop._training.layers import (
-    configure_optimizer,
-    freeze,
-    get_layers,
-    spread_lrs,
-    unfreeze,
-    unfreeze_last,
-)
-from fitloop._types import Phase, Stage, StopReason
-from fitloop.backends.base import Backend, JobSpec
-from fitloop.backends.process.backend import ProcessBackend
-from fitloop.callbacks.callback import Callback
-from fitloop.callbacks.live_plot import live_plot
+from __future__ import annotations
 
-__all__ = [
-    "Backend",
-    "BatchProgress",
-    "BenchReport",
-    "BestImproved",
-    "BusyError",
-    "Callback",
-    "Checkpoint",
-    "CheckpointError",
-    "ConfigurationError",
-    "EpochEnded",
-    "EpochStarted",
-    "Event",
-    "EventStream",
-    "FitLoop",
-    "FitLoopError",
-    "FitResult",
-    "History",
-    "Job",
-    "JobEnded",
-    "JobSpec",
-    "JobStarted",
-    "LoaderHungWarning",
-    "LoopState",
-    "MetricError",
-    "MetricSeries",
-    "MissingCriteriaError",
-    "MissingLoaderError",
-    "Outcome",
-    "Phase",
-    "PhaseEnded",
-    "PhaseHistory",
-    "PhaseProfile",
-    "PhaseStarted",
-    "ProcessBackend",
-    "ProfileReport",
-    "PromptAnswered",
-    "PromptAsked",
-    "Record",
-    "RemoteError",
-    "Results",
-    "ResumeWarning",
-    "RunEnded",
-    "RunStarted",
-    "Runner",
-    "SnapshotFailed",
-    "SnapshotWritten",
-    "Stage",
-    "StageSignatureError",
-    "StopReason",
-    "SyncFitLoop",
-    "SyncInAsyncError",
-    "UnknownMetricError",
-    "WentBack",
-    "WorkerDiedError",
-    "WorkerDiedWarning",
-    "benchmark",
-    "compare_metrics",
-    "configure_optimizer",
-    "default_batch_step",
-    "default_epoch_end",
-    "freeze",
-    "get_layers",
-    "live_plot",
-    "read_metrics",
-    "read_results",
-    "spread_lrs",
-    "unfreeze",
-    "unfreeze_last",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fitloop import backends as backends
+    from fitloop import callbacks as callbacks
+    from fitloop._bench.benchmark import benchmark as benchmark
+    from fitloop._bench.report import BenchReport as BenchReport
+    from fitloop._checkpointing.checkpointer import Checkpoint as Checkpoint
+    from fitloop._engine.event_bus import EventStream as EventStream
+    from fitloop._engine.loop_state import LoopState as LoopState
+    from fitloop._engine.profiler import PhaseProfile as PhaseProfile
+    from fitloop._engine.profiler import ProfileReport as ProfileReport
+    from fitloop._engine.stages import default_batch_step as default_batch_step
+    from fitloop._engine.stages import default_epoch_end as default_epoch_end
+    from fitloop._errors import BusyError as BusyError
+    from fitloop._errors import CheckpointError as CheckpointError
+    from fitloop._errors import ConfigurationError as ConfigurationError
+    from fitloop._errors import FitLoopError as FitLoopError
+    from fitloop._errors import LoaderHungWarning as LoaderHungWarning
+    from fitloop._errors import MetricError as MetricError
+    from fitloop._errors import MissingCriteriaError as MissingCriteriaError
+    from fitloop._errors import MissingLoaderError as MissingLoaderError
+    from fitloop._errors import RemoteError as RemoteError
+    from fitloop._errors import ResumeWarning as ResumeWarning
+    from fitloop._errors import StageSignatureError as StageSignatureError
+    from fitloop._errors import SyncInAsyncError as SyncInAsyncError
+    from fitloop._errors import UnknownMetricError as UnknownMetricError
+    from fitloop._errors import WorkerDiedError as WorkerDiedError
+    from fitloop._errors import WorkerDiedWarning as WorkerDiedWarning
+    from fitloop._events import BatchProgress as BatchProgress
+    from fitloop._events import BestImproved as BestImproved
+    from fitloop._events import EpochEnded as EpochEnded
+    from fitloop._events import EpochStarted as EpochStarted
+    from fitloop._events import Event as Event
+    from fitloop._events import JobEnded as JobEnded
+    from fitloop._events import JobStarted as JobStarted
+    from fitloop._events import PhaseEnded as PhaseEnded
+    from fitloop._events import PhaseStarted as PhaseStarted
+    from fitloop._events import PromptAnswered as PromptAnswered
+    from fitloop._events import PromptAsked as PromptAsked
+    from fitloop._events import RunEnded as RunEnded
+    from fitloop._events import RunStarted as RunStarted
+    from fitloop._events import SnapshotFailed as SnapshotFailed
+    from fitloop._events import SnapshotWritten as SnapshotWritten
+    from fitloop._events import WentBack as WentBack
+    from fitloop._metrics.history import History as History
+    from fitloop._metrics.history import MetricSeries as MetricSeries
+    from fitloop._metrics.history import PhaseHistory as PhaseHistory
+    from fitloop._metrics.results import FitResult as FitResult
+    from fitloop._runner.jobs import Job as Job
+    from fitloop._runner.jobs import Outcome as Outcome
+    from fitloop._runner.outcomes import Record as Record
+    from fitloop._runner.outcomes import Results as Results
+    from fitloop._runner.outcomes import read_results as read_results
+    from fitloop._runner.runner import Runner as Runner
+    from fitloop._storage.metric_log import read_metrics as read_metrics
+    from fitloop._trainer.comparison import compare_metrics as compare_metrics
+    from fitloop._trainer.fitloop import FitLoop as FitLoop
+    from fitloop._trainer.sync import SyncFitLoop as SyncFitLoop
+    from fitloop._training.layers import configure_optimizer as configure_optimizer
+    from fitloop._training.layers import freeze as freeze
+    from fitloop._training.layers import get_layers as get_layers
+    from fitloop._training.layers import spread_lrs as spread_lrs
+    from fitloop._training.layers import unfreeze as unfreeze
+    from fitloop._training.layers import unfreeze_last as unfreeze_last
+    from fitloop._types import Phase as Phase
+    from fitloop._types import Stage as Stage
+    from fitloop._types import StopReason as StopReason
+    from fitloop.backends.base import Backend as Backend
+    from fitloop.backends.base import JobSpec as JobSpec
+    from fitloop.backends.process.backend import ProcessBackend as ProcessBackend
+    from fitloop.callbacks.callback import Callback as Callback
+    from fitloop.callbacks.live_plot import live_plot as live_plot
+
+_NAMES_OF_MODULES = {
+    "fitloop._bench.benchmark": "benchmark",
+    "fitloop._bench.report": "BenchReport",
+    "fitloop._checkpointing.checkpointer": "Checkpoint",
+    "fitloop._engine.event_bus": "EventStream",
+    "fitloop._engine.loop_state": "LoopState",
+    "fitloop._engine.profiler": "PhaseProfile ProfileReport",
+    "fitloop._engine.stages": "default_batch_step default_epoch_end",
+    "fitloop._errors": (
+        "BusyError CheckpointError ConfigurationError FitLoopError LoaderHungWarning "
+        "MetricError MissingCriteriaError MissingLoaderError RemoteError ResumeWarning "
+        "StageSignatureError SyncInAsyncError UnknownMetricError WorkerDiedError "
+        "WorkerDiedWarning"
+    ),
+    "fitloop._events": (
+        "BatchProgress BestImproved EpochEnded EpochStarted Event JobEnded JobStarted "
+        "PhaseEnded PhaseStarted PromptAnswered PromptAsked RunEnded RunStarted "
+        "SnapshotFailed SnapshotWritten WentBack"
+    ),
+    "fitloop._metrics.history": "History MetricSeries PhaseHistory",
+    "fitloop._metrics.results": "FitResult",
+    "fitloop._runner.jobs": "Job Outcome",
+    "fitloop._runner.outcomes": "Record Results read_results",
+    "fitloop._runner.runner": "Runner",
+    "fitloop._storage.metric_log": "read_metrics",
+    "fitloop._trainer.comparison": "compare_metrics",
+    "fitloop._trainer.fitloop": "FitLoop",
+    "fitloop._trainer.sync": "SyncFitLoop",
+    "fitloop._training.layers": (
+        "configure_optimizer freeze get_layers spread_lrs unfreeze unfreeze_last"
+    ),
+    "fitloop._types": "Phase Stage StopReason",
+    "fitloop.backends.base": "Backend JobSpec",
+    "fitloop.backends.process.backend": "ProcessBackend",
+    "fitloop.callbacks.callback": "Callback",
+    "fitloop.callbacks.live_plot": "live_plot",
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names.split()}
+_SUBPACKAGES = ("backends", "callbacks")
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return import_module(f"fitloop.{name}")
+    if name in _MODULE_OF:
+        value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+        return value
+    raise AttributeError(f"module 'fitloop' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    private = (name for name in globals() if name.startswith("_"))
+    return sorted([*__all__, *_SUBPACKAGES, *private])

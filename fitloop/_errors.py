@@ -26,6 +26,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 
+from fitloop._public import public
+
 
 def quoted_list(names: Iterable[object]) -> str:
     """Join names for a message: ``'a', 'b'``, or ``none``."""
@@ -46,10 +48,12 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}".rstrip(": ")
 
 
+@public
 class FitLoopError(Exception):
     """Base of every error that fitloop itself raises."""
 
 
+@public
 class BusyError(FitLoopError, RuntimeError):
     """Raised at once by a coroutine of a trainer that is busy, or whose model is.
 
@@ -64,10 +68,12 @@ class BusyError(FitLoopError, RuntimeError):
         )
 
 
+@public
 class ConfigurationError(FitLoopError, ValueError):
     """Raised by a constructor or a call whose arguments cannot work, before anything runs."""
 
 
+@public
 class MissingLoaderError(ConfigurationError):
     """Raised by ``fit``, ``test`` and the checks when a phase they need has no loader."""
 
@@ -79,6 +85,7 @@ class MissingLoaderError(ConfigurationError):
         )
 
 
+@public
 class StageSignatureError(ConfigurationError, TypeError):
     """Raised by the constructor for a function that cannot be called as the run will call it."""
 
@@ -87,10 +94,12 @@ class StageSignatureError(ConfigurationError, TypeError):
         super().__init__(f"{name} is {given!r}; expected {expected}")
 
 
+@public
 class MetricError(FitLoopError, ValueError):
     """Raised by ``fit`` and the like when a stage function returns what is no metric."""
 
 
+@public
 class MissingCriteriaError(MetricError):
     """Raised by ``fit`` at the end of its first validation without the criteria in it."""
 
@@ -103,6 +112,7 @@ class MissingCriteriaError(MetricError):
         )
 
 
+@public
 class UnknownMetricError(FitLoopError, KeyError):
     """Raised when a metric is asked for that was never recorded; lists those there are."""
 
@@ -114,6 +124,7 @@ class UnknownMetricError(FitLoopError, KeyError):
         return str(self.args[0])
 
 
+@public
 class CheckpointError(FitLoopError, RuntimeError):
     """Raised when a weights or snapshot file cannot be written or read; says what is wrong.
 
@@ -121,6 +132,7 @@ class CheckpointError(FitLoopError, RuntimeError):
     """
 
 
+@public
 class SyncInAsyncError(FitLoopError, RuntimeError):
     """Raised by every blocking call of ``SyncFitLoop`` inside a running event loop."""
 
@@ -132,6 +144,7 @@ class SyncInAsyncError(FitLoopError, RuntimeError):
         )
 
 
+@public
 class RemoteError(FitLoopError, RuntimeError):
     """Stands for an exception of a worker process that cannot be pickled, or not unpickled here.
 
@@ -139,6 +152,7 @@ class RemoteError(FitLoopError, RuntimeError):
     """
 
 
+@public
 class WorkerDiedError(FitLoopError, RuntimeError):
     """The error of a job whose worker process was killed or crashed; ends with its last lines."""
 
@@ -148,6 +162,7 @@ class WorkerDiedError(FitLoopError, RuntimeError):
         super().__init__(message)
 
 
+@public
 class LoaderHungWarning(RuntimeWarning):
     """Issued when a run ended although its loader had not returned within ``loader_grace``.
 
@@ -156,6 +171,7 @@ class LoaderHungWarning(RuntimeWarning):
     """
 
 
+@public
 class ResumeWarning(RuntimeWarning):
     """Issued when a run that is resumed has something to tell.
 
@@ -164,6 +180,7 @@ class ResumeWarning(RuntimeWarning):
     """
 
 
+@public
 class WorkerDiedWarning(RuntimeWarning):
     """Issued when a worker process died and its job is tried again, or had to be killed.
 

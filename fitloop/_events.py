@@ -27,12 +27,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fitloop._public import public
 from fitloop._types import EpochMetrics, Phase
 
 if TYPE_CHECKING:
     from array import array
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """Base of all events."""
@@ -60,6 +62,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Phase) else value
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
     """A ``fit`` or ``test`` begins."""
@@ -74,6 +77,7 @@ class RunStarted(Event):
     """number of its first epoch in the trainer's life, counted from 1"""
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class EpochStarted(Event):
     """An epoch begins."""
@@ -88,6 +92,7 @@ class EpochStarted(Event):
     """epochs of this run"""
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class PhaseStarted(Event):
     """A pass over a loader begins, after the ``epoch_start`` stage."""
@@ -100,6 +105,7 @@ class PhaseStarted(Event):
     """batches to come; None when the loader has no length"""
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class BatchProgress(Event):
     """How far a phase is; sent about ten times a second at most, never per batch."""
@@ -117,6 +123,7 @@ class BatchProgress(Event):
     """since the phase began"""
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class PhaseEnded(Event):
     """A pass over a loader is over and its ``epoch_end`` stage has returned."""
@@ -138,6 +145,7 @@ class PhaseEnded(Event):
     seconds: float
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class BestImproved(Event):
     """The criteria reached or passed its best value; the weights were kept."""
@@ -149,6 +157,7 @@ class BestImproved(Event):
     score: float
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class EpochEnded(Event):
     """All phases of an epoch are over."""
@@ -165,6 +174,7 @@ class EpochEnded(Event):
     seconds: float
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class SnapshotWritten(Event):
     """A snapshot is whole and durable."""
@@ -181,6 +191,7 @@ class SnapshotWritten(Event):
     """how long writing took, while training went on"""
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class SnapshotFailed(Event):
     """A snapshot could not be written; older ones are still there."""
@@ -193,6 +204,7 @@ class SnapshotFailed(Event):
     error: str
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class PromptAsked(Event):
     """A run asks whether to go on; it waits for the answer, unless it ``trains_on``."""
@@ -210,6 +222,7 @@ class PromptAsked(Event):
     """the run goes on meanwhile, and a no will bring it back to this epoch"""
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class PromptAnswered(Event):
     """The continue question was answered."""
@@ -220,6 +233,7 @@ class PromptAnswered(Event):
     go_on: bool
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class WentBack(Event):
     """What was trained while a question was open is undone, since its answer was no."""
@@ -231,6 +245,7 @@ class WentBack(Event):
     epoch_in_run: int
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
     """The run is over; the last event of every run, also of a failed or cancelled one."""
@@ -249,6 +264,7 @@ class RunEnded(Event):
     """type and message of what ended a failed run"""
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class JobStarted(Event):
     """A `Runner` begins a job: its trainer is built now, and its run begins."""
@@ -256,6 +272,7 @@ class JobStarted(Event):
     kind: ClassVar[str] = "job_started"
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class JobEnded(Event):
     """A job of a `Runner` is over; its last event, also when it never began."""

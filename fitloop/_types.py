@@ -6,12 +6,15 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mappin
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
+from fitloop._public import public
+
 if TYPE_CHECKING:
     from torch import Tensor
 else:
     Tensor = Any  # the command line imports this module without torch
 
 
+@public
 class Phase(StrEnum):
     """What a pass over a loader is for."""
 
@@ -20,6 +23,7 @@ class Phase(StrEnum):
     TEST = "test"
 
 
+@public
 class Stage(StrEnum):
     """The three moments of a phase at which a stage function is called."""
 
@@ -28,6 +32,7 @@ class Stage(StrEnum):
     EPOCH_END = "epoch_end"
 
 
+@public
 class StopReason(StrEnum):
     """Why a run ended; a ``FitResult`` carries it as a plain string."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import pickle
 import subprocess
 import sys
-import types
 import typing
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 
 import fitloop
@@ -29,12 +31,44 @@ def test_all_when_read_then_is_sorted_and_without_doubles() -> None:
 
 
 def test_all_when_compared_with_the_module_then_is_complete() -> None:
-    public = {
-        name
-        for name, value in vars(fitloop).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType)
-    }
-    assert public == set(NAMES)
+    public = {name for name in dir(fitloop) if not name.startswith("_")}
+    assert public - {"backends", "callbacks"} == set(NAMES)
+
+
+def test_star_import_when_done_then_gives_all_names() -> None:
+    namespace: dict[str, Any] = {}
+    exec("from fitloop import *", namespace)
+    assert {name for name in namespace if not name.startswith("_")} == set(NAMES)
+
+
+def test_attribute_when_unknown_then_raises_as_of_any_module() -> None:
+    with pytest.raises(AttributeError, match="module 'fitloop' has no attribute 'Fitloop'"):
+        _ = fitloop.Fitloop
+    assert not hasattr(fitloop, "FitLop")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_item_when_shown_or_pickled_then_its_module_is_fitloop(name: str) -> None:
+    item = getattr(fitloop, name)
+    assert item.__module__ == "fitloop"
+    assert repr(item).startswith(("<class 'fitloop.", "<enum '", "<function "))
+    for dump in (pickle.dumps, cloudpickle.dumps):
+        data = dump(item)
+        assert pickle.loads(data) is item
+        assert b"fitloop._" not in data
+    assert copy.deepcopy(item) is item
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"compare_metrics", "PhaseEnded"}))
+def test_annotations_of_public_item_when_evaluated_then_are_types(name: str) -> None:
+    """Documentation tools evaluate them. The two others name types for type checkers only."""
+    typing.get_type_hints(getattr(fitloop, name))
+
+
+def test_signature_of_class_when_read_then_has_the_arguments_of_its_constructor() -> None:
+    assert list(inspect.signature(fitloop.BusyError).parameters) == ["trainer", "call", "holder"]
+    assert "seconds" in inspect.signature(fitloop.FitResult).parameters
+    assert "train_dl" in inspect.signature(fitloop.FitLoop).parameters
 
 
 def test_all_when_compared_with_the_contract_then_has_its_names() -> None:
@@ -47,9 +81,7 @@ def test_errors_when_listed_then_all_are_public() -> None:
     errors = {
         name
         for name, value in vars(_errors).items()
-        if isinstance(value, type)
-        and issubclass(value, Exception)
-        and value.__module__ == _errors.__name__
+        if isinstance(value, type) and issubclass(value, Exception)
     }
     assert errors <= set(NAMES)
 
@@ -105,6 +137,7 @@ def state():
 
 before, modules = state(), set(sys.modules)
 import fitloop
+from fitloop import *
 with_import = state()
 model = torch.nn.Linear(2, 2)
 optimizer = torch.optim.SGD(model.parameters())
@@ -131,3 +164,23 @@ def test_import_when_in_a_fresh_process_then_is_lean_and_touches_nothing() -> No
     unwanted = {"matplotlib", "prompt_toolkit", "trio", "uvloop", "pandas", "sklearn"}
     assert not packages & unwanted
     assert found["changed"] is False
+
+
+NO_TORCH = """
+import sys
+import fitloop
+import fitloop._errors, fitloop._events, fitloop._format, fitloop._system, fitloop._types
+from fitloop import BusyError, Phase, PhaseEnded
+print(*sorted({"torch", "numpy", "anyio"} & set(sys.modules)))
+"""
+
+
+def test_import_when_no_trainer_is_used_then_imports_no_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH],
+        cwd=Path(fitloop.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("", "")

@@ -16,6 +16,7 @@ from fitloop._display.console import can_draw
 from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import ConfigurationError
 from fitloop._format import printable
+from fitloop._public import public
 from fitloop._run.launch import dry_plan, launch
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
@@ -23,6 +24,7 @@ from fitloop._types import Loader, Phase
 from fitloop.backends.thread import as_trainer, build_from
 
 
+@public
 async def benchmark(
     trainer: FitLoop | SyncFitLoop | Callable[[], Any],
     *,

@@ -19,11 +19,13 @@ from fitloop._bench.figures import (
     figures_of,
 )
 from fitloop._format import Table, format_seconds, html_block
+from fitloop._public import public
 
 WIDTH = 100
 """columns of the printed advice"""
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
     """The result of ``fitloop.benchmark``; prints as tables, with advice below them."""

@@ -21,11 +21,13 @@ from fitloop._concurrency.control import RunControl
 from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, Event, SnapshotFailed, SnapshotWritten
+from fitloop._public import public
 from fitloop._storage.durable import reason
 from fitloop._storage.tensors import SnapshotBuffers
 from fitloop._training.trainer_state import TrainerState
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """The policy of ``fit`` for snapshots: when one is taken, and how many are kept.

@@ -14,11 +14,13 @@ from typing import Any, cast
 
 from fitloop._concurrency.event_loops import ThreadsafeEvent
 from fitloop._events import BatchProgress, Event, RunEnded
+from fitloop._public import public
 
 STREAM_LIMIT = 1024
 """events that a stream keeps for a slow reader"""
 
 
+@public
 class EventStream:
     """Events for ``async for``; made by ``trainer.events()`` and ``runner.events()``.
 

@@ -14,9 +14,11 @@ from fitloop._data.device import batch_size_of
 from fitloop._engine.config import CONFIG_NAMES, TrainerConfig
 from fitloop._errors import add_note_safely
 from fitloop._metrics.batch_values import BatchValues
+from fitloop._public import public
 from fitloop._types import LossFunction, Phase
 
 
+@public
 class LoopState:
     """The state of one phase, passed to each of its stage functions, which only read it.
 

@@ -21,6 +21,7 @@ import torch
 from fitloop._engine.plan import Instrumentation
 from fitloop._events import Event, PhaseEnded
 from fitloop._format import Table, format_seconds, html_block
+from fitloop._public import public
 from fitloop._types import Phase
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -103,6 +104,7 @@ class SpanRecorder(Instrumentation):
         return ProfileReport(phases=phases, spans=tuple(self.spans))
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class PhaseProfile:
     """The time of one phase, over all epochs that were profiled."""
@@ -136,6 +138,7 @@ class PhaseProfile:
         return max(seconds, key=lambda name: seconds[name])
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class ProfileReport:
     """The result of ``run_profiler``; prints as a table."""

@@ -17,9 +17,11 @@ from torch import Tensor
 from fitloop._concurrency.coroutines import SteppedAwaitable
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._engine.loop_state import LoopState
+from fitloop._public import public
 from fitloop._types import Phase, Stage
 
 
+@public
 def default_batch_step(state: LoopState) -> dict[str, Any]:
     """Predict, take the loss, and in the train phase step every optimizer.
 
@@ -52,6 +54,7 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
     return metrics
 
 
+@public
 def default_epoch_end(state: LoopState) -> dict[str, float]:
     """Return the means over the samples of the epoch.
 

@@ -28,6 +28,7 @@ import numpy as np
 from fitloop._errors import ConfigurationError, UnknownMetricError, quoted_list
 from fitloop._events import Event, PhaseEnded, RunStarted
 from fitloop._format import Table, comma_list, html_block
+from fitloop._public import public
 from fitloop._types import LOOKUP_ORDER, Phase, RunChoice, Stage
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class _Store:
         return UnknownMetricError(name, self.names(*stages), where)
 
 
+@public
 class MetricSeries(Sequence["NDArray[np.float64]"]):
     """What was recorded under one name in one stage: ``series[run]`` is an array of floats.
 
@@ -184,6 +186,7 @@ class StageHistory(Mapping[str, MetricSeries]):
         return f"<StageHistory {self._store.phase}.{self._stage} metrics: {comma_list(self)}>"
 
 
+@public
 class PhaseHistory(Mapping[str, MetricSeries]):
     """What was recorded in a phase: ``epoch_start``, ``batch_step`` and ``epoch_end``.
 
@@ -260,6 +263,7 @@ class HistoryMark:
     contents: list[_StoreMark]
 
 
+@public
 class History:
     """The metrics of a trainer, ``trainer.M``: by phase, stage, name and run.
 

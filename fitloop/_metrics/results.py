@@ -12,10 +12,12 @@ import numpy.typing as npt
 
 from fitloop._events import Event, PhaseEnded
 from fitloop._format import Table, format_duration, html_block, metrics_table
+from fitloop._public import public
 
 Array = npt.NDArray[np.float64]
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
     """How a run went."""

@@ -19,6 +19,7 @@ from fitloop._errors import ConfigurationError, one_line
 from fitloop._events import JobEnded
 from fitloop._format import format_duration
 from fitloop._metrics.results import FitResult
+from fitloop._public import public
 from fitloop._run.fit_options import fit_option
 from fitloop._trainer.fitloop import FitLoop
 from fitloop.backends.base import JobSpec
@@ -28,6 +29,7 @@ LONGEST_NAME, LONGEST_NAME_BYTES = 120, 200
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
+@public
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Outcome:
     """What came of a job."""
@@ -65,6 +67,7 @@ class Outcome:
         return f"<Outcome {self.name!r} {told} in {format_duration(self.seconds)}{again}>"
 
 
+@public
 class Job:
     """A training in the hands of a `Runner`. For the event loop of the Runner; cancel anywhere."""
 

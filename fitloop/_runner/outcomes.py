@@ -17,6 +17,7 @@ import numpy as np
 from fitloop._errors import CheckpointError, one_line
 from fitloop._format import Table, format_duration, html_block
 from fitloop._metrics.results import FitResult
+from fitloop._public import public
 from fitloop._runner.jobs import Outcome
 from fitloop._storage.durable import reason, write_bytes
 from fitloop._storage.layout import FORMAT, VERSION, LayoutError, check_format, pack, unpack
@@ -32,6 +33,7 @@ LARGEST = 256 * 1024 * 1024
 """bytes of a file that are read at most"""
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What is known of a job from its directory."""
@@ -181,6 +183,7 @@ def _record(contents: Any, directory: Path) -> Record:
     )
 
 
+@public
 class Results(Sequence[Record]):
     """What `read_results` found, in order of the directories' names; prints as a table."""
 
@@ -264,6 +267,7 @@ class Results(Sequence[Record]):
         return f"<Results {', '.join(f'{n} {status}' for status, n in counts.items()) or 'none'}>"
 
 
+@public
 def read_results(path: str | os.PathLike[str]) -> Results:
     """Read what came of the jobs of a `Runner`, from its ``save_path``; also while it runs. Blocks.
 

@@ -25,6 +25,7 @@ from fitloop._engine.config import check_callbacks, check_optional, checked_path
 from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
+from fitloop._public import public
 from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import run_in_thread
 from fitloop._runner.execution import JobExecutor, ResourceAllocator, is_job_error
@@ -46,6 +47,7 @@ from fitloop.callbacks.callback import Callback
 _HOW = "have the event loop call it, as with anyio.from_thread.run_sync or call_soon_threadsafe"
 
 
+@public
 class Runner:
     """Runs trainings that are submitted to it, at most so many at a time.
 

@@ -18,6 +18,7 @@ import numpy as np
 from fitloop._errors import CheckpointError
 from fitloop._events import PhaseEnded
 from fitloop._metrics.history import History, restore_history
+from fitloop._public import public
 from fitloop._storage.durable import reason, write_all, write_bytes
 from fitloop._storage.layout import LayoutError
 from fitloop._storage.log_records import check_head, decode_batch_metrics, event_kind, iter_records
@@ -104,6 +105,7 @@ def log_path(path: str | os.PathLike[str]) -> Path:
     return path / LOG_NAME if path.is_dir() else path
 
 
+@public
 def read_metrics(path: str | os.PathLike[str]) -> History:
     """Read the metrics that a trainer has logged: what its ``M`` is, at this moment.
 

@@ -13,6 +13,7 @@ from fitloop._errors import ConfigurationError
 from fitloop._metrics.history import History
 from fitloop._plotting.draw import plot_selections
 from fitloop._plotting.selection import RunSelection
+from fitloop._public import public
 from fitloop._storage.metric_log import read_metrics
 from fitloop._types import RunChoice, Stage
 
@@ -23,6 +24,7 @@ Recorded: TypeAlias = Any
 """a trainer, a `History`, or the path of a metric log or of a ``save_path`` with one"""
 
 
+@public
 def compare_metrics(
     runs: Mapping[str, Recorded] | Sequence[Recorded] | Recorded,
     name: str,

@@ -15,6 +15,7 @@ from fitloop._display.prompt import QUESTION, PromptWithTimeout, TerminalPrompt
 from fitloop._engine.plan import RunPlan
 from fitloop._engine.profiler import ProfileReport, SpanRecorder
 from fitloop._metrics.results import FitResult
+from fitloop._public import public
 from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import (
     criteria_check,
@@ -32,6 +33,7 @@ from fitloop.callbacks.callback import Callback
 EpochResult = dict[str, float]
 
 
+@public
 class FitLoop(KeepingTrainer):
     """Trains one model, and can be awaited.
 

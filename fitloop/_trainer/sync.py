@@ -16,6 +16,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import anyio
 
 from fitloop._errors import SyncInAsyncError
+from fitloop._public import public
 from fitloop._trainer.constructor import Trainer
 from fitloop._trainer.fitloop import FitLoop
 
@@ -51,6 +52,7 @@ def _blocking(
     return call
 
 
+@public
 class SyncFitLoop(Trainer):
     """`FitLoop` for plain scripts: the same constructor and the same names, blocking.
 

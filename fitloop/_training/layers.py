@@ -24,8 +24,9 @@ from torch.optim import LBFGS, Adagrad, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fitloop._errors import ConfigurationError
+from fitloop._public import public
 
-Rates: TypeAlias = "float | slice | Sequence[float] | np.ndarray[Any, Any]"
+Rates: TypeAlias = float | slice | Sequence[float] | np.ndarray[Any, Any]
 """One rate for all, one for each unlocked layer, or ``slice(low, high)`` spread over them."""
 
 # the attributes in which torch's schedulers keep one entry for each parameter group
@@ -48,6 +49,7 @@ class HasOptimizers(Protocol):
         """All their schedulers, if any."""
 
 
+@public
 def get_layers(model: nn.Module, trainable: bool | None = None) -> list[nn.Module]:
     """Return the parametric layers of ``model`` in definition order, each once.
 
@@ -60,16 +62,19 @@ def get_layers(model: nn.Module, trainable: bool | None = None) -> list[nn.Modul
     ]
 
 
+@public
 def freeze(model: nn.Module) -> None:
     """Lock all parameters of ``model``; drop their gradients, with which momentum goes on."""
     _set_trainable(model.parameters(), False)
 
 
+@public
 def unfreeze(model: nn.Module) -> None:
     """Let all parameters of ``model`` train but those of integer type, which cannot."""
     _set_trainable(model.parameters(), True)
 
 
+@public
 def unfreeze_last(model: nn.Module, n: int) -> None:
     """Let the last ``n`` parametric layers of ``model`` train and lock all others.
 
@@ -116,6 +121,7 @@ def _can_train(parameter: Tensor) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
+@public
 def spread_lrs(lr: slice, count: int) -> list[float]:
     """Return ``count`` learning rates from ``lr.start`` to ``lr.stop``, spaced geometrically.
 
@@ -161,6 +167,7 @@ def _rates(lr: Any, count: int, whose: str) -> list[float]:
     return [_rate(rate, f"lr[{index}]") for index, rate in enumerate(lr)]
 
 
+@public
 def configure_optimizer(
     trainer: HasOptimizers, lr: Rates | None = None, unlock: bool | int | None = None
 ) -> None:

@@ -10,12 +10,14 @@ from typing import Any, Protocol
 from fitloop._defaults import TrainerDefaults
 from fitloop._events import Event
 from fitloop._metrics.results import FitResult
+from fitloop._public import public
 from fitloop._trainer.fitloop import FitLoop
 
 WEIGHTS_NAME = "weights.msgpack"
 """file in the directory of a job: the weights of the model after the training"""
 
 
+@public
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
     """The description of one training, complete for any backend."""
@@ -43,6 +45,7 @@ class TrainingResult:
     """the trained trainer; None if the training was in another process"""
 
 
+@public
 class Backend(Protocol):
     """A place where a `Runner` has its trainings done: this process, worker processes, a cluster.
 

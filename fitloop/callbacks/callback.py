@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from fitloop._events import Event
+from fitloop._public import public
 
 
+@public
 class Callback(Protocol):
     """A function or object that is called with every `Event` of a run, such as a logger.
 

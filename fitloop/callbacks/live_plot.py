@@ -32,6 +32,7 @@ from fitloop._events import (
 from fitloop._metrics.history import History, HistoryMark
 from fitloop._plotting.draw import has_metric, new_figure, plot_history, plot_selections
 from fitloop._plotting.selection import BestEpoch, RecordedMetrics, RunSelection
+from fitloop._public import public
 from fitloop._types import Phase
 from fitloop.callbacks.image_output import ImageSink, image_sink
 
@@ -45,6 +46,7 @@ _IDLE_SHARE = 9
 """a drawing that took long is followed by a pause this many times as long"""
 
 
+@public
 def live_plot(
     *names: str,
     path: str | os.PathLike[str] | None = None,

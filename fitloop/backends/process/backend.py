@@ -11,6 +11,7 @@ from fitloop._defaults import TrainerDefaults
 from fitloop._engine.config import check_number, check_seconds
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
+from fitloop._public import public
 from fitloop._run.launch import run_in_thread
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
 from fitloop.backends.process.pool import WorkerPool
@@ -55,6 +56,7 @@ def check_nice(value: Any) -> int:
     return nice
 
 
+@public
 class ProcessBackend:
     """Trainings in worker processes: real parallelism for models whose steps are mostly Python.
 
