@@ -1,9 +1,8 @@
-"""A CUDA stream for one run, on which its kernels go beside those of others on the same device.
+"""A CUDA stream for one run, so that its kernels run beside those of other runs on the device.
 
-Without one a run uses the device's default stream, as a loop written by hand does, and the kernels
-of several runs wait for each other. Owns what orders the two: a run begins after all that was begun
-on the stream its thread had, and what is begun on the default stream afterwards comes after the
-run. Batches cross by `fitloop._data.device`.
+Without one, a run uses the default stream of the device, and the kernels of several runs wait for
+each other. Owns the order between the run's stream and other streams. `fitloop._data.device`
+orders the batches.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 
 
 class NullStreamScope:
-    """The default stream of whatever device."""
+    """Leaves the current stream as it is."""
 
     def enter(self) -> None:
         """See `CudaStreamScope`."""
@@ -28,32 +27,32 @@ class NullStreamScope:
 
 
 class CudaStreamScope(NullStreamScope):
-    """The stream of a run on a CUDA device."""
+    """A CUDA stream that is current while code of the run is executed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._outside = self._between = torch.cuda.current_stream(device)
+        self._outer = self._paused = torch.cuda.current_stream(device)
 
     def enter(self) -> None:
-        """Have the calling thread's kernels go here, after those it has begun elsewhere."""
+        """Make the run's stream current in this thread; it waits for the stream before."""
         current = torch.cuda.current_stream(self._device)
         if current != self._stream:
-            self._outside = current
+            self._outer = current
             self._stream.wait_stream(current)
             torch.cuda.set_stream(self._stream)
 
     def leave(self) -> None:
-        """Have the calling thread's kernels go where they went, after those of the run."""
-        torch.cuda.set_stream(self._outside)
-        for after in {self._outside, torch.cuda.default_stream(self._device)}:
-            after.wait_stream(self._stream)
+        """Make the stream before `enter` current; it and the default stream wait for the run's."""
+        torch.cuda.set_stream(self._outer)
+        for stream in {self._outer, torch.cuda.default_stream(self._device)}:
+            stream.wait_stream(self._stream)
 
     def resume(self) -> None:
-        """Have the kernels of the event loop's thread go here, for one step of a coroutine."""
-        self._between = torch.cuda.current_stream(self._device)
+        """Make the run's stream current in the event loop's thread, for one coroutine step."""
+        self._paused = torch.cuda.current_stream(self._device)
         torch.cuda.set_stream(self._stream)
 
     def pause(self) -> None:
-        """End `resume`."""
-        torch.cuda.set_stream(self._between)
+        """Undo `resume`."""
+        torch.cuda.set_stream(self._paused)

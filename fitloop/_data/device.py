@@ -1,14 +1,13 @@
-"""Batches on their way to the device: moved and cast, in the structure the loader gave.
+"""Moves batches to the device and casts them, in the structure that the loader gave.
 
-Owns what happens to the tensors of a batch between the loader and the step. A transfer has two
-halves, because one thread may move a batch that another thread uses: `DeviceTransfer.start`
-starts the copies, `DeviceTransfer.finish` makes them safe to use. Knows no loader.
+A transfer has two halves, because one thread may move a batch that another thread uses:
+`DeviceTransfer.start` starts the copies, `DeviceTransfer.finish` makes them safe to use.
 
-On CUDA the copies run on a stream of the trainer's own, from pinned memory, without blocking
-either thread: the step's stream waits for the copy on the device, and each tensor is recorded
-on the step's stream, so that the allocator does not hand its memory to the next copy while the
-step still reads it (the rule of ``torch.Tensor.record_stream``). What a loader gives on the device
-already is cast by the step's stream, after what made it.
+On CUDA the copies run on a separate stream, from pinned memory, without blocking either thread.
+The step's stream waits for the copy on the device, and each tensor is recorded on the step's
+stream, so that the allocator does not give its memory to the next copy while the step still reads
+it (see ``torch.Tensor.record_stream``). Tensors that the loader made on the device are cast by the
+step's stream, after the stream that made them.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def _first_dimension(item: Any) -> int | None:
 def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
     """Return ``item`` with ``change`` applied to its tensors, and to objects with ``.to``.
 
-    Tuples, named tuples, lists and mappings keep their type; anything else is left as it is.
+    Tuples, named tuples, lists and mappings keep their type. Other objects stay as they are.
     """
     if isinstance(item, (Tensor, PackedSequence)):
         return change(item)
@@ -67,7 +66,7 @@ def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
     if kind is dict:
         return {key: map_tensors(part, change) for key, part in item.items()}
     if isinstance(item, Mapping):
-        # Subclasses of dict may be built in any way; a shallow copy keeps what they are.
+        # A subclass of dict may have any constructor, so it is copied.
         twin: Any = copy.copy(item) if isinstance(item, MutableMapping) else dict(item)
         for key, part in item.items():
             twin[key] = map_tensors(part, change)
@@ -77,8 +76,8 @@ def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
     return item
 
 
-class _Copied(NamedTuple):
-    """A batch whose copies are under way, and the events after which it is there."""
+class _PendingCopy(NamedTuple):
+    """A batch that is being copied, and the events that end its copies."""
 
     batch: Any
     events: list[torch.cuda.Event]
@@ -95,8 +94,9 @@ class DeviceTransfer:
         self._dtype = dtype
         self._cast = cast
         self._targets: dict[torch.dtype, torch.dtype] = {}
-        self._made_elsewhere = False
-        """something of the batch may have been made on a device, by another stream"""
+        """dtype on the device for each dtype seen so far"""
+        self._has_device_tensors = False
+        """whether the batch may have tensors that another stream made on the device"""
         on_cuda = device.type == "cuda"
         self._on_cpu = device.type == "cpu"
         self._copy_stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
@@ -110,8 +110,7 @@ class DeviceTransfer:
         """Start moving ``batch``; any thread, one at a time."""
         kind = type(batch)
         if self._on_cpu and (kind is list or kind is tuple):
-            # The usual (inputs, targets) that are right as they are, in one look: this is done
-            # for every batch, and most of them need nothing.
+            # A fast path for the usual (inputs, targets), since most batches need no change.
             targets = self._targets
             for part in batch:
                 if type(part) is not Tensor or not part.is_cpu:
@@ -122,40 +121,40 @@ class DeviceTransfer:
                 return batch if kind is tuple else batch.copy()  # the step may change a list
         if self._copy_stream is None:
             return self.move(batch)
-        self._made_elsewhere = False
+        self._has_device_tensors = False
         with torch.cuda.stream(self._copy_stream):
             moved = self._map(batch, self._move_pinned)
             events = [self._copy_stream.record_event()]
-        if self._made_elsewhere:  # here, or by an async loader in the event loop's thread
+        if self._has_device_tensors:  # this thread made them, or the event loop's (async loaders)
             events.append(torch.cuda.current_stream(self._device).record_event())
             events.append(torch.cuda.default_stream(self._device).record_event())
-        return _Copied(moved, events)
+        return _PendingCopy(moved, events)
 
     def move(self, batch: Any) -> Any:
-        """Return ``batch`` moved and cast, as a hand-written loop would: ready at once."""
+        """Return ``batch`` moved and cast, ready at once, as in a hand-written loop."""
         return self._map(batch, self._move)
 
-    def finish(self, placed: Any) -> Any:
-        """Return the batch that `start` gave, ready for the calling thread's stream."""
+    def finish(self, pending: Any) -> Any:
+        """Return the batch of a result of `start`, ready for the calling thread's stream."""
         if self._copy_stream is None:
-            return placed
+            return pending
         consumer = torch.cuda.current_stream(self._device)
-        for event in placed.events:
+        for event in pending.events:
             consumer.wait_event(event)
 
-        def keep(item: Any) -> Any:
+        def record(item: Any) -> Any:
             data = item.data if isinstance(item, PackedSequence) else item
             if not isinstance(data, Tensor):
                 return item
             if data.is_cuda and data.get_device() == consumer.device_index:
                 data.record_stream(consumer)
-            return self._move(item)  # what was on a device before is moved and cast now
+            return self._move(item)  # moves and casts tensors that the loader made on a device
 
-        return map_tensors(placed.batch, keep)
+        return map_tensors(pending.batch, record)
 
     def _map(self, batch: Any, change: Callable[[Any], Any]) -> Any:
         kind = type(batch)
-        if kind is list or kind is tuple:  # the usual (inputs, targets), without the recursion
+        if kind is list or kind is tuple:  # the usual (inputs, targets), without recursion
             parts = [change(p) if type(p) is Tensor else map_tensors(p, change) for p in batch]
             return parts if kind is list else tuple(parts)
         return map_tensors(batch, change)
@@ -176,7 +175,7 @@ class DeviceTransfer:
             return item.to(self._device)
         dtype = item.dtype
         target = self._targets.get(dtype) or self._target(dtype)
-        # is_cpu is a flag; a device is an object to make and to compare.
+        # is_cpu is a flag; comparing devices makes objects.
         if target is dtype and (item.is_cpu if self._on_cpu else item.device == self._device):
             return item
         return item.to(device=self._device, dtype=target)
@@ -184,12 +183,12 @@ class DeviceTransfer:
     def _move_pinned(self, item: Any) -> Any:
         data = item.data if isinstance(item, PackedSequence) else item
         if not isinstance(data, Tensor) or not data.is_cpu:
-            self._made_elsewhere = True
+            self._has_device_tensors = True
             return item if isinstance(data, Tensor) else self._move(item)
         if data is not item:
             return self._move(item)
         pinned = item if item.is_pinned() else item.pin_memory()
         moved = pinned.to(self._device, non_blocking=True)
         target = self._targets.get(item.dtype) or self._target(item.dtype)
-        # Cast after the copy: the narrow dtype crosses the bus.
+        # Cast after the copy, since the narrow dtype has fewer bytes.
         return moved if target is item.dtype else moved.to(target)

@@ -28,11 +28,11 @@ from fitloop._errors import ConfigurationError
 from fitloop._types import Phase
 
 _SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
-"""they draw when an iteration begins, or from a generator of their own"""
+"""samplers that use random numbers at the start of an iteration only, or their own generator"""
 
 
 def check_loader(name: str, loader: object) -> None:
-    """Refuse what no batches can come from.
+    """Check that a loader can give batches.
 
     Raises:
         ConfigurationError: ``loader`` is neither iterable nor a function that makes one.
@@ -45,20 +45,20 @@ def check_loader(name: str, loader: object) -> None:
 
 
 def loader_label(phase: Phase, loader: object) -> str:
-    """Return how messages name the loader."""
+    """Return the name of the loader in messages."""
     return f"{phase}_dl ({type(loader).__name__})"
 
 
 def length_of(loader: object) -> int | None:
-    """Return the number of batches, or None for a loader that does not say."""
+    """Return the number of batches, or None if the loader has no length."""
     try:
         return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # what DataLoader raises over an IterableDataset
+    except (TypeError, NotImplementedError):  # as DataLoader does over an IterableDataset
         return None
 
 
 def sample_count(loader: object, steps: int | None) -> int | None:
-    """Return the samples that a pass of at most ``steps`` batches will give, where it is known."""
+    """Return the number of samples in a pass of at most ``steps`` batches, or None if unknown."""
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return None
     batches = length_of(loader)
@@ -73,11 +73,11 @@ def sample_count(loader: object, steps: int | None) -> int | None:
 
 
 def uses_rng_only_at_start(loader: object) -> bool:
-    """Return whether it is certain that no batch after the first draws random numbers.
+    """Return whether no batch after the first can use random numbers of this process.
 
-    True of finished batches, of a DataLoader with worker processes (which have generators of
-    their own) and of one over tensors, with torch's own samplers. Of anything else it is not
-    known: a dataset may augment.
+    True for lists of batches, for a DataLoader with worker processes (which have their own
+    generators), and for one over tensors, each with torch's samplers. Any other dataset may
+    augment its samples.
     """
     if type(loader) in (list, tuple):
         return True
@@ -89,10 +89,10 @@ def uses_rng_only_at_start(loader: object) -> bool:
 
 
 def can_skip_by_index(loader: object) -> bool:
-    """Return whether batches may be left out unread: none that come depend on their reading.
+    """Return whether batches can be skipped without reading them, and later ones stay the same.
 
-    What a worker process draws depends on all that it has read, and what an unknown sampler draws
-    may depend on what the dataset mark_uses_rng.
+    False if worker processes load anything but tensors: their random numbers depend on all that
+    they have read. False for unknown samplers, whose numbers may depend on the dataset's.
     """
     if not isinstance(loader, DataLoader):
         return False
@@ -101,8 +101,8 @@ def can_skip_by_index(loader: object) -> bool:
 
 
 def is_iterable(loader: object) -> bool:
-    """Return whether a loader gives batches itself, and is no function that makes one."""
-    if isinstance(loader, type):  # its instances may be; it is a function that makes one
+    """Return whether a loader gives batches itself, and is no function that returns a loader."""
+    if isinstance(loader, type):  # a class is such a function, even if its instances are iterable
         return False
     return any(hasattr(loader, method) for method in ("__iter__", "__aiter__", "__getitem__"))
 
@@ -122,42 +122,41 @@ def _only_tensors(dataset: Dataset[Any]) -> bool:
 
 
 def detached(loader: Any) -> Any:
-    """Return a loader over the same data that leaves ``loader``'s worker processes alone."""
+    """Return a loader over the same data that does not use ``loader``'s persistent workers."""
     if isinstance(loader, DataLoader) and loader.persistent_workers:
-        twin = copy.copy(loader)
-        twin._iterator = None
-        return twin
+        loader = copy.copy(loader)
+        loader._iterator = None
     return loader
 
 
 def generators_of(loader: object) -> list[torch.Generator]:
-    """Return the random generators that a DataLoader carries."""
+    """Return the random generators of a DataLoader and its samplers, each once."""
     batches = getattr(loader, "batch_sampler", None)
     holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = (getattr(holder, "generator", None) for holder in holders)
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    generators = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
 
 def generator_states(loader: object) -> list[Tensor]:
-    """Return where the loader's generators are."""
+    """Return the states of the loader's generators."""
     return [generator.get_state() for generator in generators_of(loader)]
 
 
 def set_generator_states(loader: object, states: list[Tensor]) -> None:
-    """Put the loader's generators where they were."""
+    """Restore the states of the loader's generators."""
     for generator, state in zip(generators_of(loader), states, strict=True):
         generator.set_state(state)
 
 
 def is_stateful(loader: object) -> bool:
-    """Return whether a loader tells its own position and can be moved to it."""
+    """Return whether a loader can save and restore its own position."""
     return callable(getattr(loader, "state_dict", None)) and callable(
         getattr(loader, "load_state_dict", None)
     )
 
 
 def has_live_workers(loader: object) -> bool:
-    """Return whether worker processes are kept between the passes, and are there."""
+    """Return whether a loader has persistent worker processes that run now."""
     return bool(getattr(loader, "persistent_workers", False)) and (
         getattr(loader, "_iterator", None) is not None
     )

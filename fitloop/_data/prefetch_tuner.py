@@ -1,8 +1,8 @@
-"""Inline or ahead: which way of loading is faster, found out by measuring the loader itself.
+"""Measures whether reading a loader ahead of the steps is faster than reading it inline.
 
 A hand-off between threads costs tens of microseconds, and a loader in pure Python holds the
-interpreter lock while it works, so loading ahead wins for loaders that wait or release the lock
-and loses for trivial ones. Nothing about a loader tells which it is, so both are timed.
+interpreter lock while it works. So reading ahead wins for loaders that wait or release the lock,
+and loses for trivial ones. No property of a loader tells which it is, so both ways are timed.
 """
 
 from __future__ import annotations
@@ -17,61 +17,64 @@ from fitloop._rng.streams import RngState
 
 
 class PrefetchTuner:
-    """Finds out, over as many passes as it takes, whether loading ahead of the steps is faster.
+    """Decides, over as many passes as it needs, whether reading ahead is faster.
 
-    Inline first: the median time of a load and of a whole batch. When loads are too short or too
-    small a part to gain from, inline it stays. A loader that only waits, for a disk or a server or
-    its workers, takes nothing from the steps and goes ahead. Any other is measured ahead as well:
-    the median time of a whole batch then, and the faster way wins. When neither is much faster,
-    which a busy machine can turn round, later passes try again, and the median of the tries
-    counts. Times are in seconds.
+    First it measures inline: the median time of a load and of a whole batch. If loads are short or
+    a small part of a batch, inline is the decision. If the loader only waits (for a disk, a server
+    or its workers), it takes nothing from the steps and ahead is the decision. Any other loader is
+    measured ahead as well, and the shorter time of a whole batch wins. If the two are close, which
+    a busy machine can turn round, later passes try again, and the median of the tries decides.
+    Times are in seconds.
     """
 
     SAMPLES = 6
     """batches measured each way"""
     SHORTEST_LOAD = 100e-6
-    """about twice what a hand-off between two threads costs (measured: 38 us)"""
+    """about twice the cost of a hand-off between two threads (measured: 38 us)"""
     SMALLEST_SHARE = 0.05
     """part of a batch's time that loading must take"""
     SMALLEST_GAIN = 0.05
-    """part of a batch's time that loading ahead must save"""
+    """part of a batch's time that reading ahead must save"""
     WAITING_SHARE = 0.2
-    """part of a load's time that the thread_clock works, up to which the loader is taken to wait"""
+    """part of a load's time spent on the CPU, up to which the loader counts as waiting"""
     CLEAR = (0.75, 1.15)
-    """a batch ahead to one inline: outside of these nothing is tried again"""
+    """time of a batch ahead divided by inline; outside this range there is no second try"""
     TRIES = 3
 
     def __init__(self) -> None:
         self.ahead = False
-        """how to load now"""
+        """whether to read ahead now"""
         self.decided = False
         self.uses_rng = False
-        """the loader draws from the process's generators, and was kept inline for that"""
+        """the loader uses the global generators, so it stays inline"""
         self._loads: list[float] = []
-        self._computed: list[float] = []
+        self._cpu_times: list[float] = []
         self._inline: list[float] = []
         self._ahead: list[float] = []
         self._ratios: list[float] = []
-        """a batch ahead to one inline, of each try"""
+        """time of a batch ahead divided by inline, for each try"""
 
     def begin_pass(self) -> None:
-        """Try again what was not clear."""
+        """Start another try if the last one was close."""
         least, most = self.CLEAR
         again = self.decided and not self.uses_rng and 0 < len(self._ratios) < self.TRIES
         if again and least < self._ratios[-1] < most:
             self.ahead = self.decided = False
-            for values in (self._loads, self._computed, self._inline, self._ahead):
+            for values in (self._loads, self._cpu_times, self._inline, self._ahead):
                 values.clear()
 
     def mark_uses_rng(self) -> None:
-        """Stay inline: the loader draws from generators that the steps draw from as well."""
+        """Decide for inline, because the loader and the steps use the same generators."""
         self.uses_rng = True
         self._decide(ahead=False)
 
-    def add(self, load: float, whole: float, computed: float) -> None:
-        """Count a batch that took ``load`` to load and ``whole`` from batch to batch.
+    def add(self, load: float, whole: float, cpu: float) -> None:
+        """Add the times of one batch.
 
-        ``computed`` is the thread_clock's time in the load.
+        Args:
+            load: time to load the batch.
+            whole: time from the previous batch to this one.
+            cpu: CPU time of this thread during the load.
         """
         if self.ahead:
             self._ahead.append(whole)
@@ -81,13 +84,13 @@ class PrefetchTuner:
             return
         self._loads.append(load)
         self._inline.append(whole)
-        self._computed.append(computed)
+        self._cpu_times.append(cpu)
         if len(self._loads) == self.SAMPLES:
             typical = median_low(self._loads)
             share = typical / max(median_low(self._inline), 1e-12)
             if typical < self.SHORTEST_LOAD or share < self.SMALLEST_SHARE:
                 self._decide(ahead=False)
-            elif median_low(self._computed) <= self.WAITING_SHARE * typical:
+            elif median_low(self._cpu_times) <= self.WAITING_SHARE * typical:
                 self._decide(ahead=True)
             else:
                 self.ahead = True
@@ -97,96 +100,111 @@ class PrefetchTuner:
 
 
 class AdaptiveSource:
-    """Loads as a `PrefetchTuner` says, which it feeds with what it measures on the way."""
+    """Reads inline or ahead as a `PrefetchTuner` says, and gives it the measured times.
+
+    Args:
+        context: of the pass.
+        read: returns the next batch of the loader, or raises `StopIteration`.
+        depth: batches read ahead.
+        tuner: of this loader, over all passes.
+        watch_rng: reading a batch may use the global generators.
+        clock: seconds.
+        cpu_clock: seconds of CPU time of the calling thread.
+    """
 
     def __init__(
         self,
         context: LoadContext,
+        read: Callable[[], Any],
         depth: int,
         tuner: PrefetchTuner,
         *,
         watch_rng: bool,
         clock: Callable[[], float] = time.perf_counter,
-        thread_clock: Callable[[], float] = time.thread_time,
+        cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self._context = context
+        self._read: Callable[[], Any] | None = read
         self._depth = depth
         self._tuner = tuner
         self._watch_rng = watch_rng
         self._clock = clock
-        self._thread_clock = thread_clock
-        self._to_skip = 1  # the first batch of a pass pays for its start
-        self._last: float | None = None
-        self._inline = InlineSource(context)
-        self._source: PrefetchSource | None = None
-        # A loader that draws only in some epochs would be found out too late: look again at the
-        # second batch of every pass. The first may draw to begin.
-        self._to_check = 2 if tuner.ahead and watch_rng else 0
+        self._cpu_clock = cpu_clock
+        self._skipped_samples = 1  # the first batch of a pass includes the start of the loader
+        self._last_fetch_at: float | None = None
+        self._inline = InlineSource(context, read)
+        self._ahead: PrefetchSource | None = None
+        # Some loaders use random numbers in some epochs only. So the second batch of every pass is
+        # read inline and checked; the first one may use random numbers to start the loader.
+        self._fetches_to_check = 2 if tuner.ahead and watch_rng else 0
         if tuner.ahead and not watch_rng:
-            self._go_ahead()
+            self._read_ahead()
 
     def fetch(self) -> Any:
         """See `Source`."""
-        if self._to_check:
+        if self._fetches_to_check:
             return self._checked_fetch()
         return self._fetch() if self._tuner.decided else self._measured_fetch()
 
     def _checked_fetch(self) -> Any:
-        self._to_check -= 1
-        before = None if self._to_check else self._context.rng.fingerprint()
+        self._fetches_to_check -= 1
+        if self._fetches_to_check:
+            return self._inline.fetch()
+        before = self._context.rng.fingerprint()
         batch = self._inline.fetch()
-        if before is not None:
-            if self._context.rng.fingerprint() != before:
-                self._tuner.mark_uses_rng()
-            elif batch is not END:
-                self._go_ahead()
+        if self._context.rng.fingerprint() != before:
+            self._tuner.mark_uses_rng()
+        elif batch is not END:
+            self._read_ahead()
         return batch
 
     def _fetch(self) -> Any:
-        if self._source is None:
+        if self._ahead is None:
             return self._inline.fetch()
-        batch = self._source.fetch()
-        ended = self._source.exhausted or self._context.control.halted
-        if batch is END and self._source.paused and not ended:
-            self._source.close()  # its last batches are used up
-            self._source = None
+        batch = self._ahead.fetch()
+        ended = self._ahead.exhausted or self._context.control.halted
+        if batch is END and self._ahead.paused and not ended:
+            self._ahead.close()  # its queue is empty
+            self._ahead = None
             return self._inline.fetch()
         return batch
 
     def _measured_fetch(self) -> Any:
-        watched = self._watch_rng and not self._to_skip and not self._tuner.ahead
+        watched = self._watch_rng and not self._skipped_samples and not self._tuner.ahead
         before = self._context.rng.fingerprint() if watched else None
-        began, worked = self._clock(), self._thread_clock()
+        start, cpu_start = self._clock(), self._cpu_clock()
         batch = self._fetch()
-        ended, worked = self._clock(), self._thread_clock() - worked
+        end, cpu = self._clock(), self._cpu_clock() - cpu_start
         if watched and self._context.rng.fingerprint() != before:
             self._tuner.mark_uses_rng()
-        elif self._to_skip or self._last is None:
-            self._to_skip = max(0, self._to_skip - 1)
+        elif self._skipped_samples or self._last_fetch_at is None:
+            self._skipped_samples = max(0, self._skipped_samples - 1)
         elif batch is not END:
-            self._tuner.add(ended - began, ended - self._last, worked)
-            if self._tuner.ahead and self._source is None:
-                self._go_ahead()
-            elif not self._tuner.ahead and self._source is not None:
-                self._source.pause()
-        self._last = self._clock()
+            self._tuner.add(end - start, end - self._last_fetch_at, cpu)
+            if self._tuner.ahead and self._ahead is None:
+                self._read_ahead()
+            elif not self._tuner.ahead and self._ahead is not None:
+                self._ahead.pause()
+        self._last_fetch_at = self._clock()
         return batch
 
-    def _go_ahead(self) -> None:
-        self._source = PrefetchSource(self._context, self._depth)
-        self._to_skip = 1  # the one that the new thread begins with
+    def _read_ahead(self) -> None:
+        assert self._read is not None
+        self._ahead = PrefetchSource(self._context, self._read, self._depth)
+        self._skipped_samples = 1  # the first batch includes the start of the thread
 
     @property
     def rng_state_after(self) -> RngState | None:
         """See `Source`."""
-        return None if self._source is None else self._source.rng_state_after
+        return None if self._ahead is None else self._ahead.rng_state_after
 
     @property
     def is_prefetching(self) -> bool:
-        """Whether the last batches came ahead of the steps."""
-        return self._source is not None
+        """Whether the last batches were read ahead of the steps."""
+        return self._ahead is not None
 
     def close(self) -> list[Any]:
         """See `Source`."""
-        ahead = [] if self._source is None else self._source.close()
+        self._read = None
+        ahead = [] if self._ahead is None else self._ahead.close()
         return [*ahead, *self._inline.close()]

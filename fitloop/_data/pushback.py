@@ -1,4 +1,4 @@
-"""Loaders that can be read once: iterators, with what was read from them but not used."""
+"""Loaders that can be read only once, made to take batches back."""
 
 from __future__ import annotations
 
@@ -8,85 +8,85 @@ from typing import Any
 
 
 class PushbackIterator:
-    """An iterator, which can be read once, with what was read from it but not used.
+    """An iterator that gives batches again that were read from it but not used.
 
-    Lets a run that ends early, and the sanity check, put batches back.
+    Needed when a run ends early, and by dry runs.
     """
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
-        self._unread: deque[Any] = deque()
+        self._pushed_back: deque[Any] = deque()
         self._record: list[Any] | None = None
         self._ended = False
         self.batches_read = 0
-        """batches that were given and not put back"""
+        """batches that were read and not put back"""
 
-    def _note(self, batch: Any) -> Any:
+    def _count(self, batch: Any) -> Any:
         self.batches_read += 1
         if self._record is not None:
             self._record.append(batch)
         return batch
 
     def put_back(self, batches: Iterable[Any]) -> None:
-        """Have ``batches`` come first in the next pass."""
+        """Give ``batches`` first in the next pass."""
         again = list(batches)
         self.batches_read -= len(again)
-        self._unread.extendleft(reversed(again))
+        self._pushed_back.extendleft(reversed(again))
 
     def is_exhausted(self) -> bool:
-        """Return whether there is nothing left to read."""
-        return self._ended and not self._unread
+        """Return whether no batch is left."""
+        return self._ended and not self._pushed_back
 
-    def record(self) -> None:
-        """Remember what is read from now on, for `rewind`."""
+    def start_recording(self) -> None:
+        """Remember all batches that are read from now on, for `rewind`."""
         self._record = []
 
     def rewind(self) -> None:
-        """Put back all that was read since `record`."""
+        """Put back all batches that were read since `start_recording`."""
         self.put_back(self._record or ())
         self._record = None
 
 
-class _OneShotIterator(PushbackIterator):
+class _PushbackIterator(PushbackIterator):
     def __iter__(self) -> Iterator[Any]:
-        iter(self.loader)  # returns itself, and some begin anew at it
+        iter(self.loader)  # returns the loader itself; some restart in this call
         self._ended = False
         return self
 
     def __next__(self) -> Any:
-        if self._unread:
-            return self._note(self._unread.popleft())
+        if self._pushed_back:
+            return self._count(self._pushed_back.popleft())
         try:
-            return self._note(next(self.loader))
+            return self._count(next(self.loader))
         except StopIteration:
             self._ended = True
             raise
 
 
-class _OneShotAsyncIterator(PushbackIterator):
+class _AsyncPushbackIterator(PushbackIterator):
     def __aiter__(self) -> AsyncIterator[Any]:
         aiter(self.loader)
         self._ended = False
         return self
 
     async def __anext__(self) -> Any:
-        if self._unread:
-            return self._note(self._unread.popleft())
+        if self._pushed_back:
+            return self._count(self._pushed_back.popleft())
         try:
-            return self._note(await anext(self.loader))
+            return self._count(await anext(self.loader))
         except StopAsyncIteration:
             self._ended = True
             raise
 
 
 def pushback_iterator_of(loader: Any) -> PushbackIterator | None:
-    """Return a wrapper for a loader that is its own iterator, so that it goes on where it was left.
+    """Return a wrapper for a loader that is its own iterator; None for other loaders.
 
-    One with a length is taken for a loader that begins anew at every pass, as some do.
+    A loader with a length is assumed to restart at every pass, as some do.
     """
     if not hasattr(loader, "__len__"):
         if hasattr(loader, "__next__"):
-            return _OneShotIterator(loader)
+            return _PushbackIterator(loader)
         if hasattr(loader, "__anext__"):
-            return _OneShotAsyncIterator(loader)
+            return _AsyncPushbackIterator(loader)
     return None

@@ -1,8 +1,8 @@
-"""Going on in the middle of a pass over a loader: where it was, and the way back there.
+"""Continues a pass over a loader at its k-th batch, after a resume.
 
-Owns what is remembered of a pass (the randomness it began with, the loader's own state) and the
-three ways to its k-th batch: the loader's own ``load_state_dict``, by index without reading data,
-or reading again what came before. Never changes a loader, except one that loads its own state.
+There are three ways: the loader's own ``load_state_dict``; skipping the sampler's indices without
+reading data; or reading the batches before again. Changes no loader, except one with
+``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -26,59 +26,62 @@ from fitloop._rng.streams import RngState
 
 @dataclass(frozen=True, kw_only=True)
 class PassStart:
-    """What a pass began with."""
+    """State of a loader at the start of a pass."""
 
     rng_state: RngState
-    """the randomness of the loader in a seeded run, of the process else"""
+    """of the loader's stream in a seeded run, else of the global generators"""
     generators: list[Tensor]
-    """states of the generators that the loader carries"""
+    """states of the loader's own generators"""
     reused_workers: bool = False
-    """worker processes went on from an earlier pass, so that none were seeded"""
+    """worker processes continued from an earlier pass, so they were not seeded again"""
     batches_read: int = 0
-    """batches that were read before from a loader that can be read once"""
+    """batches read before from a loader that can be read only once"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePosition:
-    """Where a pass is to go on."""
+    """Position in a pass at which a resumed run continues."""
 
     batches: int
-    """how many come before"""
+    """number of batches before the position"""
     pass_start: PassStart
     rng_state: RngState
-    """the randomness after those batches"""
+    """as in `PassStart`, after those batches"""
     generators: list[Tensor] = field(default_factory=list)
-    """states of the loader's generators after those batches"""
+    """states of the loader's own generators after those batches"""
     loader_state: Any = None
-    """what the loader's ``state_dict`` returned then, if it has one"""
+    """the loader's ``state_dict`` after those batches; None if it has none"""
 
 
 def iterate_from(
     iterable: Any, position: ResumePosition, label: str, *, by_index: bool
 ) -> Iterator[Any]:
-    """Return an iterator over ``iterable`` that begins after ``position.batches`` batches.
+    """Return an iterator over ``iterable`` that starts after ``position.batches`` batches.
 
-    ``by_index`` says that reading draws nothing that batches to come depend on. Else what comes
-    before is read again, with a `ResumeWarning`.
+    With ``by_index`` (see `can_skip_by_index`) a DataLoader over a map-style dataset skips indices.
+    Other loaders without a state read the batches before again, with a `ResumeWarning`.
     """
     if position.loader_state is not None and is_stateful(iterable):
         iterable.load_state_dict(position.loader_state)
-        rest: Iterator[Any] = iter(iterable)
+        iterator: Iterator[Any] = iter(iterable)
         set_generator_states(iterable, position.generators)
-        return rest
+        return iterator
     if type(iterable) in (list, tuple):
         return itertools.islice(iterable, position.batches, None)
-    if by_index and isinstance(iterable, DataLoader) and _is_map_style(iterable):
-        return _advanced(iterable, position)
+    is_map_style = isinstance(iterable, DataLoader) and not isinstance(
+        iterable.dataset, IterableDataset
+    )
+    if by_index and is_map_style:
+        return _skip_indices(iterable, position)
     warn_of_replay(label, position.batches)
-    iterator: Iterator[Any] = iter(iterable)
+    iterator = iter(iterable)
     for _ in itertools.islice(iterator, position.batches):
         pass
     return iterator
 
 
 def warn_of_replay(label: str, batches: int) -> None:
-    """Say that batches are read and thrown away; nothing for none."""
+    """Warn that the first ``batches`` are read again and discarded; do nothing for 0."""
     if batches:
         warnings.warn(
             f"resuming: {label} cannot be moved to a position, so its first {batches} batches are "
@@ -91,45 +94,41 @@ def warn_of_replay(label: str, batches: int) -> None:
         )
 
 
-def _is_map_style(loader: DataLoader[Any]) -> bool:
-    return not isinstance(loader.dataset, IterableDataset)
+class _StartedSampler:
+    """A sampler whose iteration has started already."""
 
-
-class _Rest:
-    """A sampler with what is left of an iteration."""
-
-    def __init__(self, sampler: Any, rest: Iterator[Any]) -> None:
-        self._sampler, self._rest = sampler, rest
+    def __init__(self, sampler: Any, indices: Iterator[Any]) -> None:
+        self._sampler, self._indices = sampler, indices
 
     def __iter__(self) -> Iterator[Any]:
-        return self._rest
+        return self._indices
 
     def __len__(self) -> int:
         return len(self._sampler)
 
 
-def _advanced(loader: DataLoader[Any], position: ResumePosition) -> Iterator[Any]:
-    """Advance the sampler only: as `DataLoader.__iter__` would, in the same order of draws."""
+def _skip_indices(loader: DataLoader[Any], position: ResumePosition) -> Iterator[Any]:
+    """Advance the sampler only, using random numbers in the order of `DataLoader.__iter__`."""
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     indices = iter(sampler)
-    if not position.pass_start.reused_workers:  # its iterator draws a seed for workers, used or not
+    if not position.pass_start.reused_workers:  # DataLoader always draws a seed for workers
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
     for _ in itertools.islice(indices, position.batches):
         pass
     twin = copy.copy(loader)
     twin._iterator = None
-    # Past its __setattr__, which refuses to have a sampler replaced.
+    # `vars`, because its __setattr__ refuses to replace a sampler.
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    vars(twin)[name] = _Rest(sampler, indices)
-    # Its iterator draws a seed as well, which the one of old did not draw twice.
+    vars(twin)[name] = _StartedSampler(sampler, indices)
+    # Its iterator draws another seed, which must not come from the loader's generator.
     vars(twin)["generator"] = torch.Generator()
     return iter(twin)
 
 
 def start_workers(loader: DataLoader[Any]) -> None:
-    """Start worker processes that are kept, as if they had served a pass; draws nothing."""
+    """Start persistent worker processes as after an earlier pass; no generator changes."""
     if loader.num_workers and getattr(loader, "_iterator", None) is None:
-        restore, own = save_global_state(), generator_states(loader)
+        restore_global_state, states = save_global_state(), generator_states(loader)
         loader._iterator = loader._get_iterator()
-        set_generator_states(loader, own)
-        restore()
+        set_generator_states(loader, states)
+        restore_global_state()

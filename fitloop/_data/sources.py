@@ -1,16 +1,15 @@
-"""Batches out of any loader, inline or ahead of the steps, whichever is faster.
+"""One pass over a loader: reads batches in the step thread, or in a thread ahead of it.
 
-Owns the way from a loader to the step thread. A `Source` is one pass over one loader. What the
-loader is decides which: `InlineSource` iterates in the step thread, `PrefetchSource` in a thread of
-its own that fills a bounded queue; `AsyncSource`, in `_async_loading`, in a task on the event
-loop. Which of them is used is decided elsewhere. Knows nothing of models, metrics or stages.
+`InlineSource` reads in the step thread, between the steps. `PrefetchSource` reads in a thread of
+its own into a bounded queue. `fitloop._data.async_source` reads an async loader on the event loop.
+`fitloop._data.loaders` chooses one. Knows no models, metrics or stage functions.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -25,85 +24,88 @@ class _End:
 
 
 END: Final = _End()
-"""What `Source.fetch` returns when there are no batches any more."""
+"""The result of `Source.fetch` after the last batch."""
 
 
 class Source(Protocol):
-    """One pass over a loader, used by the step thread alone."""
+    """One pass over a loader; for the step thread."""
 
     @property
     def fetch(self) -> Callable[[], Any]:
-        """What returns the next batch, placed and received, or `END`.
+        """A function that returns the next batch, ready on the device, or `END`.
 
-        It raises what the loader raised, as the same object; `Cancelled` when the run was
-        cancelled while it waited.
+        It raises exceptions of the loader, as the same objects, and `Cancelled` if the run was
+        cancelled meanwhile.
         """
 
     @property
     def rng_state_after(self) -> RngState | None:
-        """The loader's randomness after the last batch that was fetched; None if it is its
-        stream's as it is.
-        """  # noqa: D205
+        """State of the loader's generators after the last fetched batch.
+
+        None if no batch was read ahead, so that the generators themselves have this state.
+        """
 
     def close(self) -> list[Any]:
-        """Stop loading and return the raw batches that were read but not fetched."""
+        """Stop reading and return the batches that were read but not fetched, as read."""
 
 
 @dataclass(slots=True)
 class LoadContext:
-    """What every source needs: the loader's iterator and how to use it."""
+    """What a source knows of its run."""
 
-    iterator: Iterator[Any]
     label: str
-    """how messages name the loader, e.g. ``train_dl (DataLoader)``"""
+    """name of the loader in messages, such as ``train_dl (DataLoader)``"""
     control: RunControl
     start_transfer: Callable[[Any], Any] = lambda batch: batch
-    """starts moving a batch to the device; in the thread that read it"""
+    """starts to move a batch to the device; called by the thread that read it"""
     finish_transfer: Callable[[Any], Any] | None = None
-    """ends it, in the step thread; None when `start_transfer` has done everything"""
+    """ends the transfer in the step thread; None if `start_transfer` does everything"""
     rng: LoaderRng = field(default_factory=LoaderRng)
-    """Random numbers of the loader in this pass."""
+    """random numbers of the loader in this pass"""
     rereads_unfetched: bool = True
-    """batches that were not fetched are read again, so their random numbers are drawn again"""
+    """batches that were not fetched will be read again, with the same random numbers"""
     close_timeout: float = 5.0
     """seconds that `Source.close` waits for a loader that does not return"""
     read_wrapper: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
-    """wraps the call that reads a batch, for the profiler"""
+    """wraps the function that reads a batch, for the profiler"""
 
     def wait(self, ready: Callable[[], bool]) -> bool:
-        """Block the step thread, its generators released; false when the run was stopped.
+        """Block the step thread, its generators released; return false if the run was stopped.
 
         Raises:
             Cancelled: the run was cancelled first.
         """
         with self.rng.waiting():
-            arrived = self.control.wait_for(ready, obey_stop=True)
+            is_ready = self.control.wait_for(ready, obey_stop=True)
             if self.control.cancelled:
                 raise Cancelled
-        return arrived
+        return is_ready
 
 
 class InlineSource:
-    """Iterates the loader in the step thread, between the steps."""
+    """Reads the loader in the step thread, between the steps.
 
-    def __init__(self, context: LoadContext) -> None:
-        # Closures, since this is called for every batch: they find everything in their cells.
-        self.fetch, self._close = _inline(context)
-        self.rng_state_after: RngState | None = None
+    Args:
+        context: of the pass.
+        read: returns the next batch of the loader, or raises `StopIteration`.
+    """
+
+    rng_state_after: RngState | None = None
+
+    def __init__(self, context: LoadContext, read: Callable[[], Any]) -> None:
+        # Closures, because they are called for every batch: they find everything in their cells.
+        self.fetch, self._close = _inline(context, read)
 
     def close(self) -> list[Any]:
         """See `Source`."""
         return self._close()
 
 
-def _inline(context: LoadContext) -> tuple[Callable[[], Any], Callable[[], list[Any]]]:
-    control, label, place, receive = (
-        context.control,
-        context.label,
-        context.start_transfer,
-        context.finish_transfer,
-    )
-    read: Callable[[], Any] | None = context.iterator.__next__
+def _inline(
+    context: LoadContext, read: Callable[[], Any] | None
+) -> tuple[Callable[[], Any], Callable[[], list[Any]]]:
+    control, label = context.control, context.label
+    start, finish = context.start_transfer, context.finish_transfer
     unread: list[Any] = []
 
     def fetch() -> Any:
@@ -124,84 +126,90 @@ def _inline(context: LoadContext) -> tuple[Callable[[], Any], Callable[[], list[
             control.leave_loader()
         if batch is END:
             return END
-        placed = place(batch)
-        return placed if receive is None else receive(placed)
+        moved = start(batch)
+        return moved if finish is None else finish(moved)
 
     def close() -> list[Any]:
         nonlocal read
-        read = None  # an exception may keep this frame, and it the loader's workers
-        context.iterator = iter(())
+        read = None  # an exception may keep this frame alive, and thereby the loader's workers
         return unread
 
     return context.rng.wrap_read(fetch), close
 
 
 class PrefetchSource:
-    """Iterates the loader in a thread of its own, up to ``depth`` batches ahead of the steps."""
+    """Reads the loader in a thread of its own, up to ``depth`` batches ahead of the steps.
 
-    def __init__(self, context: LoadContext, depth: int) -> None:
+    Args:
+        context: of the pass.
+        read: returns the next batch of the loader, or raises `StopIteration`.
+        depth: size of the queue in batches.
+    """
+
+    def __init__(self, context: LoadContext, read: Callable[[], Any], depth: int) -> None:
         self._context = context
         self._depth = depth
-        self._ready: deque[tuple[Any, Any, RngState | None]] = deque()
-        self.rng_state_after = context.rng.state() if context.rng.has_stream else None
-        """the loader's randomness after the last batch that was fetched"""
+        self._queue: deque[tuple[Any, Any, RngState | None]] = deque()
+        """batch as read, batch on the device, state of the loader's generators after it"""
+        self.rng_state_after = self._rng_state()
         self._error: BaseException | None = None
         self._ended = False
         self._closed = False
         self.exhausted = False
-        """the loader has come to its end"""
+        """the loader has no more batches"""
         self.paused = False
-        """the thread reads no more, although the loader may have more"""
-        self.waited = 0
-        """batches for which the step thread had to wait"""
-        self._reader = context.rng.reader(context.control, self._is_closed)
+        """the thread reads no more, although the loader may have more batches"""
+        self.waits = 0
+        """number of batches that the step thread had to wait for"""
+        self._rng_reader = context.rng.reader(context.control, self._is_closed)
         self._thread = threading.Thread(
-            target=self._load, name=f"fitloop loads {context.label}", daemon=True
+            target=self._load,
+            args=(self._rng_reader.wrap_read(read),),
+            name=f"fitloop loads {context.label}",
+            daemon=True,
         )
         self._thread.start()
 
     def fetch(self) -> Any:
         """See `Source`."""
-        context = self._context
+        context, queue = self._context, self._queue
         changed = context.control.changed
-        ready = self._ready
-        if not ready:
-            self.waited += 1
-            if not context.wait(lambda: bool(ready) or self._ended):
+        if not queue:
+            self.waits += 1
+            if not context.wait(lambda: bool(queue) or self._ended):
                 return END
         with changed:
-            if not ready:
+            if not queue:
                 if self._error is not None:
                     error, self._error = self._error, None
                     raise error
                 return END
-            _raw, placed, self.rng_state_after = ready.popleft()
+            _raw, moved, self.rng_state_after = queue.popleft()
             changed.notify_all()
-        return placed if context.finish_transfer is None else context.finish_transfer(placed)
+        return moved if context.finish_transfer is None else context.finish_transfer(moved)
 
     def close(self) -> list[Any]:
-        """See `Source`; a loader that does not return within the grace is left to itself."""
+        """See `Source`; after the timeout the thread is abandoned inside the loader."""
         context = self._context
         with context.control.changed:
             self._closed = True
             context.control.changed.notify_all()
         with context.rng.waiting():
-            self._reader.wake()
+            self._rng_reader.wake()
             self._thread.join(context.close_timeout)
             if self._thread.is_alive():
                 context.control.hung_loaders.append(context.label)
-            self._reader.close()
+            self._rng_reader.close()
             with context.control.changed:
-                unread = [raw for raw, _placed, _drawn in self._ready]
-                self._ready.clear()
-                hung = not self._ended
-                context.iterator = context.iterator if hung else iter(())
-            if context.rereads_unfetched and self.rng_state_after and unread and not hung:
+                unread = [raw for raw, _moved, _rng_state in self._queue]
+                self._queue.clear()
+                hangs = not self._ended
+            if context.rereads_unfetched and self.rng_state_after and unread and not hangs:
                 context.rng.set_state(self.rng_state_after)
         return unread
 
     def pause(self) -> None:
-        """Let the thread end after the batch in hand; what is ready can still be fetched."""
+        """End the thread after the batch that it reads now; the queue can still be fetched."""
         with self._context.control.changed:
             self.paused = True
             self._context.control.changed.notify_all()
@@ -209,14 +217,17 @@ class PrefetchSource:
     def _is_closed(self) -> bool:
         return self._closed or self.paused or self._context.control.cancelled
 
-    def _load(self) -> None:
+    def _rng_state(self) -> RngState | None:
+        rng = self._context.rng
+        return rng.state() if rng.has_stream else None
+
+    def _load(self, read: Callable[[], Any]) -> None:
         context, changed = self._context, self._context.control.changed
-        read = self._reader.wrap_read(lambda: next(context.iterator))
         error: BaseException | None = None
         try:
             while True:
                 with changed:
-                    while len(self._ready) >= self._depth and not self._is_closed():
+                    while len(self._queue) >= self._depth and not self._is_closed():
                         changed.wait()
                     if self._is_closed():
                         return
@@ -225,14 +236,14 @@ class PrefetchSource:
                 except StopIteration:
                     self.exhausted = True
                     break
-                drawn = context.rng.state() if context.rng.has_stream else None
-                item = (raw, context.start_transfer(raw), drawn)
+                rng_state = self._rng_state()
+                item = (raw, context.start_transfer(raw), rng_state)
                 with changed:
-                    self._ready.append(item)
+                    self._queue.append(item)
                     changed.notify_all()
         except Cancelled:
             pass
-        except BaseException as raised:  # crosses to the step thread
+        except BaseException as raised:  # the step thread raises it
             error = raised
         finally:
             with changed:

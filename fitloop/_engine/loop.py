@@ -325,7 +325,6 @@ class Engine:
     def _open(self, phase: Phase, loader: Any, resume_from: ResumePosition | None) -> Source:
         deps = self._deps
         context = LoadContext(
-            iterator=iter(()),
             label=loader_label(phase, loader),
             control=self._control,
             start_transfer=self._transfer.start,

@@ -247,7 +247,7 @@ def test_one_shot_when_batches_are_put_back_then_they_come_first_in_order() -> N
 def test_one_shot_when_rewound_then_gives_again_what_was_recorded() -> None:
     one_shot: Any = pushback_iterator_of(iter(range(5)))
     assert next(one_shot) == 0
-    one_shot.record()
+    one_shot.start_recording()
     assert [next(one_shot), next(one_shot)] == [1, 2]
     one_shot.rewind()
     one_shot.rewind()

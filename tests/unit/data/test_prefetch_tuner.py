@@ -54,7 +54,7 @@ class SwitchingTuner(PrefetchTuner):
         super().__init__()
         self._left = [ahead_after, inline_after]
 
-    def add(self, load: float, whole: float, computed: float) -> None:
+    def add(self, load: float, whole: float, cpu: float) -> None:
         self._left[0] -= 1
         if self._left[0] <= 0:
             del self._left[0]
@@ -71,8 +71,10 @@ def run_pass(
     watch_rng: bool = False,
 ) -> list[Any]:
     """Fetch all batches, with a step of so many seconds after each."""
-    context = LoadContext(iterator=iter(loader), label="train_dl", control=RunControl())
-    source = AdaptiveSource(context, 2, tuner, watch_rng=watch_rng, clock=clock, thread_clock=clock)
+    context = LoadContext(label="train_dl", control=RunControl())
+    source = AdaptiveSource(
+        context, iter(loader).__next__, 2, tuner, watch_rng=watch_rng, clock=clock, cpu_clock=clock
+    )
     fetched = []
     for batch in iter(source.fetch, END):
         fetched.append(batch)
@@ -318,8 +320,8 @@ def test_adaptive_when_loader_raises_ahead_then_good_batches_come_first() -> Non
         yield from range(4)
         raise error
 
-    context = LoadContext(iterator=broken(), label="train_dl", control=RunControl())
-    source = AdaptiveSource(context, 2, tuner, watch_rng=False, clock=clock)
+    context = LoadContext(label="train_dl", control=RunControl())
+    source = AdaptiveSource(context, broken().__next__, 2, tuner, watch_rng=False, clock=clock)
     assert [source.fetch() for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="broken") as caught:
         source.fetch()
@@ -372,8 +374,8 @@ def test_adaptive_when_closed_anywhere_then_unread_ones_are_what_comes_next(
     clock, tuner = Clock(), SwitchingTuner(ahead_after, inline_after)
     for length in lengths:
         loader = iter(range(length))
-        context = LoadContext(iterator=loader, label="train_dl", control=RunControl())
-        source = AdaptiveSource(context, 2, tuner, watch_rng=False, clock=clock)
+        context = LoadContext(label="train_dl", control=RunControl())
+        source = AdaptiveSource(context, loader.__next__, 2, tuner, watch_rng=False, clock=clock)
         fetched = [source.fetch() for _ in range(min(fetches, length))]
         unread = source.close()
         assert [*fetched, *unread, *loader] == list(range(length))

@@ -5,7 +5,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -22,17 +22,31 @@ from fitloop._rng.streams import Stream
 GUARD = 20.0
 """seconds after which a wait that should have ended long ago fails the test"""
 
+Make = Callable[[LoadContext, Callable[[], Any]], Source]
+
+
+def prefetch(depth: int) -> Callable[[LoadContext, Callable[[], Any]], PrefetchSource]:
+    return lambda context, read: PrefetchSource(context, read, depth)
+
+
 SOURCES = [
     pytest.param(InlineSource, id="inline"),
-    pytest.param(lambda context: PrefetchSource(context, 1), id="ahead-1"),
-    pytest.param(lambda context: PrefetchSource(context, 3), id="ahead-3"),
+    pytest.param(prefetch(1), id="ahead-1"),
+    pytest.param(prefetch(3), id="ahead-3"),
 ]
 
 
-def context_of(
-    batches: Iterator[Any], control: RunControl | None = None, **more: Any
-) -> LoadContext:
-    return LoadContext(iterator=batches, label="train_dl", control=control or RunControl(), **more)
+S = TypeVar("S")
+
+
+def source_of(
+    make: Callable[[LoadContext, Callable[[], Any]], S],
+    batches: Iterator[Any],
+    control: RunControl | None = None,
+    **more: Any,
+) -> S:
+    context = LoadContext(label="train_dl", control=control or RunControl(), **more)
+    return make(context, batches.__next__)
 
 
 def drain(source: Source) -> list[Any]:
@@ -63,9 +77,9 @@ class Blocking:
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_source_when_drained_then_gives_every_batch_in_order(
-    make: Callable[[LoadContext], Source],
+    make: Make,
 ) -> None:
-    source = make(context_of(iter(range(50))))
+    source = source_of(make, iter(range(50)))
     assert drain(source) == list(range(50))
     assert source.fetch() is END
     assert source.close() == []
@@ -73,7 +87,7 @@ def test_source_when_drained_then_gives_every_batch_in_order(
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_source_when_loader_raises_then_good_batches_come_first_and_same_error(
-    make: Callable[[LoadContext], Source],
+    make: Make,
 ) -> None:
     error = ValueError("broken sample")
 
@@ -81,7 +95,7 @@ def test_source_when_loader_raises_then_good_batches_come_first_and_same_error(
         yield from range(4)
         raise error
 
-    source = make(context_of(batches()))
+    source = source_of(make, batches())
     assert [source.fetch() for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="broken sample") as caught:
         source.fetch()
@@ -91,7 +105,7 @@ def test_source_when_loader_raises_then_good_batches_come_first_and_same_error(
 
 
 @pytest.mark.parametrize("make", SOURCES)
-def test_source_when_placing_raises_then_same_error(make: Callable[[LoadContext], Source]) -> None:
+def test_source_when_placing_raises_then_same_error(make: Make) -> None:
     error = RuntimeError("out of memory")
 
     def place(batch: int) -> int:
@@ -99,7 +113,7 @@ def test_source_when_placing_raises_then_same_error(make: Callable[[LoadContext]
             raise error
         return batch
 
-    source = make(context_of(iter(range(4)), start_transfer=place))
+    source = source_of(make, iter(range(4)), start_transfer=place)
     assert [source.fetch(), source.fetch()] == [0, 1]
     with pytest.raises(RuntimeError, match="out of memory") as caught:
         source.fetch()
@@ -109,7 +123,7 @@ def test_source_when_placing_raises_then_same_error(make: Callable[[LoadContext]
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_source_when_fetched_then_batch_is_placed_first_and_received_here(
-    make: Callable[[LoadContext], Source],
+    make: Make,
 ) -> None:
     receivers = []
 
@@ -117,12 +131,11 @@ def test_source_when_fetched_then_batch_is_placed_first_and_received_here(
         receivers.append(threading.current_thread())
         return ("received", batch)
 
-    source = make(
-        context_of(
-            iter([7]), start_transfer=lambda batch: ("placed", batch), finish_transfer=receive
-        )
-    )
-    assert source.fetch() == ("received", ("placed", 7))
+    def start(batch: int) -> tuple[str, int]:
+        return ("moved", batch)
+
+    source = source_of(make, iter([7]), start_transfer=start, finish_transfer=receive)
+    assert source.fetch() == ("received", ("moved", 7))
     assert source.fetch() is END
     assert receivers == [threading.current_thread()]
     source.close()
@@ -140,7 +153,7 @@ def test_ahead_source_when_loading_then_reads_and_places_in_one_other_thread() -
         threads.add(threading.current_thread())
         return batch
 
-    source = PrefetchSource(context_of(batches(), start_transfer=place), 2)
+    source = source_of(prefetch(2), batches(), start_transfer=place)
     assert drain(source) == list(range(5))
     source.close()
     assert len(threads) == 1
@@ -158,7 +171,7 @@ def test_ahead_source_when_running_then_never_further_ahead_than_its_depth(depth
                 too_far.append(number)
             yield number
 
-    source = PrefetchSource(context_of(batches()), depth)
+    source = source_of(prefetch(depth), batches())
     fetched = []
     for _ in range(40):
         asked += 1
@@ -178,7 +191,7 @@ def test_ahead_source_when_closed_then_returns_unread_batches_as_read(fetched: i
         return f"placed {batch}"
 
     loader = itertools.count()
-    source = PrefetchSource(context_of(loader, start_transfer=place), depth)
+    source = source_of(prefetch(depth), loader, start_transfer=place)
     assert [source.fetch() for _ in range(fetched)] == [f"placed {n}" for n in range(fetched)]
     wait_for(full)
     assert source.close() == [fetched, fetched + 1, fetched + 2]
@@ -186,7 +199,7 @@ def test_ahead_source_when_closed_then_returns_unread_batches_as_read(fetched: i
 
 
 def test_ahead_source_when_closed_twice_then_second_returns_nothing() -> None:
-    source = PrefetchSource(context_of(itertools.count()), 2)
+    source = source_of(prefetch(2), itertools.count())
     source.fetch()
     source.close()
     assert source.close() == []
@@ -200,7 +213,7 @@ def test_ahead_source_when_closed_with_error_pending_then_keeps_good_batches() -
         failed.set()
         raise ValueError
 
-    source = PrefetchSource(context_of(batches()), 3)
+    source = source_of(prefetch(3), batches())
     wait_for(failed)
     assert source.close() == [0]
 
@@ -208,7 +221,7 @@ def test_ahead_source_when_closed_with_error_pending_then_keeps_good_batches() -
 @pytest.mark.parametrize("halt", ["stop", "cancel"])
 def test_ahead_source_when_halted_then_wakes_waiting_step_thread(halt: str) -> None:
     control, loader = RunControl(), Blocking()
-    source = PrefetchSource(context_of(loader, control), 2)
+    source = source_of(prefetch(2), loader, control)
 
     def halt_when_loading() -> None:
         wait_for(loader.entered)
@@ -236,7 +249,7 @@ def test_ahead_source_when_stopped_then_ready_batches_can_still_be_fetched() -> 
             full.set()
         return batch
 
-    source = PrefetchSource(context_of(iter(range(9)), control, start_transfer=place), 2)
+    source = source_of(prefetch(2), iter(range(9)), control, start_transfer=place)
     wait_for(full)
     control.stop()
     assert source.fetch() == 0
@@ -246,19 +259,19 @@ def test_ahead_source_when_stopped_then_ready_batches_can_still_be_fetched() -> 
 
 def test_ahead_source_when_loader_hangs_then_close_names_it_and_leaves_it() -> None:
     loader = Blocking()
-    context = context_of(loader, close_timeout=0.0)
-    source = PrefetchSource(context, 2)
+    control = RunControl()
+    source = source_of(prefetch(2), loader, control, close_timeout=0.0)
     wait_for(loader.entered)
     try:
         assert source.close() == []
-        assert context.control.hung_loaders == ["train_dl"]
+        assert control.hung_loaders == ["train_dl"]
     finally:
         loader.release.set()
 
 
 def test_ahead_source_when_paused_then_rest_is_still_in_the_iterator() -> None:
     loader = iter(range(10))
-    source = PrefetchSource(context_of(loader), 2)
+    source = source_of(prefetch(2), loader)
     assert source.fetch() == 0
     source.pause()
     ready = drain(source)
@@ -268,7 +281,7 @@ def test_ahead_source_when_paused_then_rest_is_still_in_the_iterator() -> None:
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_source_when_seeded_then_loader_and_steps_draw_from_a_stream_each(
-    make: Callable[[LoadContext], Source],
+    make: Make,
 ) -> None:
     def batches() -> Iterator[float]:
         for _ in range(6):
@@ -276,7 +289,7 @@ def test_source_when_seeded_then_loader_and_steps_draw_from_a_stream_each(
 
     turn = GeneratorLease()
     turn.acquire(Stream(1))
-    source = make(context_of(batches(), rng=LoaderRng(turn, Stream(2))))
+    source = source_of(make, batches(), rng=LoaderRng(turn, Stream(2)))
     steps, loads = [], []
     for _ in range(6):
         steps.append(torch.rand(()).item())
@@ -300,7 +313,7 @@ def test_inline_source_when_cancelled_while_loading_then_raises_cancelled() -> N
         control.cancel()
         yield 1
 
-    source = InlineSource(context_of(batches(), control))
+    source = source_of(InlineSource, batches(), control)
     assert source.fetch() == 0
     with pytest.raises(Cancelled):
         source.fetch()
@@ -315,7 +328,7 @@ def test_inline_source_when_abandoned_while_loading_then_raises_abandoned() -> N
         yield 0
 
     with pytest.raises(Abandoned):
-        InlineSource(context_of(batches(), control)).fetch()
+        source_of(InlineSource, batches(), control).fetch()
 
 
 def test_inline_source_when_failing_while_cancelled_then_error_is_not_lost() -> None:
@@ -327,12 +340,12 @@ def test_inline_source_when_failing_while_cancelled_then_error_is_not_lost() -> 
         yield 0
 
     with pytest.raises(ValueError, match="broken"):
-        InlineSource(context_of(batches(), control)).fetch()
+        source_of(InlineSource, batches(), control).fetch()
 
 
 def test_inline_source_when_not_loading_then_cannot_be_abandoned() -> None:
     control = RunControl()
-    source = InlineSource(context_of(iter([0]), control))
+    source = source_of(InlineSource, iter([0]), control)
     source.fetch()
     assert not control.abandon_loader()
 
