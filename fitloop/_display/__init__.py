@@ -1,13 +1,11 @@
-"""The terminal and the notebook: progress, printed epochs, and the continue question.
+"""Output for people: progress, printed epochs, and the continue question.
 
-Owns everything that a person sees while training runs. Must not know models, loaders or
-snapshots: it reads events.
+Reads events. Must not know models, loaders, snapshots or torch.
 
 - `console`: answers questions about the terminal.
-- `live_area`: the lines at the bottom of a terminal that are redrawn.
-- `forked_lines`: prints of forked processes above those lines.
-- `status`: the state of a run as text.
+- `live_area`: redraws lines at the bottom of the terminal.
+- `status`: progress of a run as lines of text.
+- `jupyter`, `notebook_view`: the kernel, and the page of a run in a notebook.
 - `progress`: printed epochs, and one live view of all runs.
-- `jupyter`, `notebook_view`: the same in a Jupyter notebook.
 - `prompt`: the question on the terminal.
 """

@@ -1,4 +1,4 @@
-"""Answers questions about the terminal of this process, and fits text to its width."""
+"""Answers questions about the terminal of this process, and fits text to it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from fitloop._format import character_width, display_width, printable
 
 
 def has_terminal() -> bool:
-    """Return whether a person looks at the terminal of this process, whatever is printed to."""
+    """Return whether the process has a terminal with a person, even if ``sys.stdout`` is replaced.
+
+    False in CI.
+    """
     out = sys.__stdout__
     try:
-        seen = out is not None and out.isatty()
+        is_terminal = out is not None and out.isatty()
     except ValueError:  # closed
         return False
-    return seen and os.environ.get("CI", "").lower() in ("", "0", "false")
+    return is_terminal and os.environ.get("CI", "").lower() in ("", "0", "false")
 
 
 def is_interactive() -> bool:
-    """Return whether what is printed now is for a person at a terminal, and not in CI."""
+    """Return whether prints go to a terminal with a person."""
     return sys.stdout is sys.__stdout__ and has_terminal()
 
 
 def can_draw() -> bool:
-    """Return whether lines can be drawn over on the terminal of this process, if it has one."""
-    if os.name == "nt":  # the older consoles of Windows take no control sequences
+    """Return whether the terminal, if there is one, obeys control sequences."""
+    if os.name == "nt":  # older consoles of Windows do not
         return "WT_SESSION" in os.environ or "TERM" in os.environ
     return os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
 
@@ -35,7 +38,7 @@ def has_color() -> bool:
     return not os.environ.get("NO_COLOR")
 
 
-def can_write(text: str) -> bool:
+def can_encode(text: str) -> bool:
     """Return whether the terminal's encoding has these characters."""
     try:
         text.encode(_encoding())
@@ -44,27 +47,27 @@ def can_write(text: str) -> bool:
     return True
 
 
-def _encoding() -> str:
-    return getattr(sys.__stdout__, "encoding", None) or "ascii"
-
-
-def writable(text: str) -> str:
-    """Return text with ``?`` for what the terminal's encoding has not."""
-    if text.isascii() or can_write(text):
+def encodable(text: str) -> str:
+    """Return text with ``?`` for characters that the terminal's encoding does not have."""
+    if text.isascii() or can_encode(text):
         return text
     return text.encode(_encoding(), "replace").decode(_encoding())
 
 
-def fitted(text: str, width: int) -> str:
-    """Return ``text`` as one printable line of at most ``width`` columns, cut where it must be."""
+def _encoding() -> str:
+    return getattr(sys.__stdout__, "encoding", None) or "ascii"
+
+
+def fit_width(text: str, width: int) -> str:
+    """Return ``text`` as one printable line, cut to at most ``width`` columns."""
     text = printable(text)
     if display_width(text) <= width:
         return text
-    mark = "…" if can_write("…") else "~"
-    kept, used = [], display_width(mark)
-    for character in text:
-        used += character_width(character)
-        if used > width:
-            break
-        kept.append(character)
-    return "".join(kept) + mark if width > 0 else ""
+    if width <= 0:
+        return ""
+    mark = "…" if can_encode("…") else "~"
+    end, used = 0, display_width(mark) + character_width(text[0])
+    while used <= width:
+        end += 1
+        used += character_width(text[end])
+    return text[:end] + mark

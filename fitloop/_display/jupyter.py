@@ -1,6 +1,6 @@
-"""The Jupyter kernel that this process may be: whether there is one, and how to show things in it.
+"""The Jupyter kernel of this process: detects it and shows content in it.
 
-Sole importer of IPython, which is there long before in a kernel. Knows nothing of training.
+The only importer of IPython, which a kernel has imported already. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -12,69 +12,64 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 INTERRUPT_SECONDS = 0.2
-"""how long an interruption of the kernel may go unnoticed"""
+"""the longest time until an interruption of the kernel takes effect"""
 
 
 class Handle(Protocol):
-    """A display that was made, as IPython's ``DisplayHandle``."""
+    """Content on the screen, as IPython's ``DisplayHandle``."""
 
     def update(self, obj: Any, *, raw: bool) -> Any:
-        """Show ``obj`` in its place."""
+        """Replace the content by ``obj``."""
 
 
 Display = Callable[[dict[str, str]], Handle]
-"""show content by MIME type, and return the handle to change it"""
+"""shows content by MIME type, and returns a handle to replace it"""
 
 
 def in_notebook() -> bool:
-    """Return whether a Jupyter kernel runs in this process."""
-    shell = _shell()
+    """Return whether this process is a Jupyter kernel."""
+    ipython = sys.modules.get("IPython")
+    get_shell = getattr(ipython, "get_ipython", lambda: None)
+    shell = get_shell()
     return shell is not None and hasattr(shell, "kernel")
 
 
 def prints_to_notebook() -> bool:
-    """Return whether what is printed now appears in a notebook, and is not redirected."""
-    streams = sys.modules.get("ipykernel.iostream")  # other kernels have others
+    """Return whether prints appear in a notebook, that is, ``sys.stdout`` is not redirected."""
+    streams = sys.modules.get("ipykernel.iostream")  # other kernels have other streams
     return in_notebook() and (streams is None or isinstance(sys.stdout, streams.OutStream))
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Have the kernel notice within the block that it is interrupted; elsewhere do nothing.
+    """Let interruptions of the kernel take effect in the block; elsewhere do nothing.
 
-    A kernel cancels what a cell awaits in a callback of its event loop, for which it does not wake
-    the loop up (https://github.com/ipython/ipykernel/issues/881), and a loop that waits for a run
-    may sleep until the run is over.
+    To interrupt a cell, a kernel cancels its task by a callback on the event loop, but does not
+    wake the loop (https://github.com/ipython/ipykernel/issues/881). A loop that only waits for a
+    run would sleep until the run ends, so the block wakes it every `INTERRUPT_SECONDS`.
     """
     if not in_notebook():
         yield
         return
     try:
         loop = asyncio.get_running_loop()
-    except RuntimeError:  # trio's, which is not the kernel's own
+    except RuntimeError:  # a loop of trio, which is not the kernel's
         yield
         return
-
-    timer = loop.call_later(INTERRUPT_SECONDS, lambda: wake())
 
     def wake() -> None:
         nonlocal timer
         timer = loop.call_later(INTERRUPT_SECONDS, wake)
 
+    timer = loop.call_later(INTERRUPT_SECONDS, wake)
     try:
         yield
     finally:
         timer.cancel()
 
 
-def _shell() -> Any:
-    ipython = sys.modules.get("IPython")  # a kernel has imported it long ago
-    find = getattr(ipython, "get_ipython", lambda: None)
-    return find()
-
-
 def display(content: dict[str, str]) -> Handle:
-    """Show content in the cell that runs, and return the handle to change it; blocks."""
+    """Show content in the current cell and return a handle to replace it; blocks."""
     from IPython.display import display as show
 
     handle: Handle = show(content, raw=True, display_id=True)  # type: ignore[no-untyped-call]

@@ -1,14 +1,15 @@
-"""Lines at the bottom of the terminal that are drawn over, while all other output goes above them.
+"""Redraws lines at the bottom of the terminal, while all other output goes above them.
 
-Owns the process's terminal while something is shown on it: who paints the lines, how they are
-drawn, and how what other code prints keeps out of their way. Knows nothing of training.
+Owns the terminal of the process while lines are shown: the renderers of the lines, the drawing, and
+the ``write`` of the standard streams. Knows nothing of training.
 
-The cursor is kept at the first of the lines, so that they can be erased whatever a resize made of
-them, and so that what a foreign process prints begins at the beginning of a line.
+The cursor stays at the first of the lines. So they can be erased whatever a resize made of them,
+and text of other processes starts at the beginning of a line.
 """
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import sys
 import threading
@@ -17,251 +18,247 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, TextIO
 
-from fitloop._display.console import fitted, writable
-from fitloop._display.forked_lines import ForkedLines
+from fitloop._display.console import encodable, fit_width
 from fitloop._format import last_redraw, printable
 
 REDRAW_SECONDS = 0.1
-"""least time between two drawings that nobody asked for"""
+"""time between two drawings without a `LiveArea.refresh`"""
 
 PAUSE_SECONDS = 1.0
-"""without a drawing, after which the process was stopped and the terminal may show anything"""
+"""time without a drawing after which the process was stopped, so the terminal may show anything"""
+
+Write = Callable[[str], int]
+"""the ``write`` of a stream"""
 
 
 class Frame(NamedTuple):
-    """Lines to be shown, each at most one column narrower than the terminal."""
+    """Lines to show, each at least one column narrower than the terminal."""
 
     lines: list[str]
     cursor: int | None = None
-    """column of the first line at which the cursor is to be; None to leave that to others"""
+    """column for the cursor in the first line; None if it may be anywhere"""
 
 
 Renderer = Callable[[int, int], Frame]
-"""given the columns and lines there are, return what to show; called in the drawing thread"""
-
-
-class _Taken(NamedTuple):
-    """A stream whose ``write`` is the live area's for now."""
-
-    ours: Callable[[str], int]
-    plain: Callable[[str], int]
-    was_set: bool
-    """its ``write`` had been replaced by somebody before"""
+"""returns lines for a width and a height in characters; called by the drawing thread"""
 
 
 class LiveArea:
-    """The lines at the bottom of the terminal, shared by all who have something to show.
+    """The lines at the bottom of the terminal, shared by all renderers.
 
-    While there are any, a thread of its own draws them ten times a second, and the ``write`` of
-    ``sys.__stdout__`` and ``sys.__stderr__`` puts text above them: the stream objects stay what
-    they are, so that a logging handler that was made long ago is served too. Safe to use from
-    any thread; nothing but printing waits for the terminal.
+    While there is a renderer, a thread redraws the lines ten times per second, and the ``write``
+    methods of ``sys.__stdout__`` and ``sys.__stderr__`` put text above them. The stream objects
+    stay the same, so logging handlers that were created before work too. All methods may be called
+    by any thread; only prints wait for the terminal.
     """
 
     def __init__(self) -> None:
-        self._state = threading.Lock()
-        """of what is to be shown; never held while something is written"""
-        self._writing = threading.RLock()
-        """of the terminal; a signal handler may print while its thread draws"""
-        self._painters: list[Renderer] = []
-        self._said: list[str] = []
-        """lines to be written above"""
-        self._after: list[threading.Event] = []
-        """to be set when the terminal shows what is to be shown now"""
+        self._lock = threading.Lock()
+        """guards the renderers and the thread; not held during writes"""
+        self._terminal = threading.RLock()
+        """guards the terminal; reentrant, as a signal handler may print during a drawing"""
+        self._renderers: list[Renderer] = []
+        self._lines_above: list[str] = []
+        """lines to write above the renderers' lines"""
+        self._waiting: list[threading.Event] = []
+        """set after the next drawing"""
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self._streams: dict[TextIO, _Taken] = {}
+        self._streams: dict[TextIO, _ReplacedWrite] = {}
         self._partial: dict[tuple[TextIO, int], str] = {}
-        """lines that were printed without their end so far, by stream and thread: ``print`` writes
-        a line in parts, which those of another thread are not to come between"""
-        self._drawn = ""
-        self._above = 0
-        """drawn lines above the one with the cursor"""
+        """unfinished lines by stream and thread: ``print`` writes a line in parts, and those of
+        other threads must not come between"""
+        self._frame = ""
+        """the text on the terminal now"""
+        self._cursor_row = 0
         self._is_fresh = True
-        """nothing was drawn yet, wherever the cursor is"""
+        """nothing was drawn yet, and the cursor may be in the middle of a line"""
         self._pid = 0
         self._forked = ForkedLines()
 
-    # -- for those who show something -------------------------------------------------------------
-
-    def show(self, painter: Renderer, *, first: bool = False) -> None:
-        """Show what ``painter`` paints, below or above what is shown; `can_draw` must be true."""
-        with self._state:
-            if self._pid != os.getpid():  # of the process that this one was forked from
-                self._painters = []
+    def show(self, renderer: Renderer, *, first: bool = False) -> None:
+        """Show the lines of a renderer below or above the others; `can_draw` must be true."""
+        with self._lock:
+            if self._pid != os.getpid():  # this process was forked; the parent draws its own lines
+                self._renderers = []
                 self._thread = None
-            others = self._painters
-            self._painters = [painter, *others] if first else [*others, painter]
+            others = self._renderers
+            self._renderers = [renderer, *others] if first else [*others, renderer]
             if self._thread is None:
                 self._pid = os.getpid()
                 self._wake = threading.Event()
                 self._thread = threading.Thread(
-                    target=self._work, args=(self._wake,), name="fitloop draws", daemon=True
+                    target=self._run, args=(self._wake,), name="fitloop draws", daemon=True
                 )
-                self._intercept()
+                self._replace_writes()
                 self._thread.start()
         self.refresh()
 
-    def hide(self, painter: Renderer) -> Callable[[], None]:
-        """Show ``painter`` no more; with the last one the terminal is left as it was found.
+    def hide(self, renderer: Renderer) -> Callable[[], None]:
+        """Remove the lines of a renderer; after the last one the terminal is as before.
 
-        Returns a function that waits until that has happened; whoever may not wait for the terminal
-        does not call it. Does nothing for a painter that is not shown.
+        Returns a function that waits until the lines are gone. Does nothing for a renderer that is
+        not shown.
         """
         gone = threading.Event()
-        with self._state:
+        with self._lock:
             thread = self._thread
-            if painter not in self._painters or thread is None:
+            if renderer not in self._renderers or thread is None:
                 return lambda: None
-            self._painters = [other for other in self._painters if other != painter]
-            self._after.append(gone)
+            self._renderers = [other for other in self._renderers if other != renderer]
+            self._waiting.append(gone)
         self.refresh()
 
         def wait() -> None:
             gone.wait()
-            if self._thread is not thread:  # it was the last one
+            if self._thread is not thread:  # it was the last renderer
                 thread.join()
 
         return wait
 
     def refresh(self) -> None:
-        """Have everything drawn soon; does not wait for it."""
+        """Redraw soon; does not wait."""
         self._wake.set()
 
     def print_above(self, line: str) -> None:
-        """Have a line written above what is shown, before what is printed later; does not wait."""
-        self._said.append(line)
+        """Write a line above the shown lines, before later prints; does not wait."""
+        self._lines_above.append(line)
         self.refresh()
 
-    # -- what other code prints -------------------------------------------------------------------
+    # -- prints of other code --------------------------------------------------------------------
 
-    def _intercept(self) -> None:
+    def _replace_writes(self) -> None:
         for stream in (sys.__stdout__, sys.__stderr__):
             if stream is not None and stream not in self._streams and _is_terminal(stream):
-                ours = self._writer(stream, stream.write)
-                self._streams[stream] = _Taken(ours, stream.write, "write" in vars(stream))
-                setattr(stream, "write", ours)  # noqa: B010
+                write = self._writer(stream, stream.write)
+                self._streams[stream] = _ReplacedWrite(write, stream.write, "write" in vars(stream))
+                setattr(stream, "write", write)  # noqa: B010
 
-    def _writer(self, stream: TextIO, plain: Callable[[str], int]) -> Callable[[str], int]:
+    def _restore_writes(self) -> None:
+        for stream, replaced in self._streams.items():
+            if vars(stream).get("write") is replaced.replacement:
+                if replaced.was_attribute:
+                    setattr(stream, "write", replaced.original)  # noqa: B010
+                else:
+                    delattr(stream, "write")
+            with suppress(OSError, ValueError):
+                partial = [text for key, text in self._partial.items() if key[0] is stream]
+                replaced.original("\n".join(partial))
+                stream.flush()
+        self._streams.clear()
+        self._partial.clear()
+
+    def _writer(self, stream: TextIO, original: Write) -> Write:
         def write(text: str) -> int:
             if os.getpid() != self._pid:
-                self._forked.write(stream, plain, text)
+                self._forked.write(stream, original, text)
                 return len(text)
-            with self._writing:
+            with self._terminal:
                 if stream not in self._streams or not isinstance(text, str):
-                    return plain(text)
-                self._write_above(stream, plain, text)
+                    return original(text)
+                self._write_above(stream, original, text)
             return len(text)
 
         return write
 
-    def _write_above(self, stream: TextIO, plain: Callable[[str], int], text: str) -> None:
-        self._write_said()
+    def _write_above(self, stream: TextIO, original: Write, text: str) -> None:
+        self._write_lines_above()
         key = (stream, threading.get_ident())
-        whole, newline, rest = (self._partial.pop(key, "") + text).rpartition("\n")
-        if rest:
-            self._partial[key] = last_redraw(rest)
+        complete, newline, partial = (self._partial.pop(key, "") + text).rpartition("\n")
+        if partial:
+            self._partial[key] = last_redraw(partial)
         if newline:
             self._erase()
-            plain(f"{whole}\n")
+            original(f"{complete}\n")
             stream.flush()
             self._draw()
 
-    def _write_said(self) -> None:
-        if self._said:
-            said, self._said = self._said, []
+    def _write_lines_above(self) -> None:
+        if self._lines_above:
+            lines, self._lines_above = self._lines_above, []
             self._erase()
-            self._out("".join(f"{writable(printable(line))}\n" for line in said), flush=True)
+            self._out("".join(f"{encodable(printable(line))}\n" for line in lines), flush=True)
 
-    def _end_lines_of_the_dead(self) -> None:
-        """Write what a thread that is gone has left without an end."""
+    def _flush_finished_threads(self) -> None:
+        """Write the unfinished lines of threads that have ended."""
         alive = {thread.ident for thread in threading.enumerate()}
         for key in [key for key in self._partial if key[1] not in alive]:
-            self._said.append(self._partial.pop(key))
+            self._lines_above.append(self._partial.pop(key))
 
-    def _leave(self) -> None:
-        """Erase the lines, and give the streams back."""
-        with suppress(OSError, ValueError):
-            self._write_said()
-            self._erase()
-            self._out(flush=True)
-        for stream, taken in self._streams.items():
-            if vars(stream).get("write") is taken.ours:
-                if taken.was_set:
-                    setattr(stream, "write", taken.plain)  # noqa: B010
-                else:
-                    delattr(stream, "write")
-            with suppress(OSError, ValueError):
-                taken.plain("\n".join(t for key, t in self._partial.items() if key[0] is stream))
-                stream.flush()
-        self._streams.clear()
-        self._partial.clear()
-        self._is_fresh = True
+    # -- drawing ---------------------------------------------------------------------------------
 
-    # -- drawing ----------------------------------------------------------------------------------
-
-    def _work(self, wake: threading.Event) -> None:
-        before = time.monotonic()
+    def _run(self, wake: threading.Event) -> None:
+        last_drawing = time.monotonic()
         while True:
             wake.wait(REDRAW_SECONDS)
             wake.clear()
             now = time.monotonic()
-            if now - before > PAUSE_SECONDS:  # Ctrl-Z
-                self._drawn, self._above = "", 0
-            before = now
-            with self._state:
-                after, self._after = self._after, []
-                ends = not self._painters
+            if now - last_drawing > PAUSE_SECONDS:  # Ctrl-Z
+                self._frame, self._cursor_row = "", 0
+            last_drawing = now
+            with self._lock:
+                waiting, self._waiting = self._waiting, []
+                ends = not self._renderers
             try:
-                with self._writing:
+                with self._terminal:
                     if ends:
                         self._leave()
                     else:
-                        self._end_lines_of_the_dead()
-                        self._write_said()
+                        self._flush_finished_threads()
+                        self._write_lines_above()
                         self._draw()
-            except (OSError, ValueError):  # the terminal is gone: nobody looks any more
-                with self._state:
-                    self._painters, ends = [], True
-                with self._writing:
+            except (OSError, ValueError):  # the terminal is gone
+                with self._lock:
+                    self._renderers, ends = [], True
+                with self._terminal:
                     self._leave()
-            with self._state:
-                ends = ends and not self._painters
+            with self._lock:
+                ends = ends and not self._renderers
                 if ends:
                     self._thread = None
-                    after += self._after
-                    self._after = []
-                elif not self._streams:  # somebody came while it left
-                    self._intercept()
-            for event in after:
+                    waiting += self._waiting
+                    self._waiting = []
+                elif not self._streams:  # a renderer was added during `_leave`
+                    self._replace_writes()
+            for event in waiting:
                 event.set()
             if ends:
                 return
 
+    def _leave(self) -> None:
+        """Erase the lines and restore the streams."""
+        with suppress(OSError, ValueError):
+            self._write_lines_above()
+            self._erase()
+            self._out(flush=True)
+        self._restore_writes()
+        self._is_fresh = True
+
     def _erase(self) -> None:
-        if self._drawn:
-            self._out(f"{_up(self._above)}\r\x1b[J")
-            self._drawn, self._above = "", 0
+        if self._frame:
+            self._out(f"{_up(self._cursor_row)}\r\x1b[J")
+            self._frame, self._cursor_row = "", 0
 
     def _draw(self) -> None:
         width, height = self._size()
-        if self._is_fresh:  # on a line of its own: this comes to the next one if one was begun
+        if self._is_fresh:  # moves to the next line if the cursor is in the middle of one
             self._is_fresh = False
             self._out(f"{' ' * (width - 1)}\r")
-        lines, cursor, row = [fitted(text, width - 1) for text in self._partial.values()], 0, 0
-        for painter in self._painters:
-            painted = painter(width, height - 1 - len(lines))
-            if painted.cursor is not None:
-                row, cursor = len(lines), painted.cursor
-            lines += painted.lines
+        lines = [fit_width(text, width - 1) for text in self._partial.values()]
+        row = column = 0
+        for renderer in self._renderers:
+            part = renderer(width, height - 1 - len(lines))
+            if part.cursor is not None:
+                row, column = len(lines), part.cursor
+            lines += part.lines
         lines = lines[: max(1, height - 1)]
         row = min(row, len(lines) - 1) if lines else 0
         frame = "\x1b[K\n".join(lines) + f"\x1b[J{_up(len(lines) - 1 - row)}\r"
-        if cursor:
-            frame += f"\x1b[{cursor}C"
-        if frame != self._drawn:
-            self._out(f"{_up(self._above)}\r{writable(frame)}", flush=True)
-            self._drawn, self._above = frame, row
+        if column:
+            frame += f"\x1b[{column}C"
+        if frame != self._frame:
+            self._out(f"{_up(self._cursor_row)}\r{encodable(frame)}", flush=True)
+            self._frame, self._cursor_row = frame, row
 
     def _size(self) -> tuple[int, int]:
         assert sys.__stdout__ is not None
@@ -274,11 +271,61 @@ class LiveArea:
     def _out(self, text: str = "", *, flush: bool = False) -> None:
         out = sys.__stdout__
         assert out is not None
-        taken = self._streams.get(out)
+        replaced = self._streams.get(out)
         with suppress(BlockingIOError):  # the next drawing comes soon
-            (out.write if taken is None else taken.plain)(text)
+            (out.write if replaced is None else replaced.original)(text)
             if flush:
                 out.flush()
+
+
+class _ReplacedWrite(NamedTuple):
+    """The replaced ``write`` of a stream."""
+
+    replacement: Write
+    original: Write
+    was_attribute: bool
+    """other code had set ``write`` on the stream object before"""
+
+
+class ForkedLines:
+    """Prints of a forked process, such as a loader's worker, above the lines of its parent.
+
+    The child must not use locks of the parent, since the threads that hold them do not exist in it.
+    So it collects text until the end of a line and writes each line at once, in place of the shown
+    lines, which the parent then draws again below.
+    """
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._partial: dict[tuple[TextIO, int], tuple[Write, str]] = {}
+        """unfinished lines by stream and thread"""
+
+    def write(self, stream: TextIO, original: Write, text: str) -> None:
+        """Write the complete lines of ``text`` and keep the last, unfinished one."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._partial = {}
+            # Not atexit, which the processes of multiprocessing do not run.
+            multiprocessing.util.Finalize(None, self.flush, exitpriority=0)
+        key = (stream, threading.get_ident())
+        _original, start = self._partial.pop(key, (original, ""))
+        complete, newline, partial = (start + text).rpartition("\n")
+        if newline:
+            _write_over(stream, original, complete)
+        if partial:
+            self._partial[key] = original, last_redraw(partial)
+
+    def flush(self) -> None:
+        """Write the unfinished lines at the end of the process."""
+        for (stream, _thread), (original, text) in self._partial.items():
+            with suppress(OSError, ValueError):
+                _write_over(stream, original, text)
+        self._partial = {}
+
+
+def _write_over(stream: TextIO, original: Write, lines: str) -> None:
+    original(f"\r\x1b[J{lines}\n")
+    stream.flush()
 
 
 def _up(lines: int) -> str:
@@ -293,4 +340,4 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 LIVE_AREA = LiveArea()
-"""of the process, which has one terminal"""
+"""the live area of the process, which has one terminal"""

@@ -1,19 +1,19 @@
-"""What a person sees of runs on the terminal: the lines of their epochs, and how far they are.
+"""Output of runs in this process: printed epochs, and one live view of all runs.
 
-`EpochPrinter` prints, wherever the output goes; `ProgressView` keeps one picture of everything that
-runs in this process. Both are fed with events on the step threads and know neither torch nor the
-engine; the drawing is `_terminal`'s.
+`EpochPrinter` prints lines to any stream, `ProgressView` shows bars on a terminal, and `RunDisplay`
+joins both, or a notebook page, for one run. All are observers of events on the step threads.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import threading
 from collections.abc import Sequence
 from typing import TextIO
 
-from fitloop._display.console import can_draw, can_write, has_color, is_interactive
+from fitloop._display.console import can_draw, can_encode, has_color, is_interactive
 from fitloop._display.jupyter import prints_to_notebook
 from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._display.notebook_view import NotebookView
@@ -23,70 +23,71 @@ from fitloop._format import check_display_metrics, format_duration, format_metri
 
 
 class ProgressView:
-    """All runs that are to be seen, in the order in which they began."""
+    """The bars of all running trainers, in the order of their start."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs: list[RunStatus] = []
-        self._drawn: list[RunStatus] = []
+        self._shown: list[RunStatus] = []
 
     def add(self, name: str, *, named: bool = False) -> RunStatus:
-        """Return the status of a run that begins; its label tells it from the others."""
+        """Return the status of a new run; its label is ``name``, numbered if it is in use."""
         with self._lock:
-            taken = {run.label for run in self._runs}
-            labels = (name if number == 1 else f"{name} ({number})" for number in range(1, 10**9))
-            run = RunStatus(next(label for label in labels if label not in taken), named=named)
+            labels = {run.label for run in self._runs}
+            numbered = (f"{name} ({number})" for number in itertools.count(2))
+            candidates = itertools.chain([name], numbered)
+            run = RunStatus(next(c for c in candidates if c not in labels), named=named)
             self._runs = [*self._runs, run]
         return run
 
     def remove(self, run: RunStatus) -> None:
-        """Have ``run`` no more."""
+        """Forget a run that has ended."""
         with self._lock:
             self._runs = [other for other in self._runs if other is not run]
 
     @property
     def has_several(self) -> bool:
-        """Whether what is printed must say whose it is."""
+        """Whether several runs print, so that each line must begin with a label."""
         return len(self._runs) > 1
 
     def show(self, run: RunStatus) -> None:
-        """Show ``run`` on the terminal, if lines can be drawn over there."""
+        """Show the bars of ``run``, if the output is a terminal that can redraw lines."""
         with self._lock:
             if is_interactive() and can_draw():
-                self._drawn = [r for r in self._runs if r in self._drawn or r is run]
-                if len(self._drawn) == 1:
-                    LIVE_AREA.show(self._paint)
+                self._shown = [r for r in self._runs if r in self._shown or r is run]
+                if len(self._shown) == 1:
+                    LIVE_AREA.show(self._render)
 
     def hide(self, run: RunStatus, *, wait: bool = False) -> None:
-        """Show ``run`` no more; with ``wait`` it is gone from the terminal when this returns."""
+        """Hide the bars of ``run``; with ``wait``, return when they are gone from the terminal."""
         with self._lock:
-            if run not in self._drawn:
+            if run not in self._shown:
                 return
-            self._drawn = [other for other in self._drawn if other is not run]
-            gone = LIVE_AREA.refresh if self._drawn else LIVE_AREA.hide(self._paint)
+            self._shown = [other for other in self._shown if other is not run]
+            gone = LIVE_AREA.refresh if self._shown else LIVE_AREA.hide(self._render)
         if wait:
             gone()
 
-    def _paint(self, width: int, height: int) -> Frame:
-        look = BarStyle(color=has_color())
-        if not can_write(look.done + look.half + look.to_do):
-            look = ASCII_BARS
-        return Frame(status_lines(self._drawn, width - 1, height, look))
+    def _render(self, width: int, height: int) -> Frame:
+        style = BarStyle(color=has_color())
+        if not can_encode(style.done + style.half + style.to_do):
+            style = ASCII_BARS
+        return Frame(status_lines(self._shown, width - 1, height, style))
 
 
 PROGRESS_VIEW = ProgressView()
-"""of the process, which has one terminal"""
+"""the view of the process, which has one terminal"""
 
 
 class EpochPrinter:
-    """Prints a run as it goes: the first epoch, every ``every``-th, and the end.
+    """Prints the first epoch of a run, every ``every``-th, and the end.
 
     Args:
-        run: whose they are; its label begins the lines of a trainer that was given a name,
-            and of any while several run.
-        every: epochs between two that are printed; 0 prints nothing at all.
+        run: status of the run. Lines begin with its label if the trainer has a name or if several
+            runs print.
+        every: epochs between two that are printed; 0 prints nothing.
         names: the metrics to show; None for all.
-        stream: where to; the ``sys.stdout`` of the moment by default.
+        stream: the output; None for the current ``sys.stdout``.
     """
 
     def __init__(
@@ -106,13 +107,12 @@ class EpochPrinter:
 
     @property
     def label(self) -> str:
-        """What to put before a line now: the run's label and a space, or nothing."""
-        return (
-            f"{printable(self._run.label)} " if self._run.named or PROGRESS_VIEW.has_several else ""
-        )
+        """The start of a line: the run's label and a space, or nothing."""
+        named = self._run.named or PROGRESS_VIEW.has_several
+        return f"{printable(self._run.label)} " if named else ""
 
     def observe(self, event: Event) -> None:
-        """Print what the event is worth."""
+        """Print the lines of an event."""
         match event:
             case RunStarted():
                 self._width = len(str(event.epochs)) * 2 + 3
@@ -132,17 +132,16 @@ class EpochPrinter:
         check_display_metrics(self._names, event.metrics)
         label = self.label
         if "test" in event.metrics and len(event.metrics) == 1:
-            shown = format_metrics(event.metrics["test"], self._names)
-            self._write(f"{label}test  :: {shown}\n")
+            self._write(f"{label}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
             return
         head = f"{label}{self._epoch:>{self._width}} - "
         indent = " " * len(head)
         lines: list[str] = []
         for phase, metrics in event.metrics.items():
-            shown = format_metrics(metrics, self._names)
-            lines.append(f"{indent if lines else head}{phase} :: {shown}\n")
-        cut = "" if event.complete else " (stopped)"
-        lines.append(f"{indent}epoch time: {format_duration(event.seconds)}{cut}\n")
+            values = format_metrics(metrics, self._names)
+            lines.append(f"{indent if lines else head}{phase} :: {values}\n")
+        stopped = "" if event.complete else " (stopped)"
+        lines.append(f"{indent}epoch time: {format_duration(event.seconds)}{stopped}\n")
         self._write("".join(lines))
 
     def _print_end(self, event: RunEnded) -> None:
@@ -157,18 +156,26 @@ class EpochPrinter:
 
     def _write(self, text: str) -> None:
         out = self._stream if self._stream is not None else sys.stdout
-        out.write(text)  # in one piece, so that nothing comes between
+        out.write(text)  # one call, so that no other output comes between
         out.flush()
 
 
 class RunDisplay:
-    """Both of them for one run: an observer. As a context manager it leaves nothing behind."""
+    """All output of one run: an observer and a context manager.
+
+    Args:
+        name: of the trainer.
+        named: the user gave the trainer this name.
+        every: epochs between two that are printed; 0 prints nothing.
+        names: the metrics to show; None for all.
+        live: whether to show bars, or a page in a notebook.
+    """
 
     def __init__(
         self, name: str, *, named: bool, every: int, names: Sequence[str] | None, live: bool
     ) -> None:
         self.status = PROGRESS_VIEW.add(name, named=named)
-        self.status.names = names
+        self.status.display_metrics = names
         self.printer = EpochPrinter(self.status, every=every, names=names)
         self._live = live and every > 0
         self._page: NotebookView | None = None
@@ -179,13 +186,13 @@ class RunDisplay:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        PROGRESS_VIEW.hide(self.status)  # of a run that failed before it could tell its end
+        PROGRESS_VIEW.hide(self.status)  # if the run failed before its RunEnded
         PROGRESS_VIEW.remove(self.status)
         if self._page is not None:
             self._page.close()
 
     def observe(self, event: Event) -> None:
-        """Print and show what the event is worth."""
+        """Print and show an event."""
         self.status.observe(event)
         if self._page is not None:
             self._page.observe(event)

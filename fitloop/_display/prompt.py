@@ -1,7 +1,7 @@
-"""The question whether to go on, asked on the terminal; sole importer of prompt_toolkit.
+"""Asks on the terminal whether to continue; the only importer of prompt_toolkit.
 
-prompt_toolkit reads and edits what is typed; it is shown together with the progress of whatever
-runs meanwhile. One question at a time in the process, in the order they came. Knows nothing of
+prompt_toolkit reads and edits the answer; the live area shows it together with the progress of
+other runs. The process asks one question at a time, in the order of the calls. Knows nothing of
 training.
 """
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from fitloop._concurrency.event_loops import ThreadsafeEvent
-from fitloop._display.console import can_draw, fitted, has_terminal
+from fitloop._display.console import can_draw, fit_width, has_terminal
 from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._errors import ConfigurationError
 from fitloop._events import PromptAsked
@@ -38,53 +38,62 @@ QUESTION = "continue loop ([y]/n): "
 
 _ANSWERS = {"": True, "y": True, "yes": True, "n": False, "no": False}
 
-_waiting: deque[ThreadsafeEvent] = deque()
-_guard = threading.Lock()
+_queue: deque[ThreadsafeEvent] = deque()
+"""callers that ask or wait to ask, the first one asks now"""
+_queue_lock = threading.Lock()
 
 
 def parse_answer(text: str) -> bool | None:
-    """Return what an answer means; None for one that means nothing. Enter means yes."""
+    """Return the meaning of an answer, None for an invalid one. Enter means yes."""
     return _ANSWERS.get(text.strip().lower())
 
 
 class TerminalPrompt:
-    """Asks on the terminal; one of them for each run. An `on_continue`.
+    """Asks the question of one run on the terminal. An `on_continue`.
 
     Args:
-        label: what to put before the question, asked when it is shown.
+        label: returns the text before the question; called when the question is shown.
     """
 
     def __init__(self, label: Callable[[], str] = lambda: "") -> None:
         self._label = label
-        self._told = False
+        self._warned = False
 
     def check(self) -> None:
-        """Refuse, before a training begins, an event loop in which it could not ask.
+        """Check before a training that the event loop can ask.
 
         Raises:
             ConfigurationError: there is a terminal, and the event loop is not asyncio's.
         """
-        if _is_asked():
-            _check_loop()
+        if not _has_person():
+            return
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigurationError(
+                "continue_loop asks on the terminal through prompt_toolkit, which runs under "
+                "asyncio only; under trio give on_continue= an async function that returns "
+                "whether to go on"
+            ) from None
 
     async def __call__(self, event: PromptAsked) -> bool:
-        """Ask, and return whether to go on; the event loop and other trainers go on meanwhile.
+        """Ask and return whether to continue; the event loop and other trainers go on meanwhile.
 
-        Anything but y, yes, n, no or Enter is explained and asked again. Ctrl-D means no; Ctrl-C
-        is the program's interrupt, as it is anywhere else. The time limit of ``event`` begins
-        when the question is shown, since others may be asked before it. Without a terminal the
-        answer is yes, with one warning a run.
+        Valid answers are y, yes, n, no and Enter; others are explained, and the question is asked
+        again. Ctrl-D means no; Ctrl-C interrupts the program as usual. The time limit of ``event``
+        starts when the question is shown, since others may be asked before it. Without a terminal
+        the answer is yes, with one warning for each run.
 
         Cancellation: the question is withdrawn and the terminal left clean.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C was pressed, and the program has no other way to take it.
+            KeyboardInterrupt: Ctrl-C was pressed, and no signal handler of the program took it.
         """
-        if _is_asked():
-            async with _turn():
+        if _has_person():
+            async with _one_at_a_time():
                 return await _ask(f"{self._label()}{event.question}", event)
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"{event.trainer}: continue_loop asks on a terminal, and there is none; going on. "
                 "Give on_continue= an async function to ask in another way",
@@ -95,57 +104,47 @@ class TerminalPrompt:
 
 
 class PromptWithTimeout:
-    """Another `on_continue` with a time limit, after which the default is the answer."""
+    """Adds a time limit to an `on_continue`, after which the event's default is the answer."""
 
     def __init__(self, ask: Callable[[PromptAsked], Awaitable[bool]]) -> None:
         self._ask = ask
 
     async def __call__(self, event: PromptAsked) -> bool:
-        """Ask; cancellation and errors are those of what is asked."""
+        """Ask; cancellation and exceptions as in the wrapped function."""
         with anyio.move_on_after(event.timeout):
             return await self._ask(event)
         return event.default
 
 
-def _is_asked() -> bool:
+def _has_person() -> bool:
     try:
         return has_terminal() and sys.stdin is not None and sys.stdin.isatty()
     except ValueError:  # closed
         return False
 
 
-def _check_loop() -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        raise ConfigurationError(
-            "continue_loop asks on the terminal through prompt_toolkit, which runs under asyncio "
-            "only; under trio give on_continue= an async function that returns whether to go on"
-        ) from None
-
-
 @asynccontextmanager
-async def _turn() -> AsyncIterator[None]:
-    """Wait until those who came before have asked, in whatever event loop they are."""
-    bell = ThreadsafeEvent()
-    with _guard:
-        _waiting.append(bell)
-        first = _waiting[0] is bell
+async def _one_at_a_time() -> AsyncIterator[None]:
+    """Wait until earlier callers have asked, in any event loop of the process."""
+    turn = ThreadsafeEvent()
+    with _queue_lock:
+        _queue.append(turn)
+        is_first = _queue[0] is turn
     try:
-        if not first:
-            await bell.wait()
+        if not is_first:
+            await turn.wait()
         yield
     finally:
-        with _guard:
-            led = _waiting[0] is bell
-            _waiting.remove(bell)
-            following = _waiting[0] if led and _waiting else None
+        with _queue_lock:
+            was_first = _queue[0] is turn
+            _queue.remove(turn)
+            following = _queue[0] if was_first and _queue else None
         if following is not None:
             following.set()
 
 
 class _Question:
-    """A question as it is shown, with what was typed so far."""
+    """The line with a question, its time limit, and the answer typed so far."""
 
     def __init__(self, text: str, timeout: float | None, default: bool) -> None:
         self.text = text
@@ -153,17 +152,13 @@ class _Question:
         self._default = default
         self.typed: Callable[[], str] = lambda: ""
 
-    @property
-    def left(self) -> float | None:
-        """Seconds for an answer."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-
-    def paint(self, width: int, height: int) -> Frame:
+    def render(self, width: int, height: int) -> Frame:
         limit = ""
-        if self.left is not None:
-            limit = f"({'yes' if self._default else 'no'} in {self.left:.0f} s) "
-        shown = fitted(f"{limit}{self.text}{self.typed()}", width - 1)
-        return Frame([shown], display_width(shown))
+        if self._deadline is not None:
+            seconds = max(0.0, self._deadline - time.monotonic())
+            limit = f"({'yes' if self._default else 'no'} in {seconds:.0f} s) "
+        line = fit_width(f"{limit}{self.text}{self.typed()}", width - 1)
+        return Frame([line], display_width(line))
 
 
 async def _ask(text: str, event: PromptAsked) -> bool:
@@ -172,40 +167,39 @@ async def _ask(text: str, event: PromptAsked) -> bool:
 
     question = _Question(text, event.timeout, event.default)
     shown: Callable[[], AbstractContextManager[None]]
-    say: Callable[[str], None]
-    # The output is ours, as in prompt_toolkit's own prompt for dumb terminals, so that progress
-    # and question are drawn by one hand; its renderer would want the terminal for itself.
+    print_line: Callable[[str], None]
+    # prompt_toolkit draws nothing: its renderer would need the terminal for itself.
     session: PromptSession[str] = PromptSession(output=DummyOutput(), enable_suspend=True)
     if can_draw():
-        shown, say = partial(_drawn, question, session), LIVE_AREA.print_above
+        shown, print_line = partial(_shown_live, question, session), LIVE_AREA.print_above
     else:
-        shown, say = partial(_typed_along, text, session), _print
+        shown, print_line = partial(_echoed, text, session), _print
     with anyio.move_on_after(event.timeout):
         while True:
             with shown():
-                typed = await _line(session, text)
+                typed = await _read_line(session, text)
             answer = False if typed is None else parse_answer(typed)
             if can_draw():
-                say(f"{text}{'n' if typed is None else typed}")
+                print_line(f"{text}{'n' if typed is None else typed}")
             if answer is not None:
                 return answer
-            given = printable(typed or "").strip()
-            say(f"{given!r} is neither y nor n: y or Enter goes on, n ends the run")
+            invalid = printable(typed or "").strip()
+            print_line(f"{invalid!r} is neither y nor n: y or Enter goes on, n ends the run")
     lead = text if can_draw() else ""
-    say(f"{lead}{'y' if event.default else 'n'} (no answer within {event.timeout:g} s)")
+    print_line(f"{lead}{'y' if event.default else 'n'} (no answer within {event.timeout:g} s)")
     return event.default
 
 
-async def _line(session: PromptSession[str], text: str) -> str | None:
-    """Return what was typed; None for the end of the input, that is Ctrl-D."""
+async def _read_line(session: PromptSession[str], text: str) -> str | None:
+    """Return the typed line; None for the end of the input, that is Ctrl-D."""
     while True:
         try:
             return await session.prompt_async(text, handle_sigint=False)
         except EOFError:
             return None
         except KeyboardInterrupt:
-            # To whoever takes it in this program: asyncio.run cancels its main task, and thereby
-            # this question. If nothing comes of it, the question stays.
+            # Handled as anywhere in the program: asyncio.run cancels its main task, and thereby
+            # this question. If a signal handler ignores it, the question stays.
             _interrupt()
             await asyncio.sleep(0)
 
@@ -214,47 +208,48 @@ def _interrupt() -> None:
     main = threading.main_thread()
     if os.name == "nt" or threading.current_thread() is main or main.ident is None:
         signal.raise_signal(signal.SIGINT)
-    else:  # which may be in a call that only a signal of its own ends
+    else:  # the main thread may be in a call that only a signal to it ends
         signal.pthread_kill(main.ident, signal.SIGINT)
 
 
 @contextmanager
-def _drawn(question: _Question, session: PromptSession[Any]) -> Iterator[None]:
-    """Show a question above the lines of progress, with what is typed."""
+def _shown_live(question: _Question, session: PromptSession[Any]) -> Iterator[None]:
+    """Show a question and the typed answer above the progress of runs."""
     buffer = session.default_buffer
 
-    def typed(_buffer: object) -> None:
+    def redraw(_buffer: object) -> None:
         LIVE_AREA.refresh()
 
     question.typed = lambda: buffer.text
-    buffer.on_text_changed += typed
-    LIVE_AREA.show(question.paint, first=True)  # its line has the cursor
+    buffer.on_text_changed += redraw
+    LIVE_AREA.show(question.render, first=True)  # the first line has the cursor
     try:
         yield
     finally:
-        LIVE_AREA.hide(question.paint)
-        buffer.on_text_changed -= typed
+        LIVE_AREA.hide(question.render)
+        buffer.on_text_changed -= redraw
 
 
 @contextmanager
-def _typed_along(text: str, session: PromptSession[Any]) -> Iterator[None]:
-    """Show a question on a terminal that only writes on, and what is typed as it comes."""
+def _echoed(text: str, session: PromptSession[Any]) -> Iterator[None]:
+    """Print a question and echo the typed answer, on a terminal without control sequences."""
     buffer, before = session.default_buffer, ""
 
-    def typed(_buffer: object) -> None:
+    def echo(_buffer: object) -> None:
         nonlocal before
-        now, kept = printable(buffer.text), 0
-        while kept < min(len(before), len(now)) and before[kept] == now[kept]:
-            kept += 1
-        _print("\b \b" * (len(before) - kept) + now[kept:], end="")
+        now = printable(buffer.text)
+        common = 0
+        while common < min(len(before), len(now)) and before[common] == now[common]:
+            common += 1
+        _print("\b \b" * (len(before) - common) + now[common:], end="")
         before = now
 
     _print(text, end="")
-    buffer.on_text_changed += typed
+    buffer.on_text_changed += echo
     try:
         yield
     finally:
-        buffer.on_text_changed -= typed
+        buffer.on_text_changed -= echo
         _print("")
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitloop._display.console import fitted
+from fitloop._display.console import fit_width
 from fitloop._display.live_area import Frame, LiveArea
 from fitloop._format import display_width
 
@@ -58,12 +58,12 @@ class Area:
         self.live._size = lambda: (COLUMNS, ROWS)  # type: ignore[method-assign]
 
     def draw(self) -> None:
-        with self.live._writing:
-            self.live._write_said()
+        with self.live._terminal:
+            self.live._write_lines_above()
             self.live._draw()
 
-    def hide(self, painter: Callable[[int, int], Frame]) -> None:
-        self.live.hide(painter)()
+    def hide(self, renderer: Callable[[int, int], Frame]) -> None:
+        self.live.hide(renderer)()
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_bar_of_another_library_when_drawn_over_and_over_then_its_newest_form_is
     area.hide(bars)
 
 
-def test_first_painter_when_it_has_the_cursor_then_the_cursor_is_there(out: FakeTerminal) -> None:
+def test_first_renderer_when_it_has_the_cursor_then_the_cursor_is_there(out: FakeTerminal) -> None:
     area, bars = Area(out), paint("bar 1", "bar 2")
     area.live.show(bars)
     question = lambda _width, _height: Frame(["go on? ye"], 9)  # noqa: E731
@@ -184,7 +184,7 @@ def test_printed_text_when_lines_are_drawn_between_then_is_all_there_in_order(
             return Frame([f"bar {number}" for number in range(count)][:height])
 
         area.live.show(bars)
-        for text, count in pieces:  # noqa: B007 - the painter reads it
+        for text, count in pieces:  # noqa: B007 - the renderer reads it
             out.write(text)
             area.draw()
         area.hide(bars)
@@ -264,14 +264,14 @@ def test_thread_when_it_is_gone_then_its_unended_line_is_ended(out: FakeTerminal
         thread = threading.Thread(target=out.write, args=(f"worker {number}...",))
         thread.start()
         thread.join()
-        with area.live._writing:
-            area.live._end_lines_of_the_dead()
+        with area.live._terminal:
+            area.live._flush_finished_threads()
     area.draw()
     assert out.lines == ["worker 0...", "worker 1...", "worker 2...", "bar"]
     area.hide(bars)
 
 
-def test_painter_when_the_terminal_does_not_read_then_show_and_hide_do_not_wait(
+def test_renderer_when_the_terminal_does_not_read_then_show_and_hide_do_not_wait(
     out: FakeTerminal,
 ) -> None:
     area, bars, more = Area(out), paint("bar"), paint("more")
@@ -295,13 +295,13 @@ def test_painter_when_the_terminal_does_not_read_then_show_and_hide_do_not_wait(
 
 
 @given(text=st.text(max_size=60), width=st.integers(1, 50))
-def test_fitted_when_given_any_text_then_is_one_printable_line_of_that_width(
+def test_fit_width_when_given_any_text_then_is_one_printable_line_of_that_width(
     text: str, width: int
 ) -> None:
-    line = fitted(text, width)
+    line = fit_width(text, width)
     assert display_width(line) <= width
     assert line.isprintable()
 
 
-def test_fitted_when_text_has_control_sequences_then_they_are_left_out() -> None:
-    assert fitted("\x1b[31mred\x1b[0m\tend", 40) == "red end"
+def test_fit_width_when_text_has_control_sequences_then_they_are_left_out() -> None:
+    assert fit_width("\x1b[31mred\x1b[0m\tend", 40) == "red end"
