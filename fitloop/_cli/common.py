@@ -28,15 +28,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[TensorEntry], int]:
 
 def run_directories(path: Path) -> list[Path]:
     """Return the directories with a metric log: ``path`` itself, and its direct subdirectories."""
-    own = [path] if _has_log(path) else []
+    directories = [path] if _has_log(path) else []
     try:
         with os.scandir(path) as entries:
             inner = sorted(Path(entry) for entry in entries)
     except (FileNotFoundError, NotADirectoryError):
-        return own
+        return directories
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
-    return own + [entry for entry in inner if _has_log(entry)]
+    return directories + [entry for entry in inner if _has_log(entry)]
 
 
 def _has_log(directory: Path) -> bool:
@@ -46,7 +46,7 @@ def _has_log(directory: Path) -> bool:
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Return a name for each path: as many of its last parts as tell it from the others."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
-    return [_short_name(own, [other for other in parts if other != own]) for own in parts]
+    return [_short_name(path, [other for other in parts if other != path]) for path in parts]
 
 
 def _short_name(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:

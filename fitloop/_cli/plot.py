@@ -122,13 +122,13 @@ def _histories(paths: list[Path]) -> dict[str, History]:
     logs: dict[str, Path] = {}
     """by their real path, since a run may be given twice, in two ways"""
     for path in paths:
-        found = [path] if path.is_file() else run_directories(path)
-        if not found:
+        matches = [path] if path.is_file() else run_directories(path)
+        if not matches:
             raise CheckpointError(
                 f"{path} holds no log of metrics; expected the save_path of a run with "
                 "checkpoint= or save_to_disk=True, or a directory with such in it"
             )
-        for log in found:
+        for log in matches:
             logs.setdefault(os.path.realpath(log), log)
     # A log that is given as a file has the name of its directory.
     directories = [log.parent if log.name == LOG_NAME else log for log in logs.values()]

@@ -105,7 +105,7 @@ class Watcher:
         self._start_time = clock()
         self._runs: dict[str, WatchedDirectory] = {}
         """by the real path of the directory, since it may be given twice, in two ways"""
-        self._found: set[Path] = set()
+        self._started: set[Path] = set()
         """given paths that have had a run"""
         self._awaited: set[Path] = set()
         """given paths without a run so far"""
@@ -146,15 +146,15 @@ class Watcher:
         if self._searched_at and now - self._searched_at < SEARCH_SECONDS and not self._awaited:
             return
         self._searched_at = now
-        found = {path: run_directories(path) for path in self._paths}
-        several = sum(map(len, found.values())) > 1 or len(self._paths) > 1
+        directories = {path: run_directories(path) for path in self._paths}
+        several = sum(map(len, directories.values())) > 1 or len(self._paths) > 1
         for path, name in self._paths.items():
-            for directory in found[path]:
+            for directory in directories[path]:
                 self._add(directory, name, path, named=several or directory != path)
-            if found[path]:
-                self._found.add(path)
+            if directories[path]:
+                self._started.add(path)
                 self._awaited.discard(path)
-            elif path not in self._awaited | self._found:
+            elif path not in self._awaited | self._started:
                 self._awaited.add(path)
                 missing = "" if path.is_dir() else ", a directory that is not there yet"
                 print_line(f"waiting for a run in {path}{missing}")

@@ -54,7 +54,7 @@ class AsyncSource:
         """fetches of the step thread so far"""
         self._queue: deque[Any] = deque()
         self._error: BaseException | None = None
-        self._ended = False
+        self._finished = False
         self._closed = False
         self._has_room: ThreadsafeEvent | None = None
         self._cancel: Callable[[], None] = lambda: None
@@ -67,7 +67,7 @@ class AsyncSource:
             self._requested += 1
         if self._depth == 0:
             self._wake_task()
-        if not context.wait(lambda: bool(self._queue) or self._ended):
+        if not context.wait(lambda: bool(self._queue) or self._finished):
             return END
         with changed:
             if not self._queue:
@@ -90,10 +90,10 @@ class AsyncSource:
             if not context.rereads_unfetched:
                 # Cancelling an async generator ends it, so it may first return its current batch.
                 control.changed.wait_for(
-                    lambda: self._ended or control.cancelled, context.close_timeout
+                    lambda: self._finished or control.cancelled, context.close_timeout
                 )
             self._cancel()
-        control.wait_for(lambda: self._ended, obey_stop=False)
+        control.wait_for(lambda: self._finished, obey_stop=False)
         with control.changed:
             unread = list(self._queue)
             self._queue.clear()
@@ -133,7 +133,7 @@ class AsyncSource:
             error = await self._close_iterator() or error
             with changed:
                 self._error = error
-                self._ended = True
+                self._finished = True
                 changed.notify_all()
 
     def _is_run_cancelled(self) -> bool:

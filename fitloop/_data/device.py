@@ -42,8 +42,8 @@ def _first_dimension(item: Any) -> int | None:
         item = item.values()
     elif not isinstance(item, (tuple, list)):
         return None
-    for part in item:
-        size = _first_dimension(part)
+    for element in item:
+        size = _first_dimension(element)
         if size is not None:
             return size
     return None
@@ -58,18 +58,18 @@ def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
         return change(item)
     kind = type(item)
     if kind is tuple or kind is list:
-        return kind([map_tensors(part, change) for part in item])
+        return kind([map_tensors(element, change) for element in item])
     if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return kind(*(map_tensors(part, change) for part in item))
+        return kind(*(map_tensors(element, change) for element in item))
     if isinstance(item, (tuple, list)):
-        return kind([map_tensors(part, change) for part in item])
+        return kind([map_tensors(element, change) for element in item])
     if kind is dict:
-        return {key: map_tensors(part, change) for key, part in item.items()}
+        return {key: map_tensors(element, change) for key, element in item.items()}
     if isinstance(item, Mapping):
         # A subclass of dict may have any constructor, so it is copied.
         twin: Any = copy.copy(item) if isinstance(item, MutableMapping) else dict(item)
-        for key, part in item.items():
-            twin[key] = map_tensors(part, change)
+        for key, element in item.items():
+            twin[key] = map_tensors(element, change)
         return twin
     if callable(getattr(item, "to", None)):
         return change(item)
@@ -112,10 +112,10 @@ class DeviceTransfer:
         if self._on_cpu and (kind is list or kind is tuple):
             # A fast path for the usual (inputs, targets), since most batches need no change.
             targets = self._targets
-            for part in batch:
-                if type(part) is not Tensor or not part.is_cpu:
+            for tensor in batch:
+                if type(tensor) is not Tensor or not tensor.is_cpu:
                     break
-                if targets.get(part.dtype) is not part.dtype:
+                if targets.get(tensor.dtype) is not tensor.dtype:
                     break
             else:
                 return batch if kind is tuple else batch.copy()  # the step may change a list

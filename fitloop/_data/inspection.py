@@ -109,15 +109,16 @@ def is_iterable(loader: object) -> bool:
 
 def _known_sampler(loader: DataLoader[Any]) -> bool:
     batches = loader.batch_sampler
-    known = batches is None or type(batches) is BatchSampler
-    return known and type(loader.sampler) in _SAMPLERS
+    if batches is not None and type(batches) is not BatchSampler:
+        return False
+    return type(loader.sampler) in _SAMPLERS
 
 
 def _only_tensors(dataset: Dataset[Any]) -> bool:
     if type(dataset) is Subset:
         return _only_tensors(dataset.dataset)
     if type(dataset) is ConcatDataset:
-        return all(_only_tensors(part) for part in dataset.datasets)
+        return all(_only_tensors(inner) for inner in dataset.datasets)
     return type(dataset) is TensorDataset
 
 

@@ -68,22 +68,22 @@ class PrefetchTuner:
         self.uses_rng = True
         self._decide(ahead=False)
 
-    def add(self, load: float, whole: float, cpu: float) -> None:
+    def add(self, load: float, total: float, cpu: float) -> None:
         """Add the times of one batch.
 
         Args:
             load: time to load the batch.
-            whole: time from the previous batch to this one.
+            total: time from the previous batch to this one.
             cpu: CPU time of this thread during the load.
         """
         if self.ahead:
-            self._ahead.append(whole)
+            self._ahead.append(total)
             if len(self._ahead) == self.SAMPLES:
                 self._ratios.append(median_low(self._ahead) / median_low(self._inline))
                 self._decide(ahead=median_low(self._ratios) <= 1 - self.SMALLEST_GAIN)
             return
         self._loads.append(load)
-        self._inline.append(whole)
+        self._inline.append(total)
         self._cpu_times.append(cpu)
         if len(self._loads) == self.SAMPLES:
             typical = median_low(self._loads)
@@ -162,8 +162,8 @@ class AdaptiveSource:
         if self._ahead is None:
             return self._inline.fetch()
         batch = self._ahead.fetch()
-        ended = self._ahead.exhausted or self._context.control.halted
-        if batch is END and self._ahead.paused and not ended:
+        finished = self._ahead.exhausted or self._context.control.halted
+        if batch is END and self._ahead.paused and not finished:
             self._ahead.close()  # its queue is empty
             self._ahead = None
             return self._inline.fetch()

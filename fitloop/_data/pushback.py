@@ -17,7 +17,7 @@ class PushbackIterator:
         self.loader = loader
         self._pushed_back: deque[Any] = deque()
         self._record: list[Any] | None = None
-        self._ended = False
+        self._finished = False
         self.batches_read = 0
         """batches that were read and not put back"""
 
@@ -35,7 +35,7 @@ class PushbackIterator:
 
     def is_exhausted(self) -> bool:
         """Return whether no batch is left."""
-        return self._ended and not self._pushed_back
+        return self._finished and not self._pushed_back
 
     def start_recording(self) -> None:
         """Remember all batches that are read from now on, for `rewind`."""
@@ -50,7 +50,7 @@ class PushbackIterator:
 class _PushbackIterator(PushbackIterator):
     def __iter__(self) -> Iterator[Any]:
         iter(self.loader)  # returns the loader itself; some restart in this call
-        self._ended = False
+        self._finished = False
         return self
 
     def __next__(self) -> Any:
@@ -59,14 +59,14 @@ class _PushbackIterator(PushbackIterator):
         try:
             return self._count(next(self.loader))
         except StopIteration:
-            self._ended = True
+            self._finished = True
             raise
 
 
 class _AsyncPushbackIterator(PushbackIterator):
     def __aiter__(self) -> AsyncIterator[Any]:
         aiter(self.loader)
-        self._ended = False
+        self._finished = False
         return self
 
     async def __anext__(self) -> Any:
@@ -75,7 +75,7 @@ class _AsyncPushbackIterator(PushbackIterator):
         try:
             return self._count(await anext(self.loader))
         except StopAsyncIteration:
-            self._ended = True
+            self._finished = True
             raise
 
 

@@ -51,7 +51,7 @@ class Source(Protocol):
 
 @dataclass(slots=True)
 class LoadContext:
-    """What a source knows of its run."""
+    """The connections of a source to its run."""
 
     label: str
     """name of the loader in messages, such as ``train_dl (DataLoader)``"""
@@ -153,7 +153,7 @@ class PrefetchSource:
         """batch as read, batch on the device, state of the loader's generators after it"""
         self.rng_state_after = self._rng_state()
         self._error: BaseException | None = None
-        self._ended = False
+        self._finished = False
         self._closed = False
         self.exhausted = False
         """the loader has no more batches"""
@@ -176,7 +176,7 @@ class PrefetchSource:
         changed = context.control.changed
         if not queue:
             self.waits += 1
-            if not context.wait(lambda: bool(queue) or self._ended):
+            if not context.wait(lambda: bool(queue) or self._finished):
                 return END
         with changed:
             if not queue:
@@ -203,7 +203,7 @@ class PrefetchSource:
             with context.control.changed:
                 unread = [raw for raw, _moved, _rng_state in self._queue]
                 self._queue.clear()
-                hangs = not self._ended
+                hangs = not self._finished
             if context.rereads_unfetched and self.rng_state_after and unread and not hangs:
                 context.rng.set_state(self.rng_state_after)
         return unread
@@ -248,5 +248,5 @@ class PrefetchSource:
         finally:
             with changed:
                 self._error = error
-                self._ended = True
+                self._finished = True
                 changed.notify_all()

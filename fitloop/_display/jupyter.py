@@ -57,11 +57,13 @@ def interruptible() -> Iterator[None]:
         yield
         return
 
+    timer: asyncio.TimerHandle
+
     def wake() -> None:
         nonlocal timer
         timer = loop.call_later(INTERRUPT_SECONDS, wake)
 
-    timer = loop.call_later(INTERRUPT_SECONDS, wake)
+    wake()
     try:
         yield
     finally:

@@ -82,8 +82,9 @@ class LiveArea:
             if self._pid != os.getpid():  # this process was forked; the parent draws its own lines
                 self._renderers = []
                 self._thread = None
-            others = self._renderers
-            self._renderers = [renderer, *others] if first else [*others, renderer]
+            # A new list, since the drawing thread may iterate over the old one.
+            before = self._renderers
+            self._renderers = [renderer, *before] if first else [*before, renderer]
             if self._thread is None:
                 self._pid = os.getpid()
                 self._wake = threading.Event()
@@ -247,10 +248,10 @@ class LiveArea:
         lines = [fit_width(text, width - 1) for text in self._partial.values()]
         row = column = 0
         for renderer in self._renderers:
-            part = renderer(width, height - 1 - len(lines))
-            if part.cursor is not None:
-                row, column = len(lines), part.cursor
-            lines += part.lines
+            frame_part = renderer(width, height - 1 - len(lines))
+            if frame_part.cursor is not None:
+                row, column = len(lines), frame_part.cursor
+            lines += frame_part.lines
         lines = lines[: max(1, height - 1)]
         row = min(row, len(lines) - 1) if lines else 0
         frame = "\x1b[K\n".join(lines) + f"\x1b[J{_up(len(lines) - 1 - row)}\r"

@@ -28,7 +28,7 @@ class ProgressView:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs: list[RunStatus] = []
-        self._shown: list[RunStatus] = []
+        self._visible: list[RunStatus] = []
 
     def add(self, name: str, *, named: bool = False) -> RunStatus:
         """Return the status of a new run; its label is ``name``, numbered if it is in use."""
@@ -54,17 +54,17 @@ class ProgressView:
         """Show the bars of ``run``, if the output is a terminal that can redraw lines."""
         with self._lock:
             if is_interactive() and can_draw():
-                self._shown = [r for r in self._runs if r in self._shown or r is run]
-                if len(self._shown) == 1:
+                self._visible = [r for r in self._runs if r in self._visible or r is run]
+                if len(self._visible) == 1:
                     LIVE_AREA.show(self._render)
 
     def hide(self, run: RunStatus, *, wait: bool = False) -> None:
         """Hide the bars of ``run``; with ``wait``, return when they are gone from the terminal."""
         with self._lock:
-            if run not in self._shown:
+            if run not in self._visible:
                 return
-            self._shown = [other for other in self._shown if other is not run]
-            gone = LIVE_AREA.refresh if self._shown else LIVE_AREA.hide(self._render)
+            self._visible = [other for other in self._visible if other is not run]
+            gone = LIVE_AREA.refresh if self._visible else LIVE_AREA.hide(self._render)
         if wait:
             gone()
 
@@ -72,7 +72,7 @@ class ProgressView:
         style = BarStyle(color=has_color())
         if not can_encode(style.done + style.half + style.to_do):
             style = ASCII_BARS
-        return Frame(status_lines(self._shown, width - 1, height, style))
+        return Frame(status_lines(self._visible, width - 1, height, style))
 
 
 PROGRESS_VIEW = ProgressView()

@@ -166,17 +166,17 @@ async def _ask(text: str, event: PromptAsked) -> bool:
     from prompt_toolkit.output import DummyOutput
 
     question = _Question(text, event.timeout, event.default)
-    shown: Callable[[], AbstractContextManager[None]]
+    presentation: Callable[[], AbstractContextManager[None]]
     print_line: Callable[[str], None]
     # prompt_toolkit draws nothing: its renderer would need the terminal for itself.
     session: PromptSession[str] = PromptSession(output=DummyOutput(), enable_suspend=True)
     if can_draw():
-        shown, print_line = partial(_shown_live, question, session), LIVE_AREA.print_above
+        presentation, print_line = partial(_shown_live, question, session), LIVE_AREA.print_above
     else:
-        shown, print_line = partial(_echoed, text, session), _print
+        presentation, print_line = partial(_echoed, text, session), _print
     with anyio.move_on_after(event.timeout):
         while True:
-            with shown():
+            with presentation():
                 typed = await _read_line(session, text)
             answer = False if typed is None else parse_answer(typed)
             if can_draw():

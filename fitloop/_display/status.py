@@ -37,7 +37,7 @@ class RunStatus:
 
     Args:
         label: name of the run on the screen.
-        named: whether to show the label even if no other run is shown.
+        named: whether to show the label even if no other run is visible.
     """
 
     def __init__(self, label: str, *, named: bool = False) -> None:
@@ -186,16 +186,18 @@ def status_lines(runs: Sequence[RunStatus], width: int, height: int, style: BarS
         return []
     if len(runs) == 1 and height >= 2:
         return _two_lines(runs[0], width, style, now)
-    shown = runs if len(runs) <= height else runs[: height - 1]
+    visible = runs if len(runs) <= height else runs[: height - 1]
     widths = _Widths(
-        label=min(max((display_width(run.label) for run in shown), default=0), max(4, width // 4)),
-        epochs=max((len(str(run.epochs)) for run in shown), default=0),
-        batches=max((len(run.batch_count) for run in shown), default=0),
-        metrics=max((display_width(run.metrics) for run in shown), default=0),
+        label=min(
+            max((display_width(run.label) for run in visible), default=0), max(4, width // 4)
+        ),
+        epochs=max((len(str(run.epochs)) for run in visible), default=0),
+        batches=max((len(run.batch_count) for run in visible), default=0),
+        metrics=max((display_width(run.metrics) for run in visible), default=0),
     )
-    lines = [_one_line(run, width, style, now, widths) for run in shown]
-    if len(shown) < len(runs):
-        lines.append(fit_width(f"... and {len(runs) - len(shown)} more", width))
+    lines = [_one_line(run, width, style, now, widths) for run in visible]
+    if len(visible) < len(runs):
+        lines.append(fit_width(f"... and {len(runs) - len(visible)} more", width))
     return lines
 
 

@@ -54,7 +54,7 @@ class SwitchingTuner(PrefetchTuner):
         super().__init__()
         self._left = [ahead_after, inline_after]
 
-    def add(self, load: float, whole: float, cpu: float) -> None:
+    def add(self, load: float, total: float, cpu: float) -> None:
         self._left[0] -= 1
         if self._left[0] <= 0:
             del self._left[0]
