@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from blockbuster import BlockBuster, blockbuster_ctx
+from support import programs
 from support.leaks import no_descriptors_left, no_threads_left, without_tasks_left
 
 
@@ -34,6 +35,13 @@ def _needs(module: str) -> pytest.MarkDecorator:
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     """Run the test under each event loop; a test parametrises this itself to have fewer."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[None]:
+    """Start the server that forks programs before the first test that needs it begins."""
+    with programs.fork_server_running():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.programs import run_program
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("fork_server")
 def test_demo_when_run_then_reaches_its_accuracy_and_saves_its_curves(tmp_path: Path) -> None:
     out = tmp_path / "curves.png"
-    ran = subprocess.run(
-        [sys.executable, ROOT / "examples" / "digits.py", "--out", str(out)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
+    script = ROOT / "examples" / "digits.py"
+    ran = run_program([str(script), "--out", str(out)], tmp_path, check=True)
     accuracy = re.search(r"^test accuracy: ([0-9.]+)%$", ran.stdout, re.MULTILINE)
     assert accuracy is not None, ran.stdout
     assert float(accuracy[1]) >= 97

@@ -5,30 +5,22 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.interrupted_programs import start_program
+from support.programs import run_program, started
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "ensemble.py"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fork_server"), pytest.mark.timeout(240)]
 
 
 def command(*options: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), *options]
+    return [str(SCRIPT), *options]
 
 
 def run(directory: Path, *options: str) -> str:
-    ran = subprocess.run(
-        command("--members", "6", "--epochs", "1", *options),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=directory,
-    )
+    ran = run_program(command("--members", "6", "--epochs", "1", *options), directory, check=True)
     assert ran.stderr == ""
     return ran.stdout
 
@@ -57,9 +49,7 @@ def test_ensemble_when_run_then_is_better_than_its_members_and_the_same_on_both_
 
 
 def test_ensemble_when_none_is_to_train_at_a_time_then_shows_the_usage(tmp_path: Path) -> None:
-    ran = subprocess.run(
-        command("--max-concurrent", "0"), capture_output=True, text=True, cwd=tmp_path
-    )
+    ran = run_program(command("--max-concurrent", "0"), tmp_path)
     assert ran.returncode == 2
     assert ran.stderr.startswith("usage: ")
     assert "--max-concurrent is 0; expected 1 or more" in ran.stderr
@@ -77,14 +67,11 @@ def test_ensemble_when_none_is_to_train_at_a_time_then_shows_the_usage(tmp_path:
 def test_ensemble_when_interrupted_then_says_in_a_line_whether_it_can_go_on(
     tmp_path: Path, options: list[str], says: str
 ) -> None:
-    with start_program(
-        command("--members", "1000", "--epochs", "3", *options), tmp_path
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with started(command("--members", "1000", "--epochs", "3", *options), tmp_path) as process:
         while not process.stdout.readline().startswith("      1"):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read()
+        code = process.wait()
     assert errors == f"interrupted; {says}\n"
-    assert process.returncode == 1
+    assert code == 1

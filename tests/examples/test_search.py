@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.interrupted_programs import start_program
+from support.programs import run_program, started
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "search.py"
 ROW = re.compile(r"^ +(\d+)  (complete|pruned)  ", re.MULTILINE)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fork_server"), pytest.mark.timeout(240)]
 
 
 def command(*options: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), *options]
+    return [str(SCRIPT), *options]
 
 
 def ended(output: str) -> list[list[tuple[str, str]]]:
@@ -30,7 +28,7 @@ def ended(output: str) -> list[list[tuple[str, str]]]:
 
 @pytest.mark.parametrize("option", ["--max-concurrent", "--epochs"])
 def test_search_when_a_count_is_none_then_shows_the_usage(tmp_path: Path, option: str) -> None:
-    ran = subprocess.run(command(option, "0"), capture_output=True, text=True, cwd=tmp_path)
+    ran = run_program(command(option, "0"), tmp_path)
     assert ran.returncode == 2
     assert ran.stderr.startswith("usage: ")
     assert f"{option} is 0; expected 1 or more" in ran.stderr
@@ -40,13 +38,8 @@ def test_search_when_a_count_is_none_then_shows_the_usage(tmp_path: Path, option
 def test_search_when_run_in_processes_then_prunes_and_its_table_has_the_best_first(
     tmp_path: Path,
 ) -> None:
-    ran = subprocess.run(
-        command("--trials", "8", "--epochs", "3", "--backend", "process"),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
+    options = ("--trials", "8", "--epochs", "3", "--backend", "process")
+    ran = run_program(command(*options), tmp_path, check=True)
     told, table = ended(ran.stdout)
     assert sorted(told) == sorted(table)
     assert sorted(int(number) for number, _state in told) == list(range(8))
@@ -66,9 +59,7 @@ def test_search_when_ended_and_started_again_then_trials_go_on_under_their_numbe
 ) -> None:
     options = ["--epochs", "60", "--trials", "2", "--max-concurrent", "1", "--save-path", "found"]
     first: list[str] = []
-    with start_program(command(*options), tmp_path) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with started(command(*options), tmp_path) as process:
         for line in process.stdout:
             first.append(line)
             if ROW.match(line):
@@ -78,12 +69,11 @@ def test_search_when_ended_and_started_again_then_trials_go_on_under_their_numbe
             assert process.poll() is None
         process.send_signal(sent)
         errors = process.stderr.read()
+        code = process.wait()
     if sent is signal.SIGINT:
         assert errors == "interrupted; with --save-path the same command goes on\n"
-        assert process.returncode == 1
-    again = subprocess.run(
-        command(*options), capture_output=True, text=True, check=True, cwd=tmp_path
-    )
+        assert code == 1
+    again = run_program(command(*options), tmp_path, check=True)
     assert again.stdout.startswith("1 trials are done, 1 are gone on with\n")
     told, table = ended(again.stdout)
     assert [number for number, _state in told] == ["1"]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from support.programs import Program, started
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("fork_server"),
     pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send"),
 ]
-ROOT = Path(__file__).parents[2]
-GUARD = 45.0
+END_TIMEOUT = 45.0
+"""seconds in which a program that was interrupted must end"""
 
 
 HEAD = """
@@ -151,15 +150,13 @@ except KeyboardInterrupt:
 class Script:
     """A Python process that can be read line by line, and interrupted."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: Program) -> None:
         self._process = process
 
     def read(self) -> str:
-        assert self._process.stdout is not None
         return self._process.stdout.readline().rstrip("\n")
 
     def let_go(self) -> None:
-        assert self._process.stdin is not None
         self._process.stdin.write("go on\n")
         self._process.stdin.flush()
 
@@ -170,32 +167,16 @@ class Script:
 
     def end(self) -> tuple[str, str, int]:
         """Return the rest of what it prints, its errors, and how it ended."""
-        streams = self._process.stdin, self._process.stdout, self._process.stderr
-        assert all(streams)
-        streams[0].close()  # type: ignore[union-attr]
-        # `communicate` would lose the lines that came together with the last one that was read.
-        output, errors = (stream.read() for stream in streams[1:])  # type: ignore[union-attr]
-        return output, errors, self._process.wait(GUARD)
+        self._process.stdin.close()
+        output, errors = self._process.stdout.read(), self._process.stderr.read()
+        return output, errors, self._process.wait(END_TIMEOUT)
 
 
 @contextmanager
 def _script(text: str, place: str, prefetch: int | None = 0) -> Iterator[Script]:
     source = f"PLACE, PREFETCH = {place!r}, {prefetch!r}\n{HEAD}{text}"
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", source],
-        stdin=pipe,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,  # so that the SIGINT is this process's alone
-    ) as process:
-        try:
-            yield Script(process)
-        finally:
-            process.kill()
+    with started(["-c", source]) as process:
+        yield Script(process)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])

@@ -243,6 +243,7 @@ print("status", status, threading.active_count())
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fork_server")
 def test_bench_when_on_a_terminal_then_one_line_says_what_it_does_and_goes() -> None:
     with run_in_terminal(PROGRAM.format(more="'--batches', '5', '--rounds', '2'")) as shown:
         shown.until("status 0 1")
@@ -254,6 +255,7 @@ def test_bench_when_on_a_terminal_then_one_line_says_what_it_does_and_goes() -> 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fork_server")
 def test_bench_when_interrupted_then_ends_without_a_word() -> None:
     with run_in_terminal(PROGRAM.format(more="'--rounds', '1000', '--batches', '100'")) as shown:
         shown.until("benchmark: round 1 of 1000")

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +23,8 @@ from support.made_up_runs import (
     run_ended,
 )
 from support.models import sync_trainer
-from support.pseudo_terminal import ROOT, environment
+from support.programs import run_program
+from support.pseudo_terminal import environment
 
 from fitloop import Phase
 from fitloop._cli.main import main
@@ -105,16 +104,11 @@ def test_usage_when_wrong_then_is_shown_and_the_status_is_2(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fork_server")
 def test_module_when_run_then_its_status_is_that_of_the_command(run: Path) -> None:
     def status(*arguments: str) -> int:
-        ran = subprocess.run(
-            [sys.executable, "-m", "fitloop", *arguments],
-            env=environment(),
-            cwd=ROOT,
-            capture_output=True,
-            check=False,
-        )
-        assert b"Traceback" not in ran.stderr
+        ran = run_program(["-m", "fitloop", *arguments], environment=environment())
+        assert "Traceback" not in ran.stderr
         return ran.returncode
 
     assert status() == 2

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
 import sys
 
 import pytest
-from support.pseudo_terminal import PRELUDE, ROOT, Terminal, environment, run_in_terminal
+from support.programs import run_program
+from support.pseudo_terminal import PRELUDE, Terminal, environment, run_in_terminal
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="needs a pty")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("fork_server"),
+    pytest.mark.skipif(sys.platform == "win32", reason="needs a pty"),
+]
 
 METRICS = r"loss: \d+\.\d{4} \| accuracy: [01]\.\d{4}"
 QUESTION = r"continue loop \(\[y\]/n\):"
@@ -266,14 +270,7 @@ def test_no_color_when_set_then_bars_are_drawn_without_colors(
 
 def test_output_when_piped_then_only_plain_lines_are_written() -> None:
     program = "asyncio.run(trainer(batches=60, hold=slowly()).fit(2, continue_loop=1))"
-    ran = subprocess.run(
-        [sys.executable, "-c", PRELUDE + program],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    ran = run_program(["-c", PRELUDE + program], environment=environment(), check=True)
     assert re.fullmatch(epoch(1, 2) + epoch(2, 2) + ending(), ran.stdout)
     assert not re.search(CONTROL, ran.stdout + ran.stderr)
     assert len(re.findall("continue_loop asks on a terminal", ran.stderr)) == 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +23,18 @@ from support.made_up_runs import (
     progress,
     run_ended,
 )
-from support.pseudo_terminal import PRELUDE, ROOT, TIMEOUT, Terminal, environment
+from support.programs import Program, started
+from support.pseudo_terminal import PRELUDE, TIMEOUT, Terminal, environment
 
 from fitloop import Phase, PromptAnswered, PromptAsked
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="needs a pty")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("fork_server"),
+    pytest.mark.skipif(sys.platform == "win32", reason="needs a pty"),
+]
 
-WATCH = [sys.executable, "-Werror::ResourceWarning", "-m", "fitloop", "watch"]
+WATCH = ["-Werror::ResourceWarning", "-m", "fitloop", "watch"]
 BAR = "[━╸─]"
 METRICS = r"loss: \d+\.\d{4} \| accuracy: [01]\.\d{4}"
 ASKED = PromptAsked(trainer="t", epoch=1, epoch_in_run=1, epochs=3, question="go on?")
@@ -47,25 +52,17 @@ def watching(
 
 
 @contextmanager
-def training(directory: Path, program: str) -> Iterator[subprocess.Popen[str]]:
+def training(directory: Path, program: str) -> Iterator[Program]:
     """Run a program of another process that has `PRELUDE` and ``path``."""
     start = f"{PRELUDE}\nfrom fitloop import Checkpoint\npath = {str(directory)!r}\n"
     # Nothing of it is awaited but its end, so that a line it waits for is all that holds it.
-    process = subprocess.Popen(
-        [sys.executable, "-c", start + program],
-        env=environment(),
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
+    with (
+        open(os.devnull, "w") as output,
+        started(
+            ["-c", start + program], environment=environment(), stdout=output.fileno()
+        ) as process,
+    ):
         yield process
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
 
 
 def lines(number: int, epochs: int = 3, label: str = "", metrics: str = METRICS) -> str:
@@ -245,24 +242,12 @@ def test_watch_when_one_log_cannot_be_read_then_the_others_go_on_and_the_status_
 
 
 def test_watch_when_piped_then_every_line_comes_at_once_and_is_plain(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*WATCH, str(tmp_path / "a"), "--every", "2"],
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    out = process.stdout
-    assert out is not None
-    try:
-        assert "waiting for a run" in out.readline()
+    command = [*WATCH, str(tmp_path / "a"), "--every", "2"]
+    with started(command, environment=environment()) as process:
+        assert "waiting for a run" in process.stdout.readline()
         with fake_run(tmp_path / "a") as run:
             run.observe(*epoch_events(1), *epoch_events(2), *epoch_events(3), run_ended())
-        said = out.read()
+        said = process.stdout.read()
         assert process.wait(TIMEOUT) == 0
-    finally:
-        process.kill()
-        process.wait()
-        out.close()
     ending = r"-----\ntotal time: [^\n]+\nbest score: 0.5000\n"
     assert re.fullmatch(lines(1) + lines(2) + ending, said)

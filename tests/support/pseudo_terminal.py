@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
+import fcntl
 import os
 import re
-import signal
-import sys
+import select
+import struct
+import termios
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-import pexpect
 import pyte
 
-ROOT = Path(__file__).parents[2]
+from support.programs import ROOT, Program
+
 TIMEOUT = 40
-"""seconds after which what is waited for will not come"""
+"""seconds after which a test that waits for output fails"""
 
 PRELUDE = """
 import asyncio, logging, signal, sys, threading
@@ -50,7 +51,7 @@ def slowly(seconds=0.003):
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a person's program."""
+    """Return the environment of a program that a person starts in a terminal."""
     own = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     for name in ("CI", "NO_COLOR", "COLUMNS", "LINES"):
         own.pop(name, None)
@@ -58,26 +59,26 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 class Terminal:
-    """Types into a program and reads its screen, as an emulator of a terminal shows it."""
+    """Types into a program and reads its screen, as an emulator of a terminal shows it.
+
+    ``arguments`` are those of the Python interpreter, ``size`` is (columns, rows).
+    """
 
     def __init__(self, arguments: Sequence[str], env: dict[str, str], size: tuple[int, int]):
-        columns, rows = size
-        self.screen = pyte.HistoryScreen(columns, rows, history=5000, ratio=0.5)
+        self.screen = pyte.HistoryScreen(*size, history=5000, ratio=0.5)
         self._stream = pyte.Stream(self.screen)
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.raw = ""
-        """all that the program wrote"""
-        self._child: Any = pexpect.spawn(  # type: ignore[no-untyped-call]
-            arguments[0],
-            list(arguments[1:]),
-            env=env,
-            dimensions=(rows, columns),
-            encoding="utf-8",
-            timeout=TIMEOUT,
-            echo=True,
-            cwd=str(ROOT),
-            # Which is ignored in whatever a shell has begun in the background, such as these tests.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        """everything that the program wrote"""
+        self._master, slave = os.openpty()
+        self._set_size(*size)
+        self._program = Program(
+            arguments, environment=env, stdin=slave, stdout=slave, stderr=slave, terminal=True
         )
+        os.close(slave)
+
+    def _set_size(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     @property
     def shown(self) -> str:
@@ -94,49 +95,51 @@ class Terminal:
         return "\n".join([*above, self.shown])
 
     def until(self, condition: str | Callable[[], bool]) -> str:
-        """Read until the screen has the pattern, or ``condition()``; return the screen."""
+        """Read until the screen matches the pattern or ``condition()`` is true; return it."""
         ready = condition if callable(condition) else lambda: bool(re.search(condition, self.shown))
         while not ready():
-            try:
-                self._read()
-            except pexpect.EOF:
-                assert ready(), f"it ended without {condition}:\n{self.transcript}"
-            except pexpect.TIMEOUT:
-                raise AssertionError(f"{condition} did not come:\n{self.transcript}") from None
+            if not self._read():
+                assert ready(), f"the program ended without {condition}:\n{self.transcript}"
         return self.shown
 
-    def _read(self) -> None:
-        text = self._child.read_nonblocking(65536, timeout=TIMEOUT)
+    def _read(self) -> bool:
+        """Read what there is, or wait for it; return whether the program still writes."""
+        readable, _, _ = select.select([self._master], [], [], TIMEOUT)
+        assert readable, f"the program wrote nothing for {TIMEOUT} s:\n{self.transcript}"
+        try:
+            data = os.read(self._master, 65536)
+        except OSError:  # on Linux, once no process has the terminal open
+            return False
+        text = self._decoder.decode(data)
         self.raw += text
         self._stream.feed(text)
+        return bool(data)
 
     def type(self, keys: str) -> None:
         """Press keys."""
-        self._child.send(keys)
+        os.write(self._master, keys.encode())
 
     def signal(self, number: int) -> None:
-        """Send the program a signal."""
-        self._child.kill(number)
+        """Send a signal to the program."""
+        self._program.send_signal(number)
 
     def resize(self, columns: int, rows: int) -> None:
-        """Make the window another size."""
+        """Change the size of the window."""
         self.screen.resize(rows, columns)
-        self._child.setwinsize(rows, columns)
+        self._set_size(columns, rows)
 
     def end(self) -> int | None:
-        """Read until the program has ended; return its exit status; None for a signal."""
-        while True:
-            try:
-                self._read()
-            except pexpect.EOF:
-                break
-        self._child.wait()
-        status: int | None = self._child.exitstatus
-        return status
+        """Read until the program has ended; return its exit code, or None if a signal ended it."""
+        while self._read():
+            pass
+        code = self._program.wait(TIMEOUT)
+        return None if code < 0 else code
 
     def close(self) -> None:
-        """End the program if it has not."""
-        self._child.close(force=True)
+        """Kill the program if it still runs, and close the terminal."""
+        self._program.kill()
+        os.close(self._master)
+        self._program.__exit__()
 
 
 @contextmanager
@@ -144,7 +147,7 @@ def run_in_terminal(
     program: str, *, size: tuple[int, int] = (100, 24), env: Mapping[str, str] | None = None
 ) -> Iterator[Terminal]:
     """Run a Python program that begins with `PRELUDE` in a terminal of (columns, rows)."""
-    arguments = [sys.executable, "-Werror::ResourceWarning", "-c", PRELUDE + program]
+    arguments = ["-Werror::ResourceWarning", "-c", PRELUDE + program]
     shown = Terminal(arguments, environment(env), size)
     try:
         yield shown
