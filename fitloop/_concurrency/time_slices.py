@@ -1,245 +1,204 @@
-"""Time slices for trainers whose steps are small, so that they do not fight for the interpreter.
+"""Time slices for runs with small steps, so that they do not fight for the interpreter's lock.
 
-A step of a small model is mostly Python's own work, which one thread at a time can do. Two such
-trainers in two threads hand the interpreter's lock to and fro within each step and are slower
-than one after the other. Here each has some milliseconds for itself, then the next. Trainers with
-larger steps, which release the lock, and those that wait for their loaders take no part.
+A step of a small model is mostly Python code, which one thread at a time can run. Two such runs in
+two threads pass the lock to and fro within each step, and are slower than one after the other.
+With time slices one of them computes for 50 ms, then the next. Runs with larger steps, which
+release the lock, and runs that wait for their loaders take no part.
 
-Nobody waits long: from a trainer that comes to a halt in its slice it is taken.
+A run that waits for its slice holds nothing that another run needs, and waits at most 0.2 s for an
+owner that makes no progress. So the waits cannot form a deadlock.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 
 from fitloop._concurrency.control import RunControl
 from fitloop._events import BatchProgress, Event
-from fitloop._system import core_wait
 
 SLICE_SECONDS = 0.05
-"""what a trainer has for itself; a change of hands costs 2 ms of a cache that is cold"""
-FIRST_SECONDS = 0.01
-"""of the first slice, which shows whether a trainer computes when nobody is in its way"""
+"""Length of a slice. Changing the owner costs about 2 ms, for a cold cache."""
 PATIENCE_SECONDS = 0.2
-"""after which a slice is taken from a trainer that does not come to its end"""
-SMALL_SECONDS = 0.002
-"""processor time of a batch up to which it counts as small"""
-WAITING_SHARE = 0.3
-"""share of its time that a trainer waits for its loader, from which it takes no part"""
-IDLE_SHARE = 0.5
-"""share of its time that a trainer does not compute, from which it takes no part either"""
-FREE_SHARE = 0.15
-"""if it is for so large a share that nobody can have kept it from computing"""
-LOOK_SECONDS = 0.25
-"""between two looks whether a trainer is to take part, twice as long after each that says no"""
-LONGEST_LOOK_SECONDS = 2.0
-FEWEST = 8
-"""batches of a look"""
+"""Time after which a slice is taken from an owner that does not end it."""
+CHECK_SECONDS = 0.25
+"""Time between two checks whether a run that takes no part has become a small one."""
+SMALL_STEP_SECONDS = 0.002
+"""Processor time of a batch up to which a run counts as small."""
+LOADER_SHARE = 0.3
+"""Share of the time that a run waits for its loader, from which it takes no part."""
+IDLE_SHARE = 0.75
+"""Share of its slice in which a run does not compute, from which it takes no part."""
+MIN_BATCHES = 8
+"""Batches that a check needs."""
 
 Clock = Callable[[], float]
 
 
-def kept_waiting() -> float:
-    """Return seconds so far in which others may have kept this thread from computing.
-
-    What other threads have computed, since they may have had the interpreter's lock, and the time
-    in which other processes had the cores.
-    """
-    return time.process_time() - time.thread_time() + core_wait()
-
-
 class TimeSlices:
-    """Whose slice it is: one of the process, first come, first served."""
+    """A fair queue for the one slice that there is; one object for the whole process."""
 
     def __init__(self, patience: float = PATIENCE_SECONDS, clock: Clock = time.monotonic) -> None:
         self._patience = patience
         self._clock = clock
         self.runs = 0
-        """that go on; read without the lock, once a batch"""
+        """Number of runs in progress; read without the lock once a batch."""
         self.lock = threading.Lock()
-        self.line: deque[TimeSliceHook] = deque()
-        self.holder: TimeSliceHook | None = None
-        self._since = 0.0
-        """when the holder got it"""
+        self.queue: deque[TimeSliceHook] = deque()
+        self.owner: TimeSliceHook | None = None
+        self._owned_since = 0.0
 
-    def admit(self, who: TimeSliceHook, cancelled: Callable[[], bool]) -> None:
-        """Wait for a slice; without one when there is no need any more."""
+    def acquire(self, hook: TimeSliceHook, halted: Callable[[], bool]) -> None:
+        """Wait for the slice; return without it when the run is to end."""
         with self.lock:
-            self.line.append(who)
+            self.queue.append(hook)
             try:
-                while not (first := self.line[0] is who) or self._is_taken():
-                    if cancelled():
+                while not (is_first := self.queue[0] is hook) or self._patience_left() > 0:
+                    if halted():
                         return
-                    who.called.wait(self._left() if first else None)
-                self.holder, self._since = who, self._clock()
+                    hook.notified.wait(self._patience_left() if is_first else None)
+                self.owner, self._owned_since = hook, self._clock()
             finally:
-                self.line.remove(who)
-                self._call()
+                self.queue.remove(hook)
+                self._notify_first()
 
-    def renew(self, who: TimeSliceHook) -> bool:
-        """Give the holder another slice; false when somebody waits, or it is not the holder."""
+    def renew(self, hook: TimeSliceHook) -> bool:
+        """Give the owner another slice; False if another run waits or ``hook`` is not the owner."""
         with self.lock:
-            if self.line or self.holder is not who:
+            if self.queue or self.owner is not hook:
                 return False
-            self._since = self._clock()
+            self._owned_since = self._clock()
             return True
 
-    def dismiss(self, who: TimeSliceHook) -> None:
-        """End a slice; that of another is left alone."""
+    def release(self, hook: TimeSliceHook) -> None:
+        """End the slice of ``hook``, if it is the owner."""
         with self.lock:
-            if self.holder is who:
-                self.holder = None
-                self._call()
+            if self.owner is hook:
+                self.owner = None
+                self._notify_first()
 
-    def _call(self) -> None:
-        if self.line:  # one of them; the others would wake up only to sleep on
-            self.line[0].called.notify()
+    def _notify_first(self) -> None:
+        if self.queue:
+            self.queue[0].notified.notify()
 
-    def _is_taken(self) -> bool:
-        return self.holder is not None and self._left() > 0
-
-    def _left(self) -> float:
-        """Return the seconds for which the holder is still waited for."""
-        return max(0.0, self._since + self._patience - self._clock())
+    def _patience_left(self) -> float:
+        """Return the seconds for which the owner may still go on; 0 if there is none."""
+        if self.owner is None:
+            return 0.0
+        return max(0.0, self._owned_since + self._patience - self._clock())
 
 
 TIME_SLICES = TimeSlices()
 
 
-def _nothing() -> None: ...
+@cache
+def _reset_in_forked_children() -> None:
+    """Forget the runs in each process that is forked from now on: their threads are not there."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=TIME_SLICES.__init__)  # type: ignore[misc]
 
 
 class TimeSliceHook:
-    """The part of one run in it: a batch hook and an observer, on the step thread.
+    """The part of one run in the time slices: a batch hook and an observer, on the step thread.
 
     Args:
-        rest: calls a function while the run has no turn at the random generators; who waits here
-            must not be waited for there.
-        control: of the run: whether it is to end, and how long it has waited for its loader.
+        wait: calls a function while the run holds nothing that other runs need.
+        control: of the run, with the time that it has waited for its loader.
     """
 
     def __init__(
         self,
-        rest: Callable[[Callable[[], None]], None],
+        wait: Callable[[Callable[[], None]], None],
         control: RunControl,
         *,
         slices: TimeSlices = TIME_SLICES,
         clock: Clock = time.perf_counter,
-        processor: Clock = time.thread_time,
-        kept: Clock = kept_waiting,
+        thread_clock: Clock = time.thread_time,
     ) -> None:
-        self._rest = rest
+        _reset_in_forked_children()
+        self._wait = wait
         self._control = control
         self._slices = slices
-        self.called = threading.Condition(slices.lock)
-        """notified when it is its turn, or it is to look again"""
         self._clock = clock
-        self._processor = processor
-        self._kept = kept
-        self._held = False
-        """it has had a slice, which another may have taken from it"""
-        self._interrupted = False
-        """it had one, and an event ended it"""
-        self._began, self._used, self._idle = clock(), processor(), control.wait_seconds
-        self._barred = kept()
-        """what the clocks said at the last look"""
-        self._until = 0.0
-        """when to look again"""
-        self._pause = LOOK_SECONDS
-        self._batches = 0
+        self._thread_clock = thread_clock
+        self.notified = threading.Condition(slices.lock)
+        """Notified when the run is first in the queue, or is to end."""
+        self._has_slice = False
+        """The run has acquired the slice; it may have lost it to another run since."""
+        self._was_interrupted = False
+        """An event ended the slice."""
+        self._start_period(0.0)
         with slices.lock:
             slices.runs += 1
-        self._forget = control.on_halt(self.wake)
+        self._forget: Callable[[], None] | None = control.on_halt(self.wake)
 
     def close(self) -> None:
         """Take no part any more; any thread."""
         with self._slices.lock:
             self._slices.runs -= 1
-        self._forget()
-        self._forget = _nothing  # it refers to this part, and this part to the run
-        self._slices.dismiss(self)
+        if self._forget is not None:
+            self._forget()
+        self._forget = None  # refers to this hook, and the hook to the run
+        self._slices.release(self)
 
     def wake(self) -> None:
-        """Have a waiting run look whether it is to end; any thread."""
+        """Let a run that waits for its slice check whether it is to end; any thread."""
         with self._slices.lock:
-            self.called.notify()
+            self.notified.notify()
 
     def observe(self, event: Event) -> None:
-        """End the slice: what comes between two phases may take long, or wait for somebody."""
-        if self._held and not isinstance(event, BatchProgress):
-            self._end()
-            self._interrupted, self._until = True, 0.0
+        """End the slice at each event but `BatchProgress`: what follows may take long."""
+        if self._has_slice and not isinstance(event, BatchProgress):
+            self._release()
+            self._was_interrupted, self._period_ends = True, 0.0
 
     def after_batch(self) -> None:
-        """See whether it is another's turn."""
+        """Acquire, renew or release the slice when its time is over."""
         if self._slices.runs < 2:
             return
         self._batches += 1
         now = self._clock()
-        if now < self._until:
+        if now < self._period_ends:
             return
-        if self._held:
-            self._go_on(now)
-        elif self._interrupted:
-            self._take()
-        elif self._batches >= FEWEST:
-            small = self._processor() - self._used <= SMALL_SECONDS * self._batches
-            if small and not self._waits(now) and not self._idles(now):
-                self._take(FIRST_SECONDS)
-            else:
-                self._stay_out()
-
-    def _go_on(self, now: float) -> None:
-        """At the end of a slice: keep it, hand it on, or take no part for a while."""
-        if self._idles(now) or self._waits(now):  # and nobody was in its way
-            self._end()
-            self._pause = LONGEST_LOOK_SECONDS
-            self._stay_out()
+        if self._was_interrupted:
+            self._acquire()
+        elif self._batches < MIN_BATCHES and not self._has_slice:
             return
-        self._pause = LOOK_SECONDS
-        if self._slices.renew(self):
-            self._note(SLICE_SECONDS)
+        elif not self._takes_part(now):
+            self._release()
+            self._start_period(CHECK_SECONDS)
+        elif self._has_slice and self._slices.renew(self):
+            self._start_period(SLICE_SECONDS)
         else:
-            self._end()
-            self._take()
+            self._release()
+            self._acquire()
 
-    def _idles(self, now: float) -> bool:
-        whole, computed = now - self._began, self._processor() - self._used
-        if computed >= (1 - IDLE_SHARE) * whole:
+    def _takes_part(self, now: float) -> bool:
+        """Return whether the run has small steps and computes for most of the time."""
+        seconds, computed = now - self._started, self._thread_clock() - self._thread_time
+        waited = self._control.wait_seconds - self._wait_seconds
+        if computed > SMALL_STEP_SECONDS * self._batches or waited >= LOADER_SHARE * seconds:
             return False
-        # Not to compute is not to wait: of those who fight, each would seem to wait.
-        return whole - computed - (self._kept() - self._barred) >= FREE_SHARE * whole
+        # Without a slice, a run may be idle because others have the interpreter's lock.
+        return not self._has_slice or computed > (1 - IDLE_SHARE) * seconds
 
-    def _waits(self, now: float) -> bool:
-        return self._control.wait_seconds - self._idle >= WAITING_SHARE * (now - self._began)
-
-    def _stay_out(self) -> None:
-        self._note(self._pause)
-        self._pause = min(2 * self._pause, LONGEST_LOOK_SECONDS)
-
-    def _take(self, seconds: float = SLICE_SECONDS) -> None:
-        self._interrupted = False
-        self._rest(self._wait)
-        self._note(seconds)
-
-    def _note(self, seconds: float) -> None:
-        self._began, self._used, self._idle = (
-            self._clock(),
-            self._processor(),
-            self._control.wait_seconds,
-        )
-        self._barred = self._kept()
+    def _start_period(self, seconds: float) -> None:
+        self._started, self._thread_time = self._clock(), self._thread_clock()
+        self._wait_seconds = self._control.wait_seconds
         self._batches = 0
-        self._until = self._began + seconds
+        self._period_ends = self._started + seconds
 
-    def _wait(self) -> None:
-        self._slices.admit(self, lambda: self._control.halted)
-        self._held = True
+    def _acquire(self) -> None:
+        self._was_interrupted = False
+        self._wait(lambda: self._slices.acquire(self, lambda: self._control.halted))
+        self._has_slice = True
+        self._start_period(SLICE_SECONDS)
 
-    def _end(self) -> None:
-        if self._held:
-            self._held = False
-            self._slices.dismiss(self)
+    def _release(self) -> None:
+        if self._has_slice:
+            self._has_slice = False
+            self._slices.release(self)

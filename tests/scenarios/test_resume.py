@@ -207,13 +207,12 @@ class TellingLine(deque[TimeSliceHook]):
 async def test_fit_when_cancelled_while_it_waits_for_its_slice_then_takes_a_last_snapshot(
     seed: int | None, tmp_path: Path, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(time_slices, "SMALL_SECONDS", 1000.0)
-    monkeypatch.setattr(time_slices, "IDLE_SHARE", 1.0)  # it takes part however busy the machine is
-    monkeypatch.setattr(time_slices, "WAITING_SHARE", 1000.0)
+    monkeypatch.setattr(time_slices, "SMALL_STEP_SECONDS", 1000.0)
+    monkeypatch.setattr(time_slices, "LOADER_SHARE", 1000.0)
     monkeypatch.setattr(TIME_SLICES, "_patience", 1000.0)
-    monkeypatch.setattr(TIME_SLICES, "line", line := TellingLine())
+    monkeypatch.setattr(TIME_SLICES, "queue", line := TellingLine())
     other = await anyio.to_thread.run_sync(TimeSliceHook, lambda call: call(), RunControl())
-    await anyio.to_thread.run_sync(TIME_SLICES.admit, other, lambda: False)
+    await anyio.to_thread.run_sync(TIME_SLICES.acquire, other, lambda: False)
     line.joined.clear()
     data = batches(200, 2)
     fitted = trainer(save_path=tmp_path, train_dl=data, valid_dl=None, seed=seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from queue import Queue
@@ -12,14 +11,11 @@ import pytest
 
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.time_slices import (
-    FEWEST,
-    FIRST_SECONDS,
-    LONGEST_LOOK_SECONDS,
-    LOOK_SECONDS,
+    CHECK_SECONDS,
+    MIN_BATCHES,
     SLICE_SECONDS,
     TimeSliceHook,
     TimeSlices,
-    kept_waiting,
 )
 from fitloop._events import BatchProgress, EpochStarted
 from fitloop._types import Phase
@@ -39,7 +35,7 @@ class Line(deque[TimeSliceHook]):
         self._joined.put(who)
 
     def wait_for(self, run: Run) -> None:
-        while self._joined.get(timeout=SOON) is not run.part:
+        while self._joined.get(timeout=SOON) is not run.hook:
             pass
 
 
@@ -49,20 +45,18 @@ class Run:
     def __init__(self, slices: TimeSlices) -> None:
         self.now = 0.0
         self.used = 0.0
-        self.kept = 0.0
         self.control = RunControl()
-        self.rests = 0
-        self.part = TimeSliceHook(
-            self.rest,
+        self.waits = 0
+        self.hook = TimeSliceHook(
+            self.wait,
             self.control,
             slices=slices,
             clock=lambda: self.now,
-            processor=lambda: self.used,
-            kept=lambda: self.kept,
+            thread_clock=lambda: self.used,
         )
 
-    def rest(self, call: Callable[[], None]) -> None:
-        self.rests += 1
+    def wait(self, call: Callable[[], None]) -> None:
+        self.waits += 1
         call()
 
     def batches(
@@ -71,14 +65,12 @@ class Run:
         seconds: float,
         computed: float = 1.0,
         waited: float = 0.0,
-        kept: float = 0.0,
     ) -> None:
         for _ in range(number):
             self.now += seconds
-            self.kept += seconds * kept
             self.used += seconds * computed
             self.control.wait_seconds += seconds * waited
-            self.part.after_batch()
+            self.hook.after_batch()
 
 
 @pytest.fixture
@@ -89,133 +81,89 @@ def slices() -> TimeSlices:
 def test_run_when_it_is_alone_then_has_no_slice_and_is_asked_nothing(slices: TimeSlices) -> None:
     run = Run(slices)
     run.batches(1000, 0.0003)
-    assert slices.holder is None
-    assert run.rests == 0
+    assert slices.owner is None
+    assert run.waits == 0
 
 
 def test_run_when_its_steps_are_small_then_takes_a_slice_beside_another(slices: TimeSlices) -> None:
     run, _other = Run(slices), Run(slices)
-    run.batches(FEWEST, 0.0003)
-    assert slices.holder is run.part
+    run.batches(MIN_BATCHES, 0.0003)
+    assert slices.owner is run.hook
     run.batches(1000, 0.0003)  # nobody waits: it keeps it
-    assert slices.holder is run.part
-    assert run.rests == 1
+    assert slices.owner is run.hook
+    assert run.waits == 1
 
 
 def test_run_when_its_steps_are_large_then_takes_no_part(slices: TimeSlices) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(200, 0.01)
-    assert slices.holder is None
-    assert run.rests == 0
+    assert slices.owner is None
+    assert run.waits == 0
 
 
 def test_run_when_it_waits_for_something_else_in_its_slice_then_gives_it_up(
     slices: TimeSlices,
 ) -> None:
     run, _other = Run(slices), Run(slices)
-    run.batches(FEWEST, 0.0003)
-    assert slices.holder is run.part
+    run.batches(MIN_BATCHES, 0.0003)
+    assert slices.owner is run.hook
     run.batches(int(SLICE_SECONDS / 0.005) + 1, 0.005, computed=0.05)
-    assert slices.holder is None
-    run.batches(int(LOOK_SECONDS / 0.005) - 2, 0.005, computed=0.05)
-    assert slices.holder is None
-
-
-def test_run_when_others_keep_it_from_computing_in_its_slice_then_takes_part_all_the_same(
-    slices: TimeSlices,
-) -> None:
-    """Else one that fights makes the others fight, and a busy machine makes all of them."""
-    run, _other = Run(slices), Run(slices)
-    run.batches(5000, 0.0003, computed=0.2, kept=0.7)
-    assert slices.holder is run.part
-    assert run.rests == 1
-
-
-def test_run_when_it_waits_from_the_first_then_never_stands_in_line(slices: TimeSlices) -> None:
-    """As while a loader that waits is read in line, which no clock of the loader tells."""
-    run, _other = Run(slices), Run(slices)
-    run.batches(200, 0.02, computed=0.05, kept=0.5)
-    assert run.rests == 0
-
-
-def test_kept_waiting_when_another_thread_computes_then_grows() -> None:
-    def compute() -> None:
-        until = time.thread_time() + 0.05
-        while time.thread_time() < until:
-            pass
-
-    before = kept_waiting()
-    thread = threading.Thread(target=compute)
-    thread.start()
-    thread.join()
-    assert kept_waiting() - before >= 0.04
+    assert slices.owner is None
+    run.batches(int(CHECK_SECONDS / 0.005) - 2, 0.005, computed=0.05)
+    assert slices.owner is None
 
 
 def test_run_when_it_waits_for_its_loader_then_never_stands_in_line(slices: TimeSlices) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(10_000, 0.002, computed=0.1, waited=0.5)
-    assert run.rests == 0
-
-
-def test_run_when_it_gave_up_again_and_again_then_comes_back_more_and_more_seldom(
-    slices: TimeSlices,
-) -> None:
-    run, _other = Run(slices), Run(slices)
-    rests = []
-    for _ in range(4):
-        run.batches(int(LONGEST_LOOK_SECONDS / 0.005), 0.005, computed=0.05)
-        rests.append(run.rests)
-    assert rests[0] <= 7
-    assert rests[-1] - rests[0] <= 4
-    run.batches(int(LONGEST_LOOK_SECONDS / 0.0003), 0.0003)  # and then it computes
-    assert slices.holder is run.part
+    assert run.waits == 0
 
 
 def test_slice_when_it_was_kept_for_long_then_is_not_taken_in_the_middle() -> None:
     now = 0.0
     slices = TimeSlices(patience=0.1, clock=lambda: now)
     one, two = Run(slices), Run(slices)
-    line = slices.line = Line()
-    one.batches(FEWEST, 0.0003)
+    line = slices.queue = Line()
+    one.batches(MIN_BATCHES, 0.0003)
     now = 5.0
     one.batches(int(SLICE_SECONDS / 0.0003) + 2, 0.0003)  # nobody waits: another slice
-    thread = threading.Thread(target=two.batches, args=(FEWEST, 0.0003))
+    thread = threading.Thread(target=two.batches, args=(MIN_BATCHES, 0.0003))
     thread.start()
     line.wait_for(two)
     with slices.lock:
-        assert slices.holder is one.part
-    one.part.close()
+        assert slices.owner is one.hook
+    one.hook.close()
     thread.join(SOON)
-    assert slices.holder is two.part
+    assert slices.owner is two.hook
 
 
 def test_slice_when_another_waits_then_the_first_one_is_short_and_handed_on() -> None:
     slices = TimeSlices(patience=SOON)
-    line = slices.line = Line()
+    line = slices.queue = Line()
     one, two = Run(slices), Run(slices)
-    one.batches(FEWEST, 0.0003)
-    thread = threading.Thread(target=two.batches, args=(FEWEST, 0.0003))
+    one.batches(MIN_BATCHES, 0.0003)
+    thread = threading.Thread(target=two.batches, args=(MIN_BATCHES, 0.0003))
     thread.start()
     line.wait_for(two)
-    back = threading.Thread(target=one.batches, args=(int(FIRST_SECONDS / 0.0003) + 2, 0.0003))
+    back = threading.Thread(target=one.batches, args=(int(SLICE_SECONDS / 0.0003) + 2, 0.0003))
     back.start()
     thread.join(SOON)
-    assert slices.holder is two.part
-    two.part.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
+    assert slices.owner is two.hook
+    two.hook.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
     back.join(SOON)
-    assert slices.holder is one.part
+    assert slices.owner is one.hook
 
 
 def test_slice_when_its_run_stands_still_then_is_taken_from_it(slices: TimeSlices) -> None:
     one, two = Run(slices), Run(slices)
-    one.batches(FEWEST, 0.0003)
-    two.batches(FEWEST, 0.0003)  # comes back, though the slice never ends
-    assert slices.holder is two.part
-    assert not slices.line
+    one.batches(MIN_BATCHES, 0.0003)
+    two.batches(MIN_BATCHES, 0.0003)  # comes back, though the slice never ends
+    assert slices.owner is two.hook
+    assert not slices.queue
     one.batches(int(SLICE_SECONDS / 0.0003) + 2, 0.0003)  # takes its turn again, as any other
-    assert slices.holder is one.part
-    two.part.close()
-    assert slices.holder is one.part
+    assert slices.owner is one.hook
+    two.hook.close()
+    assert slices.owner is one.hook
 
 
 def test_slice_when_several_wait_then_patience_is_with_each_holder_anew() -> None:
@@ -226,60 +174,60 @@ def test_slice_when_several_wait_then_patience_is_with_each_holder_anew() -> Non
         return now
 
     slices = TimeSlices(patience=0.1, clock=clock)
-    line = slices.line = Line()
+    line = slices.queue = Line()
     one, two, three = Run(slices), Run(slices), Run(slices)
-    one.batches(FEWEST, 0.0003)
+    one.batches(MIN_BATCHES, 0.0003)
     threads = []
     for run in (two, three):
-        threads.append(threading.Thread(target=run.batches, args=(FEWEST, 0.0003)))
+        threads.append(threading.Thread(target=run.batches, args=(MIN_BATCHES, 0.0003)))
         threads[-1].start()
         line.wait_for(run)
     now = 0.09
-    one.part.close()
+    one.hook.close()
     threads[0].join(SOON)
-    assert slices.holder is two.part
+    assert slices.owner is two.hook
     now = 0.15  # the third has waited longer than that, but not for the second
     looked.clear()
-    three.part.wake()
+    three.hook.wake()
     assert looked.wait(SOON)
     with slices.lock:
-        assert slices.holder is two.part
+        assert slices.owner is two.hook
         now = 0.2
-    three.part.wake()
+    three.hook.wake()
     threads[1].join(SOON)
-    assert slices.holder is three.part
+    assert slices.owner is three.hook
 
 
 def test_run_when_progress_is_told_then_it_keeps_its_slice(slices: TimeSlices) -> None:
     run, _other = Run(slices), Run(slices)
-    run.batches(FEWEST, 0.0003)
-    run.part.observe(
+    run.batches(MIN_BATCHES, 0.0003)
+    run.hook.observe(
         BatchProgress(
             trainer="", epoch=1, phase=Phase.TRAIN, batch=1, batches=2, samples=1, seconds=0.1
         )
     )
-    assert slices.holder is run.part
+    assert slices.owner is run.hook
 
 
 def test_run_when_an_event_ended_its_slice_then_has_another_after_one_batch(
     slices: TimeSlices,
 ) -> None:
     run, _other = Run(slices), Run(slices)
-    run.batches(FEWEST, 0.0003)
-    run.part.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
-    assert slices.holder is None
+    run.batches(MIN_BATCHES, 0.0003)
+    run.hook.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
+    assert slices.owner is None
     run.batches(1, 0.0003)
-    assert slices.holder is run.part
+    assert slices.owner is run.hook
 
 
 def test_run_when_it_ends_or_an_event_comes_then_its_slice_is_free(slices: TimeSlices) -> None:
     one, two = Run(slices), Run(slices)
-    one.batches(FEWEST, 0.0003)
-    one.part.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
-    assert slices.holder is None
-    two.batches(FEWEST, 0.0003)
-    two.part.close()
-    assert slices.holder is None
+    one.batches(MIN_BATCHES, 0.0003)
+    one.hook.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
+    assert slices.owner is None
+    two.batches(MIN_BATCHES, 0.0003)
+    two.hook.close()
+    assert slices.owner is None
     assert slices.runs == 1
 
 
@@ -287,10 +235,10 @@ def test_wait_when_the_run_is_to_end_then_is_over_at_once(slices: TimeSlices) ->
     one = Run(slices)
     control = RunControl()
     other = TimeSliceHook(lambda call: call(), control, slices=slices)
-    one.batches(FEWEST, 0.0003)
-    assert slices.holder is one.part
+    one.batches(MIN_BATCHES, 0.0003)
+    assert slices.owner is one.hook
     control.stop()
-    slices.admit(other, lambda: control.halted)
-    assert slices.holder is one.part
+    slices.acquire(other, lambda: control.halted)
+    assert slices.owner is one.hook
     other.wake()
-    assert not slices.line
+    assert not slices.queue
