@@ -12,16 +12,15 @@ from typing import Any
 
 
 class SteppedAwaitable:
-    """An awaitable that does what ``awaitable`` does, and returns or raises the same.
+    """An awaitable that calls ``before`` and ``after`` around every step of another awaitable.
 
-    ``before`` may return something to be awaited first; what that raises is raised in the
-    coroutine instead, with nothing before that step. ``after`` is called in any case.
+    It returns or raises the same as the other one. ``after`` is also called after an error.
     """
 
     def __init__(
         self,
         awaitable: Awaitable[Any],
-        before: Callable[[], Awaitable[None] | None],
+        before: Callable[[], None],
         after: Callable[[], None],
     ) -> None:
         # Itself where it is a coroutine: one that never begins is closed then, without a warning.
@@ -32,15 +31,7 @@ class SteppedAwaitable:
         method: Callable[[Any], Any] = self._coroutine.send
         value: Any = None
         while True:
-            try:
-                waits = self._before()
-                if waits is not None:
-                    yield from waits.__await__()
-            except GeneratorExit:
-                self._coroutine.close()
-                raise
-            except BaseException as thrown:  # a cancellation, as it waited for the step
-                method, value = self._coroutine.throw, thrown
+            self._before()
             try:
                 yielded = method(value)
             except StopIteration as stop:

@@ -13,6 +13,8 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar, cast
 
 import anyio
@@ -218,6 +220,15 @@ class _StepThread:
         return any(thread.is_alive() for thread in self._threads)
 
 
+wait_scope: ContextVar[Callable[[], AbstractAsyncContextManager[None]]] = ContextVar(
+    "fitloop wait scope", default=nullcontext
+)
+"""Makes a scope that `supervise` enters while it waits for its thread.
+
+Code that holds something which the thread may need sets a scope that releases it meanwhile.
+"""
+
+
 async def supervise(
     task: ThreadTask,
     control: RunControl,
@@ -230,6 +241,8 @@ async def supervise(
 ) -> Any:
     """Run ``task`` in a thread of its own and return what its ``finish`` returned.
 
+    Waits inside `wait_scope`.
+
     ``background_tasks`` run beside it as tasks; ``end_background_tasks`` lets them
     end when the task is over. The error of a background task ends the run and is raised from here.
 
@@ -238,7 +251,22 @@ async def supervise(
     again. This also holds when it is cancelled again meanwhile. A thread that is still inside a
     loader after ``grace`` seconds is left there, with a `LoaderHungWarning`.
     """
-    thread = _StepThread(task, control, portal, name)
+    async with wait_scope.get()():
+        thread = _StepThread(task, control, portal, name)
+        return await _supervise(
+            thread, control, portal, name, grace, background_tasks, end_background_tasks
+        )
+
+
+async def _supervise(
+    thread: _StepThread,
+    control: RunControl,
+    portal: LoopPortal,
+    name: str,
+    grace: float,
+    background_tasks: Sequence[Callable[[], Awaitable[None]]],
+    end_background_tasks: Callable[[], None],
+) -> Any:
     interruption: BaseException | None = None
     try:
         async with anyio.create_task_group() as group:
@@ -277,6 +305,41 @@ async def supervise(
     for loader in control.hung_loaders:
         _warn_hung(loader, name, grace)
     return _outcome(thread, control, interruption)
+
+
+class FunctionTask:
+    """A `ThreadTask` that calls one function."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self._result: Any = None
+
+    def execute(self) -> None:
+        """Call the function."""
+        self._result = self._function()
+
+    def finish(self, error: BaseException | None) -> Any:
+        """Return the result of the function, or raise its error."""
+        if error is not None:
+            raise error
+        return self._result
+
+
+async def run_in_thread(
+    name: str, function: Callable[[], T], control: RunControl | None = None
+) -> T:
+    """Call a blocking function in a thread that is named after ``name``.
+
+    Args:
+        name: of the thread.
+        function: runs to its end: a cancellation is raised when it has returned.
+        control: cancelled together with this coroutine, so that the function may end early.
+    """
+    await anyio.lowlevel.checkpoint_if_cancelled()
+    control = control or RunControl()
+    task, portal = FunctionTask(function), LoopPortal(control)
+    result: T = await supervise(task, control, portal, name=name, grace=0.0)
+    return result
 
 
 async def _run_background_task(

@@ -4,7 +4,7 @@ Owns the streams of a trainer, the lock on the process-wide generators of Python
 and the detection of code that draws from them. Must not know models, loaders, events or files.
 
 - `streams`: the random streams of a trainer, and how they are put into the global generators.
-- `python_state`, `numpy_gauss`: fast access to the state of Python's and numpy's generators.
+- `python_state`: fast access to the state of Python's generator.
 - `state_io`: generator states as trees for a snapshot.
 - `torch_ops`, `torch_calls`: which operations of torch use random numbers.
 - `interception`: reports each use of the global generators.

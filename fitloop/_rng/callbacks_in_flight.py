@@ -31,7 +31,7 @@ class CallbacksInFlight:
         """Go on, after `begin`; does nothing without."""
         self._unseen.discard(id(who))
         if self._waiting:
-            self.look_again()
+            self.notify_all()
 
     def wait(self, cancelled: Callable[[], bool]) -> None:
         """Wait for those there are now, no longer than the patience, nor when ``cancelled``."""
@@ -43,7 +43,7 @@ class CallbacksInFlight:
             )
             self._waiting -= 1
 
-    def look_again(self) -> None:
+    def notify_all(self) -> None:
         """Wake those who wait, so that a cancelled one goes on."""
         with self._changed:
             self._changed.notify_all()

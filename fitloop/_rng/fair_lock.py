@@ -87,7 +87,7 @@ class FairSharedLock:
         while self._when_free and not self._holders:
             self._when_free.pop()()
 
-    def look_again(self) -> None:
+    def notify_all(self) -> None:
         """Wake everyone in line, so that a cancelled one leaves it."""
         with self._changed:
             self._changed.notify_all()

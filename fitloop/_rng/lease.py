@@ -117,7 +117,11 @@ class GeneratorLease:
     def switch_stream(self, stream: Stream) -> LeaseState:
         """Change to another stream, in the way that the turn is had; `restore` changes back."""
         held = LeaseState(self._stream, self._watched)
-        self.restore(LeaseState(stream, self._watched))
+        if self._entered and self._watch is None:
+            self._leave()
+            self._enter(stream)
+        else:
+            self.restore(LeaseState(stream, self._watched))
         return held
 
     def suspend(self) -> LeaseState:
@@ -260,9 +264,9 @@ class GeneratorLease:
     def _leave(self) -> None:
         stream = self._stream
         assert stream is not None
-        before = stream.python
+        before, told = stream.python, self._told
         stream.leave()
-        if self._looking and not self._told and stream.python != before:
+        if self._looking and not told and stream.python != before:
             self._unseen.add(id(stream))  # by functions that the trainer's code had from before
 
     # -- watched -------------------------------------------------------------------------------
@@ -328,8 +332,8 @@ class GeneratorLease:
 
     def notify_cancelled(self) -> None:
         """Have a waiting `acquire` look whether it was cancelled; any thread."""
-        CALLBACKS_IN_FLIGHT.look_again()
-        self._turnstile.look_again()
+        CALLBACKS_IN_FLIGHT.notify_all()
+        self._turnstile.notify_all()
 
 
 def _never() -> bool:

@@ -19,7 +19,6 @@ from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from fitloop._rng import python_state
-from fitloop._rng.numpy_gauss import cached_normal
 from fitloop._rng.python_state import PythonState
 
 # Public since numpy 1.24, but missing in its type stubs.
@@ -79,7 +78,16 @@ class Stream:
     ``numpy.random.seed(s % 2**32)`` give, so that a hand-written loop can be compared with it.
     """
 
-    __slots__ = ("_bits", "_block", "_cuda", "_door", "_gauss", "_python", "_torch")
+    __slots__ = (
+        "_bits",
+        "_block",
+        "_cuda",
+        "_door",
+        "_gauss",
+        "_python",
+        "_raw_at_entry",
+        "_torch",
+    )
 
     def __init__(self, seed: int, cuda: Iterable[int] = ()) -> None:
         self._torch = torch.Generator().manual_seed(seed).get_state()
@@ -137,11 +145,15 @@ class Stream:
         install_bits(self._bits if Doors.before is None else self._told(Doors.before))
         if self._gauss is not None:
             np.random.set_state(self._gauss)
+        self._raw_at_entry = b"" if self._gauss is not None else self._raw()
 
     def leave(self) -> None:
         """Take the states of the process's generators into this stream."""
         self._read()
-        self._gauss = cached_normal()  # which is outside of the bit generator
+        # A cached normal is outside of the bit generator, and reading it takes as long as a small
+        # step. None was made if none was there and the bit generator has not moved.
+        if not self._raw_at_entry or self._raw_at_entry != self._raw():
+            self._gauss = _cached_normal()
 
     def _use(self, bits: Any) -> None:
         """Have this bit generator, whose memory is read in place where it is known."""
@@ -186,6 +198,12 @@ class Stream:
         self._python = python_state.read()
 
 
+def _cached_normal() -> dict[str, Any] | None:
+    """Return numpy's state if its functions hold the second of a pair of normal numbers."""
+    state: dict[str, Any] = np.random.get_state(legacy=False)
+    return state if state["has_gauss"] else None
+
+
 def _block_of(bits: Any) -> Any:
     """Return an MT19937 generator's memory, which must not outlive it; None for another kind."""
     if not isinstance(bits, np.random.MT19937):
@@ -202,7 +220,7 @@ class Outside(Stream):
         self._cuda = dict.fromkeys(cuda, torch.empty(0))
         self._use(installed_bits())
         self._door = self._bits
-        self._gauss = None
+        self._gauss, self._raw_at_entry = None, b""
         self.leave()
 
 

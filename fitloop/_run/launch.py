@@ -13,7 +13,7 @@ import torch
 
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.in_use import in_use
-from fitloop._concurrency.supervisor import LoopPortal, ThreadTask, supervise
+from fitloop._concurrency.supervisor import LoopPortal, ThreadTask, run_in_thread, supervise
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._display.jupyter import interruptible
@@ -22,7 +22,6 @@ from fitloop._engine.event_bus import EventStream, feed_callback
 from fitloop._engine.plan import RunPlan
 from fitloop._errors import MissingLoaderError
 from fitloop._events import Event, PhaseEnded
-from fitloop._rng.exclusive import GivenWay
 from fitloop._run.fit_options import fit_option
 from fitloop._run.session import RunContext, scheduler_steps
 from fitloop._training.trainer_state import TrainerState
@@ -48,7 +47,6 @@ async def launch(
     config, defaults = state.config, TRAINER_DEFAULTS.get()
     with in_use(config.name, plan.call, state, config.model), interruptible():
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(GivenWay())
             background_tasks, streams = [], []
             for callback in callbacks:
                 if is_async_callback(callback):
@@ -111,24 +109,6 @@ class _LateTask:
             del error
 
 
-class FunctionTask:
-    """A `ThreadTask` that calls one function."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-        self._result: Any = None
-
-    def execute(self) -> None:
-        """Call the function."""
-        self._result = self._function()
-
-    def finish(self, error: BaseException | None) -> Any:
-        """Return its result, or raise its error."""
-        if error is not None:
-            raise error
-        return self._result
-
-
 async def run_exclusively_in_thread(state: TrainerState, call: str, function: Callable[[], T]) -> T:
     """Call a blocking function in a thread, as `run_in_thread`, while the trainer is in use.
 
@@ -136,22 +116,6 @@ async def run_exclusively_in_thread(state: TrainerState, call: str, function: Ca
     """
     with in_use(state.config.name, call, state, state.config.model):
         return await run_in_thread(state.config.name, function)
-
-
-async def run_in_thread(
-    name: str, function: Callable[[], T], control: RunControl | None = None
-) -> T:
-    """Call a blocking function in a thread that is named after ``name``, and return its result.
-
-    Cancellation: ``control`` is cancelled, and the cancellation is raised when the function has
-    returned.
-    """
-    await anyio.lowlevel.checkpoint_if_cancelled()
-    control = control or RunControl()
-    task = FunctionTask(function)
-    async with GivenWay():
-        result: T = await supervise(task, control, LoopPortal(control), name=name, grace=0.0)
-    return result
 
 
 def phases_to_run(

@@ -17,10 +17,10 @@ import anyio
 import torch
 
 from fitloop._concurrency.event_loops import is_scope_cancelled
+from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
 from fitloop._errors import add_note_safely
 from fitloop._events import Event
-from fitloop._run.launch import run_in_thread
 from fitloop._runner.jobs import Outcome, clear_frames
 from fitloop._runner.outcomes import restored, write_outcome
 from fitloop._system import available_cores

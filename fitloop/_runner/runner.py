@@ -21,13 +21,13 @@ import anyio
 
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._concurrency.event_loops import loop_scheduler
+from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._engine.config import check_callbacks, check_optional, checked_path
 from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
 from fitloop._public import public
 from fitloop._run.fit_options import fit_option
-from fitloop._run.launch import run_in_thread
 from fitloop._runner.execution import JobExecutor, ResourceAllocator, is_job_error
 from fitloop._runner.jobs import (
     CompletedJobs,

@@ -8,11 +8,11 @@ from typing import Any
 
 from fitloop._checkpointing.checkpointer import Checkpoint
 from fitloop._concurrency.control import RunControl
+from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TRAINER_DEFAULTS, TrainerDefaults
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
-from fitloop._rng.exclusive import alone_in_steps, exclusive_rng
-from fitloop._run.launch import run_in_thread
+from fitloop._rng.exclusive import exclusive_rng
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
 from fitloop.backends.base import WEIGHTS_NAME, JobSpec, TrainingResult
@@ -101,12 +101,13 @@ async def build_from(target: Any, args: tuple[Any, ...], name: str) -> Any:
 
     A plain function is called in a thread that is named after ``name``. Meanwhile no other factory
     runs, and no trainer uses the random generators: a factory that seeds them builds the same
-    model as in a program of its own.
+    model as in a program of its own. An async function has no exclusive access to the generators,
+    since other code runs while it awaits: build models in a plain function.
     """
     if isinstance(target, FitLoop | SyncFitLoop):
         return target
     if iscoroutinefunction(target):
-        return await alone_in_steps(target(*args))
+        return await target(*args)
     control = RunControl()
 
     def call() -> Any:
@@ -114,7 +115,7 @@ async def build_from(target: Any, args: tuple[Any, ...], name: str) -> Any:
             return target(*args)
 
     value = await run_in_thread(name, call, control)
-    return await alone_in_steps(value) if isawaitable(value) else value
+    return await value if isawaitable(value) else value
 
 
 def as_trainer(value: Any, label: str) -> FitLoop:

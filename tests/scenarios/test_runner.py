@@ -35,8 +35,6 @@ from fitloop import (
     default_batch_step,
     read_results,
 )
-from fitloop._rng.exclusive import alone_in_steps
-from fitloop._rng.fair_lock import GLOBAL_RNG_LOCK
 from fitloop._runner import execution
 from fitloop._runner.jobs import directory_name
 from fitloop._runner.outcomes import write_outcome
@@ -440,22 +438,8 @@ def drawing(seed: int) -> FitLoop:
     return trainer(model=many_layers(seed), seed=seed, num_threads=1)
 
 
-async def drawing_async(seed: int) -> FitLoop:
-    await anyio.lowlevel.checkpoint()
-    return drawing(seed)
-
-
-def drawing_awaitable(seed: int) -> Any:
-    return drawing_async(seed)
-
-
 def after_training(seed: int) -> FitLoop:
     sync_trainer(seed=seed).fit(1, progress=False, **QUIET)
-    return drawing(seed)
-
-
-async def after_awaited_training(seed: int) -> FitLoop:
-    await trainer(seed=seed).fit(1, progress=False, **QUIET)
     return drawing(seed)
 
 
@@ -464,25 +448,8 @@ def after_a_runner(seed: int) -> FitLoop:
         async with Runner(2) as runner:
             for inner in range(3):
                 runner.submit(drawing, inner, progress=False, **QUIET)
-                runner.submit(drawing_async, inner, progress=False, **QUIET)
 
     anyio.run(run)
-    return drawing(seed)
-
-
-async def after_an_awaited_runner(seed: int) -> FitLoop:
-    async with Runner(2, keep_trainers=True) as runner:
-        for factory in (drawing_async, drawing, drawing_async):
-            runner.submit(factory, seed, progress=False, epochs=0, **QUIET)
-    outcomes = await runner.results()
-    model = outcomes[0].trainer.model  # type: ignore[union-attr]
-    assert [bits(outcome.trainer.model) for outcome in outcomes] == [bits(model)] * 3  # type: ignore[union-attr]
-    return drawing(seed)
-
-
-async def of_another(seed: int) -> FitLoop:
-    trainer = await alone_in_steps(drawing_async(seed))
-    assert bits(trainer.model) == bits(many_layers(seed))
     return drawing(seed)
 
 
@@ -501,13 +468,8 @@ def after_a_check_and_a_save(seed: int) -> FitLoop:
     "factory",
     [
         drawing,
-        drawing_async,
-        drawing_awaitable,
         after_training,
-        after_awaited_training,
         after_a_runner,
-        after_an_awaited_runner,
-        of_another,
         after_a_check_and_a_save,
     ],
 )
@@ -539,33 +501,6 @@ async def test_factory_when_others_draw_then_makes_what_it_makes_alone_and_distu
     assert made == expected
     assert outcome.trainer is not None
     assert bits(outcome.trainer.model) == bits(plain.model)
-
-
-async def test_async_factory_when_cancelled_as_it_waits_for_the_generators_then_is_closed() -> None:
-    ended: list[str] = []
-
-    async def building() -> FitLoop:
-        try:
-            await anyio.lowlevel.checkpoint()
-            raise AssertionError("it was not to go on")
-        except anyio.get_cancelled_exc_class():
-            ended.append("cancelled")
-            raise
-
-    holder = object()
-    await anyio.to_thread.run_sync(GLOBAL_RNG_LOCK.acquire, holder, lambda: False)
-    try:
-        with anyio.fail_after(SOON):
-            async with Runner() as runner:
-                jobs = [runner.submit(building, name=f"{k}") for k in range(2)]
-                await anyio.wait_all_tasks_blocked()
-                for job in jobs:
-                    job.cancel()
-            assert [outcome.status for outcome in await runner.results()] == ["cancelled"] * 2
-    finally:
-        GLOBAL_RNG_LOCK.release(holder)
-    assert ended == []  # neither had begun
-    assert not GLOBAL_RNG_LOCK.contended
 
 
 # -- with a save_path ------------------------------------------------------------------------------

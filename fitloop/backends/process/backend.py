@@ -7,12 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
 from fitloop._engine.config import check_number, check_seconds
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._public import public
-from fitloop._run.launch import run_in_thread
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
 from fitloop.backends.process.pool import WorkerPool
 from fitloop.backends.process.worker import serve

@@ -22,7 +22,7 @@ import anyio
 
 from fitloop._concurrency.control import Cancelled, RunControl
 from fitloop._concurrency.event_loops import loop_scheduler
-from fitloop._concurrency.supervisor import LoopPortal, supervise
+from fitloop._concurrency.supervisor import LoopPortal, run_in_thread, supervise
 from fitloop._defaults import TrainerDefaults
 from fitloop._display.jupyter import interruptible
 from fitloop._display.progress import RunDisplay
@@ -30,9 +30,8 @@ from fitloop._display.prompt import PromptWithTimeout, TerminalPrompt
 from fitloop._engine.event_bus import EventBus, EventStream, feed_callback
 from fitloop._errors import WorkerDiedError, WorkerDiedWarning, add_note_safely
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted
-from fitloop._rng.exclusive import GivenWay
 from fitloop._run.fit_options import fit_option
-from fitloop._run.launch import is_async_callback, run_in_thread
+from fitloop._run.launch import is_async_callback
 from fitloop._run.prompts import Ask, check_answer
 from fitloop._types import StopReason
 from fitloop.backends.base import JobSpec, TrainingResult
@@ -131,7 +130,6 @@ class WorkerClient:
         feeds = []
         async with AsyncExitStack() as stack:
             stack.enter_context(interruptible())
-            await stack.enter_async_context(GivenWay())
             for callback in self._spec.options.get("callbacks", ()):
                 if is_async_callback(callback):
                     stream = EventStream(self._event_bus, None)

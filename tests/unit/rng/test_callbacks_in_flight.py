@@ -93,7 +93,7 @@ def test_wait_when_cancelled_then_ends() -> None:
     thread.start()
     assert asked.wait(GUARD)
     is_cancelled.set()
-    resting.look_again()
+    resting.notify_all()
     thread.join(GUARD / 2)
     assert not thread.is_alive()
 
