@@ -42,7 +42,7 @@ from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import LoopState, StateWriter
 from fitloop._engine.stages import Stages
 from fitloop._errors import ConfigurationError, FitLoopError
-from fitloop._rng.guard import save_global_state
+from fitloop._rng.global_state import save_global_state
 from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._system import available_cores, processor, versions
 from fitloop._types import Phase, Stage

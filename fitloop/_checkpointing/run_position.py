@@ -17,8 +17,7 @@ from fitloop._data.inspection import generator_states, has_live_workers, is_stat
 from fitloop._data.loaders import Loaders
 from fitloop._data.resumption import PassStart
 from fitloop._engine.plan import PassPosition
-from fitloop._rng.state_io import check_generator_state, from_tree, to_tree
-from fitloop._rng.streams import RngState
+from fitloop._rng.states import RngState, check_generator_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +164,7 @@ def _pass_tree(position: PassPosition) -> dict[str, Any]:
         "start_metrics": position.start_metrics,
         "exported": position.collected,
         "opened": {
-            "drawn": to_tree(start.rng_state),
+            "drawn": start.rng_state.to_tree(),
             "generators": start.generators,
             "continued": start.reused_workers,
             "read": start.batches_read,
@@ -185,7 +184,7 @@ def _pass_position(tree: Any, rng_state: RngState) -> PassPosition:
         collected=tree["exported"],
         batches=len(tree["exported"]["sizes"]),
         pass_start=PassStart(
-            rng_state=from_tree(opened["drawn"]),
+            rng_state=RngState.from_tree(opened["drawn"]),
             generators=_generators(opened["generators"]),
             reused_workers=_typed("continued", opened["continued"], bool),
             batches_read=_count("read", opened["read"]),

@@ -30,8 +30,7 @@ from fitloop._checkpointing.training_state import (
 from fitloop._data.inspection import generator_states, set_generator_states
 from fitloop._errors import CheckpointError
 from fitloop._metrics.history import History, export_history, restore_history
-from fitloop._rng.state_io import check_generator_state, from_tree
-from fitloop._rng.streams import RngState
+from fitloop._rng.states import RngState, check_generator_state
 from fitloop._storage.durable import write_file
 from fitloop._storage.encoding import Decoder, Encoder
 from fitloop._storage.layout import VERSION, LayoutError, Payload, TensorAlias, write_layout
@@ -196,7 +195,10 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
     try:
         history = History()
         restore_history(history, state["history"])
-        random = {name: from_tree(clone_tensors(value)) for name, value in state["random"].items()}
+        random = {
+            name: RngState.from_tree(clone_tensors(value))
+            for name, value in state["random"].items()
+        }
         best, versions = state["best"], state["best_modules"]
         if not (best is None or isinstance(best, dict)):
             raise TypeError("its best weights are no map")

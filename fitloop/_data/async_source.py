@@ -14,7 +14,7 @@ import anyio
 from fitloop._concurrency.event_loops import ThreadsafeEvent, is_scope_cancelled, loop_scheduler
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.sources import END, LoadContext
-from fitloop._rng.streams import RngState
+from fitloop._rng.states import RngState
 
 
 class AsyncSource:

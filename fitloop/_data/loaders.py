@@ -33,7 +33,7 @@ from fitloop._data.pushback import PushbackIterator, pushback_iterator_of
 from fitloop._data.resumption import PassStart, ResumePosition, iterate_from, warn_of_replay
 from fitloop._data.sources import InlineSource, LoadContext, PrefetchSource, Source
 from fitloop._errors import CheckpointError
-from fitloop._rng.streams import RngState
+from fitloop._rng.states import RngState
 from fitloop._types import Phase
 
 DEFAULT_DEPTH = 2

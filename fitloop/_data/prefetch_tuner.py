@@ -13,7 +13,7 @@ from statistics import median_low
 from typing import Any
 
 from fitloop._data.sources import END, InlineSource, LoadContext, PrefetchSource
-from fitloop._rng.streams import RngState
+from fitloop._rng.states import RngState
 
 
 class PrefetchTuner:

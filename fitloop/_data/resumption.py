@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fitloop._data.inspection import generator_states, is_stateful, set_generator_states
 from fitloop._errors import ResumeWarning
-from fitloop._rng.guard import save_global_state
-from fitloop._rng.streams import RngState
+from fitloop._rng.global_state import save_global_state
+from fitloop._rng.states import RngState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from fitloop._concurrency.control import Cancelled, RunControl
-from fitloop._rng.guard import LoaderRng
-from fitloop._rng.streams import RngState
+from fitloop._rng.guard import LoaderRng, NullGuard
+from fitloop._rng.states import RngState
+from fitloop._types import Phase
 
 
 class _End:
@@ -60,7 +61,7 @@ class LoadContext:
     """starts to move a batch to the device; called by the thread that read it"""
     finish_transfer: Callable[[Any], Any] | None = None
     """ends the transfer in the step thread; None if `start_transfer` does everything"""
-    rng: LoaderRng = field(default_factory=LoaderRng)
+    rng: LoaderRng = field(default_factory=lambda: NullGuard().loader(Phase.TRAIN))
     """random numbers of the loader in this pass"""
     rereads_unfetched: bool = True
     """batches that were not fetched will be read again, with the same random numbers"""

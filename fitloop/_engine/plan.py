@@ -19,7 +19,7 @@ from fitloop._engine.loop_state import StateWriter
 from fitloop._engine.stages import ThreadContext
 from fitloop._events import Event
 from fitloop._rng.guard import RngGuard
-from fitloop._rng.streams import RngState
+from fitloop._rng.states import RngState
 from fitloop._types import Phase
 
 F = TypeVar("F", bound=Callable[..., Any])

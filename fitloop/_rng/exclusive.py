@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 
 from fitloop._concurrency.control import Cancelled, RunControl
 from fitloop._concurrency.supervisor import run_in_thread, wait_scope
-from fitloop._rng.fair_lock import GLOBAL_RNG_LOCK
+from fitloop._rng.global_lock import GLOBAL_RNG_LOCK
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Gates before the process's random generators that tell a trainer when its code comes to them.
+"""Interception of code that uses the global generators, so that a lease can acquire the lock first.
 
-torch's ops are seen by a mode of torch's own, in `fitloop._rng.lease`. Python's ``random``, numpy's
-legacy functions and the seeds and states of `torch.random` have no such thing, so while trainers
-share the process each of them has a gate before it: it tells the turn of the calling thread, if it
-has one, and lets everybody through. The gates stand only for as long, and change no number.
+torch's operations are intercepted by `RngFunctionMode`. For Python's ``random``, numpy's legacy
+functions, and the functions of `torch.random` that seed and read the generator there is no such
+mechanism. While several trainers share the process these are patched: a patch notifies the
+listener of the calling thread, if there is one, and then calls the original. No number changes.
 """
 
 from __future__ import annotations
@@ -17,212 +17,203 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fitloop._rng.streams import Doors, get_bits, install_bits, installed_bits
+from fitloop._rng.streams import (
+    BitGeneratorWrapper,
+    get_bits,
+    get_installed_bits,
+    install_bits,
+)
 
 
-class Visitor(Protocol):
-    """Whose code may come to a gate."""
+class RngListener(Protocol):
+    """Is notified before code of its thread uses the global generators; a lease."""
 
     def pin_until_step_end(self) -> None:
-        """Have the generators for itself from now on; called before the draw."""
+        """Have the generators to itself from now on."""
 
 
-_here = threading.local()
+_local = threading.local()
 
 
-def visitor() -> Visitor | None:
-    """Return the one whose code runs in this thread."""
-    found: Visitor | None = getattr(_here, "visitor", None)
-    if found is None:  # a thread of autograd, which takes the modes of the one that began it
-        for place in range(torch._C._len_torch_function_stack()):
-            found = getattr(torch._C._get_function_stack_at(place), "visitor", None) or found
-    return found
+def current_listener() -> RngListener | None:
+    """Return the listener for this thread, or of the thread that began this one of autograd."""
+    listener: RngListener | None = getattr(_local, "listener", None)
+    if listener is None:
+        for index in range(torch._C._len_torch_function_stack()):
+            mode = torch._C._get_function_stack_at(index)
+            listener = getattr(mode, "caller", None) or listener
+    return listener
 
 
-def set_visitor(who: Visitor) -> None:
-    """Note whose code runs in this thread from now on."""
-    _here.visitor = who
+def set_listener(listener: RngListener) -> None:
+    """Notify ``listener`` of uses in this thread."""
+    _local.listener = listener
 
 
-def forget_visitor(who: Visitor) -> None:
-    """End `set_visitor`, if it is this thread's."""
-    if getattr(_here, "visitor", None) is who:
-        _here.visitor = None
+def remove_listener(listener: RngListener) -> None:
+    """Undo `set_listener`; does nothing if this thread has another listener."""
+    if getattr(_local, "listener", None) is listener:
+        _local.listener = None
 
 
-def _tell() -> None:
-    who = None if getattr(_here, "building", False) else visitor()
-    if who is not None:
-        who.pin_until_step_end()
+def _notify() -> None:
+    listener = None if getattr(_local, "is_patching", False) else current_listener()
+    if listener is not None:
+        listener.pin_until_step_end()
 
 
-# -- torch --------------------------------------------------------------------------------------
+def _notifying(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def patch(*args: Any, **kwargs: Any) -> Any:
+        _notify()
+        return function(*args, **kwargs)
+
+    return patch
 
 
-class _TorchGate:
-    """Stands for the default generator in `torch.random`, whose functions seed and read it."""
+class _TorchGenerator:
+    """Replaces the default generator in `torch.random`, whose functions seed and read it."""
 
     def __getattr__(self, name: str) -> Any:
-        _tell()
+        _notify()
         return getattr(torch.default_generator, name)
 
 
-# -- numpy --------------------------------------------------------------------------------------
+# -- numpy: a bit generator with another lock --------------------------------------------------
 
 
-class _Lock:
-    """The lock of a bit generator, which every one of numpy's functions takes before it draws."""
+class _NotifyingLock:
+    """The lock of a bit generator, which each of numpy's functions takes before it uses it."""
 
     def __init__(self, lock: Any) -> None:
         self._lock = lock
 
     def __enter__(self) -> Any:
-        _tell()
+        _notify()
         return self._lock.__enter__()
 
     def __exit__(self, *error: object) -> Any:
         return self._lock.__exit__(*error)
 
 
-def _numpy_gate(watched: Any) -> Any:
-    """Return a bit generator that is ``watched``, memory and all, behind another lock."""
-    gate = _gate_class(type(watched))(0)  # type: ignore[arg-type]
-    gate.watched, gate.told = watched, _Lock(watched.lock)
-    return gate
+def _wrap_bits(bits: Any) -> Any:
+    """Return a bit generator with the memory of ``bits`` and a lock that notifies."""
+    wrapper = _wrapper_class(type(bits))(0)  # type: ignore[arg-type]
+    wrapper.wrapped, wrapper.notifying_lock = bits, _NotifyingLock(bits.lock)
+    return wrapper
 
 
 @functools.cache
-def _gate_class(kind: type) -> Any:
-    def real(_gate: Any) -> Any:
-        _tell()  # which may have put another one in
+def _wrapper_class(kind: type) -> Any:
+    def installed(_wrapper: Any) -> Any:
+        _notify()  # may install another bit generator
         return get_bits()
 
-    def reseed(gate: Any, seed: Any) -> None:
-        real(gate)._legacy_seeding(seed)
-
     body = {
-        "told": None,
-        "lock": property(lambda gate: gate.told),
-        "capsule": property(lambda gate: gate.watched.capsule),
-        "ctypes": property(lambda gate: gate.watched.ctypes),
+        "lock": property(lambda wrapper: wrapper.notifying_lock),
+        "capsule": property(lambda wrapper: wrapper.wrapped.capsule),
+        "ctypes": property(lambda wrapper: wrapper.wrapped.ctypes),
         "state": property(
-            lambda gate: real(gate).state, lambda gate, value: setattr(real(gate), "state", value)
+            lambda wrapper: installed(wrapper).state,
+            lambda wrapper, value: setattr(installed(wrapper), "state", value),
         ),
-        "_legacy_seeding": reseed,
+        "_legacy_seeding": lambda wrapper, seed: installed(wrapper)._legacy_seeding(seed),
     }
     return type(kind.__name__, (kind,), body)
 
 
-def _put_bits(bits: Any) -> None:
-    """Change numpy's bit generator for one with the same numbers."""
-    _here.building = True  # this thread passes the gate, and not to draw
+def _replace_bits(bits: Any) -> None:
+    """Install a bit generator with the same numbers as the one before."""
+    _local.is_patching = True
     try:
         state = np.random.get_state(legacy=False)
         install_bits(bits)
-        if state["has_gauss"]:  # which changing it forgets
+        if state["has_gauss"]:  # installing forgets the cached normal number
             np.random.set_state(state)
     finally:
-        _here.building = False
+        _local.is_patching = False
 
 
-def _open_numpy() -> None:
-    bits = installed_bits()
-    if hasattr(bits, "watched"):
-        _put_bits(bits.watched)
+def _unwrap_installed_bits() -> None:
+    bits = get_installed_bits()
+    if hasattr(bits, "wrapped"):
+        _replace_bits(bits.wrapped)
 
 
-# -- Python -------------------------------------------------------------------------------------
+# -- all patches ---------------------------------------------------------------------------------
 
 _RANDOM: Any = random.seed.__self__  # type: ignore[attr-defined]
-"""the one whose methods are the functions of the module"""
+"""The generator whose methods are the functions of the module ``random``."""
 _PRIMITIVES = ("random", "getrandbits")
-"""what the methods of `random.Random` draw by"""
-
-
-def _python_gate(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def gate(*args: Any, **kwargs: Any) -> Any:
-        _tell()
-        return function(*args, **kwargs)
-
-    return gate
-
-
-def _python_gates() -> dict[str, Callable[..., Any]]:
-    functions = {name: getattr(random, name, None) for name in random.__all__}
-    return {
-        name: _python_gate(function)
-        for name, function in functions.items()
-        if callable(function) and getattr(function, "__self__", None) is _RANDOM
-    }
-
-
-# -- all of them --------------------------------------------------------------------------------
+"""Methods that all other methods of `random.Random` use."""
 
 
 class GlobalRngPatches:
-    """The gates of the process: they stand while somebody needs them."""
+    """The patches of the process. They are installed while there are users.
+
+    A user is any object; it is a lease among others that share the process.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._users: set[int] = set()
-        self.stand = False
-        """somebody needs them"""
         self._undo: list[Callable[[], None]] = []
+        self.has_users = False
 
-    def join(self, user: object) -> None:
-        """Have them stand. The process's own states are in the generators now."""
+    def add_user(self, user: object) -> None:
+        """Install the patches, unless they are. No stream may be installed now."""
         with self._lock:
             self._users.add(id(user))
-            self.stand = True
+            self.has_users = True
             if not self._undo:
-                self._set_up()
-            elif not hasattr(installed_bits(), "watched"):  # somebody has changed it
-                _put_bits(_numpy_gate(installed_bits()))
+                self._install()
+            elif not hasattr(get_installed_bits(), "wrapped"):  # code of the user replaced it
+                _replace_bits(_wrap_bits(get_installed_bits()))
 
-    def leave(self, user: object) -> bool:
-        """Need them no more; return whether nobody does, so that `remove` is due."""
+    def remove_user(self, user: object) -> bool:
+        """Remove a user; return whether it was the last, so that `uninstall` is due."""
         with self._lock:
             self._users.discard(id(user))
-            self.stand = bool(self._users)
+            self.has_users = bool(self._users)
             return bool(self._undo) and not self._users
 
-    def forget_users(self) -> None:
-        """Begin anew in a process that was forked; gates that stand let everybody through."""
-        self._lock = threading.RLock()
-        self._users.clear()
-        self.stand = False
-
-    def is_alone(self, user: object) -> bool:
-        """Return whether nobody else needs them."""
+    def is_only_user(self, user: object) -> bool:
+        """Return whether nothing else needs the patches."""
         return self._users == {id(user)}
 
-    def remove(self) -> None:
-        """Take them away, if nobody needs them. The process's own states are in now."""
+    def uninstall(self) -> None:
+        """Remove the patches, unless there are users again. No stream may be installed now."""
         with self._lock:
             while self._undo and not self._users:
                 self._undo.pop()()
 
-    def _set_up(self) -> None:
-        self._replace(torch.random, "default_generator", _TorchGate())
+    def forget_users(self) -> None:
+        """Start again in a process that was forked; the patches stay, and notify no listener."""
+        self._lock = threading.RLock()
+        self._users.clear()
+        self.has_users = False
 
-        _put_bits(_numpy_gate(installed_bits()))
-        Doors.before = _numpy_gate
-        self._undo.append(lambda: setattr(Doors, "before", None))
-        self._undo.append(_open_numpy)
+    def _install(self) -> None:
+        self._replace(torch.random, "default_generator", _TorchGenerator())
 
-        for name, function in _python_gates().items():
-            self._replace(random, name, function)
+        _replace_bits(_wrap_bits(get_installed_bits()))
+        BitGeneratorWrapper.wrap = _wrap_bits
+        self._undo += [_unwrap_installed_bits, lambda: setattr(BitGeneratorWrapper, "wrap", None)]
+
+        for name in random.__all__:
+            function = getattr(random, name, None)
+            if callable(function) and getattr(function, "__self__", None) is _RANDOM:
+                self._replace(random, name, _notifying(function))
         for name in _PRIMITIVES:
-            setattr(_RANDOM, name, _python_gate(getattr(_RANDOM, name)))
+            setattr(_RANDOM, name, _notifying(getattr(_RANDOM, name)))
             self._undo.append(functools.partial(delattr, _RANDOM, name))
 
-    def _replace(self, module: Any, name: str, gate: Any) -> None:
+    def _replace(self, module: Any, name: str, patch: Any) -> None:
         original = getattr(module, name)
-        setattr(module, name, gate)
+        setattr(module, name, patch)
 
         def undo() -> None:
-            if getattr(module, name) is gate:
+            if getattr(module, name) is patch:
                 setattr(module, name, original)
 
         self._undo.append(undo)

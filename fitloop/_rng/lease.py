@@ -1,18 +1,24 @@
-"""Turns at the process's random generators, for trainers that run at the same time.
+"""Leases: the right of one thread to use the global random generators.
 
-A trainer's code draws from its *stream* (`fitloop._rng.streams`), which is in the process's
-generators while it does. Three ways, from the cheapest for itself to the cheapest for the others:
+What is locked: `GLOBAL_RNG_LOCK` protects the global generators of Python, numpy and torch. A lease
+with a stream holds it exclusively, because it installs the stream. Leases on the generators' own
+state (`GLOBAL_STREAM`, of trainers without a seed) share it.
 
-- *whole*: the trainer has its turn for batch after batch, while nobody waits for it.
-- *watched*: others run as well. A step begins without a turn; each of torch's ops that draws gets
-  one for itself, told by a mode of torch's before it is called (`fitloop._rng.torch_ops`).
-- *held*: code of a watched step came to Python's or numpy's generator, or to torch's states
-  (`fitloop._rng.interception`). The turn is taken then, and kept until the end of the step.
+When it is held: a lease is in one of three modes, from the cheapest for its own thread to the
+cheapest for others.
 
-A trainer without a seed draws from the process's own numbers; these share their turns.
+- *Exclusive*: the thread holds the lock from batch to batch. A pass begins so, and stays so while
+  no other thread waits.
+- *Observed*: other threads have waited at the end of two steps. Steps begin without the lock; each
+  torch operation that uses random numbers holds it while it runs (`RngFunctionMode`).
+- *Pinned*: code of an observed step has used Python's or numpy's generators, or torch's generator
+  state (`GlobalRngPatches`). The thread holds the lock from then to the end of the step.
 
-What this cannot do: tell a trainer's draws from those of other code that draws from the
-process's generators in another thread during a turn.
+Who waits: a run at the beginning of a phase, and at the end of a step if others wait; an observed
+step before it uses random numbers; a thread that reads ahead before each batch. First come, first
+served. A wait in the middle of a step is not cancelled, since each step is finished.
+
+Not protected: code outside fitloop that uses the global generators in another thread.
 """
 
 from __future__ import annotations
@@ -20,372 +26,395 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
-from fitloop._concurrency.time_slices import TIME_SLICES
-from fitloop._rng.callbacks_in_flight import CALLBACKS_IN_FLIGHT
-from fitloop._rng.fair_lock import GLOBAL_RNG_LOCK, FairSharedLock
-from fitloop._rng.interception import RNG_PATCHES, forget_visitor, set_visitor, visitor
-from fitloop._rng.streams import GLOBAL_STREAM, Outside, Stream, TorchStates
-from fitloop._rng.torch_calls import Watch, forget_watches
+from fitloop._rng.global_lock import CALLBACKS_IN_FLIGHT, GLOBAL_RNG_LOCK, FairSharedLock
+from fitloop._rng.interception import (
+    RNG_PATCHES,
+    current_listener,
+    remove_listener,
+    set_listener,
+)
+from fitloop._rng.streams import GLOBAL_STREAM, SavedGlobalState, Stream, TorchStates
+from fitloop._rng.torch_ops import RngFunctionMode, end_modes_in_child
 
-_OBSERVED = 2
-"""steps of a pass, at least, that are looked at whole before they are watched"""
+_STEPS_BEFORE_OBSERVED = 2
+"""Contended steps of a pass that are exclusive, to find uses that cannot be intercepted."""
 
 
 class LeaseState(NamedTuple):
-    """What a turn was at when it was given, to go on with."""
+    """How a lease was held when it was released; an argument of `GeneratorLease.restore`."""
 
     stream: Stream | None
-    watched: bool
+    observed: bool
 
 
 class GeneratorLease:
-    """The right of one thread to the process's generators, and which stream is in them.
+    """The right of one thread to use the global generators, with one stream installed in them.
 
-    Not shared between threads, but for `revoke`, and `pause` and `resume` while its thread waits.
+    For one thread. Any thread may call `close` and `notify_cancelled`; the event loop's thread may
+    call `install` and `uninstall` while the thread waits in `used_by_event_loop`.
+
+    Args:
+        cancelled: whether to give up a wait for the lock with `Cancelled`.
+        cuda: indices of the CUDA devices whose generators belong to the streams.
+        lock: another one for tests.
+        opaque: the code is compiled or scripted, so that its steps cannot be observed.
     """
 
     def __init__(
         self,
         cancelled: Callable[[], bool] = lambda: False,
         cuda: Iterable[int] = (),
-        turnstile: FairSharedLock = GLOBAL_RNG_LOCK,
+        lock: FairSharedLock = GLOBAL_RNG_LOCK,
         *,
-        hides_draws: bool = False,
-        reads: bool = False,
+        opaque: bool = False,
     ) -> None:
+        _reset_in_forked_children()
         self._cancelled = cancelled
         self._cuda = tuple(cuda)
-        self._turnstile = turnstile
-        self._hides_draws = hides_draws
-        """steps cannot be watched"""
-        if reads:  # a loader, beside the steps of its trainer
-            _READERS.add(id(self))
-        self._rests = False
-        """the thread is in a callback or the like"""
-        self._outside: Stream | None = None
+        self._lock = lock
+        self._opaque = opaque
         self._stream: Stream | None = None
-        self._entered = self._moving = False
-        self._swapped: TorchStates | None = None
-        self._watch: Watch | None = None
-        self._watched = False
-        """the steps of this pass are"""
-        self._looks = 0
-        """how often in this pass somebody waited at the end of a step"""
-        self._told = self._looking = False
-        self._unseen: set[int] = set()
-        """streams that Python's generator was drawn from without its gate seeing it"""
+        self._is_installed = False
+        """The stream is in the generators, and this lease holds the lock."""
+        self._is_switching = False
+        """A stream is being installed; the patches must not react to that."""
+        self._saved: Stream | None = None
+        """State of the generators from before the stream was installed."""
+        self._saved_torch: TorchStates | None = None
+        """The same for torch only, during an intercepted operation."""
+        self._mode: RngFunctionMode | None = None
+        """Intercepts torch operations while the lease is observed."""
+        self._observes = False
+        """Steps of this pass are observed."""
+        self._contended_steps = 0
+        """Steps of this pass at whose end other threads waited."""
+        self._was_notified = self._may_be_notified = False
+        """Whether patches reported a use since the stream was installed, and could have."""
+        self._unobservable: set[int] = set()
+        """Streams that code used without a patch noticing, by ``id``."""
+        self._in_callback = False
+        self._has_waited_for_callbacks = False
+
+    def for_reader(self, cancelled: Callable[[], bool]) -> GeneratorLease:
+        """Return a lease for a thread that reads ahead for this one."""
+        return GeneratorLease(cancelled, self._cuda, self._lock)
 
     @property
     def stream(self) -> Stream | None:
-        """The stream that the thread draws from, or None without a turn."""
+        """The stream that the thread uses; None while the lease is released."""
         return self._stream
 
-    # -- whole ---------------------------------------------------------------------------------
+    # -- exclusive -------------------------------------------------------------------------------
+
+    def announce_stream(self) -> None:
+        """Let callbacks of other trainers know that this lease will install streams."""
+        _STREAM_USERS.add(id(self))
 
     def begin_pass(self, stream: Stream) -> None:
-        """Take the turn for a pass, of which nothing is known yet."""
-        self._watched, self._looks = False, 0
-        if stream is not GLOBAL_STREAM and id(self) not in _SEEDED:
-            _SEEDED.add(id(self))
-            CALLBACKS_IN_FLIGHT.wait(self._cancelled)
-        self.acquire(stream)
-
-    def acquire(self, stream: Stream | None) -> None:
-        """Wait for the turn and enter ``stream``; a turn already held changes to it.
-
-        None asks for nothing.
+        """Acquire the lease exclusively for a pass, whose use of the generators is not known yet.
 
         Raises:
             Cancelled: the run was cancelled while it waited.
         """
-        if stream is None:
-            return
-        if self._watch is not None:
+        self._observes, self._contended_steps = False, 0
+        if stream is not GLOBAL_STREAM and not self._has_waited_for_callbacks:
+            self.announce_stream()
+            CALLBACKS_IN_FLIGHT.wait(self._cancelled)
+            self._has_waited_for_callbacks = True
+        self.acquire(stream)
+
+    def acquire(self, stream: Stream) -> None:
+        """Wait for the lock and install ``stream``; change to it if another one is installed.
+
+        Raises:
+            Cancelled: the run was cancelled while it waited.
+        """
+        if self._mode is not None:
             self.release()
-        if self._stream is stream and self._entered:
-            return
         if self._stream is None:
             self._acquire_lock(stream, self._cancelled)
-            self._enter_again(stream)
-            return
-        if self._entered:
-            self._leave()
-        self._enter(stream)
-
-    def switch_stream(self, stream: Stream) -> LeaseState:
-        """Change to another stream, in the way that the turn is had; `restore` changes back."""
-        held = LeaseState(self._stream, self._watched)
-        if self._entered and self._watch is None:
-            self._leave()
-            self._enter(stream)
-        else:
-            self.restore(LeaseState(stream, self._watched))
-        return held
-
-    def suspend(self) -> LeaseState:
-        """End the turn while the thread runs what is not the trainer's own.
-
-        It may draw from the process's numbers, which must not be another trainer's then.
-        `resume_from` ends it.
-        """
-        held = LeaseState(self._stream, self._watched)
-        self._rests = True
-        CALLBACKS_IN_FLIGHT.begin(self)  # before it looks who there is
-        others = _SEEDED and (TIME_SLICES.runs > 1 or _READERS)
-        if others and self._watch is None:  # else it has joined them already
-            CALLBACKS_IN_FLIGHT.end(self)
-            if held.stream is None:
-                self.acquire(GLOBAL_STREAM)
-            self.pause()
-            RNG_PATCHES.join(self)
-        self.release()
-        if RNG_PATCHES.stand:
-            CALLBACKS_IN_FLIGHT.end(self)
-            self.watch(GLOBAL_STREAM)
-        return held
-
-    def resume_from(self, held: LeaseState) -> None:
-        """Go on after `suspend`."""
-        CALLBACKS_IN_FLIGHT.end(self)
-        self._rests = False
-        self.restore(held)
-
-    def release_fully(self) -> LeaseState:
-        """End the turn for longer, so that the others need not look out for this one meanwhile.
-
-        `restore` then takes a whole turn.
-        """
-        held = self.release()
-        self._watched = False
-        if RNG_PATCHES.leave(self):
-            self._turnstile.when_free(RNG_PATCHES.remove)
-        return LeaseState(held.stream, False)
+            self._save_and_install(stream)
+        elif not self._is_installed:
+            self._install(stream)
+        elif self._stream is not stream:
+            self._capture()
+            self._install(stream)
 
     def release(self) -> LeaseState:
-        """End the turn and put the process's own states back; does nothing without a turn.
+        """Put the generators' own state back, and release the lock; return the state for `restore`.
 
-        Returns what `restore` goes on with.
+        Does nothing if the lease is not held.
         """
-        held = LeaseState(self._stream, self._watched)
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.end()
+        state = LeaseState(self._stream, self._observes)
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            mode.end()
         self._put_back()
         self._stream = None
-        forget_visitor(self)
-        self._turnstile.release(self)
-        return held
+        remove_listener(self)
+        self._lock.release(self)
+        return state
 
-    @contextmanager
-    def used_by_event_loop(self) -> Iterator[None]:
-        """Hold the lock in this thread while the event loop's thread installs the stream."""
-        self.pin_until_step_end()
-        self.pause()
-        yield
-        self.resume()
+    def release_fully(self) -> LeaseState:
+        """Release the lease for long: other threads need not be observed because of this one.
+
+        `restore` acquires the lease exclusively then.
+        """
+        state = self.release()
+        self._observes = False
+        if RNG_PATCHES.remove_user(self):
+            self._lock.when_free(RNG_PATCHES.uninstall)
+        return LeaseState(state.stream, False)
+
+    def restore(self, state: LeaseState) -> None:
+        """Hold the lease again as before `release`, `switch_stream` or `enter_callback`."""
+        if state.stream is None:
+            self.release()
+        elif state.observed and id(state.stream) not in self._unobservable:
+            self.observe(state.stream)
+        else:
+            self.acquire(state.stream)
+
+    def switch_stream(self, stream: Stream) -> LeaseState:
+        """Change to another stream, observed or not as before; return the state for `restore`."""
+        state = LeaseState(self._stream, self._observes)
+        if self._is_installed and self._mode is None:
+            self._capture()
+            self._install(stream)
+        else:
+            self.restore(LeaseState(stream, self._observes))
+        return state
 
     @contextmanager
     def released(self, *, fully: bool = False) -> Iterator[None]:
-        """Release the lease for a block, and take it again unless the block or the run failed."""
-        held = self.release_fully() if fully else self.release()
+        """Release the lease for a block; restore it unless the block fails or is cancelled."""
+        state = self.release_fully() if fully else self.release()
         yield
         if not self._cancelled():
-            self.restore(held)
-
-    def restore(self, held: LeaseState) -> None:
-        """Take the turn again that was given, in the way it was."""
-        if held.stream is None:
-            self.release()
-        elif held.watched and id(held.stream) not in self._unseen:
-            self.watch(held.stream)
-        else:
-            self.acquire(held.stream)
+            self.restore(state)
 
     def yield_to_waiters(self) -> None:
-        """Let those in line go first, if there are any; at the end of every step."""
-        if self._watched or self._turnstile.contended:
+        """Let waiting threads use the generators first; called at the end of every step."""
+        if self._observes or self._lock.has_waiters:
             self._yield_to_waiters()
 
     def _yield_to_waiters(self) -> None:
         stream = self._stream
         if stream is None:
             return
-        if self._watch is not None:
-            if self._entered:
-                self._release()
-            if RNG_PATCHES.is_alone(self):
+        if self._mode is not None:
+            if self._is_installed:
+                self._unpin()
+            if RNG_PATCHES.is_only_user(self):
                 self.begin_pass(stream)
             return
-        self._looks += 1
-        self.pause()
-        RNG_PATCHES.join(self)
+        self._contended_steps += 1
+        self.uninstall()
+        RNG_PATCHES.add_user(self)
         self.release()
-        seen = self._looks >= _OBSERVED and not self._hides_draws
-        self._watched = seen and id(stream) not in self._unseen
-        self.restore(LeaseState(stream, self._watched))
+        self._observes = self._contended_steps >= _STEPS_BEFORE_OBSERVED and not self._opaque
+        self.restore(LeaseState(stream, self._observes))
 
-    def pause(self) -> None:
-        """Put the process's own states back but keep the turn."""
+    # -- installing streams ----------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Undo `uninstall`."""
+        if self._stream is not None and not self._is_installed:
+            self._save_and_install(self._stream)
+
+    def uninstall(self) -> None:
+        """Put the generators' own state back, but keep the lock."""
         self._put_back()
-        forget_visitor(self)
+        remove_listener(self)
 
-    def _put_back(self) -> None:
-        if self._entered and self._outside is not None:
-            self._leave()
-            self._outside.enter()
-            self._entered = False
-
-    def resume(self) -> None:
-        """Enter the stream of the turn again after `pause`."""
-        if self._stream is not None and not self._entered:
-            self._enter_again(self._stream)
+    @contextmanager
+    def used_by_event_loop(self) -> Iterator[None]:
+        """Hold the lock in this thread while the event loop's thread installs the stream."""
+        self.pin_until_step_end()
+        self.uninstall()
+        yield
+        self.install()
 
     def _acquire_lock(self, stream: Stream, cancelled: Callable[[], bool]) -> None:
-        # Callbacks wait for each other at locks of theirs: each must get to the numbers that
-        # another has already, whoever stands in line for its own.
-        self._turnstile.acquire(self, cancelled, shared=stream is GLOBAL_STREAM, joins=self._rests)
+        # Callbacks may wait for each other at locks of the user. So one that shares the lock with
+        # another must not queue behind a thread that wants it exclusively.
+        shared = stream is GLOBAL_STREAM
+        self._lock.acquire(self, cancelled, shared=shared, overtakes=self._in_callback)
 
-    def _enter_again(self, stream: Stream) -> None:
-        self._moving = True  # what is read and put passes the gates
+    def _save_and_install(self, stream: Stream) -> None:
+        self._is_switching = True
+        self._saved = GLOBAL_STREAM if stream is GLOBAL_STREAM else SavedGlobalState(self._cuda)
+        self._install(stream)
+
+    def _install(self, stream: Stream) -> None:
         self._stream = stream
-        self._outside = GLOBAL_STREAM if stream is GLOBAL_STREAM else Outside(self._cuda)
-        self._enter(stream)
+        self._was_notified, self._may_be_notified = False, RNG_PATCHES.has_users
+        self._is_switching = True
+        stream.install()
+        self._is_switching, self._is_installed = False, True
+        set_listener(self)
 
-    def _enter(self, stream: Stream) -> None:
-        self._stream = stream
-        self._told, self._looking = False, RNG_PATCHES.stand
-        self._moving = True
-        stream.enter()
-        self._moving, self._entered = False, True
-        set_visitor(self)
-
-    def _leave(self) -> None:
+    def _capture(self) -> None:
         stream = self._stream
         assert stream is not None
-        before, told = stream.python, self._told
-        stream.leave()
-        if self._looking and not told and stream.python != before:
-            self._unseen.add(id(stream))  # by functions that the trainer's code had from before
+        before, was_notified = stream.python, self._was_notified
+        stream.capture()
+        if self._may_be_notified and not was_notified and stream.python != before:
+            self._unobservable.add(id(stream))  # by functions bound before the patches
 
-    # -- watched -------------------------------------------------------------------------------
+    def _put_back(self) -> None:
+        if self._is_installed and self._saved is not None:
+            self._capture()
+            self._saved.install()
+            self._is_installed = False
 
-    def watch(self, stream: Stream) -> None:
-        """Have the thread's draws come from ``stream``, each with a turn for itself."""
-        if self._watch is not None:
-            if self._entered:
-                self._release()
+    # -- observed and pinned ---------------------------------------------------------------------
+
+    def observe(self, stream: Stream) -> None:
+        """Use ``stream`` without the lock, which is acquired at each use of random numbers."""
+        if self._mode is not None:
+            if self._is_installed:
+                self._unpin()
             self._stream = stream
             return
         self.release()
         self._stream = stream
-        self._watch = Watch(self)
-        self._watch.begin()
-        set_visitor(self)
+        self._mode = RngFunctionMode(self)
+        self._mode.begin()
+        set_listener(self)
 
-    def draw(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call a function that may draw from torch's generators."""
+    def call_rng_op(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a torch operation that may use random numbers, with the lock held."""
         stream = self._stream
-        if self._entered or self._swapped is not None or stream is None:
+        if self._is_installed or self._saved_torch is not None or stream is None:
             return function(*args, **kwargs)
-        self._acquire_lock(stream, _never)  # in the middle of a step, which is always ended
-        self._swapped = stream.swap_in()
+        self._acquire_lock(stream, _never)
+        self._saved_torch = stream.install_torch()
         try:
             return function(*args, **kwargs)
         finally:
-            swapped, self._swapped = self._swapped, None
-            if not self._entered:
-                stream.swap_out(swapped)
-                self._turnstile.release(self)
+            saved, self._saved_torch = self._saved_torch, None
+            if not self._is_installed:  # the operation, such as a backward pass, was not pinned
+                stream.capture_torch(saved)
+                self._lock.release(self)
 
     def pin_until_step_end(self) -> None:
-        """Have the generators to itself until the end of the step."""
-        self._told = True
+        """Hold the lock from now to the end of an observed step."""
+        self._was_notified = True
         stream = self._stream
-        if self._entered or self._moving or stream is None:
+        if self._is_installed or self._is_switching or stream is None:
             return
-        if self._swapped is not None:
-            stream.swap_out(self._swapped)
+        if self._saved_torch is not None:
+            stream.capture_torch(self._saved_torch)
         else:
             self._acquire_lock(stream, _never)
-        self._enter_again(stream)
+        self._save_and_install(stream)
 
-    def _release(self) -> None:
+    def _unpin(self) -> None:
         self._put_back()
-        self._turnstile.release(self)
+        self._lock.release(self)
 
-    # -- the end -------------------------------------------------------------------------------
+    # -- callbacks -------------------------------------------------------------------------------
+
+    def enter_callback(self) -> LeaseState:
+        """Release the lease for a callback, which uses the global state.
+
+        If other leases may install streams meanwhile, the callback is observed. Return the state
+        for `leave_callback`.
+        """
+        state = LeaseState(self._stream, self._observes)
+        self._in_callback = True
+        CALLBACKS_IN_FLIGHT.add(self)  # before the check: a lease that begins checks vice versa
+        if self._mode is None and _STREAM_USERS - {id(self)}:
+            CALLBACKS_IN_FLIGHT.discard(self)
+            if state.stream is None:
+                self.acquire(GLOBAL_STREAM)
+            self.uninstall()
+            RNG_PATCHES.add_user(self)
+        self.release()
+        if RNG_PATCHES.has_users:
+            CALLBACKS_IN_FLIGHT.discard(self)
+            self.observe(GLOBAL_STREAM)
+        return state
+
+    def leave_callback(self, state: LeaseState) -> None:
+        """Hold the lease again as before `enter_callback`."""
+        CALLBACKS_IN_FLIGHT.discard(self)
+        self._in_callback = False
+        self.restore(state)
+
+    # -- the end ---------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the turn of a thread that does not come back; any thread."""
-        CALLBACKS_IN_FLIGHT.end(self)
+        """Release the lease for good, also of a thread that hangs; any thread."""
+        CALLBACKS_IN_FLIGHT.discard(self)
         self.release_fully()
-        _SEEDED.discard(id(self))
-        _READERS.discard(id(self))
+        _STREAM_USERS.discard(id(self))
 
-    def end_in_child(self) -> None:
-        """Be no turn in a process that was forked from its own."""
-        forget_visitor(self)
-        self._stream = self._swapped = None
-        self._entered = False
+    def forget_in_child(self) -> None:
+        """Hold nothing any more, in a process that was forked."""
+        remove_listener(self)
+        self._stream = self._saved_torch = None
+        self._is_installed = False
 
     def notify_cancelled(self) -> None:
-        """Have a waiting `acquire` look whether it was cancelled; any thread."""
+        """Let a waiting thread check whether it is cancelled; any thread."""
         CALLBACKS_IN_FLIGHT.notify_all()
-        self._turnstile.notify_all()
+        self._lock.notify_all()
 
 
 def _never() -> bool:
     return False
 
 
-_SEEDED: set[int] = set()
-"""turns of runs that have randomness of their own"""
-_READERS: set[int] = set()
-"""turns of threads that read ahead"""
+_STREAM_USERS: set[int] = set()
+"""Leases that install streams, by ``id``: of seeded runs, and of threads that read for them."""
 
 
-def _forget_parent() -> None:
-    """Begin anew in a process that was forked, where the other threads are gone."""
-    forget_watches()
-    _SEEDED.clear()
-    _READERS.clear()
+@cache
+def _reset_in_forked_children() -> None:
+    """Release everything in each process that is forked from now on: it has no other threads."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_reset)
+
+
+def _reset() -> None:
+    end_modes_in_child()
+    _STREAM_USERS.clear()
     CALLBACKS_IN_FLIGHT.__init__()  # type: ignore[misc]
     GLOBAL_RNG_LOCK.__init__()  # type: ignore[misc]
-    TIME_SLICES.__init__()  # type: ignore[misc]
     RNG_PATCHES.forget_users()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parent)
-
-
 @contextmanager
-def global_numbers() -> Iterator[None]:
-    """Have the process's own states in the generators: for reading or changing them as such.
+def global_generators() -> Iterator[None]:
+    """Lock the global generators, to read or change their state.
 
-    A thread that has a turn is not to wait for another: what it has in them is what it means.
+    If the thread has a lease, they hold its stream.
     """
-    if visitor() is not None:
-        visitor().pin_until_step_end()  # type: ignore[union-attr]
+    listener = current_listener()
+    if listener is not None:
+        listener.pin_until_step_end()
         yield
         return
-    turn = GeneratorLease()
-    turn.acquire(GLOBAL_STREAM)
+    lease = GeneratorLease()
+    lease.acquire(GLOBAL_STREAM)
     try:
         yield
     finally:
-        turn.release()
+        lease.release()
 
 
 @contextmanager
 def outside_runs() -> Iterator[None]:
-    """Run code without a lease, such as a last callback, on the global generators."""
-    turn = GeneratorLease()
-    held = turn.suspend()
+    """Run code that belongs to no run in progress, such as a last callback, as a callback."""
+    lease = GeneratorLease()
+    state = lease.enter_callback()
     try:
         yield
     finally:
-        turn.resume_from(held)
-        turn.close()
+        lease.leave_callback(state)
+        lease.close()

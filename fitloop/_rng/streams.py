@@ -1,92 +1,84 @@
-"""Randomness of a trainer's own, in a process that has one set of random generators.
+"""Streams of random numbers, which a trainer installs in the global generators of the process.
 
-torch's default generators, Python's ``random`` and numpy's legacy functions are process-wide:
-dropout, augmentation and shuffling of every thread draw from the same ones. A seeded trainer
-therefore has *streams*, one for the steps and one for the loader of each phase. A stream's
-states are put into the process's generators while its code runs, and what was there before is
-put back afterwards. Code that runs in two threads takes turns at that, see `fitloop._rng.lease`.
+torch's default generators, Python's ``random`` and numpy's legacy functions are one set for the
+whole process: dropout, augmentation and shuffling of all threads use the same ones. A seeded
+trainer therefore has streams of its own. A stream is installed in the generators while code of the
+trainer runs, and the state from before is installed again afterwards. `fitloop._rng.lease` keeps
+two threads from doing so at once.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
-from fitloop._rng import python_state
-from fitloop._rng.python_state import PythonState
+from fitloop._rng.native_state import (
+    PythonState,
+    mt19937_memory,
+    put_python,
+    read_python,
+    seeded_python,
+)
+from fitloop._rng.states import RngState
 
 # Public since numpy 1.24, but missing in its type stubs.
-installed_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
+get_installed_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
 install_bits: Callable[[Any], None] = np.random.set_bit_generator  # type: ignore[attr-defined]
 
-_NUMPY_LIMIT = 2**32
-MT19937_BYTES = 624 * 4 + 4
+_NUMPY_SEEDS = 2**32
 
 
-class Doors:
-    """Whether what streams put into numpy's functions is to tell who comes to draw from it."""
+class BitGeneratorWrapper:
+    """Optional wrapper for the bit generators that streams install; it reports each use."""
 
-    before: Callable[[Any], Any] | None = None
-    """makes a bit generator that is the given one, and tells"""
+    wrap: ClassVar[Callable[[Any], Any] | None] = None
 
 
 def get_bits() -> Any:
-    """Return numpy's generator, the real one while a watched one stands before it."""
-    bits = installed_bits()
-    return getattr(bits, "watched", bits)
+    """Return numpy's installed bit generator, without its wrapper."""
+    bits = get_installed_bits()
+    return getattr(bits, "wrapped", bits)
 
 
-class _Zeros(ISeedSequence):
-    """Seeds a generator that is to be put elsewhere at once; entropy would take longer."""
+class _ZeroSeed(ISeedSequence):
+    """Seeds a bit generator whose state is set at once; entropy would take longer."""
 
     def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
-        """Return so many words."""
+        """Return zeros."""
         return np.zeros(n_words, dtype)
 
 
-_ZEROS: Any = _Zeros()  # which the stubs of numpy do not take
-
-
-class RngState(NamedTuple):
-    """Where a stream is; a value, which nothing changes."""
-
-    torch: Tensor
-    cuda: dict[int, Tensor]
-    python: PythonState
-    bits: bytes | dict[str, Any]
-    gauss: dict[str, Any] | None
+_ZERO_SEED: Any = _ZeroSeed()
 
 
 class TorchStates(NamedTuple):
-    """States of torch's generators: the CPU's, and those of CUDA devices."""
+    """States of torch's generators: the CPU's, and those of CUDA devices by index."""
 
     torch: Tensor
     cuda: dict[int, Tensor]
 
 
 class Stream:
-    """One sequence of random numbers: a state for each of the process's generators.
+    """One sequence of random numbers: a state for each of the global generators.
 
-    `enter` puts the states into the generators, `leave` takes them out again. A fresh stream of
-    seed ``s`` is in the state that ``torch.manual_seed(s)``, ``random.seed(s)`` and
-    ``numpy.random.seed(s % 2**32)`` give, so that a hand-written loop can be compared with it.
+    A fresh stream of seed ``s`` is in the state that ``torch.manual_seed(s)``, ``random.seed(s)``
+    and ``numpy.random.seed(s % 2**32)`` give, so that a hand-written loop has the same numbers.
     """
 
     __slots__ = (
         "_bits",
-        "_block",
         "_cuda",
-        "_door",
         "_gauss",
+        "_installed_memory",
+        "_memory",
         "_python",
-        "_raw_at_entry",
         "_torch",
+        "_wrapped_bits",
     )
 
     def __init__(self, seed: int, cuda: Iterable[int] = ()) -> None:
@@ -94,174 +86,154 @@ class Stream:
         self._cuda = {
             index: torch.Generator(f"cuda:{index}").manual_seed(seed).get_state() for index in cuda
         }
-        self._python = python_state.seeded(seed)
-        bits = np.random.MT19937(_ZEROS)
-        np.random.RandomState(bits).seed(seed % _NUMPY_LIMIT)
-        self._use(bits)
-        self._door: Any = None
+        self._python = seeded_python(seed)
+        bits = np.random.MT19937(_ZERO_SEED)
+        np.random.RandomState(bits).seed(seed % _NUMPY_SEEDS)
+        self._set_bits(bits)
         self._gauss: dict[str, Any] | None = None
 
     @classmethod
     def of_process(cls, cuda: Iterable[int] = ()) -> Stream:
-        """Return a stream that goes on where the process's generators are, on copies of them."""
+        """Return a stream that continues from the global generators, on copies of them."""
         stream = cls(0, cuda)
         state = np.random.get_state(legacy=False)
-        stream._use(type(get_bits())(_ZEROS))
+        stream._set_bits(type(get_bits())(_ZERO_SEED))
         stream._bits.state = {k: state[k] for k in state if k not in ("has_gauss", "gauss")}
         stream._gauss = state if state["has_gauss"] else None
         stream._read()
         return stream
 
     def copy(self) -> Stream:
-        """Return a stream that will give the same numbers; it must not be entered now."""
+        """Return a stream with the same numbers; this one must not be installed now."""
         twin = Stream.__new__(Stream)
         twin._torch, twin._cuda, twin._python = self._torch, dict(self._cuda), self._python
-        twin._use(type(self._bits)(_ZEROS))
+        twin._set_bits(type(self._bits)(_ZERO_SEED))
         twin._bits.state = self._bits.state
-        twin._door = None
         twin._gauss = self._gauss
         return twin
 
     def state(self) -> RngState:
-        """Return where the stream is, for `set_state`; not while it is entered."""
+        """Return the state of the stream; it must not be installed now."""
         bits = self._raw() or self._bits.state
         return RngState(self._torch, dict(self._cuda), self._python, bits, self._gauss)
 
     def set_state(self, state: RngState) -> None:
-        """Go back to where the stream was; not while it is entered."""
+        """Go to a state; the stream must not be installed now."""
         self._torch, self._cuda, self._python = state.torch, dict(state.cuda), state.python
         self._gauss = state.gauss
         if isinstance(state.bits, bytes):
-            self._block.raw = state.bits
+            self._memory.raw = state.bits
         else:
             self._bits.state = state.bits
 
-    def enter(self) -> None:
-        """Put the states of this stream into the process's generators."""
+    @property
+    def python(self) -> PythonState:
+        """State of Python's generator in this stream; it must not be installed now."""
+        return self._python
+
+    def install(self) -> None:
+        """Put the states of this stream into the global generators."""
         torch.default_generator.set_state(self._torch)
         for index, state in self._cuda.items():
             torch.cuda.default_generators[index].set_state(state)
-        python_state.put(self._python)
-        install_bits(self._bits if Doors.before is None else self._told(Doors.before))
+        put_python(self._python)
+        wrap = BitGeneratorWrapper.wrap
+        install_bits(self._bits if wrap is None else self._wrapped(wrap))
         if self._gauss is not None:
             np.random.set_state(self._gauss)
-        self._raw_at_entry = b"" if self._gauss is not None else self._raw()
+        self._installed_memory = b"" if self._gauss is not None else self._raw()
 
-    def leave(self) -> None:
-        """Take the states of the process's generators into this stream."""
+    def capture(self) -> None:
+        """Take the states of the global generators into this stream."""
         self._read()
-        # A cached normal is outside of the bit generator, and reading it takes as long as a small
-        # step. None was made if none was there and the bit generator has not moved.
-        if not self._raw_at_entry or self._raw_at_entry != self._raw():
-            self._gauss = _cached_normal()
+        # numpy's functions keep a second normal number outside of the bit generator. To ask for it
+        # takes as long as a small step. There is none if the bit generator has not moved.
+        if not self._installed_memory or self._installed_memory != self._raw():
+            state: dict[str, Any] = np.random.get_state(legacy=False)
+            self._gauss = state if state["has_gauss"] else None
 
-    def _use(self, bits: Any) -> None:
-        """Have this bit generator, whose memory is read in place where it is known."""
-        self._bits, self._block = bits, _block_of(bits)
-
-    def _raw(self) -> bytes:
-        """Return the memory of the bit generator, or nothing for a kind that is not known."""
-        raw: bytes = b"" if self._block is None else self._block.raw
-        return raw
-
-    def _told(self, before: Callable[[Any], Any]) -> Any:
-        if self._door is None:
-            self._door = before(self._bits)
-        return self._door
-
-    def swap_in(self) -> TorchStates:
-        """Put the states of torch's generators in, and return what was there; for one draw."""
-        outside = TorchStates(torch.default_generator.get_state(), {})
+    def install_torch(self) -> TorchStates:
+        """Put the states for torch in, for one operation; return the states from before."""
+        before = TorchStates(torch.default_generator.get_state(), {})
         torch.default_generator.set_state(self._torch)
         for index, state in self._cuda.items():
-            outside.cuda[index] = torch.cuda.default_generators[index].get_state()
+            before.cuda[index] = torch.cuda.default_generators[index].get_state()
             torch.cuda.default_generators[index].set_state(state)
-        return outside
+        return before
 
-    def swap_out(self, outside: TorchStates) -> None:
-        """Take the states of torch's generators into this stream, and put ``outside`` back."""
+    def capture_torch(self, before: TorchStates) -> None:
+        """Undo `install_torch`: take torch's states into this stream, and put ``before`` back."""
         self._torch = torch.default_generator.get_state()
-        torch.default_generator.set_state(outside.torch)
-        for index, state in outside.cuda.items():
+        torch.default_generator.set_state(before.torch)
+        for index, state in before.cuda.items():
             self._cuda[index] = torch.cuda.default_generators[index].get_state()
             torch.cuda.default_generators[index].set_state(state)
 
-    @property
-    def python(self) -> PythonState:
-        """Where Python's generator is in this stream; not while it is entered."""
-        return self._python
+    def _set_bits(self, bits: Any) -> None:
+        self._bits, self._memory = bits, mt19937_memory(bits)
+        self._wrapped_bits: Any = None
+        self._installed_memory = b""
+
+    def _raw(self) -> bytes:
+        """Return the memory of the bit generator; empty for a kind without known memory."""
+        raw: bytes = b"" if self._memory is None else self._memory.raw
+        return raw
+
+    def _wrapped(self, wrap: Callable[[Any], Any]) -> Any:
+        if self._wrapped_bits is None:
+            self._wrapped_bits = wrap(self._bits)
+        return self._wrapped_bits
 
     def _read(self) -> None:
         self._torch = torch.default_generator.get_state()
         for index in self._cuda:
             self._cuda[index] = torch.cuda.default_generators[index].get_state()
-        self._python = python_state.read()
+        self._python = read_python()
 
 
-def _cached_normal() -> dict[str, Any] | None:
-    """Return numpy's state if its functions hold the second of a pair of normal numbers."""
-    state: dict[str, Any] = np.random.get_state(legacy=False)
-    return state if state["has_gauss"] else None
+class SavedGlobalState(Stream):
+    """State of the global generators before a stream was installed; install it to put it back.
 
-
-def _block_of(bits: Any) -> Any:
-    """Return an MT19937 generator's memory, which must not outlive it; None for another kind."""
-    if not isinstance(bits, np.random.MT19937):
-        return None
-    return (ctypes.c_char * MT19937_BYTES).from_address(bits.ctypes.state_address)
-
-
-class Outside(Stream):
-    """What the process's generators held before the first turn; kept by reference for numpy."""
+    numpy's bit generator is kept by reference, so that it stays the same object.
+    """
 
     __slots__ = ()
 
     def __init__(self, cuda: Iterable[int]) -> None:
         self._cuda = dict.fromkeys(cuda, torch.empty(0))
-        self._use(installed_bits())
-        self._door = self._bits
-        self._gauss, self._raw_at_entry = None, b""
-        self.leave()
+        self._set_bits(get_installed_bits())
+        self._wrapped_bits = self._bits
+        self._gauss = None
+        self.capture()
 
 
-class _Process(Stream):
-    """The process's own numbers, for a trainer without a seed: nothing is to be changed."""
+class _GlobalStream(Stream):
+    """The generators' own state, for a trainer without a seed: installing it changes nothing."""
 
     __slots__ = ()
 
     def __init__(self) -> None:
         pass
 
-    def enter(self) -> None:
-        """See `Stream`."""
+    def install(self) -> None:
+        """Do nothing."""
 
-    def leave(self) -> None:
-        """See `Stream`."""
+    def capture(self) -> None:
+        """Do nothing."""
 
-    def swap_in(self) -> TorchStates:
-        """See `Stream`."""
-        return TorchStates(_NOTHING, {})
+    def install_torch(self) -> TorchStates:
+        """Do nothing."""
+        return TorchStates(_NO_STATE, {})
 
-    def swap_out(self, outside: TorchStates) -> None:
-        """See `Stream`."""
+    def capture_torch(self, before: TorchStates) -> None:
+        """Do nothing."""
 
     @property
     def python(self) -> PythonState:
-        """See `Stream`."""
-        return _UNMOVED
+        """Return always the same."""
+        return _NO_PYTHON_STATE
 
 
-_NOTHING = torch.empty(0)
-_UNMOVED = PythonState(b"", None)
-GLOBAL_STREAM: Final[Stream] = _Process()
-
-
-def fingerprint() -> tuple[object, ...]:
-    """Return what changes whenever somebody draws from the process's CPU generators."""
-    numpy, block = np.random.get_state(legacy=False), _block_of(get_bits())
-    return (
-        torch.default_generator.get_state().numpy().tobytes(),
-        python_state.read(),
-        repr(numpy["state"]) if block is None else block.raw,
-        numpy["has_gauss"],
-    )
+_NO_STATE = torch.empty(0)
+_NO_PYTHON_STATE = PythonState(b"", None)
+GLOBAL_STREAM: Final[Stream] = _GlobalStream()

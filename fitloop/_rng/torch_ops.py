@@ -1,11 +1,12 @@
-"""Which of torch's functions draw from its default generators: told before they are called.
+"""Torch operations that use its default generators: known before they are called, and intercepted.
 
-Derived from torch's own op schemas, so that it knows the ops of the torch that is installed. Where
-it cannot tell, it says yes: that costs time, the other answer would cost exactness.
+The list is derived from torch's own operator schemas, so it fits the torch that is installed. If
+the answer is not certain, it is yes: that costs time, while the other answer would cost exactness.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import (
@@ -16,31 +17,34 @@ from types import (
     MethodWrapperType,
     WrapperDescriptorType,
 )
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-BUILTIN = frozenset(
+_BUILTIN = frozenset(
     {BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType}
 )
-_CALLERS = frozenset({"apply_", "map_", "map2_"})
-"""they call Python functions, which may draw"""
-_DROPOUT_PLACE = 4
-"""of ``dropout_p`` among the arguments of ``scaled_dot_product_attention``"""
+_CALL_PYTHON = frozenset({"apply_", "map_", "map2_"})
+"""Operations that call Python functions, which may use random numbers."""
+_RUN_HOOKS = frozenset({"run_backward", "_engine_run_backward", "_execution_engine"})
+"""Names of autograd's engine, which runs hooks and computes checkpoints again."""
 _RECURRENT = frozenset({"lstm", "gru", "rnn_relu", "rnn_tanh"})
+_DROPOUT_INDEX = 4
+"""Index of ``dropout_p`` among the arguments of ``scaled_dot_product_attention``."""
 
 
 @cache
 def rng_ops() -> frozenset[str]:
-    """Return the names of the ops that may draw, alone and with their overloads."""
-    names = set(_CALLERS)
+    """Return the names of operations that may use random numbers, with and without overloads."""
+    names = set(_CALL_PYTHON)
     for schema in torch._C._jit_get_all_schemas():
-        space, _, name = schema.name.partition("::")
-        if space != "aten":
+        namespace, _, name = schema.name.partition("::")
+        if namespace != "aten":
             continue
-        takes = any("Generator" in str(argument.type) for argument in schema.arguments)
-        if takes or _is_tagged(name, schema.overload_name):
+        has_generator = any("Generator" in str(argument.type) for argument in schema.arguments)
+        if has_generator or _is_tagged(name, schema.overload_name):
             names |= {name, f"{name}.{schema.overload_name or 'default'}"}
     return frozenset(names)
 
@@ -48,7 +52,7 @@ def rng_ops() -> frozenset[str]:
 def _is_tagged(name: str, overload: str) -> bool:
     try:
         op = getattr(getattr(torch.ops.aten, name), overload or "default")
-    except (AttributeError, RuntimeError):  # an op of TorchScript's alone
+    except (AttributeError, RuntimeError):  # an operation of TorchScript only
         return False
     return torch.Tag.nondeterministic_seeded in op.tags
 
@@ -56,58 +60,55 @@ def _is_tagged(name: str, overload: str) -> bool:
 def may_use_rng(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
 ) -> bool:
-    """Return whether this call of a function that a `TorchFunctionMode` sees may draw."""
+    """Return whether a call, as a `TorchFunctionMode` gets it, may use the default generators."""
     name = getattr(function, "__name__", "")
     kind = type(function)
-    if kind in BUILTIN:
-        return name in rng_ops() and _really_draws(name, args, kwargs or {})
-    if kind is FunctionType:
-        return _reaches_a_draw(function) and _really_draws(name, args, kwargs or {})
-    # an op of torch.ops, perhaps somebody's own, or something new
-    packet = str(getattr(function, "_qualified_op_name", ""))
-    if getattr(function, "namespace", "") == "aten" or packet.startswith("aten::"):
-        return name in rng_ops() and _really_draws(name, args, kwargs or {})
-    return True
+    if kind in _BUILTIN:
+        is_known = name in rng_ops()
+    elif kind is FunctionType:
+        is_known = _reaches_rng(function)
+    else:  # an operation of torch.ops, perhaps of a user, or something new
+        packet = str(getattr(function, "_qualified_op_name", ""))
+        if getattr(function, "namespace", "") != "aten" and not packet.startswith("aten::"):
+            return True
+        is_known = name in rng_ops()
+    return is_known and _uses_rng_with(name, args, kwargs or {})
 
 
-def _really_draws(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether it draws with these arguments, so far as that is easily seen."""
+def _uses_rng_with(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether an operation uses the default generators with these arguments."""
     generator = kwargs.get("generator")
     if generator is not None:
         return generator is torch.default_generator or generator.device.type != "cpu"
-    if kwargs.get("training") is False:  # the dropouts, rrelu, attention
+    if kwargs.get("training") is False:  # dropout, rrelu, attention
         return False
     if name == "scaled_dot_product_attention":
-        place = args[_DROPOUT_PLACE] if len(args) > _DROPOUT_PLACE else 0.0
-        return bool(kwargs.get("dropout_p", place) != 0.0)
+        positional = args[_DROPOUT_INDEX] if len(args) > _DROPOUT_INDEX else 0.0
+        return bool(kwargs.get("dropout_p", positional) != 0.0)
     if name in _RECURRENT and not kwargs:
         return any(type(argument) is float and argument for argument in args)
     return not (name == "multi_head_attention_forward" and kwargs.get("dropout_p") == 0.0)
 
 
 @cache
-def _reaches_a_draw(function: FunctionType) -> bool:
-    """Return whether a function of torch's in Python calls what may draw, by the names in it."""
-    seen: set[FunctionType] = set()
+def _reaches_rng(function: FunctionType) -> bool:
+    """Return whether a Python function of torch calls such an operation, by the names in it."""
+    visited: set[FunctionType] = set()
     todo = [function]
     while todo:
         current = todo.pop()
-        if current in seen:
+        if current in visited:
             continue
-        seen.add(current)
+        visited.add(current)
         if not (current.__module__ or "").startswith("torch"):
             return True
         names = _names(current.__code__)
-        if names & _DRAWING_IN_PYTHON or names & rng_ops():
+        if names & _RUN_HOOKS or names & rng_ops():
             return True
-        found = [current.__globals__.get(name) for name in names]
-        found += [cell.cell_contents for cell in current.__closure__ or ()]
-        todo += [item for item in found if isinstance(item, FunctionType)]
+        values = [current.__globals__.get(name) for name in names]
+        values += [cell.cell_contents for cell in current.__closure__ or ()]
+        todo += [value for value in values if isinstance(value, FunctionType)]
     return False
-
-
-_DRAWING_IN_PYTHON = frozenset({"run_backward", "_engine_run_backward", "_execution_engine"})
-"""what runs hooks, and what checkpoints compute again"""
 
 
 def _names(code: CodeType) -> set[str]:
@@ -118,19 +119,94 @@ def _names(code: CodeType) -> set[str]:
     return names
 
 
-def is_opaque(*modules: object) -> bool:
-    """Return whether one of these is compiled or scripted, so that its draws cannot be seen."""
-    for module in modules:
-        if hasattr(module, "_torchdynamo_orig_callable") or isinstance(
-            module, torch.jit.ScriptFunction
-        ):
-            return True
-        if isinstance(module, nn.Module) and any(
-            isinstance(part, torch.jit.ScriptModule)
-            or hasattr(part, "_torchdynamo_orig_callable")
-            or type(part).__name__ == "OptimizedModule"
-            or getattr(part, "_compiled_call_impl", None) is not None
-            for part in module.modules()
-        ):
-            return True
-    return False
+def is_opaque(*code: object) -> bool:
+    """Return whether one of these modules and functions is compiled or scripted.
+
+    Their torch operations are not intercepted.
+    """
+    return any(map(_is_opaque, code))
+
+
+def _is_opaque(code: object) -> bool:
+    if hasattr(code, "_torchdynamo_orig_callable") or isinstance(code, torch.jit.ScriptFunction):
+        return True
+    return isinstance(code, nn.Module) and any(
+        isinstance(module, torch.jit.ScriptModule)
+        or hasattr(module, "_torchdynamo_orig_callable")
+        or type(module).__name__ == "OptimizedModule"
+        or getattr(module, "_compiled_call_impl", None) is not None
+        for module in code.modules()
+    )
+
+
+class RngCaller(Protocol):
+    """Calls the intercepted operations; implemented by a lease."""
+
+    def call_rng_op(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call an operation that may use torch's generators, and return its result."""
+
+    def forget_in_child(self) -> None:
+        """Hold nothing any more, in a process that was forked."""
+
+
+class RngFunctionMode(TorchFunctionMode):
+    """Intercepts the torch operations of one thread that may use random numbers.
+
+    torch passes the modes of a thread on to its autograd threads. So `caller` also tells which
+    lease they belong to.
+    """
+
+    def __init__(self, caller: RngCaller) -> None:
+        super().__init__()
+        self.caller = caller
+        self._ops = rng_ops()
+        self._thread = threading.get_ident()
+        self._has_ended = False
+
+    def begin(self) -> None:
+        """Intercept the operations of this thread from now on."""
+        _ACTIVE_MODES.add(self)
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        """Intercept nothing any more; also from another thread, for one that hangs."""
+        self._has_ended = True
+        _ACTIVE_MODES.discard(self)
+        if threading.get_ident() == self._thread:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a torch function, through the caller if it may use random numbers."""
+        if type(func) in _BUILTIN and func.__name__ not in self._ops:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        if self._has_ended:
+            return func(*args, **kwargs)
+        if func is Tensor.backward and not types:
+            with self:  # for hooks, and for checkpoints that are computed again
+                return _backward(*args, **kwargs)
+        if may_use_rng(func, args, kwargs):
+            return self.caller.call_rng_op(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+_ACTIVE_MODES: set[RngFunctionMode] = set()
+
+
+def end_modes_in_child() -> None:
+    """End all modes in a process that was forked: it has none of the other threads."""
+    for mode in _ACTIVE_MODES:
+        mode.caller.forget_in_child()
+        mode._has_ended = True
+    _ACTIVE_MODES.clear()
+
+
+def _backward(
+    tensor: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """Do the same as `Tensor.backward` after its handling of modes."""
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)

@@ -12,14 +12,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from fitloop._rng.lease import global_numbers
-from fitloop._rng.state_io import (
+from fitloop._rng.global_state import (
     check_same_generator,
     global_state,
     restore_global_state,
-    to_tree,
+    save_global_state,
 )
-from fitloop._rng.streams import GLOBAL_STREAM, RngState, Stream
+from fitloop._rng.lease import global_generators
+from fitloop._rng.states import RngState
+from fitloop._rng.streams import GLOBAL_STREAM, Stream
 from fitloop._types import Phase
 
 STREAM_INDEX: Final = {
@@ -77,7 +78,7 @@ class TrainerRng:
         if self.has_streams:
             twin._streams = {key: stream.copy() for key, stream in self._streams.items()}
         else:
-            with global_numbers():
+            with global_generators():
                 twin._streams = dict.fromkeys(STREAM_INDEX, Stream.of_process(self.cuda))
         return twin
 
@@ -89,7 +90,7 @@ class TrainerRng:
         """Return a function that puts the random numbers back to where they are now."""
         if self.has_streams:
             return partial(self._set_states, self.states())
-        return partial(restore_global_state, global_state(self.cuda))
+        return save_global_state(self.cuda)
 
     def state_tree(self, loaders: Mapping[Phase, RngState] | None = None) -> dict[str, Any]:
         """Return the states as a tree for a snapshot.
@@ -99,9 +100,9 @@ class TrainerRng:
                 were read ahead.
         """
         if not self.has_streams:
-            return {_GLOBAL: to_tree(global_state(self.cuda))}
+            return {_GLOBAL: global_state(self.cuda).to_tree()}
         states = self.states() | {(phase, True): s for phase, s in (loaders or {}).items()}
-        return {_name(*key): to_tree(state) for key, state in states.items()}
+        return {_name(*key): state.to_tree() for key, state in states.items()}
 
     def prepare_load(self, states: Mapping[str, RngState]) -> Callable[[], None]:
         """Return a function that loads the states of a snapshot.

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from fitloop import Event, FitLoop, LoopState, PhaseStarted
-from fitloop._concurrency.time_slices import TIME_SLICES
 from fitloop._rng.interception import RNG_PATCHES
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
@@ -308,18 +307,15 @@ async def test_trainer_when_the_others_have_ended_then_has_its_turn_for_itself_a
         group.start_soon(fitted, made, 1)
         group.start_soon(short)
     assert not watched[-1]
-    assert not RNG_PATCHES.stand
+    assert not RNG_PATCHES.has_users
 
 
-def test_draws_at_rest_when_another_has_a_whole_turn_then_are_the_processs_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What a callback draws must not come from the stream of another trainer."""
-    monkeypatch.setattr(TIME_SLICES, "runs", 2)
+def test_callback_when_another_lease_is_exclusive_then_has_the_numbers_of_the_process() -> None:
+    """A callback must not use the stream of another trainer."""
     own, others = Stream(1), Stream(2)
     untouched = others.copy()
-    resting, training = GeneratorLease(), GeneratorLease()
-    has_turn, is_done = threading.Event(), threading.Event()
+    lease, training = GeneratorLease(), GeneratorLease()
+    is_exclusive, is_done = threading.Event(), threading.Event()
     seed_process(7)
     expected = [random.random(), np.random.rand(), torch.rand(1).item()]
     seed_process(7)
@@ -327,30 +323,31 @@ def test_draws_at_rest_when_another_has_a_whole_turn_then_are_the_processs_own(
     def train() -> None:
         training.begin_pass(others)
         training.restore(training.release_fully())
-        has_turn.set()
-        while not is_done.is_set():  # the steps of a trainer that draws nothing
+        is_exclusive.set()
+        while not is_done.is_set():  # the steps of a trainer without random numbers
             training.yield_to_waiters()
         training.close()
 
-    resting.begin_pass(own)
-    resting.restore(resting.release_fully())
-    held = resting.suspend()
+    training.announce_stream()
+    lease.begin_pass(own)
+    lease.restore(lease.release_fully())
+    state = lease.enter_callback()
     thread = threading.Thread(target=train)
     thread.start()
     try:
-        assert has_turn.wait(GUARD)
-        drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
+        assert is_exclusive.wait(GUARD)
+        numbers = [random.random(), np.random.rand(), torch.rand(1).item()]
     finally:
         is_done.set()
-        resting.restore(held)  # what a callback has drawn from is its own to its end
-        resting.close()
+        lease.restore(state)  # the callback keeps the lock after its first use of random numbers
+        lease.close()
         thread.join(GUARD)
     assert not thread.is_alive()
-    assert drawn == expected
+    assert numbers == expected
     assert others.state().python == untouched.state().python
     assert torch.equal(others.state().torch, untouched.state().torch)
     assert others.state().bits == untouched.state().bits
-    assert not RNG_PATCHES.stand
+    assert not RNG_PATCHES.has_users
 
 
 async def test_trainers_when_small_and_callbacks_draw_then_have_the_bits_that_each_has_alone() -> (
@@ -400,7 +397,7 @@ async def test_callback_when_a_thread_reads_ahead_with_a_stream_then_its_draws_a
 
     def draw(event: Event) -> None:
         if isinstance(event, PhaseStarted):
-            seen.append(torch._C._len_torch_function_stack() > 0 and RNG_PATCHES.stand)
+            seen.append(torch._C._len_torch_function_stack() > 0 and RNG_PATCHES.has_users)
 
     def made(callbacks: list[Any], **changes: Any) -> FitLoop:
         data = DataLoader(Augmented(blobs(SAMPLES)), 8, shuffle=True)
@@ -412,7 +409,7 @@ async def test_callback_when_a_thread_reads_ahead_with_a_stream_then_its_draws_a
 
     await fitted(made([draw], prefetch=2))
     assert seen == [True, True]
-    assert not RNG_PATCHES.stand
+    assert not RNG_PATCHES.has_users
     await fitted(made([draw], prefetch=0))
     assert seen[2:] == [False, False]
     expected = trainer_state(await fitted(made([])), drawn=False)

@@ -146,4 +146,4 @@ def process_generators() -> tuple[object, ...]:
 def seed_process(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)

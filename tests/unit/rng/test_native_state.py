@@ -1,4 +1,4 @@
-"""States of Python's generator as blocks of memory."""
+"""States of Python's generator as blocks of memory, and in the slow way."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitloop._rng import python_state
-from fitloop._rng.python_state import PythonState, from_tuple, to_tuple
+from fitloop._rng import native_state
+from fitloop._rng.native_state import PythonState, from_tuple, to_tuple
 
-WAYS = {
-    "in place": (python_state._read_block, python_state._put_block),
-    "slowly": (python_state._read_slowly, python_state._put_slowly),
+IMPLEMENTATIONS = {
+    "memory": (native_state._read_memory, native_state._put_memory),
+    "slowly": (native_state._read_slowly, native_state._put_slowly),
 }
 
 
 @pytest.fixture(autouse=True)
-def _state_kept() -> Iterator[None]:
+def _restored_state() -> Iterator[None]:
     state = random.getstate()
     yield
     random.setstate(state)
 
 
-def test_state_on_this_interpreter_is_copied_in_place() -> None:
-    assert python_state.read is python_state._read_block
-    assert python_state.put is python_state._put_block
-    assert python_state.seeded is python_state._seeded_block
+def test_state_on_this_interpreter_is_copied_from_memory() -> None:
+    assert native_state.read_python is native_state._read_memory
+    assert native_state.put_python is native_state._put_memory
+    assert native_state.seeded_python is native_state._seeded_memory
 
 
 @given(seed=st.integers(0, 2**64))
-def test_state_when_seeded_in_either_way_is_that_of_random(seed: int) -> None:
+def test_state_when_seeded_by_either_implementation_is_that_of_random(seed: int) -> None:
     state = random.Random(seed).getstate()
-    for seeded in (python_state._seeded_block, python_state._seeded_slowly):
+    for seeded in (native_state._seeded_memory, native_state._seeded_slowly):
         assert to_tuple(seeded(seed)) == state
 
 
 @given(seed=st.integers(0, 2**64), draws=st.integers(0, 1300), gauss=st.booleans())
-def test_state_when_read_and_put_in_either_way_gives_the_same_numbers(
+def test_state_when_read_and_put_by_either_implementation_gives_the_same_numbers(
     seed: int, draws: int, gauss: bool
 ) -> None:
     random.seed(seed)
@@ -50,19 +50,19 @@ def test_state_when_read_and_put_in_either_way_gives_the_same_numbers(
         random.gauss(0, 1)
     state = random.getstate()
     expected = [random.random(), random.gauss(0, 1), random.getrandbits(77)]
-    for put in (put for _read, put in WAYS.values()):
-        for read in (read for read, _put in WAYS.values()):
+    for put in (put for _read, put in IMPLEMENTATIONS.values()):
+        for read in (read for read, _put in IMPLEMENTATIONS.values()):
             random.setstate(state)
-            taken = read()
+            read_state = read()
             random.seed(seed + 1)
             random.gauss(0, 1)
-            put(taken)
+            put(read_state)
             assert random.getstate() == state
             assert [random.random(), random.gauss(0, 1), random.getrandbits(77)] == expected
 
 
 @given(seed=st.integers(0, 2**64), draws=st.integers(0, 1300))
-def test_state_when_made_of_a_tuple_becomes_that_tuple_again(seed: int, draws: int) -> None:
+def test_state_when_converted_from_a_tuple_then_back_is_that_tuple(seed: int, draws: int) -> None:
     generator = random.Random(seed)
     for _ in range(draws):
         generator.gauss(0, 1)
@@ -71,11 +71,11 @@ def test_state_when_made_of_a_tuple_becomes_that_tuple_again(seed: int, draws: i
 
 
 def test_state_when_it_is_read_does_not_change_with_the_generator() -> None:
-    taken = python_state.read()
-    before = PythonState(bytes(bytearray(taken.memory)), taken.gauss)
+    read_state = native_state.read_python()
+    before = PythonState(bytes(bytearray(read_state.memory)), read_state.gauss)
     random.random()
-    assert taken == before
-    assert python_state.read() != before
+    assert read_state == before
+    assert native_state.read_python() != before
 
 
 WORDS = random.Random(0).getstate()[1]

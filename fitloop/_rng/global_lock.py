@@ -1,0 +1,142 @@
+"""The lock on the global generators of Python, numpy and torch, and callbacks that run without it.
+
+Knows neither streams nor generators: a holder of the lock is any object.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from fitloop._concurrency.control import Cancelled
+
+CALLBACK_TIMEOUT = 1.0
+"""Seconds to wait for callbacks at most. A callback may itself wait for the run that begins."""
+
+
+class FairSharedLock:
+    """A fair lock: first come, first served. One object for the whole process.
+
+    An exclusive holder has installed a stream in the generators, or builds a model. Shared holders
+    use the generators' own state, together.
+    """
+
+    def __init__(self) -> None:
+        self.has_waiters = False
+        """Whether a thread waits for the lock; read without synchronization once a batch."""
+        self._changed = threading.Condition(threading.Lock())
+        self._queue: deque[object] = deque()
+        self._holders: list[object] = []
+        self._is_shared = False
+        self._when_free: list[Callable[[], None]] = []
+
+    def acquire(
+        self,
+        holder: object,
+        cancelled: Callable[[], bool],
+        *,
+        shared: bool = False,
+        overtakes: bool = False,
+    ) -> None:
+        """Wait for the lock.
+
+        Args:
+            holder: to be passed to `release`.
+            cancelled: asked at each change whether to give up.
+            shared: hold the lock together with other shared holders.
+            overtakes: join shared holders at once, whoever waits.
+
+        Raises:
+            Cancelled: ``cancelled`` returned true first.
+        """
+        with self._changed:
+            self._queue.append(holder)
+            try:
+                while not self._is_free_for(holder, shared, overtakes):
+                    self.has_waiters = True
+                    if cancelled():
+                        raise Cancelled
+                    self._changed.wait()
+                self._holders.append(holder)
+                self._is_shared = shared
+            finally:
+                self._queue.remove(holder)
+                self.has_waiters = bool(self._queue)
+                if self._queue:
+                    self._changed.notify_all()
+
+    def _is_free_for(self, holder: object, shared: bool, overtakes: bool) -> bool:
+        if not self._holders:
+            return self._queue[0] is holder
+        return shared and self._is_shared and (overtakes or self._queue[0] is holder)
+
+    def release(self, holder: object) -> None:
+        """Release the lock; does nothing if ``holder`` does not hold it."""
+        with self._changed:
+            if holder in self._holders:
+                self._holders.remove(holder)
+                self._call_when_free()
+                if self._queue:
+                    self._changed.notify_all()
+
+    def when_free(self, call: Callable[[], None]) -> None:
+        """Call a function as soon as nothing holds the lock, under its protection."""
+        with self._changed:
+            self._when_free.append(call)
+            self._call_when_free()
+
+    def _call_when_free(self) -> None:
+        while self._when_free and not self._holders:
+            self._when_free.pop()()
+
+    def notify_all(self) -> None:
+        """Let all waiting threads check whether they are cancelled; any thread."""
+        with self._changed:
+            self._changed.notify_all()
+
+
+GLOBAL_RNG_LOCK = FairSharedLock()
+
+
+class CallbacksInFlight:
+    """Leases whose thread is in a callback that nothing observes. One object for the process.
+
+    While only one trainer runs, its callbacks use the global generators without a lock. A seeded
+    trainer that begins during a callback would install its stream under the hands of the callback,
+    so it waits for its end first. Callbacks that begin later know of the other trainer.
+    """
+
+    def __init__(self, timeout: float = CALLBACK_TIMEOUT) -> None:
+        self._timeout = timeout
+        self._leases: set[int] = set()
+        self._changed = threading.Condition(threading.Lock())
+        self._waiting = 0
+
+    def add(self, lease: object) -> None:
+        """Note that a callback begins."""
+        self._leases.add(id(lease))
+
+    def discard(self, lease: object) -> None:
+        """Note that the callback has ended, or is observed from now on."""
+        self._leases.discard(id(lease))
+        if self._waiting:
+            self.notify_all()
+
+    def wait(self, cancelled: Callable[[], bool]) -> None:
+        """Wait until the callbacks of this moment have ended, for `CALLBACK_TIMEOUT` at most."""
+        with self._changed:
+            self._waiting += 1
+            present = self._leases.copy()
+            self._changed.wait_for(
+                lambda: cancelled() or present.isdisjoint(self._leases), self._timeout
+            )
+            self._waiting -= 1
+
+    def notify_all(self) -> None:
+        """Let all waiting threads check whether they are cancelled; any thread."""
+        with self._changed:
+            self._changed.notify_all()
+
+
+CALLBACKS_IN_FLIGHT = CallbacksInFlight()
