@@ -1,4 +1,4 @@
-"""What holds for every test: the event loops, and nothing blocked on, nothing left behind."""
+"""Fixtures of every test: the event loops, the check for blocking calls, the check for leaks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
-# Before anything imports torch, here and in the processes that tests begin. Threads that wait for
-# an operation of torch's spin; of two tests at a time each would take the other's core so.
+# Before anything imports torch, here and in the processes that tests start. Threads of torch that
+# wait for work keep a core busy, which a second test at the same time needs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -44,19 +44,26 @@ def fork_server() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def blockbuster() -> Iterator[BlockBuster]:
-    """Let a blocking call that comes from fitloop and runs on an asyncio loop fail the test."""
+@pytest.fixture(scope="session")
+def _blocking_calls() -> Iterator[BlockBuster]:
+    """Wrap all blocking calls once: to do so for each test would take longer than many tests."""
     with blockbuster_ctx("fitloop") as buster:
         for function in buster.functions.values():
-            # Reading modules and lines of source: once, and not fitloop's to avoid.
+            # Python reads modules and lines of source by itself, and once.
             function.can_block_in("<frozen importlib._bootstrap>", {"_find_and_load"})
             function.can_block_in("linecache.py", {"checkcache", "updatecache"})
-            # Half a millisecond at most, while a thread of its own ends.
+            # At most half a millisecond, while a thread of fitloop ends.
             function.can_block_in("fitloop/_concurrency/supervisor.py", {"is_alive"})
-            # The current directory, of which the system knows without a disk.
+            # It asks for the current directory, which the system knows without a disk.
             function.can_block_in("fitloop/backends/thread.py", {"check_save_path"})
         yield buster
+
+
+@pytest.fixture(autouse=True)
+def blockbuster(_blocking_calls: BlockBuster) -> BlockBuster:
+    """Let a blocking call that comes from fitloop and runs on an asyncio loop fail the test."""
+    _blocking_calls.activate()  # a test may have deactivated it
+    return _blocking_calls
 
 
 @pytest.fixture(autouse=True)
