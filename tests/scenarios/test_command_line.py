@@ -6,6 +6,8 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from support.made_up_runs import (
     run_ended,
 )
 from support.models import sync_trainer
-from support.programs import run_program
+from support.programs import ROOT, run_program
 from support.pseudo_terminal import environment
 
 from fitloop import Phase
@@ -114,6 +116,31 @@ def test_module_when_run_then_its_status_is_that_of_the_command(run: Path) -> No
     assert status() == 2
     assert status("inspect", str(run)) == 0
     assert status("plot", str(run), "nothing") == 1
+
+
+@pytest.mark.slow
+def test_command_when_it_only_reads_files_then_torch_is_not_imported(
+    run: Path, tmp_path: Path
+) -> None:
+    weights = sync_trainer(save_path=tmp_path).save("model")
+    commands = [
+        ["--help"],
+        ["inspect", str(run)],
+        ["inspect", str(weights)],
+        ["watch", str(run)],
+        ["plot", str(run), "loss", "-o", str(tmp_path / "loss.png")],
+    ]
+    program = f"""
+import sys
+from contextlib import suppress
+from fitloop._cli.main import main
+
+for command in {commands!r}:
+    with suppress(SystemExit):
+        assert main(command) == 0, command
+    assert "torch" not in sys.modules, command
+"""
+    subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, check=True)
 
 
 # -- plot ------------------------------------------------------------------------------------------
