@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from support.example_service import (  # finds the example, too
-    Told,
+    EventData,
     connect_to_service,
     first,
     run_service,
@@ -34,12 +34,12 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def kinds(messages: list[Told]) -> list[str]:
+def kinds(messages: list[EventData]) -> list[str]:
     """Return the kinds of the messages that always come."""
     return [one["kind"] for one in messages if one["kind"] in LASTING + ENDINGS]
 
 
-def columns(messages: list[Told], phase: str, name: str) -> list[float]:
+def columns(messages: list[EventData], phase: str, name: str) -> list[float]:
     return [one["metrics"][phase][name] for one in messages if one["kind"] == "epoch_ended"]
 
 
@@ -102,7 +102,7 @@ async def test_question_when_answered_for_another_epoch_then_it_stays_open() -> 
 
 
 async def test_cancel_when_running_or_waiting_then_it_ends_and_the_next_one_begins() -> None:
-    async with run_service(at_once=1) as service:
+    async with run_service(max_concurrent=1) as service:
         await service.start(name="running", epochs=1000)
         assert (await service.start(name="waiting"))["status"] == "waiting"
         await service.start(name="next", epochs=1)
@@ -159,7 +159,7 @@ async def test_training_when_it_diverges_then_it_failed_and_says_why() -> None:
 
 
 async def test_trainings_when_two_at_once_then_both_go_on_and_each_as_alone() -> None:
-    async with run_service(at_once=2) as service:
+    async with run_service(max_concurrent=2) as service:
         await service.start(epochs=2)
         alone = await service.everything(1)
         for _ in range(2):
@@ -391,7 +391,7 @@ def test_program_when_the_port_is_none_then_it_says_so_before_anything_begins(
 
 
 async def test_server_when_it_ends_then_streams_and_trainings_end_whole() -> None:
-    async with run_service(at_once=1) as service:
+    async with run_service(max_concurrent=1) as service:
         for _ in range(2):
             await service.start(epochs=1000)
         async with service.events() as events:
@@ -446,7 +446,7 @@ async def test_program_when_signalled_then_it_ends_whole_with_a_stream_open(
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 async def test_process_backend_when_used_then_question_cancel_and_error_cross() -> None:
-    async with run_service("process", at_once=1) as service:
+    async with run_service("process", max_concurrent=1) as service:
         await service.start(epochs=2, ask_every=1)
         await service.until(1, "prompt_asked")
         await service.answer(1, 1, True)

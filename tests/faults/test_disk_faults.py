@@ -145,7 +145,7 @@ def test_resume_when_snapshots_failed_then_the_older_one_gives_the_same_bits(
     broken.disk.broken = False
     again = sync_trainer(save_path=tmp_path / "broken", seed=1, valid_dl=None)
     again.fit(6, resume=True, **QUIET)
-    assert_same_state(trainer_state(again, drawn=False), trainer_state(whole, drawn=False))
+    assert_same_state(trainer_state(again, rng=False), trainer_state(whole, rng=False))
 
 
 @each_fault

@@ -26,9 +26,9 @@ from support.file_fuzzing import (
     forged,
     mutate,
     real_files,
-    sealed,
     split,
     subjects,
+    with_checksums,
 )
 from support.models import mlp, sync_trainer
 from support.state_comparison import assert_same_state, trainer_state
@@ -73,7 +73,7 @@ def changed(change: Change, name: str = "state.msgpack") -> bytes:
     """Return a real file with a changed header and a right checksum."""
     header, payloads = split(real_files()[name])
     change(header)
-    return sealed(header, payloads)
+    return with_checksums(header, payloads)
 
 
 # -- damaged ---------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_load_when_the_tree_is_mutated_at_random_then_only_checkpoint_errors_com
         rng = random.Random(f"mutated {number}")
         header, payloads = split(data)
         mutate(rng, header["state"] if rng.random() < 0.8 else header["trainer"])
-        target.path.write_bytes(sealed(header, payloads))
+        target.path.write_bytes(with_checksums(header, payloads))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -375,7 +375,7 @@ def test_read_when_one_tensor_is_referred_to_often_then_memory_is_bounded(
     else:
         header["state"]["run"] = content
     path = tmp_path / "bad.msgpack"
-    path.write_bytes(sealed(header, payloads))
+    path.write_bytes(with_checksums(header, payloads))
     before = peak()
     with suppress(CheckpointError):
         read_snapshot(path)
@@ -404,7 +404,7 @@ def test_read_when_a_tensor_of_no_bytes_has_a_forged_shape_then_it_is_read_or_re
         index = add_tensor(header, payloads, 0)
         header["tensors"][index].update(name=f"empty {number}", shape=shape)
     path = tmp_path / "bad.msgpack"
-    path.write_bytes(sealed(header, payloads))
+    path.write_bytes(with_checksums(header, payloads))
     with suppress(CheckpointError):
         read_snapshot(path)
 
@@ -536,7 +536,7 @@ def test_resume_when_the_snapshot_is_forged_then_no_other_errors_come(tmp_path: 
         rng = random.Random(f"resumed {number}")
         header, payloads = split(data)
         mutate(rng, header["state"]["run"] if number % 2 else header["position"])
-        (folder / "snapshot-000001.msgpack").write_bytes(sealed(header, payloads))
+        (folder / "snapshot-000001.msgpack").write_bytes(with_checksums(header, payloads))
         fitted = sync_trainer(save_path=folder.parent, seed=1, model=mlp(7))
         try:
             with warnings.catch_warnings():

@@ -153,7 +153,7 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
     seen = EventRecorder()
 
     def deaf(place: str) -> FitLoop:
-        return make_endless_trainer(place, deaf=True)
+        return make_endless_trainer(place, hang=True)
 
     async def both() -> None:
         async with Runner(2, backend=ProcessBackend(grace=0.5)) as runner:

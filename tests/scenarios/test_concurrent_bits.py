@@ -361,13 +361,13 @@ async def test_trainers_when_small_and_callbacks_draw_then_have_the_bits_that_ea
     def made(number: int) -> FitLoop:
         return seeded(number, model=mlp(number), callbacks=[draw])
 
-    alone = [trainer_state(await fitted(made(k), 4), drawn=False) for k in range(3)]
+    alone = [trainer_state(await fitted(made(k), 4), rng=False) for k in range(3)]
     together = [made(number) for number in range(3)]
     async with anyio.create_task_group() as group:
         for one in together:
             group.start_soon(fitted, one, 4)
     for one, state in zip(together, alone, strict=True):
-        assert_same_state(trainer_state(one, drawn=False), state)
+        assert_same_state(trainer_state(one, rng=False), state)
 
 
 async def test_trainers_when_callbacks_draw_under_a_lock_of_theirs_then_none_waits_for_ever() -> (
@@ -412,8 +412,8 @@ async def test_callback_when_a_thread_reads_ahead_with_a_stream_then_its_draws_a
     assert not RNG_PATCHES.has_users
     await fitted(made([draw], prefetch=0))
     assert seen[2:] == [False, False]
-    expected = trainer_state(await fitted(made([])), drawn=False)
+    expected = trainer_state(await fitted(made([])), rng=False)
     for _ in range(3):
         assert_same_state(
-            trainer_state(await fitted(made([disturb], prefetch=2)), drawn=False), expected
+            trainer_state(await fitted(made([disturb], prefetch=2)), rng=False), expected
         )

@@ -87,7 +87,7 @@ def drawing(seed: int | None = 5, **given: Any) -> TrainingSetup:
     valid_dl = DataLoader(Augmented(blobs(14, 2)), 8)
     model = mlp(dropout=0.3)
     given = {"model": model, "train_dl": train_dl, "valid_dl": valid_dl, "seed": seed, **given}
-    return TrainingSetup(given=given)
+    return TrainingSetup(trainer=given)
 
 
 # -- every place a run may end at ------------------------------------------------------------------
@@ -161,7 +161,7 @@ async def test_resume_when_the_task_was_cancelled_then_equals_one_run(
 ) -> None:
     async def run(path: Path, scope: anyio.CancelScope | None) -> Outcome | None:
         setup = drawing(seed)
-        fitted = trainer(save_path=path, **setup.given)
+        fitted = trainer(save_path=path, **setup.trainer)
         if scope is not None:
             done = 0
             token = anyio.lowlevel.current_token()
@@ -237,7 +237,7 @@ def test_resume_when_the_same_trainer_is_used_then_equals_one_run(
     expected = train_without_interruption(lambda: drawing(seed), tmp_path / "whole")
     seed_process(SEED)
     setup = drawing(seed)
-    fitted = sync_trainer(save_path=tmp_path / "parts", **setup.given)
+    fitted = sync_trainer(save_path=tmp_path / "parts", **setup.trainer)
     interrupt_after(fitted, stop)
     with pytest.raises(InterruptionError):
         fitted.fit(2, **QUIET, **RESUMED)
@@ -273,11 +273,11 @@ def test_resume_when_the_same_trainer_has_gradients_left_then_equals_one_run(
 
     def make() -> TrainingSetup:
         return TrainingSetup(
-            given={"train_step": step, "valid_step": step}, fit={"define_all": True}
+            trainer={"train_step": step, "valid_step": step}, fit={"define_all": True}
         )
 
     setup = make()
-    fitted = sync_trainer(save_path=tmp_path / "parts", **setup.given)
+    fitted = sync_trainer(save_path=tmp_path / "parts", **setup.trainer)
     with pytest.raises(InterruptionError):
         fitted.fit(2, define_all=True, **QUIET, **RESUMED)
     failing = False
@@ -403,11 +403,11 @@ def test_resume_when_stopped_then_has_ended(tmp_path: Path) -> None:
 def script(path: Path, stop: int | None, epochs: tuple[int, ...], **fit: Any) -> Outcome | None:
     """Fit, unlock, fit again, test; as a script would."""
     setup = drawing()
-    model = setup.given["model"]
+    model = setup.trainer["model"]
     for parameter in model[3].parameters():
         parameter.requires_grad_(False)
     optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-    fitted = sync_trainer(save_path=path, **{**setup.given, "optimizer": optimizer})
+    fitted = sync_trainer(save_path=path, **{**setup.trainer, "optimizer": optimizer})
     interrupt_after(fitted, stop)
     results = []
     try:
@@ -454,7 +454,7 @@ def test_script_when_the_first_fit_gets_more_epochs_then_the_second_is_made_anew
 @pytest.mark.slow
 def test_script_when_reset_between_fits_then_starts_again_as_one_run(tmp_path: Path) -> None:
     def run(path: Path, stop: int | None, **fit: Any) -> Outcome | None:
-        fitted = sync_trainer(save_path=path, **drawing().given)
+        fitted = sync_trainer(save_path=path, **drawing().trainer)
         interrupt_after(fitted, stop)
         try:
             fitted.fit(1, **QUIET, **fit)
@@ -479,14 +479,14 @@ def test_reset_when_a_run_was_resumed_then_goes_back_to_before_the_training(
     tmp_path: Path,
 ) -> None:
     """The model of the second process may begin with other weights, since nothing seeds them."""
-    whole = sync_trainer(**drawing().given)
+    whole = sync_trainer(**drawing().trainer)
     before = comparable(whole.model.state_dict())
 
     def kept() -> TrainingSetup:
         return drawing(save_to_disk=True)
 
     assert run_script(kept, tmp_path, 3, **RESUMED) is None
-    other = drawing(model=mlp(seed=77, dropout=0.3), save_to_disk=True).given
+    other = drawing(model=mlp(seed=77, dropout=0.3), save_to_disk=True).trainer
     fitted = sync_trainer(save_path=tmp_path, **other)
     fitted.fit(2, **QUIET, **RESUMED)
     fitted.reset()
@@ -509,7 +509,7 @@ def test_continue_question_when_it_was_not_answered_then_is_asked_again(tmp_path
             return bool(given)
 
         setup = drawing(on_continue=answer)
-        fitted = sync_trainer(save_path=path, **setup.given)
+        fitted = sync_trainer(save_path=path, **setup.trainer)
         try:
             result = fitted.fit(5, continue_loop=2, **QUIET, **fit)
         except InterruptionError:
@@ -542,7 +542,7 @@ def written(path: Path, seconds: list[float] | None = None, **policy: Any) -> li
             found.append((event.epoch, event.batch))
 
     setup = drawing(callbacks=[note])
-    fitted = sync_trainer(save_path=path, **setup.given)
+    fitted = sync_trainer(save_path=path, **setup.trainer)
     fitted.fit(3, **QUIET, checkpoint=Checkpoint(**policy))
     return found
 
@@ -611,7 +611,7 @@ def test_snapshots_when_some_are_to_be_kept_then_others_go(
     keep: int | None, tmp_path: Path
 ) -> None:
     for fits in (1, 2):
-        fitted = sync_trainer(save_path=tmp_path, **drawing().given)
+        fitted = sync_trainer(save_path=tmp_path, **drawing().trainer)
         for _ in range(fits):
             fitted.fit(2, **QUIET, checkpoint=Checkpoint(keep=keep), resume=True)
         files = len(list((tmp_path / "snapshots").iterdir()))
@@ -654,7 +654,7 @@ def test_load_when_saved_between_fits_then_goes_on_as_if_nothing_had_been(
     seed: int | None, tmp_path: Path
 ) -> None:
     def make() -> SyncFitLoop:
-        return sync_trainer(save_path=tmp_path, **drawing(seed).given)
+        return sync_trainer(save_path=tmp_path, **drawing(seed).trainer)
 
     seed_process(SEED)
     first = make()
@@ -681,9 +681,9 @@ def test_load_when_file_is_a_snapshot_from_the_middle_of_an_epoch_then_has_its_w
 ) -> None:
     assert run_script(drawing, tmp_path, 3, **RESUMED) is None
     newest = max((tmp_path / "snapshots").glob("*.msgpack"))
-    fitted = sync_trainer(**drawing().given)
+    fitted = sync_trainer(**drawing().trainer)
     fitted.load(newest.name, newest.parent)
-    other = sync_trainer(**drawing().given)
+    other = sync_trainer(**drawing().trainer)
     other.fit(1, steps=3, valid_dl=batches(8), load_best=False, **QUIET)
     assert comparable(fitted.model.state_dict()) == comparable(other.model.state_dict())
 
@@ -727,7 +727,7 @@ def test_resume_when_the_script_makes_another_trainer_then_refuses_and_changes_n
 ) -> None:
     assert run_script(drawing, tmp_path, 3, **RESUMED) is None
     setup = make()
-    fitted = sync_trainer(save_path=tmp_path, **setup.given)
+    fitted = sync_trainer(save_path=tmp_path, **setup.trainer)
     before = trainer_values(fitted)
     with pytest.raises(CheckpointError):
         fitted.fit(3, **QUIET, **RESUMED)

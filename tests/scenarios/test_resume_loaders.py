@@ -66,7 +66,7 @@ def tensors() -> TensorDataset:
 
 
 def dropout_mlp(train_dl: Any, **given: Any) -> TrainingSetup:
-    return TrainingSetup(given={"model": mlp(dropout=0.3), "train_dl": train_dl, **given})
+    return TrainingSetup(trainer={"model": mlp(dropout=0.3), "train_dl": train_dl, **given})
 
 
 LOADERS: dict[str, Callable[[], Any]] = {
@@ -160,7 +160,7 @@ def test_resume_when_sampler_draws_ahead_then_equals_one_run(tmp_path: Path) -> 
         sampler = RandomSampler(tensors(), replacement=True, num_samples=96, generator=generator())
         train_dl = DataLoader(tensors(), BATCH_SIZE, sampler=sampler, collate_fn=collate)
         setup = dropout_mlp(train_dl, prefetch=2)
-        setup.given["model"].register_forward_pre_hook(wait)
+        setup.trainer["model"].register_forward_pre_hook(wait)
         return setup
 
     check_resumed_training(make, tmp_path, stops=(4,), epochs=1)
@@ -418,7 +418,7 @@ def test_resume_when_loader_with_state_has_workers_then_equals_one_run(tmp_path:
 def test_resume_when_the_same_iterator_has_gone_on_then_refuses(tmp_path: Path) -> None:
     """Within one process: batches after the snapshot have been read and are gone."""
     setup = dropout_mlp(long_iterator(), seed=5)
-    fitted = sync_trainer(save_path=tmp_path, **setup.given)
+    fitted = sync_trainer(save_path=tmp_path, **setup.trainer)
     interrupt_after(fitted, 2)
     with pytest.raises(InterruptionError):
         fitted.fit(2, steps=3, checkpoint=EVERY_BATCH, resume=True, **QUIET)

@@ -32,7 +32,7 @@ SEEDS = pytest.mark.parametrize("seed", [None, 5], ids=["unseeded", "seeded"])
 def dropout_mlp(**given: Any) -> TrainingSetup:
     model = mlp(dropout=0.3)
     data = loader(blobs(), shuffle=True)
-    return TrainingSetup(given={"model": model, "train_dl": data, **given})
+    return TrainingSetup(trainer={"model": model, "train_dl": data, **given})
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def test_resume_when_model_has_batch_norm_and_dropout_then_equals_one_run(
             "valid_dl": loader(images(14, 2)),
             "seed": seed,
         }
-        return TrainingSetup(given=given)
+        return TrainingSetup(trainer=given)
 
     check_resumed_training(make, tmp_path)
 
@@ -76,7 +76,7 @@ def test_resume_when_loss_function_has_parameters_then_equals_one_run(
         model, loss = mlp(dropout=0.3), Learnt()
         optimizer = Adam([*model.parameters(), *loss.parameters()], lr=0.05)
         given = {"model": model, "loss_function": loss, "optimizer": optimizer, "seed": seed}
-        return TrainingSetup(given=given)
+        return TrainingSetup(trainer=given)
 
     check_resumed_training(make, tmp_path)
 
@@ -93,7 +93,7 @@ def test_resume_when_optimizer_holds_a_tensor_of_no_module_then_equals_one_run(
 
         optimizer = Adam([*model.parameters(), scale], lr=0.05)
         given = {"model": model, "loss_function": loss, "optimizer": optimizer}
-        return TrainingSetup(given=given, also=lambda: scale)
+        return TrainingSetup(trainer=given, extra_state=lambda: scale)
 
     check_resumed_training(make, tmp_path)
 
@@ -124,7 +124,7 @@ def test_resume_when_model_has_extra_state_then_equals_one_run(tmp_path: Path) -
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.1)
-        return TrainingSetup(given={"model": model})
+        return TrainingSetup(trainer={"model": model})
 
     check_resumed_training(make, tmp_path, load_best=False)
 
@@ -135,7 +135,7 @@ def test_resume_when_weights_are_tied_then_equals_one_run(tmp_path: Path) -> Non
         first, second = nn.Linear(6, 6), nn.Linear(6, 6)
         second.weight = first.weight
         model = nn.Sequential(first, nn.ReLU(), second, nn.Linear(6, 3))
-        return TrainingSetup(given={"model": model, "optimizer": Adam(model.parameters())})
+        return TrainingSetup(trainer={"model": model, "optimizer": Adam(model.parameters())})
 
     check_resumed_training(make, tmp_path)
 
@@ -177,7 +177,7 @@ def test_resume_when_bf16_parameters_have_float32_state_then_equals_one_run(
             "dtype": torch.bfloat16,
             "seed": None,
         }
-        return TrainingSetup(given=given)
+        return TrainingSetup(trainer=given)
 
     check_resumed_training(make, tmp_path)
 
@@ -205,7 +205,7 @@ def test_resume_when_optimizer_is_another_one_then_equals_one_run(
     def make() -> TrainingSetup:
         model = mlp(dropout=0.3)
         return TrainingSetup(
-            given={"model": model, "optimizer": OPTIMIZERS[name](model), "seed": None}
+            trainer={"model": model, "optimizer": OPTIMIZERS[name](model), "seed": None}
         )
 
     check_resumed_training(make, tmp_path)
@@ -230,7 +230,7 @@ def test_resume_when_optimizer_is_lbfgs_then_equals_one_run(tmp_path: Path) -> N
         model = mlp()
         optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=2, history_size=3)
         given = {"model": model, "optimizer": optimizer, "train_step": closure_step}
-        return TrainingSetup(given=given)
+        return TrainingSetup(trainer=given)
 
     check_resumed_training(make, tmp_path, stops=(5, 4))
 
@@ -245,7 +245,7 @@ def test_resume_when_there_are_two_optimizers_then_equals_one_run(tmp_path: Path
             schedulers.OneCycleLR(second, max_lr=0.2, total_steps=12),
         ]
         given = {"model": model, "optimizer": [first, second], "seed": None}
-        return TrainingSetup(given={**given, "lr_scheduler": lr_scheduler})
+        return TrainingSetup(trainer={**given, "lr_scheduler": lr_scheduler})
 
     check_resumed_training(make, tmp_path)
 
@@ -285,7 +285,7 @@ def test_resume_when_there_is_a_scheduler_then_equals_one_run(name: str, tmp_pat
             "lr_scheduler": SCHEDULERS[name](optimizer),
             "seed": None,
         }
-        return TrainingSetup(given=given)
+        return TrainingSetup(trainer=given)
 
     check_resumed_training(make, tmp_path)
 
@@ -308,7 +308,7 @@ def test_resume_when_scheduler_is_of_no_library_then_equals_one_run(tmp_path: Pa
         model = mlp()
         optimizer = SGD(model.parameters(), lr=0.1)
         given = {"model": model, "optimizer": optimizer, "lr_scheduler": Schedule(optimizer)}
-        return TrainingSetup(given=given)
+        return TrainingSetup(trainer=given)
 
     check_resumed_training(make, tmp_path)
 
@@ -335,7 +335,7 @@ def test_resume_when_gradients_accumulate_then_equals_one_run(
 ) -> None:
     def make() -> TrainingSetup:
         given = dropout_mlp(train_step=accumulate, valid_step=accumulate, seed=seed)
-        return TrainingSetup(given=given.given, fit={"define_all": True})
+        return TrainingSetup(trainer=given.trainer, fit={"define_all": True})
 
     check_resumed_training(make, tmp_path)
 
@@ -365,7 +365,7 @@ def test_resume_when_more_is_stateful_then_equals_one_run(tmp_path: Path) -> Non
     def make() -> TrainingSetup:
         setup = dropout_mlp(seed=None)
         tally = Tally()
-        average = AveragedModel(setup.given["model"])
+        average = AveragedModel(setup.trainer["model"])
 
         def step(state: LoopState) -> dict[str, Any]:
             values = default_batch_step(state)
@@ -377,7 +377,7 @@ def test_resume_when_more_is_stateful_then_equals_one_run(tmp_path: Path) -> Non
             return values
 
         given = {"train_step": step, "stateful": {"tally": tally, "average": average}}
-        return TrainingSetup(given={**setup.given, **given})
+        return TrainingSetup(trainer={**setup.trainer, **given})
 
     check_resumed_training(make, tmp_path)
 
@@ -513,7 +513,7 @@ def test_resume_when_there_are_batches_of_dictionaries_then_equals_one_run(
     def make() -> TrainingSetup:
         data = [{"inputs": x, "targets": y} for x, y in batches()]
         given = {"train_dl": data, "valid_dl": data[:2], "train_step": step, "valid_step": step}
-        return TrainingSetup(given={"model": mlp(dropout=0.3), "seed": None, **given})
+        return TrainingSetup(trainer={"model": mlp(dropout=0.3), "seed": None, **given})
 
     check_resumed_training(make, tmp_path)
 

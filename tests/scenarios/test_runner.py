@@ -424,7 +424,7 @@ async def test_trainers_when_side_by_side_then_each_is_as_it_is_alone() -> None:
         await plain.fit(3, **QUIET)
         assert outcome.trainer is not None
         assert_same_state(
-            trainer_state(outcome.trainer, drawn=False), trainer_state(plain, drawn=False)
+            trainer_state(outcome.trainer, rng=False), trainer_state(plain, rng=False)
         )
 
 

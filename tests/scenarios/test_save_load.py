@@ -233,7 +233,7 @@ def test_load_when_the_file_is_overwritten_in_place_then_nothing_of_it_is_in_use
     do(second, "load")
     with file.open("r+b") as open_file:  # as cp does, and other programs than this one
         open_file.write(b"\xff" * file.stat().st_size)
-    assert_same_state(trainer_state(second, drawn=False), trainer_state(first, drawn=False))
+    assert_same_state(trainer_state(second, rng=False), trainer_state(first, rng=False))
 
 
 @each_trainer
@@ -621,14 +621,14 @@ def test_reset_when_it_was_trained_then_it_trains_again_to_the_same_bits(
     begun = model_bits(fitted)
     do(fitted, "reset")
     do(fitted, "fit", 2, **QUIET)
-    trained = trainer_state(fitted, drawn=False)
+    trained = trainer_state(fitted, rng=False)
     do(fitted, "save")
     do(fitted, "reset")
     assert model_bits(fitted) == begun
     assert (fitted.best_score, fitted.M.train_runs, fitted.epoch_num) == (None, 0, 0)
     assert (tmp_path / "state.msgpack").exists()
     do(fitted, "fit", 2, **QUIET)
-    again = trainer_state(fitted, drawn=False)
+    again = trainer_state(fitted, rng=False)
     again.pop("numbers")
     assert_same_state(again, {name: trained[name] for name in again})
     do(fitted, "load")

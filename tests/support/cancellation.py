@@ -19,7 +19,7 @@ AsyncCall = Callable[[], Awaitable[object]]
 
 
 class CancelHandle:
-    """A coroutine that runs in the background, and the way to cancel it."""
+    """The way to cancel a coroutine that runs in the background."""
 
     def __init__(self) -> None:
         self.cancel: Callable[[], object] = lambda: None
@@ -27,7 +27,7 @@ class CancelHandle:
 
 
 class SiblingError(Exception):
-    """What the other task of an asyncio.TaskGroup raises."""
+    """Raised by the other task of an asyncio.TaskGroup."""
 
 
 async def by_task_cancel(call: AsyncCall, handle: CancelHandle) -> None:
@@ -101,12 +101,12 @@ SCOPE_METHODS: tuple[CancelMethod, ...] = (by_scope, by_move_on_after, by_fail_a
 def _pairs(native: Iterable[CancelMethod], scopes: Iterable[CancelMethod]) -> list[Any]:
     pairs = [(name, method) for name in ("asyncio", "uvloop") for method in native]
     pairs += [(name, method) for name in ("asyncio", "uvloop", "trio") for method in scopes]
-    found = []
+    parameters = []
     for name, method in pairs:
         loop = loop_parameter(name)
         label = f"{name}-{getattr(method, '__name__', method)}"
-        found.append(pytest.param(*loop.values, method, id=label, marks=loop.marks))
-    return found
+        parameters.append(pytest.param(*loop.values, method, id=label, marks=loop.marks))
+    return parameters
 
 
 every_cancel_method = pytest.mark.parametrize(
@@ -121,9 +121,9 @@ native_and_scope = pytest.mark.parametrize(
 
 @asynccontextmanager
 async def expect_cancelled(method: CancelMethod, call: AsyncCall) -> AsyncIterator[CancelHandle]:
-    """Run ``call`` in the background; wait at the end of the block until it was cancelled.
+    """Run ``call`` in the background, and wait at the end of the block until it was cancelled.
 
-    ``call`` must raise the cancellation once; nothing of it may be left in its task then.
+    ``call`` must raise the cancellation exactly once; none may be left in its task afterwards.
     """
     handle = CancelHandle()
 
@@ -141,8 +141,8 @@ async def expect_cancelled(method: CancelMethod, call: AsyncCall) -> AsyncIterat
 
 
 async def wait_until_idle() -> None:
-    """Wait until what has just been cancelled has noticed, and everybody waits for something."""
-    # The end of a task is told by a callback, which is no task that could be waited for.
+    """Wait until cancelled tasks have received the cancellation, and every task waits."""
+    # A callback announces the end of a task; it is no task, so nothing can wait for it.
     for _ in range(5):
         await anyio.lowlevel.checkpoint()
     await anyio.wait_all_tasks_blocked()

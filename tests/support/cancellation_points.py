@@ -1,4 +1,4 @@
-"""Where in a run a test can hold it at a gate, to cancel it there."""
+"""Points of a run at which a test can hold it with a gate, to cancel it there."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from support.models import BATCHES, batches
 
 @dataclass
 class CancellationPoint:
-    """Where in a run the gate is."""
+    """A point of a run, and the expected state after a cancellation there."""
 
     name: str
     arguments: Callable[[Gate], dict[str, Any]]
     trained_batches: int | None
-    """batches trained when it is cancelled there; None where it is up to the threads"""
+    """batches that are trained then; None if it depends on the threads"""
     recorded_phases: int = 0
-    """train phases in the history then"""
+    """train phases in the history"""
     fit: dict[str, Any] = field(default_factory=dict)
     in_fit: str = ""
-    """name of an argument that belongs to fit"""
+    """name of an argument that is passed to fit, not to the trainer"""
 
     def checked_trainer(self, gate: Gate) -> CheckedTrainer:
         changes = self.arguments(gate)
@@ -104,7 +104,9 @@ CANCELLATION_POINTS = [
         lambda gate: {"train_epoch_start": lambda state: gate.wait_in_thread()},
         trained_batches=0,
     ),
-    CancellationPoint("iter", lambda gate: {"train_dl": lambda: _held(gate)}, trained_batches=0),
+    CancellationPoint(
+        "iter", lambda gate: {"train_dl": lambda: _loader_after_gate(gate)}, trained_batches=0
+    ),
     CancellationPoint(
         "first_load",
         lambda gate: {"train_dl": GatedLoader(gate, 0), "prefetch": 0},
@@ -121,7 +123,7 @@ CANCELLATION_POINTS = [
         trained_batches=None,
     ),
     CancellationPoint(
-        "load_found_out", lambda gate: {"train_dl": GatedLoader(gate)}, trained_batches=2
+        "load_tuned", lambda gate: {"train_dl": GatedLoader(gate)}, trained_batches=2
     ),
     CancellationPoint(
         "load_async",
@@ -213,7 +215,7 @@ CANCELLATION_POINTS = [
 ]
 
 
-def _held(gate: Gate) -> Any:
+def _loader_after_gate(gate: Gate) -> Any:
     gate.wait_in_thread()
     return batches()
 
@@ -221,7 +223,7 @@ def _held(gate: Gate) -> Any:
 async def cancel_at(
     gate: Gate, checked: CheckedTrainer, method: CancelMethod, times: int = 1
 ) -> None:
-    """Cancel ``checked`` when it has come to the gate, and open the gate afterwards."""
+    """Cancel the run of ``checked`` when it waits at the gate, then open the gate."""
     async with expect_cancelled(method, checked.fit) as handle:
         await gate.reached.wait()
         for _ in range(times):

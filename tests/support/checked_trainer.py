@@ -20,12 +20,12 @@ LEARNING_RATE, MOMENTUM = 0.1, 0.9
 
 
 def fitloop_threads() -> list[threading.Thread]:
-    """Return the threads that fitloop has begun and that have not ended."""
+    """Return the threads of fitloop that have not ended."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("fitloop ")]
 
 
 class CountingSGD(SGD):
-    """Counts its steps: a batch is done when it has stepped."""
+    """An optimizer that counts its steps: one for each trained batch."""
 
     steps = 0
 
@@ -35,38 +35,38 @@ class CountingSGD(SGD):
 
 
 class CheckedTrainer:
-    """A trainer to be hurt, whose batches always come in the same order."""
+    """A trainer for fault tests, whose batches always come in the same order."""
 
     def __init__(self, fit: dict[str, Any] | None = None, **changes: Any) -> None:
         model = changes.pop("model", None) or mlp()
         self.optimizer: CountingSGD = changes.pop("optimizer", None) or CountingSGD(
             model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM
         )
-        given = {"valid_dl": None, "test_dl": None, "optimizer": self.optimizer, "model": model}
-        self.trainer = FitLoop(**arguments(**{**given, **changes}))
+        defaults = {"valid_dl": None, "test_dl": None, "optimizer": self.optimizer, "model": model}
+        self.trainer = FitLoop(**arguments(**{**defaults, **changes}))
         self.arguments: dict[str, Any] = {**QUIET, "load_best": False, **(fit or {})}
-        self._oracle = ReferenceLoop()
+        self._reference = ReferenceLoop()
 
     async def fit(self, **changes: Any) -> Any:
         return await self.trainer.fit(**{**self.arguments, **changes})
 
     def check_whole_batches(self) -> int:
-        """Check that the weights are those after whole batches; return how many those were."""
-        done = self.optimizer.steps
-        self._oracle.train(number % BATCHES for number in range(done))
-        assert bits(self.trainer.model) == bits(self._oracle.model)
+        """Check that the weights are those after whole batches; return the number of batches."""
+        steps = self.optimizer.steps
+        self._reference.train(number % BATCHES for number in range(steps))
+        assert bits(self.trainer.model) == bits(self._reference.model)
         self.optimizer.steps = 0
-        return done
+        return steps
 
     async def check_can_train_again(self, **changes: Any) -> None:
-        """Check that another epoch gives the weights that a hand-written loop gives."""
+        """Check that another epoch gives the weights of a loop written by hand."""
         assert not self.trainer.running
         with anyio.fail_after(HANG_TIMEOUT):
             await self.fit(epochs=1, **changes)
         assert self.check_whole_batches() == BATCHES
 
     def recorded_phases(self, phase: str = "train") -> int:
-        """Return the number of phases of this kind in the history."""
+        """Return the number of phases of a kind in the history."""
         stages = self.trainer.M.to_dict()[phase]
         runs = stages["epoch_end"].get("loss", [])
         assert bool(stages["batch_step"]) == bool(stages["epoch_end"])
@@ -74,7 +74,7 @@ class CheckedTrainer:
 
 
 class ReferenceLoop:
-    """The loop as one writes it by hand."""
+    """A training loop written by hand."""
 
     def __init__(self) -> None:
         self.model = mlp()

@@ -1,10 +1,10 @@
-"""Clocks for tests that measure."""
+"""A clock for tests of code that measures time."""
 
 from __future__ import annotations
 
 
 class FakeClock:
-    """Time that passes only when it is told to."""
+    """A clock that stands still until the test advances it."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -12,5 +12,5 @@ class FakeClock:
     def __call__(self) -> float:
         return self.now
 
-    def spend(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += seconds

@@ -31,7 +31,7 @@ plain_asyncio = pytest.mark.parametrize("anyio_backend", [loop_parameter("asynci
 
 
 def threadsafe_scheduler() -> Callable[[Callable[[], object]], object]:
-    """Return a function that has something called on the running event loop, from any thread."""
+    """Return a function that calls its argument on the running event loop, from any thread."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:

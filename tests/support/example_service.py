@@ -1,4 +1,4 @@
-"""The service of ``examples/service`` on a free port, and a client of it that reads its events."""
+"""The service of ``examples/service`` on a free port, and a client that reads its events."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ sys.path.insert(0, str(EXAMPLES))
 from service.server import Server, make_server  # noqa: E402
 from service.trainings import BackendName  # noqa: E402
 
-GUARD = 40.0
-"""seconds that a client waits for an answer at most"""
-Told = dict[str, Any]
+ANSWER_TIMEOUT = 40.0
+"""seconds after which a client that waits for an answer fails"""
+EventData = dict[str, Any]
 
 
 class Service:
@@ -34,16 +34,16 @@ class Service:
         self.client = client
         self.server = server
 
-    async def start(self, **settings: Any) -> Told:
-        """Start a training that has to be taken."""
+    async def start(self, **settings: Any) -> EventData:
+        """Start a training; the service must accept it."""
         answer = await self.client.post("/trainings", json=settings)
         assert answer.status_code == 201, answer.text
-        told: Told = answer.json()
-        assert answer.headers["location"] == f"/trainings/{told['id']}"
-        return told
+        message: EventData = answer.json()
+        assert answer.headers["location"] == f"/trainings/{message['id']}"
+        return message
 
     async def get(self, path: str) -> Any:
-        """Return what is there."""
+        """Return the JSON at a path."""
         answer = await self.client.get(path)
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -56,8 +56,8 @@ class Service:
     @asynccontextmanager
     async def events(
         self, number: int | None = None, last: str | None = None
-    ) -> AsyncIterator[AsyncGenerator[Told, None]]:
-        """Follow one training, or all, after the message with the id ``last``."""
+    ) -> AsyncIterator[AsyncGenerator[EventData, None]]:
+        """Follow one training, or all of them, after the message with the id ``last``."""
         path = "/events" if number is None else f"/trainings/{number}/events"
         headers = {} if last is None else {"Last-Event-ID": last}
         async with self.client.stream("GET", path, headers=headers) as response:
@@ -69,18 +69,20 @@ class Service:
             finally:
                 await reader.aclose()
 
-    async def everything(self, number: int | None = None, last: str | None = None) -> list[Told]:
+    async def everything(
+        self, number: int | None = None, last: str | None = None
+    ) -> list[EventData]:
         """Follow to the end, and return all messages."""
         async with self.events(number, last) as events:
             return [message async for message in events]
 
-    async def until(self, number: int, kind: str) -> Told:
-        """Follow a training until there is a message of this kind."""
+    async def until(self, number: int, kind: str) -> EventData:
+        """Follow a training to a message of this kind; return it."""
         async with self.events(number) as events:
             return await first(events, kind)
 
 
-async def first(events: AsyncIterator[Told], kind: str) -> Told:
+async def first(events: AsyncIterator[EventData], kind: str) -> EventData:
     """Return the next message of this kind."""
     async for message in events:
         if message["kind"] == kind:
@@ -88,8 +90,8 @@ async def first(events: AsyncIterator[Told], kind: str) -> Told:
     raise AssertionError(f"the stream ended without {kind}")
 
 
-async def _messages(response: httpx.Response) -> AsyncGenerator[Told, None]:
-    """Read server-sent events; the id of one that has an id is its ``"sse_id"``."""
+async def _messages(response: httpx.Response) -> AsyncGenerator[EventData, None]:
+    """Read server-sent events; an id becomes the key ``"sse_id"`` of the message."""
     number: str | None = None
     async for line in response.aiter_lines():
         field, _, value = line.partition(": ")
@@ -102,10 +104,10 @@ async def _messages(response: httpx.Response) -> AsyncGenerator[Told, None]:
             assert field in ("", "retry"), line
 
 
-class _Told(Server):
-    """A server that says when it has started."""
+class _ObservedServer(Server):
+    """A server that sets an event when it has started."""
 
-    def tell(self, has_started: anyio.Event) -> None:
+    def set_when_started(self, has_started: anyio.Event) -> None:
         self._has_started = has_started
 
     async def startup(self, sockets: Any = None) -> None:
@@ -115,12 +117,14 @@ class _Told(Server):
 
 @asynccontextmanager
 async def run_service(
-    backend: BackendName = "thread", at_once: int | None = None
+    backend: BackendName = "thread", max_concurrent: int | None = None
 ) -> AsyncIterator[Service]:
     """Run the real server in this event loop, and end it as a signal would."""
-    server = _Told(make_server(backend, at_once, port=0, log_level="warning").config)
+    server = _ObservedServer(
+        make_server(backend, max_concurrent, port=0, log_level="warning").config
+    )
     has_started = anyio.Event()
-    server.tell(has_started)
+    server.set_when_started(has_started)
     serve = asyncio.create_task(server.serve())
     try:
         await has_started.wait()
@@ -134,7 +138,7 @@ async def run_service(
 
 @contextmanager
 def run_service_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Run the service as a program; gives the process and its port."""
+    """Run the service as a program; yield the process and its port."""
     command = [sys.executable, str(EXAMPLES / "service"), "--port", "0", *arguments]
     root = str(EXAMPLES.parent)
     environment = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
@@ -156,10 +160,12 @@ def run_service_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str]
 
 @asynccontextmanager
 async def connect_to_service(port: int) -> AsyncIterator[Service]:
-    """Talk to a service that runs elsewhere."""
+    """Yield a client of a service in another process."""
     async with _client(port) as client:
         yield Service(client)
 
 
 def _client(port: int) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=GUARD, trust_env=False)
+    return httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_TIMEOUT, trust_env=False
+    )

@@ -1,8 +1,8 @@
-"""Real files of fitloop, damaged and forged at random, and what reading them comes to.
+"""Real files of fitloop, damaged or forged at random, and the results of reading them.
 
-*Damaged* is a file with other bytes; its checksums are what they were. *Forged* is one whose
-content was changed and whose checksums are right again. A reader must refuse a damaged file or
-find in it what was there; a forged one it may also believe. Nothing else may come of either.
+A *damaged* file has other bytes and its old checksums. A *forged* file has other content and
+correct checksums. A reader must refuse a damaged file or return the original content. It may
+accept a forged one. Anything else is a failure.
 """
 
 from __future__ import annotations
@@ -41,41 +41,41 @@ msgpack: Any = msgpack_library
 @functools.cache
 def real_files() -> dict[str, bytes]:
     """Return the bytes of small files of each kind, by name; the same in every process."""
-    drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     seed_process(0)
     try:
-        return {name: _timeless(data) for name, data in _made().items()}
+        return {name: _timeless(data) for name, data in _write_files().items()}
     finally:
-        torch.set_rng_state(drawn[0])
-        random.setstate(drawn[1])
-        np.random.set_state(drawn[2])
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
 
 
 def _timeless(data: bytes) -> bytes:
-    """Return a file that does not say when it was written, and how long the run had taken."""
+    """Return a file without the time of its writing and the duration of its run."""
     header, payloads = split(data) if b"header_crc32" in data else ({}, [])
     if "written" not in header:
         return data
     header["written"] = "2000-01-01T00:00:00+00:00"
     if header["state"]["run"] is not None:
         header["state"]["run"]["seconds"] = 1.5
-    return sealed(header, payloads)
+    return with_checksums(header, payloads)
 
 
-def _made() -> dict[str, bytes]:
+def _write_files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
-        fitted = sync_trainer(save_path=place, seed=1)
+        parent = Path(directory)
+        fitted = sync_trainer(save_path=parent, seed=1)
         fitted.fit(2, checkpoint=Checkpoint(every_batches=3, keep=None), verbose=False)
         fitted.test(verbose=False)
         fitted.save("state.msgpack")
         fitted.save_model("weights.msgpack")
-        unseeded = sync_trainer(save_path=place / "other")
+        unseeded = sync_trainer(save_path=parent / "other")
         unseeded.fit(1, verbose=False)
-        unseeded.save("unseeded.msgpack", place)
-        snapshots = sorted((place / "snapshots").iterdir())
+        unseeded.save("unseeded.msgpack", parent)
+        snapshots = sorted((parent / "snapshots").iterdir())
         return {
-            **{path.name: path.read_bytes() for path in place.glob("*.msgpack")},
+            **{path.name: path.read_bytes() for path in parent.glob("*.msgpack")},
             "running.msgpack": snapshots[0].read_bytes(),
             "ended.msgpack": snapshots[-1].read_bytes(),
         }
@@ -85,23 +85,23 @@ def _made() -> dict[str, bytes]:
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
-    """Return ``data`` with other bytes; now and then that changes nothing."""
-    found = bytearray(data)
+    """Return ``data`` with random changes, which sometimes cancel each other."""
+    changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
-        _DAMAGES[rng.randrange(len(_DAMAGES))](rng, found)
-    return bytes(found)
+        _DAMAGES[rng.randrange(len(_DAMAGES))](rng, changed)
+    return bytes(changed)
 
 
 def _span(rng: random.Random, data: bytearray) -> slice:
-    """Return a piece, more often one of the header or of the beginning than another."""
+    """Return a random piece, more often one of the beginning or of the header."""
     start = rng.randrange(min(len(data), rng.choice((16, 256, 2**40))) or 1)
     return slice(start, start + rng.choice((1, 2, 4, 8, 64, 1000)))
 
 
 def _flip(rng: random.Random, data: bytearray) -> None:
     if data:
-        place = rng.randrange(len(data))
-        data[place] ^= 1 << rng.randrange(8)
+        offset = rng.randrange(len(data))
+        data[offset] ^= 1 << rng.randrange(8)
 
 
 def _cut(rng: random.Random, data: bytearray) -> None:
@@ -113,10 +113,10 @@ def _lengthen(rng: random.Random, data: bytearray) -> None:
 
 
 def _overwrite(rng: random.Random, data: bytearray) -> None:
-    place = _span(rng, data)
-    length = len(data[place])
+    span = _span(rng, data)
+    length = len(data[span])
     byte = rng.choice((b"\0", b"\xff", b"\xc0", b"\xdd", b"\xc6", b"\x91", b"\x81"))
-    data[place] = rng.choice((byte * length, rng.randbytes(length)))
+    data[span] = rng.choice((byte * length, rng.randbytes(length)))
 
 
 def _remove(rng: random.Random, data: bytearray) -> None:
@@ -124,23 +124,23 @@ def _remove(rng: random.Random, data: bytearray) -> None:
 
 
 def _repeat(rng: random.Random, data: bytearray) -> None:
-    place = _span(rng, data)
-    data[place.start : place.start] = data[place]
+    span = _span(rng, data)
+    data[span.start : span.start] = data[span]
 
 
 def _move(rng: random.Random, data: bytearray) -> None:
-    place = _span(rng, data)
-    piece = data[place]
-    del data[place]
+    span = _span(rng, data)
+    piece = data[span]
+    del data[span]
     other = rng.randrange(len(data) + 1)
     data[other:other] = piece
 
 
 def _length(rng: random.Random, data: bytearray) -> None:
-    """Write a large number where there may be one."""
-    place = rng.randrange(len(data) + 1)
+    """Write a large number at a random offset, as a msgpack length."""
+    offset = rng.randrange(len(data) + 1)
     kind = rng.choice((0xC6, 0xDB, 0xDD, 0xDF, 0xCE, 0xC9))
-    data[place : place + 5] = struct.pack(">BI", kind, rng.choice((2**32 - 1, 2**31, 2**20, 0)))
+    data[offset : offset + 5] = struct.pack(">BI", kind, rng.choice((2**32 - 1, 2**31, 2**20, 0)))
 
 
 _DAMAGES = (_flip, _flip, _cut, _lengthen, _overwrite, _remove, _repeat, _move, _length)
@@ -149,15 +149,15 @@ _DAMAGES = (_flip, _flip, _cut, _lengthen, _overwrite, _remove, _repeat, _move, 
 
 
 def split(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """Return header and payloads of a whole file."""
+    """Return header and payloads of a complete file."""
     unpacker = msgpack.Unpacker(max_buffer_size=0)
     unpacker.feed(data)
     header = unpacker.unpack()
     return header, [item for item in unpacker if item is not None]
 
 
-def sealed(header: dict[str, Any], payloads: list[bytes]) -> bytes:
-    """Return a file with right checksums of the header, whatever is in it."""
+def with_checksums(header: dict[str, Any], payloads: list[bytes]) -> bytes:
+    """Return a file with correct checksums, for any content of the header."""
     rest = {key: value for key, value in header.items() if key != "header_crc32"}
     body = msgpack.packb({**rest, "header_crc32": 2**32 - 1})[:-4]
     data = bytearray(body + struct.pack(">I", zlib.crc32(body)))
@@ -166,43 +166,43 @@ def sealed(header: dict[str, Any], payloads: list[bytes]) -> bytes:
     return bytes(data)
 
 
-Place = tuple[Any, Any]
-"""a container and a key or an index of it"""
+Location = tuple[Any, Any]
+"""a container, and a key or an index of it"""
 
 
-def places(tree: Any) -> list[Place]:
-    """Return every place of a tree of plain values."""
-    found: list[Place] = []
+def locations(tree: Any) -> list[Location]:
+    """Return every location in a tree of plain values."""
+    result: list[Location] = []
     waiting = [tree]
     while waiting:
         node = waiting.pop()
         keys = range(len(node)) if isinstance(node, list) else list(node)
         for key in keys:
-            found.append((node, key))
+            result.append((node, key))
             if isinstance(node[key], dict | list):
                 waiting.append(node[key])
-    return found
+    return result
 
 
 def mutate(rng: random.Random, tree: Any) -> None:
-    """Change a tree of plain values in one to three places."""
+    """Change a tree of plain values at one to three locations."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        found = places(tree)
-        if not found:
+        every = locations(tree)
+        if not every:
             return
-        # Of the long lists of numbers in random states any one is as good as another.
-        few = [(node, key) for node, key in found if not isinstance(key, int) or key < 4]
+        # In the long lists of numbers of random states, four numbers stand for all.
+        few = [(node, key) for node, key in every if not isinstance(key, int) or key < 4]
         node, key = rng.choice(few)
-        _change(rng, node, key, rng.choice(found))
+        _change(rng, node, key, rng.choice(every))
 
 
-def _change(rng: random.Random, node: Any, key: Any, other: Place) -> None:
+def _change(rng: random.Random, node: Any, key: Any, other: Location) -> None:
     kind = rng.randrange(6)
     if kind == 0:
         del node[key]
-    elif kind == 1:  # by a value from elsewhere
+    elif kind == 1:  # replace by a value from another location
         node[key] = _copied(other[0][other[1]])
-    elif kind == 2 and isinstance(node, dict):  # under another name
+    elif kind == 2 and isinstance(node, dict):  # rename
         name = rng.choice((f"{key}x", "", "!tuple", "!tensor", "step", "0"))
         node[name] = node.pop(key)
     elif kind == 3 and isinstance(node, list):
@@ -210,7 +210,7 @@ def _change(rng: random.Random, node: Any, key: Any, other: Place) -> None:
     elif kind == 4:
         node[key] = _copied(_nearby(rng, node[key]))
     else:
-        node[key] = _copied(rng.choice(_VALUES))  # or the next change would be to the list
+        node[key] = _copied(rng.choice(_VALUES))  # copied, or a later change would change the list
 
 
 def _copied(value: Any) -> Any:
@@ -244,7 +244,7 @@ _VALUES: tuple[Any, ...] = (
 
 
 def forged(rng: random.Random, data: bytes) -> bytes:
-    """Return a file with a changed header and right checksums."""
+    """Return a file with a changed header and correct checksums."""
     header, payloads = split(data)
     if "state" in header and rng.random() < 0.7:
         mutate(rng, header["state"])
@@ -252,11 +252,11 @@ def forged(rng: random.Random, data: bytes) -> bytes:
         mutate(rng, header)
     if rng.random() < 0.1 and payloads:
         payloads[rng.randrange(len(payloads))] += b"\0"
-    return sealed(header, payloads)
+    return with_checksums(header, payloads)
 
 
 def forged_log(rng: random.Random, data: bytes) -> bytes:
-    """Return a log of metrics with changed records and right checksums."""
+    """Return a metric log with changed records and correct checksums."""
     records = _records(data)
     for _ in range(rng.choice((1, 1, 2))):
         chosen = rng.randrange(len(records))
@@ -279,14 +279,14 @@ def _records(data: bytes) -> list[Any]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A kind of file: a real one, how it is forged, read, and what reading it may give."""
+    """A kind of file: a real file, functions that forge and read it, and the allowed results."""
 
     name: str
     data: bytes
     forge: Callable[[random.Random, bytes], bytes]
     read: Callable[[Path], Any]
     allowed: list[Any]
-    """what reading a damaged one may find"""
+    """allowed results of reading a damaged file"""
 
 
 def _read_snapshot(path: Path) -> Any:
@@ -336,17 +336,17 @@ def _prefixes(data: bytes, path: Path) -> list[Any]:
 
 @dataclass
 class Report:
-    """What a campaign came to."""
+    """The result of a campaign."""
 
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    """by subject, way and outcome"""
+    """by subject, damaged or forged, and outcome"""
     failures: list[str] = field(default_factory=list)
-    """what must not be, with the number of the file"""
+    """failures, each with the number of its file"""
     slowest: float = 0.0
     """milliseconds"""
     slowest_file: str = ""
     grown: int = 0
-    """bytes by which the memory of the process grew at most"""
+    """largest growth of the memory of the process, in bytes"""
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -360,17 +360,17 @@ class Report:
 
 
 def campaign(files: int, directory: Path, *, seed: int = 0, first: int = 0) -> Report:
-    """Read ``files`` bad files and report; the n-th file depends on ``seed`` and n only."""
-    report, own = Report(), subjects(directory)
+    """Read ``files`` bad files and report; the n-th file depends only on ``seed`` and n."""
+    report, kinds = Report(), subjects(directory)
     path = directory / "bad.msgpack"
-    for subject in own:  # what reading allocates once
+    for subject in kinds:  # allocate now what reading allocates once
         path.write_bytes(subject.data)
         subject.read(path)()
     memory = _peak()
     began = time.perf_counter()
     for number in range(first, first + files):
         rng = random.Random(f"{seed} {number}")
-        subject = own[number % len(own)]
+        subject = kinds[number % len(kinds)]
         way = "damaged" if rng.random() < 0.6 else "forged"
         data = (damaged if way == "damaged" else subject.forge)(rng, subject.data)
         label = f"seed {seed}, file {number}: {subject.name}, {way}"
@@ -390,7 +390,7 @@ def _read(subject: Subject, path: Path, way: str, data: bytes, report: Report, l
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            look = subject.read(path)
+            content = subject.read(path)
     except CheckpointError as error:
         if str(path) not in str(error):
             report.failures.append(f"{label}: the file is not named: {error}")
@@ -400,10 +400,10 @@ def _read(subject: Subject, path: Path, way: str, data: bytes, report: Report, l
         return f"raised {type(error).__name__}"
     if way == "forged":
         return "accepted"
-    found = look()
-    if found == subject.allowed[-1]:
+    value = content()
+    if value == subject.allowed[-1]:
         return "accepted, the same"
-    if found in subject.allowed:
+    if value in subject.allowed:
         return "accepted, a prefix"
     report.failures.append(f"{label}: other content of {len(data)} bytes was accepted")
     return "accepted, other content"

@@ -17,10 +17,10 @@ from support.models import BATCHES, Batch, batches
 
 
 class Gate:
-    """Holds a thread or a task at one point of its way until the test opens it.
+    """A point at which a thread or task waits until the test opens the gate.
 
-    Made inside the event loop of the test. Leaving the ``with`` block opens it, so that a failing
-    test leaves no thread behind.
+    Construct it on the event loop of the test. Leaving the ``with`` block opens the gate, so that
+    a failing test leaves no thread behind.
     """
 
     def __init__(self) -> None:
@@ -31,18 +31,18 @@ class Gate:
         self.reached = anyio.Event()
 
     def wait_in_thread(self) -> None:
-        """Come to the gate in a thread, and pass it when it is open."""
+        """Wait in a thread until the gate is open; ``reached`` is set before."""
         self._reached_by_thread.set()
-        with suppress(RuntimeError):  # its event loop was closed, and nobody waits any more
+        with suppress(RuntimeError):  # the event loop was closed, so no task waits for the event
             self._schedule(self.reached.set)
-        assert self._opened.wait(HANG_TIMEOUT), "nobody opened the gate"
+        assert self._opened.wait(HANG_TIMEOUT), "the test did not open the gate"
 
     def wait_until_reached(self) -> None:
-        """Wait in a thread until another one has come to the gate."""
-        assert self._reached_by_thread.wait(HANG_TIMEOUT), "nobody came to the gate"
+        """Wait in a thread until another thread waits at the gate."""
+        assert self._reached_by_thread.wait(HANG_TIMEOUT), "no thread reached the gate"
 
     async def wait_in_task(self) -> None:
-        """Come to the gate in a task."""
+        """Wait in a task until the gate is open; ``reached`` is set before."""
         self.reached.set()
         await self._opened_for_tasks.wait()
 
@@ -63,7 +63,7 @@ class Gate:
 
 
 class GatedLoader:
-    """A loader over `batches` that comes to a gate before it gives batch ``at``."""
+    """A loader of `batches` that waits at a gate before it returns batch ``at``, from 0."""
 
     def __init__(self, gate: Gate, at: int = 2) -> None:
         self._gate, self._at = gate, at
@@ -79,7 +79,7 @@ class GatedLoader:
 
 
 class AsyncGatedLoader:
-    """The same for ``async for``."""
+    """An async loader that does the same as `GatedLoader`."""
 
     def __init__(self, gate: Gate, at: int = 2) -> None:
         self._gate, self._at = gate, at

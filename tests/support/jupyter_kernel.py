@@ -1,4 +1,4 @@
-"""A Jupyter kernel that is talked to as a notebook does, message by message."""
+"""A Jupyter kernel, with the client that a notebook is: message by message."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jupyter_client.manager import KernelManager
 
 from support.notebooks import ROOT, kernel_environment
 
-GUARD = 60
-"""seconds that a message may take"""
+MESSAGE_TIMEOUT = 60
+"""seconds within which a message must come"""
 
 SETUP = f"""
 import sys
@@ -27,21 +27,21 @@ def ours():
 
 @dataclass
 class Cell:
-    """What came of a cell; the output of cells before it comes to theirs."""
+    """The result of a cell; later output of earlier cells goes to those cells."""
 
     status: str = ""
     error: str = ""
-    """name of what it raised"""
+    """name of the exception that it raised"""
     shows: list[str] = field(default_factory=list)
-    """HTML of the displays it made, as they were at first"""
+    """HTML of each display of the cell when it was made"""
     updates: list[tuple[str, str]] = field(default_factory=list)
-    """(id of a display, its HTML) for each update"""
+    """(id of the display, its HTML) of each update"""
     pages: dict[str, dict[str, str]] = field(default_factory=dict)
-    """id -> content, as it is now"""
+    """id of each display -> its present content"""
     printed: dict[str, str] = field(default_factory=lambda: {"stdout": "", "stderr": ""})
     result: dict[str, str] = field(default_factory=dict)
 
-    def take(self, kind: str, content: dict[str, Any]) -> None:
+    def add_message(self, kind: str, content: dict[str, Any]) -> None:
         match kind:
             case "display_data" | "update_display_data":
                 name, data = content["transient"]["display_id"], content["data"]
@@ -70,17 +70,17 @@ class Kernel:
         identity = self._client.execute(code)
         cell = self._cells[identity] = Cell()
         while True:
-            message = self._client.get_iopub_msg(timeout=GUARD)
+            message = self._client.get_iopub_msg(timeout=MESSAGE_TIMEOUT)
             kind, content = message["msg_type"], message["content"]
             parent = message["parent_header"].get("msg_id")
             if parent in self._cells:
-                self._cells[parent].take(kind, content)
+                self._cells[parent].add_message(kind, content)
             if interrupt and kind == "update_display_data":
                 self._manager.interrupt_kernel()
                 interrupt = False
             if parent == identity and kind == "status" and content["execution_state"] == "idle":
                 break
-        cell.status = self._client.get_shell_msg(timeout=GUARD)["content"]["status"]
+        cell.status = self._client.get_shell_msg(timeout=MESSAGE_TIMEOUT)["content"]["status"]
         return cell
 
 
@@ -92,10 +92,10 @@ def start_kernel() -> Iterator[Kernel]:
     client = manager.client()
     try:
         client.start_channels()
-        client.wait_for_ready(timeout=GUARD)
-        made = Kernel(manager, client)
-        assert made.run(SETUP).error == ""
-        yield made
+        client.wait_for_ready(timeout=MESSAGE_TIMEOUT)
+        kernel = Kernel(manager, client)
+        assert kernel.run(SETUP).error == ""
+        yield kernel
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

@@ -1,7 +1,7 @@
-"""A training that is killed again and again, and whose end is that of one which was not.
+"""A training that is killed many times must end with the same bits as one that is not.
 
-Each start of the script is a fork of this process, which has imported torch but has neither
-threads nor run anything of it: so a start takes hundredths of a second and not seconds.
+Each start of the script is a fork of this process, which has imported torch, but has no other
+threads and has run nothing of torch. So a start takes hundredths of a second, not seconds.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ from support.resumed_trainings import comparable, result_values, trainer_values
 
 FITS, EPOCHS, BATCHES = 2, 2, 4
 LONGEST_WAIT = 0.01
-"""seconds, at random, between a line of the script and the kill"""
+"""seconds between a line of the script and the kill; the time is random up to this"""
 MOST_LINES = 12
-"""that are read, at random, before a kill"""
+"""lines that are read before a kill; the number is random up to this"""
 WARM = ("torch._dynamo", "anyio._backends._asyncio")
-"""what else a first run imports, which takes seconds"""
+"""modules that a first run imports, which takes seconds"""
 MOST_STARTS = 500
-"""of one training; more and it does not get on"""
+"""starts of one training; a training that needs more makes no progress"""
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
-def train(path: Path, seed: int | None, say: Say, *, resume: bool = True) -> str:
-    """Be the script; return a digest of all that it ends with."""
+def train(path: Path, seed: int | None, report: Report, *, resume: bool = True) -> str:
+    """Run the script; return a digest of its final state."""
     seed_process(7)
     model = mlp(dropout=0.3)
     optimizer = Adam(model.parameters(), lr=0.02)
 
     def step(state: LoopState) -> dict[str, Any]:
-        say(f"batch {(state.epoch_num - 1) * BATCHES + state.batch_num}")
+        report(f"batch {(state.epoch_num - 1) * BATCHES + state.batch_num}")
         return default_batch_step(state)
 
-    def tell(event: Event) -> None:
+    def callback(event: Event) -> None:
         if isinstance(event, SnapshotWritten):
             done = event.epoch * BATCHES if not event.batch else event.batch
             done += (event.epoch - 1) * BATCHES if event.batch else 0
-            say(f"kept {done}")
+            report(f"saved {done}")
 
     fitted = sync_trainer(
         model=model,
@@ -79,7 +79,7 @@ def train(path: Path, seed: int | None, say: Say, *, resume: bool = True) -> str
         seed=seed,
         save_to_disk=True,
         save_path=path,
-        callbacks=[tell],
+        callbacks=[callback],
     )
     checkpoint = Checkpoint(every_batches=1) if resume else None
     results = [
@@ -93,12 +93,12 @@ def train(path: Path, seed: int | None, say: Say, *, resume: bool = True) -> str
 
 @contextmanager
 def _started(path: Path, seed: int | None, *, resume: bool) -> Iterator[tuple[int, int]]:
-    """Fork the script; yield its process and what it writes lines to."""
+    """Fork the script; yield its process id and a pipe with its lines."""
     reading, writing = os.pipe()
     process = os.fork()
     if not process:
         os.close(reading)
-        _be_the_script(path, seed, writing, resume=resume)
+        _run_script(path, seed, writing, resume=resume)
     os.close(writing)
     try:
         yield process, reading
@@ -108,14 +108,14 @@ def _started(path: Path, seed: int | None, *, resume: bool) -> Iterator[tuple[in
         os.close(reading)
 
 
-def _be_the_script(path: Path, seed: int | None, writing: int, *, resume: bool) -> NoReturn:
+def _run_script(path: Path, seed: int | None, writing: int, *, resume: bool) -> NoReturn:
     try:
         warnings.simplefilter("error")
 
-        def say(line: str) -> None:
+        def report(line: str) -> None:
             os.write(writing, f"{line}\n".encode())
 
-        say(f"done {train(path, seed, say, resume=resume)}")
+        report(f"done {train(path, seed, report, resume=resume)}")
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -134,26 +134,26 @@ def _lines(reading: int) -> Iterator[str]:
 
 @dataclass
 class Campaign:
-    """Trains in new directories until there were enough kills, and counts."""
+    """Trains in new directories until there were enough kills, and counts the results."""
 
     seed: int = 0
     kills: int = 0
     resumes: int = 0
-    """starts that went on from a snapshot"""
+    """starts that resumed from a snapshot"""
     trainings: int = 0
     lost: int = 0
-    """starts that went on from before a snapshot that was said to be written"""
+    """starts that resumed from before a snapshot that was reported as written"""
     wrong: int = 0
-    """trainings that ended otherwise than one without kills"""
+    """trainings whose final state differs from that of one without kills"""
     failed: int = 0
     """starts that ended with an error"""
     unreadable: int = 0
-    """logs of metrics that could not be read after a kill"""
+    """metric logs that could not be read after a kill"""
     seconds: float = 0.0
     _random: random.Random = field(default_factory=random.Random, repr=False)
 
     def run(self, kills: int) -> None:
-        """Kill ``kills`` times; the last training goes on to its end."""
+        """Kill ``kills`` times; the last training then runs to its end."""
         torch.set_num_threads(1)
         for module in WARM:
             importlib.import_module(module)
@@ -162,59 +162,65 @@ class Campaign:
         while self.kills < kills and not self.failed:
             seed = None if self.trainings % 2 else 41
             with TemporaryDirectory() as directory:
-                expected = self._start(Path(directory, "whole"), seed, None, resume=False)
-                if self._train(Path(directory, "parts"), seed, kills) != expected:
+                expected = self._start(Path(directory, "uninterrupted"), seed, None, resume=False)
+                if self._train(Path(directory, "killed"), seed, kills) != expected:
                     self.wrong += 1
             self.trainings += 1
         self.seconds = time.perf_counter() - began
 
     def _train(self, path: Path, seed: int | None, kills: int) -> str:
-        kept = 0
+        saved = 0
         for _ in range(MOST_STARTS):
             lines = self._random.randint(0, MOST_LINES) if self.kills < kills else None
-            found = self._start(path, seed, lines, kept)
-            if isinstance(found, str):
-                return found
-            kept = found
-            self._look_at_log(path)
+            ending = self._start(path, seed, lines, saved)
+            if isinstance(ending, str):
+                return ending
+            saved = ending
+            self._check_log(path)
         return "no end"
 
     def _start(
-        self, path: Path, seed: int | None, lines: int | None, kept: int = 0, *, resume: bool = True
+        self,
+        path: Path,
+        seed: int | None,
+        lines: int | None,
+        saved: int = 0,
+        *,
+        resume: bool = True,
     ) -> Any:
-        """Return the digest of the end, or how many batches are kept of a script that was killed.
+        """Return the digest of the final state, or the number of saved batches of a killed script.
 
-        ``lines`` is how many lines to read before the kill; None for no kill.
+        ``lines`` is the number of lines to read before the kill; None for no kill.
         """
         first = True
         with _started(path, seed, resume=resume) as (_process, reading):
             if lines == 0:
                 self._wait(reading)
                 self.kills += 1
-                return kept
+                return saved
             for read, line in enumerate(_lines(reading), 1):
-                what, value = line.split()
-                if what == "done":
+                kind, value = line.split()
+                if kind == "done":
                     return value
-                if what == "kept":
-                    kept = max(kept, int(value))
+                if kind == "saved":
+                    saved = max(saved, int(value))
                 elif first:
                     first = False
                     self.resumes += int(value) > 1
-                    self.lost += int(value) <= kept
+                    self.lost += int(value) <= saved
                 if read == lines:
                     self._wait(None)
                     self.kills += 1
-                    return kept
+                    return saved
         self.failed += 1
         return "failed"
 
     def _wait(self, reading: int | None) -> None:
-        """Wait for a moment at random, so that a kill comes in the middle of anything."""
+        """Wait for a random time, so that the kill comes at any point."""
         pipes = [] if reading is None else [reading]
         select.select(pipes, [], [], self._random.uniform(0.0, LONGEST_WAIT))
 
-    def _look_at_log(self, path: Path) -> None:
+    def _check_log(self, path: Path) -> None:
         if Path(path, "metrics.msgpack").exists():
             try:
                 read_metrics(path)

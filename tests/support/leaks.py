@@ -1,4 +1,4 @@
-"""Finds what a test leaves behind: threads, asyncio tasks, open file descriptors."""
+"""Finds threads, asyncio tasks and open file descriptors that a test leaves behind."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import Any
 
 import anyio
 
-# These idle and end by themselves: workers that anyio and trio keep for the next call, and what
+# Idle threads that end by themselves: workers of anyio and trio for the next call, and threads that
 # DataLoader and multiprocessing start once.
 LASTING_THREADS = ("AnyIO worker thread", "Trio thread", "QueueFeederThread", "pin_memory")
 LASTING_TARGETS = ("/dev/", "/proc/", "/sys/")
-"""what drivers and libraries open once and keep"""
+"""files that drivers and libraries open once and keep open"""
 GRACE = 2.0
-"""seconds that a thread or descriptor on its way out gets"""
+"""seconds in which a thread must end and a descriptor must be closed"""
 
 
 @contextmanager
@@ -32,14 +32,16 @@ def no_threads_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     deadline = time.monotonic() + GRACE
-    new = [thread for thread in threading.enumerate() if thread not in before and _counts(thread)]
+    new = [
+        thread for thread in threading.enumerate() if thread not in before and _is_counted(thread)
+    ]
     for thread in new:
         thread.join(max(0.0, deadline - time.monotonic()))
     left = [thread for thread in new if thread.is_alive()]
     assert not left, "the test has left threads behind:\n" + "\n".join(map(_position, left))
 
 
-def _counts(thread: threading.Thread) -> bool:
+def _is_counted(thread: threading.Thread) -> bool:
     return not any(name in thread.name for name in LASTING_THREADS)
 
 
@@ -51,7 +53,7 @@ def _position(thread: threading.Thread) -> str:
 
 @contextmanager
 def no_descriptors_left() -> Iterator[None]:
-    """Do nothing where there is no ``/proc``."""
+    """Check nothing on systems without ``/proc``."""
     if not Path("/proc/self/fd").exists():
         yield
         return
@@ -69,20 +71,20 @@ def no_descriptors_left() -> Iterator[None]:
 
 
 def _descriptors() -> dict[int, str]:
-    found = {}
+    descriptors = {}
     for name in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:  # the descriptor of the listing itself
             continue
         if not target.startswith(LASTING_TARGETS):
-            found[int(name)] = target
-    return found
+            descriptors[int(name)] = target
+    return descriptors
 
 
 @functools.cache
 def _warm_up() -> None:
-    """Open what a process opens once and keeps: libuv's signal pipe, multiprocessing's tracker."""
+    """Open the files that a process opens once: libuv's signal pipe, multiprocessing's tracker."""
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()
@@ -94,7 +96,7 @@ def _warm_up() -> None:
 
 
 def without_tasks_left(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-    """Wrap a test coroutine function: it fails when asyncio tasks outlive it."""
+    """Wrap a test coroutine function, so that it fails if asyncio tasks outlive it."""
 
     @functools.wraps(test)
     async def checked(**arguments: Any) -> None:
@@ -104,7 +106,7 @@ def without_tasks_left(test: Callable[..., Awaitable[None]]) -> Callable[..., Aw
             await test(**arguments)
             return
         await test(**arguments)
-        for _ in range(10):  # callbacks of what has just been cancelled
+        for _ in range(10):  # callbacks of tasks that have just been cancelled
             await asyncio.sleep(0)
         left = [task for task in asyncio.all_tasks() - before if not task.done()]
         assert not left, "the test has left asyncio tasks behind:\n" + "\n".join(map(repr, left))

@@ -1,4 +1,4 @@
-"""Runs that are not there: their events, and the log that they would write."""
+"""Runs that are only simulated: their events, and the log that they would write."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def run_ended(epochs: int = 3, call: str = "fit", **changes: Any) -> RunEnded:
 
 
 def epoch_events(number: int, epochs: int = 3, batches: tuple[int, ...] = ()) -> list[Event]:
-    """Return the events of a whole epoch with these records of how far it is."""
+    """Return the events of a whole epoch, with a `BatchProgress` for each of ``batches``."""
     return [
         epoch_started(number, epochs),
         phase_started(number),
@@ -99,7 +99,7 @@ def epoch_events(number: int, epochs: int = 3, batches: tuple[int, ...] = ()) ->
 
 
 class FakeRun:
-    """A trainer as its log knows it; the clock is the test's."""
+    """The part of a trainer that its log uses, with a clock of the test."""
 
     def __init__(
         self,
@@ -124,13 +124,13 @@ class FakeRun:
         return RunLog(self.core, self.writer, **self._options)
 
     def begin(self, epochs: int = 3, call: str = "fit", done: int = 0) -> None:
-        """Begin a run."""
+        """Start a run."""
         self.log = self._new()
         self.observe(run_started(epochs, call))
         self.log.begin(run_started(epochs, call), done)
 
     def observe(self, *events: Event) -> None:
-        """Have these happen, and what is recorded of them written."""
+        """Record the events, and write the records."""
         for event in events:
             self.history.observe(event)
             self.log.observe(event)
@@ -139,14 +139,14 @@ class FakeRun:
 
 @contextmanager
 def fake_run(
-    directory: Path, epochs: int = 3, call: str = "fit", **begun: Any
+    directory: Path, epochs: int = 3, call: str = "fit", **start: Any
 ) -> Iterator[FakeRun]:
-    """Begin a run that has its directory, as others see it, until the end of the block."""
+    """Start a run that locks its directory, as a live one does, until the end of the block."""
     lock = DirectoryLock(directory)
     lock.acquire()
     run = FakeRun(directory)
     try:
-        run.begin(epochs, call, **begun)
+        run.begin(epochs, call, **start)
         yield run
     finally:
         run.writer.close()

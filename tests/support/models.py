@@ -1,4 +1,4 @@
-"""Tiny deterministic models, loaders and trainers, and bit-for-bit views of their state."""
+"""Tiny deterministic models, loaders and trainers, and the bits of their state."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fitloop import FitLoop, LoopState, SyncFitLoop
 FEATURES, CLASSES = 6, 3
 SAMPLES, BATCH_SIZE = 26, 8
 BATCHES = 4
-"""of `batches()`; the last one is short"""
+"""number of batches of `batches()`; the last one is short"""
 
 Batch = tuple[Tensor, Tensor]
 
 
 def blobs(count: int = SAMPLES, seed: int = 1) -> Batch:
-    """Return inputs and class targets that a small model can tell apart."""
+    """Return inputs and class targets that a small model can learn."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(count) % CLASSES
     centres = torch.randn(CLASSES, FEATURES, generator=generator)
@@ -49,13 +49,13 @@ def regression_batches() -> list[Batch]:
 
 
 def loader(data: Batch, *, shuffle: bool = False, own_seed: int | None = None) -> DataLoader[Any]:
-    """Return a DataLoader; with ``own_seed`` it shuffles with a generator of its own."""
+    """Return a DataLoader; with ``own_seed`` it shuffles with its own generator."""
     generator = None if own_seed is None else torch.Generator().manual_seed(own_seed)
     return DataLoader(TensorDataset(*data), BATCH_SIZE, shuffle=shuffle, generator=generator)
 
 
 class Augmented(Dataset[Any]):
-    """Adds noise out of all three of the process's generators to every sample it is asked for."""
+    """A dataset that adds noise from all three generators of the process to every sample."""
 
     def __init__(self, data: Batch) -> None:
         self._inputs, self._targets = data
@@ -70,7 +70,7 @@ class Augmented(Dataset[Any]):
 
 
 def mlp(seed: int = 0, *, dropout: float = 0.0, outputs: int = CLASSES) -> nn.Sequential:
-    """Return a small classifier whose weights depend on ``seed`` only."""
+    """Return a small classifier whose weights depend only on ``seed``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -97,7 +97,7 @@ def cnn(seed: int = 0) -> nn.Sequential:
 def arguments(**changes: Any) -> dict[str, Any]:
     """Return the constructor's arguments for a small classifier, with ``changes``."""
     model = changes.pop("model", None) or mlp()
-    given = {
+    defaults = {
         "model": model,
         "loss_function": nn.CrossEntropyLoss(),
         "train_dl": batches(),
@@ -106,8 +106,8 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "device": "cpu",
     }
     if "optimizer" not in changes:
-        given["optimizer"] = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return {**given, **changes}
+        defaults["optimizer"] = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return {**defaults, **changes}
 
 
 def trainer(**changes: Any) -> FitLoop:
@@ -120,12 +120,12 @@ def sync_trainer(**changes: Any) -> SyncFitLoop:
 
 def regression_trainer(**changes: Any) -> FitLoop:
     data = regression_batches()
-    given = {"model": mlp(outputs=1), "loss_function": nn.MSELoss(), "train_dl": data}
-    return trainer(**{**given, "valid_dl": data, "test_dl": data, **changes})
+    defaults = {"model": mlp(outputs=1), "loss_function": nn.MSELoss(), "train_dl": data}
+    return trainer(**{**defaults, "valid_dl": data, "test_dl": data, **changes})
 
 
 def scores(values: Sequence[float], name: str = "score") -> Callable[[LoopState], dict[str, float]]:
-    """Return a ``valid_epoch_end`` that gives ``values``, one an epoch of the trainer's life."""
+    """Return a ``valid_epoch_end`` that returns ``values``, one for each epoch of the trainer."""
     return lambda state: {name: values[state.epoch_num - 1]}
 
 
@@ -136,7 +136,7 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 
 
 def process_generators() -> tuple[object, ...]:
-    """Return the states of the three generators that belong to the process."""
+    """Return the states of the three generators of the process."""
     numpy = np.random.get_state()
     assert isinstance(numpy, tuple)
     kind, keys, *rest = numpy

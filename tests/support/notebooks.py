@@ -1,4 +1,4 @@
-"""Executes the notebooks of ``examples/`` and stores them with their outputs; a script.
+"""A script that executes the notebooks of ``examples/`` and stores them with their outputs.
 
 ::
 
@@ -24,11 +24,11 @@ NAMES = ("Basic Usage", "Usage")
 
 
 def kernel_environment() -> dict[str, str]:
-    """Return the environment of a kernel that has this checkout's fitloop, and draws inline."""
-    kept = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    before = kept.get("PYTHONPATH")
-    kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
-    return kept
+    """Return the environment of a kernel that imports fitloop from here and draws inline."""
+    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    before = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
+    return environment
 
 
 def read_notebook(name: str, directory: Path = EXAMPLES) -> Any:
@@ -36,10 +36,10 @@ def read_notebook(name: str, directory: Path = EXAMPLES) -> Any:
 
 
 @contextmanager
-def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.clear()
-    os.environ.update(wanted)
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
 
 
 def execute_notebook(notebook: Any) -> Any:
-    """Run all cells in a kernel of its own, in an empty directory; raise what a cell raises."""
+    """Run all cells in a new kernel, in an empty directory; raise if a cell fails."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
@@ -66,7 +66,7 @@ def execute_notebook(notebook: Any) -> Any:
 
 
 def store_notebook(name: str, directory: Path) -> None:
-    """Execute a notebook and write it, without what tells of this machine and day."""
+    """Execute a notebook and write it, without data of this machine and day."""
     notebook = execute_notebook(read_notebook(name))
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -1,4 +1,4 @@
-"""Counts what the interpreter does for a batch: the same on every machine, at any load."""
+"""Counts the work of the interpreter for a batch: the same on every machine, at any load."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FEW, MANY = 50, 150
 
 
 class OpcodeCounter:
-    """What threads begun meanwhile do in fitloop's own modules."""
+    """Counts opcodes and calls in modules of fitloop, in threads that start inside the block."""
 
     def __init__(self) -> None:
         self.opcodes: Counter[str] = Counter()
         """by module and function"""
         self.calls: Counter[str] = Counter()
-        """of functions that are not Python's, from fitloop's: torch, numpy, built-in ones"""
+        """calls from fitloop of functions written in C: torch, numpy, built-in ones"""
 
     def __enter__(self) -> OpcodeCounter:
         self._before = threading.gettrace(), threading.getprofile()
@@ -61,18 +61,18 @@ Fit = Callable[[int], Coroutine[Any, Any, Any]]
 
 
 def work_per_batch(fit: Fit) -> tuple[Counter[str], Counter[str]]:
-    """Return the opcodes and the calls that one more batch takes; ``fit(n)`` trains n of them.
+    """Return the opcodes and the calls of one more batch; ``fit(n)`` trains n batches.
 
-    Events of progress come by time and are left out.
+    Progress events depend on time and are switched off.
     """
-    found = []
+    counts = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "PROGRESS_SECONDS", float("inf"))
         for batches in (FEW, MANY):
             with OpcodeCounter() as work:
                 asyncio.run(fit(batches))
-            found.append(work)
-    few, many = found
+            counts.append(work)
+    few, many = counts
     return _each(few.opcodes, many.opcodes), _each(few.calls, many.calls)
 
 
@@ -83,9 +83,9 @@ def _each(few: Counter[str], many: Counter[str]) -> Counter[str]:
 
 
 def counts_text(work: Counter[str]) -> str:
-    """Return the numbers for a message, the largest first."""
+    """Return the numbers as text, the largest first."""
     return ", ".join(f"{name} {number}" for name, number in work.most_common())
 
 
 IS_TRACED = sys.gettrace() is not None
-"""a debugger or a measurement of coverage is at work, which would be disturbed"""
+"""whether a debugger or a coverage measurement is active, which the counter would disturb"""

@@ -1,4 +1,4 @@
-"""User code that raises when it is told to, and the check of what the caller gets."""
+"""User code that raises an error, and the check of the error that the caller gets."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ TRAINER_NAME = "trainer-7"
 
 
 class InjectedError(Exception):
-    """What the tests raise."""
+    """Raised by the code of the tests."""
 
 
 class ErrorInjector:
-    """Raises its error while it is armed, and keeps what a run tells meanwhile."""
+    """Raises its error while it is armed, and records the events of the run."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = InjectedError("on purpose") if error is None else error
         self.armed = True
         self.events: list[Any] = []
 
-    def raise_error(self, *_given: Any) -> None:
+    def raise_error(self, *_arguments: Any) -> None:
         if self.armed:
             raise self.error
 
@@ -37,7 +37,7 @@ class ErrorInjector:
         return CheckedTrainer(fit, name=TRAINER_NAME, **changes)
 
     async def check(self, call: Callable[[], Any], *words: str) -> None:
-        """Check that ``call`` raises the error with a note that holds all ``words``."""
+        """Check that ``call`` raises the error, with a note that contains all ``words``."""
         with anyio.fail_after(HANG_TIMEOUT), pytest.raises(type(self.error)) as raised:
             await call()
         assert raised.value is self.error
@@ -57,7 +57,7 @@ class ErrorInjector:
 def raising_stage(
     injector: ErrorInjector, is_async: bool, at: int = 2
 ) -> Callable[[LoopState], Any]:
-    """Return a stage function that strikes, as a batch step at batch ``at``."""
+    """Return a stage function that raises the error; a batch step does at batch ``at``."""
 
     def stage(state: LoopState) -> Any:
         in_step = state.batch is not None

@@ -1,4 +1,4 @@
-"""Trainings that are cut short again and again, each time gone on with by objects made anew."""
+"""Trainings that are interrupted several times, and resumed each time with new objects."""
 
 from __future__ import annotations
 
@@ -22,42 +22,39 @@ SEED = 23
 EPOCHS = 2
 EVERY_BATCH = Checkpoint(every_batches=1)
 STOPS = (3, 1, 2, 1)
-"""With 4 train and 2 validation batches an epoch: within the train phase of epoch 1, at the
-beginning of its validation's second batch, at the beginning of epoch 2, after its first batch."""
+"""Batches before each interruption. With 4 train and 2 validation batches an epoch: in the train
+phase of epoch 1, before its second validation batch, before epoch 2, after its first batch."""
 QUIET: dict[str, Any] = {"print_every": 0, "progress": False}
 
 Outcome = dict[str, Any]
 
 
 class InterruptionError(Exception):
-    """Ends a run as a bug in a stage would."""
+    """Ends a run like a bug in a stage function."""
 
 
 @dataclass(kw_only=True)
 class TrainingSetup:
-    """What a script would make before it calls ``fit``."""
+    """The objects and arguments of a script that calls ``fit``."""
 
-    given: dict[str, Any]
-    """arguments of the trainer besides those of `support.models.arguments`"""
+    trainer: dict[str, Any]
+    """arguments of the trainer, besides those of `support.models.arguments`"""
     fit: dict[str, Any] = field(default_factory=dict)
-    also: Callable[[], Any] = lambda: None
-    """gives more state that must be the same"""
+    extra_state: Callable[[], Any] = lambda: None
+    """returns more state that must be the same"""
 
 
 MakeSetup = Callable[[], TrainingSetup]
 
 
 def write_snapshots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every snapshot written before training goes on, so that none is left out.
-
-    Nothing waits for the disk: here no machine loses power.
-    """
+    """Write every snapshot before training continues, so that none is skipped; no fsync."""
     monkeypatch.setattr(BackgroundWriter, "submit", lambda _writer, job: job())
     monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
 
 
 def comparable(value: Any) -> Any:
-    """Return a value that can be compared; tensors and arrays by their bytes."""
+    """Return a value that can be compared with ``==``; tensors and arrays become bytes."""
     if isinstance(value, Tensor):
         numbers = value.detach().contiguous().reshape(-1).view(torch.uint8)
         return str(value.dtype), tuple(value.shape), numbers.numpy().tobytes()
@@ -71,7 +68,7 @@ def comparable(value: Any) -> Any:
 
 
 def trainer_values(trainer: FitLoop | SyncFitLoop) -> Outcome:
-    """Return what a trainer holds."""
+    """Return the state of a trainer."""
     loss = trainer.loss_function
     return {
         "weights": comparable(trainer.model.state_dict()),
@@ -98,7 +95,7 @@ def _scheduler_state(scheduler: Any) -> Any:
 
 
 def result_values(result: FitResult) -> Outcome:
-    """Return what a result says, but for the time it took."""
+    """Return the values of a result, without its duration."""
     return {
         "epochs": result.epochs,
         "stop_reason": result.stop_reason,
@@ -110,31 +107,31 @@ def result_values(result: FitResult) -> Outcome:
 def training_outcome(
     trainer: FitLoop | SyncFitLoop, result: FitResult, setup: TrainingSetup
 ) -> Outcome:
-    found = {
+    values = {
         **trainer_values(trainer),
         "result": result_values(result),
-        "also": comparable(setup.also()),
+        "extra": comparable(setup.extra_state()),
     }
     if trainer._state.config.seed is None:
-        found["process"] = process_generators()
-    return found
+        values["process"] = process_generators()
+    return values
 
 
 def interrupt_after(trainer: FitLoop | SyncFitLoop, forwards: int | None) -> None:
-    """Have the model raise when it has been called so many times, for training or validation."""
-    done = 0
+    """Make the model raise an error in the call after ``forwards`` calls; never if None."""
+    calls = 0
 
     def count(*_args: Any) -> None:
-        nonlocal done
-        if done == forwards:
+        nonlocal calls
+        if calls == forwards:
             raise InterruptionError
-        done += 1
+        calls += 1
 
     trainer.model.register_forward_pre_hook(count)
 
 
 def stop_loader_workers(loader: Any) -> None:
-    """End worker processes that are kept: left to the garbage collector it takes five seconds."""
+    """Stop persistent worker processes; the garbage collector would take five seconds for it."""
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
@@ -142,9 +139,9 @@ def stop_loader_workers(loader: Any) -> None:
 
 
 def run_script(make: MakeSetup, path: Path, stop: int | None, **fit: Any) -> Outcome | None:
-    """Start the script once; return its outcome, or None if it was interrupted."""
+    """Run the script once; return its outcome, or None if it was interrupted."""
     setup = make()
-    trainer = sync_trainer(**{"save_path": path, **setup.given})
+    trainer = sync_trainer(**{"save_path": path, **setup.trainer})
     interrupt_after(trainer, stop)
     seeded = trainer._state.config.seed is not None
     before = process_generators()
@@ -154,36 +151,38 @@ def run_script(make: MakeSetup, path: Path, stop: int | None, **fit: Any) -> Out
     except InterruptionError:
         return None
     finally:
-        stop_loader_workers(setup.given.get("train_dl"))
+        stop_loader_workers(setup.trainer.get("train_dl"))
         if seeded:
-            assert process_generators() == before, "the process's generators were changed"
+            assert process_generators() == before, (
+                "the random generators of the process were changed"
+            )
 
 
 def train_without_interruption(make: MakeSetup, path: Path, **fit: Any) -> Outcome:
-    """Train without any snapshots, once through."""
+    """Train without snapshots and interruptions."""
     seed_process(SEED)
-    found = run_script(make, path, None, **fit)
-    assert found is not None
-    return found
+    outcome = run_script(make, path, None, **fit)
+    assert outcome is not None
+    return outcome
 
 
 def train_with_interruptions(
     make: MakeSetup, path: Path, stops: Sequence[int] = STOPS, **fit: Any
 ) -> Outcome:
-    """Train in many legs, the generators of the process being elsewhere in each."""
-    given = {"checkpoint": EVERY_BATCH, "resume": True, **fit}
+    """Train in several runs of the script, each with another state of the global generators."""
+    options = {"checkpoint": EVERY_BATCH, "resume": True, **fit}
     seed_process(SEED)
     for number, stop in enumerate(stops):
-        assert run_script(make, path, stop, **given) is None
+        assert run_script(make, path, stop, **options) is None
         seed_process(SEED + 1 + number)
-    found = run_script(make, path, None, **given)
-    assert found is not None
-    return found
+    outcome = run_script(make, path, None, **options)
+    assert outcome is not None
+    return outcome
 
 
-def different_keys(found: Outcome, expected: Outcome) -> list[str]:
-    """Return the parts of two outcomes that differ, for messages that can be read."""
-    return [name for name in expected if found.get(name) != expected[name]]
+def different_keys(actual: Outcome, expected: Outcome) -> list[str]:
+    """Return the keys whose values differ in two outcomes; the values are too long to print."""
+    return [name for name in expected if actual.get(name) != expected[name]]
 
 
 def check_resumed_training(
@@ -194,13 +193,16 @@ def check_resumed_training(
     replays: bool = False,
     **fit: Any,
 ) -> None:
-    """Assert that a relay ends as one run does; ``replays`` is whether it reads batches again."""
-    expected = train_without_interruption(make, path / "whole", **fit)
+    """Assert that interruptions change nothing.
+
+    ``replays`` is whether resuming reads batches of the loader again, with a `ResumeWarning`.
+    """
+    expected = train_without_interruption(make, path / "uninterrupted", **fit)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warnings.filterwarnings("ignore", "'set_vital'")  # torchdata, of torch
-        found = train_with_interruptions(make, path / "parts", stops, **fit)
+        warnings.filterwarnings("ignore", "'set_vital'")  # of torch, by torchdata
+        outcome = train_with_interruptions(make, path / "interrupted", stops, **fit)
     others = [w for w in caught if not issubclass(w.category, ResumeWarning)]
     assert not others, [str(w.message) for w in others]
     assert bool(caught) == replays, [str(w.message) for w in caught]
-    assert different_keys(found, expected) == []
+    assert different_keys(outcome, expected) == []

@@ -18,7 +18,7 @@ async def complete_run(checked: CheckedTrainer) -> None:
 
 async def fail_run(checked: CheckedTrainer) -> None:
     with pytest.raises(ValueError, match="on purpose"):
-        await checked.fit(train_dl=_Failing())
+        await checked.fit(train_dl=_FailingLoader())
 
 
 async def cancel_run(checked: CheckedTrainer) -> None:
@@ -30,7 +30,7 @@ async def cancel_run(checked: CheckedTrainer) -> None:
             scope.cancel()
 
 
-class _Failing:
+class _FailingLoader:
     def __iter__(self) -> Iterator[Batch]:
         yield batches()[0]
         raise ValueError("on purpose")

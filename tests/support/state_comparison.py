@@ -1,4 +1,4 @@
-"""Comparable views of nested values and of all that a trainer holds, bit for bit."""
+"""Values to compare nested objects, and the whole state of a trainer, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AnyTrainer = FitLoop | SyncFitLoop
 
 
 def fingerprint(value: Any) -> Any:
-    """Return what is equal for two values of the same types and the same bits only."""
+    """Return a value that is equal for two objects only if types and bits are the same."""
     kind = type(value).__name__
     if isinstance(value, Tensor):
         plain = value.detach().cpu().resolve_conj().resolve_neg()
@@ -42,8 +42,8 @@ def fingerprint(value: Any) -> Any:
     return (kind, repr(value))
 
 
-def trainer_state(trainer: AnyTrainer, *, best: bool = True, drawn: bool = True) -> dict[str, Any]:
-    """Return all that `fit` changes in a trainer, to be compared; ``drawn``: randomness too."""
+def trainer_state(trainer: AnyTrainer, *, best: bool = True, rng: bool = True) -> dict[str, Any]:
+    """Return everything that `fit` changes in a trainer; with ``rng``, random states too."""
     core = trainer._state
     parts = core.config
     modules = [parts.model, parts.loss_function]
@@ -60,13 +60,13 @@ def trainer_state(trainer: AnyTrainer, *, best: bool = True, drawn: bool = True)
     if best:
         kept = core.store.exists(parts.best_model_name)
         state["best"] = dict(core.store.load(parts.best_model_name)) if kept else None
-    if drawn:
+    if rng:
         state["streams"] = {str(key): tuple(value) for key, value in core.rng.states().items()}
         state["process"] = process_generators()
     return {name: fingerprint(value) for name, value in state.items()}
 
 
-def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Compare two `trainer_state`, naming the parts that differ: the values are long."""
-    differing = [name for name in expected if found[name] != expected[name]]
+def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare two results of `trainer_state`; name only the keys that differ, values are long."""
+    differing = [name for name in expected if actual[name] != expected[name]]
     assert not differing

@@ -17,7 +17,7 @@ def small_state() -> dict[str, Tensor]:
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Return any bit patterns, NaNs among them, as a tensor."""
+    """Return a tensor of random bit patterns, which may be NaNs."""
     number = 1
     for length in shape:
         number *= length
@@ -31,9 +31,9 @@ def raw_bytes(tensor: Tensor) -> bytes:
     return bits.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def assert_same_tensors(found: dict[str, Any], expected: dict[str, Tensor]) -> None:
-    assert set(found) == set(expected)
+def assert_same_tensors(actual: dict[str, Any], expected: dict[str, Tensor]) -> None:
+    assert set(actual) == set(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert found[name].shape == tensor.shape
-        assert raw_bytes(found[name]) == raw_bytes(tensor)
+        assert actual[name].dtype == tensor.dtype
+        assert actual[name].shape == tensor.shape
+        assert raw_bytes(actual[name]) == raw_bytes(tensor)

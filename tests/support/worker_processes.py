@@ -1,4 +1,4 @@
-"""Trainers as worker processes make them, and those processes as they are seen from here."""
+"""Factories of trainers for worker processes, and a view of these processes from outside."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from fitloop import Event, FitLoop, LoopState, default_batch_step
 from support.models import Augmented, blobs, loader, mlp, trainer
 
-resource_tracker.ensure_running()  # of the standard library: once a process, and for its life
+resource_tracker.ensure_running()  # starts once in a process, and stays
 
 
 def make_trainer(seed: int = 5, **changes: Any) -> FitLoop:
-    """Return a trainer that draws wherever one can."""
+    """Return a trainer that uses random numbers in its loader and its model."""
     data = Augmented(blobs())
     return trainer(
         **{
@@ -33,26 +33,26 @@ def make_trainer(seed: int = 5, **changes: Any) -> FitLoop:
     )
 
 
-def make_endless_trainer(place: str, *, deaf: bool = False) -> FitLoop:
-    """Return a trainer that tells where it runs in a file, when it is in its first step."""
-    told = False
+def make_endless_trainer(pid_file: str, *, hang: bool = False) -> FitLoop:
+    """Return a trainer whose first step writes the id of its process; ``hang``: it never ends."""
+    written = False
 
     def step(state: LoopState) -> Any:
-        nonlocal told
-        if not told:
-            told = True
-            write_pid(place)
-        if deaf:
+        nonlocal written
+        if not written:
+            written = True
+            write_pid(pid_file)
+        if hang:
             threading.Event().wait()
         return default_batch_step(state)
 
     return make_trainer(train_step=step)
 
 
-def write_pid(place: str) -> None:
-    """Write the number of this process into a file, whole or not at all."""
-    Path(f"{place}.new").write_text(str(os.getpid()))
-    os.replace(f"{place}.new", place)
+def write_pid(path: str) -> None:
+    """Write the id of this process to a file, which appears complete."""
+    Path(f"{path}.new").write_text(str(os.getpid()))
+    os.replace(f"{path}.new", path)
 
 
 def make_killed_trainer(marks: str, at_epoch: int, signal_number: int = signal.SIGKILL) -> FitLoop:
@@ -65,14 +65,14 @@ def make_killed_trainer(marks: str, at_epoch: int, signal_number: int = signal.S
                 print(f"the last line before {mark.name}")  # noqa: T201
                 print("and one that has", "no end", end="", flush=True)  # noqa: T201
                 os.kill(os.getpid(), signal_number)
-                threading.Event().wait()  # another thread may be the one that is struck
+                threading.Event().wait()  # another thread may receive the signal
         return default_batch_step(state)
 
     return make_trainer(train_step=step)
 
 
 class CustomInitError(Exception):
-    """Whose arguments are not those of its __init__."""
+    """An exception whose ``args`` are not the arguments of its ``__init__``."""
 
     def __init__(self, code: int, place: str) -> None:
         self.code = code
@@ -80,7 +80,7 @@ class CustomInitError(Exception):
 
 
 def make_failing_trainer(how: str) -> FitLoop:
-    """Raise, or return a trainer that does."""
+    """Raise an error, or return a trainer that raises one."""
     if how == "factory":
         raise CustomInitError(7, how)
 
@@ -95,7 +95,7 @@ def make_failing_trainer(how: str) -> FitLoop:
 
 
 class EventRecorder:
-    """A callback that keeps what it is told."""
+    """A callback that records the events."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -105,14 +105,14 @@ class EventRecorder:
 
 
 async def wait_for_file(path: Path) -> str:
-    """Wait until there is such a file; return what is in it."""
+    """Wait until a file exists; return its text."""
     while not await anyio.Path(path).exists():  # noqa: ASYNC110
         await anyio.sleep(0.02)
     return await anyio.Path(path).read_text()
 
 
 def worker_processes() -> list[psutil.Process]:
-    """Return the worker processes of this one."""
+    """Return the worker processes of this process."""
     children = psutil.Process().children(recursive=True)
     return [child for child in children if is_worker(child)]
 

@@ -71,7 +71,7 @@ def medians(report: BenchReport) -> dict[str, float]:
 
 def spending(clock: FakeClock, seconds: float) -> Callable[[LoopState], dict[str, float]]:
     def step(state: LoopState) -> dict[str, float]:
-        clock.spend(seconds)
+        clock.advance(seconds)
         return {"loss": 1.0}
 
     return step
@@ -83,7 +83,7 @@ async def test_benchmark_when_time_passes_in_loader_and_step_then_each_way_has_i
 ) -> None:
     def slow() -> Iterator[Any]:
         for batch in batches():
-            clock.spend(3.0)
+            clock.advance(3.0)
             yield batch
 
     made = small(train_dl=slow, train_step=spending(clock, 2.0), prefetch=0)
@@ -111,7 +111,7 @@ async def test_benchmark_when_the_loader_takes_long_to_begin_then_that_is_told_a
 ) -> None:
     class Slow(list[Any]):
         def __iter__(self) -> Iterator[Any]:
-            clock.spend(50.0)
+            clock.advance(50.0)
             return super().__iter__()
 
     made = small(train_dl=Slow(batches()), train_step=spending(clock, 2.0))
@@ -125,7 +125,7 @@ async def test_benchmark_when_epoch_stages_take_long_then_they_are_not_counted(
     clock: FakeClock,
 ) -> None:
     def stage(state: LoopState) -> None:
-        clock.spend(70.0)
+        clock.advance(70.0)
 
     made = small(train_epoch_start=stage, train_epoch_end=stage, train_step=spending(clock, 2.0))
     assert medians(await bench(made))["fitloop"] == medians(await bench(made))["step"] == 2.0
@@ -139,7 +139,7 @@ async def test_benchmark_when_the_epoch_is_short_then_passes_are_repeated(clock:
         nonlocal seen
         seen += 1
         assert state.batch_num <= 4
-        clock.spend(1.0)
+        clock.advance(1.0)
 
     report = await bench(small(train_step=step), batches=10)
     assert report.conditions.batches == 12
@@ -156,7 +156,7 @@ async def test_benchmark_when_time_is_up_then_the_rounds_there_are_must_do(
     def step(state: LoopState) -> None:
         nonlocal steps
         steps += 1
-        clock.spend(0.01 if steps < 10 else 1.0)  # slower than it looked at first
+        clock.advance(0.01 if steps < 10 else 1.0)  # slower than it looked at first
 
     report = await bench(small(train_step=step), batches=None, rounds=None, seconds=5.0)
     assert report.conditions.rounds == 3
@@ -327,7 +327,7 @@ async def test_benchmark_when_stopped_then_reports_the_rounds_that_ended(clock: 
     def step(state: LoopState) -> None:
         nonlocal steps
         steps += 1
-        clock.spend(1.0)
+        clock.advance(1.0)
         if steps == 150:
             made.stop()
 
@@ -370,7 +370,7 @@ async def test_benchmark_when_the_step_is_async_then_both_loops_await_it(clock: 
 
     async def step(state: LoopState) -> dict[str, float]:
         threads.add(threading.current_thread())
-        clock.spend(2.0)
+        clock.advance(2.0)
         await anyio.lowlevel.checkpoint()
         assert torch.is_grad_enabled()
         return {"loss": float(state.batch_num)}

@@ -39,11 +39,11 @@ def profiled(
     started = clock.now
     for _ in range(4):
         for name, seconds in (("wait", wait), ("step", step), ("metrics", metrics)):
-            recorder.wrap(Phase.TRAIN, name, clock.spend)(seconds)
-    recorder.wrap(Phase.TRAIN, "epoch_end", clock.spend)(end)
+            recorder.wrap(Phase.TRAIN, name, clock.advance)(seconds)
+    recorder.wrap(Phase.TRAIN, "epoch_end", clock.advance)(end)
     recorder.observe(phase_ended(clock.now - started))
     for _ in range(4):  # overlaps the other parts, as if batches were loaded ahead
-        recorder.read_wrapper(Phase.TRAIN)(clock.spend)(load)
+        recorder.read_wrapper(Phase.TRAIN)(clock.advance)(load)
     return recorder.report()
 
 
@@ -145,7 +145,7 @@ def test_wrap_when_function_raises_then_its_time_counts_and_same_error() -> None
     error = ValueError("broken")
 
     def fail() -> None:
-        clock.spend(2.0)
+        clock.advance(2.0)
         raise error
 
     with pytest.raises(ValueError, match="broken") as caught:
@@ -211,7 +211,7 @@ async def test_profiler_when_phases_run_then_every_batch_has_its_spans(
 async def test_profiler_when_loader_is_slow_then_it_is_the_bottleneck(clock: FakeClock) -> None:
     def slow() -> Iterator[Any]:
         for batch in batches():
-            clock.spend(3.0)
+            clock.advance(3.0)
             yield batch
 
     report = await trainer(train_dl=slow, prefetch=0).run_profiler(verbose=False)
@@ -223,7 +223,7 @@ async def test_profiler_when_loader_is_slow_then_it_is_the_bottleneck(clock: Fak
 @ONE_LOOP
 async def test_profiler_when_step_is_slow_then_it_is_the_bottleneck(clock: FakeClock) -> None:
     def slow(state: LoopState) -> dict[str, float]:
-        clock.spend(2.0)
+        clock.advance(2.0)
         return {"loss": 1.0}
 
     report = await trainer(train_step=slow).run_profiler(verbose=False)
@@ -235,9 +235,9 @@ async def test_profiler_when_stages_are_coroutines_then_their_awaits_count(
     clock: FakeClock,
 ) -> None:
     async def slow(state: LoopState) -> dict[str, float]:
-        clock.spend(1.0)
+        clock.advance(1.0)
         await anyio.lowlevel.checkpoint()
-        clock.spend(2.0)
+        clock.advance(2.0)
         return {"loss": 1.0}
 
     report = await trainer(
@@ -254,7 +254,7 @@ async def test_profiler_when_loader_is_async_then_it_is_the_bottleneck(
 ) -> None:
     async def slow() -> AsyncIterator[Any]:
         for batch in batches():
-            clock.spend(3.0)
+            clock.advance(3.0)
             await anyio.lowlevel.checkpoint()
             yield batch
 
