@@ -16,8 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import HealthCheck, settings
 from support import programs
 from support.leaks import no_descriptors_left, no_threads_left, without_tasks_left
+
+# No example fails because the machine is busy.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def _needs(module: str) -> pytest.MarkDecorator:
