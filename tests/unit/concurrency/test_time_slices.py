@@ -9,6 +9,7 @@ from queue import Queue
 
 import pytest
 
+from fitloop import BatchProgress, EpochStarted, Phase
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.time_slices import (
     CHECK_SECONDS,
@@ -17,8 +18,6 @@ from fitloop._concurrency.time_slices import (
     TimeSliceHook,
     TimeSlices,
 )
-from fitloop._events import BatchProgress, EpochStarted
-from fitloop._types import Phase
 
 SOON = 20
 

@@ -12,7 +12,21 @@ from typing import Any
 
 import pytest
 
-from fitloop import UnknownMetricError
+from fitloop import (
+    BatchProgress,
+    BestImproved,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    Phase,
+    PhaseEnded,
+    PhaseStarted,
+    PromptAsked,
+    RunEnded,
+    RunStarted,
+    UnknownMetricError,
+    WentBack,
+)
 from fitloop._display.jupyter import in_notebook, interruptible, prints_to_notebook
 from fitloop._display.notebook_view import (
     FIRST_ROWS,
@@ -20,20 +34,6 @@ from fitloop._display.notebook_view import (
     NotebookView,
 )
 from fitloop._display.status import RunStatus
-from fitloop._events import (
-    BatchProgress,
-    BestImproved,
-    EpochEnded,
-    EpochStarted,
-    Event,
-    PhaseEnded,
-    PhaseStarted,
-    PromptAsked,
-    RunEnded,
-    RunStarted,
-    WentBack,
-)
-from fitloop._types import Phase
 
 ONE_LOOP = pytest.mark.parametrize(
     "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import arguments
 
-from fitloop import FitLoop
+from fitloop import FitLoop, Phase
 from fitloop._engine.loop_state import StateWriter
-from fitloop._types import Phase
 
 SIZES = st.lists(st.integers(0, 3), max_size=30)
 

@@ -15,10 +15,8 @@ from support.clocks import FakeClock
 from support.models import batches, blobs, loader, trainer
 
 import fitloop._trainer.fitloop as facade
-from fitloop import LoopState, ProfileReport
+from fitloop import LoopState, Phase, PhaseEnded, ProfileReport
 from fitloop._engine.profiler import PARTS, SpanRecorder
-from fitloop._events import PhaseEnded
-from fitloop._types import Phase
 
 ONE_LOOP = pytest.mark.parametrize(
     "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True

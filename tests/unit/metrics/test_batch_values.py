@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fitloop import MetricError, UnknownMetricError
+from fitloop import MetricError, Phase, Stage, UnknownMetricError
 from fitloop._metrics.batch_values import CHUNK, BatchValues, _DeviceScalars, as_numbers
-from fitloop._types import Phase, Stage
 
 
 def collected(*batches: Any) -> BatchValues:

@@ -16,10 +16,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitloop._errors import ConfigurationError, UnknownMetricError
-from fitloop._events import PhaseEnded, PhaseStarted, RunStarted
-from fitloop._metrics.history import History, HistoryMark, MetricSeries
-from fitloop._types import Phase, Stage
+from fitloop import (
+    ConfigurationError,
+    History,
+    MetricSeries,
+    Phase,
+    PhaseEnded,
+    PhaseStarted,
+    RunStarted,
+    Stage,
+    UnknownMetricError,
+)
+from fitloop._metrics.history import HistoryMark
 
 
 def run_started(call: str = "fit") -> RunStarted:

@@ -18,16 +18,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from support.models import scores, sync_trainer
 
-from fitloop import compare_metrics
-from fitloop._errors import CheckpointError, ConfigurationError, UnknownMetricError
-from fitloop._events import PhaseEnded, RunStarted
-from fitloop._metrics.history import History
+from fitloop import (
+    CheckpointError,
+    ConfigurationError,
+    History,
+    Phase,
+    PhaseEnded,
+    RunStarted,
+    UnknownMetricError,
+    compare_metrics,
+)
 from fitloop._plotting.downsampling import MAX_POINTS, running_mean, thin, window_of
 from fitloop._plotting.draw import plot_comparison, plot_history
 from fitloop._plotting.selection import BestEpoch
 from fitloop._storage.log_records import encode_head
 from fitloop._storage.metric_log import MetricLog
-from fitloop._types import Phase
 
 
 @pytest.fixture(scope="module", autouse=True)

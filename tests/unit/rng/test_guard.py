@@ -10,11 +10,11 @@ import pytest
 import torch
 from support.global_generators import global_states, numbers_of, restored_generators, use
 
+from fitloop import Phase
 from fitloop._concurrency.control import Cancelled, RunControl
 from fitloop._rng.guard import NullGuard, RngGuard
 from fitloop._rng.states import RngState
 from fitloop._rng.trainer_rng import TrainerRng
-from fitloop._types import Phase
 
 NAMES = ["torch", "random", "numpy normal"]
 

@@ -18,12 +18,12 @@ from support.global_generators import (
     use,
 )
 
+from fitloop import Phase
 from fitloop._rng.global_lock import FairSharedLock
 from fitloop._rng.global_state import global_fingerprint
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
 from fitloop._rng.trainer_rng import TrainerRng
-from fitloop._types import Phase
 
 uses = st.lists(st.sampled_from(sorted(USES)), max_size=4)
 

@@ -25,12 +25,12 @@ from fitloop import (
     Phase,
     PhaseEnded,
     RunStarted,
+    Stage,
     read_metrics,
 )
 from fitloop._storage.layout import crc32, pack, unpack
 from fitloop._storage.log_records import encode_event, encode_head
 from fitloop._storage.metric_log import LOG_NAME, MetricLog
-from fitloop._types import Stage
 
 QUIET: dict[str, Any] = {"verbose": False}
 

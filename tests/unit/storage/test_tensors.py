@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.tensors import assert_same_tensors, random_tensor, raw_bytes, small_state
 from torch import Tensor, nn
 
-from fitloop._errors import CheckpointError
+from fitloop import CheckpointError
 from fitloop._storage import layout, tensors
 from fitloop._storage.weight_store import (
     read_weights,

@@ -14,7 +14,7 @@ import torch
 from support.tensors import SUFFIXES, assert_same_tensors, small_state
 from torch import Tensor, nn
 
-from fitloop._errors import CheckpointError
+from fitloop import CheckpointError
 from fitloop._storage import durable
 from fitloop._storage.weight_store import (
     DiskStore,

@@ -10,7 +10,7 @@ import torch
 from support.tensors import assert_same_tensors, small_state
 from torch import Tensor, nn
 
-from fitloop._errors import CheckpointError
+from fitloop import CheckpointError
 from fitloop._storage.weight_store import (
     DiskStore,
     MemoryStore,

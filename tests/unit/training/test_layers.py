@@ -15,8 +15,8 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
-from fitloop._errors import ConfigurationError
-from fitloop._training.layers import (
+from fitloop import (
+    ConfigurationError,
     configure_optimizer,
     freeze,
     get_layers,
