@@ -1,7 +1,7 @@
-"""One job of a `Runner`, from its beginning to its outcome: read if it is done already, else run.
+"""The execution of one job of a `Runner`, from its saved outcome or by a training.
 
-Owns what becomes of a job's errors, and under which name its events go out. Knows no line and no
-other job.
+Owns the handling of a job's errors, and the name under which its events are passed on. Knows
+nothing of the queue and the other jobs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import anyio
@@ -22,14 +21,14 @@ from fitloop._defaults import TrainerDefaults
 from fitloop._errors import add_note_safely
 from fitloop._events import Event
 from fitloop._runner.jobs import Outcome, clear_frames
-from fitloop._runner.outcomes import restored, write_outcome
+from fitloop._runner.outcomes import load_done_outcome, write_outcome
 from fitloop._system import available_cores
 from fitloop.backends.base import Backend, JobSpec
 from fitloop.callbacks.callback import Callback
 
 
 class ResourceAllocator:
-    """Divides the cores among the jobs that run at a time, and assigns CUDA devices in turn."""
+    """Divides the cores among the jobs that run at a time, and assigns the CUDA devices in turn."""
 
     def __init__(self, max_concurrent: int, *, cuda_streams: bool = False) -> None:
         self._cuda_streams = cuda_streams
@@ -52,50 +51,40 @@ class ResourceAllocator:
 
 @dataclass(frozen=True, kw_only=True)
 class JobExecutor:
-    """How the jobs of a Runner are executed."""
+    """Executes the jobs of a Runner, each with the same settings."""
 
     backend: Backend
     allocator: ResourceAllocator
     callbacks: tuple[Callback, ...]
     keep_trainers: bool
-    push: Callable[[Event], None]
-    """takes events from any thread"""
+    emit: Callable[[Event], None]
+    """passes an event on to the Runner; any thread"""
 
     async def execute(self, spec: JobSpec) -> Outcome:
-        """Execute a job; raises nothing that it raised.
+        """Execute a job and return its outcome. Never raises the error of the job.
 
-        Cancellation: the training ends at a batch boundary, and the cancellation is raised.
+        Cancellation: the training ends at a batch boundary, and the cancellation is raised again.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         outcome = Outcome(name=spec.name, status="failed", directory=spec.directory)
         try:
             if spec.directory is not None:
                 directory = spec.directory
-                found = await run_in_thread(
-                    spec.name, lambda: restored(directory, spec.name, spec.epochs)
+                done = await run_in_thread(
+                    spec.name, lambda: load_done_outcome(directory, spec.name, spec.epochs)
                 )
-                if found is not None:
-                    return found
-            share = self.allocator.allocate(spec.name, spec.directory)
-            done = await self.backend.run(
-                self._with_callbacks(spec), share, partial(self._tell, spec.name)
-            )
-            outcome = replace(
-                outcome,
-                status="done",
-                result=done.result,
-                weights=done.weights,
-                trainer=done.trainer if self.keep_trainers else None,
-            )
+                if done is not None:
+                    return done
+            outcome = await self._train(spec, outcome)
         except anyio.get_cancelled_exc_class() as error:
             if is_scope_cancelled():
                 raise
-            outcome = self._failed(outcome, error)  # it awaited something that was cancelled
+            outcome = self._failed(outcome, error)  # the job awaited something that was cancelled
         except BaseException as error:
             outcome = self._failed(outcome, error)
-        outcome = replace(outcome, seconds=time.perf_counter() - began)
+        outcome = replace(outcome, seconds=time.perf_counter() - start)
         if spec.directory is not None:
-            with anyio.CancelScope(shield=True):  # what came of it is to be what the file says
+            with anyio.CancelScope(shield=True):  # the file must agree with the outcome
                 try:
                     await run_in_thread(spec.name, lambda: write_outcome(outcome, spec.epochs))
                 except Exception as error:
@@ -104,23 +93,29 @@ class JobExecutor:
                     )
         return outcome
 
-    def _with_callbacks(self, spec: JobSpec) -> JobSpec:
-        if not self.callbacks:
-            return spec
-        own = spec.options.get("callbacks", ())
-        return replace(spec, options={**spec.options, "callbacks": [*own, *self.callbacks]})
+    async def _train(self, spec: JobSpec, outcome: Outcome) -> Outcome:
+        def emit(event: Event) -> None:  # a factory may give its trainer another name
+            self.emit(event if event.trainer == spec.name else replace(event, trainer=spec.name))
 
-    def _tell(self, name: str, event: Event) -> None:
-        """Pass an event on under the name of its job; a factory may name its trainer otherwise."""
-        self.push(event if event.trainer == name else replace(event, trainer=name))
+        defaults = self.allocator.allocate(spec.name, spec.directory)
+        callbacks = [*spec.options.get("callbacks", ()), *self.callbacks]
+        spec = replace(spec, options={**spec.options, "callbacks": callbacks})
+        training = await self.backend.run(spec, defaults, emit)
+        return replace(
+            outcome,
+            status="done",
+            result=training.result,
+            weights=training.weights,
+            trainer=training.trainer if self.keep_trainers else None,
+        )
 
     def _failed(self, outcome: Outcome, error: BaseException) -> Outcome:
         add_note_safely(error, f"in job {outcome.name!r}")
-        if not self.keep_trainers:  # else the local variables of its frames would
+        if not self.keep_trainers:  # the local variables of the frames would keep the trainer
             clear_frames(error)
         return replace(outcome, error=error)
 
 
 def is_job_error(error: BaseException) -> bool:
-    """Return whether an error is the job's alone, and not of the program, such as SystemExit."""
+    """Return False for an error that must end the program, such as SystemExit."""
     return isinstance(error, Exception | asyncio.CancelledError)

@@ -1,4 +1,4 @@
-"""A training that was handed to a `Runner`: what is to be done, how it goes, what came of it."""
+"""The jobs of a `Runner`: a submitted training, its state, and its outcome."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import re
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from hashlib import blake2s
@@ -24,33 +24,33 @@ from fitloop._run.fit_options import fit_option
 from fitloop._trainer.fitloop import FitLoop
 from fitloop.backends.base import JobSpec
 
-LONGEST_NAME, LONGEST_NAME_BYTES = 120, 200
-"""characters and bytes of the name of a job's directory; file systems take 255 bytes"""
+MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 120, 200
+"""of a job's directory, without the digest; file systems take 255 bytes"""
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
 @public
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Outcome:
-    """What came of a job."""
+    """The outcome of a job: its result, its error, or neither if it was cancelled."""
 
     name: str
     status: Literal["done", "failed", "cancelled"]
     result: FitResult | None = None
-    """of a job that is done"""
+    """result of ``fit``, if the job is done"""
     error: BaseException | None = None
-    """of a job that failed: what its factory, its training or its worker process raised; without
+    """error of the factory, the training or the worker process, if the job failed; without
     ``keep_trainers`` the frames of its traceback have lost their local variables"""
     seconds: float = 0.0
-    """from its beginning to its end, with the building of the trainer"""
+    """duration of the job, including the construction of the trainer"""
     directory: Path | None = None
-    """where its files are, with ``save_path``"""
+    """directory of its files, with ``save_path``"""
     weights: Path | None = None
-    """file of what the model had at the end: ``load_model(weights.name, weights.parent)``"""
+    """file with the weights after the training: ``load_model(weights.name, weights.parent)``"""
     trainer: FitLoop | None = field(default=None, compare=False)
-    """the trained one, with ``keep_trainers`` where it is in this process"""
+    """the trained trainer, with ``keep_trainers`` and if it is in this process"""
     restored: bool = False
-    """it was done by an earlier Runner on this ``save_path``, and only read"""
+    """whether an earlier Runner with this ``save_path`` did the job; this one only read its file"""
 
     def event(self) -> JobEnded:
         """Return the last event of the job."""
@@ -58,32 +58,35 @@ class Outcome:
         return JobEnded(trainer=self.name, status=self.status, seconds=self.seconds, error=error)
 
     def __repr__(self) -> str:
-        told: str = self.status
+        text: str = self.status
         if self.result is not None:
-            told = f"done, {self.result!r}"
+            text = f"done, {self.result!r}"
         elif self.error is not None:
-            told = f"failed, {one_line(self.error)}"
-        again = ", restored" if self.restored else ""
-        return f"<Outcome {self.name!r} {told} in {format_duration(self.seconds)}{again}>"
+            text = f"failed, {one_line(self.error)}"
+        suffix = ", restored" if self.restored else ""
+        return f"<Outcome {self.name!r} {text} in {format_duration(self.seconds)}{suffix}>"
 
 
 @public
 class Job:
-    """A training in the hands of a `Runner`. For the event loop of the Runner; cancel anywhere."""
+    """A training that was submitted to a `Runner`.
 
-    __slots__ = ("_end", "_outcome", "_scope", "_waits", "spec")
+    Belongs to the event loop of the Runner; only `cancel` may be called from other threads.
+    """
 
-    def __init__(self, spec: JobSpec, end: Callable[[Job], None]) -> None:
+    __slots__ = ("_cancel", "_completed", "_outcome", "scope", "spec")
+
+    def __init__(self, spec: JobSpec, cancel: Callable[[Job], None]) -> None:
         self.spec = spec
-        self._end = end
-        """ends it, or has the event loop do so; any thread"""
+        self.scope: anyio.CancelScope | None = None
+        """cancel scope of the job while it runs; None before and after"""
+        self._cancel = cancel
         self._outcome: Outcome | None = None
-        self._scope: anyio.CancelScope | None = None
-        self._waits: anyio.Event | None = None
+        self._completed: anyio.Event | None = None
 
     @property
     def name(self) -> str:
-        """The name that it was submitted with."""
+        """The name that the job was submitted with."""
         return self.spec.name
 
     @property
@@ -91,119 +94,107 @@ class Job:
         """``"waiting"``, ``"running"``, ``"done"``, ``"failed"`` or ``"cancelled"``."""
         if self._outcome is not None:
             return self._outcome.status
-        return "waiting" if self._scope is None else "running"
+        return "waiting" if self.scope is None else "running"
 
     def cancel(self) -> None:
-        """End it at its next batch boundary, or never begin it; does nothing when it is over.
+        """End the job at its next batch boundary; never start it if it waits.
 
-        May be called from any thread, and never blocks. From another one than the Runner's it
-        takes effect when the event loop comes to it; not any more when that has ended.
+        Does nothing when the job is over. May be called from any thread, and never blocks. A call
+        from another thread takes effect when the Runner's event loop handles it; not any more when
+        that has ended.
         """
         if self._outcome is None:
-            self._end(self)
+            self._cancel(self)
 
     async def outcome(self) -> Outcome:
-        """Wait until it is over; raises nothing that the job raised. May be cancelled."""
+        """Wait for the end of the job and return its outcome. Never raises the error of the job.
+
+        Cancellation: ends the wait, not the job.
+        """
         if self._outcome is None:
-            if self._waits is None:
-                self._waits = anyio.Event()
-            await self._waits.wait()
+            if self._completed is None:
+                self._completed = anyio.Event()
+            await self._completed.wait()
         assert self._outcome is not None
         return self._outcome
 
-    @property
-    def scope(self) -> anyio.CancelScope | None:
-        """What it runs in, while it does."""
-        return self._scope
-
-    def begin(self, scope: anyio.CancelScope) -> None:
-        """Note that it runs, in ``scope``."""
-        self._scope = scope
-
-    def end(self, outcome: Outcome) -> None:
-        """Note what came of it, and let go of what it was made of."""
+    def complete(self, outcome: Outcome) -> None:
+        """Set the outcome, and drop the references to the target and its arguments."""
         self._outcome = outcome
-        self._scope = None
-        self.spec = JobSpec(
-            name=self.name,
-            target=None,
-            args=(),
-            epochs=self.spec.epochs,
-            options={},
-            directory=self.spec.directory,
-        )
-        if self._waits is not None:
-            self._waits.set()
+        self.scope = None
+        self.spec = replace(self.spec, target=None, args=(), options={})
+        if self._completed is not None:
+            self._completed.set()
 
     def __repr__(self) -> str:
         return f"<Job {self.name!r} {self.status}>"
 
 
-def cancelled(job: Job, seconds: float = 0.0) -> Outcome:
-    """Return the outcome of a job that was cancelled, after so many seconds."""
+def cancelled_outcome(job: Job, seconds: float = 0.0) -> Outcome:
+    """Return the outcome of a job that was cancelled after ``seconds``."""
     return Outcome(name=job.name, status="cancelled", seconds=seconds, directory=job.spec.directory)
 
 
 def check_options(name: str, target: Any, options: Mapping[str, Any]) -> None:
-    """Refuse arguments that ``fit`` would refuse, as far as that is known without the trainer.
+    """Refuse arguments that ``fit`` would refuse whatever the trainer is.
 
     Raises:
         TypeError: ``fit`` has no such argument.
-        ConfigurationError: it cannot work, whatever the trainer is.
+        ConfigurationError: an argument is invalid.
     """
-    trainers = target if isinstance(target, type) else type(target)
-    known = _arguments((trainers if issubclass(trainers, FitLoop) else FitLoop).fit)
+    target_type = target if isinstance(target, type) else type(target)
+    trainer_type = target_type if issubclass(target_type, FitLoop) else FitLoop
+    arguments = _arguments(trainer_type.fit)
     for option, value in options.items():
-        if known is not None and option not in known:
-            raise TypeError(_unknown(name, option, known))
+        if arguments is not None and option not in arguments:
+            matches = get_close_matches(option, arguments, 1)
+            expected = f"expected one of {', '.join(arguments)}."
+            raise TypeError(
+                f"job {name!r}: fit() has no argument {option!r}; "
+                f"{f'did you mean {matches[0]!r}?' if matches else expected} Arguments of the "
+                "function that makes the trainer are given in order, or bound with "
+                "functools.partial"
+            )
         fit_option(option, value)
 
 
 @cache
 def _arguments(fit: Callable[..., Any]) -> tuple[str, ...] | None:
-    """Return the names that ``fit`` takes besides ``epochs``; None when it takes any."""
+    """Return the arguments of ``fit`` besides ``epochs``; None if it takes any."""
     parameters = inspect.signature(fit).parameters
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return None
     return tuple(name for name in parameters if name not in ("self", "epochs"))
 
 
-def _unknown(name: str, option: str, known: tuple[str, ...]) -> str:
-    near = get_close_matches(option, known, 1)
-    meant = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}."
-    return (
-        f"job {name!r}: fit() has no argument {option!r}; {meant} Arguments of the function that "
-        "makes the trainer are given in order, or bound with functools.partial"
-    )
-
-
 class CompletedJobs:
-    """The outcomes of the jobs that are over, in the order in which they ended."""
+    """The outcomes of the completed jobs, in order of completion."""
 
     def __init__(self) -> None:
         self._outcomes: dict[int, Outcome] = {}
-        self._numbers: dict[str, int] = {}
-        """by name"""
-        self._number = 0
+        """position in that order -> outcome; without the forgotten ones"""
+        self._positions: dict[str, int] = {}
+        """by name of the job"""
+        self._count = 0
         self._changed = anyio.Event()
 
     def add(self, outcome: Outcome) -> None:
-        """Tell those who iterate of one more."""
-        self._outcomes[self._number] = outcome
-        self._numbers[outcome.name] = self._number
-        self._number += 1
+        """Add an outcome and wake the iterators."""
+        self._outcomes[self._count] = outcome
+        self._positions[outcome.name] = self._count
+        self._count += 1
         self._changed.set()
         self._changed = anyio.Event()
 
     def forget(self, name: str) -> None:
-        """Let go of the outcome of that name, whoever has not been given it yet."""
-        del self._outcomes[self._numbers.pop(name)]
+        """Drop the outcome of a job; iterators that have not reached it skip it."""
+        del self._outcomes[self._positions.pop(name)]
 
     async def iterate(self, are_all: Callable[[], bool]) -> AsyncIterator[Outcome]:
-        """Give them as they come, until there are no more to come."""
+        """Yield the outcomes as they are added, until ``are_all`` says that no more will come."""
         position = 0
         while True:
-            while position < self._number:
+            while position < self._count:
                 outcome = self._outcomes.get(position)
                 position += 1
                 if outcome is not None:
@@ -214,44 +205,35 @@ class CompletedJobs:
 
 
 def clear_frames(error: BaseException) -> None:
-    """Clear the local variables of an error's traceback, which would keep a trainer alive."""
-    seen: set[int] = set()
+    """Clear the local variables of an error's traceback; they would keep the trainer alive."""
+    cleared: set[int] = set()
     todo: list[BaseException | None] = [error]
     while todo:
-        one = todo.pop()
-        if one is None or id(one) in seen:
+        current = todo.pop()
+        if current is None or id(current) in cleared:
             continue
-        seen.add(id(one))
-        traceback.clear_frames(one.__traceback__)
-        todo += [one.__cause__, one.__context__]
-        if isinstance(one, BaseExceptionGroup):
-            todo += one.exceptions
-
-
-def is_encodable(name: str) -> bool:
-    """Return whether a name can be written down: half of a surrogate pair cannot."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        cleared.add(id(current))
+        traceback.clear_frames(current.__traceback__)
+        todo += [current.__cause__, current.__context__]
+        if isinstance(current, BaseExceptionGroup):
+            todo += current.exceptions
 
 
 def directory_name(name: str) -> str:
-    """Return a name of a directory for a job.
+    """Return the name of a job's directory.
 
-    What file systems or shells take amiss is ``_``, and a long one is cut; then there is a digest
-    of the whole name at its end, so that no other job has that directory.
+    Characters that file systems or shells do not take become ``_``, and a long name is cut. A
+    changed name ends with a digest of the original, so that no other job has that directory.
 
     Raises:
-        ConfigurationError: nothing is left of it.
+        ConfigurationError: the name has no usable character.
     """
-    place = re.sub(r"[^\w.=+,@-]", "_", name)
-    if not place.strip("._"):
+    safe = re.sub(r"[^\w.=+,@-]", "_", name)
+    if not safe.strip("._"):
         raise ConfigurationError(f"name is {name!r}; expected one that a directory can have")
-    if place.startswith("."):
-        place = f"_{place[1:]}"
-    if place == name and len(name) <= LONGEST_NAME and len(name.encode()) <= LONGEST_NAME_BYTES:
-        return place
-    short = place[:LONGEST_NAME].encode()[:LONGEST_NAME_BYTES].decode(errors="ignore")
+    if safe.startswith("."):
+        safe = f"_{safe[1:]}"
+    if safe == name and len(name) <= MAX_NAME_CHARACTERS and len(name.encode()) <= MAX_NAME_BYTES:
+        return safe
+    short = safe[:MAX_NAME_CHARACTERS].encode()[:MAX_NAME_BYTES].decode(errors="ignore")
     return f"{short}-{blake2s(name.encode(), digest_size=8).hexdigest()}"

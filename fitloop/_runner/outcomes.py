@@ -1,16 +1,17 @@
-"""What came of the trainings of a sweep, in files: one a job, readable by any process at any time.
+"""The outcomes of a sweep in files: one for each job, readable by any process at any time.
 
-Owns ``outcome.msgpack`` in a job's directory: plain msgpack, written whole or not at all.
+Owns ``outcome.msgpack`` in a job's directory: plain msgpack, written atomically.
 """
 
 from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,41 +28,42 @@ from fitloop.backends.base import WEIGHTS_NAME
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+T = TypeVar("T")
 OUTCOME_NAME = "outcome.msgpack"
 _KIND = "outcome"
-LARGEST = 256 * 1024 * 1024
-"""bytes of a file that are read at most"""
+MAX_FILE_BYTES = 256 * 1024 * 1024
 
 
 @public
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is known of a job from its directory."""
+    """The state of a job, as read from its directory."""
 
     name: str
     directory: Path
     status: str
-    """``"done"``, ``"failed"``, or ``"unfinished"``: going on, cancelled, or cut off"""
+    """``"done"``, ``"failed"``, or ``"unfinished"``: still running, cancelled, or cut off"""
     epochs: int = 0
-    """that were asked for"""
+    """epochs that the job was submitted with"""
     result: FitResult | None = None
     error: str | None = None
-    """type and message of what a failed one raised"""
+    """type and message of the error of a failed job"""
     traceback: str | None = None
-    """where it was raised, with its notes"""
+    """traceback of that error, with its notes"""
     seconds: float = 0.0
 
     def covers(self, epochs: int) -> bool:
-        """Return whether a job needs not be run again, now that so many epochs are asked for."""
+        """Return whether the job is done, so that a new job with ``epochs`` need not run."""
         if self.status != "done" or self.result is None:
             return False
         return self.epochs >= epochs or self.result.stop_reason != "completed"
 
 
 def write_outcome(outcome: Outcome, epochs: int) -> None:
-    """Write what came of a job that is done or failed into its directory; blocks.
+    """Write the outcome of a job that is done or failed into its directory; blocks.
 
-    Raises `CheckpointError` when it cannot be written.
+    Raises:
+        CheckpointError: the file cannot be written.
     """
     assert outcome.directory is not None
     path = outcome.directory / OUTCOME_NAME
@@ -74,7 +76,7 @@ def write_outcome(outcome: Outcome, epochs: int) -> None:
         "status": outcome.status,
         "epochs": epochs,
         "seconds": outcome.seconds,
-        "result": None if result is None else _packed(result),
+        "result": None if result is None else _result_to_tree(result),
         "error": None if error is None else one_line(error),
         "traceback": None if error is None else "".join(traceback.format_exception(error)),
     }
@@ -84,7 +86,7 @@ def write_outcome(outcome: Outcome, epochs: int) -> None:
         raise CheckpointError(f"{path} cannot be written: {reason(failure)}") from failure
 
 
-def _packed(result: FitResult) -> dict[str, Any]:
+def _result_to_tree(result: FitResult) -> dict[str, Any]:
     return {
         "epochs": result.epochs,
         "stop_reason": result.stop_reason,
@@ -92,24 +94,26 @@ def _packed(result: FitResult) -> dict[str, Any]:
         "best_epoch": result.best_epoch,
         "seconds": result.seconds,
         "metrics": {
-            phase: {name: np.asarray(values, dtype="<f8").tobytes() for name, values in own.items()}
-            for phase, own in result.metrics.items()
+            phase: {
+                name: np.asarray(values, dtype="<f8").tobytes() for name, values in rows.items()
+            }
+            for phase, rows in result.metrics.items()
         },
     }
 
 
 def read_outcome(directory: Path) -> Record | None:
-    """Read what a directory has of a job; None when there is neither outcome nor log; blocks.
+    """Read the state of a job from its directory; None if the job never started; blocks.
 
-    Raises `CheckpointError` for a file that is none.
+    Raises:
+        CheckpointError: the file is no outcome, or cannot be read.
     """
     path = directory / OUTCOME_NAME
     try:
         with open(path, "rb") as file:
-            data = file.read(LARGEST)
+            data = file.read(MAX_FILE_BYTES)
     except FileNotFoundError:
-        begun = os.path.lexists(directory / LOG_NAME)
-        if not begun:
+        if not os.path.lexists(directory / LOG_NAME):
             return None
         return Record(name=directory.name, directory=directory, status="unfinished")
     except OSError as error:
@@ -118,33 +122,34 @@ def read_outcome(directory: Path) -> Record | None:
         return _record(unpack(data, "it"), directory)
     except LayoutError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # whatever a forged file makes of it
+    except Exception as error:  # a forged file may raise anything
         raise CheckpointError(
             f"{path} is not as fitloop writes it: {type(error).__name__}: {error}"
         ) from error
 
 
-def restored(directory: Path, name: str, epochs: int) -> Outcome | None:
-    """Return the outcome of a job that was done before, for so many epochs; blocks.
+def load_done_outcome(directory: Path, name: str, epochs: int) -> Outcome | None:
+    """Return the saved outcome of a job; None if the job must run for ``epochs``; blocks.
 
-    Raises `CheckpointError` for a file that is none, or is of a job with another name.
+    Raises:
+        CheckpointError: the file is no outcome, or that of a job with another name.
     """
-    found = read_outcome(directory)
-    if found is None:
+    record = read_outcome(directory)
+    if record is None:
         return None
-    if found.status != "unfinished" and found.name != name:
+    if record.status != "unfinished" and record.name != name:
         raise CheckpointError(
-            f"{directory} has what came of job {found.name!r}; expected {name!r}. Give the job "
+            f"{directory} has what came of job {record.name!r}; expected {name!r}. Give the job "
             "another name=, or the Runner another save_path="
         )
-    if not found.covers(epochs):
+    if not record.covers(epochs):
         return None
     weights = directory / WEIGHTS_NAME
     return Outcome(
-        name=found.name,
+        name=record.name,
         status="done",
-        result=found.result,
-        seconds=found.seconds,
+        result=record.result,
+        seconds=record.seconds,
         directory=directory,
         weights=weights if weights.exists() else None,
         restored=True,
@@ -152,40 +157,46 @@ def restored(directory: Path, name: str, epochs: int) -> Outcome | None:
 
 
 def _record(contents: Any, directory: Path) -> Record:
+    """Return the record in a file's contents. Raises any error for invalid contents."""
     check_format(contents, _KIND)
-    status, found = contents["status"], contents["result"]
-    if status not in ("done", "failed") or (status == "done") != (found is not None):
+    status, result = contents["status"], contents["result"]
+    if status not in ("done", "failed") or (status == "done") != (result is not None):
         raise LayoutError(f"its status is {status!r:.40}")
-    result = None
-    if found is not None:
-        result = FitResult(
-            epochs=int(found["epochs"]),
-            stop_reason=str(found["stop_reason"]),
-            best_score=None if found["best_score"] is None else float(found["best_score"]),
-            best_epoch=None if found["best_epoch"] is None else int(found["best_epoch"]),
-            seconds=float(found["seconds"]),
-            metrics={
-                str(phase): {
-                    str(name): np.frombuffer(values, dtype="<f8") for name, values in own.items()
-                }
-                for phase, own in found["metrics"].items()
-            },
-        )
     return Record(
         name=str(contents["name"]),
         directory=directory,
         status=status,
         epochs=int(contents["epochs"]),
-        result=result,
-        error=None if contents["error"] is None else str(contents["error"]),
-        traceback=None if contents["traceback"] is None else str(contents["traceback"]),
+        result=None if result is None else _result_from_tree(result),
+        error=_optional(str, contents["error"]),
+        traceback=_optional(str, contents["traceback"]),
         seconds=float(contents["seconds"]),
     )
 
 
+def _result_from_tree(tree: Any) -> FitResult:
+    return FitResult(
+        epochs=int(tree["epochs"]),
+        stop_reason=str(tree["stop_reason"]),
+        best_score=_optional(float, tree["best_score"]),
+        best_epoch=_optional(int, tree["best_epoch"]),
+        seconds=float(tree["seconds"]),
+        metrics={
+            str(phase): {
+                str(name): np.frombuffer(values, dtype="<f8") for name, values in rows.items()
+            }
+            for phase, rows in tree["metrics"].items()
+        },
+    )
+
+
+def _optional(convert: Callable[[Any], T], value: Any) -> T | None:
+    return None if value is None else convert(value)
+
+
 @public
 class Results(Sequence[Record]):
-    """What `read_results` found, in order of the directories' names; prints as a table."""
+    """The records of the jobs in a directory, in order of their names; prints as a table."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._records = list(records)
@@ -193,39 +204,41 @@ class Results(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, place: Any) -> Any:
-        """Return a record by its place, or by the job's name; KeyError for an unknown name."""
-        if isinstance(place, str):
+    def __getitem__(self, key: Any) -> Any:
+        """Return a record by index, or by the name of its job; KeyError for an unknown name."""
+        if isinstance(key, str):
             for record in self._records:
-                if record.name == place:
+                if record.name == key:
                     return record
             names = ", ".join(record.name for record in self._records) or "none"
-            raise KeyError(f"no job {place!r}; there are: {names}")
-        return self._records[place]
+            raise KeyError(f"no job {key!r}; there are: {names}")
+        return self._records[key]
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self._records)
 
     def table(self) -> Table:
-        """Return what is printed: a row a job."""
+        """Return a table with a row for each job."""
         heads = ["job", "status", "epochs", "best score", "best epoch", "time"]
         rows = []
         for record in self._records:
             result = record.result
-            told = record.error or (record.status if result is None else result.stop_reason)
-            score = epoch = done = ""
+            status = record.error or (record.status if result is None else result.stop_reason)
+            score = epoch = epochs = ""
             if result is not None:
-                done = str(result.epochs)
+                epochs = str(result.epochs)
                 score = "" if result.best_score is None else f"{result.best_score:.4f}"
                 epoch = "" if result.best_epoch is None else str(result.best_epoch)
             time = format_duration(record.seconds) if record.seconds else ""
-            rows.append([record.name, told.splitlines()[0][:60], done, score, epoch, time])
+            status = status.splitlines()[0][:60]
+            rows.append([record.name, status, epochs, score, epoch, time])
         return Table(heads, rows, left=2)
 
     def to_pandas(self) -> DataFrame:
-        """Return a row a job: what the table has, and the last value of every metric.
+        """Return a row for each job: the table's columns, and the last value of every metric.
 
-        Raises ImportError without pandas.
+        Raises:
+            ImportError: pandas is not installed.
         """
         try:
             import pandas as pd
@@ -249,8 +262,8 @@ class Results(Sequence[Record]):
                     "best_score": result.best_score,
                     "best_epoch": result.best_epoch,
                 }
-                for phase, own in result.metrics.items():
-                    row |= {f"{phase} {k}": float(v[-1]) for k, v in own.items() if len(v)}
+                for phase, metrics in result.metrics.items():
+                    row |= {f"{phase} {k}": float(v[-1]) for k, v in metrics.items() if len(v)}
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -261,25 +274,23 @@ class Results(Sequence[Record]):
         return html_block(self.table().html())
 
     def __repr__(self) -> str:
-        counts: dict[str, int] = {}
-        for record in self._records:
-            counts[record.status] = counts.get(record.status, 0) + 1
+        counts = Counter(record.status for record in self._records)
         return f"<Results {', '.join(f'{n} {status}' for status, n in counts.items()) or 'none'}>"
 
 
 @public
 def read_results(path: str | os.PathLike[str]) -> Results:
-    """Read what came of the jobs of a `Runner`, from its ``save_path``; also while it runs. Blocks.
+    """Read the records of a `Runner`'s jobs from its ``save_path``; also while it runs. Blocks.
 
-    Jobs that have not begun are not there.
+    Jobs that have not started have no record.
 
     Raises:
-        CheckpointError: there is no such directory, or a file in it is not as it was written.
+        CheckpointError: there is no such directory, or a file in it is damaged.
     """
     try:
         with os.scandir(path) as entries:
             directories = sorted(Path(entry.path) for entry in entries if entry.is_dir())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
-    found = [read_outcome(directory) for directory in directories]
-    return Results([record for record in found if record is not None])
+    records = map(read_outcome, directories)
+    return Results([record for record in records if record is not None])

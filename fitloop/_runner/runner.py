@@ -1,7 +1,7 @@
-"""`Runner`: many trainings in one program, so many at a time, each as it would have been alone.
+"""`Runner`: many trainings in one program, a limited number at a time.
 
-Owns the line of waiting jobs, who runs, and what is shared out among them. Where a training runs
-is the backend's business.
+Owns the queue of waiting jobs and the set of running ones. The place where a training runs is the
+business of the backend.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from fitloop._runner.jobs import (
     CompletedJobs,
     Job,
     Outcome,
-    cancelled,
+    cancelled_outcome,
     check_options,
     directory_name,
-    is_encodable,
 )
 from fitloop._storage.durable import DirectoryLock
 from fitloop._system import available_cores
@@ -44,12 +43,10 @@ from fitloop.backends.base import Backend, JobSpec
 from fitloop.backends.process.backend import resolve_backend
 from fitloop.callbacks.callback import Callback
 
-_HOW = "have the event loop call it, as with anyio.from_thread.run_sync or call_soon_threadsafe"
-
 
 @public
 class Runner:
-    """Runs trainings that are submitted to it, at most so many at a time.
+    """Runs trainings that are submitted to it, a limited number at a time.
 
     ::
 
@@ -59,37 +56,38 @@ class Runner:
             async for outcome in runner.as_completed():
                 print(outcome.name, outcome.result or outcome.error)
 
-    Leaving the block waits for all of them. One that fails does not touch the others, and raises
-    nothing: its error is in its outcome. What is no `Exception`, such as SystemExit, is of the
-    program: raised in this process, it cancels all jobs and is raised from the block; a worker
-    process only fails its job for it. With equal ``seed`` and ``num_threads`` a training gives
+    Leaving the block waits for all jobs. The error of a job is in its outcome; it is not raised,
+    and does not affect other jobs. An error that is no `Exception`, such as SystemExit, concerns
+    the program: raised in this process, it cancels all jobs and is raised from the block; in a
+    worker process it only fails its job. With equal ``seed`` and ``num_threads`` a training gives
     the same bits as alone.
 
-    Cancellation of the block, or an exception in it, cancels all: those that run end at a batch
-    boundary, those that wait are never begun. A Runner is for one ``async with`` of one event loop,
-    and its methods are for that loop, but for `cancel` and `cancel_all`, which are for any thread.
+    Cancelling the block, or an exception in it, cancels all jobs: running ones end at a batch
+    boundary, waiting ones never start. A Runner is for one ``async with`` of one event loop. Its
+    methods must be called there, except `cancel` and `cancel_all`, which any thread may call.
 
     Args:
-        max_concurrent: trainings at a time; by default as many as this process has cores.
+        max_concurrent: number of trainings at a time; by default the cores of this process.
         backend: ``"thread"``, ``"process"`` or a `ProcessBackend`, or a `Backend` of your own.
-        save_path: a directory; each job has one of its own in it, and is resumable. Jobs that are
-            found done there are not run again, unfinished ones are gone on with, failed ones begin
-            where their last snapshot was taken. While it runs, no other Runner can have it. A job
-            is known again by its name alone: give each a ``name`` that says what it trains.
+        save_path: a directory. Each job has a directory of its own in it, and is resumable: a job
+            that is done there is not run again, an unfinished one continues, and a failed one
+            starts from its last snapshot. No other Runner can use the directory meanwhile. A job
+            is recognized by its name alone, so give each a ``name`` that says what it trains.
         checkpoint: when snapshots are taken there, unless ``submit`` says so.
-        fail_fast: the first failure cancels the others, and is raised from the block.
-        callbacks: called with every event of every training, as those of a trainer are.
-        keep_trainers: outcomes have the trained trainer; else it is let go of.
-        cuda_streams: each run in this process has a CUDA stream of its own, so that kernels of
-            several on one device go side by side. They keep memory apart, so it takes more of it.
-            Code of yours that reads a trainer's tensors while it runs must wait for its stream.
+        fail_fast: the first failure cancels all other jobs, and is raised from the block.
+        callbacks: called with every event of every training, as the callbacks of a trainer.
+        keep_trainers: keep the trained trainer in the outcome; else it is dropped.
+        cuda_streams: give each run in this process a CUDA stream of its own, so that kernels of
+            several runs on one device overlap. Each stream has its own memory cache, so they take
+            more memory. Code of yours that reads the tensors of a running trainer must wait for
+            its stream.
 
-    A trainer that was not given its own ``num_threads`` gets its share of the cores for good:
-    cores divided by ``max_concurrent``. Of several CUDA devices each trainer without a ``device``
-    gets one, round robin. One without a ``name`` is named after its job.
+    A trainer without a ``num_threads`` of its own always gets the same number of threads: cores
+    divided by ``max_concurrent``. With several CUDA devices, each trainer without a ``device``
+    gets the next one, round robin. A trainer without a ``name`` is named after its job.
 
     Raises:
-        ConfigurationError: an argument cannot work.
+        ConfigurationError: an argument is invalid.
     """
 
     def __init__(
@@ -104,8 +102,10 @@ class Runner:
         keep_trainers: bool = False,
         cuda_streams: bool = False,
     ) -> None:
-        most = check_optional("max_concurrent", max_concurrent, 1, meaning="trainings at a time")
-        self._most = most or available_cores()
+        self._max_concurrent = (
+            check_optional("max_concurrent", max_concurrent, 1, meaning="trainings at a time")
+            or available_cores()
+        )
         self._backend = resolve_backend(backend)
         self._save_path = None if save_path is None else checked_path(save_path)
         if checkpoint is not None and save_path is None:
@@ -114,22 +114,23 @@ class Runner:
             )
         self._checkpoint = check_checkpoint(checkpoint, resume=False)
         self._fail_fast = fail_fast
-        self._listeners = EventStreams()
-        self._execution = JobExecutor(
+        self._event_streams = EventStreams()
+        self._executor = JobExecutor(
             backend=self._backend,
-            allocator=ResourceAllocator(self._most, cuda_streams=cuda_streams),
+            allocator=ResourceAllocator(self._max_concurrent, cuda_streams=cuda_streams),
             callbacks=check_callbacks(callbacks),
             keep_trainers=keep_trainers,
-            push=self._listeners.push,
+            emit=self._event_streams.push,
         )
         self._jobs: dict[str, Job] = {}
         self._waiting: OrderedDict[str, Job] = OrderedDict()
         self._running = 0
         self._submitted = 0
-        self._ended = CompletedJobs()
+        self._completed = CompletedJobs()
         self._failure: BaseException | None = None
-        self._group: Any = None
-        self._thread = 0
+        """error that ends the Runner, raised from the block"""
+        self._task_group: Any = None
+        self._loop_thread = 0
         self._schedule: Callable[[Callable[[], object]], None] = lambda call: None
         self._open = False
         self._stack = AsyncExitStack()
@@ -137,26 +138,26 @@ class Runner:
     # -- the block -----------------------------------------------------------------------------
 
     async def __aenter__(self) -> Runner:
-        """Take the directory, and be ready.
+        """Lock the directory and start.
 
         Raises:
-            CheckpointError: another Runner has ``save_path``, or it cannot be written to.
-            RuntimeError: it was used before.
+            CheckpointError: another Runner uses ``save_path``, or it cannot be written to.
+            RuntimeError: the Runner was used before.
         """
-        if self._group is not None:
+        if self._task_group is not None:
             raise RuntimeError("this Runner was used before; make another one")
-        if self._save_path is not None:  # the program may change to another directory meanwhile
+        if self._save_path is not None:  # the program may change its directory
             self._save_path = await run_in_thread("runner", self._save_path.absolute)
             lock = DirectoryLock(self._save_path)
             self._stack.push_async_callback(run_in_thread, "runner", lock.release)
             try:
                 await run_in_thread("runner", lock.acquire)
-            except BaseException:  # a cancellation is raised when it has been taken
+            except BaseException:  # such as a cancellation, raised after the lock was acquired
                 await self._close()
                 raise
-        self._thread, self._schedule = threading.get_ident(), loop_scheduler()
-        self._group = anyio.create_task_group()
-        await self._group.__aenter__()
+        self._loop_thread, self._schedule = threading.get_ident(), loop_scheduler()
+        self._task_group = anyio.create_task_group()
+        await self._task_group.__aenter__()
         self._open = True
         return self
 
@@ -172,14 +173,14 @@ class Runner:
             self._cancel_waiting()
         try:
             if error is None or isinstance(error, anyio.get_cancelled_exc_class()):
-                swallowed = bool(await self._group.__aexit__(kind, error, traceback))
-            else:  # which a task group would wrap in another one
-                self._group.cancel_scope.cancel()
-                await self._group.__aexit__(None, None, None)
+                swallowed = bool(await self._task_group.__aexit__(kind, error, traceback))
+            else:  # a task group would wrap the error in a group
+                self._task_group.cancel_scope.cancel()
+                await self._task_group.__aexit__(None, None, None)
         finally:
             self._open = False
             self._cancel_waiting()
-            self._listeners.end()
+            self._event_streams.end()
             await self._close()
         if self._failure is not None and (error is None or swallowed):
             raise self._failure
@@ -195,32 +196,35 @@ class Runner:
     def submit(
         self, target: Any, *args: Any, name: str | None = None, epochs: int = 1, **options: Any
     ) -> Job:
-        """Hand in a training; it begins when there is room for it. Waiting costs next to nothing.
+        """Submit a training; it starts when a place is free. A waiting job costs next to nothing.
 
         Args:
-            target: a function, plain or async, that returns a `FitLoop`; a plain one is called in
-                a thread, no two at a time. With the thread backend also a trainer; beside a
-                ``save_path`` one whose own is the directory of its job there.
-            args: what the function is called with; `functools.partial` binds keyword arguments.
-                They are looked at when the job begins: give each job objects of its own.
-            name: of the job, and of a trainer without one; by default the function's name and a
-                number. With ``save_path`` its directory is named so.
-            epochs: for ``fit``.
+            target: a function, plain or async, that returns a `FitLoop`. Plain functions are called
+                in a thread, one at a time. With the thread backend also a trainer; with a
+                ``save_path``, its own ``save_path`` must be the directory of its job.
+            args: positional arguments of the function; `functools.partial` binds keyword arguments.
+                They are used when the job starts: give each job objects of its own.
+            name: name of the job, and of a trainer without one; by default the function's name and
+                a number. With ``save_path`` also the name of the job's directory.
+            epochs: epochs of ``fit``.
             options: more arguments of ``fit``.
 
         Raises:
-            ConfigurationError: there is a job of this name, or the target or an argument of
-                ``fit`` cannot work.
-            TypeError: ``fit`` has no such argument. What only a subclass's takes is known when the
-                subclass is submitted, not a function that makes one.
-            RuntimeError: outside of the ``async with`` block, or in another thread.
+            ConfigurationError: the name is in use, or the target or an argument of ``fit`` is
+                invalid.
+            TypeError: ``fit`` has no such argument. Arguments that only a subclass of `FitLoop` has
+                are accepted for a trainer of that subclass, not for a function that returns one.
+            RuntimeError: called outside of the ``async with`` block, or in another thread.
         """
         if not self._open:
             raise RuntimeError("this Runner is not open; submit inside of its `async with` block")
-        if threading.get_ident() != self._thread:
-            raise RuntimeError("submit() was called in another thread than the Runner's; " + _HOW)
+        if threading.get_ident() != self._loop_thread:
+            raise RuntimeError(
+                "submit() was called in another thread than the Runner's; have the event loop call "
+                "it, as with anyio.from_thread.run_sync or call_soon_threadsafe"
+            )
         name = self._default_name(target) if name is None else str(name)
-        if not name or not is_encodable(name):
+        if not name or name.encode(errors="ignore").decode() != name:  # half a surrogate pair
             raise ConfigurationError(
                 f"name is {name!r}; expected a name, or None for one of its own"
             )
@@ -241,7 +245,9 @@ class Runner:
             directory=directory,
         )
         self._backend.check(spec)
-        job = self._jobs[name] = Job(spec, self._have_cancelled)
+        job = self._jobs[name] = Job(
+            spec, lambda job: self._call_on_loop(partial(self._cancel_job, job))
+        )
         self._waiting[name] = job
         self._submitted += 1
         self._start()
@@ -264,34 +270,36 @@ class Runner:
         return list(self._jobs.values())
 
     def cancel(self, name: str) -> None:
-        """Cancel a job; any thread, see `Job.cancel`. Raises KeyError for an unknown name."""
+        """Cancel a job, see `Job.cancel`; any thread. Raises KeyError for an unknown name."""
         self._job(name).cancel()
 
     def forget(self, name: str) -> None:
-        """Let go of a job that is over, and of its outcome; its name may be used again.
+        """Drop a job that is over, and its outcome; its name may be used again.
 
-        For a Runner that lives for long, as in a service. Its files stay.
+        For a Runner that lives for long, as in a service. The files of the job stay.
 
         Raises:
             KeyError: there is no such job.
-            RuntimeError: it is not over yet.
+            RuntimeError: the job is not over yet.
         """
         job = self._job(name)
         if job.status in ("waiting", "running"):
             raise RuntimeError(f"job {name!r} is {job.status}; cancel it, and await its outcome")
         del self._jobs[name]
-        self._ended.forget(name)
+        self._completed.forget(name)
 
     def cancel_all(self) -> None:
         """Cancel every job that is not over, from any thread; more may be submitted."""
-        self._on_loop(self._cancel_jobs)
+        self._call_on_loop(self._cancel_jobs)
 
     async def as_completed(self) -> AsyncIterator[Outcome]:
-        """Give the outcome of every job, in the order in which they end; each once.
+        """Yield the outcome of every job once, in order of completion.
 
-        Ends when all that were submitted so far are over. Several may iterate.
+        Ends when all jobs that were submitted so far are over. Several tasks may iterate.
         """
-        async for outcome in self._ended.iterate(lambda: not self._waiting and not self._running):
+        async for outcome in self._completed.iterate(
+            lambda: not self._waiting and not self._running
+        ):
             yield outcome
 
     async def results(self) -> list[Outcome]:
@@ -299,72 +307,69 @@ class Runner:
         return [await job.outcome() for job in self.jobs]
 
     def events(self) -> EventStream:
-        """Return the events of all jobs, to be read by any task: ``async with ... as events``.
+        """Return a stream of the events of all jobs: ``async with runner.events() as events``.
 
-        ``event.trainer`` is the name of the job. Each job has a `JobEnded`, which is its last one,
-        and before it those of its run, if it came to one. Its outcome may be known before these
-        are read. The stream ends when the Runner does.
+        ``event.trainer`` is the name of the job. The last event of a job is its `JobEnded`, after
+        the events of its run, if it had one. Its outcome may be available before these are read.
+        The stream ends with the Runner.
         """
-        return EventStream(self._listeners, ends_with_run=False)
+        return EventStream(self._event_streams, ends_with_run=False)
 
     # -- running them --------------------------------------------------------------------------
 
     def _start(self) -> None:
-        while self._waiting and self._running < self._most:
+        while self._waiting and self._running < self._max_concurrent:
             self._running += 1
             scope = anyio.CancelScope()
             _name, job = self._waiting.popitem(last=False)
-            job.begin(scope)
-            self._group.start_soon(self._run, job, scope)
+            job.scope = scope
+            self._task_group.start_soon(self._run, job, scope)
 
     async def _run(self, job: Job, scope: anyio.CancelScope) -> None:
-        began, outcome = time.perf_counter(), None
+        start, outcome = time.perf_counter(), None
         try:
             with scope:
                 await anyio.lowlevel.checkpoint_if_cancelled()
-                self._listeners.push(JobStarted(trainer=job.name))
-                outcome = await self._execution.execute(job.spec)
+                self._event_streams.push(JobStarted(trainer=job.name))
+                outcome = await self._executor.execute(job.spec)
         finally:
             self._running -= 1
             if outcome is None:
-                outcome = cancelled(job, time.perf_counter() - began)
+                outcome = cancelled_outcome(job, time.perf_counter() - start)
             if outcome.error is not None and not is_job_error(outcome.error):
                 self._fail(outcome.error)
-            self._end(job, outcome)
+            self._complete(job, outcome)
             if self._open:
                 self._start()
 
-    def _end(self, job: Job, outcome: Outcome) -> None:
-        job.end(outcome)
-        self._listeners.push(outcome.event())
-        self._ended.add(outcome)
+    def _complete(self, job: Job, outcome: Outcome) -> None:
+        job.complete(outcome)
+        self._event_streams.push(outcome.event())
+        self._completed.add(outcome)
         if outcome.status == "failed" and self._fail_fast and outcome.error is not None:
             self._fail(outcome.error)
 
     def _fail(self, error: BaseException) -> None:
-        """End everything for an error, which the block will raise."""
+        """End the Runner; the block raises the error."""
         if self._failure is None:
             self._failure = error
             self._open = False
             self._cancel_waiting()
-            self._group.cancel_scope.cancel()
+            self._task_group.cancel_scope.cancel()
 
-    def _on_loop(self, call: Callable[[], object]) -> None:
-        """Call it now when this is the thread of the event loop, else have that call it."""
-        if threading.get_ident() == self._thread:
+    def _call_on_loop(self, call: Callable[[], object]) -> None:
+        """Call a function on the event loop: at once if this is its thread, else soon."""
+        if threading.get_ident() == self._loop_thread:
             call()
         else:
             self._schedule(call)
-
-    def _have_cancelled(self, job: Job) -> None:
-        self._on_loop(partial(self._cancel_job, job))
 
     def _cancel_job(self, job: Job) -> None:
         if job.scope is not None:
             job.scope.cancel()
         elif self._waiting.get(job.name) is job:
             del self._waiting[job.name]
-            self._end(job, cancelled(job))
+            self._complete(job, cancelled_outcome(job))
 
     def _cancel_jobs(self) -> None:
         self._cancel_waiting()
@@ -374,9 +379,9 @@ class Runner:
     def _cancel_waiting(self) -> None:
         while self._waiting:
             _name, job = self._waiting.popitem(last=False)
-            self._end(job, cancelled(job))
+            self._complete(job, cancelled_outcome(job))
 
     def __repr__(self) -> str:
         counts = Counter(job.status for job in self._jobs.values())
-        told = ", ".join(f"{number} {status}" for status, number in counts.items())
-        return f"<Runner of {self._most} at a time: {told or 'no jobs'}>"
+        jobs = ", ".join(f"{number} {status}" for status, number in counts.items())
+        return f"<Runner of {self._max_concurrent} at a time: {jobs or 'no jobs'}>"
