@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
@@ -177,7 +179,49 @@ class EventBus(EventStreams):
             self._emitting = False
 
 
-async def feed_callback(stream: EventStream, callback: Callable[[Any], object]) -> None:
-    """Await ``callback`` with each event of an entered ``stream``, one after the other."""
+class UserCallbacks:
+    """The callbacks of one run: plain ones to observe its events, async ones with a task for each.
+
+    Enter it before the run starts: then no event is lost.
+    """
+
+    def __init__(self, streams: EventStreams, callbacks: Iterable[Callable[[Any], object]]) -> None:
+        self._streams = streams
+        self._readers: list[tuple[EventStream, Callable[[Any], object]]] = []
+        self.plain: list[Callable[[Any], object]] = []
+        for callback in callbacks:
+            if is_async_callback(callback):
+                self._readers.append((EventStream(streams, None), callback))
+            else:
+                self.plain.append(callback)
+
+    @property
+    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        """Coroutine functions, each of which awaits an async callback for one event at a time."""
+        return [partial(_feed, stream, callback) for stream, callback in self._readers]
+
+    def end(self) -> None:
+        """End the tasks after the events so far; any thread."""
+        for stream, _callback in self._readers:
+            stream.end()
+
+    async def __aenter__(self) -> None:
+        for stream, _callback in self._readers:
+            await stream.__aenter__()
+
+    async def __aexit__(self, *_error: object) -> None:
+        for stream, _callback in self._readers:
+            self._streams.remove_stream(stream)
+
+
+async def _feed(stream: EventStream, callback: Callable[[Any], object]) -> None:
     async for event in stream:
         await cast("Awaitable[object]", callback(event))
+
+
+def is_async_callback(callback: object) -> bool:
+    """Return whether a callback is to be awaited on the event loop."""
+    plain = callback.func if isinstance(callback, partial) else callback
+    if inspect.isroutine(plain):
+        return inspect.iscoroutinefunction(plain)
+    return inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004

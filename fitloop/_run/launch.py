@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,7 +16,7 @@ from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._display.jupyter import interruptible
 from fitloop._engine.config import check_number
-from fitloop._engine.event_bus import EventStream, feed_callback
+from fitloop._engine.event_bus import UserCallbacks
 from fitloop._engine.plan import RunPlan
 from fitloop._errors import MissingLoaderError
 from fitloop._events import Event, PhaseEnded
@@ -45,14 +43,9 @@ async def launch(
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # before a thread is started
     config, defaults = state.config, TRAINER_DEFAULTS.get()
+    user_callbacks = UserCallbacks(state.event_bus, callbacks)
     with in_use(config.name, plan.call, state, config.model), interruptible():
-        async with AsyncExitStack() as stack:
-            background_tasks, streams = [], []
-            for callback in callbacks:
-                if is_async_callback(callback):
-                    stream = await stack.enter_async_context(EventStream(state.event_bus, None))
-                    streams.append(stream)
-                    background_tasks.append(partial(feed_callback, stream, callback))
+        async with user_callbacks:
             control = RunControl()
             context = RunContext(
                 state=state,
@@ -61,7 +54,7 @@ async def launch(
                 schedulers=scheduler_steps(state, plan),
                 control=control,
                 portal=LoopPortal(control),
-                callbacks=[each for each in callbacks if not is_async_callback(each)],
+                callbacks=user_callbacks.plain,
                 num_threads=config.num_threads or defaults.num_threads or torch.get_num_threads(),
                 own_cuda_stream=defaults.cuda_stream,
             )
@@ -73,17 +66,12 @@ async def launch(
                     context.portal,
                     name=config.name,
                     grace=config.loader_grace,
-                    background_tasks=background_tasks,
-                    end_background_tasks=partial(_end_all, streams),
+                    background_tasks=user_callbacks.tasks,
+                    end_background_tasks=user_callbacks.end,
                 )
             finally:
                 state.control = None
                 state.event_bus.set_observers(())
-
-
-def _end_all(streams: Sequence[EventStream]) -> None:
-    for stream in streams:
-        stream.end()
 
 
 class _LateTask:
@@ -171,11 +159,3 @@ def criteria_check(state: TrainerState) -> Callable[[Event], None]:
             criteria.score(event.metrics)
 
     return check
-
-
-def is_async_callback(callback: object) -> bool:
-    """Return whether a callback must be awaited on the event loop."""
-    function = callback.func if isinstance(callback, partial) else callback
-    if inspect.isroutine(function):
-        return inspect.iscoroutinefunction(function)
-    return inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

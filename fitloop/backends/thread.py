@@ -22,11 +22,7 @@ class ThreadBackend:
     """Trainings in this process, each on a thread of its own."""
 
     def check(self, spec: JobSpec) -> None:
-        """Refuse a target that is neither a function nor a trainer, or a trainer with arguments.
-
-        Raises:
-            ConfigurationError: the job cannot run.
-        """
+        """Refuse a target that is neither a function nor a trainer; see `Backend.check`."""
         if isinstance(spec.target, FitLoop | SyncFitLoop):
             if spec.args:
                 raise ConfigurationError(
@@ -43,7 +39,7 @@ class ThreadBackend:
     async def run(
         self, spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]
     ) -> TrainingResult:
-        """Build the trainer in a thread and await its ``fit``."""
+        """Do the training in this process; see `Backend.run`."""
         return await run_job(spec, defaults, emit)
 
     async def close(self) -> None:
@@ -77,11 +73,7 @@ async def run_job(
 
 
 def check_save_path(spec: JobSpec, trainer: FitLoop | SyncFitLoop) -> None:
-    """Refuse a trainer whose files are not in the directory of its job: it could not be resumed.
-
-    Raises:
-        ConfigurationError: the directories differ.
-    """
+    """Refuse a trainer whose files are not in the directory of its job: it could not be resumed."""
     if spec.directory is None or trainer.save_path.absolute() == spec.directory:
         return
     raise ConfigurationError(

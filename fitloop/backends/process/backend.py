@@ -42,11 +42,7 @@ def resolve_backend(backend: Any) -> Backend:
 
 
 def check_nice(value: Any) -> int:
-    """Return an increment of niceness that worker processes can have.
-
-    Raises:
-        ConfigurationError: they cannot have it.
-    """
+    """Return an increment of niceness for worker processes; raise for an impossible one."""
     nice = check_number("nice", value, 0)
     if nice > MAX_NICE or (nice and not hasattr(os, "nice")):
         raise ConfigurationError(
@@ -93,21 +89,16 @@ class ProcessBackend:
         self._pool = WorkerPool(partial(serve, check_nice(nice)))
 
     def check(self, spec: JobSpec) -> None:
-        """Refuse a job that cannot be sent to another process.
-
-        Raises:
-            ConfigurationError: the job cannot be sent, or cannot run.
-        """
+        """Refuse a job that cannot be sent to another process; see `Backend.check`."""
         serialize_job(spec.name, (spec.target, spec.args, options_for_worker(spec)))
         ThreadBackend().check(spec)
 
     async def run(
         self, spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]
     ) -> TrainingResult:
-        """Do the training in a worker; in another one if that dies, up to ``retries`` times.
+        """Do the training in a worker; see `Backend.run`.
 
-        Raises the error of the training, with the worker's traceback as a note, or
-        `WorkerDiedError`.
+        The error of a training has the worker's traceback as a note.
         """
         return await run_remotely(
             self._pool, spec, defaults, emit, retries=self._retries, grace=self._grace

@@ -22,10 +22,8 @@ from typing import Any
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
 from fitloop.backends.remote.transport import Transport, WorkerExit
 
-LOG_TAIL_BYTES = 16384
-"""bytes at the end of a worker's log that are read after its death"""
-LOG_TAIL_LINES = 30
-"""lines of them that are reported"""
+LOG_TAIL_BYTES, LOG_TAIL_LINES = 16384, 30
+"""limits for the end of a dead worker's log in an error"""
 EXIT_TIMEOUT = 5.0
 """seconds for a disconnected worker to end by itself; then it is killed"""
 
@@ -37,12 +35,8 @@ _connections: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @cache
 def _register_exit_hooks() -> None:
-    """Make sure that workers end with this process; called before the first worker starts.
-
-    ``multiprocessing.util`` is imported by then. Its own hook waits for the workers, and exit hooks
-    are called in reverse order: so they are killed before.
-    """
-    atexit.register(_kill_workers)
+    """Make workers end with this process; called before the first one starts."""
+    atexit.register(_kill_workers)  # runs before the hook of multiprocessing, which waits for them
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_close_connections)
 
@@ -77,20 +71,17 @@ class WorkerProcess:
         self._log = os.fdopen(descriptor, "rb")
         self._connection, worker_connection = context.Pipe()
         _connections.update((self._connection, worker_connection))
+        start_method = multiprocessing.get_start_method(allow_none=True)
         # Not a daemon: a loader may have processes of its own.
-        self._process = context.Process(
+        self.process = context.Process(
             target=serve,
-            args=(
-                worker_connection,
-                self._log_path,
-                multiprocessing.get_start_method(allow_none=True),
-            ),
+            args=(worker_connection, self._log_path, start_method),
             name="fitloop worker",
             daemon=False,
         )
         try:
             with _starting, _sigint_blocked():
-                self._process.start()
+                self.process.start()
         except BaseException:
             self._connection.close()
             self._remove_log()
@@ -99,41 +90,36 @@ class WorkerProcess:
             worker_connection.close()  # so that this process sees when the worker closes its copy
         _workers.add(self)
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.exitcode is None
-
     def send(self, message: ClientMessage) -> None:
-        """Send a message; any thread. Raises OSError if the worker is gone."""
+        """Send a message."""
         with self._send_lock:
             self._connection.send(message)
 
     def receive(self) -> WorkerMessage:
-        """Wait for the next message. Raises EOFError or OSError if the worker is gone."""
+        """Wait for the next message."""
         message: WorkerMessage = self._connection.recv()
         return message
 
     def kill(self) -> None:
-        """Kill the process; any thread, never blocks."""
-        self._process.kill()
+        """Kill the process."""
+        self.process.kill()
 
     def disconnect(self) -> None:
-        """Close the pipe, upon which the worker ends itself, in the middle of its work."""
+        """Close the pipe; upon that the worker ends itself, even during a job."""
         self._connection.close()
 
     def wait_for_exit(self) -> WorkerExit:
-        """Disconnect and wait until the process has ended; blocks."""
+        """Disconnect and wait until the process has ended."""
         self.disconnect()
-        killer = threading.Timer(EXIT_TIMEOUT, self._process.kill)
+        killer = threading.Timer(EXIT_TIMEOUT, self.process.kill)
         killer.start()
-        while self._process.exitcode is None:  # another thread may reap it during the join
-            self._process.join()
-        self._process.join()  # makes multiprocessing forget the process
+        while self.process.exitcode is None:  # another thread may reap it during the join
+            self.process.join()
+        self.process.join()  # makes multiprocessing forget the process
         killer.cancel()
         killer.join()
-        code = self._process.exitcode
-        description = f"(pid {self._process.pid}) {describe_exit(code)}"
+        code = self.process.exitcode
+        description = f"(pid {self.process.pid}) {_describe_exit(code)}"
         if not self.ready:
             description += (
                 " before it could begin; why is on the stderr of this process. A worker imports "
@@ -142,7 +128,7 @@ class WorkerProcess:
         return WorkerExit(description, code)
 
     def log_tail(self) -> list[str]:
-        """Return the last lines of the log: output that bypassed Python, such as a crash report."""
+        """Return the last lines of the log: output that bypassed Python."""
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - LOG_TAIL_BYTES))
         lines = self._log.read().decode("utf-8", "replace").splitlines()
@@ -152,7 +138,7 @@ class WorkerProcess:
         return lines[-LOG_TAIL_LINES:]
 
     def close(self) -> None:
-        """End the process and free all resources; blocks."""
+        """End the process and free all resources."""
         self.wait_for_exit()
         _workers.discard(self)
         self._remove_log()
@@ -182,12 +168,12 @@ class WorkerPool:
                 worker = self._idle.pop() if self._idle else None
             if worker is None:
                 return WorkerProcess(self._serve)
-            if worker.is_alive:
+            if worker.process.exitcode is None:
                 return worker
             worker.close()
 
     def release(self, transport: Transport) -> None:
-        """Take back a worker that has completed its job."""
+        """Take back a worker."""
         assert isinstance(transport, WorkerProcess)
         with self._lock:
             self._idle.append(transport)
@@ -215,13 +201,11 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def describe_exit(code: int | None) -> str:
-    """Return in words how a process ended."""
+def _describe_exit(code: int | None) -> str:
     if code is None or code >= 0:
         return f"ended by itself, with exit code {code}"
-    try:
-        name = f"signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        name = f"signal {-code}"
+    name = f"signal {-code}"
+    with suppress(ValueError):
+        name += f" ({signal.Signals(-code).name})"
     hint = ", as one is when memory runs out" if name.endswith("(SIGKILL)") else ""
     return f"was killed by {name}{hint}"

@@ -11,9 +11,8 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,10 @@ from fitloop._defaults import TrainerDefaults
 from fitloop._display.jupyter import interruptible
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import PromptWithTimeout, TerminalPrompt
-from fitloop._engine.event_bus import EventBus, EventStream, feed_callback
+from fitloop._engine.event_bus import EventBus, UserCallbacks
 from fitloop._errors import WorkerDiedError, WorkerDiedWarning, add_note_safely
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted
 from fitloop._run.fit_options import fit_option
-from fitloop._run.launch import is_async_callback
 from fitloop._run.prompts import Ask, check_answer
 from fitloop._types import StopReason
 from fitloop.backends.base import JobSpec, TrainingResult
@@ -42,15 +40,11 @@ from fitloop.backends.remote.transport import Transport, TransportPool
 
 LAST_LINES = 20
 """lines of a dead worker's output in the message of its error"""
-CLIENT_OPTIONS = (
-    "callbacks",
-    "on_continue",
-    "print_every",
-    "display_metrics",
-    "verbose",
-    "progress",
-)
-"""options of ``fit`` that take effect in this process"""
+CLIENT_OPTIONS = {
+    *("callbacks", "on_continue"),
+    *("print_every", "display_metrics", "verbose", "progress"),
+}
+"""arguments of ``fit`` that take effect in this process"""
 
 
 async def run_remotely(
@@ -91,7 +85,7 @@ async def run_remotely(
 
 
 def options_for_worker(spec: JobSpec) -> dict[str, Any]:
-    """Return the options of ``fit`` that take effect in the worker."""
+    """Return the arguments of ``fit`` that take effect in the worker."""
     return {name: value for name, value in spec.options.items() if name not in CLIENT_OPTIONS}
 
 
@@ -110,8 +104,10 @@ class WorkerClient:
         self._control = RunControl()
         self._portal = LoopPortal(self._control)
         self._event_bus = EventBus()
-        self._observers: list[Callable[[Event], object]] = []
-        self._output = _WorkerOutput()
+        self._callbacks = UserCallbacks(self._event_bus, spec.options.get("callbacks", ()))
+        self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._partial_lines: dict[str, str] = {}
+        """output stream of the worker -> flushed beginning of its last line"""
         self._questions = _Questions(spec, self._portal, self._send, self._fail)
         self._canceller = _JobCanceller(spec.name, grace)
         self._grace = grace
@@ -121,41 +117,28 @@ class WorkerClient:
         self._error: Exception | None = None
 
     async def run(self) -> TrainingResult:
-        """Do the job and return its result.
-
-        Raises the error of the training or of a callback, or `WorkerDiedError`.
-
-        Cancellation: as for `Backend.run`.
-        """
-        feeds = []
-        async with AsyncExitStack() as stack:
-            stack.enter_context(interruptible())
-            for callback in self._spec.options.get("callbacks", ()):
-                if is_async_callback(callback):
-                    stream = EventStream(self._event_bus, None)
-                    await stack.enter_async_context(stream)
-                    feeds.append(partial(feed_callback, stream, callback))
-                else:
-                    self._observers.append(callback)
-            try:
-                result: TrainingResult = await supervise(
-                    self,
-                    self._control,
-                    self._portal,
-                    name=self._spec.name,
-                    grace=0.0,
-                    background_tasks=feeds,
-                    end_background_tasks=self._event_bus.end,
-                )
-            finally:
-                if self._canceller.has_killed:
-                    warnings.warn(
-                        f"{self._spec.name}: the training had not ended {self._grace:g} s after it "
-                        "was cancelled; its worker process was killed. Give grace= to wait longer",
-                        WorkerDiedWarning,
-                        stacklevel=2,
+        """Do the job; errors and cancellation are those of `Backend.run`."""
+        try:
+            with interruptible():
+                async with self._callbacks:
+                    result: TrainingResult = await supervise(
+                        self,
+                        self._control,
+                        self._portal,
+                        name=self._spec.name,
+                        grace=0.0,
+                        background_tasks=self._callbacks.tasks,
+                        end_background_tasks=self._callbacks.end,
                     )
-        return result
+                    return result
+        finally:
+            if self._canceller.has_killed:
+                warnings.warn(
+                    f"{self._spec.name}: the training had not ended {self._grace:g} s after it "
+                    "was cancelled; its worker process was killed. Give grace= to wait longer",
+                    WorkerDiedWarning,
+                    stacklevel=2,
+                )
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -230,16 +213,15 @@ class WorkerClient:
         return False
 
     def _handle(self, message: WorkerMessage, stack: ExitStack) -> None:
-        """Handle a message of a running job."""
         match message:
             case messages.TrainerBuilt(name, named):
-                progress = stack.enter_context(_progress(self._spec, name, named))
-                self._questions.progress = progress
-                self._event_bus.set_observers([self._emit, progress.observe, *self._observers])
+                display = stack.enter_context(_display(self._spec, name, named))
+                self._questions.label = lambda: display.printer.label
+                self._event_bus.set_observers([self._emit, display.observe, *self._callbacks.plain])
             case Printed():
-                self._output.print(message)
+                self._print(message)
             case messages.QuestionAsked(number, question):
-                self._questions.ask(number, self._with_timeout(question))
+                self._questions.start(number, self._with_timeout(question))
             case messages.QuestionWithdrawn(number):
                 self._questions.withdraw(number)
             case Event():
@@ -255,18 +237,18 @@ class WorkerClient:
             self._result = TrainingResult(result=over.result, weights=weights)
 
     def _raise_death(self) -> None:
-        """Raise the error of a worker that died, after the `RunEnded` that it could not send."""
+        """End the run of a worker that died, and raise its error."""
         transport, started = self._transport, self._run_started
         self._canceller.job_over.set()
         end = transport.wait_for_exit()
         if self._control.cancelled:
             if started is not None:
-                self._relay(_cut_off(started, StopReason.CANCELLED))
+                self._end_run(started, StopReason.CANCELLED)
             raise Cancelled
         message = f"the worker process of job {self._spec.name!r} {end.description}"
-        lines = [*self._output.last_lines(), *transport.log_tail()]
         if started is not None:
-            self._relay(_cut_off(started, StopReason.FAILED, f"WorkerDiedError: {message}"))
+            self._end_run(started, StopReason.FAILED, f"WorkerDiedError: {message}")
+        lines = [*self._last_lines, *self._partial_lines.values(), *transport.log_tail()]
         if lines:
             message += "; its last lines:\n  " + "\n  ".join(lines)
         raise WorkerDiedError(message, end.code)
@@ -288,6 +270,31 @@ class WorkerClient:
             )
             self._fail(error)
 
+    def _end_run(self, started: RunStarted, reason: StopReason, error: str | None = None) -> None:
+        """Emit the `RunEnded` that a dead worker could not send."""
+        ended = RunEnded(
+            trainer=started.trainer,
+            call=started.call,
+            stop_reason=reason,
+            epochs=0,
+            best_score=None,
+            best_epoch=None,
+            seconds=0.0,
+            error=error,
+        )
+        self._relay(ended)
+
+    def _print(self, printed: Printed) -> None:
+        if printed.is_partial:
+            self._partial_lines[printed.stream] = printed.text
+            return
+        self._partial_lines.pop(printed.stream, None)
+        self._last_lines.extend(printed.text.splitlines())
+        out = sys.stderr if printed.stream == "stderr" else sys.stdout
+        with suppress(Exception):  # such as a terminal that is gone
+            out.write(printed.text)
+            out.flush()
+
     def _fail(self, error: BaseException) -> None:
         """End the training for an error of this process; `supervise` raises it."""
         self._control.cancel(error)
@@ -304,39 +311,6 @@ class WorkerClient:
         self._transport.send(answer)
 
 
-class _WorkerOutput:
-    """The printed lines of a worker: printed here again, and the last ones remembered."""
-
-    def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=LAST_LINES)
-        self._partial_lines: dict[str, str] = {}
-        """stream -> the flushed beginning of its last line"""
-
-    def print(self, message: Printed) -> None:
-        """Print whole lines; only remember a partial line."""
-        if message.is_partial:
-            self._partial_lines[message.stream] = message.text
-            return
-        self._partial_lines.pop(message.stream, None)
-        self._lines.extend(message.text.splitlines())
-        out = sys.stderr if message.stream == "stderr" else sys.stdout
-        with suppress(Exception):  # such as a terminal that is gone
-            out.write(message.text)
-            out.flush()
-
-    def last_lines(self) -> list[str]:
-        """Return the last lines, with those that have no end yet."""
-        return [*self._lines, *self._partial_lines.values()]
-
-
-class _Question:
-    """A question of the worker that has no answer yet."""
-
-    def __init__(self) -> None:
-        self.withdrawn = False
-        self.cancel: Callable[[], None] = lambda: None
-
-
 class _Questions:
     """Asks the user of this process the questions of a worker, and sends the answers."""
 
@@ -348,36 +322,37 @@ class _Questions:
         fail: Callable[[BaseException], None],
     ) -> None:
         self._spec, self._portal, self._send, self._fail = spec, portal, send, fail
-        self._open: dict[int, _Question] = {}
+        self._lock = threading.Lock()
+        self._cancels: dict[int, Callable[[], None]] = {}
+        """number of an open question -> function that stops asking it"""
         self._ask: Ask | None = None
-        self.progress: RunDisplay | None = None
-        """display of the training; labels its questions"""
+        self.label: Callable[[], str] = lambda: ""
 
-    def ask(self, number: int, event: PromptAsked) -> None:
-        """Have the event loop ask a question; returns at once."""
-        self._open[number] = question = _Question()
+    def start(self, number: int, event: PromptAsked) -> None:
+        """Let the event loop ask a question; returns at once."""
+        self._cancels[number] = lambda: None
         with suppress(Cancelled):
-            self._portal.start(lambda: self._answer(number, question, event))
+            self._portal.start(lambda: self._answer(number, event))
 
     def withdraw(self, number: int) -> None:
-        """Stop asking a question, if it is open; any thread."""
-        question = self._open.pop(number, None)
-        if question is not None:
-            question.withdrawn = True
-            question.cancel()
+        """Stop asking a question, if it is open."""
+        with self._lock:
+            cancel = self._cancels.pop(number, lambda: None)
+        cancel()
 
     def withdraw_all(self) -> None:
         """Stop asking all questions."""
-        for number in list(self._open):
+        for number in list(self._cancels):
             self.withdraw(number)
 
-    async def _answer(self, number: int, question: _Question, event: PromptAsked) -> None:
+    async def _answer(self, number: int, event: PromptAsked) -> None:
         """Ask, and send the answer."""
         schedule = loop_scheduler()
         with anyio.CancelScope() as scope:
-            question.cancel = lambda: schedule(scope.cancel)
-            if question.withdrawn:
-                return
+            with self._lock:
+                if number not in self._cancels:
+                    return
+                self._cancels[number] = lambda: schedule(scope.cancel)
             try:
                 answer: Any = self._asker()(event)
                 answer = check_answer(await answer if isawaitable(answer) else answer)
@@ -387,7 +362,7 @@ class _Questions:
                 self._fail(error)
                 return
             finally:
-                self._open.pop(number, None)
+                self._cancels.pop(number, None)
             with suppress(OSError):
                 await run_in_thread(self._spec.name, lambda: self._send(Answer(number, answer)))
 
@@ -395,14 +370,12 @@ class _Questions:
         if self._ask is None:
             on_continue: Ask | None = self._spec.options.get("on_continue")
             if on_continue is None:
-                prompt = TerminalPrompt(
-                    lambda: "" if self.progress is None else self.progress.printer.label
-                )
+                self._ask = prompt = TerminalPrompt(self.label)
                 prompt.check()
-                self._ask = prompt
+            elif self._spec.options.get("continue_timeout") is None:
+                self._ask = on_continue
             else:
-                timed = self._spec.options.get("continue_timeout") is not None
-                self._ask = PromptWithTimeout(on_continue) if timed else on_continue
+                self._ask = PromptWithTimeout(on_continue)
         return self._ask
 
 
@@ -444,8 +417,7 @@ class _JobCanceller:
             self._thread.join()
 
 
-def _progress(spec: JobSpec, name: str, named: bool) -> RunDisplay:
-    """Return the display of a training in this process."""
+def _display(spec: JobSpec, name: str, named: bool) -> RunDisplay:
     options = spec.options
     every = options.get("print_every", 1) if options.get("verbose", True) else 0
     return RunDisplay(
@@ -459,17 +431,3 @@ def _progress(spec: JobSpec, name: str, named: bool) -> RunDisplay:
 
 def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
-
-
-def _cut_off(started: RunStarted, reason: StopReason, error: str | None = None) -> RunEnded:
-    """Return the last event of a run whose worker died."""
-    return RunEnded(
-        trainer=started.trainer,
-        call=started.call,
-        stop_reason=reason,
-        epochs=0,
-        best_score=None,
-        best_epoch=None,
-        seconds=0.0,
-        error=error,
-    )

@@ -65,7 +65,7 @@ def _has_parameters(value: Any) -> bool:
 
 
 def deserialize_job(data: bytes) -> Any:
-    """Return the contents that `serialize_job` was called with. Raises any error of unpickling."""
+    """Return the contents of a serialized job. Raises any error of unpickling."""
     return pickle.loads(data)
 
 

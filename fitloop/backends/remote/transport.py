@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
 
 
-@dataclass(frozen=True)
-class WorkerExit:
-    """The end of a worker."""
+class WorkerExit(NamedTuple):
+    """The end of a worker. The description continues "the worker process of job 'x' ..."."""
 
     description: str
-    """continues "the worker process of job 'x' ...": identifies the worker and says how it ended"""
     code: int | None
     """exit code of its process; minus the number of a signal that killed it; None if not known"""
 
