@@ -3,7 +3,7 @@
     make demo                        (or: python examples/digits.py [--epochs 15] [--out FILE])
 
 1,797 real images of 8 x 8 pixels ship with scikit-learn: 1,197 train, 300 validate, 300 test.
-While the model trains, the event loop stays free: a task beside it counts its own wake-ups.
+While the model trains, the event loop stays free: a second task counts its own wake-ups.
 """
 
 from __future__ import annotations
@@ -80,18 +80,18 @@ def draw_at_end(trainer: FitLoop, event: Event, out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-async def count_wakeups(counted: list[int]) -> None:
+async def count_wakeups(counter: list[int]) -> None:
     while True:
         await asyncio.sleep(0.01)
-        counted[0] += 1
+        counter[0] += 1
 
 
 async def main(epochs: int, out: Path) -> float:
     trainer = make_trainer(out)
     wakeups = [0]
-    beside = asyncio.create_task(count_wakeups(wakeups))
+    counter = asyncio.create_task(count_wakeups(wakeups))
     result = await trainer.fit(epochs=epochs)
-    beside.cancel()
+    counter.cancel()
     metrics = await trainer.test()
     print(f"test accuracy: {metrics['accuracy']:.2%}")
     print(f"the event loop woke up {wakeups[0] / result.seconds:.0f} times a second meanwhile")

@@ -3,9 +3,9 @@
     python examples/ensemble.py [--members 50] [--backend process] [--save-path DIR]
 
 Each member is a small network with its own random draw of the digits (`digits.py`). All go through
-one `Runner`; as each ends, its weights are read from their file, it is asked about the test images,
-and it is let go of: a thousand members take hardly more memory than ten. With ``--save-path`` the
-members stay on disk, and a second start trains only those that are missing.
+one `Runner`. When a member is trained, its weights are read from their file, it classifies the test
+images, and it is dropped: a thousand members take hardly more memory than ten. With ``--save-path``
+the members stay on disk, and a second start trains only the missing ones.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Subset
 
 from fitloop import FitLoop, LoopState, Runner
 
-SHOWN = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-"""sizes of the ensemble whose accuracy is printed on the way"""
+PRINTED_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""sizes of the ensemble at which its accuracy is printed"""
 
 
 def make_model() -> nn.Module:
@@ -40,23 +40,23 @@ def loaders() -> list[DataLoader[tuple[Tensor, ...]]]:
 
 
 def make_member(seed: int) -> FitLoop:
-    """Return a trainer of a model, and of a sample, of its own."""
+    """Return a trainer with a model and a bootstrap sample of its own."""
     torch.manual_seed(seed)
     model = make_model()
     images: Any = loaders()[0].dataset
-    drawn = torch.randint(len(images), (len(images),)).tolist()  # with replacement: a bootstrap
+    indices = torch.randint(len(images), (len(images),)).tolist()  # with replacement: a bootstrap
     return FitLoop(
         model,
         torch.optim.Adam(model.parameters(), lr=1e-2),
         nn.CrossEntropyLoss(),
-        train_dl=DataLoader(Subset(images, drawn), 32, shuffle=True),
+        train_dl=DataLoader(Subset(images, indices), 32, shuffle=True),
         seed=seed,
         num_threads=1,
     )
 
 
 class Ensemble:
-    """Adds up what the members say of the test images; keeps none of them."""
+    """Sums the predictions of the members for the test images; keeps no member."""
 
     def __init__(self) -> None:
         model = make_model()
@@ -68,23 +68,23 @@ class Ensemble:
             torch.optim.SGD(model.parameters()),
             nn.CrossEntropyLoss(),
             test_dl=loaders()[2],
-            test_step=self._ask,
+            test_step=self._test_step,
             name="judge",
         )
 
-    def _ask(self, state: LoopState) -> dict[str, Any]:
-        """Be the test step: all test images are one batch."""
+    def _test_step(self, state: LoopState) -> dict[str, Any]:
+        """Add the predictions of one member; all test images are one batch."""
         inputs, targets = state.batch
-        said = state.model(inputs)
-        self._summed = self._summed + said.softmax(dim=1)
+        outputs = state.model(inputs)
+        self._summed = self._summed + outputs.softmax(dim=1)
         return {
-            "running_loss": state.loss_function(said, targets) * len(targets),
-            "running_corr": (said.argmax(dim=1) == targets).sum(),
+            "running_loss": state.loss_function(outputs, targets) * len(targets),
+            "running_corr": (outputs.argmax(dim=1) == targets).sum(),
             "together": (self._summed.argmax(dim=1) == targets).float().mean(),
         }
 
     async def add(self, weights: Path) -> float:
-        """Hear one more member; return the accuracy of all of them together."""
+        """Add a member; return the accuracy of all members together."""
         await self._judge.load_model(weights.name, weights.parent)
         metrics = await self._judge.test(verbose=False, progress=False)
         self.alone.append(metrics["accuracy"])
@@ -94,7 +94,7 @@ class Ensemble:
 
 async def vote(members: int, epochs: int, runner: Runner) -> None:
     """Train the members and print how good they are, alone and together."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     for seed in range(members):
         runner.submit(make_member, seed, name=f"member-{seed:04d}", epochs=epochs, verbose=False)
     ensemble, together = Ensemble(), 0.0
@@ -104,13 +104,13 @@ async def vote(members: int, epochs: int, runner: Runner) -> None:
             print(f"{outcome.name}: {outcome.error!r}")
             continue
         together = await ensemble.add(outcome.weights)
-        if len(ensemble.alone) in SHOWN:
+        if len(ensemble.alone) in PRINTED_SIZES:
             print(f"{len(ensemble.alone):7}   {together:.2%}", flush=True)
     alone = ensemble.alone
     if alone:
         print(f"one member alone: {mean(alone):.2%} (from {min(alone):.2%} to {max(alone):.2%})")
         print(f"all {len(alone)} together: {together:.2%}")
-    print(f"{time.perf_counter() - began:.1f} s")
+    print(f"{time.perf_counter() - start:.1f} s")
 
 
 async def main(arguments: argparse.Namespace) -> None:
@@ -130,16 +130,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-concurrent", type=int, default=2)
     parser.add_argument("--backend", choices=["thread", "process"], default="thread")
     parser.add_argument("--save-path", type=Path, help="keep the members there")
-    given = parser.parse_args()
-    if given.max_concurrent < 1:
-        parser.error(f"--max-concurrent is {given.max_concurrent}; expected 1 or more at a time")
-    return given
+    options = parser.parse_args()
+    if options.max_concurrent < 1:
+        parser.error(f"--max-concurrent is {options.max_concurrent}; expected 1 or more at a time")
+    return options
 
 
 if __name__ == "__main__":
-    given = parse()
+    options = parse()
     try:
-        asyncio.run(main(given))
+        asyncio.run(main(options))
     except KeyboardInterrupt:
-        kept = "the same command goes on" if given.save_path else "without --save-path all is lost"
-        raise SystemExit(f"interrupted; {kept}") from None
+        advice = (
+            "the same command goes on" if options.save_path else "without --save-path all is lost"
+        )
+        raise SystemExit(f"interrupted; {advice}") from None

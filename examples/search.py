@@ -2,10 +2,10 @@
 
     python examples/search.py [--trials 20] [--backend process] [--save-path DIR]
 
-Optuna proposes (`ask`), a `Runner` trains, its events tell Optuna how each trial goes, and a trial
-that Optuna would prune is cancelled. With ``--save-path`` a search that was killed is started again
-by the same command: finished trials are not run again, the others go on from their snapshots.
-The data are scikit-learn's digits, as in `digits.py`.
+Optuna proposes parameters, a `Runner` trains, its events are reported to Optuna, and a trial that
+Optuna would prune is cancelled. With ``--save-path``, the same command restarts a search that was
+killed: finished trials are not run again, the other ones continue from their snapshots. The data
+are scikit-learn's digits, as in `digits.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNFINISHED = (TrialState.RUNNING,)
 
 
 def suggest(trial: Trial) -> Params:
-    """Return what to try; a trial that is gone on with gets what it got before."""
+    """Return the parameters of a trial; a continued trial gets the same ones again."""
     return {
         "lr": trial.suggest_float("lr", 1e-4, 1e-1, log=True),
         "width": trial.suggest_categorical("width", WIDTHS),
@@ -66,17 +66,17 @@ class Running:
 
     trial: Trial
     job: Job
-    told: set[int]
-    """epochs that Optuna knows"""
+    reported: set[int]
+    """epochs that Optuna has the accuracy of"""
     epochs: asyncio.Queue[EpochEnded | None] = field(default_factory=asyncio.Queue)
-    """those that have ended; None after the last"""
+    """its completed epochs; None after the last"""
     pruned: bool = False
 
 
 class Search:
-    """Trials of a study that are trained by a Runner, so many at a time.
+    """Trains the trials of a study with a Runner, a limited number at a time.
 
-    Whatever touches the storage of the study is called in one thread, in order.
+    All functions that use the storage of the study are called in one thread, in order.
     """
 
     def __init__(self, study: optuna.Study, thread: ThreadPoolExecutor, epochs: int) -> None:
@@ -86,13 +86,14 @@ class Search:
         self._running: dict[str, Running] = {}
 
     async def run(self, trials: int, at_once: int, runner: Runner) -> None:
-        """Have so many trials in the study, those of earlier starts included."""
-        known = await self._store(self._study.get_trials, deepcopy=False)
-        self._cut_off = [trial for trial in known if trial.state in UNFINISHED]
-        self._missing = max(0, trials - len(known))
-        if known:
-            ended = len(known) - len(self._cut_off)
-            print(f"{ended} trials are done, {len(self._cut_off)} are gone on with")
+        """Train until the study has ``trials`` trials, including those of earlier starts."""
+        earlier = await self._store(self._study.get_trials, deepcopy=False)
+        self._cut_off = [trial for trial in earlier if trial.state in UNFINISHED]
+        self._missing = max(0, trials - len(earlier))
+        if earlier:
+            print(
+                f"{len(earlier) - len(self._cut_off)} trials are done, {len(self._cut_off)} are gone on with"
+            )
         print(HEAD, flush=True)
         async with runner.events() as events:
             reader = asyncio.create_task(self._read(events))
@@ -106,7 +107,7 @@ class Search:
         return await loop.run_in_executor(self._thread, lambda: call(*args, **options))
 
     async def _read(self, events: EventStream) -> None:
-        """Hand each event to its trial; waits for nothing else, so that none is dropped."""
+        """Pass each event to its trial; never waits otherwise, so that no event is dropped."""
         async for event in events:
             running = self._running.get(event.trainer)
             if running is not None and isinstance(event, EpochEnded):
@@ -119,9 +120,9 @@ class Search:
         while (trial := await self._next()) is not None:
             params = await self._store(suggest, trial)
             name = f"trial-{trial.number:04d}"
-            told = await self._store(reported, trial)
+            epochs = await self._store(reported_epochs, trial)
             job = runner.submit(make_trainer, params, name=name, epochs=self._epochs, print_every=0)
-            running = self._running[name] = Running(trial, job, told)
+            running = self._running[name] = Running(trial, job, epochs)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._report(running))
                 outcome = await job.outcome()
@@ -129,7 +130,7 @@ class Search:
             await self._tell(running, outcome)
 
     async def _next(self) -> Trial | None:
-        """Return a trial that was cut off, a new one, or None when there are enough."""
+        """Return a trial that was cut off, a new one, or None if there are enough."""
         if self._cut_off:
             return await self._store(Trial, self._study, self._cut_off.pop(0)._trial_id)
         if self._missing == 0:
@@ -138,9 +139,9 @@ class Search:
         return await self._store(self._study.ask)
 
     async def _report(self, running: Running) -> None:
-        """Tell Optuna of each epoch, and cancel the job when it would prune the trial."""
+        """Report each epoch to Optuna, and cancel the job if Optuna would prune the trial."""
         while (event := await running.epochs.get()) is not None:
-            if event.epoch in running.told or running.pruned:
+            if event.epoch in running.reported or running.pruned:
                 continue
             accuracy = event.metrics["valid"]["accuracy"]
             if await self._store(is_hopeless, running.trial, accuracy, event.epoch):
@@ -155,11 +156,11 @@ class Search:
             state = TrialState.PRUNED
         elif outcome.status == "cancelled":
             return  # with the search, which may be started again
-        told = await self._store(self._study.tell, trial, score, state)
-        print(line(told) + (f"  {outcome.error!r}" if outcome.error else ""), flush=True)
+        finished = await self._store(self._study.tell, trial, score, state)
+        print(line(finished) + (f"  {outcome.error!r}" if outcome.error else ""), flush=True)
 
 
-def reported(trial: Trial) -> set[int]:
+def reported_epochs(trial: Trial) -> set[int]:
     return set(trial.storage.get_trial(trial._trial_id).intermediate_values)
 
 
@@ -185,16 +186,16 @@ HEAD = "trial  state     accuracy  epochs        lr  width  dropout  weight deca
 
 
 def table(trials: list[FrozenTrial]) -> str:
-    """Return the trials that are over, best first; pruned and failed ones after those done."""
-    over = [trial for trial in trials if trial.state.is_finished()]
-    done = [trial for trial in over if trial.state is TrialState.COMPLETE]
+    """Return the finished trials, best first; pruned and failed ones last."""
+    finished = [trial for trial in trials if trial.state.is_finished()]
+    done = [trial for trial in finished if trial.state is TrialState.COMPLETE]
     done.sort(key=lambda trial: -(trial.value or 0.0))
-    rest = [trial for trial in over if trial.state is not TrialState.COMPLETE]
-    return "\n".join([HEAD, *map(line, done + rest)])
+    failed = [trial for trial in finished if trial.state is not TrialState.COMPLETE]
+    return "\n".join([HEAD, *map(line, done + failed)])
 
 
 def open_study(save_path: Path | None) -> optuna.Study:
-    """Return the study beside the runs; SQLite, since a kill leaves it whole."""
+    """Return the study, stored beside the runs; SQLite, since it survives a kill."""
     if save_path is not None:
         save_path.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
@@ -204,8 +205,8 @@ def open_study(save_path: Path | None) -> optuna.Study:
         direction="maximize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
     )
-    known = len(study.get_trials(deepcopy=False))  # with the same seed it would propose them again
-    study.sampler = optuna.samplers.TPESampler(seed=known)
+    # Another seed at each start: with the same one it would propose the same trials again.
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.get_trials(deepcopy=False)))
     return study
 
 
@@ -230,11 +231,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-concurrent", type=int, default=2)
     parser.add_argument("--backend", choices=["thread", "process"], default="thread")
     parser.add_argument("--save-path", type=Path, help="directory of the study and the runs")
-    given = parser.parse_args()
-    for option, count in (("epochs", given.epochs), ("max-concurrent", given.max_concurrent)):
+    options = parser.parse_args()
+    for option, count in (("epochs", options.epochs), ("max-concurrent", options.max_concurrent)):
         if count < 1:
             parser.error(f"--{option} is {count}; expected 1 or more")
-    return given
+    return options
 
 
 if __name__ == "__main__":

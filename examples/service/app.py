@@ -6,11 +6,11 @@
     GET    /trainings/{id}          one, with its metrics so far
     DELETE /trainings/{id}          cancel it; it ends at a batch boundary
     POST   /trainings/{id}/answer   {"epoch": 4, "go_on": true}, to the question after that epoch
-    GET    /trainings/{id}/events   what happened and happens, as server-sent events, to its end
+    GET    /trainings/{id}/events   its events from the first to the last, as server-sent events
     GET    /events                  the same of all trainings
-    GET    /status                  how many there are, and how many readers of events
+    GET    /status                  the numbers of trainings and of readers of events
 
-A request that cannot be done gets ``{"problems": [{"field": ..., "message": ...}]}``.
+A request that cannot be fulfilled gets ``{"problems": [{"field": ..., "message": ...}]}``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from starlette.routing import Route
 from starlette.types import Send
 
 from service.feed import Feed
-from service.settings import BadRequestError, Problem, read_settings, refusal, shown
+from service.settings import BadRequestError, Problem, as_text, read_settings, refusal
 from service.trainings import BackendName, Trainings, open_trainings
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-LARGEST_BODY = 64 * 1024
+MAX_BODY = 64 * 1024
 """bytes"""
 
 
@@ -42,8 +42,8 @@ def make_app(backend: BackendName = "thread", at_once: int | None = None) -> Sta
     """Return the application; its trainings run while its lifespan does.
 
     Args:
-        backend: where trainings run.
-        at_once: how many at a time; by default as many as there are cores.
+        backend: the backend of the Runner.
+        at_once: number of trainings at a time; by default the number of cores.
     """
 
     @asynccontextmanager
@@ -77,8 +77,8 @@ def make_app(backend: BackendName = "thread", at_once: int | None = None) -> Sta
 async def start(request: Request) -> Response:
     settings = read_settings(await read_json(request))
     training = trainings_of(request).submit(settings)
-    place = {"Location": f"/trainings/{training.number}"}
-    return JSONResponse(training.as_dict(), 201, headers=place)
+    location = {"Location": f"/trainings/{training.number}"}
+    return JSONResponse(training.as_dict(), 201, headers=location)
 
 
 async def show_all(request: Request) -> Response:
@@ -107,7 +107,7 @@ async def answer(request: Request) -> Response:
         case _:
             raise refusal(
                 422,
-                f"the body is {shown(body)}; expected an object with the epoch of the question "
+                f"the body is {as_text(body)}; expected an object with the epoch of the question "
                 'and the answer, such as {"epoch": 4, "go_on": true}',
             )
     return JSONResponse(training.as_dict(), 202)
@@ -116,24 +116,24 @@ async def answer(request: Request) -> Response:
 async def status(request: Request) -> Response:
     trainings = trainings_of(request)
     feeds = [trainings.feed, *(training.feed for training in trainings)]
-    told = {
+    report = {
         "backend": request.app.state.backend,
         "trainings": Counter(training.job.status for training in trainings),
         "readers": sum(feed.readers for feed in feeds),
         "dropped_events": trainings.dropped,
     }
-    return JSONResponse(told)
+    return JSONResponse(report)
 
 
 # -- events ----------------------------------------------------------------------------------------
 
 
 class EventResponse(StreamingResponse):
-    """Server-sent events; lets go of its feed at once when the client goes away."""
+    """Server-sent events; stops reading its feed as soon as the client is gone."""
 
-    def __init__(self, feed: Feed, place: int) -> None:
+    def __init__(self, feed: Feed, position: int) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        self._events = feed.read(place)
+        self._events = feed.read(position)
         super().__init__(self._events, headers=headers, media_type="text/event-stream")
 
     async def stream_response(self, send: Send) -> None:
@@ -152,12 +152,12 @@ async def all_events(request: Request) -> Response:
 
 
 def follow(request: Request, feed: Feed) -> Response:
-    """Go on after what the client had last; tell a browser that had all not to come again."""
-    place = feed.place_of(request.headers.get("last-event-id"))
-    return Response(status_code=204) if feed.is_read_by(place) else EventResponse(feed, place)
+    """Send the events after the last one that the client had; 204 stops a client that had all."""
+    position = feed.position_after(request.headers.get("last-event-id"))
+    return Response(status_code=204) if feed.is_read_by(position) else EventResponse(feed, position)
 
 
-# -- the rest --------------------------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------------------------
 
 
 async def page(request: Request) -> Response:
@@ -165,30 +165,30 @@ async def page(request: Request) -> Response:
 
 
 def trainings_of(request: Request) -> Trainings:
-    found: Trainings = request.app.state.trainings
-    return found
+    trainings: Trainings = request.app.state.trainings
+    return trainings
 
 
 async def read_json(request: Request) -> Any:
-    """Return the decoded body. Raises BadRequestError when it is none.
+    """Return the decoded body. Raises BadRequestError if it is no JSON.
 
-    A body that does not say that it is JSON is refused, since any web page may send such a one.
+    The content type must be JSON: a foreign web page can only send requests with other types.
     """
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
         raise refusal(
-            415, f"Content-Type is {shown(kind)}; expected application/json; send that header"
+            415, f"Content-Type is {as_text(kind)}; expected application/json; send that header"
         )
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > LARGEST_BODY:
-            raise refusal(413, f"the body is longer than {LARGEST_BODY} bytes; send less")
+        if len(body) > MAX_BODY:
+            raise refusal(413, f"the body is longer than {MAX_BODY} bytes; send less")
     try:
         return json.loads(body)
-    except (ValueError, RecursionError) as error:  # the latter of what is nested too deeply
-        told = body[:60].decode(errors="replace")
-        raise refusal(400, f"the body is {told!r}; expected JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # the latter if it is nested too deeply
+        text = body[:60].decode(errors="replace")
+        raise refusal(400, f"the body is {text!r}; expected JSON ({error})") from error
 
 
 async def refuse(request: Request, error: Exception) -> Response:
@@ -199,10 +199,10 @@ async def refuse(request: Request, error: Exception) -> Response:
 async def refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}; see the routes in app.py"
-    told = problems(error.status_code, [Problem(field="", message=message)])
-    told.headers.update(error.headers or {})
-    return told
+    response = problems(error.status_code, [Problem(field="", message=message)])
+    response.headers.update(error.headers or {})
+    return response
 
 
-def problems(status_code: int, found: list[Problem]) -> Response:
-    return JSONResponse({"problems": found}, status_code)
+def problems(status_code: int, items: list[Problem]) -> Response:
+    return JSONResponse({"problems": items}, status_code)

@@ -1,8 +1,8 @@
-"""What happened, for readers who come and go at their own pace.
+"""Messages for readers that come and go, each at its own pace.
 
-A `Feed` is a list that is only added to, and a reader is a place in it. So a reader who is slow, or
-gone, costs the training nothing; who comes late gets all from the beginning, and who comes back
-goes on where it was.
+A `Feed` is an append-only list, and a reader is a position in it. So a reader that is slow or gone
+costs the training nothing. A late reader gets all messages from the first one; a reader that comes
+back continues where it was.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import anyio
 
 PAUSE = 0.05
-"""seconds in which what happens is gathered for one write"""
+"""seconds in which messages are gathered for one write"""
 SILENCE = 15.0
-"""seconds after which a comment is sent: a connection whose other end has vanished is found so"""
+"""seconds without a message, then a comment is sent: it fails if the other end has vanished"""
 CHUNK = 256
-"""messages of one write at most"""
+"""most messages in one write"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,71 +38,71 @@ class Feed:
     """The messages of one training, or of all.
 
     Args:
-        service: a word of this life of the service; numbers of another one mean nothing.
+        service: identifies this run of the service; message numbers of another run mean nothing.
     """
 
     def __init__(self, service: str) -> None:
         self.service = service
         self.readers = 0
         self._messages: list[Message] = []
-        self._passing: dict[int, Message] = {}
-        """training -> its newest message of those that only the newest counts of"""
+        self._replaceable: dict[int, Message] = {}
+        """training -> its newest replaceable message"""
         self._changed = anyio.Event()
         self._ends = anyio.Event()
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether no message will follow."""
         return self._ends.is_set()
 
     def add(self, message: Message) -> None:
-        """Add a message that every reader gets."""
+        """Add a permanent message, which every reader gets."""
         self._messages.append(message)
         self._wake()
 
     def show(self, message: Message) -> None:
-        """Add a message that replaces the one before it, for whom has not read that yet."""
-        self._passing[message.training] = message
+        """Add a replaceable message: a reader gets only the newest one of a training."""
+        self._replaceable[message.training] = message
         self._wake()
 
     def forget(self, training: int) -> None:
-        """Drop what there is of a training."""
+        """Drop the messages of a training."""
         self._messages = [one for one in self._messages if one.training != training]
-        self._passing.pop(training, None)
+        self._replaceable.pop(training, None)
 
     def end(self) -> None:
-        """Let every reader come to the end."""
-        self._passing.clear()
+        """End every reader after the last message."""
+        self._replaceable.clear()
         self._ends.set()
         self._wake()
 
-    def place_of(self, last_event_id: str | None) -> int:
-        """Return the number of the message that a reader had last; 0 for one to begin anew."""
+    def position_after(self, last_event_id: str | None) -> int:
+        """Return the number of the last message that a reader had; 0 to start from the first."""
         service, _, number = (last_event_id or "").partition("-")
         if service != self.service or not (number.isascii() and number.isdigit()):
             return 0
         return int(number) if len(number) < 16 else 0
 
-    def is_read_by(self, place: int) -> bool:
-        """Return whether nothing more will come for a reader at this place."""
+    def is_read_by(self, position: int) -> bool:
+        """Return whether no message will follow for a reader at this position."""
         last = self._messages[-1].number if self._messages else 0
-        return self.ended and place >= last > 0
+        return self.ended and position >= last > 0
 
-    async def read(self, place: int = 0) -> AsyncGenerator[bytes, None]:
-        """Give the messages after ``place`` as server-sent events; ends when the feed does."""
+    async def read(self, position: int = 0) -> AsyncGenerator[bytes, None]:
+        """Yield the messages after ``position`` as server-sent events, until the feed ends."""
         self.readers += 1
         try:
-            yield _hello(self.service, goes_on=place > 0)
-            shown = place
+            yield _hello(self.service, goes_on=position > 0)
+            newest = position
             while True:
                 changed, ended = self._changed, self.ended
-                chunk = self._after(place)
-                place = chunk[-1].number if chunk else place
+                chunk = self._after(position)
+                position = chunk[-1].number if chunk else position
                 if len(chunk) < CHUNK:
-                    chunk += [one for one in self._passing.values() if one.number > shown]
+                    chunk += [one for one in self._replaceable.values() if one.number > newest]
                     chunk.sort(key=lambda one: one.number)
                 if chunk:
-                    shown = chunk[-1].number
+                    newest = chunk[-1].number
                     yield b"".join(one.text for one in chunk)
                     with anyio.move_on_after(PAUSE):
                         await self._ends.wait()
@@ -116,8 +116,8 @@ class Feed:
         finally:
             self.readers -= 1
 
-    def _after(self, place: int) -> list[Message]:
-        first = bisect_right(self._messages, place, key=lambda one: one.number)
+    def _after(self, position: int) -> list[Message]:
+        first = bisect_right(self._messages, position, key=lambda one: one.number)
         return self._messages[first : first + CHUNK]
 
     def _wake(self) -> None:
@@ -125,18 +125,18 @@ class Feed:
         self._changed = anyio.Event()
 
 
-def lasting_text(service: str, number: int, data: dict[str, Any]) -> bytes:
-    """Return a message with an id, from which a reader goes on."""
-    return b"id: %s-%d\n%s" % (service.encode(), number, passing_text(data))
+def permanent_text(service: str, number: int, data: dict[str, Any]) -> bytes:
+    """Return a message with an id, after which a reader can continue."""
+    return b"id: %s-%d\n%s" % (service.encode(), number, replaceable_text(data))
 
 
-def passing_text(data: dict[str, Any]) -> bytes:
+def replaceable_text(data: dict[str, Any]) -> bytes:
     """Return a message without an id."""
     return b"data: %s\n\n" % json.dumps(json_ready(data)).encode()
 
 
 def json_ready(value: Any) -> Any:
-    """Return a value with None for every number that JSON cannot say, such as nan."""
+    """Return a value with None for every number that JSON does not have, such as nan."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -148,4 +148,4 @@ def json_ready(value: Any) -> Any:
 
 def _hello(service: str, *, goes_on: bool) -> bytes:
     hello = {"kind": "hello", "service": service, "goes_on": goes_on}
-    return b"retry: 1000\n" + passing_text(hello)
+    return b"retry: 1000\n" + replaceable_text(hello)

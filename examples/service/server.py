@@ -17,18 +17,18 @@ from service.trainers import make_trainer
 from service.trainings import BackendName, Trainings
 
 LAST_SECONDS = 3
-"""for readers that do not read, when the server ends"""
+"""seconds for readers that do not read, when the server ends"""
 
 
 class Server(uvicorn.Server):
     """Ends trainings and streams before it waits for connections to close.
 
-    uvicorn waits for them before it ends the lifespan of an application: an open stream of events
-    would hold it up for ever.
+    uvicorn waits for connections before it ends the lifespan of an application: an open stream of
+    events would make it wait for ever.
     """
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """End the trainings whole, then the streams, then the server."""
+        """End the trainings at a batch boundary, then the streams, then the server."""
         trainings: Trainings = self.config.app.state.trainings  # type: ignore[union-attr]
         await trainings.close()
         await super().shutdown(sockets)
@@ -42,7 +42,7 @@ def make_server(
     port: int = 8000,
     log_level: str = "info",
 ) -> Server:
-    """Return the server; its port is a free one when ``port`` is 0."""
+    """Return the server; with port 0 it takes a free port."""
     config = uvicorn.Config(
         make_app(backend, at_once),
         host=host,
@@ -56,11 +56,11 @@ def make_server(
 
 
 def warm_up(backend: BackendName) -> None:
-    """Do beforehand what would hold up all requests for some tenths of a second later.
+    """Do slow work now that would delay all requests for some tenths of a second later.
 
-    The first optimizer of a process has torch import some 800 modules. And a full garbage
-    collection visits all objects that there are, with the interpreter's lock: here those of the
-    imports, of which nothing can be collected, are left out of later ones.
+    The first optimizer of a process makes torch import some 800 modules. And a full garbage
+    collection holds the interpreter's lock while it visits all objects; the objects of the imports
+    are never garbage, so later collections leave them out.
     """
     if backend == "thread":
         make_trainer(Settings())
@@ -75,18 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", type=int, help="trainings at a time; default: one a core")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="up to 65535; 0 takes a free one")
-    given = parser.parse_args(arguments)
-    if given.at_once is not None and given.at_once < 1:
+    options = parser.parse_args(arguments)
+    if options.at_once is not None and options.at_once < 1:
         parser.error(
-            f"--at-once is {given.at_once}; expected 1 or more; leave it out for the cores"
+            f"--at-once is {options.at_once}; expected 1 or more; leave it out for the cores"
         )
-    if not 0 <= given.port <= 65535:
+    if not 0 <= options.port <= 65535:
         parser.error(
-            f"--port is {given.port}; expected 0 to 65535; 0 takes a free one, which it prints"
+            f"--port is {options.port}; expected 0 to 65535; 0 takes a free one, which it prints"
         )
-    server = make_server(given.backend, given.at_once, host=given.host, port=given.port)
-    warm_up(given.backend)
-    with suppress(KeyboardInterrupt):  # which uvicorn raises again after a clean end
+    server = make_server(options.backend, options.at_once, host=options.host, port=options.port)
+    warm_up(options.backend)
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean end
         server.run()
     if not server.started:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""One `Runner` for the life of the service, and what is known of the trainings handed to it."""
+"""One `Runner` for the life of the service, and the state of its trainings."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from fitloop import (
     Runner,
     RunStarted,
 )
-from service.feed import Feed, Message, json_ready, lasting_text, passing_text
-from service.settings import Settings, refusal, shown
+from service.feed import Feed, Message, json_ready, permanent_text, replaceable_text
+from service.settings import Settings, as_text, refusal
 from service.trainers import make_trainer
 
 BackendName = Literal["thread", "process"]
 NICE = 10
-"""of worker processes: requests come first when all cores train"""
-MOST = 200
-"""trainings that are known; the oldest that is over is forgotten for a new one"""
-LASTING = (RunStarted, EpochEnded, BestImproved, PromptAnswered, RunEnded)
-"""events that every reader gets; of `BatchProgress` only the newest, of others none"""
+"""niceness of worker processes: requests come first when all cores train"""
+MAX_TRAININGS = 200
+"""most trainings in memory; a new one replaces the oldest that is over"""
+PERMANENT = (RunStarted, EpochEnded, BestImproved, PromptAnswered, RunEnded)
+"""events that every reader gets; of `BatchProgress` only the newest; of other kinds none"""
 OVER = ("done", "failed", "cancelled")
 
 
@@ -51,7 +51,7 @@ class Question:
 
 
 class Training:
-    """What is known of one training: told by its events, and at the end by its job."""
+    """The state of one training, from its events and, at the end, from its job."""
 
     def __init__(self, number: int, settings: Settings, service: str) -> None:
         self.number = number
@@ -67,27 +67,27 @@ class Training:
         self._progress: dict[str, Any] | None = None
         self._metrics: dict[str, dict[str, list[float]]] = {}
 
-    def take(self, event: Event) -> None:
-        """Note what an event tells."""
+    def update(self, event: Event) -> None:
+        """Update the state from an event."""
         if isinstance(event, BatchProgress):
             self._progress = event.as_dict()
         elif isinstance(event, EpochEnded):
             self._epoch, self._progress = event.epoch, None
             for phase, metrics in event.metrics.items():
-                own = self._metrics.setdefault(phase, {})
+                values = self._metrics.setdefault(phase, {})
                 for name, value in metrics.items():
-                    own.setdefault(name, []).append(value)
+                    values.setdefault(name, []).append(value)
         elif isinstance(event, BestImproved):
             self._best = {"epoch": event.epoch, "score": event.score}
 
     def end(self, outcome: Outcome) -> None:
-        """Note what came of it."""
+        """Set the outcome."""
         self._outcome, self._progress = outcome, None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all but the metrics, JSON-ready."""
+        """Return the state without the metrics, JSON-ready."""
         question = self.question
-        told = {
+        state = {
             "id": self.number,
             "status": self.job.status,
             "cancelling": self.is_cancelled and self._outcome is None,
@@ -96,9 +96,9 @@ class Training:
             "progress": self._progress,
             "best": self._best,
             "question": question and {"epoch": question.epoch, "text": question.text},
-            **_told(self._outcome),
+            **_outcome_fields(self._outcome),
         }
-        return dict(json_ready(told))
+        return dict(json_ready(state))
 
     def metrics(self) -> dict[str, Any]:
         """Return phase -> name -> one value for each epoch, JSON-ready."""
@@ -106,36 +106,36 @@ class Training:
 
 
 class Trainings:
-    """All trainings of the service; made by `open_trainings`, used on its event loop only."""
+    """All trainings of the service; for its event loop only. See `open_trainings`."""
 
     def __init__(self, runner: Runner) -> None:
         self.feed = Feed(secrets.token_hex(4))
         self.dropped = 0
-        """events that came faster than they could be read"""
+        """events that arrived faster than they were read"""
         self._runner = runner
-        self._known: dict[int, Training] = {}
+        self._by_number: dict[int, Training] = {}
         self._by_job: dict[str, Training] = {}
         self._trainings = self._messages = 0
         self._closing = False
 
-    # -- what clients ask for ----------------------------------------------------------------------
+    # -- requests of clients -----------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Training]:
-        return iter(self._known.values())
+        return iter(self._by_number.values())
 
     def get(self, number: str) -> Training:
-        """Return a training. Raises BadRequestError when there is none."""
+        """Return a training. Raises BadRequestError if there is none."""
         is_number = number.isascii() and number.isdigit() and len(number) < 16
-        found = self._known.get(int(number)) if is_number else None
-        if found is None:
-            raise refusal(404, f"there is no training {shown(number)}; GET /trainings lists them")
-        return found
+        training = self._by_number.get(int(number)) if is_number else None
+        if training is None:
+            raise refusal(404, f"there is no training {as_text(number)}; GET /trainings lists them")
+        return training
 
     def submit(self, settings: Settings) -> Training:
-        """Hand a training to the Runner; it begins when there is room.
+        """Submit a training to the Runner; it starts when a place is free.
 
         Raises:
-            BadRequestError: there are too many, or the service is about to end.
+            BadRequestError: there are too many trainings, or the service is about to end.
         """
         if self._closing:
             raise refusal(503, "the service is about to end; try again when it was started anew")
@@ -152,12 +152,12 @@ class Trainings:
             verbose=False,
             progress=False,
         )
-        self._known[training.number] = self._by_job[training.job.name] = training
-        self._tell(training, {"kind": "submitted", **training.as_dict()})
+        self._by_number[training.number] = self._by_job[training.job.name] = training
+        self._send(training, {"kind": "submitted", **training.as_dict()})
         return training
 
     def answer(self, training: Training, epoch: int, go_on: bool) -> None:
-        """Answer the open question. Raises BadRequestError when it is not open (any more)."""
+        """Answer the open question. Raises BadRequestError if it is not open (any more)."""
         question = training.question
         if question is None or question.answer.done():
             raise refusal(
@@ -173,22 +173,22 @@ class Trainings:
         question.answer.set_result(go_on)
 
     def cancel(self, training: Training) -> None:
-        """End a training at its next batch boundary; nothing happens when it is over."""
+        """End a training at its next batch boundary; do nothing if it is over."""
         if not training.over.is_set() and not training.is_cancelled:
             training.is_cancelled = True
-            self._tell(training, {"kind": "cancelling"})
+            self._send(training, {"kind": "cancelling"})
         training.job.cancel()
 
-    # -- what the trainings tell -------------------------------------------------------------------
+    # -- events of the trainings ------------------------------------------------------------------
 
     async def listen(self, events: EventStream) -> None:
         """Pass on the events of all trainings until the Runner ends.
 
-        A training is over for readers with its `JobEnded`, which comes after all else of it: its
-        job's outcome may be known before the last events are read.
+        For readers, a training is over with its `JobEnded`, its last event: the outcome of its job
+        may be available before the last events are read.
         """
         async for event in events:
-            if events.dropped > self.dropped:  # perhaps the end of one
+            if events.dropped > self.dropped:  # perhaps a JobEnded
                 self.dropped = events.dropped
                 for other in list(self._by_job.values()):
                     if other.job.status in OVER:
@@ -196,68 +196,69 @@ class Trainings:
             training = self._by_job.get(event.trainer)
             if training is None:
                 continue
-            training.take(event)
+            training.update(event)
             if isinstance(event, JobEnded):
                 await self._end(training)
-            elif isinstance(event, LASTING):
-                self._tell(training, event.as_dict())
+            elif isinstance(event, PERMANENT):
+                self._send(training, event.as_dict())
             elif isinstance(event, BatchProgress):
-                self._show(training, event.as_dict())
+                self._send_replaceable(training, event.as_dict())
 
     async def _ask(self, training: Training, event: PromptAsked) -> bool:
-        """Wait for the answer that a client gives; this is the ``on_continue`` of every training.
+        """Wait for the answer of a client; the ``on_continue`` of every training.
 
-        The question is told here and not when its event comes, so that it can be answered as soon
-        as it is seen.
+        The question is sent here, not when its event arrives, so that it can be answered as soon
+        as a client has it.
         """
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         training.question = Question(event.epoch, event.question, answer)
-        self._tell(training, event.as_dict())
+        self._send(training, event.as_dict())
         try:
             return await answer
         finally:
             training.question = None
 
     async def _end(self, training: Training) -> None:
-        training.end(await training.job.outcome())  # which is there
-        self._tell(training, {"kind": "over", **training.as_dict()})
+        training.end(await training.job.outcome())  # no wait: it is over
+        self._send(training, {"kind": "over", **training.as_dict()})
         del self._by_job[training.job.name]
         training.over.set()
         training.feed.end()
 
-    def _tell(self, training: Training, data: dict[str, Any]) -> None:
-        """Have every reader get a message."""
+    def _send(self, training: Training, data: dict[str, Any]) -> None:
+        """Send every reader a message."""
         self._messages += 1
         data = {**data, "training": training.number}
-        text = lasting_text(self.feed.service, self._messages, data)
+        text = permanent_text(self.feed.service, self._messages, data)
         message = Message(self._messages, training.number, text)
         training.feed.add(message)
         self.feed.add(message)
 
-    def _show(self, training: Training, data: dict[str, Any]) -> None:
-        """Have readers get a message, unless a newer one comes before they have read it."""
+    def _send_replaceable(self, training: Training, data: dict[str, Any]) -> None:
+        """Send readers a message that a newer one replaces if they have not read it yet."""
         self._messages += 1
-        text = passing_text({**data, "training": training.number})
+        text = replaceable_text({**data, "training": training.number})
         message = Message(self._messages, training.number, text)
         training.feed.show(message)
         self.feed.show(message)
 
     def _make_room(self) -> None:
-        if len(self._known) < MOST:
+        if len(self._by_number) < MAX_TRAININGS:
             return
         oldest = next((one for one in self if one.over.is_set()), None)
         if oldest is None:
             raise refusal(
-                429, f"there are {MOST} trainings that are not over; cancel one, or wait for one"
+                429,
+                f"there are {MAX_TRAININGS} trainings that are not over; cancel one, or wait for one",
             )
-        del self._known[oldest.number]
+        del self._by_number[oldest.number]
         self._runner.forget(oldest.job.name)
         self.feed.forget(oldest.number)
 
-    # -- the end -----------------------------------------------------------------------------------
+    # -- the end ----------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Cancel all trainings, wait until they have ended whole, and let every reader end."""
+        """Cancel all trainings, wait until they have ended, and end every reader."""
         self._closing = True
         for training in list(self):
             self.cancel(training)
@@ -266,7 +267,7 @@ class Trainings:
         self.feed.end()
 
 
-def _told(outcome: Outcome | None) -> dict[str, Any]:
+def _outcome_fields(outcome: Outcome | None) -> dict[str, Any]:
     result = outcome and outcome.result
     error = outcome and outcome.error
     return {
@@ -285,9 +286,8 @@ def _told(outcome: Outcome | None) -> dict[str, Any]:
 
 @asynccontextmanager
 async def open_trainings(backend: BackendName, at_once: int | None) -> AsyncIterator[Trainings]:
-    """Open the Runner of the service; leaving ends every training whole, and leaves no thread."""
-    where = ProcessBackend(nice=NICE) if backend == "process" else backend
-    runner = Runner(at_once, backend=where)
+    """Open the Runner of the service; on leaving, every training ends and no thread is left."""
+    runner = Runner(at_once, backend=ProcessBackend(nice=NICE) if backend == "process" else backend)
     async with anyio.create_task_group() as group, runner.events() as events, runner:
         trainings = Trainings(runner)
         group.start_soon(trainings.listen, events)

@@ -20,7 +20,7 @@ from support.example_service import (  # finds the example, too
 
 # isort: split
 import service.trainings
-from service.feed import Feed, Message, lasting_text, passing_text
+from service.feed import Feed, Message, permanent_text, replaceable_text
 from service.server import main
 from service.settings import read_settings
 
@@ -124,7 +124,7 @@ async def test_cancel_when_running_or_waiting_then_it_ends_and_the_next_one_begi
 async def test_cancel_when_more_end_at_once_than_a_stream_keeps_then_all_are_told_to_be_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(service.trainings, "MOST", 3000)
+    monkeypatch.setattr(service.trainings, "MAX_TRAININGS", 3000)
     async with service.trainings.open_trainings("thread", 1) as trainings:
         begun = [trainings.submit(read_settings({})) for _ in range(2000)]
         for training in begun[1:]:  # the first one runs already
@@ -261,7 +261,7 @@ async def test_start_when_a_field_is_half_a_character_then_it_is_told_escaped() 
 async def test_start_when_there_are_too_many_then_the_oldest_that_is_over_makes_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(service.trainings, "MOST", 2)
+    monkeypatch.setattr(service.trainings, "MAX_TRAININGS", 2)
     async with run_service() as running:
         await running.start(epochs=1)
         await running.everything(1)
@@ -327,11 +327,11 @@ async def test_reader_when_it_goes_away_then_nothing_of_it_is_left_and_the_train
 
 
 def lasting(number: int, training: int = 1) -> Message:
-    return Message(number, training, lasting_text("life", number, {"number": number}))
+    return Message(number, training, permanent_text("life", number, {"number": number}))
 
 
 def passing(number: int, training: int = 1) -> Message:
-    return Message(number, training, passing_text({"number": number}))
+    return Message(number, training, replaceable_text({"number": number}))
 
 
 async def test_feed_when_its_reader_is_slow_then_only_the_newest_progress_is_kept() -> None:
@@ -364,7 +364,7 @@ async def test_feed_when_a_reader_is_far_behind_then_it_gets_all_and_no_stale_pr
 
 
 def test_message_when_a_value_is_no_number_then_it_is_still_json() -> None:
-    assert passing_text({"loss": [float("nan"), 1.0]}) == b'data: {"loss": [null, 1.0]}\n\n'
+    assert replaceable_text({"loss": [float("nan"), 1.0]}) == b'data: {"loss": [null, 1.0]}\n\n'
 
 
 def test_settings_when_nothing_is_said_then_there_are_defaults() -> None:
