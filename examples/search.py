@@ -91,9 +91,8 @@ class Search:
         self._cut_off = [trial for trial in earlier if trial.state in UNFINISHED]
         self._missing = max(0, trials - len(earlier))
         if earlier:
-            print(
-                f"{len(earlier) - len(self._cut_off)} trials are done, {len(self._cut_off)} are gone on with"
-            )
+            finished = len(earlier) - len(self._cut_off)
+            print(f"{finished} trials are done, {len(self._cut_off)} are gone on with")
         print(HEAD, flush=True)
         async with runner.events() as events:
             reader = asyncio.create_task(self._read(events))

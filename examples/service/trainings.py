@@ -249,7 +249,8 @@ class Trainings:
         if oldest is None:
             raise refusal(
                 429,
-                f"there are {MAX_TRAININGS} trainings that are not over; cancel one, or wait for one",
+                f"there are {MAX_TRAININGS} trainings that are not over; "
+                "cancel one, or wait for one",
             )
         del self._by_number[oldest.number]
         self._runner.forget(oldest.job.name)
