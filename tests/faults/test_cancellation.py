@@ -26,7 +26,7 @@ from support.cancellation_points import (
 from support.checked_trainer import CheckedTrainer, fitloop_threads
 from support.event_loops import HANG_TIMEOUT, asyncio_loops, plain_asyncio, threadsafe_scheduler
 from support.gates import Gate, GatedLoader
-from support.models import BATCHES, batches, bits
+from support.models import BATCHES, batches, bits, internals
 
 from fitloop import LoopState, default_batch_step
 
@@ -202,7 +202,9 @@ async def test_cancel_when_in_a_weights_call_lets_that_end(method: CancelMethod,
         await checked.fit(load_best=False)
     with Gate() as gate:
         object.__setattr__(
-            checked.trainer._state.config, "configure_optimizer", lambda _: gate.wait_in_thread()
+            internals(checked.trainer).config,
+            "configure_optimizer",
+            lambda _: gate.wait_in_thread(),
         )
         async with expect_cancelled(method, getattr(checked.trainer, verb)) as handle:
             await gate.reached.wait()

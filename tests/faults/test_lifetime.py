@@ -17,7 +17,7 @@ from support.cancellation import wait_until_idle
 from support.checked_trainer import CheckedTrainer
 from support.event_loops import HANG_TIMEOUT
 from support.gates import Gate, GatedLoader
-from support.models import BATCHES, Batch, batches
+from support.models import BATCHES, Batch, batches, internals
 from support.run_endings import cancel_run, complete_run, fail_run
 
 from fitloop import LoopState, RunEnded, default_batch_step, default_epoch_end
@@ -46,7 +46,7 @@ def _refs(checked: CheckedTrainer) -> dict[str, weakref.ref[Any]]:
     trainer = checked.trainer
     return {
         "trainer": weakref.ref(trainer),
-        "core": weakref.ref(trainer._state),
+        "core": weakref.ref(internals(trainer)),
         "model": weakref.ref(trainer.model),
         "weight": weakref.ref(next(trainer.model.parameters())),
     }

@@ -14,7 +14,17 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 import torch
-from support.models import Augmented, blobs, cnn, images, loader, mlp, seed_process, trainer
+from support.models import (
+    Augmented,
+    blobs,
+    cnn,
+    images,
+    internals,
+    loader,
+    mlp,
+    seed_process,
+    trainer,
+)
 from support.state_comparison import assert_same_state, trainer_state
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -129,7 +139,7 @@ def cancelled(seed: int) -> Awaitable[FitLoop]:
     def loss_of(state: LoopState) -> torch.Tensor:
         if state.epoch_num == 2 and state.batch_num == 2:
             anyio.from_thread.run_sync(scope.cancel, token=token[0])
-            control = made._state.control
+            control = internals(made).control
             while control is not None and not control.cancelled:  # else it may end anywhere
                 time.sleep(0.001)
         return plain_loss(state)

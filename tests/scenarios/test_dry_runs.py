@@ -19,6 +19,7 @@ from support.models import (
     blobs,
     cnn,
     images,
+    internals,
     mlp,
     process_generators,
     seed_process,
@@ -81,7 +82,7 @@ class World:
 
     def state(self) -> dict[str, object]:
         made, optimizer, model = self.trainer, self.optimizer, self.model
-        rng = made._state.rng
+        rng = internals(made).rng
         return {
             "modules": [(name, id(part), part.training) for name, part in model.named_modules()],
             "parameters": [
@@ -100,7 +101,7 @@ class World:
             "streams": repr(draws_of(rng.fork())) if rng.has_streams else None,
             "loader": self.generator.get_state().tolist(),
             "metrics": repr(made.M.to_dict()),
-            "best": (made.best_score, made._state.best_epoch, made.epoch_num, made.M.train_runs),
+            "best": (made.best_score, made.best_epoch, made.epoch_num, made.M.train_runs),
             "files": {file.name: file.read_bytes() for file in sorted(self.path.glob("**/*"))},
             "threads": torch.get_num_threads(),
         }

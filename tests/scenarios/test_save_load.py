@@ -46,12 +46,12 @@ def do(fitted: AnyTrainer, verb: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def model_bits(fitted: AnyTrainer) -> dict[str, bytes]:
-    return bits(fitted._state.config.model)
+    return bits(fitted.model)
 
 
 def change(fitted: AnyTrainer, by: float = 1.0) -> None:
     with torch.no_grad():
-        for parameter in fitted._state.config.model.parameters():
+        for parameter in fitted.model.parameters():
             parameter.add_(by)
 
 
@@ -134,13 +134,13 @@ def test_load_when_into_a_fresh_trainer_then_training_on_gives_the_same_bits(
     second = rich(make, kind, model=cnn(seed=8), save_to_disk=disk, save_path=tmp_path / "second")
     if kind in ("seeded", "plateau"):  # not only fresh ones
         do(second, "fit", 1, **QUIET)
-    held = [*second._state.config.model.parameters()], second._state.config.optimizers
+    held = [*second.model.parameters()], second.optimizers
     do(second, "load", "state", tmp_path)
     loaded = trainer_state(second)
     loaded.pop("process" if kind != "unseeded" else "streams")
     assert_same_state(loaded, {name: saved[name] for name in loaded})
-    assert second._state.config.optimizers == held[1]
-    for own, before in zip(second._state.config.model.parameters(), held[0], strict=True):
+    assert second.optimizers == held[1]
+    for own, before in zip(second.model.parameters(), held[0], strict=True):
         assert own is before
     do(second, "fit", 2, **QUIET)
     do(second, "test", **QUIET)
@@ -181,7 +181,7 @@ def test_load_when_a_scaler_is_there_then_its_scale_comes_back(tmp_path: Path) -
 
 def test_load_when_weights_were_frozen_then_they_are_again(tmp_path: Path) -> None:
     first = sync_trainer(save_path=tmp_path)
-    first._state.config.model[0].requires_grad_(False)  # type: ignore[index]
+    first.model[0].requires_grad_(False)  # type: ignore[index]
     first.fit(1, **QUIET)
     first.save()
     second = sync_trainer(save_path=tmp_path)

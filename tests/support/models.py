@@ -13,6 +13,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fitloop import FitLoop, LoopState, SyncFitLoop
+from fitloop._training.trainer_state import TrainerState
 
 FEATURES, CLASSES = 6, 3
 SAMPLES, BATCH_SIZE = 26, 8
@@ -116,6 +117,11 @@ def trainer(**changes: Any) -> FitLoop:
 
 def sync_trainer(**changes: Any) -> SyncFitLoop:
     return SyncFitLoop(**arguments(**changes))
+
+
+def internals(trainer: FitLoop | SyncFitLoop) -> TrainerState:
+    """Return the private state of a trainer; only this function knows where it is."""
+    return trainer._state
 
 
 def regression_trainer(**changes: Any) -> FitLoop:

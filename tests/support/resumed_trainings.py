@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fitloop import Checkpoint, FitLoop, FitResult, ResumeWarning, SyncFitLoop
 from fitloop._concurrency.background_writer import BackgroundWriter
-from support.models import process_generators, seed_process, sync_trainer
+from support.models import internals, process_generators, seed_process, sync_trainer
 
 SEED = 23
 EPOCHS = 2
@@ -77,10 +77,10 @@ def trainer_values(trainer: FitLoop | SyncFitLoop) -> Outcome:
         "optimizers": [comparable(optimizer.state_dict()) for optimizer in trainer.optimizers],
         "schedulers": [_scheduler_state(s) for s in trainer.lr_schedulers],
         "stateful": {
-            n: comparable(s.state_dict()) for n, s in trainer._state.config.stateful.items()
+            n: comparable(s.state_dict()) for n, s in internals(trainer).config.stateful.items()
         },
         "scaler": comparable(
-            trainer._state.config.scaler and trainer._state.config.scaler.state_dict()
+            internals(trainer).config.scaler and internals(trainer).config.scaler.state_dict()
         ),
         "M": comparable(trainer.M.to_dict()),
         "epoch": trainer.epoch_num,
@@ -112,7 +112,7 @@ def training_outcome(
         "result": result_values(result),
         "extra": comparable(setup.extra_state()),
     }
-    if trainer._state.config.seed is None:
+    if internals(trainer).config.seed is None:
         values["process"] = process_generators()
     return values
 
@@ -143,7 +143,7 @@ def run_script(make: MakeSetup, path: Path, stop: int | None, **fit: Any) -> Out
     setup = make()
     trainer = sync_trainer(**{"save_path": path, **setup.trainer})
     interrupt_after(trainer, stop)
-    seeded = trainer._state.config.seed is not None
+    seeded = internals(trainer).config.seed is not None
     before = process_generators()
     arguments = {"epochs": EPOCHS, **QUIET, **setup.fit, **fit}
     try:

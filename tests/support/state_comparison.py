@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fitloop import FitLoop, SyncFitLoop
-from support.models import process_generators
+from support.models import internals, process_generators
 from support.tensors import raw_bytes
 
 AnyTrainer = FitLoop | SyncFitLoop
@@ -44,7 +44,7 @@ def fingerprint(value: Any) -> Any:
 
 def trainer_state(trainer: AnyTrainer, *, best: bool = True, rng: bool = True) -> dict[str, Any]:
     """Return everything that `fit` changes in a trainer; with ``rng``, random states too."""
-    core = trainer._state
+    core = internals(trainer)
     parts = core.config
     modules = [parts.model, parts.loss_function]
     state: dict[str, Any] = {
