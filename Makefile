@@ -3,26 +3,26 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Much of the time goes by in child processes that import torch: two tests at a time.
+# Two tests at a time: many wait for child processes.
 TOGETHER := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test test-fast bench pictures clean
 
 help:
-	@echo "make .venv      create $(VENV) with $(PYTHON), with all that the tests need"
+	@echo "make .venv      create $(VENV) with $(PYTHON) and everything that the tests need"
 	@echo "make demo       train a classifier of digits (examples/digits.py)"
 	@echo "make test       check style and types, run all tests"
 	@echo "make test-fast  run the quick tests only"
 	@echo "make bench      measure what fitloop costs and gains (python -m benchmarks)"
-	@echo "make pictures   make the README's pictures anew (docs/pictures.py)"
+	@echo "make pictures   draw the pictures of the README (docs/pictures.py)"
 	@echo "make clean      remove $(VENV), caches and build output"
 	@echo "PYTHON=... make .venv uses another Python (3.11 or newer)"
 
 .venv: $(STAMP)
 
-# torch comes first: what it is built for is the choice of whoever installs it, so that
-# constraints.txt leaves it out. The stamp is made last, so that a failed install is repeated.
+# torch is installed first and is not in constraints.txt, so that another build of it (for CUDA) can be
+# chosen. The stamp is made last, so that a failed install is repeated.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
 		"fitloop needs Python 3.11 or newer, and $(PYTHON) is %d.%d; set PYTHON=..." % v[:2])'
