@@ -80,8 +80,15 @@ class Kernel:
                 interrupt = False
             if parent == identity and kind == "status" and content["execution_state"] == "idle":
                 break
-        cell.status = self._client.get_shell_msg(timeout=MESSAGE_TIMEOUT)["content"]["status"]
+        cell.status = self._reply(identity)["status"]
         return cell
+
+    def _reply(self, identity: str) -> Any:
+        """Return the reply to a request; a busy kernel may first reply to earlier requests."""
+        while True:
+            message = self._client.get_shell_msg(timeout=MESSAGE_TIMEOUT)
+            if message["parent_header"].get("msg_id") == identity:
+                return message["content"]
 
 
 @contextmanager
