@@ -46,7 +46,7 @@ SOLE_IMPORTERS = {
 HEAVY = {"matplotlib", "prompt_toolkit", "trio", "pandas", "IPython"}
 
 LONGEST_BODY = 60
-LONG_FUNCTIONS = {"FitLoop.__init__", "Trainer.__init__"}
+LONG_FUNCTIONS = {"FitLoop.__init__"}
 """they name every part of a trainer once"""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

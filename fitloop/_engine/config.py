@@ -7,12 +7,12 @@ moves nothing, and touches neither the model nor the optimizer.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import index
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, Self, SupportsIndex
 
 import torch
 from torch import nn
@@ -20,10 +20,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fitloop._data.inspection import check_loader
+from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._errors import ConfigurationError, StageSignatureError
 from fitloop._types import LossFunction, Phase, Stage, StageFunction
 
 Interval = Literal["batch", "epoch", "valid"]
+DEFAULT_SAVE_PATH = "fitloop_state"
 PRETRAINED = "pretrained_model"
 """name of the weights that the model had before its first run"""
 
@@ -64,7 +66,7 @@ def check_callable(name: str, function: object, given: str) -> None:
         raise StageSignatureError(name, shown, expected) from None
 
 
-def checked_path(path: Any) -> Path:
+def check_path(path: Any) -> Path:
     """Return ``save_path`` as a path.
 
     Raises:
@@ -142,7 +144,7 @@ def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """The arguments of ``FitLoop``; see there for what each means."""
+    """The checked arguments of ``FitLoop``, which documents them."""
 
     model: nn.Module
     optimizer: Any
@@ -183,6 +185,35 @@ class TrainerConfig:
     on_continue: Callable[[Any], Awaitable[bool]] | None
     scaler: Any
     stateful: dict[str, Any]
+
+    @classmethod
+    def from_arguments(cls, arguments: dict[str, Any]) -> Self:
+        """Fill in defaults of a `Runner` and of the constructor, check all, and return the result.
+
+        Raises:
+            ConfigurationError, StageSignatureError: an argument cannot work.
+        """
+        defaults = TRAINER_DEFAULTS.get()
+        model, name, dtype = (arguments[key] for key in ("model", "name", "dtype"))
+        checked = {
+            "device": _check_device(_first(arguments["device"], defaults.device)),
+            "dtype": _first_dtype(model) if dtype is None else dtype,
+            "cast_model": dtype is not None,
+            "criteria_direction": _check_direction(
+                **{key: arguments[key] for key in ("criteria", "criteria_direction")}
+            ),
+            "save_path": check_path(
+                _first(arguments["save_path"], defaults.save_path, DEFAULT_SAVE_PATH)
+            ),
+            "name": _first(name, defaults.name, type(model).__name__),
+            "named": name is not None or defaults.name is not None,
+            "seed": check_optional("seed", arguments["seed"], 0),
+            "num_threads": check_optional("num_threads", arguments["num_threads"], 1),
+            "prefetch": check_optional("prefetch", arguments["prefetch"], 0),
+            "callbacks": check_callbacks(arguments["callbacks"]),
+            "stateful": _check_stateful(arguments["stateful"]),
+        }
+        return cls(**{**arguments, **checked})
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -330,3 +361,46 @@ class TrainerConfig:
 
 
 CONFIG_NAMES = {"optimizers", "lr_schedulers", *(field.name for field in fields(TrainerConfig))}
+
+
+def _first(*values: Any) -> Any:
+    """Return the first value that is not None, or None."""
+    return next((value for value in values if value is not None), None)
+
+
+def _check_stateful(stateful: object) -> dict[str, Any]:
+    if stateful is not None and not isinstance(stateful, Mapping):
+        raise ConfigurationError(
+            f"stateful is {stateful!r:.60}; expected objects by name, as a dict"
+        )
+    return {str(name): item for name, item in (stateful or {}).items()}
+
+
+def _check_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(
+            f"device is {device!r}; expected a torch.device or a name such as 'cpu' or 'cuda:0'"
+        ) from error
+
+
+def _first_dtype(model: object) -> torch.dtype:
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.float32
+
+
+def _check_direction(criteria: str | None, criteria_direction: int | None) -> int:
+    if criteria_direction is not None:
+        return criteria_direction
+    if isinstance(criteria, str) and "loss" in criteria.lower():
+        raise ConfigurationError(
+            f"criteria is {criteria!r} and criteria_direction is not given; give "
+            "criteria_direction=-1 if less is better, 1 if more is"
+        )
+    return 1

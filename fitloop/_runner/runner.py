@@ -22,7 +22,7 @@ import anyio
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._concurrency.event_loops import loop_scheduler
 from fitloop._concurrency.supervisor import run_in_thread
-from fitloop._engine.config import check_callbacks, check_optional, checked_path
+from fitloop._engine.config import check_callbacks, check_optional, check_path
 from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
@@ -107,7 +107,7 @@ class Runner:
             or available_cores()
         )
         self._backend = resolve_backend(backend)
-        self._save_path = None if save_path is None else checked_path(save_path)
+        self._save_path = None if save_path is None else check_path(save_path)
         if checkpoint is not None and save_path is None:
             raise ConfigurationError(
                 "checkpoint is given, and no save_path to keep snapshots in; give save_path="

@@ -1,6 +1,6 @@
 """`FitLoop` and `SyncFitLoop`: the classes that users hold.
 
-- `view`, `constructor`, `saving`, `fitloop`: the parts of `FitLoop`.
-- `sync`: the blocking twin.
-- `comparison`: several trainers on one picture.
+- `fitloop`: `FitLoop`.
+- `sync`: `SyncFitLoop`, with blocking calls.
+- `comparison`: several trainers in one plot.
 """

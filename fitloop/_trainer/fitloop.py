@@ -1,20 +1,31 @@
-"""`FitLoop`: the constructor's arguments, the public verbs, and the wiring between them.
-
-No logic of its own: each coroutine checks its arguments, plans a run and has it supervised.
-"""
+"""`FitLoop`: the trainer. Each verb checks its arguments, plans a run and starts it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._checkpointing.run_files import FileOptions
+from fitloop._checkpointing.snapshot import apply_snapshot, read_snapshot, take_snapshot
+from fitloop._checkpointing.training_state import check_training
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import QUESTION, PromptWithTimeout, TerminalPrompt
+from fitloop._engine.config import Interval, TrainerConfig
+from fitloop._engine.event_bus import EventStream
 from fitloop._engine.plan import RunPlan
 from fitloop._engine.profiler import ProfileReport, SpanRecorder
+from fitloop._errors import CheckpointError
+from fitloop._metrics.history import History, PhaseHistory
 from fitloop._metrics.results import FitResult
+from fitloop._plotting.draw import plot_history
+from fitloop._plotting.selection import BestEpoch
 from fitloop._public import public
 from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import (
@@ -26,16 +37,31 @@ from fitloop._run.launch import (
 )
 from fitloop._run.prompts import Ask, PromptOptions
 from fitloop._run.run import Run, RunOptions
-from fitloop._trainer.saving import KeepingTrainer
-from fitloop._types import Loader, Phase
+from fitloop._storage.durable import reason
+from fitloop._storage.metric_log import LOG_NAME
+from fitloop._storage.tensors import SnapshotBuffers
+from fitloop._storage.weight_files import DEFAULT_SUFFIX, as_device
+from fitloop._storage.weight_store import (
+    DiskStore,
+    apply_weights,
+    read_weights,
+    with_suffix,
+    write_weights,
+)
+from fitloop._training.layers import configure_optimizer as default_configure_optimizer
+from fitloop._training.trainer_state import TrainerState
+from fitloop._types import Loader, LossFunction, Phase, StageFunction
 from fitloop.callbacks.callback import Callback
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 EpochResult = dict[str, float]
 
 
 @public
-class FitLoop(KeepingTrainer):
-    """Trains one model, and can be awaited.
+class FitLoop:
+    """A trainer of one model. Its verbs are coroutines.
 
     ::
 
@@ -43,17 +69,113 @@ class FitLoop(KeepingTrainer):
                           train_dl=train_dl, valid_dl=valid_dl)
         result = await trainer.fit(epochs=10)
 
-    A stage function (``train_step`` ...) takes a `LoopState` and returns a dict of metrics, or
-    None. A plain one runs on the thread of the run, an ``async def`` one on the event loop. The
-    defaults serve a classifier whose batches are ``(inputs, targets)``.
+    A stage function takes a `LoopState` and returns a dict of metrics, or None. A plain function
+    runs on the thread of the run, an ``async def`` function on the event loop. The default stage
+    functions serve a classifier with batches of ``(inputs, targets)``.
 
-    Constructing runs nothing and changes nothing, neither the model nor the process. At most one
-    coroutine of a trainer runs at a time, and a model is trained by one trainer at a time: else
-    `BusyError`. A trainer may be used in one event loop after another.
+    The constructor only checks its arguments. It changes neither the model nor the process. One
+    coroutine of a trainer can run at a time, and one trainer can train a model at a time; any
+    other call raises `BusyError`. A trainer can be used in one event loop after another.
 
+    Args:
+        model: the module to train. The first run moves it to ``device``.
+        optimizer: an optimizer, or a list of optimizers.
+        loss_function: a callable ``(prediction, target) -> 0-d tensor``.
+        train_dl, valid_dl, test_dl: iterables of batches, plain or async, with or without a length,
+            or functions that return one. A loader can also be given to each call.
+        train_epoch_start, train_step, train_epoch_end: stage functions of the train phase.
+        valid_epoch_start, valid_step, valid_epoch_end: stage functions of the validation.
+        test_epoch_start, test_step, test_epoch_end: stage functions of the test.
+        preloop, postloop: called with the trainer before the first and after the last epoch.
+        lr_scheduler: a learning-rate scheduler, or a list of schedulers.
+        scheduler_interval: when to step the schedulers: ``"batch"``, ``"epoch"`` or ``"valid"``
+            (after validation, with the criteria); one for all, or a list. Default with the default
+            ``train_step``: per batch for OneCycleLR and CyclicLR, after validation for
+            ReduceLROnPlateau, per epoch for the rest. Your own ``train_step`` steps them itself.
+        device: default: CUDA if there is a device, else the CPU.
+        dtype: floating tensors of the batches and the model are cast to it. Default: the dtype of
+            the first floating parameter of the model.
+        configure_optimizer: called with the trainer each time weights were restored, so that
+            training can go on. Default: `fitloop.configure_optimizer`.
+        criteria: name of the metric of ``valid_epoch_end`` that compares models. Default with the
+            default ``valid_epoch_end``: ``accuracy``, or ``loss`` if there is no accuracy.
+        criteria_direction: 1 if more is better, -1 if less is better. Default: 1. A criteria with
+            ``loss`` in its name needs it.
+        save_to_disk: keep the pretrained and the best weights as files under ``save_path``, not in
+            CPU memory. Files of these names are replaced. Default: False.
+        save_path: directory for files, ``fitloop_state`` by default. It is created when something
+            is saved.
+        best_model_name: name of the best weights.
+        name: label in output, prompts, events and messages. Default: the class name of the model.
+        seed: seed of the random numbers of this trainer, 0 to 2**64 - 1. Default: None, it uses the
+            global generators, as a hand-written loop does. See ``docs/randomness.md``.
+        num_threads: intra-op threads of the steps. Default: the number that torch has.
+        prefetch: number of batches loaded ahead of the steps, in a thread or on the event loop; 0
+            for none. Default: 2 if measurements show that it is faster, else 0.
+        loader_randomness: ``"own"`` promises that the loaders do not use the global random
+            generators, so that a seeded run can load during its steps. Default: ``"global"``.
+        loader_grace: seconds that an ending run waits for a loader that does not return.
+        callbacks: called with every event of every run. The run waits for a plain callable; it
+            waits for an ``async def`` callable only at its end. See `Callback`.
+        on_continue: an ``async def`` function that is asked instead of the terminal if
+            ``continue_loop`` is used. It takes a `PromptAsked` and returns whether to go on.
+        scaler: a ``torch.amp.GradScaler``. The default ``train_step`` scales its loss with it.
+        stateful: more objects with ``state_dict`` and ``load_state_dict``, by name. Snapshots hold
+            their states and dry runs restore them.
+
+    Raises:
+        ConfigurationError: an argument cannot work; the message says the expected value.
+        StageSignatureError: a function cannot be called with the arguments of the run.
     """
 
-    # -- training and testing --------------------------------------------------------------------
+    # The constructor has the one long signature of the library.
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        loss_function: LossFunction,
+        *,
+        train_dl: Loader | Callable[[], Loader] | None = None,
+        valid_dl: Loader | Callable[[], Loader] | None = None,
+        test_dl: Loader | Callable[[], Loader] | None = None,
+        train_epoch_start: StageFunction | None = None,
+        train_step: StageFunction | None = None,
+        train_epoch_end: StageFunction | None = None,
+        valid_epoch_start: StageFunction | None = None,
+        valid_step: StageFunction | None = None,
+        valid_epoch_end: StageFunction | None = None,
+        test_epoch_start: StageFunction | None = None,
+        test_step: StageFunction | None = None,
+        test_epoch_end: StageFunction | None = None,
+        preloop: Callable[[Any], object] | None = None,
+        postloop: Callable[[Any], object] | None = None,
+        lr_scheduler: Any = None,
+        scheduler_interval: Interval | Sequence[Interval] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        configure_optimizer: Callable[[Any], object] | None = None,
+        criteria: str | None = None,
+        criteria_direction: int | None = None,
+        save_to_disk: bool = False,
+        save_path: str | Path | None = None,
+        best_model_name: str = "best_model",
+        name: str | None = None,
+        seed: int | None = None,
+        num_threads: int | None = None,
+        prefetch: int | None = None,
+        loader_randomness: Literal["global", "own"] = "global",
+        loader_grace: float = 5.0,
+        callbacks: Sequence[Callback] = (),
+        on_continue: Ask | None = None,
+        scaler: Any = None,
+        stateful: Mapping[str, Any] | None = None,
+    ) -> None:
+        arguments = locals().copy()
+        del arguments["self"]
+        arguments["configure_optimizer"] = configure_optimizer or default_configure_optimizer
+        self._state = TrainerState(TrainerConfig.from_arguments(arguments))
+
+    # -- training and testing ----------------------------------------------------------------------
 
     async def fit(
         self,
@@ -84,106 +206,101 @@ class FitLoop(KeepingTrainer):
         Each epoch::
 
             EpochStarted
-            for train, and for valid where there is a loader:
+            for train, and for valid if it has a loader:
                 epoch_start(state)
                 PhaseStarted
                 for each batch:
                     optimizer.zero_grad()        train only, not with define_all
                     step(state)
-                    lr_scheduler.step()          train only, those that go by batches
+                    lr_scheduler.step()          train only, schedulers of interval "batch"
                 epoch_end(state)
                 PhaseEnded                       history, best weights, plateau schedulers
             EpochEnded                           other schedulers, printed lines
 
         Args:
-            epochs: how many more; 0 calls ``preloop`` and ``postloop`` only.
-            train_dl, valid_dl: used instead of the constructor's.
-            print_every: print the first epoch and every n-th; 0 prints nothing.
-            display_metrics: the metric or metrics to print; all by default. One that no phase
+            epochs: number of epochs to train; 0 calls ``preloop`` and ``postloop`` only.
+            train_dl, valid_dl: loaders to use instead of those of the constructor.
+            print_every: print the first epoch and every n-th epoch; 0 prints nothing.
+            display_metrics: the metric or metrics to print, all by default. A name that no phase
                 returns raises UnknownMetricError.
             continue_loop: ask whether to go on after every n epochs but the last; 0 never asks.
-                On a terminal y, yes or Enter goes on; n, no or Ctrl-D ends the run with the best
-                weights restored; Ctrl-C interrupts the program as it does anywhere else. Several
-                trainers ask one after the other, and train on while another asks. Where there is
-                no terminal the run goes on, with one warning.
-            load_best: restore the best weights at the end, if the criteria was tracked in this
-                run; also after ``stop()``, a no at the prompt and a cancellation, not after an
-                error.
+                On a terminal y, yes or Enter goes on; n, no or Ctrl-D ends the run and restores
+                the best weights; Ctrl-C interrupts the program as anywhere else. Several trainers
+                ask one after the other; a trainer whose question is not shown yet trains on.
+                Without a terminal the run goes on, with one warning.
+            load_best: restore the best weights at the end, if this run tracked the criteria; also
+                after ``stop()``, a no at the prompt and a cancellation, but not after an error.
             track_batch_metrics: keep the values of the batch steps in the history.
-            define_all: leave ``zero_grad``, grad mode and train/eval mode to the stage functions.
-            steps: batches of each phase at most.
-            cast: cast the tensors of the batches (floating to ``dtype``, integer to long);
-                False only moves them.
-            verbose: print at all.
-            progress: show how far the run is, on a terminal and in a notebook.
-            callbacks, on_continue: for this run, besides and instead of the constructor's.
-            continue_timeout: seconds after which ``continue_default`` is the answer, counted
-                from when the question is shown; by default there is no limit.
-            continue_default: the answer that is taken then.
-            continue_while_asking: train on while the question is open. After a no, model,
-                optimizers, schedulers, randomness, metrics and best weights are put back to
-                what they were when it was asked, bit for bit; what callbacks saw or wrote
-                meanwhile stays. The next question waits for the answer to this one. It takes
-                the memory of one more copy of the training state.
-            checkpoint: when to take snapshots of the whole training, in ``save_path``.
-            resume: go on with the unfinished run that is found in ``save_path``, to the same bits
-                as if it had never been interrupted, else begin one; with ``checkpoint``, or
-                ``Checkpoint()``. A script that crashed is simply started again, and a fit that
-                had ended does nothing more. ``preloop``, and in the middle of an epoch
-                ``train_epoch_start``, are called again before the state is put back.
+            define_all: the stage functions set gradients to zero, grad mode and train/eval mode.
+            steps: largest number of batches of each phase; None for all.
+            cast: cast the tensors of the batches (floating to ``dtype``, integer to long). False
+                only moves them to the device.
+            verbose: False prints nothing at all.
+            progress: show the progress of the run on a terminal and in a notebook.
+            callbacks: called in this run after the callbacks of the constructor.
+            on_continue: used instead of ``on_continue`` of the constructor.
+            continue_timeout: seconds from the moment that the question is shown, after which
+                ``continue_default`` is the answer; None for no limit.
+            continue_default: the answer after ``continue_timeout``.
+            continue_while_asking: train on while the question is open. After a no, the state of
+                the training at the question is restored bit for bit: model, optimizers,
+                schedulers, random numbers, metrics and best weights. Effects of callbacks stay.
+                The next question waits for the answer to this one. Needs the memory of one more
+                copy of the training state.
+            checkpoint: when to write snapshots of the whole training to ``save_path``.
+            resume: continue the unfinished run in ``save_path``, to the same bits as without an
+                interruption, or else start a run. It implies ``checkpoint=Checkpoint()``. A
+                crashed script is simply started again; a finished fit does nothing more.
+                ``preloop``, and in the middle of an epoch ``train_epoch_start``, are called again
+                before the state is restored.
 
-        Cancellation: the batch in hand is finished, nothing of a cut-short phase is recorded,
-        the best weights are restored as at any other end, the run's threads are joined, and the
-        cancellation is raised again. The trainer can be used again. Only a loader that does not
-        return within ``loader_grace`` is left behind, with a `LoaderHungWarning`.
+        Cancellation: the present batch is finished, the incomplete phase is not recorded, the best
+        weights are restored, the threads of the run are joined, and the cancellation is raised
+        again. The trainer can be used again. Only a loader that does not return within
+        ``loader_grace`` seconds is left behind, with a `LoaderHungWarning`.
 
         Raises:
-            BusyError: the trainer, or another one with this model, is busy.
+            BusyError: the trainer, or another trainer with this model, is busy.
             ConfigurationError: an argument cannot work.
             MissingLoaderError: there is no ``train_dl``.
             CheckpointError: a snapshot cannot be written, or does not fit the trainer;
                 ``save_path`` is in use, or has the snapshots of another training.
-            MetricError: a stage function returned what is no metric.
+            MetricError: a stage function returned a value that is no metric.
             MissingCriteriaError: ``valid_epoch_end`` did not return the criteria.
-            Exception: whatever a stage function, loader or callback raised, as the same object,
-                with a note that says where.
+            Exception: the exception of a stage function, loader or callback, as the same object,
+                with a note of trainer, phase, epoch and batch.
         """
-        often = fit_option("continue_loop", continue_loop)
+        ask_every = fit_option("continue_loop", continue_loop)
         fit_option("on_continue", on_continue)
-        core = self._state
+        state = self._state
+        loaders = {Phase.TRAIN: train_dl, Phase.VALID: valid_dl}
         plan = RunPlan(
             call="fit",
             epochs=fit_option("epochs", epochs),
-            first_epoch=core.epoch_num + 1,
-            phases=phases_to_run(
-                core,
-                "fit",
-                {Phase.TRAIN: train_dl, Phase.VALID: valid_dl},
-                Phase.TRAIN,
-                Phase.VALID,
-            ),
+            first_epoch=state.epoch_num + 1,
+            phases=phases_to_run(state, "fit", loaders, Phase.TRAIN, Phase.VALID),
             steps=fit_option("steps", steps),
             define_all=define_all,
             cast=cast,
             track_batch_metrics=track_batch_metrics,
-            ask_every=often,
+            ask_every=ask_every,
         )
-        files = self._file_options(check_checkpoint(checkpoint, resume=resume), resume)
-        with self._progress(print_every if verbose else 0, display_metrics, progress) as shown:
+        policy = check_checkpoint(checkpoint, resume=resume)
+        files = None
+        if policy is not None or state.config.save_to_disk or state.metric_log is not None:
+            files = FileOptions(checkpoint=policy, resume=resume)
+        with self._display(print_every if verbose else 0, display_metrics, progress) as display:
             prompt = PromptOptions(
-                ask=self._ask(on_continue, continue_timeout, shown, asks=often > 0),
+                ask=self._ask(on_continue, continue_timeout, display, needed=ask_every > 0),
                 question=QUESTION,
                 timeout=fit_option("continue_timeout", continue_timeout),
                 default=bool(continue_default),
                 in_background=continue_while_asking,
             )
             options = RunOptions(
-                observers=[shown.observe], load_best=load_best, prompt=prompt, files=files
+                observers=[display.observe], load_best=load_best, prompt=prompt, files=files
             )
-            result: FitResult = await launch(
-                core, self, plan, partial(Run, options=options), self._told(callbacks)
-            )
-        return result
+            return await self._launch(plan, options, callbacks)
 
     train = fit
 
@@ -201,28 +318,27 @@ class FitLoop(KeepingTrainer):
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
     ) -> EpochResult:
-        """Run one epoch with the test stage functions and return their metrics.
+        """Run one epoch with the test stage functions and return its metrics.
 
-        The arguments are those of `fit`. Cancellation and errors are as in `fit`; weights are
-        not changed, unless a stage function does so.
+        Arguments, cancellation and errors are those of `fit`. The weights stay the same, unless a
+        stage function changes them.
         """
-        core = self._state
+        state = self._state
         plan = RunPlan(
             call="test",
             epochs=1,
-            first_epoch=max(1, core.epoch_num),
-            phases=phases_to_run(core, "test", {Phase.TEST: test_dl}, Phase.TEST),
+            first_epoch=max(1, state.epoch_num),
+            phases=phases_to_run(state, "test", {Phase.TEST: test_dl}, Phase.TEST),
             steps=fit_option("steps", steps),
             define_all=define_all,
             cast=cast,
             track_batch_metrics=track_batch_metrics,
         )
-        files = None if core.metric_log is None else FileOptions()
-        told = self._told(callbacks)
-        with self._progress(print_every if verbose else 0, display_metrics, progress) as shown:
-            options = RunOptions(observers=[shown.observe], files=files)
-            result = await launch(core, self, plan, partial(Run, options=options), told)
-        return _last(result).get(str(Phase.TEST), {})
+        files = None if state.metric_log is None else FileOptions()
+        with self._display(print_every if verbose else 0, display_metrics, progress) as display:
+            options = RunOptions(observers=[display.observe], files=files)
+            result = await self._launch(plan, options, callbacks)
+        return _last_epoch(result).get(str(Phase.TEST), {})
 
     async def run_sanity_check(
         self,
@@ -237,28 +353,24 @@ class FitLoop(KeepingTrainer):
     ) -> dict[str, EpochResult]:
         """Run every phase that has a loader on a few real batches, and undo it.
 
-        Afterwards the model, its modes and gradients, optimizers, schedulers, random generators
-        (the process's, the trainer's, the loaders'), metrics, best score and files are as
-        before, also after an error or a cancellation; callbacks are told nothing. Loaders that
-        can be read only once get their batches back. What stage functions do to objects of
-        their own is not undone.
+        Afterwards everything is as before, also after an error or a cancellation: the model with
+        its modes and gradients, optimizers, schedulers, random generators (global, of the trainer,
+        of the loaders), metrics, best score and files. Callbacks are not called. Loaders that can
+        be read only once get their batches back. Changes by stage functions to other objects stay.
 
-        Returns the metrics of each phase. Raises what a stage function raised, and all that
-        `fit` raises; a criteria that no stage returns too.
+        Returns the metrics of each phase. Raises all errors of `fit`, also MissingCriteriaError.
         """
-        given = {Phase.TRAIN: train_dl, Phase.VALID: valid_dl, Phase.TEST: test_dl}
-        core = self._state
         plan = dry_plan(
-            core,
+            self._state,
             "run_sanity_check",
-            given,
+            {Phase.TRAIN: train_dl, Phase.VALID: valid_dl, Phase.TEST: test_dl},
             epochs=epochs,
             steps=steps,
             define_all=define_all,
             cast=cast,
         )
-        options = RunOptions(dry=True, observers=[criteria_check(core)])
-        return _last(await launch(core, self, plan, partial(Run, options=options)))
+        options = RunOptions(dry=True, observers=[criteria_check(self._state)])
+        return _last_epoch(await launch(self._state, self, plan, partial(Run, options=options)))
 
     async def run_profiler(
         self,
@@ -272,32 +384,39 @@ class FitLoop(KeepingTrainer):
         cast: bool = True,
         verbose: bool = True,
     ) -> ProfileReport:
-        """Run every phase that has a loader, time it, and undo it as `run_sanity_check` does.
+        """Run and time every phase that has a loader, and undo it as `run_sanity_check` does.
 
-        The report says for each phase how long loading, waiting for data, the steps,
-        ``epoch_end`` and metrics took, and names the bottleneck. With ``verbose`` it is printed.
-        Cancellation and errors: as in `run_sanity_check`.
+        The report has for each phase the time of loading, waiting for data, the steps,
+        ``epoch_end`` and metrics, and names the bottleneck. With ``verbose`` it is printed.
+        Cancellation and errors are those of `run_sanity_check`.
         """
-        given = {Phase.TRAIN: train_dl, Phase.VALID: valid_dl, Phase.TEST: test_dl}
-        core = self._state
+        state = self._state
         plan = dry_plan(
-            core,
+            state,
             "run_profiler",
-            given,
+            {Phase.TRAIN: train_dl, Phase.VALID: valid_dl, Phase.TEST: test_dl},
             epochs=epochs,
             steps=steps,
             define_all=define_all,
             cast=cast,
         )
-        recorder = SpanRecorder(core.config.device)
+        recorder = SpanRecorder(state.config.device)
         options = RunOptions(dry=True, observers=[recorder.observe], instrumentation=recorder)
-        await launch(core, self, plan, partial(Run, options=options))
+        await launch(state, self, plan, partial(Run, options=options))
         report = recorder.report()
         if verbose:
-            await run_exclusively_in_thread(self._state, "run_profiler", lambda: print(report))  # noqa: T201
+            await run_exclusively_in_thread(state, "run_profiler", lambda: print(report))  # noqa: T201
         return report
 
-    def _progress(
+    async def _launch(
+        self, plan: RunPlan, options: RunOptions, callbacks: Sequence[Callback]
+    ) -> FitResult:
+        callbacks = [*self._state.config.callbacks, *fit_option("callbacks", callbacks)]
+        make_run = partial(Run, options=options)
+        result: FitResult = await launch(self._state, self, plan, make_run, callbacks)
+        return result
+
+    def _display(
         self, print_every: int, display_metrics: str | Sequence[str] | None, live: bool
     ) -> RunDisplay:
         return RunDisplay(
@@ -309,27 +428,353 @@ class FitLoop(KeepingTrainer):
         )
 
     def _ask(
-        self, given: Ask | None, timeout: float | None, shown: RunDisplay, *, asks: bool
+        self, on_continue: Ask | None, timeout: float | None, display: RunDisplay, *, needed: bool
     ) -> Ask:
-        ask = given or self._state.config.on_continue
-        if ask is None:
-            prompt = TerminalPrompt(lambda: shown.printer.label)
-            if asks:
-                prompt.check()
-            return prompt
-        return ask if timeout is None else PromptWithTimeout(ask)
+        ask = on_continue or self._state.config.on_continue
+        if ask is not None:
+            return ask if timeout is None else PromptWithTimeout(ask)
+        prompt = TerminalPrompt(lambda: display.printer.label)
+        if needed:
+            prompt.check()
+        return prompt
 
-    def _file_options(self, checkpoint: Checkpoint | None, resume: bool) -> FileOptions | None:
-        core = self._state
-        if checkpoint is None and not core.config.save_to_disk and core.metric_log is None:
-            return None
-        return FileOptions(checkpoint=checkpoint, resume=resume)
+    # -- the whole state ---------------------------------------------------------------------------
 
-    def _told(self, callbacks: Sequence[Callback]) -> list[Callback]:
-        return [*self._state.config.callbacks, *fit_option("callbacks", callbacks)]
+    async def save(
+        self, name: str = "state", path: str | Path | None = None, *, overwrite: bool = False
+    ) -> Path:
+        """Write the whole training state to ``path`` (default ``save_path``); return the file.
+
+        The state is everything that `fit` changes: model, optimizers, schedulers, scaler, random
+        states, metrics, best score and best weights. A name without suffix gets ``.msgpack``. The
+        format is in ``docs/snapshot-format.md``; nothing is pickled.
+
+        Cancellation: the file is whole or absent.
+
+        Raises:
+            BusyError: the trainer is busy.
+            CheckpointError: the file exists and ``overwrite`` is False, it cannot be written, or
+                a value of the state cannot be saved; the message names it.
+        """
+        target = self._file(name, path, (DEFAULT_SUFFIX,))
+
+        def write() -> Path:
+            snapshot = take_snapshot(self._state, SnapshotBuffers())
+            try:
+                snapshot.write(target, overwrite=overwrite)
+            except OSError as error:
+                raise CheckpointError(f"{target} cannot be written: {reason(error)}") from error
+            return target
+
+        return await run_exclusively_in_thread(self._state, "save", write)
+
+    async def load(
+        self,
+        name: str = "state",
+        path: str | Path | None = None,
+        *,
+        map_location: torch.device | str | None = None,
+    ) -> None:
+        """Restore the whole training state from a file of `save`, or from a snapshot of `fit`.
+
+        The state comes to the devices of this trainer; ``map_location`` is the device that the file
+        is read to before. Random states are restored if the trainer has the seed of the file;
+        without a seed, the global generators are set. The position in an epoch is ignored.
+
+        Raises:
+            BusyError: the trainer is busy.
+            CheckpointError: the file cannot be read or does not fit; nothing was changed.
+        """
+        source = self._file(name, path, (DEFAULT_SUFFIX,))
+        device = as_device(map_location)
+
+        def read() -> None:
+            snapshot = read_snapshot(source, device)
+            check_training(self._state.config, snapshot.state["training"])
+            self._state.move_to_device()
+            self._state.save_pretrained()
+            apply_snapshot(self._state, snapshot)
+            self._state.metric_log = None  # it does not hold the history any more
+
+        await run_exclusively_in_thread(self._state, "load", read)
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    async def save_model(
+        self, name: str = "model", path: str | Path | None = None, *, overwrite: bool = False
+    ) -> Path:
+        """Write the weights of the model to ``path`` (default ``save_path``); return the file.
+
+        A name without suffix gets ``.msgpack``; ``.safetensors`` and ``.pt`` are written too.
+
+        Cancellation: the file is whole or absent.
+
+        Raises:
+            BusyError: the trainer is busy.
+            CheckpointError: the file exists and ``overwrite`` is False, or cannot be written.
+        """
+        target = self._file(name, path)
+
+        def write() -> Path:
+            write_weights(target, self.model.state_dict(), overwrite=overwrite)
+            return target
+
+        return await run_exclusively_in_thread(self._state, "save_model", write)
+
+    async def load_model(
+        self,
+        name: str = "model",
+        path: str | Path | None = None,
+        *,
+        map_location: torch.device | str | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Load weights from ``path`` (default ``save_path``), then call ``configure_optimizer``.
+
+        ``strict`` is as in torch's ``load_state_dict``.
+
+        Raises:
+            BusyError: the trainer is busy.
+            CheckpointError: the file cannot be read or does not fit; nothing was changed.
+        """
+        source = self._file(name, path)
+
+        def read() -> None:
+            weights = read_weights(source, map_location=map_location)
+            apply_weights(self.model, weights, strict=strict)
+            self._state.config.configure_optimizer(self)
+
+        await run_exclusively_in_thread(self._state, "load_model", read)
+
+    async def load_best(self) -> None:
+        """Restore the best weights, as the end of a run with ``load_best=True`` does.
+
+        Raises:
+            BusyError: the trainer is busy.
+            CheckpointError: there are none yet.
+        """
+        await run_exclusively_in_thread(
+            self._state, "load_best", lambda: self._state.restore_best(self)
+        )
+
+    async def reset(self) -> None:
+        """Return to the state before the first run, then call ``configure_optimizer``.
+
+        Restores the pretrained weights and the states of optimizers, schedulers and the trainer's
+        random numbers; clears metrics and best score. Files stay.
+
+        Raises:
+            BusyError: the trainer is busy.
+            CheckpointError: the pretrained weights are gone; nothing was changed.
+        """
+        await run_exclusively_in_thread(self._state, "reset", lambda: self._state.reset(self))
+
+    async def delete(self, name: str, path: str | Path | None = None) -> None:
+        """Remove a weights file of ``path`` (default ``save_path``).
+
+        Raises CheckpointError if there is no such file, or it cannot be removed.
+        """
+        store = DiskStore(self.save_path if path is None else Path(path))
+        await run_exclusively_in_thread(self._state, "delete", lambda: store.delete(name))
+
+    async def del_best_model(self) -> None:
+        """Remove the best weights, in memory or on disk, and the best score.
+
+        Raises CheckpointError if there are none.
+        """
+        await run_exclusively_in_thread(self._state, "del_best_model", self._state.delete_best)
+
+    async def del_pretrained_model(self) -> None:
+        """Remove the pretrained weights; `reset` is refused afterwards.
+
+        Raises CheckpointError if there are none.
+        """
+        await run_exclusively_in_thread(
+            self._state, "del_pretrained_model", self._state.delete_pretrained
+        )
+
+    def _file(
+        self, name: str, path: str | Path | None, suffixes: tuple[str, ...] | None = None
+    ) -> Path:
+        file = (self.save_path if path is None else Path(path)) / with_suffix(name)
+        if file.name == LOG_NAME:
+            raise CheckpointError(f"{name!r} names the log of metrics; give another name")
+        if suffixes is not None and file.suffix.lower() not in suffixes:
+            raise CheckpointError(
+                f"{name!r} cannot hold a whole training state; expected the suffix "
+                f"{' or '.join(suffixes)}, or none"
+            )
+        return file
+
+    # -- verbs and attributes that do not wait; usable during a run --------------------------------
+
+    def stop(self) -> None:
+        """End the present run after the present batch; from any thread. Without a run, do nothing.
+
+        The ``epoch_end`` stage of an incomplete train phase is called with the batches so far. An
+        incomplete validation does not count.
+        """
+        control = self._state.control
+        if control is not None:
+            control.stop()
+
+    def events(self) -> EventStream:
+        """Return the events of the trainer, for any task: ``async with ... as events``."""
+        return EventStream(self._state.event_bus)
+
+    def plot(
+        self,
+        name: str,
+        run: int | Literal["all"] | None = None,
+        *,
+        ax: Axes | None = None,
+        **kwargs: Any,
+    ) -> Axes:
+        """Draw a metric of the train and valid phases, with a ring around the best epoch.
+
+        Arguments and errors are those of ``M.plot``. Blocking; from any thread.
+        """
+        score, epoch, criteria = self.best_score, self.best_epoch, self.criteria
+        best = None
+        if score is not None and epoch is not None and criteria is not None:
+            best = BestEpoch(criteria, score, epoch)
+        return plot_history(self.M, name, run, ax=ax, best=best, **kwargs)
+
+    def configure_optimizer(self, lr: Any = None, unlock: int | bool | None = None) -> None:
+        """Set learning rates and unlocked layers, as `fitloop.configure_optimizer` does.
+
+        Without arguments, call the ``configure_optimizer`` of the constructor.
+
+        Raises ConfigurationError, with nothing changed, for arguments that cannot work.
+        """
+        if lr is None and unlock is None:
+            self._state.config.configure_optimizer(self)
+        else:
+            default_configure_optimizer(self, lr=lr, unlock=unlock)
+
+    @property
+    def M(self) -> History:  # noqa: N802 - the public name
+        """The metrics of all runs."""
+        return self._state.history
+
+    @property
+    def train_metrics(self) -> PhaseHistory:
+        """``M.train``."""
+        return self.M.train
+
+    @property
+    def valid_metrics(self) -> PhaseHistory:
+        """``M.valid``."""
+        return self.M.valid
+
+    @property
+    def test_metrics(self) -> PhaseHistory:
+        """``M.test``."""
+        return self.M.test
+
+    @property
+    def best_score(self) -> float | None:
+        """The best value of the criteria so far, or None."""
+        return self._state.best_score
+
+    @property
+    def best_epoch(self) -> int | None:
+        """Number of the epoch of `best_score`, counted from 1."""
+        return self._state.best_epoch
+
+    @property
+    def epoch_num(self) -> int:
+        """Number of epochs trained in all runs since the last reset."""
+        return self._state.epoch_num
+
+    @property
+    def name(self) -> str:
+        """The label of the trainer, by default the class name of the model."""
+        return self._state.config.name
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self._state.config.model
+
+    @property
+    def optimizer(self) -> Any:
+        """The ``optimizer`` of the constructor: an optimizer or a list."""
+        return self._state.config.optimizer
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The list of all optimizers."""
+        return self._state.config.optimizers
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The ``lr_scheduler`` of the constructor: a scheduler, a list or None."""
+        return self._state.config.lr_scheduler
+
+    @property
+    def lr_schedulers(self) -> list[Any]:
+        """The list of all schedulers."""
+        return self._state.config.lr_schedulers
+
+    @property
+    def loss_function(self) -> LossFunction:
+        """The loss function."""
+        return self._state.config.loss_function
+
+    @property
+    def train_dl(self) -> Any:
+        """The train loader of the constructor."""
+        return self._state.config.train_dl
+
+    @property
+    def valid_dl(self) -> Any:
+        """The validation loader of the constructor."""
+        return self._state.config.valid_dl
+
+    @property
+    def test_dl(self) -> Any:
+        """The test loader of the constructor."""
+        return self._state.config.test_dl
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the training."""
+        return self._state.config.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that floating tensors of the batches are cast to."""
+        return self._state.config.dtype
+
+    @property
+    def criteria(self) -> str | None:
+        """Name of the metric that compares models, or None."""
+        criteria = self._state.criteria
+        return None if criteria is None else criteria.name
+
+    @property
+    def save_path(self) -> Path:
+        """The directory for files."""
+        return self._state.config.save_path
+
+    @property
+    def running(self) -> bool:
+        """Whether a run is in progress."""
+        return self._state.control is not None
+
+    def __repr__(self) -> str:
+        best = ""
+        if self.best_score is not None:
+            best = f", best {self.criteria} {self.best_score:.4f} in epoch {self.best_epoch}"
+        status = "running" if self.running else "idle"
+        model = type(self.model).__name__
+        of_model = "" if self.name == model else f" of {model}"
+        details = f"epoch {self.epoch_num}{best}, {status} on {self.device}"
+        return f"<{type(self).__name__} {self.name!r}{of_model}: {details}>"
 
 
-def _last(result: FitResult) -> dict[str, EpochResult]:
+def _last_epoch(result: FitResult) -> dict[str, EpochResult]:
     return {
         phase: {name: float(values[-1]) for name, values in metrics.items()}
         for phase, metrics in result.metrics.items()

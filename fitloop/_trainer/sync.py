@@ -1,8 +1,7 @@
-"""`SyncFitLoop`: the same trainer for plain scripts; every coroutine runs to its end.
+"""`SyncFitLoop`: the trainer for plain scripts.
 
-A thin facade by composition: each blocking verb runs the coroutine of the same name in an event
-loop of its own, in the calling thread, so that Ctrl-C and the prompt work as they do there.
-Signatures are taken from `FitLoop`, so the two cannot drift apart.
+Each blocking verb runs the coroutine of `FitLoop` in a new event loop in the calling thread, so
+that Ctrl-C and the prompt work as usual. The verbs have the signatures of those of `FitLoop`.
 """
 
 from __future__ import annotations
@@ -11,20 +10,41 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from functools import cached_property, update_wrapper
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import anyio
 
 from fitloop._errors import SyncInAsyncError
 from fitloop._public import public
-from fitloop._trainer.constructor import Trainer
 from fitloop._trainer.fitloop import FitLoop
 
 P = ParamSpec("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
-def _refuse_in_loop(call: str) -> None:
+class _Method(Protocol[P, R_co]):
+    """The type of a function in a class body, without the ``self`` parameter."""
+
+    def __get__(self, trainer: object, kind: type[Any] | None = None, /) -> Callable[P, R_co]: ...
+
+
+def _blocking(verb: Callable[Concatenate[FitLoop, P], Awaitable[R]]) -> _Method[P, R]:
+    """Return a method that runs a coroutine of FitLoop to its end."""
+
+    def call(self: SyncFitLoop, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        _refuse_in_event_loop(verb.__name__)
+
+        async def run() -> R:
+            return await verb(self.loop, *args, **kwargs)
+
+        return anyio.run(run)
+
+    update_wrapper(call, verb)
+    return cast("_Method[P, R]", call)
+
+
+def _refuse_in_event_loop(call: str) -> None:
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_run():
         raise SyncInAsyncError(call)
@@ -35,26 +55,9 @@ def _refuse_in_loop(call: str) -> None:
     raise SyncInAsyncError(call)
 
 
-def _blocking(
-    verb: Callable[Concatenate[FitLoop, P], Awaitable[R]],
-) -> Callable[Concatenate[SyncFitLoop, P], R]:
-    """Return a method that runs a coroutine of FitLoop to its end."""
-
-    def call(self: SyncFitLoop, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        _refuse_in_loop(verb.__name__)
-
-        async def run() -> R:
-            return await verb(self.loop, *args, **kwargs)
-
-        return anyio.run(run)
-
-    update_wrapper(call, verb)
-    return call
-
-
 @public
-class SyncFitLoop(Trainer):
-    """`FitLoop` for plain scripts: the same constructor and the same names, blocking.
+class SyncFitLoop(FitLoop):
+    """`FitLoop` for plain scripts: the same constructor and the same names, but blocking calls.
 
     ::
 
@@ -62,32 +65,31 @@ class SyncFitLoop(Trainer):
 
         FitLoop(model, optimizer, loss_function, train_dl=train_dl).fit(epochs=10)
 
-    Stage functions may be plain or ``async def`` here too. Functions that are given the trainer
-    (``configure_optimizer``, ``preloop`` ...) get `loop`, the FitLoop inside. Ctrl-C ends a run
-    at a batch boundary and raises KeyboardInterrupt.
+    Stage functions can be plain or ``async def``. Functions that take the trainer
+    (``configure_optimizer``, ``preloop`` ...) get `loop`, the FitLoop inside. Ctrl-C ends a run at
+    a batch boundary and raises KeyboardInterrupt.
 
-    Every blocking call raises `SyncInAsyncError` inside a running event loop, where it would
-    stop everything else.
+    Every blocking call raises `SyncInAsyncError` inside a running event loop, which it would block.
     """
 
     @cached_property
     def loop(self) -> FitLoop:
-        """The same trainer for use in an event loop."""
-        twin = FitLoop.__new__(FitLoop)
-        twin._state = self._state
-        return twin
+        """The same trainer, for use in an event loop."""
+        loop = FitLoop.__new__(FitLoop)
+        loop._state = self._state
+        return loop
 
-    fit = _blocking(FitLoop.fit)
-    train = _blocking(FitLoop.train)
-    test = _blocking(FitLoop.test)
-    run_sanity_check = _blocking(FitLoop.run_sanity_check)
-    run_profiler = _blocking(FitLoop.run_profiler)
-    save = _blocking(FitLoop.save)
-    load = _blocking(FitLoop.load)
-    save_model = _blocking(FitLoop.save_model)
-    load_model = _blocking(FitLoop.load_model)
-    load_best = _blocking(FitLoop.load_best)
-    reset = _blocking(FitLoop.reset)
-    delete = _blocking(FitLoop.delete)
-    del_best_model = _blocking(FitLoop.del_best_model)
-    del_pretrained_model = _blocking(FitLoop.del_pretrained_model)
+    fit = _blocking(FitLoop.fit)  # type: ignore[assignment]
+    train = _blocking(FitLoop.train)  # type: ignore[assignment]
+    test = _blocking(FitLoop.test)  # type: ignore[assignment]
+    run_sanity_check = _blocking(FitLoop.run_sanity_check)  # type: ignore[assignment]
+    run_profiler = _blocking(FitLoop.run_profiler)  # type: ignore[assignment]
+    save = _blocking(FitLoop.save)  # type: ignore[assignment]
+    load = _blocking(FitLoop.load)  # type: ignore[assignment]
+    save_model = _blocking(FitLoop.save_model)  # type: ignore[assignment]
+    load_model = _blocking(FitLoop.load_model)  # type: ignore[assignment]
+    load_best = _blocking(FitLoop.load_best)  # type: ignore[assignment]
+    reset = _blocking(FitLoop.reset)  # type: ignore[assignment]
+    delete = _blocking(FitLoop.delete)  # type: ignore[assignment]
+    del_best_model = _blocking(FitLoop.del_best_model)  # type: ignore[assignment]
+    del_pretrained_model = _blocking(FitLoop.del_pretrained_model)  # type: ignore[assignment]

@@ -126,17 +126,21 @@ class TrainerState:
         self.history.clear()
         self.metric_log = None  # the next run begins it anew
         self.epoch_num = 0
-        self.forget_best()
+        self._clear_best_score()
         self.rng.reset()
         self.config.configure_optimizer(trainer)
 
-    def forget_best(self) -> None:
-        """Compare with no earlier model any more."""
-        self.best_score = self.best_epoch = None
+    def delete_best(self) -> None:
+        """Remove the best weights and the best score."""
+        self.store.delete(self.config.best_model_name)
+        self._clear_best_score()
 
-    def forget_pretrained(self) -> None:
-        """Remove the weights from before the first run; the next run keeps new ones."""
+    def delete_pretrained(self) -> None:
+        """Remove the pretrained weights. The next run keeps new ones."""
         self.store.delete(PRETRAINED)
+
+    def _clear_best_score(self) -> None:
+        self.best_score = self.best_epoch = None
 
     def observe(self, event: Event) -> None:
         """Count the epochs of a training run."""
