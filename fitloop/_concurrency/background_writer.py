@@ -1,7 +1,4 @@
-"""A thread that writes, so that training does not wait for a disk.
-
-Owns the order of what is written: first come, first served, one at a time. Knows no files.
-"""
+"""A thread that writes files in order, so that training does not wait for a disk."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from collections.abc import Callable
 
 
 class BackgroundWriter:
-    """Runs jobs in a thread of its own, which is there while there are any.
+    """Runs jobs one after the other, in a thread that exists while there are jobs.
 
-    A job tells its own outcome; one that raises is a defect, and the error is raised by `close`.
+    A job reports its own outcome. A job that raises is a defect; `close` raises its exception.
     """
 
     def __init__(self, name: str) -> None:
@@ -24,9 +21,9 @@ class BackgroundWriter:
         self._error: BaseException | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Have ``job`` called after those before it; any thread.
+        """Add a job to the queue, from any thread.
 
-        Raises RuntimeError when there can be no more threads; the job is not kept then.
+        Raises RuntimeError if no thread can be started; the job is not added then.
         """
         with self._changed:
             if self._thread is None:
@@ -38,7 +35,7 @@ class BackgroundWriter:
             self._jobs.append(job)
 
     def close(self) -> None:
-        """Return when every job is done; raises what one of them raised."""
+        """Wait until every job is done, and raise the first exception of a job."""
         with self._changed:
             thread = self._thread
         if thread is not None:
@@ -56,6 +53,6 @@ class BackgroundWriter:
                 job = self._jobs.popleft()
             try:
                 job()
-            except BaseException as error:  # crosses to whoever closes
+            except BaseException as error:  # raised by close()
                 self._error = self._error or error
-            del job  # it holds the state that it wrote
+            del job  # it holds the state that it has written

@@ -1,8 +1,7 @@
-"""The switches of one run: stop, cancel, abandon, and the waiting that obeys them.
+"""The flags that stop, cancel or abandon a run, and the waits that obey them.
 
-Owns the flags that the threads of a run and its awaiting task share. Every blocking wait of a
-run is made on `RunControl.changed`, so that one notification reaches it: nothing polls. Knows
-no event loop, model or loader.
+The threads of a run and its awaiting task share one `RunControl`. Every blocking wait of a run uses
+the condition `RunControl.changed`, so that one notification wakes all of them without polling.
 """
 
 from __future__ import annotations
@@ -15,49 +14,49 @@ from fitloop._types import StopReason
 
 
 class Cancelled(BaseException):
-    """Raised inside the threads of a run whose awaiting task was cancelled; never seen outside."""
+    """Raised in the threads of a cancelled run. It never leaves fitloop."""
 
 
 class Abandoned(BaseException):
-    """Raised in a thread that returns from a loader after its run has ended without it."""
+    """Raised in a thread that returns from a loader after its run has ended without the thread."""
 
 
 class RunControl:
-    """What may be asked of a run from outside while it runs.
+    """The flags of one run.
 
-    Flags only ever go from unset to set. They are written under the condition's lock and read
-    without it, once a batch.
+    A flag is only ever set, never cleared. Flags are written with the lock of `changed` held, and
+    read once a batch without it.
     """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        """notified at every change that somebody may wait for"""
+        """the condition of all waits of the run"""
         self.halted = False
-        """the run ends at the next batch boundary, for whatever reason"""
+        """the run ends at the next batch boundary"""
         self.cancelled = False
         self.stop_reason: str | None = None
         self.failure: BaseException | None = None
-        """what an observer on the event loop raised"""
+        """the exception of an async callback"""
         self.current_loader: str | None = None
-        """description of the loader that the step thread is inside of, if it is"""
+        """description of the loader that the step thread is now inside; None outside of loaders"""
         self.abandoned = False
         """the step thread was left inside a loader"""
         self.wait_seconds = 0.0
-        """seconds that the step thread has waited for a loader or an answer, all in all"""
+        """total seconds that the step thread has waited for loaders and answers"""
         self.hung_loaders: list[str] = []
-        """descriptions of the loaders that the run did not wait for any longer"""
-        self._settled = False
+        """descriptions of the loaders that did not return in time"""
+        self._end_claimed = False
         self._wakers: list[Callable[[], None]] = []
 
     def stop(self, reason: str = StopReason.STOPPED) -> None:
-        """End the run after the batch in hand; the first reason given stays. Any thread."""
+        """End the run after the present batch, from any thread. The first reason stays."""
         with self.changed:
             if self.stop_reason is None:
                 self.stop_reason = str(reason)
             self._halt()
 
     def cancel(self, failure: BaseException | None = None) -> None:
-        """End the run after the batch in hand, skipping what would follow. Any thread."""
+        """Cancel the run after the present batch, from any thread. The first failure stays."""
         with self.changed:
             self.cancelled = True
             if self.failure is None:
@@ -71,24 +70,26 @@ class RunControl:
             wake()
 
     def on_halt(self, wake: Callable[[], None]) -> Callable[[], None]:
-        """Have ``wake`` called, under the lock, when the run is stopped or cancelled.
+        """Register ``wake``, to be called under the lock when the run is stopped or cancelled.
 
-        Returns a function that forgets it again.
+        Return a function that removes ``wake`` again.
         """
         with self.changed:
             self._wakers.append(wake)
             if self.halted:
                 wake()
 
-        def forget() -> None:
+        def remove() -> None:
             with self.changed:
                 if wake in self._wakers:
                     self._wakers.remove(wake)
 
-        return forget
+        return remove
 
     def wait_for(self, ready: Callable[[], bool], *, obey_stop: bool) -> bool:
-        """Block until ``ready()``; False when the run was cancelled (or stopped) first.
+        """Block until ``ready()``, and return True; return False if the run is cancelled before.
+
+        With ``obey_stop``, return False also if the run is stopped before.
 
         ``ready`` is called under the lock of `changed` and must be quick.
         """
@@ -104,19 +105,19 @@ class RunControl:
                 self.wait_seconds += time.perf_counter() - began
 
     def notify(self) -> None:
-        """Wake every waiting thread of the run to look again."""
+        """Wake every waiting thread of the run."""
         with self.changed:
             self.changed.notify_all()
 
-    # A cancelled run may not wait for ever on a loader that does not return. The two calls below
-    # decide, under the lock, which of the step thread and its supervisor ends the run.
+    # A cancelled run must not wait forever for a loader. The next methods decide under the lock
+    # which thread ends the run: the step thread, or the one that replaces it.
 
     def leave_loader(self, *, failed: bool = False) -> None:
-        """Note that the step thread has come back from the loader.
+        """Record that the step thread has returned from the loader.
 
         Raises:
-            Abandoned: the run has ended without this thread, which must touch nothing more.
-            Cancelled: the run was cancelled meanwhile, and the loader has not ``failed``.
+            Abandoned: the run has ended without this thread, which must not touch the model.
+            Cancelled: the run was cancelled, and the loader has not ``failed``.
         """
         with self.changed:
             self.current_loader = None
@@ -126,15 +127,15 @@ class RunControl:
                 raise Cancelled
 
     def abandon_loader(self) -> bool:
-        """Give up the step thread if it is inside a loader; return whether it was."""
+        """Leave the step thread behind if it is inside a loader; return whether it was."""
         with self.changed:
-            if self.current_loader and not self._settled:
+            if self.current_loader and not self._end_claimed:
                 self.hung_loaders.append(self.current_loader)
-                self.abandoned = self._settled = True
+                self.abandoned = self._end_claimed = True
             return self.abandoned
 
     def claim_end(self) -> bool:
-        """Claim the right to end the run; true for exactly one caller."""
+        """Claim the right to end the run; return True to exactly one caller."""
         with self.changed:
-            settled, self._settled = self._settled, True
+            settled, self._end_claimed = self._end_claimed, True
             return not settled

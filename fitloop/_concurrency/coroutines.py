@@ -1,7 +1,7 @@
-"""A coroutine that is awaited with something done before and after each of its steps.
+"""Runs code around each step of a coroutine. A step is the code between two waits.
 
-A step is what it does between two waits. What threads hold for a whole run, such as a stream of
-random numbers, a coroutine can hold on the event loop's thread only so: others run between.
+A thread can hold a state for a whole run, such as a random stream. A coroutine on the event loop
+must give the state back at each wait, when other coroutines run on the same thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SteppedAwaitable:
         before: Callable[[], None],
         after: Callable[[], None],
     ) -> None:
-        # Itself where it is a coroutine: one that never begins is closed then, without a warning.
+        # A coroutine is used as it is, so that it is closed without a warning if it never starts.
         self._coroutine: Any = awaitable if iscoroutine(awaitable) else _awaiting(awaitable)
         self._before, self._after = before, after
 

@@ -1,7 +1,4 @@
-"""What differs between event loops: scheduling from a thread, waking a task, cancelling one.
-
-asyncio (uvloop too) and trio. Knows nothing of runs.
-"""
+"""The differences between asyncio (also uvloop) and trio: scheduling, waking and cancelling."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ import anyio
 
 
 def loop_scheduler() -> Callable[[Callable[[], object]], None]:
-    """Return a function that has a callable called on the running event loop, from any thread.
+    """Return a function that schedules a call on the running event loop, from any thread.
 
-    Calls after the loop has ended are dropped: nobody is left whom they could concern.
+    Calls after the end of the loop are dropped.
     """
     try:
         loop = asyncio.get_running_loop()
@@ -42,9 +39,9 @@ def loop_scheduler() -> Callable[[Callable[[], object]], None]:
 
 
 def hide_running_loop() -> None:
-    """Have the current context, a copy for a new thread, not say that an event loop runs in it.
+    """Remove the event loop from the current context, which is a copy for a new thread.
 
-    Else that thread could begin none of its own: user code may call `SyncFitLoop` there.
+    Otherwise sniffio would find the loop in the thread, where user code may call `SyncFitLoop`.
     """
     sniffio = sys.modules.get("sniffio")
     if sniffio is not None:
@@ -52,9 +49,9 @@ def hide_running_loop() -> None:
 
 
 class ThreadsafeEvent:
-    """Wakes one task from any thread; rings between two wake-ups count as one.
+    """An event for one task, which any thread can set. A wait clears it.
 
-    Made inside the event loop that will wait for it.
+    Create it inside the event loop of the task.
     """
 
     def __init__(self) -> None:
@@ -64,21 +61,21 @@ class ThreadsafeEvent:
         self._event = anyio.Event()
 
     def set(self) -> None:
-        """Wake the waiting task, or the next one to wait."""
+        """Wake the waiting task, or the next wait."""
         with self._lock:
             if self._is_set:
                 return
             self._is_set = True
-        self._schedule(self._open)
+        self._schedule(self._wake)
 
-    def _open(self) -> None:
+    def _wake(self) -> None:
         self._event.set()
 
     async def wait(self) -> None:
-        """Wait until it was rung since the last wait; a cancelled wait loses no ring.
+        """Wait until the event was set since the last wait. A cancelled wait loses no `set`.
 
-        A second Ctrl-C may be raised anywhere in here or in `_open`: then a ring may be lost, but
-        not the next one, and who waits looks again at what it waits for.
+        A second Ctrl-C, raised in here or in `_wake`, may lose one `set`, but not the next one. A
+        waiting task must check its condition again after each wait.
         """
         try:
             await self._event.wait()
@@ -89,10 +86,10 @@ class ThreadsafeEvent:
 
 
 class LoopTasks:
-    """The tasks in which user code runs on the event loop for a run, and how to cancel them.
+    """The tasks on the event loop that now run user code for a run.
 
-    A native ``Task.cancel()`` is one edge, an anyio scope keeps cancelling: user code gets what
-    the awaiting task got, so that asyncio code may await in its cleanup.
+    They are cancelled in the way of the awaiting task: once by a native ``Task.cancel()``, so that
+    asyncio code can await in its cleanup, or at every await by an anyio scope.
     """
 
     def __init__(self) -> None:
@@ -100,10 +97,10 @@ class LoopTasks:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Count the current task while user code runs in it."""
+        """Add the current task while it runs user code."""
         try:
             task = asyncio.current_task()
-        except RuntimeError:  # trio has no edges
+        except RuntimeError:  # trio only has scopes
             task = None
         if task is None:
             yield
@@ -115,7 +112,7 @@ class LoopTasks:
             self._native.discard(task)
 
     def cancel(self, interruption: BaseException, scope: anyio.CancelScope) -> None:
-        """Cancel them as the awaiting task was, by ``interruption``."""
+        """Cancel all tasks in the way that ``interruption`` cancelled the awaiting task."""
         native = isinstance(interruption, asyncio.CancelledError)
         if not native or is_scope_cancelled():
             scope.cancel()
@@ -130,9 +127,9 @@ def is_scope_cancelled() -> bool:
 
 
 def raise_in_scope(cancellation: BaseException) -> None:
-    """Raise a cancellation again where an anyio scope waits for it.
+    """Raise a cancellation again if it comes from an anyio scope.
 
-    A native one ends here: in a task group it would cancel its siblings at every await.
+    A native one ends here: in a task group it would cancel all other tasks at every await.
     """
     if is_scope_cancelled():
         raise cancellation

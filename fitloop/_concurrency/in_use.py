@@ -1,4 +1,4 @@
-"""Which trainers are busy, and with which parameters: one register for the process."""
+"""The register of the trainers and parameters that a coroutine is using; one per process."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _users: dict[int, str] = {}
 
 @contextmanager
 def in_use(trainer: str, call: str, key: object, model: nn.Module) -> Iterator[None]:
-    """Hold a trainer and the parameters of its model while a coroutine works on them.
+    """Register a trainer and the parameters of its model while a coroutine uses them.
 
     Raises:
-        BusyError: the trainer is busy, or another one works on one of the parameters.
+        BusyError: the trainer is in use, or another trainer uses one of the parameters.
     """
-    held = [id(key), id(model), *(id(parameter) for parameter in model.parameters())]
+    keys = [id(key), id(model), *(id(parameter) for parameter in model.parameters())]
     with _lock:
         if id(key) in _users:
             raise BusyError(trainer, call, f"it is busy with {_users[id(key)]}")
-        for item in held:
+        for item in keys:
             if item in _users:
                 raise BusyError(trainer, call, f"its model is in use by {_users[item]}")
-        _users.update(dict.fromkeys(held, f"{trainer}.{call}()"))
+        _users.update(dict.fromkeys(keys, f"{trainer}.{call}()"))
     try:
         yield
     finally:
         with _lock:
-            for item in held:
+            for item in keys:
                 _users.pop(item, None)

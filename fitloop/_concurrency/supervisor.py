@@ -1,8 +1,7 @@
-"""Crossing between an event loop and the threads of a run, under asyncio, uvloop and trio.
+"""Runs a task in a thread and awaits it, under asyncio, uvloop and trio.
 
-Owns the one hop of a run: `supervise` starts the step thread, serves what it asks of the event
-loop, and does not return before the thread has ended, however often it is cancelled. Knows
-nothing of models or loaders. The thread-portal waiting is `RunControl`'s.
+`supervise` starts the thread, runs coroutines for it on the event loop, and returns only after the
+thread has ended, however often it is cancelled.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from fitloop._errors import LoaderHungWarning, add_note_safely
 
 T = TypeVar("T")
 JOIN_TIMEOUT = 0.0005
-"""seconds that a thread which has said its last word is waited for without anything else"""
+"""timeout in seconds of the blocking join of a thread that has delivered its outcome"""
 
 
 class _Request:
-    """A coroutine function that a thread wants run on the event loop, and its outcome."""
+    """A coroutine function that a thread sends to the event loop, and its outcome."""
 
     __slots__ = ("call", "done", "error", "result")
 
@@ -48,7 +47,7 @@ class _Request:
 
 
 class LoopPortal:
-    """What the threads of a run may ask of the event loop that awaits it."""
+    """The way from the threads of a run to the event loop that awaits the run."""
 
     def __init__(self, control: RunControl) -> None:
         self._control = control
@@ -60,13 +59,13 @@ class LoopPortal:
         self.finished = False
 
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Run ``function`` on the event loop, block until it is over and return its result.
+        """Run ``function`` on the event loop, block until it ends, and return its result.
 
-        Raises what it raised, as the same object; raises `Cancelled` when the run was cancelled,
-        after the coroutine has ended.
+        Raises its exception, as the same object. Raises `Cancelled` if the run was cancelled, after
+        the coroutine has ended.
         """
         request = self._post(function)
-        # Not given up early: the coroutine may be in the middle of a step.
+        # Wait also after a cancellation: the coroutine may be in the middle of a step.
         with self._control.changed:
             while not request.done:
                 self._control.changed.wait()
@@ -77,7 +76,7 @@ class LoopPortal:
     def start(self, function: Callable[[], Awaitable[None]]) -> None:
         """Run ``function`` on the event loop without waiting for it.
 
-        Raises `Cancelled` when the event loop serves this run no longer.
+        Raises `Cancelled` if the portal is closed.
         """
         self._post(function)
 
@@ -92,32 +91,32 @@ class LoopPortal:
         return request
 
     def finish(self) -> None:
-        """Tell the awaiting task that the threads of the run are done; the last call of all."""
+        """Tell the awaiting task that the thread has delivered its outcome; call this last."""
         self.finished = True
         self._wake_event.set()
 
     def wake(self) -> None:
-        """Have the awaiting task look again."""
+        """Wake the awaiting task."""
         self._wake_event.set()
 
     async def wait(self) -> None:
-        """Wait for a request, or for the end."""
+        """Wait for a request, `wake` or `finish`."""
         await self._wake_event.wait()
 
-    def take(self) -> list[_Request]:
-        """Return the new requests."""
+    def take_requests(self) -> list[_Request]:
+        """Return the new requests, and remove them."""
         with self._control.changed:
-            taken = list(self._requests)
+            requests = list(self._requests)
             self._requests.clear()
-        return taken
+        return requests
 
     def close(self) -> None:
-        """Take no requests any more."""
+        """Refuse new requests."""
         with self._control.changed:
             self._closed = True
 
-    def answer_rest(self) -> None:
-        """Answer with `Cancelled` whatever waits for a coroutine that will never run."""
+    def cancel_requests(self) -> None:
+        """Answer all open requests with `Cancelled`; their coroutines will never run."""
         with self._control.changed:
             for request in self._open_requests:
                 if not request.done:
@@ -126,18 +125,18 @@ class LoopPortal:
             self._control.changed.notify_all()
 
     async def serve(self, request: _Request) -> None:
-        """Run one request to its end and answer it."""
+        """Run the coroutine of a request, and answer the request."""
         try:
             with self.tasks.entered():
                 request.result = await request.call()
         except anyio.get_cancelled_exc_class() as error:
-            # Else it awaited something that was cancelled, which is an error like any other.
+            # If the run is not cancelled, user code awaited a cancelled task: an ordinary error.
             request.error = error
             if self._closed or is_scope_cancelled():
                 request.error = Cancelled()
                 self._control.cancel()
             raise_in_scope(error)
-        except BaseException as error:  # crosses to the thread that asked
+        except BaseException as error:  # raised again in the thread
             request.error = error
         finally:
             with self._control.changed:
@@ -147,20 +146,20 @@ class LoopPortal:
 
 
 class ThreadTask(Protocol):
-    """What a step thread does: `execute`, and then `finish`, which always runs, once."""
+    """The work of a supervised thread: `execute`, and then `finish`, exactly once."""
 
     def execute(self) -> None:
-        """Do the work; may raise, and leaves tidying up to `finish`."""
+        """Do the work, or raise. `finish` cleans up."""
 
     def finish(self, error: BaseException | None) -> Any:
-        """Tidy up after `execute`, which raised ``error``; return the result or raise.
+        """Clean up after `execute`, which raised ``error``. Return the result, or raise.
 
-        Runs in the step thread, or in another one when the step thread was abandoned.
+        Runs in the same thread, or in a new thread if the first one hangs in a loader.
         """
 
 
 class _StepThread:
-    """The thread of a run, and the outcome it leaves."""
+    """The thread of a task, and its outcome."""
 
     def __init__(
         self, task: ThreadTask, control: RunControl, portal: LoopPortal, name: str
@@ -171,14 +170,14 @@ class _StepThread:
         self.error: BaseException | None = None
 
     def start(self) -> None:
-        self._launch(self._run)
+        self._start_thread(self._run)
 
     def replace(self) -> None:
-        """Finish in another thread, since this one does not come back from its loader."""
+        """Finish the task in a new thread, since the first one hangs in its loader."""
         self._threads.clear()
-        self._launch(lambda: self._settle(Cancelled()))
+        self._start_thread(lambda: self._finish(Cancelled()))
 
-    def _launch(self, target: Callable[[], None]) -> None:
+    def _start_thread(self, target: Callable[[], None]) -> None:
         context = contextvars.copy_context()
         context.run(hide_running_loop)
         thread = threading.Thread(
@@ -193,27 +192,27 @@ class _StepThread:
             self._task.execute()
         except Abandoned:
             return
-        except BaseException as raised:  # crosses to the awaiting task
+        except BaseException as raised:  # raised again in the awaiting task
             error = raised
         try:
             if self._control.claim_end():
-                self._settle(error)
+                self._finish(error)
         finally:
             del error  # its traceback refers to this frame
 
-    def _settle(self, error: BaseException | None) -> None:
+    def _finish(self, error: BaseException | None) -> None:
         try:
             self.result = self._task.finish(error)
-        except BaseException as raised:  # crosses to the awaiting task
+        except BaseException as raised:  # raised again in the awaiting task
             self.error = raised
-        self._task = cast("ThreadTask", None)  # the thread may outlive the run by a moment
+        self._task = cast("ThreadTask", None)  # the thread ends a moment after the run
         self._portal.finish()
 
     def is_alive(self) -> bool:
-        """Return whether a thread is in the moment between its last word and its end.
+        """Return whether the thread has not ended yet, after a join of at most `JOIN_TIMEOUT`.
 
-        Holds the event loop for half a millisecond at most: looking again and again would keep
-        the interpreter from the thread that needs it to end.
+        The join blocks the event loop. A loop without it would keep the interpreter busy, which
+        the thread needs in order to end.
         """
         for thread in self._threads:
             thread.join(JOIN_TIMEOUT)
@@ -223,9 +222,9 @@ class _StepThread:
 wait_scope: ContextVar[Callable[[], AbstractAsyncContextManager[None]]] = ContextVar(
     "fitloop wait scope", default=nullcontext
 )
-"""Makes a scope that `supervise` enters while it waits for its thread.
+"""Returns a scope that `supervise` enters while it waits for its thread.
 
-Code that holds something which the thread may need sets a scope that releases it meanwhile.
+Code that holds a lock which the thread may need sets a scope that releases the lock.
 """
 
 
@@ -239,17 +238,22 @@ async def supervise(
     background_tasks: Sequence[Callable[[], Awaitable[None]]] = (),
     end_background_tasks: Callable[[], None] = lambda: None,
 ) -> Any:
-    """Run ``task`` in a thread of its own and return what its ``finish`` returned.
+    """Run ``task`` in a new thread, inside `wait_scope`, and return the result of its ``finish``.
 
-    Waits inside `wait_scope`.
+    Args:
+        task: the work of the thread.
+        control: the flags that stop or cancel the task.
+        portal: the task's way to the event loop.
+        name: of the trainer, for messages and the name of the thread.
+        grace: seconds to wait, after a cancellation, for a thread that is inside a loader.
+        background_tasks: run on the event loop beside the thread. An exception of one of them ends
+            the task, and is raised from here.
+        end_background_tasks: called after the task, so that the background tasks can end.
 
-    ``background_tasks`` run beside it as tasks; ``end_background_tasks`` lets them
-    end when the task is over. The error of a background task ends the run and is raised from here.
-
-    Cancellation: ``control`` is told, the coroutines that the work has asked for are cancelled,
-    the thread ends at its next boundary and is joined, and the first cancellation is raised
-    again. This also holds when it is cancelled again meanwhile. A thread that is still inside a
-    loader after ``grace`` seconds is left there, with a `LoaderHungWarning`.
+    Cancellation: cancels ``control`` and all coroutines that run for the task; the thread ends at
+    its next boundary and is joined; then the first cancellation is raised again. Further
+    cancellations change nothing. A thread that is still inside a loader after ``grace`` seconds is
+    left behind, with a `LoaderHungWarning`.
     """
     async with wait_scope.get()():
         thread = _StepThread(task, control, portal, name)
@@ -276,31 +280,31 @@ async def _supervise(
             try:
                 while not (portal.finished or control.failure):
                     await portal.wait()
-                    for request in portal.take():
+                    for request in portal.take_requests():
                         group.start_soon(portal.serve, request)
                 end_background_tasks()
             except BaseException as raised:
                 interruption = raised
                 control.cancel()
                 portal.close()
-                if isinstance(raised, GeneratorExit):  # the event loop is gone: nothing to await
-                    portal.answer_rest()
+                if isinstance(raised, GeneratorExit):  # the event loop has ended
+                    portal.cancel_requests()
                     raise
                 portal.tasks.cancel(raised, group.cancel_scope)
             if control.failure is not None:
                 portal.close()
                 group.cancel_scope.cancel()
-    except anyio.get_cancelled_exc_class() as raised:  # while the background_tasks were ending
+    except anyio.get_cancelled_exc_class() as raised:  # while background tasks ended
         interruption = interruption or raised
         control.cancel()
-    except BaseExceptionGroup as raised:  # Ctrl-C pressed again, anywhere above
+    except BaseExceptionGroup as raised:  # a second Ctrl-C, anywhere above
         interruption = interruption or raised.exceptions[0]
         control.cancel()
         portal.close()
-    portal.answer_rest()
+    portal.cancel_requests()
     interruption = await _shut_down(thread, control, portal, grace) or interruption
     if interruption is None and isinstance(thread.error, Cancelled) and control.failure is None:
-        # A coroutine of the run saw the cancellation of a scope before this task did.
+        # A coroutine of the run got the cancellation of a scope before this task: raise it here.
         await anyio.lowlevel.checkpoint()
     for loader in control.hung_loaders:
         _warn_hung(loader, name, grace)
@@ -353,14 +357,14 @@ async def _run_background_task(
             await background_task()
     except anyio.get_cancelled_exc_class() as error:
         if not (control.halted or is_scope_cancelled()):
-            _fail(error, control, portal, name)  # it awaited something that was cancelled
+            _fail(error, control, portal, name)  # it awaited a cancelled task
         raise_in_scope(error)
     except BaseException as error:
         _fail(error, control, portal, name)
 
 
 def _fail(error: BaseException, control: RunControl, portal: LoopPortal, name: str) -> None:
-    """End the run for what an async callback raised; supervise raises it again."""
+    """End the run for an exception of an async callback. `supervise` raises it again."""
     add_note_safely(error, f"in trainer {name!r}: in an async callback")
     control.cancel(error)
     portal.wake()
@@ -369,7 +373,7 @@ def _fail(error: BaseException, control: RunControl, portal: LoopPortal, name: s
 async def _shut_down(
     thread: _StepThread, control: RunControl, portal: LoopPortal, grace: float
 ) -> BaseException | None:
-    """Wait for the thread through any number of cancellations; return the first of them."""
+    """Wait for the thread through any number of cancellations; return the first one or None."""
     first: BaseException | None = None
     deadline = anyio.current_time() + grace
     with anyio.CancelScope(shield=True):
@@ -378,7 +382,7 @@ async def _shut_down(
                 with anyio.CancelScope(deadline=deadline):
                     await portal.wait()
             except (anyio.get_cancelled_exc_class(), KeyboardInterrupt) as again:
-                # A native Task.cancel() passes anyio's shield. It is not lost: see `first`.
+                # A native Task.cancel() passes the shield of anyio. The caller raises it.
                 first = first or again
             if anyio.current_time() >= deadline:
                 deadline = math.inf
@@ -393,7 +397,7 @@ async def _shut_down(
 
 
 def _outcome(thread: _StepThread, control: RunControl, interruption: BaseException | None) -> Any:
-    # What user code raised must not be lost in a cancellation that came at the same time.
+    # An exception of user code has priority over a cancellation at the same time.
     error = interruption
     if control.failure is not None:
         error = control.failure
