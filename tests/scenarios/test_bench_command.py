@@ -1,4 +1,4 @@
-"""``fitloop bench``: how the trainer is found and made, what is printed, how it is refused."""
+"""``fitloop bench``: finding and making the trainer, the output, and refusals."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SHORT = ["--batches", "2", "--rounds", "1"]
 
 @pytest.fixture(autouse=True)
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a script in the current directory, which is also the module of its name."""
+    """Return a script in the current directory, which can also be imported by its name."""
     for name in ("benched", "importing"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -76,19 +76,19 @@ def report(out: Out, *arguments: str) -> str:
     before = list(sys.path)
     assert main(["bench", *arguments, *SHORT]) == 0
     assert sys.path == before
-    printed, said = out.readouterr()
-    assert said == ""
+    printed, errors = out.readouterr()
+    assert errors == ""
     return printed
 
 
 def refusal(out: Out, *arguments: str) -> str:
-    """Return what the command says that cannot be done, in one line."""
+    """Return the error message of the command, which is one line."""
     assert main(["bench", *arguments]) == 1
-    printed, said = out.readouterr()
+    printed, message = out.readouterr()
     assert printed == ""
-    assert said.startswith("fitloop: ")
-    assert said.count("\n") == 1
-    return said
+    assert message.startswith("fitloop: ")
+    assert message.count("\n") == 1
+    return message
 
 
 def test_bench_when_of_a_script_then_prints_times_and_advice(capsys: Out) -> None:
@@ -109,18 +109,18 @@ def test_bench_when_of_a_script_then_prints_times_and_advice(capsys: Out) -> Non
         ("benched.py:trainer", "ready"),
     ],
 )
-def test_bench_when_the_trainer_is_made_otherwise_then_is_found(
+def test_bench_when_the_target_is_of_another_kind_then_is_measured(
     capsys: Out, target: str, name: str
 ) -> None:
     assert report(capsys, target).startswith(f"{name}: ")
 
 
-def test_bench_when_arguments_are_given_then_the_function_gets_them(capsys: Out) -> None:
+def test_bench_when_there_are_arguments_then_the_function_gets_them(capsys: Out) -> None:
     printed = report(capsys, "benched.py:make", "--arg", "rows=3", "--arg", "name=my own")
     assert printed.startswith("my own: ")
 
 
-def test_bench_when_the_script_is_elsewhere_then_finds_what_lies_beside_it(
+def test_bench_when_the_script_is_elsewhere_then_can_import_modules_beside_it(
     tmp_path: Path, capsys: Out, script: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "importing.py").write_text("from benched import make\n")
@@ -129,27 +129,27 @@ def test_bench_when_the_script_is_elsewhere_then_finds_what_lies_beside_it(
     assert "train_dl (list)" in report(capsys, "../importing.py:make")
 
 
-def test_bench_when_json_is_wanted_then_has_all_figures(capsys: Out, tmp_path: Path) -> None:
+def test_bench_when_there_is_a_json_file_then_has_all_figures(capsys: Out, tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
-    path.write_text("{}")  # of before
+    path.write_text("{}")  # an older file
     printed = report(capsys, "benched:make", "--json", str(path))
-    found = json.loads(path.read_text())
-    assert found["conditions"]["batches"] == 2
-    assert found["conditions"]["rounds"] == 1
-    assert set(found["seconds_per_batch"]) >= {"load", "step", "bare", "fitloop"}
-    for advice in found["advice"]:
+    figures = json.loads(path.read_text())
+    assert figures["conditions"]["batches"] == 2
+    assert figures["conditions"]["rounds"] == 1
+    assert set(figures["seconds_per_batch"]) >= {"load", "step", "bare", "fitloop"}
+    for advice in figures["advice"]:
         assert f"- {advice['text']}" in " ".join(printed.split())
 
 
 @pytest.mark.slow
-def test_bench_when_there_is_no_target_then_measures_a_model_of_its_own(capsys: Out) -> None:
+def test_bench_when_there_is_no_target_then_measures_the_built_in_model(capsys: Out) -> None:
     printed = report(capsys)
     assert printed.startswith("no TARGET: a built-in model")
     assert "\nbuilt-in: train_dl (DataLoader)" in printed
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["benched.py"], "expected MODULE:FUNCTION or SCRIPT.py:FUNCTION"),
         (["benched:"], "expected MODULE:FUNCTION or SCRIPT.py:FUNCTION"),
@@ -163,43 +163,43 @@ def test_bench_when_there_is_no_target_then_measures_a_model_of_its_own(capsys: 
         (["benched:make", "--rounds", "0"], "rounds is 0; expected an integer of at least 1"),
         (["--arg", "rows=3"], "--arg is for the function of a TARGET"),
         (["benched:on_cpu", "--device", "meta"], "the function gives its trainer device="),
-        # Before anything is measured, or even looked for.
+        # The JSON path is checked before the module is imported.
         (["nothing:make", "--json", "."], "--json is ., which is a directory; expected a file"),
         (["nothing:make", "--json", os.devnull], "which is no plain file; expected a file"),
         (["nothing:make", "--json", "a/b"], "--json is a/b, but a is no directory; make it, or"),
         (["nothing:make", "--json", "benched.py/x"], "but benched.py is no directory"),
     ],
 )
-def test_bench_when_it_cannot_be_then_says_why(
-    capsys: Out, arguments: list[str], says: str
+def test_bench_when_it_cannot_run_then_gives_the_reason(
+    capsys: Out, arguments: list[str], message: str
 ) -> None:
-    assert says in refusal(capsys, *arguments)
+    assert message in refusal(capsys, *arguments)
     assert not Path("a").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
-def test_bench_when_the_json_may_not_be_written_there_then_says_so_before_it_measures(
+def test_bench_when_the_json_cannot_be_written_then_is_refused_before_it_measures(
     capsys: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "locked" / "figures.json"
     path.parent.mkdir(mode=0o500)
-    if os.geteuid() == 0:  # whom no permission stops
-        monkeypatch.setattr(os, "access", lambda place, mode: place != path.parent)
-    says = refusal(capsys, "nothing:make", "--json", str(path))
-    assert "locked cannot be written to; name a file in another directory" in says
+    if os.geteuid() == 0:  # permissions do not stop root
+        monkeypatch.setattr(os, "access", lambda file, mode: file != path.parent)
+    message = refusal(capsys, "nothing:make", "--json", str(path))
+    assert "locked cannot be written to; name a file in another directory" in message
 
 
-def test_bench_when_the_json_cannot_be_written_after_all_then_the_report_is_still_printed(
+def test_bench_when_the_writing_of_the_json_fails_then_the_report_is_still_printed(
     capsys: Out, tmp_path: Path
 ) -> None:
     path = tmp_path / ("n" * 300)
     assert main(["bench", "benched:make", *SHORT, "--json", str(path)]) == 1
-    printed, said = capsys.readouterr()
+    printed, message = capsys.readouterr()
     assert "loop overhead" in printed
-    assert said.startswith(f"fitloop: {path} cannot be written: ")
+    assert message.startswith(f"fitloop: {path} cannot be written: ")
 
 
-def test_bench_when_the_script_goes_elsewhere_then_the_json_is_where_it_was_meant(
+def test_bench_when_the_script_changes_directory_then_the_json_path_is_the_original(
     capsys: Out, tmp_path: Path, script: Path
 ) -> None:
     (tmp_path / "there").mkdir()
@@ -208,12 +208,14 @@ def test_bench_when_the_script_goes_elsewhere_then_the_json_is_where_it_was_mean
     assert (tmp_path / "figures.json").is_file()
 
 
-def test_bench_when_the_function_raises_then_its_own_error_is_seen() -> None:
+def test_bench_when_the_function_raises_then_its_error_is_raised() -> None:
     with pytest.raises(LookupError, match="no data here"):
         main(["bench", "benched:fail"])
 
 
-def test_bench_when_a_module_misses_another_then_its_own_error_is_seen(tmp_path: Path) -> None:
+def test_bench_when_the_module_imports_a_missing_one_then_its_error_is_raised(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "importing.py").write_text("import nothing_of_the_sort\n")
     for target in ("importing:make", "importing.py:make"):
         with pytest.raises(ModuleNotFoundError, match="nothing_of_the_sort"):
@@ -222,9 +224,9 @@ def test_bench_when_a_module_misses_another_then_its_own_error_is_seen(tmp_path:
 
 @pytest.mark.parametrize("option", [["--arg", "rows"], ["--device", "abacus"], ["--rounds", "x"]])
 def test_bench_when_an_option_is_wrong_then_shows_the_usage(capsys: Out, option: list[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as exit_info:
         main(["bench", "benched:make", *option])
-    assert exit_.value.code == 2
+    assert exit_info.value.code == 2
     assert "usage: fitloop bench" in capsys.readouterr().err
 
 
@@ -236,15 +238,15 @@ from fitloop._cli.main import main
 def make():
     return trainer(hold=slowly(), batches=50, num_threads=1)
 
-sys.modules["made"] = sys.modules["__main__"]
-status = main(["bench", "made:make", {more}])
+sys.modules["trainer_module"] = sys.modules["__main__"]
+status = main(["bench", "trainer_module:make", {more}])
 print("status", status, threading.active_count())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fork_server")
-def test_bench_when_on_a_terminal_then_one_line_says_what_it_does_and_goes() -> None:
+def test_bench_when_on_a_terminal_then_one_line_shows_the_activity_and_is_cleared() -> None:
     with run_in_terminal(PROGRAM.format(more="'--batches', '5', '--rounds', '2'")) as shown:
         shown.until("status 0 1")
         assert "benchmark: making the trainer" in shown.raw
@@ -256,7 +258,7 @@ def test_bench_when_on_a_terminal_then_one_line_says_what_it_does_and_goes() -> 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fork_server")
-def test_bench_when_interrupted_then_ends_without_a_word() -> None:
+def test_bench_when_interrupted_then_ends_without_a_message() -> None:
     with run_in_terminal(PROGRAM.format(more="'--rounds', '1000', '--batches', '100'")) as shown:
         shown.until("benchmark: round 1 of 1000")
         shown.type("\x03")
