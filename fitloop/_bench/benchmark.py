@@ -12,6 +12,7 @@ from typing import Any
 from fitloop._bench.budget import BenchRequest
 from fitloop._bench.report import BenchReport
 from fitloop._bench.run import BenchRun, Show
+from fitloop._data.pushback import pushback_iterator_of
 from fitloop._display.console import can_draw
 from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import ConfigurationError
@@ -43,17 +44,13 @@ async def benchmark(
         print(await fitloop.benchmark(trainer))
 
     A hand-written loop and fitloop run the same steps, on the trainer's loader and on batches in
-    memory. The loader is also read alone, ahead of the steps, and inline. The variants take turns,
-    round after round, in one thread of this process, and are compared within the rounds.
-    ``docs/bench.md`` explains each figure.
+    memory. The variants take turns, round after round. ``docs/bench.md`` explains each figure.
 
-    Afterwards everything is as before, as after `FitLoop.run_profiler`: model, optimizers,
-    schedulers, random generators, metrics and files; also after an error or a cancellation.
-    ``preloop`` and ``postloop`` are called once, ``train_epoch_start`` in every pass. There is no
-    validation, and callbacks get no events. Effects of stage functions on objects of their own are
-    not undone. A trainer without a seed uses the process's generators. They are put back, which
-    also undoes their use by other threads meanwhile. Train nothing else at the same time: it would
-    distort the figures, and a loader that is read ahead here may use its random numbers.
+    Afterwards everything is as before, as after `FitLoop.run_profiler`, also after an error or a
+    cancellation. ``preloop`` and ``postloop`` are called once, ``train_epoch_start`` in every pass.
+    There is no validation, and callbacks get no events. Effects of stage functions on objects of
+    their own are not undone. A trainer without a seed uses the process's generators, which are put
+    back. Train nothing else at the same time.
 
     Args:
         trainer: the trainer, or a function that makes it, plain (called in a thread) or
@@ -95,6 +92,13 @@ async def benchmark(
             define_all=define_all,
             cast=cast,
         )
+        loader = plan.phases[0][1]
+        if pushback_iterator_of(loader) is not None:
+            raise ConfigurationError(
+                f"train_dl is {loader!r:.60}, an iterator, which can be read only once, and a "
+                "benchmark reads it many times; pass a list, a DataLoader, or a function that "
+                "makes a new iterator"
+            )
         make = partial(BenchRun, request, show)
         return BenchReport.of(await launch(fitloop._state, fitloop, plan, make))
 
@@ -110,19 +114,17 @@ async def _make_trainer(trainer: Any) -> FitLoop:
 
 @contextmanager
 def _status_line(*, enabled: bool) -> Iterator[Show]:
-    """Yield a function that shows a text in one line of the terminal; clear the line at the end."""
+    """Yield a function that shows a text in one line of the terminal; clear it at the end."""
     stream = sys.stderr
-    if not (enabled and stream is not None and stream.isatty() and can_draw()):
-        yield lambda text: None
-        return
+    enabled = enabled and stream is not None and stream.isatty() and can_draw()
 
     def show(text: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        stream.write(f"\r\x1b[K{printable(f'benchmark: {text}')[:width]}")
-        stream.flush()
+        if enabled:
+            width = shutil.get_terminal_size().columns - 1
+            stream.write(f"\r\x1b[K{text[:width]}")
+            stream.flush()
 
     try:
-        yield show
+        yield lambda text: show(printable(f"benchmark: {text}"))
     finally:
-        stream.write("\r\x1b[K")
-        stream.flush()
+        show("")

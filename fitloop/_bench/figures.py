@@ -16,24 +16,16 @@ AGREEMENT = 0.75
 
 
 class Variant(StrEnum):
-    """One of the ways in which the train phase is done and timed, in the order of the report."""
+    """A way in which the train phase is done and timed; ``docs/bench.md`` describes them."""
 
     LOAD = "load"
-    """read the loader and move its batches to the device, without steps"""
     STEP = "step"
-    """a hand-written loop over batches in memory"""
     ONE_THREAD = "step_1_thread"
-    """the same as `STEP`, with one intra-op thread"""
     FITLOOP_IN_MEMORY = "fitloop_in_memory"
-    """fitloop over batches in memory"""
     BARE = "bare"
-    """a hand-written loop over the loader: load, step, load, step"""
     FITLOOP = "fitloop"
-    """fitloop with the trainer's settings"""
     INLINE = "prefetch_0"
-    """fitloop with ``prefetch=0``"""
     AHEAD = "prefetch_2"
-    """fitloop with ``prefetch=2``"""
 
 
 LABELS = {
@@ -72,18 +64,16 @@ class PassTiming:
 
 @dataclass(frozen=True)
 class RoundTiming:
-    """The passes of one variant in one round."""
+    """The passes of one variant in one round. Start-up time is counted separately."""
 
     passes: tuple[PassTiming, ...]
 
     @property
     def seconds(self) -> float:
-        """Time of all passes without their start-up."""
         return sum(timing.seconds - timing.startup for timing in self.passes)
 
     @property
     def per_batch(self) -> float:
-        """Time of a batch."""
         return self.seconds / sum(timing.batches for timing in self.passes)
 
     @property
@@ -101,12 +91,10 @@ class RoundTiming:
 
     @property
     def startup(self) -> float:
-        """Mean start-up time of a pass."""
         return sum(timing.startup for timing in self.passes) / len(self.passes)
 
 
 Round = Mapping[Variant, RoundTiming]
-"""the times of every variant in one round"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,24 +115,17 @@ class Conditions:
     """duration of the benchmark"""
     device: str
     num_threads: int
-    """intra-op threads"""
     cores: int
     """processor cores that the process may use"""
     processor: str
     loads: str
     """how fitloop loads: ``"inline"``, ``"ahead"``, or ``"on the event loop"``"""
     prefetch: int | None
-    """the trainer's argument"""
     num_workers: int | None = None
-    """worker processes of a DataLoader"""
     persistent_workers: bool = False
     async_step: bool = False
-    """whether the step is an ``async def``, which runs on the event loop"""
     takes_turns: bool = False
-    """whether a seed keeps loading and stepping from overlapping, as the loader may use random
-    numbers"""
-    syncs: float | None = None
-    """on CUDA, how often a step waits for the device to read a value"""
+    """whether a seed keeps loading and steps from overlapping, as both may use random numbers"""
     python: str = ""
     torch: str = ""
 
@@ -167,17 +148,14 @@ class Distribution:
 
     @property
     def median(self) -> float:
-        """The median of the rounds."""
         return float(median(self.values))
 
     @property
     def low(self) -> float:
-        """The smallest value."""
         return min(self.values)
 
     @property
     def high(self) -> float:
-        """The largest value."""
         return max(self.values)
 
     @property
@@ -197,29 +175,20 @@ class Distribution:
         """Return whether the median and enough of the rounds are below ``bound``."""
         return Distribution(tuple(-value for value in self.values)).is_above(-bound)
 
-    def clipped(self, least: float, most: float) -> Distribution:
-        """Return a copy with every value moved into ``least`` to ``most``."""
-        return Distribution(tuple(min(most, max(least, value)) for value in self.values))
-
     def to_dict(self) -> dict[str, Any]:
         """Return the figure for JSON."""
-        return {
-            "median": self.median,
-            "min": self.low,
-            "max": self.high,
-            "rounds": list(self.values),
-        }
+        rounds = list(self.values)
+        return {"median": self.median, "min": self.low, "max": self.high, "rounds": rounds}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EventLoopLag:
-    """Delays of the event loop's wake-ups while fitloop trained."""
+    """Delays of the event loop's wake-ups; ``beats`` is their number."""
 
     p50: float
     p99: float
     max: float
     beats: int
-    """number of wake-ups"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +196,6 @@ class Figures:
     """The figures of a benchmark. A figure is None if it could not be measured."""
 
     per_batch: Mapping[Variant, Distribution]
-    """time of a batch for each variant"""
     overhead: Distribution
     """time that fitloop adds to a batch, against the hand-written loop on batches in memory"""
     overlap: Distribution
@@ -261,16 +229,11 @@ class Figures:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures for JSON."""
-        figures = {
-            "overhead": self.overhead,
-            "overlap": self.overlap,
-            "against_both": self.against_both,
-            "starved": self.starved,
-            "startup": self.startup,
-            "hidden": self.overlap_share,
-            "computes": self.loader_cpu_share,
-            "granted": self.cpu_share,
-        }
+        names = ("overhead", "overlap", "against_both", "starved", "startup")
+        figures: dict[str, Distribution | None] = {name: getattr(self, name) for name in names}
+        figures["hidden"] = self.overlap_share
+        figures["computes"] = self.loader_cpu_share
+        figures["granted"] = self.cpu_share
         return {
             "seconds_per_batch": {str(v): each.to_dict() for v, each in self.per_batch.items()},
             **{name: each and each.to_dict() for name, each in figures.items()},
@@ -324,12 +287,9 @@ def _lag(lags: Sequence[float]) -> EventLoopLag | None:
     if not lags:
         return None
     delays = sorted(max(0.0, lag) for lag in lags)
-    return EventLoopLag(
-        p50=delays[len(delays) // 2],
-        p99=delays[min(len(delays) - 1, int(len(delays) * 0.99))],
-        max=delays[-1],
-        beats=len(delays),
-    )
+    count = len(delays)
+    p99 = delays[min(count - 1, int(count * 0.99))]
+    return EventLoopLag(p50=delays[count // 2], p99=p99, max=delays[-1], beats=count)
 
 
 def _ratio(a: float, b: float) -> float:

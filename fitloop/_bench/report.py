@@ -24,6 +24,9 @@ from fitloop._public import public
 WIDTH = 100
 """columns of the printed advice"""
 
+Form = Callable[[float], str]
+"""writes a figure"""
+
 
 @public
 @dataclass(frozen=True, kw_only=True)
@@ -80,69 +83,47 @@ class BenchReport:
         for variant, times in self.figures.per_batch.items():
             rate = f"{1 / times.median:.0f}" if times.median > 0 else ""
             rows.append([LABELS[variant], *_cells(times, format_seconds), rate])
-        strong = [i for i, row in enumerate(rows) if row[0] == LABELS[Variant.FITLOOP]]
+        strong = [list(self.figures.per_batch).index(Variant.FITLOOP)]
         return Table(("", "a batch", "least", "most", "batches/s"), rows, strong=strong)
 
     def _comparisons(self) -> Table:
         figures, step = self.figures, self.figures.seconds(Variant.STEP)
+        rows: list[list[str]] = []
+
+        def add(name: str, text: str, figure: Distribution | None, form: Form) -> None:
+            if figure is not None:
+                rows.append([name, text, *_cells(figure, form)])
+
         relative = f"{figures.overhead.median / step:+.1%} of a step" if step > 0 else ""
-        rows = [
-            [
-                "loop overhead",
-                f"added to each batch, {relative}",
-                *_cells(figures.overhead, _signed),
-            ],
-            ["overlap", "of the slower of load and step; 1 is ideal", *_ratios(figures.overlap)],
-            ["", "of load and step one after the other", *_ratios(figures.against_both)],
-            ["starvation", "of the time the step waits for a batch", *_percents(figures.starved)],
-        ]
-        if figures.overlap_share is not None:
-            shares = figures.overlap_share.clipped(0.0, 1.0)
-            rows.append(
-                ["loading ahead", "of the possible saving by prefetch=2", *_percents(shares)]
-            )
-        if figures.loader_cpu_share is not None and self.conditions.kind != "list":
+        add("loop overhead", f"added to each batch, {relative}", figures.overhead, _signed)
+        ratio, percent = "{:.2f}".format, "{:.0%}".format
+        add("overlap", "of the slower of load and step; 1 is ideal", figures.overlap, ratio)
+        add("", "of load and step one after the other", figures.against_both, ratio)
+        add("starvation", "of the time the step waits for a batch", figures.starved, percent)
+        text = "of the possible saving by prefetch=2"
+        add("loading ahead", text, figures.overlap_share, lambda x: f"{min(1, max(0, x)):.0%}")
+        if self.conditions.kind != "list":
             text = "of its time it computes in this process, else it waits"
-            rows.append(["loader", text, *_percents(figures.loader_cpu_share)])
+            add("loader", text, figures.loader_cpu_share, percent)
         if figures.startup.median >= 1e-3:
             text = "until the loader is at its pace, in each pass"
-            rows.append(["start", text, *_cells(figures.startup, format_seconds)])
+            add("start", text, figures.startup, format_seconds)
         if figures.lag is not None:
-            text = f"late beside fitloop, {format_seconds(figures.lag.p99)} at the 99th percentile"
-            rows.append(
-                [
-                    "event loop",
-                    text,
-                    format_seconds(figures.lag.p50),
-                    "",
-                    format_seconds(figures.lag.max),
-                ]
+            median, p99, most = map(
+                format_seconds, (figures.lag.p50, figures.lag.p99, figures.lag.max)
             )
+            text = f"late beside fitloop, {p99} at the 99th percentile"
+            rows.append(["event loop", text, median, "", most])
         return Table(("", "", "median", "least", "most"), rows, left=2)
 
 
 def _list_item(text: str) -> str:
-    return fill(
-        text,
-        WIDTH,
-        initial_indent="- ",
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return fill(text, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _cells(figure: Distribution, text_of: Callable[[float], str]) -> list[str]:
-    return [text_of(value) for value in (figure.median, figure.low, figure.high)]
+def _cells(figure: Distribution, form: Form) -> list[str]:
+    return [form(value) for value in (figure.median, figure.low, figure.high)]
 
 
 def _signed(seconds: float) -> str:
     return f"{'+' * (seconds >= 0)}{format_seconds(seconds)}"
-
-
-def _ratios(figure: Distribution) -> list[str]:
-    return _cells(figure, "{:.2f}".format)
-
-
-def _percents(figure: Distribution) -> list[str]:
-    return _cells(figure, "{:.0%}".format)

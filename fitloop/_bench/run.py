@@ -1,7 +1,6 @@
 """The measuring of all variants, on the step thread of a run that leaves no trace.
 
-Every pass begins from the same state of the trainer. In each round, each variant has one turn. The
-figures that follow from the times are unknown here.
+Every pass begins from the same state of the trainer. In each round, each variant has one turn.
 """
 
 from __future__ import annotations
@@ -9,14 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
 import anyio
-import torch
 
-from fitloop._bench.budget import MIN_ROUNDS, BenchBudget, BenchRequest, FirstEstimate, plan_budget
+from fitloop._bench.budget import (
+    MAX_BATCHES,
+    MIN_ROUNDS,
+    BenchBudget,
+    BenchRequest,
+    FirstEstimate,
+    plan_budget,
+)
 from fitloop._bench.figures import (
     LABELS,
     Conditions,
@@ -26,34 +30,22 @@ from fitloop._bench.figures import (
     RoundTiming,
     Variant,
 )
-from fitloop._bench.loader_access import (
-    BenchLoaders,
-    LoaderAccess,
-    refuse_one_shot,
-    tensor_bytes,
-)
-from fitloop._bench.timing import BareLoop, ListedValues, PassTimer, StepInspector
+from fitloop._bench.loader_access import BenchLoaders, LoaderAccess, tensor_bytes
+from fitloop._bench.timing import BareLoop, FirstPassTimer, PassTimer, scheduler_hook
 from fitloop._concurrency.control import Cancelled
-from fitloop._data.device import DeviceTransfer
-from fitloop._data.inspection import length_of, loader_label, sample_count
+from fitloop._data.inspection import length_of, loader_label
 from fitloop._data.loaders import LoadingOptions
-from fitloop._engine.event_bus import EventBus
-from fitloop._engine.loop import Engine
-from fitloop._engine.loop_state import LoopState, StateWriter
-from fitloop._engine.stages import Stages
+from fitloop._engine.loop_state import LoopState
 from fitloop._errors import ConfigurationError, FitLoopError
 from fitloop._rng.global_state import save_global_state
 from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._system import available_cores, processor, versions
-from fitloop._types import Phase, Stage
+from fitloop._types import Phase
 
-AHEAD_DEPTH = 2
-"""batches that `Variant.AHEAD` loads ahead"""
 HEARTBEAT = 0.005
 """seconds between two wake-ups of the event loop"""
-WARM_UP_PASSES = 4
-"""passes, at most, in which fitloop may find out how to load"""
-WARM_UP_BATCHES = 20
+WARM_UP_PASSES, WARM_UP_BATCHES = 4, 20
+"""limits of the passes in which fitloop finds out how to load"""
 MAX_STORED, MAX_BYTES = 64, 256 << 20
 """limits of the batches in memory"""
 ESTIMATE_SHARE = 0.05
@@ -74,84 +66,75 @@ class BenchRun:
     def __init__(self, request: BenchRequest, show: Show, context: RunContext) -> None:
         self._request = request
         self._show = show
-        self._context, self._state, self._plan = context, context.state, context.plan
-        self._loader = self._plan.phases[0][1]
-        refuse_one_shot(self._loader)
-        # The random numbers of a fit, since they decide how a loader is read.
-        rng = self._state.rng
-        if rng.has_streams:
-            rng = rng.fork()
-        self._session = RunSession(context, dry=True, rng=rng)
+        self._context, self._config = context, context.state.config
+        self._loader = context.plan.phases[0][1]
+        rng = context.state.rng  # as in a fit, since it decides how a loader is read
+        self._has_streams = rng.has_streams
+        self._session = RunSession(context, dry=True, rng=rng.fork() if rng.has_streams else rng)
         self._session.on_restore.append(self._clear)
         self._access: Any = None
-        self._loaders_of: dict[Variant, BenchLoaders] = {}
-        self._bus = EventBus()
-        self._restore_rng: Callable[[], None] | None = None
-        self._lags: list[float] = []
-        self._measures_lag = self._closed = False
-        self._loads = "inline"
-        self._takes_turns = False
-        self._inspector = StepInspector(self._state.config.device)
-        self._syncs: float | None = None
+        self._loaders: dict[Variant, BenchLoaders] = {}
+        self._step_is_async = False
         self._memory: list[Any] = []
-        self._budget = BenchBudget(batches=1, repeats=1, rounds=1)
+        self._budget = BenchBudget()
+        self._lags: list[float] = []
+        self._records_lags = self._closed = False
         self._measurement: Measurement | None = None
-
-    def _open_loader(self) -> None:
-        parts = self._state.config
-        self._doing("opening the loader")  # which may run the user's code
-        access = self._access = LoaderAccess(self._loader)
-        self._takes_turns = access.excludes_steps(parts)
-        options = LoadingOptions(prefetch=parts.prefetch, randomness=parts.loader_randomness)
-        randomness = "own" if self._takes_turns else options.randomness
-        for variant, changed in {
-            Variant.FITLOOP: options,
-            Variant.INLINE: replace(options, prefetch=0),
-            Variant.AHEAD: LoadingOptions(prefetch=AHEAD_DEPTH, randomness=randomness),
-        }.items():
-            self._loaders_of[variant] = BenchLoaders(changed, access)
 
     def execute(self) -> None:
         """Call ``preloop``, measure, call ``postloop``."""
-        session, config, trainer = self._session, self._state.config, self._context.trainer
+        session, config, trainer = self._session, self._config, self._context.trainer
         with session.error_notes():
-            self._restore_rng = save_global_state(self._state.cuda_devices)
+            restore_rng = save_global_state(self._context.state.cuda_devices)
+            if not self._has_streams:
+                session.on_restore.append(restore_rng)
             session.guard.enter_phase(Phase.TRAIN)
             session.engine().call_hook("preloop", config.preloop, trainer)
             self._open_loader()
-            self._context.portal.start(self._measure_lag)
+            if self._access.takes_turns:  # read ahead, the loader uses the global generators
+                session.on_restore.append(restore_rng)
+            self._context.portal.start(self._record_lags)
             self._measure()
             session.activity = ""
             session.engine().call_hook("postloop", config.postloop, trainer)
 
     def finish(self, error: BaseException | None) -> Measurement:
         """Restore everything; return the measurement, or raise the first error."""
-        ending = RunEnding(self._state.config.name, self._context.control, error)
+        ending = RunEnding(self._config.name, self._context.control, error)
         del error  # its traceback refers to this frame
-        self._closed = True
         self._session.restore(ending)
         self._session.close()
         return ending.result(self._measurement)  # type: ignore[no-any-return]
 
-    def _clear(self) -> None:
-        for loaders in self._loaders_of.values():
-            loaders.clear()
-        self._memory.clear()
-        if self._access is not None:
-            self._access.close()
-        # A seeded trainer uses copies of its streams, except for a loader that is read ahead.
-        if self._restore_rng and (self._takes_turns or not self._state.rng.has_streams):
-            self._restore_rng()
+    def _open_loader(self) -> None:
+        self._set_activity("opening the loader")  # this may run the user's code
+        config = self._config
+        access = self._access = LoaderAccess(self._loader, config)
+        self._session.on_restore.append(access.close)
+        self._loader = access.loader
+        options = LoadingOptions(prefetch=config.prefetch, randomness=config.loader_randomness)
+        randomness = "own" if access.takes_turns else config.loader_randomness
+        self._loaders = {
+            Variant.FITLOOP_IN_MEMORY: BenchLoaders(options),
+            Variant.FITLOOP: BenchLoaders(options),
+            Variant.INLINE: BenchLoaders(replace(options, prefetch=0)),
+            Variant.AHEAD: BenchLoaders(LoadingOptions(prefetch=2, randomness=randomness)),
+        }
 
-    def _doing(self, activity: str) -> None:
+    def _clear(self) -> None:
+        self._closed = True
+        self._loaders.clear()
+        self._memory.clear()
+
+    def _set_activity(self, activity: str) -> None:
         self._session.activity = f"benchmark, {activity}: "
 
-    async def _measure_lag(self) -> None:
+    async def _record_lags(self) -> None:
         """Record the delays of the event loop's wake-ups while fitloop trains."""
         while not self._closed:
             due = self.clock() + HEARTBEAT
             await anyio.sleep(HEARTBEAT)
-            if self._measures_lag:
+            if self._records_lags:
                 self._lags.append(self.clock() - due)
 
     # -- rounds, on the step thread --------------------------------------------------------------
@@ -165,7 +148,10 @@ class BenchRun:
             variants = self._variants(estimate)
             self._budget = plan_budget(estimate, self._request, variants, epoch)
             self._warm_up(variants)
-            while len(rounds) < self._budget.rounds and not self._is_late(started, len(rounds)):
+            while len(rounds) < self._budget.rounds:
+                enough = self._request.rounds is None and len(rounds) >= MIN_ROUNDS
+                if enough and self.clock() - started > self._request.seconds:
+                    break
                 rounds.append(self._round(variants, len(rounds)))
         except _StoppedError:
             if not rounds:
@@ -186,12 +172,6 @@ class BenchRun:
             times[variant] = RoundTiming(tuple(passes))
         return times
 
-    def _is_late(self, started: float, rounds: int) -> bool:
-        """Return whether the time is up and the rounds so far are enough."""
-        if self._request.rounds is not None or rounds < MIN_ROUNDS:
-            return False
-        return self.clock() - started > self._request.seconds
-
     def _estimate(self) -> tuple[FirstEstimate, int | None]:
         """Store some batches in memory; return rough times and the batches of an epoch."""
         self._show("a first look")
@@ -201,30 +181,27 @@ class BenchRun:
         affordable /= max(1e-9, estimate.load + estimate.step)
         count = int(max(3, min(MAX_STORED, MAX_BYTES // max(1, batch_bytes), affordable)))
         estimate = self._first_pass(count)
-        epoch = length_of(self._loader)
-        stored = len(self._memory)
+        epoch, stored = length_of(self._loader), len(self._memory)
         return estimate, stored if epoch is None and stored < count else epoch
 
     def _first_pass(self, count: int) -> FirstEstimate:
-        self._doing("first look")
-        loaders = self._loaders_of[Variant.INLINE]
-        inspector = self._inspector = StepInspector(self._state.config.device)
-        timer = PassTimer(self.clock, self._synchronize, inspector.wrap)
-        self._memory = loaders.copies = []
+        self._set_activity("first look")
         self._session.restore_training()
-        self._run_engine(loaders, self._loader, count, timer)
-        loaders.copies = None
-        if inspector.device_reads is not None and self._state.config.scaler is None:
-            self._syncs = inspector.device_reads / len(self._memory)
+        loaders = self._loaders[Variant.INLINE]
+        self._memory = loaders.batches = []
+        timer = FirstPassTimer(self.clock, self._config.device)
+        self._engine_pass(loaders, self._loader, count, timer)
+        loaders.batches = None
+        self._step_is_async = timer.step_is_async
         return timer.estimate(self._access.buffered)
 
     def _variants(self, estimate: FirstEstimate) -> list[Variant]:
         variants = [Variant.LOAD, Variant.STEP, Variant.FITLOOP_IN_MEMORY, Variant.FITLOOP]
-        if not (self._access.is_async or self._inspector.is_async):
+        if not (self._access.is_async or self._step_is_async):
             variants.append(Variant.BARE)
         if estimate.loading_matters and self._access.kind not in ("async", "list"):
             variants += [Variant.INLINE, Variant.AHEAD]
-        if self._state.config.device.type == "cpu" and self._session.num_threads > 1:
+        if self._config.device.type == "cpu" and self._session.num_threads > 1:
             variants.append(Variant.ONE_THREAD)
         return variants
 
@@ -239,27 +216,24 @@ class BenchRun:
 
     # -- passes, on the step thread --------------------------------------------------------------
 
-    def _pass(self, variant: Variant, most: int | None = None) -> PassTiming:
+    def _pass(self, variant: Variant, most: int = MAX_BATCHES) -> PassTiming:
         """Run one pass from the state that the trainer had, and return its times."""
-        self._doing(LABELS[variant])
-        self._session.restore_training()
-        limit = min(self._budget.batches, most or self._budget.batches)
+        self._set_activity(LABELS[variant])
+        session, limit = self._session, min(self._budget.batches, most)
+        session.restore_training()
         if variant is Variant.ONE_THREAD:
-            self._session.use_threads(1)
-        try:
-            if variant in self._loaders_of:
-                timing = self._engine_pass(self._loaders_of[variant], self._loader, limit)
-            elif variant is Variant.FITLOOP_IN_MEMORY:
-                loaders = self._loaders_of[Variant.FITLOOP]
-                timing = self._engine_pass(loaders, self._in_memory(limit), limit)
-            else:
-                timing = self._bare_pass(variant, limit)
-        finally:
-            if variant is Variant.ONE_THREAD:
-                self._session.use_threads(self._session.num_threads)
-        if variant is Variant.FITLOOP:
-            self._loads = self._loaders_of[variant].mode
-        self._check()
+            session.use_threads(1)
+        if variant in self._loaders:
+            in_memory = variant is Variant.FITLOOP_IN_MEMORY
+            loader = self._from_memory(limit) if in_memory else self._loader
+            timing = self._engine_pass(self._loaders[variant], loader, limit)
+        elif variant is Variant.LOAD and self._access.is_async:
+            timing = self._async_load(limit)
+        else:
+            timing = self._bare_pass(variant, limit)
+        if variant is Variant.ONE_THREAD:
+            session.use_threads(session.num_threads)
+        self._check_control()
         if not timing.batches:
             raise ConfigurationError(
                 f"{loader_label(Phase.TRAIN, self._loader)} gave no batches when it was read "
@@ -268,136 +242,83 @@ class BenchRun:
         return timing
 
     def _engine_pass(
-        self, loaders: BenchLoaders, loader: Any, limit: int, **changes: Any
-    ) -> PassTiming:
-        timer = PassTimer(self.clock, self._synchronize)
-        self._measures_lag = True
-        try:
-            self._run_engine(loaders, loader, limit, timer, **changes)
-        finally:
-            self._measures_lag = False
-        return timer.result()
-
-    def _run_engine(
         self,
         loaders: BenchLoaders,
         loader: Any,
         limit: int,
-        timer: PassTimer,
-        *,
-        define_all: bool | None = None,
+        timer: PassTimer | None = None,
         **changes: Any,
-    ) -> None:
-        plan = replace(self._plan, phases=((Phase.TRAIN, loader),), steps=limit)
-        if define_all is not None:
-            plan = replace(plan, define_all=define_all)
-        schedulers, time_slice = self._context.schedulers, self._session.time_slice
-        self._bus.set_observers([time_slice.observe])
-        steps = [schedulers.after_batch] if schedulers and schedulers.per_batch else []
-        deps = {"after_batch": [*steps, time_slice.after_batch], **changes}
+    ) -> PassTiming:
+        timer = timer or PassTimer(self.clock, self._config.device)
+        time_slice, schedulers = self._session.time_slice, scheduler_hook(self._context)
+        after_batch = [*([schedulers] if schedulers else []), time_slice.after_batch]
         engine = self._session.engine(
-            plan, loaders=loaders, emit=self._bus.emit, instrumentation=timer, **deps
+            replace(
+                self._context.plan,
+                phases=((Phase.TRAIN, loader),),
+                steps=limit,
+                define_all=changes.pop("define_all", self._context.plan.define_all),
+            ),
+            loaders=loaders,
+            emit=time_slice.observe,
+            instrumentation=timer,
+            **{"after_batch": after_batch, **changes},
         )
+        self._records_lags = True
         engine.run()
-        self._check()
-
-    def _bare_pass(self, variant: Variant, limit: int) -> PassTiming:
-        if variant is Variant.LOAD and self._access.is_async:
-            return self._async_load(limit)
-        engine = self._session.engine()
-        self._session.guard.enter_phase(Phase.TRAIN)
-        loop = self._bare_loop(limit)
-        from_loader = variant in (Variant.LOAD, Variant.BARE)
-        batches = self._access.iterable(self._loader) if from_loader else self._in_memory(limit)
-        if variant is Variant.LOAD:
-            return loop.read(batches)
-        writer = self._begin_epoch(engine, limit)
-        step = Stages(self._state.config).get(Phase.TRAIN, Stage.BATCH_STEP)
-        if not self._inspector.is_async:
-            return loop.train(step, writer, batches)
-        timings: list[PassTiming] = []
-
-        async def train(_trainer: Any) -> None:
-            timings.append(await loop.train_async(step, writer, batches))
-
-        engine.call_hook(LABELS[variant], train, None)
-        return timings[0]
+        self._records_lags = False
+        self._check_control()
+        return timer.result()
 
     def _async_load(self, limit: int) -> PassTiming:
         """Read an async loader by fitloop, with steps that do nothing."""
-        parts = replace(self._state.config, train_step=_no_step, train_epoch_end=_no_step)
+        config = replace(self._config, train_step=_no_step, train_epoch_end=_no_step)
+        loaders = self._loaders[Variant.FITLOOP]
         return self._engine_pass(
-            self._loaders_of[Variant.FITLOOP],
-            self._loader,
-            limit,
-            config=parts,
-            after_batch=(),
-            define_all=True,
+            loaders, self._loader, limit, config=config, after_batch=(), define_all=True
         )
 
-    def _bare_loop(self, limit: int) -> BareLoop:
-        parts, schedulers = self._state.config, self._context.schedulers
-        per_batch = schedulers is not None and schedulers.per_batch
-        return BareLoop(
-            self._context.control,
-            PassTimer(self.clock, self._synchronize),
-            label=loader_label(Phase.TRAIN, self._loader),
-            limit=limit,
-            move=DeviceTransfer(parts.device, parts.dtype, cast=self._plan.cast).move,
-            optimizers=() if self._plan.define_all else parts.optimizers,
-            after_batch=schedulers.after_batch if schedulers and per_batch else None,
-        )
+    def _bare_pass(self, variant: Variant, limit: int) -> PassTiming:
+        timer = PassTimer(self.clock, self._config.device)
+        loop = BareLoop(self._context, self._session.engine(), timer, limit)
+        self._session.guard.enter_phase(Phase.TRAIN)
+        if variant in (Variant.LOAD, Variant.BARE):
+            batches = self._access.iterable()
+        else:
+            batches = self._from_memory(limit)
+        if variant is Variant.LOAD:
+            return loop.read(batches)
+        return loop.train(batches, is_async=self._step_is_async)
 
-    def _begin_epoch(self, engine: Engine, limit: int) -> StateWriter:
-        """Do by hand what the engine does before the first step; return the step's argument."""
-        parts, plan = self._state.config, self._plan
-        writer = StateWriter(
-            parts, Phase.TRAIN, plan.first_epoch, self._context.control.stop, values=ListedValues()
-        )
-        state = writer.state
-        if not plan.define_all:
-            parts.model.train()
-        torch.set_grad_enabled(True)
-        start = Stages(parts).get(Phase.TRAIN, Stage.EPOCH_START)
-        engine.call_hook("train epoch_start", start and (lambda _trainer: start(state)), None)
-        writer.begin(limit, sample_count(self._loader, limit))
-        return writer
-
-    def _in_memory(self, limit: int) -> list[Any]:
+    def _from_memory(self, limit: int) -> list[Any]:
         return list(islice(cycle(self._memory), limit))
 
-    def _check(self) -> None:
+    def _check_control(self) -> None:
         if self._context.control.cancelled:
             raise Cancelled
         if self._context.control.halted:
             raise _StoppedError
 
-    @property
-    def _synchronize(self) -> Callable[[], None] | None:
-        device = self._state.config.device
-        return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
-
     def _conditions(self, rounds: int, seconds: float, epoch: int | None) -> Conditions:
-        parts, access, budget = self._state.config, self._access, self._budget
+        config, access, budget = self._config, self._access, self._budget
         return Conditions(
-            trainer=parts.name,
+            trainer=config.name,
             loader=access.type_name,
             kind=access.kind,
             epoch=epoch,
             batches=budget.batches * budget.repeats,
             rounds=rounds,
             seconds=seconds,
-            device=str(parts.device),
+            device=str(config.device),
             num_threads=self._session.num_threads,
             cores=available_cores(),
             processor=processor(),
-            loads=self._loads,
-            prefetch=parts.prefetch,
+            loads=self._loaders[Variant.FITLOOP].mode,
+            prefetch=config.prefetch,
             num_workers=access.num_workers,
             persistent_workers=access.persistent_workers,
-            async_step=self._inspector.is_async,
-            takes_turns=self._takes_turns,
-            syncs=self._syncs,
+            async_step=self._step_is_async,
+            takes_turns=access.takes_turns,
             **versions(),
         )
 

@@ -164,12 +164,6 @@ def test_advice_when_the_steps_hardly_had_the_processor_then_there_is_no_verdict
     assert "waits for the rest" not in texts["loader"]
 
 
-def test_advice_when_steps_wait_for_the_device_then_is_to_return_tensors() -> None:
-    conditions = with_conditions(device="cuda:0", syncs=2.0)
-    texts = advice_texts(measurement(load=0.0, step=0.01, conditions=conditions))
-    assert "waits for the device 2.0 times" in texts["device"]
-
-
 def test_advice_when_the_event_loop_wakes_up_late_then_is_about_that() -> None:
     late = replace(measurement(load=0.0, step=0.01), lags=[0.001] * 90 + [0.2] * 10)
     assert "200.0 ms late at the 99th percentile" in advice_texts(late)["event loop"]

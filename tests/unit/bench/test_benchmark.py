@@ -38,7 +38,6 @@ from fitloop import (
     MissingLoaderError,
 )
 from fitloop._bench.run import BenchRun
-from fitloop._bench.timing import DeviceReadCounter
 from fitloop._run.session import RunSession
 
 GUARD = 30.0
@@ -513,16 +512,3 @@ async def test_benchmark_when_there_is_no_terminal_then_shows_nothing(
 ) -> None:
     await bench(small())
     assert capsys.readouterr() == ("", "")
-
-
-def test_sync_counter_when_values_are_read_then_counts_those_of_its_device() -> None:
-    x = torch.ones(3)
-    with DeviceReadCounter("cpu") as counter:
-        x.sum().item()
-        float(x[0])
-        assert x[0] > 0
-        x + x
-    assert counter.count == 3
-    with DeviceReadCounter("cuda") as other:
-        x.tolist()
-    assert other.count == 0
