@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 OUTCOME_NAME = "outcome.msgpack"
 _KIND = "outcome"
+_RESULT_FIELDS = ("epochs", "stop_reason", "best_score", "best_epoch", "seconds")
 MAX_FILE_BYTES = 256 * 1024 * 1024
 
 
@@ -87,12 +88,7 @@ def write_outcome(outcome: Outcome, epochs: int) -> None:
 
 
 def _result_to_tree(result: FitResult) -> dict[str, Any]:
-    return {
-        "epochs": result.epochs,
-        "stop_reason": result.stop_reason,
-        "best_score": result.best_score,
-        "best_epoch": result.best_epoch,
-        "seconds": result.seconds,
+    return {name: getattr(result, name) for name in _RESULT_FIELDS} | {
         "metrics": {
             phase: {
                 name: np.asarray(values, dtype="<f8").tobytes() for name, values in rows.items()
@@ -256,12 +252,8 @@ class Results(Sequence[Record]):
             }
             result = record.result
             if result is not None:
-                row |= {
-                    "stop_reason": result.stop_reason,
-                    "epochs": result.epochs,
-                    "best_score": result.best_score,
-                    "best_epoch": result.best_epoch,
-                }
+                fields = ("stop_reason", "epochs", "best_score", "best_epoch")
+                row |= {name: getattr(result, name) for name in fields}
                 for phase, metrics in result.metrics.items():
                     row |= {f"{phase} {k}": float(v[-1]) for k, v in metrics.items() if len(v)}
             rows.append(row)

@@ -5,8 +5,7 @@
 - `remote`: the code shared by all backends with trainings outside of this process.
 - `process`: trainings in worker processes on this machine.
 
-Knows nothing of the queue of a `Runner`. To add a backend, implement `Backend`; its docstring has
-an example.
+Knows nothing of the queue of a `Runner`. To add a backend, implement `Backend`: it has an example.
 """
 
 from fitloop._defaults import TrainerDefaults

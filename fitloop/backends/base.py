@@ -71,8 +71,7 @@ class Backend(Protocol):
         async with Runner(backend=MixedBackend()) as runner:
             runner.submit(make_trainer, epochs=3)
 
-    For trainings in other processes or on other machines, `fitloop.backends.remote` has the parts
-    that carry jobs, events, questions and cancellations.
+    `fitloop.backends.remote` has the code for trainings in other processes or on other machines.
     """
 
     def check(self, spec: JobSpec) -> None:
@@ -85,7 +84,7 @@ class Backend(Protocol):
     async def run(
         self, spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]
     ) -> TrainingResult:
-        """Do one training and return its result; called once a job, for several jobs at a time.
+        """Do one training and return its result; called for several jobs at a time.
 
         Args:
             spec: the training.

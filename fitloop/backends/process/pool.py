@@ -69,8 +69,8 @@ class WorkerProcess:
         self._send_lock = threading.Lock()
         descriptor, self._log_path = tempfile.mkstemp(prefix="fitloop-worker-", suffix=".log")
         self._log = os.fdopen(descriptor, "rb")
-        self._connection, worker_connection = context.Pipe()
-        _connections.update((self._connection, worker_connection))
+        self.connection, worker_connection = context.Pipe()
+        _connections.update((self.connection, worker_connection))
         start_method = multiprocessing.get_start_method(allow_none=True)
         # Not a daemon: a loader may have processes of its own.
         self.process = context.Process(
@@ -83,7 +83,7 @@ class WorkerProcess:
             with _starting, _sigint_blocked():
                 self.process.start()
         except BaseException:
-            self._connection.close()
+            self.connection.close()
             self._remove_log()
             raise
         finally:
@@ -93,24 +93,20 @@ class WorkerProcess:
     def send(self, message: ClientMessage) -> None:
         """Send a message."""
         with self._send_lock:
-            self._connection.send(message)
+            self.connection.send(message)
 
     def receive(self) -> WorkerMessage:
         """Wait for the next message."""
-        message: WorkerMessage = self._connection.recv()
+        message: WorkerMessage = self.connection.recv()
         return message
 
     def kill(self) -> None:
         """Kill the process."""
         self.process.kill()
 
-    def disconnect(self) -> None:
-        """Close the pipe; upon that the worker ends itself, even during a job."""
-        self._connection.close()
-
     def wait_for_exit(self) -> WorkerExit:
         """Disconnect and wait until the process has ended."""
-        self.disconnect()
+        self.connection.close()  # upon that the worker ends itself, even during a job
         killer = threading.Timer(EXIT_TIMEOUT, self.process.kill)
         killer.start()
         while self.process.exitcode is None:  # another thread may reap it during the join
@@ -183,7 +179,7 @@ class WorkerPool:
         with self._lock:
             idle, self._idle = self._idle, []
         for worker in idle:
-            worker.disconnect()
+            worker.connection.close()  # all of them before the first wait
         for worker in idle:
             worker.close()
 

@@ -85,7 +85,7 @@ async def run_remotely(
 
 
 def options_for_worker(spec: JobSpec) -> dict[str, Any]:
-    """Return the arguments of ``fit`` that take effect in the worker."""
+    """Return the arguments of ``fit`` without `CLIENT_OPTIONS`."""
     return {name: value for name, value in spec.options.items() if name not in CLIENT_OPTIONS}
 
 
@@ -143,9 +143,9 @@ class WorkerClient:
     # -- the thread ------------------------------------------------------------------------------
 
     def execute(self) -> None:
-        """Do the job on a worker; called in the thread of this job."""
+        """Do the job on a worker."""
         job = serialize_job(self._spec.name, self._remote_job())
-        self._use(self._pool.acquire())
+        self._transport = self._canceller.transport = self._pool.acquire()
         remove_hook = self._control.on_halt(self._canceller.start)
         completed = False
         try:
@@ -153,7 +153,7 @@ class WorkerClient:
                 while not (completed := self._do_job(job, stack)):
                     # The worker died while it had no job: use another one.
                     self._transport.close()
-                    self._use(self._pool.acquire())
+                    self._transport = self._canceller.transport = self._pool.acquire()
                     if self._control.halted:
                         break
         finally:
@@ -166,16 +166,13 @@ class WorkerClient:
                 self._transport.close()
 
     def finish(self, error: BaseException | None) -> TrainingResult:
-        """Return the result or raise the error of the job; called after `execute`."""
+        """Return the result or raise the error of the job."""
         error, self._error = error or self._error, None
         if error is not None:
             raise error
         if self._result is None:
             raise Cancelled
         return self._result
-
-    def _use(self, transport: Transport) -> None:
-        self._transport = self._canceller.transport = transport
 
     def _remote_job(self) -> messages.RemoteJob:
         spec, defaults = self._spec, self._defaults
