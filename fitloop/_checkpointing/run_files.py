@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fitloop._checkpointing.archive import Archive
 from fitloop._checkpointing.checkpointer import Checkpoint
 from fitloop._checkpointing.run_log import RunLog
-from fitloop._checkpointing.run_position import LoaderPosition, RunPosition
+from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.snapshot import Snapshot, apply_snapshot
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._data.inspection import (
@@ -136,19 +136,23 @@ class Resumption:
         """Let go of the mapped file, which may have been removed; no `restore` comes after it."""
         self._snapshot = replace(self._snapshot, state={})
 
-    def _restore_loader(self, phase: Phase, loader: Any, saved: LoaderPosition) -> None:
-        if saved.has_workers and isinstance(loader, DataLoader):
+    def _restore_loader(self, phase: Phase, loader: Any, saved: dict[str, Any]) -> None:
+        if saved["continued"] and isinstance(loader, DataLoader):
             self._restore_workers(phase, loader)
-        if len(saved.generators) == len(generator_states(loader)):
-            set_generator_states(loader, saved.generators)
-        if saved.state is not None and is_stateful(loader):
-            loader.load_state_dict(saved.state)
-        self._core.loaders.skip_in_next_pass(phase, saved.batches_read)
+        if len(saved["generators"]) == len(generator_states(loader)):
+            set_generator_states(loader, saved["generators"])
+        if saved["state"] is not None and is_stateful(loader):
+            loader.load_state_dict(saved["state"])
+        self._core.loaders.skip_in_next_pass(phase, saved["read"])
 
     def _restore_workers(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """Start persistent worker processes, unless the resumed pass itself starts them."""
         position = self.position.train_pass if phase is Phase.TRAIN else None
-        if position is None or position.pass_start.reused_workers or can_skip_by_index(loader):
+        if (
+            position is None
+            or position.resume_from.pass_start.reused_workers
+            or can_skip_by_index(loader)
+        ):
             start_workers(loader)
             if not can_skip_by_index(loader):
                 warnings.warn(

@@ -1,4 +1,4 @@
-"""The position of a run in a snapshot, its form on disk, and the check of a form from a file.
+"""The position of a run in a snapshot, and its form on disk.
 
 A file can come from anyone, so `RunPosition.from_trees` checks everything that it reads.
 """
@@ -15,55 +15,10 @@ from torch.utils.data import DataLoader
 
 from fitloop._data.inspection import generator_states, has_live_workers, is_stateful
 from fitloop._data.loaders import Loaders
-from fitloop._data.resumption import PassStart
+from fitloop._data.resumption import PassStart, ResumePosition
 from fitloop._engine.plan import PassPosition
 from fitloop._rng.states import RngState, check_generator_state
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderPosition:
-    """The state of one loader."""
-
-    generators: list[Tensor]
-    """states of the random generators that the loader carries"""
-    has_workers: bool
-    """persistent worker processes were running"""
-    batches_read: int
-    """batches read from a loader that can be read only once; 0 for any other"""
-    state: Any
-    """the loader's ``state_dict``, if it has one that can be used between two passes"""
-
-    @classmethod
-    def of(cls, loaders: Loaders, loader: Any, *, in_pass: bool) -> LoaderPosition:
-        """Return the state of a loader now; ``in_pass`` is whether it is being read."""
-        # The state_dict of a stateful DataLoader would start its next pass, which uses random
-        # numbers.
-        stateful = is_stateful(loader) and not isinstance(loader, DataLoader)
-        return cls(
-            generators=generator_states(loader),
-            has_workers=has_live_workers(loader),
-            batches_read=0 if in_pass else loaders.batches_read(loader),
-            state=loader.state_dict() if stateful and not in_pass else None,
-        )
-
-    @classmethod
-    def from_tree(cls, tree: Any) -> LoaderPosition:
-        """Return the state in a tree; raises ValueError, TypeError or KeyError for a bad one."""
-        return cls(
-            generators=_generators(tree["generators"]),
-            has_workers=_typed("continued", tree["continued"], bool),
-            batches_read=_count("read", tree["read"]),
-            state=tree["state"],
-        )
-
-    def to_tree(self) -> dict[str, Any]:
-        """Return the form on disk."""
-        return {
-            "generators": self.generators,
-            "continued": self.has_workers,
-            "read": self.batches_read,
-            "state": self.state,
-        }
+from fitloop._types import Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +29,7 @@ class RunPosition:
     """number of earlier fits of the trainer that have ended"""
     finished: bool
     stop_reason: str | None
-    """one of `StopReason` for a finished run, else None"""
+    """None if the run has not finished"""
     epochs: int
     """epochs that the run was started with"""
     first_epoch: int
@@ -85,12 +40,12 @@ class RunPosition:
     """whether a validation of this run gave a score"""
     seconds: float
     """duration of the run so far"""
-    loaders: dict[str, LoaderPosition]
-    """phase -> the state of its loader"""
+    loaders: dict[str, dict[str, Any]]
+    """phase -> a tree of `loader_tree`"""
     train_pass: PassPosition | None
-    """position in the train phase of the next epoch; None between two epochs or phases"""
+    """position in the train phase of the next epoch; None outside a train phase"""
     has_gradients: bool = False
-    """whether the snapshot must contain the gradients"""
+    """whether the gradients are part of the snapshot"""
 
     @property
     def epoch(self) -> int:
@@ -100,7 +55,14 @@ class RunPosition:
     @property
     def batch(self) -> int:
         """Batches of the current train phase that were trained; 0 outside one."""
-        return 0 if self.train_pass is None else self.train_pass.batches
+        return 0 if self.train_pass is None else self.train_pass.resume_from.batches
+
+    @property
+    def loader_rng(self) -> dict[Phase, RngState]:
+        """Random states of loaders, whose own streams may be ahead of the training."""
+        if self.train_pass is None:
+            return {}
+        return {Phase.TRAIN: self.train_pass.resume_from.rng_state}
 
     def header(self) -> dict[str, Any]:
         """Return the part that can be read without the rest of the file."""
@@ -121,7 +83,7 @@ class RunPosition:
             "log": self.metrics,
             "tracked": self.best_tracked,
             "seconds": self.seconds,
-            "loaders": {phase: loader.to_tree() for phase, loader in self.loaders.items()},
+            "loaders": self.loaders,
             "pass": None if self.train_pass is None else _pass_tree(self.train_pass),
         }
 
@@ -130,36 +92,48 @@ class RunPosition:
         """Return the position in the two trees of a file.
 
         ``rng_state`` is the random state of the train loader, which a snapshot keeps elsewhere.
-        Raises ValueError, TypeError, KeyError or AttributeError for trees that `header` and
-        `to_tree` cannot have made.
+        Raises ValueError, TypeError, KeyError or AttributeError for a forged tree.
         """
-        seconds = _typed("seconds", tree["seconds"], float)
-        _demand("seconds", 0 <= seconds < 1e12)
+        _check("seconds", 0 <= _typed("seconds", tree["seconds"], float) < 1e12)
+        for phase, columns in tree["log"].items():
+            _typed("log", phase, str)
+            for value in (value for values in columns.values() for value in values):
+                _typed("log", value, float)
+        for loader in tree["loaders"].values():
+            _check_generators(loader["generators"])
+            _typed("continued", loader["continued"], bool)
+            _check_count("read", loader["read"])
+            _check("state", "state" in loader)
         return cls(
-            fit=_count("fit", header["fit"]),
+            fit=_check_count("fit", header["fit"]),
             finished=_typed("finished", header["finished"], bool),
             stop_reason=_typed("stop_reason", header["stop_reason"], str, type(None)),
-            epochs=_count("epochs", header["epochs"]),
-            first_epoch=_count("first_epoch", header["first_epoch"], least=1),
-            epochs_completed=_count("epochs_done", header["epochs_done"]),
-            metrics={
-                _typed("log", phase, str): {
-                    name: [_typed("log", value, float) for value in values]
-                    for name, values in columns.items()
-                }
-                for phase, columns in tree["log"].items()
-            },
+            epochs=_check_count("epochs", header["epochs"]),
+            first_epoch=_check_count("first_epoch", header["first_epoch"], least=1),
+            epochs_completed=_check_count("epochs_done", header["epochs_done"]),
+            metrics=tree["log"],
             best_tracked=_typed("tracked", tree["tracked"], bool),
-            seconds=seconds,
-            loaders={
-                phase: LoaderPosition.from_tree(loader) for phase, loader in tree["loaders"].items()
-            },
+            seconds=tree["seconds"],
+            loaders=tree["loaders"],
             train_pass=None if tree["pass"] is None else _pass_position(tree["pass"], rng_state),
         )
 
 
+def loader_tree(loaders: Loaders, loader: Any, *, in_pass: bool) -> dict[str, Any]:
+    """Return the state of a loader; ``in_pass`` is whether it is being read."""
+    # The state_dict of a stateful DataLoader would start its next pass, which uses random numbers.
+    stateful = is_stateful(loader) and not isinstance(loader, DataLoader)
+    return {
+        "generators": generator_states(loader),
+        "continued": has_live_workers(loader),
+        "read": 0 if in_pass else loaders.batches_read(loader),
+        "state": loader.state_dict() if stateful and not in_pass else None,
+    }
+
+
 def _pass_tree(position: PassPosition) -> dict[str, Any]:
-    start = position.pass_start
+    resume_from = position.resume_from
+    start = resume_from.pass_start
     return {
         "start_metrics": position.start_metrics,
         "exported": position.collected,
@@ -169,61 +143,58 @@ def _pass_tree(position: PassPosition) -> dict[str, Any]:
             "continued": start.reused_workers,
             "read": start.batches_read,
         },
-        "generators": position.generators,
-        "loader": position.loader_state,
+        "generators": resume_from.generators,
+        "loader": resume_from.loader_state,
     }
 
 
 def _pass_position(tree: Any, rng_state: RngState) -> PassPosition:
     for value in tree["start_metrics"].values():
         _typed("start_metrics", value, float)
-    _check_collected(tree["exported"])
-    opened = tree["opened"]
-    return PassPosition(
-        start_metrics=tree["start_metrics"],
-        collected=tree["exported"],
-        batches=len(tree["exported"]["sizes"]),
-        pass_start=PassStart(
-            rng_state=RngState.from_tree(opened["drawn"]),
-            generators=_generators(opened["generators"]),
-            reused_workers=_typed("continued", opened["continued"], bool),
-            batches_read=_count("read", opened["read"]),
-        ),
-        rng_state=rng_state,
-        generators=_generators(tree["generators"]),
-        loader_state=tree["loader"],
-    )
-
-
-def _check_collected(tree: Any) -> None:
-    """Check the data of `StateWriter.export`."""
-    sizes = _typed("sizes", tree["sizes"], np.ndarray)
-    _demand("sizes", sizes.ndim == 1 and sizes.dtype == np.int64 and len(sizes) > 0)
-    _demand("sizes", bool((sizes >= 0).all()))
-    for name, column in tree["values"]["numbers"].items():
+    collected, start = tree["exported"], tree["opened"]
+    sizes = _typed("sizes", collected["sizes"], np.ndarray)
+    _check("sizes", sizes.ndim == 1 and sizes.dtype == np.int64 and len(sizes) > 0)
+    _check("sizes", bool((sizes >= 0).all()))
+    for name, column in collected["values"]["numbers"].items():
         _typed("numbers", name, str)
-        _demand("numbers", _typed("numbers", column, np.ndarray).ndim == 1)
-        _demand("numbers", column.dtype == np.float64)
-    for name, tensors in tree["values"]["tensors"].items():
+        _typed("numbers", column, np.ndarray)
+        _check("numbers", column.ndim == 1 and column.dtype == np.float64)
+    for name, tensors in collected["values"]["tensors"].items():
         _typed("tensors", name, str)
         for tensor in _typed("tensors", tensors, list):
             _typed("tensors", tensor, Tensor)
+    return PassPosition(
+        start_metrics=tree["start_metrics"],
+        collected=collected,
+        resume_from=ResumePosition(
+            batches=len(sizes),
+            pass_start=PassStart(
+                rng_state=RngState.from_tree(start["drawn"]),
+                generators=_check_generators(start["generators"]),
+                reused_workers=_typed("continued", start["continued"], bool),
+                batches_read=_check_count("read", start["read"]),
+            ),
+            rng_state=rng_state,
+            generators=_check_generators(tree["generators"]),
+            loader_state=tree["loader"],
+        ),
+    )
 
 
-def _demand(key: str, holds: bool) -> None:
-    if not holds:
+def _check(key: str, is_valid: bool) -> None:
+    if not is_valid:
         raise ValueError(f"{key} is not what it should be")
 
 
 def _typed(key: str, value: Any, *kinds: type) -> Any:
-    _demand(key, isinstance(value, kinds))
+    _check(key, isinstance(value, kinds))
     return value
 
 
-def _count(key: str, value: Any, least: int = 0) -> int:
-    _demand(key, type(value) is int and least <= value < 2**31)
+def _check_count(key: str, value: Any, least: int = 0) -> int:
+    _check(key, type(value) is int and least <= value < 2**31)
     return int(value)
 
 
-def _generators(states: Any) -> list[Tensor]:
+def _check_generators(states: Any) -> list[Tensor]:
     return [check_generator_state(state) for state in _typed("generators", states, list)]

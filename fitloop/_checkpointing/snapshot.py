@@ -78,7 +78,7 @@ def take_snapshot(
     with_grads = position is not None and position.has_gradients
     whole = {
         "training": training_state(parts, with_grads=with_grads),
-        "random": core.rng.state_tree(_loader_states(position)),
+        "random": core.rng.state_tree({} if position is None else position.loader_rng),
         "history": export_history(core.history),
         "generators": {
             str(phase): generator_states(loader) for phase, loader in core.loaders_of({}).items()
@@ -131,14 +131,6 @@ def _trainer_fields(core: TrainerState) -> dict[str, Any]:
             for phase in Phase
         },
     }
-
-
-def _loader_states(position: RunPosition | None) -> dict[Phase, RngState]:
-    """Return the random states of loaders whose stream is ahead of the training."""
-    train_pass = None if position is None else position.train_pass
-    if train_pass is None or train_pass.rng_state is None:
-        return {}
-    return {Phase.TRAIN: train_pass.rng_state}
 
 
 def _best(core: TrainerState) -> StateDict | None:

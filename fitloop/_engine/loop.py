@@ -1,8 +1,8 @@
-"""The loop: epochs, phases, batches and stages, in their order, on the step thread.
+"""The training loop: the order of epochs, phases, batches and stage functions, on the step thread.
 
-Owns nothing but the order of things. Whatever else a run does (history, best model, schedulers,
-progress, snapshots) observes its events or its batch hooks. Knows no terminal, file or figure,
-and no event loop either: what must run there is asked of the `LoopPortal`.
+Everything else in a run (history, best model, schedulers, progress, snapshots) observes its
+events, or is called after each batch. Knows no terminal, file or figure. The `LoopPortal` runs
+coroutines on the event loop.
 """
 
 from __future__ import annotations
@@ -18,13 +18,7 @@ from fitloop._data.inspection import length_of, loader_label, sample_count
 from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState, StateWriter
-from fitloop._engine.plan import (
-    EngineDeps,
-    EnginePosition,
-    PassPosition,
-    PassProgress,
-    RunPlan,
-)
+from fitloop._engine.plan import EngineDeps, PassPosition, RunPlan
 from fitloop._engine.stages import ExecutionContext, Stages, is_awaitable
 from fitloop._errors import ConfigurationError, add_note_safely, one_line
 from fitloop._events import (
@@ -39,11 +33,11 @@ from fitloop._metrics.batch_values import as_numbers
 from fitloop._types import Phase, Stage, StopReason
 
 PROGRESS_SECONDS = 0.1
-"""least time between two `BatchProgress` events"""
+"""shortest time between two `BatchProgress` events"""
 
 
 class Engine:
-    """Runs one plan. Not to be used again."""
+    """Runs one plan, once."""
 
     def __init__(self, plan: RunPlan, deps: EngineDeps) -> None:
         self._plan = plan
@@ -53,8 +47,8 @@ class Engine:
         self._transfer = DeviceTransfer(deps.config.device, deps.config.dtype, cast=plan.cast)
         self._activity = "before the first epoch"
         self.epochs_completed = plan.epochs_before
-        self._progress: PassProgress | None = None
-        """progress of the current train phase; None outside one"""
+        self._train_pass: tuple[StateWriter, Source, dict[str, float]] | None = None
+        """the current train phase, with the metrics of its ``epoch_start``; None outside one"""
 
     def run(self) -> None:
         """Train or test, epoch after epoch.
@@ -70,18 +64,18 @@ class Engine:
                     for each batch:
                         optimizer.zero_grad()                          train only
                         batch_step(state)                              its values are collected
-                        batch hooks                                    train only
-                        BatchProgress                                  ten times a second at most
+                        EngineDeps.after_batch                         train only
+                        BatchProgress                                  at most ten times a second
                     epoch_end(state)
                     PhaseEnded
                 EpochEnded
                 ask whether to go on
 
         Raises:
-            Cancelled: the run was cancelled; the batch in hand was finished.
+            Cancelled: the run was cancelled; its current batch is complete.
         """
         plan = self._plan
-        if plan.epochs_before and plan.position is None:  # it may have died while it asked
+        if plan.epochs_before and plan.position is None:  # the question may have been open
             self._ask_after(plan.epochs_before)
         for epoch_in_run in range(plan.epochs_before + 1, plan.epochs + 1):
             self._check_cancelled()
@@ -114,34 +108,30 @@ class Engine:
         """Return the current phase, epoch and batch in words, for the note on an exception."""
         return self._activity
 
-    def position(self) -> EnginePosition:
-        """Return the position between two batches or two phases; on the step thread."""
-        progress = self._progress
-        if progress is None:
-            return EnginePosition(
-                epochs_completed=self.epochs_completed, has_gradients=self._plan.define_all
-            )
-        state = progress.writer.state
-        pass_start, generators, loader_state = self._deps.loaders.pass_position(Phase.TRAIN)
-        return EnginePosition(
-            epochs_completed=self.epochs_completed,
-            # Otherwise the next batch sets them to zero.
-            has_gradients=self._plan.define_all or state.batch_num == state.batches,
-            train_pass=PassPosition(
-                start_metrics=dict(progress.start_metrics),
-                collected=progress.writer.export(),
+    def position(self) -> PassPosition | None:
+        """Return the position in the current train phase, outside stage functions; else None."""
+        if self._train_pass is None:
+            return None
+        writer, source, start_metrics = self._train_pass
+        deps, state = self._deps, writer.state
+        pass_start, generators, loader_state = deps.loaders.pass_position(Phase.TRAIN)
+        return PassPosition(
+            start_metrics=start_metrics,
+            collected=writer.export(),
+            resume_from=ResumePosition(
                 batches=state.batch_num,
                 pass_start=pass_start,
-                rng_state=progress.source.rng_state_after,
+                rng_state=source.rng_state_after or deps.guard.loader(Phase.TRAIN).state(),
                 generators=generators,
                 loader_state=loader_state,
             ),
+            is_at_end=state.batch_num == state.batches,
         )
 
     def _epoch(self, epoch: int, epoch_in_run: int) -> None:
         deps, plan = self._deps, self._plan
         trainer = deps.config.name
-        began = deps.clock()
+        started_at = deps.clock()
         numbers = {"epoch": epoch, "epoch_in_run": epoch_in_run, "epochs": plan.epochs}
         self._activity = f"beginning epoch {epoch}"
         self._emit(EpochStarted(trainer=trainer, **numbers))
@@ -151,13 +141,13 @@ class Engine:
             if self._control.halted:
                 complete = False
                 break
-            ended = self._phase(phase, loader, epoch, epoch_in_run)
-            if ended is None:
+            result = self._phase(phase, loader, epoch, epoch_in_run)
+            if result is None:
                 complete = False
                 break
-            metrics[phase], whole = ended
-            complete = complete and whole
-        if not metrics:  # stopped before there was anything to tell
+            metrics[phase], is_complete = result
+            complete = complete and is_complete
+        if not metrics:  # stopped before any phase had a result
             return
         self._check_cancelled()
         self._activity = f"ending epoch {epoch}"
@@ -168,24 +158,24 @@ class Engine:
                 **numbers,
                 metrics=metrics,
                 complete=complete,
-                seconds=deps.clock() - began,
+                seconds=deps.clock() - started_at,
             )
         )
 
     def _phase(
         self, phase: Phase, loader: Any, epoch: int, epoch_in_run: int
     ) -> tuple[dict[str, float], bool] | None:
-        """Run one phase; return its metrics and whether it is complete.
+        """Run one phase; return its metrics, and whether it was complete.
 
-        None when it was stopped and what it saw says nothing: before the first batch, or in the
-        middle of a validation or test, whose score would be of another data set.
+        Returns None if the run was stopped before the first batch, or during a validation or test,
+        whose metrics would be those of another data set.
         """
         deps, plan = self._deps, self._plan
-        began = deps.clock()
+        started_at = deps.clock()
         writer = StateWriter(deps.config, phase, epoch, self._control.stop)
         state = writer.state
-        scope = self._enter(phase)
-        start = self._call(state, Stage.EPOCH_START, scope)
+        context = self._enter(phase)
+        start = self._call(state, Stage.EPOCH_START, context)
         position = None
         if phase is Phase.TRAIN and epoch_in_run == plan.epochs_before + 1:
             position = plan.position
@@ -194,9 +184,9 @@ class Engine:
             start = position.start_metrics
             writer.restore(position.collected)
         self._activity = f"{phase}, epoch {epoch}, opening {loader_label(phase, loader)}"
-        source = self._open(phase, loader, None if position is None else position.resume_from())
+        source = self._open(phase, loader, None if position is None else position.resume_from)
         if phase is Phase.TRAIN:
-            self._progress = PassProgress(writer=writer, source=source, start_metrics=start)
+            self._train_pass = writer, source, start
         try:
             batches = _at_most(length_of(loader), plan.steps)
             writer.begin(batches, sample_count(loader, plan.steps))
@@ -204,27 +194,26 @@ class Engine:
             self._emit(
                 PhaseStarted(trainer=deps.config.name, epoch=epoch, phase=phase, batches=batches)
             )
-            complete = self._batches(writer, source, scope)
+            complete = self._batches(writer, source, context)
         except BaseException as error:
             self._close_after(error, source, loader)
             raise
-        self._progress = None
+        self._train_pass = None
         self._activity = f"{phase}, epoch {epoch}, closing {loader_label(phase, loader)}"
         deps.loaders.close(source, loader)
         self._check_cancelled()
-        seen = state.batch_num
-        if seen == 0 and complete:
+        count = state.batch_num
+        if count == 0 and complete:
             raise ConfigurationError(
                 f"{loader_label(phase, loader)} gave no batches in epoch {epoch}; expected at "
                 "least one. An iterator can be read only once: pass a list, a DataLoader, or a "
                 "function that makes a new iterator"
             )
-        if not complete and (seen == 0 or phase is not Phase.TRAIN):
+        if not complete and (count == 0 or phase is not Phase.TRAIN):
             return None
         writer.end()
-        metrics = self._call(state, Stage.EPOCH_END, scope)
+        metrics = self._call(state, Stage.EPOCH_END, context)
         self._activity = f"{phase}, epoch {epoch}, ending"
-        tracked = writer.values.scalars() if plan.track_batch_metrics else {}
         self._emit(
             PhaseEnded(
                 trainer=deps.config.name,
@@ -232,10 +221,10 @@ class Engine:
                 phase=phase,
                 metrics=metrics,
                 start_metrics=start,
-                batch_metrics=tracked,
-                batches=seen,
+                batch_metrics=writer.values.scalars() if plan.track_batch_metrics else {},
+                batches=count,
                 samples=state.size,
-                seconds=deps.clock() - began,
+                seconds=deps.clock() - started_at,
             )
         )
         return metrics, complete
@@ -243,11 +232,11 @@ class Engine:
     def _close_after(self, error: BaseException, source: Source, loader: Any) -> None:
         try:
             self._deps.loaders.close(source, loader)
-        except Exception as later:  # the first error is what the caller is to see
+        except Exception as later:  # the caller must see the first error
             add_note_safely(error, f"closing the loader then raised {one_line(later)}")
 
-    def _batches(self, writer: StateWriter, source: Source, scope: ExecutionContext) -> bool:
-        """Step through a pass; return whether it came to its end."""
+    def _batches(self, writer: StateWriter, source: Source, context: ExecutionContext) -> bool:
+        """Run the batches of a phase; return whether it was complete."""
         deps, control, state = self._deps, self._control, writer.state
         phase = state.phase
         wrap = deps.instrumentation.wrap
@@ -258,11 +247,11 @@ class Engine:
         put = wrap(phase, "metrics", writer.values.put)
         fetch = wrap(phase, "wait", source.fetch)
         train = phase is Phase.TRAIN
-        to_zero = deps.config.optimizers if train and not self._plan.define_all else ()
-        hooks = deps.after_batch if train else ()
+        optimizers = deps.config.optimizers if train and not self._plan.define_all else ()
+        reactions = deps.after_batch if train else ()
         begin, end_of_batch, clock = writer.next_batch, deps.guard.end_of_batch, deps.clock
-        began = clock()
-        report_at = began + PROGRESS_SECONDS
+        started_at = clock()
+        report_at = started_at + PROGRESS_SECONDS
         epoch = f"{phase}, epoch {state.epoch_num}"
         if control.halted:
             return False
@@ -276,14 +265,14 @@ class Engine:
                 self._activity = f"{epoch}, loading batch {state.batch_num + 1}"
                 raise
             try:
-                for optimizer in to_zero:
+                for optimizer in optimizers:
                     optimizer.zero_grad()
                 values = step(state)
                 if type(values) is not dict and is_awaitable(values):
-                    values = await_step(values, scope)
+                    values = await_step(values, context)
                 put(values)
-                for hook in hooks:
-                    hook()
+                for react in reactions:
+                    react()
             except BaseException:
                 self._activity = f"{epoch}, batch_step of batch {state.batch_num}"
                 raise
@@ -294,7 +283,7 @@ class Engine:
             now = clock()
             if now >= report_at:
                 report_at = now + PROGRESS_SECONDS
-                self._report(writer, now - began)
+                self._report(writer, now - started_at)
 
     def _report(self, writer: StateWriter, seconds: float) -> None:
         state = writer.state
@@ -312,13 +301,13 @@ class Engine:
         )
 
     def _enter(self, phase: Phase) -> ExecutionContext:
-        """Set what holds for a phase: train or eval mode, grad mode, the stream."""
+        """Set train or eval mode, grad mode and the random stream for a phase."""
         deps = self._deps
         train = phase is Phase.TRAIN
         grad = train or self._plan.define_all
         if not self._plan.define_all:
             deps.config.model.train(train)
-        torch.set_grad_enabled(grad)  # of this thread, which is the run's own
+        torch.set_grad_enabled(grad)  # of this thread only
         deps.guard.enter_phase(phase)
         return ExecutionContext(grad, deps.thread_contexts)
 
@@ -333,17 +322,13 @@ class Engine:
             close_timeout=deps.config.loader_grace,
             read_wrapper=deps.instrumentation.read_wrapper(phase),
         )
+        limit = self._plan.steps
         return deps.loaders.open(
-            loader,
-            phase,
-            context,
-            deps.portal,
-            limit=self._plan.steps,
-            resume_from=resume_from,
+            loader, phase, context, deps.portal, limit=limit, resume_from=resume_from
         )
 
-    def _call(self, state: LoopState, stage: Stage, scope: ExecutionContext) -> dict[str, float]:
-        """Call a stage function of the epoch and return its metrics."""
+    def _call(self, state: LoopState, stage: Stage, context: ExecutionContext) -> dict[str, float]:
+        """Call ``epoch_start`` or ``epoch_end`` and return its metrics."""
         self._activity = f"{state.phase}, epoch {state.epoch_num}, {stage}"
         function = self._stages.get(state.phase, stage)
         if function is None:
@@ -351,16 +336,16 @@ class Engine:
         wrap = self._deps.instrumentation.wrap
         values = wrap(state.phase, stage, function)(state)
         if is_awaitable(values):
-            values = wrap(state.phase, stage, self._await)(values, scope)
+            values = wrap(state.phase, stage, self._await)(values, context)
         return as_numbers(values, state.phase, stage)
 
-    def _await(self, awaitable: Any, scope: ExecutionContext) -> Any:
-        """Have an ``async def`` stage run on the event loop, and wait for it."""
+    def _await(self, awaitable: Any, context: ExecutionContext) -> Any:
+        """Run the coroutine of an ``async def`` stage on the event loop, and wait for it."""
         try:
             with self._deps.guard.on_event_loop():
-                return self._deps.portal.call(lambda: scope.wrap(awaitable))
+                return self._deps.portal.call(lambda: context.wrap(awaitable))
         except Cancelled:
-            if hasattr(awaitable, "close"):  # a coroutine may never have begun
+            if hasattr(awaitable, "close"):  # of a coroutine that may not have started
                 awaitable.close()
             raise
 

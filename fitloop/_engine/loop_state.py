@@ -28,11 +28,14 @@ class LoopState:
     """
 
     __slots__ = (
+        "_batches",
         "_config",
         "_epoch_num",
+        "_expected_size",
         "_phase",
-        "_record",
+        "_sizes",
         "_stop",
+        "_values",
         "batch",
         "batch_num",
         "batch_size",
@@ -67,18 +70,16 @@ class LoopState:
     """the gradient scaler, or None"""
 
     def __init__(
-        self,
-        config: TrainerConfig,
-        phase: Phase,
-        epoch_num: int,
-        stop: Callable[[], None],
-        record: _Record,
+        self, config: TrainerConfig, phase: Phase, epoch: int, stop: Callable[[], None], values: Any
     ) -> None:
         self._config = config
         self._phase = phase
-        self._epoch_num = epoch_num
+        self._epoch_num = epoch
         self._stop = stop
-        self._record = record
+        self._values: BatchValues = values
+        self._sizes = _BatchSizes()
+        self._batches: int | None = None
+        self._expected_size = 0
         self.batch = None
         self.batch_num = 0
         self.batch_size = 0
@@ -103,7 +104,7 @@ class LoopState:
     @property
     def batch_sizes(self) -> list[int]:
         """Samples in each batch of the phase so far."""
-        sizes: list[int] = self._record.sizes.all(self.batch_num).tolist()
+        sizes: list[int] = self._sizes.all(self.batch_num).tolist()
         return sizes
 
     @property
@@ -118,14 +119,12 @@ class LoopState:
         At ``epoch_end`` this is the number of samples that were read. Before, it is the number
         that the loader announces, or the samples read so far if it announces none.
         """
-        record = self._record
-        read = record.sizes.samples(self.batch_num)
-        return read if record.is_complete else max(record.expected_size, read)
+        return max(self._expected_size, self._sizes.samples(self.batch_num))
 
     @property
     def batches(self) -> int | None:
         """Batches in this phase; None during a phase whose loader has no length."""
-        return self._record.batches
+        return self._batches
 
     if TYPE_CHECKING:  # The constructor's arguments are added as properties below. A real
         # __getattr__ would slow down the lookup of every attribute.
@@ -141,14 +140,14 @@ class LoopState:
         Raises:
             UnknownMetricError: no batch step of this phase returned ``name``.
         """
-        return self._record.values[name]
+        return self._values[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._record.values
+        return name in self._values
 
     def names(self) -> list[str]:
         """Return the names of the values that batch steps have returned."""
-        return self._record.values.names()
+        return self._values.names()
 
     def stop(self) -> None:
         """End the run after this batch; the phase's ``epoch_end`` still runs on what was seen."""
@@ -159,26 +158,13 @@ class LoopState:
         return f"<LoopState {self._phase} epoch {self._epoch_num} batch {self.batch_num}{total}>"
 
 
-class _Record:
-    """The data of one phase that a `LoopState` shows through properties."""
-
-    __slots__ = ("batches", "expected_size", "is_complete", "sizes", "values")
-
-    def __init__(self, values: Any) -> None:
-        self.values: BatchValues = values
-        self.sizes = _BatchSizes()
-        self.batches: int | None = None
-        self.expected_size = 0
-        self.is_complete = False
-
-
 class StateWriter:
-    """The write access to the `LoopState` of one phase.
+    """Creates the `LoopState` of one phase, and updates it.
 
     ``values`` collects the values of the batch steps; by default a `BatchValues`.
     """
 
-    __slots__ = ("_record", "_size", "state", "values")
+    __slots__ = ("_size", "state", "values")
 
     def __init__(
         self,
@@ -189,20 +175,19 @@ class StateWriter:
         values: Any = None,
     ) -> None:
         self.values: Any = BatchValues(phase) if values is None else values
-        self._record = _Record(self.values)
+        self.state = LoopState(config, phase, epoch_num, stop, self.values)
         self._size = -1
         """samples in the last batch"""
-        self.state = LoopState(config, phase, epoch_num, stop, self._record)
 
     @property
     def samples(self) -> int:
         """Samples read so far."""
-        return self._record.sizes.samples(self.state.batch_num)
+        return self.state._sizes.samples(self.state.batch_num)
 
     def begin(self, batches: int | None, samples: int | None) -> None:
         """Set the expected number of batches and samples; None if it is unknown."""
-        self._record.batches = batches
-        self._record.expected_size = samples or 0
+        self.state._batches = batches
+        self.state._expected_size = samples or 0
 
     def next_batch(self, batch: Any) -> None:
         """Make ``batch`` the current batch."""
@@ -216,17 +201,18 @@ class StateWriter:
         state.batch_size = size
         if size != self._size:
             self._size = size
-            self._record.sizes.change(state.batch_num, size)
+            state._sizes.change(state.batch_num, size)
 
     def end(self) -> None:
         """End the phase: its size is now the number of samples that were read."""
-        self.state.batch = None
-        self._record.is_complete = True
-        self._record.batches = self.state.batch_num
+        state = self.state
+        state.batch = None
+        state._batches = state.batch_num
+        state._expected_size = 0
 
     def export(self) -> dict[str, Any]:
         """Return everything that was collected, for `restore`."""
-        sizes = self._record.sizes.all(self.state.batch_num)
+        sizes = self.state._sizes.all(self.state.batch_num)
         return {"sizes": sizes, "values": self.values.export()}
 
     def restore(self, exported: Any) -> None:
@@ -234,7 +220,7 @@ class StateWriter:
         sizes = np.asarray(exported["sizes"], np.int64)
         self.state.batch_num = len(sizes)
         self._size = int(sizes[-1]) if len(sizes) else -1
-        self._record.sizes = _BatchSizes.of(sizes)
+        self.state._sizes = _BatchSizes.of(sizes)
         self.values.restore(exported["values"])
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from fitloop._checkpointing.checkpointer import Checkpointer
 from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._checkpointing.run_files import FileOptions, RunFiles
-from fitloop._checkpointing.run_position import LoaderPosition, RunPosition
+from fitloop._checkpointing.run_position import RunPosition, loader_tree
 from fitloop._concurrency.control import Cancelled
 from fitloop._engine.plan import Instrumentation
 from fitloop._errors import one_line
@@ -210,26 +210,26 @@ class Run:
 
     def _position(self, finished: bool) -> RunPosition:
         """Return the present position of the run, for a snapshot."""
-        plan, position = self._plan, self._engine.position()
-        in_train_pass = position.train_pass is not None
+        plan, train_pass = self._plan, self._engine.position()
+        is_reading = train_pass is not None
         return RunPosition(
             fit=self._fit,
             finished=finished,
             stop_reason=self._stop_reason(None) if finished else None,
             epochs=plan.epochs,
             first_epoch=plan.first_epoch,
-            epochs_completed=position.epochs_completed,
+            epochs_completed=self._engine.epochs_completed,
             metrics=self._metrics.export(),
             best_tracked=self._tracker is not None and self._tracker.tracked,
             seconds=self._seconds(),
             loaders={
-                str(phase): LoaderPosition.of(
-                    self._state.loaders, loader, in_pass=in_train_pass and phase is Phase.TRAIN
+                str(phase): loader_tree(
+                    self._state.loaders, loader, in_pass=is_reading and phase is Phase.TRAIN
                 )
                 for phase, loader in plan.phases
             },
-            train_pass=position.train_pass,
-            has_gradients=position.has_gradients,
+            train_pass=train_pass,
+            has_gradients=plan.define_all or (train_pass is not None and train_pass.is_at_end),
         )
 
     def _seconds(self) -> float:

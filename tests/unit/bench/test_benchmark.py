@@ -311,7 +311,7 @@ async def test_benchmark_when_something_raises_then_same_error_and_everything_is
 @ONE_LOOP
 async def test_benchmark_when_a_pass_by_hand_raises_then_the_note_names_it() -> None:
     def step(state: LoopState) -> None:
-        if type(state._record.values).__name__ == "ListedValues":
+        if type(state._values).__name__ == "ListedValues":
             raise KeyError("mine")
 
     with pytest.raises(KeyError) as caught:

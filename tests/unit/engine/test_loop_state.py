@@ -48,4 +48,4 @@ def test_batch_sizes_when_most_are_equal_then_take_little_memory() -> None:
     writer = new_writer()
     write_batches(writer, [3] * 1000 + [2])
     assert writer.state.batch_sizes == [3] * 1000 + [2]
-    assert len(writer._record.sizes._sizes) == 2
+    assert len(writer.state._sizes._sizes) == 2
