@@ -1,7 +1,7 @@
-"""The snapshots of a training on disk: their names, which is the newest, which may go.
+"""The snapshots in ``save_path/snapshots``: their names, the newest one, and removal.
 
-Owns ``save_path/snapshots``. A training is one trainer's life, over many processes: its fits are
-counted, and each has snapshots of the run, the last of them of its end.
+They belong to the life of one trainer, over many processes. Its fits are counted, and each fit has
+snapshots of the run; the last one is of its end.
 """
 
 from __future__ import annotations
@@ -27,90 +27,88 @@ _NAME = re.compile(r"snapshot-(\d{6,})\.msgpack")
 
 @dataclass(frozen=True)
 class SnapshotEntry:
-    """A snapshot on disk, and where in the training it is."""
+    """A snapshot on disk, and the fit that it belongs to."""
 
     number: int
     path: Path
     fit: int
-    """how many fits had ended before the one it is of"""
+    """number of fits that had ended before this one"""
     finished: bool
-    """that fit has ended"""
+    """whether it was taken at the end of its fit"""
 
 
 class Archive:
-    """The snapshots under one ``save_path``, which the caller has locked."""
+    """The snapshots below a ``save_path`` that the caller has locked."""
 
     def __init__(self, save_path: Path) -> None:
         self.directory = save_path / FOLDER
-        self._kept: list[SnapshotEntry] = []
+        self._entries: list[SnapshotEntry] = []
         self._next = 1
 
     def open(self) -> None:
-        """Look what is there; an unreadable file is left alone, with a `ResumeWarning`."""
+        """Read the directory; skip unreadable files with a `ResumeWarning`."""
         remove_leftovers(self.directory)
-        self._kept = []
+        self._entries = []
         for number, path in self._files():
             self._next = number + 1
             with suppress(_UnreadableError):
-                self._kept.append(_look_into(number, path))
+                self._entries.append(_look_into(number, path))
 
     def is_empty(self) -> bool:
-        """Return whether there is no snapshot, readable or not."""
+        """Return whether there is no file of a snapshot."""
         return not any(True for _ in self._files())
 
     def find(self, fit: int, epochs: int) -> Snapshot | None:
-        """Return the newest whole snapshot of a fit, None if it has not begun.
+        """Return the newest readable snapshot of a fit; None if the fit has not begun.
 
-        One that has completed fewer than ``epochs`` epochs goes on from before its end, where the
-        best weights had not been restored yet.
+        If a finished fit has completed fewer than ``epochs`` epochs, this is the snapshot before
+        its end, since the best weights are restored at the end.
         """
-        for kept in reversed(self._kept):
-            if kept.fit != fit:
+        for entry in reversed(self._entries):
+            if entry.fit != fit:
                 continue
             try:
-                snapshot = read_snapshot(kept.path)
+                snapshot = read_snapshot(entry.path)
             except CheckpointError as error:
                 _warn_unreadable(error)
                 continue
-            position = snapshot.position
-            if not kept.finished or not _wants_more(position, epochs):
+            if not entry.finished or not _needs_more(snapshot.position, epochs):
                 return snapshot
         return None
 
     def next_path(self) -> Path:
-        """Return the name of the next snapshot."""
+        """Return the path of the next snapshot."""
         return self.directory / f"snapshot-{self._next:06d}.msgpack"
 
     def add(self, path: Path, fit: int, *, finished: bool, keep: int | None) -> None:
-        """Count a snapshot that is now safe on disk, and remove what it makes superfluous.
+        """Add a snapshot that is durable, and remove the snapshots that it replaces.
 
-        The ends of earlier fits stay, so that a script that is started again skips them.
+        The last one of each earlier fit stays, so that a script that is started again skips it.
         """
-        # Of fits that are trained anew, what came of them before is of another training.
-        surplus = [kept for kept in self._kept if kept.fit > fit]
-        surplus += [kept for kept in self._kept if kept.fit == fit and kept.finished]
-        self._kept.append(SnapshotEntry(self._next, path, fit, finished))
+        # Later fits, and an earlier end of this fit, belong to a training that was repeated.
+        surplus = [e for e in self._entries if e.fit > fit or (e.fit == fit and e.finished)]
+        self._entries.append(SnapshotEntry(self._next, path, fit, finished))
         self._next += 1
-        running = [kept for kept in self._kept if not kept.finished and kept.fit <= fit]
+        running = [e for e in self._entries if not e.finished and e.fit <= fit]
         if keep is not None:
-            of_this = [kept for kept in running if kept.fit == fit]
-            most = max(1, keep - 1) if finished else keep
-            surplus += [kept for kept in running if kept.fit != fit] + of_this[:-most]
-        for kept in surplus:
+            of_this_fit = [e for e in running if e.fit == fit]
+            limit = max(1, keep - 1) if finished else keep
+            surplus += [e for e in running if e.fit != fit] + of_this_fit[:-limit]
+        for entry in surplus:
             with suppress(FileNotFoundError):
-                kept.path.unlink()
-            self._kept.remove(kept)
+                entry.path.unlink()
+            self._entries.remove(entry)
         if surplus:
             sync_directory(self.directory)
 
     def clear(self) -> None:
-        """Remove every snapshot, readable or not."""
+        """Remove all snapshots, also unreadable ones."""
         for _number, path in list(self._files()):
             try:
                 path.unlink()
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be removed: {reason(error)}") from error
-        self._kept = []
+        self._entries = []
 
     def _files(self) -> Iterator[tuple[int, Path]]:
         try:
@@ -119,8 +117,8 @@ class Archive:
             return
         except OSError as error:
             raise CheckpointError(f"{self.directory} cannot be read: {reason(error)}") from error
-        found = [(int(match[1]), match[0]) for name in names if (match := _NAME.fullmatch(name))]
-        for number, name in sorted(found):
+        matches = [(int(match[1]), match[0]) for name in names if (match := _NAME.fullmatch(name))]
+        for number, name in sorted(matches):
             yield number, self.directory / name
 
 
@@ -145,6 +143,6 @@ def _warn_unreadable(why: object) -> None:
     warnings.warn(f"a snapshot is left out: {why}", ResumeWarning, stacklevel=2)
 
 
-def _wants_more(position: dict[str, Any], epochs: int) -> bool:
+def _needs_more(position: dict[str, Any], epochs: int) -> bool:
     done, reason_to_stop = position.get("epochs_done"), position.get("stop_reason")
     return reason_to_stop == "completed" and isinstance(done, int) and done < epochs

@@ -75,7 +75,7 @@ class Checkpointer:
     def __init__(
         self,
         policy: Checkpoint,
-        core: TrainerState,
+        trainer: TrainerState,
         archive: Archive,
         writer: BackgroundWriter,
         *,
@@ -85,7 +85,7 @@ class Checkpointer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._policy = policy
-        self._core = core
+        self._trainer = trainer
         self._archive = archive
         self._writer = writer
         self._position = position
@@ -151,7 +151,7 @@ class Checkpointer:
         position = self._position(finished)
         path = self._archive.next_path()
         try:
-            prepared = take_snapshot(self._core, self._staging, position)
+            prepared = take_snapshot(self._trainer, self._staging, position)
         except CheckpointError as error:
             self._outcomes.append(self._failure(path, position, error))
             self._emit_outcomes()
@@ -173,7 +173,7 @@ class Checkpointer:
             )
             self._outcomes.append(
                 SnapshotWritten(
-                    trainer=self._core.config.name,
+                    trainer=self._trainer.config.name,
                     path=str(path),
                     nbytes=size,
                     seconds=self._clock() - started,
@@ -188,7 +188,7 @@ class Checkpointer:
 
     def _failure(self, path: Path, position: RunPosition, error: Exception) -> SnapshotFailed:
         return SnapshotFailed(
-            trainer=self._core.config.name,
+            trainer=self._trainer.config.name,
             epoch=position.epoch,
             batch=position.batch,
             path=str(path),
@@ -199,7 +199,7 @@ class Checkpointer:
         """Emit the events of the writer thread; raise for a failure if the policy says so."""
         while self._outcomes:
             event = self._outcomes.popleft()
-            self._core.event_bus.emit(event)
+            self._trainer.event_bus.emit(event)
             if isinstance(event, SnapshotFailed) and self._policy.on_error == "raise":
                 raise CheckpointError(
                     f"{event.path} cannot be written: {event.error}; the older snapshots are "

@@ -1,8 +1,7 @@
-"""The state of a trainer at one moment of a run, in memory, and the way back to it.
+"""A copy in memory of a trainer's state between two epochs of a run, and the return to it.
 
-Exact and in place, as a dry run's: what a snapshot on disk would hold, with the same limits, but
-parameters and state dicts keep their identity. Taken and returned to between two epochs, on the
-step thread, while no stream of random numbers is entered.
+The content and the limits are those of a snapshot on disk, but parameters and state dicts keep
+their identity.
 """
 
 from __future__ import annotations
@@ -22,65 +21,65 @@ from fitloop._types import Phase
 
 
 class RollbackPoint:
-    """A copy of all that training changes: of the trainer, its loaders, and of what a run counts.
+    """A copy of the state of trainer, loaders and run, made on the step thread between two epochs.
 
-    Batches that are read meanwhile from a loader that can be read once stay read; so does what a
-    loader's worker processes draw. Without a seed the process's generators are put back.
+    Not restored are batches read from a loader that can be read only once, and the random
+    generators in the worker processes of a loader.
     """
 
     def __init__(
         self,
-        core: TrainerState,
+        trainer: TrainerState,
         loaders: Sequence[tuple[Phase, Any]],
         log: EpochMetricsRecorder,
         tracker: BestTracker | None,
     ) -> None:
-        self._ways_back: list[Callable[[], object]] = [
-            core.capture().restore,
-            core.rng.save(),
-            partial(core.history.rollback, core.history.mark()),
+        self._restores: list[Callable[[], object]] = [
+            trainer.capture().restore,
+            trainer.rng.save(),
+            partial(trainer.history.rollback, trainer.history.mark()),
             partial(log.restore, log.export()),
-            _best(core),  # before the numbers, which tell whether it changed
-            _numbers(core),
+            _best(trainer),  # restored before the numbers, which show whether the best changed
+            _numbers(trainer),
         ]
         if tracker is not None:
-            self._ways_back.append(partial(setattr, tracker, "tracked", tracker.tracked))
+            self._restores.append(partial(setattr, tracker, "tracked", tracker.tracked))
         for _phase, loader in loaders:
-            self._ways_back.append(partial(set_generator_states, loader, generator_states(loader)))
+            self._restores.append(partial(set_generator_states, loader, generator_states(loader)))
             if is_stateful(loader) and not isinstance(loader, DataLoader):
-                self._ways_back.append(partial(loader.load_state_dict, loader.state_dict()))
+                self._restores.append(partial(loader.load_state_dict, loader.state_dict()))
 
     def restore(self) -> None:
-        """Go back; what fails does not keep the rest from it."""
+        """Restore everything, also if a part fails; raise the first error."""
         with ExitStack() as stack:
-            for way in reversed(self._ways_back):
-                stack.callback(way)
+            for restore in reversed(self._restores):
+                stack.callback(restore)
 
 
-def _numbers(core: TrainerState) -> Callable[[], None]:
+def _numbers(trainer: TrainerState) -> Callable[[], None]:
     names = ("epoch_num", "best_score", "best_epoch", "best_is_stale")
-    values = [getattr(core, name) for name in names]
-    criteria = core.criteria
+    values = [getattr(trainer, name) for name in names]
+    criteria = trainer.criteria
     chosen = None if criteria is None else (criteria.name, criteria.direction)
 
     def restore() -> None:
         for name, value in zip(names, values, strict=True):
-            setattr(core, name, value)
+            setattr(trainer, name, value)
         if criteria is not None and chosen is not None:
             criteria.name, criteria.direction = chosen
 
     return restore
 
 
-def _best(core: TrainerState) -> Callable[[], None]:
-    name, store, epoch = core.config.best_model_name, core.store, core.best_epoch
-    kept = store.borrow(name) if store.exists(name) else None
+def _best(trainer: TrainerState) -> Callable[[], None]:
+    name, store, epoch = trainer.config.best_model_name, trainer.store, trainer.best_epoch
+    weights = store.borrow(name) if store.exists(name) else None
 
     def restore() -> None:
-        if core.best_epoch == epoch:
+        if trainer.best_epoch == epoch:
             return
-        if kept is not None:
-            store.save(name, kept)
+        if weights is not None:
+            store.save(name, weights)
         elif store.exists(name):
             store.delete(name)
 

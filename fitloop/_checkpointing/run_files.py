@@ -36,26 +36,26 @@ from fitloop._types import Phase
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """What a run writes: always the metric log; snapshots if there is a ``checkpoint``."""
+    """The files of a run: always the metric log, and snapshots if there is a ``checkpoint``."""
 
     checkpoint: Checkpoint | None = None
     resume: bool = False
 
 
 class RunFiles:
-    """The open files of one run. Used on its step thread; `close` must be the last call.
+    """The open files of one run, for its step thread; `close` must be the last call.
 
-    Raises `CheckpointError`, with nothing left open, if another run uses the directory, if the
-    archive holds the snapshots of another training, or if its snapshot cannot be resumed.
+    Raises `CheckpointError` if another run uses the directory, if the archive holds snapshots of
+    another training, or if the run cannot be resumed from its snapshot.
     """
 
-    def __init__(self, core: TrainerState, options: FileOptions, plan: RunPlan) -> None:
-        self._core = core
+    def __init__(self, trainer: TrainerState, options: FileOptions, plan: RunPlan) -> None:
+        self._trainer = trainer
         self.checkpoint = options.checkpoint
-        self._lock = DirectoryLock(core.config.save_path)
-        self.writer = BackgroundWriter(core.config.name)
-        self.archive = Archive(core.config.save_path)
-        self.log = RunLog(core, self.writer, raises=_raises(options.checkpoint))
+        self._lock = DirectoryLock(trainer.config.save_path)
+        self.writer = BackgroundWriter(trainer.config.name)
+        self.archive = Archive(trainer.config.save_path)
+        self.log = RunLog(trainer, self.writer, raises=_raises(options.checkpoint))
         self._lock.acquire()
         try:
             self.resumption = self._open_archive(options, plan)
@@ -64,12 +64,12 @@ class RunFiles:
             raise
 
     def _open_archive(self, options: FileOptions, plan: RunPlan) -> Resumption | None:
-        core, archive = self._core, self.archive
+        trainer, archive = self._trainer, self.archive
         if options.checkpoint is None:
             return None
         archive.open()
-        snapshot = archive.find(core.completed_fits, plan.epochs) if options.resume else None
-        if not (options.resume or core.owns_archive or archive.is_empty()):
+        snapshot = archive.find(trainer.completed_fits, plan.epochs) if options.resume else None
+        if not (options.resume or trainer.owns_archive or archive.is_empty()):
             if not options.checkpoint.overwrite:
                 raise CheckpointError(
                     f"{archive.directory} holds the snapshots of an earlier training; "
@@ -77,9 +77,9 @@ class RunFiles:
                     "Checkpoint(overwrite=True) removes it"
                 )
             archive.clear()
-        core.owns_archive = True
-        core.loaders.tracks_positions = True
-        return None if snapshot is None else Resumption(core, snapshot, plan)
+        trainer.owns_archive = True
+        trainer.loaders.tracks_positions = True
+        return None if snapshot is None else Resumption(trainer, snapshot, plan)
 
     def flush(self) -> None:
         """Return when everything is durable. Raises `CheckpointError` if the log is not."""
@@ -88,7 +88,7 @@ class RunFiles:
 
     def close(self) -> None:
         """Release the directory."""
-        self._core.loaders.stop_tracking_positions()
+        self._trainer.loaders.stop_tracking_positions()
         self._lock.release()
 
 
@@ -99,14 +99,16 @@ def _raises(checkpoint: Checkpoint | None) -> bool:
 class Resumption:
     """A snapshot in the archive from which a run is resumed."""
 
-    def __init__(self, core: TrainerState, snapshot: Snapshot, plan: RunPlan) -> None:
-        self._core = core
+    def __init__(self, trainer: TrainerState, snapshot: Snapshot, plan: RunPlan) -> None:
+        self._trainer = trainer
         self._snapshot = snapshot
-        _check_trainer(core, snapshot)
+        _check_trainer(trainer, snapshot)
         self.num_threads: int | None = snapshot.trainer["num_threads"]
         try:
             rng_state = loader_state(snapshot.random, Phase.TRAIN)
-            self.position = RunPosition.from_trees(snapshot.position, snapshot.run, rng_state)
+            self.position = RunPosition.from_trees(
+                snapshot.position, snapshot.state["run"], rng_state
+            )
         except Exception as error:  # any error that a forged tree causes
             raise CheckpointError(
                 f"{snapshot.path} cannot be read: its run is not as fitloop writes it: {error!r}"
@@ -124,7 +126,7 @@ class Resumption:
         In the middle of an epoch this is called twice: before ``epoch_start`` and after it.
         Raises `CheckpointError`, having changed nothing of the trainer, if they do not match.
         """
-        apply_snapshot(self._core, self._snapshot)
+        apply_snapshot(self._trainer, self._snapshot)
         if self.position.finished:
             return
         for phase, loader in self.plan.phases:
@@ -143,18 +145,15 @@ class Resumption:
             set_generator_states(loader, saved["generators"])
         if saved["state"] is not None and is_stateful(loader):
             loader.load_state_dict(saved["state"])
-        self._core.loaders.skip_in_next_pass(phase, saved["read"])
+        self._trainer.loaders.skip_in_next_pass(phase, saved["read"])
 
     def _restore_workers(self, phase: Phase, loader: DataLoader[Any]) -> None:
         """Start persistent worker processes, unless the resumed pass itself starts them."""
-        position = self.position.train_pass if phase is Phase.TRAIN else None
-        if (
-            position is None
-            or position.resume_from.pass_start.reused_workers
-            or can_skip_by_index(loader)
-        ):
+        train_pass = self.position.train_pass if phase is Phase.TRAIN else None
+        by_index = can_skip_by_index(loader)
+        if train_pass is None or train_pass.resume_from.pass_start.reused_workers or by_index:
             start_workers(loader)
-            if not can_skip_by_index(loader):
+            if not by_index:
                 warnings.warn(
                     f"resuming: {loader_label(phase, loader)} keeps its worker processes between "
                     "the epochs; what its dataset draws in them goes on from anew, so that results "
@@ -164,9 +163,9 @@ class Resumption:
                 )
 
 
-def _check_trainer(core: TrainerState, snapshot: Snapshot) -> None:
+def _check_trainer(trainer: TrainerState, snapshot: Snapshot) -> None:
     """Raise `CheckpointError` for another seed; warn of differences that change the last bits."""
-    config, saved = core.config, snapshot.trainer
+    config, saved = trainer.config, snapshot.trainer
     if saved["seed"] != config.seed:
         raise CheckpointError(
             f"{snapshot.path} is of a trainer with seed={saved['seed']}, this one has "

@@ -37,13 +37,13 @@ class RunLog:
 
     def __init__(
         self,
-        core: TrainerState,
+        trainer: TrainerState,
         writer: BackgroundWriter,
         *,
         raises: bool,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._core = core
+        self._trainer = trainer
         self._writer = writer
         self._raises = raises
         self._clock = clock
@@ -69,14 +69,14 @@ class RunLog:
 
     def _write_head(self) -> None:
         # A new file for each run, since the old one need not agree with the history any more.
-        core = self._core
-        log = MetricLog(core.config.save_path)
+        trainer = self._trainer
+        log = MetricLog(trainer.config.save_path)
         try:
-            log.start(encode_head(core.config.name, core.history, self._facts))
+            log.start(encode_head(trainer.config.name, trainer.history, self._facts))
         except CheckpointError as error:
             self._fail(log, error)
         else:
-            core.metric_log = log
+            trainer.metric_log = log
 
     def observe(self, event: Event) -> None:
         """Record the event; raise `CheckpointError` if an earlier record could not be written."""
@@ -92,7 +92,7 @@ class RunLog:
 
     def _report_progress(self, event: BatchProgress) -> None:
         """Write the progress file, at most once in `PROGRESS_SECONDS`."""
-        log, facts, now = self._core.metric_log, self._facts, self._clock()
+        log, facts, now = self._trainer.metric_log, self._facts, self._clock()
         # The difference may be negative, since the system clock may be set back.
         if log is None or facts is None or abs(now - self._progress_at) < PROGRESS_SECONDS:
             return
@@ -107,7 +107,7 @@ class RunLog:
 
     def _add_record(self, event: Event) -> MetricLog | None:
         """Queue the record of an event; return the log, or None if there is nothing to write."""
-        log = self._core.metric_log
+        log = self._trainer.metric_log
         if log is None or self._facts is None:
             return None
         now = self._clock()
@@ -152,7 +152,7 @@ class RunLog:
             self._write(log)
             log.remove_progress()
         if self._error is not None:
-            self._core.metric_log, self._error = None, None  # the next run starts a new log
+            self._trainer.metric_log, self._error = None, None  # the next run starts a new log
 
     def raise_error(self) -> None:
         """Report a write that failed: raise `CheckpointError`, or emit `SnapshotFailed`."""
@@ -161,14 +161,14 @@ class RunLog:
             self._fail(*failure)
 
     def _fail(self, log: MetricLog, error: CheckpointError) -> None:
-        self._core.metric_log = None  # the next run starts a new log
+        self._trainer.metric_log = None  # the next run starts a new log
         self._records.clear()
         if self._raises:
             raise error
-        self._core.event_bus.emit(
+        self._trainer.event_bus.emit(
             SnapshotFailed(
-                trainer=self._core.config.name,
-                epoch=self._core.epoch_num,
+                trainer=self._trainer.config.name,
+                epoch=self._trainer.epoch_num,
                 batch=0,
                 path=str(log.path),
                 error=str(error),

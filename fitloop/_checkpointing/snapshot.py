@@ -1,7 +1,6 @@
-"""A whole training state: collected from a trainer, put into a file, and put back from one.
+"""Snapshots: taking one of a trainer, writing, reading and checking it, and applying it.
 
-Owns what is in a snapshot. What a run adds of its own position is a plain tree to this module;
-how values become bytes is `_tree`'s and `_layout`'s.
+Owns the content of a snapshot. `_storage` owns the encoding of its values.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.training_state import (
@@ -45,15 +44,15 @@ KIND = "snapshot"
 
 @dataclass(frozen=True)
 class PreparedSnapshot:
-    """A snapshot in memory of its own; good until the staging that holds it is used again."""
+    """A copy of a trainer's state, valid until its `SnapshotBuffers` are used again."""
 
     fields: dict[str, Any]
     tensors: list[Payload | TensorAlias]
 
     def write(self, path: Path, *, overwrite: bool) -> int:
-        """Write it to ``path``, whole or not at all, and return its size in bytes.
+        """Write it to ``path``, completely or not at all, and return its size in bytes.
 
-        Raises OSError, and `CheckpointError` when the file exists and not ``overwrite``, or the
+        Raises OSError, and `CheckpointError` if the file exists and not ``overwrite``, or if the
         state is too large for a header.
         """
         try:
@@ -67,34 +66,37 @@ class PreparedSnapshot:
 
 
 def take_snapshot(
-    core: TrainerState, staging: SnapshotBuffers, position: RunPosition | None = None
+    trainer: TrainerState, buffers: SnapshotBuffers, position: RunPosition | None = None
 ) -> PreparedSnapshot:
-    """Copy the state that a trainer has now; it must be at rest, with no stream entered.
+    """Copy the present state of a trainer, outside its random streams, into ``buffers``.
 
-    Raises `CheckpointError`, naming its path in the tree, for a value that cannot be kept.
+    Raises `CheckpointError`, naming its path in the tree, for a value that cannot be encoded.
     """
-    parts = core.config
-    best = _best(core)
-    with_grads = position is not None and position.has_gradients
-    whole = {
-        "training": training_state(parts, with_grads=with_grads),
-        "random": core.rng.state_tree({} if position is None else position.loader_rng),
-        "history": export_history(core.history),
+    config = trainer.config
+    best = _best_weights(trainer)
+    versions = getattr(best, "_metadata", None)
+    tree = {
+        "training": training_state(
+            config, with_grads=position is not None and position.has_gradients
+        ),
+        "random": trainer.rng.state_tree({} if position is None else position.loader_rng),
+        "history": export_history(trainer.history),
         "generators": {
-            str(phase): generator_states(loader) for phase, loader in core.loaders_of({}).items()
+            str(phase): generator_states(loader) for phase, loader in trainer.loaders_of({}).items()
         },
         "best": None if best is None else dict(best),
-        "best_modules": _plain_versions(best),
+        "best_modules": None if versions is None else {k: dict(v) for k, v in versions.items()},
         "run": None if position is None else position.to_tree(),
     }
     encoder = Encoder()
     try:
-        state = encoder.encode(whole, "state")
+        state = encoder.encode(tree, "state")
         tensors = encoder.tensors
-        steady = {name for name in tensors if name.startswith("state/best/")}
-        payloads = staging.copy(tensors, steady)
+        # The weights store never changes tensors that it has lent.
+        constant = {name for name in tensors if name.startswith("state/best/")}
+        payloads = buffers.copy(tensors, constant)
     except LayoutError as error:
-        raise CheckpointError(f"the state of {parts.name!r} cannot be kept: {error}") from error
+        raise CheckpointError(f"the state of {config.name!r} cannot be kept: {error}") from error
     fields = {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
@@ -103,54 +105,47 @@ def take_snapshot(
             "torch": str(torch.__version__),
             "numpy": str(np.__version__),
         },
-        "trainer": _trainer_fields(core),
+        "trainer": _trainer_fields(trainer),
         "position": {} if position is None else position.header(),
         "state": state,
     }
     return PreparedSnapshot(fields, payloads)
 
 
-def _trainer_fields(core: TrainerState) -> dict[str, Any]:
-    parts, criteria = core.config, core.criteria
+def _trainer_fields(trainer: TrainerState) -> dict[str, Any]:
+    config, criteria = trainer.config, trainer.criteria
     return {
-        "name": parts.name,
-        "model": type(parts.model).__qualname__,
-        "seed": parts.seed,
-        "num_threads": core.num_threads,
-        "device": str(parts.device),
-        "dtype": str(parts.dtype).removeprefix("torch."),
-        "epoch_num": core.epoch_num,
-        "fits": core.completed_fits,
-        "best_score": core.best_score,
-        "best_epoch": core.best_epoch,
+        "name": config.name,
+        "model": type(config.model).__qualname__,
+        "seed": config.seed,
+        "num_threads": trainer.num_threads,
+        "device": str(config.device),
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "epoch_num": trainer.epoch_num,
+        "fits": trainer.completed_fits,
+        "best_score": trainer.best_score,
+        "best_epoch": trainer.best_epoch,
         "criteria": None if criteria is None else [criteria.name, criteria.direction],
         "metrics": {
             str(phase): {
-                name: series.last for name, series in getattr(core.history, phase).epoch_end.items()
+                name: series.last
+                for name, series in getattr(trainer.history, phase).epoch_end.items()
             }
             for phase in Phase
         },
     }
 
 
-def _best(core: TrainerState) -> StateDict | None:
-    name = core.config.best_model_name
-    if core.best_score is None or not core.store.exists(name):
+def _best_weights(trainer: TrainerState) -> StateDict | None:
+    name = trainer.config.best_model_name
+    if trainer.best_score is None or not trainer.store.exists(name):
         return None
-    return core.store.borrow(name)
-
-
-def _plain_versions(state: StateDict | None) -> Any:
-    versions = getattr(state, "_metadata", None)
-    return None if versions is None else {key: dict(value) for key, value in versions.items()}
-
-
-# -- back --------------------------------------------------------------------------------------
+    return trainer.store.borrow(name)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot that was read and checked, and not yet applied."""
+    """A snapshot that was read from a file and checked."""
 
     path: Path
     trainer: dict[str, Any]
@@ -160,19 +155,14 @@ class Snapshot:
     random: dict[str, RngState]
     history: History
 
-    @property
-    def run(self) -> Any:
-        """What the run put in, or None."""
-        return self.state["run"]
-
 
 def read_snapshot(path: Path, device: torch.device | None = None) -> Snapshot:
-    """Read a snapshot; its large tensors are the file's own pages.
+    """Read and check a snapshot; its large tensors are mapped from the file.
 
-    Raises `CheckpointError` for a file that is not there, not whole or not what it should be.
+    Raises `CheckpointError` if the file is missing, damaged or no snapshot.
     """
     try:
-        if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
+        if os.path.lexists(path) and not path.is_file():  # opening a pipe would block
             raise LayoutError("it is no file")
         header, tensors = read_tensors(path, KIND, device or torch.device("cpu"))
         return _checked(path, header, Decoder(list(tensors.values())).decode(header.get("state")))
@@ -183,7 +173,7 @@ def read_snapshot(path: Path, device: torch.device | None = None) -> Snapshot:
 
 
 def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
-    """Check all that can be checked without a trainer."""
+    """Check everything that can be checked without a trainer."""
     try:
         history = History()
         restore_history(history, state["history"])
@@ -210,8 +200,7 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
         position, versions = header["position"], header["versions"]
         if not isinstance(position, dict) or not isinstance(versions, dict):
             raise TypeError("its position and versions are no maps")
-        # Cloned, as the randomness above: torch reads a generator's state from where its memory
-        # begins, and in a file that is somewhere else.
+        # Cloned, since torch ignores the offset of a generator state in its memory.
         state["run"] = clone_tensors(state["run"])
         state["generators"] = {
             str(phase): [
@@ -220,7 +209,7 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
             for phase in Phase
         }
         return Snapshot(path, trainer, position, versions, state, random, history)
-    except Exception as error:  # whatever a forged tree makes of it
+    except Exception as error:  # any error that a forged tree causes
         raise LayoutError(
             f"its state is not as fitloop writes it: {type(error).__name__}: {error}"
         ) from error
@@ -237,75 +226,56 @@ _TRAINER_KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def apply_snapshot(core: TrainerState, snapshot: Snapshot) -> None:
-    """Put a snapshot into a trainer at rest.
+def apply_snapshot(trainer: TrainerState, snapshot: Snapshot) -> None:
+    """Load a snapshot into a trainer, outside its random streams.
 
-    The randomness is put back where the trainer has the seed that it was taken with: a trainer
-    without one draws from the process's generators, which are then set.
-
-    Raises `CheckpointError`, having changed nothing, when they do not fit each other.
+    The random numbers are restored if both have the same seed; without a seed, these are the
+    global generators. Raises `CheckpointError`, having changed nothing, if they do not match.
     """
-    trainer = snapshot.trainer
-    check_training(core.config, snapshot.state["training"])
-    generators = _generators(core, snapshot)
-    restore = _restoring_random(core, snapshot)
-    undo = _keep_best(core, snapshot)
+    saved, state = snapshot.trainer, snapshot.state
+    check_training(trainer.config, state["training"])
+    restore_rng = _prepare_rng(trainer, snapshot)
+    undo = _save_best(trainer, state["best"], state["best_modules"])
     try:
-        apply_training(core.config, snapshot.state["training"])
+        apply_training(trainer, state["training"])
     except BaseException:
         undo()
         raise
-    restore_history(core.history, export_history(snapshot.history))
-    core.epoch_num = trainer["epoch_num"]
-    core.completed_fits = trainer["fits"]
-    core.best_score, core.best_epoch = trainer["best_score"], trainer["best_epoch"]
-    if core.criteria is not None and core.criteria.is_default and trainer["criteria"]:
-        core.criteria.name, core.criteria.direction = trainer["criteria"]
-    core.best_is_stale = snapshot.state["best"] is None
-    for loader, states in generators:
-        set_generator_states(loader, states)
-    restore()
+    restore_history(trainer.history, export_history(snapshot.history))
+    trainer.epoch_num = saved["epoch_num"]
+    trainer.completed_fits = saved["fits"]
+    trainer.best_score, trainer.best_epoch = saved["best_score"], saved["best_epoch"]
+    if trainer.criteria is not None and trainer.criteria.is_default and saved["criteria"]:
+        trainer.criteria.name, trainer.criteria.direction = saved["criteria"]
+    trainer.best_is_stale = state["best"] is None
+    for phase, loader in trainer.loaders_of({}).items():
+        states = state["generators"][str(phase)]
+        if [len(own) for own in generator_states(loader)] == [len(each) for each in states]:
+            set_generator_states(loader, states)
+    restore_rng()
 
 
-def _generators(core: TrainerState, snapshot: Snapshot) -> list[tuple[Any, list[Tensor]]]:
-    """Return the trainer's loaders with the states of the generators that they carry."""
-    found = []
-    for phase, loader in core.loaders_of({}).items():
-        own, saved = generator_states(loader), snapshot.state["generators"][str(phase)]
-        if [len(state) for state in own] == [len(state) for state in saved]:
-            found.append((loader, saved))
-    return found
-
-
-def _restoring_random(core: TrainerState, snapshot: Snapshot) -> Callable[[], None]:
-    """Return what puts back the randomness; raises `CheckpointError` if that cannot be done."""
-    if snapshot.trainer["seed"] != core.config.seed:
+def _prepare_rng(trainer: TrainerState, snapshot: Snapshot) -> Callable[[], None]:
+    """Return a function that restores the random numbers; raise `CheckpointError` if none can."""
+    if snapshot.trainer["seed"] != trainer.config.seed:
         return lambda: None
     try:
-        return core.rng.prepare_load(snapshot.random)
+        return trainer.rng.prepare_load(snapshot.random)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{snapshot.path} cannot be used: its random states do not fit: {error}"
         ) from error
 
 
-def _keep_best(core: TrainerState, snapshot: Snapshot) -> Callable[[], None]:
-    """Keep the best weights of the snapshot; return what puts back those before."""
-    best = snapshot.state["best"]
-    name, store = core.config.best_model_name, core.store
+def _save_best(trainer: TrainerState, best: Any, versions: Any) -> Callable[[], None]:
+    """Replace the best weights by those of a snapshot; return a function that undoes it."""
+    name, store = trainer.config.best_model_name, trainer.store
     if best is None:
         return lambda: None
     before = None
-    with suppress(CheckpointError):  # a damaged file is as good as none
+    with suppress(CheckpointError):  # a damaged file counts as none
         before = store.borrow(name) if store.exists(name) else None
-    weights = module_weights({"weights": best, "versions": snapshot.state["best_modules"]})
-    check_weights(core.config.model, weights)
+    weights = module_weights({"weights": best, "versions": versions})
+    check_weights(trainer.config.model, weights)
     store.save(name, weights)
-
-    def undo() -> None:
-        if before is None:
-            store.delete(name)
-        else:
-            store.save(name, before)
-
-    return undo
+    return partial(store.delete, name) if before is None else partial(store.save, name, before)

@@ -1,16 +1,13 @@
-"""All that training changes in the objects a trainer was given, as one tree, and back.
+"""The state of a trainer's model, loss, optimizers and schedulers as one tree, and its loading.
 
-Owns what is asked of a model, an optimizer, a scheduler ... for a snapshot, and how it is put
-into objects of another process. Restoring is all or nothing. Knows no files.
+The tree can be loaded into the objects of another process, completely or not at all. Knows no
+files.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,29 +18,29 @@ from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError, quoted_list
 from fitloop._storage.weight_files import check_module_versions, set_metadata
 from fitloop._storage.weight_store import apply_weights, check_weights
-from fitloop._training.capture import StepCapture
+from fitloop._training.trainer_state import TrainerState
 
 
-def training_state(parts: TrainerConfig, *, with_grads: bool = False) -> dict[str, Any]:
-    """Return the state of model, loss, optimizers, schedulers and the rest, not copied.
+def training_state(config: TrainerConfig, *, with_grads: bool = False) -> dict[str, Any]:
+    """Return the state of a trainer's objects; its tensors are not copied.
 
     ``with_grads`` is for runs whose gradients live longer than a batch.
     """
-    modules = _modules(parts)
-    names = _names(parts)
+    modules = _modules(config)
+    names = _names(config)
     state = {
         "modules": [_module_state(module) for module in modules],
         "frozen": [
             [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
             for module in modules
         ],
-        "outside": list(_outside(parts)),
-        "optimizers": [_optimizer_state(optimizer, names) for optimizer in parts.optimizers],
+        "outside": list(_outside(config)),
+        "optimizers": [_optimizer_state(optimizer, names) for optimizer in config.optimizers],
         "schedulers": [
             {"type": _type_of(scheduler), "state": _scheduler_state(scheduler)}
-            for scheduler in parts.lr_schedulers
+            for scheduler in config.lr_schedulers
         ],
-        "stateful": {name: item.state_dict() for name, item in stateful_objects(parts).items()},
+        "stateful": {name: item.state_dict() for name, item in stateful_objects(config).items()},
         "grads": {},
     }
     if with_grads:
@@ -52,35 +49,32 @@ def training_state(parts: TrainerConfig, *, with_grads: bool = False) -> dict[st
     return state
 
 
-def stateful_objects(parts: TrainerConfig) -> dict[str, Any]:
-    """Return the scaler and whatever else with a state was given, by name."""
-    scaler = {} if parts.scaler is None else {"scaler": parts.scaler}
-    return {**scaler, **parts.stateful}
+def stateful_objects(config: TrainerConfig) -> dict[str, Any]:
+    """Return the scaler and the other stateful objects of a trainer, by name."""
+    scaler = {} if config.scaler is None else {"scaler": config.scaler}
+    return {**scaler, **config.stateful}
 
 
-def apply_training(parts: TrainerConfig, state: Any, *, strict: bool = True) -> None:
-    """Put a `training_state` into the objects of ``parts``, which stay the same objects.
+def apply_training(trainer: TrainerState, state: Any) -> None:
+    """Load a `training_state`, checked by `check_training`, into the same objects of a trainer.
 
-    Raises `CheckpointError`, having changed nothing, when they do not fit each other.
+    Raises `CheckpointError`, having changed nothing, if one of them refuses its state.
     """
-    check_training(parts, state, strict=strict)
-    with ExitStack() as undo:
-        for restore in _copies(parts):
-            undo.callback(restore)
-        try:
-            _apply(parts, state, strict=strict)
-        except CheckpointError:
+    before = trainer.capture()
+    try:
+        _apply(trainer.config, state)
+    except BaseException as error:
+        before.restore()
+        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
             raise
-        except Exception as error:
-            raise CheckpointError(
-                f"the state does not fit the trainer: {type(error).__name__}: {error}"
-            ) from error
-        undo.pop_all()  # it went well
+        raise CheckpointError(
+            f"the state does not fit the trainer: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _modules(parts: TrainerConfig) -> list[nn.Module]:
-    loss = parts.loss_function
-    return [parts.model, loss] if isinstance(loss, nn.Module) else [parts.model]
+def _modules(config: TrainerConfig) -> list[nn.Module]:
+    loss = config.loss_function
+    return [config.model, loss] if isinstance(loss, nn.Module) else [config.model]
 
 
 def _module_state(module: nn.Module) -> dict[str, Any]:
@@ -93,30 +87,30 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
 
 
 def module_weights(module_state: Any) -> OrderedDict[str, Any]:
-    """Return the weights of a module's state as ``state_dict`` gives them."""
+    """Return the weights of a module's state in the form of ``state_dict``."""
     weights: OrderedDict[str, Any] = OrderedDict(module_state["weights"])
     set_metadata(weights, module_state["versions"])
     return weights
 
 
-def _outside(parts: TrainerConfig) -> Iterator[Tensor]:
-    """Give what an optimizer holds outside the modules, such as a learnt temperature."""
-    seen = {id(p) for module in _modules(parts) for p in module.parameters()}
-    for optimizer in parts.optimizers:
+def _outside(config: TrainerConfig) -> Iterator[Tensor]:
+    """Yield the parameters of optimizers outside the modules, such as a learnt temperature."""
+    known = {id(p) for module in _modules(config) for p in module.parameters()}
+    for optimizer in config.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
+                if id(parameter) not in known:
+                    known.add(id(parameter))
                     yield parameter
 
 
-def _names(parts: TrainerConfig) -> dict[Tensor, str]:
-    """Return a name for each parameter there is, the same in every process."""
+def _names(config: TrainerConfig) -> dict[Tensor, str]:
+    """Return a name for each parameter, which is the same in every process."""
     named: dict[Tensor, str] = {}
-    for number, module in enumerate(_modules(parts)):
+    for number, module in enumerate(_modules(config)):
         for name, parameter in module.named_parameters():
             named.setdefault(parameter, f"{number}.{name}")
-    for number, other in enumerate(_outside(parts)):
+    for number, other in enumerate(_outside(config)):
         named[other] = f"outside.{number}"
     return named
 
@@ -130,7 +124,7 @@ def _optimizer_state(optimizer: Optimizer, names: dict[Tensor, str]) -> dict[str
         "type": _type_of(optimizer),
         "names": [[names[p] for p in group["params"]] for group in optimizer.param_groups],
         "state": optimizer.state_dict(),
-        # Without it torch warns of a scheduler that steps before its optimizer ever did.
+        # Otherwise torch warns that a scheduler was stepped before its optimizer.
         "stepped": bool(getattr(optimizer, "_opt_called", False)),
     }
 
@@ -148,42 +142,39 @@ def _load_scheduler(scheduler: Any, state: Any) -> None:
         vars(scheduler).update(state)
 
 
-def check_training(parts: TrainerConfig, state: Any, *, strict: bool = True) -> None:
-    """Refuse the state of a trainer that was made otherwise, naming what differs.
-
-    Raises `CheckpointError`.
-    """
+def check_training(config: TrainerConfig, state: Any) -> None:
+    """Raise `CheckpointError`, naming the difference, for the state of a different trainer."""
     try:
-        _check_kinds(parts, state)
-        _check_contents(parts, state)
-        for module, saved in zip(_modules(parts), state["modules"], strict=True):
-            check_weights(module, saved["weights"], strict=strict)
+        _check_kinds(config, state)
+        _check_contents(config, state)
+        for module, saved in zip(_modules(config), state["modules"], strict=True):
+            check_weights(module, saved["weights"])
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a forged tree makes of it
+    except Exception as error:  # any error that a forged tree causes
         raise CheckpointError(f"the state is not as fitloop writes it: {error!r}") from error
 
 
-def _check_kinds(parts: TrainerConfig, state: Any) -> None:
-    for what, saved, own in (
-        ("optimizers", state["optimizers"], parts.optimizers),
-        ("schedulers", state["schedulers"], parts.lr_schedulers),
+def _check_kinds(config: TrainerConfig, state: Any) -> None:
+    for what, saved, present in (
+        ("optimizers", state["optimizers"], config.optimizers),
+        ("schedulers", state["schedulers"], config.lr_schedulers),
     ):
-        had, has = [item["type"] for item in saved], [_type_of(item) for item in own]
+        had, has = [item["type"] for item in saved], [_type_of(item) for item in present]
         if had != has:
             raise CheckpointError(
                 f"the {what} differ: saved were {quoted_list(had)}, "
                 f"the trainer has {quoted_list(has)}"
             )
-    stateful, mine = sorted(map(str, state["stateful"])), sorted(stateful_objects(parts))
+    stateful, mine = sorted(map(str, state["stateful"])), sorted(stateful_objects(config))
     if stateful != mine:
         raise CheckpointError(
             f"what else has a state differs: saved were {quoted_list(stateful)}, the trainer "
             f"has {quoted_list(mine)}; give scaler= and stateful= as before"
         )
     for what, count, own_count in (
-        ("modules", len(state["modules"]), len(_modules(parts))),
-        ("parameters outside the model", len(state["outside"]), len(list(_outside(parts)))),
+        ("modules", len(state["modules"]), len(_modules(config))),
+        ("parameters outside the model", len(state["outside"]), len(list(_outside(config)))),
     ):
         if count != own_count:
             raise CheckpointError(
@@ -191,14 +182,14 @@ def _check_kinds(parts: TrainerConfig, state: Any) -> None:
             )
 
 
-def _check_contents(parts: TrainerConfig, state: Any) -> None:
-    for scheduler, saved in zip(parts.lr_schedulers, state["schedulers"], strict=True):
+def _check_contents(config: TrainerConfig, state: Any) -> None:
+    for scheduler, saved in zip(config.lr_schedulers, state["schedulers"], strict=True):
         unknown = set(saved["state"]) - set(_scheduler_state(scheduler))
         if unknown:
             raise CheckpointError(
                 f"the state of {saved['type']} has what it does not know: {quoted_list(unknown)}"
             )
-    parameters = {name: parameter for parameter, name in _names(parts).items()}
+    parameters = {name: parameter for parameter, name in _names(config).items()}
     for name, grad in state["grads"].items():
         if name not in parameters or grad.shape != parameters[name].shape:
             raise CheckpointError(f"there is no parameter for the gradient of {name!r}")
@@ -207,51 +198,29 @@ def _check_contents(parts: TrainerConfig, state: Any) -> None:
             check_module_versions(saved["versions"])
 
 
-def _copies(parts: TrainerConfig) -> Iterator[Callable[[], object]]:
-    """Give what puts each thing back, except the model, whose weights come last."""
-    yield StepCapture(parts.optimizers, parts.lr_schedulers).restore
-    for item in [*stateful_objects(parts).values(), *_modules(parts)[1:]]:
-        yield partial(item.load_state_dict, copy.deepcopy(item.state_dict()))
-    for module in _modules(parts):
-        yield partial(_set_frozen, [(p, p.requires_grad) for p in module.parameters()])
-    parameters = [p for module in _modules(parts) for p in module.parameters()]
-    yield partial(_set_grads, [(p, p.grad) for p in parameters])
-    yield partial(_copy_pairs, [(p, p.detach().clone()) for p in _outside(parts)])
-
-
-def _set_frozen(flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, requires_grad in flags:
-        parameter.requires_grad_(requires_grad)
-
-
-def _set_grads(grads: list[tuple[nn.Parameter, Tensor | None]]) -> None:
-    for parameter, grad in grads:
-        parameter.grad = grad
-
-
 def _copy_pairs(pairs: list[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for target, source in pairs:
             target.copy_(source)
 
 
-def _apply(parts: TrainerConfig, state: Any, *, strict: bool) -> None:
-    parameters = {name: parameter for parameter, name in _names(parts).items()}
-    for optimizer, saved in zip(parts.optimizers, state["optimizers"], strict=True):
+def _apply(config: TrainerConfig, state: Any) -> None:
+    parameters = {name: parameter for parameter, name in _names(config).items()}
+    for optimizer, saved in zip(config.optimizers, state["optimizers"], strict=True):
         _load_optimizer(optimizer, clone_tensors(saved), parameters)
-    for scheduler, saved in zip(parts.lr_schedulers, state["schedulers"], strict=True):
+    for scheduler, saved in zip(config.lr_schedulers, state["schedulers"], strict=True):
         _load_scheduler(scheduler, clone_tensors(saved["state"]))
-    for name, item in stateful_objects(parts).items():
+    for name, item in stateful_objects(config).items():
         item.load_state_dict(clone_tensors(state["stateful"][name]))
-    _copy_pairs(list(zip(_outside(parts), state["outside"], strict=True)))
-    for module, frozen in zip(_modules(parts), state["frozen"], strict=True):
+    _copy_pairs(list(zip(_outside(config), state["outside"], strict=True)))
+    for module, frozen in zip(_modules(config), state["frozen"], strict=True):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name not in frozen)
     for name, holder in parameters.items():
         grad = state["grads"].get(name)
         holder.grad = None if grad is None else clone_tensors(grad).to(holder.device)
-    for module, saved in reversed(list(zip(_modules(parts), state["modules"], strict=True))):
-        apply_weights(module, module_weights(saved), strict=strict)
+    for module, saved in reversed(list(zip(_modules(config), state["modules"], strict=True))):
+        apply_weights(module, module_weights(saved))
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tensor]) -> None:
@@ -270,7 +239,7 @@ def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tens
     optimizer.load_state_dict(state)
     if saved["stepped"]:
         optimizer._opt_called = True  # type: ignore[attr-defined]
-    # torch casts the state to the dtype of its parameter; what was kept in another stays so.
+    # torch casts the state to the dtype of its parameter; undo that for other dtypes.
     order = [p for group in optimizer.param_groups for p in group["params"]]
     ids = [number for group in state["param_groups"] for number in group["params"]]
     for parameter, number in zip(order, ids, strict=True):
@@ -281,9 +250,9 @@ def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tens
 
 
 def clone_tensors(value: Any, memo: dict[int, Tensor] | None = None) -> Any:
-    """Return containers with tensors of memory of their own, not that of a file.
+    """Return a copy of nested containers whose tensors have memory of their own.
 
-    What was one tensor stays one.
+    A tensor that occurs twice is one tensor in the copy too.
     """
     memo = {} if memo is None else memo
     if isinstance(value, Tensor):
