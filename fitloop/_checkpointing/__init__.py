@@ -1,13 +1,13 @@
-"""Snapshots of the whole training state, and resumption from them.
+"""Snapshots of the complete training state, and resumption from them.
 
-Owns the content of a snapshot, when one is taken, and the way back. Must not know terminals or
-event loops.
+Owns the content of a snapshot, the time to take one, and the return to it. Must not know the
+engine's loop, terminals or event loops.
 
-- `training_state`: everything that training changes, as a tree.
-- `run_position`: what a run adds to it.
+- `training_state`: the state of model, optimizers and schedulers as a tree.
+- `run_position`: the position of a run in a snapshot.
 - `snapshot`: both in one file.
 - `archive`: the snapshots in a directory.
 - `checkpointer`: `Checkpoint`, and when a snapshot is taken.
-- `rollback`: the way back after a declined continue question.
-- `persistence`, `run_log`: the files of one run.
+- `rollback`: a copy in memory, for a no to the continue question.
+- `run_files`, `run_log`: the files of one run.
 """

@@ -1,7 +1,7 @@
-"""Events to whoever listens: observers on the step thread, streams and tasks on event loops.
+"""The delivery of events: to observers on the step thread, and to streams on event loops.
 
-`EventBus.emit` is called on the step thread only. Observers are called there and then, in order; an
-`EventStream` is a bounded queue that any event loop reads at its own pace.
+`EventBus.emit` calls the observers at once, in their order. An `EventStream` is a bounded queue
+that any event loop reads at its own pace.
 """
 
 from __future__ import annotations
@@ -19,28 +19,27 @@ from fitloop._events import BatchProgress, Event, RunEnded
 from fitloop._public import public
 
 STREAM_LIMIT = 1024
-"""events that a stream keeps for a slow reader"""
+"""default size of the queue of a stream"""
 
 
 @public
 class EventStream:
-    """Events for ``async for``; made by ``trainer.events()`` and ``runner.events()``.
+    """An async iterator over events; ``trainer.events()`` and ``runner.events()`` return one.
 
-    Iteration ends after the `RunEnded` of a trainer's run, and with a runner. A reader that falls
-    behind does not slow the training: a newer `BatchProgress` replaces an unread older one, and
-    beyond ``limit`` events the oldest are dropped and counted in `dropped`.
-
-    Cancelling the reader loses no event: the next ``async for`` goes on with it.
+    Iteration ends after the `RunEnded` of a trainer's run, and with a runner. A slow reader does
+    not slow the training: a newer `BatchProgress` replaces an unread older one, and beyond
+    ``limit`` events the oldest are dropped. A cancelled reader loses no event: the next
+    ``async for`` continues with it.
     """
 
     def __init__(
         self,
-        listeners: EventStreams,
+        streams: EventStreams,
         limit: int | None = STREAM_LIMIT,
         *,
         ends_with_run: bool = True,
     ) -> None:
-        self._listeners = listeners
+        self._streams = streams
         self._limit = limit
         self._ends_with_run = ends_with_run
         self._lock = threading.Lock()
@@ -49,11 +48,11 @@ class EventStream:
         self._ended = False
         self._read_end = False
         self.dropped = 0
-        """events lost to a slow reader"""
+        """number of events that were dropped"""
 
     async def __aenter__(self) -> EventStream:
         self._bell = ThreadsafeEvent()
-        self._listeners.add_stream(self)
+        self._streams.add_stream(self)
         return self
 
     async def __aexit__(
@@ -62,7 +61,7 @@ class EventStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._listeners.remove_stream(self)
+        self._streams.remove_stream(self)
 
     def __aiter__(self) -> EventStream:
         return self
@@ -73,7 +72,7 @@ class EventStream:
                 "this event stream is not open; use `async with trainer.events() as events`"
             )
         if self._read_end:
-            self._read_end = False  # it may be read again for the next run
+            self._read_end = False  # the next ``async for`` reads the next run
             raise StopAsyncIteration
         while True:
             with self._lock:
@@ -99,17 +98,17 @@ class EventStream:
             self._bell.set()
 
     def _drop_older(self, event: BatchProgress) -> None:
-        """Drop the same trainer's progress among the newest events."""
-        for place in range(len(self._events) - 1, -1, -1):
-            other = self._events[place]
-            if not isinstance(other, BatchProgress):
+        """Drop an older progress event of the same trainer at the end of the queue."""
+        for index in range(len(self._events) - 1, -1, -1):
+            older = self._events[index]
+            if not isinstance(older, BatchProgress):
                 return
-            if other.trainer == event.trainer:
-                del self._events[place]
+            if older.trainer == event.trainer:
+                del self._events[index]
                 return
 
     def end(self) -> None:
-        """End every iteration after the events there are; any thread."""
+        """End the iteration after the queued events; any thread."""
         with self._lock:
             self._ended = True
         if self._bell is not None:
@@ -117,36 +116,36 @@ class EventStream:
 
 
 class EventStreams:
-    """The streams that are told of events, from any thread."""
+    """The open event streams of a trainer or runner; for any thread."""
 
     def __init__(self) -> None:
         self._streams: list[EventStream] = []
         self._ended = False
 
     def add_stream(self, stream: EventStream) -> None:
-        """Have ``stream`` told of every event from now on."""
+        """Pass every event from now on to ``stream``."""
         self._streams = [*self._streams, stream]
         if self._ended:
             stream.end()
 
     def remove_stream(self, stream: EventStream) -> None:
-        """Tell ``stream`` no more."""
-        self._streams = [other for other in self._streams if other is not stream]
+        """Pass no more events to ``stream``."""
+        self._streams = [each for each in self._streams if each is not stream]
 
     def push(self, event: Event) -> None:
-        """Tell every stream; never blocks."""
+        """Pass an event to every stream; never blocks."""
         for stream in self._streams:
             stream.push(event)
 
     def end(self) -> None:
-        """End every stream after the events there are, and those that are added later at once."""
+        """End every stream after its queued events; a stream added later ends at once."""
         self._ended = True
         for stream in self._streams:
             stream.end()
 
 
 class EventBus(EventStreams):
-    """Hands each event to the observers of a run, in order, and to the streams of its trainer."""
+    """Passes each event to the streams of a trainer and to the observers of its run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,15 +154,15 @@ class EventBus(EventStreams):
         self._emitting = False
 
     def set_observers(self, observers: Iterable[Callable[[Event], object]]) -> None:
-        """Set who is told of the events of the next run."""
+        """Set the observers of the next run."""
         self._observers = list(observers)
         self._queue.clear()
         self._emitting = False
 
     def emit(self, event: Event) -> None:
-        """Tell everyone; an event that an observer emits comes after this one for all.
+        """Pass on an event, on the step thread; raise the error of an observer.
 
-        Raises what an observer raises.
+        An event that an observer emits meanwhile is passed on after this one.
         """
         self._queue.append(event)
         if self._emitting:
@@ -172,7 +171,7 @@ class EventBus(EventStreams):
         try:
             while self._queue:
                 current = self._queue.popleft()
-                self.push(current)  # first: streams cannot fail, observers can
+                self.push(current)  # first, since observers can raise an error
                 for observe in self._observers:
                     observe(current)
         finally:

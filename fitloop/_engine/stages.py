@@ -1,7 +1,6 @@
-"""The nine stage functions: which one runs when, the default ones, and how one is called.
+"""The table of the nine stage functions, the default ones, and the context of a coroutine.
 
-Owns the table (phase, stage) -> function and the call of an ``async def`` one, which runs on the
-event loop while the step thread waits. Knows neither epochs nor batches.
+The coroutine of an ``async def`` stage runs on the event loop while the step thread waits.
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ from fitloop._types import Phase, Stage
 
 @public
 def default_batch_step(state: LoopState) -> dict[str, Any]:
-    """Predict, take the loss, and in the train phase step every optimizer.
+    """Compute predictions and loss; in the train phase, step every optimizer.
 
-    Expects batches of ``(inputs, targets)``. Returns ``running_loss`` (the loss times the
-    samples of the batch) and, for integer targets, ``running_corr`` (the samples whose largest
-    output along dimension 1 is the target's class; of dense targets the share that is right).
+    Expects batches of ``(inputs, targets)``. Returns ``running_loss``, the loss times the batch
+    size, and for integer targets ``running_corr``, the number of samples whose largest output
+    along dimension 1 is the target class. A sample with dense targets counts with the share of its
+    targets that are predicted correctly.
     """
     inputs, targets = state.batch
     predictions = state.model(inputs)
@@ -43,12 +43,12 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
             for optimizer in state.optimizers:
                 scaler.step(optimizer)
             scaler.update()
-    # On a device nothing may wait for the value; on the CPU it is there, in full precision.
+    # Reading a value from a device would wait for it.
     value = loss.item() if loss.is_cpu else loss.detach()
     metrics: dict[str, Any] = {"running_loss": value * state.batch_size}
     if not targets.is_floating_point():
         correct = predictions.argmax(dim=1) == targets
-        if correct.ndim > 1:  # a class for each pixel or word: the share of a sample's that are
+        if correct.ndim > 1:  # a class for each pixel or word
             correct = correct.flatten(1).double().mean(dim=1)
         metrics["running_corr"] = correct.sum()
     return metrics
@@ -56,11 +56,10 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
 
 @public
 def default_epoch_end(state: LoopState) -> dict[str, float]:
-    """Return the means over the samples of the epoch.
+    """Return means over the samples of the epoch.
 
-    ``running_loss`` gives ``loss`` and ``running_corr`` gives ``accuracy``: their sums over the
-    samples. Any other scalar of the batch steps gives its mean, weighted by batch size, under its
-    own name.
+    The sums of ``running_loss`` and ``running_corr``, divided by the samples, are ``loss`` and
+    ``accuracy``. Any other scalar of the batch steps gives its mean, weighted by batch size.
     """
     metrics: dict[str, float] = {}
     sizes = np.asarray(state.batch_sizes, dtype=np.float64)
@@ -73,7 +72,7 @@ def default_epoch_end(state: LoopState) -> dict[str, float]:
             metrics[_SUMS[name]] = _sum(column) / state.size
         elif len(column) == len(sizes):
             metrics[name] = _sum(column * sizes) / state.size
-        else:  # a name that only some batches returned
+        else:  # only some batches returned this name
             metrics[name] = _sum(column) / len(column)
     return metrics
 
@@ -82,7 +81,7 @@ _SUMS = {"running_loss": "loss", "running_corr": "accuracy"}
 
 
 def _sum(values: Any) -> float:
-    # One after the other, as a hand-written loop adds up: numpy's pairwise sum rounds elsewhere.
+    # In the order of a hand-written loop: the pairwise sum of numpy rounds differently.
     return float(np.add.accumulate(values)[-1])
 
 
@@ -93,7 +92,7 @@ _DEFAULTS: dict[Stage, Callable[[LoopState], Any]] = {
 
 
 class Stages:
-    """The stage functions of one trainer, the defaults where none was given."""
+    """The stage functions of one trainer, or their defaults."""
 
     def __init__(self, parts: TrainerConfig) -> None:
         self._table = {
@@ -102,18 +101,18 @@ class Stages:
         }
 
     def get(self, phase: Phase, stage: Stage) -> Callable[[LoopState], Any] | None:
-        """Return the function, or None when there is nothing to do."""
+        """Return the function, or None if there is neither one nor a default."""
         return self._table[phase, stage]
 
 
 class ThreadContext(Protocol):
-    """What the thread of a trainer's code is in, such as a stream of random numbers."""
+    """State of a thread that the code of a trainer needs, such as its random numbers."""
 
     def resume(self) -> None:
-        """Have the calling thread be in it, for one step of a coroutine."""
+        """Install it in the calling thread, for one step of a coroutine."""
 
     def pause(self) -> None:
-        """End `resume`."""
+        """Undo `resume`."""
 
 
 class ExecutionContext:
@@ -128,32 +127,24 @@ class ExecutionContext:
         self.grad = grad
         self._thread_contexts = thread_contexts
 
-    def resume(self) -> None:
-        """Enter all thread contexts."""
-        for place in self._thread_contexts:
-            place.resume()
-
-    def pause(self) -> None:
-        """Leave them again."""
-        for place in reversed(self._thread_contexts):
-            place.pause()
-
     def wrap(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:
-        """Return an awaitable that does the same with the scope around every step."""
-        outside: list[bool] = []
+        """Return an awaitable that enters this context for each step of another one."""
+        previous: list[bool] = []
 
         def before() -> None:
-            outside.append(torch.is_grad_enabled())
+            previous.append(torch.is_grad_enabled())
             torch.set_grad_enabled(self.grad)
-            self.resume()
+            for context in self._thread_contexts:
+                context.resume()
 
         def after() -> None:
-            self.pause()
-            torch.set_grad_enabled(outside.pop())
+            for context in reversed(self._thread_contexts):
+                context.pause()
+            torch.set_grad_enabled(previous.pop())
 
         return SteppedAwaitable(awaitable, before, after)
 
 
 def is_awaitable(value: object) -> bool:
-    """Return whether a stage function returned something to be awaited."""
+    """Return whether a stage function returned an awaitable."""
     return inspect.isawaitable(value)
