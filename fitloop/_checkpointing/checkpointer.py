@@ -92,7 +92,7 @@ class Checkpointer:
         self._outside = outside
         self._control = control
         self._clock = clock
-        self._staging = SnapshotBuffers()
+        self._buffers = SnapshotBuffers()
         self._outcomes: deque[Event] = deque()
         """events of the writer thread that are not emitted yet"""
         self._is_writing = False
@@ -151,7 +151,7 @@ class Checkpointer:
         position = self._position(finished)
         path = self._archive.next_path()
         try:
-            prepared = take_snapshot(self._trainer, self._staging, position)
+            prepared = take_snapshot(self._trainer, self._buffers, position)
         except CheckpointError as error:
             self._outcomes.append(self._failure(path, position, error))
             self._emit_outcomes()

@@ -59,7 +59,7 @@ class RunPosition:
 
     @property
     def loader_rng(self) -> dict[Phase, RngState]:
-        """Random states of loaders, whose own streams may be ahead of the training."""
+        """Random states of loaders. Their streams may be ahead of the training."""
         if self.train_pass is None:
             return {}
         return {Phase.TRAIN: self.train_pass.resume_from.rng_state}

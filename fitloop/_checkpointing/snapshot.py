@@ -250,7 +250,7 @@ def apply_snapshot(trainer: TrainerState, snapshot: Snapshot) -> None:
     trainer.best_is_stale = state["best"] is None
     for phase, loader in trainer.loaders_of({}).items():
         states = state["generators"][str(phase)]
-        if [len(own) for own in generator_states(loader)] == [len(each) for each in states]:
+        if [len(state) for state in generator_states(loader)] == [len(each) for each in states]:
             set_generator_states(loader, states)
     restore_rng()
 

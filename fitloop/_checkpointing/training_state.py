@@ -106,13 +106,11 @@ def _outside(config: TrainerConfig) -> Iterator[Tensor]:
 
 def _names(config: TrainerConfig) -> dict[Tensor, str]:
     """Return a name for each parameter, which is the same in every process."""
-    named: dict[Tensor, str] = {}
+    names: dict[Tensor, str] = {}
     for number, module in enumerate(_modules(config)):
         for name, parameter in module.named_parameters():
-            named.setdefault(parameter, f"{number}.{name}")
-    for number, other in enumerate(_outside(config)):
-        named[other] = f"outside.{number}"
-    return named
+            names.setdefault(parameter, f"{number}.{name}")
+    return names | {each: f"outside.{number}" for number, each in enumerate(_outside(config))}
 
 
 def _type_of(item: object) -> str:
@@ -172,13 +170,13 @@ def _check_kinds(config: TrainerConfig, state: Any) -> None:
             f"what else has a state differs: saved were {quoted_list(stateful)}, the trainer "
             f"has {quoted_list(mine)}; give scaler= and stateful= as before"
         )
-    for what, count, own_count in (
+    for what, count, present_count in (
         ("modules", len(state["modules"]), len(_modules(config))),
         ("parameters outside the model", len(state["outside"]), len(list(_outside(config)))),
     ):
-        if count != own_count:
+        if count != present_count:
             raise CheckpointError(
-                f"the {what} differ: saved were {count}, the trainer has {own_count}"
+                f"the {what} differ: saved were {count}, the trainer has {present_count}"
             )
 
 
@@ -198,12 +196,6 @@ def _check_contents(config: TrainerConfig, state: Any) -> None:
             check_module_versions(saved["versions"])
 
 
-def _copy_pairs(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for target, source in pairs:
-            target.copy_(source)
-
-
 def _apply(config: TrainerConfig, state: Any) -> None:
     parameters = {name: parameter for parameter, name in _names(config).items()}
     for optimizer, saved in zip(config.optimizers, state["optimizers"], strict=True):
@@ -212,22 +204,24 @@ def _apply(config: TrainerConfig, state: Any) -> None:
         _load_scheduler(scheduler, clone_tensors(saved["state"]))
     for name, item in stateful_objects(config).items():
         item.load_state_dict(clone_tensors(state["stateful"][name]))
-    _copy_pairs(list(zip(_outside(config), state["outside"], strict=True)))
+    with torch.no_grad():
+        for parameter, value in zip(_outside(config), state["outside"], strict=True):
+            parameter.copy_(value)
     for module, frozen in zip(_modules(config), state["frozen"], strict=True):
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name not in frozen)
-    for name, holder in parameters.items():
+        for name, trained in module.named_parameters():
+            trained.requires_grad_(name not in frozen)
+    for name, target in parameters.items():
         grad = state["grads"].get(name)
-        holder.grad = None if grad is None else clone_tensors(grad).to(holder.device)
+        target.grad = None if grad is None else clone_tensors(grad).to(target.device)
     for module, saved in reversed(list(zip(_modules(config), state["modules"], strict=True))):
         apply_weights(module, module_weights(saved))
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tensor]) -> None:
     state, names = saved["state"], saved["names"]
-    own = {parameter: name for name, parameter in parameters.items()}
+    names_now = {parameter: name for name, parameter in parameters.items()}
     groups = optimizer.param_groups
-    if names != [[own[p] for p in group["params"]] for group in groups]:
+    if names != [[names_now[p] for p in group["params"]] for group in groups]:
         unknown = [name for group in names for name in group if name not in parameters]
         if unknown:
             raise CheckpointError(

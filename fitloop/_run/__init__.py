@@ -1,9 +1,10 @@
 """One run of a trainer: a fit, a test, a sanity check or a profile.
 
-Owns what comes before the loop, around it and after it. Must not know several trainers.
+Owns the preparation of a run, its observers, and its end. Must not know other trainers.
 
 - `fit_options`: checks the arguments of `fit`.
-- `launch`: from the call of a coroutine to a run in a thread.
-- `run`: the run.
-- `questions`: the continue question of a run.
+- `launch`: starts the thread of a run.
+- `session`: the conditions in which the code of a run executes.
+- `run`: the run, with the ordered table of its observers.
+- `prompts`: the continue question of a run.
 """

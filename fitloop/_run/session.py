@@ -51,15 +51,13 @@ class RunContext:
 class RunSession:
     """Prepares the step thread and the trainer for one run, and restores both.
 
-    Everything is in effect when the constructor returns, and nothing if it raises. At the end of
-    the run, call `restore` and then `close`, both from any thread.
+    At the end of the run, call `restore` and then `close`, from any thread.
 
     Args:
         context: inputs of the run.
-        plan: replaces the plan of the context, for a resumed run.
-        dry: copy the state of the training now, for `restore_training`, and restore it at the end.
-        num_threads: replaces the number of the context.
-        rng: replaces the random numbers of the trainer (or their copy, for a dry run).
+        plan, num_threads: replace those of the context, for a resumed run.
+        dry: restore the training at the end, and use copies of the trainer's random streams.
+        rng: replaces these random streams.
     """
 
     def __init__(
@@ -147,7 +145,7 @@ class RunSession:
             self._capture.restore()
 
     def restore(self, ending: RunEnding) -> None:
-        """Restore the random generators, the modes of the modules, and what a dry run changed."""
+        """Restore the random generators and the modes; after a dry run, also the training."""
         self._cuda_stream.enter()  # this may be another thread than the step thread
         ending.attempt("putting back the random generators", self.guard.close)
         for function in (
