@@ -51,8 +51,9 @@ class Archive:
         self._entries = []
         for number, path in self._files():
             self._next = number + 1
-            with suppress(_UnreadableError):
-                self._entries.append(_look_into(number, path))
+            entry = _read_entry(number, path)
+            if entry is not None:
+                self._entries.append(entry)
 
     def is_empty(self) -> bool:
         """Return whether there is no file of a snapshot."""
@@ -122,11 +123,7 @@ class Archive:
             yield number, self.directory / name
 
 
-class _UnreadableError(Exception):
-    pass
-
-
-def _look_into(number: int, path: Path) -> SnapshotEntry:
+def _read_entry(number: int, path: Path) -> SnapshotEntry | None:
     try:
         header, _entries, _size = read_file_header(path)
         position = header["position"]
@@ -136,7 +133,7 @@ def _look_into(number: int, path: Path) -> SnapshotEntry:
     except (OSError, LayoutError, KeyError, TypeError, ValueError) as error:
         why = reason(error) if isinstance(error, (OSError, LayoutError)) else "it has no position"
         _warn_unreadable(f"{path} cannot be read: {why}")
-        raise _UnreadableError from error
+        return None
 
 
 def _warn_unreadable(why: object) -> None:
