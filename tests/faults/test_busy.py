@@ -1,4 +1,4 @@
-"""One coroutine of a trainer at a time, one trainer of a model at a time."""
+"""A trainer runs one coroutine at a time, and a model has one running trainer at a time."""
 
 from __future__ import annotations
 

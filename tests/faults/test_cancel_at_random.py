@@ -1,4 +1,4 @@
-"""Two hundred cancels wherever a run happens to be, each followed by training on."""
+"""Two hundred cancellations at random points of a run; the trainer trains on after each."""
 
 from __future__ import annotations
 

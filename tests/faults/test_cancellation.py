@@ -1,4 +1,4 @@
-"""A run can be cancelled anywhere, in any way: the model is whole, and the trainer trains on."""
+"""A run can be cancelled at any point and in any way; the model stays consistent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fitloop import LoopState, default_batch_step
 at_each_point = pytest.mark.parametrize("point", CANCELLATION_POINTS, ids=lambda point: point.name)
 
 
-# -- everywhere ----------------------------------------------------------------------------------
+# -- cancellation at every point -----------------------------------------------------------------
 
 
 @native_and_scope
@@ -93,7 +93,7 @@ async def test_cancel_when_repeated_is_survived(
     await checked.check_can_train_again()
 
 
-# -- what is told and recorded -------------------------------------------------------------------
+# -- events and history --------------------------------------------------------------------------
 
 
 @native_and_scope
@@ -217,7 +217,7 @@ async def test_cancel_when_in_a_weights_call_lets_that_end(method: CancelMethod,
     await checked.fit(epochs=1)
 
 
-# -- stages that do not go at once ---------------------------------------------------------------
+# -- stages that clean up slowly -----------------------------------------------------------------
 
 
 @native_and_scope
@@ -321,7 +321,7 @@ async def test_stop_when_it_comes_with_a_cancel_still_raises_the_cancel(
     await checked.check_can_train_again()
 
 
-# -- what is left, and where it runs -------------------------------------------------------------
+# -- leftovers and threads -----------------------------------------------------------------------
 
 
 async def test_threads_when_cancelled_have_ended_before_fit_returns(anyio_backend: Any) -> None:
@@ -385,7 +385,7 @@ async def test_default_executor_of_the_loop_when_training_is_not_used(
 
 
 def test_fit_when_its_event_loop_was_closed_ends_its_thread() -> None:
-    """A loop that is thrown away closes its coroutines: nobody can await the thread then."""
+    """A loop that is discarded closes its coroutines, so none of them can await the thread."""
     loop = asyncio.new_event_loop()
     tasks: list[asyncio.Task[Any]] = []
     all_checked: list[CheckedTrainer] = []

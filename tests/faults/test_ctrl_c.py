@@ -1,4 +1,4 @@
-"""Real SIGINTs in a process of its own: a run ends at a batch boundary, and training can go on."""
+"""Real SIGINTs in a separate process: a run ends at a batch boundary, and can be continued."""
 
 from __future__ import annotations
 
@@ -161,12 +161,12 @@ class Script:
         self._process.stdin.flush()
 
     def interrupt(self) -> None:
-        """Press Ctrl-C, and wait until the process has seen it."""
+        """Press Ctrl-C, and wait until the process has received it."""
         self._process.send_signal(signal.SIGINT)
         assert self.read() == "noticed"
 
     def end(self) -> tuple[str, str, int]:
-        """Return the rest of what it prints, its errors, and how it ended."""
+        """Return the rest of its output, its errors, and its exit code."""
         self._process.stdin.close()
         output, errors = self._process.stdout.read(), self._process.stderr.read()
         return output, errors, self._process.wait(END_TIMEOUT)

@@ -1,4 +1,4 @@
-"""A disk that fails or is slow: what a run that takes snapshots makes of it."""
+"""Runs with snapshots on a disk that fails or is slow."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def temporary_files(directory: Path) -> list[Path]:
 
 
 class Disk:
-    """Makes a function of `os` fail for what is written under ``snapshots``, while it is broken."""
+    """Makes a function of `os` fail for files under ``snapshots``, while ``broken`` is true."""
 
     def __init__(self, patch: pytest.MonkeyPatch, name: str, error: OSError) -> None:
         self.broken = False

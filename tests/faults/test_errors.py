@@ -1,4 +1,4 @@
-"""Whatever user code raises reaches the caller as the same object, with a note that says where."""
+"""Exceptions of user code reach the caller as the same object, with a note of their place."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ async def test_scheduler_when_it_raises_is_told(
     await injector.check(checked.fit, *words)
 
 
-# -- two at once ---------------------------------------------------------------------------------
+# -- two at a time -------------------------------------------------------------------------------
 
 
 def _all_of(error: BaseException) -> set[int]:
@@ -358,7 +358,7 @@ async def test_stage_when_it_raises_after_a_cancel_is_told_and_not_lost() -> Non
         await injector.check(wait, "train", "epoch 1", "batch 1")
 
 
-# -- who else hears of it ------------------------------------------------------------------------
+# -- events, log and snapshots -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["epoch_started", "run_ended"])

@@ -1,4 +1,4 @@
-"""A loader that does not return must not hang the cancel, and touches nothing afterwards."""
+"""A loader that does not return cannot block a cancellation, and changes nothing afterwards."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ async def test_other_seeded_trainers_when_one_was_abandoned_get_their_turn(
 
 
 class DrawingAfterHang:
-    """Draws from the process's generators when nobody waits for its batches any more."""
+    """A loader that uses the global generators after its run has been abandoned."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -234,7 +234,7 @@ class AsyncHanging:
 async def test_cancel_when_an_async_loader_hangs_cancels_it_without_a_warning(
     method: CancelMethod, at_iter: bool, prefetch: int
 ) -> None:
-    """What awaits can be cancelled: nothing is left behind, so there is nothing to warn of."""
+    """An async loader can be cancelled: no thread is left, so there is no warning."""
     with Gate() as gate:
         loader = AsyncHanging(gate, at_iter=at_iter)
         checked = CheckedTrainer(train_dl=loader, prefetch=prefetch, loader_grace=GRACE)
@@ -263,7 +263,7 @@ class HangingInWorker(Dataset[Any]):
 
 
 class Announcing:
-    """A loader that says when its third batch is asked for."""
+    """A loader that calls ``reached`` before it returns its third batch."""
 
     def __init__(self, loader: Iterable[Any], reached: Callable[[], object]) -> None:
         self._loader, self._reached = loader, reached

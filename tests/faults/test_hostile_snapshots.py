@@ -1,4 +1,4 @@
-"""Snapshots that are damaged or forged: refused with a CheckpointError, and nothing is changed."""
+"""Damaged and forged snapshots are refused with a CheckpointError, and nothing changes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Target:
         self.before = trainer_state(self.trainer)
 
     def refuses(self, data: bytes, match: str = "") -> None:
-        """Check that ``data`` is refused, and the trainer is what it was."""
+        """Check that ``data`` is refused, and that the trainer has not changed."""
         self.path.write_bytes(data)
         with pytest.raises(CheckpointError, match=match):
             self.trainer.load("bad")
@@ -263,7 +263,7 @@ def test_load_when_a_newer_version_wrote_it_then_that_is_said(target: Target) ->
 def test_load_when_numpys_position_is_forged_then_the_process_does_not_crash(
     tmp_path: Path,
 ) -> None:
-    """In a process of its own: numpy reads beyond its buffer where nobody looks."""
+    """In a separate process, because numpy may read beyond its buffer."""
 
     def forge(header: dict[str, Any]) -> None:
         own = header["state"]["random"]["process"]
@@ -586,7 +586,7 @@ def test_campaign_when_readers_are_wrong_then_it_says_so(
 
 
 def test_forging_when_repeated_then_the_same_files_come(tmp_path: Path) -> None:
-    """Whatever was forged before: a failure can be looked into by the number of its file."""
+    """Earlier files do not matter, so a failure can be repeated by the number of its file."""
     made: list[dict[str, bytes]] = []
     for numbers in (range(200), reversed(range(200))):
         own = {subject.name: subject for subject in subjects(tmp_path)}

@@ -1,4 +1,4 @@
-"""Real SIGKILLs at random moments: a training that is started again ends as if there were none."""
+"""Real SIGKILLs at random moments do not change the result of a training."""
 
 from __future__ import annotations
 

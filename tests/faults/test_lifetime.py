@@ -1,4 +1,4 @@
-"""What a run holds, blocks and changes: nothing that outlasts it, and nothing of the process."""
+"""A run leaves no objects behind, blocks no reader, and changes nothing in the process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROGRESS = "batch_progress"
 """how many of these come depends on the clock"""
 
 
-# -- what is held ----------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -139,7 +139,7 @@ async def test_many_runs_when_repeated_leave_no_more_objects(anyio_backend: Any)
     assert counts[1:] == [counts[1]] * 5
 
 
-# -- who waits for whom ----------------------------------------------------------------------------
+# -- readers and training --------------------------------------------------------------------------
 
 
 @pytest.mark.slow

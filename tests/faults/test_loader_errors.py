@@ -1,4 +1,4 @@
-"""What a loader, its dataset or its batches raise reaches the caller, after the good batches."""
+"""Errors of a loader, its dataset or its batches reach the caller, after the good batches."""
 
 from __future__ import annotations
 

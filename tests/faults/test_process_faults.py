@@ -255,7 +255,7 @@ def test_jobs_when_the_program_has_no_stdout_then_are_done(tmp_path: Path) -> No
 def begun(
     place: Path, text: str, *arguments: str, without_stdout: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Begin a script that finds the package and what supports its tests."""
+    """Start a script that can import fitloop and the helpers of its tests."""
     script = place / "parent.py"
     script.write_text(text)
     root = Path(__file__).parents[2]

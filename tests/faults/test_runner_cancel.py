@@ -1,4 +1,4 @@
-"""A `Runner` that is cancelled, or whose block or jobs fail: nothing is left running."""
+"""A `Runner` that is cancelled, or whose block or jobs fail, leaves nothing running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot work is refused: it is said what was given, what was expected, and how to mend it.
+"""Bad input is refused with an error that names the value, the expected one and the remedy.
 
 Nothing has been changed then: neither the model and the optimizer, nor the process.
 """
@@ -197,7 +197,7 @@ def test_constructor_when_a_stage_can_take_one_argument_then_accepts_it(function
 
 
 def test_constructor_when_one_of_several_optimizers_holds_no_parameters_then_accepts_it() -> None:
-    """It may hold those of something else, a loss with parameters for one."""
+    """The optimizer may have other parameters too, for example those of a loss."""
     model = mlp()
     trainer(model=model, optimizer=[SGD(model.parameters(), lr=0.1), other_optimizer()])
 
@@ -335,7 +335,7 @@ async def test_sync_trainer_when_an_event_loop_runs_then_says_what_to_await() ->
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_async_loader_when_it_raises_cancelled_itself_then_no_data_are_dropped() -> None:
-    """Its inner task may have been cancelled; that is no end of the data."""
+    """An inner task of the loader may have been cancelled; that does not end the data."""
     error = asyncio.CancelledError("of the loader")
 
     async def broken() -> AsyncIterator[Any]:

@@ -1,4 +1,4 @@
-"""The commands of a shell: what they print, write and return, and how they refuse."""
+"""The commands of the command line: output, files, exit status, and refused arguments."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def usage(out: Out, *arguments: object) -> str:
     return out.readouterr().err
 
 
-# -- all of them -----------------------------------------------------------------------------------
+# -- all commands ----------------------------------------------------------------------------------
 
 
 def test_command_when_none_is_given_then_all_are_named_and_the_status_is_2(capsys: Out) -> None:

@@ -1,4 +1,4 @@
-"""Trainers that share a process have the bits that each has alone, and step at the same time."""
+"""Trainers in one process give the bits of each one alone, and step at the same time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``run_sanity_check`` and ``run_profiler``: whatever happens in them, nothing is changed."""
+"""``run_sanity_check`` and ``run_profiler`` change nothing, also if they fail."""
 
 from __future__ import annotations
 

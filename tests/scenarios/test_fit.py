@@ -1,4 +1,4 @@
-"""What `fit` and `test` do and return: epochs, stopping, metrics of the default stages."""
+"""The behaviour of `fit` and `test`: epochs, stopping, metrics of the default stages."""
 
 from __future__ import annotations
 

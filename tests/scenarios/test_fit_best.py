@@ -1,4 +1,4 @@
-"""The best model: which epoch it is, when it is restored, and where its weights are kept."""
+"""The best model: its epoch, the moment of its restoration, the place of its weights."""
 
 from __future__ import annotations
 

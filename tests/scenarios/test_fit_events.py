@@ -1,4 +1,4 @@
-"""The order of a run's events, for callbacks and for readers of `events()`."""
+"""The order of the events of a run, for callbacks and for readers of `events()`."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ Stop = tuple[int, str, int] | None
 
 
 def reference(epochs: int, counts: dict[str, int], stop: Stop) -> list[str]:
-    """Return the events of a run that calls ``state.stop()`` in the batch step that ``stop`` names.
+    """Return the events of a run that calls ``state.stop()`` in batch step ``stop``.
 
     A train phase that was cut still ends, on what was seen; a validation does not. What comes
     after the stop is not begun.

@@ -1,4 +1,4 @@
-"""What a person sees: the epoch lines in the seed's format, and the question whether to go on."""
+"""The printed output of a run: the lines of epochs, and the continue question."""
 
 from __future__ import annotations
 

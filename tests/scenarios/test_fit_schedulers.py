@@ -1,4 +1,4 @@
-"""When learning-rate schedulers are stepped, compared with the written-out order of a run."""
+"""The steps of learning-rate schedulers, compared with a written order of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Trace = list[str]
 
 
 def traced(scheduler: Any, trace: Trace, mark: str = "step") -> Any:
-    """Have every step of ``scheduler`` noted, with what it was given."""
+    """Record every step of ``scheduler`` with its arguments."""
     step = scheduler.step
 
     def noted(*given: Any) -> None:

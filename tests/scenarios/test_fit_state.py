@@ -1,4 +1,4 @@
-"""What stage functions see: the batch in its form, the values so far, the trainer's parts."""
+"""The argument of stage functions: the batch, the values so far, the parts of the trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run in a Jupyter notebook: a real kernel, its messages read."""
+"""The display of a run in a real Jupyter kernel, read from its messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loop written by hand is the oracle: a trainer gives the same numbers, bit for bit."""
+"""A trainer gives the same numbers as a loop written by hand, bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUIET: dict[str, Any] = {"verbose": False, "load_best": False}
 
 @dataclass
 class Record:
-    """What a loop saw: by phase, one value a batch or one value an epoch."""
+    """The values of a loop by phase: one a batch, or one an epoch."""
 
     batch_losses: dict[str, list[float]] = field(default_factory=lambda: {"train": [], "valid": []})
     losses: dict[str, list[float]] = field(default_factory=lambda: {"train": [], "valid": []})
@@ -138,7 +138,7 @@ def cnn_loaders(*, own_seed: int | None = None) -> tuple[DataLoader[Any], DataLo
 
 
 async def test_cnn_with_dropout_and_batch_norm_when_unseeded_then_equals_the_loop() -> None:
-    """It draws where a hand-written loop draws: shuffle, dropout, and nothing else."""
+    """The trainer uses random numbers where a loop by hand does: for shuffling and dropout."""
     model = cnn()
     torch.manual_seed(11)
     expected = hand_written_loop(model, [Adam(model.parameters())], *cnn_loaders(), 3)

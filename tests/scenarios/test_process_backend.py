@@ -1,4 +1,4 @@
-"""Trainings in worker processes that go as they should."""
+"""Trainings in worker processes, without faults."""
 
 from __future__ import annotations
 

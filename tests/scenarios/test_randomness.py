@@ -1,4 +1,4 @@
-"""With ``seed=`` a run is bit for bit repeatable, and leaves the process's generators alone."""
+"""With ``seed=`` a run is repeatable bit for bit, and does not change the global generators."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ async def test_seeded_run_when_over_then_process_generators_are_as_before(
 
 
 async def test_callback_when_run_is_seeded_then_draws_from_the_process_generators() -> None:
-    """What is none of the trainer's neither disturbs its stream nor is disturbed by it."""
+    """Other random code does not change the stream of the trainer, nor the trainer its numbers."""
     expected = await random_run()
     seed_process(52)
     numbers = [torch.rand(()).item() for _ in range(12)]

@@ -1,4 +1,4 @@
-"""``fit(resume=True)``: wherever a run ended, starting the script again ends as one run would."""
+"""``fit(resume=True)``: an interrupted script that is started again ends like one run."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def drawing(seed: int | None = 5, **given: Any) -> TrainingSetup:
     return TrainingSetup(trainer=given)
 
 
-# -- every place a run may end at ------------------------------------------------------------------
+# -- every point at which a run may end ------------------------------------------------------------
 
 
 @AT_ONCE
@@ -191,7 +191,7 @@ async def test_resume_when_the_task_was_cancelled_then_equals_one_run(
 
 
 class TellingLine(deque[TimeSliceHook]):
-    """A line for slices that tells when somebody joins it."""
+    """A queue for time slices that sets an event when a run joins it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def test_resume_when_the_same_trainer_has_gradients_left_then_equals_one_run(
     assert different_keys(found, expected) == []
 
 
-# -- what is printed, and what is logged -----------------------------------------------------------
+# -- output and log --------------------------------------------------------------------------------
 
 
 def printed(text: str) -> list[str]:
@@ -330,7 +330,7 @@ def test_read_metrics_when_a_run_was_interrupted_then_gives_what_had_ended(
     assert len(read_metrics(tmp_path).train["loss"].values) == 1
 
 
-# -- starting again what had ended -----------------------------------------------------------------
+# -- starting a finished script again --------------------------------------------------------------
 
 
 @AT_ONCE
@@ -530,7 +530,7 @@ def test_continue_question_when_it_was_not_answered_then_is_asked_again(tmp_path
     assert run(path, {}, **RESUMED) == found
 
 
-# -- when, and how many ----------------------------------------------------------------------------
+# -- times and number of snapshots -----------------------------------------------------------------
 
 
 def written(path: Path, seconds: list[float] | None = None, **policy: Any) -> list[tuple[int, int]]:
@@ -688,7 +688,7 @@ def test_load_when_file_is_a_snapshot_from_the_middle_of_an_epoch_then_has_its_w
     assert comparable(fitted.model.state_dict()) == comparable(other.model.state_dict())
 
 
-# -- manners ---------------------------------------------------------------------------------------
+# -- errors and warnings ---------------------------------------------------------------------------
 
 
 @AT_ONCE

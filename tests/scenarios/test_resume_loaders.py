@@ -1,4 +1,4 @@
-"""Resumed trainings equal uninterrupted ones, whatever their batches come from."""
+"""Resumed trainings equal uninterrupted ones, with all kinds of loaders."""
 
 from __future__ import annotations
 
@@ -412,7 +412,7 @@ def test_resume_when_loader_with_state_has_workers_then_equals_one_run(tmp_path:
     check_resumed_training(make, tmp_path, stops=(3, 5))
 
 
-# -- what cannot be resumed ------------------------------------------------------------------------
+# -- refused resumption ----------------------------------------------------------------------------
 
 
 def test_resume_when_the_same_iterator_has_gone_on_then_refuses(tmp_path: Path) -> None:

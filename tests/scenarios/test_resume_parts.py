@@ -1,4 +1,4 @@
-"""Resumed trainings equal uninterrupted ones, whatever they are made of."""
+"""Resumed trainings equal uninterrupted ones, with all kinds of models and optimizers."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_resume_when_weights_are_tied_then_equals_one_run(tmp_path: Path) -> Non
 
 
 class WideMomentum(Optimizer):
-    """Keeps its momentum in float32, whatever the parameters are."""
+    """Keeps its momentum in float32, with parameters of any type."""
 
     def __init__(self, parameters: Any, lr: float = 0.1) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -291,7 +291,7 @@ def test_resume_when_there_is_a_scheduler_then_equals_one_run(name: str, tmp_pat
 
 
 class Schedule:
-    """A scheduler of somebody's own, without ``state_dict``."""
+    """A custom scheduler without ``state_dict``."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -349,7 +349,7 @@ def test_resume_when_there_is_a_scaler_then_equals_one_run(tmp_path: Path) -> No
 
 
 class Tally:
-    """Somebody's own counter, of all kinds of values."""
+    """A custom counter with all kinds of values."""
 
     def __init__(self) -> None:
         self.state: dict[Any, Any] = {"calls": 0, "seen": [], "sum": torch.zeros(2), 1: (2, None)}

@@ -1,4 +1,4 @@
-"""The verbs that keep and bring back: of both trainers, in memory and on disk."""
+"""The methods that save and load, of both trainers, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ def test_save_and_load_when_the_path_is_odd_then_it_works_or_is_refused(
         assert_same_state(trainer_state(fitted), before)
 
 
-# -- what does not fit -----------------------------------------------------------------------------
+# -- files of other trainers -----------------------------------------------------------------------
 
 
 def with_scheduler(kind: Any, **arguments: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The sample code of the seed document runs as it stands on `SyncFitLoop`."""
+"""The sample code of the original interface runs unchanged on `SyncFitLoop`."""
 
 from __future__ import annotations
 

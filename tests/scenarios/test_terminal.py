@@ -1,4 +1,4 @@
-"""What a person at a terminal sees and answers: a real program in a pseudo-terminal."""
+"""The screen of a real program in a pseudo-terminal, and a person's answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``continue_while_asking``: a run that trains on while it asks, and goes back to the same bits."""
+"""``continue_while_asking``: a run trains during the question, and can go back exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees who follows the runs of other processes from a terminal."""
+"""``fitloop watch``: the screen of a person who follows runs of other processes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def is_clean(shown: Terminal) -> bool:
     return not re.search(BAR, shown.shown) and shown.screen.cursor.x == 0
 
 
-# -- processes that train --------------------------------------------------------------------------
+# -- training processes ----------------------------------------------------------------------------
 
 
 def test_watch_when_begun_before_the_runs_then_shows_all_of_them_and_ends(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ asyncio.run(t.fit(9, continue_loop=2, continue_while_asking=True, on_continue=an
         assert len(re.findall(r"\[1/9\]", shown.transcript)) == 1
 
 
-# -- runs that write nothing but logs --------------------------------------------------------------
+# -- runs without snapshots ------------------------------------------------------------------------
 
 
 def test_watch_when_begun_in_the_middle_then_tells_where_it_is_and_numbers_what_comes(

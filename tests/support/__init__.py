@@ -1,1 +1,1 @@
-"""What the tests share: import it as ``support``."""
+"""Helpers that several tests use; import them as ``support.<module>``."""

@@ -112,11 +112,11 @@ def _pairs(native: Iterable[CancelMethod], scopes: Iterable[CancelMethod]) -> li
 every_cancel_method = pytest.mark.parametrize(
     ("anyio_backend", "method"), _pairs(NATIVE_METHODS, SCOPE_METHODS)
 )
-"""each way of cancelling under each event loop that has it"""
+"""each way to cancel, under each event loop that supports it"""
 native_and_scope = pytest.mark.parametrize(
     ("anyio_backend", "method"), _pairs(NATIVE_METHODS[:1], SCOPE_METHODS[:1])
 )
-"""a native cancel and a cancel scope under each event loop that has it"""
+"""a native cancellation and a cancel scope, under each event loop that supports it"""
 
 
 @asynccontextmanager

@@ -35,7 +35,7 @@ class CountingSGD(SGD):
 
 
 class CheckedTrainer:
-    """A trainer for fault tests, whose batches always come in the same order."""
+    """A trainer for fault tests; its batches always come in the same order."""
 
     def __init__(self, fit: dict[str, Any] | None = None, **changes: Any) -> None:
         model = changes.pop("model", None) or mlp()

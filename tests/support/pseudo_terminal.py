@@ -1,4 +1,4 @@
-"""A program in a pseudo-terminal, and what a person in front of it sees."""
+"""A program in a pseudo-terminal, and the screen that a person in front of it sees."""
 
 from __future__ import annotations
 

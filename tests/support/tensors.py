@@ -1,4 +1,4 @@
-"""Small states to write, and bit-for-bit comparison of what comes back."""
+"""Small states to write, and bit-for-bit comparison with the state that is read back."""
 
 from __future__ import annotations
 
