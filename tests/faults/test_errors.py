@@ -272,17 +272,17 @@ async def test_scheduler_when_it_raises_is_told(
 
 def _all_of(error: BaseException) -> set[int]:
     """Return the ids of an error and of all that hangs on it."""
-    found: set[int] = set()
+    actual: set[int] = set()
     left: list[BaseException | None] = [error]
     while left:
         one = left.pop()
-        if one is None or id(one) in found:
+        if one is None or id(one) in actual:
             continue
-        found.add(id(one))
+        actual.add(id(one))
         left += [one.__cause__, one.__context__]
         if isinstance(one, BaseExceptionGroup):
             left += one.exceptions
-    return found
+    return actual
 
 
 def _is_told(error: BaseException, other: BaseException) -> bool:

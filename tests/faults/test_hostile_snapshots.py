@@ -158,18 +158,18 @@ def nested(levels: int) -> Any:
 
 
 def training(header: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = header["state"]["training"]
-    return found
+    actual: dict[str, Any] = header["state"]["training"]
+    return actual
 
 
 def stream(header: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = header["state"]["random"]["train steps"]
-    return found
+    actual: dict[str, Any] = header["state"]["random"]["train steps"]
+    return actual
 
 
 def weights(header: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = training(header)["modules"][0]
-    return found
+    actual: dict[str, Any] = training(header)["modules"][0]
+    return actual
 
 
 def retyped(header: dict[str, Any], dtype: str) -> None:
@@ -473,9 +473,9 @@ def test_resume_when_the_newest_snapshot_is_damaged_then_the_older_one_is_taken(
     again = sync_trainer(save_path=tmp_path / "torn", seed=2)
     with pytest.warns(ResumeWarning, match=rf"left out: .*{kept[-1].name} cannot be read"):
         again.fit(4, checkpoint=Checkpoint(keep=None), resume=True, **QUIET)
-    found = trainer_state(again)
-    del found["process"]
-    assert_same_state(found, {name: expected[name] for name in found})
+    actual = trainer_state(again)
+    del actual["process"]
+    assert_same_state(actual, {name: expected[name] for name in actual})
     assert kept[-1].is_symlink() or kept[-1].exists()  # left alone
 
 
@@ -486,9 +486,9 @@ def test_resume_when_every_snapshot_is_damaged_then_it_warns_and_begins(tmp_path
     again = sync_trainer(save_path=tmp_path / "torn", seed=2)
     with pytest.warns(ResumeWarning, match="left out"):
         again.fit(4, resume=True, **QUIET)
-    found = trainer_state(again)
-    del found["process"]
-    assert_same_state(found, {name: expected[name] for name in found})
+    actual = trainer_state(again)
+    del actual["process"]
+    assert_same_state(actual, {name: expected[name] for name in actual})
 
 
 def test_resume_when_a_snapshot_is_a_pipe_then_it_is_not_waited_for(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_training_when_killed_again_and_again_then_ends_with_the_same_bits() -> 
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    found = dict(re.findall(r"(\w+)=(\d+)", ended.stdout))
-    assert int(found["kills"]) == 6
-    assert int(found["resumes"]) >= 1
-    assert all(found[name] == "0" for name in ("lost", "wrong", "failed", "unreadable"))
+    actual = dict(re.findall(r"(\w+)=(\d+)", ended.stdout))
+    assert int(actual["kills"]) == 6
+    assert int(actual["resumes"]) >= 1
+    assert all(actual[name] == "0" for name in ("lost", "wrong", "failed", "unreadable"))

@@ -203,11 +203,11 @@ async def test_event_loop_when_user_code_blocks_stays_responsive(
     """The code waits for the event loop to open the gate: on the loop, that would never end."""
     with Gate() as gate:
 
-        def hold(given: Any) -> Any:
+        def hold(options: Any) -> Any:
             gate.wait_in_thread()
             if where == "train_step":
-                return default_batch_step(given)
-            return default_epoch_end(given) if where == "train_epoch_end" else None
+                return default_batch_step(options)
+            return default_epoch_end(options) if where == "train_epoch_end" else None
 
         changes: dict[str, Any] = {where: hold}
         if where == "callback":

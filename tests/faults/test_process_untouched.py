@@ -53,11 +53,11 @@ def _process() -> dict[str, Any]:
 
 
 def _threads_of_a_new_thread() -> int:
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    actual: list[int] = []
+    thread = threading.Thread(target=lambda: actual.append(torch.get_num_threads()))
     thread.start()
     thread.join(HANG_TIMEOUT)
-    return found[0]
+    return actual[0]
 
 
 @pytest.mark.parametrize("num_threads", [None, 1, 2, 3])

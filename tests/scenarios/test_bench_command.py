@@ -247,22 +247,22 @@ print("status", status, threading.active_count())
 @pytest.mark.slow
 @pytest.mark.usefixtures("fork_server")
 def test_bench_when_on_a_terminal_then_one_line_shows_the_activity_and_is_cleared() -> None:
-    with run_in_terminal(PROGRAM.format(more="'--batches', '5', '--rounds', '2'")) as shown:
-        shown.until("status 0 1")
-        assert "benchmark: making the trainer" in shown.raw
-        assert "benchmark: round 2 of 2: fitloop" in shown.raw
-        assert "benchmark:" not in shown.transcript
-        assert shown.transcript.startswith("Linear: train_dl (list) is read inline")
-        assert shown.end() == 0
+    with run_in_terminal(PROGRAM.format(more="'--batches', '5', '--rounds', '2'")) as terminal:
+        terminal.until("status 0 1")
+        assert "benchmark: making the trainer" in terminal.raw
+        assert "benchmark: round 2 of 2: fitloop" in terminal.raw
+        assert "benchmark:" not in terminal.transcript
+        assert terminal.transcript.startswith("Linear: train_dl (list) is read inline")
+        assert terminal.end() == 0
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fork_server")
 def test_bench_when_interrupted_then_ends_without_a_message() -> None:
-    with run_in_terminal(PROGRAM.format(more="'--rounds', '1000', '--batches', '100'")) as shown:
-        shown.until("benchmark: round 1 of 1000")
-        shown.type("\x03")
-        shown.until("status 130 1")
-        assert "Traceback" not in shown.raw
-        assert "benchmark:" not in shown.shown
-        assert shown.end() == 0
+    with run_in_terminal(PROGRAM.format(more="'--rounds', '1000', '--batches', '100'")) as terminal:
+        terminal.until("benchmark: round 1 of 1000")
+        terminal.type("\x03")
+        terminal.until("status 130 1")
+        assert "Traceback" not in terminal.raw
+        assert "benchmark:" not in terminal.text
+        assert terminal.end() == 0

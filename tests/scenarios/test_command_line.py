@@ -184,8 +184,8 @@ def test_plot_when_two_have_one_name_then_tells_them_apart(
 def test_plot_when_the_size_is_given_then_the_image_has_it(tmp_path: Path, run: Path) -> None:
     out = tmp_path / "x.PNG"
     out.write_text("what was there")
-    given = ["plot", str(run), "loss", "-o", str(out), "--size", "4x2.5", "--dpi", "100"]
-    assert main(given) == 0
+    options = ["plot", str(run), "loss", "-o", str(out), "--size", "4x2.5", "--dpi", "100"]
+    assert main(options) == 0
     assert size_of(out) == (400, 250)
 
 
@@ -336,8 +336,8 @@ def test_inspect_when_of_a_run_then_has_its_last_metrics(run: Path, capsys: Out)
     assert main(["inspect", str(run)]) == 0
     assert "train: loss: 0.3333 | accuracy: 0.5000" in capsys.readouterr().out
     assert main(["inspect", str(run), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["last"]["train"]["accuracy"] == 0.5
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["last"]["train"]["accuracy"] == 0.5
 
 
 def test_export_when_the_file_is_there_then_is_refused_unless_it_may_be_replaced(

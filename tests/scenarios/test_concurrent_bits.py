@@ -223,10 +223,10 @@ def alone() -> dict[str, dict[str, Any]]:
 async def test_trainers_when_they_run_together_then_each_has_the_bits_it_has_alone(
     attempt: int, alone: dict[str, dict[str, Any]]
 ) -> None:
-    found: dict[str, FitLoop] = {}
+    actual: dict[str, FitLoop] = {}
 
     async def run(name: str, made: Awaitable[FitLoop]) -> None:
-        found[name] = await made
+        actual[name] = await made
 
     before = untouched()
     names = sorted(RUNS)
@@ -237,7 +237,7 @@ async def test_trainers_when_they_run_together_then_each_has_the_bits_it_has_alo
         for name, made in runs.items():
             group.start_soon(run, name, made)
     differing = {}
-    for name, trained in found.items():
+    for name, trained in actual.items():
         state = state_of(trained)
         differing[name] = [part for part in state if state[part] != alone[name][part]]
     assert not {name: parts for name, parts in differing.items() if parts}

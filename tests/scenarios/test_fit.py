@@ -80,11 +80,11 @@ async def test_fit_when_epochs_is_zero_then_only_pre_and_postloop_run() -> None:
 async def test_loops_when_plain_or_async_then_get_the_trainer_around_all_epochs() -> None:
     calls: list[tuple[str, FitLoop, int]] = []
 
-    async def before(given: FitLoop) -> None:
-        calls.append(("pre", given, given.epoch_num))
+    async def before(options: FitLoop) -> None:
+        calls.append(("pre", options, options.epoch_num))
 
-    def after(given: FitLoop) -> None:
-        calls.append(("post", given, given.epoch_num))
+    def after(options: FitLoop) -> None:
+        calls.append(("post", options, options.epoch_num))
 
     fitted = trainer(preloop=before, postloop=after)
     await fitted.fit(2, **QUIET)
@@ -152,7 +152,7 @@ async def test_stop_when_called_in_epoch_start_then_no_batch_is_trained(prefetch
 
 async def test_trainer_stop_when_called_in_preloop_then_no_epoch_is_trained() -> None:
     ends: list[bool] = []
-    fitted = trainer(preloop=lambda given: given.stop(), postloop=lambda _given: ends.append(True))
+    fitted = trainer(preloop=lambda running: running.stop(), postloop=lambda _: ends.append(True))
     result = await fitted.fit(3, **QUIET)
     assert (result.epochs, result.stop_reason, ends) == (0, "stopped", [True])
 

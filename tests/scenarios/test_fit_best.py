@@ -151,8 +151,8 @@ def names_in(directory: Path) -> set[str]:
 
 
 def restoring(calls: list[FitLoop]) -> Callable[[FitLoop], None]:
-    def configure(given: FitLoop) -> None:
-        calls.append(given)
+    def configure(options: FitLoop) -> None:
+        calls.append(options)
 
     return configure
 

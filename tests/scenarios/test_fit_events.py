@@ -81,8 +81,8 @@ async def test_events_when_read_then_come_in_the_documented_order() -> None:
 
         group.start_soon(read)
         await fitted.fit(2, continue_loop=1, **QUIET)
-    for found in (plain, awaited, streamed):
-        assert names(found) == TWO_EPOCHS
+    for actual in (plain, awaited, streamed):
+        assert names(actual) == TWO_EPOCHS
     assert {event.trainer for event in plain} == {"Sequential"}
 
 
@@ -191,8 +191,8 @@ async def test_events_when_a_task_reads_run_after_run_then_each_ends_its_iterati
     async with fitted.events() as events:
         for _run in range(2):
             await fitted.fit(1, valid_dl=None, **QUIET)
-            found = [event async for event in events]
-            assert (found[0].kind, found[-1].kind) == ("run_started", "run_ended")
+            actual = [event async for event in events]
+            assert (actual[0].kind, actual[-1].kind) == ("run_started", "run_ended")
 
 
 async def test_callback_when_it_stops_the_trainer_at_an_epochs_end_then_run_ends_there() -> None:

@@ -27,9 +27,9 @@ def traced(scheduler: Any, trace: Trace, mark: str = "step") -> Any:
     """Record every step of ``scheduler`` with its arguments."""
     step = scheduler.step
 
-    def noted(*given: Any) -> None:
-        trace.append(" ".join([mark, *map(str, given)]))
-        step(*given)
+    def noted(*options: Any) -> None:
+        trace.append(" ".join([mark, *map(str, options)]))
+        step(*options)
 
     scheduler.step = noted
     return scheduler
@@ -188,14 +188,14 @@ async def test_schedulers_when_there_are_several_then_each_has_its_own_interval(
         traced(OneCycleLR(first, 0.1, total_steps=9), trace, "cycle"),
         traced(StepLR(second, 1), trace, "decay"),
     ]
-    given: dict[str, Any] = {"model": model, "optimizer": [first, second]}
-    fitted = trainer(**given, lr_scheduler=schedulers, callbacks=[noting(trace)])
+    options: dict[str, Any] = {"model": model, "optimizer": [first, second]}
+    fitted = trainer(**options, lr_scheduler=schedulers, callbacks=[noting(trace)])
     await fitted.fit(1, steps=2, **QUIET)
     assert trace == ["cycle", "cycle", "train", "valid", "decay", "epoch"]
 
     trace.clear()
     fitted = trainer(
-        **given,
+        **options,
         lr_scheduler=schedulers,
         callbacks=[noting(trace)],
         scheduler_interval=["epoch", "batch"],
@@ -205,7 +205,7 @@ async def test_schedulers_when_there_are_several_then_each_has_its_own_interval(
 
     trace.clear()
     fitted = trainer(
-        **given, lr_scheduler=schedulers, callbacks=[noting(trace)], scheduler_interval="valid"
+        **options, lr_scheduler=schedulers, callbacks=[noting(trace)], scheduler_interval="valid"
     )
     await fitted.fit(1, steps=2, **QUIET)
     assert trace == ["train", "cycle", "decay", "valid", "epoch"]

@@ -41,9 +41,9 @@ def nested_batch() -> Named:
 @pytest.mark.parametrize("cast", [True, False])
 async def test_batch_when_nested_then_keeps_its_form_and_casts_its_tensors(cast: bool) -> None:
     got: list[Any] = []
-    given = nested_batch()
+    options = nested_batch()
     fitted = trainer(
-        train_dl=[given], train_step=lambda state: got.append(state.batch), valid_dl=None
+        train_dl=[options], train_step=lambda state: got.append(state.batch), valid_dl=None
     )
     await fitted.fit(1, cast=cast, **QUIET)
     [batch] = got
@@ -57,7 +57,7 @@ async def test_batch_when_nested_then_keeps_its_form_and_casts_its_tensors(cast:
     else:
         assert kinds == [torch.float64, torch.int16, torch.bool, torch.uint8, torch.float16]
     assert (text, batch.extra["note"], batch.extra["number"]) == ("a", "text", 3)
-    assert given.image.dtype == torch.float64  # the loader's own is left alone
+    assert options.image.dtype == torch.float64  # the loader's own is left alone
 
 
 async def test_dict_batch_when_read_then_batch_size_is_of_its_first_tensor() -> None:
@@ -71,7 +71,7 @@ async def test_dict_batch_when_read_then_batch_size_is_of_its_first_tensor() -> 
 
 
 async def test_batch_values_when_asked_for_then_scalars_are_a_tensor_and_others_a_list() -> None:
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
 
     def step(state: LoopState) -> dict[str, Any]:
         outputs = state.model(state.batch[0])
@@ -85,28 +85,28 @@ async def test_batch_values_when_asked_for_then_scalars_are_a_tensor_and_others_
         }
 
     def end(state: LoopState) -> None:
-        found.update({name: state[name] for name in state.names()})
+        actual.update({name: state[name] for name in state.names()})
         with pytest.raises(UnknownMetricError, match=r"no metric 'nope' in .*'int', 'flag'"):
             state["nope"]
 
     await trainer(train_step=step, train_epoch_end=end, valid_dl=None).fit(1, steps=2, **QUIET)
-    assert set(found) == {"int", "flag", "numpy", "tensor", "outputs"}
-    assert found["int"].tolist() == [1.0, 2.0]
-    assert found["flag"].tolist() == [0.0, 1.0]
-    assert found["numpy"].tolist() == [0.5, 0.5]
-    assert found["tensor"].is_floating_point()
-    assert not found["tensor"].requires_grad
-    outputs = found["outputs"]
+    assert set(actual) == {"int", "flag", "numpy", "tensor", "outputs"}
+    assert actual["int"].tolist() == [1.0, 2.0]
+    assert actual["flag"].tolist() == [0.0, 1.0]
+    assert actual["numpy"].tolist() == [0.5, 0.5]
+    assert actual["tensor"].is_floating_point()
+    assert not actual["tensor"].requires_grad
+    outputs = actual["outputs"]
     assert type(outputs) is list
     assert [tuple(value.shape) for value in outputs] == [(8, CLASSES), (8, CLASSES)]
     assert not any(value.requires_grad for value in outputs)
 
 
 async def test_state_when_read_then_has_what_the_constructor_was_given() -> None:
-    found: list[bool] = []
+    actual: list[bool] = []
 
     def step(state: LoopState) -> Any:
-        found.append(
+        actual.append(
             state.model is fitted.model
             and state.optimizer is fitted.optimizer
             and state.loss_function is fitted.loss_function
@@ -119,7 +119,7 @@ async def test_state_when_read_then_has_what_the_constructor_was_given() -> None
 
     fitted = trainer(train_step=step, criteria="accuracy", name="tiny")
     await fitted.fit(1, **QUIET)
-    assert found == [True] * BATCHES
+    assert actual == [True] * BATCHES
 
 
 async def test_dtype_when_given_then_model_and_batches_have_it() -> None:

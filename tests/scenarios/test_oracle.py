@@ -274,8 +274,8 @@ async def test_gan_when_step_is_ones_own_then_equals_the_loop(step: Any) -> None
     await fitted.fit(2, **QUIET)
 
     assert bits(twin) == bits(model)
-    found = fitted.M.train.batch_step
-    assert list(zip(found["loss_d"][0], found["loss_g"][0], strict=True)) == expected
+    actual = fitted.M.train.batch_step
+    assert list(zip(actual["loss_d"][0], actual["loss_g"][0], strict=True)) == expected
 
 
 async def test_schedulers_when_stepped_by_default_then_equals_the_loop() -> None:

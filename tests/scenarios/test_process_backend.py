@@ -95,8 +95,8 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
         await loaded.load_model("weights.msgpack", tmp_path / outcome.name)
         for name, value in trained.model.state_dict().items():
             assert torch.equal(loaded.model.state_dict()[name], value)
-    found = await anyio.to_thread.run_sync(read_results, tmp_path)
-    assert {record.status for record in found} == {"done"}
+    actual = await anyio.to_thread.run_sync(read_results, tmp_path)
+    assert {record.status for record in actual} == {"done"}
     told = [event for event in streamed if event.trainer == "five"]
     assert (type(told[0]), type(told[-1])) == (JobStarted, JobEnded)
     assert told[1:-1] == awaited.events

@@ -41,8 +41,8 @@ def random_arguments(**changes: Any) -> dict[str, Any]:
     model = mlp(dropout=0.3)
     train_dl = DataLoader(Augmented(blobs()), 4, shuffle=True)
     valid_dl = DataLoader(Augmented(blobs(14, 2)), 4)
-    given = {"model": model, "train_dl": train_dl, "valid_dl": valid_dl, "seed": 41}
-    return {**given, **changes}
+    options = {"model": model, "train_dl": train_dl, "valid_dl": valid_dl, "seed": 41}
+    return {**options, **changes}
 
 
 Outcome = tuple[dict[str, bytes], History]
@@ -75,9 +75,9 @@ async def test_fit_twice_when_nothing_is_restored_then_equals_fit_once() -> None
     parts, whole = await random_run((2, 2)), await random_run((4,))
     assert parts[0] == whole[0]
     for phase in ("train", "valid"):
-        found, expected = parts[1][phase]["batch_step"], whole[1][phase]["batch_step"]
+        actual, expected = parts[1][phase]["batch_step"], whole[1][phase]["batch_step"]
         assert {
-            name: [[x for run in runs for x in run]] for name, runs in found.items()
+            name: [[x for run in runs for x in run]] for name, runs in actual.items()
         } == expected
 
 
@@ -141,8 +141,8 @@ async def test_callback_when_run_is_seeded_then_draws_from_the_process_generator
     numbers = [torch.rand(()).item() for _ in range(12)]
     seed_process(52)
     drawn: list[float] = []
-    found = await random_run(callbacks=[lambda _event: drawn.append(torch.rand(()).item())])
-    assert found == expected
+    actual = await random_run(callbacks=[lambda _event: drawn.append(torch.rand(()).item())])
+    assert actual == expected
     assert drawn[:12] == numbers
 
 

@@ -99,11 +99,11 @@ def test_resume_when_interrupted_at_any_forward_then_equals_one_run(tmp_path: Pa
     expected = train_without_interruption(lambda: drawing(None), tmp_path / "whole", epochs=2)
     wrong = {}
     for stop in range(1, 2 * FORWARDS):  # at 0 there is nothing yet to go on from
-        found = train_with_interruptions(
+        actual = train_with_interruptions(
             lambda: drawing(None), tmp_path / str(stop), (stop,), epochs=2
         )
-        if different_keys(found, expected):
-            wrong[stop] = different_keys(found, expected)
+        if different_keys(actual, expected):
+            wrong[stop] = different_keys(actual, expected)
     assert wrong == {}
 
 
@@ -149,9 +149,9 @@ def test_resume_when_a_stage_raised_then_equals_one_run(place: str, tmp_path: Pa
 
     assert run_script(make, tmp_path / "parts", None, **RESUMED) is None
     raises = False
-    found = run_script(make, tmp_path / "parts", None, **RESUMED)
-    assert found is not None
-    assert different_keys(found, train_without_interruption(make, tmp_path / "whole")) == []
+    actual = run_script(make, tmp_path / "parts", None, **RESUMED)
+    assert actual is not None
+    assert different_keys(actual, train_without_interruption(make, tmp_path / "whole")) == []
 
 
 @ONE_LOOP
@@ -184,10 +184,10 @@ async def test_resume_when_the_task_was_cancelled_then_equals_one_run(
     seed_process(SEED)
     await run(tmp_path / "parts", anyio.CancelScope())
     seed_process(SEED + 1)
-    found = await run(tmp_path / "parts", None)
-    assert found is not None
+    actual = await run(tmp_path / "parts", None)
+    assert actual is not None
     assert expected is not None
-    assert different_keys(found, expected) == []
+    assert different_keys(actual, expected) == []
 
 
 class TellingLine(deque[TimeSliceHook]):
@@ -224,8 +224,8 @@ async def test_fit_when_cancelled_while_it_waits_for_its_slice_then_takes_a_last
                 group.cancel_scope.cancel()
     finally:
         await anyio.to_thread.run_sync(other.close)
-    found = await anyio.to_thread.run_sync(lambda: list(tmp_path.rglob("snapshot-*")))
-    assert len(found) == 1
+    actual = await anyio.to_thread.run_sync(lambda: list(tmp_path.rglob("snapshot-*")))
+    assert len(actual) == 1
     assert not fitted.running
 
 
@@ -242,8 +242,8 @@ def test_resume_when_the_same_trainer_is_used_then_equals_one_run(
     with pytest.raises(InterruptionError):
         fitted.fit(2, **QUIET, **RESUMED)
     fitted.model._forward_pre_hooks.clear()
-    found = training_outcome(fitted, fitted.fit(2, **QUIET, **RESUMED), setup)
-    assert different_keys(found, expected) == []
+    actual = training_outcome(fitted, fitted.fit(2, **QUIET, **RESUMED), setup)
+    assert different_keys(actual, expected) == []
 
 
 def accumulating(state: LoopState) -> dict[str, Any]:
@@ -283,8 +283,8 @@ def test_resume_when_the_same_trainer_has_gradients_left_then_equals_one_run(
     failing = False
     result = fitted.fit(2, define_all=True, **QUIET, **RESUMED)
     expected = train_without_interruption(make, tmp_path / "whole", epochs=2)
-    found = {**training_outcome(fitted, result, setup), "process": expected["process"]}
-    assert different_keys(found, expected) == []
+    actual = {**training_outcome(fitted, result, setup), "process": expected["process"]}
+    assert different_keys(actual, expected) == []
 
 
 # -- output and log --------------------------------------------------------------------------------
@@ -324,8 +324,8 @@ def test_read_metrics_when_a_run_was_interrupted_then_gives_what_had_ended(
     tmp_path: Path,
 ) -> None:
     run_script(drawing, tmp_path, FORWARDS + 2, **RESUMED)
-    found = read_metrics(tmp_path)
-    assert len(found.train["loss"].values) == len(found.valid["loss"].values) == 1
+    actual = read_metrics(tmp_path)
+    assert len(actual.train["loss"].values) == len(actual.valid["loss"].values) == 1
     run_script(drawing, tmp_path, 1, **RESUMED)
     assert len(read_metrics(tmp_path).train["loss"].values) == 1
 
@@ -357,9 +357,9 @@ def test_resume_when_more_epochs_are_asked_for_then_goes_on(
 ) -> None:
     expected = train_without_interruption(lambda: drawing(seed), tmp_path / "whole", epochs=3)
     train_with_interruptions(lambda: drawing(seed), tmp_path / "parts", stops, epochs=2)
-    found = run_script(lambda: drawing(seed), tmp_path / "parts", FORWARDS, **RESUMED, epochs=3)
-    assert found is not None
-    assert different_keys(found, expected) == []
+    actual = run_script(lambda: drawing(seed), tmp_path / "parts", FORWARDS, **RESUMED, epochs=3)
+    assert actual is not None
+    assert different_keys(actual, expected) == []
 
 
 @AT_ONCE
@@ -368,17 +368,17 @@ def test_resume_when_more_epochs_are_asked_for_then_trains_only_those(tmp_path: 
     rarely = {"checkpoint": Checkpoint(every_epochs=2), "resume": True}
     expected = train_without_interruption(drawing, tmp_path / "whole", epochs=4)
     assert run_script(drawing, tmp_path / "parts", None, **rarely, epochs=3) is not None
-    found = run_script(drawing, tmp_path / "parts", FORWARDS, **rarely, epochs=4)
-    assert found is not None, "it trained more than the one epoch"
-    assert different_keys(found, expected) == []
+    actual = run_script(drawing, tmp_path / "parts", FORWARDS, **rarely, epochs=4)
+    assert actual is not None, "it trained more than the one epoch"
+    assert different_keys(actual, expected) == []
 
 
 @AT_ONCE
 def test_resume_when_fewer_epochs_are_asked_for_then_ends_where_it_is(tmp_path: Path) -> None:
     assert run_script(drawing, tmp_path, 2 * FORWARDS + 1, **RESUMED, epochs=3) is None
-    found = run_script(drawing, tmp_path, 0, **RESUMED, epochs=1)
-    assert found is not None
-    assert found["result"]["epochs"] == 2
+    actual = run_script(drawing, tmp_path, 0, **RESUMED, epochs=1)
+    assert actual is not None
+    assert actual["result"]["epochs"] == 2
 
 
 @AT_ONCE
@@ -429,11 +429,11 @@ def test_script_when_started_again_then_skips_the_fits_that_had_ended(
     expected = script(tmp_path / "whole", None, (2, 2))
     assert script(tmp_path / "parts", stop, (2, 2), **RESUMED) is None
     left = 4 * FORWARDS - stop + FORWARDS
-    found = script(tmp_path / "parts", left, (2, 2), **RESUMED)
-    assert found is not None
+    actual = script(tmp_path / "parts", left, (2, 2), **RESUMED)
+    assert actual is not None
     assert expected is not None
-    assert different_keys(found, expected) == []
-    assert script(tmp_path / "parts", 0, (2, 2), **RESUMED) == found
+    assert different_keys(actual, expected) == []
+    assert script(tmp_path / "parts", 0, (2, 2), **RESUMED) == actual
 
 
 @AT_ONCE
@@ -443,11 +443,11 @@ def test_script_when_the_first_fit_gets_more_epochs_then_the_second_is_made_anew
 ) -> None:
     """The end of the second fit is of a training that went another way."""
     script(tmp_path / "parts", None, (1, 1), **RESUMED)
-    found = script(tmp_path / "parts", None, (2, 1), **RESUMED)
+    actual = script(tmp_path / "parts", None, (2, 1), **RESUMED)
     expected = script(tmp_path / "whole", None, (2, 1))
-    assert found is not None
+    assert actual is not None
     assert expected is not None
-    assert different_keys(found, expected) == []
+    assert different_keys(actual, expected) == []
 
 
 @AT_ONCE
@@ -469,9 +469,9 @@ def test_script_when_reset_between_fits_then_starts_again_as_one_run(tmp_path: P
     for stop in (2, FORWARDS + 2, 2 * FORWARDS + 1):
         path = tmp_path / str(stop)
         assert run(path, stop, **RESUMED) is None
-        found = run(path, None, **RESUMED)
-        assert found is not None
-        assert different_keys(found, expected) == [], stop
+        actual = run(path, None, **RESUMED)
+        assert actual is not None
+        assert different_keys(actual, expected) == [], stop
 
 
 @AT_ONCE
@@ -521,13 +521,13 @@ def test_continue_question_when_it_was_not_answered_then_is_asked_again(tmp_path
     path = tmp_path / "parts"
     assert run(path, {2: InterruptionError()}, **RESUMED) is None
     assert run(path, {2: True, 4: InterruptionError()}, **RESUMED) is None
-    found = run(path, {4: False}, **RESUMED)
+    actual = run(path, {4: False}, **RESUMED)
     assert asked == [2, 2, 4, 4]
-    assert found is not None
+    assert actual is not None
     assert expected is not None
-    assert different_keys(found, expected) == []
-    assert found["result"]["stop_reason"] == "prompt"
-    assert run(path, {}, **RESUMED) == found
+    assert different_keys(actual, expected) == []
+    assert actual["result"]["stop_reason"] == "prompt"
+    assert run(path, {}, **RESUMED) == actual
 
 
 # -- times and number of snapshots -----------------------------------------------------------------
@@ -535,16 +535,16 @@ def test_continue_question_when_it_was_not_answered_then_is_asked_again(tmp_path
 
 def written(path: Path, seconds: list[float] | None = None, **policy: Any) -> list[tuple[int, int]]:
     """Return epoch and batch of every snapshot that three epochs take."""
-    found: list[tuple[int, int]] = []
+    actual: list[tuple[int, int]] = []
 
     def note(event: Event) -> None:
         if isinstance(event, SnapshotWritten):
-            found.append((event.epoch, event.batch))
+            actual.append((event.epoch, event.batch))
 
     setup = drawing(callbacks=[note])
     fitted = sync_trainer(save_path=path, **setup.trainer)
     fitted.fit(3, **QUIET, checkpoint=Checkpoint(**policy))
-    return found
+    return actual
 
 
 @AT_ONCE
@@ -592,17 +592,17 @@ def test_snapshots_when_seconds_are_given_then_are_taken_by_the_clock(
     monkeypatch.setattr(Checkpointer, "__init__", with_clock)
     model = mlp()
     model.register_forward_pre_hook(pass_time)
-    found: list[tuple[int, int]] = []
+    actual: list[tuple[int, int]] = []
 
     def note(event: Event) -> None:
         if isinstance(event, SnapshotWritten):
-            found.append((event.epoch, event.batch))
+            actual.append((event.epoch, event.batch))
 
     fitted = sync_trainer(model=model, save_path=tmp_path, callbacks=[note])
     policy = Checkpoint(every_epochs=None, every_seconds=5.0)
     fitted.fit(2, **QUIET, checkpoint=policy)
     # The forwards of epoch 1 end at 6 seconds, those of epoch 2 to train at 10.
-    assert found == [(2, 1), (2, 0), (2, 0)]
+    assert actual == [(2, 1), (2, 0), (2, 0)]
 
 
 @AT_ONCE
@@ -629,9 +629,9 @@ def test_resume_when_the_newest_snapshot_is_damaged_then_goes_on_from_the_one_be
     newest = max((tmp_path / "parts" / "snapshots").glob("*.msgpack"))
     newest.write_bytes(newest.read_bytes()[:-100])
     with pytest.warns(ResumeWarning, match="left out"):
-        found = run_script(drawing, tmp_path / "parts", None, **policy)
-    assert found is not None
-    assert different_keys(found, expected) == []
+        actual = run_script(drawing, tmp_path / "parts", None, **policy)
+    assert actual is not None
+    assert different_keys(actual, expected) == []
 
 
 @AT_ONCE
@@ -640,9 +640,9 @@ def test_fit_when_there_are_snapshots_and_it_is_not_to_resume_then_refuses(tmp_p
     with pytest.raises(CheckpointError, match="earlier training"):
         run_script(drawing, tmp_path, None, checkpoint=EVERY_BATCH)
     anew = Checkpoint(every_batches=1, overwrite=True)
-    found = run_script(drawing, tmp_path, None, checkpoint=anew)
-    assert found is not None
-    assert different_keys(found, train_without_interruption(drawing, tmp_path / "whole")) == []
+    actual = run_script(drawing, tmp_path, None, checkpoint=anew)
+    assert actual is not None
+    assert different_keys(actual, train_without_interruption(drawing, tmp_path / "whole")) == []
 
 
 # -- save and load ---------------------------------------------------------------------------------
@@ -731,8 +731,8 @@ def test_resume_when_the_script_makes_another_trainer_then_refuses_and_changes_n
     before = trainer_values(fitted)
     with pytest.raises(CheckpointError):
         fitted.fit(3, **QUIET, **RESUMED)
-    found = trainer_values(fitted)
-    assert different_keys({**found, "M": None}, {**before, "M": None}) == []
+    actual = trainer_values(fitted)
+    assert different_keys({**actual, "M": None}, {**before, "M": None}) == []
     found_again = run_script(drawing, tmp_path, None, **RESUMED)
     assert found_again is not None
     assert (

@@ -29,10 +29,10 @@ def _snapshots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 SEEDS = pytest.mark.parametrize("seed", [None, 5], ids=["unseeded", "seeded"])
 
 
-def dropout_mlp(**given: Any) -> TrainingSetup:
+def dropout_mlp(**options: Any) -> TrainingSetup:
     model = mlp(dropout=0.3)
     data = loader(blobs(), shuffle=True)
-    return TrainingSetup(trainer={"model": model, "train_dl": data, **given})
+    return TrainingSetup(trainer={"model": model, "train_dl": data, **options})
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -43,13 +43,13 @@ def test_resume_when_model_has_batch_norm_and_dropout_then_equals_one_run(
     seed: int | None, tmp_path: Path
 ) -> None:
     def make() -> TrainingSetup:
-        given = {
+        options = {
             "model": cnn(),
             "train_dl": loader(images(), shuffle=True),
             "valid_dl": loader(images(14, 2)),
             "seed": seed,
         }
-        return TrainingSetup(trainer=given)
+        return TrainingSetup(trainer=options)
 
     check_resumed_training(make, tmp_path)
 
@@ -75,8 +75,8 @@ def test_resume_when_loss_function_has_parameters_then_equals_one_run(
     def make() -> TrainingSetup:
         model, loss = mlp(dropout=0.3), Learnt()
         optimizer = Adam([*model.parameters(), *loss.parameters()], lr=0.05)
-        given = {"model": model, "loss_function": loss, "optimizer": optimizer, "seed": seed}
-        return TrainingSetup(trainer=given)
+        options = {"model": model, "loss_function": loss, "optimizer": optimizer, "seed": seed}
+        return TrainingSetup(trainer=options)
 
     check_resumed_training(make, tmp_path)
 
@@ -92,8 +92,8 @@ def test_resume_when_optimizer_holds_a_tensor_of_no_module_then_equals_one_run(
             return nn.functional.cross_entropy(predictions * scale, targets)
 
         optimizer = Adam([*model.parameters(), scale], lr=0.05)
-        given = {"model": model, "loss_function": loss, "optimizer": optimizer}
-        return TrainingSetup(trainer=given, extra_state=lambda: scale)
+        options = {"model": model, "loss_function": loss, "optimizer": optimizer}
+        return TrainingSetup(trainer=options, extra_state=lambda: scale)
 
     check_resumed_training(make, tmp_path)
 
@@ -171,13 +171,13 @@ def test_resume_when_bf16_parameters_have_float32_state_then_equals_one_run(
 ) -> None:
     def make() -> TrainingSetup:
         model = mlp(dropout=0.3).to(torch.bfloat16)
-        given = {
+        options = {
             "model": model,
             "optimizer": WideMomentum(model.parameters(), lr=0.003),
             "dtype": torch.bfloat16,
             "seed": None,
         }
-        return TrainingSetup(trainer=given)
+        return TrainingSetup(trainer=options)
 
     check_resumed_training(make, tmp_path)
 
@@ -229,8 +229,8 @@ def test_resume_when_optimizer_is_lbfgs_then_equals_one_run(tmp_path: Path) -> N
     def make() -> TrainingSetup:
         model = mlp()
         optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=2, history_size=3)
-        given = {"model": model, "optimizer": optimizer, "train_step": closure_step}
-        return TrainingSetup(trainer=given)
+        options = {"model": model, "optimizer": optimizer, "train_step": closure_step}
+        return TrainingSetup(trainer=options)
 
     check_resumed_training(make, tmp_path, stops=(5, 4))
 
@@ -244,8 +244,8 @@ def test_resume_when_there_are_two_optimizers_then_equals_one_run(tmp_path: Path
             schedulers.ExponentialLR(first, 0.8),
             schedulers.OneCycleLR(second, max_lr=0.2, total_steps=12),
         ]
-        given = {"model": model, "optimizer": [first, second], "seed": None}
-        return TrainingSetup(trainer={**given, "lr_scheduler": lr_scheduler})
+        options = {"model": model, "optimizer": [first, second], "seed": None}
+        return TrainingSetup(trainer={**options, "lr_scheduler": lr_scheduler})
 
     check_resumed_training(make, tmp_path)
 
@@ -279,13 +279,13 @@ def test_resume_when_there_is_a_scheduler_then_equals_one_run(name: str, tmp_pat
     def make() -> TrainingSetup:
         model = mlp(dropout=0.3)
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-        given = {
+        options = {
             "model": model,
             "optimizer": optimizer,
             "lr_scheduler": SCHEDULERS[name](optimizer),
             "seed": None,
         }
-        return TrainingSetup(trainer=given)
+        return TrainingSetup(trainer=options)
 
     check_resumed_training(make, tmp_path)
 
@@ -307,8 +307,8 @@ def test_resume_when_scheduler_is_of_no_library_then_equals_one_run(tmp_path: Pa
     def make() -> TrainingSetup:
         model = mlp()
         optimizer = SGD(model.parameters(), lr=0.1)
-        given = {"model": model, "optimizer": optimizer, "lr_scheduler": Schedule(optimizer)}
-        return TrainingSetup(trainer=given)
+        options = {"model": model, "optimizer": optimizer, "lr_scheduler": Schedule(optimizer)}
+        return TrainingSetup(trainer=options)
 
     check_resumed_training(make, tmp_path)
 
@@ -334,8 +334,8 @@ def test_resume_when_gradients_accumulate_then_equals_one_run(
     seed: int | None, tmp_path: Path
 ) -> None:
     def make() -> TrainingSetup:
-        given = dropout_mlp(train_step=accumulate, valid_step=accumulate, seed=seed)
-        return TrainingSetup(trainer=given.trainer, fit={"define_all": True})
+        options = dropout_mlp(train_step=accumulate, valid_step=accumulate, seed=seed)
+        return TrainingSetup(trainer=options.trainer, fit={"define_all": True})
 
     check_resumed_training(make, tmp_path)
 
@@ -376,8 +376,8 @@ def test_resume_when_more_is_stateful_then_equals_one_run(tmp_path: Path) -> Non
             tally.state[state.batch_num] = frozenset({state.epoch_num})
             return values
 
-        given = {"train_step": step, "stateful": {"tally": tally, "average": average}}
-        return TrainingSetup(trainer={**setup.trainer, **given})
+        options = {"train_step": step, "stateful": {"tally": tally, "average": average}}
+        return TrainingSetup(trainer={**setup.trainer, **options})
 
     check_resumed_training(make, tmp_path)
 
@@ -512,8 +512,8 @@ def test_resume_when_there_are_batches_of_dictionaries_then_equals_one_run(
 
     def make() -> TrainingSetup:
         data = [{"inputs": x, "targets": y} for x, y in batches()]
-        given = {"train_dl": data, "valid_dl": data[:2], "train_step": step, "valid_step": step}
-        return TrainingSetup(trainer={"model": mlp(dropout=0.3), "seed": None, **given})
+        options = {"train_dl": data, "valid_dl": data[:2], "train_step": step, "valid_step": step}
+        return TrainingSetup(trainer={"model": mlp(dropout=0.3), "seed": None, **options})
 
     check_resumed_training(make, tmp_path)
 

@@ -538,10 +538,10 @@ async def test_sweep_when_started_again_then_what_is_done_is_not_done_again(
     third = await sweep(3)
     assert [outcome.result.epochs for outcome in third] == [3] * 3
     assert sorted(built) == [0, 0, 1, 1, 2, 2]
-    found = await anyio.to_thread.run_sync(read_results, tmp_path)
-    assert [record.name for record in found] == ["seed=0", "seed=1", "seed=2"]
-    assert {record.status for record in found} == {"done"}
-    assert str(found).splitlines()[0].split() == [
+    actual = await anyio.to_thread.run_sync(read_results, tmp_path)
+    assert [record.name for record in actual] == ["seed=0", "seed=1", "seed=2"]
+    assert {record.status for record in actual} == {"done"}
+    assert str(actual).splitlines()[0].split() == [
         "job",
         "status",
         "epochs",
@@ -551,7 +551,7 @@ async def test_sweep_when_started_again_then_what_is_done_is_not_done_again(
         "epoch",
         "time",
     ]
-    assert repr(found) == "<Results 3 done>"
+    assert repr(actual) == "<Results 3 done>"
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -570,17 +570,17 @@ async def test_sweep_when_a_job_was_cut_off_then_goes_on_to_the_same_bits(tmp_pa
         async with Runner(1, save_path=tmp_path, keep_trainers=True) as runner:
             runner.submit(lambda off=off: cut(5, off=off), name="a job", epochs=4, **QUIET)
         (outcome,) = await runner.results()
-        found = await anyio.to_thread.run_sync(read_results, tmp_path)
+        actual = await anyio.to_thread.run_sync(read_results, tmp_path)
         if off:
-            assert outcome.status == found["a job"].status == "failed"
-            assert found["a job"].error == "ZeroDivisionError: cut off"
-            assert "in job 'a job'" in found["a job"].traceback
+            assert outcome.status == actual["a job"].status == "failed"
+            assert actual["a job"].error == "ZeroDivisionError: cut off"
+            assert "in job 'a job'" in actual["a job"].traceback
     assert outcome.result is not None
     assert outcome.result.epochs == 4
     assert outcome.weights == tmp_path / directory_name("a job") / "weights.msgpack"
     for name, value in plain.model.state_dict().items():
         assert torch.equal(outcome.trainer.model.state_dict()[name], value)  # type: ignore[union-attr]
-    assert found["a job"].status == "done"
+    assert actual["a job"].status == "done"
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -621,13 +621,13 @@ async def test_names_when_their_directories_would_look_alike_then_each_has_its_o
     tmp_path: Path,
 ) -> None:
     names = ["lr=1/2", "lr=1_2", "lr=1:2", "x" * 130 + "1", "x" * 130 + "2"]
-    found = []
+    actual = []
     for seed, name in enumerate(names):  # as in scripts that are run one after the other
         async with Runner(1, save_path=tmp_path) as runner:
             runner.submit(tiny, seed, name=name, **QUIET)
-        found += await runner.results()
-    assert [outcome.restored for outcome in found] == [False] * 5
-    assert len({outcome.directory for outcome in found}) == 5
+        actual += await runner.results()
+    assert [outcome.restored for outcome in actual] == [False] * 5
+    assert len({outcome.directory for outcome in actual}) == 5
     records = await anyio.to_thread.run_sync(read_results, tmp_path)
     assert {record.name for record in records} == set(names)
 
@@ -662,12 +662,12 @@ async def test_trainer_when_its_save_path_is_that_of_its_job_then_is_taken_and_g
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = []
+    actual = []
     for _ in range(2):
         async with Runner(1, save_path="runs") as runner:
             runner.submit(trainer(save_path="runs/built"), name="built", **QUIET)
-        found += await runner.results()
-    assert [(one.status, one.restored) for one in found] == [("done", False), ("done", True)]
+        actual += await runner.results()
+    assert [(one.status, one.restored) for one in actual] == [("done", False), ("done", True)]
     assert await anyio.Path("runs/built/snapshots").is_dir()
 
 

@@ -86,7 +86,7 @@ def rich(make: Callable[..., AnyTrainer], kind: str, **changes: Any) -> AnyTrain
     model = changes.pop("model", None) or cnn()
     ema = Ema(model)
     optimizer = AdamW(model.parameters(), lr=0.01, amsgrad=True)
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer,
         "lr_scheduler": OneCycleLR(optimizer, 0.05, total_steps=40),
@@ -98,16 +98,16 @@ def rich(make: Callable[..., AnyTrainer], kind: str, **changes: Any) -> AnyTrain
         "seed": 3,
     }
     if kind == "unseeded":
-        given["seed"] = None
+        options["seed"] = None
     elif kind == "plateau":
-        given["lr_scheduler"] = ReduceLROnPlateau(optimizer, patience=0, mode="max")
+        options["lr_scheduler"] = ReduceLROnPlateau(optimizer, patience=0, mode="max")
     elif kind == "two optimizers":
         features, head = list(model.children())[:5], list(model.children())[5:]
         first = SGD(nn.ModuleList(features).parameters(), lr=0.05, momentum=0.9, nesterov=True)
         second = AdamW(nn.ModuleList(head).parameters(), lr=0.01)
-        given["optimizer"] = [first, second]
-        given["lr_scheduler"] = [StepLR(first, 1, 0.5), StepLR(second, 2, 0.5)]
-    return make(**{**given, **changes})
+        options["optimizer"] = [first, second]
+        options["lr_scheduler"] = [StepLR(first, 1, 0.5), StepLR(second, 2, 0.5)]
+    return make(**{**options, **changes})
 
 
 KINDS = ["seeded", "unseeded", "plateau", "two optimizers"]
@@ -144,10 +144,10 @@ def test_load_when_into_a_fresh_trainer_then_training_on_gives_the_same_bits(
         assert own is before
     do(second, "fit", 2, **QUIET)
     do(second, "test", **QUIET)
-    found = trainer_state(second)
+    actual = trainer_state(second)
     if kind != "unseeded":
-        found.pop("process")
-    assert_same_state(found, {name: expected[name] for name in found})
+        actual.pop("process")
+    assert_same_state(actual, {name: expected[name] for name in actual})
 
 
 def test_load_when_a_loader_has_a_generator_then_training_on_gives_the_same_bits(
@@ -199,12 +199,12 @@ def test_load_when_only_the_seed_differs_then_all_but_the_randomness_comes(tmp_p
         second = sync_trainer(save_path=tmp_path, seed=seed, model=mlp(4))
         before = trainer_state(second)
         second.load()
-        found = trainer_state(second)
-        assert (found["streams"], found["process"]) == (before["streams"], before["process"])
+        actual = trainer_state(second)
+        assert (actual["streams"], actual["process"]) == (before["streams"], before["process"])
         expected = trainer_state(first)
         for name in ("streams", "process"):
-            del found[name], expected[name]
-        assert_same_state(found, expected)
+            del actual[name], expected[name]
+        assert_same_state(actual, expected)
 
 
 def test_load_when_map_location_is_given_then_the_state_comes_to_where_the_trainers_is(
@@ -351,8 +351,8 @@ class Learnt(nn.Module):
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(count))
 
-    def forward(self, found: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(found / self.temperature.sum(), target)
+    def forward(self, actual: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(actual / self.temperature.sum(), target)
 
 
 MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -35,9 +35,9 @@ def ending(label: str = "") -> str:
     return rf"{label}-----\n{label}total time: [^\n]+\n{label}best score: [01]\.\d{{4}}\n"
 
 
-def is_clean(shown: Terminal) -> bool:
+def is_clean(terminal: Terminal) -> bool:
     """Return whether nothing of the live lines is left, and the cursor begins a new line."""
-    return not re.search(BAR, shown.shown) and shown.screen.cursor.x == 0
+    return not re.search(BAR, terminal.text) and terminal.screen.cursor.x == 0
 
 
 # -- progress --------------------------------------------------------------------------------------
@@ -48,22 +48,22 @@ def test_fit_when_on_a_terminal_then_bars_move_and_leave_only_the_lines() -> Non
 asyncio.run(trainer(batches=200, hold=slowly()).fit(2))
 print("after")
 """
-    with run_in_terminal(program) as shown:
-        first = shown.until(rf"epochs +0/2 +{BAR}+ +\d:\d\d<\S+\ntrain +\d+/200 +{BAR}+ +\d+/s")
+    with run_in_terminal(program) as terminal:
+        first = terminal.until(rf"epochs +0/2 +{BAR}+ +\d:\d\d<\S+\ntrain +\d+/200 +{BAR}+ +\d+/s")
         done = re.search(r"train +(\d+)/200", first)
         assert done is not None
         begun = int(done[1])
-        shown.until(lambda: _batch(shown) > begun or "[1/2]" in shown.shown)
-        shown.until(rf"{epoch(1, 2)}epochs +1/2 +{BAR}+.*\ntrain +\d+/200")
-        shown.until("after")
-        assert re.fullmatch(epoch(1, 2) + epoch(2, 2) + ending() + "after", shown.shown)
-        assert shown.end() == 0
-        assert is_clean(shown)
+        terminal.until(lambda: _batch(terminal) > begun or "[1/2]" in terminal.text)
+        terminal.until(rf"{epoch(1, 2)}epochs +1/2 +{BAR}+.*\ntrain +\d+/200")
+        terminal.until("after")
+        assert re.fullmatch(epoch(1, 2) + epoch(2, 2) + ending() + "after", terminal.text)
+        assert terminal.end() == 0
+        assert is_clean(terminal)
 
 
-def _batch(shown: Terminal) -> int:
-    found = re.search(r"train +(\d+)/", shown.shown)
-    return int(found[1]) if found else -1
+def _batch(terminal: Terminal) -> int:
+    actual = re.search(r"train +(\d+)/", terminal.text)
+    return int(actual[1]) if actual else -1
 
 
 def test_fit_when_the_loader_has_no_length_then_batches_are_counted() -> None:
@@ -76,11 +76,11 @@ t = trainer(hold=slowly())
 asyncio.run(t.fit(1, train_dl=endless, steps=None, callbacks=[
     lambda event: t.stop() if event.kind == "batch_progress" and event.batch > 300 else None]))
 """
-    with run_in_terminal(program) as shown:
-        shown.until(r"train +\d\d+ +.*\d+/s")
-        shown.until(r"\(stopped\)")
-        assert shown.end() == 0
-        assert is_clean(shown)
+    with run_in_terminal(program) as terminal:
+        terminal.until(r"train +\d\d+ +.*\d+/s")
+        terminal.until(r"\(stopped\)")
+        assert terminal.end() == 0
+        assert is_clean(terminal)
 
 
 def test_print_and_logging_when_bars_are_shown_then_every_line_is_whole_and_above() -> None:
@@ -105,15 +105,15 @@ async def main():
 
 asyncio.run(main())
 """
-    with run_in_terminal(program) as shown:
-        shown.until(rf"print \d+ ends\n(.*\n)*epochs +0/1 +{BAR}")
-        assert shown.end() == 0
-        lines = shown.transcript.split("\n")
+    with run_in_terminal(program) as terminal:
+        terminal.until(rf"print \d+ ends\n(.*\n)*epochs +0/1 +{BAR}")
+        assert terminal.end() == 0
+        lines = terminal.transcript.split("\n")
         for kind in ("log", "print"):
             said = [line for line in lines if line.startswith(kind)]
             assert said == [f"{kind} {number} ends" for number in range(40)]
-        assert "parts 39 ends" in shown.transcript
-        assert is_clean(shown)
+        assert "parts 39 ends" in terminal.transcript
+        assert is_clean(terminal)
 
 
 def test_fit_when_twenty_trainers_run_then_each_has_a_line_or_is_counted() -> None:
@@ -126,16 +126,16 @@ async def main():
 
 asyncio.run(main())
 """
-    with run_in_terminal(program, size=(90, 12)) as shown:
-        seen = shown.until(
+    with run_in_terminal(program, size=(90, 12)) as terminal:
+        seen = terminal.until(
             r"run 00  [12]/2  train +\d+/150[^\n]*\n(run \d\d [^\n]*\n)+\.\.\. and 10 more"
         )
         assert len(re.findall(r"^run \d\d  ", seen, re.M)) == 10
         assert all(len(line) < 90 for line in seen.split("\n"))
-        shown.until("after")
-        assert shown.end() == 0
-        assert is_clean(shown)
-        assert len(re.findall(r"best score", shown.transcript)) == 20
+        terminal.until("after")
+        assert terminal.end() == 0
+        assert is_clean(terminal)
+        assert len(re.findall(r"best score", terminal.transcript)) == 20
 
 
 def test_resize_when_bars_are_shown_then_they_fit_again_and_leave_nothing() -> None:
@@ -148,24 +148,24 @@ async def main():
 
 asyncio.run(main())
 """
-    with run_in_terminal(program, size=(100, 24)) as shown:
-        shown.until(rf"train +\d+/100000 +{BAR}")
-        shown.resize(45, 10)
-        shown.until(lambda: _fits(shown, 45))
-        shown.resize(120, 30)
-        shown.until(lambda: _fits(shown, 120))
-        shown.resize(18, 4)
-        shown.until(lambda: _fits(shown, 18))
-        shown.resize(100, 24)
-        shown.signal(signal.SIGUSR1)
-        shown.until("after")
-        assert shown.end() == 0
-        assert is_clean(shown)
+    with run_in_terminal(program, size=(100, 24)) as terminal:
+        terminal.until(rf"train +\d+/100000 +{BAR}")
+        terminal.resize(45, 10)
+        terminal.until(lambda: _fits(terminal, 45))
+        terminal.resize(120, 30)
+        terminal.until(lambda: _fits(terminal, 120))
+        terminal.resize(18, 4)
+        terminal.until(lambda: _fits(terminal, 18))
+        terminal.resize(100, 24)
+        terminal.signal(signal.SIGUSR1)
+        terminal.until("after")
+        assert terminal.end() == 0
+        assert is_clean(terminal)
 
 
-def _fits(shown: Terminal, columns: int) -> bool:
+def _fits(terminal: Terminal, columns: int) -> bool:
     """Return whether the lines have been drawn for this width."""
-    lines = [line for line in shown.shown.split("\n") if re.match("epochs|train", line)]
+    lines = [line for line in terminal.text.split("\n") if re.match("epochs|train", line)]
     bar = re.search(rf"{BAR}+", "".join(lines))
     width = 0 if bar is None else len(bar[0])
     expected = {45: 8 <= width < 40, 120: width == 40, 18: width == 0}[columns]
@@ -184,12 +184,12 @@ try:
 except ZeroDivisionError as error:
     print("caught", error)
 """
-    with run_in_terminal(program) as shown:
-        shown.until(rf"train +\d+/200 +{BAR}")
-        shown.until("caught mine")
-        assert shown.end() == 0
-        assert shown.shown == "caught mine"
-        assert is_clean(shown)
+    with run_in_terminal(program) as terminal:
+        terminal.until(rf"train +\d+/200 +{BAR}")
+        terminal.until("caught mine")
+        assert terminal.end() == 0
+        assert terminal.text == "caught mine"
+        assert is_clean(terminal)
 
 
 def test_fit_when_its_time_is_up_then_the_terminal_is_left_clean() -> None:
@@ -205,12 +205,12 @@ async def main():
 
 asyncio.run(main())
 """
-    with run_in_terminal(program) as shown:
-        shown.until(rf"train +\d+/100000 +{BAR}")
-        shown.signal(signal.SIGUSR1)
-        shown.until("time is up")
-        assert shown.end() == 0
-        assert is_clean(shown)
+    with run_in_terminal(program) as terminal:
+        terminal.until(rf"train +\d+/100000 +{BAR}")
+        terminal.signal(signal.SIGUSR1)
+        terminal.until("time is up")
+        assert terminal.end() == 0
+        assert is_clean(terminal)
 
 
 def test_ctrl_c_when_in_the_middle_of_an_epoch_then_ends_with_a_clean_terminal() -> None:
@@ -220,12 +220,12 @@ try:
 except KeyboardInterrupt:
     print("interrupted", threading.active_count())
 """
-    with run_in_terminal(program) as shown:
-        shown.until(rf"train +\d+/100000 +{BAR}")
-        shown.type("\x03")
-        shown.until("interrupted 1")
-        assert shown.end() == 0
-        assert is_clean(shown)
+    with run_in_terminal(program) as terminal:
+        terminal.until(rf"train +\d+/100000 +{BAR}")
+        terminal.type("\x03")
+        terminal.until("interrupted 1")
+        assert terminal.end() == 0
+        assert is_clean(terminal)
 
 
 CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
@@ -244,17 +244,17 @@ def test_fit_when_there_is_to_be_no_drawing_then_only_plain_lines_are_written(
     arguments: str, env: dict[str, str]
 ) -> None:
     program = f"asyncio.run(trainer(batches=60, hold=slowly()).fit(2, {arguments}))"
-    with run_in_terminal(program, env=env) as shown:
-        assert shown.end() == 0
-        assert re.fullmatch(epoch(1, 2) + epoch(2, 2) + ending(), shown.shown + "\n")
-        assert not re.search(CONTROL, shown.raw)
+    with run_in_terminal(program, env=env) as terminal:
+        assert terminal.end() == 0
+        assert re.fullmatch(epoch(1, 2) + epoch(2, 2) + ending(), terminal.text + "\n")
+        assert not re.search(CONTROL, terminal.raw)
 
 
 def test_fit_when_verbose_is_off_then_nothing_is_written() -> None:
     program = "asyncio.run(trainer(batches=60, hold=slowly()).fit(2, verbose=False))"
-    with run_in_terminal(program) as shown:
-        assert shown.end() == 0
-        assert shown.raw == ""
+    with run_in_terminal(program) as terminal:
+        assert terminal.end() == 0
+        assert terminal.raw == ""
 
 
 @pytest.mark.parametrize(("value", "colors"), [(None, True), ("1", False)], ids=["color", "no"])
@@ -262,10 +262,10 @@ def test_no_color_when_set_then_bars_are_drawn_without_colors(
     value: str | None, colors: bool
 ) -> None:
     program = "asyncio.run(trainer(batches=120, hold=slowly()).fit(1))"
-    with run_in_terminal(program, env={} if value is None else {"NO_COLOR": value}) as shown:
-        shown.until(rf"train +\d+/120 +{BAR}")
-        assert shown.end() == 0
-        assert bool(re.search(r"\x1b\[[0-9;]*m", shown.raw)) is colors
+    with run_in_terminal(program, env={} if value is None else {"NO_COLOR": value}) as terminal:
+        terminal.until(rf"train +\d+/120 +{BAR}")
+        assert terminal.end() == 0
+        assert bool(re.search(r"\x1b\[[0-9;]*m", terminal.raw)) is colors
 
 
 def test_output_when_piped_then_only_plain_lines_are_written() -> None:
@@ -301,25 +301,25 @@ asyncio.run(main())
     ids=["y", "YES", "Enter", "n", "no", "Ctrl-D", "corrected"],
 )
 def test_question_when_answered_then_run_does_so(keys: str, shows: str, reason: str) -> None:
-    with run_in_terminal(ASKS) as shown:
-        shown.until(rf"{epoch(1, 4)}{epoch(2, 4)}{QUESTION}\n.*\n.*waits for the answer")
-        shown.type(keys)
-        shown.until(reason)
-        assert shown.end() == 0
-        assert re.search(rf"^{QUESTION} ?{shows}$", shown.transcript, re.M)
-        assert is_clean(shown)
+    with run_in_terminal(ASKS) as terminal:
+        terminal.until(rf"{epoch(1, 4)}{epoch(2, 4)}{QUESTION}\n.*\n.*waits for the answer")
+        terminal.type(keys)
+        terminal.until(reason)
+        assert terminal.end() == 0
+        assert re.search(rf"^{QUESTION} ?{shows}$", terminal.transcript, re.M)
+        assert is_clean(terminal)
 
 
 def test_question_when_answered_with_something_else_then_it_is_explained() -> None:
-    with run_in_terminal(ASKS) as shown:
-        shown.until(QUESTION)
-        shown.type("maybe")
-        shown.until(rf"{QUESTION} maybe")
-        shown.type("\r")
-        shown.until(rf"{QUESTION} maybe\n'maybe' is neither y nor n: .*\n{QUESTION}\n")
-        shown.type("n\r")
-        shown.until("prompt 2")
-        assert shown.end() == 0
+    with run_in_terminal(ASKS) as terminal:
+        terminal.until(QUESTION)
+        terminal.type("maybe")
+        terminal.until(rf"{QUESTION} maybe")
+        terminal.type("\r")
+        terminal.until(rf"{QUESTION} maybe\n'maybe' is neither y nor n: .*\n{QUESTION}\n")
+        terminal.type("n\r")
+        terminal.until("prompt 2")
+        assert terminal.end() == 0
 
 
 @pytest.mark.parametrize("run", ["asyncio.run", "uvloop.run"])
@@ -331,14 +331,14 @@ try:
 except KeyboardInterrupt:
     print("interrupted", threading.active_count())
 """
-    with run_in_terminal(program) as shown:
-        shown.until(QUESTION)
-        shown.type("\x03")
-        shown.until("interrupted 1")
-        assert shown.end() == 0
-        assert is_clean(shown)
+    with run_in_terminal(program) as terminal:
+        terminal.until(QUESTION)
+        terminal.type("\x03")
+        terminal.until("interrupted 1")
+        assert terminal.end() == 0
+        assert is_clean(terminal)
         # The terminal is one that echoes and takes lines again.
-        assert "\x1b[?2004h" not in shown.raw.rpartition("\x1b[?2004l")[2]
+        assert "\x1b[?2004h" not in terminal.raw.rpartition("\x1b[?2004l")[2]
 
 
 @pytest.mark.parametrize(("default", "reason"), [(True, "completed 4"), (False, "prompt 2")])
@@ -352,13 +352,13 @@ async def main():
 
 asyncio.run(main())
 """
-    with run_in_terminal(program) as shown:
-        shown.until(rf"\((yes|no) in [01] s\) {QUESTION}")
-        shown.until(reason)
-        assert shown.end() == 0
+    with run_in_terminal(program) as terminal:
+        terminal.until(rf"\((yes|no) in [01] s\) {QUESTION}")
+        terminal.until(reason)
+        assert terminal.end() == 0
         word = "y" if default else "n"
-        assert re.search(rf"{QUESTION} {word} \(no answer within 1 s\)", shown.transcript)
-        assert is_clean(shown)
+        assert re.search(rf"{QUESTION} {word} \(no answer within 1 s\)", terminal.transcript)
+        assert is_clean(terminal)
 
 
 def test_question_when_two_ask_at_once_then_one_comes_after_the_other_while_a_third_trains() -> (
@@ -376,8 +376,8 @@ async def main():
 
 asyncio.run(main())
 """
-    with run_in_terminal(program) as shown:
-        seen = shown.until(
+    with run_in_terminal(program) as terminal:
+        seen = terminal.until(
             rf"^[ab] {QUESTION}\n(?s:.*)third +1/1 +train +\d+/100000".replace("^", "(?m:^)")
         )
         first = re.search(rf"^([ab]) {QUESTION}", seen, re.M)
@@ -386,27 +386,27 @@ asyncio.run(main())
         done = re.search(r"third +1/1 +train +(\d+)/", seen)
         assert done is not None
         begun = int(done[1])
-        shown.until(
-            lambda: int((re.search(r"third .*?(\d+)/1000", shown.shown) or [0, -1])[1]) > begun
+        terminal.until(
+            lambda: int((re.search(r"third .*?(\d+)/1000", terminal.text) or [0, -1])[1]) > begun
         )
-        shown.type("n\r")
+        terminal.type("n\r")
         other = "b" if first[1] == "a" else "a"
-        shown.until(rf"{first[1]} {QUESTION} n\n(?s:.*){other} {QUESTION}")
-        shown.type("y\r")
-        shown.until(r"\['(prompt', 'completed|completed', 'prompt)'\]")
-        assert shown.end() == 0
-        assert is_clean(shown)
+        terminal.until(rf"{first[1]} {QUESTION} n\n(?s:.*){other} {QUESTION}")
+        terminal.type("y\r")
+        terminal.until(r"\['(prompt', 'completed|completed', 'prompt)'\]")
+        assert terminal.end() == 0
+        assert is_clean(terminal)
 
 
 def test_question_when_the_terminal_is_dumb_then_is_a_plain_line() -> None:
-    with run_in_terminal(ASKS, env={"TERM": "dumb"}) as shown:
-        shown.until(QUESTION)
-        shown.type("what\r")
-        shown.until(rf"'what' is neither(?s:.*){QUESTION}")
-        shown.type("n\r")
-        shown.until("prompt 2")
-        assert shown.end() == 0
-        assert not re.search(CONTROL, shown.raw)
+    with run_in_terminal(ASKS, env={"TERM": "dumb"}) as terminal:
+        terminal.until(QUESTION)
+        terminal.type("what\r")
+        terminal.until(rf"'what' is neither(?s:.*){QUESTION}")
+        terminal.type("n\r")
+        terminal.until("prompt 2")
+        assert terminal.end() == 0
+        assert not re.search(CONTROL, terminal.raw)
 
 
 def test_question_when_under_trio_then_is_refused_before_the_training_begins() -> None:
@@ -418,10 +418,10 @@ try:
 except ConfigurationError as error:
     print(error)
 """
-    with run_in_terminal(program) as shown:
-        shown.until("give on_continue=")
-        assert shown.end() == 0
-        assert "[1/4]" not in shown.transcript
+    with run_in_terminal(program) as terminal:
+        terminal.until("give on_continue=")
+        assert terminal.end() == 0
+        assert "[1/4]" not in terminal.transcript
 
 
 def test_question_when_the_trainer_trains_on_then_a_no_takes_it_back() -> None:
@@ -433,23 +433,23 @@ async def main():
 
 asyncio.run(main())
 """
-    with run_in_terminal(program, size=(100, 40)) as shown:
-        shown.until(rf"\[4/100\](?s:.*){QUESTION}\n.*epochs|\[4/100\](?s:.*){QUESTION}")
-        shown.type("n\r")
-        shown.until("went back to epoch 2")
-        shown.until("prompt 2 2 2")
-        assert shown.end() == 0
-        assert is_clean(shown)
+    with run_in_terminal(program, size=(100, 40)) as terminal:
+        terminal.until(rf"\[4/100\](?s:.*){QUESTION}\n.*epochs|\[4/100\](?s:.*){QUESTION}")
+        terminal.type("n\r")
+        terminal.until("went back to epoch 2")
+        terminal.until("prompt 2 2 2")
+        assert terminal.end() == 0
+        assert is_clean(terminal)
 
 
 def test_question_when_a_key_is_no_character_then_it_is_asked_again() -> None:
-    with run_in_terminal(ASKS, env={"PYTHONIOENCODING": "ascii"}) as shown:
-        shown.until(QUESTION)
-        shown.type("é\r")
-        shown.until(rf"is neither y nor n: .*\n{QUESTION}")
-        shown.type("n\r")
-        shown.until("prompt 2")
-        assert shown.end() == 0
+    with run_in_terminal(ASKS, env={"PYTHONIOENCODING": "ascii"}) as terminal:
+        terminal.until(QUESTION)
+        terminal.type("é\r")
+        terminal.until(rf"is neither y nor n: .*\n{QUESTION}")
+        terminal.type("n\r")
+        terminal.until("prompt 2")
+        assert terminal.end() == 0
 
 
 def test_ctrl_c_when_the_loop_is_in_another_thread_then_interrupts_the_main_thread() -> None:
@@ -473,13 +473,13 @@ except KeyboardInterrupt:
     loop.call_soon_threadsafe(task.cancel)
     over.wait()
 """
-    with run_in_terminal(program) as shown:
-        shown.until(QUESTION)
-        shown.type("\x03")
-        shown.until("interrupted")
-        shown.until("cancelled")
-        assert shown.end() == 0
-        assert is_clean(shown)
+    with run_in_terminal(program) as terminal:
+        terminal.until(QUESTION)
+        terminal.type("\x03")
+        terminal.until("interrupted")
+        terminal.until("cancelled")
+        assert terminal.end() == 0
+        assert is_clean(terminal)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="starts worker processes by forking")
@@ -496,12 +496,12 @@ class Talking(torch.utils.data.Dataset):
 loader = torch.utils.data.DataLoader(Talking(), batch_size=4, num_workers=2)
 asyncio.run(trainer(hold=slowly(0.05)).fit(1, train_dl=loader))
 """
-    with run_in_terminal(program, size=(100, 60)) as shown:
-        shown.until("best score")
-        assert shown.end() == 0
+    with run_in_terminal(program, size=(100, 60)) as terminal:
+        terminal.until("best score")
+        assert terminal.end() == 0
         for index in range(16):
             line = rf"item {index} of worker {index // 4 % 2}"
-            assert re.search(line, shown.transcript), shown.transcript
+            assert re.search(line, terminal.transcript), terminal.transcript
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="starts worker processes by forking")
@@ -538,8 +538,8 @@ def hold(state):
 
 asyncio.run(trainer(hold=hold).fit(1))
 """
-    with run_in_terminal(program, size=(100, 60), env={"PYTHONUNBUFFERED": unbuffered}) as shown:
-        shown.until("best score")
-        assert shown.end() == 0
+    with run_in_terminal(program, size=(100, 60), env={"PYTHONUNBUFFERED": unbuffered}) as terminal:
+        terminal.until("best score")
+        assert terminal.end() == 0
         for line in ("a line in parts", "one between", "one without an end", "the next one"):
-            assert f"{line}\n" in shown.transcript, shown.transcript
+            assert f"{line}\n" in terminal.transcript, terminal.transcript

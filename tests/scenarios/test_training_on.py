@@ -156,16 +156,16 @@ async def test_no_when_trained_on_then_everything_is_as_when_it_asked(
         right_state = trainer_state(right)
         right_after = await right.fit(2, **QUIET)
         right_end = trainer_state(right)
-        found, result = await declined(make, Late(False, further), load_best=load_best)
+        actual, result = await declined(make, Late(False, further), load_best=load_best)
     assert (result.epochs, result.stop_reason) == (2, "prompt")
     assert (right_result.epochs, right_result.best_epoch) == (2, result.best_epoch)
     for phase, columns in right_result.metrics.items():
         for name, values in columns.items():
             assert result.metrics[phase][name].tobytes() == values.tobytes()
-    assert_same_state(trainer_state(found), right_state)
-    after = await found.fit(2, **QUIET)
+    assert_same_state(trainer_state(actual), right_state)
+    after = await actual.fit(2, **QUIET)
     assert after.best_epoch == right_after.best_epoch
-    assert_same_state(trainer_state(found), right_end)
+    assert_same_state(trainer_state(actual), right_end)
 
 
 async def test_yes_when_trained_on_then_nothing_is_lost_or_done_twice() -> None:
@@ -191,8 +191,8 @@ async def test_second_question_when_declined_then_goes_back_to_the_second() -> N
 
     late = Twice(False, 3)
     with anyio.fail_after(30):
-        found, result = await declined(seeded, late)
-    assert (result.epochs, found.epoch_num, len(found.M.train["loss"][0])) == (4, 4, 4)
+        actual, result = await declined(seeded, late)
+    assert (result.epochs, actual.epoch_num, len(actual.M.train["loss"][0])) == (4, 4, 4)
 
 
 async def test_events_when_declined_then_say_so_in_order() -> None:
@@ -374,14 +374,14 @@ async def test_files_when_declined_then_log_and_snapshots_are_of_what_it_went_ba
 
     policy = Checkpoint(every_batches=1)
     with anyio.fail_after(30):
-        found, result = await declined(make, Late(False, 7), checkpoint=policy)
+        actual, result = await declined(make, Late(False, 7), checkpoint=policy)
         logged = await anyio.to_thread.run_sync(read_metrics, tmp_path)
         assert len(logged.train["loss"][0]) == 2
         again = make(train_step=default_batch_step)
         resumed = await again.fit(6, resume=True, **QUIET)
     assert (resumed.epochs, resumed.stop_reason) == (result.epochs, "prompt")
     blockbuster.deactivate()
-    assert_same_state(trainer_state(again), trainer_state(found))
+    assert_same_state(trainer_state(again), trainer_state(actual))
 
 
 async def test_best_on_disk_when_declined_then_the_file_is_of_the_best_before(
@@ -393,10 +393,10 @@ async def test_best_on_disk_when_declined_then_the_file_is_of_the_best_before(
 
     with anyio.fail_after(30):
         right, _ = await expected(on_disk)
-        found, result = await declined(on_disk, Late(False, 7))
+        actual, result = await declined(on_disk, Late(False, 7))
     assert result.best_epoch == 2
     blockbuster.deactivate()
-    assert_same_state(trainer_state(found), trainer_state(right))
+    assert_same_state(trainer_state(actual), trainer_state(right))
 
 
 @pytest.mark.parametrize("value", [0, -1, True, "soon"])

@@ -81,7 +81,7 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     @property
-    def shown(self) -> str:
+    def text(self) -> str:
         """The screen, without what is empty at its end."""
         return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
 
@@ -92,15 +92,15 @@ class Terminal:
             "".join(line[column].data for column in range(self.screen.columns)).rstrip()
             for line in self.screen.history.top
         ]
-        return "\n".join([*above, self.shown])
+        return "\n".join([*above, self.text])
 
     def until(self, condition: str | Callable[[], bool]) -> str:
         """Read until the screen matches the pattern or ``condition()`` is true; return it."""
-        ready = condition if callable(condition) else lambda: bool(re.search(condition, self.shown))
+        ready = condition if callable(condition) else lambda: bool(re.search(condition, self.text))
         while not ready():
             if not self._read():
                 assert ready(), f"the program ended without {condition}:\n{self.transcript}"
-        return self.shown
+        return self.text
 
     def _read(self) -> bool:
         """Read what there is, or wait for it; return whether the program still writes."""
