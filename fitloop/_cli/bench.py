@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -211,8 +210,7 @@ def _factory(module_name: str, name: str, arguments: dict[str, Any]) -> Callable
         ConfigurationError: the function does not exist, or takes other arguments.
         Exception: raised by the module, and left as it is.
     """
-    is_script = module_name.endswith(".py")
-    module = _load_script(module_name) if is_script else _import_module(module_name)
+    module = _import_module(module_name)
     value: Any = module
     for attribute in name.split("."):
         if not hasattr(value, attribute):
@@ -252,6 +250,11 @@ def _functions(module: ModuleType) -> Sequence[str]:
 
 
 def _import_module(name: str) -> ModuleType:
+    """Import a module, or a script as the module of its name, so that loader workers find it."""
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise ConfigurationError(f"there is no file {name}; expected SCRIPT.py:FUNCTION")
+        name = Path(name).stem
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -263,27 +266,6 @@ def _import_module(name: str) -> ModuleType:
         ) from None
     except ValueError as error:  # such as an empty name
         raise ConfigurationError(f"{name!r} is no name of a module: {error}") from None
-
-
-def _load_script(name: str) -> ModuleType:
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigurationError(f"there is no file {name}; expected SCRIPT.py:FUNCTION")
-    # Under its own name, so that worker processes of a DataLoader can import from it.
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    namesake = sys.modules.get(path.stem)
-    sys.modules[path.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[path.stem]
-        if namesake is not None:
-            sys.modules[path.stem] = namesake
-        raise
-    return module
 
 
 def built_in_trainer() -> FitLoop:

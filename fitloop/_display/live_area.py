@@ -74,7 +74,7 @@ class LiveArea:
         self._is_fresh = True
         """nothing was drawn yet, and the cursor may be in the middle of a line"""
         self._pid = 0
-        self._forked = ForkedLines()
+        self._child_pid = 0
 
     def show(self, renderer: Renderer, *, first: bool = False) -> None:
         """Show the lines of a renderer below or above the others; `can_draw` must be true."""
@@ -152,27 +152,51 @@ class LiveArea:
     def _writer(self, stream: TextIO, original: Write) -> Write:
         def write(text: str) -> int:
             if os.getpid() != self._pid:
-                self._forked.write(stream, original, text)
+                self._write_in_child(stream, original, text)
                 return len(text)
             with self._terminal:
                 if stream not in self._streams or not isinstance(text, str):
                     return original(text)
-                self._write_above(stream, original, text)
+                self._write_lines_above()
+                if lines := self._complete_lines(stream, text):
+                    self._erase()
+                    original(lines)
+                    stream.flush()
+                    self._draw()
             return len(text)
 
         return write
 
-    def _write_above(self, stream: TextIO, original: Write, text: str) -> None:
-        self._write_lines_above()
+    def _complete_lines(self, stream: TextIO, text: str) -> str:
+        """Return the lines that ``text`` completes, and keep its unfinished last line."""
         key = (stream, threading.get_ident())
-        complete, newline, partial = (self._partial.pop(key, "") + text).rpartition("\n")
+        lines, newline, partial = (self._partial.pop(key, "") + text).rpartition("\n")
         if partial:
             self._partial[key] = last_redraw(partial)
-        if newline:
-            self._erase()
-            original(f"{complete}\n")
+        return lines + newline
+
+    def _write_in_child(self, stream: TextIO, original: Write, text: str) -> None:
+        """Write complete lines over the shown ones, in a forked process such as a loader's worker.
+
+        The child must not use the locks, since the threads that hold them do not exist in it. The
+        parent draws its lines again below.
+        """
+        if self._child_pid != os.getpid():
+            self._child_pid = os.getpid()
+            self._partial = {}
+            # Not atexit, which the processes of multiprocessing do not run.
+            multiprocessing.util.Finalize(None, self._flush_child, exitpriority=0)
+        if lines := self._complete_lines(stream, text):
+            original(f"\r\x1b[J{lines}")
             stream.flush()
-            self._draw()
+
+    def _flush_child(self) -> None:
+        """Write unfinished lines at the end of a forked process."""
+        for (stream, _thread), text in self._partial.items():
+            write = self._streams[stream].original if stream in self._streams else stream.write
+            with suppress(OSError, ValueError):
+                write(f"\r\x1b[J{text}\n")
+                stream.flush()
 
     def _write_lines_above(self) -> None:
         if self._lines_above:
@@ -286,47 +310,6 @@ class _ReplacedWrite(NamedTuple):
     original: Write
     was_attribute: bool
     """other code had set ``write`` on the stream object before"""
-
-
-class ForkedLines:
-    """Prints of a forked process, such as a loader's worker, above the lines of its parent.
-
-    The child must not use locks of the parent, since the threads that hold them do not exist in it.
-    So it collects text until the end of a line and writes each line at once, in place of the shown
-    lines, which the parent then draws again below.
-    """
-
-    def __init__(self) -> None:
-        self._pid = 0
-        self._partial: dict[tuple[TextIO, int], tuple[Write, str]] = {}
-        """unfinished lines by stream and thread"""
-
-    def write(self, stream: TextIO, original: Write, text: str) -> None:
-        """Write the complete lines of ``text`` and keep the last, unfinished one."""
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
-            self._partial = {}
-            # Not atexit, which the processes of multiprocessing do not run.
-            multiprocessing.util.Finalize(None, self.flush, exitpriority=0)
-        key = (stream, threading.get_ident())
-        _original, start = self._partial.pop(key, (original, ""))
-        complete, newline, partial = (start + text).rpartition("\n")
-        if newline:
-            _write_over(stream, original, complete)
-        if partial:
-            self._partial[key] = original, last_redraw(partial)
-
-    def flush(self) -> None:
-        """Write the unfinished lines at the end of the process."""
-        for (stream, _thread), (original, text) in self._partial.items():
-            with suppress(OSError, ValueError):
-                _write_over(stream, original, text)
-        self._partial = {}
-
-
-def _write_over(stream: TextIO, original: Write, lines: str) -> None:
-    original(f"\r\x1b[J{lines}\n")
-    stream.flush()
 
 
 def _up(lines: int) -> str:
