@@ -255,6 +255,7 @@ def _import_module(name: str) -> ModuleType:
         if not Path(name).is_file():
             raise ConfigurationError(f"there is no file {name}; expected SCRIPT.py:FUNCTION")
         name = Path(name).stem
+        sys.modules.pop(name, None)  # another module of this name
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -13,17 +13,10 @@ import torch
 class NullStreamScope:
     """Leaves the current stream as it is."""
 
-    def enter(self) -> None:
-        """See `CudaStreamScope`."""
-
-    def leave(self) -> None:
-        """See `CudaStreamScope`."""
-
-    def resume(self) -> None:
-        """See `CudaStreamScope`."""
-
-    def pause(self) -> None:
-        """See `CudaStreamScope`."""
+    def enter(self) -> None: ...
+    def leave(self) -> None: ...
+    def resume(self) -> None: ...
+    def pause(self) -> None: ...
 
 
 class CudaStreamScope(NullStreamScope):

@@ -160,8 +160,6 @@ class PrefetchSource:
         """the loader has no more batches"""
         self.paused = False
         """the thread reads no more, although the loader may have more batches"""
-        self.waits = 0
-        """number of batches that the step thread had to wait for"""
         self._rng_reader = context.rng.reader(context.control, self._is_closed)
         self._thread = threading.Thread(
             target=self._load,
@@ -175,10 +173,8 @@ class PrefetchSource:
         """See `Source`."""
         context, queue = self._context, self._queue
         changed = context.control.changed
-        if not queue:
-            self.waits += 1
-            if not context.wait(lambda: bool(queue) or self._finished):
-                return END
+        if not queue and not context.wait(lambda: bool(queue) or self._finished):
+            return END
         with changed:
             if not queue:
                 if self._error is not None:

@@ -107,7 +107,6 @@ class NotebookView:
                 self._epochs_before = event.epoch - event.epoch_in_run
                 if event.epoch_in_run == 1 or event.epoch_in_run % self._every == 0:
                     self._rows.append(_Row(event.epoch, event.epoch_in_run))
-                    self._drop_middle_rows()
             case PhaseEnded() if self._rows and self._rows[-1].epoch == event.epoch:
                 self._rows[-1].metrics[str(event.phase)] = dict(event.metrics)
             case BestImproved():
@@ -121,12 +120,6 @@ class NotebookView:
                 self._end, self._best_epoch = event, event.best_epoch
                 if self._rows and not self._rows[-1].metrics:  # its epoch ended too early
                     self._rows.pop()
-
-    def _drop_middle_rows(self) -> None:
-        """Limit the rows in memory, with a reserve for runs that go back some epochs."""
-        if len(self._rows) > FIRST_ROWS + 10 * LAST_ROWS:
-            middle = slice(FIRST_ROWS, -5 * LAST_ROWS)
-            self._rows[middle] = [r for r in self._rows[middle] if r.epoch == self._best_epoch]
 
     # -- the thread that draws -------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Output of runs in this process: printed epochs, and one live view of all runs.
 
-`EpochPrinter` prints lines to any stream, `ProgressView` shows bars on a terminal, and `RunDisplay`
-joins both, or a notebook page, for one run. All are observers of events on the step threads.
+`EpochPrinter` prints lines, `ProgressView` shows bars on a terminal, and `RunDisplay` joins both,
+or a notebook page, for one run. All are observers of events on the step threads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TextIO
 
 from fitloop._display.console import can_draw, can_encode, has_color, is_interactive
 from fitloop._display.jupyter import prints_to_notebook
@@ -87,21 +86,14 @@ class EpochPrinter:
             runs print.
         every: epochs between two that are printed; 0 prints nothing.
         names: the metrics to show; None for all.
-        stream: the output; None for the current ``sys.stdout``.
     """
 
     def __init__(
-        self,
-        run: RunStatus,
-        *,
-        every: int = 1,
-        names: Sequence[str] | None = None,
-        stream: TextIO | None = None,
+        self, run: RunStatus, *, every: int = 1, names: Sequence[str] | None = None
     ) -> None:
         self._run = run
         self._every = every
         self._names = names
-        self._stream = stream
         self._epoch = ""
         self._width = 0
 
@@ -120,9 +112,8 @@ class EpochPrinter:
                 self._epoch = f"[{event.epoch_in_run}/{event.epochs}]"
             case EpochEnded():
                 self._print_epoch(event)
-            case WentBack():
-                if self._every:
-                    self._write(f"{self.label}went back to epoch {event.epoch_in_run}\n")
+            case WentBack() if self._every:
+                _write(f"{self.label}went back to epoch {event.epoch_in_run}\n")
             case RunEnded():
                 self._print_end(event)
 
@@ -132,7 +123,7 @@ class EpochPrinter:
         check_display_metrics(self._names, event.metrics)
         label = self.label
         if "test" in event.metrics and len(event.metrics) == 1:
-            self._write(f"{label}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
+            _write(f"{label}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
             return
         head = f"{label}{self._epoch:>{self._width}} - "
         indent = " " * len(head)
@@ -142,7 +133,7 @@ class EpochPrinter:
             lines.append(f"{indent if lines else head}{phase} :: {values}\n")
         stopped = "" if event.complete else " (stopped)"
         lines.append(f"{indent}epoch time: {format_duration(event.seconds)}{stopped}\n")
-        self._write("".join(lines))
+        _write("".join(lines))
 
     def _print_end(self, event: RunEnded) -> None:
         if event.call != "fit" or not self._every or event.error is not None:
@@ -152,12 +143,12 @@ class EpochPrinter:
         lines.append(f"{label}total time: {format_duration(event.seconds)}\n")
         if event.best_score is not None and not math.isnan(event.best_score):
             lines.append(f"{label}best score: {event.best_score:.4f}\n")
-        self._write("".join(lines))
+        _write("".join(lines))
 
-    def _write(self, text: str) -> None:
-        out = self._stream if self._stream is not None else sys.stdout
-        out.write(text)  # one call, so that no other output comes between
-        out.flush()
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)  # one call, so that no other output comes between
+    sys.stdout.flush()
 
 
 class RunDisplay:

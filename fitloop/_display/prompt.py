@@ -143,35 +143,18 @@ async def _one_at_a_time() -> AsyncIterator[None]:
             following.set()
 
 
-class _Question:
-    """The line with a question, its time limit, and the answer typed so far."""
-
-    def __init__(self, text: str, timeout: float | None, default: bool) -> None:
-        self.text = text
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._default = default
-        self.typed: Callable[[], str] = lambda: ""
-
-    def render(self, width: int, height: int) -> Frame:
-        limit = ""
-        if self._deadline is not None:
-            seconds = max(0.0, self._deadline - time.monotonic())
-            limit = f"({'yes' if self._default else 'no'} in {seconds:.0f} s) "
-        line = fit_width(f"{limit}{self.text}{self.typed()}", width - 1)
-        return Frame([line], display_width(line))
-
-
 async def _ask(text: str, event: PromptAsked) -> bool:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.output import DummyOutput
 
-    question = _Question(text, event.timeout, event.default)
     presentation: Callable[[], AbstractContextManager[None]]
     print_line: Callable[[str], None]
     # prompt_toolkit draws nothing: its renderer would need the terminal for itself.
     session: PromptSession[str] = PromptSession(output=DummyOutput(), enable_suspend=True)
     if can_draw():
-        presentation, print_line = partial(_shown_live, question, session), LIVE_AREA.print_above
+        deadline = None if event.timeout is None else time.monotonic() + event.timeout
+        presentation = partial(_shown_live, text, deadline, event.default, session)
+        print_line = LIVE_AREA.print_above
     else:
         presentation, print_line = partial(_echoed, text, session), _print
     with anyio.move_on_after(event.timeout):
@@ -213,20 +196,29 @@ def _interrupt() -> None:
 
 
 @contextmanager
-def _shown_live(question: _Question, session: PromptSession[Any]) -> Iterator[None]:
-    """Show a question and the typed answer above the progress of runs."""
+def _shown_live(
+    text: str, deadline: float | None, default: bool, session: PromptSession[Any]
+) -> Iterator[None]:
+    """Show a question with its time limit and the typed answer, above the progress of runs."""
     buffer = session.default_buffer
+
+    def render(width: int, _height: int) -> Frame:
+        limit = ""
+        if deadline is not None:
+            seconds = max(0.0, deadline - time.monotonic())
+            limit = f"({'yes' if default else 'no'} in {seconds:.0f} s) "
+        line = fit_width(f"{limit}{text}{buffer.text}", width - 1)
+        return Frame([line], display_width(line))
 
     def redraw(_buffer: object) -> None:
         LIVE_AREA.refresh()
 
-    question.typed = lambda: buffer.text
     buffer.on_text_changed += redraw
-    LIVE_AREA.show(question.render, first=True)  # the first line has the cursor
+    LIVE_AREA.show(render, first=True)  # the first line has the cursor
     try:
         yield
     finally:
-        LIVE_AREA.hide(question.render)
+        LIVE_AREA.hide(render)
         buffer.on_text_changed -= redraw
 
 

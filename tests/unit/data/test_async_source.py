@@ -26,10 +26,10 @@ def batch_of(number: int) -> torch.Tensor:
 
 
 class Recorder:
-    """A trainer whose steps note what they were given."""
+    """A trainer whose steps record their batches."""
 
     def __init__(self, **arguments: Any) -> None:
-        self.seen: list[int] = []
+        self.batches: list[int] = []
         self.on_step: Callable[[int], None] = lambda number: None
         model = nn.Linear(1, 1)
         self.trainer = FitLoop(
@@ -43,8 +43,8 @@ class Recorder:
         )
 
     def _step(self, state: Any) -> dict[str, float]:
-        self.seen.append(int(state.batch[0, 0]))
-        self.on_step(self.seen[-1])
+        self.batches.append(int(state.batch[0, 0]))
+        self.on_step(self.batches[-1])
         return {"loss": 0.0}
 
     async def fit(self, epochs: int = 1, **more: Any) -> None:
@@ -64,19 +64,19 @@ class Reiterable:
 
 
 class OneShotReader:
-    """What a socket is: every read gives the next batch, whoever asks; a cancelled read nothing."""
+    """A loader like a socket: each read gives the next batch, and a cancelled read gives none."""
 
     def __init__(self) -> None:
         self.next = 0
-        self.held: dict[int, anyio.Event] = {}
+        self.gates: dict[int, anyio.Event] = {}
         self.limit = 30
 
     def __aiter__(self) -> OneShotReader:
         return self
 
     async def __anext__(self) -> torch.Tensor:
-        if self.next in self.held:
-            await self.held[self.next].wait()
+        if self.next in self.gates:
+            await self.gates[self.next].wait()
         else:
             await anyio.lowlevel.checkpoint()
         if self.next >= self.limit:
@@ -100,7 +100,7 @@ async def test_fit_when_loader_is_async_then_every_epoch_has_all_batches_in_orde
 ) -> None:
     recorder = Recorder(train_dl=loader, prefetch=prefetch)
     await recorder.fit(2)
-    assert recorder.seen == [*range(6), *range(6)]
+    assert recorder.batches == [*range(6), *range(6)]
 
 
 @pytest.mark.parametrize("prefetch", PREFETCH)
@@ -111,7 +111,7 @@ async def test_fit_when_async_loader_is_one_shot_then_epochs_of_steps_go_on(
     recorder = Recorder(train_dl=make(), prefetch=prefetch)
     await recorder.fit(3, steps=4)
     await recorder.fit(1, steps=5)
-    assert recorder.seen == list(range(17))
+    assert recorder.batches == list(range(17))
 
 
 @pytest.mark.parametrize("prefetch", PREFETCH)
@@ -127,15 +127,15 @@ async def test_fit_when_stopped_in_one_shot_async_loader_then_no_batch_is_lost(
 
     recorder.on_step = stop_at_third
     await recorder.fit(1)
-    assert recorder.seen == [0, 1, 2]
+    assert recorder.batches == [0, 1, 2]
     await recorder.fit(1, steps=6)
-    assert recorder.seen == list(range(9))
+    assert recorder.batches == list(range(9))
 
 
 @pytest.mark.slow
 async def test_fit_when_stopped_while_async_loader_waits_then_goes_on_from_there() -> None:
     reader = OneShotReader()
-    reader.held[4] = anyio.Event()
+    reader.gates[4] = anyio.Event()
     recorder = Recorder(train_dl=reader, prefetch=2, loader_grace=0.3)
 
     def stop_at_fourth(number: int) -> None:
@@ -144,31 +144,31 @@ async def test_fit_when_stopped_while_async_loader_waits_then_goes_on_from_there
 
     recorder.on_step = stop_at_fourth
     await recorder.fit(1)
-    reader.held.clear()
+    reader.gates.clear()
     await recorder.fit(1, steps=4)
-    assert recorder.seen == list(range(8))
+    assert recorder.batches == list(range(8))
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2, 4])
 async def test_fit_when_async_loader_is_quick_then_it_runs_no_further_ahead_than_prefetch(
     prefetch: int,
 ) -> None:
-    begun, too_far = 0, []
+    started, too_far = 0, []
 
     async def batches() -> AsyncIterator[torch.Tensor]:
         for number in range(25):
-            if number + 1 > begun + 1 + prefetch:
-                too_far.append((number, begun))
+            if number + 1 > started + 1 + prefetch:
+                too_far.append((number, started))
             yield batch_of(number)
 
     def count(number: int) -> None:
-        nonlocal begun
-        begun += 1
+        nonlocal started
+        started += 1
 
     recorder = Recorder(train_dl=batches, prefetch=prefetch)
     recorder.on_step = count
     await recorder.fit()
-    assert recorder.seen == list(range(25))
+    assert recorder.batches == list(range(25))
     assert too_far == []
 
 
@@ -190,22 +190,22 @@ async def test_fit_when_prefetching_then_loading_overlaps_steps(kind: str) -> No
     recorder = Recorder(train_dl=batches if kind == "plain" else async_batches, prefetch=2)
     recorder.on_step = lambda number: wait_for(reading[min(number + 2, count - 1)])
     await recorder.fit()
-    assert recorder.seen == list(range(count))
+    assert recorder.batches == list(range(count))
 
 
 async def test_fit_when_prefetching_then_loader_may_wait_for_a_step_to_begin() -> None:
-    begun = [threading.Event() for _ in range(8)]
+    started = [threading.Event() for _ in range(8)]
 
     def batches() -> Iterator[torch.Tensor]:
         for number in range(8):
             if number >= 2:
-                wait_for(begun[number - 2])
+                wait_for(started[number - 2])
             yield batch_of(number)
 
     recorder = Recorder(train_dl=batches, prefetch=2)
-    recorder.on_step = lambda number: begun[number].set()
+    recorder.on_step = lambda number: started[number].set()
     await recorder.fit()
-    assert recorder.seen == list(range(8))
+    assert recorder.batches == list(range(8))
 
 
 @pytest.mark.parametrize("prefetch", PREFETCH)
@@ -223,7 +223,7 @@ async def test_fit_when_async_loader_raises_then_good_batches_are_trained_first(
     with pytest.raises(OSError, match="connection lost") as caught:
         await recorder.fit()
     assert caught.value is error
-    assert recorder.seen == [0, 1, 2]
+    assert recorder.batches == [0, 1, 2]
 
 
 @pytest.mark.parametrize("prefetch", PREFETCH)
@@ -250,7 +250,7 @@ async def test_fit_when_step_raises_then_async_loader_is_closed(prefetch: int | 
 
 
 async def test_fit_when_async_loader_needs_the_event_loop_then_aiter_runs_on_it() -> None:
-    here = threading.current_thread()
+    this_thread = threading.current_thread()
     threads = []
 
     class Opens:
@@ -260,7 +260,7 @@ async def test_fit_when_async_loader_needs_the_event_loop_then_aiter_runs_on_it(
 
     recorder = Recorder(train_dl=Opens())
     await recorder.fit()
-    assert threads == [here]
+    assert threads == [this_thread]
 
 
 @pytest.mark.parametrize("prefetch", PREFETCH)
@@ -269,10 +269,12 @@ async def test_fit_when_seeded_then_async_loader_gives_the_bits_of_a_list(
 ) -> None:
     def draws(loader: Any) -> Recorder:
         recorder = Recorder(train_dl=loader, prefetch=prefetch, seed=5)
-        recorder.on_step = lambda number: recorder.seen.append(int(torch.randint(10**9, ()).item()))
+        recorder.on_step = lambda number: recorder.batches.append(
+            int(torch.randint(10**9, ()).item())
+        )
         return recorder
 
     plain, from_async = draws([batch_of(n) for n in range(6)]), draws(numbers)
     await plain.fit(2)
     await from_async.fit(2)
-    assert from_async.seen == plain.seen
+    assert from_async.batches == plain.batches

@@ -31,14 +31,14 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.default = FakeStream()
-        self._here = threading.local()
+        self._local = threading.local()
 
     def current(self, _device: Any = None) -> FakeStream:
-        found: FakeStream = getattr(self._here, "stream", self.default)
-        return found
+        stream: FakeStream = getattr(self._local, "stream", self.default)
+        return stream
 
     def set(self, stream: FakeStream) -> None:
-        self._here.stream = stream
+        self._local.stream = stream
 
 
 @pytest.fixture
@@ -54,83 +54,85 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def test_enter_when_the_thread_has_begun_kernels_then_the_run_comes_after_them(
     cuda: FakeCuda,
 ) -> None:
-    lane = CudaStreamScope(DEVICE)
-    lane.enter()
-    own = cuda.current()
-    assert own is not cuda.default
-    assert own.waited == [cuda.default]
-    lane.enter()
-    assert cuda.current() is own
-    assert own.waited == [cuda.default]
+    scope = CudaStreamScope(DEVICE)
+    scope.enter()
+    stream = cuda.current()
+    assert stream is not cuda.default
+    assert stream.waited == [cuda.default]
+    scope.enter()
+    assert cuda.current() is stream
+    assert stream.waited == [cuda.default]
 
 
 def test_leave_when_a_run_ends_then_what_follows_comes_after_it(cuda: FakeCuda) -> None:
     mine = FakeStream()
     cuda.set(mine)
-    lane = CudaStreamScope(DEVICE)
-    lane.enter()
-    own = cuda.current()
-    lane.leave()
+    scope = CudaStreamScope(DEVICE)
+    scope.enter()
+    stream = cuda.current()
+    scope.leave()
     assert cuda.current() is mine
-    assert mine.waited == [own]
-    assert cuda.default.waited == [own]
+    assert mine.waited == [stream]
+    assert cuda.default.waited == [stream]
 
 
 def test_leave_when_another_thread_finishes_the_run_then_it_has_its_own_stream_again(
     cuda: FakeCuda,
 ) -> None:
-    lane = CudaStreamScope(DEVICE)
-    lane.enter()
-    own = cuda.current()
-    found: list[FakeStream] = []
+    scope = CudaStreamScope(DEVICE)
+    scope.enter()
+    stream = cuda.current()
+    streams: list[FakeStream] = []
 
     def finish() -> None:
-        lane.enter()
-        found.append(cuda.current())
-        lane.leave()
-        found.append(cuda.current())
+        scope.enter()
+        streams.append(cuda.current())
+        scope.leave()
+        streams.append(cuda.current())
 
     thread = threading.Thread(target=finish)
     thread.start()
     thread.join()
-    assert found == [own, cuda.default]
-    assert cuda.default.waited == [own]
+    assert streams == [stream, cuda.default]
+    assert cuda.default.waited == [stream]
 
 
 def test_resume_when_a_coroutine_takes_a_step_then_only_that_is_on_the_runs_stream(
     cuda: FakeCuda,
 ) -> None:
-    lane = CudaStreamScope(DEVICE)
-    lane.enter()
-    own = cuda.current()
-    seen: list[FakeStream] = []
+    scope = CudaStreamScope(DEVICE)
+    scope.enter()
+    stream = cuda.current()
+    streams: list[FakeStream] = []
 
     def step() -> None:  # on the event loop's thread
         for _ in range(2):
-            lane.resume()
-            seen.append(cuda.current())
-            lane.pause()
-            seen.append(cuda.current())
+            scope.resume()
+            streams.append(cuda.current())
+            scope.pause()
+            streams.append(cuda.current())
 
     thread = threading.Thread(target=step)
     thread.start()
     thread.join()
-    assert seen == [own, cuda.default, own, cuda.default]
+    assert streams == [stream, cuda.default, stream, cuda.default]
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-async def test_runner_when_streams_are_wanted_then_its_trainers_are_told(wanted: bool) -> None:
-    told: list[bool] = []
+@pytest.mark.parametrize("cuda_streams", [True, False])
+async def test_runner_when_streams_are_wanted_then_its_trainers_are_told(
+    cuda_streams: bool,
+) -> None:
+    flags: list[bool] = []
 
     def make() -> FitLoop:
-        told.append(TRAINER_DEFAULTS.get().cuda_stream)
+        flags.append(TRAINER_DEFAULTS.get().cuda_stream)
         return trainer(model=mlp(1), train_dl=loader(blobs(8)))
 
-    async with Runner(1, cuda_streams=wanted) as runner:
+    async with Runner(1, cuda_streams=cuda_streams) as runner:
         runner.submit(make, epochs=1, verbose=False)
         (outcome,) = await runner.results()
     assert outcome.error is None
-    assert told == [wanted]
+    assert flags == [cuda_streams]
 
 
 # -- on a device --------------------------------------------------------------------------------
@@ -155,17 +157,17 @@ async def test_trainers_when_each_has_a_stream_then_they_have_the_bits_that_each
 ) -> None:
     alone = []
     for seed in range(6):
-        made = on_cuda(seed, **changes)
-        await made.fit(3, verbose=False)
-        alone.append(trainer_state(made))
+        trainer = on_cuda(seed, **changes)
+        await trainer.fit(3, verbose=False)
+        alone.append(trainer_state(trainer))
     together = [on_cuda(seed, **changes) for seed in range(6)]
     async with Runner(6, cuda_streams=True) as runner:
-        for number, made in enumerate(together):
-            runner.submit(made, name=f"{number}", epochs=3, verbose=False)
+        for number, trainer in enumerate(together):
+            runner.submit(trainer, name=f"{number}", epochs=3, verbose=False)
         for outcome in await runner.results():
             assert outcome.error is None
-    for made, state in zip(together, alone, strict=True):
-        assert_same_state(trainer_state(made), state)
+    for trainer, state in zip(together, alone, strict=True):
+        assert_same_state(trainer_state(trainer), state)
 
 
 @pytest.mark.cuda

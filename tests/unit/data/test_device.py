@@ -17,9 +17,9 @@ from fitloop._data.device import DeviceTransfer, batch_size_of, map_tensors
 CPU = torch.device("cpu")
 
 
-def place(batch: Any, dtype: torch.dtype = torch.float32, *, cast: bool = True) -> Any:
-    placement = DeviceTransfer(CPU, dtype, cast=cast)
-    return placement.finish(placement.start(batch))
+def transfer(batch: Any, dtype: torch.dtype = torch.float32, *, cast: bool = True) -> Any:
+    device_transfer = DeviceTransfer(CPU, dtype, cast=cast)
+    return device_transfer.finish(device_transfer.start(batch))
 
 
 def doubles() -> Tensor:
@@ -36,11 +36,11 @@ class Labelled(dict[str, Any]):
 
 
 class Pickle(list[Any]):
-    """A list of a kind of its own."""
+    """A subclass of list."""
 
 
 class Graph:
-    """What graph libraries give: an object that knows how to move itself."""
+    """An object with its own ``.to``, as graph libraries have."""
 
     def __init__(self) -> None:
         self.moved: list[Any] = []
@@ -68,53 +68,53 @@ class Graph:
     ],
     ids=str,
 )
-def test_place_when_cast_then_floating_is_dtype_and_integer_is_long(
+def test_transfer_when_cast_then_floating_is_dtype_and_integer_is_long(
     given_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     tensor = torch.ones(3).to(given_dtype)
-    assert place(tensor).dtype is dtype
-    assert place(tensor, cast=False).dtype is given_dtype
-    assert place(tensor, cast=False) is tensor
-    assert torch.equal(place(tensor), tensor.to(dtype))
+    assert transfer(tensor).dtype is dtype
+    assert transfer(tensor, cast=False).dtype is given_dtype
+    assert transfer(tensor, cast=False) is tensor
+    assert torch.equal(transfer(tensor), tensor.to(dtype))
 
 
-def test_place_when_trainer_is_of_other_dtype_then_floating_follows_it() -> None:
-    assert place(torch.ones(2), torch.float64).dtype is torch.float64
-    assert place(torch.ones(2), torch.bfloat16).dtype is torch.bfloat16
+def test_transfer_when_trainer_is_of_other_dtype_then_floating_follows_it() -> None:
+    assert transfer(torch.ones(2), torch.float64).dtype is torch.float64
+    assert transfer(torch.ones(2), torch.bfloat16).dtype is torch.bfloat16
 
 
-def test_place_when_nothing_changes_then_nothing_is_copied() -> None:
+def test_transfer_when_nothing_changes_then_nothing_is_copied() -> None:
     inputs, targets, mask = torch.ones(2, 3), torch.zeros(2, dtype=torch.long), torch.ones(2) > 0
     batch = (inputs, {"targets": targets, "deeper": [mask]})
-    placed = place(batch)
-    assert placed[0] is inputs
-    assert placed[1]["targets"] is targets
-    assert placed[1]["deeper"][0] is mask
+    moved = transfer(batch)
+    assert moved[0] is inputs
+    assert moved[1]["targets"] is targets
+    assert moved[1]["deeper"][0] is mask
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
-def test_place_when_batches_need_nothing_then_a_list_can_still_be_changed(kind: Any) -> None:
-    placement = DeviceTransfer(torch.device("cpu"), torch.float32)
+def test_transfer_when_batches_need_nothing_then_a_list_can_still_be_changed(kind: Any) -> None:
+    device_transfer = DeviceTransfer(torch.device("cpu"), torch.float32)
     batch = kind([torch.ones(2), torch.zeros(2, dtype=torch.long)])
-    for _ in range(3):  # the first time, what is right is still to be found out
-        placed = placement.start(batch)
-        assert type(placed) is kind
-        assert [id(part) for part in placed] == [id(part) for part in batch]
-        assert kind is tuple or placed is not batch
+    for _ in range(3):  # the first pass fills the cache of dtypes
+        moved = device_transfer.start(batch)
+        assert type(moved) is kind
+        assert [id(element) for element in moved] == [id(element) for element in batch]
+        assert kind is tuple or moved is not batch
 
 
-def test_place_when_a_later_batch_is_of_another_dtype_then_it_is_cast() -> None:
-    placement = DeviceTransfer(torch.device("cpu"), torch.float32)
+def test_transfer_when_a_later_batch_is_of_another_dtype_then_it_is_cast() -> None:
+    device_transfer = DeviceTransfer(torch.device("cpu"), torch.float32)
     for first, second in ((torch.ones(2), torch.ones(2)), (torch.ones(2), doubles())):
-        placed = placement.start((first, second, "name"))
-        assert [part.dtype for part in placed[:2]] == [torch.float32, torch.float32]
-        assert placed[2] == "name"
+        moved = device_transfer.start((first, second, "name"))
+        assert [element.dtype for element in moved[:2]] == [torch.float32, torch.float32]
+        assert moved[2] == "name"
 
 
-def test_place_when_tensor_is_cast_then_loaders_own_is_left_alone() -> None:
+def test_transfer_when_tensor_is_cast_then_loaders_own_is_left_alone() -> None:
     tensor = doubles()
     batch = {"a": tensor, "b": [tensor]}
-    place(batch)
+    transfer(batch)
     assert batch["a"] is tensor
     assert batch["b"] == [tensor]
     assert tensor.dtype is torch.float64
@@ -142,21 +142,21 @@ def test_place_when_tensor_is_cast_then_loaders_own_is_left_alone() -> None:
         pytest.param({1, 2}, id="set"),
     ],
 )
-def test_place_when_batch_is_nested_then_form_is_kept_and_all_tensors_cast(batch: Any) -> None:
-    placed = place(batch)
-    assert form_of(placed) == form_of(batch)
-    assert all(tensor.dtype is torch.float32 for tensor in tensors_in(placed))
-    assert len(list(tensors_in(placed))) == len(list(tensors_in(batch)))
+def test_transfer_when_batch_is_nested_then_form_is_kept_and_all_tensors_cast(batch: Any) -> None:
+    moved = transfer(batch)
+    assert form_of(moved) == form_of(batch)
+    assert all(tensor.dtype is torch.float32 for tensor in tensors_in(moved))
+    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch)))
 
 
 def form_of(item: Any) -> Any:
-    """Return types, keys in their order and whatever is no tensor."""
+    """Return the structure: types, keys in order, and all objects but tensors."""
     if isinstance(item, Tensor):
         return Tensor, item.shape
     if isinstance(item, (dict, UserDict)):
-        return type(item), [(key, form_of(part)) for key, part in item.items()]
+        return type(item), [(key, form_of(element)) for key, element in item.items()]
     if isinstance(item, (list, tuple)):
-        return type(item), [form_of(part) for part in item]
+        return type(item), [form_of(element) for element in item]
     return item
 
 
@@ -164,11 +164,11 @@ def tensors_in(item: Any) -> Iterator[Tensor]:
     if isinstance(item, Tensor):
         yield item
     elif isinstance(item, (dict, UserDict)):
-        for part in item.values():
-            yield from tensors_in(part)
+        for element in item.values():
+            yield from tensors_in(element)
     elif isinstance(item, (list, tuple)):
-        for part in item:
-            yield from tensors_in(part)
+        for element in item:
+            yield from tensors_in(element)
 
 
 leaves = st.one_of(
@@ -191,55 +191,55 @@ structures = st.recursive(
 
 
 @given(structures)
-def test_place_when_structure_is_any_then_form_is_kept(batch: Any) -> None:
-    assert form_of(place(batch)) == form_of(batch)
-    wanted = {torch.float64: torch.float32, torch.int32: torch.int64, torch.bool: torch.bool}
-    dtypes = [wanted[tensor.dtype] for tensor in tensors_in(batch)]
-    assert [tensor.dtype for tensor in tensors_in(place(batch))] == dtypes
+def test_transfer_when_structure_is_any_then_form_is_kept(batch: Any) -> None:
+    assert form_of(transfer(batch)) == form_of(batch)
+    expected = {torch.float64: torch.float32, torch.int32: torch.int64, torch.bool: torch.bool}
+    dtypes = [expected[tensor.dtype] for tensor in tensors_in(batch)]
+    assert [tensor.dtype for tensor in tensors_in(transfer(batch))] == dtypes
 
 
-def test_place_when_defaultdict_then_factory_is_kept() -> None:
+def test_transfer_when_defaultdict_then_factory_is_kept() -> None:
     batch: defaultdict[str, list[Tensor]] = defaultdict(list, x=[doubles()])
-    placed = place(batch)
-    assert type(placed) is defaultdict
-    assert placed["unknown"] == []
-    assert placed["x"][0].dtype is torch.float32
+    moved = transfer(batch)
+    assert type(moved) is defaultdict
+    assert moved["unknown"] == []
+    assert moved["x"][0].dtype is torch.float32
     assert "unknown" not in batch
 
 
-def test_place_when_dict_subclass_has_attributes_then_they_are_kept() -> None:
+def test_transfer_when_dict_subclass_has_attributes_then_they_are_kept() -> None:
     batch = Labelled(x=doubles())
     batch.label = "cats"
-    placed = place(batch)
-    assert placed.label == "cats"
-    assert placed["x"].dtype is torch.float32
+    moved = transfer(batch)
+    assert moved.label == "cats"
+    assert moved["x"].dtype is torch.float32
     assert batch["x"].dtype is torch.float64
 
 
-def test_place_when_mapping_cannot_be_changed_then_a_mapping_comes_back() -> None:
-    placed = place(MappingProxyType({"x": doubles()}))
-    assert placed["x"].dtype is torch.float32
+def test_transfer_when_mapping_cannot_be_changed_then_a_mapping_comes_back() -> None:
+    moved = transfer(MappingProxyType({"x": doubles()}))
+    assert moved["x"].dtype is torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32], ids=str)
-def test_place_when_sequence_is_packed_then_cast_like_a_tensor(dtype: torch.dtype) -> None:
+def test_transfer_when_sequence_is_packed_then_cast_like_a_tensor(dtype: torch.dtype) -> None:
     packed = pack_sequence([torch.ones(3, 1).to(dtype), torch.ones(2, 1).to(dtype)])
-    placed = place([packed])[0]
-    assert type(placed) is PackedSequence
-    assert placed.data.dtype is (torch.float32 if dtype is torch.float64 else torch.int64)
-    assert torch.equal(placed.batch_sizes, packed.batch_sizes)
-    assert place(packed, cast=False).data.dtype is dtype
+    moved = transfer([packed])[0]
+    assert type(moved) is PackedSequence
+    assert moved.data.dtype is (torch.float32 if dtype is torch.float64 else torch.int64)
+    assert torch.equal(moved.batch_sizes, packed.batch_sizes)
+    assert transfer(packed, cast=False).data.dtype is dtype
 
 
-def test_place_when_object_has_to_then_it_is_moved_by_it() -> None:
+def test_transfer_when_object_has_to_then_it_is_moved_by_it() -> None:
     graph = Graph()
-    assert place({"graph": graph})["graph"] is graph
+    assert transfer({"graph": graph})["graph"] is graph
     assert graph.moved == [CPU]
 
 
-def test_place_when_tensor_requires_grad_then_it_still_does() -> None:
+def test_transfer_when_tensor_requires_grad_then_it_still_does() -> None:
     tensor = torch.ones(2, requires_grad=True)
-    assert place([tensor])[0] is tensor
+    assert transfer([tensor])[0] is tensor
 
 
 def test_map_tensors_when_type_is_structseq_then_it_is_kept() -> None:
@@ -277,67 +277,69 @@ def test_batch_size_of_when_batch_is_any_then_first_dimension_of_first_tensor(
 
 
 @pytest.mark.cuda
-def test_place_when_device_is_cuda_then_values_arrive_with_their_dtypes() -> None:
-    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
+def test_transfer_when_device_is_cuda_then_values_arrive_with_their_dtypes() -> None:
+    device_transfer = DeviceTransfer(torch.device("cuda"), torch.float32)
     batch = {"x": torch.arange(6.0, dtype=torch.float64), "y": [torch.arange(3, dtype=torch.uint8)]}
-    placed = placement.finish(placement.start(batch))
-    assert placed["x"].device.type == "cuda"
-    assert placed["x"].dtype is torch.float32
-    assert placed["y"][0].dtype is torch.int64
-    assert placed["x"].tolist() == batch["x"].tolist()  # type: ignore[attr-defined]
+    moved = device_transfer.finish(device_transfer.start(batch))
+    assert moved["x"].device.type == "cuda"
+    assert moved["x"].dtype is torch.float32
+    assert moved["y"][0].dtype is torch.int64
+    assert moved["x"].tolist() == batch["x"].tolist()  # type: ignore[attr-defined]
 
 
 @pytest.mark.cuda
-def test_place_when_tensor_is_on_the_device_already_then_it_is_not_copied() -> None:
-    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
+def test_transfer_when_tensor_is_on_the_device_already_then_it_is_not_copied() -> None:
+    device_transfer = DeviceTransfer(torch.device("cuda"), torch.float32)
     tensor = torch.ones(3, device="cuda")
-    assert placement.finish(placement.start([tensor]))[0].data_ptr() == tensor.data_ptr()
+    assert (
+        device_transfer.finish(device_transfer.start([tensor]))[0].data_ptr() == tensor.data_ptr()
+    )
 
 
 @pytest.mark.cuda
-def test_place_when_sequence_is_packed_then_it_crosses() -> None:
-    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
+def test_transfer_when_sequence_is_packed_then_it_crosses() -> None:
+    device_transfer = DeviceTransfer(torch.device("cuda"), torch.float32)
     packed = pack_sequence([torch.ones(3, 1, dtype=torch.float64), torch.ones(2, 1).double()])
-    placed = placement.finish(placement.start(packed))
-    assert placed.data.device.type == "cuda"
-    assert placed.data.dtype is torch.float32
+    moved = device_transfer.finish(device_transfer.start(packed))
+    assert moved.data.device.type == "cuda"
+    assert moved.data.dtype is torch.float32
 
 
 @pytest.mark.cuda
-def test_place_when_many_batches_are_in_flight_then_none_overwrites_another() -> None:
+def test_transfer_when_many_batches_are_in_flight_then_none_overwrites_another() -> None:
     """Placed ahead and freed while a slow kernel still reads: the allocator must not reuse them."""
-    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
+    device_transfer = DeviceTransfer(torch.device("cuda"), torch.float32)
     slow = torch.randn(2048, 2048, device="cuda")
     sums: list[Tensor] = []
     for number in range(50):
-        placed = placement.start(torch.full((256, 1024), float(number)))
-        following = placement.start(torch.full((256, 1024), -1.0))
-        batch = placement.finish(placed)
+        moved = device_transfer.start(torch.full((256, 1024), float(number)))
+        following = device_transfer.start(torch.full((256, 1024), -1.0))
+        batch = device_transfer.finish(moved)
         for _ in range(3):
             slow = slow @ slow
             slow = slow / slow.norm()
         sums.append(batch.mean() + 0 * slow[0, 0])
-        del batch, placed, following
+        del batch, moved, following
     assert [round(value) for value in torch.stack(sums).tolist()] == list(range(50))
 
 
 @pytest.mark.cuda
-def test_place_when_consumer_uses_its_own_stream_then_the_copy_is_waited_for() -> None:
-    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
+def test_transfer_when_consumer_uses_its_own_stream_then_the_copy_is_waited_for() -> None:
+    device_transfer = DeviceTransfer(torch.device("cuda"), torch.float32)
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for number in range(50):
-            placed = placement.start(torch.full((1 << 20,), float(number)))
-            assert placement.finish(placed).sum().item() == number * (1 << 20)
+            moved = device_transfer.start(torch.full((1 << 20,), float(number)))
+            assert device_transfer.finish(moved).sum().item() == number * (1 << 20)
 
 
 @pytest.mark.cuda
-def test_place_when_the_loader_made_it_on_the_device_then_it_is_cast_after_it_was_made() -> None:
-    placement = DeviceTransfer(torch.device("cuda"), torch.float32)
+def test_transfer_when_the_loader_made_it_on_the_device_then_it_is_cast_after_it_was_made() -> None:
+    device_transfer = DeviceTransfer(torch.device("cuda"), torch.float32)
     slow = torch.randn(4096, 4096, device="cuda", dtype=torch.float64)
     for number in range(20):
-        made = (slow @ slow).clamp(0, 0) + number
-        placed = placement.finish(placement.start([made]))[0]
-        del made
-        assert placed.dtype is torch.float32
-        assert placed.sum().item() == number * placed.numel()
+        computed = (slow @ slow).clamp(0, 0) + number
+        moved = device_transfer.finish(device_transfer.start([computed]))[0]
+        del computed
+        assert moved.dtype is torch.float32
+        assert moved.sum().item() == number * moved.numel()

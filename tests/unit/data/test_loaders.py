@@ -68,7 +68,7 @@ class Unsized:
 
 
 class Resetting:
-    """Begins again at every ``iter``, and is its own iterator."""
+    """Restarts at every ``iter``, and is its own iterator."""
 
     def __iter__(self) -> Resetting:
         self._next = 0
@@ -90,10 +90,10 @@ def numbers(count: int) -> Iterator[torch.Tensor]:
 
 
 class Recorder:
-    """A trainer whose steps note the values that they were given."""
+    """A trainer whose steps record the values of their batches."""
 
     def __init__(self, loader: Any, **arguments: Any) -> None:
-        self.seen: list[int] = []
+        self.values: list[int] = []
         self.states: list[tuple[int | None, int]] = []
         self.stop_at: int | None = None
         model = nn.Linear(1, 1)
@@ -110,9 +110,9 @@ class Recorder:
 
     def _step(self, state: LoopState) -> None:
         batch = state.batch if isinstance(state.batch, torch.Tensor) else state.batch[0]
-        self.seen.extend(int(value) for value in batch[:, 0].unique())
+        self.values.extend(int(value) for value in batch[:, 0].unique())
         self.states.append((state.batches, state.size))
-        if self.stop_at is not None and self.seen[-1] == self.stop_at:
+        if self.stop_at is not None and self.values[-1] == self.stop_at:
             state.stop()
 
     async def fit(self, epochs: int = 1, **more: Any) -> None:
@@ -274,7 +274,7 @@ async def test_fit_when_loader_can_be_read_again_then_every_epoch_has_all(
 ) -> None:
     recorder = Recorder(loader, prefetch=prefetch)
     await recorder.fit(3)
-    assert recorder.seen == [*range(5)] * 3
+    assert recorder.values == [*range(5)] * 3
 
 
 @ONE_LOOP
@@ -286,7 +286,7 @@ async def test_fit_when_loader_is_one_shot_then_epochs_of_steps_go_on(
     recorder = Recorder(numbers(30), prefetch=prefetch, seed=seed)
     await recorder.fit(3, steps=4)
     await recorder.fit(1, steps=5)
-    assert recorder.seen == list(range(17))
+    assert recorder.values == list(range(17))
 
 
 @ONE_LOOP
@@ -297,7 +297,7 @@ async def test_fit_when_stopped_in_one_shot_loader_then_no_batch_is_lost(
     recorder = Recorder(numbers(30), prefetch=prefetch)
     for recorder.stop_at in (2, 11, 25):
         await recorder.fit(1)
-    assert recorder.seen == list(range(26))
+    assert recorder.values == list(range(26))
 
 
 @ONE_LOOP
@@ -332,7 +332,7 @@ async def test_fit_when_dataset_has_a_length_or_not_then_state_tells_what_is_kno
 ) -> None:
     recorder = Recorder(loader)
     await recorder.fit(1)
-    assert recorder.seen == list(range(10))
+    assert recorder.values == list(range(10))
     assert recorder.states == [(batches, size) for size in sizes]
 
 
@@ -357,7 +357,7 @@ async def test_fit_when_loader_has_workers_then_all_batches_in_order(
     await recorder.fit(1)
     recorder.stop_at = None
     await recorder.fit(2)
-    assert recorder.seen == [*range(6), *range(10), *range(10)]
+    assert recorder.values == [*range(6), *range(10), *range(10)]
 
 
 @ONE_LOOP
@@ -365,4 +365,4 @@ async def test_fit_when_loader_has_workers_then_all_batches_in_order(
 async def test_fit_when_iterable_dataset_has_workers_then_every_sample_once() -> None:
     recorder = Recorder(DataLoader(Stream(), 2, num_workers=2))
     await recorder.fit(1)
-    assert sorted(recorder.seen) == list(range(10))
+    assert sorted(recorder.values) == list(range(10))

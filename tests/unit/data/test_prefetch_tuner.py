@@ -19,7 +19,7 @@ TRIVIAL, SLOW, STEP = 5e-6, 5e-3, 4e-3
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -48,7 +48,7 @@ class Loader:
 
 
 class SwitchingTuner(PrefetchTuner):
-    """Goes ahead and back inline when told, whatever was measured."""
+    """Reads ahead and inline again after given numbers of batches."""
 
     def __init__(self, ahead_after: int, inline_after: int) -> None:
         super().__init__()
@@ -86,47 +86,47 @@ def run_pass(
 def measured(
     tuner: PrefetchTuner,
     load: float,
-    whole: float,
+    total: float,
     count: int = PrefetchTuner.SAMPLES,
-    computed: float | None = None,
+    cpu: float | None = None,
 ) -> PrefetchTuner:
     for _ in range(count):
-        tuner.add(load, whole, load if computed is None else computed)
+        tuner.add(load, total, load if cpu is None else cpu)
     return tuner
 
 
 def test_tuner_when_loads_are_shorter_than_a_hand_off_then_inline_for_good() -> None:
-    tuner = measured(PrefetchTuner(), load=TRIVIAL, whole=6e-6)
+    tuner = measured(PrefetchTuner(), load=TRIVIAL, total=6e-6)
     assert (tuner.ahead, tuner.decided) == (False, True)
 
 
 def test_tuner_when_loading_is_a_small_share_then_inline_for_good() -> None:
-    tuner = measured(PrefetchTuner(), load=1e-3, whole=1.0)
+    tuner = measured(PrefetchTuner(), load=1e-3, total=1.0)
     assert (tuner.ahead, tuner.decided) == (False, True)
 
 
 def test_tuner_when_loads_are_long_then_tries_ahead_before_it_decides() -> None:
-    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW + STEP, count=PrefetchTuner.SAMPLES - 1)
+    tuner = measured(PrefetchTuner(), load=SLOW, total=SLOW + STEP, count=PrefetchTuner.SAMPLES - 1)
     assert (tuner.ahead, tuner.decided) == (False, False)
     tuner.add(SLOW, SLOW + STEP, SLOW)
     assert (tuner.ahead, tuner.decided) == (True, False)
 
 
 def test_tuner_when_loads_only_wait_then_ahead_for_good() -> None:
-    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW + STEP, computed=0.2 * SLOW)
+    tuner = measured(PrefetchTuner(), load=SLOW, total=SLOW + STEP, cpu=0.2 * SLOW)
     assert (tuner.ahead, tuner.decided) == (True, True)
-    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW + STEP, computed=0.21 * SLOW)
+    tuner = measured(PrefetchTuner(), load=SLOW, total=SLOW + STEP, cpu=0.21 * SLOW)
     assert (tuner.ahead, tuner.decided) == (True, False)
 
 
-@pytest.mark.parametrize("computed", [0.0, TRIVIAL])
-def test_tuner_when_loads_only_wait_and_are_short_then_inline_for_good(computed: float) -> None:
-    tuner = measured(PrefetchTuner(), load=TRIVIAL, whole=TRIVIAL + STEP, computed=computed)
+@pytest.mark.parametrize("cpu", [0.0, TRIVIAL])
+def test_tuner_when_loads_only_wait_and_are_short_then_inline_for_good(cpu: float) -> None:
+    tuner = measured(PrefetchTuner(), load=TRIVIAL, total=TRIVIAL + STEP, cpu=cpu)
     assert (tuner.ahead, tuner.decided) == (False, True)
 
 
 @pytest.mark.parametrize(
-    ("whole", "ahead"),
+    ("total", "ahead"),
     [
         pytest.param(SLOW, True, id="faster"),
         pytest.param(0.94 * (SLOW + STEP), True, id="just-enough"),
@@ -135,20 +135,20 @@ def test_tuner_when_loads_only_wait_and_are_short_then_inline_for_good(computed:
         pytest.param(2 * (SLOW + STEP), False, id="slower"),
     ],
 )
-def test_tuner_when_ahead_was_measured_then_the_faster_way_wins(whole: float, ahead: bool) -> None:
-    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW + STEP)
-    measured(tuner, load=0.0, whole=whole)
+def test_tuner_when_ahead_was_measured_then_the_faster_way_wins(total: float, ahead: bool) -> None:
+    tuner = measured(PrefetchTuner(), load=SLOW, total=SLOW + STEP)
+    measured(tuner, load=0.0, total=total)
     assert (tuner.ahead, tuner.decided) == (ahead, True)
 
 
 def tried(tuner: PrefetchTuner, ratio: float) -> tuple[bool, bool]:
-    """Begin a pass, and have it tried if it wants to; return whether it did, and what it chose."""
+    """Start a pass with the given times; return whether there was a new try, and its decision."""
     tuner.begin_pass()
-    wanted = not tuner.decided
-    if wanted:
-        measured(tuner, load=SLOW, whole=SLOW + STEP)
-        measured(tuner, load=0.0, whole=ratio * (SLOW + STEP))
-    return wanted, tuner.ahead
+    is_new_try = not tuner.decided
+    if is_new_try:
+        measured(tuner, load=SLOW, total=SLOW + STEP)
+        measured(tuner, load=0.0, total=ratio * (SLOW + STEP))
+    return is_new_try, tuner.ahead
 
 
 @pytest.mark.parametrize(
@@ -172,10 +172,10 @@ def test_tuner_when_it_was_not_clear_then_later_passes_try_again(
 
 
 def test_tuner_when_it_never_came_to_ahead_then_later_passes_do_not_try_again() -> None:
-    tuner = measured(PrefetchTuner(), load=TRIVIAL, whole=6e-6)
+    tuner = measured(PrefetchTuner(), load=TRIVIAL, total=6e-6)
     tuner.begin_pass()
     assert tuner.decided
-    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW + STEP, computed=0.0)
+    tuner = measured(PrefetchTuner(), load=SLOW, total=SLOW + STEP, cpu=0.0)
     tuner.begin_pass()
     assert (tuner.ahead, tuner.decided) == (True, True)
 
@@ -183,17 +183,17 @@ def test_tuner_when_it_never_came_to_ahead_then_later_passes_do_not_try_again() 
 def test_tuner_when_one_load_is_an_outlier_then_it_does_not_decide() -> None:
     tuner = PrefetchTuner()
     tuner.add(10.0, 10.0, 10.0)
-    measured(tuner, load=TRIVIAL, whole=STEP, count=PrefetchTuner.SAMPLES - 1)
+    measured(tuner, load=TRIVIAL, total=STEP, count=PrefetchTuner.SAMPLES - 1)
     assert (tuner.ahead, tuner.decided) == (False, True)
 
 
 def test_tuner_when_all_times_are_zero_then_inline() -> None:
-    tuner = measured(PrefetchTuner(), load=0.0, whole=0.0)
+    tuner = measured(PrefetchTuner(), load=0.0, total=0.0)
     assert (tuner.ahead, tuner.decided) == (False, True)
 
 
 def test_tuner_when_loader_drew_then_inline_for_good_and_says_why() -> None:
-    tuner = measured(PrefetchTuner(), load=SLOW, whole=SLOW, count=2)
+    tuner = measured(PrefetchTuner(), load=SLOW, total=SLOW, count=2)
     tuner.mark_uses_rng()
     assert (tuner.ahead, tuner.decided, tuner.uses_rng) == (False, True, True)
 
@@ -313,7 +313,7 @@ def test_adaptive_when_loader_draws_only_to_begin_then_may_go_ahead() -> None:
 
 def test_adaptive_when_loader_raises_ahead_then_good_batches_come_first() -> None:
     clock, tuner = Clock(), PrefetchTuner()
-    measured(tuner, load=SLOW, whole=SLOW + STEP)
+    measured(tuner, load=SLOW, total=SLOW + STEP)
     error = ValueError("broken")
 
     def broken() -> Iterator[int]:

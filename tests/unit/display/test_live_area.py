@@ -50,7 +50,7 @@ class FakeTerminal(io.StringIO):
 
 
 class Area:
-    """A `LiveArea` on a fake terminal, drawn when it is told to and not by the clock."""
+    """A `LiveArea` on a fake terminal, drawn when a test calls `draw`."""
 
     def __init__(self, out: FakeTerminal) -> None:
         self.out = out

@@ -1,4 +1,4 @@
-"""The page of a run, on a display that only notes what it is told."""
+"""The page of a run, on a fake display."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class FakeDisplay:
 
 
 class Page:
-    """A view that is told what happens in a run, epoch by epoch."""
+    """A view, and the events of a run for it."""
 
     def __init__(self, epochs: int, *, label: str = "net", ahead: int = 0, **options: Any) -> None:
         self.display = FakeDisplay()
