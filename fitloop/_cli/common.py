@@ -49,9 +49,9 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [_short_name(path, [other for other in parts if other != path]) for path in parts]
 
 
-def _short_name(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
+def _short_name(parts: tuple[str, ...], other_paths: Sequence[tuple[str, ...]]) -> str:
     for count in range(1, len(parts) + 1):
         suffix = parts[-count:]
-        if not any(other[-count:] == suffix for other in others):
+        if not any(other[-count:] == suffix for other in other_paths):
             break
     return "".join(c if c.isprintable() else "?" for c in "/".join(suffix))

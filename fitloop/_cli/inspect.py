@@ -110,9 +110,9 @@ def _position(trainer: dict[str, Any], position: dict[str, Any]) -> str:
 def _print_tensors(entries: list[TensorEntry], *, everything: bool) -> None:
     total = sum(entry.nbytes for entry in entries)
     print_line(f"  tensors    {len(entries)}, {_size(total)}")
-    shown = entries if everything else entries[:MAX_TENSORS]
-    width = max((len(entry.name) for entry in shown), default=0)
-    for entry in shown:
+    listed = entries if everything else entries[:MAX_TENSORS]
+    width = max((len(entry.name) for entry in listed), default=0)
+    for entry in listed:
         if entry.same_as is not None:
             print_line(f"    {entry.name:{width}}  the same as {entry.same_as}")
             continue
@@ -120,8 +120,8 @@ def _print_tensors(entries: list[TensorEntry], *, everything: bool) -> None:
         print_line(
             f"    {entry.name:{width}}  {entry.dtype:9} {shape:>16}  {_size(entry.nbytes):>10}"
         )
-    if len(shown) < len(entries):
-        print_line(f"    ... and {len(entries) - len(shown)} more, see --all")
+    if len(listed) < len(entries):
+        print_line(f"    ... and {len(entries) - len(listed)} more, see --all")
 
 
 def _size(nbytes: float) -> str:
