@@ -21,15 +21,8 @@ class AsyncSource:
     """Reads an async loader in a task on the event loop, up to ``depth`` batches ahead.
 
     With a depth of 0 the task reads a batch only when the step thread fetches one. The loader runs
-    between the other tasks of the event loop, so it never waits for the global generators.
-
-    Args:
-        iterable: the loader.
-        context: of the pass.
-        portal: starts the task on the event loop.
-        depth: batches read ahead.
-        limit: the most batches of the pass; None for all.
-        skip: batches at the start that are read and discarded.
+    between the other tasks of the event loop, so it never waits for the global generators. The
+    first ``skip`` batches are discarded; ``limit`` is the most that are read after them.
     """
 
     rng_state_after: RngState | None = None

@@ -82,13 +82,7 @@ class Loaders:
     ) -> Source:
         """Start a pass over ``loader``; for the step thread, since this runs the loader's code.
 
-        Args:
-            loader: an iterable, an async iterable, or a function that returns one.
-            phase: of the pass.
-            context: of the pass.
-            portal: to the event loop, for async loaders.
-            limit: the most batches of the pass, including those before ``resume_from``.
-            resume_from: position in the pass to continue at; None for its start.
+        ``limit`` is the most batches of the pass, including those before ``resume_from``.
         """
         rng = context.rng
         rng_state = rng.state() if self.tracks_positions else None

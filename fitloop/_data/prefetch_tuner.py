@@ -69,13 +69,7 @@ class PrefetchTuner:
         self._decide(ahead=False)
 
     def add(self, load: float, total: float, cpu: float) -> None:
-        """Add the times of one batch.
-
-        Args:
-            load: time to load the batch.
-            total: time from the previous batch to this one.
-            cpu: CPU time of this thread during the load.
-        """
+        """Add the times of one batch: its load, all since the last batch, CPU time of the load."""
         if self.ahead:
             self._ahead.append(total)
             if len(self._ahead) == self.SAMPLES:
@@ -102,14 +96,7 @@ class PrefetchTuner:
 class AdaptiveSource:
     """Reads inline or ahead as a `PrefetchTuner` says, and gives it the measured times.
 
-    Args:
-        context: of the pass.
-        read: returns the next batch of the loader, or raises `StopIteration`.
-        depth: batches read ahead.
-        tuner: of this loader, over all passes.
-        watch_rng: reading a batch may use the global generators.
-        clock: seconds.
-        cpu_clock: seconds of CPU time of the calling thread.
+    With ``watch_rng``, reading a batch may use the global generators; if it does, it stays inline.
     """
 
     def __init__(

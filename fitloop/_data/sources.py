@@ -2,7 +2,8 @@
 
 `InlineSource` reads in the step thread, between the steps. `PrefetchSource` reads in a thread of
 its own into a bounded queue. `fitloop._data.async_source` reads an async loader on the event loop.
-`fitloop._data.loaders` chooses one. Knows no models, metrics or stage functions.
+`fitloop._data.loaders` chooses one. Each gets a function ``read`` that returns the next batch of
+the loader or raises `StopIteration`. Knows no models, metrics or stage functions.
 """
 
 from __future__ import annotations
@@ -84,12 +85,7 @@ class LoadContext:
 
 
 class InlineSource:
-    """Reads the loader in the step thread, between the steps.
-
-    Args:
-        context: of the pass.
-        read: returns the next batch of the loader, or raises `StopIteration`.
-    """
+    """Reads the loader in the step thread, between the steps."""
 
     rng_state_after: RngState | None = None
 
@@ -139,13 +135,7 @@ def _inline(
 
 
 class PrefetchSource:
-    """Reads the loader in a thread of its own, up to ``depth`` batches ahead of the steps.
-
-    Args:
-        context: of the pass.
-        read: returns the next batch of the loader, or raises `StopIteration`.
-        depth: size of the queue in batches.
-    """
+    """Reads the loader in a thread of its own, up to ``depth`` batches ahead of the steps."""
 
     def __init__(self, context: LoadContext, read: Callable[[], Any], depth: int) -> None:
         self._context = context

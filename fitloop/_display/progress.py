@@ -154,12 +154,8 @@ def _write(text: str) -> None:
 class RunDisplay:
     """All output of one run: an observer and a context manager.
 
-    Args:
-        name: of the trainer.
-        named: the user gave the trainer this name.
-        every: epochs between two that are printed; 0 prints nothing.
-        names: the metrics to show; None for all.
-        live: whether to show bars, or a page in a notebook.
+    With ``named``, the user chose the name of the trainer. With ``live``, bars are shown, or a page
+    in a notebook. The other arguments are those of `EpochPrinter`.
     """
 
     def __init__(
