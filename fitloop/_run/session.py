@@ -94,7 +94,7 @@ class RunSession:
             self.guard = _guard(rng, context)
             stack.callback(self.guard.close)
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders
-            self._capture = state.capture() if dry else None
+            self._restore_state = state.capture() if dry else None
             self.time_slice = TimeSliceHook(self.guard.wait, context.control)
             stack.callback(self.time_slice.close)
             self._deps = EngineDeps(
@@ -141,8 +141,8 @@ class RunSession:
 
     def restore_training(self) -> None:
         """Return to the state of the training that a dry run began with."""
-        if self._capture is not None:
-            self._capture.restore()
+        if self._restore_state is not None:
+            self._restore_state()
 
     def restore(self, ending: RunEnding) -> None:
         """Restore the random generators and the modes; after a dry run, also the training."""

@@ -1,4 +1,4 @@
-"""The best model of a trainer: which score is better, and where its weights are kept."""
+"""Comparison of models by a metric, and the observer that stores the best weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fitloop._types import Phase
 
 
 class Criteria:
-    """Which metric of ``valid_epoch_end`` says how good a model is, and which way is better.
+    """The metric of ``valid_epoch_end`` that compares models, and its direction: 1 or -1.
 
-    The default one is ``accuracy``, 1. Where the validation returns no accuracy, because the
-    targets are no classes, it becomes ``loss``, -1; without a loss nothing is compared.
+    The default is ``accuracy``, 1. If the validation returns no accuracy, because the targets are
+    no classes, the default becomes ``loss``, -1. Without a loss nothing is compared.
     """
 
     def __init__(self, name: str, direction: int, *, is_default: bool = False) -> None:
@@ -24,10 +24,10 @@ class Criteria:
         self.is_default = is_default
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
-        """Return the score in the metrics of a validation; None where the default one has none.
+        """Return the score in the metrics of a validation; None if the default metric is missing.
 
         Raises:
-            MissingCriteriaError: a criteria that was asked for is not among them.
+            MissingCriteriaError: the metric that the user named is missing.
         """
         if self.name in metrics:
             return metrics[self.name]
@@ -44,41 +44,41 @@ class Criteria:
         return best is None or self.direction * score >= self.direction * best
 
 
-class Keeper(Protocol):
-    """Where the best score and its weights are kept."""
+class BestStore(Protocol):
+    """A store of the best score and its weights."""
 
     best_score: float | None
     best_epoch: int | None
 
     def save_best(self) -> None:
-        """Keep the model's weights as the best."""
+        """Store the present weights as the best."""
 
 
 class BestTracker:
-    """Keeps the weights of the best epoch: an observer of one training run.
+    """An observer of one run that stores the weights of the best epoch.
 
-    The best score lives as long as the trainer; `tracked` belongs to the run.
+    The best score lives as long as the trainer, `tracked` as long as the run.
     """
 
-    def __init__(self, criteria: Criteria, keeper: Keeper, emit: Callable[[Event], None]) -> None:
+    def __init__(self, criteria: Criteria, store: BestStore, emit: Callable[[Event], None]) -> None:
         self._criteria = criteria
-        self._keeper = keeper
+        self._store = store
         self._emit = emit
         self.tracked = False
-        """a score was seen in this run"""
+        """this run had a score"""
 
     def observe(self, event: Event) -> None:
-        """Look at the score of a validation."""
+        """Compare the score of a validation with the best one."""
         if not isinstance(event, PhaseEnded) or event.phase is not Phase.VALID:
             return
         score = self._criteria.score(event.metrics)
         if score is None:
             return
         self.tracked = True
-        keeper = self._keeper
-        if self._criteria.is_better(score, keeper.best_score):
-            keeper.save_best()
-            keeper.best_score, keeper.best_epoch = score, event.epoch
+        store = self._store
+        if self._criteria.is_better(score, store.best_score):
+            store.save_best()
+            store.best_score, store.best_epoch = score, event.epoch
             self._emit(
                 BestImproved(
                     trainer=event.trainer,

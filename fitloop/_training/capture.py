@@ -1,190 +1,149 @@
-"""A copy of a training's state in memory, and its way back: for dry runs and for `reset`.
+"""Copies of a training's state in memory, for dry runs and for `reset`.
 
-Restoring is exact and in place: parameters, buffers, param groups and state dicts keep their
-identity, so that whatever refers to them still does.
+Each function copies a state and returns a function that restores it, which can be called several
+times. Restoring is exact and in place: parameters, buffers, param groups and state dicts stay the
+same objects, so that all references to them stay valid.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+Restore = Callable[[], object]
 
-class _ParameterCapture:
-    """Value, gradient and ``requires_grad`` of a parameter."""
 
-    def __init__(self, parameter: Tensor) -> None:
-        self._parameter = parameter
-        self._value = parameter.detach().clone()
-        self._requires_grad = parameter.requires_grad
-        self._grad = None if parameter.grad is None else parameter.grad.detach().clone()
+def capture_training(
+    modules: Iterable[nn.Module],
+    optimizers: Iterable[Optimizer],
+    schedulers: Iterable[Any],
+    stateful: Iterable[Any] = (),
+) -> Restore:
+    """Copy everything that a dry run changes.
 
-    def restore(self) -> None:
+    An error while one part is restored does not keep the other parts from being restored.
+    """
+    modules, optimizers = list(modules), list(optimizers)
+    # Parameters of optimizers can be outside of the modules, such as a learnt temperature.
+    inside = {id(p) for module in modules for p in module.parameters()}
+    optimized = (p for o in optimizers for group in o.param_groups for p in group["params"])
+    parts = [
+        *(_capture_parameter(p) for p in optimized if id(p) not in inside),
+        *(_capture_module(module) for module in modules),
+        capture_optimization(optimizers, schedulers),
+        *(_capture_state_dict(item) for item in stateful),
+    ]
+    return partial(_restore_all, parts)
+
+
+def capture_optimization(optimizers: Iterable[Optimizer], schedulers: Iterable[Any]) -> Restore:
+    """Copy the states of optimizers and learning-rate schedulers."""
+    parts = [
+        *(_capture_optimizer(optimizer) for optimizer in optimizers),
+        *(_capture_scheduler(scheduler) for scheduler in schedulers),
+    ]
+    return partial(_restore_all, parts)
+
+
+def _restore_all(parts: list[Restore]) -> None:
+    with ExitStack() as stack:
+        for restore in reversed(parts):  # the stack calls them in reverse
+            stack.callback(restore)
+
+
+def _capture_parameter(parameter: Tensor) -> Restore:
+    value, requires_grad = parameter.detach().clone(), parameter.requires_grad
+    grad = None if parameter.grad is None else parameter.grad.detach().clone()
+
+    def restore() -> None:
         with torch.no_grad():
-            self._parameter.copy_(self._value)
-        self._parameter.requires_grad_(self._requires_grad)
-        self._parameter.grad = None if self._grad is None else self._grad.clone()
+            parameter.copy_(value)
+        parameter.requires_grad_(requires_grad)
+        parameter.grad = None if grad is None else grad.clone()
+
+    return restore
 
 
-class _BufferCapture:
-    """Value of a buffer, which is the same object afterwards even if a step replaced it."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self._buffer = buffer
-        memory = buffer.untyped_storage()
-        # An expanded tensor has fewer values than elements, and cannot be copied into.
-        expanded = memory.nbytes() < buffer.numel() * buffer.element_size()
-        self._value = None if expanded else buffer.detach().clone()
-        self._memory = memory.clone() if expanded else None  # type: ignore[no-untyped-call]
-
-    def restore(self) -> None:
-        if self._memory is not None:
-            self._buffer.untyped_storage().copy_(self._memory)
-        elif self._value is not None:
-            with torch.no_grad():
-                self._buffer.copy_(self._value)
+def _capture_buffer(buffer: Tensor) -> Restore:
+    memory = buffer.untyped_storage()
+    # An expanded tensor has fewer values than elements, and cannot be copied into.
+    if memory.nbytes() < buffer.numel() * buffer.element_size():
+        return partial(memory.copy_, memory.clone())  # type: ignore[no-untyped-call]
+    return partial(torch.no_grad()(buffer.copy_), buffer.detach().clone())
 
 
-class ModuleCapture:
-    """Parameters, gradients, buffers, extra state and modes of a module and all below it."""
+def _capture_module(module: nn.Module) -> Restore:
+    """Copy parameters, gradients, buffers, extra states and modes of a module and its children."""
+    parts = [
+        (part, [dict(registry) for registry in _registries(part)], part.training)
+        for part in module.modules()
+    ]
+    extra_states = [
+        (part, copy.deepcopy(part.get_extra_state()))
+        for part in module.modules()
+        if type(part).get_extra_state is not nn.Module.get_extra_state
+    ]
+    values = [
+        *(_capture_parameter(parameter) for parameter in module.parameters()),
+        *(_capture_buffer(buffer) for buffer in module.buffers()),
+    ]
 
-    def __init__(self, module: nn.Module) -> None:
-        self._places = [
-            (part, [dict(held) for held in _held_by(part)], part.training)
-            for part in module.modules()
-        ]
-        self._extras = [
-            (part, copy.deepcopy(part.get_extra_state()))
-            for part in module.modules()
-            if type(part).get_extra_state is not nn.Module.get_extra_state
-        ]
-        self._values: list[_ParameterCapture | _BufferCapture] = [
-            *(_ParameterCapture(parameter) for parameter in module.parameters()),
-            *(_BufferCapture(buffer) for buffer in module.buffers()),
-        ]
-
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        for part, contents, training in self._places:
-            for held, content in zip(_held_by(part), contents, strict=True):
-                held.clear()
-                held.update(content)
+    def restore() -> None:
+        for part, contents, training in parts:
+            for registry, content in zip(_registries(part), contents, strict=True):
+                registry.clear()
+                registry.update(content)
             part.training = training
-        for value in self._values:
-            value.restore()
-        for part, extra in self._extras:
+        for restore_value in values:
+            restore_value()
+        for part, extra in extra_states:
             part.set_extra_state(copy.deepcopy(extra))
 
+    return restore
 
-def _held_by(module: nn.Module) -> tuple[dict[str, Any], ...]:
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return (module._parameters, module._buffers, module._modules)
 
 
-class OptimizerCapture:
-    """Param groups and per-parameter state of an optimizer, and its parameters' values if asked."""
+def _capture_optimizer(optimizer: Optimizer) -> Restore:
+    """Copy the param groups and the state of each parameter, but not the parameters."""
+    groups = [(group, list(group["params"]), _settings(group)) for group in optimizer.param_groups]
+    states = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._groups = [
-            (group, list(group["params"]), _without_params(group))
-            for group in optimizer.param_groups
-        ]
-        self._state = {
-            parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()
-        }
-
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        self._optimizer.param_groups[:] = [group for group, _params, _rest in self._groups]
-        for group, params, rest in self._groups:
+    def restore() -> None:
+        optimizer.param_groups[:] = [group for group, _params, _settings in groups]
+        for group, params, settings in groups:
             group.clear()
             group["params"] = list(params)
-            group.update(copy.deepcopy(rest))
-        self._optimizer.state.clear()
-        for parameter, state in self._state.items():
-            self._optimizer.state[parameter] = copy.deepcopy(state)
+            group.update(copy.deepcopy(settings))
+        optimizer.state.clear()
+        for parameter, state in states.items():
+            optimizer.state[parameter] = copy.deepcopy(state)
+
+    return restore
 
 
-def _without_params(group: dict[str, Any]) -> dict[str, Any]:
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy({key: value for key, value in group.items() if key != "params"})
 
 
-class SchedulerCapture:
-    """The state of a learning-rate scheduler."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-        self._by_dict = hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")
-        if self._by_dict:
-            self._state = copy.deepcopy(scheduler.state_dict())
-        else:
-            plain = {k: v for k, v in vars(scheduler).items() if not isinstance(v, Optimizer)}
-            self._state = copy.deepcopy(plain)
-
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        if self._by_dict:
-            self._scheduler.load_state_dict(copy.deepcopy(self._state))
-        else:
-            vars(self._scheduler).update(copy.deepcopy(self._state))
+def _capture_scheduler(scheduler: Any) -> Restore:
+    if hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict"):
+        return _capture_state_dict(scheduler)
+    state = copy.deepcopy(
+        {k: v for k, v in vars(scheduler).items() if not isinstance(v, Optimizer)}
+    )
+    return lambda: vars(scheduler).update(copy.deepcopy(state))
 
 
-class StatefulCapture:
-    """What the ``state_dict`` of any object returns."""
-
-    def __init__(self, item: Any) -> None:
-        self._item = item
-        self._state = copy.deepcopy(item.state_dict())
-
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        self._item.load_state_dict(copy.deepcopy(self._state))
-
-
-class StepCapture:
-    """Optimizers and schedulers together."""
-
-    def __init__(self, optimizers: Iterable[Optimizer], schedulers: Iterable[Any]) -> None:
-        self._captures: list[OptimizerCapture | SchedulerCapture] = [
-            *(OptimizerCapture(optimizer) for optimizer in optimizers),
-            *(SchedulerCapture(scheduler) for scheduler in schedulers),
-        ]
-
-    def restore(self) -> None:
-        """Put everything back as it was."""
-        for capture in self._captures:
-            capture.restore()
-
-
-class TrainingCapture:
-    """All that a dry run changes and must put back."""
-
-    def __init__(
-        self,
-        modules: Iterable[nn.Module],
-        optimizers: Iterable[Optimizer],
-        schedulers: Iterable[Any],
-        stateful: Iterable[Any] = (),
-    ) -> None:
-        modules, optimizers = list(modules), list(optimizers)
-        # What an optimizer holds outside the modules, such as a learnt temperature.
-        inside = {id(p) for module in modules for p in module.parameters()}
-        held = (p for o in optimizers for group in o.param_groups for p in group["params"])
-        self._captures: list[_ParameterCapture | ModuleCapture | StepCapture | StatefulCapture] = [
-            *(_ParameterCapture(p) for p in held if id(p) not in inside),
-            *(ModuleCapture(module) for module in modules),
-            StepCapture(optimizers, schedulers),
-            *(StatefulCapture(item) for item in stateful),
-        ]
-
-    def restore(self) -> None:
-        """Put everything back as it was; what fails does not keep the rest from it."""
-        with ExitStack() as stack:
-            for capture in reversed(self._captures):
-                stack.callback(capture.restore)
+def _capture_state_dict(item: Any) -> Restore:
+    state = copy.deepcopy(item.state_dict())
+    return lambda: item.load_state_dict(copy.deepcopy(state))

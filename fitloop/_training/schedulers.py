@@ -1,4 +1,4 @@
-"""When the learning-rate schedulers are stepped."""
+"""The stepping of learning-rate schedulers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fitloop._types import Phase
 _PER_BATCH = (kinds.OneCycleLR, kinds.CyclicLR)
 
 
-def intervals_of(parts: TrainerConfig) -> list[Interval | None]:
-    """Return for each scheduler when to step it; None for one that ``train_step`` steps itself."""
-    given = as_list(parts.scheduler_interval)
-    schedulers = parts.lr_schedulers
-    if given:
-        return given * len(schedulers) if len(given) == 1 else given
-    if parts.train_step is not None:
+def intervals_of(config: TrainerConfig) -> list[Interval | None]:
+    """Return the interval of each scheduler; None if the user's ``train_step`` steps it."""
+    intervals = as_list(config.scheduler_interval)
+    schedulers = config.lr_schedulers
+    if intervals:
+        return intervals * len(schedulers) if len(intervals) == 1 else intervals
+    if config.train_step is not None:
         return [None] * len(schedulers)
     return [_natural_interval(scheduler) for scheduler in schedulers]
 
@@ -32,15 +32,15 @@ def _natural_interval(scheduler: object) -> Interval:
     return "batch" if isinstance(scheduler, _PER_BATCH) else "epoch"
 
 
-def check_modes(parts: TrainerConfig, criteria: Criteria | None) -> None:
-    """Refuse a plateau scheduler that looks for the opposite of the criteria, where it is known.
+def check_modes(config: TrainerConfig, criteria: Criteria | None) -> None:
+    """Check the modes of plateau schedulers against a criteria that the user named.
 
     Raises:
-        ConfigurationError: one does.
+        ConfigurationError: a scheduler would lower the rate when the criteria improves.
     """
     if criteria is None or criteria.is_default:
         return
-    for scheduler, interval in zip(parts.lr_schedulers, intervals_of(parts), strict=True):
+    for scheduler, interval in zip(config.lr_schedulers, intervals_of(config), strict=True):
         if interval is not None and isinstance(scheduler, kinds.ReduceLROnPlateau):
             _check_mode(scheduler, criteria)
 
@@ -57,17 +57,18 @@ def _check_mode(scheduler: kinds.ReduceLROnPlateau, criteria: Criteria) -> None:
 
 
 class SchedulerSteps:
-    """Steps the schedulers of a trainer: an observer of its training runs.
+    """An observer of one run that steps the schedulers of the trainer.
 
-    Those at ``"valid"`` are given the criteria of each validation; ReduceLROnPlateau at any other
-    interval is given the criteria of the last one.
+    ReduceLROnPlateau is stepped with the criteria of the last validation.
     """
 
-    def __init__(self, parts: TrainerConfig, criteria: Criteria | None, *, validates: bool) -> None:
+    def __init__(
+        self, config: TrainerConfig, criteria: Criteria | None, *, validates: bool
+    ) -> None:
         self._criteria = criteria
         self._score: float | None = None
         self._known: tuple[str, ...] = ()
-        pairs = list(zip(parts.lr_schedulers, intervals_of(parts), strict=True))
+        pairs = list(zip(config.lr_schedulers, intervals_of(config), strict=True))
         self.per_batch = [scheduler for scheduler, interval in pairs if interval == "batch"]
         self._per_epoch = [scheduler for scheduler, interval in pairs if interval == "epoch"]
         self._per_valid = [scheduler for scheduler, interval in pairs if interval == "valid"]
@@ -94,12 +95,12 @@ class SchedulerSteps:
             )
 
     def after_batch(self) -> None:
-        """Step those that go by batches."""
+        """Step the schedulers of interval ``"batch"``."""
         for scheduler in self.per_batch:
             scheduler.step()
 
     def observe(self, event: Event) -> None:
-        """Step those that go by epochs or validations."""
+        """Step the schedulers of interval ``"epoch"`` or ``"valid"``."""
         if isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
             if self._criteria is not None:
                 self._score = self._criteria.score(event.metrics)

@@ -1,7 +1,7 @@
-"""What a trainer remembers between its runs: the part of it that changes.
+"""The state of a trainer that lives from its construction to its end, across all runs.
 
-Holds nothing that belongs to an event loop, so that a trainer can be used in one loop after the
-other. What is here runs in the thread of a run or of a weights call, never on an event loop.
+Nothing in it belongs to an event loop, so that a trainer can be used in one event loop after
+another. Its methods run in the thread of a run or of a file operation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._storage.metric_log import MetricLog
 from fitloop._storage.weight_store import DiskStore, MemoryStore, WeightsStore, apply_weights
 from fitloop._training.best import BestTracker, Criteria
-from fitloop._training.capture import StepCapture, TrainingCapture
+from fitloop._training.capture import Restore, capture_optimization, capture_training
 from fitloop._training.schedulers import check_modes
 from fitloop._types import Phase
 
@@ -41,36 +41,37 @@ class TrainerState:
             DiskStore(config.save_path) if config.save_to_disk else MemoryStore()
         )
         self.criteria = _criteria(config)
-        """how models are compared; None when they are not"""
+        """how models are compared; None if they are not"""
         check_modes(config, self.criteria)
         self.epoch_num = 0
         self.completed_fits = 0
-        """runs of fit that came to an end of their own, over the life of the trainer"""
+        """number of fits that were neither cancelled nor failed"""
         self.num_threads = config.num_threads
-        """intra-op threads of its runs, once they are known"""
+        """intra-op threads of the runs; None before the first run"""
         self.best_score: float | None = None
         self.best_epoch: int | None = None
         self.best_is_stale = False
-        """the kept best weights are those of another training than this one's"""
+        """the stored best weights belong to another training"""
         self.control: RunControl | None = None
-        """of the run that is going on"""
+        """the flags of the present run"""
         self.metric_log: MetricLog | None = None
-        """the file that its metrics are appended to, once it has one"""
+        """the file that metrics are appended to"""
         self.owns_archive = False
-        """the snapshots under its ``save_path`` are of its own training"""
+        """the snapshots under ``save_path`` belong to this training"""
         self.rng = TrainerRng(config.seed, self.cuda_devices)
         """random numbers of the trainer"""
-        self._initial: StepCapture | None = None
-        self._keeps_pretrained = False
+        self._restore_initial: Restore | None = None
+        """restores optimizers and schedulers as they were before the first run"""
+        self._has_pretrained = False
 
     @property
     def cuda_devices(self) -> tuple[int, ...]:
-        """The CUDA devices whose generators the trainer draws from."""
+        """The CUDA devices whose random generators the trainer uses."""
         device = self.config.device
         return (device.index or 0,) if device.type == "cuda" else ()
 
     def move_to_device(self) -> None:
-        """Move the model, and what the optimizers hold, to the device."""
+        """Move the model, the loss function and the states of the optimizers to the device."""
         config = self.config
         before = {parameter: parameter.device for parameter in config.model.parameters()}
         config.model.to(config.device)
@@ -80,33 +81,35 @@ class TrainerState:
             config.loss_function.to(config.device)
         if any(parameter.device != device for parameter, device in before.items()):
             for optimizer in config.optimizers:
-                if optimizer.state:  # load_state_dict moves it to where the parameters are
+                if optimizer.state:  # load_state_dict moves it to the device of the parameters
                     optimizer.load_state_dict(optimizer.state_dict())
 
     def save_pretrained(self, *, resuming: bool = False) -> None:
-        """Keep what `reset` goes back to: weights and optimizers before the first run.
+        """Store the state before the first run, for `reset`.
 
-        A run that is ``resuming`` leaves a file of them alone that is there already.
+        A ``resuming`` run does not replace an existing file.
         """
-        if self._initial is None:
-            self._initial = StepCapture(self.config.optimizers, self.config.lr_schedulers)
+        if self._restore_initial is None:
+            self._restore_initial = capture_optimization(
+                self.config.optimizers, self.config.lr_schedulers
+            )
         if resuming and self.store.exists(PRETRAINED):
-            self._keeps_pretrained = True
-        if not self._keeps_pretrained:
+            self._has_pretrained = True
+        if not self._has_pretrained:
             self.store.save(PRETRAINED, self.config.model.state_dict())
-            self._keeps_pretrained = True
+            self._has_pretrained = True
 
     def save_best(self) -> None:
-        """Keep the weights that the model has now as the best."""
+        """Store the present weights as the best."""
         self.store.save(self.config.best_model_name, self.config.model.state_dict())
         self.best_is_stale = False
 
     def best_tracker(self, emit: Callable[[Event], None]) -> BestTracker | None:
-        """Return an observer that keeps the best weights of a run."""
+        """Return an observer that stores the best weights of a run; None without a criteria."""
         return None if self.criteria is None else BestTracker(self.criteria, self, emit)
 
     def restore_best(self, trainer: Any) -> None:
-        """Put the best weights back into the model and have the optimizer configured."""
+        """Load the best weights into the model, and call ``configure_optimizer``."""
         if self.best_is_stale:
             raise CheckpointError(
                 "there are no best weights: none were tracked before the state that was loaded"
@@ -115,16 +118,16 @@ class TrainerState:
         self.config.configure_optimizer(trainer)
 
     def reset(self, trainer: Any) -> None:
-        """Go back to before the first run; see ``FitLoop.reset``.
+        """Return to the state before the first run; see ``FitLoop.reset``.
 
-        Raises `CheckpointError`, having changed nothing, when the weights are not there.
+        Raises `CheckpointError`, with nothing changed, if there are no pretrained weights.
         """
-        if self._keeps_pretrained:
+        if self._has_pretrained:
             apply_weights(self.config.model, self.store.load(PRETRAINED))
-        if self._initial is not None:
-            self._initial.restore()
+        if self._restore_initial is not None:
+            self._restore_initial()
         self.history.clear()
-        self.metric_log = None  # the next run begins it anew
+        self.metric_log = None  # the next run starts a new one
         self.epoch_num = 0
         self._clear_best_score()
         self.rng.reset()
@@ -147,8 +150,8 @@ class TrainerState:
         if isinstance(event, EpochEnded):
             self.epoch_num = event.epoch
 
-    def capture(self) -> TrainingCapture:
-        """Return a copy of what a dry run changes in model, loss, optimizers and schedulers."""
+    def capture(self) -> Restore:
+        """Copy everything that a dry run changes, and return a function that restores it."""
         config = self.config
         modules = [config.model]
         if isinstance(config.loss_function, nn.Module):
@@ -156,12 +159,12 @@ class TrainerState:
         others = [*config.stateful.values(), *([] if config.scaler is None else [config.scaler])]
         modules += [item for item in others if isinstance(item, nn.Module)]
         others = [item for item in others if not isinstance(item, nn.Module)]
-        return TrainingCapture(modules, config.optimizers, config.lr_schedulers, others)
+        return capture_training(modules, config.optimizers, config.lr_schedulers, others)
 
-    def loaders_of(self, given: Mapping[Phase, Any]) -> dict[Phase, Any]:
-        """Return the loader of each phase: the given one, or the constructor's, or None."""
+    def loaders_of(self, loaders: Mapping[Phase, Any]) -> dict[Phase, Any]:
+        """Return the loader of each phase: of ``loaders``, or of the constructor, or None."""
         return {
-            phase: self.config.loader(phase) if given.get(phase) is None else given[phase]
+            phase: self.config.loader(phase) if loaders.get(phase) is None else loaders[phase]
             for phase in Phase
         }
 
