@@ -1,24 +1,24 @@
-"""The exceptions and warnings of fitloop; each says which call raises it.
+"""The exceptions and warnings of fitloop.
 
     FitLoopError
     ├── BusyError            (RuntimeError)  a call that needs an idle trainer or model
     ├── ConfigurationError   (ValueError)    a constructor or call argument that cannot work
-    │   ├── MissingLoaderError               a phase was asked for and has no loader
-    │   └── StageSignatureError (TypeError)  a function that cannot take what it will be given
-    ├── MetricError          (ValueError)    a stage function returned what is no metric
+    │   ├── MissingLoaderError               a required phase has no loader
+    │   └── StageSignatureError (TypeError)  a function that cannot take its argument
+    ├── MetricError          (ValueError)    a stage function returned a value that is no metric
     │   └── MissingCriteriaError             no stage returned the criteria
-    ├── UnknownMetricError   (KeyError)      a metric was asked for that was never recorded
+    ├── UnknownMetricError   (KeyError)      no metric of this name was recorded
     ├── CheckpointError      (RuntimeError)  a file that cannot be written or read
-    ├── RemoteError          (RuntimeError)  stands for an error of a worker that cannot cross
+    ├── RemoteError          (RuntimeError)  stands for a worker's error that cannot be pickled
     ├── SyncInAsyncError     (RuntimeError)  a blocking call inside a running event loop
-    └── WorkerDiedError      (RuntimeError)  the worker process of a training is no more
+    └── WorkerDiedError      (RuntimeError)  the worker process of a training has died
 
     LoaderHungWarning        (RuntimeWarning) a run ended although its loader had not returned
-    ResumeWarning            (RuntimeWarning) a resumed run costs or differs in what it says
-    WorkerDiedWarning        (RuntimeWarning) a worker process died or was killed, and what follows
+    ResumeWarning            (RuntimeWarning) a resumed run is not exactly as expected
+    WorkerDiedWarning        (RuntimeWarning) a worker process died or was killed
 
-What a stage function, loader, dataset or callback raises is never wrapped in one of these: it
-reaches the caller as the same object, with a note that says where in the run it came from.
+An exception of a stage function, loader, dataset or callback is never wrapped: the same object
+reaches the caller, with a note of trainer, phase, epoch and batch.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def quoted_list(names: Iterable[object]) -> str:
 
 
 def add_note_safely(error: BaseException, text: str) -> None:
-    """Add a note to an exception, unless it takes none: then it is worth more than the note."""
+    """Add a note to an exception; do nothing if it does not accept notes."""
     with suppress(Exception):
         error.add_note(text)
 
 
 def one_line(error: BaseException) -> str:
-    """Return type and message of an exception in a line, whatever its ``__str__`` does."""
+    """Return type and message of an exception in one line, also if its ``__str__`` fails."""
     message = ""
     with suppress(Exception):
         message = str(error)
@@ -50,15 +50,12 @@ def one_line(error: BaseException) -> str:
 
 @public
 class FitLoopError(Exception):
-    """Base of every error that fitloop itself raises."""
+    """The base class of all errors of fitloop."""
 
 
 @public
 class BusyError(FitLoopError, RuntimeError):
-    """Raised at once by a coroutine of a trainer that is busy, or whose model is.
-
-    Nothing has been changed when it is raised.
-    """
+    """The trainer or its model is busy. The call has changed nothing."""
 
     def __init__(self, trainer: str, call: str, holder: str) -> None:
         self.trainer, self.call, self.holder = trainer, call, holder
@@ -70,12 +67,12 @@ class BusyError(FitLoopError, RuntimeError):
 
 @public
 class ConfigurationError(FitLoopError, ValueError):
-    """Raised by a constructor or a call whose arguments cannot work, before anything runs."""
+    """An argument of a constructor or call cannot work. Nothing has run."""
 
 
 @public
 class MissingLoaderError(ConfigurationError):
-    """Raised by ``fit``, ``test`` and the checks when a phase they need has no loader."""
+    """A required phase of ``fit``, ``test`` or a dry run has no loader."""
 
     def __init__(self, phase: str, call: str) -> None:
         self.phase, self.call = phase, call
@@ -87,7 +84,7 @@ class MissingLoaderError(ConfigurationError):
 
 @public
 class StageSignatureError(ConfigurationError, TypeError):
-    """Raised by the constructor for a function that cannot be called as the run will call it."""
+    """A function cannot be called with the arguments of the run."""
 
     def __init__(self, name: str, given: object, expected: str) -> None:
         self.name, self.given, self.expected = name, given, expected
@@ -96,12 +93,12 @@ class StageSignatureError(ConfigurationError, TypeError):
 
 @public
 class MetricError(FitLoopError, ValueError):
-    """Raised by ``fit`` and the like when a stage function returns what is no metric."""
+    """A stage function returned a value that is no metric."""
 
 
 @public
 class MissingCriteriaError(MetricError):
-    """Raised by ``fit`` at the end of its first validation without the criteria in it."""
+    """The first validation of ``fit`` did not return the criteria."""
 
     def __init__(self, criteria: str, known: Iterable[str]) -> None:
         self.criteria, self.known = criteria, tuple(known)
@@ -114,7 +111,7 @@ class MissingCriteriaError(MetricError):
 
 @public
 class UnknownMetricError(FitLoopError, KeyError):
-    """Raised when a metric is asked for that was never recorded; lists those there are."""
+    """No metric of this name was recorded. The message lists the recorded names."""
 
     def __init__(self, name: str, known: Iterable[str], where: str) -> None:
         self.name, self.known, self.where = name, tuple(known), where
@@ -126,15 +123,12 @@ class UnknownMetricError(FitLoopError, KeyError):
 
 @public
 class CheckpointError(FitLoopError, RuntimeError):
-    """Raised when a weights or snapshot file cannot be written or read; says what is wrong.
-
-    A failed load has changed nothing.
-    """
+    """A file cannot be written or read. A failed load has changed nothing."""
 
 
 @public
 class SyncInAsyncError(FitLoopError, RuntimeError):
-    """Raised by every blocking call of ``SyncFitLoop`` inside a running event loop."""
+    """A blocking call of ``SyncFitLoop`` inside a running event loop."""
 
     def __init__(self, call: str) -> None:
         self.call = call
@@ -146,43 +140,42 @@ class SyncInAsyncError(FitLoopError, RuntimeError):
 
 @public
 class RemoteError(FitLoopError, RuntimeError):
-    """Stands for an exception of a worker process that cannot be pickled, or not unpickled here.
+    """Stands for an exception of a worker process that cannot be pickled or unpickled.
 
-    Its message has the type and the message of that one, its notes where it was raised.
+    It has the type and message of that exception as its message, and the traceback as a note.
     """
 
 
 @public
 class WorkerDiedError(FitLoopError, RuntimeError):
-    """The error of a job whose worker process was killed or crashed; ends with its last lines."""
+    """The worker process of a job died. The message ends with the last lines of its output."""
 
     def __init__(self, message: str, exitcode: int | None = None) -> None:
         self.exitcode = exitcode
-        """of the process; minus the number of the signal that killed it"""
+        """exit code of the process; for a killed one, minus the number of the signal"""
         super().__init__(message)
 
 
 @public
 class LoaderHungWarning(RuntimeWarning):
-    """Issued when a run ended although its loader had not returned within ``loader_grace``.
+    """A run ended although its loader had not returned within ``loader_grace`` seconds.
 
-    The thread inside the loader is left behind; it ends, touching nothing, when the loader
-    returns.
+    The thread inside the loader is left behind. It ends when the loader returns.
     """
 
 
 @public
 class ResumeWarning(RuntimeWarning):
-    """Issued when a run that is resumed has something to tell.
+    """A resumed run is not exactly as expected.
 
-    A snapshot that cannot be read was left out, batches are read again, or the last bits of
-    results may differ since something else does: torch's version, the number of threads.
+    A damaged snapshot was ignored, batches are read again, or the last bits of results may differ,
+    because torch has another version or another number of threads.
     """
 
 
 @public
 class WorkerDiedWarning(RuntimeWarning):
-    """Issued when a worker process died and its job is tried again, or had to be killed.
+    """A worker process died and its job is tried again, or the worker was killed.
 
-    It is killed when its training has not ended in time after a cancellation.
+    A worker is killed if its training does not end in time after a cancellation.
     """

@@ -1,8 +1,4 @@
-"""What happens in a run, as typed events, in the order in which it happens.
-
-This module owns the event classes and knows nobody who listens. Events are frozen, carry plain
-numbers only, and are cheap to turn into JSON with `Event.as_dict`, so that they may be sent to
-a web page or another process as they are.
+"""The events of a run. They are frozen, have plain values, and become JSON by `Event.as_dict`.
 
 The order of the events of ``fit(epochs=2)`` with validation::
 
@@ -10,12 +6,12 @@ The order of the events of ``fit(epochs=2)`` with validation::
     EpochStarted
       PhaseStarted(train)  BatchProgress ...  PhaseEnded(train)
       PhaseStarted(valid)  BatchProgress ...  PhaseEnded(valid)
-      BestImproved                            when the criteria did not get worse
+      BestImproved                            if the criteria did not get worse
     EpochEnded
     SnapshotWritten                           with checkpoint; some time after it was taken
     PromptAsked  PromptAnswered               with continue_loop
     EpochStarted ... EpochEnded
-    PromptAnswered  WentBack                  a no to a question that was left open meanwhile
+    PromptAnswered  WentBack                  with continue_while_asking, after a no
     RunEnded                                  always the last, also after an error
 
 A `Runner` adds `JobStarted` before the first of them and `JobEnded` after the last.
@@ -42,12 +38,12 @@ class Event:
     kind: ClassVar[str] = "event"
 
     trainer: str
-    """name of the trainer it happened in"""
+    """name of the trainer"""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the event as plain, JSON-ready values, its ``kind`` among them.
+        """Return the event as JSON-ready values, with its ``kind``.
 
-        The per-batch values of a `PhaseEnded` are left out.
+        The dict of a `PhaseEnded` has no values of single batches.
         """
         values: dict[str, Any] = {"kind": self.kind}
         for item in fields(self):
@@ -72,9 +68,9 @@ class RunStarted(Event):
     call: str
     """``"fit"`` or ``"test"``"""
     epochs: int
-    """epochs this run will train at most"""
+    """largest number of epochs of this run"""
     first_epoch: int
-    """number of its first epoch in the trainer's life, counted from 1"""
+    """number of its first epoch over all runs, counted from 1"""
 
 
 @public
@@ -85,7 +81,7 @@ class EpochStarted(Event):
     kind: ClassVar[str] = "epoch_started"
 
     epoch: int
-    """number of the epoch in the trainer's life, counted from 1"""
+    """number of the epoch over all runs, counted from 1"""
     epoch_in_run: int
     """number of the epoch in this run, counted from 1"""
     epochs: int
@@ -102,13 +98,13 @@ class PhaseStarted(Event):
     epoch: int
     phase: Phase
     batches: int | None
-    """batches to come; None when the loader has no length"""
+    """number of batches; None if the loader has no length"""
 
 
 @public
 @dataclass(frozen=True, kw_only=True)
 class BatchProgress(Event):
-    """How far a phase is; sent about ten times a second at most, never per batch."""
+    """The progress of a phase, about ten times a second at most."""
 
     kind: ClassVar[str] = "batch_progress"
 
@@ -126,29 +122,29 @@ class BatchProgress(Event):
 @public
 @dataclass(frozen=True, kw_only=True)
 class PhaseEnded(Event):
-    """A pass over a loader is over and its ``epoch_end`` stage has returned."""
+    """A pass over a loader has ended, and its ``epoch_end`` stage has returned."""
 
     kind: ClassVar[str] = "phase_ended"
 
     epoch: int
     phase: Phase
     metrics: EpochMetrics
-    """what ``epoch_end`` returned"""
+    """the metrics of ``epoch_end``"""
     start_metrics: EpochMetrics
-    """what ``epoch_start`` returned"""
+    """the metrics of ``epoch_start``"""
     batch_metrics: Mapping[str, array[float]] = field(repr=False, compare=False)
-    """the scalar values of the batch steps, one array a name; empty when they are not tracked"""
+    """the scalar values of the batch steps by name; empty if they are not tracked"""
     batches: int
-    """batches seen"""
+    """number of batches"""
     samples: int
-    """samples seen"""
+    """number of samples"""
     seconds: float
 
 
 @public
 @dataclass(frozen=True, kw_only=True)
 class BestImproved(Event):
-    """The criteria reached or passed its best value; the weights were kept."""
+    """The criteria reached or passed its best value, and the weights were stored."""
 
     kind: ClassVar[str] = "best_improved"
 
@@ -160,7 +156,7 @@ class BestImproved(Event):
 @public
 @dataclass(frozen=True, kw_only=True)
 class EpochEnded(Event):
-    """All phases of an epoch are over."""
+    """All phases of an epoch have ended."""
 
     kind: ClassVar[str] = "epoch_ended"
 
@@ -168,33 +164,33 @@ class EpochEnded(Event):
     epoch_in_run: int
     epochs: int
     metrics: Mapping[str, EpochMetrics]
-    """phase -> what its ``epoch_end`` returned"""
+    """phase -> the metrics of its ``epoch_end``"""
     complete: bool
-    """false when ``stop()`` cut the epoch short"""
+    """False if the run stopped within the epoch"""
     seconds: float
 
 
 @public
 @dataclass(frozen=True, kw_only=True)
 class SnapshotWritten(Event):
-    """A snapshot is whole and durable."""
+    """A snapshot is complete on disk."""
 
     kind: ClassVar[str] = "snapshot_written"
 
     epoch: int
-    """number of the epoch that it was taken in, counted over the trainer's life"""
+    """number of its epoch over all runs"""
     batch: int
-    """train batches of that epoch it was taken after; 0 at the end of the epoch"""
+    """number of train batches of the epoch before the snapshot; 0 at the end of the epoch"""
     path: str
     nbytes: int
     seconds: float
-    """how long writing took, while training went on"""
+    """duration of the writing, during which training went on"""
 
 
 @public
 @dataclass(frozen=True, kw_only=True)
 class SnapshotFailed(Event):
-    """A snapshot could not be written; older ones are still there."""
+    """A snapshot could not be written. Older snapshots still exist."""
 
     kind: ClassVar[str] = "snapshot_failed"
 
@@ -207,7 +203,7 @@ class SnapshotFailed(Event):
 @public
 @dataclass(frozen=True, kw_only=True)
 class PromptAsked(Event):
-    """A run asks whether to go on; it waits for the answer, unless it ``trains_on``."""
+    """A run asks whether to go on. It waits for the answer, unless it ``trains_on``."""
 
     kind: ClassVar[str] = "prompt_asked"
 
@@ -216,10 +212,10 @@ class PromptAsked(Event):
     epochs: int
     question: str
     timeout: float | None = None
-    """seconds after which ``default`` is taken for the answer; None for no limit"""
+    """seconds after which ``default`` is the answer; None for no limit"""
     default: bool = True
     trains_on: bool = False
-    """the run goes on meanwhile, and a no will bring it back to this epoch"""
+    """the run goes on while the question is open; a no restores the state of this epoch"""
 
 
 @public
@@ -236,38 +232,38 @@ class PromptAnswered(Event):
 @public
 @dataclass(frozen=True, kw_only=True)
 class WentBack(Event):
-    """What was trained while a question was open is undone, since its answer was no."""
+    """The answer was no, and the training since the question was undone."""
 
     kind: ClassVar[str] = "went_back"
 
     epoch: int
-    """number of the epoch that was the last one when it was asked"""
+    """number of the last epoch before the question"""
     epoch_in_run: int
 
 
 @public
 @dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
-    """The run is over; the last event of every run, also of a failed or cancelled one."""
+    """The run has ended: the last event of every run, also after an error or a cancellation."""
 
     kind: ClassVar[str] = "run_ended"
 
     call: str
     stop_reason: str
     epochs: int
-    """epochs trained to their end in this run"""
+    """number of complete epochs of this run"""
     best_score: float | None
-    """the best of the trainer's life so far; None when no criteria was tracked"""
+    """the best score over all runs; None if no criteria was tracked"""
     best_epoch: int | None
     seconds: float
     error: str | None = None
-    """type and message of what ended a failed run"""
+    """type and message of the exception that ended the run"""
 
 
 @public
 @dataclass(frozen=True, kw_only=True)
 class JobStarted(Event):
-    """A `Runner` begins a job: its trainer is built now, and its run begins."""
+    """A `Runner` starts a job: it builds the trainer and starts its run."""
 
     kind: ClassVar[str] = "job_started"
 
@@ -275,13 +271,13 @@ class JobStarted(Event):
 @public
 @dataclass(frozen=True, kw_only=True)
 class JobEnded(Event):
-    """A job of a `Runner` is over; its last event, also when it never began."""
+    """A job of a `Runner` has ended: its last event, also if it never started."""
 
     kind: ClassVar[str] = "job_ended"
 
     status: str
     """``"done"``, ``"failed"`` or ``"cancelled"``"""
     seconds: float
-    """since it began, with the building of the trainer"""
+    """since its start, including the building of the trainer"""
     error: str | None = None
-    """type and message of what it failed with"""
+    """type and message of the exception of the job"""

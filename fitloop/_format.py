@@ -1,4 +1,4 @@
-"""Times, names and metrics as people read them."""
+"""Times, names, metrics and small tables as text and HTML."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time as people read it: ``757 ms``, ``37 s 757 ms``, ``03 m 09 s 048 ms``."""
+    """Return a duration in units: ``757 ms``, ``37 s 757 ms``, ``03 m 09 s 048 ms``."""
     milliseconds = round(seconds * 1000)
     hours, rest = divmod(milliseconds, 3_600_000)
     minutes, rest = divmod(rest, 60_000)
@@ -29,7 +29,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time in the unit that suits it: ``45 us``, ``7.4 ms``, ``1.25 s``."""
+    """Return a duration in one unit: ``45 us``, ``7.4 ms``, ``1.25 s``."""
     if abs(seconds) >= 1:
         return f"{seconds:.2f} s"
     if abs(seconds) >= 1e-3:
@@ -38,14 +38,14 @@ def format_seconds(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text without what a terminal would obey, in one line."""
+    """Return text in one line, without escape sequences and control characters."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else " " for c in _ESCAPE.sub("", text))
 
 
 def last_redraw(line: str) -> str:
-    """Return the last form of a line that was drawn over and over, such as a bar."""
+    """Return the final content of a line that was redrawn with carriage returns, such as a bar."""
     return next(filter(None, reversed(line.split("\r"))), "")
 
 
@@ -55,7 +55,7 @@ def comma_list(names: Iterable[str]) -> str:
 
 
 def format_metrics(metrics: Mapping[str, float], names: Sequence[str] | None) -> str:
-    """Return metrics in one line, those of ``names`` only, in their order."""
+    """Return metrics in one line: only those in ``names``, in this order; None for all."""
     chosen = metrics if names is None else {n: metrics[n] for n in names if n in metrics}
     return " | ".join(f"{printable(name)}: {value:.4f}" for name, value in chosen.items())
 
@@ -63,7 +63,7 @@ def format_metrics(metrics: Mapping[str, float], names: Sequence[str] | None) ->
 def check_display_metrics(
     names: Sequence[str] | None, metrics: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """Raise UnknownMetricError for a name that is to be shown and that no phase has."""
+    """Raise UnknownMetricError for a name in ``names`` that no phase has."""
     known = list(dict.fromkeys(n for own in metrics.values() for n in own))
     for name in names or ():
         if name not in known:
@@ -71,14 +71,14 @@ def check_display_metrics(
 
 
 def display_width(text: str) -> int:
-    """Return how many columns of a terminal printable text takes."""
+    """Return the width of printable text in terminal columns."""
     if text.isascii():
         return len(text)
     return sum(map(character_width, text))
 
 
 def character_width(character: str) -> int:
-    """Return the columns of a terminal that one character takes: 0, 1 or 2."""
+    """Return the width of a character in terminal columns: 0, 1 or 2."""
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
@@ -88,16 +88,16 @@ def character_width(character: str) -> int:
 class Table:
     """A small table, as text and as HTML.
 
-    The HTML has no colours, styles sheets or scripts: it suits dark themes, saved notebooks that
-    are not trusted, and web pages that strip styles.
+    The HTML has no colours, style sheets or scripts, so that it suits dark themes, untrusted
+    notebooks, and web pages that strip styles.
     """
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: int = 1
-    """so many columns begin at the left; the others, of numbers, end at the right"""
+    """number of columns, from the left, whose cells are aligned left; the rest is aligned right"""
     strong: Collection[int] = ()
-    """rows that stand out: bold in HTML; as text the caller marks them in a cell"""
+    """indices of rows that are bold in HTML"""
 
     def text(self) -> str:
         """Return the table as lines of aligned columns."""
@@ -128,7 +128,7 @@ class Table:
 
 
 def metrics_table(corner: str, metrics: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a table of numbers by row and name: a row that lacks a name has an empty cell."""
+    """Return a table of numbers by row and name, with empty cells for missing names."""
     names = list(dict.fromkeys(name for own in metrics.values() for name in own))
     rows = [
         [row, *(f"{own[name]:.4f}" if name in own else "" for name in names)]
@@ -138,5 +138,5 @@ def metrics_table(corner: str, metrics: Mapping[str, Mapping[str, float]]) -> Ta
 
 
 def html_block(*parts: str) -> str:
-    """Return pieces of HTML as one, each in a block of its own."""
+    """Return pieces of HTML as one block of blocks."""
     return f"<div>{''.join(f'<div>{part}</div>' for part in parts if part)}</div>"

@@ -1,4 +1,4 @@
-"""The words everything else is written in: phases, stages, reasons to stop, type aliases."""
+"""Enumerations and type aliases of the whole package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ else:
 
 @public
 class Phase(StrEnum):
-    """What a pass over a loader is for."""
+    """The purpose of a pass over a loader."""
 
     TRAIN = "train"
     VALID = "valid"

@@ -1,4 +1,4 @@
-"""Threads and event loops: how a run in a thread and the event loop work together.
+"""Threads and event loops.
 
 Owns the start, supervision, cancellation and end of threads. Must not know models, loaders,
 events or files.

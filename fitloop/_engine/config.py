@@ -1,7 +1,6 @@
-"""What a trainer is made of: the constructor's arguments, checked once and frozen.
+"""The checked arguments of a trainer, and the functions that check arguments.
 
-Everything behind the constructor trusts a `TrainerConfig` and checks nothing again. Runs nothing,
-moves nothing, and touches neither the model nor the optimizer.
+All other code trusts a `TrainerConfig` and checks nothing again. The checks change nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from fitloop._types import LossFunction, Phase, Stage, StageFunction
 Interval = Literal["batch", "epoch", "valid"]
 DEFAULT_SAVE_PATH = "fitloop_state"
 PRETRAINED = "pretrained_model"
-"""name of the weights that the model had before its first run"""
+"""name of the weights before the first run"""
 
 INTERVALS = ("batch", "epoch", "valid")
 
@@ -36,21 +35,21 @@ STAGE_NAMES: dict[tuple[Phase, Stage], str] = {
     for phase in Phase
     for stage in Stage
 }
-"""the constructor's name for each of the nine stage functions"""
+"""the argument names of the nine stage functions"""
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a list: of the items of a list or tuple, of one thing, or of none."""
+    """Return the items of a list or tuple as a list, another value as a list of one, None as []."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def check_callable(name: str, function: object, given: str) -> None:
-    """Refuse a function that cannot be called with one positional argument.
+    """Check that a function can be called with one positional argument, which ``given`` describes.
 
     Raises:
-        StageSignatureError: it is no callable, or needs other arguments.
+        StageSignatureError: the function is no callable, or needs other arguments.
     """
     expected = f"a function that can be called with one argument, {given}"
     if not callable(function):
@@ -67,11 +66,7 @@ def check_callable(name: str, function: object, given: str) -> None:
 
 
 def check_path(path: Any) -> Path:
-    """Return ``save_path`` as a path.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
+    """Return ``save_path`` as a Path, or raise ConfigurationError."""
     try:
         return Path(path)
     except TypeError:
@@ -83,11 +78,7 @@ def check_path(path: Any) -> Path:
 def check_number(
     name: str, value: SupportsIndex, least: int, *, meaning: str = "", also: str = ""
 ) -> int:
-    """Return an integer as a plain one.
-
-    Raises:
-        ConfigurationError: it is none, or less than ``least``.
-    """
+    """Return ``value`` as an int of at least ``least``, or raise ConfigurationError."""
     try:
         number = least - 1 if isinstance(value, bool) else index(value)
     except TypeError:
@@ -103,22 +94,14 @@ def check_number(
 def check_optional(
     name: str, value: SupportsIndex | None, least: int, *, meaning: str = ""
 ) -> int | None:
-    """Return an integer as a plain one, or None.
-
-    Raises:
-        ConfigurationError: it is neither, or less than ``least``.
-    """
+    """Return None, or ``value`` as an int of at least ``least``, or raise ConfigurationError."""
     if value is None:
         return None
     return check_number(name, value, least, meaning=meaning, also=" or None")
 
 
 def check_seconds(name: str, value: object) -> float | None:
-    """Return a time in seconds, or None.
-
-    Raises:
-        ConfigurationError: it is neither, or not above 0.
-    """
+    """Return None, or ``value`` as seconds above 0, or raise ConfigurationError."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
@@ -130,8 +113,8 @@ def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:
     """Return callbacks as a tuple.
 
     Raises:
-        ConfigurationError: they are no list or tuple.
-        StageSignatureError: one cannot be called with an event.
+        ConfigurationError: ``callbacks`` is no list or tuple.
+        StageSignatureError: a callback cannot be called with an event.
     """
     if not isinstance(callbacks, (list, tuple)):
         raise ConfigurationError(
@@ -188,11 +171,7 @@ class TrainerConfig:
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> Self:
-        """Fill in defaults of a `Runner` and of the constructor, check all, and return the result.
-
-        Raises:
-            ConfigurationError, StageSignatureError: an argument cannot work.
-        """
+        """Fill in the defaults, check all arguments of the constructor, and return the result."""
         defaults = TRAINER_DEFAULTS.get()
         model, name, dtype = (arguments[key] for key in ("model", "name", "dtype"))
         checked = {
@@ -244,15 +223,17 @@ class TrainerConfig:
             raise ConfigurationError(
                 "optimizer is empty; expected a torch optimizer or a list of them"
             )
-        own = {id(parameter) for parameter in self.model.parameters()}
-        held = False
+        parameters = {id(parameter) for parameter in self.model.parameters()}
+        trains_model = False
         for optimizer in self.optimizers:
             if not isinstance(getattr(optimizer, "param_groups", None), list):
                 raise ConfigurationError(
                     f"optimizer is {optimizer!r:.80}; expected a torch optimizer or a list of them"
                 )
-            held |= any(id(p) in own for g in optimizer.param_groups for p in g["params"])
-        if own and not held:
+            trains_model |= any(
+                id(p) in parameters for g in optimizer.param_groups for p in g["params"]
+            )
+        if parameters and not trains_model:
             raise ConfigurationError(
                 "optimizer holds none of the model's parameters, so nothing would be trained; "
                 "build it from this very model: Adam(model.parameters())"
@@ -351,12 +332,12 @@ class TrainerConfig:
 
     @cached_property
     def optimizers(self) -> list[Optimizer]:
-        """The optimizers, always as a list."""
+        """The list of all optimizers."""
         return as_list(self.optimizer)
 
     @cached_property
     def lr_schedulers(self) -> list[Any]:
-        """The schedulers, always as a list."""
+        """The list of all schedulers."""
         return as_list(self.lr_scheduler)
 
 

@@ -1,8 +1,4 @@
-"""The arguments of ``fit`` that can be judged without a trainer: what each of them must be.
-
-Asked by ``fit`` itself, which goes on with what is returned, and by whoever takes such arguments
-before there is a trainer.
-"""
+"""Checks of the arguments of ``fit`` that need no trainer, for ``fit`` and ``Runner.submit``."""
 
 from __future__ import annotations
 
@@ -23,11 +19,7 @@ from fitloop._errors import ConfigurationError
 
 
 def fit_option(name: str, value: Any) -> Any:
-    """Return an argument of ``fit`` as it is to be used; those that may be anything as they are.
-
-    Raises:
-        ConfigurationError: it cannot work, whatever the trainer is.
-    """
+    """Return the checked value of an argument of ``fit``, or raise ConfigurationError."""
     check = _CHECKS.get(name)
     return value if check is None else check(name, value)
 
