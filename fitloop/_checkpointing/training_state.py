@@ -60,11 +60,11 @@ def apply_training(trainer: TrainerState, state: Any) -> None:
 
     Raises `CheckpointError`, having changed nothing, if one of them refuses its state.
     """
-    before = trainer.capture()
+    restore = trainer.capture()
     try:
         _apply(trainer.config, state)
     except BaseException as error:
-        before.restore()
+        restore()
         if isinstance(error, CheckpointError) or not isinstance(error, Exception):
             raise
         raise CheckpointError(
