@@ -45,6 +45,11 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _expect(fits: bool, name: str, value: object, expected: str) -> None:
+    if not fits:
+        raise ConfigurationError(f"{name} is {value!r:.80}; expected {expected}")
+
+
 def check_callable(name: str, function: object, given: str) -> None:
     """Check that a function can be called with one positional argument, which ``given`` describes.
 
@@ -226,10 +231,8 @@ class TrainerConfig:
         parameters = {id(parameter) for parameter in self.model.parameters()}
         trains_model = False
         for optimizer in self.optimizers:
-            if not isinstance(getattr(optimizer, "param_groups", None), list):
-                raise ConfigurationError(
-                    f"optimizer is {optimizer!r:.80}; expected a torch optimizer or a list of them"
-                )
+            has_groups = isinstance(getattr(optimizer, "param_groups", None), list)
+            _expect(has_groups, "optimizer", optimizer, "a torch optimizer or a list of them")
             trains_model |= any(
                 id(p) in parameters for g in optimizer.param_groups for p in g["params"]
             )
@@ -259,17 +262,17 @@ class TrainerConfig:
                     f"lr_scheduler is a {type(scheduler).__name__} of another optimizer than the "
                     "trainer's; build it from the one that is given as optimizer="
                 )
-            if isinstance(scheduler, type) or not callable(getattr(scheduler, "step", None)):
-                raise ConfigurationError(
-                    f"lr_scheduler is {scheduler!r:.80}; expected an object with step(), such as "
-                    "those of torch.optim.lr_scheduler, or a list of them"
-                )
+            has_step = callable(getattr(scheduler, "step", None))
+            _expect(
+                has_step and not isinstance(scheduler, type),
+                "lr_scheduler",
+                scheduler,
+                "an object with step(), as in torch.optim.lr_scheduler, or a list of them",
+            )
         intervals = as_list(self.scheduler_interval)
         for interval in intervals:
-            if interval not in INTERVALS:
-                raise ConfigurationError(
-                    f"scheduler_interval is {interval!r}; expected 'batch', 'epoch' or 'valid'"
-                )
+            expected = "'batch', 'epoch' or 'valid'"
+            _expect(interval in INTERVALS, "scheduler_interval", interval, expected)
         if intervals and not self.lr_schedulers:
             raise ConfigurationError(
                 f"scheduler_interval is {self.scheduler_interval!r} and there is no lr_scheduler; "
@@ -282,49 +285,36 @@ class TrainerConfig:
             )
 
     def _check_values(self) -> None:
-        if self.criteria is not None and not isinstance(self.criteria, str):
-            raise ConfigurationError(
-                f"criteria is {self.criteria!r}; expected the name of a metric that "
-                "valid_epoch_end returns"
-            )
-        direction = self.criteria_direction
-        if isinstance(direction, bool) or direction not in (1, -1):
-            raise ConfigurationError(
-                f"criteria_direction is {self.criteria_direction!r}; expected 1 (more is better) "
-                "or -1 (less is better)"
-            )
-        if self.seed is not None and self.seed >= 2**64:
-            raise ConfigurationError(f"seed is {self.seed}; expected less than 2**64")
-        if self.loader_randomness not in ("global", "own"):
-            raise ConfigurationError(
-                f"loader_randomness is {self.loader_randomness!r}; expected 'global' or 'own'"
-            )
-        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise ConfigurationError(
-                f"dtype is {self.dtype!r}; expected a floating torch.dtype such as torch.float32"
-            )
-        for name in ("best_model_name", "name"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ConfigurationError(f"{name} is {getattr(self, name)!r}; expected a name")
+        _expect(
+            self.criteria is None or isinstance(self.criteria, str),
+            "criteria",
+            self.criteria,
+            "the name of a metric that valid_epoch_end returns",
+        )
+        direction, dtype, grace = self.criteria_direction, self.dtype, self.loader_grace
+        is_direction = not isinstance(direction, bool) and direction in (1, -1)
+        expected = "1 (more is better) or -1 (less is better)"
+        _expect(is_direction, "criteria_direction", direction, expected)
+        _expect(self.seed is None or self.seed < 2**64, "seed", self.seed, "less than 2**64")
+        is_choice = self.loader_randomness in ("global", "own")
+        _expect(is_choice, "loader_randomness", self.loader_randomness, "'global' or 'own'")
+        is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        _expect(is_float, "dtype", dtype, "a floating torch.dtype such as torch.float32")
+        for key, name in {"best_model_name": self.best_model_name, "name": self.name}.items():
+            _expect(isinstance(name, str) and name != "", key, name, "a name")
         if self.best_model_name in (PRETRAINED, "metrics"):
             raise ConfigurationError(
                 f"best_model_name is {self.best_model_name!r}, which names another file of the "
                 "trainer; expected another name"
             )
-        for what, item in {"scaler": self.scaler, **self.stateful}.items():
-            has_state = all(hasattr(item, name) for name in ("state_dict", "load_state_dict"))
-            if not has_state and not (what == "scaler" and item is None):
-                raise ConfigurationError(
-                    f"{what} is {item!r:.60}; expected an object with state_dict() and "
-                    "load_state_dict()"
-                )
-        if self.scaler is not None and "scaler" in self.stateful:
+        scaler = {} if self.scaler is None else {"scaler": self.scaler}
+        for name, item in {**scaler, **self.stateful}.items():
+            has_state = hasattr(item, "state_dict") and hasattr(item, "load_state_dict")
+            _expect(has_state, name, item, "an object with state_dict() and load_state_dict()")
+        if scaler and "scaler" in self.stateful:
             raise ConfigurationError("scaler is given twice: as scaler= and in stateful=")
-        grace = self.loader_grace
-        if isinstance(grace, bool) or not isinstance(grace, (int, float)) or not grace >= 0:
-            raise ConfigurationError(
-                f"loader_grace is {self.loader_grace!r}; expected seconds, 0 or more"
-            )
+        is_number = isinstance(grace, (int, float)) and not isinstance(grace, bool)
+        _expect(is_number and grace >= 0, "loader_grace", grace, "seconds, 0 or more")
 
     def loader(self, phase: Phase) -> Any:
         """Return the loader of ``phase``, or None."""
@@ -349,11 +339,9 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _check_stateful(stateful: object) -> dict[str, Any]:
-    if stateful is not None and not isinstance(stateful, Mapping):
-        raise ConfigurationError(
-            f"stateful is {stateful!r:.60}; expected objects by name, as a dict"
-        )
+def _check_stateful(stateful: Any) -> dict[str, Any]:
+    fits = stateful is None or isinstance(stateful, Mapping)
+    _expect(fits, "stateful", stateful, "objects by name, as a dict")
     return {str(name): item for name, item in (stateful or {}).items()}
 
 
