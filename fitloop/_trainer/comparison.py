@@ -1,7 +1,4 @@
-"""Several trainers, runs or metric logs in one plot.
-
-Owns what may be compared and what it is called; the drawing is `_plot`'s.
-"""
+"""Plots of several trainers, runs or metric logs in one picture."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ def compare_metrics(
     ax: Axes | None = None,
     **kwargs: Any,
 ) -> Axes:
-    """Draw a metric of several trainers on one Axes: a color each, train solid, valid dashed.
+    """Draw a metric of several trainers on one Axes: a color for each, train solid, valid dashed.
 
         compare_metrics({"lr=0.1": first, "lr=0.01": second}, "loss")
         compare_metrics([first, second], "accuracy", "all")
@@ -41,59 +38,56 @@ def compare_metrics(
         compare_metrics(trainer, "loss")  # its runs
 
     Args:
-        runs: what to compare, by label: trainers, their ``M``, or paths of metric logs, which
-            are read as `read_metrics` does. Without labels they are called by the trainer's
-            name, or by the path. One that stands alone is compared with itself: each of its
-            runs that recorded the metric.
-        name: the metric; all of them must have it, in a stage that all have.
-        run: a run's number, ``"all"`` joined end to end, or None for the last of each.
-        ax: where to draw; pyplot's current Axes by default.
-        kwargs: for ``Axes.plot``; a list with one ``color`` each is for one each.
+        runs: trainers, their ``M``, or paths of metric logs as for `read_metrics`, in a mapping by
+            label or in a sequence. In a sequence the labels are the names of the trainers, or the
+            paths. For a single one, all of its runs that recorded the metric are compared.
+        name: the metric. All must have it in a common stage.
+        run: the number of a run, ``"all"`` for all runs end to end, or None for the last run.
+        ax: the Axes to draw on, by default the current Axes of pyplot.
+        kwargs: passed on to ``Axes.plot``. ``color`` can be a list with a color for each.
 
-    Returns the Axes. Never shows anything. Blocking: it reads files.
+    Returns the Axes and shows nothing. Blocking: it reads files.
 
-    Raises, having drawn nothing:
-        UnknownMetricError: one of them lacks the metric (in that run); says which.
-        ConfigurationError: ``runs`` is empty, or has what is none of the above.
+    Raises, with nothing drawn:
+        UnknownMetricError: a trainer lacks the metric (in that run).
+        ConfigurationError: ``runs`` is empty, or has another type.
         CheckpointError: a log cannot be read.
-        IndexError: one has no such run.
-        TypeError: ``run`` is none of the above.
+        IndexError: a trainer has no such run.
+        TypeError: ``run`` has another type.
     """
-    if _is_recorded(runs):
-        entries = _own_runs(_history(runs, "runs"), name, run)
+    single = _find_history(runs)
+    if single is not None:
+        selections = _select_runs(single, name, run)
     elif isinstance(runs, Mapping):
-        entries = [
-            RunSelection(str(key), _history(item, f"runs[{key!r}]"), run)
-            for key, item in runs.items()
+        selections = [
+            RunSelection(str(label), _history(item, f"runs[{label!r}]"), run)
+            for label, item in runs.items()
         ]
     elif isinstance(runs, Iterable):
         items = list(runs)
-        histories = [_history(item, f"runs[{place}]") for place, item in enumerate(items)]
-        labels = _distinct([_name(item) for item in items])
-        entries = [RunSelection(*pair, run) for pair in zip(labels, histories, strict=True)]
+        histories = [_history(item, f"runs[{index}]") for index, item in enumerate(items)]
+        labels = _number_duplicates(_name(item) for item in items)
+        selections = [RunSelection(*pair, run) for pair in zip(labels, histories, strict=True)]
     else:
         raise ConfigurationError(f"runs is {runs!r}; expected {_EXPECTED}, or several of them")
-    return plot_selections(entries, name, ax=ax, **kwargs)
+    return plot_selections(selections, name, ax=ax, **kwargs)
 
 
 _EXPECTED = "a trainer, its M (a History), or the path of a metric log"
 
 
-def _is_recorded(item: Recorded) -> bool:
-    return isinstance(item, History | str | os.PathLike) or isinstance(
-        getattr(item, "M", None), History
-    )
-
-
-def _history(item: Recorded, where: str) -> History:
-    if isinstance(item, History):
-        return item
+def _find_history(item: Recorded) -> History | None:
     if isinstance(item, str | os.PathLike):
         return read_metrics(item)
-    found = getattr(item, "M", None)
-    if not isinstance(found, History):
-        raise ConfigurationError(f"{where} is {item!r}; expected {_EXPECTED}")
-    return found
+    history = item if isinstance(item, History) else getattr(item, "M", None)
+    return history if isinstance(history, History) else None
+
+
+def _history(item: Recorded, argument: str) -> History:
+    history = _find_history(item)
+    if history is None:
+        raise ConfigurationError(f"{argument} is {item!r}; expected {_EXPECTED}")
+    return history
 
 
 def _name(item: Recorded) -> str:
@@ -102,20 +96,20 @@ def _name(item: Recorded) -> str:
     return "history" if isinstance(item, History) else str(item.name)
 
 
-def _distinct(names: Iterable[str]) -> list[str]:
-    """Return the names, with a number behind those that were there already."""
-    taken: list[str] = []
+def _number_duplicates(names: Iterable[str]) -> list[str]:
+    """Return the names, with a number after a name that is in the list already."""
+    labels: list[str] = []
     for name in names:
         number, label = 1, name
-        while label in taken:
+        while label in labels:
             number += 1
             label = f"{name} ({number})"
-        taken.append(label)
-    return taken
+        labels.append(label)
+    return labels
 
 
-def _own_runs(history: History, name: str, run: RunChoice) -> list[RunSelection]:
-    """Return an entry for each run with the metric, or the last run, which then is refused."""
+def _select_runs(history: History, name: str, run: RunChoice) -> list[RunSelection]:
+    """Select each run with the metric. Without any, select the last run, for the error message."""
     if run is not None:
         raise ConfigurationError(
             f"run is {run!r}; expected none: all runs of the one that is given are compared. For a "
@@ -127,6 +121,6 @@ def _own_runs(history: History, name: str, run: RunChoice) -> list[RunSelection]
         for stage in Stage
         if name in phase.stage(stage)
     ]
-    numbers = [n for n in range(history.train_runs) if any(len(of[n]) for of in series)]
-    entries = [RunSelection(f"run {number}", history, number) for number in numbers]
-    return entries or [RunSelection("the last run", history)]
+    numbers = [n for n in range(history.train_runs) if any(len(values[n]) for values in series)]
+    selections = [RunSelection(f"run {number}", history, number) for number in numbers]
+    return selections or [RunSelection("the last run", history)]
