@@ -7,6 +7,7 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-import fitloop.callbacks.live_plot as liveplot
 from fitloop import (
     BestImproved,
     ConfigurationError,
@@ -33,6 +33,8 @@ from fitloop import (
 from fitloop._plotting.selection import BestEpoch
 from fitloop.callbacks.live_plot import MOST_PANELS, LivePlot
 
+# ``import ... as`` would give the function of the same name, which the package exports.
+liveplot: Any = import_module("fitloop.callbacks.live_plot")
 HOUR = 3600.0
 SOON = 20.0
 """seconds within which a thread does what it has been told"""
