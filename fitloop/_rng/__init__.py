@@ -1,15 +1,22 @@
-"""Random numbers: each seeded trainer has generators of its own.
+"""Random numbers of trainers: a seeded one has its own, also beside others in the process.
 
-Owns the streams of a trainer, the lock on the process-wide generators of Python, numpy and torch,
-and the detection of code that draws from them. Must not know models, loaders, events or files.
+Owns the streams of a trainer, the lock on the global generators of Python, numpy and torch, and
+the interception of code that uses them. Must not know models, loaders, events or files.
 
-- `streams`: the random streams of a trainer, and how they are put into the global generators.
-- `python_state`: fast access to the state of Python's generator.
-- `state_io`: generator states as trees for a snapshot.
-- `torch_ops`, `torch_calls`: which operations of torch use random numbers.
-- `interception`: reports each use of the global generators.
-- `fair_lock`: a fair lock that several holders may share.
-- `callbacks_in_flight`: threads that run a callback without the lock.
-- `lease`: the right of one run to use the global generators.
-- `exclusive`: exclusive access while a model is built.
+Other packages use these:
+
+- `trainer_rng`: the random numbers of a trainer over its life.
+- `guard`: the random numbers of a run, of a pass over a loader, and of a thread that reads ahead.
+- `states`: the state of generators, as a value and as a tree for a snapshot.
+- `global_state`: the state of the global generators.
+- `exclusive`: exclusive access to the global generators while a model is built.
+
+These are private to this package:
+
+- `lease`: the right of one thread to use the global generators; says who waits for whom.
+- `streams`: sequences of random numbers, which are installed in the global generators.
+- `global_lock`: the lock on the global generators, and callbacks that run without it.
+- `torch_ops`: torch operations that use random numbers.
+- `interception`: patches that report each use of the other global generators.
+- `native_state`: fast access to the memory of Python's and numpy's generators.
 """

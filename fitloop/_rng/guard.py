@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class RngGuard:
-    """Gives the code of one run its random numbers, whatever else runs in the process.
+    """Gives the code of one run its random numbers, also beside other runs in the process.
 
     For the step thread, except `close`. A method that waits for the generators raises `Cancelled`
     if the run is cancelled first.

@@ -72,7 +72,7 @@ def _notifying(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _TorchGenerator:
-    """Replaces the default generator in `torch.random`, whose functions seed and read it."""
+    """Replaces the default generator in `torch.random`, for functions that seed and read it."""
 
     def __getattr__(self, name: str) -> Any:
         _notify()

@@ -1,4 +1,4 @@
-"""Leases: the right of one thread to use the global random generators.
+"""A lease is the right of one thread to use the global random generators.
 
 What is locked: `GLOBAL_RNG_LOCK` protects the global generators of Python, numpy and torch. A lease
 with a stream holds it exclusively, because it installs the stream. Leases on the generators' own
@@ -78,9 +78,7 @@ class GeneratorLease:
         self._opaque = opaque
         self._stream: Stream | None = None
         self._is_installed = False
-        """The stream is in the generators, and this lease holds the lock."""
-        self._is_switching = False
-        """A stream is being installed; the patches must not react to that."""
+        """The stream is in the generators or is being put there; the lease holds the lock."""
         self._saved: Stream | None = None
         """State of the generators from before the stream was installed."""
         self._saved_torch: TorchStates | None = None
@@ -114,7 +112,7 @@ class GeneratorLease:
         _STREAM_USERS.add(id(self))
 
     def begin_pass(self, stream: Stream) -> None:
-        """Acquire the lease exclusively for a pass, whose use of the generators is not known yet.
+        """Acquire the lease exclusively, for a pass about which nothing is known yet.
 
         Raises:
             Cancelled: the run was cancelled while it waited.
@@ -245,16 +243,14 @@ class GeneratorLease:
         self._lock.acquire(self, cancelled, shared=shared, overtakes=self._in_callback)
 
     def _save_and_install(self, stream: Stream) -> None:
-        self._is_switching = True
+        self._is_installed = True  # from now on, uses that patches report are those of `install`
         self._saved = GLOBAL_STREAM if stream is GLOBAL_STREAM else SavedGlobalState(self._cuda)
         self._install(stream)
 
     def _install(self, stream: Stream) -> None:
-        self._stream = stream
-        self._was_notified, self._may_be_notified = False, RNG_PATCHES.has_users
-        self._is_switching = True
+        self._stream, self._is_installed = stream, True
         stream.install()
-        self._is_switching, self._is_installed = False, True
+        self._was_notified, self._may_be_notified = False, RNG_PATCHES.has_users
         set_listener(self)
 
     def _capture(self) -> None:
@@ -303,15 +299,14 @@ class GeneratorLease:
 
     def pin_until_step_end(self) -> None:
         """Hold the lock from now to the end of an observed step."""
-        self._was_notified = True
         stream = self._stream
-        if self._is_installed or self._is_switching or stream is None:
-            return
-        if self._saved_torch is not None:
-            stream.capture_torch(self._saved_torch)
-        else:
-            self._acquire_lock(stream, _never)
-        self._save_and_install(stream)
+        if stream is not None and not self._is_installed:
+            if self._saved_torch is not None:
+                stream.capture_torch(self._saved_torch)
+            else:
+                self._acquire_lock(stream, _never)
+            self._save_and_install(stream)
+        self._was_notified = True
 
     def _unpin(self) -> None:
         self._put_back()

@@ -1,4 +1,4 @@
-"""Trainers in one process give the bits of each one alone, and step at the same time."""
+"""Trainers that share a process have the bits of separate runs, and step at the same time."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def mixup_loss(state: LoopState) -> torch.Tensor:
 
 
 def late(first: int, draw: Callable[[], float]) -> Callable[[LoopState], torch.Tensor]:
-    """Return a loss that draws from batch ``first`` of each epoch on, in every second batch."""
+    """Return a loss that uses random numbers in every second batch from ``first`` on."""
 
     def loss_of(state: LoopState) -> torch.Tensor:
         loss = plain_loss(state)
@@ -193,7 +193,7 @@ RUNS: dict[str, Run] = {
     "unseeded": lambda: fitted(
         seeded(14, seed=None, train_dl=augmented(shuffle=True), train_step=step_with(mixup_loss))
     ),
-    "nothing drawn": lambda: fitted(
+    "no numbers": lambda: fitted(
         seeded(15, model=mlp(15), train_dl=loader(blobs(SAMPLES), own_seed=6))
     ),
 }
@@ -212,7 +212,7 @@ async def begun(run: Run) -> FitLoop:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, dict[str, Any]]:
+def separate() -> dict[str, dict[str, Any]]:
     states = {}
     for name, run in RUNS.items():
         states[name] = state_of(anyio.run(begun, run))
@@ -220,8 +220,8 @@ def alone() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("attempt", range(3))
-async def test_trainers_when_they_run_together_then_each_has_the_bits_it_has_alone(
-    attempt: int, alone: dict[str, dict[str, Any]]
+async def test_trainers_when_they_run_together_then_each_has_the_bits_of_a_separate_run(
+    attempt: int, separate: dict[str, dict[str, Any]]
 ) -> None:
     actual: dict[str, FitLoop] = {}
 
@@ -239,18 +239,18 @@ async def test_trainers_when_they_run_together_then_each_has_the_bits_it_has_alo
     differing = {}
     for name, trained in actual.items():
         state = state_of(trained)
-        differing[name] = [part for part in state if state[part] != alone[name][part]]
+        differing[name] = [part for part in state if state[part] != separate[name][part]]
     assert not {name: parts for name, parts in differing.items() if parts}
     assert untouched() == before
 
 
 def untouched() -> tuple[object, ...]:
-    """Return what stands where gates stand while trainers run together."""
+    """Return the identities of all that is patched while trainers run together."""
     numpy: Any = np.random
     functions = [getattr(random, name) for name in random.__all__]
     holder: Any = random.seed.__self__  # type: ignore[attr-defined]
-    places = [numpy.get_bit_generator(), torch.random.default_generator, *functions]  # type: ignore[attr-defined]
-    return (tuple(map(id, places)), sorted(vars(holder)))
+    patched = [numpy.get_bit_generator(), torch.random.default_generator, *functions]  # type: ignore[attr-defined]
+    return (tuple(map(id, patched)), sorted(vars(holder)))
 
 
 class Meeting:
@@ -276,7 +276,7 @@ class Meeting:
 
 @pytest.mark.parametrize("seeds", [(1, 2), (1, None)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-async def test_trainers_when_steps_draw_no_more_than_dropout_then_they_step_at_the_same_time(
+async def test_trainers_when_steps_use_no_more_than_dropout_then_they_step_at_the_same_time(
     seeds: tuple[int, int | None], dropout: float
 ) -> None:
     meeting = Meeting()
@@ -294,16 +294,16 @@ def batches_of(count: int) -> list[Any]:
     return [(inputs, targets)] * count
 
 
-async def test_trainer_when_the_others_have_ended_then_has_its_turn_for_itself_again() -> None:
-    watched: list[bool] = []
+async def test_trainer_when_the_others_have_ended_then_is_exclusive_again() -> None:
+    observed: list[bool] = []
     short_over = threading.Event()
     deadline = time.monotonic() + GUARD
 
     def long_loss(state: LoopState) -> torch.Tensor:
         assert time.monotonic() < deadline
         if short_over.is_set():
-            watched.append(torch._C._len_torch_function_stack() > 0)
-            if len(watched) == 10:
+            observed.append(torch._C._len_torch_function_stack() > 0)
+            if len(observed) == 10:
                 state.stop()
         return plain_loss(state)
 
@@ -316,7 +316,7 @@ async def test_trainer_when_the_others_have_ended_then_has_its_turn_for_itself_a
     async with anyio.create_task_group() as group:
         group.start_soon(fitted, made, 1)
         group.start_soon(short)
-    assert not watched[-1]
+    assert not observed[-1]
     assert not RNG_PATCHES.has_users
 
 
@@ -360,7 +360,7 @@ def test_callback_when_another_lease_is_exclusive_then_has_the_numbers_of_the_pr
     assert not RNG_PATCHES.has_users
 
 
-async def test_trainers_when_small_and_callbacks_draw_then_have_the_bits_that_each_has_alone() -> (
+async def test_trainers_when_small_and_callbacks_use_numbers_then_bits_are_of_separate_runs() -> (
     None
 ):
     def draw(_event: Event) -> None:
@@ -371,18 +371,16 @@ async def test_trainers_when_small_and_callbacks_draw_then_have_the_bits_that_ea
     def made(number: int) -> FitLoop:
         return seeded(number, model=mlp(number), callbacks=[draw])
 
-    alone = [trainer_state(await fitted(made(k), 4), rng=False) for k in range(3)]
+    separate = [trainer_state(await fitted(made(k), 4), rng=False) for k in range(3)]
     together = [made(number) for number in range(3)]
     async with anyio.create_task_group() as group:
         for one in together:
             group.start_soon(fitted, one, 4)
-    for one, state in zip(together, alone, strict=True):
+    for one, state in zip(together, separate, strict=True):
         assert_same_state(trainer_state(one, rng=False), state)
 
 
-async def test_trainers_when_callbacks_draw_under_a_lock_of_theirs_then_none_waits_for_ever() -> (
-    None
-):
+async def test_trainers_when_callbacks_use_numbers_under_a_lock_then_none_waits_for_ever() -> None:
     lock, drawn = threading.Lock(), list[float]()
 
     def draw(_event: Event) -> None:
@@ -401,8 +399,8 @@ async def test_trainers_when_callbacks_draw_under_a_lock_of_theirs_then_none_wai
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_callback_when_a_thread_reads_ahead_with_a_stream_then_its_draws_are_seen() -> None:
-    """Else they would be taken from that stream: the trainer's own, though it is alone."""
+async def test_callback_when_a_thread_reads_ahead_with_a_stream_then_is_observed() -> None:
+    """Its numbers would come from that stream otherwise, although no other trainer runs."""
     seen: list[bool] = []
 
     def draw(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""Who has a slice for itself, and who takes part at all."""
+"""Which runs take part in the time slices, and which one has the slice."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from fitloop._concurrency.time_slices import (
 SOON = 20
 
 
-class Line(deque[TimeSliceHook]):
-    """A line that tells who joins it."""
+class ObservedQueue(deque[TimeSliceHook]):
+    """A queue that reports each hook that joins it."""
 
     def __init__(self) -> None:
         super().__init__()
         self._joined: Queue[TimeSliceHook] = Queue()
 
-    def append(self, who: TimeSliceHook) -> None:
-        super().append(who)
-        self._joined.put(who)
+    def append(self, hook: TimeSliceHook) -> None:
+        super().append(hook)
+        self._joined.put(hook)
 
     def wait_for(self, run: Run) -> None:
         while self._joined.get(timeout=SOON) is not run.hook:
@@ -77,18 +77,20 @@ def slices() -> TimeSlices:
     return TimeSlices()
 
 
-def test_run_when_it_is_alone_then_has_no_slice_and_is_asked_nothing(slices: TimeSlices) -> None:
+def test_run_when_it_is_the_only_one_then_has_no_slice(slices: TimeSlices) -> None:
     run = Run(slices)
     run.batches(1000, 0.0003)
     assert slices.owner is None
     assert run.waits == 0
 
 
-def test_run_when_its_steps_are_small_then_takes_a_slice_beside_another(slices: TimeSlices) -> None:
+def test_run_when_its_steps_are_small_then_acquires_a_slice_beside_another(
+    slices: TimeSlices,
+) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(MIN_BATCHES, 0.0003)
     assert slices.owner is run.hook
-    run.batches(1000, 0.0003)  # nobody waits: it keeps it
+    run.batches(1000, 0.0003)  # no other run waits: it keeps the slice
     assert slices.owner is run.hook
     assert run.waits == 1
 
@@ -100,7 +102,7 @@ def test_run_when_its_steps_are_large_then_takes_no_part(slices: TimeSlices) -> 
     assert run.waits == 0
 
 
-def test_run_when_it_waits_for_something_else_in_its_slice_then_gives_it_up(
+def test_run_when_it_is_idle_in_its_slice_then_takes_no_part_for_a_while(
     slices: TimeSlices,
 ) -> None:
     run, _other = Run(slices), Run(slices)
@@ -112,23 +114,23 @@ def test_run_when_it_waits_for_something_else_in_its_slice_then_gives_it_up(
     assert slices.owner is None
 
 
-def test_run_when_it_waits_for_its_loader_then_never_stands_in_line(slices: TimeSlices) -> None:
+def test_run_when_it_waits_for_its_loader_then_never_queues(slices: TimeSlices) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(10_000, 0.002, computed=0.1, waited=0.5)
     assert run.waits == 0
 
 
-def test_slice_when_it_was_kept_for_long_then_is_not_taken_in_the_middle() -> None:
+def test_slice_when_it_was_renewed_for_long_then_is_not_taken_in_the_middle() -> None:
     now = 0.0
     slices = TimeSlices(patience=0.1, clock=lambda: now)
     one, two = Run(slices), Run(slices)
-    line = slices.queue = Line()
+    queue = slices.queue = ObservedQueue()
     one.batches(MIN_BATCHES, 0.0003)
     now = 5.0
-    one.batches(int(SLICE_SECONDS / 0.0003) + 2, 0.0003)  # nobody waits: another slice
+    one.batches(int(SLICE_SECONDS / 0.0003) + 2, 0.0003)  # no other run waits: another slice
     thread = threading.Thread(target=two.batches, args=(MIN_BATCHES, 0.0003))
     thread.start()
-    line.wait_for(two)
+    queue.wait_for(two)
     with slices.lock:
         assert slices.owner is one.hook
     one.hook.close()
@@ -136,14 +138,14 @@ def test_slice_when_it_was_kept_for_long_then_is_not_taken_in_the_middle() -> No
     assert slices.owner is two.hook
 
 
-def test_slice_when_another_waits_then_the_first_one_is_short_and_handed_on() -> None:
+def test_slice_when_another_run_waits_then_is_handed_on() -> None:
     slices = TimeSlices(patience=SOON)
-    line = slices.queue = Line()
+    queue = slices.queue = ObservedQueue()
     one, two = Run(slices), Run(slices)
     one.batches(MIN_BATCHES, 0.0003)
     thread = threading.Thread(target=two.batches, args=(MIN_BATCHES, 0.0003))
     thread.start()
-    line.wait_for(two)
+    queue.wait_for(two)
     back = threading.Thread(target=one.batches, args=(int(SLICE_SECONDS / 0.0003) + 2, 0.0003))
     back.start()
     thread.join(SOON)
@@ -153,13 +155,13 @@ def test_slice_when_another_waits_then_the_first_one_is_short_and_handed_on() ->
     assert slices.owner is one.hook
 
 
-def test_slice_when_its_run_stands_still_then_is_taken_from_it(slices: TimeSlices) -> None:
+def test_slice_when_its_run_makes_no_progress_then_is_taken_from_it(slices: TimeSlices) -> None:
     one, two = Run(slices), Run(slices)
     one.batches(MIN_BATCHES, 0.0003)
     two.batches(MIN_BATCHES, 0.0003)  # comes back, though the slice never ends
     assert slices.owner is two.hook
     assert not slices.queue
-    one.batches(int(SLICE_SECONDS / 0.0003) + 2, 0.0003)  # takes its turn again, as any other
+    one.batches(int(SLICE_SECONDS / 0.0003) + 2, 0.0003)  # queues again, as any other
     assert slices.owner is one.hook
     two.hook.close()
     assert slices.owner is one.hook
@@ -173,14 +175,14 @@ def test_slice_when_several_wait_then_patience_is_with_each_holder_anew() -> Non
         return now
 
     slices = TimeSlices(patience=0.1, clock=clock)
-    line = slices.queue = Line()
+    queue = slices.queue = ObservedQueue()
     one, two, three = Run(slices), Run(slices), Run(slices)
     one.batches(MIN_BATCHES, 0.0003)
     threads = []
     for run in (two, three):
         threads.append(threading.Thread(target=run.batches, args=(MIN_BATCHES, 0.0003)))
         threads[-1].start()
-        line.wait_for(run)
+        queue.wait_for(run)
     now = 0.09
     one.hook.close()
     threads[0].join(SOON)
@@ -197,7 +199,7 @@ def test_slice_when_several_wait_then_patience_is_with_each_holder_anew() -> Non
     assert slices.owner is three.hook
 
 
-def test_run_when_progress_is_told_then_it_keeps_its_slice(slices: TimeSlices) -> None:
+def test_run_when_progress_is_reported_then_it_keeps_its_slice(slices: TimeSlices) -> None:
     run, _other = Run(slices), Run(slices)
     run.batches(MIN_BATCHES, 0.0003)
     run.hook.observe(

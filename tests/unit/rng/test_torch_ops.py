@@ -1,4 +1,4 @@
-"""Whether a function of torch's may draw is told before it is called, for all ops there are."""
+"""Torch operations that may use random numbers are known before they are called."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def aten_ops() -> list[Any]:
     return ops
 
 
-def test_ops_when_torch_says_that_they_draw_then_all_are_known() -> None:
+def test_ops_when_torch_tags_them_as_random_then_all_are_known() -> None:
     ops = aten_ops()
     assert len(ops) > 1000
     tagged = [op for op in ops if torch.Tag.nondeterministic_seeded in op.tags]
@@ -36,7 +36,7 @@ def test_ops_when_torch_says_that_they_draw_then_all_are_known() -> None:
         assert {op.__name__, op.__name__.split(".")[0]} <= rng_ops()
 
 
-def test_functions_in_python_when_they_are_dropouts_and_the_like_then_are_known() -> None:
+def test_functions_in_python_when_they_use_random_numbers_then_are_known() -> None:
     functions = {f for group in get_overridable_functions().values() for f in group}
     python = [f for f in functions if isinstance(f, FunctionType)]
     drawing = {f.__name__ for f in python if may_use_rng(f, (), {})}
