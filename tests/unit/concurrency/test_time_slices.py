@@ -84,7 +84,7 @@ def test_run_when_it_is_the_only_one_then_has_no_slice(slices: TimeSlices) -> No
     assert run.waits == 0
 
 
-def test_run_when_its_steps_are_small_then_acquires_a_slice_beside_another(
+def test_run_when_its_steps_are_small_then_takes_part_beside_another(
     slices: TimeSlices,
 ) -> None:
     run, _other = Run(slices), Run(slices)
