@@ -31,18 +31,20 @@ def test_ops_when_torch_tags_them_as_random_then_all_are_known() -> None:
     assert len(ops) > 1000
     tagged = [op for op in ops if torch.Tag.nondeterministic_seeded in op.tags]
     assert tagged
-    takes = [op for op in ops if any("Generator" in str(a.type) for a in op._schema.arguments)]
-    for op in [*tagged, *takes]:
+    with_generator = [
+        op for op in ops if any("Generator" in str(a.type) for a in op._schema.arguments)
+    ]
+    for op in [*tagged, *with_generator]:
         assert {op.__name__, op.__name__.split(".")[0]} <= rng_ops()
 
 
 def test_functions_in_python_when_they_use_random_numbers_then_are_known() -> None:
     functions = {f for group in get_overridable_functions().values() for f in group}
     python = [f for f in functions if isinstance(f, FunctionType)]
-    drawing = {f.__name__ for f in python if may_use_rng(f, (), {})}
-    assert {"dropout", "alpha_dropout", "feature_alpha_dropout", "rrelu"} <= drawing
-    assert {"gumbel_softmax", "multi_head_attention_forward", "fractional_max_pool2d"} <= drawing
-    assert not {"cross_entropy", "batch_norm", "relu", "softmax", "einsum"} & drawing
+    using = {f.__name__ for f in python if may_use_rng(f, (), {})}
+    assert {"dropout", "alpha_dropout", "feature_alpha_dropout", "rrelu"} <= using
+    assert {"gumbel_softmax", "multi_head_attention_forward", "fractional_max_pool2d"} <= using
+    assert not {"cross_entropy", "batch_norm", "relu", "softmax", "einsum"} & using
 
 
 SQUARE = torch.rand(4, 4, generator=torch.Generator().manual_seed(1))
@@ -86,31 +88,31 @@ CALLS: dict[str, tuple[bool, Callable[[], object]]] = {
 }
 
 
-class Seen(TorchFunctionMode):
+class RngCalls(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.drawing: list[str] = []
+        self.names: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if may_use_rng(func, args, kwargs):
-            self.drawing.append(func.__name__)
+            self.names.append(func.__name__)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_call_when_it_draws_then_it_was_told(name: str) -> None:
-    draws, call = CALLS[name]
+def test_call_when_it_uses_random_numbers_then_is_known_before(name: str) -> None:
+    uses_rng, call = CALLS[name]
     with torch.random.fork_rng():
         before = torch.get_rng_state()
-        with Seen() as seen:
+        with RngCalls() as calls:
             call()
         moved = not torch.equal(before, torch.get_rng_state())
-    assert moved == draws
-    assert bool(seen.drawing) == draws
+    assert moved == uses_rng
+    assert bool(calls.names) == uses_rng
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch
-def test_model_when_scripted_or_compiled_then_its_draws_are_hidden() -> None:
+def test_model_when_scripted_or_compiled_then_is_opaque() -> None:
     plain = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     assert not is_opaque(plain, nn.CrossEntropyLoss(), None)
     compiled = nn.Linear(2, 2)
