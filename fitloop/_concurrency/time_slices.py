@@ -26,25 +26,24 @@ SLICE_SECONDS = 0.05
 PATIENCE_SECONDS = 0.2
 """Time after which a slice is taken from an owner that does not end it."""
 CHECK_SECONDS = 0.25
-"""Time between two checks whether a run that takes no part has become a small one."""
+"""Time between two checks whether a run is to take part."""
 SMALL_STEP_SECONDS = 0.002
-"""Processor time of a batch up to which a run counts as small."""
+"""Processor time of a batch up to which a run takes part."""
 LOADER_SHARE = 0.3
 """Share of the time that a run waits for its loader, from which it takes no part."""
-IDLE_SHARE = 0.75
-"""Share of its slice in which a run does not compute, from which it takes no part."""
+BUSY_SHARE = 0.25
+"""Share of its slice that a run must compute to take part further on."""
 MIN_BATCHES = 8
-"""Batches that a check needs."""
+"""Batches that the first check needs."""
 
 Clock = Callable[[], float]
 
 
 class TimeSlices:
-    """A fair queue for the one slice that there is; one object for the whole process."""
+    """A fair queue for the one slice that there is."""
 
     def __init__(self, patience: float = PATIENCE_SECONDS, clock: Clock = time.monotonic) -> None:
-        self._patience = patience
-        self._clock = clock
+        self._patience, self._clock = patience, clock
         self.runs = 0
         """Number of runs in progress; read without the lock once a batch."""
         self.lock = threading.Lock()
@@ -67,7 +66,7 @@ class TimeSlices:
                 self._notify_first()
 
     def renew(self, hook: TimeSliceHook) -> bool:
-        """Give the owner another slice; False if another run waits or ``hook`` is not the owner."""
+        """Give the owner another slice; False if another run waits or has taken the slice."""
         with self.lock:
             if self.queue or self.owner is not hook:
                 return False
@@ -86,10 +85,8 @@ class TimeSlices:
             self.queue[0].notified.notify()
 
     def _patience_left(self) -> float:
-        """Return the seconds for which the owner may still go on; 0 if there is none."""
-        if self.owner is None:
-            return 0.0
-        return max(0.0, self._owned_since + self._patience - self._clock())
+        end = 0.0 if self.owner is None else self._owned_since + self._patience
+        return max(0.0, end - self._clock())
 
 
 TIME_SLICES = TimeSlices()
@@ -97,7 +94,7 @@ TIME_SLICES = TimeSlices()
 
 @cache
 def _reset_in_forked_children() -> None:
-    """Forget the runs in each process that is forked from now on: their threads are not there."""
+    """Forget all runs in each process that is forked from now on: it has no other threads."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=TIME_SLICES.__init__)  # type: ignore[misc]
 
@@ -120,15 +117,12 @@ class TimeSliceHook:
         thread_clock: Clock = time.thread_time,
     ) -> None:
         _reset_in_forked_children()
-        self._wait = wait
-        self._control = control
-        self._slices = slices
-        self._clock = clock
-        self._thread_clock = thread_clock
+        self._wait, self._control, self._slices = wait, control, slices
+        self._clock, self._thread_clock = clock, thread_clock
         self.notified = threading.Condition(slices.lock)
         """Notified when the run is first in the queue, or is to end."""
         self._has_slice = False
-        """The run has acquired the slice; it may have lost it to another run since."""
+        """The run has acquired the slice; another run may have taken it since."""
         self._was_interrupted = False
         """An event ended the slice."""
         self._start_period(0.0)
@@ -151,7 +145,7 @@ class TimeSliceHook:
             self.notified.notify()
 
     def observe(self, event: Event) -> None:
-        """End the slice at each event but `BatchProgress`: what follows may take long."""
+        """End the slice at each event but `BatchProgress`: callbacks may take long."""
         if self._has_slice and not isinstance(event, BatchProgress):
             self._release()
             self._was_interrupted, self._period_ends = True, 0.0
@@ -178,18 +172,16 @@ class TimeSliceHook:
             self._acquire()
 
     def _takes_part(self, now: float) -> bool:
-        """Return whether the run has small steps and computes for most of the time."""
         seconds, computed = now - self._started, self._thread_clock() - self._thread_time
         waited = self._control.wait_seconds - self._wait_seconds
         if computed > SMALL_STEP_SECONDS * self._batches or waited >= LOADER_SHARE * seconds:
             return False
-        # Without a slice, a run may be idle because others have the interpreter's lock.
-        return not self._has_slice or computed > (1 - IDLE_SHARE) * seconds
+        # Without the slice, a run may be idle because others have the interpreter's lock.
+        return not self._has_slice or computed > BUSY_SHARE * seconds
 
     def _start_period(self, seconds: float) -> None:
         self._started, self._thread_time = self._clock(), self._thread_clock()
-        self._wait_seconds = self._control.wait_seconds
-        self._batches = 0
+        self._wait_seconds, self._batches = self._control.wait_seconds, 0
         self._period_ends = self._started + seconds
 
     def _acquire(self) -> None:

@@ -1,9 +1,8 @@
 """Exclusive access to the global generators, for a plain function that builds a model.
 
 The function may seed them and use them as if nothing else ran in the process. While it waits for a
-training of its own, or for any other thread of fitloop, other code may use the generators.
-
-An ``async def`` function cannot have this: other code runs in its thread while it awaits.
+training of its own, or for any other thread of fitloop, other code may use the generators. An
+``async def`` function cannot have this: other code runs in its thread while it awaits.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ class _ExclusiveAccess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waits = 0
-        """Number of threads that it waits for; it must not hold the lock meanwhile."""
 
     def acquire(self, control: RunControl) -> None:
         """Wait for the lock on the generators."""
@@ -62,16 +60,16 @@ class _ExclusiveAccess:
         with self._lock:
             self._waits += 1
             GLOBAL_RNG_LOCK.release(self)
-        is_closed = False
+        is_loop_running = True
         try:
             yield
-        except GeneratorExit:  # the event loop has ended: nothing can be awaited any more
-            is_closed = True
+        except GeneratorExit:
+            is_loop_running = False  # nothing can be awaited any more
             raise
         finally:
             with self._lock:
                 self._waits -= 1
-            if not is_closed and not self._waits:
+            if is_loop_running and not self._waits:
                 await self._acquire_again()
 
     async def _acquire_again(self) -> None:

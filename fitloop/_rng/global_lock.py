@@ -11,20 +11,13 @@ from collections.abc import Callable
 
 from fitloop._concurrency.control import Cancelled
 
-CALLBACK_TIMEOUT = 1.0
-"""Seconds to wait for callbacks at most. A callback may itself wait for the run that begins."""
-
 
 class FairSharedLock:
-    """A fair lock: first come, first served. One object for the whole process.
-
-    An exclusive holder has installed a stream in the generators, or builds a model. Shared holders
-    use the generators' own state, together.
-    """
+    """A lock, first come, first served. Shared holders hold it together."""
 
     def __init__(self) -> None:
         self.has_waiters = False
-        """Whether a thread waits for the lock; read without synchronization once a batch."""
+        """Whether a thread waits; read without synchronization once a batch."""
         self._changed = threading.Condition(threading.Lock())
         self._queue: deque[object] = deque()
         self._holders: list[object] = []
@@ -39,13 +32,9 @@ class FairSharedLock:
         shared: bool = False,
         overtakes: bool = False,
     ) -> None:
-        """Wait for the lock.
+        """Wait for the lock; ``cancelled`` is asked at each change whether to give up.
 
-        Args:
-            holder: to be passed to `release`.
-            cancelled: asked at each change whether to give up.
-            shared: hold the lock together with other shared holders.
-            overtakes: join shared holders at once, whoever waits.
+        With ``overtakes``, a shared holder joins others at once, whoever waits.
 
         Raises:
             Cancelled: ``cancelled`` returned true first.
@@ -67,9 +56,10 @@ class FairSharedLock:
                     self._changed.notify_all()
 
     def _is_free_for(self, holder: object, shared: bool, overtakes: bool) -> bool:
+        is_first = self._queue[0] is holder
         if not self._holders:
-            return self._queue[0] is holder
-        return shared and self._is_shared and (overtakes or self._queue[0] is holder)
+            return is_first
+        return shared and self._is_shared and (overtakes or is_first)
 
     def release(self, holder: object) -> None:
         """Release the lock; does nothing if ``holder`` does not hold it."""
@@ -81,7 +71,7 @@ class FairSharedLock:
                     self._changed.notify_all()
 
     def when_free(self, call: Callable[[], None]) -> None:
-        """Call a function as soon as nothing holds the lock, under its protection."""
+        """Call a function under the lock's protection, as soon as nothing holds it."""
         with self._changed:
             self._when_free.append(call)
             self._call_when_free()
@@ -91,7 +81,7 @@ class FairSharedLock:
             self._when_free.pop()()
 
     def notify_all(self) -> None:
-        """Let all waiting threads check whether they are cancelled; any thread."""
+        """Let waiting threads check whether they are cancelled; any thread."""
         with self._changed:
             self._changed.notify_all()
 
@@ -100,14 +90,14 @@ GLOBAL_RNG_LOCK = FairSharedLock()
 
 
 class CallbacksInFlight:
-    """Leases whose thread is in a callback that nothing observes. One object for the process.
+    """Leases whose thread is in a callback that nothing observes.
 
-    While only one trainer runs, its callbacks use the global generators without a lock. A seeded
-    trainer that begins during a callback would install its stream under the hands of the callback,
-    so it waits for its end first. Callbacks that begin later know of the other trainer.
+    The callbacks of an only trainer use the global generators without a lock. A seeded trainer that
+    begins meanwhile would install its stream under them, so it waits for their end first; for a
+    second at most, since a callback may itself wait for the trainer.
     """
 
-    def __init__(self, timeout: float = CALLBACK_TIMEOUT) -> None:
+    def __init__(self, timeout: float = 1.0) -> None:
         self._timeout = timeout
         self._leases: set[int] = set()
         self._changed = threading.Condition(threading.Lock())
@@ -124,7 +114,7 @@ class CallbacksInFlight:
             self.notify_all()
 
     def wait(self, cancelled: Callable[[], bool]) -> None:
-        """Wait until the callbacks of this moment have ended, for `CALLBACK_TIMEOUT` at most."""
+        """Wait until the callbacks of this moment have ended."""
         with self._changed:
             self._waiting += 1
             present = self._leases.copy()
@@ -134,7 +124,7 @@ class CallbacksInFlight:
             self._waiting -= 1
 
     def notify_all(self) -> None:
-        """Let all waiting threads check whether they are cancelled; any thread."""
+        """Let waiting threads check whether they are cancelled; any thread."""
         with self._changed:
             self._changed.notify_all()
 

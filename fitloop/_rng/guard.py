@@ -1,20 +1,20 @@
 """The seam between runs and random numbers.
 
 An `RngGuard` lasts for one run, a `LoaderRng` for one pass over a loader, a `ReaderRng` for one
-thread that reads ahead. They hand out leases; other packages know nothing else of random numbers
-but `TrainerRng` and `RngState`.
+thread that reads ahead. A method that waits for the generators raises `Cancelled` if the run is
+cancelled first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, TypeVar
 
 from fitloop._concurrency.control import RunControl
 from fitloop._rng.global_lock import GLOBAL_RNG_LOCK, FairSharedLock
 from fitloop._rng.global_state import global_fingerprint, global_state, restore_global_state
-from fitloop._rng.lease import GeneratorLease, outside_runs
+from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.states import RngState
 from fitloop._rng.streams import GLOBAL_STREAM, Stream
 from fitloop._rng.torch_ops import is_opaque
@@ -25,10 +25,7 @@ T = TypeVar("T")
 
 
 class RngGuard:
-    """Gives the code of one run its random numbers, also beside other runs in the process.
-
-    For the step thread, except `close`. A method that waits for the generators raises `Cancelled`
-    if the run is cancelled first.
+    """Gives the code of one run its random numbers, also beside other runs; for the step thread.
 
     Args:
         rng: the random numbers of the trainer.
@@ -54,6 +51,12 @@ class RngGuard:
         self._is_closed = False
         self.end_of_batch: Callable[[], None] = lease.yield_to_waiters
         """To be called after each batch: lets waiting runs use the generators first."""
+        self.on_event_loop: Callable[[], AbstractContextManager[None]] = lease.used_by_event_loop
+        """Makes a block in which the event loop runs a coroutine while this thread waits.
+
+        The event loop calls `resume` and `pause` around each step. They do not wait.
+        """
+        self.resume, self.pause = lease.install, lease.uninstall
 
     def enter_phase(self, phase: Phase) -> None:
         """Install the random numbers for the stage functions of a phase."""
@@ -69,36 +72,18 @@ class RngGuard:
         Works after `close` too, in any thread.
         """
         if self._is_closed:
-            with outside_runs():
+            with closing(GeneratorLease()) as lease:
+                lease.enter_callback()
                 return call(*args)
-        state = self._lease.enter_callback()
+        stream = self._lease.enter_callback()
         result = call(*args)
-        self._lease.leave_callback(state)
+        self._lease.leave_callback(stream)
         return result
 
     def wait(self, call: Callable[[], T]) -> T:
-        """Call a function that waits for long, for a person or a time slice.
-
-        Other runs use the generators meanwhile.
-        """
+        """Call a function that waits for long; other runs use the generators meanwhile."""
         with self._lease.released(fully=True):
             return call()
-
-    def on_event_loop(self) -> AbstractContextManager[None]:
-        """Return a block in which the event loop runs a coroutine while this thread waits.
-
-        The event loop calls `resume` and `pause` around each step of the coroutine. They do not
-        wait: the run has the generators to itself during the block.
-        """
-        return self._lease.used_by_event_loop()
-
-    def resume(self) -> None:
-        """Install the random numbers of the run in the calling thread."""
-        self._lease.install()
-
-    def pause(self) -> None:
-        """Undo `resume`."""
-        self._lease.uninstall()
 
     def close(self) -> None:
         """Leave the global generators as they were without the run; any thread."""
@@ -133,6 +118,9 @@ class LoaderRng:
         reads: bool = True,
     ) -> None:
         self._lease, self._stream, self._cuda, self._reads = lease, stream, tuple(cuda), reads
+        self.fingerprint = global_fingerprint
+        self.waiting: Callable[[], AbstractContextManager[None]] = lease.released
+        """Makes a block in which the step thread waits for the loader, which may need the lock."""
 
     @property
     def has_stream(self) -> bool:
@@ -154,10 +142,6 @@ class LoaderRng:
         else:
             self._stream.set_state(state)
 
-    def fingerprint(self) -> tuple[object, ...]:
-        """Return a value that changes when the step thread uses the CPU generators."""
-        return global_fingerprint()
-
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Install the stream in a block, for the beginning of a pass.
@@ -167,31 +151,23 @@ class LoaderRng:
         if self._stream is None:
             yield
             return
-        state = self._lease.switch_stream(self._stream)
+        steps = self._lease.switch_stream(self._stream)
         yield
-        self._lease.restore(state)
+        self._lease.restore(steps)
 
     def wrap_read(self, read: Callable[[], T]) -> Callable[[], T]:
         """Return ``read`` with the stream installed around it, for the step thread."""
-        stream, switch_stream, restore = (
-            self._stream,
-            self._lease.switch_stream,
-            self._lease.restore,
-        )
+        stream, lease = self._stream, self._lease
         if stream is None or not self._reads:
             return read
 
         def read_with_stream() -> T:
-            state = switch_stream(stream)
+            steps = lease.switch_stream(stream)
             batch = read()
-            restore(state)
+            lease.restore(steps)
             return batch
 
         return read_with_stream
-
-    def waiting(self) -> AbstractContextManager[None]:
-        """Return a block in which the step thread waits for the loader, which may need the lock."""
-        return self._lease.released()
 
     def reader(self, control: RunControl, is_closed: Callable[[], bool]) -> ReaderRng:
         """Return the random numbers of the loader for a thread that reads ahead of the steps."""
@@ -200,25 +176,18 @@ class LoaderRng:
 
 
 class ReaderRng:
-    """The random numbers of a thread that reads a loader ahead of the steps.
-
-    Args:
-        stream: None if reading uses no random numbers.
-        control: of the run.
-        lease: of the thread.
-    """
+    """The random numbers of a thread that reads ahead; ``stream`` is None if it needs none."""
 
     def __init__(self, stream: Stream | None, control: RunControl, lease: GeneratorLease) -> None:
         self._stream, self._lease = stream, lease
         if stream not in (None, GLOBAL_STREAM):
             lease.announce_stream()
-        self._forget = control.on_halt(lease.notify_cancelled)
+        self.wake: Callable[[], None] = lease.notify_cancelled
+        """Ends a wait for the generators if the thread is to end; any thread."""
+        self._forget = control.on_halt(self.wake)
 
     def wrap_read(self, read: Callable[[], T]) -> Callable[[], T]:
-        """Return ``read`` with the generators acquired around it.
-
-        The function raises `Cancelled` if the thread is to end before the generators are free.
-        """
+        """Return ``read`` with the generators acquired around it."""
         lease, stream = self._lease, self._stream
         if stream is None:
             return read
@@ -231,10 +200,6 @@ class ReaderRng:
                 lease.release()
 
         return read_with_lease
-
-    def wake(self) -> None:
-        """End a wait for the generators if the thread is to end; any thread."""
-        self._lease.notify_cancelled()
 
     def close(self) -> None:
         """Release the generators, also of a thread that hangs; any thread."""

@@ -17,19 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fitloop._rng.streams import (
-    BitGeneratorWrapper,
-    get_bits,
-    get_installed_bits,
-    install_bits,
-)
+from fitloop._rng.streams import BitGeneratorWrapper, get_bits, get_installed_bits, install_bits
 
 
 class RngListener(Protocol):
     """Is notified before code of its thread uses the global generators; a lease."""
 
     def pin_until_step_end(self) -> None:
-        """Have the generators to itself from now on."""
+        """Have the generators to itself until the end of the step."""
 
 
 _local = threading.local()
@@ -79,9 +74,6 @@ class _TorchGenerator:
         return getattr(torch.default_generator, name)
 
 
-# -- numpy: a bit generator with another lock --------------------------------------------------
-
-
 class _NotifyingLock:
     """The lock of a bit generator, which each of numpy's functions takes before it uses it."""
 
@@ -105,7 +97,7 @@ def _wrap_bits(bits: Any) -> Any:
 
 @functools.cache
 def _wrapper_class(kind: type) -> Any:
-    def installed(_wrapper: Any) -> Any:
+    def installed() -> Any:
         _notify()  # may install another bit generator
         return get_bits()
 
@@ -114,10 +106,10 @@ def _wrapper_class(kind: type) -> Any:
         "capsule": property(lambda wrapper: wrapper.wrapped.capsule),
         "ctypes": property(lambda wrapper: wrapper.wrapped.ctypes),
         "state": property(
-            lambda wrapper: installed(wrapper).state,
-            lambda wrapper, value: setattr(installed(wrapper), "state", value),
+            lambda _wrapper: installed().state,
+            lambda _wrapper, value: setattr(installed(), "state", value),
         ),
-        "_legacy_seeding": lambda wrapper, seed: installed(wrapper)._legacy_seeding(seed),
+        "_legacy_seeding": lambda _wrapper, seed: installed()._legacy_seeding(seed),
     }
     return type(kind.__name__, (kind,), body)
 
@@ -134,13 +126,12 @@ def _replace_bits(bits: Any) -> None:
         _local.is_patching = False
 
 
-def _unwrap_installed_bits() -> None:
+def _unwrap_bits() -> None:
+    BitGeneratorWrapper.wrap = None
     bits = get_installed_bits()
     if hasattr(bits, "wrapped"):
         _replace_bits(bits.wrapped)
 
-
-# -- all patches ---------------------------------------------------------------------------------
 
 _RANDOM: Any = random.seed.__self__  # type: ignore[attr-defined]
 """The generator whose methods are the functions of the module ``random``."""
@@ -149,19 +140,23 @@ _PRIMITIVES = ("random", "getrandbits")
 
 
 class GlobalRngPatches:
-    """The patches of the process. They are installed while there are users.
+    """The patches of the process. They are installed while there are users: leases among others.
 
-    A user is any object; it is a lease among others that share the process.
+    No stream may be installed when a user is added, nor in `uninstall`.
     """
 
     def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self.forget_users()
+
+    def forget_users(self) -> None:
+        """Start again in a process that was forked; the patches stay."""
         self._lock = threading.RLock()
         self._users: set[int] = set()
-        self._undo: list[Callable[[], None]] = []
         self.has_users = False
 
     def add_user(self, user: object) -> None:
-        """Install the patches, unless they are. No stream may be installed now."""
+        """Install the patches, unless they are."""
         with self._lock:
             self._users.add(id(user))
             self.has_users = True
@@ -182,24 +177,16 @@ class GlobalRngPatches:
         return self._users == {id(user)}
 
     def uninstall(self) -> None:
-        """Remove the patches, unless there are users again. No stream may be installed now."""
+        """Remove the patches, unless there are users again."""
         with self._lock:
             while self._undo and not self._users:
                 self._undo.pop()()
 
-    def forget_users(self) -> None:
-        """Start again in a process that was forked; the patches stay, and notify no listener."""
-        self._lock = threading.RLock()
-        self._users.clear()
-        self.has_users = False
-
     def _install(self) -> None:
         self._replace(torch.random, "default_generator", _TorchGenerator())
-
         _replace_bits(_wrap_bits(get_installed_bits()))
         BitGeneratorWrapper.wrap = _wrap_bits
-        self._undo += [_unwrap_installed_bits, lambda: setattr(BitGeneratorWrapper, "wrap", None)]
-
+        self._undo.append(_unwrap_bits)
         for name in random.__all__:
             function = getattr(random, name, None)
             if callable(function) and getattr(function, "__self__", None) is _RANDOM:

@@ -1,8 +1,8 @@
 """Fast access to the memory of random generators: Python's, and numpy's of the kind MT19937.
 
-``random.getstate`` makes a tuple of 625 numbers, which takes longer than a step of a small model.
-CPython keeps the state in one block of memory, which is copied here in half a microsecond. Other
-interpreters and layouts are detected; there the functions of ``random`` do the same, slowly.
+``random.getstate`` takes longer than a step of a small model. CPython keeps the state in one block
+of memory, which is copied here in half a microsecond. With another interpreter or layout, the
+functions of ``random`` do the same, slowly.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_WORDS = 624
-MT19937_BYTES = 4 * _WORDS + 4
+MT19937_BYTES = 4 * 624 + 4
 """Size of a state: 624 words of a buffer, and the position in it."""
-_VERSION = 3
-"""Version of the tuples of ``random.getstate``."""
 _RANDOM: random.Random = random.seed.__self__  # type: ignore[attr-defined]
 """The generator whose methods are the functions of the module ``random``."""
 # Interception replaces the functions of the module, and must not see these calls.
@@ -36,12 +33,8 @@ class PythonState(NamedTuple):
 
 
 def from_tuple(state: tuple[Any, ...]) -> PythonState:
-    """Convert a tuple as ``random.getstate`` returns it.
-
-    Raises:
-        ValueError, TypeError, OverflowError: the tuple is no state.
-    """
-    random.Random().setstate(state)  # raises for a wrong tuple
+    """Convert a tuple of ``random.getstate``; raises an exception for a wrong tuple."""
+    random.Random().setstate(state)  # checks it
     _version, words, gauss = state
     if not isinstance(gauss, float | None):
         raise TypeError(f"{gauss!r:.60} is no number that gauss keeps")
@@ -51,11 +44,17 @@ def from_tuple(state: tuple[Any, ...]) -> PythonState:
 def to_tuple(state: PythonState) -> tuple[Any, ...]:
     """Convert to a tuple for ``random.setstate``."""
     position, *words = array("I", state.memory)
-    return _VERSION, (*words, position), state.gauss
+    return 3, (*words, position), state.gauss
 
 
 def _pack(words: tuple[int, ...], gauss: float | None) -> PythonState:
     return PythonState(array("I", (words[-1], *words[:-1])).tobytes(), gauss)
+
+
+def seeded_python(seed: int) -> PythonState:
+    """Return the state after ``random.seed(seed)``."""
+    _version, words, gauss = random.Random(seed).getstate()
+    return _pack(words, gauss)
 
 
 def mt19937_memory(bits: Any) -> Any:
@@ -65,7 +64,7 @@ def mt19937_memory(bits: Any) -> Any:
     return (ctypes.c_char * MT19937_BYTES).from_address(bits.ctypes.state_address)
 
 
-def _python_memory(generator: random.Random) -> Any:
+def _memory(generator: random.Random) -> Any:
     return (ctypes.c_char * MT19937_BYTES).from_address(id(generator) + object.__basicsize__)
 
 
@@ -81,9 +80,9 @@ def _is_layout_known() -> bool:
         for _ in range(numbers):
             probe.random()
         state = probe.getstate()
-        if _python_memory(probe).raw != _pack(state[1], None).memory:
+        if _memory(probe).raw != _pack(state[1], None).memory:
             return False
-        _python_memory(twin).raw = _python_memory(probe).raw
+        _memory(twin).raw = _memory(probe).raw
         if twin.getstate() != state:
             return False
     return True
@@ -98,12 +97,7 @@ def _put_slowly(state: PythonState) -> None:
     _setstate(to_tuple(state))
 
 
-def _seeded_slowly(seed: int) -> PythonState:
-    _version, words, gauss = random.Random(seed).getstate()
-    return _pack(words, gauss)
-
-
-_MEMORY = _python_memory(_RANDOM)
+_MEMORY = _memory(_RANDOM)
 
 
 def _read_memory() -> PythonState:
@@ -114,12 +108,7 @@ def _put_memory(state: PythonState) -> None:
     _MEMORY.raw, _RANDOM.gauss_next = state  # type: ignore[attr-defined]
 
 
-def _seeded_memory(seed: int) -> PythonState:
-    generator = random.Random(seed)  # must outlive its memory
-    return PythonState(_python_memory(generator).raw, None)
-
-
 if _is_layout_known():
-    read_python, put_python, seeded_python = _read_memory, _put_memory, _seeded_memory
+    read_python, put_python = _read_memory, _put_memory
 else:
-    read_python, put_python, seeded_python = _read_slowly, _put_slowly, _seeded_slowly
+    read_python, put_python = _read_slowly, _put_slowly

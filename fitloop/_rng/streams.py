@@ -10,11 +10,10 @@ two threads from doing so at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
-from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from fitloop._rng.native_state import (
@@ -45,22 +44,8 @@ def get_bits() -> Any:
     return getattr(bits, "wrapped", bits)
 
 
-class _ZeroSeed(ISeedSequence):
-    """Seeds a bit generator whose state is set at once; entropy would take longer."""
-
-    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> Any:
-        """Return zeros."""
-        return np.zeros(n_words, dtype)
-
-
-_ZERO_SEED: Any = _ZeroSeed()
-
-
-class TorchStates(NamedTuple):
-    """States of torch's generators: the CPU's, and those of CUDA devices by index."""
-
-    torch: Tensor
-    cuda: dict[int, Tensor]
+TorchStates = tuple[Tensor, dict[int, Tensor]]
+"""States of torch's generators: the CPU's, and those of CUDA devices by index."""
 
 
 class Stream:
@@ -70,24 +55,14 @@ class Stream:
     and ``numpy.random.seed(s % 2**32)`` give, so that a hand-written loop has the same numbers.
     """
 
-    __slots__ = (
-        "_bits",
-        "_cuda",
-        "_gauss",
-        "_installed_memory",
-        "_memory",
-        "_python",
-        "_torch",
-        "_wrapped_bits",
-    )
-
     def __init__(self, seed: int, cuda: Iterable[int] = ()) -> None:
         self._torch = torch.Generator().manual_seed(seed).get_state()
         self._cuda = {
             index: torch.Generator(f"cuda:{index}").manual_seed(seed).get_state() for index in cuda
         }
-        self._python = seeded_python(seed)
-        bits = np.random.MT19937(_ZERO_SEED)
+        self.python = seeded_python(seed)
+        """State of Python's generator; not current while the stream is installed."""
+        bits = np.random.MT19937(0)
         np.random.RandomState(bits).seed(seed % _NUMPY_SEEDS)
         self._set_bits(bits)
         self._gauss: dict[str, Any] | None = None
@@ -97,7 +72,7 @@ class Stream:
         """Return a stream that continues from the global generators, on copies of them."""
         stream = cls(0, cuda)
         state = np.random.get_state(legacy=False)
-        stream._set_bits(type(get_bits())(_ZERO_SEED))
+        stream._set_bits(type(get_bits())(0))
         stream._bits.state = {k: state[k] for k in state if k not in ("has_gauss", "gauss")}
         stream._gauss = state if state["has_gauss"] else None
         stream._read()
@@ -106,8 +81,8 @@ class Stream:
     def copy(self) -> Stream:
         """Return a stream with the same numbers; this one must not be installed now."""
         twin = Stream.__new__(Stream)
-        twin._torch, twin._cuda, twin._python = self._torch, dict(self._cuda), self._python
-        twin._set_bits(type(self._bits)(_ZERO_SEED))
+        twin._torch, twin._cuda, twin.python = self._torch, dict(self._cuda), self.python
+        twin._set_bits(type(self._bits)(0))
         twin._bits.state = self._bits.state
         twin._gauss = self._gauss
         return twin
@@ -115,28 +90,23 @@ class Stream:
     def state(self) -> RngState:
         """Return the state of the stream; it must not be installed now."""
         bits = self._raw() or self._bits.state
-        return RngState(self._torch, dict(self._cuda), self._python, bits, self._gauss)
+        return RngState(self._torch, dict(self._cuda), self.python, bits, self._gauss)
 
     def set_state(self, state: RngState) -> None:
         """Go to a state; the stream must not be installed now."""
-        self._torch, self._cuda, self._python = state.torch, dict(state.cuda), state.python
+        self._torch, self._cuda, self.python = state.torch, dict(state.cuda), state.python
         self._gauss = state.gauss
         if isinstance(state.bits, bytes):
             self._memory.raw = state.bits
         else:
             self._bits.state = state.bits
 
-    @property
-    def python(self) -> PythonState:
-        """State of Python's generator in this stream; it must not be installed now."""
-        return self._python
-
     def install(self) -> None:
         """Put the states of this stream into the global generators."""
         torch.default_generator.set_state(self._torch)
         for index, state in self._cuda.items():
             torch.cuda.default_generators[index].set_state(state)
-        put_python(self._python)
+        put_python(self.python)
         wrap = BitGeneratorWrapper.wrap
         install_bits(self._bits if wrap is None else self._wrapped(wrap))
         if self._gauss is not None:
@@ -154,18 +124,20 @@ class Stream:
 
     def install_torch(self) -> TorchStates:
         """Put the states for torch in, for one operation; return the states from before."""
-        before = TorchStates(torch.default_generator.get_state(), {})
+        cuda: dict[int, Tensor] = {}
+        before = torch.default_generator.get_state(), cuda
         torch.default_generator.set_state(self._torch)
         for index, state in self._cuda.items():
-            before.cuda[index] = torch.cuda.default_generators[index].get_state()
+            cuda[index] = torch.cuda.default_generators[index].get_state()
             torch.cuda.default_generators[index].set_state(state)
         return before
 
     def capture_torch(self, before: TorchStates) -> None:
         """Undo `install_torch`: take torch's states into this stream, and put ``before`` back."""
+        cpu, cuda = before
         self._torch = torch.default_generator.get_state()
-        torch.default_generator.set_state(before.torch)
-        for index, state in before.cuda.items():
+        torch.default_generator.set_state(cpu)
+        for index, state in cuda.items():
             self._cuda[index] = torch.cuda.default_generators[index].get_state()
             torch.cuda.default_generators[index].set_state(state)
 
@@ -188,7 +160,7 @@ class Stream:
         self._torch = torch.default_generator.get_state()
         for index in self._cuda:
             self._cuda[index] = torch.cuda.default_generators[index].get_state()
-        self._python = read_python()
+        self.python = read_python()
 
 
 class SavedGlobalState(Stream):
@@ -196,8 +168,6 @@ class SavedGlobalState(Stream):
 
     numpy's bit generator is kept by reference, so that it stays the same object.
     """
-
-    __slots__ = ()
 
     def __init__(self, cuda: Iterable[int]) -> None:
         self._cuda = dict.fromkeys(cuda, torch.empty(0))
@@ -208,32 +178,21 @@ class SavedGlobalState(Stream):
 
 
 class _GlobalStream(Stream):
-    """The generators' own state, for a trainer without a seed: installing it changes nothing."""
-
-    __slots__ = ()
+    """The generators' own state, for a trainer without a seed: its methods do nothing."""
 
     def __init__(self) -> None:
         pass
 
-    def install(self) -> None:
-        """Do nothing."""
+    python = PythonState(b"", None)
 
-    def capture(self) -> None:
-        """Do nothing."""
+    def install(self) -> None: ...
+
+    def capture(self) -> None: ...
 
     def install_torch(self) -> TorchStates:
-        """Do nothing."""
-        return TorchStates(_NO_STATE, {})
+        return torch.empty(0), {}
 
-    def capture_torch(self, before: TorchStates) -> None:
-        """Do nothing."""
-
-    @property
-    def python(self) -> PythonState:
-        """Return always the same."""
-        return _NO_PYTHON_STATE
+    def capture_torch(self, before: TorchStates) -> None: ...
 
 
-_NO_STATE = torch.empty(0)
-_NO_PYTHON_STATE = PythonState(b"", None)
 GLOBAL_STREAM: Final[Stream] = _GlobalStream()

@@ -140,19 +140,16 @@ def _is_opaque(code: object) -> bool:
 
 
 class RngCaller(Protocol):
-    """Calls the intercepted operations; implemented by a lease."""
+    """Calls the intercepted operations; a lease."""
 
     def call_rng_op(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call an operation that may use torch's generators, and return its result."""
-
-    def forget_in_child(self) -> None:
-        """Hold nothing any more, in a process that was forked."""
 
 
 class RngFunctionMode(TorchFunctionMode):
     """Intercepts the torch operations of one thread that may use random numbers.
 
-    torch passes the modes of a thread on to its autograd threads. So `caller` also tells which
+    torch passes the modes of a thread on to its autograd threads. So ``caller`` also tells which
     lease they belong to.
     """
 
@@ -165,13 +162,11 @@ class RngFunctionMode(TorchFunctionMode):
 
     def begin(self) -> None:
         """Intercept the operations of this thread from now on."""
-        _ACTIVE_MODES.add(self)
         self.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         """Intercept nothing any more; also from another thread, for one that hangs."""
         self._has_ended = True
-        _ACTIVE_MODES.discard(self)
         if threading.get_ident() == self._thread:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -188,17 +183,6 @@ class RngFunctionMode(TorchFunctionMode):
         if may_use_rng(func, args, kwargs):
             return self.caller.call_rng_op(func, args, kwargs)
         return func(*args, **kwargs)
-
-
-_ACTIVE_MODES: set[RngFunctionMode] = set()
-
-
-def end_modes_in_child() -> None:
-    """End all modes in a process that was forked: it has none of the other threads."""
-    for mode in _ACTIVE_MODES:
-        mode.caller.forget_in_child()
-        mode._has_ended = True
-    _ACTIVE_MODES.clear()
 
 
 def _backward(

@@ -1,8 +1,4 @@
-"""The random numbers of one trainer over its life: streams of its own, or the global generators.
-
-Owns which stream belongs to which phase, and their states as a tree for a snapshot. `RngGuard`
-puts the streams to use during a run.
-"""
+"""The random numbers of one trainer over its life: streams of its own, or the global generators."""
 
 from __future__ import annotations
 
@@ -12,12 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from fitloop._rng.global_state import (
-    check_same_generator,
-    global_state,
-    restore_global_state,
-    save_global_state,
-)
+from fitloop._rng.global_state import check_same_generator, global_state, restore_global_state
 from fitloop._rng.lease import global_generators
 from fitloop._rng.states import RngState
 from fitloop._rng.streams import GLOBAL_STREAM, Stream
@@ -29,7 +20,6 @@ STREAM_INDEX: Final = {
     for loader in (False, True)
 }
 """The streams of a trainer: phase and whether the loader uses it -> number, mixed into the seed."""
-
 _GLOBAL = "process"
 """Name in a snapshot of the state of the global generators."""
 
@@ -37,13 +27,9 @@ _GLOBAL = "process"
 class TrainerRng:
     """The random numbers of one trainer.
 
-    With a seed the trainer has six streams: for each phase one for its steps and one for its
-    loader. So validating, testing or loading ahead does not change the numbers of the training.
-    Without a seed the trainer uses the global generators.
-
-    Args:
-        seed: None for the global generators.
-        cuda: indices of the CUDA devices whose generators the trainer uses.
+    With a seed there are two streams for each phase, one for the steps and one for the loader. So
+    validating, testing or loading ahead does not change the numbers of the training. Without a
+    seed the trainer uses the global generators, also those of the ``cuda`` devices.
     """
 
     def __init__(self, seed: int | None, cuda: Iterable[int] = ()) -> None:
@@ -65,12 +51,22 @@ class TrainerRng:
         """Return the stream for the loader of a phase; None if the trainer has no streams."""
         return self._stream((phase, True)) if self.has_streams else None
 
+    def _stream(self, key: tuple[Phase, bool]) -> Stream:
+        stream = self._streams.get(key)
+        if stream is None:
+            assert self._seed is not None
+            seed, index = self._seed, STREAM_INDEX[key]
+            if index:  # the train steps have the seed itself, for comparing with a plain loop
+                seed = int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
+            stream = self._streams[key] = Stream(seed, self.cuda)
+        return stream
+
     def reset(self) -> None:
         """Start all streams again from the seed."""
         self._streams.clear()
 
     def fork(self) -> TrainerRng:
-        """Return a copy for a run that must change nothing: it has streams in any case.
+        """Return a copy for a run that must change nothing; it has streams in any case.
 
         Without a seed all phases share one stream, a copy of the global generators.
         """
@@ -90,14 +86,12 @@ class TrainerRng:
         """Return a function that puts the random numbers back to where they are now."""
         if self.has_streams:
             return partial(self._set_states, self.states())
-        return save_global_state(self.cuda)
+        return partial(restore_global_state, global_state(self.cuda))
 
     def state_tree(self, loaders: Mapping[Phase, RngState] | None = None) -> dict[str, Any]:
         """Return the states as a tree for a snapshot.
 
-        Args:
-            loaders: states to write for loaders whose stream has moved on since, because batches
-                were read ahead.
+        ``loaders`` has the states of loaders that have read batches ahead.
         """
         if not self.has_streams:
             return {_GLOBAL: global_state(self.cuda).to_tree()}
@@ -113,24 +107,14 @@ class TrainerRng:
         if not self.has_streams:
             check_same_generator(states[_GLOBAL])
             return partial(restore_global_state, states[_GLOBAL])
-        own = {key: states[_name(*key)] for key in STREAM_INDEX}
-        if not all(isinstance(state.bits, bytes) for state in own.values()):
+        streams = {key: states[_name(*key)] for key in STREAM_INDEX}
+        if not all(isinstance(state.bits, bytes) for state in streams.values()):
             raise ValueError("a stream is of another generator of numpy's")
-        return partial(self._set_states, own)
+        return partial(self._set_states, streams)
 
     def _set_states(self, states: Mapping[tuple[Phase, bool], RngState]) -> None:
         for key in STREAM_INDEX:
             self._stream(key).set_state(states[key])
-
-    def _stream(self, key: tuple[Phase, bool]) -> Stream:
-        stream = self._streams.get(key)
-        if stream is None:
-            assert self._seed is not None
-            index = STREAM_INDEX[key]
-            # The train steps have the seed itself, so that a hand-written loop has their numbers.
-            seed = _derive(self._seed, index) if index else self._seed
-            stream = self._streams[key] = Stream(seed, self.cuda)
-        return stream
 
 
 def loader_state(states: Mapping[str, RngState], phase: Phase) -> RngState:
@@ -140,7 +124,3 @@ def loader_state(states: Mapping[str, RngState], phase: Phase) -> RngState:
 
 def _name(phase: Phase, loader: bool) -> str:
     return f"{phase} {'loader' if loader else 'steps'}"
-
-
-def _derive(seed: int, index: int) -> int:
-    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])

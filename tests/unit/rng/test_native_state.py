@@ -29,14 +29,11 @@ def _restored_state() -> Iterator[None]:
 def test_state_on_this_interpreter_is_copied_from_memory() -> None:
     assert native_state.read_python is native_state._read_memory
     assert native_state.put_python is native_state._put_memory
-    assert native_state.seeded_python is native_state._seeded_memory
 
 
 @given(seed=st.integers(0, 2**64))
-def test_state_when_seeded_by_either_implementation_is_that_of_random(seed: int) -> None:
-    state = random.Random(seed).getstate()
-    for seeded in (native_state._seeded_memory, native_state._seeded_slowly):
-        assert to_tuple(seeded(seed)) == state
+def test_state_when_seeded_is_that_of_random(seed: int) -> None:
+    assert to_tuple(native_state.seeded_python(seed)) == random.Random(seed).getstate()
 
 
 @given(seed=st.integers(0, 2**64), draws=st.integers(0, 1300), gauss=st.booleans())
