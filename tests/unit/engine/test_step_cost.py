@@ -68,7 +68,7 @@ def fitting(*, keep: bool, seed: int | None, unknown: bool) -> Fit:
         pytest.param(fitting(keep=True, seed=None, unknown=False), 442, 13, id="metrics"),
         pytest.param(fitting(keep=False, seed=None, unknown=False), 279, 4, id="none"),
         pytest.param(fitting(keep=True, seed=0, unknown=False), 442, 13, id="seeded"),
-        pytest.param(fitting(keep=True, seed=0, unknown=True), 883, 19, id="seeded, may use random numbers"),
+        pytest.param(fitting(keep=True, seed=0, unknown=True), 883, 19, id="seeded, uses rng"),
     ],
 )
 def test_batch_when_trained_then_takes_no_more_opcodes_and_calls_than_it_did(
