@@ -108,7 +108,9 @@ class WorkerClient:
         self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self._partial_lines: dict[str, str] = {}
         """output stream of the worker -> flushed beginning of its last line"""
-        self._questions = _Questions(spec, self._portal, self._send, self._fail)
+        self._questions = _Questions(
+            spec, self._portal, lambda answer: self._transport.send(answer), self._fail
+        )
         self._canceller = _JobCanceller(spec.name, grace)
         self._grace = grace
         self._run_started: RunStarted | None = None
@@ -238,13 +240,22 @@ class WorkerClient:
         transport, started = self._transport, self._run_started
         self._canceller.job_over.set()
         end = transport.wait_for_exit()
-        if self._control.cancelled:
-            if started is not None:
-                self._end_run(started, StopReason.CANCELLED)
-            raise Cancelled
         message = f"the worker process of job {self._spec.name!r} {end.description}"
-        if started is not None:
-            self._end_run(started, StopReason.FAILED, f"WorkerDiedError: {message}")
+        cancelled = self._control.cancelled
+        if started is not None:  # the worker could not send the end of its run
+            ended = RunEnded(
+                trainer=started.trainer,
+                call=started.call,
+                stop_reason=StopReason.CANCELLED if cancelled else StopReason.FAILED,
+                epochs=0,
+                best_score=None,
+                best_epoch=None,
+                seconds=0.0,
+                error=None if cancelled else f"WorkerDiedError: {message}",
+            )
+            self._relay(ended)
+        if cancelled:
+            raise Cancelled
         lines = [*self._last_lines, *self._partial_lines.values(), *transport.log_tail()]
         if lines:
             message += "; its last lines:\n  " + "\n  ".join(lines)
@@ -266,20 +277,6 @@ class WorkerClient:
                 error, f"in job {self._spec.name!r}: at {type(event).__name__}, in this process"
             )
             self._fail(error)
-
-    def _end_run(self, started: RunStarted, reason: StopReason, error: str | None = None) -> None:
-        """Emit the `RunEnded` that a dead worker could not send."""
-        ended = RunEnded(
-            trainer=started.trainer,
-            call=started.call,
-            stop_reason=reason,
-            epochs=0,
-            best_score=None,
-            best_epoch=None,
-            seconds=0.0,
-            error=error,
-        )
-        self._relay(ended)
 
     def _print(self, printed: Printed) -> None:
         if printed.is_partial:
@@ -303,9 +300,6 @@ class WorkerClient:
         if isinstance(event, PromptAsked) and event.timeout is None and limit is not None:
             return replace(event, timeout=limit)
         return event
-
-    def _send(self, answer: Answer) -> None:
-        self._transport.send(answer)
 
 
 class _Questions:
