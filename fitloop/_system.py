@@ -24,18 +24,6 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def core_wait() -> float:
-    """Return the total seconds that this thread was ready to run but had no core.
-
-    Return 0 on systems that do not count this time.
-    """
-    try:
-        with open("/proc/thread-self/schedstat", "rb") as counters:  # 16 us
-            return int(counters.read().split()[1]) * 1e-9
-    except (OSError, IndexError):
-        return 0.0
-
-
 def versions() -> dict[str, str]:
     """Return the versions of Python and torch."""
     import torch
