@@ -8,8 +8,7 @@ and loses for trivial ones. No property of a loader tells which it is, so both w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from statistics import median_low
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fitloop._data.sources import END, InlineSource, LoadContext, PrefetchSource
@@ -73,18 +72,18 @@ class PrefetchTuner:
         if self.ahead:
             self._ahead.append(total)
             if len(self._ahead) == self.SAMPLES:
-                self._ratios.append(median_low(self._ahead) / median_low(self._inline))
-                self._decide(ahead=median_low(self._ratios) <= 1 - self.SMALLEST_GAIN)
+                self._ratios.append(_median_low(self._ahead) / _median_low(self._inline))
+                self._decide(ahead=_median_low(self._ratios) <= 1 - self.SMALLEST_GAIN)
             return
         self._loads.append(load)
         self._inline.append(total)
         self._cpu_times.append(cpu)
         if len(self._loads) == self.SAMPLES:
-            typical = median_low(self._loads)
-            share = typical / max(median_low(self._inline), 1e-12)
+            typical = _median_low(self._loads)
+            share = typical / max(_median_low(self._inline), 1e-12)
             if typical < self.SHORTEST_LOAD or share < self.SMALLEST_SHARE:
                 self._decide(ahead=False)
-            elif median_low(self._cpu_times) <= self.WAITING_SHARE * typical:
+            elif _median_low(self._cpu_times) <= self.WAITING_SHARE * typical:
                 self._decide(ahead=True)
             else:
                 self.ahead = True
@@ -195,3 +194,8 @@ class AdaptiveSource:
         self._read = None
         ahead = [] if self._ahead is None else self._ahead.close()
         return [*ahead, *self._inline.close()]
+
+
+def _median_low(values: Sequence[float]) -> float:
+    """Return the median, or the lower of two. The module `statistics` is slow to import."""
+    return sorted(values)[(len(values) - 1) // 2]

@@ -17,8 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock, Timeout
-
 from fitloop._errors import CheckpointError
 
 try:
@@ -182,6 +180,8 @@ class DirectoryLock:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        from filelock import FileLock  # slow to import
+
         self._lock = FileLock(directory / LOCK, timeout=0, thread_local=False)
 
     def acquire(self) -> None:
@@ -189,6 +189,8 @@ class DirectoryLock:
 
         Raises `CheckpointError` when somebody else has it, or the directory cannot be made.
         """
+        from filelock import Timeout
+
         try:
             make_directory(self._directory)
             # Not at the first refusal: `is_locked` may be asking at this very moment.
