@@ -65,7 +65,7 @@ class BestTracker:
         self._store = store
         self._emit = emit
         self.tracked = False
-        """this run had a score"""
+        """whether the run had a score"""
 
     def observe(self, event: Event) -> None:
         """Compare the score of a validation with the best one."""

@@ -28,33 +28,33 @@ def capture_training(
 ) -> Restore:
     """Copy everything that a dry run changes.
 
-    An error while one part is restored does not keep the other parts from being restored.
+    If one part cannot be restored, the others still are.
     """
     modules, optimizers = list(modules), list(optimizers)
     # Parameters of optimizers can be outside of the modules, such as a learnt temperature.
     inside = {id(p) for module in modules for p in module.parameters()}
     optimized = (p for o in optimizers for group in o.param_groups for p in group["params"])
-    parts = [
+    restores = [
         *(_capture_parameter(p) for p in optimized if id(p) not in inside),
         *(_capture_module(module) for module in modules),
         capture_optimization(optimizers, schedulers),
         *(_capture_state_dict(item) for item in stateful),
     ]
-    return partial(_restore_all, parts)
+    return partial(_restore_all, restores)
 
 
 def capture_optimization(optimizers: Iterable[Optimizer], schedulers: Iterable[Any]) -> Restore:
     """Copy the states of optimizers and learning-rate schedulers."""
-    parts = [
+    restores = [
         *(_capture_optimizer(optimizer) for optimizer in optimizers),
         *(_capture_scheduler(scheduler) for scheduler in schedulers),
     ]
-    return partial(_restore_all, parts)
+    return partial(_restore_all, restores)
 
 
-def _restore_all(parts: list[Restore]) -> None:
+def _restore_all(restores: list[Restore]) -> None:
     with ExitStack() as stack:
-        for restore in reversed(parts):  # the stack calls them in reverse
+        for restore in reversed(restores):  # the stack calls them in reverse
             stack.callback(restore)
 
 
@@ -81,30 +81,30 @@ def _capture_buffer(buffer: Tensor) -> Restore:
 
 def _capture_module(module: nn.Module) -> Restore:
     """Copy parameters, gradients, buffers, extra states and modes of a module and its children."""
-    parts = [
-        (part, [dict(registry) for registry in _registries(part)], part.training)
-        for part in module.modules()
+    submodules = [
+        (submodule, [dict(registry) for registry in _registries(submodule)], submodule.training)
+        for submodule in module.modules()
     ]
     extra_states = [
-        (part, copy.deepcopy(part.get_extra_state()))
-        for part in module.modules()
-        if type(part).get_extra_state is not nn.Module.get_extra_state
+        (submodule, copy.deepcopy(submodule.get_extra_state()))
+        for submodule in module.modules()
+        if type(submodule).get_extra_state is not nn.Module.get_extra_state
     ]
-    values = [
+    restores = [
         *(_capture_parameter(parameter) for parameter in module.parameters()),
         *(_capture_buffer(buffer) for buffer in module.buffers()),
     ]
 
     def restore() -> None:
-        for part, contents, training in parts:
-            for registry, content in zip(_registries(part), contents, strict=True):
+        for submodule, contents, training in submodules:
+            for registry, content in zip(_registries(submodule), contents, strict=True):
                 registry.clear()
                 registry.update(content)
-            part.training = training
-        for restore_value in values:
-            restore_value()
-        for part, extra in extra_states:
-            part.set_extra_state(copy.deepcopy(extra))
+            submodule.training = training
+        for restore_tensor in restores:
+            restore_tensor()
+        for submodule, extra in extra_states:
+            submodule.set_extra_state(copy.deepcopy(extra))
 
     return restore
 

@@ -67,7 +67,7 @@ class SchedulerSteps:
     ) -> None:
         self._criteria = criteria
         self._score: float | None = None
-        self._known: tuple[str, ...] = ()
+        self._metric_names: tuple[str, ...] = ()
         pairs = list(zip(config.lr_schedulers, intervals_of(config), strict=True))
         self.per_batch = [scheduler for scheduler, interval in pairs if interval == "batch"]
         self._per_epoch = [scheduler for scheduler, interval in pairs if interval == "epoch"]
@@ -104,7 +104,7 @@ class SchedulerSteps:
         if isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
             if self._criteria is not None:
                 self._score = self._criteria.score(event.metrics)
-                self._known = tuple(event.metrics)
+                self._metric_names = tuple(event.metrics)
             for scheduler in self._per_valid:
                 self._step_with_score(scheduler)
         elif isinstance(event, EpochEnded) and event.complete:
@@ -120,7 +120,7 @@ class SchedulerSteps:
             return
         assert self._criteria is not None
         if self._score is None:
-            raise MissingCriteriaError(self._criteria.name, self._known)
+            raise MissingCriteriaError(self._criteria.name, self._metric_names)
         _check_mode(scheduler, self._criteria)
         scheduler.step(self._score)
 
