@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import os
@@ -69,6 +70,14 @@ def blockbuster(_blocking_calls: BlockBuster) -> BlockBuster:
     """Let a blocking call that comes from fitloop and runs on an asyncio loop fail the test."""
     _blocking_calls.activate()  # a test may have deactivated it
     return _blocking_calls
+
+
+@pytest.fixture
+def fast_gc() -> Iterator[None]:
+    """Make ``gc.collect()`` look only at objects of the test, not at all modules of torch."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
