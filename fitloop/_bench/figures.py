@@ -80,7 +80,7 @@ class RoundTiming:
     def starved(self) -> float:
         """Share of the time in which the step waited for a batch, 0 to 1."""
         waits = sum(t.first_wait - t.startup + t.later_waits for t in self.passes)
-        return min(1.0, waits / self.seconds) if self.seconds else 0.0
+        return min(1.0, _ratio(waits, self.seconds))
 
     @property
     def cpu_share(self) -> float | None:
@@ -183,7 +183,7 @@ class Distribution:
 
 @dataclass(frozen=True, kw_only=True)
 class EventLoopLag:
-    """Delays of the event loop's wake-ups; ``beats`` is their number."""
+    """Delays of the event loop's ``beats`` wake-ups."""
 
     p50: float
     p99: float
@@ -229,14 +229,12 @@ class Figures:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures for JSON."""
-        names = ("overhead", "overlap", "against_both", "starved", "startup")
-        figures: dict[str, Distribution | None] = {name: getattr(self, name) for name in names}
-        figures["hidden"] = self.overlap_share
-        figures["computes"] = self.loader_cpu_share
-        figures["granted"] = self.cpu_share
+        names = {"hidden": "overlap_share", "computes": "loader_cpu_share", "granted": "cpu_share"}
+        same = ("overhead", "overlap", "against_both", "starved", "startup")
+        figures = {key: getattr(self, names.get(key, key)) for key in (*same, *names)}
         return {
             "seconds_per_batch": {str(v): each.to_dict() for v, each in self.per_batch.items()},
-            **{name: each and each.to_dict() for name, each in figures.items()},
+            **{key: figure and figure.to_dict() for key, figure in figures.items()},
             "event_loop_lag": self.lag and asdict(self.lag),
         }
 

@@ -49,23 +49,23 @@ SHORT: dict[str, Any] = {"batches": 3, "rounds": 2}
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
-    made = FakeClock()
-    monkeypatch.setattr(BenchRun, "clock", staticmethod(made))
-    return made
+    clock = FakeClock()
+    monkeypatch.setattr(BenchRun, "clock", staticmethod(clock))
+    return clock
 
 
 def small(**changes: Any) -> FitLoop:
-    """Return a trainer that does not fight for the cores."""
+    """Return a trainer with one intra-op thread."""
     return trainer(**{"num_threads": 1, **changes})
 
 
-async def bench(made: Any, **changes: Any) -> BenchReport:
+async def bench(target: Any, **changes: Any) -> BenchReport:
     with anyio.fail_after(GUARD):
-        return await fitloop.benchmark(made, **{**SHORT, **changes})
+        return await fitloop.benchmark(target, **{**SHORT, **changes})
 
 
 def medians(report: BenchReport) -> dict[str, float]:
-    return {str(way): spread.median for way, spread in report.figures.per_batch.items()}
+    return {str(variant): times.median for variant, times in report.figures.per_batch.items()}
 
 
 def spending(clock: FakeClock, seconds: float) -> Callable[[LoopState], dict[str, float]]:
@@ -77,7 +77,7 @@ def spending(clock: FakeClock, seconds: float) -> Callable[[LoopState], dict[str
 
 
 @ONE_LOOP
-async def test_benchmark_when_time_passes_in_loader_and_step_then_each_way_has_its_own(
+async def test_benchmark_when_time_passes_in_loader_and_step_then_each_variant_has_its_own(
     clock: FakeClock,
 ) -> None:
     def slow() -> Iterator[Any]:
@@ -85,11 +85,11 @@ async def test_benchmark_when_time_passes_in_loader_and_step_then_each_way_has_i
             clock.advance(3.0)
             yield batch
 
-    made = small(train_dl=slow, train_step=spending(clock, 2.0), prefetch=0)
-    report = await bench(made)
-    found = medians(report)
-    assert found.pop("prefetch_2") <= 5.0
-    assert found == {
+    fitted = small(train_dl=slow, train_step=spending(clock, 2.0), prefetch=0)
+    report = await bench(fitted)
+    times = medians(report)
+    assert times.pop("prefetch_2") <= 5.0
+    assert times == {
         "load": 3.0,
         "step": 2.0,
         "bare": 5.0,
@@ -105,7 +105,7 @@ async def test_benchmark_when_time_passes_in_loader_and_step_then_each_way_has_i
 
 
 @ONE_LOOP
-async def test_benchmark_when_the_loader_takes_long_to_begin_then_that_is_told_apart(
+async def test_benchmark_when_the_loader_takes_long_to_begin_then_that_is_the_start(
     clock: FakeClock,
 ) -> None:
     class Slow(list[Any]):
@@ -113,8 +113,8 @@ async def test_benchmark_when_the_loader_takes_long_to_begin_then_that_is_told_a
             clock.advance(50.0)
             return super().__iter__()
 
-    made = small(train_dl=Slow(batches()), train_step=spending(clock, 2.0))
-    report = await bench(made)
+    fitted = small(train_dl=Slow(batches()), train_step=spending(clock, 2.0))
+    report = await bench(fitted)
     assert report.figures.startup.values == (50.0, 50.0)
     assert medians(report)["fitloop"] == medians(report)["bare"] == 2.0
 
@@ -126,28 +126,28 @@ async def test_benchmark_when_epoch_stages_take_long_then_they_are_not_counted(
     def stage(state: LoopState) -> None:
         clock.advance(70.0)
 
-    made = small(train_epoch_start=stage, train_epoch_end=stage, train_step=spending(clock, 2.0))
-    assert medians(await bench(made))["fitloop"] == medians(await bench(made))["step"] == 2.0
+    fitted = small(train_epoch_start=stage, train_epoch_end=stage, train_step=spending(clock, 2.0))
+    assert medians(await bench(fitted))["fitloop"] == medians(await bench(fitted))["step"] == 2.0
 
 
 @ONE_LOOP
 async def test_benchmark_when_the_epoch_is_short_then_passes_are_repeated(clock: FakeClock) -> None:
-    seen = 0
+    steps = 0
 
     def step(state: LoopState) -> None:
-        nonlocal seen
-        seen += 1
+        nonlocal steps
+        steps += 1
         assert state.batch_num <= 4
         clock.advance(1.0)
 
     report = await bench(small(train_step=step), batches=10)
     assert report.conditions.batches == 12
     assert medians(report)["step"] == 1.0
-    assert seen > 2 * 4 * 12
+    assert steps > 2 * 4 * 12
 
 
 @ONE_LOOP
-async def test_benchmark_when_time_is_up_then_the_rounds_there_are_must_do(
+async def test_benchmark_when_time_is_up_then_ends_with_the_completed_rounds(
     clock: FakeClock,
 ) -> None:
     steps = 0
@@ -155,13 +155,13 @@ async def test_benchmark_when_time_is_up_then_the_rounds_there_are_must_do(
     def step(state: LoopState) -> None:
         nonlocal steps
         steps += 1
-        clock.advance(0.01 if steps < 10 else 1.0)  # slower than it looked at first
+        clock.advance(0.01 if steps < 10 else 1.0)  # slower than in the first estimate
 
     report = await bench(small(train_step=step), batches=None, rounds=None, seconds=5.0)
     assert report.conditions.rounds == 3
 
 
-WORLDS: dict[str, Callable[[], Any]] = {
+LOADERS: dict[str, Callable[[], Any]] = {
     "list": batches,
     "augmented": lambda: DataLoader(
         Augmented(blobs()), 8, shuffle=True, generator=torch.Generator().manual_seed(5)
@@ -176,31 +176,31 @@ async def async_batches() -> AsyncIterator[Any]:
         yield batch
 
 
-async def lived(kind: str, seed: int | None, **changes: Any) -> FitLoop:
-    """Return a trainer that has been trained a little, so that there is something to lose."""
+async def trained_a_little(kind: str, seed: int | None, **changes: Any) -> FitLoop:
+    """Return a trainer that has been trained a little, so that its state is not the initial one."""
     seed_process(4)
     model = mlp(dropout=0.5)
     optimizer = torch.optim.AdamW(model.parameters())
-    made = small(
+    fitted = small(
         model=model,
         optimizer=optimizer,
         lr_scheduler=OneCycleLR(optimizer, 0.1, total_steps=8),
-        train_dl=WORLDS[kind](),
+        train_dl=LOADERS[kind](),
         seed=seed,
         **changes,
     )
-    await made.fit(1, verbose=False)
+    await fitted.fit(1, verbose=False)
     model.eval()
     model[0].train()
-    return made
+    return fitted
 
 
-def everything(made: FitLoop) -> dict[str, Any]:
-    state = trainer_state(made)
-    state["modes"] = [module.training for module in made.model.modules()]
-    grads = [p.grad for p in made.model.parameters()]
+def everything(fitted: FitLoop) -> dict[str, Any]:
+    state = trainer_state(fitted)
+    state["modes"] = [module.training for module in fitted.model.modules()]
+    grads = [p.grad for p in fitted.model.parameters()]
     state["grads"] = [None if grad is None else grad.tolist() for grad in grads]
-    generator = getattr(made.train_dl, "generator", None)
+    generator = getattr(fitted.train_dl, "generator", None)
     state["generator"] = None if generator is None else generator.get_state().tolist()
     state["threads"] = torch.get_num_threads()
     state["grad mode"] = torch.is_grad_enabled()
@@ -208,42 +208,42 @@ def everything(made: FitLoop) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", [None, 7], ids=["unseeded", "seeded"])
-@pytest.mark.parametrize("kind", WORLDS)
+@pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("prefetch", [None, 0, 2], ids=str)
 @ONE_LOOP
 async def test_benchmark_when_it_ends_then_everything_is_as_before(
     kind: str, seed: int | None, prefetch: int | None
 ) -> None:
-    made = await lived(kind, seed, prefetch=prefetch)
-    before = everything(made)
-    await bench(made)
-    assert_same_state(everything(made), before)
+    fitted = await trained_a_little(kind, seed, prefetch=prefetch)
+    before = everything(fitted)
+    await bench(fitted)
+    assert_same_state(everything(fitted), before)
 
 
 async def test_benchmark_when_on_any_event_loop_then_everything_is_as_before() -> None:
-    made = await lived("augmented", None)
-    before = everything(made)
-    report = await bench(made)
-    assert_same_state(everything(made), before)
+    fitted = await trained_a_little("augmented", None)
+    before = everything(fitted)
+    report = await bench(fitted)
+    assert_same_state(everything(fitted), before)
     assert report.figures.lag is None or report.figures.lag.beats > 0
 
 
 @ONE_LOOP
 async def test_fit_when_after_a_benchmark_then_gives_the_bits_it_would_have_given() -> None:
     async def trained(*, first: bool) -> object:
-        made = await lived("augmented", None)
+        fitted = await trained_a_little("augmented", None)
         if first:
-            await bench(made)
-        result = await made.fit(1, verbose=False)
-        return bits(made.model), repr(result.metrics), process_generators()
+            await bench(fitted)
+        result = await fitted.fit(1, verbose=False)
+        return bits(fitted.model), repr(result.metrics), process_generators()
 
     assert await trained(first=True) == await trained(first=False)
 
 
-@pytest.mark.parametrize("way", ["first look", "step only", "fitloop"])
+@pytest.mark.parametrize("activity", ["first look", "step only", "fitloop"])
 @ONE_LOOP
 async def test_benchmark_when_cancelled_then_everything_is_as_before(
-    way: str, monkeypatch: pytest.MonkeyPatch
+    activity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached, go_on = threading.Event(), threading.Event()
     armed = False
@@ -251,30 +251,30 @@ async def test_benchmark_when_cancelled_then_everything_is_as_before(
     def step(state: LoopState) -> dict[str, float]:
         torch.rand(())
         state.optimizer.step()
-        if armed and doing == way and state.batch_num == 2:
+        if armed and current == activity and state.batch_num == 2:
             reached.set()
             assert go_on.wait(GUARD)
         return {"loss": 1.0}
 
-    doing = ""
+    current = ""
     restore_training = RunSession.restore_training
 
     def restore(session: RunSession) -> None:
-        nonlocal doing
-        doing = session.activity.removeprefix("benchmark, ").removesuffix(": ")
+        nonlocal current
+        current = session.activity.removeprefix("benchmark, ").removesuffix(": ")
         restore_training(session)
 
     monkeypatch.setattr(RunSession, "restore_training", restore)
-    made = await lived("augmented", None, train_step=step, scheduler_interval="batch")
-    before, armed = everything(made), True
+    fitted = await trained_a_little("augmented", None, train_step=step, scheduler_interval="batch")
+    before, armed = everything(fitted), True
     async with anyio.create_task_group() as group:
-        group.start_soon(bench, made)
+        group.start_soon(bench, fitted)
         assert await anyio.to_thread.run_sync(reached.wait, GUARD)
         group.cancel_scope.cancel()
         go_on.set()
-    assert_same_state(everything(made), before)
+    assert_same_state(everything(fitted), before)
     armed = False
-    await made.fit(1, steps=1, verbose=False)
+    await fitted.fit(1, steps=1, verbose=False)
 
 
 @pytest.mark.parametrize("where", ["train_step", "train_epoch_start", "loader", "preloop"])
@@ -284,10 +284,10 @@ async def test_benchmark_when_something_raises_then_same_error_and_everything_is
 ) -> None:
     error, calls, armed = ValueError("broken"), 0, False
 
-    def fail(*given: Any) -> Any:
+    def fail(*arguments: Any) -> Any:
         nonlocal calls
         if where == "train_step":
-            given[0].optimizer.step()
+            arguments[0].optimizer.step()
         calls += armed
         if armed and (calls == 9 or where == "preloop"):
             raise error
@@ -299,17 +299,17 @@ async def test_benchmark_when_something_raises_then_same_error_and_everything_is
             yield batch
 
     changes: dict[str, Any] = {} if where == "loader" else {where: fail}
-    made = await lived("list", None, scheduler_interval="batch", **changes)
-    before, armed = everything(made), True
+    fitted = await trained_a_little("list", None, scheduler_interval="batch", **changes)
+    before, armed = everything(fitted), True
     with pytest.raises(ValueError, match="broken") as caught:
-        await bench(made, **({"train_dl": failing} if where == "loader" else {}))
+        await bench(fitted, **({"train_dl": failing} if where == "loader" else {}))
     assert caught.value is error
     assert any("in trainer 'Sequential': " in note for note in error.__notes__)
-    assert_same_state(everything(made), before)
+    assert_same_state(everything(fitted), before)
 
 
 @ONE_LOOP
-async def test_benchmark_when_a_pass_by_hand_raises_then_the_note_names_it() -> None:
+async def test_benchmark_when_a_pass_by_hand_raises_then_the_note_names_the_variant() -> None:
     def step(state: LoopState) -> None:
         if type(state._values).__name__ == "ListedValues":
             raise KeyError("mine")
@@ -328,23 +328,23 @@ async def test_benchmark_when_stopped_then_reports_the_rounds_that_ended(clock: 
         steps += 1
         clock.advance(1.0)
         if steps == 150:
-            made.stop()
+            fitted.stop()
 
-    made = small(train_step=step)
-    report = await bench(made, rounds=100)
+    fitted = small(train_step=step)
+    report = await bench(fitted, rounds=100)
     assert 1 <= report.conditions.rounds < 100
     assert medians(report)["step"] == 1.0
 
 
 @ONE_LOOP
-async def test_benchmark_when_stopped_at_once_then_says_that_there_is_nothing_to_tell() -> None:
+async def test_benchmark_when_stopped_at_once_then_says_that_there_is_no_report() -> None:
     with pytest.raises(FitLoopError, match="before its first round had ended"):
         await bench(small(train_step=lambda state: state.stop()))
 
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
 @ONE_LOOP
-async def test_benchmark_when_the_loader_can_be_read_once_then_says_how_to_mend_it(
+async def test_benchmark_when_the_loader_can_be_read_once_then_names_a_remedy(
     kind: str,
 ) -> None:
     once: Any = iter(batches()) if kind == "plain" else async_batches()
@@ -377,9 +377,9 @@ async def test_benchmark_when_the_step_is_async_then_both_loops_await_it(clock: 
     report = await bench(small(train_step=step))
     assert threads == {threading.main_thread()}
     assert report.conditions.async_step
-    found = medians(report)
-    assert found["step"] == found["fitloop_in_memory"] == found["fitloop"] == 2.0
-    assert "bare" not in found
+    times = medians(report)
+    assert times["step"] == times["fitloop_in_memory"] == times["fitloop"] == 2.0
+    assert "bare" not in times
 
 
 async def test_benchmark_when_the_loader_is_async_then_is_read_on_the_event_loop() -> None:
@@ -390,24 +390,22 @@ async def test_benchmark_when_the_loader_is_async_then_is_read_on_the_event_loop
 
 
 @ONE_LOOP
-async def test_benchmark_when_the_step_asks_for_what_it_returned_then_gets_it_in_both_loops() -> (
-    None
-):
+async def test_benchmark_when_the_step_reads_earlier_values_then_both_loops_have_them() -> None:
     def step(state: LoopState) -> dict[str, Any]:
         if state.batch_num > 1:
-            assert "seen" in state
-            seen: Any = state["seen"]
-            assert seen.tolist() == list(range(1, state.batch_num))
-            assert [part.tolist() for part in state["parts"]] == [[1.0]] * (state.batch_num - 1)
-            assert state.names() == ["seen", "parts"]
+            assert "value" in state
+            values: Any = state["value"]
+            assert values.tolist() == list(range(1, state.batch_num))
+            assert [each.tolist() for each in state["vector"]] == [[1.0]] * (state.batch_num - 1)
+            assert state.names() == ["value", "vector"]
         assert state.size > 0
-        return {"seen": torch.tensor(float(state.batch_num)), "parts": torch.ones(1)}
+        return {"value": torch.tensor(float(state.batch_num)), "vector": torch.ones(1)}
 
     await bench(small(train_step=step, train_epoch_end=lambda state: None))
 
 
 @ONE_LOOP
-async def test_benchmark_when_workers_persist_then_the_users_own_are_left_alone() -> None:
+async def test_benchmark_when_workers_persist_then_the_users_workers_do_not_start() -> None:
     loader = DataLoader(
         Augmented(blobs()), 8, num_workers=1, persistent_workers=True, prefetch_factor=2
     )
@@ -421,22 +419,24 @@ async def test_benchmark_when_schedulers_go_by_epochs_or_scores_then_they_are_no
     model = mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
     plateau = ReduceLROnPlateau(optimizer, mode="max")
-    made = small(model=model, optimizer=optimizer, lr_scheduler=plateau)
-    before = everything(made)
-    await bench(made)
-    assert_same_state(everything(made), before)
+    fitted = small(model=model, optimizer=optimizer, lr_scheduler=plateau)
+    before = everything(fitted)
+    await bench(fitted)
+    assert_same_state(everything(fitted), before)
 
 
 @ONE_LOOP
-async def test_benchmark_when_there_are_threads_then_one_is_tried_and_they_are_put_back() -> None:
-    seen = set()
+async def test_benchmark_when_there_are_threads_then_one_is_tried_and_the_number_is_restored() -> (
+    None
+):
+    thread_numbers = set()
 
     def step(state: LoopState) -> None:
-        seen.add(torch.get_num_threads())
+        thread_numbers.add(torch.get_num_threads())
 
     before = torch.get_num_threads()
     report = await bench(small(train_step=step, num_threads=before + 1))
-    assert seen == {1, before + 1}
+    assert thread_numbers == {1, before + 1}
     assert torch.get_num_threads() == before
     assert "step_1_thread" in medians(report)
     assert report.conditions.num_threads == before + 1
@@ -445,7 +445,7 @@ async def test_benchmark_when_there_are_threads_then_one_is_tried_and_they_are_p
 @ONE_LOOP
 async def test_benchmark_when_hooks_are_given_then_they_are_called_once() -> None:
     called = []
-    made = small(
+    fitted = small(
         preloop=lambda _trainer: called.append("preloop"),
         postloop=lambda _trainer: called.append("postloop"),
         callbacks=[lambda event: called.append(event)],
@@ -453,7 +453,7 @@ async def test_benchmark_when_hooks_are_given_then_they_are_called_once() -> Non
         criteria="loss",
         criteria_direction=-1,
     )
-    await bench(made)
+    await bench(fitted)
     assert called == ["preloop", "postloop"]
 
 
@@ -465,22 +465,22 @@ async def made_async() -> FitLoop:
     "factory", [small, made_async, sync_trainer, lambda: made_async()], ids=range(4)
 )
 @ONE_LOOP
-async def test_benchmark_when_given_a_function_then_measures_what_it_makes(
+async def test_benchmark_when_given_a_function_then_measures_its_trainer(
     factory: Callable[[], Any],
 ) -> None:
     assert (await bench(factory)).conditions.trainer == "Sequential"
 
 
 @ONE_LOOP
-async def test_benchmark_when_arguments_are_wrong_then_says_what_is_expected() -> None:
-    for wrong, says in (
+async def test_benchmark_when_arguments_are_wrong_then_names_the_expected_ones() -> None:
+    for arguments, message in (
         ({"batches": 1}, "batches is 1; expected an integer of at least 2"),
         ({"rounds": 0}, "rounds is 0; expected"),
         ({"seconds": -1}, "seconds is -1; expected seconds above 0"),
         ({"train_dl": 3}, "expected a DataLoader, a list"),
     ):
-        with pytest.raises(ConfigurationError, match=says):
-            await bench(small(), **wrong)
+        with pytest.raises(ConfigurationError, match=message):
+            await bench(small(), **arguments)
     with pytest.raises(ConfigurationError, match="given 3; expected a FitLoop, or a function"):
         await bench(3)
     with pytest.raises(ConfigurationError, match="the factory returned 3; expected a FitLoop"):
@@ -497,12 +497,12 @@ async def test_benchmark_when_the_trainer_is_busy_then_says_so() -> None:
         reached.set()
         assert go_on.wait(GUARD)
 
-    made = small(train_step=step)
+    fitted = small(train_step=step)
     async with anyio.create_task_group() as group:
-        group.start_soon(functools.partial(bench, made, rounds=1))
+        group.start_soon(functools.partial(bench, fitted, rounds=1))
         assert await anyio.to_thread.run_sync(reached.wait, GUARD)
         with pytest.raises(BusyError, match=r"benchmark\(\)"):
-            await made.fit(1)
+            await fitted.fit(1)
         go_on.set()
 
 
