@@ -113,7 +113,7 @@ def _why_starved(conditions: Conditions, figures: Figures) -> str:
     if conditions.num_workers or conditions.kind == "async":
         return ""
     computes, overlap = figures.loader_cpu_share, figures.overlap_share
-    if computes is not None and computes.is_below(WAITING_LOADER):
+    if computes is not None and _loader_waits(figures):
         return f" It computes {computes.median:.0%} of its time, and waits for the rest."
     if overlap is not None and overlap.is_below(0.5) and not conditions.takes_turns:
         return (
@@ -143,33 +143,32 @@ def _loader_remedy(conditions: Conditions, figures: Figures, workers: int, gain:
     )
 
 
+def _faster(figures: Figures, slow: Variant, fast: Variant) -> tuple[str, str] | None:
+    """Return the times of two variants as text if the second one saves enough, else None."""
+    saved = figures.saving(slow, fast)
+    if saved is None or not saved.is_above(GAIN):
+        return None
+    return text_of(figures.seconds(slow)), text_of(figures.seconds(fast))
+
+
 def _load_ahead(conditions: Conditions, figures: Figures) -> list[Advice]:
-    saved = figures.saving(Variant.FITLOOP, Variant.AHEAD)
-    if conditions.loads != "inline" or saved is None or not saved.is_above(GAIN):
+    times = _faster(figures, Variant.FITLOOP, Variant.AHEAD)
+    if conditions.loads != "inline" or times is None:
         return []
-    times = (
-        f"a batch took {text_of(figures.seconds(Variant.FITLOOP))} as it is set up, and "
-        f"{text_of(figures.seconds(Variant.AHEAD))} loaded ahead"
-    )
-    text = f"Give prefetch=2: {times}."
-    if conditions.takes_turns:
-        text = (
-            'If the dataset uses no random numbers, give loader_randomness="own" and prefetch=2: '
-            f"{times}. With seed=, a loader that may use them is not read during a step."
-        )
-    return [Advice("prefetch", text)]
+    text = f"prefetch=2: a batch took {times[0]} as it is set up, and {times[1]} loaded ahead."
+    if not conditions.takes_turns:
+        return [Advice("prefetch", f"Give {text}")]
+    condition = 'If the dataset uses no random numbers, give loader_randomness="own" and'
+    reason = "With seed=, a loader that may use them is not read during a step."
+    return [Advice("prefetch", f"{condition} {text} {reason}")]
 
 
 def _load_inline(conditions: Conditions, figures: Figures) -> list[Advice]:
-    saved = figures.saving(Variant.FITLOOP, Variant.INLINE)
-    if conditions.loads != "ahead" or saved is None or not saved.is_above(GAIN):
+    times = _faster(figures, Variant.FITLOOP, Variant.INLINE)
+    if conditions.loads != "ahead" or times is None:
         return []
-    ahead, inline = figures.seconds(Variant.FITLOOP), figures.seconds(Variant.INLINE)
-    text = (
-        "Give prefetch=0: loading ahead costs more than it hides, "
-        f"{text_of(ahead)} a batch against {text_of(inline)} inline."
-    )
-    return [Advice("prefetch", text)]
+    text = f"loading ahead costs more than it hides, {times[0]} a batch against {times[1]} inline."
+    return [Advice("prefetch", f"Give prefetch=0: {text}")]
 
 
 def _start(conditions: Conditions, figures: Figures) -> list[Advice]:
@@ -189,13 +188,13 @@ def _start(conditions: Conditions, figures: Figures) -> list[Advice]:
 
 
 def _threads(conditions: Conditions, figures: Figures) -> list[Advice]:
-    saved = figures.saving(Variant.STEP, Variant.ONE_THREAD)
-    if saved is None or not saved.is_above(GAIN):
+    times = _faster(figures, Variant.STEP, Variant.ONE_THREAD)
+    if times is None:
         return []
     text = (
-        f"Give num_threads=1: a step takes {text_of(figures.seconds(Variant.ONE_THREAD))} with one "
-        f"intra-op thread, {text_of(figures.seconds(Variant.STEP))} with {conditions.num_threads}. "
-        "Then measure the loader again: the advice on it rests on the slower step."
+        f"Give num_threads=1: a step takes {times[1]} with one intra-op thread, {times[0]} with "
+        f"{conditions.num_threads}. Then measure the loader again: the advice on it rests on the "
+        "slower step."
     )
     return [Advice("threads", text)]
 
