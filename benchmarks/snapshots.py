@@ -30,7 +30,8 @@ from fitloop import FitLoop
 from fitloop._checkpointing.snapshot import KIND, PreparedSnapshot, take_snapshot
 from fitloop._storage.layout import Payload, write_layout
 from fitloop._storage.tensors import SnapshotBuffers
-from fitloop._storage.weight_store import apply_weights, read_weights, write_weights
+from fitloop._storage.weight_files import read_weights, write_weights
+from fitloop._storage.weight_store import apply_weights
 
 Functions = dict[str, Callable[[], object]]
 _rounds = itertools.count()

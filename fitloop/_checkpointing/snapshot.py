@@ -34,8 +34,8 @@ from fitloop._storage.durable import write_file
 from fitloop._storage.encoding import Decoder, Encoder
 from fitloop._storage.layout import VERSION, LayoutError, Payload, TensorAlias, write_layout
 from fitloop._storage.tensors import SnapshotBuffers, read_tensors
-from fitloop._storage.weight_files import check_module_versions
-from fitloop._storage.weight_store import StateDict, check_weights
+from fitloop._storage.weight_files import StateDict, check_module_versions
+from fitloop._storage.weight_store import check_weights
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 

@@ -9,7 +9,7 @@ from fitloop._checkpointing.snapshot import KIND, read_snapshot
 from fitloop._checkpointing.training_state import module_weights
 from fitloop._cli.common import print_line, read_header
 from fitloop._errors import CheckpointError
-from fitloop._storage.weight_store import StateDict, read_weights, write_weights
+from fitloop._storage.weight_files import StateDict, read_weights, write_weights
 
 ABOUT = """\
 Write the weights of a snapshot or of a weights file to OUT. Its suffix sets the format:

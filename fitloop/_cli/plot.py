@@ -14,7 +14,8 @@ from typing import Any
 from fitloop._cli.common import print_line, run_directories, short_names
 from fitloop._errors import CheckpointError, ConfigurationError, quoted_list
 from fitloop._metrics.history import History
-from fitloop._plotting.draw import new_figure, plot_comparison
+from fitloop._plotting.draw import new_figure, plot_selections
+from fitloop._plotting.selection import RunSelection
 from fitloop._storage.durable import reason, write_file
 from fitloop._storage.metric_log import LOG_NAME, read_metrics
 
@@ -107,7 +108,10 @@ def run(options: argparse.Namespace) -> int:
         if len(histories) == 1:
             next(iter(histories.values())).plot(options.metric, options.run, ax=ax)
         else:
-            plot_comparison(histories, options.metric, options.run, ax=ax)
+            selections = [
+                RunSelection(label, history, options.run) for label, history in histories.items()
+            ]
+            plot_selections(selections, options.metric, ax=ax)
     except IndexError as error:
         raise ConfigurationError(f"--run is {options.run}: {error}") from error
     if options.title:

@@ -1,8 +1,8 @@
-"""The values that the batch steps of one phase return, collected without waiting for a device.
+"""`BatchValues`: the results of the batch steps of a phase, collected without waiting for a device.
 
-Owns the queue between the steps and ``epoch_end``: numbers are appended as they come; scalars on
-a device are gathered there, one small kernel a batch, and cross to the host in bulk, without
-blocking, every `CHUNK` batches. Whoever asks for a name gets it complete. Knows no history.
+Numbers are appended at once. Scalars on a device are stacked there, one small kernel for each
+batch, and copied to the host in blocks of `CHUNK` batches, without blocking. Only a read waits for
+the device. Knows no history.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fitloop._errors import MetricError, UnknownMetricError
 from fitloop._types import Phase, Stage
 
 CHUNK = 256
-"""batches whose device values cross to the host together"""
+"""number of batches in one copy from a device to the host"""
 
 
 def as_mapping(values: Any, phase: Phase, stage: Stage) -> Mapping[str, Any]:
-    """Return what a stage function returned as a mapping; None counts as empty.
+    """Return the result of a stage function as a mapping; an empty one for None.
 
     Raises:
-        MetricError: it is anything else.
+        MetricError: the result is of another type.
     """
     if values is None:
         return {}
@@ -43,7 +43,7 @@ def as_numbers(values: Any, phase: Phase, stage: Stage) -> dict[str, float]:
     """Return the metrics of ``epoch_start`` or ``epoch_end`` as floats.
 
     Raises:
-        MetricError: a name is no string, or a value no number and no tensor of one element.
+        MetricError: a name is no string, or a value neither a number nor a tensor of one element.
     """
     numbers: dict[str, float] = {}
     for name, value in as_mapping(values, phase, stage).items():
@@ -63,7 +63,7 @@ def as_numbers(values: Any, phase: Phase, stage: Stage) -> dict[str, float]:
 
 def _as_float(name: str, value: Any, phase: Phase, stage: Stage) -> float:
     try:
-        if not isinstance(value, (str, bytes)):  # float("1") would do
+        if not isinstance(value, (str, bytes)):  # float("1") is no error
             return float(value)
     except (TypeError, ValueError):
         pass
@@ -82,7 +82,7 @@ def _check_name(name: object, phase: Phase, stage: Stage) -> None:
 
 
 class BatchValues:
-    """The values of one pass, by name. Not shared between threads."""
+    """The values of one pass over a loader, by name. For one thread."""
 
     def __init__(self, phase: Phase) -> None:
         self._phase = phase
@@ -92,11 +92,11 @@ class BatchValues:
         self._device = _DeviceScalars(self._append_number)
 
     def put(self, values: Any) -> None:
-        """Add what one batch step returned.
+        """Add the result of one batch step.
 
         Raises:
-            MetricError: it is no mapping of names to numbers or tensors, or a name was a number
-                in one batch and a tensor in another.
+            MetricError: it is no mapping of names to numbers or tensors, or a name is a number in
+                one batch and a tensor in another.
         """
         if values is None:
             return
@@ -125,7 +125,7 @@ class BatchValues:
             self._device.put(on_device)
 
     def _append_number(self, name: str, value: Any) -> None:
-        """Add a number the slow way, with all checks."""
+        """Add a number with all checks, which the fast path in `put` omits."""
         if name not in self._numbers:
             _check_name(name, self._phase, Stage.BATCH_STEP)
             self._check_kind(name, self._tensors)
@@ -146,33 +146,33 @@ class BatchValues:
             _check_name(name, self._phase, Stage.BATCH_STEP)
             self._check_kind(name, self._numbers)
             if name in self._device.names:
-                self._mixed(name)
+                self._raise_mixed(name)
             self._tensors[name] = []
         # A copy, since the step may reuse the tensor.
         self._tensors[name].append(value.detach().clone())
 
-    def _check_kind(self, name: str, others: Mapping[str, object]) -> None:
-        if name in others:
-            self._mixed(name)
+    def _check_kind(self, name: str, other_kind: Mapping[str, object]) -> None:
+        if name in other_kind:
+            self._raise_mixed(name)
 
-    def _mixed(self, name: str) -> None:
+    def _raise_mixed(self, name: str) -> None:
         raise MetricError(
             f"{self._phase} batch_step returned {name!r} as a number in one batch and as a tensor "
             "with dimensions in another; expected one kind throughout"
         )
 
     def names(self) -> list[str]:
-        """Return the names there are, scalars first."""
+        """Return all names, scalars first."""
         self._device.drain()
         return [*self._numbers, *self._tensors]
 
     def scalars(self) -> dict[str, array[float]]:
-        """Return the scalar values of all batches; waits for those on a device."""
+        """Return the scalar values of all batches; wait for those on a device."""
         self._device.drain()
         return self._numbers
 
     def export(self) -> dict[str, Any]:
-        """Return all values so far for `restore`; waits for those on a device."""
+        """Return all values so far, for `restore`; wait for those on a device."""
         self._device.drain()
         return {
             "numbers": {name: np.array(column) for name, column in self._numbers.items()},
@@ -180,7 +180,7 @@ class BatchValues:
         }
 
     def restore(self, values: Any) -> None:
-        """Begin with what `export` returned."""
+        """Start with the result of `export`."""
         for name, column in values["numbers"].items():
             numbers = self._numbers[name] = array("d", column.tobytes())
             self._append[name] = numbers.append
@@ -206,85 +206,71 @@ class BatchValues:
 
 
 class _DeviceScalars:
-    """Scalars that are still on a device, by dtype, so that none loses digits beside another."""
+    """Scalars that are still on a device; passed on to ``append`` in the order of the batches.
+
+    Values of different dtypes are stacked separately, so that none loses digits.
+    """
 
     def __init__(self, append: Callable[[str, float], None]) -> None:
         self._append = append
-        self._rows: dict[torch.dtype, _DeviceRows] = {}
         self.names: frozenset[str] = frozenset()
+        self._names_by_dtype: dict[torch.dtype, tuple[str, ...]] = {}
+        self._rows: dict[torch.dtype, list[Tensor]] = {}
+        """one row for each batch"""
+        self._num_rows = 0
+        self._blocks: deque[tuple[tuple[str, ...], Tensor, torch.cuda.Event | None]] = deque()
+        """copies to the host that may not be complete yet, with names and event"""
 
     def put(self, values: list[tuple[str, Tensor]]) -> None:
-        names = frozenset(name for name, _value in values)
-        if names != self.names:
-            self.drain()
-            self.names = names
-        groups: dict[torch.dtype, list[tuple[str, Tensor]]] = {}
+        groups: dict[torch.dtype, dict[str, Tensor]] = {}
         for name, value in values:
-            groups.setdefault(value.dtype, []).append((name, value))
-        if self._rows.keys() != groups.keys():
+            groups.setdefault(value.dtype, {})[name] = value
+        names_by_dtype = {dtype: tuple(group) for dtype, group in groups.items()}
+        if names_by_dtype != self._names_by_dtype:
             self.drain()
-            self.names = names
-            self._rows = {dtype: _DeviceRows(self._append) for dtype in groups}
+            self._names_by_dtype = names_by_dtype
+            self._rows = {dtype: [] for dtype in groups}
+            self.names = frozenset(name for name, _value in values)
         for dtype, group in groups.items():
-            self._rows[dtype].put(group)
+            # Stacking copies the values: the step may reuse its tensors, and the graph is freed.
+            self._rows[dtype].append(torch.stack([value.detach() for value in group.values()]))
+        self._num_rows += 1
+        if self._num_rows >= CHUNK:
+            self._copy_to_host()
+            while self._blocks and self._is_complete(self._blocks[0][2]):
+                self._pass_on()
 
-    def drain(self) -> None:
-        """Hand everything on; waits for the device."""
-        for rows in self._rows.values():
-            rows.drain()
-        self.names = frozenset()
-
-
-class _DeviceRows:
-    """Scalars that are still on a device: a row a batch, handed on in the order they came."""
-
-    def __init__(self, append: Callable[[str, float], None]) -> None:
-        self._hand_on = append
-        self._rows: list[Tensor] = []
-        self._crossing: deque[tuple[tuple[str, ...], Tensor, torch.cuda.Event | None]] = deque()
-        self.names: tuple[str, ...] = ()
-
-    def put(self, values: list[tuple[str, Tensor]]) -> None:
-        names = tuple(name for name, _value in values)
-        if names != self.names:
-            self.drain()
-            self.names = names
-        # Stacking copies: the step may reuse its tensors, and the graph is let go.
-        self._rows.append(torch.stack([value.detach() for _name, value in values]))
-        if len(self._rows) >= CHUNK:
-            self._cross()
-            while self._crossing and self._has_arrived(self._crossing[0][2]):
-                self._arrive()
-
-    def _cross(self) -> None:
-        if not self._rows:
-            return
-        block = torch.stack(self._rows)
-        self._rows.clear()
-        event = None
-        if block.is_cuda:
-            host = torch.empty(block.shape, dtype=block.dtype, pin_memory=True)
-            host.copy_(block, non_blocking=True)
-            event = torch.cuda.current_stream(block.device).record_event()
-        else:
-            host = block.cpu()
-        self._crossing.append((self.names, host, event))
+    def _copy_to_host(self) -> None:
+        for dtype, rows in self._rows.items():
+            if not rows:
+                continue
+            block = torch.stack(rows)
+            rows.clear()
+            event = None
+            if block.is_cuda:
+                host = torch.empty(block.shape, dtype=block.dtype, pin_memory=True)
+                host.copy_(block, non_blocking=True)
+                event = torch.cuda.current_stream(block.device).record_event()
+            else:
+                host = block.cpu()
+            self._blocks.append((self._names_by_dtype[dtype], host, event))
+        self._num_rows = 0
 
     @staticmethod
-    def _has_arrived(event: torch.cuda.Event | None) -> bool:
+    def _is_complete(event: torch.cuda.Event | None) -> bool:
         return event is None or bool(event.query())  # type: ignore[no-untyped-call]
 
-    def _arrive(self) -> None:
-        names, host, event = self._crossing.popleft()
+    def _pass_on(self) -> None:
+        names, host, event = self._blocks.popleft()
         if event is not None:
             event.synchronize()
-        for position, name in enumerate(names):
-            for value in host[:, position].tolist():
-                self._hand_on(name, value)
+        for column, name in enumerate(names):
+            for value in host[:, column].tolist():
+                self._append(name, value)
 
     def drain(self) -> None:
-        """Hand everything on; waits for the device."""
-        self._cross()
-        while self._crossing:
-            self._arrive()
-        self.names = ()
+        """Pass all values on; wait for the device."""
+        self._copy_to_host()
+        while self._blocks:
+            self._pass_on()
+        self.names, self._names_by_dtype = frozenset(), {}

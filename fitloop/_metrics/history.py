@@ -1,17 +1,16 @@
-"""The numbers a trainer has recorded and how to ask for them: `History` is ``trainer.M``.
+"""`History`, which is ``trainer.M``: the recorded metrics of a trainer, as floats.
 
-This module owns what stage functions returned, as plain floats. It learns of it from events and
-knows no tensors, devices, files or figures (the plot methods import `fitloop._plotting.draw` when
-they are called).
+Records the values of stage functions from events. Knows no tensors, devices, files or figures; the
+plot methods import `fitloop._plotting.draw` when they are called.
 
     trainer.M                                              History
     trainer.M.valid.epoch_end                              StageHistory of a PhaseHistory
     trainer.M.valid.epoch_end["accuracy"]                  MetricSeries, a sequence of runs
     trainer.M.valid.epoch_end["accuracy"][1]               numpy array of float64
 
-All of these but the arrays are views that grow with the run. They may be read from any thread
-while a run goes on: a reader gets a copy of a prefix of what the run will have recorded, cut
-between two events. `History.to_dict` and `History.to_pandas` see everything at one moment.
+All of these but the arrays are views that grow with the run. Any thread may read them while a run
+goes on. A reader sees the values up to some event; `History.to_dict` and `History.to_pandas` read
+all metrics at one moment.
 """
 
 from __future__ import annotations
@@ -36,21 +35,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pandas import DataFrame
 
-MOST_RUNS = 10**7
-"""runs, and epochs, of one history: a forged number would make lists of that length"""
+MAX_RUNS = 10**7
+"""largest number of runs or epochs in a restored history, since lists of this length are made"""
 
 _Runs: TypeAlias = "dict[int, array[float]]"  # by run number; a run without values has no entry
-# Arrays only ever grow, so its length then is enough to find an array's earlier content again.
+# Arrays only grow, so an array and its length at some time give its content at that time.
 _Entries: TypeAlias = "list[tuple[Stage, str, int, array[float], int]]"
 _StoreMark: TypeAlias = "tuple[int, int, _Entries]"
 
 
 @dataclass(slots=True)
 class _Store:
-    """The values of one phase; everything is read and written under the history's one lock.
+    """The values of one phase, guarded by the lock of the history.
 
-    An array handed to numpy could not grow while numpy holds its buffer, so no array in here is
-    ever handed out: readers get copies, made under the lock.
+    Readers get copies of the arrays: one whose buffer numpy uses could not grow.
     """
 
     phase: Phase
@@ -92,9 +90,10 @@ class _Store:
         self.runs, self.epochs = runs, epochs
         self.recorded = {stage: {} for stage in Stage}
         for stage, name, run, values, length in entries:
-            # A longer array is copied and not cut: a later mark may need the rest of it.
-            kept = values if len(values) == length else values[:length]
-            self.recorded[stage].setdefault(name, {})[run] = kept
+            # A longer array is copied, not truncated: another mark may need all of it.
+            if len(values) > length:
+                values = values[:length]
+            self.recorded[stage].setdefault(name, {})[run] = values
 
     def names(self, *stages: Stage) -> list[str]:
         with self.lock:
@@ -107,7 +106,7 @@ class _Store:
 
 @public
 class MetricSeries(Sequence["NDArray[np.float64]"]):
-    """What was recorded under one name in one stage: ``series[run]`` is an array of floats.
+    """The values of one metric in one stage: ``series[run]`` is an array of floats.
 
     ``len(series)`` is the number of runs of the phase; a run without the metric has an empty
     array, a cancelled one fewer values. Arrays are copies and do not grow with the series.
@@ -128,9 +127,9 @@ class MetricSeries(Sequence["NDArray[np.float64]"]):
     def __getitem__(
         self, run: SupportsIndex | slice
     ) -> NDArray[np.float64] | list[NDArray[np.float64]]:
-        """Return the values of a run, counted from 0; a negative number counts from the end.
+        """Return the values of a run, counted from 0; negative numbers count from the end.
 
-        Raises IndexError when there is no such run; it says how many there are.
+        Raises IndexError if there is no such run.
         """
         store = self._store
         with store.lock:
@@ -146,7 +145,7 @@ class MetricSeries(Sequence["NDArray[np.float64]"]):
 
     @property
     def last(self) -> float:
-        """The value recorded last; UnknownMetricError if it is gone, by ``clear`` or so."""
+        """The newest value; UnknownMetricError if there is none, for example after ``clear``."""
         with self._store.lock:
             runs = self._store.recorded[self._stage].get(self._name)
             if not runs:
@@ -164,7 +163,7 @@ class MetricSeries(Sequence["NDArray[np.float64]"]):
 
 
 class StageHistory(Mapping[str, MetricSeries]):
-    """What one stage of a phase recorded: read-only, by name; else UnknownMetricError."""
+    """The metrics of one stage of a phase, a read-only mapping; raises UnknownMetricError."""
 
     __slots__ = ("_stage", "_store")
 
@@ -188,10 +187,10 @@ class StageHistory(Mapping[str, MetricSeries]):
 
 @public
 class PhaseHistory(Mapping[str, MetricSeries]):
-    """What was recorded in a phase: ``epoch_start``, ``batch_step`` and ``epoch_end``.
+    """The metrics of a phase, by stage: ``epoch_start``, ``batch_step`` and ``epoch_end``.
 
-    As a mapping, ``phase["accuracy"]``, it looks in ``epoch_end``, ``batch_step`` and
-    ``epoch_start``, in that order, and raises UnknownMetricError when no stage has the name.
+    ``phase["accuracy"]`` searches ``epoch_end``, ``batch_step`` and ``epoch_start``, in that order,
+    and raises UnknownMetricError if no stage has the name.
     """
 
     __slots__ = ("_store", "batch_step", "epoch_end", "epoch_start", "phase")
@@ -210,7 +209,7 @@ class PhaseHistory(Mapping[str, MetricSeries]):
     def stage(self, stage: Stage | str) -> StageHistory:
         """Return the history of a stage by its name, such as ``"batch_step"``.
 
-        Raises ConfigurationError when there is no such stage.
+        Raises ConfigurationError if there is no such stage.
         """
         try:
             return StageHistory(self._store, Stage(stage))
@@ -257,7 +256,7 @@ class PhaseHistory(Mapping[str, MetricSeries]):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class HistoryMark:
-    """What `History.mark` returns; opaque, and good for any number of rollbacks."""
+    """A state of a history, from `History.mark`; valid for any number of rollbacks."""
 
     owner: History
     contents: list[_StoreMark]
@@ -273,7 +272,7 @@ class History:
     """
 
     def __init__(self) -> None:
-        # Reentrant, so that a signal handler may look at the history of the thread it interrupts.
+        # Reentrant, so that a signal handler may read the history.
         self._lock = threading.RLock()
         self._stores = {phase: _Store(phase, self._lock) for phase in Phase}
         self.train = PhaseHistory(self._stores[Phase.TRAIN])
@@ -291,39 +290,39 @@ class History:
         return self.test.runs
 
     def observe(self, event: Event) -> None:
-        """Open a run on RunStarted, add to the last run on PhaseEnded, ignore other events.
+        """Start a run on RunStarted, add to the last run on PhaseEnded, ignore other events.
 
-        Raises TypeError, and records nothing of the event, when a value is no number.
+        Raises TypeError, and records nothing of the event, if a value is no number.
         """
         if isinstance(event, RunStarted):
             with self._lock:
-                self._open_run(test=event.call == "test")
+                self._start_run(test=event.call == "test")
         elif isinstance(event, PhaseEnded):
             values = _numbers(event)
             with self._lock:
-                if not self._stores[event.phase].runs:  # cleared within the run
-                    self._open_run(test=event.phase is Phase.TEST)
+                if not self._stores[event.phase].runs:  # `clear` was called within the run
+                    self._start_run(test=event.phase is Phase.TEST)
                 self._stores[event.phase].append(values)
 
-    def _open_run(self, *, test: bool) -> None:
+    def _start_run(self, *, test: bool) -> None:
         for phase in (Phase.TEST,) if test else (Phase.TRAIN, Phase.VALID):
             self._stores[phase].runs += 1
 
     def clear(self) -> None:
-        """Forget all runs and values; within a run, its later values make a new run 0."""
+        """Delete all runs and values; later values of a current run form a new run 0."""
         with self._lock:
             for store in self._stores.values():
                 store.restore(0, 0, [])
 
     def mark(self) -> HistoryMark:
-        """Return a token of the present content, for `rollback`; copies no values."""
+        """Return a mark of the present state, for `rollback`; copies no values."""
         with self._lock:
             return HistoryMark(self, [store.mark() for store in self._stores.values()])
 
     def rollback(self, mark: HistoryMark) -> None:
-        """Restore exactly the content there was at ``mark``, whatever happened since.
+        """Restore the state at ``mark`` exactly, also after ``clear`` or another rollback.
 
-        Raises ValueError, and changes nothing, when the mark is of another history.
+        Raises ValueError, and changes nothing, if another history made the mark.
         """
         if mark.owner is not self:
             raise ValueError(f"the mark is of {mark.owner!r}; expected one that this history made")
@@ -332,7 +331,7 @@ class History:
                 store.restore(*content)
 
     def to_dict(self) -> dict[str, dict[str, dict[str, list[NDArray[np.float64]]]]]:
-        """Return everything as ``{phase: {stage: {name: [array of run 0, ...]}}}``, copied."""
+        """Return copies of all values: ``{phase: {stage: {name: [array of run 0, ...]}}}``."""
         with self._lock:
             return {
                 str(phase): {
@@ -346,9 +345,9 @@ class History:
             }
 
     def to_pandas(self) -> DataFrame:
-        """Return one row a value: columns phase, stage, run, name, index, value.
+        """Return a row for each value: columns phase, stage, run, name, index, value.
 
-        ``index`` counts the values of a run from 0. Raises ImportError without pandas.
+        ``index`` counts the values of a run from 0. Raises ImportError if pandas is missing.
         """
         try:
             import pandas as pd
@@ -365,8 +364,8 @@ class History:
         lengths = np.array([len(row[-1]) for row in rows], dtype=np.int64)
         frame = pd.DataFrame([row[:-1] for row in rows], columns=["phase", "stage", "run", "name"])
         frame = frame.astype({"phase": "str", "stage": "str", "run": np.int64, "name": "str"})
-        tidy: DataFrame = frame.take(np.repeat(np.arange(len(rows)), lengths))
-        return tidy.reset_index(drop=True).assign(
+        long: DataFrame = frame.take(np.repeat(np.arange(len(rows)), lengths))
+        return long.reset_index(drop=True).assign(
             index=np.concatenate([np.arange(0), *map(np.arange, lengths)]),
             value=np.concatenate([np.empty(0), *(row[-1] for row in rows)]),
         )
@@ -420,7 +419,10 @@ def _numbers(event: PhaseEnded) -> list[tuple[Stage, str, array[float]]]:
 
 
 def export_history(history: History) -> dict[str, Any]:
-    """Return ``{phase: {runs, epochs, values: {stage: {name: [[run, array], ...]}}}}``, copied."""
+    """Return a copy of a history as a tree of arrays, for `restore_history`.
+
+    The tree is ``{phase: {runs, epochs, values: {stage: {name: [[run, array], ...]}}}}``.
+    """
     with history._lock:
         return {
             str(phase): {
@@ -439,25 +441,28 @@ def export_history(history: History) -> dict[str, Any]:
 
 
 def restore_history(history: History, state: Any) -> None:
-    """Replace the content of a history.
+    """Replace the content of a history by a tree from `export_history`.
 
-    Raises KeyError, TypeError and the like, having changed nothing, for what is no such tree.
+    Raises an exception, such as a KeyError or TypeError, and changes nothing if the tree is not
+    valid.
     """
     contents: dict[Phase, tuple[int, int, list[Any]]] = {}
     for phase in Phase:
-        own = state[str(phase)]
+        phase_state = state[str(phase)]
         entries: list[Any] = []
-        counted = (int(own["runs"]), int(own["epochs"]))
-        if not all(0 <= number <= MOST_RUNS for number in counted):
-            raise ValueError(f"{counted} are no numbers of runs and epochs")
+        num_runs, num_epochs = int(phase_state["runs"]), int(phase_state["epochs"])
+        if not (0 <= num_runs <= MAX_RUNS and 0 <= num_epochs <= MAX_RUNS):
+            raise ValueError(f"{num_runs} runs and {num_epochs} epochs are not possible")
         for stage in Stage:
-            for name, runs in own["values"][str(stage)].items():
+            for name, runs in phase_state["values"][str(stage)].items():
                 for run, values in runs:
+                    if isinstance(values, bytes):  # from a log
+                        values = np.frombuffer(values, dtype="<f8")
                     column = array("d", np.asarray(values, dtype=np.float64).tobytes())
-                    if not column or not 0 <= run < counted[0]:
+                    if not column or not 0 <= run < num_runs:
                         raise ValueError(f"run {run!r} of {name!r} is none")
                     entries.append((stage, str(name), int(run), column, len(column)))
-        contents[phase] = (*counted, entries)
+        contents[phase] = (num_runs, num_epochs, entries)
     with history._lock:
         for phase, content in contents.items():
             history._stores[phase].restore(*content)

@@ -1,4 +1,4 @@
-"""What ``fit`` returns, and how it prints; the epoch metrics of a run, as they come."""
+"""`FitResult`, the result of a run, and the recorder of a run's epoch metrics."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Array = npt.NDArray[np.float64]
 @public
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """How a run went."""
+    """The result of a ``fit`` or ``test``."""
 
     epochs: int
-    """epochs trained in this run; with ``stop_reason`` "stopped" the last may be cut short"""
+    """epochs trained in this run; with ``stop_reason`` "stopped" the last may be incomplete"""
     stop_reason: str
     """one of `StopReason`: "completed", "prompt", "stopped", "early_stop" ..."""
     best_score: float | None
-    """best value of the criteria in the trainer's life; None when none was tracked"""
+    """best value of the criteria in the trainer's life; None if no criteria is tracked"""
     best_epoch: int | None
-    """number of the epoch that reached it, counted from 1 over the trainer's life"""
+    """number of the best epoch, counted from 1 over the trainer's life"""
     metrics: Mapping[str, Mapping[str, Array]]
     """phase -> name -> one value for each epoch of this run"""
     seconds: float
@@ -64,22 +64,20 @@ class FitResult:
 
 
 class EpochMetricsRecorder:
-    """Collects the epoch metrics of one run: an observer."""
+    """Records the epoch metrics of one run from its events."""
 
     def __init__(self) -> None:
         self._values: dict[str, dict[str, list[float]]] = {}
         self.last: dict[str, dict[str, float]] = {}
-        """phase -> what its last ``epoch_end`` returned"""
+        """phase -> metrics of its last ``epoch_end``"""
 
     def export(self) -> dict[str, dict[str, list[float]]]:
-        """Return all values, for `restore`."""
-        return {phase: {k: list(v) for k, v in own.items()} for phase, own in self._values.items()}
+        """Return a copy of all values, for `restore`."""
+        return _copied(self._values)
 
     def restore(self, values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-        """Begin with what `export` returned."""
-        self._values = {
-            phase: {k: list(v) for k, v in columns.items()} for phase, columns in values.items()
-        }
+        """Replace all values by the result of `export`."""
+        self._values = _copied(values)
 
     def observe(self, event: Event) -> None:
         """Add the metrics of a phase."""
@@ -96,3 +94,12 @@ class EpochMetricsRecorder:
             phase: {name: np.array(column) for name, column in columns.items()}
             for phase, columns in self._values.items()
         }
+
+
+def _copied(
+    values: Mapping[str, Mapping[str, Sequence[float]]],
+) -> dict[str, dict[str, list[float]]]:
+    return {
+        phase: {name: list(column) for name, column in columns.items()}
+        for phase, columns in values.items()
+    }

@@ -1,10 +1,10 @@
-"""Drawing of metrics with matplotlib.
+"""Plots of metrics with matplotlib.
 
-Owns the choice of values, their style and the drawing. Knows arrays; must not know runs, events
+Owns the selection of values, their style and the drawing. Knows arrays; must not know runs, events
 or files.
 
-- `selection`: which values of a history a plot has.
-- `style`: colours, line styles and labels.
-- `downsampling`: outline and running mean of long series.
+- `selection`: the values of a plot, from recorded metrics.
+- `style`: colors, line styles and labels.
+- `downsampling`: extreme values and running mean of a long series.
 - `draw`: the plots.
 """

@@ -1,6 +1,6 @@
-"""What is drawn of a series too long to be drawn whole: its outline, and its running mean.
+"""Reduces a long series for a plot: to its extreme values, and to a running mean.
 
-Owns arithmetic on arrays only; knows no figures.
+Arithmetic on arrays; knows no figures.
 """
 
 from __future__ import annotations
@@ -13,72 +13,71 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_POINTS = 4000
-"""points a line has at most; a longer one is thinned"""
+"""largest number of points of a line; a longer one is downsampled"""
 
-_STRETCHES = 5
-"""stretches that a running mean is taken over"""
+_BLOCKS_PER_WINDOW = 5
 _WINDOWS = 100
-"""the windows of a running mean that fit into a series, roughly"""
+"""approximate number of windows of a running mean in a series"""
 
 
-def thin(values: NDArray[np.float64], max_points: int = MAX_POINTS) -> NDArray[np.int64]:
-    """Return the indices, in order, of at most ``max_points`` (4 or more) values worth drawing.
+def downsample(values: NDArray[np.float64], max_points: int = MAX_POINTS) -> NDArray[np.int64]:
+    """Return the sorted indices of at most ``max_points`` (4 or more) values to draw.
 
-    These are all when there are no more than that. Otherwise they are the first, the last, and the
-    least and greatest finite value of each of many equal stretches, so that no spike is lost;
-    a stretch with nothing finite stays a gap.
+    A series that is short enough has all its indices. In a longer one these are the first and the
+    last value, and the smallest and largest finite value of each of many equal blocks, so that all
+    spikes stay visible. A block without finite values remains a gap.
     """
     count = len(values)
     if count <= max_points:
         return np.arange(count)
     size = -(-count // (max_points // 2 - 1))
-    stretches = _stretches(values, size)
-    finite = np.isfinite(stretches)
-    starts = np.arange(len(stretches)) * size
-    least = starts + np.where(finite, stretches, np.inf).argmin(axis=1)
-    greatest = starts + np.where(finite, stretches, -np.inf).argmax(axis=1)
-    return np.unique(np.concatenate([[0, count - 1], least, greatest]))
+    blocks = _blocks(values, size)
+    finite = np.isfinite(blocks)
+    starts = np.arange(len(blocks)) * size
+    smallest = starts + np.where(finite, blocks, np.inf).argmin(axis=1)
+    largest = starts + np.where(finite, blocks, -np.inf).argmax(axis=1)
+    return np.unique(np.concatenate([[0, count - 1], smallest, largest]))
 
 
-def window_of(count: int) -> int:
-    """Return a round number of values to take the mean of in a series of ``count``."""
-    size = max(1, count // (_WINDOWS * _STRETCHES))
+def window_size(count: int) -> int:
+    """Return a round number of values for the window of a running mean of ``count`` values."""
+    size = max(1, count // (_WINDOWS * _BLOCKS_PER_WINDOW))
     power = int(10 ** (len(str(size)) - 1))
-    return _STRETCHES * max(step * power for step in (1, 2, 5) if step * power <= size)
+    return _BLOCKS_PER_WINDOW * max(step * power for step in (1, 2, 5) if step * power <= size)
 
 
 def running_mean(
     values: NDArray[np.float64], window: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return places (indices, maybe between two) and the mean of ``window`` values around each.
+    """Return positions, and the mean of ``window`` values around each of them.
 
-    Only finite values count, and at both ends those there are. NaN stays where nothing is finite.
+    A position is an index, or halfway between two. The mean is over the finite values; at both ends
+    the window is shorter. The mean of a block without finite values is NaN.
     """
-    # Sums of stretches and not differences of one long sum, in which a spike of 1e20 would
-    # swallow everything after it.
-    size = max(1, window // _STRETCHES)
-    stretches = _stretches(values, size)
-    finite = np.isfinite(stretches)
+    # Sums of blocks, not differences of cumulative sums, in which a spike of 1e20 would absorb all
+    # later values.
+    size = max(1, window // _BLOCKS_PER_WINDOW)
+    blocks = _blocks(values, size)
+    finite = np.isfinite(blocks)
     counts = finite.sum(axis=1)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        sums = np.where(finite, stretches, 0.0).sum(axis=1)
-        means = _around(sums) / _around(counts)
+        sums = np.where(finite, blocks, 0.0).sum(axis=1)
+        means = _window_sums(sums) / _window_sums(counts)
     means[counts == 0] = np.nan
-    starts = np.arange(len(stretches)) * size
+    starts = np.arange(len(blocks)) * size
     ends = np.minimum(starts + size, len(values)) - 1
     return (starts + ends) / 2, means
 
 
-def _stretches(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """Cut into rows of ``size``; the last one is filled up with NaN."""
+def _blocks(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Return ``values`` in rows of ``size``; the last row is padded with NaN."""
     padded = np.full(-(-len(values) // size) * size, np.nan)
     padded[: len(values)] = values
     return padded.reshape(-1, size)
 
 
-def _around(sums: NDArray[np.generic]) -> NDArray[np.float64]:
-    padded = np.pad(sums.astype(np.float64), _STRETCHES // 2)
-    total: NDArray[np.float64] = np.lib.stride_tricks.sliding_window_view(padded, _STRETCHES).sum(
-        axis=1
-    )
+def _window_sums(sums: NDArray[np.generic]) -> NDArray[np.float64]:
+    padded = np.pad(sums.astype(np.float64), _BLOCKS_PER_WINDOW // 2)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, _BLOCKS_PER_WINDOW)
+    total: NDArray[np.float64] = windows.sum(axis=1)
     return total

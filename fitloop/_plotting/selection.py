@@ -1,4 +1,4 @@
-"""Selects the values of a plot: their stage, runs and phases, and the place of the best epoch.
+"""Selection of the values of a plot: their stage, runs and phases, and the best epoch.
 
 Reads recorded metrics as arrays. Knows no figures.
 """
@@ -48,7 +48,7 @@ class RecordedMetrics(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The values of one phase in the runs that are drawn."""
+    """The values of one phase, an array for each run that is drawn."""
 
     phase: Phase
     runs: Sequence[NDArray[np.float64]]
@@ -56,55 +56,58 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class BestEpoch:
-    """The best epoch of a trainer, to be marked in a plot."""
+    """The best epoch of a trainer, for a mark in a plot."""
 
     criteria: str
     score: float
     epoch: int
-    """its number in the trainer's life, counted from 1"""
+    """number of the epoch in the trainer's life, counted from 1"""
 
 
 @dataclass(frozen=True, slots=True)
 class RunSelection:
-    """One of those that are compared: a run, or ``"all"`` runs, of a history."""
+    """A run, or ``"all"`` runs, of a history that a plot compares with others."""
 
     label: str
     history: RecordedMetrics
     run: RunChoice = None
     first_epoch: int = 1
-    """number of the first epoch of the run that is recorded"""
+    """number in the run of its first recorded epoch"""
 
 
 def select(
     phases: Sequence[RecordedPhase], name: str, number: int | None, stages: Sequence[Stage]
 ) -> tuple[Stage, list[Curve]]:
-    """Choose the stage with the most lines, the earlier of equals, and return its lines."""
-    known = {metric for phase in phases for stage in stages for metric in phase.stage(stage)}
+    """Return the stage with the most curves, the earlier of equal ones, and its curves.
+
+    ``number`` is the number of a run, or None for all runs. Raises UnknownMetricError.
+    """
+    recorded = {metric for phase in phases for stage in stages for metric in phase.stage(stage)}
     where = " and ".join(phase.phase for phase in phases)
     if len(stages) == 1:
         where += f".{stages[0]}"
-    if name not in known:
-        raise UnknownMetricError(name, sorted(known), where)
+    if name not in recorded:
+        raise UnknownMetricError(name, sorted(recorded), where)
 
-    found = {stage: curves(phases, name, number, stage) for stage in stages}
-    best = max(stages, key=lambda stage: len(found[stage]))  # the first of equals
-    if not found[best]:
-        in_run = {m for m in known for stage in stages if curves(phases, m, number, stage)}
-        chosen = "all runs" if number is None else f"run {number % phases[0].runs}"
-        raise UnknownMetricError(name, sorted(in_run), f"{chosen} of {where}")
-    return best, found[best]
+    by_stage = {stage: curves(phases, name, number, stage) for stage in stages}
+    stage = max(stages, key=lambda stage: len(by_stage[stage]))  # the first of equal ones
+    if not by_stage[stage]:
+        in_run = {m for m in recorded for stage in stages if curves(phases, m, number, stage)}
+        runs = "all runs" if number is None else f"run {number % phases[0].runs}"
+        raise UnknownMetricError(name, sorted(in_run), f"{runs} of {where}")
+    return stage, by_stage[stage]
 
 
 def run_number(run: object) -> int | None:
-    """Return the run's number, -1 for the last, None for all."""
+    """Return the number of a run: -1 for the last one, None for all."""
     if run is None:
         return -1
     if isinstance(run, str) and run == "all":
         return None
     try:
-        if isinstance(run, bool):  # True would silently be run 1
+        if isinstance(run, bool):  # True would be run 1
             raise TypeError
-        return operator.index(run)  # type: ignore[arg-type]  # the TypeError is what we ask for
+        return operator.index(run)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
             f"run is {run!r}; expected a run's number (an int), 'all', or None for the last run"
@@ -114,94 +117,93 @@ def run_number(run: object) -> int | None:
 def curves(
     phases: Sequence[RecordedPhase], name: str, number: int | None, stage: Stage
 ) -> list[Curve]:
-    """Return what each phase recorded in a stage, of those that recorded anything."""
-    lines = []
+    """Return the curve of each phase that recorded the metric in this stage."""
+    result = []
     for phase in phases:
         series = phase.stage(stage).get(name)
         if series is not None:
             runs = series[:] if number is None else [series[number]]
             if any(len(values) for values in runs):
-                lines.append(Curve(phase.phase, runs))
-    return lines
+                result.append(Curve(phase.phase, runs))
+    return result
 
 
-def select_common(entries: Sequence[RunSelection], name: str) -> tuple[Stage, list[list[Curve]]]:
-    """Choose a stage as `select` does, that all entries have; its curves of each entry.
+def select_common(selections: Sequence[RunSelection], name: str) -> tuple[Stage, list[list[Curve]]]:
+    """Return a stage that all selections have, and its curves for each of them.
 
-    Errors are those of `select`, and say which entry is meant.
+    Of several such stages it is the one with the most curves, or else the earliest. Errors are
+    those of `select`, and name the selection.
     """
-    found = []
-    for entry in entries:
-        number = run_number(entry.run)
-        phases = (entry.history.train, entry.history.valid)
+    curves_by_stage = []
+    for item in selections:
+        number = run_number(item.run)
+        phases = (item.history.train, item.history.valid)
         try:
             select(phases, name, number, LOOKUP_ORDER)
-            found.append({stage: curves(phases, name, number, stage) for stage in LOOKUP_ORDER})
         except UnknownMetricError as error:
-            where = f"{entry.label!r}, {error.where}"
+            where = f"{item.label!r}, {error.where}"
             raise UnknownMetricError(error.name, error.known, where) from None
         except IndexError as error:
-            raise IndexError(f"{entry.label!r}: {error}") from None
-    # A stage that all have comes before one with more curves; of equals it is the first.
-    stage = max(
-        LOOKUP_ORDER, key=lambda s: (sum(map(bool, (f[s] for f in found))), _count(found, s))
-    )
-    for entry, of_stage in zip(entries, found, strict=True):
-        if not of_stage[stage]:
-            known = {
-                m
-                for phase in (entry.history.train, entry.history.valid)
-                for m in phase.stage(stage)
-            }
+            raise IndexError(f"{item.label!r}: {error}") from None
+        curves_by_stage.append(
+            {stage: curves(phases, name, number, stage) for stage in LOOKUP_ORDER}
+        )
+
+    def rank(stage: Stage) -> tuple[int, int]:
+        counts = [len(by_stage[stage]) for by_stage in curves_by_stage]
+        return sum(map(bool, counts)), sum(counts)
+
+    stage = max(LOOKUP_ORDER, key=rank)
+    for item, by_stage in zip(selections, curves_by_stage, strict=True):
+        if not by_stage[stage]:
+            phases = (item.history.train, item.history.valid)
+            recorded = {metric for phase in phases for metric in phase.stage(stage)}
             raise UnknownMetricError(
-                name, sorted(known), f"{stage} of {entry.label!r}, where others recorded it"
+                name, sorted(recorded), f"{stage} of {item.label!r}, where others recorded it"
             )
-    return stage, [of_stage[stage] for of_stage in found]
+    return stage, [by_stage[stage] for by_stage in curves_by_stage]
 
 
-def _count(found: Sequence[dict[Stage, list[Curve]]], stage: Stage) -> int:
-    return sum(len(of_stage[stage]) for of_stage in found)
+def locate_best(history: RecordedMetrics, best: BestEpoch) -> tuple[int, int] | None:
+    """Return the run and the index in it of the best validation; None if it is not recorded.
 
-
-def locate(history: RecordedMetrics, best: BestEpoch) -> tuple[int, int] | None:
-    """Return the run and the place in it of the best validation; None when it is not recorded.
-
-    It is found by its score: the number of an epoch says neither how many epochs earlier runs
-    recorded that did not end, nor what was recorded before the history was cleared. The later
-    of equal scores is the best, as for the trainer.
+    The search is by score, since the number of an epoch does not tell its index: earlier runs may
+    have ended within an epoch, and the history may have been cleared. Of equal scores the last one
+    is the best, as for the trainer.
     """
     series = history.valid.stage(Stage.EPOCH_END).get(best.criteria)
     runs = [] if series is None else series[:]
     for run in reversed(range(len(runs))):
-        places = np.flatnonzero(runs[run] == best.score)
-        if len(places):
-            return run, int(places[-1])
+        indices = np.flatnonzero(runs[run] == best.score)
+        if len(indices):
+            return run, int(indices[-1])
     return None
 
 
-def run_length(lines: Sequence[Curve], run: int) -> int:
-    """Return the length of the longest of the lines in a run."""
-    return max((len(line.runs[run]) for line in lines if run < len(line.runs)), default=0)
+def run_length(curves: Sequence[Curve], run: int) -> int:
+    """Return the length of the longest of some curves in a run."""
+    return max((len(curve.runs[run]) for curve in curves if run < len(curve.runs)), default=0)
 
 
-def points(
-    line: Curve, together: Sequence[Curve], begin: int = 1
+def line_points(
+    curve: Curve, aligned: Sequence[Curve], first_x: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Join the runs of a line; a run begins where the longest of ``together`` has ended.
+    """Return x and y of a curve with its runs joined.
 
-    Where the line's own run is shorter than that, one NaN breaks the line.
+    A run starts at the end of the longest run before it of all ``aligned`` curves. A shorter run
+    ends with a NaN, which leaves a gap in the line.
     """
     x, y = [], []
-    for number, values in enumerate(line.runs):
-        length = run_length(together, number)
-        shown = np.append(values, np.nan) if len(values) < length else values
-        x.append(np.arange(begin, begin + len(shown)))
-        y.append(shown)
-        begin += length
+    for number, values in enumerate(curve.runs):
+        length = run_length(aligned, number)
+        padded = np.append(values, np.nan) if len(values) < length else values
+        x.append(np.arange(first_x, first_x + len(padded)))
+        y.append(padded)
+        first_x += length
     return np.concatenate(x), np.concatenate(y)
 
 
-def alone(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the indices of the values that no line reaches, and that need a marker to be seen."""
+def isolated_points(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the indices of values without a finite neighbour: only a marker makes them visible."""
     finite = np.pad(np.isfinite(values), 1)
     return np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])

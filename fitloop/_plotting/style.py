@@ -1,6 +1,6 @@
-"""Which keywords of ``Axes.plot`` each line of a plot gets, from those that the caller gave.
+"""Keywords of ``Axes.plot`` for each line of a plot, derived from the keywords of the caller.
 
-Owns colors, dashes and labels; knows no figures and no recorded values.
+Owns colors, dashes and labels. Knows neither figures nor recorded values.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _WIDTHS = ("linewidth", "lw")
 _MARKERS = ("marker", "markevery", "markersize", "ms")
 _NO_LINE = ("", " ", "none", "None")
 _PALE = 0.3
-"""opacity of the values that a running mean is drawn over"""
+"""opacity of the values below a running mean"""
 
 
 def phase_options(kwargs: Mapping[str, Any], phase: Phase, num_lines: int) -> dict[str, Any]:
-    """Return the keywords for one of the lines of train and valid."""
+    """Return the keywords for the line of ``phase``, one of ``num_lines`` lines."""
     options = dict(kwargs)
     for key in ("label", *_COLORS, *_LINESTYLES):
         value = options.get(key)
@@ -35,15 +35,15 @@ def phase_options(kwargs: Mapping[str, Any], phase: Phase, num_lines: int) -> di
         options["label"] = f"{label} {phase}"
 
     colors = [kwargs[key] for key in _COLORS if kwargs.get(key) is not None]
-    alike = any(not (isinstance(color, list) and len(color) == 2) for color in colors)
-    free = not any(key in kwargs for key in _LINESTYLES)
-    if alike and free and num_lines > 1 and phase is Phase.VALID:
+    same_color = any(not (isinstance(color, list) and len(color) == 2) for color in colors)
+    has_style = any(key in kwargs for key in _LINESTYLES)
+    if same_color and not has_style and num_lines > 1 and phase is Phase.VALID:
         options["linestyle"] = "--"
     return options
 
 
 def pale_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords for the values that a running mean is drawn over."""
+    """Return the keywords for the values below a running mean."""
     opacity = options.get("alpha")
     pale = {**options, "alpha": _PALE * (1.0 if opacity is None else opacity)}
     if not any(key in options for key in _WIDTHS):
@@ -52,38 +52,38 @@ def pale_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mean_options(options: Mapping[str, Any], color: Any, text: str) -> dict[str, Any]:
-    """Return the keywords for a running mean: a line of ``color``, whatever the values are."""
-    kept = {key: value for key, value in options.items() if key not in (*_MARKERS, *_COLORS)}
+    """Return the keywords for a running mean: a line of ``color``, even if the values have none."""
+    mean = {key: value for key, value in options.items() if key not in (*_MARKERS, *_COLORS)}
     for key in _LINESTYLES:
-        if kept.get(key) in _NO_LINE:
-            del kept[key]
-    kept.setdefault("zorder", 2.5)  # over the values of every line
-    return {**kept, "color": color, "label": f"{options['label']}, {text}"}
+        if mean.get(key) in _NO_LINE:
+            del mean[key]
+    mean.setdefault("zorder", 2.5)  # above the values of all lines
+    return {**mean, "color": color, "label": f"{options['label']}, {text}"}
 
 
-def entry_options(kwargs: Mapping[str, Any], place: int, count: int) -> dict[str, Any]:
-    """Return the keywords for entry number ``place`` of ``count``, without label and dashes."""
+def selection_options(kwargs: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
+    """Return the keywords for selection ``index`` of ``count``, without label and dashes."""
     options = dict(kwargs)
     for key in _COLORS:
         value = options.get(key)
         if isinstance(value, list) and len(value) == count:
-            options[key] = value[place]
+            options[key] = value[index]
     if all(options.get(key) is None for key in _COLORS):
-        options["color"] = _color(place, count)
+        options["color"] = _color(index, count)
     return options
 
 
 def dashed(options: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
-    """Return ``options`` with a line of valid dashed, unless the caller said how lines are."""
+    """Return ``options`` with a dashed line for valid, unless the caller chose a line style."""
     if any(key in options for key in _LINESTYLES):
         return dict(options)
     return {**options, "linestyle": "--" if phase is Phase.VALID else "-"}
 
 
-def _color(place: int, count: int) -> Any:
-    """Return one of ``count`` colors that can be told apart, as far as that goes."""
+def _color(index: int, count: int) -> Any:
+    """Return one of ``count`` colors that are as different as possible."""
     if count <= 10:
-        return f"C{place}"
-    # Neighbours in the list differ in lightness too: there are not twenty hues.
-    hue = place / count
-    return colorsys.hls_to_rgb(hue, (0.32, 0.58, 0.45)[place % 3], (0.9, 0.75, 0.55)[place % 3])
+        return f"C{index}"
+    # Neighbours differ in lightness too: there are fewer than twenty distinct hues.
+    hue = index / count
+    return colorsys.hls_to_rgb(hue, (0.32, 0.58, 0.45)[index % 3], (0.9, 0.75, 0.55)[index % 3])

@@ -1,10 +1,10 @@
-"""How a file comes to its place whole, and stays there: temporary file, fsync, rename, fsync.
+"""Durable files: written to a temporary file, synced, renamed; and locks of directories.
 
-Owns the ways of the file system: temporary names, whose they are, and directories that belong
-to one process at a time. Knows nothing of what is written. Everything here blocks.
+Owns the use of the file system: temporary names, and directories that one process at a time may
+write to. Knows nothing about the content of files. All functions block.
 
-A temporary file is locked by the process that writes it. What is not locked was left behind by
-a process that died, and is removed by whoever writes next to it.
+A temporary file is locked by the process that writes it. One without a lock was left by a process
+that died; the next writer in the directory removes it.
 """
 
 from __future__ import annotations
@@ -26,96 +26,95 @@ except ImportError:  # Windows, which does not delete a file that is open
 
 T = TypeVar("T")
 
-TEMPORARY = ".fitloop-"
-"""how the names of temporary files begin"""
-PART = ".part"
-"""suffix of a file that is made on the way to a temporary one, and removed with it"""
-LOCK = ".fitloop.lock"
-ASKING_SECONDS = 0.1
+TEMPORARY_PREFIX = ".fitloop-"
+PART_SUFFIX = ".part"
+"""suffix of a second temporary file, which a library writes; removed with the first one"""
+LOCK_NAME = ".fitloop.lock"
+PROBE_SECONDS = 0.1
 """longer than `is_locked` ever holds a lock"""
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-"""what a file system without hard links answers to ``os.link``"""
+"""errors of ``os.link`` on a file system without hard links"""
 
 
 def reason(error: BaseException) -> str:
-    """Return the shortest words for an error."""
+    """Return a short text for an error, without the path that an OSError names."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)
 
 
-def already_there(path: Path) -> CheckpointError:
-    """Return the error of a file that is not to be replaced."""
+def _file_exists(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} exists already; pass overwrite=True to replace it")
 
 
 def write_file(path: Path, write: Callable[[Path, int], T], *, overwrite: bool) -> T:
-    """Have ``write(temporary path, its descriptor)`` make a file, and move it to ``path``.
+    """Write a file at ``path``, which is durable when this returns; make missing directories.
 
-    The directory is made if need be. When this returns, the file is durable; when it raises,
-    what was there before still is, and nothing else (unless it is the very last step that fails,
-    making the new name durable: then the new file is there, whole). Of two writers without
-    ``overwrite`` only one succeeds (on a file system without hard links the later one may win).
+    ``write(temporary path, its descriptor)`` writes the content; its result is returned. After an
+    error the directory is as before, unless only the new name could not be made durable: then the
+    complete file is at ``path``. Of two writers without ``overwrite`` one succeeds; without hard
+    links the later one may win.
 
-    Raises OSError, `CheckpointError` when the file exists, and what ``write`` raises.
+    Raises OSError, an exception from ``write``, or `CheckpointError` if the file exists and not
+    ``overwrite``.
     """
     make_directory(path.parent)
-    if not overwrite and os.path.lexists(path):  # also asked at the end, but that is late
-        raise already_there(path)
+    if not overwrite and os.path.lexists(path):  # `_move` checks again, but late
+        raise _file_exists(path)
     remove_leftovers(path.parent)
     temporary, descriptor = _temporary_in(path.parent)
     try:
         result = write(temporary, descriptor)
         _sync(temporary)  # by name: ``write`` may have replaced the file
-        if fcntl is None:  # what is open cannot be moved there
+        if fcntl is None:  # Windows does not move an open file
             os.close(descriptor)
             descriptor = -1
         _move(temporary, path, overwrite)
     finally:
-        for left in (temporary, temporary.with_suffix(PART)):
+        for leftover in (temporary, temporary.with_suffix(PART_SUFFIX)):
             with suppress(OSError):
-                left.unlink()
+                leftover.unlink()
         if descriptor >= 0:
-            os.close(descriptor)  # and unlock it: from now on it would be taken for a leftover
+            os.close(descriptor)  # last: it unlocks the file, which others may then remove
     sync_directory(path.parent)
     return result
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace the file at ``path`` by one with ``data``, as `write_file` does; raises OSError."""
+    """Replace the file at ``path`` by one that holds ``data``; raises OSError."""
     write_file(path, lambda _temporary, descriptor: write_all(descriptor, data), overwrite=True)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write ``data`` to its end, although the system may write less at a time."""
+    """Write all of ``data``, although the system may write less at a time."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def _temporary_in(directory: Path) -> tuple[Path, int]:
-    """Make and lock an empty file."""
+    """Create and lock an empty file; return its path and descriptor."""
     while True:
-        path = directory / f"{TEMPORARY}{secrets.token_hex(8)}.tmp"
+        path = directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags, 0o666)
         if fcntl is None:
             return path, descriptor
-        mine = True
+        is_locked_here = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # somebody takes it for a leftover, before it was locked
-            mine = False
+        except BlockingIOError:  # another process locked it first, to remove it as a leftover
+            is_locked_here = False
         except OSError:  # a file system without locks
             pass
-        if mine and os.path.lexists(path):
+        if is_locked_here and os.path.lexists(path):
             return path, descriptor
         os.close(descriptor)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove the temporary files of processes that are dead."""
+    """Remove the temporary files of processes that have died."""
     with suppress(OSError):
-        for path in directory.glob(f"{TEMPORARY}*.tmp"):
+        for path in directory.glob(f"{TEMPORARY_PREFIX}*.tmp"):
             with suppress(OSError):
                 if fcntl is None:
                     path.unlink()
@@ -124,13 +123,13 @@ def remove_leftovers(directory: Path) -> None:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
-                    path.with_suffix(PART).unlink(missing_ok=True)
+                    path.with_suffix(PART_SUFFIX).unlink(missing_ok=True)
                 finally:
                     os.close(descriptor)
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory and those above it, durably; raises OSError."""
+    """Make a directory and its parents, durably. Raises OSError."""
     if directory.is_dir():
         return
     if directory.parent != directory:
@@ -141,7 +140,7 @@ def make_directory(directory: Path) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Make the names in a directory durable."""
-    if os.name == "nt":  # where a directory cannot be opened
+    if os.name == "nt":  # Windows opens no directories
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -159,42 +158,42 @@ def _sync(path: Path) -> None:
 
 
 def _move(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give the whole file its name; without ``overwrite`` only if no other has it by now."""
+    """Rename the file to ``path``; without ``overwrite`` only if no file has this name."""
     if not overwrite:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            raise already_there(path) from None
+            raise _file_exists(path) from None
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             if os.path.lexists(path):
-                raise already_there(path) from None
+                raise _file_exists(path) from None
         else:
             return
     os.replace(temporary, path)
 
 
 class DirectoryLock:
-    """A directory that only one trainer of one process writes to; ends with the process."""
+    """An exclusive lock on a directory, for one trainer of one process; ends with the process."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
         from filelock import FileLock  # slow to import
 
-        self._lock = FileLock(directory / LOCK, timeout=0, thread_local=False)
+        self._directory = directory
+        self._lock = FileLock(directory / LOCK_NAME, timeout=0, thread_local=False)
 
     def acquire(self) -> None:
-        """Take it.
+        """Acquire the lock; make the directory if it is missing.
 
-        Raises `CheckpointError` when somebody else has it, or the directory cannot be made.
+        Raises `CheckpointError` if the directory is locked, or cannot be made or written to.
         """
         from filelock import Timeout
 
         try:
             make_directory(self._directory)
-            # Not at the first refusal: `is_locked` may be asking at this very moment.
-            self._lock.acquire(timeout=ASKING_SECONDS, poll_interval=ASKING_SECONDS / 10)
+            # With a timeout: `is_locked` of another process may hold the lock for a moment.
+            self._lock.acquire(timeout=PROBE_SECONDS, poll_interval=PROBE_SECONDS / 10)
         except Timeout:
             raise CheckpointError(
                 f"{self._directory} is in use by another running trainer, maybe of another "
@@ -206,26 +205,26 @@ class DirectoryLock:
             ) from error
 
     def release(self) -> None:
-        """Give it back; does nothing when it is not held."""
+        """Release the lock, if it is acquired."""
         self._lock.release()
 
 
 def is_locked(directory: Path) -> bool | None:
-    """Return whether a trainer, of any process, has the lock of ``directory``; it keeps it.
+    """Return whether a trainer of any process has locked ``directory``.
 
-    None where that cannot be told: on Windows, and on a file system without locks.
+    None on Windows and on a file system without locks, where this is unknown.
     """
     if fcntl is None:
         return None
     try:
-        descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
     except OSError:
         return None
     try:
-        # Shared, so that those who ask do not see each other. It takes the lock for a moment if
-        # nobody has it, for which `DirectoryLock.acquire` is prepared.
+        # Shared, so that two processes that call this do not block each other. A free lock is
+        # acquired for a moment; `DirectoryLock.acquire` waits for that long.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -1,12 +1,11 @@
-"""State of any shape as plain msgpack: what state dicts hold, with the tensors taken out.
+"""Nested Python values, such as state dicts, as plain msgpack values and a list of tensors.
 
-Owns the encoding of nested Python values, and which may be kept: numbers, text, containers,
-numpy's and torch's plain values. No other object is: nothing here imports or calls what a file
-names. A value that is none of msgpack's own becomes a map with one key, its kind, which begins
-with ``!``::
+Owns the encoding, and the choice of values that can be encoded: numbers, text, containers, and
+plain values of numpy and torch. A file cannot name code that is imported or called. A value of a
+type that msgpack does not have becomes a map with one key, its kind, which begins with ``!``::
 
     {"!tensor": 3}                          the fourth in the list of tensors
-    {"!array": 4}                           a numpy array, kept as that tensor
+    {"!array": 4}                           a numpy array, stored as the fifth tensor
     {"!number": ["<f4", b"..."]}            a numpy scalar: its dtype and its bytes
     {"!tuple": [...]}, {"!set": [...]}, {"!frozenset": [...]}, {"!size": [...]}
     {"!map": [[key, value], ...]}           a dict whose keys are not all plain strings
@@ -31,18 +30,17 @@ from torch import Tensor
 
 from fitloop._storage.layout import LayoutError
 
-DEEPEST = 100
-"""levels of nesting at most, well below what msgpack's readers take"""
+MAX_DEPTH = 100
+"""largest number of nested levels, well below the limit of msgpack libraries"""
 
 _MARK = "!"
-_MOST_BITS = 8192
-"""of an integer; Python refuses to write out much longer ones"""
+_MAX_BITS = 8192  # of an integer; Python does not convert much longer ones to text
 
 
 def _torch_names(kind: type) -> dict[str, Any]:
-    """Return torch's values of a kind by name, so that no file names what to look up."""
-    found = [item for item in vars(torch).values() if type(item) is kind]
-    return {str(item).removeprefix("torch."): item for item in found}
+    """Return torch's values of a type by name: no other attribute of torch is ever looked up."""
+    values = [item for item in vars(torch).values() if type(item) is kind]
+    return {str(value).removeprefix("torch."): value for value in values}
 
 
 _DTYPES = _torch_names(torch.dtype)
@@ -52,22 +50,22 @@ _PLAIN_NUMBERS = "biufc"
 
 
 class Encoder:
-    """Turns values into plain ones, and collects their tensors by name."""
+    """Converts values to plain ones, and collects their tensors."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        """by the path of each in what was encoded"""
+        """tensors by their path in the encoded value"""
 
     def encode(self, value: Any, path: str) -> Any:
-        """Return ``value`` as msgpack can hold it.
+        """Return ``value`` as a plain value for msgpack.
 
-        Raises `LayoutError`, naming the path, for a value that cannot be kept.
+        Raises `LayoutError`, which names the path, for a value that cannot be encoded.
         """
         return self._encode(value, path, 0)
 
     def _encode(self, value: Any, path: str, depth: int) -> Any:
-        if depth > DEEPEST:
-            raise LayoutError(f"{path[:80]}... is nested more than {DEEPEST} levels deep")
+        if depth > MAX_DEPTH:
+            raise LayoutError(f"{path[:80]}... is nested more than {MAX_DEPTH} levels deep")
         kind = type(value)
         if value is None or kind is bool or kind is float or kind is bytes:
             return value
@@ -83,7 +81,7 @@ class Encoder:
                 for key, item in value.items()
             }
         if isinstance(value, Tensor):
-            return {"!tensor": self._keep(value.detach(), path)}
+            return {"!tensor": self._add(value.detach(), path)}
         container = self._container(value, path, depth)
         return _scalar(value, path) if container is None else container
 
@@ -102,7 +100,7 @@ class Encoder:
                 tensor = torch.from_numpy(np.array(value, order="C"))
             except TypeError:
                 raise _unfit(value, path, f"an array of dtype {value.dtype}") from None
-            return {"!array": self._keep(tensor, path)}
+            return {"!array": self._add(tensor, path)}
         return None
 
     def _items(self, values: Iterable[Any], path: str, depth: int) -> list[Any]:
@@ -112,12 +110,12 @@ class Encoder:
         return [
             [
                 self._encode(key, f"{path} (a key)", depth + 1),
-                self._encode(item, f"{path}/{_shown(key)}", depth + 1),
+                self._encode(item, f"{path}/{_key_text(key)}", depth + 1),
             ]
             for key, item in mapping.items()
         ]
 
-    def _keep(self, tensor: Tensor, path: str) -> int:
+    def _add(self, tensor: Tensor, path: str) -> int:
         name, number = path, 2
         while name in self.tensors:  # 1 and "1" are two keys
             name, number = f"{path} ({number})", number + 1
@@ -137,13 +135,13 @@ _MAPPINGS: dict[type, str] = {dict: "!map", OrderedDict: "!ordered", Counter: "!
 def _integer(value: int, path: str) -> Any:
     if -(2**63) <= value < 2**64:
         return value
-    if value.bit_length() > _MOST_BITS:
-        raise LayoutError(f"{path} is an integer of more than {_MOST_BITS} bits")
+    if value.bit_length() > _MAX_BITS:
+        raise LayoutError(f"{path} is an integer of more than {_MAX_BITS} bits")
     return {"!int": str(value)}
 
 
-def _shown(key: object) -> str:
-    return "..." if type(key) is int and key.bit_length() > _MOST_BITS else str(key)
+def _key_text(key: object) -> str:
+    return "..." if type(key) is int and key.bit_length() > _MAX_BITS else str(key)
 
 
 def _text(value: str, path: str) -> str:
@@ -160,8 +158,8 @@ def _scalar(value: Any, path: str) -> Any:
         return {"!number": [value.dtype.str, value.tobytes()]}
     if kind is complex:
         return {"!complex": [value.real, value.imag]}
-    for name, (torch_kind, known) in _TORCH_VALUES.items():
-        if kind is torch_kind and (not known or value in known.values()):
+    for name, (torch_kind, values) in _TORCH_VALUES.items():
+        if kind is torch_kind and (not values or value in values.values()):
             return {name: str(value).removeprefix("torch.")}
     raise _unfit(value, path, f"a {kind.__module__}.{kind.__qualname__}")
 
@@ -182,7 +180,7 @@ def _unfit(value: object, path: str, what: str) -> LayoutError:
 
 
 class Decoder:
-    """Turns plain values back; the tensors are those that the encoder collected, in order."""
+    """Converts plain values back; ``tensors`` are those of the `Encoder`, in its order."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
@@ -190,15 +188,15 @@ class Decoder:
         self._arrays: set[int] = set()
 
     def decode(self, value: Any, path: str = "state") -> Any:
-        """Return what was encoded.
+        """Return the value that was encoded.
 
-        Raises `LayoutError`, naming the path, for what no encoder made.
+        Raises `LayoutError`, which names the path, for a value that no encoder returns.
         """
         return self._decode(value, path, 0)
 
     def _decode(self, value: Any, path: str, depth: int) -> Any:
-        if depth > DEEPEST:
-            raise LayoutError(f"{path[:80]}... is nested more than {DEEPEST} levels deep")
+        if depth > MAX_DEPTH:
+            raise LayoutError(f"{path[:80]}... is nested more than {MAX_DEPTH} levels deep")
         if type(value) is list:
             return self._items(value, path, depth)
         if type(value) is not dict:
@@ -227,10 +225,10 @@ class Decoder:
                     (self._decode(k, path, depth + 1), self._decode(v, f"{path}/...", depth + 1))
                     for k, v in content
                 ]
-                found = _FROM_PAIRS[key](pairs)
-                if len(found) != len(pairs):
+                mapping = _FROM_PAIRS[key](pairs)
+                if len(mapping) != len(pairs):
                     raise LayoutError(f"{path} has a key twice")
-                return found
+                return mapping
             if key == "!tensor":
                 return self._tensor(content)
             if key == "!array":
@@ -241,19 +239,19 @@ class Decoder:
                 return _FROM_VALUE[key](content)
         except LayoutError:
             raise
-        except Exception as error:  # whatever a forged value makes its constructor raise
+        except Exception as error:  # a forged value may raise anything
             raise LayoutError(f"{path} is no {key[1:]}: {short(content)}") from error
         raise LayoutError(f"{path} is of the kind {short(key)}, unknown here")
 
     def _tensor(self, index: Any) -> Tensor:
-        # Once each, as encoded: a forged tree could take any memory for the copies.
+        # Each one once: copies for a forged value could use any amount of memory.
         if type(index) is not int or index < 0 or index in self._used:
             raise ValueError
         self._used.add(index)
         return self._tensors[index]
 
     def _array(self, tensor: Tensor) -> Any:
-        if id(tensor) in self._arrays:  # under another name
+        if id(tensor) in self._arrays:  # an alias
             raise ValueError
         self._arrays.add(id(tensor))
         return tensor.numpy().copy()
@@ -270,8 +268,8 @@ def _number(content: Any) -> Any:
     return np.frombuffer(data, dtype)[0]
 
 
-def _whole(text: str) -> int:
-    if len(text) > 4000:  # Python itself refuses to convert longer ones
+def _int_from(text: str) -> int:
+    if len(text) > 4000:  # Python does not convert longer ones
         raise ValueError
     return int(text)
 
@@ -288,7 +286,7 @@ _FROM_PAIRS: dict[str, Callable[[list[Any]], Any]] = {
     "!counter": lambda pairs: Counter(dict(pairs)),
 }
 _FROM_VALUE: dict[str, Callable[[Any], Any]] = {
-    "!int": _whole,
+    "!int": _int_from,
     "!complex": lambda parts: complex(*parts),
     "!number": _number,
     "!dtype": lambda name: _DTYPES[name],

@@ -1,18 +1,16 @@
 """The bytes of a fitloop file: a header and payloads in plain msgpack, written without copies.
 
-This module knows bytes, and neither tensors nor paths nor what they mean, so that a file can be
-looked into without torch. ``docs/snapshot-format.md`` is the specification. A file is a sequence
-of msgpack objects, so that any msgpack library can walk it::
+Knows bytes, but neither torch nor the meaning of the tensors. ``docs/snapshot-format.md`` is the
+specification. A file is a sequence of msgpack objects, so that any msgpack library can read it::
 
     header     a map: format, version, kind, byteorder, tensors, ..., header_crc32
-    filler     nil objects (0xc0), as many as it takes for the next payload to start at a
-               multiple of 64 bytes
+    filler     nil objects (0xc0); the next payload starts at a multiple of 64 bytes
     payload    a bin32 object: 0xc6, the length as u32 big endian, the bytes of one tensor
-    filler, payload, ...        one payload a tensor, in the order of the header; a tensor of more
-                                than 2**31-1 bytes takes several
+    filler, payload, ...        one payload for each tensor, in the order of the header; a tensor
+                                of more than 2**31-1 bytes takes several
 
-The header alone says how long the file is: a file of any other length is refused before memory
-is taken for a tensor. There are no offsets that could overlap.
+The length of the file follows from the header. A file of another length is refused before memory
+is allocated for a tensor. There are no offsets that could overlap.
 """
 
 from __future__ import annotations
@@ -39,22 +37,22 @@ FORMAT = "fitloop"
 VERSION = 1
 ALIGNMENT = 64
 MAX_BIN = 2**31 - 1
-"""bytes in one payload at most; more than that few readers of msgpack take"""
+"""largest number of bytes in one payload; few msgpack libraries read more"""
 HEADER_LIMIT = 16 * 2**20
-"""bytes of a header at most, enough for a hundred thousand tensors"""
+"""largest number of bytes of a header, enough for a hundred thousand tensors"""
 MAX_DIMS = 64
-"""dimensions of a tensor at most, as for most operations of torch"""
+"""largest number of dimensions of a tensor, the limit of most torch operations"""
 
 _MAGIC = b"\xa6format\xa7fitloop"
 _FIRST_READ = 64 * 2**10
 _CRC_TAG = b"\xacheader_crc32\xce"
-CRC_STEP = 16 * 2**20
+_CRC_STEP = 16 * 2**20
 
-_MOST_VECTORS = 1024  # IOV_MAX of Linux, macOS and the BSDs
-_MOST_AT_ONCE = 2**30
-_WORTH_A_THREAD = 2**20
+_MAX_VECTORS = 1024  # IOV_MAX of Linux, macOS and the BSDs
+_MAX_WRITE = 2**30
+_MIN_THREADED_SIZE = 2**20
 _UNKNOWN_CRC = 2**32 - 1  # any value that packs into five bytes
-_NO_ALLOCATION = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+_CANNOT_ALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
 ITEM_SIZES = {
     **dict.fromkeys(("bool", "uint8", "int8", "bits8", "bits1x8", "bits2x4", "bits4x2"), 1),
@@ -76,20 +74,20 @@ def _fastest_crc32() -> Callable[..., int]:
         from zlib_ng import zlib_ng  # the same checksum, four times as fast; it is an extra
     except ImportError:
         return zlib.crc32
-    found: Callable[..., int] = zlib_ng.crc32
-    return found
+    function: Callable[..., int] = zlib_ng.crc32
+    return function
 
 
 crc32 = _fastest_crc32()
 
 
 class LayoutError(Exception):
-    """Raised for bytes that are no such file and for a value that cannot be put in one."""
+    """Raised for bytes that are no valid file, and for a value that no file can hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One line of the header's list of tensors; all but the names is empty in an alias."""
+    """An item of the header's list of tensors; an alias has only ``name`` and ``same_as``."""
 
     name: str
     same_as: str | None
@@ -101,7 +99,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """A tensor to be written: what the header says of it, and its bytes."""
+    """A tensor to be written: the values for the header, and the bytes."""
 
     name: str
     dtype: str
@@ -111,23 +109,23 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class TensorAlias:
-    """A tensor that is the same memory as an earlier one."""
+    """A tensor to be written that shares its memory with an earlier one."""
 
     name: str
     same_as: str
 
 
-# -- the same for both -----------------------------------------------------------------------
+# -- reading and writing ---------------------------------------------------------------------
 
 
 def chunks(nbytes: int) -> Iterator[tuple[int, int]]:
-    """Yield offset and length of the payloads of a tensor; at least one, maybe empty."""
+    """Yield offset and length of each payload of a tensor; an empty tensor has an empty payload."""
     for offset in range(0, max(nbytes, 1), MAX_BIN):
         yield offset, min(MAX_BIN, nbytes - offset)
 
 
 def frame(position: int, length: int) -> bytes:
-    """Return the filler and the bin header that stand at ``position`` before a payload."""
+    """Return the filler and the bin header that start at ``position`` before a payload."""
     return b"\xc0" * (-(position + 5) % ALIGNMENT) + struct.pack(">BI", 0xC6, length)
 
 
@@ -137,11 +135,11 @@ def frame(position: int, length: int) -> bytes:
 def read_layout(
     read: Callable[[int, int], bytes], size: int, kind: str | None = None
 ) -> tuple[dict[str, Any], list[TensorEntry], list[list[tuple[int, int]]], int]:
-    """Read the header of a file of ``size`` bytes, and check that the file is as long as it says.
+    """Read and check the header of a file of ``size`` bytes; read no payload.
 
-    ``read(offset, length)`` gives the bytes there. Returns the header, its list of tensors, and
-    where the payloads of each are, offset and length, and where the header ends. The payloads
-    are not read.
+    ``read(offset, length)`` returns bytes of the file. Returns the header, its list of tensors,
+    offset and length of the payloads of each tensor, and the offset of the header's end. Raises
+    `LayoutError` for a header that is damaged or of another kind, or if the size differs.
     """
     header, end = _read_header(read, size)
     position = end
@@ -152,7 +150,7 @@ def read_layout(
         spans.append([])
         if entry.same_as is not None:
             continue
-        # A tensor larger than the file is not cut into chunks first: there may be millions.
+        # A forged size may have millions of chunks: compare it with the file first.
         fits = entry.nbytes <= size - position
         for _, length in chunks(entry.nbytes) if fits else ():
             position += len(frame(position, length))
@@ -171,25 +169,24 @@ def read_layout(
 def check_payload(
     entry: TensorEntry, spans: Sequence[tuple[int, int]], data: memoryview, previous: int
 ) -> None:
-    """Compare what stands before and in the payloads of a tensor with what the header says.
+    """Compare the checksum of a tensor, and the filler before its payloads; any thread.
 
-    ``previous`` is where the payload before ended. Any thread.
+    ``previous`` is the offset of the end of the payload before. Raises `LayoutError`.
     """
-    value = 0
+    crc = 0
     for position, length in spans:
         if data[previous:position] != frame(previous, length):
             raise LayoutError(
                 f"the bytes at {previous}, before tensor {short(entry.name)}, are damaged"
             )
-        for offset in range(position, position + length, CRC_STEP):
-            value = crc32(data[offset : min(offset + CRC_STEP, position + length)], value)
+        crc = _checksum(data[position : position + length], crc)
         previous = position + length
-    if value != entry.crc32:
+    if crc != entry.crc32:
         raise LayoutError(f"tensor {short(entry.name)} is damaged: its checksum differs")
 
 
 def _read_header(read: Callable[[int, int], bytes], size: int) -> tuple[dict[str, Any], int]:
-    """Return the header and where it ends; only a header with a right checksum is unpacked."""
+    """Return the header and the offset of its end; compare its checksum before unpacking it."""
     if size == 0:
         raise LayoutError("the file is empty")
     window = _FIRST_READ
@@ -207,10 +204,10 @@ def _read_header(read: Callable[[int, int], bytes], size: int) -> tuple[dict[str
         if window == HEADER_LIMIT:
             raise LayoutError(f"its header takes more than {HEADER_LIMIT} bytes")
         window *= 8
-    checked = data[: end - 4]
-    if not checked.endswith(_CRC_TAG):
+    content = data[: end - 4]
+    if not content.endswith(_CRC_TAG):
         raise LayoutError("its header does not end with a checksum")
-    if struct.pack(">I", crc32(checked)) != data[end - 4 : end]:
+    if struct.pack(">I", crc32(content)) != data[end - 4 : end]:
         raise LayoutError("its header is damaged: the checksum differs")
     return unpack(data[:end], "its header"), end
 
@@ -219,7 +216,7 @@ _FIXMAPS = {bytes([0x80 | count]) for count in range(16)}
 
 
 def pack(value: object) -> bytes:
-    """Return a plain value as msgpack; LayoutError for one that is none."""
+    """Return a plain value as msgpack bytes; raise `LayoutError` for any other value."""
     try:
         packed: bytes = msgpack.packb(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -228,7 +225,7 @@ def pack(value: object) -> bytes:
 
 
 def unpack(data: bytes, what: str) -> Any:
-    """Return the one msgpack object that ``data`` is."""
+    """Return the one msgpack object in ``data``; the name ``what`` is for the error message."""
     try:
         return msgpack.unpackb(data, object_pairs_hook=_unique(what))
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
@@ -236,10 +233,9 @@ def unpack(data: bytes, what: str) -> Any:
 
 
 def _end_of_object(data: bytes) -> int | None:
-    """Return where the first msgpack object ends, None if that is beyond ``data``.
+    """Return the end of the first msgpack object, or None if the object is not complete.
 
-    Skipping builds nothing, so that a forged length takes no memory: what has been skipped to
-    its end has as many items as it says.
+    The object is skipped, not built, so that a forged length allocates no memory.
     """
     unpacker = msgpack.Unpacker(max_buffer_size=HEADER_LIMIT)
     unpacker.feed(data)
@@ -253,25 +249,30 @@ def _end_of_object(data: bytes) -> int | None:
     return int(unpacker.tell())
 
 
+def object_ends(data: bytes) -> Iterator[int]:
+    """Yield the end of each msgpack object in ``data``; stop at a torn or malformed one."""
+    unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
+    unpacker.feed(data)
+    with suppress(ValueError, RecursionError, msgpack.UnpackException):
+        while True:
+            unpacker.skip()
+            yield int(unpacker.tell())
+
+
 def _unique(what: str) -> Callable[[Iterable[tuple[Any, Any]]], dict[Any, Any]]:
     def collect(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}
+        mapping: dict[Any, Any] = {}
         for key, value in pairs:
-            if key in found:
+            if key in mapping:
                 raise LayoutError(f"{what} has the key {short(key)} twice")
-            found[key] = value
-        return found
+            mapping[key] = value
+        return mapping
 
     return collect
 
 
 def check_format(header: Any, kind: str | None) -> None:
-    """Raise `LayoutError` unless this fitloop can read a file that has ``header``.
-
-    Args:
-        header: the first map of the file, unpacked.
-        kind: the expected kind; None allows any.
-    """
+    """Raise `LayoutError` unless ``header`` is of a readable file of ``kind``; None allows any."""
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise LayoutError("it does not begin as a fitloop file does")
     version = header.get("version")
@@ -295,21 +296,21 @@ def _check_header(header: dict[str, Any], kind: str | None) -> None:
 
 
 def _entries(listing: object) -> list[TensorEntry]:
-    """Check the header's list of tensors and return it; forged ones do not get further."""
+    """Check the header's list of tensors and return it."""
     if not isinstance(listing, list):
         raise LayoutError(f"its tensors are {short(listing)}; expected a list")
-    found: dict[str, TensorEntry] = {}
+    entries: dict[str, TensorEntry] = {}
     for index, item in enumerate(listing):
         entry = _entry(f"tensors[{index}]", item)
-        if entry.name in found:
+        if entry.name in entries:
             raise LayoutError(f"two tensors have the name {short(entry.name)}")
-        if entry.same_as is not None and entry.same_as not in found:
+        if entry.same_as is not None and entry.same_as not in entries:
             raise LayoutError(
                 f"tensor {short(entry.name)} is the same as {short(entry.same_as)}, "
                 "which does not come before it"
             )
-        found[entry.name] = entry
-    return list(found.values())
+        entries[entry.name] = entry
+    return list(entries.values())
 
 
 def _entry(where: str, item: object) -> TensorEntry:
@@ -340,18 +341,18 @@ def _is_count(value: object) -> TypeGuard[int]:
 def read_file_header(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], list[TensorEntry], int]:
-    """Return header, list of tensors and size of the file at ``path``; reads no payload.
+    """Return header, list of tensors and size of the file at ``path``; read no payload.
 
-    Raises `LayoutError` for what is no such file, and OSError.
+    Raises `LayoutError` if it is no fitloop file, and OSError.
     """
-    # Not blocking, or a pipe would be waited for.
+    # Not blocking: the path may be a pipe.
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     descriptor = os.open(path, flags)
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise LayoutError("it is no file")
-        size = found.st_size
+        size = status.st_size
 
         def read(offset: int, length: int) -> bytes:
             os.lseek(descriptor, offset, os.SEEK_SET)
@@ -376,25 +377,25 @@ def write_layout(
     tensors: Sequence[Payload | TensorAlias],
     fields: Mapping[str, object],
 ) -> int:
-    """Write a whole file to an empty one that is open for writing; return its length in bytes.
+    """Write header and payloads to an empty open file; return its length in bytes.
 
-    ``fields`` are the header keys special to ``kind``. The payloads must not change meanwhile:
-    their checksums are taken while they are being written, and come into the header at the end.
+    ``fields`` are the header keys of the kind. The payloads must not change meanwhile: a second
+    thread computes their checksums while the system writes them, and the header is written again
+    at the end.
     """
-    header, places = _pack_header(kind, tensors, fields)
+    header, crc_offsets = _pack_header(kind, tensors, fields)
     payloads = [tensor.data for tensor in tensors if isinstance(tensor, Payload)]
     pieces = [*_pieces(len(header), payloads)]
     size = len(header) + sum(map(len, pieces))
     _allocate(descriptor, size)
-    if size < _WORTH_A_THREAD:
-        sums = [_checksum(payload) for payload in payloads]
-        _seal(header, places, sums)
+    if size < _MIN_THREADED_SIZE:
+        _set_checksums(header, crc_offsets, [_checksum(payload) for payload in payloads])
         _write_all(descriptor, [memoryview(header), *pieces])
         return size
     with ThreadPoolExecutor(1, thread_name_prefix="fitloop checksums") as pool:
-        summing = pool.submit(lambda: [_checksum(payload) for payload in payloads])
+        checksums = pool.submit(lambda: [_checksum(payload) for payload in payloads])
         _write_all(descriptor, [memoryview(header), *pieces])
-        _seal(header, places, summing.result())
+        _set_checksums(header, crc_offsets, checksums.result())
     os.lseek(descriptor, 0, os.SEEK_SET)
     _write_all(descriptor, [memoryview(header)])
     return size
@@ -403,10 +404,10 @@ def write_layout(
 def _pack_header(
     kind: str, tensors: Sequence[Payload | TensorAlias], fields: Mapping[str, object]
 ) -> tuple[bytearray, list[int]]:
-    """Return the header without checksums, and where those of the tensors belong."""
+    """Return the header without checksums, and the offsets of those of the tensors."""
     first = {"format": FORMAT, "version": VERSION, "kind": kind, "byteorder": sys.byteorder}
     packer = msgpack.Packer()
-    places: list[int] = []
+    crc_offsets: list[int] = []
     try:
         header = bytearray(packer.pack_map_header(len(first) + 1 + len(fields) + 1))
         for key, value in first.items():
@@ -425,7 +426,7 @@ def _pack_header(
                     "crc32": _UNKNOWN_CRC,
                 }
             )
-            places.append(len(header) - 4)
+            crc_offsets.append(len(header) - 4)
         for key, value in fields.items():
             header += packer.pack(key) + packer.pack(value)
         header += packer.pack("header_crc32") + packer.pack(_UNKNOWN_CRC)
@@ -433,62 +434,59 @@ def _pack_header(
         raise LayoutError(f"its header cannot be written: {error}") from error
     if len(header) > HEADER_LIMIT:
         raise LayoutError(f"its header takes more than {HEADER_LIMIT} bytes")
-    return header, places
+    return header, crc_offsets
 
 
-def _seal(header: bytearray, places: list[int], sums: list[int]) -> None:
-    for place, value in zip(places, sums, strict=True):
-        header[place : place + 4] = struct.pack(">I", value)
+def _set_checksums(header: bytearray, crc_offsets: list[int], checksums: list[int]) -> None:
+    for offset, checksum in zip(crc_offsets, checksums, strict=True):
+        header[offset : offset + 4] = struct.pack(">I", checksum)
     header[-4:] = struct.pack(">I", crc32(memoryview(header)[:-4]))
 
 
-def _checksum(payload: memoryview) -> int:
-    value = 0
-    for offset in range(0, len(payload), CRC_STEP):
-        value = crc32(payload[offset : offset + CRC_STEP], value)
-    return value
+def _checksum(payload: memoryview, crc: int = 0) -> int:
+    for offset in range(0, len(payload), _CRC_STEP):
+        crc = crc32(payload[offset : offset + _CRC_STEP], crc)
+    return crc
 
 
 def _pieces(position: int, payloads: Iterable[memoryview]) -> Iterator[memoryview]:
     for payload in payloads:
         for offset, length in chunks(len(payload)):
-            before = frame(position, length)
-            yield memoryview(before)
+            head = frame(position, length)
+            yield memoryview(head)
             yield payload[offset : offset + length]
-            position += len(before) + length
+            position += len(head) + length
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Take the room on the disk at once: that is faster, and a full one says so early."""
+    """Allocate the space on the disk at once: faster, and a full disk raises OSError early."""
     if not hasattr(os, "posix_fallocate"):
         return
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        if error.errno not in _NO_ALLOCATION:
+        if error.errno not in _CANNOT_ALLOCATE:
             raise
 
 
 def _write_all(descriptor: int, pieces: Iterable[memoryview]) -> None:
+    """Write all pieces, several at a time, although the system may write less."""
     group: list[memoryview] = []
     length = 0
     for piece in pieces:
-        for start in range(0, len(piece), _MOST_AT_ONCE):
-            group.append(piece[start : start + _MOST_AT_ONCE])
+        for start in range(0, len(piece), _MAX_WRITE):
+            group.append(piece[start : start + _MAX_WRITE])
             length += len(group[-1])
-            if len(group) == _MOST_VECTORS or length >= _MOST_AT_ONCE:
+            if len(group) == _MAX_VECTORS or length >= _MAX_WRITE:
                 _write_group(descriptor, group)
                 group, length = [], 0
     _write_group(descriptor, group)
 
 
 def _write_group(descriptor: int, group: list[memoryview]) -> None:
-    """Write all of ``group``, however little of it the system takes at a time."""
     while group:
-        if hasattr(os, "writev"):
-            written = os.writev(descriptor, group)
-        else:
-            written = os.write(descriptor, group[0])
+        write_vector = hasattr(os, "writev")  # not on Windows
+        written = os.writev(descriptor, group) if write_vector else os.write(descriptor, group[0])
         while group and written >= len(group[0]):
             written -= len(group.pop(0))
         if written:

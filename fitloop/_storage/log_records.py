@@ -1,8 +1,8 @@
-"""The records of a metric log: what each holds, as bytes and back.
+"""The records of a metric log, encoded as bytes and decoded again.
 
-Owns the frame, a msgpack list of a checksum and a bin, and what is packed in it: the head, and
-events. Knows no files. What is read may be torn or forged: a frame that is not whole ends the
-records, a value that no event has is refused.
+A record is a msgpack list of a checksum and a bin. The bin holds a map: the head of the log, or an
+event. Knows no files. Bytes to be decoded may be torn or forged: the records end before one with a
+wrong checksum, and a value that no event can have is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from fitloop._events import (
     WentBack,
 )
 from fitloop._metrics.history import History, export_history
-from fitloop._storage.layout import FORMAT, VERSION, LayoutError, check_format, crc32, pack, unpack
+from fitloop._storage.layout import (
+    FORMAT,
+    VERSION,
+    LayoutError,
+    check_format,
+    crc32,
+    object_ends,
+    pack,
+    unpack,
+)
 from fitloop._types import Phase
 
 KIND = "metrics"
@@ -42,30 +51,30 @@ LOGGED: dict[str, type[Event]] = {
 }
 """the events that have records; only those of `PhaseEnded` add to a history"""
 
-MOST_SECONDS = 1e11
-"""three thousand years; a time beyond is forged"""
+MAX_SECONDS = 1e11
+"""three thousand years; a later time is forged"""
 
-_LEFT_OUT = {PhaseEnded: {"trainer", "batch_metrics"}, EpochEnded: {"trainer", "metrics"}}
-"""what is not repeated: the head names the trainer, an epoch's metrics are its phases'"""
+_OMITTED = {PhaseEnded: {"trainer", "batch_metrics"}, EpochEnded: {"trainer", "metrics"}}
+"""fields without a value in the record: the head and the records of the phases have these values"""
 
 
 class RunInfo(NamedTuple):
-    """The run that a log is of, for who follows it."""
+    """The run of a log, for readers in other processes."""
 
     call: str
     epochs: int
     first_epoch: int
     epochs_done: int
-    """before it was resumed"""
+    """completed epochs, before the run was resumed"""
     began: float
-    """when, in this process; also tells two runs apart. Seconds since 1970, as all times here"""
+    """time of the start in this process, in seconds since 1970; identifies the run"""
 
 
 # -- to bytes ----------------------------------------------------------------------------------
 
 
 def encode_head(trainer: str, history: History, run: RunInfo | None = None) -> bytes:
-    """Return a log of ``history`` as it is now, to be appended to."""
+    """Return the first record of a log: the present history, and the run that starts."""
     contents = {
         "format": FORMAT,
         "version": VERSION,
@@ -79,7 +88,7 @@ def encode_head(trainer: str, history: History, run: RunInfo | None = None) -> b
 
 
 def encode_event(event: Event, at: float = 0.0) -> bytes | None:
-    """Return what to append for an event that happened ``at``; None for one without record."""
+    """Return the record of an event at a time; None if events of this kind have no record."""
     if event.kind not in LOGGED:
         return None
     return _framed(_contents(event, at))
@@ -91,8 +100,8 @@ def encode_progress(event: BatchProgress, at: float, run: RunInfo) -> bytes:
 
 
 def _contents(event: Event, at: float) -> dict[str, Any]:
-    left_out = _LEFT_OUT.get(type(event), {"trainer"})
-    contents = {key: value for key, value in event.as_dict().items() if key not in left_out}
+    omitted = _OMITTED.get(type(event), {"trainer"})
+    contents = {key: value for key, value in event.as_dict().items() if key not in omitted}
     if isinstance(event, PhaseEnded):
         contents["batch_metrics"] = {k: _bytes_of(v) for k, v in event.batch_metrics.items()}
     contents["at"] = at
@@ -120,44 +129,20 @@ def _with_bytes(value: Any) -> Any:
 
 
 def iter_records(data: bytes) -> Iterator[tuple[Any, int]]:
-    """Yield the whole records and where each ends; what comes after the last is ignored."""
-    position = 0
-    while position < len(data):
-        found = _frame_at(data, position)
-        if found is None:
-            return
-        start, end, checksum = found
-        packed = data[start:end]
-        if len(packed) < end - start or crc32(packed) != checksum:
+    """Yield each record and the offset of its end; stop before a torn or damaged one.
+
+    Raises `LayoutError` if a record has a right checksum and is no plain msgpack.
+    """
+    start = 0
+    for end in object_ends(data):
+        try:
+            checksum, packed = unpack(data[start:end], "a record")
+            if not isinstance(packed, bytes) or crc32(packed) != checksum:
+                return
+        except (LayoutError, TypeError, ValueError):
             return
         yield unpack(packed, "a record"), end
-        position = end
-
-
-def _frame_at(data: bytes, position: int) -> tuple[int, int, int] | None:
-    """Return where a record's bin begins and ends, and its checksum; None for no such frame.
-
-    By hand, since a reader of msgpack would take memory for whatever length it reads.
-    """
-    numbers = {0xCC: 1, 0xCD: 2, 0xCE: 4}
-    lengths = {0xC4: 1, 0xC5: 2, 0xC6: 4}
-    head = data[position : position + 11]
-    if len(head) < 3 or head[0] != 0x92:
-        return None
-    place = 1
-    if head[place] < 0x80:
-        checksum, place = head[place], place + 1
-    elif head[place] in numbers:
-        size = numbers[head[place]]
-        checksum, place = int.from_bytes(head[2 : 2 + size], "big"), 2 + size
-    else:
-        return None
-    if place >= len(head) or head[place] not in lengths:
-        return None
-    size = lengths[head[place]]
-    length = int.from_bytes(head[place + 1 : place + 1 + size], "big")
-    start = position + place + 1 + size
-    return start, start + length, checksum
+        start = end
 
 
 def check_head(head: Any) -> None:
@@ -168,7 +153,7 @@ def check_head(head: Any) -> None:
 
 
 def event_kind(record: Any) -> str:
-    """Return which event a record is of; raises `LayoutError` for one that is of none."""
+    """Return the kind of a record's event; raise `LayoutError` if there is no such kind."""
     kind = record["kind"]
     if not isinstance(kind, str) or kind not in LOGGED:
         raise LayoutError(f"it has a record of the kind {kind!r:.40}, unknown here")
@@ -176,44 +161,50 @@ def event_kind(record: Any) -> str:
 
 
 def decode_batch_metrics(record: Any) -> dict[str, array[float]]:
-    """Return the values of the batch steps in a record of a phase."""
+    """Return the values of the batch steps from the record of a phase."""
     return {str(k): array("d", v) for k, v in record["batch_metrics"].items()}
 
 
 def decode_run(head: Any) -> tuple[RunInfo, RunStarted]:
-    """Return the run that a log is of and how it began.
+    """Return the run in a head, and the event of its start.
 
-    Raises `LayoutError` for a log that does not tell, KeyError, TypeError and the like for what
-    is not as it is written.
+    Raises:
+        LayoutError: the head has no run; earlier versions of fitloop wrote none.
+        Exception: a value is missing or forged; mostly a KeyError or TypeError.
     """
-    own = head.get("run")
-    if own is None:
+    values = head.get("run")
+    if values is None:
         raise LayoutError("it does not tell how its run goes: an earlier fitloop wrote it")
     run = RunInfo(
-        call=_str(own["call"]),
-        epochs=_int(own["epochs"]),
-        first_epoch=_int(own["first_epoch"]),
-        epochs_done=_int(own["epochs_done"]),
-        began=_seconds(own["began"]),
+        call=_str(values["call"]),
+        epochs=_int(values["epochs"]),
+        first_epoch=_int(values["first_epoch"]),
+        epochs_done=_int(values["epochs_done"]),
+        began=_seconds(values["began"]),
     )
-    name = _str(head["trainer"])
-    return run, RunStarted(
-        trainer=name, call=run.call, epochs=run.epochs, first_epoch=run.first_epoch
+    started = RunStarted(
+        trainer=_str(head["trainer"]),
+        call=run.call,
+        epochs=run.epochs,
+        first_epoch=run.first_epoch,
     )
+    return run, started
 
 
-def decode_event(record: Any, trainer: str, ended: Mapping[str, Any]) -> tuple[Event, float]:
-    """Return the event of a record and when it happened.
+def decode_event(
+    record: Any, trainer: str, epoch_metrics: Mapping[str, Any]
+) -> tuple[Event, float]:
+    """Return the event of a record and its time.
 
-    ``ended`` is what the phases of the epoch have returned, of which its end tells. Raises
-    KeyError, TypeError and the like for what is not as it is written.
+    ``trainer`` and ``epoch_metrics``, by phase, are the values of the fields that a record omits.
+    Raises an exception, mostly a KeyError or TypeError, if a value is missing or forged.
     """
     cls = LOGGED[event_kind(record)]
     values: dict[str, Any] = {"trainer": trainer}
     if cls is PhaseEnded:
         values["batch_metrics"] = decode_batch_metrics(record)
     elif cls is EpochEnded:
-        values["metrics"] = dict(ended)
+        values["metrics"] = dict(epoch_metrics)
     for item in fields(cls):
         if item.name not in values:
             values[item.name] = _READ[str(item.type)](record[item.name])
@@ -249,7 +240,7 @@ def _float(value: Any) -> float:
 
 def _seconds(value: Any) -> float:
     seconds = _float(value)
-    if not 0 <= seconds < MOST_SECONDS:  # it is going to be reckoned with
+    if not 0 <= seconds < MAX_SECONDS:  # other times are compared with it
         raise TypeError(f"{value!r:.40} is no time")
     return seconds
 
@@ -257,7 +248,7 @@ def _seconds(value: Any) -> float:
 def _str(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.40} is no text")
-    # It is going to be shown: what a terminal would obey is taken out.
+    # The text is printed: replace control characters of the terminal.
     return "".join(c if c.isprintable() else " " for c in value)
 
 
@@ -282,4 +273,4 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "Phase": Phase,
     "EpochMetrics": lambda value: {_str(k): _float(v) for k, v in value.items()},
 }
-"""how to read what a field of an event is annotated with; a plain float is a time in all of them"""
+"""decoders by the annotation of an event's field; a plain float is a time in all of them"""

@@ -1,9 +1,9 @@
-"""The metrics of a trainer in a file that grows while it trains, for readers in any process.
+"""The metric log: a file that grows while a trainer runs, for readers in any process.
 
-Owns the file: a head with the history so far, then the records of what happened since, as
-`_logrecords` makes them. A record that was not written to its end is no record: readers stop
-before it. Every run begins the log anew, whole or not at all, so that nothing torn is ever
-appended to.
+Owns two files. The log is append-only: a head with the history so far, then a record for each event
+(see `log_records`). Readers stop before a torn record. Every run replaces the log atomically, so
+that nothing is appended to a torn record. The progress file holds one record, which is overwritten
+about once a second, so that the log does not grow with the time that an epoch takes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fitloop._errors import CheckpointError
 from fitloop._events import PhaseEnded
@@ -99,25 +97,20 @@ def _unwritten(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} cannot be written: {reason(error)}")
 
 
-def log_path(path: str | os.PathLike[str]) -> Path:
-    """Return the log that ``path`` is, or is the ``save_path`` of."""
-    path = Path(path)
-    return path / LOG_NAME if path.is_dir() else path
-
-
 @public
 def read_metrics(path: str | os.PathLike[str]) -> History:
-    """Read the metrics that a trainer has logged: what its ``M`` is, at this moment.
+    """Read the metrics that a trainer has logged: a copy of its ``M`` at this moment.
 
     ``path`` is a log file, or the ``save_path`` of a trainer. Any process may read while the
-    trainer runs: it sees every phase that has ended. A record that is being written, or that a
-    dying process left unfinished, is left out.
+    trainer runs: the result has every phase that has ended. A torn record at the end, from a write
+    that is going on or from a killed process, is ignored.
 
     Raises:
-        CheckpointError: there is no log, or the file is none.
+        CheckpointError: there is no log, or the file is no log.
     """
-    path = log_path(path)
-    if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
+    path = Path(path)
+    path = path / LOG_NAME if path.is_dir() else path
+    if os.path.lexists(path) and not path.is_file():  # reading a pipe would block
         raise CheckpointError(f"{path} cannot be read: it is no file")
     try:
         data = path.read_bytes()
@@ -128,28 +121,20 @@ def read_metrics(path: str | os.PathLike[str]) -> History:
         records = iter_records(data)
         head: Any = next(records, (None, 0))[0]
         check_head(head)
-        restore_history(history, _with_arrays(head["history"]))
+        restore_history(history, head["history"])
         for record, _end in records:
-            if event_kind(record) == PhaseEnded.kind:  # the others are for who follows the run
+            if event_kind(record) == PhaseEnded.kind:
                 history.observe(_phase_ended(record))
-    except Exception as error:  # whatever a forged record makes of it
+    except Exception as error:  # a forged record may raise anything
         raise unreadable(path, error) from error
     return history
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """Return what to raise when reading a log raised ``error``."""
+    """Return the `CheckpointError` for a log that could not be read because of ``error``."""
     if isinstance(error, LayoutError):
         return CheckpointError(f"{path} cannot be read: {error}")
     return CheckpointError(f"{path} is not as fitloop writes it: {type(error).__name__}: {error}")
-
-
-def _with_arrays(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return np.frombuffer(value, dtype="<f8")
-    if isinstance(value, dict):
-        return {key: _with_arrays(item) for key, item in value.items()}
-    return [_with_arrays(item) for item in value] if isinstance(value, list) else value
 
 
 def _phase_ended(record: Any) -> PhaseEnded:

@@ -1,7 +1,7 @@
-"""Tensors in fitloop files: their bytes on the way out, mapped into memory on the way in.
+"""Tensors in fitloop files: written as bytes, and read by mapping the file into memory.
 
-Owns what a tensor is in a file; the bytes around it are `_layout`'s. Knows neither models nor
-what a file is for.
+Owns the bytes of a tensor; `layout` owns the file around them. Knows neither models nor the purpose
+of a file.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ DTYPES: dict[str, torch.dtype] = {
     for name in ITEM_SIZES
     if isinstance(dtype := getattr(torch, name, None), torch.dtype)
 }
-"""by name; a quantized tensor has a scale and a zero point besides its bytes, so it is not here"""
+"""torch's dtypes by name; without quantized ones, which need a scale and a zero point too"""
 
-_WORTH_THREADS = 8 * 2**20
-_CHECKERS = 4
-"""threads at most that compare checksums; more would wait for the memory"""
+_MIN_THREADED_SIZE = 8 * 2**20
+_CHECKSUM_THREADS = 4  # more are limited by the memory bandwidth
 
-_OF_SIZE = {
+_INTEGER_OF_SIZE = {
     1: torch.uint8,
     2: torch.int16,
     4: torch.int32,
@@ -49,12 +48,12 @@ _OF_SIZE = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype in a file."""
+    """Return the name of a dtype in files."""
     return str(dtype).removeprefix("torch.")
 
 
 def check_storable(name: str, tensor: Tensor) -> None:
-    """Raise `LayoutError` for a tensor that is not just numbers in memory."""
+    """Raise `LayoutError` unless the tensor is dense and has values in memory."""
     if dtype_name(tensor.dtype) not in DTYPES:
         raise LayoutError(f"tensor {name!r} is of dtype {tensor.dtype}, which has no plain bytes")
     if tensor.dim() > MAX_DIMS:
@@ -65,82 +64,74 @@ def check_storable(name: str, tensor: Tensor) -> None:
 
 
 def as_integers(name: str, tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor as whole ones of the same size, since torch copies few of
-    the small dtypes as they are; the same memory where it can be.
+    """Return the memory of a tensor as integers of the same size, without a copy if possible.
 
-    Raises `LayoutError` for a tensor that cannot be kept.
-    """  # noqa: D205
+    Torch cannot copy tensors of some small dtypes. Raises `LayoutError` if no file can hold it.
+    """
     check_storable(name, tensor)
     try:
         numbers = tensor.detach().resolve_conj().resolve_neg()
-        return numbers.view(_OF_SIZE[tensor.dtype.itemsize])
+        return numbers.view(_INTEGER_OF_SIZE[tensor.dtype.itemsize])
     except (RuntimeError, TypeError) as error:
         raise LayoutError(f"tensor {name!r} gives no plain bytes: {error}") from error
 
 
-def payload_of(name: str, tensor: Tensor, numbers: Tensor | None = None) -> Payload:
-    """Return what is written for a tensor; ``numbers`` are its `as_integers`, if at hand.
-
-    What is not on the CPU or not contiguous is copied.
-    """
-    numbers = as_integers(name, tensor) if numbers is None else numbers
+def payload_of(name: str, tensor: Tensor, numbers: Tensor) -> Payload:
+    """Return the payload of a tensor, of which ``numbers`` are the `as_integers` or a copy."""
     try:
-        whole = numbers.cpu().contiguous()
-        # Not reshape: a dimension of length 1 counts as contiguous whatever its stride is.
-        row = whole.as_strided((whole.numel(),), (1,))
-        plain = row.view(torch.uint8).numpy()
+        contiguous = numbers.cpu().contiguous()
+        # Not reshape: a dimension of length 1 counts as contiguous with any stride.
+        flat = contiguous.as_strided((contiguous.numel(),), (1,))
+        octets = flat.view(torch.uint8).numpy()
     except (RuntimeError, TypeError) as error:
         raise LayoutError(f"tensor {name!r} gives no plain bytes: {error}") from error
-    return Payload(name, dtype_name(tensor.dtype), tuple(tensor.shape), plain.data)
+    return Payload(name, dtype_name(tensor.dtype), tuple(tensor.shape), octets.data)
 
 
 def write_tensors(
     descriptor: int, kind: str, tensors: Mapping[str, Tensor], fields: Mapping[str, object]
 ) -> int:
-    """Write a whole file, see `write_layout`; a tensor that is another's memory is written once.
-
-    The tensors must not change meanwhile.
-    """
-    listed: list[Payload | TensorAlias] = []
-    seen: dict[object, str] = {}
-    for name, tensor in tensors.items():
-        first = seen.setdefault(memory_key(tensor) or object(), name)
-        listed.append(TensorAlias(name, first) if first != name else payload_of(name, tensor))
-    return write_layout(descriptor, kind, listed, fields)
+    """Write a file with `write_layout`; the tensors must not change meanwhile."""
+    payloads = SnapshotBuffers().copy(tensors, constant=tensors)
+    return write_layout(descriptor, kind, payloads, fields)
 
 
 class SnapshotBuffers:
-    """Buffers by name; they are allocated at the first copy and reused as long as they fit."""
+    """Memory for the tensors of a run's snapshots, so that training waits only for a copy.
+
+    Buffers are allocated at the first copy, pinned for CUDA, and reused while the shapes are equal.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(
-        self, tensors: Mapping[str, Tensor], steady: Container[str]
+        self, tensors: Mapping[str, Tensor], constant: Container[str]
     ) -> list[Payload | TensorAlias]:
-        """Copy ``tensors`` and return what to write; good until the next `copy`.
+        """Copy ``tensors`` and return the payloads to write, which are valid until the next call.
 
-        Those named in ``steady`` do not change, so that they are written from where they are.
+        Tensors in ``constant`` are not copied: they must not change until the write ends. Tensors
+        that share their memory have one payload.
 
-        Raises `LayoutError` for a tensor that cannot be kept.
+        Raises `LayoutError` for a tensor that no file can hold.
         """
-        found: list[tuple[str, Tensor, Tensor] | TensorAlias] = []
-        seen: dict[object, str] = {}
+        items: list[tuple[str, Tensor, Tensor] | TensorAlias] = []
+        first_names: dict[object, str] = {}
         sources: list[Tensor] = []
         targets: list[Tensor] = []
         for name, tensor in tensors.items():
-            first = seen.setdefault(memory_key(tensor) or object(), name)
+            first = first_names.setdefault(memory_key(tensor) or object(), name)
             if first != name:
-                found.append(TensorAlias(name, first))
+                items.append(TensorAlias(name, first))
                 continue
             numbers = as_integers(name, tensor)
-            if name not in steady:
+            if name not in constant:
                 sources.append(numbers)
                 numbers = self._buffer(name, numbers)
                 targets.append(numbers)
-            found.append((name, tensor, numbers))
+            items.append((name, tensor, numbers))
         _copy_all(targets, sources)
-        return [item if isinstance(item, TensorAlias) else payload_of(*item) for item in found]
+        return [item if isinstance(item, TensorAlias) else payload_of(*item) for item in items]
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
@@ -161,17 +152,19 @@ def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 def read_tensors(
     path: str | os.PathLike[str], kind: str, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a whole file; return its header and its tensors on ``device``.
+    """Read a file; return its header and its tensors on ``device``.
 
-    On the CPU they are the file's own pages, mapped privately: writing to one changes no file,
-    and nothing is copied before that. Every checksum is compared first. The file must not be
-    cut short while they are in use; replacing or deleting it does no harm.
+    Tensors on the CPU are private mappings of the file: nothing is copied, and a write to a tensor
+    does not change the file. The file must not be truncated while they are in use, but may be
+    replaced or deleted.
+
+    Raises `LayoutError`, after all checksums were compared, for a file that is not valid.
     """
     size = os.stat(path).st_size
     if size == 0:
         raise LayoutError("the file is empty")
-    whole = _mapped(path, size)
-    data = whole.numpy().data
+    mapped = _map_file(path, size)
+    data = mapped.numpy().data
 
     def read(offset: int, length: int) -> bytes:
         return bytes(data[offset : offset + length])
@@ -179,11 +172,12 @@ def read_tensors(
     header, entries, spans, end = read_layout(read, size, kind)
     _check_payloads(entries, spans, data, end)
     tensors: dict[str, Tensor] = {}
-    for entry, places in zip(entries, spans, strict=True):
+    for entry, entry_spans in zip(entries, spans, strict=True):
         if entry.same_as is not None:
             tensors[entry.name] = tensors[entry.same_as]
             continue
-        payload = _joined(whole, places)
+        chunks = [mapped[position : position + length] for position, length in entry_spans]
+        payload = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         if entry.dtype == "bool" and entry.nbytes and int(payload.max()) > 1:
             raise LayoutError(f"tensor {short(entry.name)} has bools that are neither 0 nor 1")
         dtype = DTYPES.get(entry.dtype)
@@ -203,48 +197,41 @@ def _check_payloads(
     data: memoryview,
     position: int,
 ) -> None:
-    """Compare all checksums, a few tensors at a time: that is most of what reading costs."""
+    """Compare all checksums, in threads if the file is large: this takes most of the time."""
     checks = []
-    for entry, places in zip(entries, spans, strict=True):
-        if places:
-            checks.append((entry, places, data, position))
-            position = places[-1][0] + places[-1][1]
-    if len(data) < _WORTH_THREADS:
+    for entry, entry_spans in zip(entries, spans, strict=True):
+        if entry_spans:
+            checks.append((entry, entry_spans, data, position))
+            position = sum(entry_spans[-1])
+    if len(data) < _MIN_THREADED_SIZE:
         for check in checks:
             check_payload(*check)
         return
-    with ThreadPoolExecutor(_CHECKERS, thread_name_prefix="fitloop checksums") as pool:
+    with ThreadPoolExecutor(_CHECKSUM_THREADS, thread_name_prefix="fitloop checksums") as pool:
         for _ in pool.map(lambda check: check_payload(*check), checks):
             pass  # raises the first error in the order of the file
 
 
-def _mapped(path: str | os.PathLike[str], size: int) -> Tensor:
-    """Return the bytes of a file, mapped privately."""
+def _map_file(path: str | os.PathLike[str], size: int) -> Tensor:
     try:
         storage = torch.UntypedStorage.from_file(os.fspath(path), False, size)
-    except UnicodeEncodeError:  # a name that is no UTF-8, which torch does not take
+    except UnicodeEncodeError:  # torch accepts names in UTF-8 only
         return torch.from_numpy(np.memmap(path, np.uint8, mode="c"))
     except RuntimeError as error:
         raise LayoutError(f"it cannot be mapped into memory: {error}") from error
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
 
 
-def _joined(whole: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-    parts = [whole[position : position + length] for position, length in places]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def memory_key(tensor: Tensor) -> tuple[object, ...] | None:
-    """Return what two tensors have in common if they are the same numbers in the same memory.
+    """Return a key that is equal for tensors with the same values in the same memory.
 
-    None for a tensor without memory of its own to share.
+    None if the tensor has no memory that another could share.
     """
     if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
         return None
     try:
         start = tensor.data_ptr()
-    except RuntimeError:  # a subclass that only stands for numbers kept elsewhere
+    except RuntimeError:  # a wrapper subclass without storage
         return None
-    lazily = (tensor.is_conj(), tensor.is_neg())
-    look = (tensor.dtype, tensor.shape, tensor.stride(), *lazily)
-    return (tensor.device, start, *look) if start else None
+    view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return (tensor.device, start, *view) if start else None

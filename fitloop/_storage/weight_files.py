@@ -1,9 +1,7 @@
-"""Files of weights: what the suffix means, and how a file comes to its place whole.
+"""Weight files: a state dict as ``.msgpack``, ``.safetensors`` or ``.pt``.
 
-Owns the path of a state dict's file and what is written there; the layout of a ``.msgpack``
-is `_tensorfile`'s. Everything here blocks. What is written must not change meanwhile.
-
-A file is whole or absent whatever dies when; see `_durable`.
+Owns the names of these files and their formats; `tensors` owns the layout of a ``.msgpack``. All
+functions block. The weights must not change while they are written.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fitloop._errors import CheckpointError, quoted_list
-from fitloop._storage.durable import PART, reason, write_file
+from fitloop._storage.durable import PART_SUFFIX, reason, write_file
 from fitloop._storage.layout import LayoutError
 from fitloop._storage.tensors import read_tensors, write_tensors
 
 StateDict: TypeAlias = Mapping[str, Any]
-"""what ``model.state_dict()`` returns: tensors by name, the modules' versions in ``_metadata``"""
+"""the result of ``model.state_dict()``: tensors by name, and module versions in ``_metadata``"""
 Writer: TypeAlias = Callable[[Path, int, StateDict], None]
 Reader: TypeAlias = Callable[[Path, torch.device], dict[str, Any]]
 
@@ -33,15 +31,15 @@ DEFAULT_SUFFIX = ".msgpack"
 
 
 def with_suffix(name: str) -> str:
-    """Return ``name`` as a relative file name: with ``.msgpack`` unless it has a known suffix.
+    """Return ``name`` with the suffix ``.msgpack``, unless it has the suffix of another format.
 
-    A dot makes no suffix: ``lr=0.01`` becomes ``lr=0.01.msgpack``. Folders may be in the name.
+    Other suffixes do not count: ``lr=0.01`` becomes ``lr=0.01.msgpack``. Folders are allowed.
 
     Raises `CheckpointError` for a name that is empty or leads out of the directory.
     """
     windows = PureWindowsPath(name)
     leads_out = ".." in windows.parts or bool(windows.anchor) or PurePosixPath(name).is_absolute()
-    # No name, a folder's, a bare suffix, and NUL, which no file system takes.
+    # An empty name, a folder, a bare suffix, and NUL, which no file system accepts.
     unfit = name.endswith(("/", "\\", "/.")) or "\0" in name or windows.name in {"", *_FORMATS}
     if leads_out or unfit:
         raise CheckpointError(f"{name!r} cannot name a file: give a name within the directory")
@@ -51,13 +49,10 @@ def with_suffix(name: str) -> str:
 def write_weights(
     path: str | os.PathLike[str], state: StateDict, *, overwrite: bool = False
 ) -> None:
-    """Write a state dict to ``path``, in the format that the suffix names.
+    """Write a state dict to ``path``, in the format of the suffix, as `write_file` does.
 
-    The directory is made if need be. Of two writers without ``overwrite`` only one succeeds
-    (on a file system without hard links the later one may win).
-
-    Raises `CheckpointError`, with nothing left behind, when the file exists and not
-    ``overwrite``, for an unknown suffix, for entries that are no tensors, and when the disk fails.
+    Raises `CheckpointError`, and leaves nothing behind, if the file exists and not ``overwrite``,
+    the suffix is unknown, an entry is no tensor, or the file cannot be written.
     """
     path = Path(path)
     write, _ = _format_of(path)
@@ -73,17 +68,16 @@ def write_weights(
 def read_weights(
     path: str | os.PathLike[str], *, map_location: str | torch.device | None = None
 ) -> dict[str, Any]:
-    """Read a state dict from ``path``, in the format that the suffix names.
+    """Read a state dict from ``path``, in the format of the suffix. No file can run code.
 
-    The tensors come to the CPU, whatever device they were on, unless ``map_location`` names
-    another. No file can run code.
+    The tensors are on the CPU, or on the device ``map_location``.
 
-    Raises `CheckpointError` for a file that is not there, not whole or not what it should be.
+    Raises `CheckpointError` for a file that is missing, damaged or of another format.
     """
     path = Path(path)
     _, read = _format_of(path)
     device = as_device(map_location)
-    if os.path.lexists(path) and not os.path.isfile(path):  # a pipe would be waited for
+    if os.path.lexists(path) and not os.path.isfile(path):  # reading a pipe would block
         raise CheckpointError(f"{path} cannot be read: it is no file")
     try:
         state = read(path, device)
@@ -93,7 +87,7 @@ def read_weights(
 
 
 def as_device(map_location: str | torch.device | None) -> torch.device:
-    """Return the device to read to; the CPU by default. Raises `CheckpointError` for none."""
+    """Return the device, by default the CPU; raise `CheckpointError` if there is none."""
     try:
         return torch.empty(0, device=map_location or "cpu").device
     except (RuntimeError, AssertionError) as error:
@@ -101,7 +95,7 @@ def as_device(map_location: str | torch.device | None) -> torch.device:
 
 
 def check_materialized(state: StateDict) -> None:
-    """Raise `CheckpointError` for a tensor that stands for numbers not there yet."""
+    """Raise `CheckpointError` for a lazy tensor, or one on the meta device."""
     for key, value in state.items():
         if isinstance(value, Tensor) and (is_lazy(value) or value.is_meta):
             raise CheckpointError(
@@ -121,13 +115,13 @@ def _check_tensors(state: StateDict) -> None:
 
 
 def set_metadata(state: OrderedDict[str, Any], metadata: object) -> None:
-    """Give a state dict the modules' versions, as ``Module.state_dict`` does."""
+    """Set the module versions of a state dict, as ``Module.state_dict`` does."""
     if metadata is not None:
         vars(state)["_metadata"] = metadata
 
 
 def _write_msgpack(_path: Path, descriptor: int, state: StateDict) -> None:
-    # Without the modules' versions torch takes the weights for those of an older one.
+    # Without module versions torch would treat the weights as those of an old version.
     metadata = getattr(state, "_metadata", None)
     fields = {} if metadata is None else {"modules": dict(metadata)}
     write_tensors(descriptor, "weights", state, fields)
@@ -142,7 +136,7 @@ def _read_msgpack(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def check_module_versions(modules: object) -> dict[str, dict[str, Any]]:
-    """Check what `torch` will look up and compare while it is already loading."""
+    """Return the module versions; raise `LayoutError` if torch could fail on them in mid-load."""
     if not isinstance(modules, dict):
         raise LayoutError("its modules are no map")
     for name, entry in modules.items():
@@ -160,17 +154,18 @@ def _write_safetensors(path: Path, descriptor: int, state: StateDict) -> None:
     for key, value in state.items():
         tensor = value.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        plain[key] = tensor.clone() if storage in storages else tensor  # the format has no ties
+        # The format has no tensors that share their memory.
+        plain[key] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    part = path.with_suffix(PART)
+    part = path.with_suffix(PART_SUFFIX)
     try:
         library.save_file(plain, part, metadata={"format": "pt"})
-        # Copied: it makes files that only their owner can read, and replaces a locked one.
+        # Copied: safetensors would replace the locked file by one that only its owner can read.
         with part.open("rb") as source, open(descriptor, "wb", closefd=False) as file:
             shutil.copyfileobj(source, file, 2**24)
     except OSError:
         raise
-    except Exception as error:  # its own type comes from another module, and it leaks KeyErrors
+    except Exception as error:  # such as a SafetensorError, or a KeyError
         raise LayoutError(f"safetensors refuses it: {error!r}") from error
 
 
@@ -197,7 +192,7 @@ def _safetensors(path: Path) -> Any:
 def _write_pt(_path: Path, descriptor: int, state: StateDict) -> None:
     plain = OrderedDict((key, value.detach()) for key, value in state.items())
     set_metadata(plain, getattr(state, "_metadata", None))
-    with open(descriptor, "wb", closefd=False) as file:  # torch puts a path into the file
+    with open(descriptor, "wb", closefd=False) as file:  # torch would store the name of a path
         torch.save(plain, file)
 
 
@@ -206,7 +201,7 @@ def _read_pt(path: Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever a foreign pickle makes its reader raise
+    except Exception as error:  # a forged file may raise anything
         raise LayoutError(f"torch does not load it as weights only: {error}") from error
     if not isinstance(state, dict):
         raise LayoutError(f"it holds a {type(state).__name__}; expected a state dict")

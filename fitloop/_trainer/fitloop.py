@@ -40,14 +40,14 @@ from fitloop._run.run import Run, RunOptions
 from fitloop._storage.durable import reason
 from fitloop._storage.metric_log import LOG_NAME
 from fitloop._storage.tensors import SnapshotBuffers
-from fitloop._storage.weight_files import DEFAULT_SUFFIX, as_device
-from fitloop._storage.weight_store import (
-    DiskStore,
-    apply_weights,
+from fitloop._storage.weight_files import (
+    DEFAULT_SUFFIX,
+    as_device,
     read_weights,
     with_suffix,
     write_weights,
 )
+from fitloop._storage.weight_store import DiskStore, apply_weights
 from fitloop._training.layers import configure_optimizer as default_configure_optimizer
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Loader, LossFunction, Phase, StageFunction

@@ -5,7 +5,6 @@ not know how a run is made, or which thread it uses.
 
 - `callback`: `Callback`, with an example.
 - `live_plot`: plots of the metrics that are redrawn while training goes on.
-- `image_output`: the destinations of an image that is redrawn: a file, or a notebook.
 """
 
 from fitloop.callbacks.callback import Callback

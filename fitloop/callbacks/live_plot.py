@@ -1,12 +1,12 @@
-"""Pictures of a run that are drawn while it goes on: into a file, or in a notebook.
+"""`live_plot`: plots of metrics that are redrawn while training goes on, in a file or a notebook.
 
-`LivePlot` is a callback: it keeps what the events tell in a history of its own, and has a thread
-of its own draw it, so that training waits for neither. Owns when is drawn and what a picture
-shows; the drawing is `_plot`'s, and where it goes is for `_screens`.
+`LivePlot` is a callback with its own history and its own thread, so that training does not wait.
+Owns the times of drawing, the figure and its destination; `fitloop._plotting` draws the curves.
 """
 
 from __future__ import annotations
 
+import base64
 import contextvars
 import dataclasses
 import io
@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from fitloop._errors import ConfigurationError, UnknownMetricError
+from fitloop._display.jupyter import Handle, display, in_notebook
+from fitloop._errors import ConfigurationError, UnknownMetricError, add_note_safely
 from fitloop._events import (
     BestImproved,
     EpochEnded,
@@ -33,17 +35,18 @@ from fitloop._metrics.history import History, HistoryMark
 from fitloop._plotting.draw import has_metric, new_figure, plot_history, plot_selections
 from fitloop._plotting.selection import BestEpoch, RecordedMetrics, RunSelection
 from fitloop._public import public
+from fitloop._storage.durable import write_bytes
 from fitloop._types import Phase
-from fitloop.callbacks.image_output import ImageSink, image_sink
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_PANELS = 6
-"""panels when no metric is named"""
-_IDLE_SHARE = 9
-"""a drawing that took long is followed by a pause this many times as long"""
+_FORMATS = (".png", ".svg", ".pdf")
+MAX_PANELS = 6
+"""largest number of panels if no metric is named"""
+_PAUSE_FACTOR = 9
+"""a drawing is followed by a pause of at least this many times its duration"""
 
 
 @public
@@ -53,32 +56,33 @@ def live_plot(
     every_seconds: float = 5.0,
     run: Literal["all"] | None = None,
 ) -> LivePlot:
-    """Return a callback that draws metrics while they come in, for ``callbacks=[live_plot()]``.
+    """Return a callback that plots metrics during training, for ``callbacks=[live_plot()]``.
 
-    A panel a metric: train and valid of the run that goes on, with a ring around the best epoch.
-    Trainers that share the callback, at once or one after the other, get a color each. A ``test``
-    is not drawn. The callback may be used for any number of runs.
+    The figure has a panel for each metric: train and valid of the current run, with a ring around
+    the best epoch. Trainers that share the callback get a color each. A ``test`` is not drawn.
+    The callback may be used for any number of runs.
 
-    A thread of the callback's own draws when a phase has ended, and no more than once in
-    ``every_seconds``: training does not wait for it. Only at its end a run waits for its last
-    picture, which a cancelled or failed one gets too.
+    Its own thread draws after the end of a phase, at most once in ``every_seconds``. Training does
+    not wait for it, but the end of a run, also of a cancelled or failed one, waits for the last
+    figure.
 
     Args:
-        names: the metrics; by default all that ``epoch_end`` returns, ``loss`` first, up to
-            six (without any, those of the batches).
-        path: a ``.png``, ``.svg`` or ``.pdf`` that is replaced with every picture: whoever
-            reads it sees a whole one. None shows the picture in the Jupyter notebook, below the
-            cell, where it is replaced in place.
-        every_seconds: seconds between two pictures at least.
-        run: ``"all"`` to join the runs that the callback has seen end to end; None for the last.
+        names: the metrics; by default up to six of ``epoch_end``, ``loss`` first, or of the batches
+            if ``epoch_end`` returns none.
+        path: a ``.png``, ``.svg`` or ``.pdf``, replaced atomically at every drawing. None shows the
+            figure below the running cell of a Jupyter notebook, and updates it in place.
+        every_seconds: smallest number of seconds between two drawings.
+        run: ``"all"`` to join all runs that the callback has recorded; None for the last one.
 
     Raises:
-        ConfigurationError: an argument cannot work; there is no ``path`` outside of a notebook.
+        ConfigurationError: an argument is not valid, or there is neither a ``path`` nor a notebook.
 
-    The callback raises, so that ``fit`` does, at the next event or at the end of the run:
-        UnknownMetricError: the first whole epoch did not record one of ``names``.
+    The callback raises these errors at the next event or at the end of the run, and so does
+    ``fit``:
+
+        UnknownMetricError: the first complete epoch did not record one of ``names``.
         ConfigurationError: two trainers of the same name run at once.
-        Exception: what drawing or writing the picture raised, such as OSError.
+        Exception: drawing or writing the figure failed, for example with an OSError.
     """
     for name in names:
         if not isinstance(name, str):
@@ -95,23 +99,23 @@ def live_plot(
 
 
 @dataclass(slots=True)
-class _Told:
-    """What the events of one trainer have told."""
+class _TrainerRecord:
+    """The recorded metrics of one trainer."""
 
     history: History = field(default_factory=History)
     best: BestEpoch | None = None
     first_epoch: int | None = None
-    """place in its run of the first epoch that was seen: a resumed run begins later"""
-    known: set[str] = field(default_factory=set)
-    """metrics that the last run recorded, those that were not kept too"""
-    checked: bool = False
+    """number in its run of the first recorded epoch; above 1 in a resumed run"""
+    metric_names: set[str] = field(default_factory=set)
+    """all metrics of the last run, also those that are not recorded"""
+    names_checked: bool = False
     marks: dict[int, tuple[HistoryMark, BestEpoch | None]] = field(default_factory=dict)
-    """what there was when it was asked whether to go on, by epoch"""
-    progress: str = ""
+    """by epoch: the state to go back to if the answer to an open question is no"""
+    caption: str = ""
 
 
 class LivePlot:
-    """What `live_plot` returns: a callback that draws. Any thread may call it."""
+    """The callback of `live_plot`. Any thread may call it."""
 
     def __init__(
         self,
@@ -128,80 +132,84 @@ class LivePlot:
         self._run = run
         self._clock = clock
         self._changed = threading.Condition()
-        self._told: dict[str, _Told] = {}
-        self._open: dict[str, threading.Thread] = {}
-        """the runs that go on, and their threads"""
-        self._refused: set[threading.Thread] = set()
-        """threads of runs that cannot be told from one of these"""
-        self._wanted = self._drawn = 0
-        """how often there was something new to draw; how much of that is drawn"""
-        self._due = 0.0
-        self._hurry = False
+        self._records: dict[str, _TrainerRecord] = {}
+        self._running: dict[str, threading.Thread] = {}
+        """thread of each run that goes on, by trainer"""
+        self._ignored: set[threading.Thread] = set()
+        """threads of runs whose trainer has the name of another running one"""
+        self._version = self._drawn_version = 0
+        """counts changes of the metrics; the last count that is drawn"""
+        self._next_drawing = 0.0
+        self._draw_now = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._gave_up = False
-        """drawing has failed; the next run tries again"""
+        self._has_failed = False
+        """whether drawing has failed in these runs; the next run tries again"""
 
     def __call__(self, event: Event) -> None:
-        """Take in an event; at the end of a run return when its last picture is there.
+        """Record an event; at the end of a run wait until the last figure is drawn.
 
-        Raises what is said at `live_plot`.
+        Raises the errors that `live_plot` lists.
         """
         with self._changed:
             self._raise_error()
-            if self._take_in(event) and not self._gave_up:
-                self._wanted += 1
-                self._start()
-            wanted = self._wanted
+            if self._record(event) and not self._has_failed:
+                self._version += 1
+                self._wake_thread()
+            version = self._version
         if isinstance(event, RunEnded) and event.call != "test":
-            self._finish(wanted)
+            self._wait_until_drawn(version)
 
-    # -- what the events tell ------------------------------------------------------------------
+    # -- recording -----------------------------------------------------------------------------
 
-    def _take_in(self, event: Event) -> bool:
-        """Return whether there is something new to draw."""
+    def _record(self, event: Event) -> bool:
+        """Record an event; return whether the figure changes."""
         if getattr(event, "call", "fit") == "test" or getattr(event, "phase", None) is Phase.TEST:
             return False
-        if threading.current_thread() in self._refused:
+        if threading.current_thread() in self._ignored:
             if isinstance(event, RunEnded):
-                self._refused.discard(threading.current_thread())
+                self._ignored.discard(threading.current_thread())
             return False
-        told = self._told.setdefault(event.trainer, _Told())
+        record = self._records.setdefault(event.trainer, _TrainerRecord())
         match event:
             case RunStarted():
-                self._open_run(event, told)
+                self._start_run(event, record)
             case EpochStarted():
-                told.first_epoch = told.first_epoch or event.epoch_in_run
-                told.progress = f"{event.trainer}, epoch {event.epoch_in_run} of {event.epochs}"
+                record.first_epoch = record.first_epoch or event.epoch_in_run
+                record.caption = f"{event.trainer}, epoch {event.epoch_in_run} of {event.epochs}"
             case PhaseEnded():
-                told.known |= {*event.metrics, *event.batch_metrics, *event.start_metrics}
-                told.history.observe(self._without_unused(event))
+                record.metric_names |= {
+                    *event.metrics,
+                    *event.batch_metrics,
+                    *event.start_metrics,
+                }
+                record.history.observe(self._without_unused(event))
                 return True
             case BestImproved():
-                told.best = BestEpoch(event.criteria, event.score, event.epoch)
+                record.best = BestEpoch(event.criteria, event.score, event.epoch)
                 return True
             case EpochEnded():
-                self._check_names(event, told)
+                self._check_names(event, record)
             case PromptAsked(trains_on=True):
-                told.marks = {event.epoch: (told.history.mark(), told.best)}
-            case WentBack() if event.epoch in told.marks:
-                mark, told.best = told.marks.pop(event.epoch)
-                told.history.rollback(mark)
+                record.marks = {event.epoch: (record.history.mark(), record.best)}
+            case WentBack() if event.epoch in record.marks:
+                mark, record.best = record.marks.pop(event.epoch)
+                record.history.rollback(mark)
                 return True
             case RunEnded():
-                self._open.pop(event.trainer, None)
-                told.marks = {}
+                self._running.pop(event.trainer, None)
+                record.marks = {}
                 epochs = "1 epoch" if event.epochs == 1 else f"{event.epochs} epochs"
-                told.progress = f"{event.trainer}, {event.stop_reason} after {epochs}"
-                return bool(told.known)
+                record.caption = f"{event.trainer}, {event.stop_reason} after {epochs}"
+                return bool(record.metric_names)
         return False
 
-    def _open_run(self, event: RunStarted, told: _Told) -> None:
-        here = threading.current_thread()
-        # Of a run that could not tell its end, since another callback failed, the thread is over.
-        alive = {name: thread for name, thread in self._open.items() if thread.is_alive()}
-        if alive.get(event.trainer, here) is not here:
-            self._refused.add(here)
+    def _start_run(self, event: RunStarted, record: _TrainerRecord) -> None:
+        thread = threading.current_thread()
+        # A run whose RunEnded did not arrive, since another callback failed, has no thread.
+        alive = {name: thread for name, thread in self._running.items() if thread.is_alive()}
+        if alive.get(event.trainer, thread) is not thread:
+            self._ignored.add(thread)
             raise ConfigurationError(
                 f"live_plot() is told of two trainers named {event.trainer!r} at once; give them "
                 "a name= each, or a live_plot() each"
@@ -209,151 +217,156 @@ class LivePlot:
         alive.pop(event.trainer, None)
         if not alive:
             self._sink.start_new_image()
-        self._gave_up = False
-        self._open = {**alive, event.trainer: here}
-        told.history.observe(event)
+        self._has_failed = False
+        self._running = {**alive, event.trainer: thread}
+        record.history.observe(event)
         if self._run is None:
-            told.first_epoch = None
-        told.known, told.checked = set(), False
+            record.first_epoch = None
+        record.metric_names, record.names_checked = set(), False
 
     def _without_unused(self, event: PhaseEnded) -> PhaseEnded:
-        """Return the event without the values of batches that are not drawn: they may be many."""
+        """Return the event without the values of batches that no panel shows: they may be many."""
         names = self._names or (() if event.metrics else tuple(event.batch_metrics))
-        kept = {name: values for name, values in event.batch_metrics.items() if name in names}
-        return dataclasses.replace(event, batch_metrics=kept)
+        used = {name: values for name, values in event.batch_metrics.items() if name in names}
+        return dataclasses.replace(event, batch_metrics=used)
 
-    def _check_names(self, event: EpochEnded, told: _Told) -> None:
-        """Refuse a name in the first whole epoch of a run, and not when hours have gone by."""
-        if told.checked or not event.complete:
+    def _check_names(self, event: EpochEnded, record: _TrainerRecord) -> None:
+        """Raise `UnknownMetricError` at the end of the first complete epoch, not hours later."""
+        if record.names_checked or not event.complete:
             return
-        told.checked = True
+        record.names_checked = True
         for name in self._names:
-            if name not in told.known:
+            if name not in record.metric_names:
                 where = f"the first epoch of {event.trainer!r}, which live_plot() is to draw"
-                raise UnknownMetricError(name, sorted(told.known), where)
+                raise UnknownMetricError(name, sorted(record.metric_names), where)
 
-    # -- when is drawn -------------------------------------------------------------------------
+    # -- the thread that draws -----------------------------------------------------------------
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
         if error is not None:
             raise error
 
-    def _start(self) -> None:
-        """Have a thread that draws, under the lock; it ends when everything is drawn."""
+    def _wake_thread(self) -> None:
+        """Start the thread, or wake it up. The caller holds the lock."""
         if self._thread is None:
-            context = contextvars.copy_context()  # a notebook finds its cell by it
+            context = contextvars.copy_context()  # a notebook finds its cell in the context
             thread = threading.Thread(
-                target=context.run, args=(self._work,), name="fitloop live plot", daemon=True
+                target=context.run, args=(self._draw_loop,), name="fitloop live plot", daemon=True
             )
-            thread.start()  # it waits for the lock
+            thread.start()  # the thread waits for the lock
             self._thread = thread
         self._changed.notify_all()
 
-    def _finish(self, wanted: int) -> None:
-        """Return when that much is drawn and, with the last run, the thread has ended."""
+    def _wait_until_drawn(self, version: int) -> None:
+        """Return when ``version`` is drawn and, after the last run, the thread has ended."""
         while True:
             with self._changed:
                 self._raise_error()
                 thread = self._thread
-                behind = self._drawn < wanted and not self._gave_up
-                if not behind and (thread is None or self._open):
+                is_behind = self._drawn_version < version and not self._has_failed
+                if not is_behind and (thread is None or self._running):
                     return
-                if behind:
-                    self._start()
+                if is_behind:
+                    self._wake_thread()
                     thread = self._thread
-                self._hurry = True
+                self._draw_now = True
                 self._changed.notify_all()
             if thread is not None:
                 thread.join()
 
-    def _work(self) -> None:
+    def _draw_loop(self) -> None:
         try:
             while self._draw_next():
                 pass
-        except BaseException as error:  # crosses to whoever has the next event
+        except BaseException as error:  # raised in the thread of the next event
             with self._changed:
-                self._error, self._gave_up = error, True
-                self._thread, self._hurry = None, False
+                self._error, self._has_failed = error, True
+                self._thread, self._draw_now = None, False
 
     def _draw_next(self) -> bool:
-        """Draw when it is time; false when there is nothing to draw, or no time to wait for it."""
+        """Wait for the time of the next drawing, and draw; return false to end the thread."""
         with self._changed:
-            while not self._hurry and self._drawn < self._wanted:
-                pause = self._due - self._clock()
+            while not self._draw_now and self._drawn_version < self._version:
+                pause = self._next_drawing - self._clock()
                 if pause <= 0:
                     break
                 self._changed.wait(pause)
-            hurried, wanted = self._hurry, self._wanted
-            if self._drawn == wanted:
-                self._thread, self._hurry = None, False
+            ends, version = self._draw_now, self._version
+            if self._drawn_version == version:
+                self._thread, self._draw_now = None, False
                 return False
-            entries = [
-                (RunSelection(name, told.history, self._run, told.first_epoch or 1), told.best)
-                for name, told in self._told.items()
+            selections = [
+                (
+                    RunSelection(name, record.history, self._run, record.first_epoch or 1),
+                    record.best,
+                )
+                for name, record in self._records.items()
             ]
-            progress = [told.progress for told in self._told.values()]
-        began = self._clock()
-        figure = make_figure(self._names, entries, progress)
+            captions = [record.caption for record in self._records.values()]
+        start = self._clock()
+        figure = make_figure(self._names, selections, captions)
         self._sink.show(_save(figure, self._sink.format))
         with self._changed:
             now = self._clock()
-            self._drawn = wanted
-            self._due = now + max(self._every, _IDLE_SHARE * (now - began))
-            if hurried:  # whoever waits for the thread is not to wait for other runs
-                self._thread, self._hurry = None, False
-            return not hurried
+            self._drawn_version = version
+            self._next_drawing = now + max(self._every, _PAUSE_FACTOR * (now - start))
+            if ends:  # a run waits for the end of the thread, and must not wait for other runs
+                self._thread, self._draw_now = None, False
+            return not ends
 
 
-# -- the picture -------------------------------------------------------------------------------
+# -- the figure --------------------------------------------------------------------------------
 
 
 def make_figure(
     names: tuple[str, ...],
-    entries: list[tuple[RunSelection, BestEpoch | None]],
-    progress: list[str],
+    selections: list[tuple[RunSelection, BestEpoch | None]],
+    captions: list[str],
 ) -> Figure:
-    """Return a figure with a panel a name; without names, of what there is."""
-    found = _default_names([entry.history for entry, _best in entries])
-    shown = names or tuple(found[:MOST_PANELS])
-    figure, panels = new_figure(len(shown) or 1)
-    for name, ax in zip(shown, panels, strict=False):
-        _draw_panel(ax, name, entries)
-    if not shown:
-        _say_nothing(panels[0])
-    _caption(figure, progress, 0 if names else len(found) - len(shown))
+    """Return a figure with a panel for each name; without names, for each recorded metric."""
+    recorded = _default_names([selection.history for selection, _best in selections])
+    panel_names = names or tuple(recorded[:MAX_PANELS])
+    figure, panels = new_figure(len(panel_names) or 1)
+    for name, ax in zip(panel_names, panels, strict=False):
+        _draw_panel(ax, name, selections)
+    if not panel_names:
+        _mark_empty(panels[0])
+    _add_caption(figure, captions, 0 if names else len(recorded) - len(panel_names))
     return figure
 
 
 def _save(figure: Figure, file_format: str) -> bytes:
-    picture = io.BytesIO()
-    figure.savefig(picture, format=file_format)
-    return picture.getvalue()
+    image = io.BytesIO()
+    figure.savefig(image, format=file_format)
+    return image.getvalue()
 
 
-def _draw_panel(ax: Axes, name: str, entries: list[tuple[RunSelection, BestEpoch | None]]) -> None:
-    having = [(entry, best) for entry, best in entries if has_metric(entry, name)]
-    if not having:
+def _draw_panel(
+    ax: Axes, name: str, selections: list[tuple[RunSelection, BestEpoch | None]]
+) -> None:
+    recorded = [(item, best) for item, best in selections if has_metric(item, name)]
+    if not recorded:
         ax.set_ylabel(name)
-        _say_nothing(ax)
-    elif len(entries) > 1:
-        plot_selections([entry for entry, _best in having], name, ax=ax)
+        _mark_empty(ax)
+    elif len(selections) > 1:
+        plot_selections([item for item, _best in recorded], name, ax=ax)
     else:
-        entry, best = having[0]
-        first = entry.first_epoch
-        plot_history(entry.history, name, entry.run, ax=ax, best=best, first_epoch=first)
+        item, best = recorded[0]
+        first = item.first_epoch
+        plot_history(item.history, name, item.run, ax=ax, best=best, first_epoch=first)
 
 
-def _say_nothing(ax: Axes) -> None:
+def _mark_empty(ax: Axes) -> None:
     ax.set_axis_off()
     ax.text(0.5, 0.5, f"no {ax.get_ylabel() or 'values'} yet", ha="center", transform=ax.transAxes)
 
 
-def _caption(figure: Figure, progress: list[str], left_out: int) -> None:
-    figure.suptitle("\n".join(progress[:3]).replace("$", r"\$"), fontsize="medium")
-    if left_out:
+def _add_caption(figure: Figure, captions: list[str], num_omitted: int) -> None:
+    figure.suptitle("\n".join(captions[:3]).replace("$", r"\$"), fontsize="medium")
+    if num_omitted:
         figure.supxlabel(
-            f"{left_out} more metrics: name those to draw in live_plot()", fontsize="small"
+            f"{num_omitted} more metrics: name those to draw in live_plot()", fontsize="small"
         )
 
 
@@ -365,3 +378,78 @@ def _default_names(histories: list[RecordedMetrics]) -> list[str]:
         if names:
             return sorted(names, key=lambda name: name != "loss")
     return []
+
+
+# -- destinations of the figure ------------------------------------------------------------------
+
+
+class ImageSink(Protocol):
+    """A destination of images."""
+
+    format: str
+
+    def show(self, image: bytes) -> None:
+        """Replace the image that was shown before; any thread."""
+
+    def start_new_image(self) -> None:
+        """Keep the present image, and show the next one separately: it is of other runs."""
+
+
+class ImageFile:
+    """A file that is replaced atomically."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.format = path.suffix[1:].lower()
+
+    def show(self, image: bytes) -> None:
+        """Replace the file. Raises OSError."""
+        try:
+            write_bytes(self._path, image)
+        except OSError as error:
+            add_note_safely(error, f"live_plot() could not write {self._path}")
+            raise
+
+    def start_new_image(self) -> None:
+        """Do nothing: there is one file."""
+
+
+class NotebookImage:
+    """An image below the running cell, updated in place."""
+
+    format = "png"
+
+    def __init__(self) -> None:
+        self._handle: Handle | None = None
+
+    def show(self, image: bytes) -> None:
+        """Send the image to the notebook."""
+        content = {"image/png": base64.b64encode(image).decode()}
+        if self._handle is None:
+            self._handle = display(content)
+        else:
+            self._handle.update(content, raw=True)
+
+    def start_new_image(self) -> None:
+        """Show the next image below the present one."""
+        self._handle = None
+
+
+def image_sink(path: str | os.PathLike[str] | None) -> ImageSink:
+    """Return the file ``path``, or the notebook of the calling code if ``path`` is None.
+
+    Raises ConfigurationError if there is no notebook, or the format of the file is not supported.
+    """
+    if path is not None:
+        absolute = Path(path).absolute()  # a run may change the working directory
+        if absolute.suffix.lower() not in _FORMATS:
+            raise ConfigurationError(
+                f"path is {str(path)!r}; expected one that ends in {', '.join(_FORMATS)}"
+            )
+        return ImageFile(absolute)
+    if not in_notebook():
+        raise ConfigurationError(
+            "path is None, and this is no Jupyter notebook that could show the picture; give the "
+            "file to draw into, such as path='curves.png'"
+        )
+    return NotebookImage()

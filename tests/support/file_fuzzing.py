@@ -29,7 +29,7 @@ import torch
 from fitloop import Checkpoint, CheckpointError, read_metrics
 from fitloop._checkpointing.snapshot import read_snapshot
 from fitloop._storage.layout import frame, pack
-from fitloop._storage.weight_store import read_weights
+from fitloop._storage.weight_files import read_weights
 from support.models import seed_process, sync_trainer
 from support.state_comparison import fingerprint
 

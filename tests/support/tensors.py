@@ -27,7 +27,7 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    bits = tensor.view(tensors._OF_SIZE[tensor.dtype.itemsize])
+    bits = tensor.view(tensors._INTEGER_OF_SIZE[tensor.dtype.itemsize])
     return bits.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

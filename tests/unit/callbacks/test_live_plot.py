@@ -1,4 +1,4 @@
-"""Pictures that are drawn while a run goes on. Events are made by hand: no model trains here."""
+"""Plots that are drawn while a run goes on. The test makes the events; no model trains."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from fitloop import (
     live_plot,
 )
 from fitloop._plotting.selection import BestEpoch
-from fitloop.callbacks.live_plot import MOST_PANELS, LivePlot
+from fitloop.callbacks.live_plot import MAX_PANELS, LivePlot
 
 # ``import ... as`` would give the function of the same name, which the package exports.
 liveplot: Any = import_module("fitloop.callbacks.live_plot")
 HOUR = 3600.0
 SOON = 20.0
-"""seconds within which a thread does what it has been told"""
+"""seconds to wait for another thread"""
 
 
 class RecordingSink:
-    """Keeps the figures it is shown."""
+    """Stores the figures that `show` gets."""
 
     format = "png"
 
     def __init__(self) -> None:
         self.figures: list[Figure] = []
         self.drawing = threading.Event()
-        """a picture is about to be shown"""
+        """set when `show` is called"""
         self.may_show = threading.Event()
         self.may_show.set()
-        self.shown = threading.Semaphore(0)
+        self.was_shown = threading.Semaphore(0)
         self.error: BaseException | None = None
         self.renewed = 0
 
@@ -61,7 +61,7 @@ class RecordingSink:
         if self.error is not None:
             raise self.error
         self.figures.append(picture)
-        self.shown.release()
+        self.was_shown.release()
 
     def start_new_image(self) -> None:
         self.renewed += 1
@@ -76,8 +76,8 @@ class RecordingSink:
 
 
 @pytest.fixture
-def screen(monkeypatch: pytest.MonkeyPatch) -> RecordingSink:
-    """Return a screen that is shown figures instead of pictures.
+def sink(monkeypatch: pytest.MonkeyPatch) -> RecordingSink:
+    """Return a sink that gets figures instead of images.
 
     matplotlib keeps the fonts open that a thread has rendered with.
     """
@@ -86,9 +86,9 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> RecordingSink:
 
 
 def plot_on(
-    screen: RecordingSink, *names: str, every_seconds: float = HOUR, **options: Any
+    sink: RecordingSink, *names: str, every_seconds: float = HOUR, **options: Any
 ) -> LivePlot:
-    return LivePlot(names, screen, every_seconds=every_seconds, **options)
+    return LivePlot(names, sink, every_seconds=every_seconds, **options)
 
 
 def begin(plot: LivePlot, trainer: str = "net", call: str = "fit", first_epoch: int = 1) -> None:
@@ -159,78 +159,78 @@ def drawing_threads() -> list[threading.Thread]:
 
 
 def test_pictures_when_phases_end_often_then_are_the_first_and_the_last(
-    screen: RecordingSink,
+    sink: RecordingSink,
 ) -> None:
-    plot = plot_on(screen, "loss")
+    plot = plot_on(sink, "loss")
     begin(plot)
     phase(plot, 5.0)
-    assert screen.shown.acquire(timeout=SOON)
+    assert sink.was_shown.acquire(timeout=SOON)
     for epoch in range(2, 30):
         phase(plot, 1.0, epoch)
     end(plot)
     assert [
-        len(np.asarray(figure.axes[0].get_lines()[0].get_ydata())) for figure in screen.figures
+        len(np.asarray(figure.axes[0].get_lines()[0].get_ydata())) for figure in sink.figures
     ] == [1, 29]
     assert not drawing_threads()
 
 
-def test_pictures_when_no_pause_is_asked_for_then_each_phase_has_one(screen: RecordingSink) -> None:
-    plot = plot_on(screen, "loss", every_seconds=0.0, clock=lambda: 0.0)
+def test_pictures_when_no_pause_is_asked_for_then_each_phase_has_one(sink: RecordingSink) -> None:
+    plot = plot_on(sink, "loss", every_seconds=0.0, clock=lambda: 0.0)
     begin(plot)
     for epoch in range(1, 4):
         phase(plot, 1.0, epoch)
-        assert screen.shown.acquire(timeout=SOON)
+        assert sink.was_shown.acquire(timeout=SOON)
     end(plot)
-    assert len(screen.figures) == 4  # the last one says that the run has ended
+    assert len(sink.figures) == 4  # the last one says that the run has ended
 
 
-def test_pictures_when_nothing_was_recorded_then_there_are_none(screen: RecordingSink) -> None:
-    plot = plot_on(screen, "loss")
+def test_pictures_when_nothing_was_recorded_then_there_are_none(sink: RecordingSink) -> None:
+    plot = plot_on(sink, "loss")
     begin(plot)
     end(plot)
     begin(plot, call="test")
     phase(plot, 1.0, of=Phase.TEST)
     end(plot, call="test")
-    assert screen.figures == []
+    assert sink.figures == []
     assert not drawing_threads()
 
 
-def test_training_when_a_picture_takes_long_then_goes_on(screen: RecordingSink) -> None:
-    screen.may_show.clear()
-    plot = plot_on(screen, "loss", every_seconds=0.0)
+def test_training_when_a_picture_takes_long_then_goes_on(sink: RecordingSink) -> None:
+    sink.may_show.clear()
+    plot = plot_on(sink, "loss", every_seconds=0.0)
     begin(plot)
     phase(plot, 1.0)
-    assert screen.drawing.wait(SOON)
+    assert sink.drawing.wait(SOON)
     for epoch in range(2, 9):
         phase(plot, 1.0, epoch)
-    assert screen.figures == []
-    screen.may_show.set()
+    assert sink.figures == []
+    sink.may_show.set()
     end(plot)
-    assert len(screen.lines["train"]) == 8
+    assert len(sink.lines["train"]) == 8
 
 
-def test_pause_when_drawing_took_long_then_is_longer_than_asked_for(screen: RecordingSink) -> None:
+def test_pause_when_drawing_took_long_then_is_longer_than_asked_for(sink: RecordingSink) -> None:
     now = [100.0]
-    show = screen.show
+    show = sink.show
 
     def slow(picture: Any) -> None:
         now[0] += 2.0
         show(picture)
 
-    screen.show = slow  # type: ignore[method-assign]
-    plot = plot_on(screen, "loss", every_seconds=5.0, clock=lambda: now[0])
+    sink.show = slow  # type: ignore[method-assign]
+    plot = plot_on(sink, "loss", every_seconds=5.0, clock=lambda: now[0])
     begin(plot)
     phase(plot, 1.0)
-    assert screen.shown.acquire(timeout=SOON)
+    assert sink.was_shown.acquire(timeout=SOON)
     end(plot)
-    assert plot._due == 104.0 + 18.0
+    assert plot._next_drawing == 104.0 + 18.0
 
 
 def test_error_of_a_picture_when_the_next_event_comes_then_is_raised_once(
-    screen: RecordingSink,
+    sink: RecordingSink,
 ) -> None:
-    screen.error = OSError("disk full")
-    plot = plot_on(screen, "loss")
+    sink.error = OSError("disk full")
+    plot = plot_on(sink, "loss")
     begin(plot)
     phase(plot, 1.0)
     for thread in drawing_threads():
@@ -239,83 +239,83 @@ def test_error_of_a_picture_when_the_next_event_comes_then_is_raised_once(
         end_epoch(plot)
     phase(plot, 1.0, 2)
     end(plot)
-    assert screen.figures == []
+    assert sink.figures == []
 
-    screen.error = None
+    sink.error = None
     begin(plot)
     phase(plot, 2.0)
     end(plot)
-    assert screen.lines == {"train": [2.0]}
+    assert sink.lines == {"train": [2.0]}
 
 
-def test_error_of_the_last_picture_when_the_run_ends_then_is_raised(screen: RecordingSink) -> None:
-    plot = plot_on(screen, "loss")
+def test_error_of_the_last_picture_when_the_run_ends_then_is_raised(sink: RecordingSink) -> None:
+    plot = plot_on(sink, "loss")
     begin(plot)
     phase(plot, 1.0)
-    assert screen.shown.acquire(timeout=SOON)
-    screen.error = OSError("disk full")
+    assert sink.was_shown.acquire(timeout=SOON)
+    sink.error = OSError("disk full")
     with pytest.raises(OSError, match="disk full"):
         end(plot)
     assert not drawing_threads()
 
 
 def test_unknown_name_when_the_first_whole_epoch_ends_then_is_refused(
-    screen: RecordingSink,
+    sink: RecordingSink,
 ) -> None:
-    plot = plot_on(screen, "loss", "typo")
+    plot = plot_on(sink, "loss", "typo")
     begin(plot)
     phase(plot, 1.0, batches={"running": [1.0]})
     end_epoch(plot, complete=False)
     with pytest.raises(UnknownMetricError, match=r"no metric 'typo' in .*'loss', 'running'"):
         end_epoch(plot)
     end(plot)
-    assert [ax.get_ylabel() for ax in screen.figures[-1].axes] == ["loss", "typo"]
+    assert [ax.get_ylabel() for ax in sink.figures[-1].axes] == ["loss", "typo"]
 
 
-def test_panels_when_nothing_is_named_then_are_the_epoch_metrics(screen: RecordingSink) -> None:
-    plot = plot_on(screen)
+def test_panels_when_nothing_is_named_then_are_the_epoch_metrics(sink: RecordingSink) -> None:
+    plot = plot_on(sink)
     begin(plot)
     phase(plot, 0.0, metrics={"accuracy": 0.5, "loss": 1.0}, batches={"running_loss": [1.0]})
     end(plot)
-    assert [ax.get_ylabel() for ax in screen.figures[-1].axes] == ["loss", "accuracy"]
-    assert screen.figures[-1].get_suptitle() == "net, completed after 2 epochs"
+    assert [ax.get_ylabel() for ax in sink.figures[-1].axes] == ["loss", "accuracy"]
+    assert sink.figures[-1].get_suptitle() == "net, completed after 2 epochs"
 
 
-def test_panels_when_there_are_too_many_then_the_picture_says_so(screen: RecordingSink) -> None:
-    plot = plot_on(screen)
+def test_panels_when_there_are_too_many_then_the_picture_says_so(sink: RecordingSink) -> None:
+    plot = plot_on(sink)
     begin(plot)
-    phase(plot, 0.0, metrics={f"m{n}": 1.0 for n in range(MOST_PANELS + 2)})
+    phase(plot, 0.0, metrics={f"m{n}": 1.0 for n in range(MAX_PANELS + 2)})
     end(plot)
-    assert len(screen.figures[-1].axes) == MOST_PANELS
-    assert screen.figures[-1].get_supxlabel().startswith("2 more metrics")
+    assert len(sink.figures[-1].axes) == MAX_PANELS
+    assert sink.figures[-1].get_supxlabel().startswith("2 more metrics")
 
 
-def test_panels_when_there_are_batch_metrics_only_then_are_those(screen: RecordingSink) -> None:
-    plot = plot_on(screen)
+def test_panels_when_there_are_batch_metrics_only_then_are_those(sink: RecordingSink) -> None:
+    plot = plot_on(sink)
     begin(plot)
     phase(plot, 0.0, metrics={}, batches={"running_loss": [1.0, 2.0]})
     end(plot)
-    assert screen.lines == {"train": [1.0, 2.0]}
+    assert sink.lines == {"train": [1.0, 2.0]}
 
 
-def test_batch_values_when_they_are_not_drawn_then_are_not_kept(screen: RecordingSink) -> None:
-    plot = plot_on(screen, "loss")
+def test_batch_values_when_they_are_not_drawn_then_are_not_kept(sink: RecordingSink) -> None:
+    plot = plot_on(sink, "loss")
     begin(plot)
     phase(plot, 1.0, batches={"running_loss": [1.0] * 1000})
     end(plot)
-    (told,) = plot._told.values()
-    assert list(told.history.train) == ["loss"]
+    (record,) = plot._records.values()
+    assert list(record.history.train) == ["loss"]
 
 
-def test_best_epoch_when_it_was_told_then_has_a_ring(screen: RecordingSink) -> None:
-    plot = plot_on(screen, "loss")
+def test_best_epoch_when_it_was_told_then_has_a_ring(sink: RecordingSink) -> None:
+    plot = plot_on(sink, "loss")
     begin(plot)
     for epoch, value in enumerate([3.0, 1.0, 2.0], 1):
         phase(plot, value, epoch, of=Phase.VALID)
         if epoch < 3:
             plot(BestImproved(trainer="net", epoch=epoch, criteria="loss", score=value))
     end(plot)
-    (ring,) = screen.figures[-1].axes[0].collections
+    (ring,) = sink.figures[-1].axes[0].collections
     assert (ring.get_label(), np.asarray(ring.get_offsets()).tolist()) == (
         "best epoch 2",
         [[2.0, 1.0]],
@@ -323,22 +323,22 @@ def test_best_epoch_when_it_was_told_then_has_a_ring(screen: RecordingSink) -> N
 
 
 def test_epochs_when_the_run_was_resumed_then_are_counted_from_its_beginning(
-    screen: RecordingSink,
+    sink: RecordingSink,
 ) -> None:
-    plot = plot_on(screen, "loss")
+    plot = plot_on(sink, "loss")
     begin(plot)
     for epoch in (4, 5):
         plot(EpochStarted(trainer="net", epoch=epoch, epoch_in_run=epoch, epochs=9))
         phase(plot, 1.0, epoch)
     end(plot)
-    (line,) = screen.figures[-1].axes[0].get_lines()
+    (line,) = sink.figures[-1].axes[0].get_lines()
     assert np.asarray(line.get_xdata()).tolist() == [4, 5]
 
 
 def test_what_was_undone_when_the_run_went_back_then_is_drawn_no_more(
-    screen: RecordingSink,
+    sink: RecordingSink,
 ) -> None:
-    plot = plot_on(screen, "loss")
+    plot = plot_on(sink, "loss")
     begin(plot)
     phase(plot, 3.0, of=Phase.VALID)
     plot(BestImproved(trainer="net", epoch=1, criteria="loss", score=3.0))
@@ -350,44 +350,44 @@ def test_what_was_undone_when_the_run_went_back_then_is_drawn_no_more(
     phase(plot, 2.0, 2, of=Phase.VALID)
     plot(BestImproved(trainer="net", epoch=2, criteria="loss", score=2.0))
     plot(WentBack(trainer="net", epoch=1, epoch_in_run=1))
-    (told,) = plot._told.values()
+    (record,) = plot._records.values()
     end(plot)
-    assert screen.lines == {"valid": [3.0]}
-    assert told.best == BestEpoch("loss", 3.0, 1)
+    assert sink.lines == {"valid": [3.0]}
+    assert record.best == BestEpoch("loss", 3.0, 1)
 
 
 def test_second_run_when_it_is_drawn_then_stands_alone_unless_all_are_wanted(
-    screen: RecordingSink,
+    sink: RecordingSink,
 ) -> None:
     for run, expected in ((None, [2.0]), ("all", [1.0, 2.0])):
-        plot = plot_on(screen, "loss", run=run)
+        plot = plot_on(sink, "loss", run=run)
         for value in (1.0, 2.0):
             begin(plot)
             phase(plot, value)
             end(plot)
-        assert screen.lines == {"train": expected}
-    assert screen.renewed == 4
+        assert sink.lines == {"train": expected}
+    assert sink.renewed == 4
 
 
-def test_trainers_when_they_run_at_once_then_have_a_color_each(screen: RecordingSink) -> None:
-    plot = plot_on(screen, "loss")
+def test_trainers_when_they_run_at_once_then_have_a_color_each(sink: RecordingSink) -> None:
+    plot = plot_on(sink, "loss")
     begin(plot, "a")
     phase(plot, 1.0, trainer="a")
     begin(plot, "b")
     phase(plot, 2.0, trainer="b")
     end(plot, "b")  # does not wait for the end of the other
-    assert screen.lines == {"a train": [1.0], "b train": [2.0]}
+    assert sink.lines == {"a train": [1.0], "b train": [2.0]}
     phase(plot, 0.5, 2, trainer="a")
     end(plot, "a")
-    assert screen.lines == {"a train": [1.0, 0.5], "b train": [2.0]}
-    assert screen.renewed == 1
+    assert sink.lines == {"a train": [1.0, 0.5], "b train": [2.0]}
+    assert sink.renewed == 1
     assert not drawing_threads()
 
 
 def test_trainers_when_they_run_at_once_under_one_name_then_the_second_is_refused(
-    screen: RecordingSink,
+    sink: RecordingSink,
 ) -> None:
-    plot = plot_on(screen, "loss")
+    plot = plot_on(sink, "loss")
     begin(plot)
 
     def other() -> None:
@@ -396,21 +396,21 @@ def test_trainers_when_they_run_at_once_under_one_name_then_the_second_is_refuse
         end(plot)
 
     in_thread(other).join(SOON)
-    assert set(plot._open) == {"net"}
+    assert set(plot._running) == {"net"}
     phase(plot, 1.0)
     end(plot)
-    assert screen.lines == {"train": [1.0]}
+    assert sink.lines == {"train": [1.0]}
 
 
 def test_run_when_the_one_before_could_not_tell_its_end_then_is_drawn(
-    screen: RecordingSink,
+    sink: RecordingSink,
 ) -> None:
-    plot = plot_on(screen, "loss")
+    plot = plot_on(sink, "loss")
     in_thread(lambda: begin(plot)).join(SOON)
     begin(plot)
     phase(plot, 1.0)
     end(plot)
-    assert screen.lines == {"train": [1.0]}
+    assert sink.lines == {"train": [1.0]}
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,11 @@ def test_file_when_it_cannot_be_written_then_the_error_names_it(
 def test_file_when_it_is_drawn_again_then_is_replaced_and_nothing_else_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(liveplot, "_save", lambda _figure, format_: f"as {format_}".encode())
+    monkeypatch.setattr(
+        sys.modules["fitloop.callbacks.live_plot"],
+        "_save",
+        lambda _figure, format_: f"as {format_}".encode(),
+    )
     path = tmp_path / "new" / "curves.SVG"
     plot = live_plot("loss", path=path)
     for _ in range(2):
@@ -461,17 +465,17 @@ def test_file_when_it_is_drawn_again_then_is_replaced_and_nothing_else_is_left(
 def test_notebook_when_pictures_come_then_one_output_a_run_is_updated_in_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told: list[str] = []
+    calls: list[str] = []
     there = threading.Semaphore(0)
 
     def update(content: dict[str, str], *, raw: bool) -> None:
         assert raw
-        told.append(f"update {content}")
+        calls.append(f"update {content}")
 
     def display(content: dict[str, str], *, raw: bool, display_id: bool) -> SimpleNamespace:
         assert raw
         assert display_id
-        told.append(f"display {content}")
+        calls.append(f"display {content}")
         there.release()
         return SimpleNamespace(update=update)
 
@@ -486,12 +490,12 @@ def test_notebook_when_pictures_come_then_one_output_a_run_is_updated_in_place(
         assert there.acquire(timeout=SOON)
         end(plot)
     content = {"image/png": "cGljdHVyZQ=="}
-    assert told == [f"display {content}", f"update {content}"] * 2
+    assert calls == [f"display {content}", f"update {content}"] * 2
 
 
 @pytest.mark.slow
 def test_fit_when_it_has_a_live_plot_then_leaves_a_picture_and_no_thread(tmp_path: Path) -> None:
-    """In a process of its own, as matplotlib keeps fonts open for each thread that renders."""
+    """In another process: matplotlib keeps fonts open for each thread that renders."""
     program = """
 import sys, threading
 from pathlib import Path

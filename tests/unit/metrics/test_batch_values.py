@@ -26,11 +26,11 @@ def collected(*batches: Any) -> BatchValues:
 
 
 def column(values: BatchValues, name: str = "x") -> list[float]:
-    found = values[name]
-    assert isinstance(found, Tensor)
-    assert found.dtype is torch.float64
-    assert list(values.scalars()[name]) == found.tolist()
-    listed: list[float] = found.tolist()
+    value = values[name]
+    assert isinstance(value, Tensor)
+    assert value.dtype is torch.float64
+    assert list(values.scalars()[name]) == value.tolist()
+    listed: list[float] = value.tolist()
     return listed
 
 
@@ -61,9 +61,9 @@ def test_put_when_value_is_a_number_then_kept_in_full_precision(value: Any, numb
 
 
 def test_put_when_value_is_nan_then_kept() -> None:
-    found = collected({"x": float("nan")}, {"x": torch.tensor(float("nan"))})["x"]
-    assert isinstance(found, Tensor)
-    assert found.isnan().tolist() == [True, True]
+    value = collected({"x": float("nan")}, {"x": torch.tensor(float("nan"))})["x"]
+    assert isinstance(value, Tensor)
+    assert value.isnan().tolist() == [True, True]
 
 
 @pytest.mark.parametrize("nothing", [None, {}])
@@ -117,10 +117,10 @@ def test_put_when_names_are_missing_in_some_batches_then_each_has_what_came() ->
 
 def test_getitem_when_value_has_dimensions_then_a_list_of_detached_tensors() -> None:
     weight = torch.ones(2, requires_grad=True)
-    found = collected({"x": weight * 2}, {"x": weight * 3})["x"]
-    assert isinstance(found, list)
-    assert [tensor.tolist() for tensor in found] == [[2.0, 2.0], [3.0, 3.0]]
-    assert not any(tensor.requires_grad for tensor in found)
+    value = collected({"x": weight * 2}, {"x": weight * 3})["x"]
+    assert isinstance(value, list)
+    assert [tensor.tolist() for tensor in value] == [[2.0, 2.0], [3.0, 3.0]]
+    assert not any(tensor.requires_grad for tensor in value)
 
 
 def test_getitem_when_name_is_unknown_then_error_lists_the_known() -> None:
@@ -130,10 +130,10 @@ def test_getitem_when_name_is_unknown_then_error_lists_the_known() -> None:
 
 def test_getitem_when_changed_by_the_reader_then_values_are_not() -> None:
     values = collected({"x": 1.0, "y": torch.ones(1)})
-    found, tensors = values["x"], values["y"]
-    assert isinstance(found, Tensor)
+    value, tensors = values["x"], values["y"]
+    assert isinstance(value, Tensor)
     assert isinstance(tensors, list)
-    found.zero_()
+    value.zero_()
     tensors.clear()
     assert column(values) == [1.0]
     assert len(values["y"]) == 1
@@ -147,8 +147,8 @@ def test_put_when_tensor_is_changed_in_place_afterwards_then_value_is_the_one_re
     for _ in range(3):
         running.add_(1)
         values.put({"x": running})
-    found = values["x"]
-    assert [torch.as_tensor(value).sum().item() / max(1, running.numel()) for value in found] == [
+    value = values["x"]
+    assert [torch.as_tensor(item).sum().item() / max(1, running.numel()) for item in value] == [
         1.0,
         2.0,
         3.0,
@@ -164,8 +164,8 @@ def test_put_when_tensor_has_a_graph_then_graph_is_let_go(shape: tuple[int, ...]
     del saved
     gc.collect()
     assert alive() is None
-    found = values["x"]
-    assert all(torch.as_tensor(value).grad_fn is None for value in found)
+    value = values["x"]
+    assert all(torch.as_tensor(item).grad_fn is None for item in value)
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_put_when_a_million_values_come_then_they_take_nine_megabytes() -> None:
 
 
 class Rows:
-    """Device rows, and what they handed on."""
+    """Scalars on a device, and the values that they passed on."""
 
     def __init__(self) -> None:
         self.out: dict[str, list[float]] = {}

@@ -100,10 +100,10 @@ def test_series_when_the_run_is_out_of_range_says_how_many_there_are(run: int) -
 
 def test_array_when_written_to_leaves_the_history_untouched_and_able_to_grow() -> None:
     history = two_runs()
-    held = history.train["loss"][1]
-    held[0] = 99.0
+    array = history.train["loss"][1]
+    array[0] = 99.0
     history.observe(phase_ended("train", {"loss": 0.25}))
-    assert held.tolist() == [99.0]
+    assert array.tolist() == [99.0]
     assert history.train["loss"][1].tolist() == [0.5, 0.25]
 
 
@@ -129,10 +129,10 @@ def test_phase_looks_in_epoch_end_then_batch_step_then_epoch_start() -> None:
 
 def test_unknown_name_lists_the_known_ones() -> None:
     history = two_runs()
-    known = r"there are: 'loss', 'accuracy'$"
-    with pytest.raises(UnknownMetricError, match=rf"^no metric 'acc' in valid\.epoch_end; {known}"):
+    names = r"there are: 'loss', 'accuracy'$"
+    with pytest.raises(UnknownMetricError, match=rf"^no metric 'acc' in valid\.epoch_end; {names}"):
         history.valid.epoch_end["acc"]
-    with pytest.raises(UnknownMetricError, match=rf"^no metric 'acc' in valid; {known}"):
+    with pytest.raises(UnknownMetricError, match=rf"^no metric 'acc' in valid; {names}"):
         history.valid["acc"]
     with pytest.raises(UnknownMetricError, match=r"^no metric 'x' in test; there are: 'accuracy'$"):
         history.test["x"]
@@ -274,11 +274,11 @@ def test_million_values_take_at_most_9_megabytes() -> None:
     try:
         for _ in range(1000):
             history.observe(event)
-        taken, _ = tracemalloc.get_traced_memory()
+        nbytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len(history.train["loss"][0]) == 1_000_000
-    assert taken <= 9_000_000
+    assert nbytes <= 9_000_000
 
 
 def test_history_when_dropped_is_freed_at_once() -> None:
@@ -303,7 +303,7 @@ def eager_switching() -> Iterator[None]:
 
 @pytest.mark.usefixtures("eager_switching")
 def test_readers_in_another_thread_see_whole_events_only() -> None:
-    """Arrays are held across appends: an exported buffer would make the append raise."""
+    """Arrays are array across appends: an exported buffer would make the append raise."""
     history = History()
     history.observe(run_started())
     num_events, size = 300, 50
@@ -323,7 +323,7 @@ def test_readers_in_another_thread_see_whole_events_only() -> None:
 
     writer = threading.Thread(target=append)
     writer.start()
-    held = []
+    arrays = []
     finished = False
     while not finished:
         finished = done.is_set()  # one more look after the last append
@@ -335,13 +335,13 @@ def test_readers_in_another_thread_see_whole_events_only() -> None:
                 everything["batch_step"]["loss"][0],
             )
             assert len(batches) == len(epochs) * size
-            held.append(history.train.batch_step["loss"][0])
-            np.testing.assert_array_equal(held[-1], np.arange(len(held[-1])))
-            assert len(held[-1]) % size == 0
+            arrays.append(history.train.batch_step["loss"][0])
+            np.testing.assert_array_equal(arrays[-1], np.arange(len(arrays[-1])))
+            assert len(arrays[-1]) % size == 0
             assert "loss" in dict(history.train)
     writer.join()
     assert failures == []
-    assert len(held[-1]) == num_events * size
+    assert len(arrays[-1]) == num_events * size
 
 
 # A history against plain lists: what to do, and what should then be in it.
@@ -388,11 +388,11 @@ def add(model: _Model, event: PhaseEnded) -> None:
 def check(history: History, model: _Model) -> None:
     exported = history.to_dict()
     for (phase, stage), runs in model.items():
-        known = {name for run in runs for name in run}
-        assert set(exported[phase][stage]) == known
+        names = {name for run in runs for name in run}
+        assert set(exported[phase][stage]) == names
         view = getattr(history, phase).stage(stage)
-        assert set(view) == known
-        for name in known:
+        assert set(view) == names
+        for name in names:
             expected = [np.array(run.get(name, []), dtype=np.float64) for run in runs]
             series = view[name]
             assert isinstance(series, MetricSeries)
@@ -409,7 +409,7 @@ def test_history_equals_plain_lists_after_any_events_marks_and_rollbacks(
     steps: list[tuple[object, ...]],
 ) -> None:
     history, model = History(), empty_model()
-    kept: list[tuple[HistoryMark, _Model, str]] = []
+    states: list[tuple[HistoryMark, _Model, str]] = []
     for step in steps:
         match step:
             case ("run", str(call)):
@@ -420,12 +420,12 @@ def test_history_equals_plain_lists_after_any_events_marks_and_rollbacks(
                 history.observe(event)
                 add(model, event)
             case ("mark",):
-                kept.append((history.mark(), deepcopy(model), repr(history)))
+                states.append((history.mark(), deepcopy(model), repr(history)))
             case ("clear",):
                 history.clear()
                 model = empty_model()
-            case ("rollback", int(index)) if kept:
-                mark, then, status = kept[index % len(kept)]
+            case ("rollback", int(index)) if states:
+                mark, then, status = states[index % len(states)]
                 history.rollback(mark)
                 model = deepcopy(then)
                 assert repr(history) == status

@@ -10,7 +10,7 @@ from fitloop import FitResult
 
 
 def result(**changes: Any) -> FitResult:
-    given = {
+    values = {
         "epochs": 3,
         "stop_reason": "completed",
         "best_score": 0.9,
@@ -21,7 +21,7 @@ def result(**changes: Any) -> FitResult:
         },
         "seconds": 2.5,
     }
-    return FitResult(**{**given, **changes})
+    return FitResult(**{**values, **changes})
 
 
 def test_result_when_printed_then_is_a_small_table_of_the_last_values() -> None:
@@ -40,10 +40,10 @@ def test_result_when_nothing_was_trained_then_is_one_line() -> None:
     assert "<table>" not in nothing._repr_html_()
 
 
-@pytest.mark.parametrize(("epochs", "told"), [(1, "1 epoch"), (2, "2 epochs")])
-def test_result_when_looked_at_then_is_one_line(epochs: int, told: str) -> None:
-    assert repr(result(epochs=epochs)) == f"<FitResult completed: {told}, best 0.9000>"
-    assert str(result(epochs=epochs)).startswith(f"{told} in ")
+@pytest.mark.parametrize(("epochs", "text"), [(1, "1 epoch"), (2, "2 epochs")])
+def test_result_when_looked_at_then_is_one_line(epochs: int, text: str) -> None:
+    assert repr(result(epochs=epochs)) == f"<FitResult completed: {text}, best 0.9000>"
+    assert str(result(epochs=epochs)).startswith(f"{text} in ")
 
 
 def test_result_when_shown_in_a_notebook_then_is_the_same_as_html() -> None:

@@ -28,16 +28,16 @@ from fitloop import (
     UnknownMetricError,
     compare_metrics,
 )
-from fitloop._plotting.downsampling import MAX_POINTS, running_mean, thin, window_of
-from fitloop._plotting.draw import plot_comparison, plot_history
-from fitloop._plotting.selection import BestEpoch
+from fitloop._plotting.downsampling import MAX_POINTS, downsample, running_mean, window_size
+from fitloop._plotting.draw import plot_history, plot_selections
+from fitloop._plotting.selection import BestEpoch, RunSelection
 from fitloop._storage.log_records import encode_head
 from fitloop._storage.metric_log import MetricLog
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _fonts() -> None:
-    """Have matplotlib open what it keeps open for a thread that measures text."""
+    """Open the files that matplotlib keeps open for a thread that measures text."""
     figure = Figure()
     figure.suptitle("text")
     figure.draw_without_rendering()
@@ -289,24 +289,24 @@ def test_long_series_are_thinned_and_the_label_says_so(ax: Axes) -> None:
 def test_thinning_keeps_ends_and_finite_extremes(
     values: np.ndarray[tuple[int], np.dtype[np.float64]], max_points: int
 ) -> None:
-    kept = thin(values, max_points)
-    assert len(kept) <= max_points
-    assert np.all(np.diff(kept) > 0)
+    indices = downsample(values, max_points)
+    assert len(indices) <= max_points
+    assert np.all(np.diff(indices) > 0)
     if len(values) <= max_points:
-        assert len(kept) == len(values)
+        assert len(indices) == len(values)
         return
-    assert (kept[0], kept[-1]) == (0, len(values) - 1)
+    assert (indices[0], indices[-1]) == (0, len(values) - 1)
     finite = values[np.isfinite(values)]
     if finite.size:
-        shown = values[kept]
-        shown = shown[np.isfinite(shown)]
-        assert (shown.min(), shown.max()) == (finite.min(), finite.max())
+        drawn = values[indices]
+        drawn = drawn[np.isfinite(drawn)]
+        assert (drawn.min(), drawn.max()) == (finite.min(), finite.max())
 
 
 def test_thinning_keeps_a_stretch_of_nan_as_a_gap() -> None:
     values = np.ones(100_000)
     values[50_000:60_000] = np.nan
-    assert np.isnan(values[thin(values)]).any()
+    assert np.isnan(values[downsample(values)]).any()
 
 
 def test_plot_without_ax_draws_on_the_current_axes(history: History, pyplot: Any) -> None:
@@ -337,7 +337,7 @@ def test_plot_on_a_plain_figure_works_in_any_thread(history: History) -> None:
 
 @pytest.mark.slow
 def test_import_has_no_matplotlib_and_plot_with_ax_no_pyplot_in_a_thread() -> None:
-    """In a process of its own, as matplotlib keeps fonts open for each thread that renders."""
+    """In another process: matplotlib keeps fonts open for each thread that renders."""
     program = """
 import sys
 from fitloop._events import RunStarted, PhaseEnded
@@ -487,11 +487,11 @@ def test_running_mean_when_compared_with_its_meaning_then_is_the_same(
 ) -> None:
     places, means = running_mean(values, window)
     size = window // 5
-    for index, (place, mean) in enumerate(zip(places, means, strict=True)):
-        own = values[index * size : (index + 1) * size]
+    for index, (position, mean) in enumerate(zip(places, means, strict=True)):
+        window_values = values[index * size : (index + 1) * size]
         around = values[max(0, (index - 2) * size) : (index + 3) * size]
-        assert place == index * size + (len(own) - 1) / 2
-        if np.isfinite(own).any():
+        assert position == index * size + (len(window_values) - 1) / 2
+        if np.isfinite(window_values).any():
             np.testing.assert_allclose(mean, np.nanmean(around), rtol=1e-9, atol=1e-6)
         else:
             assert np.isnan(mean)
@@ -510,18 +510,25 @@ def test_running_mean_when_there_is_a_huge_spike_then_later_values_are_exact() -
 def test_window_when_the_series_is_long_then_is_round_and_a_hundredth(
     count: int, window: int
 ) -> None:
-    assert window_of(count) == window
+    assert window_size(count) == window
 
 
-def made(*runs: tuple[Sequence[float], Sequence[float]], batches: int = 0) -> History:
+def history_of(*runs: tuple[Sequence[float], Sequence[float]], batches: int = 0) -> History:
     history = History()
     for train, valid in runs:
         add_run(history, train, valid, batches=batches)
     return history
 
 
+def plot_comparison(
+    histories: dict[str, History], name: str, run: Any = None, **options: Any
+) -> Axes:
+    selections = [RunSelection(label, history, run) for label, history in histories.items()]
+    return plot_selections(selections, name, **options)
+
+
 def test_comparison_when_drawn_then_has_a_color_each_and_dashes_for_valid(ax: Axes) -> None:
-    histories = {"a": made(([2.0, 1.0], [3.0, 2.0])), "b": made(([4.0], []))}
+    histories = {"a": history_of(([2.0, 1.0], [3.0, 2.0])), "b": history_of(([4.0], []))}
     assert plot_comparison(histories, "loss", ax=ax, linewidth=3) is ax
     assert drawn(ax) == {
         "a train": [(1, 2.0), (2, 1.0)],
@@ -539,7 +546,7 @@ def test_comparison_when_drawn_then_has_a_color_each_and_dashes_for_valid(ax: Ax
 def test_comparison_when_one_lacks_the_metric_then_the_error_names_it(ax: Axes) -> None:
     other = History()
     add_run(other, [1.0], name="score")
-    histories = {"a": made(([1.0], [])), "b": other}
+    histories = {"a": history_of(([1.0], [])), "b": other}
     with pytest.raises(UnknownMetricError, match=r"^no metric 'loss' in 'b', .*'score'"):
         plot_comparison(histories, "loss", ax=ax)
     with pytest.raises(IndexError, match=r"^'a': train run 3 is out of range"):
@@ -568,7 +575,7 @@ def test_comparison_when_stages_differ_then_the_one_that_all_have_is_drawn(ax: A
         )
     )
     with pytest.raises(UnknownMetricError, match=r"in epoch_end of 'b', where others recorded it"):
-        plot_comparison({"a": made(([1.0], [2.0])), "b": batches_only}, "loss", ax=ax)
+        plot_comparison({"a": history_of(([1.0], [2.0])), "b": batches_only}, "loss", ax=ax)
     plot_comparison({"b": batches_only}, "loss", ax=ax)
     assert ax.get_xlabel() == "batch"
 
@@ -579,7 +586,9 @@ def test_comparison_when_there_are_twenty_then_all_are_named_beside_the_axes(
 ) -> None:
     figure = Figure(layout=layout)
     ax = figure.subplots()
-    plot_comparison({f"trial {n}": made(([1.0 + n, 2.0], [])) for n in range(20)}, "loss", ax=ax)
+    plot_comparison(
+        {f"trial {n}": history_of(([1.0 + n, 2.0], [])) for n in range(20)}, "loss", ax=ax
+    )
     named = legend(ax)
     assert named is not None
     assert named[:2] == ["trial 0", "trial 1"]
@@ -596,7 +605,7 @@ def test_comparison_when_lines_are_long_then_means_are_drawn_and_the_axis_says_s
     ax: Axes,
 ) -> None:
     plot_comparison(
-        {"a": made(([1.0], []), batches=100_000), "b": made(([1.0], []), batches=5)},
+        {"a": history_of(([1.0], []), batches=100_000), "b": history_of(([1.0], []), batches=5)},
         "running_loss",
         ax=ax,
     )
@@ -606,7 +615,7 @@ def test_comparison_when_lines_are_long_then_means_are_drawn_and_the_axis_says_s
 
 
 def test_comparison_when_labels_look_special_then_are_shown_as_they_are(ax: Axes) -> None:
-    one = made(([1.0], []))
+    one = history_of(([1.0], []))
     plot_comparison({"_hidden": one, "$x": one}, "loss", ax=ax)
     assert legend(ax) == [" _hidden", r"\$x", "train"]
 
@@ -617,7 +626,7 @@ class Trainer:
 
 
 def test_compare_metrics_when_given_trainers_then_labels_them_by_name(ax: Axes) -> None:
-    one = made(([1.0], []))
+    one = history_of(([1.0], []))
     compare_metrics([Trainer("net", one), Trainer("net", one), one], "loss", ax=ax)
     assert legend(ax) == ["net", "net (2)", "history", "train"]
 
@@ -636,7 +645,7 @@ def test_compare_metrics_when_given_one_trainer_then_compares_its_runs(
 
 def test_compare_metrics_when_given_logs_then_reads_them(ax: Axes, tmp_path: Path) -> None:
     log = MetricLog(tmp_path)
-    log.start(encode_head("net", made(([1.0, 2.0], []))))
+    log.start(encode_head("net", history_of(([1.0, 2.0], []))))
     compare_metrics({"log": tmp_path, "file": str(log.path)}, "loss", ax=ax)
     assert drawn(ax) == {key: [(1, 1.0), (2, 2.0)] for key in ("log train", "file train")}
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""How files come to their places: in which order, and what is left when a process dies."""
+"""Durable files: the order of the system calls, and the files after a process has died."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from support.models import sync_trainer
 
 from fitloop import Checkpoint, CheckpointError
 from fitloop._storage.durable import (
-    LOCK,
-    TEMPORARY,
+    LOCK_NAME,
+    TEMPORARY_PREFIX,
     DirectoryLock,
     remove_leftovers,
     sync_directory,
@@ -34,7 +34,7 @@ def put(data: bytes) -> Callable[[Path, int], int]:
 
 @contextmanager
 def other_process(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run ``code`` in another process until it has said something; kill it in the end."""
+    """Run ``code`` in another process until it prints; kill it at the end."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -105,7 +105,7 @@ def test_lock_when_another_process_has_it_then_is_refused_until_that_is_dead(
             fitted.fit(1, checkpoint=Checkpoint(), **QUIET)
         with pytest.raises(CheckpointError, match="in use"):
             DirectoryLock(tmp_path).acquire()
-        assert os.listdir(tmp_path) == [LOCK]
+        assert os.listdir(tmp_path) == [LOCK_NAME]
         process.kill()
         process.wait()
         fitted.fit(1, checkpoint=Checkpoint(), **QUIET)
@@ -127,26 +127,26 @@ def test_leftovers_when_they_are_of_this_process_then_are_kept(tmp_path: Path) -
 
 
 def test_leftovers_when_they_are_odd_then_nothing_else_is_touched(tmp_path: Path) -> None:
-    (tmp_path / f"{TEMPORARY}dead.tmp").write_text("half")
-    (tmp_path / f"{TEMPORARY}dead.part").write_text("half")
-    kept = [
+    (tmp_path / f"{TEMPORARY_PREFIX}dead.tmp").write_text("half")
+    (tmp_path / f"{TEMPORARY_PREFIX}dead.part").write_text("half")
+    unrelated = [
         "file.tmp",
-        f"{TEMPORARY}name",
+        f"{TEMPORARY_PREFIX}name",
         "x.part",
-        f"x{TEMPORARY}1.tmp",
-        f"{TEMPORARY}lonely.part",
+        f"x{TEMPORARY_PREFIX}1.tmp",
+        f"{TEMPORARY_PREFIX}lonely.part",
     ]
-    for name in kept:
+    for name in unrelated:
         (tmp_path / name).write_text("mine")
-    (tmp_path / f"{TEMPORARY}folder.tmp").mkdir()
-    (tmp_path / f"{TEMPORARY}nowhere.tmp").symlink_to(tmp_path / "nowhere")
-    os.mkfifo(tmp_path / f"{TEMPORARY}pipe.tmp")
-    (tmp_path / f"{TEMPORARY}link.tmp").symlink_to(tmp_path / "file.tmp")
+    (tmp_path / f"{TEMPORARY_PREFIX}folder.tmp").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}nowhere.tmp").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / f"{TEMPORARY_PREFIX}pipe.tmp")
+    (tmp_path / f"{TEMPORARY_PREFIX}link.tmp").symlink_to(tmp_path / "file.tmp")
     remove_leftovers(tmp_path)
     left = set(os.listdir(tmp_path))
-    assert left >= {*kept, f"{TEMPORARY}folder.tmp"}
-    assert f"{TEMPORARY}dead.tmp" not in left
-    assert f"{TEMPORARY}dead.part" not in left
+    assert left >= {*unrelated, f"{TEMPORARY_PREFIX}folder.tmp"}
+    assert f"{TEMPORARY_PREFIX}dead.tmp" not in left
+    assert f"{TEMPORARY_PREFIX}dead.part" not in left
     assert (tmp_path / "file.tmp").read_text() == "mine"
     remove_leftovers(tmp_path / "nowhere")
 
@@ -167,35 +167,35 @@ def test_lock_when_held_in_this_process_then_another_trainer_is_refused(tmp_path
 
 def test_lock_when_the_directory_cannot_be_made_then_it_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(CheckpointError, match="cannot be written to: "):
-            DirectoryLock(place).acquire()
+            DirectoryLock(path).acquire()
 
 
 # -- the order -------------------------------------------------------------------------------------
 
 
 class Calls:
-    """What the system was asked to do, in order."""
+    """The system calls, in order."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.made: list[tuple[str, str]] = []
+        self.log: list[tuple[str, str]] = []
         fsync, replace, link, write = os.fsync, os.replace, os.link, os.write
 
         def noted_fsync(descriptor: int) -> None:
-            self.made.append(("fsync", self._name(os.readlink(f"/proc/self/fd/{descriptor}"))))
+            self.log.append(("fsync", self._name(os.readlink(f"/proc/self/fd/{descriptor}"))))
             fsync(descriptor)
 
         def noted_write(descriptor: int, data: Any) -> int:
-            self.made.append(("write", self._name(os.readlink(f"/proc/self/fd/{descriptor}"))))
+            self.log.append(("write", self._name(os.readlink(f"/proc/self/fd/{descriptor}"))))
             return write(descriptor, data)
 
         def noted_replace(source: Any, target: Any) -> None:
-            self.made.append(("replace", self._name(target)))
+            self.log.append(("replace", self._name(target)))
             replace(source, target)
 
         def noted_link(source: Any, target: Any) -> None:
-            self.made.append(("link", self._name(target)))
+            self.log.append(("link", self._name(target)))
             link(source, target)
 
         patch.setattr(os, "fsync", noted_fsync)
@@ -205,7 +205,7 @@ class Calls:
 
     def _name(self, path: Any) -> str:
         name = Path(path).name
-        return "temporary" if name.startswith(TEMPORARY) else name
+        return "temporary" if name.startswith(TEMPORARY_PREFIX) else name
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into /proc")
@@ -222,7 +222,7 @@ def test_write_when_it_returns_then_the_file_and_its_name_are_durable_in_this_or
         (directory / "file").write_bytes(b"old")
     calls = Calls(monkeypatch)
     assert write_file(directory / "file", put(b"new"), overwrite=overwrite) == 3
-    assert calls.made == [
+    assert calls.log == [
         ("write", "temporary"),
         ("fsync", "temporary"),
         ("replace" if overwrite else "link", "file"),
@@ -238,7 +238,7 @@ def test_write_when_directories_are_made_then_their_names_are_durable_too(
 ) -> None:
     calls = Calls(monkeypatch)
     write_file(tmp_path / "a" / "b" / "file", put(b"new"), overwrite=False)
-    synced = {name for call, name in calls.made if call == "fsync"}
+    synced = {name for call, name in calls.log if call == "fsync"}
     assert synced == {"temporary", "b", "a", tmp_path.name}
 
 
@@ -266,7 +266,7 @@ def failing(number: int) -> Callable[..., Any]:
 def test_write_when_the_disk_becomes_read_only_then_no_descriptor_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a file system does that found an error in itself; Linux says so also of missing files."""
+    """Raise the error of a damaged file system, which Linux also raises for missing files."""
     before = set(_descriptors())
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", failing(errno.EROFS))

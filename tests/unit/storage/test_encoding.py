@@ -1,4 +1,4 @@
-"""Nested values: they come back with their types, or the error names the path of what cannot."""
+"""Nested values: decoding returns the same types, or the error names the path of a value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fitloop._storage.encoding import (
     _FROM_ITEMS,
     _FROM_PAIRS,
     _FROM_VALUE,
-    DEEPEST,
+    MAX_DEPTH,
     Decoder,
     Encoder,
 )
@@ -89,9 +89,9 @@ def test_tree_when_encoded_and_decoded_then_is_the_same(value: Any) -> None:
 
 @pytest.mark.parametrize("value", TORCH_VALUES, ids=str)
 def test_tree_when_of_torchs_plain_values_then_is_the_same(value: Any) -> None:
-    found = back(value)
-    assert type(found) is type(value)
-    assert found == value
+    decoded = back(value)
+    assert type(decoded) is type(value)
+    assert decoded == value
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_tree_when_of_an_extended_float_then_is_the_same() -> None:
 
 
 def test_tree_when_of_an_array_then_the_copy_is_its_own_and_can_be_written_to() -> None:
-    found = back({"x": np.arange(3)})["x"]
-    found[0] = 7
+    decoded = back({"x": np.arange(3)})["x"]
+    decoded[0] = 7
     encoder = Encoder()
     source = np.arange(3)
     encoder.encode(source, "state")
@@ -171,14 +171,14 @@ def nested(kind: str, levels: int) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tree_when_nested_as_deep_as_allowed_then_is_the_same(kind: str) -> None:
-    value = nested(kind, DEEPEST)
+    value = nested(kind, MAX_DEPTH)
     assert repr(back(value)) == repr(value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tree_when_nested_deeper_then_is_refused(kind: str) -> None:
-    with pytest.raises(LayoutError, match=f"nested more than {DEEPEST} levels deep"):
-        Encoder().encode(nested(kind, DEEPEST + 1), "state")
+    with pytest.raises(LayoutError, match=f"nested more than {MAX_DEPTH} levels deep"):
+        Encoder().encode(nested(kind, MAX_DEPTH + 1), "state")
 
 
 # -- what is refused -------------------------------------------------------------------------------

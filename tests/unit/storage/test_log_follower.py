@@ -45,9 +45,9 @@ def head(began: float) -> bytes:
 
 
 def record(event: Event, at: float = 2.0) -> bytes:
-    found = encode_event(event, at)
-    assert found is not None
-    return found
+    encoded = encode_event(event, at)
+    assert encoded is not None
+    return encoded
 
 
 def frame(contents: Any) -> bytes:
@@ -56,7 +56,7 @@ def frame(contents: Any) -> bytes:
 
 
 class Log:
-    """What a run writes, with a follower."""
+    """The log of a run, with a follower."""
 
     def __init__(self, directory: Path) -> None:
         self.log = MetricLog(directory)
@@ -75,7 +75,7 @@ class Log:
                 self.log.append(record(event))
 
     def poll(self) -> list[Event]:
-        return [told.event for told in self.follower.poll()]
+        return [item.event for item in self.follower.poll()]
 
 
 @pytest.fixture
@@ -113,18 +113,18 @@ def test_follower_when_a_run_goes_then_tells_each_event_once_with_its_time(log: 
 def test_follower_when_a_phase_has_ended_then_has_its_batch_values(log: Log) -> None:
     log.begin()
     log.append(phase_ended(3))
-    told: Any = log.poll()[-1]
-    assert told.batch_metrics == phase_ended(3).batch_metrics
+    event: Any = log.poll()[-1]
+    assert event.batch_metrics == phase_ended(3).batch_metrics
 
 
 def test_follower_when_a_record_is_written_byte_by_byte_then_tells_it_when_whole(log: Log) -> None:
     log.begin()
     log.poll()
-    whole = record(phase_ended(1))
-    for place in range(len(whole)):
+    data = record(phase_ended(1))
+    for index in range(len(data)):
         with log.path.open("ab") as file:
-            file.write(whole[place : place + 1])
-        assert log.poll() == ([phase_ended(1)] if place == len(whole) - 1 else [])
+            file.write(data[index : index + 1])
+        assert log.poll() == ([phase_ended(1)] if index == len(data) - 1 else [])
 
 
 # -- progress --------------------------------------------------------------------------------------
@@ -269,22 +269,22 @@ def test_follower_when_the_file_is_replaced_while_it_looks_then_loses_nothing(
     ]
 
     def reads() -> list[TimedEvent]:
-        told = read()
+        received = read()
         while late:
             late.pop(0)()
-        return told
+        return received
 
     monkeypatch.setattr(log.follower, "_read", reads)
-    told = log.poll()
+    received = log.poll()
     while more := log.poll():
-        told += more
-    assert told == [run_ended(0), run_started()]
+        received += more
+    assert received == [run_ended(0), run_started()]
 
 
 def test_follower_when_more_is_written_just_before_it_lets_go_then_reads_it_later(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Windows it opens the file anew each time; a run that is said to be dead is let go too."""
+    """On Windows the follower opens the file for every read."""
     log.begin(1.0)
     log.poll()
     log.append(epoch_started(1))
@@ -341,11 +341,11 @@ def test_follower_when_the_log_is_removed_then_reads_on_and_tells_of_the_next(lo
 
 @st.composite
 def files(draw: st.DrawFn) -> list[tuple[float, list[Event]]]:
-    """Return the logs that follow each other in one place: when each run began, and its events."""
-    found: list[tuple[float, list[Event]]] = []
+    """Return successive logs of one directory: the start of each run, and its events."""
+    logs: list[tuple[float, list[Event]]] = []
     began = 1.0
     for _ in range(draw(st.integers(1, 4))):
-        goes_on = bool(found) and draw(st.booleans()) and found[-1][1][-1:] != [run_ended()]
+        goes_on = bool(logs) and draw(st.booleans()) and logs[-1][1][-1:] != [run_ended()]
         began += 0.0 if goes_on else 1.0
         events: list[Event] = [WENT_BACK] if goes_on else []
         for number in range(1, draw(st.integers(1, 3)) + 1):
@@ -355,13 +355,13 @@ def files(draw: st.DrawFn) -> list[tuple[float, list[Event]]]:
             events.append(run_ended())
         else:
             events = events[: draw(st.integers(len(events) - 3, len(events)))]
-        found.append((began, events))
-    return found
+        logs.append((began, events))
+    return logs
 
 
 @contextmanager
 def in_pieces(look: Callable[[], None], draw: Callable[[int], int]) -> Iterator[None]:
-    """Have every write come in two pieces, between which somebody may look."""
+    """Split every write in two, and call ``look`` between the two."""
     with pytest.MonkeyPatch.context() as patch:
         write = os.write
 
@@ -381,38 +381,38 @@ def test_follower_when_it_looks_at_any_moments_then_tells_what_a_reader_at_the_e
     story: list[tuple[float, list[Event]]], seed: int, often: float
 ) -> None:
     random = Random(seed)
-    told: list[Event] = []
+    received: list[Event] = []
     expected: list[Event] = []
     written: list[Event] = []
     with TemporaryDirectory() as directory:
         log = Log(Path(directory))
         looked: set[int] = set()
-        whole: list[bytes] = []
+        logs: list[bytes] = []
 
         def look(always: bool = False) -> None:
             if always or random.random() < often:
-                looked.add(len(whole))
-                told.extend(log.poll())
+                looked.add(len(logs))
+                received.extend(log.poll())
 
         with in_pieces(look, lambda most: random.randint(0, most)):
             for began, events in story:
                 log.begin(began)
-                whole.append(log.path.read_bytes())
+                logs.append(log.path.read_bytes())
                 for event in events:
                     log.append(event)
                     look()
-                whole[-1] = log.path.read_bytes()
+                logs[-1] = log.path.read_bytes()
         look(always=True)
         last = 0.0
         for number, (began, events) in enumerate(story):
             written += events
             if number + 1 in looked:  # else nobody can know of it
-                at_end = read_at_end(whole[number])
+                at_end = read_at_end(logs[number])
                 expected += at_end[1 if began == last else 0 :]
                 last = began
         log.follower.close()
-    assert lasting(told) == lasting(expected)
-    passed = [event for event in told if isinstance(event, BatchProgress)]
+    assert lasting(received) == lasting(expected)
+    passed = [event for event in received if isinstance(event, BatchProgress)]
     remaining = iter(written)
     assert all(event in remaining for event in passed), "in their order, and none twice"
 
@@ -426,7 +426,7 @@ def read_at_end(data: bytes) -> list[Event]:
         Path(directory, LOG_NAME).write_bytes(data)
         follower = LogFollower(Path(directory))
         try:
-            return [told.event for told in follower.poll()]
+            return [item.event for item in follower.poll()]
         finally:
             follower.close()
 
@@ -435,8 +435,8 @@ def read_at_end(data: bytes) -> list[Event]:
 
 
 def plain(data: bytes) -> dict[str, Any]:
-    found: dict[str, Any] = unpack(unpack(data, "it")[1], "it")
-    return found
+    contents: dict[str, Any] = unpack(unpack(data, "it")[1], "it")
+    return contents
 
 
 def refused(log: Log) -> None:
@@ -550,5 +550,5 @@ def test_follower_when_the_log_is_no_file_then_refuses_it_and_does_not_wait(
 def test_follower_when_text_would_command_a_terminal_then_it_is_taken_out(log: Log) -> None:
     log.begin()
     log.append(run_ended(0, stop_reason="failed", error="ValueError: \x1b[2Jtwo\nlines\x07"))
-    ended: Any = log.poll()[-1]
-    assert ended.error == "ValueError:  [2Jtwo lines "
+    event: Any = log.poll()[-1]
+    assert event.error == "ValueError:  [2Jtwo lines "

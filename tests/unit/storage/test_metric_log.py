@@ -1,4 +1,4 @@
-"""The metrics on disk: what a reader sees at any moment, and what damage makes of it."""
+"""The metric log: a reader at any moment, and damaged logs."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ EVENTS = [
 ]
 
 
-def begun() -> History:
-    """Return the history of a trainer of which two runs have begun."""
+def new_history() -> History:
+    """Return the history of a trainer that has started two runs."""
     history = History()
     for call in ("fit", "test"):
         history.observe(RunStarted(trainer="t", call=call, epochs=1, first_epoch=1))
@@ -65,7 +65,7 @@ def begun() -> History:
 
 def written(directory: Path, events: list[Any]) -> MetricLog:
     log = MetricLog(directory)
-    log.start(encode_head("t", begun()))
+    log.start(encode_head("t", new_history()))
     for event in events:
         log.append(encode_event(event) or b"")
     return log
@@ -73,12 +73,12 @@ def written(directory: Path, events: list[Any]) -> MetricLog:
 
 def histories() -> list[Any]:
     """Return what a history is before and after each of the events."""
-    history = begun()
-    found = [contents(history)]
+    history = new_history()
+    states = [contents(history)]
     for event in EVENTS:
         history.observe(event)
-        found.append(contents(history))
-    return found
+        states.append(contents(history))
+    return states
 
 
 def contents(history: History) -> Any:
@@ -94,7 +94,7 @@ def test_log_when_read_after_every_event_then_is_the_history(tmp_path: Path) -> 
 
 
 def test_log_when_begun_with_a_history_then_that_comes_first(tmp_path: Path) -> None:
-    history = begun()
+    history = new_history()
     for event in EVENTS[:5]:
         history.observe(event)
     log = MetricLog(tmp_path)
@@ -108,7 +108,7 @@ def test_log_when_begun_with_a_history_then_that_comes_first(tmp_path: Path) -> 
 def test_log_when_torn_at_any_byte_then_a_prefix_is_read(tmp_path: Path) -> None:
     log = written(tmp_path, EVENTS)
     data = log.path.read_bytes()
-    head = len(encode_head("t", begun()))
+    head = len(encode_head("t", new_history()))
     expected = histories()
     ends = [head]
     for event in EVENTS:
@@ -120,8 +120,8 @@ def test_log_when_torn_at_any_byte_then_a_prefix_is_read(tmp_path: Path) -> None
             with pytest.raises(CheckpointError, match="does not begin as a log"):
                 read_metrics(tmp_path)
             continue
-        whole = sum(end <= length for end in ends) - 1
-        assert contents(read_metrics(tmp_path)) == expected[whole]
+        number = sum(end <= length for end in ends) - 1
+        assert contents(read_metrics(tmp_path)) == expected[number]
 
 
 @pytest.mark.slow
@@ -134,10 +134,10 @@ def test_log_when_any_byte_is_flipped_then_a_prefix_or_an_error_comes(tmp_path: 
         damaged[position] ^= 0x81
         log.path.write_bytes(damaged)
         try:
-            found = contents(read_metrics(tmp_path))
+            state = contents(read_metrics(tmp_path))
         except CheckpointError:
             continue
-        assert found in prefixes[:-1]
+        assert state in prefixes[:-1]
 
 
 @pytest.mark.slow
@@ -202,12 +202,12 @@ def test_log_when_read_while_another_thread_appends_then_readers_see_prefixes(
 
     thread = threading.Thread(target=append)
     thread.start()
-    seen = [0]
+    counts = [0]
     while not done.is_set():
         values = read_metrics(tmp_path).train.stage(Stage.EPOCH_END)
-        seen.append(len(values["loss"][0]) if "loss" in values else 0)
+        counts.append(len(values["loss"][0]) if "loss" in values else 0)
     thread.join()
-    assert seen == sorted(seen)
+    assert counts == sorted(counts)
     assert read_metrics(tmp_path).train.epoch_end["loss"][0].tolist() == [n / 3 for n in range(200)]
 
 
@@ -302,7 +302,7 @@ def test_log_when_its_head_is_forged_then_it_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
     log = MetricLog(tmp_path)
-    head = unpack(unpack(encode_head("t", begun()), "the head")[1], "the head")
+    head = unpack(unpack(encode_head("t", new_history()), "the head")[1], "the head")
     change(head)
     log.start(frame(pack(head)))
     with pytest.raises(CheckpointError, match=LOG_NAME):
@@ -314,7 +314,7 @@ def test_log_when_its_number_of_runs_is_forged_then_it_can_still_be_looked_at(
 ) -> None:
     """Each run without values costs nothing in the file, and time and memory when it is read."""
     log = MetricLog(tmp_path)
-    head = unpack(unpack(encode_head("t", begun()), "the head")[1], "the head")
+    head = unpack(unpack(encode_head("t", new_history()), "the head")[1], "the head")
     head["history"]["train"].update(runs=2**60)
     log.start(frame(pack(head)))
     with pytest.raises(CheckpointError):
@@ -443,8 +443,8 @@ async def test_log_when_a_run_is_cancelled_then_is_what_the_trainer_has(
             call(scope.cancel)
 
     async def check() -> None:
-        found = await anyio.to_thread.run_sync(read_metrics, tmp_path)
-        assert contents(found) == contents(fitted.M)
+        history = await anyio.to_thread.run_sync(read_metrics, tmp_path)
+        assert contents(history) == contents(fitted.M)
 
     fitted = trainer(save_path=tmp_path, save_to_disk=True, callbacks=[callback])
     with scope:
@@ -456,18 +456,18 @@ async def test_log_when_a_run_is_cancelled_then_is_what_the_trainer_has(
 
 
 def test_log_when_a_phase_ends_then_another_process_can_soon_read_it(tmp_path: Path) -> None:
-    """What is read in the middle of a run is a prefix of what the run will have recorded."""
-    seen: list[int] = []
+    """A read during a run returns a prefix of the final values."""
+    counts: list[int] = []
 
     def look(event: Any) -> None:
         if event.kind == "epoch_started" and event.epoch > 1:
             values = read_metrics(tmp_path).train.epoch_end
-            seen.append(len(values["loss"][0]) if "loss" in values else 0)
+            counts.append(len(values["loss"][0]) if "loss" in values else 0)
 
     fitted = sync_trainer(save_path=tmp_path, save_to_disk=True, callbacks=[look])
     fitted.fit(5, **QUIET)
-    assert all(count <= number + 1 for number, count in enumerate(seen))
-    assert seen == sorted(seen)
+    assert all(count <= number + 1 for number, count in enumerate(counts))
+    assert counts == sorted(counts)
     read = read_metrics(tmp_path).train.epoch_end["loss"].values
     assert np.array_equal(read, fitted.M.train.epoch_end["loss"].values)
 

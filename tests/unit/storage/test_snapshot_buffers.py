@@ -1,4 +1,4 @@
-"""Copies of tensors at one moment: whole, once, in memory that is used again."""
+"""Copies of tensors at one moment, in memory that is reused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fitloop._storage import tensors
 from fitloop._storage.layout import LayoutError, Payload, TensorAlias
-from fitloop._storage.tensors import SnapshotBuffers, payload_of
+from fitloop._storage.tensors import SnapshotBuffers, as_integers, payload_of
 
 
 def payloads(items: list[Payload | TensorAlias]) -> dict[str, Payload]:
@@ -54,8 +54,8 @@ SHAPES: dict[str, Any] = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_copy_when_of_any_shape_then_holds_the_same_numbers(name: str) -> None:
     tensor = SHAPES[name]()
-    for steady in (set(), {"x"}) if name != "one element, odd stride" else (set[str](),):
-        (payload,) = payloads(SnapshotBuffers().copy({"x": tensor}, steady)).values()
+    for constant in (set(), {"x"}) if name != "one element, odd stride" else (set[str](),):
+        (payload,) = payloads(SnapshotBuffers().copy({"x": tensor}, constant)).values()
         assert (payload.dtype, payload.shape) == (
             tensors.dtype_name(tensor.dtype),
             tuple(tensor.shape),
@@ -69,7 +69,7 @@ def test_copy_when_of_any_shape_then_holds_the_same_numbers(name: str) -> None:
     ids=["slice", "expanded", "empty"],
 )
 def test_payload_when_one_element_has_an_odd_stride_then_is_written(tensor: Tensor) -> None:
-    assert len(payload_of("x", tensor).data) == tensor.numel() * 4
+    assert len(payload_of("x", tensor, as_integers("x", tensor)).data) == tensor.numel() * 4
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0), (1,), (2, 3)], ids=str)
@@ -79,46 +79,46 @@ def test_copy_when_of_any_dtype_then_holds_the_same_bytes(
 ) -> None:
     tensor = random_tensor(dtype, shape)
     (payload,) = payloads(SnapshotBuffers().copy({"x": tensor}, ())).values()
-    expected = payload_of("x", tensor)
+    expected = payload_of("x", tensor, as_integers("x", tensor))
     assert (payload.dtype, payload.shape) == (expected.dtype, expected.shape)
     assert bytes(payload.data) == bytes(expected.data)
 
 
 def test_copy_when_lazily_conjugate_or_negative_then_holds_the_real_numbers() -> None:
     plain = torch.randn(3, dtype=torch.complex64)
-    found = payloads(SnapshotBuffers().copy({"c": plain.conj(), "n": plain.conj().imag}, ()))
-    assert torch.equal(numbers(found["c"]), plain.conj().resolve_conj())
-    assert torch.equal(numbers(found["n"]), -plain.imag)
+    copied = payloads(SnapshotBuffers().copy({"c": plain.conj(), "n": plain.conj().imag}, ()))
+    assert torch.equal(numbers(copied["c"]), plain.conj().resolve_conj())
+    assert torch.equal(numbers(copied["n"]), -plain.imag)
 
 
 def test_copy_when_tensors_are_tied_then_the_memory_is_copied_once() -> None:
     shared = base()
     state = {"a": shared, "b": shared, "c": shared[:2], "d": shared.T, "e": shared.clone()}
-    found = SnapshotBuffers().copy({**state, "f": shared.view(4, 6), "empty": torch.empty(0)}, ())
-    assert [item for item in found if isinstance(item, TensorAlias)] == [
+    copied = SnapshotBuffers().copy({**state, "f": shared.view(4, 6), "empty": torch.empty(0)}, ())
+    assert [item for item in copied if isinstance(item, TensorAlias)] == [
         TensorAlias("b", "a"),
         TensorAlias("f", "a"),
     ]
-    assert list(payloads(found)) == ["a", "c", "d", "e", "empty"]
-    for name, payload in payloads(found).items():
+    assert list(payloads(copied)) == ["a", "c", "d", "e", "empty"]
+    for name, payload in payloads(copied).items():
         if name != "empty":
             assert torch.equal(numbers(payload), state[name])
 
 
 def test_copy_when_one_is_a_lazy_conjugate_of_the_other_then_both_are_copied() -> None:
     plain = torch.randn(3, dtype=torch.complex64)
-    found = SnapshotBuffers().copy({"a": plain, "b": plain.conj()}, ())
-    assert not any(isinstance(item, TensorAlias) for item in found)
+    copied = SnapshotBuffers().copy({"a": plain, "b": plain.conj()}, ())
+    assert not any(isinstance(item, TensorAlias) for item in copied)
 
 
 def test_copy_when_the_source_changes_then_the_copy_does_not() -> None:
-    source, steady = base(), base()
-    found = payloads(SnapshotBuffers().copy({"x": source, "best": steady}, {"best"}))
+    source, constant = base(), base()
+    copied = payloads(SnapshotBuffers().copy({"x": source, "best": constant}, {"best"}))
     source.zero_()
-    assert torch.equal(numbers(found["x"]), base())
-    steady.zero_()  # which nobody does: it is written from where it is
-    assert not numbers(found["best"]).any()
-    assert address(found["best"]) == steady.data_ptr()
+    assert torch.equal(numbers(copied["x"]), base())
+    constant.zero_()  # a caller must not do this: the payload refers to this memory
+    assert not numbers(copied["best"]).any()
+    assert address(copied["best"]) == constant.data_ptr()
 
 
 def test_copy_when_repeated_then_the_buffers_are_used_again() -> None:
@@ -137,17 +137,17 @@ def test_copy_when_repeated_then_the_buffers_are_used_again() -> None:
 def test_copy_when_a_tensor_has_another_look_then_its_buffer_is_another(other: Tensor) -> None:
     staging = SnapshotBuffers()
     staging.copy({"x": base(), "y": base()}, ())
-    found = payloads(staging.copy({"x": other, "y": base()}, ()))
-    assert torch.equal(numbers(found["x"]), other)
-    assert torch.equal(numbers(found["y"]), base())
+    copied = payloads(staging.copy({"x": other, "y": base()}, ()))
+    assert torch.equal(numbers(copied["x"]), other)
+    assert torch.equal(numbers(copied["y"]), base())
 
 
 def test_copy_when_a_tie_is_made_and_loosened_then_all_numbers_are_right() -> None:
     staging, shared = SnapshotBuffers(), base()
     for second in (shared, base() + 1, shared, base() + 2):
-        found = staging.copy({"a": shared, "b": second}, ())
-        assert isinstance(found[1], TensorAlias) == (second is shared)
-        for name, payload in payloads(found).items():
+        copied = staging.copy({"a": shared, "b": second}, ())
+        assert isinstance(copied[1], TensorAlias) == (second is shared)
+        for name, payload in payloads(copied).items():
             assert torch.equal(numbers(payload), {"a": shared, "b": second}[name])
 
 

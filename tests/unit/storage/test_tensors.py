@@ -1,4 +1,4 @@
-"""Bytes of a fitloop file: what comes back is what was written, or an error says why."""
+"""Tensors in files: reading returns the written values, or the error names the damage."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from torch import Tensor, nn
 
 from fitloop import CheckpointError
 from fitloop._storage import layout, tensors
-from fitloop._storage.weight_store import (
-    read_weights,
-    write_weights,
-)
+from fitloop._storage.weight_files import read_weights, write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,21 +65,21 @@ def test_views_strides_and_lazy_conjugates_round_trip(tmp_path: Path) -> None:
         "parameter": nn.Parameter(base),
     }
     write_weights(tmp_path / "w.msgpack", state)
-    found = read_weights(tmp_path / "w.msgpack")
+    weights = read_weights(tmp_path / "w.msgpack")
     for name, tensor in state.items():
         assert_same_tensors(
-            {name: found[name]}, {name: tensor.detach().resolve_conj().resolve_neg()}
+            {name: weights[name]}, {name: tensor.detach().resolve_conj().resolve_neg()}
         )
-    assert not found["parameter"].requires_grad
+    assert not weights["parameter"].requires_grad
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     shared = torch.randn(1000)
     write_weights(tmp_path / "w.msgpack", {"a": shared, "b": shared, "c": shared[:500]})
     assert (tmp_path / "w.msgpack").stat().st_size < 7000
-    found = read_weights(tmp_path / "w.msgpack")
-    assert found["a"].data_ptr() == found["b"].data_ptr()
-    assert torch.equal(found["c"], shared[:500])
+    weights = read_weights(tmp_path / "w.msgpack")
+    assert weights["a"].data_ptr() == weights["b"].data_ptr()
+    assert torch.equal(weights["c"], shared[:500])
 
 
 def test_any_msgpack_library_can_walk_a_file(
@@ -109,7 +106,7 @@ def test_any_msgpack_library_can_walk_a_file(
 
 
 def forged(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """Change the header of a whole file and give it a right checksum again."""
+    """Change the header of a file, and compute its checksum again."""
     data = path.read_bytes()
     unpacker = msgpack.Unpacker(max_buffer_size=0)
     unpacker.feed(data)
@@ -125,7 +122,7 @@ def forged(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return path
 
 
-# Files that are not whole
+# Files that are not complete
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

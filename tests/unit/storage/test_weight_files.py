@@ -16,13 +16,8 @@ from torch import Tensor, nn
 
 from fitloop import CheckpointError
 from fitloop._storage import durable
-from fitloop._storage.weight_store import (
-    DiskStore,
-    apply_weights,
-    read_weights,
-    with_suffix,
-    write_weights,
-)
+from fitloop._storage.weight_files import read_weights, with_suffix, write_weights
+from fitloop._storage.weight_store import DiskStore, apply_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,8 +60,8 @@ def test_the_versions_of_modules_survive(tmp_path: Path, suffix: str) -> None:
     """Without them a module takes the weights for those of its older versions."""
     state = nn.BatchNorm1d(2).state_dict()
     write_weights(tmp_path / f"w{suffix}", state)
-    found = read_weights(tmp_path / f"w{suffix}")
-    assert vars(found)["_metadata"] == vars(state)["_metadata"]
+    weights = read_weights(tmp_path / f"w{suffix}")
+    assert vars(weights)["_metadata"] == vars(state)["_metadata"]
 
 
 class Attack:
@@ -131,8 +126,8 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_map_location_brings_tensors_to_a_device(tmp_path: Path, suffix: str) -> None:
     state = {name: tensor.cuda() for name, tensor in small_state().items()}
     write_weights(tmp_path / f"w{suffix}", state)
-    found = read_weights(tmp_path / f"w{suffix}", map_location="cuda")
-    assert all(tensor.is_cuda for tensor in found.values())
+    weights = read_weights(tmp_path / f"w{suffix}", map_location="cuda")
+    assert all(tensor.is_cuda for tensor in weights.values())
     assert_same_tensors(read_weights(tmp_path / f"w{suffix}"), small_state())
 
 

@@ -11,12 +11,7 @@ from support.tensors import assert_same_tensors, small_state
 from torch import Tensor, nn
 
 from fitloop import CheckpointError
-from fitloop._storage.weight_store import (
-    DiskStore,
-    MemoryStore,
-    WeightsStore,
-    apply_weights,
-)
+from fitloop._storage.weight_store import DiskStore, MemoryStore, WeightsStore, apply_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,30 +39,28 @@ def test_a_store_aliases_neither_the_model_nor_what_it_gave(store: WeightsStore)
     model = nn.Linear(2, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     store.save("w", model.state_dict())
-    given = store.load("w")
+    loaded = store.load("w")
     with torch.no_grad():
         model.weight.zero_()
-    given["bias"].zero_()
+    loaded["bias"].zero_()
     assert_same_tensors(store.load("w"), before)
     again = store.load("w")
     store.save("w", model.state_dict())
     assert_same_tensors(again, before)
 
 
-def test_memory_is_used_again_where_it_fits() -> None:
+def test_borrowed_weights_when_others_are_saved_then_do_not_change() -> None:
     store = MemoryStore()
     store.save("w", small_state())
-    places = {name: tensor.data_ptr() for name, tensor in store._kept["w"].items()}
+    borrowed = store.borrow("w")
     store.save("w", {"weight": torch.ones(2, 3), "bias": torch.ones(3)})
-    kept = store._kept["w"]
-    assert kept["weight"].data_ptr() == places["weight"]
-    assert_same_tensors(kept, {"weight": torch.ones(2, 3), "bias": torch.ones(3)})
+    assert_same_tensors(dict(borrowed), small_state())
 
 
 def test_memory_of_tied_weights_is_not_shared_once_they_are_not_tied() -> None:
     store, shared = MemoryStore(), torch.ones(3)
     store.save("w", {"a": shared, "b": shared})
-    assert store._kept["w"]["a"] is store._kept["w"]["b"]
+    assert store._weights["w"]["a"] is store._weights["w"]["b"]
     untied = {"a": torch.zeros(3), "b": torch.full((3,), 2.0)}
     store.save("w", untied)
     assert_same_tensors(store.load("w"), untied)
@@ -80,9 +73,9 @@ def test_memory_keeps_copies_of_what_is_no_tensor_and_of_versions() -> None:
     store = MemoryStore()
     store.save("w", state)
     extra["scale"].append(2)
-    found = store.load("w")
-    assert found["_extra_state"] == {"scale": [1]}
-    assert vars(found)["_metadata"] == {"": {"version": 1}}
+    loaded = store.load("w")
+    assert loaded["_extra_state"] == {"scale": [1]}
+    assert vars(loaded)["_metadata"] == {"": {"version": 1}}
 
 
 def test_a_copy_that_fails_leaves_no_half(monkeypatch: pytest.MonkeyPatch) -> None:
