@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from inspect import isawaitable
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from fitloop._data.sources import END
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import StateWriter
 from fitloop._engine.plan import Instrumentation
-from fitloop._engine.stages import Stages, is_awaitable
+from fitloop._engine.stages import Stages
 from fitloop._errors import UnknownMetricError
 from fitloop._run.session import RunContext
 from fitloop._types import Phase, Stage
@@ -119,7 +120,7 @@ class FirstPassTimer(PassTimer):
 
         def inspected(*args: Any) -> Any:
             result = function(*args)
-            self.step_is_async = self.step_is_async or is_awaitable(result)
+            self.step_is_async = self.step_is_async or isawaitable(result)
             return result
 
         return inspected  # type: ignore[return-value]

@@ -8,6 +8,7 @@ coroutines on the event loop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import isawaitable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState, StateWriter
 from fitloop._engine.plan import EngineDeps, PassPosition, RunPlan
-from fitloop._engine.stages import ExecutionContext, Stages, is_awaitable
+from fitloop._engine.stages import ExecutionContext, Stages
 from fitloop._errors import ConfigurationError, add_note_safely, one_line
 from fitloop._events import (
     BatchProgress,
@@ -45,7 +46,8 @@ class Engine:
         self._control = deps.control
         self._stages = Stages(deps.config)
         self._transfer = DeviceTransfer(deps.config.device, deps.config.dtype, cast=plan.cast)
-        self._activity = "before the first epoch"
+        self.activity = "before the first epoch"
+        """the current phase, epoch and batch in words, for the note on an exception"""
         self.epochs_completed = plan.epochs_before
         self._train_pass: tuple[StateWriter, Source, dict[str, float]] | None = None
         """the current train phase, with the metrics of its ``epoch_start``; None outside one"""
@@ -90,7 +92,7 @@ class Engine:
         more = epoch_in_run < plan.epochs and not self._control.halted
         if more and plan.ask_every and epoch_in_run % plan.ask_every == 0:
             epoch = plan.first_epoch + epoch_in_run - 1
-            self._activity = f"asking whether to go on after epoch {epoch}"
+            self.activity = f"asking whether to go on after epoch {epoch}"
             if not self._deps.ask(epoch, epoch_in_run):
                 self._control.stop(StopReason.PROMPT)
 
@@ -98,15 +100,11 @@ class Engine:
         """Call a function outside the phases, such as ``preloop``; an ``async def`` is awaited."""
         if function is None:
             return
-        self._activity = name
+        self.activity = name
         torch.set_grad_enabled(True)
         result = function(argument)
-        if is_awaitable(result):
+        if isawaitable(result):
             self._await(result, ExecutionContext(True, self._deps.thread_contexts))
-
-    def describe_position(self) -> str:
-        """Return the current phase, epoch and batch in words, for the note on an exception."""
-        return self._activity
 
     def position(self) -> PassPosition | None:
         """Return the position in the current train phase, outside stage functions; else None."""
@@ -133,7 +131,7 @@ class Engine:
         trainer = deps.config.name
         started_at = deps.clock()
         numbers = {"epoch": epoch, "epoch_in_run": epoch_in_run, "epochs": plan.epochs}
-        self._activity = f"beginning epoch {epoch}"
+        self.activity = f"beginning epoch {epoch}"
         self._emit(EpochStarted(trainer=trainer, **numbers))
         metrics: dict[str, dict[str, float]] = {}
         complete = True
@@ -150,7 +148,7 @@ class Engine:
         if not metrics:  # stopped before any phase had a result
             return
         self._check_cancelled()
-        self._activity = f"ending epoch {epoch}"
+        self.activity = f"ending epoch {epoch}"
         self.epochs_completed += 1
         self._emit(
             EpochEnded(
@@ -183,14 +181,14 @@ class Engine:
             deps.guard.outside(deps.restore_position)
             start = position.start_metrics
             writer.restore(position.collected)
-        self._activity = f"{phase}, epoch {epoch}, opening {loader_label(phase, loader)}"
+        self.activity = f"{phase}, epoch {epoch}, opening {loader_label(phase, loader)}"
         source = self._open(phase, loader, None if position is None else position.resume_from)
         if phase is Phase.TRAIN:
             self._train_pass = writer, source, start
         try:
             batches = _at_most(length_of(loader), plan.steps)
             writer.begin(batches, sample_count(loader, plan.steps))
-            self._activity = f"{phase}, epoch {epoch}, beginning"
+            self.activity = f"{phase}, epoch {epoch}, beginning"
             self._emit(
                 PhaseStarted(trainer=deps.config.name, epoch=epoch, phase=phase, batches=batches)
             )
@@ -199,7 +197,7 @@ class Engine:
             self._close_after(error, source, loader)
             raise
         self._train_pass = None
-        self._activity = f"{phase}, epoch {epoch}, closing {loader_label(phase, loader)}"
+        self.activity = f"{phase}, epoch {epoch}, closing {loader_label(phase, loader)}"
         deps.loaders.close(source, loader)
         self._check_cancelled()
         count = state.batch_num
@@ -213,7 +211,7 @@ class Engine:
             return None
         writer.end()
         metrics = self._call(state, Stage.EPOCH_END, context)
-        self._activity = f"{phase}, epoch {epoch}, ending"
+        self.activity = f"{phase}, epoch {epoch}, ending"
         self._emit(
             PhaseEnded(
                 trainer=deps.config.name,
@@ -262,19 +260,19 @@ class Engine:
                     return not control.halted
                 begin(batch)
             except BaseException:
-                self._activity = f"{epoch}, loading batch {state.batch_num + 1}"
+                self.activity = f"{epoch}, loading batch {state.batch_num + 1}"
                 raise
             try:
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 values = step(state)
-                if type(values) is not dict and is_awaitable(values):
+                if type(values) is not dict and isawaitable(values):
                     values = await_step(values, context)
                 put(values)
                 for react in reactions:
                     react()
             except BaseException:
-                self._activity = f"{epoch}, batch_step of batch {state.batch_num}"
+                self.activity = f"{epoch}, batch_step of batch {state.batch_num}"
                 raise
             end_of_batch()
             if control.halted:
@@ -287,7 +285,7 @@ class Engine:
 
     def _report(self, writer: StateWriter, seconds: float) -> None:
         state = writer.state
-        self._activity = f"{state.phase}, epoch {state.epoch_num}, after batch {state.batch_num}"
+        self.activity = f"{state.phase}, epoch {state.epoch_num}, after batch {state.batch_num}"
         self._emit(
             BatchProgress(
                 trainer=self._deps.config.name,
@@ -329,13 +327,13 @@ class Engine:
 
     def _call(self, state: LoopState, stage: Stage, context: ExecutionContext) -> dict[str, float]:
         """Call ``epoch_start`` or ``epoch_end`` and return its metrics."""
-        self._activity = f"{state.phase}, epoch {state.epoch_num}, {stage}"
+        self.activity = f"{state.phase}, epoch {state.epoch_num}, {stage}"
         function = self._stages.get(state.phase, stage)
         if function is None:
             return {}
         wrap = self._deps.instrumentation.wrap
         values = wrap(state.phase, stage, function)(state)
-        if is_awaitable(values):
+        if isawaitable(values):
             values = wrap(state.phase, stage, self._await)(values, context)
         return as_numbers(values, state.phase, stage)
 

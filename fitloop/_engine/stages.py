@@ -5,7 +5,6 @@ The coroutine of an ``async def`` stage runs on the event loop while the step th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
@@ -143,8 +142,3 @@ class ExecutionContext:
             torch.set_grad_enabled(previous.pop())
 
         return SteppedAwaitable(awaitable, before, after)
-
-
-def is_awaitable(value: object) -> bool:
-    """Return whether a stage function returned an awaitable."""
-    return inspect.isawaitable(value)

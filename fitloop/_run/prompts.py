@@ -6,7 +6,6 @@ the event loop; the classes here are used on the step thread.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -76,12 +75,13 @@ class Prompts:
         """
 
     def cancel(self) -> None:
-        """Cancel an open question; any thread, any number of times."""
+        """Cancel an open question at the end of the run; any thread."""
 
     def _ask(self, question: PromptAsked) -> bool:
         self._emit(question)
         ask = partial(_ask_until_stopped, self._options.ask, question, self._control)
-        answer = check_answer(self._guard.wait(partial(self._portal.call, ask)))
+        reply = self._guard.wait(partial(self._portal.call, ask))
+        answer = reply is not _STOPPED and check_answer(reply)
         self._emit_answer(question, answer)
         return answer
 
@@ -115,9 +115,6 @@ class BackgroundPrompts(Prompts):
         super().__init__(options, session)
         self._mark = mark
         self._open: _OpenQuestion | None = None
-        self._lock = threading.Lock()
-        self._cancel_scope: Callable[[], None] = lambda: None
-        self._cancelled = False
 
     def _ask(self, question: PromptAsked) -> bool:
         if self._is_declined():
@@ -149,9 +146,8 @@ class BackgroundPrompts(Prompts):
 
     def cancel(self) -> None:
         """See `Prompts.cancel`."""
-        with self._lock:
-            self._cancelled = True
-            self._cancel_scope()
+        if self._open is not None:
+            self._control.stop()
 
     def _is_declined(self) -> bool:
         """Return whether the answer to the open question is no; wait for it. Raises its error."""
@@ -176,26 +172,19 @@ class BackgroundPrompts(Prompts):
 
     async def _serve(self, question: _OpenQuestion) -> None:
         """Ask on the event loop; a no stops the run at the next batch boundary."""
-        schedule = loop_scheduler()
-        with anyio.CancelScope() as scope:
-            with self._lock:
-                if self._cancelled:
-                    return
-                self._cancel_scope = lambda: schedule(scope.cancel)
-            forget = self._control.on_halt(lambda: schedule(scope.cancel))
-            try:
-                question.outcome = check_answer(
-                    await _await_if_needed(self._options.ask(question.event))
-                )
-            except anyio.get_cancelled_exc_class() as error:
-                if is_scope_cancelled():
-                    raise
-                # The `Ask` awaited something else that was cancelled.
-                question.outcome = _with_note(error, question.event)
-            except BaseException as error:  # raised on the step thread
-                question.outcome = _with_note(error, question.event)
-            finally:
-                forget()
+        try:
+            answer = await _ask_until_stopped(self._options.ask, question.event, self._control)
+            if answer is not _STOPPED:
+                question.outcome = check_answer(answer)
+        except BaseException as error:  # raised on the step thread
+            # A cancelled scope ends the run; otherwise the `Ask` awaited something cancelled.
+            if isinstance(error, anyio.get_cancelled_exc_class()) and is_scope_cancelled():
+                raise
+            epoch = question.event.epoch
+            add_note_safely(
+                error, f"in the question after epoch {epoch}, beside which it trained on"
+            )
+            question.outcome = error
         if question.outcome is None or question.outcome is True:
             self._control.notify()
         else:
@@ -215,24 +204,17 @@ def check_answer(answer: object) -> bool:
     return answer
 
 
-def _with_note(error: BaseException, question: PromptAsked) -> BaseException:
-    add_note_safely(
-        error, f"in the question after epoch {question.epoch}, beside which it trained on"
-    )
-    return error
-
-
-async def _await_if_needed(answer: Any) -> Any:
-    return await answer if isawaitable(answer) else answer
+_STOPPED = object()
 
 
 async def _ask_until_stopped(ask: Ask, question: PromptAsked, control: RunControl) -> Any:
-    """Ask, on the event loop; return False if the run is stopped meanwhile."""
+    """Ask, on the event loop; return `_STOPPED` if the run is stopped meanwhile."""
     schedule = loop_scheduler()
     with anyio.CancelScope() as scope:
         forget = control.on_halt(lambda: schedule(scope.cancel))
         try:
-            return await _await_if_needed(ask(question))
+            answer: Any = ask(question)
+            return await answer if isawaitable(answer) else answer
         finally:
             forget()
-    return False
+    return _STOPPED

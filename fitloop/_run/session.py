@@ -125,7 +125,7 @@ class RunSession:
             raise
         except BaseException as error:
             add_attribute_hint(error)
-            name, position = self.context.state.config.name, self._engine.describe_position()
+            name, position = self.context.state.config.name, self._engine.activity
             add_note_safely(error, f"in trainer {name!r}: {self.activity}{position}")
             raise
 

@@ -66,7 +66,7 @@ def fitting(*, keep: bool, seed: int | None, unknown: bool) -> Fit:
     ("fit", "opcodes", "calls"),
     [
         pytest.param(fitting(keep=True, seed=None, unknown=False), 442, 13, id="metrics"),
-        pytest.param(fitting(keep=False, seed=None, unknown=False), 279, 4, id="none"),
+        pytest.param(fitting(keep=False, seed=None, unknown=False), 273, 4, id="none"),
         pytest.param(fitting(keep=True, seed=0, unknown=False), 442, 13, id="seeded"),
         pytest.param(fitting(keep=True, seed=0, unknown=True), 883, 19, id="seeded, uses rng"),
     ],
