@@ -55,7 +55,8 @@ class RunFiles:
         self._lock = DirectoryLock(trainer.config.save_path)
         self.writer = BackgroundWriter(trainer.config.name)
         self.archive = Archive(trainer.config.save_path)
-        self.log = RunLog(trainer, self.writer, raises=_raises(options.checkpoint))
+        raises = options.checkpoint is None or options.checkpoint.on_error == "raise"
+        self.log = RunLog(trainer, self.writer, raises=raises)
         self._lock.acquire()
         try:
             self.resumption = self._open_archive(options, plan)
@@ -90,10 +91,6 @@ class RunFiles:
         """Release the directory."""
         self._trainer.loaders.stop_tracking_positions()
         self._lock.release()
-
-
-def _raises(checkpoint: Checkpoint | None) -> bool:
-    return checkpoint is None or checkpoint.on_error == "raise"
 
 
 class Resumption:

@@ -91,7 +91,9 @@ class RunSession:
             self._modes = [(module, module.training) for module in config.model.modules()]
             if rng is None:
                 rng = state.rng.fork() if dry else state.rng
-            self.guard = _guard(rng, context)
+            stages = [getattr(config, name) for name in STAGE_NAMES.values()]
+            code = [config.model, config.loss_function, *stages]
+            self.guard = RngGuard(rng, context.control, code)
             stack.callback(self.guard.close)
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders
             self._restore_state = state.capture() if dry else None
@@ -163,12 +165,6 @@ class RunSession:
     def close(self) -> None:
         """Leave the CUDA stream, and release intra-op threads and time slice."""
         self._close()
-
-
-def _guard(rng: TrainerRng, context: RunContext) -> RngGuard:
-    config = context.state.config
-    stages = [getattr(config, name) for name in STAGE_NAMES.values()]
-    return RngGuard(rng, context.control, [config.model, config.loss_function, *stages])
 
 
 def scheduler_steps(state: TrainerState, plan: RunPlan) -> SchedulerSteps | None:
