@@ -108,7 +108,8 @@ class RunSession:
                 thread_contexts=(self._cuda_stream, self.guard),
             )
             self._engine = Engine(self.plan, self._deps)
-            self._close = stack.pop_all().close
+            self.close: Callable[[], None] = stack.pop_all().close
+            """leaves the CUDA stream, and releases intra-op threads and time slice"""
 
     def engine(self, plan: RunPlan | None = None, **deps: Any) -> Engine:
         """Return an engine for a plan; ``deps`` replaces fields of `EngineDeps`.
@@ -161,10 +162,6 @@ class RunSession:
     def _restore_modes(self) -> None:
         for module, training in self._modes:
             module.training = training
-
-    def close(self) -> None:
-        """Leave the CUDA stream, and release intra-op threads and time slice."""
-        self._close()
 
 
 def scheduler_steps(state: TrainerState, plan: RunPlan) -> SchedulerSteps | None:
