@@ -37,7 +37,7 @@ def _names(name: str, value: Any) -> list[str] | None:
     return names
 
 
-def _asker(name: str, value: Any) -> Any:
+def _on_continue(name: str, value: Any) -> Any:
     if value is not None:
         check_callable(name, value, "the PromptAsked event")
     return value
@@ -60,7 +60,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
         name, value, 1, meaning="batches of each phase at most"
     ),
     "callbacks": lambda _name, value: check_callbacks(value),
-    "on_continue": _asker,
+    "on_continue": _on_continue,
     "continue_timeout": check_seconds,
     "checkpoint": lambda _name, value: check_checkpoint(value, resume=False),
 }

@@ -74,7 +74,7 @@ class SchedulerSteps:
         self._per_valid = [scheduler for scheduler, interval in pairs if interval == "valid"]
         if self._per_valid and not validates:
             raise ConfigurationError(
-                f"{_name(self._per_valid[0])} is stepped after validation, and there is no "
+                f"{type(self._per_valid[0]).__name__} is stepped after validation, and there is no "
                 "valid_dl; give valid_dl=, or another scheduler_interval="
             )
         for scheduler in (*self.per_batch, *self._per_epoch, *self._per_valid):
@@ -106,15 +106,12 @@ class SchedulerSteps:
                 self._score = self._criteria.score(event.metrics)
                 self._metric_names = tuple(event.metrics)
             for scheduler in self._per_valid:
-                self._step_with_score(scheduler)
+                self._step(scheduler)
         elif isinstance(event, EpochEnded) and event.complete:
             for scheduler in self._per_epoch:
-                if isinstance(scheduler, kinds.ReduceLROnPlateau):
-                    self._step_with_score(scheduler)
-                else:
-                    scheduler.step()
+                self._step(scheduler)
 
-    def _step_with_score(self, scheduler: Any) -> None:
+    def _step(self, scheduler: Any) -> None:
         if not isinstance(scheduler, kinds.ReduceLROnPlateau):
             scheduler.step()
             return
@@ -123,7 +120,3 @@ class SchedulerSteps:
             raise MissingCriteriaError(self._criteria.name, self._metric_names)
         _check_mode(scheduler, self._criteria)
         scheduler.step(self._score)
-
-
-def _name(scheduler: object) -> str:
-    return type(scheduler).__name__
