@@ -124,7 +124,7 @@ def draws_of(rng: Any) -> list[object]:
     drawn: list[object] = []
     for stream in rng._streams.values():
         torch.default_generator.set_state(stream._torch)
-        drawn.append((torch.rand(2).tolist(), stream._python, stream._bits.state))
+        drawn.append((torch.rand(2).tolist(), stream.python, stream._bits.state))
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(state)
