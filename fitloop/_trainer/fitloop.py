@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._checkpointing.run_files import FileOptions
@@ -17,15 +15,10 @@ from fitloop._checkpointing.snapshot import apply_snapshot, read_snapshot, take_
 from fitloop._checkpointing.training_state import check_training
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import QUESTION, PromptWithTimeout, TerminalPrompt
-from fitloop._engine.config import Interval, TrainerConfig
-from fitloop._engine.event_bus import EventStream
 from fitloop._engine.plan import RunPlan
 from fitloop._engine.profiler import ProfileReport, SpanRecorder
 from fitloop._errors import CheckpointError
-from fitloop._metrics.history import History, PhaseHistory
 from fitloop._metrics.results import FitResult
-from fitloop._plotting.draw import plot_history
-from fitloop._plotting.selection import BestEpoch
 from fitloop._public import public
 from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import (
@@ -48,19 +41,18 @@ from fitloop._storage.weight_files import (
     write_weights,
 )
 from fitloop._storage.weight_store import DiskStore, apply_weights
-from fitloop._training.layers import configure_optimizer as default_configure_optimizer
-from fitloop._training.trainer_state import TrainerState
-from fitloop._types import Loader, LossFunction, Phase, StageFunction
+from fitloop._trainer.base import TrainerBase
+from fitloop._types import Loader, Phase
 from fitloop.callbacks.callback import Callback
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 EpochResult = dict[str, float]
 
 
 @public
-class FitLoop:
+class FitLoop(TrainerBase):
     """A trainer of one model. Its verbs are coroutines.
 
     ::
@@ -127,53 +119,6 @@ class FitLoop:
         ConfigurationError: an argument cannot work; the message says the expected value.
         StageSignatureError: a function cannot be called with the arguments of the run.
     """
-
-    # The constructor has the one long signature of the library.
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Sequence[Optimizer],
-        loss_function: LossFunction,
-        *,
-        train_dl: Loader | Callable[[], Loader] | None = None,
-        valid_dl: Loader | Callable[[], Loader] | None = None,
-        test_dl: Loader | Callable[[], Loader] | None = None,
-        train_epoch_start: StageFunction | None = None,
-        train_step: StageFunction | None = None,
-        train_epoch_end: StageFunction | None = None,
-        valid_epoch_start: StageFunction | None = None,
-        valid_step: StageFunction | None = None,
-        valid_epoch_end: StageFunction | None = None,
-        test_epoch_start: StageFunction | None = None,
-        test_step: StageFunction | None = None,
-        test_epoch_end: StageFunction | None = None,
-        preloop: Callable[[Any], object] | None = None,
-        postloop: Callable[[Any], object] | None = None,
-        lr_scheduler: Any = None,
-        scheduler_interval: Interval | Sequence[Interval] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        configure_optimizer: Callable[[Any], object] | None = None,
-        criteria: str | None = None,
-        criteria_direction: int | None = None,
-        save_to_disk: bool = False,
-        save_path: str | Path | None = None,
-        best_model_name: str = "best_model",
-        name: str | None = None,
-        seed: int | None = None,
-        num_threads: int | None = None,
-        prefetch: int | None = None,
-        loader_randomness: Literal["global", "own"] = "global",
-        loader_grace: float = 5.0,
-        callbacks: Sequence[Callback] = (),
-        on_continue: Ask | None = None,
-        scaler: Any = None,
-        stateful: Mapping[str, Any] | None = None,
-    ) -> None:
-        arguments = locals().copy()
-        del arguments["self"]
-        arguments["configure_optimizer"] = configure_optimizer or default_configure_optimizer
-        self._state = TrainerState(TrainerConfig.from_arguments(arguments))
 
     # -- training and testing ----------------------------------------------------------------------
 
@@ -605,173 +550,6 @@ class FitLoop:
                 f"{' or '.join(suffixes)}, or none"
             )
         return file
-
-    # -- verbs and attributes that do not wait; usable during a run --------------------------------
-
-    def stop(self) -> None:
-        """End the present run after the present batch; from any thread. Without a run, do nothing.
-
-        The ``epoch_end`` stage of an incomplete train phase is called with the batches so far. An
-        incomplete validation does not count.
-        """
-        control = self._state.control
-        if control is not None:
-            control.stop()
-
-    def events(self) -> EventStream:
-        """Return the events of the trainer, for any task: ``async with ... as events``."""
-        return EventStream(self._state.event_bus)
-
-    def plot(
-        self,
-        name: str,
-        run: int | Literal["all"] | None = None,
-        *,
-        ax: Axes | None = None,
-        **kwargs: Any,
-    ) -> Axes:
-        """Draw a metric of the train and valid phases, with a ring around the best epoch.
-
-        Arguments and errors are those of ``M.plot``. Blocking; from any thread.
-        """
-        score, epoch, criteria = self.best_score, self.best_epoch, self.criteria
-        best = None
-        if score is not None and epoch is not None and criteria is not None:
-            best = BestEpoch(criteria, score, epoch)
-        return plot_history(self.M, name, run, ax=ax, best=best, **kwargs)
-
-    def configure_optimizer(self, lr: Any = None, unlock: int | bool | None = None) -> None:
-        """Set learning rates and unlocked layers, as `fitloop.configure_optimizer` does.
-
-        Without arguments, call the ``configure_optimizer`` of the constructor.
-
-        Raises ConfigurationError, with nothing changed, for arguments that cannot work.
-        """
-        if lr is None and unlock is None:
-            self._state.config.configure_optimizer(self)
-        else:
-            default_configure_optimizer(self, lr=lr, unlock=unlock)
-
-    @property
-    def M(self) -> History:  # noqa: N802 - the public name
-        """The metrics of all runs."""
-        return self._state.history
-
-    @property
-    def train_metrics(self) -> PhaseHistory:
-        """``M.train``."""
-        return self.M.train
-
-    @property
-    def valid_metrics(self) -> PhaseHistory:
-        """``M.valid``."""
-        return self.M.valid
-
-    @property
-    def test_metrics(self) -> PhaseHistory:
-        """``M.test``."""
-        return self.M.test
-
-    @property
-    def best_score(self) -> float | None:
-        """The best value of the criteria so far, or None."""
-        return self._state.best_score
-
-    @property
-    def best_epoch(self) -> int | None:
-        """Number of the epoch of `best_score`, counted from 1."""
-        return self._state.best_epoch
-
-    @property
-    def epoch_num(self) -> int:
-        """Number of epochs trained in all runs since the last reset."""
-        return self._state.epoch_num
-
-    @property
-    def name(self) -> str:
-        """The label of the trainer, by default the class name of the model."""
-        return self._state.config.name
-
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-        return self._state.config.model
-
-    @property
-    def optimizer(self) -> Any:
-        """The ``optimizer`` of the constructor: an optimizer or a list."""
-        return self._state.config.optimizer
-
-    @property
-    def optimizers(self) -> list[Optimizer]:
-        """The list of all optimizers."""
-        return self._state.config.optimizers
-
-    @property
-    def lr_scheduler(self) -> Any:
-        """The ``lr_scheduler`` of the constructor: a scheduler, a list or None."""
-        return self._state.config.lr_scheduler
-
-    @property
-    def lr_schedulers(self) -> list[Any]:
-        """The list of all schedulers."""
-        return self._state.config.lr_schedulers
-
-    @property
-    def loss_function(self) -> LossFunction:
-        """The loss function."""
-        return self._state.config.loss_function
-
-    @property
-    def train_dl(self) -> Any:
-        """The train loader of the constructor."""
-        return self._state.config.train_dl
-
-    @property
-    def valid_dl(self) -> Any:
-        """The validation loader of the constructor."""
-        return self._state.config.valid_dl
-
-    @property
-    def test_dl(self) -> Any:
-        """The test loader of the constructor."""
-        return self._state.config.test_dl
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the training."""
-        return self._state.config.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that floating tensors of the batches are cast to."""
-        return self._state.config.dtype
-
-    @property
-    def criteria(self) -> str | None:
-        """Name of the metric that compares models, or None."""
-        criteria = self._state.criteria
-        return None if criteria is None else criteria.name
-
-    @property
-    def save_path(self) -> Path:
-        """The directory for files."""
-        return self._state.config.save_path
-
-    @property
-    def running(self) -> bool:
-        """Whether a run is in progress."""
-        return self._state.control is not None
-
-    def __repr__(self) -> str:
-        best = ""
-        if self.best_score is not None:
-            best = f", best {self.criteria} {self.best_score:.4f} in epoch {self.best_epoch}"
-        status = "running" if self.running else "idle"
-        model = type(self.model).__name__
-        of_model = "" if self.name == model else f" of {model}"
-        details = f"epoch {self.epoch_num}{best}, {status} on {self.device}"
-        return f"<{type(self).__name__} {self.name!r}{of_model}: {details}>"
 
 
 def _last_epoch(result: FitResult) -> dict[str, EpochResult]:

@@ -16,6 +16,7 @@ import anyio
 
 from fitloop._errors import SyncInAsyncError
 from fitloop._public import public
+from fitloop._trainer.base import TrainerBase
 from fitloop._trainer.fitloop import FitLoop
 
 P = ParamSpec("P")
@@ -56,7 +57,7 @@ def _refuse_in_event_loop(call: str) -> None:
 
 
 @public
-class SyncFitLoop(FitLoop):
+class SyncFitLoop(TrainerBase):
     """`FitLoop` for plain scripts: the same constructor and the same names, but blocking calls.
 
     ::
@@ -79,17 +80,17 @@ class SyncFitLoop(FitLoop):
         loop._state = self._state
         return loop
 
-    fit = _blocking(FitLoop.fit)  # type: ignore[assignment]
-    train = _blocking(FitLoop.train)  # type: ignore[assignment]
-    test = _blocking(FitLoop.test)  # type: ignore[assignment]
-    run_sanity_check = _blocking(FitLoop.run_sanity_check)  # type: ignore[assignment]
-    run_profiler = _blocking(FitLoop.run_profiler)  # type: ignore[assignment]
-    save = _blocking(FitLoop.save)  # type: ignore[assignment]
-    load = _blocking(FitLoop.load)  # type: ignore[assignment]
-    save_model = _blocking(FitLoop.save_model)  # type: ignore[assignment]
-    load_model = _blocking(FitLoop.load_model)  # type: ignore[assignment]
-    load_best = _blocking(FitLoop.load_best)  # type: ignore[assignment]
-    reset = _blocking(FitLoop.reset)  # type: ignore[assignment]
-    delete = _blocking(FitLoop.delete)  # type: ignore[assignment]
-    del_best_model = _blocking(FitLoop.del_best_model)  # type: ignore[assignment]
-    del_pretrained_model = _blocking(FitLoop.del_pretrained_model)  # type: ignore[assignment]
+    fit = _blocking(FitLoop.fit)
+    train = _blocking(FitLoop.train)
+    test = _blocking(FitLoop.test)
+    run_sanity_check = _blocking(FitLoop.run_sanity_check)
+    run_profiler = _blocking(FitLoop.run_profiler)
+    save = _blocking(FitLoop.save)
+    load = _blocking(FitLoop.load)
+    save_model = _blocking(FitLoop.save_model)
+    load_model = _blocking(FitLoop.load_model)
+    load_best = _blocking(FitLoop.load_best)
+    reset = _blocking(FitLoop.reset)
+    delete = _blocking(FitLoop.delete)
+    del_best_model = _blocking(FitLoop.del_best_model)
+    del_pretrained_model = _blocking(FitLoop.del_pretrained_model)
