@@ -16,16 +16,16 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
 def format_duration(seconds: float) -> str:
     """Return a duration in units: ``757 ms``, ``37 s 757 ms``, ``03 m 09 s 048 ms``."""
     milliseconds = round(seconds * 1000)
-    hours, rest = divmod(milliseconds, 3_600_000)
-    minutes, rest = divmod(rest, 60_000)
-    whole, rest = divmod(rest, 1000)
+    hours, remainder = divmod(milliseconds, 3_600_000)
+    minutes, remainder = divmod(remainder, 60_000)
+    seconds_part, remainder = divmod(remainder, 1000)
     if hours:
-        return f"{hours:02d} h {minutes:02d} m {whole:02d} s"
+        return f"{hours:02d} h {minutes:02d} m {seconds_part:02d} s"
     if minutes:
-        return f"{minutes:02d} m {whole:02d} s {rest:03d} ms"
-    if whole:
-        return f"{whole:02d} s {rest:03d} ms"
-    return f"{rest} ms"
+        return f"{minutes:02d} m {seconds_part:02d} s {remainder:03d} ms"
+    if seconds_part:
+        return f"{seconds_part:02d} s {remainder:03d} ms"
+    return f"{remainder} ms"
 
 
 def format_seconds(seconds: float) -> str:
@@ -64,10 +64,10 @@ def check_display_metrics(
     names: Sequence[str] | None, metrics: Mapping[str, Mapping[str, float]]
 ) -> None:
     """Raise UnknownMetricError for a name in ``names`` that no phase has."""
-    known = list(dict.fromkeys(n for own in metrics.values() for n in own))
+    recorded = list(dict.fromkeys(name for values in metrics.values() for name in values))
     for name in names or ():
-        if name not in known:
-            raise UnknownMetricError(name, known, "the epoch metrics (display_metrics)")
+        if name not in recorded:
+            raise UnknownMetricError(name, recorded, "the epoch metrics (display_metrics)")
 
 
 def display_width(text: str) -> int:
@@ -121,22 +121,22 @@ class Table:
     def _row(self, tag: str, cells: Sequence[str], *, strong: bool = False) -> str:
         parts = []
         for i, cell in enumerate(cells):
-            told = f"<strong>{escape(cell)}</strong>" if strong and cell else escape(cell)
+            content = f"<strong>{escape(cell)}</strong>" if strong and cell else escape(cell)
             align = "left" if i < self.left else "right"
-            parts.append(f'<{tag} style="text-align:{align}">{told}</{tag}>')
+            parts.append(f'<{tag} style="text-align:{align}">{content}</{tag}>')
         return f"<tr>{''.join(parts)}</tr>"
 
 
 def metrics_table(corner: str, metrics: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a table of numbers by row and name, with empty cells for missing names."""
-    names = list(dict.fromkeys(name for own in metrics.values() for name in own))
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     rows = [
-        [row, *(f"{own[name]:.4f}" if name in own else "" for name in names)]
-        for row, own in metrics.items()
+        [row, *(f"{values[name]:.4f}" if name in values else "" for name in names)]
+        for row, values in metrics.items()
     ]
     return Table([corner, *names], rows)
 
 
-def html_block(*parts: str) -> str:
-    """Return pieces of HTML as one block of blocks."""
-    return f"<div>{''.join(f'<div>{part}</div>' for part in parts if part)}</div>"
+def html_block(*blocks: str) -> str:
+    """Return blocks of HTML as one block."""
+    return f"<div>{''.join(f'<div>{block}</div>' for block in blocks if block)}</div>"

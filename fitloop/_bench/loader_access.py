@@ -38,8 +38,8 @@ class LoaderAccess:
         buffers: int = getattr(iterable, "prefetch_factor", 0) or 0
         self.buffered = (self.num_workers or 0) * buffers
         """batches that worker processes may have ready when the first one is read"""
-        own = config.loader_randomness == "own" or uses_rng_only_at_start(self.loader)
-        self.takes_turns = config.seed is not None and not own and not self.is_async
+        draws_alone = config.loader_randomness == "own" or uses_rng_only_at_start(self.loader)
+        self.takes_turns = config.seed is not None and not draws_alone and not self.is_async
         """whether a seed keeps the loader from being read during a step"""
 
     def iterable(self) -> Any:

@@ -40,7 +40,7 @@ class PassTimer(Instrumentation):
     def __init__(self, clock: Callable[[], float], device: torch.device) -> None:
         self.clock = clock
         self._device = device
-        self._opened = self._first_ready = self._first_step_end = self._ended = 0.0
+        self._opened = self._first_ready = self._first_step_end = self._end_time = 0.0
         self._later_waits = 0.0
         self._batches = 0
 
@@ -61,16 +61,16 @@ class PassTimer(Instrumentation):
 
     def end(self, now: float) -> None:
         """Record that the last step has returned."""
-        self._ended = now
+        self._end_time = now
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            self._ended = self.clock()
+            self._end_time = self.clock()
 
     def result(self, cpu_seconds: float | None = None) -> PassTiming:
         """Return the times of the pass."""
         return PassTiming(
             batches=self._batches,
-            seconds=self._ended - self._opened,
+            seconds=self._end_time - self._opened,
             first_wait=self._first_ready - self._opened,
             later_waits=self._later_waits,
             cpu_seconds=cpu_seconds,
@@ -81,9 +81,9 @@ class PassTimer(Instrumentation):
         timing = self.result()
         later = timing.batches - 1
         if later < 1:
-            step = self._ended - self._first_ready
+            step = self._end_time - self._first_ready
             return FirstEstimate(timing.first_wait, step, buffered=buffered)
-        step = (self._ended - self._first_step_end - self._later_waits) / later
+        step = (self._end_time - self._first_step_end - self._later_waits) / later
         return FirstEstimate(self._later_waits / later, step, timing.startup, buffered)
 
     def wrap(self, phase: Phase, name: str, function: F) -> F:

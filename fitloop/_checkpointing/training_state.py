@@ -95,12 +95,12 @@ def module_weights(module_state: Any) -> OrderedDict[str, Any]:
 
 def _outside(config: TrainerConfig) -> Iterator[Tensor]:
     """Yield the parameters of optimizers outside the modules, such as a learnt temperature."""
-    known = {id(p) for module in _modules(config) for p in module.parameters()}
+    module_parameters = {id(p) for module in _modules(config) for p in module.parameters()}
     for optimizer in config.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) not in known:
-                    known.add(id(parameter))
+                if id(parameter) not in module_parameters:
+                    module_parameters.add(id(parameter))
                     yield parameter
 
 

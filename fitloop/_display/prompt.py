@@ -126,18 +126,18 @@ def _has_person() -> bool:
 @asynccontextmanager
 async def _one_at_a_time() -> AsyncIterator[None]:
     """Wait until earlier callers have asked, in any event loop of the process."""
-    turn = ThreadsafeEvent()
+    is_next = ThreadsafeEvent()
     with _queue_lock:
-        _queue.append(turn)
-        is_first = _queue[0] is turn
+        _queue.append(is_next)
+        is_first = _queue[0] is is_next
     try:
         if not is_first:
-            await turn.wait()
+            await is_next.wait()
         yield
     finally:
         with _queue_lock:
-            was_first = _queue[0] is turn
-            _queue.remove(turn)
+            was_first = _queue[0] is is_next
+            _queue.remove(is_next)
             following = _queue[0] if was_first and _queue else None
         if following is not None:
             following.set()

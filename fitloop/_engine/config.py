@@ -50,13 +50,13 @@ def _expect(fits: bool, name: str, value: object, expected: str) -> None:
         raise ConfigurationError(f"{name} is {value!r:.80}; expected {expected}")
 
 
-def check_callable(name: str, function: object, given: str) -> None:
-    """Check that a function can be called with one positional argument, which ``given`` describes.
+def check_callable(name: str, function: object, argument: str) -> None:
+    """Check that a function can be called with one positional argument, described by ``argument``.
 
     Raises:
         StageSignatureError: the function is no callable, or needs other arguments.
     """
-    expected = f"a function that can be called with one argument, {given}"
+    expected = f"a function that can be called with one argument, {argument}"
     if not callable(function):
         raise StageSignatureError(name, function, expected)
     try:
@@ -66,8 +66,8 @@ def check_callable(name: str, function: object, given: str) -> None:
     try:
         signature.bind(object())
     except TypeError:
-        shown = f"{getattr(function, '__name__', function)}{signature}"
-        raise StageSignatureError(name, shown, expected) from None
+        signature_text = f"{getattr(function, '__name__', function)}{signature}"
+        raise StageSignatureError(name, signature_text, expected) from None
 
 
 def check_path(path: Any) -> Path:

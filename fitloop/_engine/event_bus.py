@@ -45,7 +45,7 @@ class EventStream:
         self._lock = threading.Lock()
         self._events: deque[Event] = deque()
         self._bell: ThreadsafeEvent | None = None
-        self._ended = False
+        self._is_ended = False
         self._read_end = False
         self.dropped = 0
         """number of events that were dropped"""
@@ -79,7 +79,7 @@ class EventStream:
                 if self._events:
                     event = self._events.popleft()
                     break
-                if self._ended:
+                if self._is_ended:
                     raise StopAsyncIteration
             await self._bell.wait()
         self._read_end = self._ends_with_run and isinstance(event, RunEnded)
@@ -110,7 +110,7 @@ class EventStream:
     def end(self) -> None:
         """End the iteration after the queued events; any thread."""
         with self._lock:
-            self._ended = True
+            self._is_ended = True
         if self._bell is not None:
             self._bell.set()
 
@@ -120,12 +120,12 @@ class EventStreams:
 
     def __init__(self) -> None:
         self._streams: list[EventStream] = []
-        self._ended = False
+        self._is_ended = False
 
     def add_stream(self, stream: EventStream) -> None:
         """Pass every event from now on to ``stream``."""
         self._streams = [*self._streams, stream]
-        if self._ended:
+        if self._is_ended:
             stream.end()
 
     def remove_stream(self, stream: EventStream) -> None:
@@ -139,7 +139,7 @@ class EventStreams:
 
     def end(self) -> None:
         """End every stream after its queued events; a stream added later ends at once."""
-        self._ended = True
+        self._is_ended = True
         for stream in self._streams:
             stream.end()
 

@@ -181,7 +181,7 @@ class ProfileReport:
         for name, profile in self.phases.items():
             times = [
                 format_seconds(profile.seconds),
-                *(format_seconds(profile.parts[part]) for part in PARTS),
+                *(format_seconds(profile.parts[column]) for column in PARTS),
             ]
             per_batch = profile.seconds / profile.batches if profile.batches else 0.0
             rows.append([name, *times, f"{profile.starved:.0%}", format_seconds(per_batch)])

@@ -251,8 +251,8 @@ class Run:
         self._session.restore(ending)
         if self._options.load_best and not ending.has_failed:
             ending.attempt("restoring the best weights", self._load_best)
-        ended = ending.error is None and not self._was_finished
-        ending.attempt("writing what is kept on disk", partial(self._complete_files, ended))
+        is_complete = ending.error is None and not self._was_finished
+        ending.attempt("writing what is kept on disk", partial(self._complete_files, is_complete))
         ending.attempt(
             "in a callback at the end of the run", partial(self._emit_ended, ending.error)
         )
@@ -266,11 +266,11 @@ class Run:
         if tracked and self._state.best_score is not None:
             self._state.restore_best(self._context.trainer)
 
-    def _complete_files(self, ended: bool) -> None:
-        if ended and self._plan.call == "fit":
+    def _complete_files(self, is_complete: bool) -> None:
+        if is_complete and self._plan.call == "fit":
             self._state.completed_fits += 1
         if self._checkpointer is not None and not self._was_finished:
-            self._checkpointer.finish(finished=ended)
+            self._checkpointer.finish(finished=is_complete)
         if self._files is not None:
             self._files.flush()
 

@@ -157,11 +157,11 @@ def _write_safetensors(path: Path, descriptor: int, state: StateDict) -> None:
         # The format has no tensors that share their memory.
         plain[key] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    part = path.with_suffix(PART_SUFFIX)
+    temporary_file = path.with_suffix(PART_SUFFIX)
     try:
-        library.save_file(plain, part, metadata={"format": "pt"})
+        library.save_file(plain, temporary_file, metadata={"format": "pt"})
         # Copied: safetensors would replace the locked file by one that only its owner can read.
-        with part.open("rb") as source, open(descriptor, "wb", closefd=False) as file:
+        with temporary_file.open("rb") as source, open(descriptor, "wb", closefd=False) as file:
             shutil.copyfileobj(source, file, 2**24)
     except OSError:
         raise

@@ -241,5 +241,5 @@ class TrainerBase:
         return f"<{type(self).__name__} {self.name!r}{of_model}: {details}>"
 
 
-# A wrong argument is then told as one of FitLoop, not of a class that users do not know.
+# An error about a wrong argument then names FitLoop, not a class that users do not know.
 TrainerBase.__init__.__qualname__ = "FitLoop.__init__"

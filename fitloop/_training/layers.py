@@ -278,7 +278,7 @@ def _nearest_plans(
         return plans
     path = name.split(".")[:-1]
     for depth in range(len(path), -1, -1):
-        prefix = "".join(f"{part}." for part in path[:depth])
+        prefix = "".join(f"{module}." for module in path[:depth])
         near = {
             plan for key in plans_by_name if key.startswith(prefix) for plan in plans_by_name[key]
         }

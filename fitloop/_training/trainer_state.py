@@ -156,10 +156,10 @@ class TrainerState:
         modules = [config.model]
         if isinstance(config.loss_function, nn.Module):
             modules.append(config.loss_function)
-        others = [*config.stateful.values(), *([] if config.scaler is None else [config.scaler])]
-        modules += [item for item in others if isinstance(item, nn.Module)]
-        others = [item for item in others if not isinstance(item, nn.Module)]
-        return capture_training(modules, config.optimizers, config.lr_schedulers, others)
+        stateful = [*config.stateful.values(), *([] if config.scaler is None else [config.scaler])]
+        modules += [item for item in stateful if isinstance(item, nn.Module)]
+        stateful = [item for item in stateful if not isinstance(item, nn.Module)]
+        return capture_training(modules, config.optimizers, config.lr_schedulers, stateful)
 
     def loaders_of(self, loaders: Mapping[Phase, Any]) -> dict[Phase, Any]:
         """Return the loader of each phase: of ``loaders``, or of the constructor, or None."""

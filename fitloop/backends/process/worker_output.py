@@ -103,7 +103,8 @@ class OutputForwarder(io.RawIOBase):
             if self._line:
                 self._send(Printed(self._name, self._line, is_partial=True))
             return
-        lines, end, rest = (self._line + self._decoder.decode(data)).rpartition("\n")
-        self._line = rest.rpartition("\r")[2]  # of a bar that overwrites itself: the last state
+        lines, end, unfinished = (self._line + self._decoder.decode(data)).rpartition("\n")
+        # Of a bar that overwrites itself, only the last state is of use.
+        self._line = unfinished.rpartition("\r")[2]
         if end:
             self._send(Printed(self._name, lines + end))

@@ -243,7 +243,7 @@ class WorkerClient:
         message = f"the worker process of job {self._spec.name!r} {end.description}"
         cancelled = self._control.cancelled
         if started is not None:  # the worker could not send the end of its run
-            ended = RunEnded(
+            run_ended = RunEnded(
                 trainer=started.trainer,
                 call=started.call,
                 stop_reason=StopReason.CANCELLED if cancelled else StopReason.FAILED,
@@ -253,7 +253,7 @@ class WorkerClient:
                 seconds=0.0,
                 error=None if cancelled else f"WorkerDiedError: {message}",
             )
-            self._relay(ended)
+            self._relay(run_ended)
         if cancelled:
             raise Cancelled
         lines = [*self._last_lines, *self._partial_lines.values(), *transport.log_tail()]
