@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two tests at a time: many wait for child processes.
 TOGETHER := -n 2 --dist worksteal
+# Some environments turn the bytecode cache off. Tests start many processes, and each would compile
+# fitloop again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test test-fast bench pictures clean
