@@ -156,7 +156,7 @@ class TrainerConfig:
     device: torch.device
     dtype: torch.dtype
     cast_model: bool
-    configure_optimizer: Callable[[Any], object]
+    configure_optimizer: Callable[..., object]
     criteria: str | None
     criteria_direction: int
     save_to_disk: bool

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fitloop._engine.config import Interval, TrainerConfig
+from fitloop._engine.config import PRETRAINED, Interval, TrainerConfig
 from fitloop._engine.event_bus import EventStream
+from fitloop._errors import ConfigurationError
 from fitloop._metrics.history import History, PhaseHistory
 from fitloop._plotting.draw import plot_history
 from fitloop._plotting.selection import BestEpoch
@@ -53,7 +54,7 @@ class TrainerBase:
         scheduler_interval: Interval | Sequence[Interval] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        configure_optimizer: Callable[[Any], object] | None = None,
+        configure_optimizer: Callable[..., object] | None = None,
         criteria: str | None = None,
         criteria_direction: int | None = None,
         save_to_disk: bool = False,
@@ -107,17 +108,22 @@ class TrainerBase:
             best = BestEpoch(criteria, score, epoch)
         return plot_history(self.M, name, run, ax=ax, best=best, **kwargs)
 
-    def configure_optimizer(self, lr: Any = None, unlock: int | bool | None = None) -> None:
-        """Set learning rates and unlocked layers, as `fitloop.configure_optimizer` does.
+    def configure_optimizer(self, *args: Any, **options: Any) -> None:
+        """Call the ``configure_optimizer`` of the constructor with this trainer and the arguments.
 
-        Without arguments, call the ``configure_optimizer`` of the constructor.
+        The default one, `fitloop.configure_optimizer`, takes ``lr`` and ``unlock``. The trainer may
+        also be given as the first argument, as that function has it.
 
         Raises ConfigurationError, with nothing changed, for arguments that cannot work.
         """
-        if lr is None and unlock is None:
-            self._state.config.configure_optimizer(self)
-        else:
-            default_configure_optimizer(self, lr=lr, unlock=unlock)
+        if args and isinstance(args[0], TrainerBase):
+            if args[0]._state is not self._state:
+                raise ConfigurationError(
+                    f"configure_optimizer() of {self!r} was called with {args[0]!r}; expected the "
+                    "same trainer, or none"
+                )
+            args = args[1:]
+        self._state.config.configure_optimizer(self, *args, **options)
 
     @property
     def M(self) -> History:  # noqa: N802 - the public name
@@ -219,6 +225,16 @@ class TrainerBase:
         """Name of the metric that compares models, or None."""
         criteria = self._state.criteria
         return None if criteria is None else criteria.name
+
+    @property
+    def best_model_name(self) -> str:
+        """The name of the best weights."""
+        return self._state.config.best_model_name
+
+    @property
+    def pretrained_model_name(self) -> str:
+        """The name of the weights that the model had before the first run."""
+        return PRETRAINED
 
     @property
     def save_path(self) -> Path:

@@ -88,7 +88,8 @@ class FitLoop(TrainerBase):
         dtype: floating tensors of the batches and the model are cast to it. Default: the dtype of
             the first floating parameter of the model.
         configure_optimizer: called with the trainer each time weights were restored, so that
-            training can go on. Default: `fitloop.configure_optimizer`.
+            training can go on. ``trainer.configure_optimizer(...)`` passes its arguments on to it.
+            Default: `fitloop.configure_optimizer`.
         criteria: name of the metric of ``valid_epoch_end`` that compares models. Default with the
             default ``valid_epoch_end``: ``accuracy``, or ``loss`` if there is no accuracy.
         criteria_direction: 1 if more is better, -1 if less is better. Default: 1. A criteria with

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from support.models import blobs, loader, mlp
+from support.models import batches, blobs, loader, mlp, sync_trainer
 from torch import nn
 from torch.optim import Adam
 
-from fitloop import SyncFitLoop
+from fitloop import ConfigurationError, SyncFitLoop
 
 # Verbatim; only the import says which of the two trainers it is.
 SETUP = """
@@ -180,3 +180,44 @@ def test_comprehensive_sample_when_run_verbatim_then_everything_it_tells_of_work
     trainer.run_sanity_check()
     trainer.reset()
     assert trainer.epoch_num == 0
+
+
+def test_configure_optimizer_when_called_with_the_trainer_then_is_as_without_it() -> None:
+    trainer = sync_trainer()
+    trainer.configure_optimizer(trainer, lr=0.25)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.25}
+    trainer.configure_optimizer(lr=0.5)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.5}
+    trainer.configure_optimizer(trainer.loop, 0.75)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.75}
+
+
+def test_configure_optimizer_when_it_is_the_users_then_gets_the_trainer_and_all_arguments() -> None:
+    calls: list[tuple[Any, float, str]] = []
+
+    def configure(trainer: Any, lr: float = 0.1, layers: str = "all") -> None:
+        calls.append((trainer, lr, layers))
+
+    trainer = sync_trainer(configure_optimizer=configure)
+    trainer.configure_optimizer()
+    trainer.configure_optimizer(trainer, lr=0.2)
+    trainer.configure_optimizer(0.3, layers="last")
+    assert calls == [(trainer, 0.1, "all"), (trainer, 0.2, "all"), (trainer, 0.3, "last")]
+
+
+def test_configure_optimizer_when_called_with_another_trainer_then_changes_nothing() -> None:
+    trainer, other = sync_trainer(), sync_trainer()
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    with pytest.raises(ConfigurationError, match="expected the same trainer, or none"):
+        trainer.configure_optimizer(other, lr=0.25)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == rates
+
+
+def test_names_of_weights_when_read_then_are_those_of_the_files(tmp_path: Path) -> None:
+    trainer = sync_trainer(
+        best_model_name="champion", save_path=tmp_path, save_to_disk=True, valid_dl=batches()
+    )
+    trainer.fit(1, verbose=False, progress=False)
+    names = {trainer.best_model_name, trainer.pretrained_model_name}
+    assert names == {"champion", "pretrained_model"}
+    assert names < {file.stem for file in trainer.save_path.iterdir()}
