@@ -1,6 +1,8 @@
 """fitloop trains PyTorch models, and can be awaited.
 
-`FitLoop` is the trainer, `SyncFitLoop` its blocking twin for plain scripts.
+`FitLoop` is the trainer, `SyncFitLoop` its blocking twin for plain scripts. `LoopState` is the
+argument of stage functions, `Checkpoint` says when snapshots are written, and `Runner` carries out
+many trainings. `fitloop.callbacks` and `fitloop.backends` hold the parts that users can add to.
 
 Each name is imported when it is first used, so that ``import fitloop`` imports no torch.
 """

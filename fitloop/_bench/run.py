@@ -206,7 +206,7 @@ class BenchRun:
         return variants
 
     def _warm_up(self, variants: Sequence[Variant]) -> None:
-        """Run each variant once, and fitloop until it has found out how to load."""
+        """Run each variant once; fitloop more often, until it has chosen how to load."""
         for variant in variants:
             self._show(f"warming up: {LABELS[variant]}")
             for _ in range(WARM_UP_PASSES if variant is Variant.FITLOOP else 1):

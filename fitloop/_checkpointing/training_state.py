@@ -105,7 +105,7 @@ def _outside(config: TrainerConfig) -> Iterator[Tensor]:
 
 
 def _names(config: TrainerConfig) -> dict[Tensor, str]:
-    """Return a name for each parameter, which is the same in every process."""
+    """Return names such as ``0.fc.weight``: number of the module, and name in it."""
     names: dict[Tensor, str] = {}
     for number, module in enumerate(_modules(config)):
         for name, parameter in module.named_parameters():

@@ -1,7 +1,7 @@
 """Threads and event loops.
 
-Owns the start, supervision, cancellation and end of threads. Must not know models, loaders,
-events or files.
+Owns the start, supervision, cancellation and end of threads. Must not know models, loaders or
+files; only `time_slices` reads events.
 
 - `control`: flags to stop or cancel a run, and the one condition on which a run waits.
 - `supervisor`: runs work in a thread and awaits it through any number of cancellations.

@@ -373,7 +373,7 @@ def _fail(error: BaseException, control: RunControl, portal: LoopPortal, name: s
 async def _shut_down(
     thread: _StepThread, control: RunControl, portal: LoopPortal, grace: float
 ) -> BaseException | None:
-    """Wait for the thread through any number of cancellations; return the first one or None."""
+    """Wait for the thread; return the first cancellation that arrived meanwhile, or None."""
     first: BaseException | None = None
     deadline = anyio.current_time() + grace
     with anyio.CancelScope(shield=True):

@@ -127,7 +127,7 @@ class AdaptiveSource:
             self._read_ahead()
 
     def fetch(self) -> Any:
-        """See `Source`."""
+        """Return the next batch or `END`; measure the reads until the mode is decided."""
         if self._fetches_to_check:
             return self._checked_fetch()
         return self._fetch() if self._tuner.decided else self._measured_fetch()

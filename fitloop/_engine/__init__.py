@@ -1,7 +1,7 @@
 """The training loop: epochs, phases, batches and stage functions.
 
-Owns the order of calls and the types that describe a run. Must not know terminals, files,
-figures or event loops; everything else observes its events.
+Owns the order of calls and the types that describe a run. Must not know terminals, files
+or figures, and reaches the event loop only through a `LoopPortal`.
 
 - `config`: the checked arguments of a trainer.
 - `stages`: the nine stage functions and their defaults.

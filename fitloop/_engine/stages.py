@@ -108,7 +108,7 @@ class ThreadContext(Protocol):
     """State of a thread that the code of a trainer needs, such as its random numbers."""
 
     def resume(self) -> None:
-        """Install it in the calling thread, for one step of a coroutine."""
+        """Install the state in the calling thread, before a coroutine of the run is resumed."""
 
     def pause(self) -> None:
         """Undo `resume`."""

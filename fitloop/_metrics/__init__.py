@@ -1,7 +1,7 @@
 """The numbers that a training yields.
 
 Owns the values of batches, the history of epochs, and the result of a run. Must not know devices,
-files, terminals or figures.
+files or terminals. The plot methods of the history call `_plotting`.
 
 - `batch_values`: collects the values that batch steps return, without waiting for the device.
 - `history`: the metrics of all runs, as arrays.

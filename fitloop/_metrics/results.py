@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float64]
 
 
 @public
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # arrays have no single truth value to compare
 class FitResult:
     """The result of a ``fit`` or ``test``."""
 

@@ -81,7 +81,7 @@ class GeneratorLease:
         self._in_callback = self._has_waited_for_callbacks = False
 
     def for_reader(self, cancelled: Callable[[], bool]) -> GeneratorLease:
-        """Return a lease for a thread that reads ahead for this one."""
+        """Return a lease on the same lock, for the loader thread of this run."""
         return GeneratorLease(cancelled, self._cuda, self._lock)
 
     # -- holding the lock ------------------------------------------------------------------------

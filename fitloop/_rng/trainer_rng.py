@@ -44,7 +44,7 @@ class TrainerRng:
         return self._seed is not None or bool(self._streams)
 
     def steps(self, phase: Phase) -> Stream:
-        """Return the stream for the stage functions of a phase."""
+        """Return the stream for the stage functions of a phase; `GLOBAL_STREAM` without streams."""
         return self._stream((phase, False)) if self.has_streams else GLOBAL_STREAM
 
     def loader(self, phase: Phase) -> Stream | None:

@@ -51,7 +51,10 @@ class Observer:
 
 
 class Run:
-    """A `ThreadTask` for any plan, made on the step thread."""
+    """One run of a trainer, from its files and observers to its result.
+
+    It is constructed and executed on the step thread.
+    """
 
     def __init__(self, context: RunContext, options: RunOptions) -> None:
         state = context.state

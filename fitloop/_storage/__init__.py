@@ -1,7 +1,7 @@
 """Files: msgpack containers, weights, and the metric log.
 
 Owns bytes on disk: the layout of a file, its checksums, atomic replacement and locks. Must not
-know trainers, runs or event loops.
+know trainers or event loops.
 
 - `durable`: files that are replaced as a whole or not at all; locks of directories.
 - `layout`: the bytes of a container file, read and written.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -45,15 +44,12 @@ from fitloop._trainer.base import TrainerBase
 from fitloop._types import Loader, Phase
 from fitloop.callbacks.callback import Callback
 
-if TYPE_CHECKING:
-    pass
-
 EpochResult = dict[str, float]
 
 
 @public
 class FitLoop(TrainerBase):
-    """A trainer of one model. Its verbs are coroutines.
+    """A trainer of one model. Its methods `fit`, `test` and others are coroutines.
 
     ::
 

@@ -42,6 +42,7 @@ def _blocking(verb: Callable[Concatenate[FitLoop, P], Awaitable[R]]) -> _Method[
         return anyio.run(run)
 
     update_wrapper(call, verb)
+    call.__module__, call.__qualname__ = __name__, f"SyncFitLoop.{verb.__name__}"
     return cast("_Method[P, R]", call)
 
 
@@ -81,7 +82,7 @@ class SyncFitLoop(TrainerBase):
         return loop
 
     fit = _blocking(FitLoop.fit)
-    train = _blocking(FitLoop.train)
+    train = fit
     test = _blocking(FitLoop.test)
     run_sanity_check = _blocking(FitLoop.run_sanity_check)
     run_profiler = _blocking(FitLoop.run_profiler)

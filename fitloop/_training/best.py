@@ -68,7 +68,7 @@ class BestTracker:
         """whether the run had a score"""
 
     def observe(self, event: Event) -> None:
-        """Compare the score of a validation with the best one."""
+        """After a validation with the best score, keep the weights and emit `BestImproved`."""
         if not isinstance(event, PhaseEnded) or event.phase is not Phase.VALID:
             return
         score = self._criteria.score(event.metrics)

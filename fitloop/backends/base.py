@@ -53,6 +53,9 @@ class Backend(Protocol):
     process that calls it. This backend trains short jobs in the current process, and long ones in
     worker processes::
 
+        from fitloop import Runner
+        from fitloop.backends import ProcessBackend, run_job
+
         class MixedBackend:
             def __init__(self):
                 self.workers = ProcessBackend()

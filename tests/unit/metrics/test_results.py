@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -64,3 +65,10 @@ async def test_views_when_looked_at_then_are_one_line_each() -> None:
     html = fitted.M._repr_html_()
     assert html.count("<tr>") == 9
     assert f">{fitted.M.valid['loss'].last:.4f}</td>" in html
+
+
+def test_result_when_compared_or_hashed_then_is_equal_to_itself_only() -> None:
+    first = result()
+    assert first == first
+    assert first != copy.deepcopy(first)
+    assert {first: 1}[first] == 1

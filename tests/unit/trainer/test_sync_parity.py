@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -46,6 +47,8 @@ def test_verb_when_of_the_sync_trainer_then_is_no_coroutine(name: str) -> None:
     assert inspect.isfunction(getattr(SyncFitLoop, name))
     assert not inspect.iscoroutinefunction(getattr(SyncFitLoop, name))
     assert name in vars(SyncFitLoop)
+    assert getattr(SyncFitLoop, name).__qualname__ in (f"SyncFitLoop.{name}", "SyncFitLoop.fit")
+    assert pickle.loads(pickle.dumps(getattr(SyncFitLoop, name))) is not getattr(FitLoop, name)
 
 
 @pytest.mark.parametrize("name", OTHERS)
