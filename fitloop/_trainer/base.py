@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,8 +112,9 @@ class TrainerBase:
     def configure_optimizer(self, *args: Any, **options: Any) -> None:
         """Call the ``configure_optimizer`` of the constructor with this trainer and the arguments.
 
-        The default one, `fitloop.configure_optimizer`, takes ``lr`` and ``unlock``. The trainer may
-        also be given as the first argument, as that function has it.
+        The default one, `fitloop.configure_optimizer`, takes ``lr`` and ``unlock``. It is also
+        called if your own function cannot be called with the arguments, for example because it
+        takes only the trainer. The trainer may be given as the first argument, or left out.
 
         Raises ConfigurationError, with nothing changed, for arguments that cannot work.
         """
@@ -123,7 +125,14 @@ class TrainerBase:
                     "same trainer, or none"
                 )
             args = args[1:]
-        self._state.config.configure_optimizer(self, *args, **options)
+        function = self._state.config.configure_optimizer
+        try:
+            inspect.signature(function).bind(self, *args, **options)
+        except TypeError:
+            function = default_configure_optimizer
+        except ValueError:  # a built-in function that has no signature
+            pass
+        function(self, *args, **options)
 
     @property
     def M(self) -> History:  # noqa: N802 - the public name

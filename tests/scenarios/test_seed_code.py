@@ -205,6 +205,16 @@ def test_configure_optimizer_when_it_is_the_users_then_gets_the_trainer_and_all_
     assert calls == [(trainer, 0.1, "all"), (trainer, 0.2, "all"), (trainer, 0.3, "last")]
 
 
+def test_configure_optimizer_when_the_users_takes_no_rates_then_they_go_to_the_default() -> None:
+    calls: list[Any] = []
+    trainer = sync_trainer(configure_optimizer=calls.append)
+    trainer.configure_optimizer(lr=0.25)
+    assert calls == []
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.25}
+    trainer.configure_optimizer(trainer)
+    assert calls == [trainer]
+
+
 def test_configure_optimizer_when_called_with_another_trainer_then_changes_nothing() -> None:
     trainer, other = sync_trainer(), sync_trainer()
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
