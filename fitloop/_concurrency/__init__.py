@@ -6,7 +6,8 @@ files; only `time_slices` reads events.
 - `control`: flags to stop or cancel a run, and the one condition on which a run waits.
 - `supervisor`: runs work in a thread and awaits it through any number of cancellations.
 - `event_loops`: what differs between asyncio, uvloop and trio.
-- `coroutines`: runs code around each resumption of a coroutine.
+- `coroutines`: executes each step of a coroutine by a function.
+- `task_state`: context variables and modes of torch that threads and tasks of a run take over.
 - `background_writer`: a thread that carries out writes in order.
 - `torch_threads`: the number of intra-op threads of torch.
 - `time_slices`: time slices for small models that train in the same process.

@@ -10,39 +10,34 @@ from collections.abc import Awaitable, Callable, Generator
 from inspect import iscoroutine
 from typing import Any
 
+Step = Callable[[Callable[[Any], Any], Any], Any]
+"""Calls its first argument, a method of a coroutine, with its second."""
+
 
 class SteppedAwaitable:
-    """An awaitable that calls ``before`` and ``after`` around every step of another awaitable.
+    """An awaitable that executes each step of another awaitable by a function.
 
-    It returns or raises the same as the other one. ``after`` is also called after an error.
+    It returns or raises the same as the other one.
     """
 
-    def __init__(
-        self,
-        awaitable: Awaitable[Any],
-        before: Callable[[], None],
-        after: Callable[[], None],
-    ) -> None:
+    def __init__(self, awaitable: Awaitable[Any], step: Step) -> None:
         # A coroutine is used as it is, so that it is closed without a warning if it never starts.
         self._coroutine: Any = awaitable if iscoroutine(awaitable) else _awaiting(awaitable)
-        self._before, self._after = before, after
+        self._step = step
 
     def __await__(self) -> Generator[Any, Any, Any]:
         method: Callable[[Any], Any] = self._coroutine.send
         value: Any = None
         while True:
-            self._before()
             try:
-                yielded = method(value)
+                yielded = self._step(method, value)
             except StopIteration as stop:
                 return stop.value
-            finally:
-                self._after()
             try:
                 value = yield yielded
                 method = self._coroutine.send
             except GeneratorExit:
-                self._coroutine.close()
+                self._step(lambda _: self._coroutine.close(), None)
                 raise
             except BaseException as thrown:  # a cancellation, passed on to the coroutine
                 method, value = self._coroutine.throw, thrown

@@ -6,7 +6,6 @@ thread has ended, however often it is cancelled.
 
 from __future__ import annotations
 
-import contextvars
 import math
 import threading
 import warnings
@@ -23,10 +22,10 @@ from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._concurrency.event_loops import (
     LoopTasks,
     ThreadsafeEvent,
-    hide_running_loop,
     is_scope_cancelled,
     raise_in_scope,
 )
+from fitloop._concurrency.task_state import TaskState, lend_state
 from fitloop._errors import LoaderHungWarning, add_note_safely
 
 T = TypeVar("T")
@@ -62,23 +61,26 @@ class LoopPortal:
         """Run ``function`` on the event loop, block until it ends, and return its result.
 
         Raises its exception, as the same object. Raises `Cancelled` if the run was cancelled, after
-        the coroutine has ended.
+        the coroutine has ended. The coroutine has the context variables and the modes of torch of
+        this thread, and leaves its own to it.
         """
-        request = self._post(function)
-        # Wait also after a cancellation: the coroutine may be in the middle of a step.
-        with self._control.changed:
-            while not request.done:
-                self._control.changed.wait()
+        with lend_state() as state:
+            request = self._post(lambda: state.run(function))
+            # Wait also after a cancellation: the coroutine may be in the middle of a step.
+            with self._control.changed:
+                while not request.done:
+                    self._control.changed.wait()
         if request.error is not None:
             raise request.error
         return cast("T", request.result)
 
     def start(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Run ``function`` on the event loop without waiting for it.
+        """Run ``function`` on the event loop, with a copy of this thread's state; do not wait.
 
         Raises `Cancelled` if the portal is closed.
         """
-        self._post(function)
+        state = TaskState.of_caller()
+        self._post(lambda: state.run(function))
 
     def _post(self, function: Callable[[], Awaitable[Any]]) -> _Request:
         request = _Request(function)
@@ -165,6 +167,7 @@ class _StepThread:
         self, task: ThreadTask, control: RunControl, portal: LoopPortal, name: str
     ) -> None:
         self._task, self._control, self._portal, self._name = task, control, portal, name
+        self._state = TaskState.of_caller()
         self._threads: list[threading.Thread] = []
         self.result: Any = None
         self.error: BaseException | None = None
@@ -175,13 +178,12 @@ class _StepThread:
     def replace(self) -> None:
         """Finish the task in a new thread, since the first one hangs in its loader."""
         self._threads.clear()
+        self._state = TaskState.of_caller()  # the other thread stays in its context
         self._start_thread(lambda: self._finish(Cancelled()))
 
     def _start_thread(self, target: Callable[[], None]) -> None:
-        context = contextvars.copy_context()
-        context.run(hide_running_loop)
         thread = threading.Thread(
-            target=context.run, args=(target,), name=f"fitloop {self._name}", daemon=True
+            target=self._state.call, args=(target,), name=f"fitloop {self._name}", daemon=True
         )
         self._threads.append(thread)
         thread.start()
@@ -354,7 +356,7 @@ async def _run_background_task(
 ) -> None:
     try:
         with portal.tasks.entered():
-            await background_task()
+            await TaskState.of_caller().run(background_task)
     except anyio.get_cancelled_exc_class() as error:
         if not (control.halted or is_scope_cancelled()):
             _fail(error, control, portal, name)  # it awaited a cancelled task

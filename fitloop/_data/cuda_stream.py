@@ -15,8 +15,6 @@ class NullStreamScope:
 
     def enter(self) -> None: ...
     def leave(self) -> None: ...
-    def resume(self) -> None: ...
-    def pause(self) -> None: ...
 
 
 class CudaStreamScope(NullStreamScope):
@@ -25,7 +23,7 @@ class CudaStreamScope(NullStreamScope):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._outer = self._paused = torch.cuda.current_stream(device)
+        self._outer = torch.cuda.current_stream(device)
 
     def enter(self) -> None:
         """Make the run's stream current in this thread; it waits for the stream before."""
@@ -40,12 +38,3 @@ class CudaStreamScope(NullStreamScope):
         torch.cuda.set_stream(self._outer)
         for stream in {self._outer, torch.cuda.default_stream(self._device)}:
             stream.wait_stream(self._stream)
-
-    def resume(self) -> None:
-        """Make the run's stream current in the event loop's thread, for one coroutine step."""
-        self._paused = torch.cuda.current_stream(self._device)
-        torch.cuda.set_stream(self._stream)
-
-    def pause(self) -> None:
-        """Undo `resume`."""
-        torch.cuda.set_stream(self._paused)

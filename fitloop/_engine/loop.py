@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from fitloop._concurrency.control import Cancelled
+from fitloop._concurrency.coroutines import SteppedAwaitable
 from fitloop._data.device import DeviceTransfer
 from fitloop._data.inspection import length_of, loader_label, sample_count
 from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState, StateWriter
 from fitloop._engine.plan import EngineDeps, PassPosition, RunPlan
-from fitloop._engine.stages import ExecutionContext, Stages
+from fitloop._engine.stages import Stages
 from fitloop._errors import ConfigurationError, add_note_safely, one_line
 from fitloop._events import (
     BatchProgress,
@@ -104,7 +105,7 @@ class Engine:
         torch.set_grad_enabled(True)
         result = function(argument)
         if isawaitable(result):
-            self._await(result, ExecutionContext(True, self._deps.thread_contexts))
+            self._await(result)
 
     def position(self) -> PassPosition | None:
         """Return the position in the current train phase, outside stage functions; else None."""
@@ -172,8 +173,8 @@ class Engine:
         started_at = deps.clock()
         writer = StateWriter(deps.config, phase, epoch, self._control.stop)
         state = writer.state
-        context = self._enter(phase)
-        start = self._call(state, Stage.EPOCH_START, context)
+        self._enter(phase)
+        start = self._call(state, Stage.EPOCH_START)
         position = None
         if phase is Phase.TRAIN and epoch_in_run == plan.epochs_before + 1:
             position = plan.position
@@ -192,7 +193,7 @@ class Engine:
             self._emit(
                 PhaseStarted(trainer=deps.config.name, epoch=epoch, phase=phase, batches=batches)
             )
-            complete = self._batches(writer, source, context)
+            complete = self._batches(writer, source)
         except BaseException as error:
             self._close_after(error, source, loader)
             raise
@@ -210,7 +211,7 @@ class Engine:
         if not complete and (count == 0 or phase is not Phase.TRAIN):
             return None
         writer.end()
-        metrics = self._call(state, Stage.EPOCH_END, context)
+        metrics = self._call(state, Stage.EPOCH_END)
         self.activity = f"{phase}, epoch {epoch}, ending"
         self._emit(
             PhaseEnded(
@@ -233,7 +234,7 @@ class Engine:
         except Exception as later:  # the caller must see the first error
             add_note_safely(error, f"closing the loader then raised {one_line(later)}")
 
-    def _batches(self, writer: StateWriter, source: Source, context: ExecutionContext) -> bool:
+    def _batches(self, writer: StateWriter, source: Source) -> bool:
         """Run the batches of a phase; return whether it was complete."""
         deps, control, state = self._deps, self._control, writer.state
         phase = state.phase
@@ -267,7 +268,7 @@ class Engine:
                     optimizer.zero_grad()
                 values = step(state)
                 if type(values) is not dict and isawaitable(values):
-                    values = await_step(values, context)
+                    values = await_step(values)
                 put(values)
                 for react in reactions:
                     react()
@@ -298,7 +299,7 @@ class Engine:
             )
         )
 
-    def _enter(self, phase: Phase) -> ExecutionContext:
+    def _enter(self, phase: Phase) -> None:
         """Set train or eval mode, grad mode and the random stream for a phase."""
         deps = self._deps
         train = phase is Phase.TRAIN
@@ -307,7 +308,6 @@ class Engine:
             deps.config.model.train(train)
         torch.set_grad_enabled(grad)  # of this thread only
         deps.guard.enter_phase(phase)
-        return ExecutionContext(grad, deps.thread_contexts)
 
     def _open(self, phase: Phase, loader: Any, resume_from: ResumePosition | None) -> Source:
         deps = self._deps
@@ -325,7 +325,7 @@ class Engine:
             loader, phase, context, deps.portal, limit=limit, resume_from=resume_from
         )
 
-    def _call(self, state: LoopState, stage: Stage, context: ExecutionContext) -> dict[str, float]:
+    def _call(self, state: LoopState, stage: Stage) -> dict[str, float]:
         """Call ``epoch_start`` or ``epoch_end`` and return its metrics."""
         self.activity = f"{state.phase}, epoch {state.epoch_num}, {stage}"
         function = self._stages.get(state.phase, stage)
@@ -334,14 +334,15 @@ class Engine:
         wrap = self._deps.instrumentation.wrap
         values = wrap(state.phase, stage, function)(state)
         if isawaitable(values):
-            values = wrap(state.phase, stage, self._await)(values, context)
+            values = wrap(state.phase, stage, self._await)(values)
         return as_numbers(values, state.phase, stage)
 
-    def _await(self, awaitable: Any, context: ExecutionContext) -> Any:
+    def _await(self, awaitable: Any) -> Any:
         """Run the coroutine of an ``async def`` stage on the event loop, and wait for it."""
+        guard = self._deps.guard
         try:
-            with self._deps.guard.on_event_loop():
-                return self._deps.portal.call(lambda: context.wrap(awaitable))
+            with guard.on_event_loop():
+                return self._deps.portal.call(lambda: SteppedAwaitable(awaitable, guard.step))
         except Cancelled:
             if hasattr(awaitable, "close"):  # of a coroutine that may not have started
                 awaitable.close()

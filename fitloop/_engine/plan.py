@@ -12,7 +12,6 @@ from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.loaders import Loaders
 from fitloop._data.resumption import ResumePosition
 from fitloop._engine.config import TrainerConfig
-from fitloop._engine.stages import ThreadContext
 from fitloop._events import Event
 from fitloop._rng.guard import RngGuard
 from fitloop._types import Phase
@@ -81,8 +80,6 @@ class EngineDeps:
     loaders: Loaders
     guard: RngGuard
     """random numbers of the run"""
-    thread_contexts: Sequence[ThreadContext]
-    """contexts of the step thread, which coroutines on the event loop's thread must enter"""
     emit: Callable[[Event], None] = lambda event: None
     ask: Callable[[int, int], bool] = lambda epoch, epoch_in_run: True
     """asks whether to go on after an epoch, given its number in all runs and in this one"""

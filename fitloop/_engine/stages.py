@@ -1,18 +1,13 @@
-"""The table of the nine stage functions, the default ones, and the context of a coroutine.
-
-The coroutine of an ``async def`` stage runs on the event loop while the step thread waits.
-"""
+"""The table of the nine stage functions, and the default ones."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fitloop._concurrency.coroutines import SteppedAwaitable
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._engine.loop_state import LoopState
 from fitloop._public import public
@@ -102,43 +97,3 @@ class Stages:
     def get(self, phase: Phase, stage: Stage) -> Callable[[LoopState], Any] | None:
         """Return the function, or None if there is neither one nor a default."""
         return self._table[phase, stage]
-
-
-class ThreadContext(Protocol):
-    """State of a thread that the code of a trainer needs, such as its random numbers."""
-
-    def resume(self) -> None:
-        """Install the state in the calling thread, before a coroutine of the run is resumed."""
-
-    def pause(self) -> None:
-        """Undo `resume`."""
-
-
-class ExecutionContext:
-    """The grad mode and the thread contexts in which the stage functions of a phase run.
-
-    The step thread stays in them for a whole phase. The coroutine of an ``async def`` stage runs
-    on the event loop's thread, which other code shares: there they are entered for each step of
-    the coroutine and left again.
-    """
-
-    def __init__(self, grad: bool, thread_contexts: Sequence[ThreadContext] = ()) -> None:
-        self.grad = grad
-        self._thread_contexts = thread_contexts
-
-    def wrap(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:
-        """Return an awaitable that enters this context for each step of another one."""
-        previous: list[bool] = []
-
-        def before() -> None:
-            previous.append(torch.is_grad_enabled())
-            torch.set_grad_enabled(self.grad)
-            for context in self._thread_contexts:
-                context.resume()
-
-        def after() -> None:
-            for context in reversed(self._thread_contexts):
-                context.pause()
-            torch.set_grad_enabled(previous.pop())
-
-        return SteppedAwaitable(awaitable, before, after)

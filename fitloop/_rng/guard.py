@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, TypeVar
 
 from fitloop._concurrency.control import RunControl
+from fitloop._concurrency.coroutines import Step
 from fitloop._rng.global_lock import GLOBAL_RNG_LOCK, FairSharedLock
 from fitloop._rng.global_state import global_fingerprint, global_state, restore_global_state
 from fitloop._rng.lease import GeneratorLease
@@ -54,9 +55,9 @@ class RngGuard:
         self.on_event_loop: Callable[[], AbstractContextManager[None]] = lease.used_by_event_loop
         """Makes a block in which the event loop runs a coroutine while this thread waits.
 
-        The event loop calls `resume` and `pause` around each step. They do not wait.
+        The event loop executes each step of the coroutine by `step`, which does not wait.
         """
-        self.resume, self.pause = lease.install, lease.uninstall
+        self.step: Step = lease.step
 
     def enter_phase(self, phase: Phase) -> None:
         """Install the random numbers for the stage functions of a phase."""

@@ -207,6 +207,14 @@ class GeneratorLease:
         yield
         self.install()
 
+    def step(self, method: Callable[[Any], Any], value: Any) -> Any:
+        """Execute one step of a coroutine in the event loop's thread, with the stream installed."""
+        self.install()
+        try:
+            return method(value)
+        finally:
+            self.uninstall()
+
     def _save_and_install(self, stream: Stream) -> None:
         self._is_installed = True  # patches report uses by this thread from now on
         self._saved = GLOBAL_STREAM if stream is GLOBAL_STREAM else SavedGlobalState(self._cuda)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fitloop._concurrency.task_state import ThreadBoundMode
+
 _BUILTIN = frozenset(
     {BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType}
 )
@@ -146,7 +148,7 @@ class RngCaller(Protocol):
         """Call an operation that may use torch's generators, and return its result."""
 
 
-class RngFunctionMode(TorchFunctionMode):
+class RngFunctionMode(TorchFunctionMode, ThreadBoundMode):
     """Intercepts the torch operations of one thread that may use random numbers.
 
     torch passes the modes of a thread on to its autograd threads. So ``caller`` also tells which

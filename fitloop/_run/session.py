@@ -105,7 +105,6 @@ class RunSession:
                 portal=context.portal,
                 loaders=self._loaders,
                 guard=self.guard,
-                thread_contexts=(self._cuda_stream, self.guard),
             )
             self._engine = Engine(self.plan, self._deps)
             self.close: Callable[[], None] = stack.pop_all().close

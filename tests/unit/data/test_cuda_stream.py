@@ -97,27 +97,6 @@ def test_leave_when_another_thread_finishes_the_run_then_it_has_its_own_stream_a
     assert cuda.default.waited == [stream]
 
 
-def test_resume_when_a_coroutine_takes_a_step_then_only_that_is_on_the_runs_stream(
-    cuda: FakeCuda,
-) -> None:
-    scope = CudaStreamScope(DEVICE)
-    scope.enter()
-    stream = cuda.current()
-    streams: list[FakeStream] = []
-
-    def step() -> None:  # on the event loop's thread
-        for _ in range(2):
-            scope.resume()
-            streams.append(cuda.current())
-            scope.pause()
-            streams.append(cuda.current())
-
-    thread = threading.Thread(target=step)
-    thread.start()
-    thread.join()
-    assert streams == [stream, cuda.default, stream, cuda.default]
-
-
 @pytest.mark.parametrize("cuda_streams", [True, False])
 async def test_runner_when_streams_are_wanted_then_its_trainers_are_told(
     cuda_streams: bool,

@@ -55,8 +55,7 @@ def test_guard_when_a_run_uses_all_of_it_then_global_state_is_as_before(
         assert guard.outside(max, 1, 2) == 2
         assert guard.wait(lambda: 3) == 3
         with guard.on_event_loop():
-            guard.resume()
-            guard.pause()
+            assert guard.step(abs, -4) == 4
     guard.close()
     assert guard.outside(max, 1, 2) == 2
     assert global_states() == states

@@ -1,0 +1,255 @@
+"""Modes of torch and context variables that hold around a run, and in its async stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+import pytest
+import torch
+from support.models import batches, bits, mlp, trainer
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
+from torch.nn import functional
+from torch.optim import SGD
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fitloop import LoopState
+
+QUIET: dict[str, Any] = {"verbose": False, "progress": False}
+BFLOAT16 = torch.bfloat16
+
+
+class FunctionMode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def default_device(name: str) -> Iterator[None]:
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+def modes() -> dict[str, Any]:
+    """Return the modes of torch in this thread."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return {
+        "autocast": torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+        "nesting": torch.autocast_increment_nesting() - torch.autocast_decrement_nesting() - 1,
+        "default device": torch.get_default_device(),
+        "function modes": torch._C._len_torch_function_stack(),
+        "dispatch modes": torch._C._len_torch_dispatch_stack(),
+        "hooks": None if top is None else top[0],
+        "no hooks": torch._C._autograd._saved_tensors_hooks_get_disabled_error_message(),
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "multithreading": torch._C._is_multithreading_enabled(),
+        "errstate": np.geterr()["divide"],
+    }
+
+
+MODES = [
+    pytest.param(lambda: torch.autocast("cpu", BFLOAT16), id="autocast"),
+    pytest.param(lambda: torch.autocast("cpu", enabled=False), id="autocast off"),
+    pytest.param(lambda: torch.device("meta"), id="device"),
+    pytest.param(lambda: default_device("meta"), id="set_default_device"),
+    pytest.param(FunctionMode, id="function mode"),
+    pytest.param(DispatchMode, id="dispatch mode"),
+    pytest.param(lambda: saved_tensors_hooks(lambda x: x, lambda x: x), id="saved-tensor hooks"),
+    pytest.param(save_on_cpu, id="save_on_cpu"),
+    pytest.param(lambda: disable_saved_tensors_hooks("none here"), id="no hooks"),
+    pytest.param(lambda: torch.autograd.set_multithreading_enabled(False), id="one thread"),
+    pytest.param(lambda: np.errstate(divide="raise"), id="numpy errstate"),
+]
+STAGE_MODES = [
+    *MODES,
+    pytest.param(torch.no_grad, id="no_grad"),
+    pytest.param(torch.inference_mode, id="inference_mode"),
+]
+Mode = Callable[[], AbstractContextManager[Any]]
+
+
+def train(state: LoopState) -> None:
+    inputs, targets = state.batch
+    loss = functional.cross_entropy(state.model(inputs).float(), targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    state.optimizer.step()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["plain", "async"])
+async def test_mode_when_it_is_around_a_run_then_holds_in_stages_callbacks_and_loader(
+    mode: Mode, kind: str
+) -> None:
+    seen: list[Any] = []
+    outer, ready = modes(), batches()
+
+    def see(*_: Any) -> None:
+        seen.append(modes())
+
+    def step(state: LoopState) -> None:
+        see()
+        train(state)
+
+    async def async_step(state: LoopState) -> None:
+        step(state)
+        await anyio.lowlevel.checkpoint()
+        see()
+
+    async def async_hook(_: Any) -> None:
+        see()
+
+    def data() -> Iterator[Any]:
+        for batch in ready:
+            see()
+            yield batch
+
+    is_async = kind == "async"
+    hook = async_hook if is_async else see
+    fitted = trainer(
+        train_dl=data,
+        valid_dl=None,
+        train_step=async_step if is_async else step,
+        train_epoch_start=hook,
+        preloop=hook,
+        postloop=hook,
+        prefetch=0,
+    )
+    with mode():
+        expected = modes()
+        await fitted.fit(1, callbacks=[hook], **QUIET)
+        assert modes() == expected
+    assert modes() == outer
+    assert len(seen) > 10
+    for each in seen:
+        assert {**each, "nesting": 0} == {**expected, "nesting": 0}
+
+
+@pytest.mark.parametrize("mode", STAGE_MODES)
+async def test_mode_when_an_async_stage_awaits_in_it_then_holds_there_and_nowhere_else(
+    mode: Mode,
+) -> None:
+    seen: list[Any] = []
+    others: list[Any] = []
+    expected: list[Any] = []
+
+    async def step(state: LoopState) -> None:
+        with mode():
+            expected.append(modes())
+            await anyio.lowlevel.checkpoint()
+            seen.append(modes())
+            await anyio.lowlevel.checkpoint()
+            seen.append(modes())
+        train(state)
+
+    async def look() -> None:
+        while True:
+            others.append(modes())
+            await anyio.lowlevel.checkpoint()
+
+    outer = modes()
+    async with anyio.create_task_group() as group:
+        group.start_soon(look)
+        await trainer(train_dl=batches(), valid_dl=None, train_step=step).fit(1, **QUIET)
+        group.cancel_scope.cancel()
+    assert seen == [each for each in expected for _ in range(2)]
+    assert seen
+    assert others
+    assert all(each == outer for each in others)
+
+
+async def test_autocast_when_it_is_around_a_fit_then_is_as_around_each_step() -> None:
+    """A block around a whole loop would compute each step with the first weights."""
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for _epoch in range(2):
+        for inputs, targets in batches():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", BFLOAT16):
+                loss = functional.cross_entropy(model(inputs), targets)
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    fitted_model = mlp()
+    fitted = trainer(
+        model=fitted_model,
+        optimizer=SGD(fitted_model.parameters(), lr=0.1),
+        train_dl=batches(),
+        valid_dl=None,
+    )
+    with torch.autocast("cpu", BFLOAT16):
+        await fitted.fit(2, **QUIET)
+    assert bits(fitted_model) == bits(model)
+
+
+PHASE: ContextVar[str] = ContextVar("phase", default="none")
+STAGES = ("preloop", "train_epoch_start", "train_step", "train_epoch_end", "postloop")
+
+
+@pytest.mark.parametrize("kinds", ["ppppp", "aaaaa", "apapa", "papap", "aappa"])
+async def test_context_variable_when_a_stage_sets_it_then_later_stages_see_it(kinds: str) -> None:
+    seen: list[str] = []
+    tokens: list[Any] = []
+
+    def stage(name: str, kind: str) -> Callable[[Any], Any]:
+        def plain(_: Any) -> None:
+            seen.append(PHASE.get())
+            if name == "postloop":
+                PHASE.reset(tokens[0])
+                assert PHASE.get() == "caller"
+            else:
+                tokens.append(PHASE.set(name))
+
+        async def awaits(argument: Any) -> None:
+            await anyio.lowlevel.checkpoint()
+            plain(argument)
+            await anyio.lowlevel.checkpoint()
+
+        return awaits if kind == "a" else plain
+
+    PHASE.set("caller")
+    functions = {name: stage(name, kind) for name, kind in zip(STAGES, kinds, strict=True)}
+    await trainer(train_dl=batches()[:2], valid_dl=None, **functions).fit(1, **QUIET)
+    assert seen == [
+        "caller",
+        "preloop",
+        "train_epoch_start",
+        "train_step",
+        "train_step",
+        "train_epoch_end",
+    ]
+    assert PHASE.get() == "caller"
+
+
+async def test_async_loader_and_callback_when_a_variable_is_set_around_fit_then_see_it() -> None:
+    seen: set[str] = set()
+
+    async def data() -> Any:
+        for batch in batches():
+            seen.add(f"loader {PHASE.get()}")
+            yield batch
+
+    async def callback(_: Any) -> None:
+        seen.add(f"callback {PHASE.get()}")
+
+    PHASE.set("caller")
+    fitted = trainer(
+        train_dl=data,
+        valid_dl=None,
+        train_epoch_start=lambda _: PHASE.set("epoch") and None,
+    )
+    await fitted.fit(1, callbacks=[callback], **QUIET)
+    assert seen == {"loader epoch", "callback caller"}
