@@ -72,15 +72,10 @@ def _numbers(trainer: TrainerState) -> Callable[[], None]:
 
 
 def _best(trainer: TrainerState) -> Callable[[], None]:
-    name, store, epoch = trainer.config.best_model_name, trainer.store, trainer.best_epoch
-    weights = store.borrow(name) if store.exists(name) else None
+    epoch, weights = trainer.best_epoch, trainer.borrow_best()
 
     def restore() -> None:
-        if trainer.best_epoch == epoch:
-            return
-        if weights is not None:
-            store.save(name, weights)
-        elif store.exists(name):
-            store.delete(name)
+        if trainer.best_epoch != epoch:
+            trainer.put_best(weights)
 
     return restore

@@ -34,7 +34,7 @@ from fitloop._storage.durable import write_file
 from fitloop._storage.encoding import Decoder, Encoder
 from fitloop._storage.layout import VERSION, LayoutError, Payload, TensorAlias, write_layout
 from fitloop._storage.tensors import SnapshotBuffers, read_tensors
-from fitloop._storage.weight_files import StateDict, check_module_versions
+from fitloop._storage.weight_files import check_module_versions
 from fitloop._storage.weight_store import check_weights
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
@@ -73,7 +73,7 @@ def take_snapshot(
     Raises `CheckpointError`, naming its path in the tree, for a value that cannot be encoded.
     """
     config = trainer.config
-    best = _best_weights(trainer)
+    best, extra = (None if trainer.best_score is None else trainer.borrow_best()) or (None, {})
     versions = getattr(best, "_metadata", None)
     tree = {
         "training": training_state(
@@ -85,6 +85,7 @@ def take_snapshot(
             str(phase): generator_states(loader) for phase, loader in trainer.loaders_of({}).items()
         },
         "best": None if best is None else dict(best),
+        "best_extra": dict(extra),
         "best_modules": None if versions is None else {k: dict(v) for k, v in versions.items()},
         "run": None if position is None else position.to_tree(),
     }
@@ -93,7 +94,9 @@ def take_snapshot(
         state = encoder.encode(tree, "state")
         tensors = encoder.tensors
         # The weights store never changes tensors that it has lent.
-        constant = {name for name in tensors if name.startswith("state/best/")}
+        constant = {
+            name for name in tensors if name.startswith(("state/best/", "state/best_extra/"))
+        }
         payloads = buffers.copy(tensors, constant)
     except LayoutError as error:
         raise CheckpointError(f"the state of {config.name!r} cannot be kept: {error}") from error
@@ -136,13 +139,6 @@ def _trainer_fields(trainer: TrainerState) -> dict[str, Any]:
     }
 
 
-def _best_weights(trainer: TrainerState) -> StateDict | None:
-    name = trainer.config.best_model_name
-    if trainer.best_score is None or not trainer.store.exists(name):
-        return None
-    return trainer.store.borrow(name)
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """A snapshot that was read from a file and checked."""
@@ -182,7 +178,8 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
             for name, value in state["random"].items()
         }
         best, versions = state["best"], state["best_modules"]
-        if not (best is None or isinstance(best, dict)):
+        extra = state.setdefault("best_extra", {})  # older files have none
+        if not (best is None or isinstance(best, dict)) or not isinstance(extra, dict):
             raise TypeError("its best weights are no map")
         if versions is not None:
             check_module_versions(versions)
@@ -235,7 +232,7 @@ def apply_snapshot(trainer: TrainerState, snapshot: Snapshot) -> None:
     saved, state = snapshot.trainer, snapshot.state
     check_training(trainer.config, state["training"])
     restore_rng = _prepare_rng(trainer, snapshot)
-    undo = _save_best(trainer, state["best"], state["best_modules"])
+    undo = _save_best(trainer, state)
     try:
         apply_training(trainer, state["training"])
     except BaseException:
@@ -267,15 +264,15 @@ def _prepare_rng(trainer: TrainerState, snapshot: Snapshot) -> Callable[[], None
         ) from error
 
 
-def _save_best(trainer: TrainerState, best: Any, versions: Any) -> Callable[[], None]:
+def _save_best(trainer: TrainerState, state: dict[str, Any]) -> Callable[[], None]:
     """Replace the best weights by those of a snapshot; return a function that undoes it."""
-    name, store = trainer.config.best_model_name, trainer.store
+    best = state["best"]
     if best is None:
         return lambda: None
     before = None
     with suppress(CheckpointError):  # a damaged file counts as none
-        before = store.borrow(name) if store.exists(name) else None
-    weights = module_weights({"weights": best, "versions": versions})
+        before = trainer.borrow_best()
+    weights = module_weights({"weights": best, "versions": state["best_modules"]})
     check_weights(trainer.config.model, weights)
-    store.save(name, weights)
-    return partial(store.delete, name) if before is None else partial(store.save, name, before)
+    trainer.put_best((weights, state["best_extra"]))
+    return partial(trainer.put_best, before)

@@ -7,7 +7,6 @@ files.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +17,13 @@ from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError, quoted_list
 from fitloop._storage.weight_files import check_module_versions, set_metadata
 from fitloop._storage.weight_store import apply_weights, check_weights
+from fitloop._training.parts import (
+    modules_of,
+    outside_parameters,
+    set_unsaved_buffers,
+    stateful_objects,
+    unsaved_buffers,
+)
 from fitloop._training.trainer_state import TrainerState
 
 
@@ -26,7 +32,7 @@ def training_state(config: TrainerConfig, *, with_grads: bool = False) -> dict[s
 
     ``with_grads`` is for runs whose gradients live longer than a batch.
     """
-    modules = _modules(config)
+    modules = modules_of(config)
     names = _names(config)
     state = {
         "modules": [_module_state(module) for module in modules],
@@ -34,7 +40,8 @@ def training_state(config: TrainerConfig, *, with_grads: bool = False) -> dict[s
             [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
             for module in modules
         ],
-        "outside": list(_outside(config)),
+        "buffers": [unsaved_buffers(module) for module in modules],
+        "outside": list(outside_parameters(config)),
         "optimizers": [_optimizer_state(optimizer, names) for optimizer in config.optimizers],
         "schedulers": [
             {"type": _type_of(scheduler), "state": _scheduler_state(scheduler)}
@@ -47,12 +54,6 @@ def training_state(config: TrainerConfig, *, with_grads: bool = False) -> dict[s
         parameters = {name: item for item, name in names.items()}
         state["grads"] = {n: p.grad for n, p in parameters.items() if p.grad is not None}
     return state
-
-
-def stateful_objects(config: TrainerConfig) -> dict[str, Any]:
-    """Return the scaler and the other stateful objects of a trainer, by name."""
-    scaler = {} if config.scaler is None else {"scaler": config.scaler}
-    return {**scaler, **config.stateful}
 
 
 def apply_training(trainer: TrainerState, state: Any) -> None:
@@ -72,11 +73,6 @@ def apply_training(trainer: TrainerState, state: Any) -> None:
         ) from error
 
 
-def _modules(config: TrainerConfig) -> list[nn.Module]:
-    loss = config.loss_function
-    return [config.model, loss] if isinstance(loss, nn.Module) else [config.model]
-
-
 def _module_state(module: nn.Module) -> dict[str, Any]:
     weights = module.state_dict()
     versions = getattr(weights, "_metadata", None)
@@ -93,24 +89,15 @@ def module_weights(module_state: Any) -> OrderedDict[str, Any]:
     return weights
 
 
-def _outside(config: TrainerConfig) -> Iterator[Tensor]:
-    """Yield the parameters of optimizers outside the modules, such as a learnt temperature."""
-    module_parameters = {id(p) for module in _modules(config) for p in module.parameters()}
-    for optimizer in config.optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) not in module_parameters:
-                    module_parameters.add(id(parameter))
-                    yield parameter
-
-
 def _names(config: TrainerConfig) -> dict[Tensor, str]:
     """Return names such as ``0.fc.weight``: number of the module, and name in it."""
     names: dict[Tensor, str] = {}
-    for number, module in enumerate(_modules(config)):
+    for number, module in enumerate(modules_of(config)):
         for name, parameter in module.named_parameters():
             names.setdefault(parameter, f"{number}.{name}")
-    return names | {each: f"outside.{number}" for number, each in enumerate(_outside(config))}
+    return names | {
+        each: f"outside.{number}" for number, each in enumerate(outside_parameters(config))
+    }
 
 
 def _type_of(item: object) -> str:
@@ -145,7 +132,7 @@ def check_training(config: TrainerConfig, state: Any) -> None:
     try:
         _check_kinds(config, state)
         _check_contents(config, state)
-        for module, saved in zip(_modules(config), state["modules"], strict=True):
+        for module, saved in zip(modules_of(config), state["modules"], strict=True):
             check_weights(module, saved["weights"])
     except CheckpointError:
         raise
@@ -171,8 +158,12 @@ def _check_kinds(config: TrainerConfig, state: Any) -> None:
             f"has {quoted_list(mine)}; give scaler= and stateful= as before"
         )
     for what, count, present_count in (
-        ("modules", len(state["modules"]), len(_modules(config))),
-        ("parameters outside the model", len(state["outside"]), len(list(_outside(config)))),
+        ("modules", len(state["modules"]), len(modules_of(config))),
+        (
+            "parameters outside the model",
+            len(state["outside"]),
+            len(list(outside_parameters(config))),
+        ),
     ):
         if count != present_count:
             raise CheckpointError(
@@ -191,6 +182,9 @@ def _check_contents(config: TrainerConfig, state: Any) -> None:
     for name, grad in state["grads"].items():
         if name not in parameters or grad.shape != parameters[name].shape:
             raise CheckpointError(f"there is no parameter for the gradient of {name!r}")
+    for buffers in state.get("buffers", ()):  # files of earlier versions have none
+        if not all(isinstance(buffer, Tensor) for buffer in buffers.values()):
+            raise CheckpointError("a buffer is no tensor")
     for saved in state["modules"]:
         if saved["versions"] is not None:
             check_module_versions(saved["versions"])
@@ -205,15 +199,17 @@ def _apply(config: TrainerConfig, state: Any) -> None:
     for name, item in stateful_objects(config).items():
         item.load_state_dict(clone_tensors(state["stateful"][name]))
     with torch.no_grad():
-        for parameter, value in zip(_outside(config), state["outside"], strict=True):
+        for parameter, value in zip(outside_parameters(config), state["outside"], strict=True):
             parameter.copy_(value)
-    for module, frozen in zip(_modules(config), state["frozen"], strict=True):
+    for module, frozen in zip(modules_of(config), state["frozen"], strict=True):
         for name, trained in module.named_parameters():
             trained.requires_grad_(name not in frozen)
     for name, target in parameters.items():
         grad = state["grads"].get(name)
         target.grad = None if grad is None else clone_tensors(grad).to(target.device)
-    for module, saved in reversed(list(zip(_modules(config), state["modules"], strict=True))):
+    for module, buffers in zip(modules_of(config), state.get("buffers", ()), strict=False):
+        set_unsaved_buffers(module, buffers)
+    for module, saved in reversed(list(zip(modules_of(config), state["modules"], strict=True))):
         apply_weights(module, module_weights(saved))
 
 

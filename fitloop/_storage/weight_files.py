@@ -43,7 +43,7 @@ def with_suffix(name: str) -> str:
     unfit = name.endswith(("/", "\\", "/.")) or "\0" in name or windows.name in {"", *_FORMATS}
     if leads_out or unfit:
         raise CheckpointError(f"{name!r} cannot name a file: give a name within the directory")
-    return name if _suffix(name) else name + DEFAULT_SUFFIX
+    return name if suffix_of(name) else name + DEFAULT_SUFFIX
 
 
 def write_weights(
@@ -219,12 +219,13 @@ _FORMATS: dict[str, tuple[Writer, Reader]] = {
 }
 
 
-def _suffix(name: str) -> str | None:
+def suffix_of(name: str) -> str | None:
+    """Return the suffix of a weights file that ``name`` ends with; None if it has none."""
     return next((suffix for suffix in _FORMATS if name.lower().endswith(suffix)), None)
 
 
 def _format_of(path: Path) -> tuple[Writer, Reader]:
-    suffix = _suffix(path.name)
+    suffix = suffix_of(path.name)
     if suffix is None:
         raise CheckpointError(
             f"{path} has no suffix of a weights file; there are: {quoted_list(_FORMATS)}"

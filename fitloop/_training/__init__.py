@@ -4,6 +4,7 @@ Owns history, best weights, schedulers and the param groups of the optimizers. M
 terminals or runs.
 
 - `trainer_state`: the state of a trainer.
+- `parts`: the list of the parts of a training state, and weights beside the model's.
 - `capture`: exact copies of model, optimizers and schedulers, restored in place.
 - `best`: finds the best epoch.
 - `schedulers`: steps learning-rate schedulers.

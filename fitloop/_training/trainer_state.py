@@ -7,7 +7,7 @@ another. Its methods run in the thread of a run or of a file operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -20,11 +20,22 @@ from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
 from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._storage.metric_log import MetricLog
-from fitloop._storage.weight_store import DiskStore, MemoryStore, WeightsStore, apply_weights
+from fitloop._storage.weight_files import StateDict
+from fitloop._storage.weight_store import (
+    DiskStore,
+    MemoryStore,
+    WeightsStore,
+    apply_weights,
+    check_weights,
+)
 from fitloop._training.best import BestTracker, Criteria
 from fitloop._training.capture import Restore, capture_optimization, capture_training
+from fitloop._training.parts import apply_extra_weights, extra_name, extra_weights
 from fitloop._training.schedulers import check_modes
 from fitloop._types import Phase
+
+BestWeights: TypeAlias = tuple[StateDict, StateDict]
+"""weights of the model, and the `extra_weights` beside them"""
 
 
 class TrainerState:
@@ -101,8 +112,26 @@ class TrainerState:
 
     def save_best(self) -> None:
         """Store the present weights as the best."""
-        self.store.save(self.config.best_model_name, self.config.model.state_dict())
+        self.put_best((self.config.model.state_dict(), extra_weights(self.config)))
         self.best_is_stale = False
+
+    def borrow_best(self) -> BestWeights | None:
+        """Return the best weights, which the store does not change any more; None if none."""
+        name = self.config.best_model_name
+        if not self.store.exists(name):
+            return None
+        extra = extra_name(name)
+        return self.store.borrow(name), self.store.borrow(extra) if self.store.exists(extra) else {}
+
+    def put_best(self, best: BestWeights | None) -> None:
+        """Store weights as the best; with None, delete the best weights."""
+        name = self.config.best_model_name
+        weights, extra = ({}, {}) if best is None else best
+        for key, state in ((extra_name(name), extra), (name, weights)):
+            if state or (best is not None and key == name):
+                self.store.save(key, state)
+            elif self.store.exists(key):
+                self.store.delete(key)
 
     def best_tracker(self, emit: Callable[[Event], None]) -> BestTracker | None:
         """Return an observer that stores the best weights of a run; None without a criteria."""
@@ -114,7 +143,12 @@ class TrainerState:
             raise CheckpointError(
                 "there are no best weights: none were tracked before the state that was loaded"
             )
-        apply_weights(self.config.model, self.store.load(self.config.best_model_name))
+        name = self.config.best_model_name
+        weights, extra = self.store.load(name), extra_name(name)
+        check_weights(self.config.model, weights)
+        if self.store.exists(extra):
+            apply_extra_weights(self.config, self.store.load(extra))
+        apply_weights(self.config.model, weights)
         self.config.configure_optimizer(trainer)
 
     def reset(self, trainer: Any) -> None:
@@ -136,6 +170,7 @@ class TrainerState:
     def delete_best(self) -> None:
         """Remove the best weights and the best score."""
         self.store.delete(self.config.best_model_name)
+        self.put_best(None)
         self._clear_best_score()
 
     def delete_pretrained(self) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.models import batches, bits, scores, trainer
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import SGD
 
 from fitloop import (
     BestImproved,
@@ -302,3 +304,72 @@ async def test_reset_when_pretrained_weights_were_deleted_then_says_so_and_chang
         await fitted.reset()
     assert bits(fitted.model) == before
     assert (fitted.epoch_num, fitted.M.train_runs) == (1, 1)
+
+
+class ScaledLoss(nn.Module):
+    """A loss function with a trained parameter and a buffer that ``state_dict`` leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.calls = nn.Buffer(torch.zeros(()), persistent=False)
+
+    def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return nn.functional.cross_entropy(predictions * self.scale, targets)
+
+
+class Centred(nn.Module):
+    """A classifier with a running mean that ``state_dict`` leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.mean = nn.Buffer(torch.zeros(6), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(inputs.detach().mean(0), 0.1)
+        outputs: Tensor = self.layer(inputs - self.mean)
+        return outputs
+
+
+@pytest.mark.parametrize("to_disk", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize("name", ["best_model", "best.safetensors"])
+async def test_best_when_weights_are_outside_the_models_state_dict_then_they_are_restored(
+    to_disk: bool, name: str, tmp_path: Path
+) -> None:
+    def weights() -> list[Tensor]:
+        return [loss.scale, loss.calls, outside, model.mean, model.layer.weight]
+
+    def keep(state: LoopState) -> dict[str, float]:
+        kept.append([tensor.detach().clone() for tensor in weights()])
+        return {"score": float(state.epoch_num == 1)}
+
+    kept: list[list[Tensor]] = []
+    model, loss, outside = Centred(), ScaledLoss(), nn.Parameter(torch.ones(()))
+    outside.grad = torch.ones(())
+    optimizer = SGD([*model.parameters(), *loss.parameters()], lr=0.5)
+    other = SGD([outside], lr=0.1)
+
+    def step(state: LoopState) -> None:
+        inputs, targets = state.batch
+        (loss(model(inputs), targets) * outside).backward()
+        optimizer.step()
+        other.step()
+
+    fitted = trainer(
+        model=model,
+        loss_function=loss,
+        optimizer=[optimizer, other],
+        train_step=step,
+        valid_epoch_end=keep,
+        criteria="score",
+        save_to_disk=to_disk,
+        save_path=tmp_path,
+        best_model_name=name,
+    )
+    await fitted.fit(3, **QUIET)
+    assert all(torch.equal(now, best) for now, best in zip(weights(), kept[0], strict=True))
+    await fitted.del_best_model()
+    assert [file.stem for file in tmp_path.glob("*best*")] == []

@@ -81,6 +81,35 @@ def test_resume_when_loss_function_has_parameters_then_equals_one_run(
     check_resumed_training(make, tmp_path)
 
 
+class Centred(nn.Module):
+    """A running mean that ``state_dict`` leaves out, and one that the first batch makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.mean = nn.Buffer(torch.zeros(6), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not hasattr(self, "first"):
+            self.first = nn.Buffer(inputs.mean(0), persistent=False)
+        if self.training:
+            self.mean.lerp_(inputs.detach().mean(0), 0.1)
+        outputs: Tensor = self.layer(inputs - self.mean + self.first)
+        return outputs
+
+
+def test_resume_when_state_dict_leaves_buffers_out_then_equals_one_run(tmp_path: Path) -> None:
+    def make() -> TrainingSetup:
+        model = Centred()
+        data = loader(blobs(), shuffle=True)
+        return TrainingSetup(
+            trainer={"model": model, "train_dl": data},
+            extra_state=lambda: dict(model.named_buffers()),
+        )
+
+    check_resumed_training(make, tmp_path)
+
+
 def test_resume_when_optimizer_holds_a_tensor_of_no_module_then_equals_one_run(
     tmp_path: Path,
 ) -> None:
@@ -480,8 +509,11 @@ def test_resume_when_the_first_epoch_was_the_best_then_restores_it(
         return {"score": -state.epoch_num}
 
     def make() -> TrainingSetup:
+        model, loss = mlp(dropout=0.3), Learnt()
+        optimizer = SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+        options = {"model": model, "loss_function": loss, "optimizer": optimizer}
         return dropout_mlp(
-            valid_epoch_end=falling, criteria="score", save_to_disk=save_to_disk, seed=None
+            valid_epoch_end=falling, criteria="score", save_to_disk=save_to_disk, **options
         )
 
     check_resumed_training(make, tmp_path)

@@ -1,0 +1,114 @@
+"""The parts of a training state: a list that weights, snapshots, dry runs and `reset` share.
+
+The state of a training is the model, the loss function if it is a module, parameters that only an
+optimizer holds, optimizers, schedulers, and the objects of ``scaler`` and ``stateful``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fitloop._engine.config import TrainerConfig
+from fitloop._errors import CheckpointError
+from fitloop._storage.weight_files import suffix_of
+
+
+def modules_of(config: TrainerConfig) -> list[nn.Module]:
+    """Return the model, and the loss function if it is a module."""
+    loss = config.loss_function
+    return [config.model, loss] if isinstance(loss, nn.Module) else [config.model]
+
+
+def outside_parameters(config: TrainerConfig) -> Iterator[Tensor]:
+    """Yield the parameters of optimizers outside the modules, such as a learnt temperature."""
+    known = {id(p) for module in modules_of(config) for p in module.parameters()}
+    for optimizer in config.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in known:
+                    known.add(id(parameter))
+                    yield parameter
+
+
+def stateful_objects(config: TrainerConfig) -> dict[str, Any]:
+    """Return the scaler and the other stateful objects of a trainer, by name."""
+    scaler = {} if config.scaler is None else {"scaler": config.scaler}
+    return {**scaler, **config.stateful}
+
+
+def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that ``state_dict`` leaves out (``persistent=False``), by name."""
+    buffers: dict[str, Tensor] = {}
+    for path, submodule in module.named_modules():
+        left_out = getattr(submodule, "_non_persistent_buffers_set", ())
+        for name, buffer in submodule.named_buffers(recurse=False):
+            if name in left_out:
+                buffers[f"{path}.{name}" if path else name] = buffer
+    return buffers
+
+
+def set_unsaved_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Restore `unsaved_buffers`; a missing one, or one of another shape, is made anew.
+
+    Buffers of submodules that the module does not have are ignored.
+    """
+    present, submodules = unsaved_buffers(module), dict(module.named_modules())
+    with torch.no_grad():
+        for path, value in buffers.items():
+            buffer = present.get(path)
+            owner, _, name = path.rpartition(".")
+            if buffer is not None and buffer.shape == value.shape:
+                buffer.copy_(value)
+            elif owner in submodules:
+                like = buffer if buffer is not None else next(module.parameters(), value)
+                copied = value.to(like.device, copy=True)
+                submodules[owner].register_buffer(name, copied, persistent=False)
+
+
+def extra_name(name: str) -> str:
+    """Return the name under which the `extra_weights` beside the weights ``name`` are stored."""
+    suffix = suffix_of(name) or ""
+    return f"{name[: len(name) - len(suffix)]}_extra{suffix}"
+
+
+def extra_weights(config: TrainerConfig) -> dict[str, Tensor]:
+    """Return the weights of a training that the model's ``state_dict`` does not have.
+
+    These are the parameters and buffers of the loss function, parameters outside the modules, and
+    buffers of the model with ``persistent=False``.
+    """
+    weights = {f"model.{name}": item for name, item in unsaved_buffers(config.model).items()}
+    for module in modules_of(config)[1:]:
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        weights |= {f"loss_function.{name}": tensor for name, tensor in tensors}
+    outside = enumerate(outside_parameters(config))
+    return weights | {f"outside.{number}": parameter for number, parameter in outside}
+
+
+def apply_extra_weights(config: TrainerConfig, weights: Mapping[str, Tensor]) -> None:
+    """Restore `extra_weights`.
+
+    Raises `CheckpointError`, with nothing changed, if a parameter has another shape or is missing.
+    """
+    present = extra_weights(config)
+    buffers = {
+        name.removeprefix("model."): value
+        for name, value in weights.items()
+        if name.startswith("model.")
+    }
+    others = {name: value for name, value in weights.items() if not name.startswith("model.")}
+    for name, value in others.items():
+        if name not in present or present[name].shape != value.shape:
+            found = tuple(present[name].shape) if name in present else "missing"
+            raise CheckpointError(
+                f"{name!r} of the kept weights has the shape {tuple(value.shape)}, in the trainer "
+                f"it is {found}; loss_function= and optimizer= must be as they were"
+            )
+    set_unsaved_buffers(config.model, buffers)
+    with torch.no_grad():
+        for name, value in others.items():
+            present[name].copy_(value)
