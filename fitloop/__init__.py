@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from fitloop._errors import MissingLoaderError as MissingLoaderError
     from fitloop._errors import RemoteError as RemoteError
     from fitloop._errors import ResumeWarning as ResumeWarning
+    from fitloop._errors import ScheduleWarning as ScheduleWarning
     from fitloop._errors import StageSignatureError as StageSignatureError
     from fitloop._errors import SyncInAsyncError as SyncInAsyncError
+    from fitloop._errors import ThreadModeWarning as ThreadModeWarning
     from fitloop._errors import UnknownMetricError as UnknownMetricError
     from fitloop._errors import WorkerDiedError as WorkerDiedError
     from fitloop._errors import WorkerDiedWarning as WorkerDiedWarning
@@ -95,8 +97,8 @@ _NAMES_OF_MODULES = {
     "fitloop._errors": (
         "BusyError CheckpointError ConfigurationError FitLoopError LoaderHungWarning "
         "MetricError MissingCriteriaError MissingLoaderError RemoteError ResumeWarning "
-        "StageSignatureError SyncInAsyncError UnknownMetricError WorkerDiedError "
-        "WorkerDiedWarning"
+        "ScheduleWarning StageSignatureError SyncInAsyncError ThreadModeWarning "
+        "UnknownMetricError WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (
         "BatchProgress BestImproved EpochEnded EpochStarted Event JobEnded JobStarted "

@@ -15,6 +15,8 @@
 
     LoaderHungWarning        (RuntimeWarning) a run ended although its loader had not returned
     ResumeWarning            (RuntimeWarning) a resumed run is not exactly as expected
+    ScheduleWarning          (RuntimeWarning) a learning-rate schedule is probably not as meant
+    ThreadModeWarning        (RuntimeWarning) a mode around a run has no effect in the run
     WorkerDiedWarning        (RuntimeWarning) a worker process died or was killed
 
 An exception of a stage function, loader, dataset or callback is never wrapped: the same object
@@ -23,8 +25,12 @@ reaches the caller, with a note of trainer, phase, epoch and batch.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any
 
 from fitloop._public import public
 
@@ -46,6 +52,33 @@ def one_line(error: BaseException) -> str:
     with suppress(Exception):
         message = str(error)
     return f"{type(error).__name__}: {message}".rstrip(": ")
+
+
+_INTERNAL_MODULES = ("fitloop", "asyncio", "anyio", "uvloop", "trio", "threading", "contextlib")
+_registries: dict[str, dict[Any, Any]] = {}
+_call_site: ContextVar[tuple[str, int] | None] = ContextVar("fitloop call site", default=None)
+
+
+def note_call_site() -> None:
+    """Note the user's line that called a verb, for the warnings of its run on other threads."""
+    _call_site.set(_user_line())
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn at the user's line that called into fitloop; any thread of a run."""
+    file, line = _user_line() or _call_site.get() or ("fitloop", 0)
+    registry = _registries.setdefault(file, {})  # the default filter warns once for each line
+    warnings.warn_explicit(message, category, file, line, registry=registry)
+
+
+def _user_line() -> tuple[str, int] | None:
+    """Return file and line of the innermost frame that is not fitloop's or an event loop's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _INTERNAL_MODULES:
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 @public
@@ -170,6 +203,23 @@ class ResumeWarning(RuntimeWarning):
 
     A damaged snapshot was ignored, batches are read again, or the last bits of results may differ,
     because torch has another version or another number of threads.
+    """
+
+
+@public
+class ScheduleWarning(RuntimeWarning):
+    """A learning-rate schedule is probably not as it was meant.
+
+    Nothing steps the scheduler, or its length fits neither the epochs nor the batches of the fit.
+    """
+
+
+@public
+class ThreadModeWarning(RuntimeWarning):
+    """A mode that holds around a run has no effect in the run, or may be another task's.
+
+    A run has a thread of its own. Most modes of torch are taken over; for example the profiler of
+    torch is not.
     """
 
 

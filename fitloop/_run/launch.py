@@ -18,9 +18,10 @@ from fitloop._display.jupyter import interruptible
 from fitloop._engine.config import check_number
 from fitloop._engine.event_bus import UserCallbacks
 from fitloop._engine.plan import RunPlan
-from fitloop._errors import MissingLoaderError
+from fitloop._errors import MissingLoaderError, note_call_site
 from fitloop._events import Event, PhaseEnded
 from fitloop._run.fit_options import fit_option
+from fitloop._run.mode_checks import checked_modes
 from fitloop._run.session import RunContext, scheduler_steps
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
@@ -43,8 +44,14 @@ async def launch(
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # before a thread is started
     config, defaults = state.config, TRAINER_DEFAULTS.get()
+    note_call_site()
+    trains = any(phase is Phase.TRAIN for phase, _loader in plan.phases)
     user_callbacks = UserCallbacks(state.event_bus, callbacks)
-    with in_use(config.name, plan.call, state, config.model), interruptible():
+    with (
+        in_use(config.name, plan.call, state, config.model),
+        checked_modes(plan.call, trains=trains),
+        interruptible(),
+    ):
         async with user_callbacks:
             control = RunControl()
             context = RunContext(

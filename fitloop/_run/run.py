@@ -113,6 +113,8 @@ class Run:
         if not options.dry:
             observers.append(Observer(state.history.observe))
         if schedulers is not None:
+            if self._resumption is not None:
+                schedulers.skip_checks()
             after_batch = schedulers.after_batch if schedulers.per_batch else None
             observers.append(Observer(schedulers.observe, after_batch))
         # It may wait for other runs, with the generators released, so before the checkpointer.

@@ -171,7 +171,9 @@ def scheduler_steps(state: TrainerState, plan: RunPlan) -> SchedulerSteps | None
     phases = [phase for phase, _loader in plan.phases]
     if Phase.TRAIN not in phases:
         return None
-    return SchedulerSteps(state.config, state.criteria, validates=Phase.VALID in phases)
+    return SchedulerSteps(
+        state.config, state.criteria, validates=Phase.VALID in phases, warns=plan.call == "fit"
+    )
 
 
 class RunEnding:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import anyio
 
+from fitloop._concurrency.task_state import TaskState
 from fitloop._errors import ConfigurationError, one_line
 from fitloop._events import JobEnded
 from fitloop._format import format_duration
@@ -74,12 +75,14 @@ class Job:
     Belongs to the event loop of the Runner; only `cancel` may be called from other threads.
     """
 
-    __slots__ = ("_cancel", "_completed", "_outcome", "scope", "spec")
+    __slots__ = ("_cancel", "_completed", "_outcome", "scope", "spec", "state")
 
     def __init__(self, spec: JobSpec, cancel: Callable[[Job], None]) -> None:
         self.spec = spec
         self.scope: anyio.CancelScope | None = None
         """cancel scope of the job while it runs; None before and after"""
+        self.state: TaskState | None = TaskState.of_caller()
+        """state of the submitting task, for the task of the job; None when the job is over"""
         self._cancel = cancel
         self._outcome: Outcome | None = None
         self._completed: anyio.Event | None = None
@@ -121,7 +124,7 @@ class Job:
     def complete(self, outcome: Outcome) -> None:
         """Set the outcome, and drop the references to the target and its arguments."""
         self._outcome = outcome
-        self.scope = None
+        self.scope = self.state = None
         self.spec = replace(self.spec, target=None, args=(), options={})
         if self._completed is not None:
             self._completed.set()

@@ -331,7 +331,8 @@ class Runner:
             with scope:
                 await anyio.lowlevel.checkpoint_if_cancelled()
                 self._event_streams.push(JobStarted(trainer=job.name))
-                outcome = await self._executor.execute(job.spec)
+                assert job.state is not None
+                outcome = await job.state.run(partial(self._executor.execute, job.spec))
         finally:
             self._running -= 1
             if outcome is None:

@@ -78,8 +78,9 @@ class FitLoop(TrainerBase):
         lr_scheduler: a learning-rate scheduler, or a list of schedulers.
         scheduler_interval: when to step the schedulers: ``"batch"``, ``"epoch"`` or ``"valid"``
             (after validation, with the criteria); one for all, or a list. Default with the default
-            ``train_step``: per batch for OneCycleLR and CyclicLR, after validation for
-            ReduceLROnPlateau, per epoch for the rest. Your own ``train_step`` steps them itself.
+            ``train_step``: per batch for OneCycleLR and CyclicLR, also inside SequentialLR and
+            ChainedScheduler, after validation for ReduceLROnPlateau, per epoch for the rest. Your
+            own ``train_step`` steps them itself; a `ScheduleWarning` says so if it does not.
         device: default: CUDA if there is a device, else the CPU.
         dtype: floating tensors of the batches and the model are cast to it. Default: the dtype of
             the first floating parameter of the model.

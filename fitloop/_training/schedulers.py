@@ -8,8 +8,9 @@ from torch.optim import lr_scheduler as kinds
 
 from fitloop._engine.config import Interval, TrainerConfig, as_list
 from fitloop._errors import ConfigurationError, MissingCriteriaError
-from fitloop._events import EpochEnded, Event, PhaseEnded
+from fitloop._events import EpochEnded, EpochStarted, Event, PhaseEnded, PhaseStarted, RunEnded
 from fitloop._training.best import Criteria
+from fitloop._training.schedule_checks import UnsteppedCheck, parts_of, warn_of_lengths
 from fitloop._types import Phase
 
 _PER_BATCH = (kinds.OneCycleLR, kinds.CyclicLR)
@@ -29,7 +30,8 @@ def intervals_of(config: TrainerConfig) -> list[Interval | None]:
 def _natural_interval(scheduler: object) -> Interval:
     if isinstance(scheduler, kinds.ReduceLROnPlateau):
         return "valid"
-    return "batch" if isinstance(scheduler, _PER_BATCH) else "epoch"
+    per_batch = any(isinstance(part, _PER_BATCH) for part in parts_of(scheduler))
+    return "batch" if per_batch else "epoch"
 
 
 def check_modes(config: TrainerConfig, criteria: Criteria | None) -> None:
@@ -59,16 +61,27 @@ def _check_mode(scheduler: kinds.ReduceLROnPlateau, criteria: Criteria) -> None:
 class SchedulerSteps:
     """An observer of one run that steps the schedulers of the trainer.
 
-    ReduceLROnPlateau is stepped with the criteria of the last validation.
+    ReduceLROnPlateau is stepped with the criteria of the last validation. With ``warns``, a
+    schedule that is probably not as meant gives a `ScheduleWarning`.
     """
 
     def __init__(
-        self, config: TrainerConfig, criteria: Criteria | None, *, validates: bool
+        self,
+        config: TrainerConfig,
+        criteria: Criteria | None,
+        *,
+        validates: bool,
+        warns: bool = False,
     ) -> None:
         self._criteria = criteria
         self._score: float | None = None
         self._metric_names: tuple[str, ...] = ()
         pairs = list(zip(config.lr_schedulers, intervals_of(config), strict=True))
+        self._pairs, self._warns = pairs, warns and bool(pairs)
+        self._epochs = 0
+        self._unstepped: UnsteppedCheck | None = None
+        self._has_ended = False
+        """The first epoch was complete."""
         self.per_batch = [scheduler for scheduler, interval in pairs if interval == "batch"]
         self._per_epoch = [scheduler for scheduler, interval in pairs if interval == "epoch"]
         self._per_valid = [scheduler for scheduler, interval in pairs if interval == "valid"]
@@ -101,6 +114,8 @@ class SchedulerSteps:
 
     def observe(self, event: Event) -> None:
         """Step the schedulers of interval ``"epoch"`` or ``"valid"``."""
+        if self._warns:
+            self._check(event)
         if isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
             if self._criteria is not None:
                 self._score = self._criteria.score(event.metrics)
@@ -110,6 +125,25 @@ class SchedulerSteps:
         elif isinstance(event, EpochEnded) and event.complete:
             for scheduler in self._per_epoch:
                 self._step(scheduler)
+
+    def skip_checks(self) -> None:
+        """Give no warnings, since the run goes on with an epoch or a fit that was checked."""
+        self._warns = False
+
+    def _check(self, event: Event) -> None:
+        """Check the lengths at the first batch, and the user's steps after the first epoch."""
+        if isinstance(event, EpochStarted) and self._unstepped is None:
+            self._epochs = event.epochs - event.epoch_in_run + 1
+            self._unstepped = UnsteppedCheck([each for each, when in self._pairs if when is None])
+        elif isinstance(event, PhaseStarted) and event.phase is Phase.TRAIN and self._epochs:
+            epochs, self._epochs = self._epochs, 0
+            warn_of_lengths(self._pairs, epochs, event.batches or 0)
+        elif isinstance(event, EpochEnded):
+            self._warns = self._has_ended = event.complete
+        elif isinstance(event, EpochStarted | RunEnded) and self._unstepped is not None:
+            self._warns = False
+            if self._has_ended:
+                self._unstepped.finish()
 
     def _step(self, scheduler: Any) -> None:
         if not isinstance(scheduler, kinds.ReduceLROnPlateau):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import anyio
@@ -12,14 +13,15 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 import torch
-from support.models import batches, bits, mlp, trainer
+from support.models import batches, bits, mlp, sync_trainer, trainer
+from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.nn import functional
 from torch.optim import SGD
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitloop import LoopState
+from fitloop import LoopState, Runner, ThreadModeWarning
 
 QUIET: dict[str, Any] = {"verbose": False, "progress": False}
 BFLOAT16 = torch.bfloat16
@@ -253,3 +255,108 @@ async def test_async_loader_and_callback_when_a_variable_is_set_around_fit_then_
     )
     await fitted.fit(1, callbacks=[callback], **QUIET)
     assert seen == {"loader epoch", "callback caller"}
+
+
+async def test_jobs_when_submitted_under_modes_and_variables_then_each_has_its_own() -> None:
+    seen: dict[str, set[Any]] = {}
+
+    def make(name: str, mark: str) -> Any:
+        names = seen.setdefault(name, {("factory", modes()["autocast"], PHASE.get())})
+
+        def step(state: LoopState) -> None:
+            names.add((mark, modes()["autocast"], PHASE.get()))
+            train(state)
+
+        async def async_step(state: LoopState) -> None:
+            await anyio.lowlevel.checkpoint()
+            step(state)
+
+        steps = async_step if mark == "async" else step
+        return trainer(train_dl=batches(), valid_dl=None, train_step=steps)
+
+    async with Runner(max_concurrent=1) as runner:
+        for index, mark in enumerate(["plain", "async", "plain"]):
+            PHASE.set(f"submit {index}")
+            mode = torch.autocast("cpu", BFLOAT16) if index < 2 else nullcontext()
+            with mode:
+                runner.submit(make, f"job {index}", mark, **QUIET)
+        PHASE.set("later")
+        outcomes = await runner.results()
+    assert [outcome.status for outcome in outcomes] == ["done"] * 3
+    for index, mark in enumerate(["plain", "async", "plain"]):
+        dtype = BFLOAT16 if index < 2 else None
+        variable = f"submit {index}"
+        assert seen[f"job {index}"] == {("factory", dtype, variable), (mark, dtype, variable)}
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        pytest.param(torch.no_grad, "no_grad", id="no_grad"),
+        pytest.param(torch.inference_mode, "inference_mode", id="inference_mode"),
+        pytest.param(lambda: torch.set_grad_enabled(False), "no_grad", id="set_grad_enabled"),
+        pytest.param(lambda: torch.profiler.profile(), "profiler", id="profiler"),
+    ],
+)
+def test_mode_when_it_cannot_hold_in_a_fit_then_says_so_at_the_users_line(
+    mode: Mode, words: str
+) -> None:
+    fitted = sync_trainer(train_dl=batches(), valid_dl=None)
+    with pytest.warns(ThreadModeWarning, match=words) as told, mode():
+        fitted.fit(1, **QUIET)
+    [warning] = told
+    assert warning.filename == __file__
+
+
+def test_mode_when_it_is_around_a_test_then_says_nothing() -> None:
+    with torch.inference_mode():
+        sync_trainer().test(**QUIET)
+
+
+async def test_mode_when_it_may_be_another_tasks_then_says_so() -> None:
+    is_training, may_end = anyio.Event(), anyio.Event()
+
+    async def wait(_: Any) -> None:
+        is_training.set()
+        await may_end.wait()
+
+    async def train_in_autocast() -> None:
+        with torch.autocast("cpu", BFLOAT16):
+            await trainer(valid_dl=None, train_epoch_start=wait).fit(1, **QUIET)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(train_in_autocast)
+        await is_training.wait()
+        with pytest.warns(ThreadModeWarning, match="all tasks"):
+            await trainer(valid_dl=None).fit(1, **QUIET)
+        with torch.autocast("cpu", enabled=False):
+            await trainer(valid_dl=None).fit(1, **QUIET)
+        may_end.set()
+
+
+async def test_cache_of_autocast_when_another_coroutine_is_in_a_block_then_is_emptied() -> None:
+    """torch empties the cache at the end of the outermost block of a thread."""
+    is_inside, may_end = anyio.Event(), anyio.Event()
+    model = nn.Linear(1, 1, bias=False)
+    outputs: list[float] = []
+
+    async def stay_inside(_: Any) -> None:
+        with torch.autocast("cpu", BFLOAT16):
+            is_inside.set()
+            await may_end.wait()
+
+    async def look(_: Any) -> None:
+        for value in (1.0, 2.0):
+            with torch.no_grad():
+                model.weight.fill_(value)
+            with torch.autocast("cpu", BFLOAT16):
+                outputs.append(model(torch.ones(1, 1)).item())
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(
+            partial(trainer(valid_dl=None, train_epoch_start=stay_inside).fit, 1, **QUIET)
+        )
+        await is_inside.wait()
+        await trainer(valid_dl=None, train_epoch_start=look).fit(1, **QUIET)
+        may_end.set()
+    assert outputs == [1.0, 2.0]

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
 from support.models import mlp, scores, trainer
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
     CosineAnnealingLR,
     CyclicLR,
+    ExponentialLR,
+    LinearLR,
     OneCycleLR,
+    PolynomialLR,
     ReduceLROnPlateau,
+    SequentialLR,
     StepLR,
 )
 
-from fitloop import ConfigurationError, EpochEnded, Event, LoopState, PhaseEnded, default_batch_step
+from fitloop import (
+    ConfigurationError,
+    EpochEnded,
+    Event,
+    LoopState,
+    PhaseEnded,
+    ScheduleWarning,
+    default_batch_step,
+)
 
 QUIET: dict[str, Any] = {"verbose": False, "load_best": False}
 
@@ -75,7 +90,7 @@ PER_EPOCH = ["train", "valid", "step", "epoch"]
 @pytest.mark.parametrize(
     ("build", "one_epoch"),
     [
-        pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=9), PER_BATCH, id="OneCycleLR"),
+        pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=8), PER_BATCH, id="OneCycleLR"),
         pytest.param(lambda o: CyclicLR(o, 0.01, 0.1), PER_BATCH, id="CyclicLR"),
         pytest.param(lambda o: StepLR(o, 1), PER_EPOCH, id="StepLR"),
         pytest.param(lambda o: CosineAnnealingLR(o, 5), PER_EPOCH, id="CosineAnnealingLR"),
@@ -116,8 +131,6 @@ async def test_scheduler_when_train_step_is_ones_own_then_is_left_to_it() -> Non
 
     trace, _scheduler = await trace_of(lambda o: StepLR(o, 1), train_step=step)
     assert trace == ["step", "train", "valid", "epoch"] * 2
-    trace, _scheduler = await trace_of(lambda o: StepLR(o, 1), train_step=default_batch_step)
-    assert trace == ["train", "valid", "epoch"] * 2
 
 
 async def test_plateau_when_interval_is_the_default_then_gets_each_validations_criteria() -> None:
@@ -185,7 +198,7 @@ async def test_schedulers_when_there_are_several_then_each_has_its_own_interval(
     model = mlp()
     first, second = SGD(model[0].parameters(), lr=0.1), Adam(model[3].parameters())
     schedulers = [
-        traced(OneCycleLR(first, 0.1, total_steps=9), trace, "cycle"),
+        traced(OneCycleLR(first, 0.1, total_steps=8), trace, "cycle"),
         traced(StepLR(second, 1), trace, "decay"),
     ]
     options: dict[str, Any] = {"model": model, "optimizer": [first, second]}
@@ -221,3 +234,170 @@ async def test_scheduler_when_an_epoch_is_cut_short_then_is_not_stepped_for_it()
         lambda o: StepLR(o, 1), 3, train_step=step, scheduler_interval="epoch"
     )
     assert trace == ["train", "valid", "step", "epoch", "train", "epoch"]
+
+
+def plateau(optimizer: Optimizer) -> ReduceLROnPlateau:
+    return ReduceLROnPlateau(optimizer, "min", patience=0)
+
+
+class OwnScheduler:
+    """A scheduler that is none of torch's."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+
+
+KINDS = [
+    pytest.param(plateau, id="plateau"),
+    pytest.param(lambda o: StepLR(o, 1), id="StepLR"),
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=8), id="OneCycleLR"),
+    pytest.param(OwnScheduler, id="own"),
+]
+
+
+@pytest.mark.parametrize("build", KINDS)
+@pytest.mark.parametrize("epochs", [1, 3])
+async def test_scheduler_when_nothing_steps_it_then_says_so_once(
+    build: Callable[[Optimizer], Any], epochs: int
+) -> None:
+    with pytest.warns(ScheduleWarning, match="nothing has stepped") as told:
+        await trace_of(
+            build, epochs, train_step=default_batch_step, valid_epoch_end=scores([1] * 3)
+        )
+    assert [warning.filename for warning in told] == [__file__]
+
+
+@pytest.mark.parametrize("build", KINDS)
+@pytest.mark.parametrize("where", ["train_step", "valid_epoch_end", "callback"])
+async def test_scheduler_when_the_users_code_steps_it_then_says_nothing(
+    build: Callable[[Optimizer], Any], where: str
+) -> None:
+    def step(state: Any) -> None:
+        scheduler = state.lr_scheduler
+        scheduler.step(*[1.0] * isinstance(scheduler, ReduceLROnPlateau))
+
+    schedulers: list[Any] = []
+
+    def build_noted(optimizer: Optimizer) -> Any:
+        schedulers.append(build(optimizer))
+        return schedulers[0]
+
+    def stage(state: LoopState) -> Any:
+        if where == "train_step":
+            result = default_batch_step(state)
+            step(state)
+            return result
+        step(state)
+        return {"score": 1.0} if where == "valid_epoch_end" else None
+
+    def callback(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            schedulers[0].step(*[1.0] * isinstance(schedulers[0], ReduceLROnPlateau))
+
+    changes: dict[str, Any] = {"train_step": default_batch_step}
+    options: dict[str, Any] = {}
+    if where == "callback":
+        options["callbacks"] = [callback]
+    else:
+        changes[where] = stage
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    fitted = trainer(
+        model=model, optimizer=optimizer, lr_scheduler=build_noted(optimizer), **changes
+    )
+    await fitted.fit(2, steps=2, **QUIET, **options)
+
+
+async def test_scheduler_when_the_first_epoch_is_cut_short_then_says_nothing() -> None:
+    def step(state: LoopState) -> Any:
+        state.stop()
+        return default_batch_step(state)
+
+    await trace_of(lambda o: StepLR(o, 1), train_step=step)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "kind"),
+    [
+        ("sequential", "cyclic"),
+        ("sequential", "one cycle"),
+        ("chained", "cyclic"),
+        ("chained", "one cycle"),
+        ("chained", "nested"),
+    ],
+)
+async def test_scheduler_when_a_kind_for_batches_is_inside_then_is_stepped_after_each(
+    wrap: str, kind: str
+) -> None:
+    def build(optimizer: Optimizer) -> Any:
+        inner: Any = ConstantLR(optimizer, 0.5, 2)
+        outer: Any = (
+            OneCycleLR(optimizer, 0.1, total_steps=4)
+            if kind == "one cycle"
+            else CyclicLR(optimizer, 0.01, 0.1, step_size_up=2)
+        )
+        if kind == "nested":
+            outer = ChainedScheduler([outer])
+        if wrap == "chained":
+            return ChainedScheduler([inner, outer])
+        return SequentialLR(optimizer, [inner, outer], milestones=[2])
+
+    trace, _scheduler = await trace_of(build)
+    assert trace == PER_BATCH * 2
+
+
+LENGTHS: list[Any] = [
+    # epochs 3, batches 4 in each
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=12), None, True, id="one cycle"),
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=24), None, True, id="for two fits"),
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=3), None, False, id="as epochs"),
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=11), None, False, id="too short"),
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=13), None, False, id="too long"),
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=12), "epoch", False, id="as batches"),
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=3), "epoch", True, id="by epochs"),
+    pytest.param(lambda o: CosineAnnealingLR(o, 3), None, True, id="cosine"),
+    pytest.param(lambda o: CosineAnnealingLR(o, 2), None, True, id="cosine, warm"),
+    pytest.param(lambda o: CosineAnnealingLR(o, 12), None, False, id="cosine as batches"),
+    pytest.param(lambda o: CosineAnnealingLR(o, 1000), None, False, id="cosine as steps"),
+    pytest.param(lambda o: CosineAnnealingLR(o, 3), "batch", False, id="cosine as epochs"),
+    pytest.param(lambda o: CosineAnnealingLR(o, 12), "batch", True, id="cosine by batches"),
+    pytest.param(lambda o: CosineAnnealingLR(o, 10), None, True, id="cosine for more fits"),
+    pytest.param(lambda o: LinearLR(o, total_iters=4), None, False, id="warm-up as batches"),
+    pytest.param(lambda o: LinearLR(o, total_iters=2), None, True, id="warm-up"),
+    pytest.param(lambda o: PolynomialLR(o, 12), None, False, id="polynomial as batches"),
+    pytest.param(lambda o: PolynomialLR(o, 3), "batch", False, id="polynomial as epochs"),
+    pytest.param(
+        lambda o: SequentialLR(o, [LinearLR(o), CosineAnnealingLR(o, 7)], milestones=[3]),
+        "batch",
+        False,
+        id="sequence as epochs",
+    ),
+    pytest.param(
+        lambda o: SequentialLR(o, [LinearLR(o), ExponentialLR(o, 0.9)], milestones=[12]),
+        None,
+        False,
+        id="sequence as batches",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "interval", "fits"), LENGTHS)
+async def test_scheduler_when_its_length_is_of_something_else_then_says_so(
+    build: Callable[[Optimizer], Any], interval: str | None, fits: bool
+) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    fitted = trainer(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=build(optimizer),
+        scheduler_interval=interval,
+        valid_dl=None,
+    )
+    told = nullcontext() if fits else pytest.warns(ScheduleWarning, match="is stepped")
+    with told, suppress(ValueError):  # torch's own, at the end of a schedule that is too short
+        await fitted.fit(3, **QUIET)

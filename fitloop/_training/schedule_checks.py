@@ -1,0 +1,152 @@
+"""Checks of learning-rate schedulers that are legal, but probably not as the user meant them.
+
+Each finding is a `ScheduleWarning`: a scheduler that nobody steps, or a schedule whose length fits
+neither the epochs nor the batches of the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch.optim import lr_scheduler as kinds
+
+from fitloop._engine.config import Interval
+from fitloop._errors import ScheduleWarning, warn_user
+
+_LENGTH_NAMES = {
+    kinds.OneCycleLR: "total_steps",
+    kinds.CosineAnnealingLR: "T_max",
+    kinds.CosineAnnealingWarmRestarts: "T_0",
+    kinds.LinearLR: "total_iters",
+    kinds.ConstantLR: "total_iters",
+    kinds.PolynomialLR: "total_iters",
+    kinds.StepLR: "step_size",
+}
+
+
+def parts_of(scheduler: Any) -> Iterator[Any]:
+    """Yield a scheduler, and those inside it, as in SequentialLR and ChainedScheduler."""
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from parts_of(part)
+
+
+def warn_of_lengths(
+    pairs: Sequence[tuple[Any, Interval | None]], epochs: int, batches: int
+) -> None:
+    """Warn of schedules that are as long as something else than what they are stepped for.
+
+    Args:
+        pairs: schedulers that have not been stepped in this fit yet, with their intervals.
+        epochs: of the fit.
+        batches: of an epoch.
+    """
+    for scheduler, interval in pairs:
+        if interval is None or batches < 2:
+            continue
+        steps = epochs * batches if interval == "batch" else epochs
+        for part in _in_parallel(scheduler):
+            name, length, last = _length_of(part)
+            left = length - _steps_done(part)
+            if length > 0 and not _fits(last, left, interval, epochs, batches):
+                warn_user(
+                    f"{type(part).__name__} has {name}{length}, and is stepped {steps} times in "
+                    f"this fit: {_interval_words(interval)} of {epochs} epochs of {batches} "
+                    "batches. Give it a length in these steps, or another scheduler_interval=",
+                    ScheduleWarning,
+                )
+                break
+
+
+def _in_parallel(scheduler: Any) -> Iterator[Any]:
+    """Yield the schedulers that are stepped from the beginning."""
+    if isinstance(scheduler, kinds.ChainedScheduler):
+        for part in scheduler._schedulers:
+            yield from _in_parallel(part)
+    else:
+        yield scheduler
+
+
+def _length_of(scheduler: Any) -> tuple[str, int, Any]:
+    """Return words for the length of a schedule, the length, and its last part.
+
+    The length is 0 for a kind that has none.
+    """
+    if isinstance(scheduler, kinds.SequentialLR):
+        _words, length, last = _length_of(scheduler._schedulers[-1])
+        return "a length of ", max(scheduler._milestones, default=0) + length, last
+    if isinstance(scheduler, kinds.MultiStepLR):
+        return "the last of milestones=", max(scheduler.milestones, default=0), scheduler
+    for kind, name in _LENGTH_NAMES.items():
+        if isinstance(scheduler, kind):
+            value = getattr(scheduler, name, 0)
+            return f"{name}=", int(value) if isinstance(value, int | float) else 0, scheduler
+    return "", 0, scheduler
+
+
+def _steps_done(scheduler: Any) -> int:
+    done = getattr(scheduler, "last_epoch", 0)
+    return done if isinstance(done, int) else 0
+
+
+def _fits(scheduler: Any, left: int, interval: Interval, epochs: int, batches: int) -> bool:
+    """Return whether a schedule may be meant as it is; ``left`` steps are left of it.
+
+    A schedule for several fits is longer than this one.
+    """
+    total = epochs * batches
+    if interval != "batch":
+        if left <= epochs:
+            return left == epochs or not isinstance(scheduler, kinds.OneCycleLR)
+        is_long = left > 10 * epochs and (left % batches == 0 or left > total)
+        is_warm_up = isinstance(scheduler, kinds.LinearLR | kinds.ConstantLR)
+        return not is_long and left != total and not (is_warm_up and left == batches)
+    if isinstance(scheduler, kinds.OneCycleLR):  # torch raises an error after its last step
+        return left >= total and left % batches == 0
+    if isinstance(scheduler, kinds.CosineAnnealingLR):  # it goes up and down without an end
+        return left % batches == 0 and left != epochs
+    return not isinstance(scheduler, kinds.PolynomialLR) or left != epochs
+
+
+def _interval_words(interval: Interval) -> str:
+    return {"batch": "after each batch", "valid": "after each validation"}.get(
+        interval, "after each epoch"
+    )
+
+
+class UnsteppedCheck:
+    """Warns, after the first epoch of a fit, of schedulers that the user's code has not stepped."""
+
+    def __init__(self, schedulers: Sequence[Any]) -> None:
+        self._before = [(scheduler, _position(scheduler)) for scheduler in schedulers]
+
+    def finish(self) -> None:
+        """Compare the schedulers with their state of the beginning, and warn."""
+        for scheduler, before in self._before:
+            if _position(scheduler) == before:
+                kind = type(scheduler).__name__
+                what = (
+                    "scheduler.step(score) from valid_epoch_end or a callback"
+                    if isinstance(scheduler, kinds.ReduceLROnPlateau)
+                    else "its step() from train_step"
+                )
+                warn_user(
+                    f"nothing has stepped the {kind} of lr_scheduler= in the first epoch: with a "
+                    f"train_step of your own it is left to your code. Call {what}, or give "
+                    "scheduler_interval= 'batch', 'epoch' or 'valid', and the trainer steps it",
+                    ScheduleWarning,
+                )
+        self._before = []
+
+
+def _position(scheduler: Any) -> list[Any]:
+    """Return values that change when a scheduler is stepped, for schedulers of any kind."""
+    numbers = [
+        (name, value)
+        for name, value in sorted(getattr(scheduler, "__dict__", {}).items())
+        if isinstance(value, int | float | str)
+    ]
+    optimizer = getattr(scheduler, "optimizer", None)
+    groups = getattr(optimizer, "param_groups", ())
+    return [numbers, [str(group.get("lr")) for group in groups]]
