@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fitloop._errors import MissingCriteriaError as MissingCriteriaError
     from fitloop._errors import MissingLoaderError as MissingLoaderError
     from fitloop._errors import RemoteError as RemoteError
+    from fitloop._errors import RestoreError as RestoreError
+    from fitloop._errors import RestoreWarning as RestoreWarning
     from fitloop._errors import ResumeWarning as ResumeWarning
     from fitloop._errors import ScheduleWarning as ScheduleWarning
     from fitloop._errors import StageSignatureError as StageSignatureError
@@ -96,9 +98,9 @@ _NAMES_OF_MODULES = {
     "fitloop._engine.stages": "default_batch_step default_epoch_end",
     "fitloop._errors": (
         "BusyError CheckpointError ConfigurationError FitLoopError LoaderHungWarning "
-        "MetricError MissingCriteriaError MissingLoaderError RemoteError ResumeWarning "
-        "ScheduleWarning StageSignatureError SyncInAsyncError ThreadModeWarning "
-        "UnknownMetricError WorkerDiedError WorkerDiedWarning"
+        "MetricError MissingCriteriaError MissingLoaderError RemoteError RestoreError "
+        "RestoreWarning ResumeWarning ScheduleWarning StageSignatureError SyncInAsyncError "
+        "ThreadModeWarning UnknownMetricError WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (
         "BatchProgress BestImproved EpochEnded EpochStarted Event JobEnded JobStarted "

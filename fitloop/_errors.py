@@ -9,11 +9,13 @@
     │   └── MissingCriteriaError             no stage returned the criteria
     ├── UnknownMetricError   (KeyError)      no metric of this name was recorded
     ├── CheckpointError      (RuntimeError)  a file that cannot be written or read
+    ├── RestoreError         (RuntimeError)  a state that cannot be put back
     ├── RemoteError          (RuntimeError)  stands for a worker's error that cannot be pickled
     ├── SyncInAsyncError     (RuntimeError)  a blocking call inside a running event loop
     └── WorkerDiedError      (RuntimeError)  the worker process of a training has died
 
     LoaderHungWarning        (RuntimeWarning) a run ended although its loader had not returned
+    RestoreWarning           (RuntimeWarning) an object changed in a dry run and stays changed
     ResumeWarning            (RuntimeWarning) a resumed run is not exactly as expected
     ScheduleWarning          (RuntimeWarning) a learning-rate schedule is probably not as meant
     ThreadModeWarning        (RuntimeWarning) a mode around a run has no effect in the run
@@ -160,6 +162,14 @@ class CheckpointError(FitLoopError, RuntimeError):
 
 
 @public
+class RestoreError(FitLoopError, RuntimeError):
+    """A part of a training's state cannot be put back, by a dry run, ``reset`` or a "no".
+
+    The message lists all such parts. If it says "was refused", nothing has run or changed.
+    """
+
+
+@public
 class SyncInAsyncError(FitLoopError, RuntimeError):
     """A blocking call of ``SyncFitLoop`` inside a running event loop."""
 
@@ -194,6 +204,15 @@ class LoaderHungWarning(RuntimeWarning):
     """A run ended although its loader had not returned within ``loader_grace`` seconds.
 
     The thread inside the loader is left behind. It ends when the loader returns.
+    """
+
+
+@public
+class RestoreWarning(RuntimeWarning):
+    """An object of the model, optimizer or scheduler changed and was not put back.
+
+    A dry run or ``reset`` puts back numbers, tensors and containers of them. It does not copy other
+    objects, and names those that changed.
     """
 
 

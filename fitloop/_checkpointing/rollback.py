@@ -35,7 +35,7 @@ class RollbackPoint:
         tracker: BestTracker | None,
     ) -> None:
         self._restores: list[Callable[[], object]] = [
-            trainer.capture(),
+            trainer.capture().restore,
             trainer.rng.save(),
             partial(trainer.history.rollback, trainer.history.mark()),
             partial(log.restore, log.export()),

@@ -61,11 +61,11 @@ def apply_training(trainer: TrainerState, state: Any) -> None:
 
     Raises `CheckpointError`, having changed nothing, if one of them refuses its state.
     """
-    restore = trainer.capture()
+    before = trainer.capture()
     try:
         _apply(trainer.config, state)
     except BaseException as error:
-        restore()
+        before.restore()
         if isinstance(error, CheckpointError) or not isinstance(error, Exception):
             raise
         raise CheckpointError(

@@ -209,11 +209,7 @@ class TrainerConfig:
             raise StageSignatureError(
                 "loss_function", self.loss_function, "a callable (prediction, target) -> 0-d tensor"
             )
-        if any(is_lazy(parameter) for parameter in self.model.parameters()):
-            raise ConfigurationError(
-                "model has lazy parameters, without values yet; run a batch through it before "
-                "its optimizer and trainer are made"
-            )
+        self._check_materialized()
         self._check_optimizers()
         self._check_functions()
         for phase in Phase:
@@ -222,6 +218,21 @@ class TrainerConfig:
                 check_loader(f"{phase}_dl", loader)
         self._check_schedulers()
         self._check_values()
+
+    def _check_materialized(self) -> None:
+        modules = {"model": self.model, "loss_function": self.loss_function, **self.stateful}
+        for name, module in modules.items():
+            if not isinstance(module, nn.Module):
+                continue
+            for tensors, what in (
+                (module.parameters(), "parameters"),
+                (module.buffers(), "buffers"),
+            ):
+                if any(is_lazy(tensor) for tensor in tensors):
+                    raise ConfigurationError(
+                        f"{name} has lazy {what}, without values yet; run a batch through it "
+                        "before its optimizer and trainer are made"
+                    )
 
     def _check_optimizers(self) -> None:
         if not self.optimizers:

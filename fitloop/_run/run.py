@@ -154,6 +154,7 @@ class Run:
             return None
         if not options.in_background:
             return Prompts(options, self._session)
+        self._state.capture().check("fit(continue_while_asking=True)")
         mark = partial(RollbackPoint, self._state, self._plan.phases, self._metrics, self._tracker)
         return BackgroundPrompts(options, self._session, mark)
 

@@ -96,7 +96,9 @@ class RunSession:
             self.guard = RngGuard(rng, context.control, code)
             stack.callback(self.guard.close)
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders
-            self._restore_state = state.capture() if dry else None
+            self._before = state.capture() if dry else None
+            if self._before is not None:
+                self._before.check(f"{self.plan.call}()")
             self.time_slice = TimeSliceHook(self.guard.wait, context.control)
             stack.callback(self.time_slice.close)
             self._deps = EngineDeps(
@@ -143,8 +145,8 @@ class RunSession:
 
     def restore_training(self) -> None:
         """Return to the state of the training that a dry run began with."""
-        if self._restore_state is not None:
-            self._restore_state()
+        if self._before is not None:
+            self._before.restore()
 
     def restore(self, ending: RunEnding) -> None:
         """Restore the random generators and the modes; after a dry run, also the training."""

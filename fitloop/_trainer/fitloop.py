@@ -210,6 +210,7 @@ class FitLoop(TrainerBase):
                 ``save_path`` is in use, or has the snapshots of another training.
             MetricError: a stage function returned a value that is no metric.
             MissingCriteriaError: ``valid_epoch_end`` did not return the criteria.
+            RestoreError: with ``continue_while_asking``, a state that cannot be copied.
             Exception: the exception of a stage function, loader or callback, as the same object,
                 with a note of trainer, phase, epoch and batch.
         """
@@ -301,7 +302,13 @@ class FitLoop(TrainerBase):
         of the loaders), metrics, best score and files. Callbacks are not called. Loaders that can
         be read only once get their batches back. Changes by stage functions to other objects stay.
 
+        Numbers, tensors, random generators and containers of them are restored, also in attributes
+        of the model. Other objects are never copied; a `RestoreWarning` names those of the model,
+        the optimizers and the schedulers that changed.
+
         Returns the metrics of each phase. Raises all errors of `fit`, also MissingCriteriaError.
+        Raises `RestoreError`, before anything runs, for a state that cannot be copied, such as a
+        Python generator in a scheduler.
         """
         plan = dry_plan(
             self._state,
@@ -503,12 +510,14 @@ class FitLoop(TrainerBase):
     async def reset(self) -> None:
         """Return to the state before the first run, then call ``configure_optimizer``.
 
-        Restores the pretrained weights and the states of optimizers, schedulers and the trainer's
-        random numbers; clears metrics and best score. Files stay.
+        Restores the pretrained weights and the states of the loss function, optimizers, schedulers,
+        ``stateful`` objects and the trainer's random numbers, also tensors and numbers that are
+        attributes of the model; clears metrics and best score. Files stay.
 
         Raises:
             BusyError: the trainer is busy.
             CheckpointError: the pretrained weights are gone; nothing was changed.
+            RestoreError: a state before the first run could not be copied; nothing was changed.
         """
         await run_exclusively_in_thread(self._state, "reset", lambda: self._state.reset(self))
 

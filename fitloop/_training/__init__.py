@@ -6,6 +6,7 @@ terminals or runs.
 - `trainer_state`: the state of a trainer.
 - `parts`: the list of the parts of a training state, and weights beside the model's.
 - `capture`: exact copies of model, optimizers and schedulers, restored in place.
+- `tensor_copy`: the copy of one tensor in it.
 - `best`: finds the best epoch.
 - `schedulers`: steps learning-rate schedulers.
 - `layers`: layers, freezing, and learning rates by layer.

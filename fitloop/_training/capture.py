@@ -1,149 +1,346 @@
 """Copies of a training's state in memory, for dry runs and for `reset`.
 
-Each function copies a state and returns a function that restores it, which can be called several
-times. Restoring is exact and in place: parameters, buffers, param groups and state dicts stay the
-same objects, so that all references to them stay valid.
+`Capture` copies values: numbers, tensors, arrays, states of random generators, and containers of
+these. It keeps references to all other objects, which are never copied. Restoring writes the values
+back in place: tensors, containers and modules stay the same objects, so that all references to
+them stay valid.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import io
+import logging
+import random
+import types
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fitloop._errors import RestoreError, RestoreWarning, one_line
+from fitloop._training.tensor_copy import TensorCopy, clone_of
 
 Restore = Callable[[], object]
+_Children = list[tuple[str, Any]]
+
+_CONSTANTS = (
+    *(type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size),
+    *(torch.layout, torch.memory_format, np.dtype, slice, type(...)),
+)
+_STATELESS = (
+    *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+    *(logging.Logger, logging.Handler, io.IOBase, torch.Stream),
+)
+"""objects that have no state of a training, and may change"""
+_ATOMS = frozenset(_CONSTANTS)
+_MAX_WATCHED_DEPTH, _MAX_WATCHED_ITEMS = 3, 100
 
 
-def capture_training(
-    modules: Iterable[nn.Module],
-    optimizers: Iterable[Optimizer],
-    schedulers: Iterable[Any],
-    stateful: Iterable[Any] = (),
-) -> Restore:
-    """Copy everything that a dry run changes.
+class Capture:
+    """A copy of the state of objects, and its restoration, which can be repeated.
 
-    If one part cannot be restored, the others still are.
+    Args:
+        roots: objects by the names that messages use. The attributes of roots, modules,
+            optimizers and schedulers are captured, as deep as these hold each other.
+        keep: tensors whose values are not copied, only their memory and shape.
+        on_cpu: copy values to CPU memory.
     """
-    modules, optimizers = list(modules), list(optimizers)
-    # Parameters of optimizers can be outside of the modules, such as a learnt temperature.
-    inside = {id(p) for module in modules for p in module.parameters()}
-    optimized = (p for o in optimizers for group in o.param_groups for p in group["params"])
-    restores = [
-        *(_capture_parameter(p) for p in optimized if id(p) not in inside),
-        *(_capture_module(module) for module in modules),
-        capture_optimization(optimizers, schedulers),
-        *(_capture_state_dict(item) for item in stateful),
-    ]
-    return partial(_restore_all, restores)
+
+    def __init__(
+        self, roots: Mapping[str, object], *, keep: Collection[Tensor] = (), on_cpu: bool = False
+    ) -> None:
+        self.problems: list[str] = []
+        """the parts that cannot be restored, each with the reason"""
+        self._keep = {id(tensor) for tensor in keep}
+        self._on_cpu = on_cpu
+        self._seen: dict[int, object] = {}
+        self._restores: list[tuple[str, Restore]] = []
+        self._loads: list[tuple[str, Restore]] = []
+        """restorations by ``load_state_dict``, which may replace the objects in attributes"""
+        self._watched: list[tuple[str, object, object]] = []
+        self._roots = {id(root) for root in roots.values()}
+        self._walk([(name, root) for name, root in roots.items()])
+
+    def check(self, call: str) -> None:
+        """Raise `RestoreError`, for a ``call`` that changed nothing yet, if there are problems."""
+        if self.problems:
+            raise RestoreError(
+                f"{call} was refused and has changed nothing, since these could not be put back: "
+                f"{'; '.join(self.problems)}. Give the object that holds it state_dict() and "
+                "load_state_dict(), or make it anew when it is needed"
+            )
+
+    def restore(self) -> None:
+        """Restore everything, also if a part fails.
+
+        Warns of objects that were kept by reference and have changed. Raises `RestoreError`, which
+        lists all parts that failed.
+        """
+        errors: list[str] = []
+        again = self._restores if self._loads else []
+        for path, restore in (*self._restores, *self._loads, *again):
+            try:
+                restore()
+            except Exception as error:
+                errors.append(f"{path} ({one_line(error)})")
+        changed = [path for path, item, before in self._watched if _fingerprint(item) != before]
+        if changed:
+            warnings.warn(
+                f"{', '.join(changed)} changed and cannot be put back, since only numbers, tensors "
+                "and containers of them are copied. If training depends on it, give the object "
+                "that holds it state_dict() and load_state_dict()",
+                RestoreWarning,
+                stacklevel=2,
+            )
+        if errors:
+            errors = list(dict.fromkeys(errors))
+            raise RestoreError(f"these could not be put back: {'; '.join(errors)}")
+
+    def _walk(self, stack: _Children) -> None:
+        covered: dict[int, bool] = {}
+        """objects below one that has a ``state_dict`` of its own, which is trusted"""
+        while stack:
+            path, value = stack.pop()
+            if type(value) in _ATOMS or id(value) in self._seen:
+                continue
+            self._seen[id(value)] = value
+            is_covered = covered.get(id(value), False)
+            try:
+                is_covered |= self._capture_state_dict(path, value)
+                children = self._capture(path, value, is_covered)
+            except Exception as error:
+                self.problems.append(f"{path}, a {_kind(value)} ({one_line(error)})")
+                continue
+            for _path, child in children:
+                covered.setdefault(id(child), is_covered)
+            stack += children
+
+    def _capture(self, path: str, value: Any, is_covered: bool) -> _Children:
+        """Capture one object, and return the objects that it holds."""
+        if isinstance(value, Tensor):
+            return self._capture_tensor(path, value)
+        if isinstance(value, torch.jit.ScriptModule):
+            return self._capture_script_module(path, value)
+        if isinstance(value, (dict, list, deque, set, tuple, frozenset)):
+            return self._capture_container(path, value)
+        if isinstance(value, np.ndarray):
+            array = value.copy()
+            self._restores.append((path, lambda: np.copyto(value, array)))
+            return []
+        if self._capture_generator(path, value):
+            return []
+        if isinstance(value, _STATELESS):
+            return []
+        if id(value) in self._roots or isinstance(value, (nn.Module, Optimizer, LRScheduler)):
+            return self._capture_attributes(path, value)
+        if not is_covered:
+            self._note_reference(path, value)
+        return []
+
+    def _capture_tensor(self, path: str, tensor: Tensor) -> _Children:
+        kept = TensorCopy(tensor, values=id(tensor) not in self._keep, on_cpu=self._on_cpu)
+        self._restores.append((path, kept.restore))
+        return [] if kept.grad is None else [(f"{path}.grad", kept.grad)]
+
+    def _capture_container(self, path: str, value: Any) -> _Children:
+        if isinstance(value, dict):
+            pairs = list(value.items())
+            self._restores.append((path, lambda: _set_pairs(value, pairs)))
+            return [(f"{path}.{_key(k)}", v) for k, v in pairs if type(v) not in _ATOMS]
+        items = list(value)
+        if not isinstance(value, (tuple, frozenset)):
+            self._restores.append((path, lambda: _set_items(value, items)))
+        return [(f"{path}[{i}]", v) for i, v in enumerate(items) if type(v) not in _ATOMS]
+
+    def _capture_generator(self, path: str, value: Any) -> bool:
+        """Capture a random generator; return whether ``value`` is one."""
+        restore: Restore
+        if isinstance(value, torch.Generator):
+            restore = partial(value.set_state, value.get_state())
+        elif isinstance(value, random.Random):
+            restore = partial(value.setstate, value.getstate())
+        elif isinstance(value, np.random.RandomState):
+            restore = partial(value.set_state, value.get_state())
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator
+            restore = partial(setattr, bits, "state", bits.state)
+        else:
+            return False
+        self._restores.append((path, restore))
+        return True
+
+    def _capture_script_module(self, path: str, module: Any) -> _Children:
+        """Capture a module of TorchScript. Its attributes are in C++."""
+        code = module._c
+        names = [*module._concrete_type.get_attributes(), "training"]
+        values = {name: code.getattr(name) for name in names if code.hasattr(name)}
+
+        def restore() -> None:
+            for name, value in values.items():
+                code.setattr(name, value)
+
+        self._restores.append((path, restore))
+        children = [(f"{path}.{name}", child) for name, child in module.named_children()]
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        others = [pair for pair in values.items() if isinstance(pair[1], Tensor)]
+        return children + [(f"{path}.{name}", value) for name, value in (*tensors, *others)]
+
+    def _capture_attributes(self, path: str, value: Any) -> _Children:
+        """Capture the attributes of an object."""
+        children: _Children = []
+        if hasattr(value, "__dict__"):
+            children.append((path, vars(value)))
+        slots = [name for name in _slots(type(value)) if hasattr(value, name)]
+        if slots:
+            content = {name: getattr(value, name) for name in slots}
+            self._restores.append((path, lambda: _set_attributes(value, content)))
+            children += [(f"{path}.{name}", item) for name, item in content.items()]
+        if isinstance(value, nn.Module):
+            self._capture_extra_state(path, value)
+            # Their names in messages are those of named_parameters().
+            registries = (value._parameters, value._buffers, value._modules)
+            children += [(path, registry) for registry in registries]
+        if isinstance(value, LRScheduler):
+            # Rates of LambdaLR can be objects, whose attributes are in its state_dict too.
+            rates = getattr(value, "lr_lambdas", ())
+            children += [(f"{path}.lr_lambdas", vars(f)) for f in rates if _is_instance(f)]
+        return children
+
+    def _capture_extra_state(self, path: str, module: nn.Module) -> None:
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            extra = copy_values(module.get_extra_state())
+            restore = lambda: module.set_extra_state(copy_values(extra))  # noqa: E731
+            self._loads.append((f"{path} (extra state)", restore))
+
+    def _capture_state_dict(self, path: str, value: Any) -> bool:
+        """Capture the ``state_dict`` of an object; return whether it has one of its own.
+
+        Modules are captured completely by their attributes, except those in ``stateful=``.
+        """
+        is_other_module = isinstance(value, nn.Module) and not path.startswith("stateful")
+        if is_other_module or not has_own_state_dict(value):
+            return False
+        state = copy_values(value.state_dict())
+        restore = lambda: value.load_state_dict(copy_values(state))  # noqa: E731
+        self._loads.append((f"{path}.load_state_dict()", restore))
+        return True
+
+    def _note_reference(self, path: str, value: Any) -> None:
+        if hasattr(value, "__next__"):
+            self.problems.append(f"{path}, a {_kind(value)}, which cannot be copied or rewound")
+        elif _is_instance(value):
+            self._watched.append((path, value, _fingerprint(value)))
 
 
-def capture_optimization(optimizers: Iterable[Optimizer], schedulers: Iterable[Any]) -> Restore:
-    """Copy the states of optimizers and learning-rate schedulers."""
-    restores = [
-        *(_capture_optimizer(optimizer) for optimizer in optimizers),
-        *(_capture_scheduler(scheduler) for scheduler in schedulers),
-    ]
-    return partial(_restore_all, restores)
-
-
-def _restore_all(restores: list[Restore]) -> None:
-    with ExitStack() as stack:
-        for restore in reversed(restores):  # the stack calls them in reverse
-            stack.callback(restore)
-
-
-def _capture_parameter(parameter: Tensor) -> Restore:
-    value, requires_grad = parameter.detach().clone(), parameter.requires_grad
-    grad = None if parameter.grad is None else parameter.grad.detach().clone()
-
-    def restore() -> None:
-        with torch.no_grad():
-            parameter.copy_(value)
-        parameter.requires_grad_(requires_grad)
-        parameter.grad = None if grad is None else grad.clone()
-
-    return restore
-
-
-def _capture_buffer(buffer: Tensor) -> Restore:
-    memory = buffer.untyped_storage()
-    # An expanded tensor has fewer values than elements, and cannot be copied into.
-    if memory.nbytes() < buffer.numel() * buffer.element_size():
-        return partial(memory.copy_, memory.clone())  # type: ignore[no-untyped-call]
-    return partial(torch.no_grad()(buffer.copy_), buffer.detach().clone())
-
-
-def _capture_module(module: nn.Module) -> Restore:
-    """Copy parameters, gradients, buffers, extra states and modes of a module and its children."""
-    submodules = [
-        (submodule, [dict(registry) for registry in _registries(submodule)], submodule.training)
-        for submodule in module.modules()
-    ]
-    extra_states = [
-        (submodule, copy.deepcopy(submodule.get_extra_state()))
-        for submodule in module.modules()
-        if type(submodule).get_extra_state is not nn.Module.get_extra_state
-    ]
-    restores = [
-        *(_capture_parameter(parameter) for parameter in module.parameters()),
-        *(_capture_buffer(buffer) for buffer in module.buffers()),
-    ]
-
-    def restore() -> None:
-        for submodule, contents, training in submodules:
-            for registry, content in zip(_registries(submodule), contents, strict=True):
-                registry.clear()
-                registry.update(content)
-            submodule.training = training
-        for restore_tensor in restores:
-            restore_tensor()
-        for submodule, extra in extra_states:
-            submodule.set_extra_state(copy.deepcopy(extra))
-
-    return restore
-
-
-def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return (module._parameters, module._buffers, module._modules)
-
-
-def _capture_optimizer(optimizer: Optimizer) -> Restore:
-    """Copy the param groups and the state of each parameter, but not the parameters."""
-    groups = [(group, list(group["params"]), _settings(group)) for group in optimizer.param_groups]
-    states = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
-
-    def restore() -> None:
-        optimizer.param_groups[:] = [group for group, _params, _settings in groups]
-        for group, params, settings in groups:
-            group.clear()
-            group["params"] = list(params)
-            group.update(copy.deepcopy(settings))
-        optimizer.state.clear()
-        for parameter, state in states.items():
-            optimizer.state[parameter] = copy.deepcopy(state)
-
-    return restore
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return copy.deepcopy({key: value for key, value in group.items() if key != "params"})
-
-
-def _capture_scheduler(scheduler: Any) -> Restore:
-    if hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict"):
-        return _capture_state_dict(scheduler)
-    state = copy.deepcopy(
-        {k: v for k, v in vars(scheduler).items() if not isinstance(v, Optimizer)}
+def has_own_state_dict(value: object) -> bool:
+    """Return whether a class that is not torch's defines ``state_dict`` and ``load_state_dict``."""
+    methods = [getattr(type(value), name, None) for name in ("state_dict", "load_state_dict")]
+    return all(
+        callable(method) and not str(getattr(method, "__module__", "")).startswith("torch.")
+        for method in methods
     )
-    return lambda: vars(scheduler).update(copy.deepcopy(state))
 
 
-def _capture_state_dict(item: Any) -> Restore:
-    state = copy.deepcopy(item.state_dict())
-    return lambda: item.load_state_dict(copy.deepcopy(state))
+def copy_values(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Return a copy of nested containers, tensors and arrays; other objects are the same ones."""
+    memo = {} if memo is None else memo
+    if id(value) in memo:
+        return memo[id(value)]
+    kind = type(value)
+    copied: Any = value
+    if isinstance(value, Tensor):
+        copied = clone_of(value)
+    elif kind is np.ndarray:
+        copied = value.copy()
+    elif isinstance(value, dict):
+        pairs = [(key, copy_values(item, memo)) for key, item in value.items()]
+        try:
+            copied = value.copy()
+        except Exception:
+            return value
+        _set_pairs(copied, pairs)
+    elif kind in (list, tuple, set, frozenset):
+        copied = kind(copy_values(item, memo) for item in value)
+    elif kind is deque:
+        copied = deque((copy_values(item, memo) for item in value), value.maxlen)
+    memo[id(value)] = copied
+    return copied
+
+
+def _set_pairs(mapping: Any, pairs: list[tuple[Any, Any]]) -> None:
+    present = list(mapping.items())
+    if len(present) == len(pairs) and all(
+        a is c and b is d for (a, b), (c, d) in zip(present, pairs, strict=True)
+    ):
+        return
+    kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict
+    kind.clear(mapping)
+    for key, value in pairs:
+        kind.__setitem__(mapping, key, value)
+
+
+def _set_items(container: Any, items: list[Any]) -> None:
+    present = list(container)
+    if len(present) == len(items) and all(a is b for a, b in zip(present, items, strict=True)):
+        return
+    if isinstance(container, list):
+        list.__setitem__(container, slice(None), items)
+    else:
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(items)
+
+
+def _set_attributes(value: object, content: Mapping[str, Any]) -> None:
+    for name, item in content.items():
+        object.__setattr__(value, name, item)
+
+
+def _slots(kind: type) -> list[str]:
+    names: list[str] = []
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def _is_instance(value: object) -> bool:
+    """Return whether a value is an object of a user's class with attributes of its own."""
+    if isinstance(value, _STATELESS) or not hasattr(value, "__dict__"):
+        return False
+    return not type(value).__module__.startswith("torch.")
+
+
+def _kind(value: object) -> str:
+    return type(value).__qualname__
+
+
+def _key(key: object) -> str:
+    return key if isinstance(key, str) else f"<{_kind(key)}>"
+
+
+def _fingerprint(value: Any, depth: int = _MAX_WATCHED_DEPTH) -> object:
+    """Return a value that changes if an object that is not copied changes; reads no tensor."""
+    if isinstance(value, float):
+        return repr(value)  # NaN is not equal to itself
+    if type(value) in _ATOMS:
+        return value
+    if isinstance(value, Tensor):
+        version = 0 if value.is_inference() else value._version
+        return id(value), version, tuple(value.shape)
+    if depth > 0 and isinstance(value, (list, tuple, set, frozenset, deque)):
+        items = [_fingerprint(item, depth - 1) for item in list(value)[:_MAX_WATCHED_ITEMS]]
+        return len(value), tuple(items)
+    if depth > 0 and isinstance(value, dict):
+        pairs = list(value.items())
+        items = [_fingerprint(item, depth - 1) for _key, item in pairs[:_MAX_WATCHED_ITEMS]]
+        return len(pairs), tuple(id(key) for key, _item in pairs), tuple(items)
+    if depth > 0 and _is_instance(value) and not isinstance(value, nn.Module):
+        return id(value), _fingerprint(vars(value), depth)
+    return id(value)

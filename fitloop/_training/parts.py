@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError
+from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import suffix_of
 
 
@@ -40,6 +41,17 @@ def stateful_objects(config: TrainerConfig) -> dict[str, Any]:
     return {**scaler, **config.stateful}
 
 
+def named_parts(config: TrainerConfig) -> dict[str, Any]:
+    """Return all objects that a training changes, by the names of the constructor's arguments."""
+    parts: dict[str, Any] = {"model": config.model, "loss_function": config.loss_function}
+    lists = (("optimizer", config.optimizers), ("lr_scheduler", config.lr_schedulers))
+    for name, items in lists:
+        for number, item in enumerate(items):
+            parts[name if len(items) == 1 else f"{name}[{number}]"] = item
+    parts |= {f"stateful.{name}": item for name, item in config.stateful.items()}
+    return parts if config.scaler is None else {**parts, "scaler": config.scaler}
+
+
 def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that ``state_dict`` leaves out (``persistent=False``), by name."""
     buffers: dict[str, Tensor] = {}
@@ -49,6 +61,13 @@ def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
             if name in left_out:
                 buffers[f"{path}.{name}" if path else name] = buffer
     return buffers
+
+
+def saved_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers that ``state_dict`` has."""
+    saved = {memory_key(item) for item in module.state_dict().values() if isinstance(item, Tensor)}
+    tensors = (*module.parameters(), *module.buffers())
+    return [item for item in tensors if (key := memory_key(item)) is not None and key in saved]
 
 
 def set_unsaved_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:

@@ -29,8 +29,14 @@ from fitloop._storage.weight_store import (
     check_weights,
 )
 from fitloop._training.best import BestTracker, Criteria
-from fitloop._training.capture import Restore, capture_optimization, capture_training
-from fitloop._training.parts import apply_extra_weights, extra_name, extra_weights
+from fitloop._training.capture import Capture
+from fitloop._training.parts import (
+    apply_extra_weights,
+    extra_name,
+    extra_weights,
+    named_parts,
+    saved_tensors,
+)
 from fitloop._training.schedulers import check_modes
 from fitloop._types import Phase
 
@@ -71,8 +77,8 @@ class TrainerState:
         """the snapshots under ``save_path`` belong to this training"""
         self.rng = TrainerRng(config.seed, self.cuda_devices)
         """random numbers of the trainer"""
-        self._restore_initial: Restore | None = None
-        """restores optimizers and schedulers as they were before the first run"""
+        self._initial: Capture | None = None
+        """everything but the weights of the model, as it was before the first run"""
         self._has_pretrained = False
 
     @property
@@ -100,10 +106,9 @@ class TrainerState:
 
         A ``resuming`` run does not replace an existing file.
         """
-        if self._restore_initial is None:
-            self._restore_initial = capture_optimization(
-                self.config.optimizers, self.config.lr_schedulers
-            )
+        if self._initial is None:
+            parts, keep = named_parts(self.config), saved_tensors(self.config.model)
+            self._initial = Capture(parts, keep=keep, on_cpu=True)
         if resuming and self.store.exists(PRETRAINED):
             self._has_pretrained = True
         if not self._has_pretrained:
@@ -154,12 +159,21 @@ class TrainerState:
     def reset(self, trainer: Any) -> None:
         """Return to the state before the first run; see ``FitLoop.reset``.
 
-        Raises `CheckpointError`, with nothing changed, if there are no pretrained weights.
+        Raises `CheckpointError` or `RestoreError`, with nothing changed, if there are no pretrained
+        weights, or if an object cannot be restored.
         """
-        if self._has_pretrained:
-            apply_weights(self.config.model, self.store.load(PRETRAINED))
-        if self._restore_initial is not None:
-            self._restore_initial()
+        if self._initial is not None:
+            self._initial.check("reset()")
+        weights = self.store.load(PRETRAINED) if self._has_pretrained else None
+        undo = self.capture()
+        try:
+            if self._initial is not None:
+                self._initial.restore()
+            if weights is not None:
+                apply_weights(self.config.model, weights)
+        except BaseException:
+            undo.restore()
+            raise
         self.history.clear()
         self.metric_log = None  # the next run starts a new one
         self.epoch_num = 0
@@ -185,16 +199,9 @@ class TrainerState:
         if isinstance(event, EpochEnded):
             self.epoch_num = event.epoch
 
-    def capture(self) -> Restore:
-        """Copy everything that a dry run changes, and return a function that restores it."""
-        config = self.config
-        modules = [config.model]
-        if isinstance(config.loss_function, nn.Module):
-            modules.append(config.loss_function)
-        stateful = [*config.stateful.values(), *([] if config.scaler is None else [config.scaler])]
-        modules += [item for item in stateful if isinstance(item, nn.Module)]
-        stateful = [item for item in stateful if not isinstance(item, nn.Module)]
-        return capture_training(modules, config.optimizers, config.lr_schedulers, stateful)
+    def capture(self) -> Capture:
+        """Copy everything that a dry run changes."""
+        return Capture(named_parts(self.config))
 
     def loaders_of(self, loaders: Mapping[Phase, Any]) -> dict[Phase, Any]:
         """Return the loader of each phase: of ``loaders``, or of the constructor, or None."""

@@ -30,7 +30,14 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
-from fitloop import FitLoop, LoopState, MissingCriteriaError
+from fitloop import (
+    ConfigurationError,
+    FitLoop,
+    LoopState,
+    MissingCriteriaError,
+    RestoreError,
+    RestoreWarning,
+)
 
 GUARD = 30.0
 ONE_LOOP = pytest.mark.parametrize(
@@ -399,3 +406,171 @@ async def test_sanity_check_when_criteria_is_never_returned_then_error_lists_wha
     made = trainer(criteria="f1", criteria_direction=1)
     with pytest.raises(MissingCriteriaError, match="loss"):
         await made.run_sanity_check()
+
+
+class Recurrent(nn.Module):
+    """A model that keeps a hidden state, a counter, and a buffer that its first batch makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(6, 4), nn.Linear(4, 3)
+        self.hidden: Tensor | None = None
+        self.mean: Tensor
+        self.calls = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.hidden is None or len(self.hidden) != len(inputs):
+            self.hidden = None
+        else:
+            self.hidden = self.hidden.detach()
+        if not hasattr(self, "mean"):
+            self.register_buffer("mean", inputs.mean(0))
+        self.calls += 1
+        self.hidden = self.cell(inputs - self.mean, self.hidden)
+        outputs: Tensor = self.head(self.hidden) / self.calls
+        return outputs
+
+
+class Head(nn.Module):
+    """A loss function with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs * self.scale, targets)
+
+
+class Rates:
+    """A scheduler of no library with a generator, which cannot be copied."""
+
+    def __init__(self, optimizer: SGD) -> None:
+        self.optimizer, self.rates = optimizer, (0.1 / n for n in range(1, 99))
+
+    def step(self) -> None:
+        self.optimizer.param_groups[0]["lr"] = next(self.rates)
+
+
+def recurrent(**changes: Any) -> FitLoop:
+    torch.manual_seed(0)
+    model, loss = Recurrent(), Head()
+    optimizer = SGD([*model.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
+    parts = {"model": model, "loss_function": loss, "optimizer": optimizer}
+    return trainer(**{**parts, "seed": 1, **changes})
+
+
+def weights_of(made: FitLoop) -> object:
+    assert isinstance(made.loss_function, nn.Module)
+    return plain(made.model.state_dict()), plain(made.loss_function.state_dict())
+
+
+@pytest.mark.parametrize("call", ["run_sanity_check", "run_profiler", "reset"])
+@ONE_LOOP
+async def test_fit_when_after_a_dry_run_or_reset_then_hidden_states_are_those_of_a_new_trainer(
+    call: str,
+) -> None:
+    def keep(trainer: object) -> None:
+        pass
+
+    fresh, used = recurrent(), recurrent(configure_optimizer=keep)
+    if call == "reset":
+        await used.fit(2, verbose=False)
+        await used.reset()
+    else:
+        await dry(used, call)
+    for made in (fresh, used):
+        await made.fit(2, verbose=False, load_best=False)
+    assert weights_of(used) == weights_of(fresh)
+
+
+@pytest.mark.parametrize("call", ["run_sanity_check", "run_profiler", "reset"])
+@ONE_LOOP
+async def test_fit_when_scheduler_cannot_be_copied_then_only_dry_runs_and_reset_are_refused(
+    call: str,
+) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.7)
+    made = trainer(model=model, optimizer=optimizer, lr_scheduler=Rates(optimizer))
+    await made.fit(2, verbose=False)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    before = plain(model.state_dict())
+    with pytest.raises(RestoreError, match=rf"{call}\(\) was refused.*lr_scheduler\.rates"):
+        await getattr(made, call)()
+    assert plain(model.state_dict()) == before
+    await made.fit(1, verbose=False)
+    assert optimizer.param_groups[0]["lr"] == 0.1 / 3
+
+
+async def test_fit_when_it_may_go_back_and_cannot_then_it_is_refused_before_training() -> None:
+    async def never(asked: object) -> bool:
+        raise AssertionError
+
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.7)
+    made = trainer(model=model, optimizer=optimizer, lr_scheduler=Rates(optimizer))
+    options: dict[str, Any] = {"continue_loop": 1, "continue_while_asking": True}
+    with pytest.raises(RestoreError, match="continue_while_asking"):
+        await made.fit(3, on_continue=never, verbose=False, **options)
+    assert made.epoch_num == 0
+
+
+@CALLS
+@ONE_LOOP
+async def test_dry_run_when_an_object_of_the_model_changes_then_a_warning_names_it(
+    call: str,
+) -> None:
+    class Bank:
+        count = 0
+
+    def use(state: LoopState) -> None:
+        bank.count += 1
+
+    model, bank = mlp(), Bank()
+    model.bank = bank  # type: ignore[assignment]
+    with pytest.warns(RestoreWarning, match=r"model\.bank changed"):
+        await dry(trainer(model=model, train_epoch_start=use), call)
+
+
+class Counts(nn.Module):
+    """A metric with its counts in an object, which only its ``state_dict`` knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"seen": [0]}
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        return {"seen": self.counts["seen"][0]}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        self.counts["seen"][0] = state_dict["seen"]
+
+
+@CALLS
+@ONE_LOOP
+async def test_dry_run_when_a_metric_is_stateful_then_it_has_counted_nothing(call: str) -> None:
+    def count(state: LoopState) -> None:
+        metric.counts["seen"][0] += state.batch_size
+
+    metric = Counts()
+    await dry(trainer(valid_step=count, valid_epoch_end=score, stateful={"n": metric}), call)
+    assert metric.counts == {"seen": [0]}
+
+
+def score(state: LoopState) -> dict[str, float]:
+    return {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    "module", [nn.LazyLinear(3), nn.LazyBatchNorm1d(affine=False)], ids=["parameters", "buffers"]
+)
+@pytest.mark.parametrize("place", ["model", "loss_function", "stateful"])
+def test_trainer_when_a_module_is_lazy_then_error_says_where(module: nn.Module, place: str) -> None:
+    model = mlp()
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"model": nn.Sequential(model, module)},
+        "loss_function": {"loss_function": module},
+        "stateful": {"stateful": {"metric": module}},
+    }
+    with pytest.raises(ConfigurationError, match="lazy"):
+        trainer(**{"optimizer": SGD(model.parameters(), lr=0.1), **changes[place]})
