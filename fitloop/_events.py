@@ -113,8 +113,8 @@ class BatchProgress(Event):
     batch: int
     """batches done"""
     batches: int | None
-    samples: int
-    """samples done"""
+    samples: int | None
+    """samples done; None if the size of a batch is not known"""
     seconds: float
     """since the phase began"""
 
@@ -136,8 +136,8 @@ class PhaseEnded(Event):
     """the scalar values of the batch steps by name; empty if they are not tracked"""
     batches: int
     """number of batches"""
-    samples: int
-    """number of samples"""
+    samples: int | None
+    """number of samples; None if the size of a batch is not known"""
     seconds: float
 
 

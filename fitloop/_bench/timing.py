@@ -182,7 +182,7 @@ class BareLoop:
             next_batch(batch)
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            put(step(state))
+            put(step(state), state.batch_num)
             if after_batch is not None:
                 after_batch()
         return self._timer.result(time.thread_time() - cpu_start)
@@ -192,7 +192,7 @@ class BareLoop:
             writer.next_batch(batch)
             for optimizer in self._optimizers:
                 optimizer.zero_grad()
-            writer.values.put(await step(writer.state))
+            writer.values.put(await step(writer.state), writer.state.batch_num)
             if self._after_batch is not None:
                 self._after_batch()
         return self._timer.result()
@@ -233,7 +233,7 @@ def scheduler_hook(context: RunContext) -> Callable[[], None] | None:
 class ListedValues(dict[str, list[Any]]):
     """Values of batch steps in plain lists by name, as one would collect them by hand."""
 
-    def put(self, values: Any) -> None:
+    def put(self, values: Any, _batch_num: int) -> None:
         """Add the values that one step returned."""
         for name, value in values.items() if values else ():
             if isinstance(value, Tensor):

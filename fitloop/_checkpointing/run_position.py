@@ -154,15 +154,8 @@ def _pass_position(tree: Any, rng_state: RngState) -> PassPosition:
     collected, start = tree["exported"], tree["opened"]
     sizes = _typed("sizes", collected["sizes"], np.ndarray)
     _check("sizes", sizes.ndim == 1 and sizes.dtype == np.int64 and len(sizes) > 0)
-    _check("sizes", bool((sizes >= 0).all()))
-    for name, column in collected["values"]["numbers"].items():
-        _typed("numbers", name, str)
-        _typed("numbers", column, np.ndarray)
-        _check("numbers", column.ndim == 1 and column.dtype == np.float64)
-    for name, tensors in collected["values"]["tensors"].items():
-        _typed("tensors", name, str)
-        for tensor in _typed("tensors", tensors, list):
-            _typed("tensors", tensor, Tensor)
+    _check("sizes", bool((sizes >= -1).all()))  # -1 is unknown
+    _check_values(collected["values"], len(sizes))
     return PassPosition(
         start_metrics=tree["start_metrics"],
         collected=collected,
@@ -179,6 +172,27 @@ def _pass_position(tree: Any, rng_state: RngState) -> PassPosition:
             loader_state=tree["loader"],
         ),
     )
+
+
+def _check_values(values: Any, batches: int) -> None:
+    """Check the values of the steps of a number of batches."""
+    for name, column in values["numbers"].items():
+        _typed("numbers", name, str)
+        _typed("numbers", column, np.ndarray)
+        _check("numbers", column.ndim == 1 and column.dtype == np.float64)
+    for name, tensors in values["tensors"].items():
+        _typed("tensors", name, str)
+        for tensor in _typed("tensors", tensors, list):
+            _typed("tensors", tensor, Tensor)
+    columns = {**values["numbers"], **values["tensors"]}
+    gaps = values.get("batches", {})
+    _check("batches", not gaps or gaps.keys() == columns.keys())
+    for name, column in columns.items():
+        numbers = gaps.get(name, np.arange(1, batches + 1))
+        _typed("batches", numbers, np.ndarray)
+        _check("batches", numbers.ndim == 1 and numbers.dtype == np.int64)
+        _check("batches", len(numbers) == len(column))
+        _check("batches", bool((np.diff(numbers, prepend=0, append=batches + 1) > 0).all()))
 
 
 def _check(key: str, is_valid: bool) -> None:

@@ -7,7 +7,8 @@ must give the state back at each wait, when other coroutines run on the same thr
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
-from inspect import iscoroutine
+from functools import partial
+from inspect import iscoroutine, iscoroutinefunction, isroutine
 from typing import Any
 
 Step = Callable[[Callable[[Any], Any], Any], Any]
@@ -45,3 +46,17 @@ class SteppedAwaitable:
 
 async def _awaiting(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
+
+
+def is_coroutine_function(function: object) -> bool:
+    """Return whether a call of ``function`` gives a coroutine, as far as can be known before.
+
+    Looks inside ``functools.partial``, and at ``__call__`` of other objects. A plain function that
+    returns a coroutine is known only by its result.
+    """
+    while isinstance(function, partial):
+        function = function.func
+    if isroutine(function):
+        return iscoroutinefunction(function)
+    call = getattr(function, "__call__", None)  # noqa: B004
+    return iscoroutinefunction(function) or iscoroutinefunction(call)

@@ -13,46 +13,22 @@ step's stream, after the stream that made them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-
-def batch_size_of(batch: Any) -> int:
-    """Return the number of samples: the first dimension of the first tensor that has one.
-
-    A batch without such a tensor counts its items when it has a length, else 1.
-    """
-    size = _first_dimension(batch)
-    if size is None:
-        countable = hasattr(batch, "__len__") and not isinstance(batch, Tensor)
-        size = len(batch) if countable else 1
-    return size
-
-
-def _first_dimension(item: Any) -> int | None:
-    if isinstance(item, Tensor):
-        return item.shape[0] if item.ndim else None
-    if isinstance(item, PackedSequence):
-        return int(item.batch_sizes[0])
-    if isinstance(item, Mapping):
-        item = item.values()
-    elif not isinstance(item, (tuple, list)):
-        return None
-    for element in item:
-        size = _first_dimension(element)
-        if size is not None:
-            return size
-    return None
+from fitloop._data.fields import field_names
 
 
 def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
     """Return ``item`` with ``change`` applied to its tensors, and to objects with ``.to``.
 
-    Tuples, named tuples, lists and mappings keep their type. Other objects stay as they are.
+    Tuples, lists, mappings, and objects with declared fields, such as dataclasses, keep their
+    type. Other objects stay as they are. ``item`` itself is not changed.
     """
     if isinstance(item, (Tensor, PackedSequence)):
         return change(item)
@@ -66,14 +42,50 @@ def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
     if kind is dict:
         return {key: map_tensors(element, change) for key, element in item.items()}
     if isinstance(item, Mapping):
-        # A subclass of dict may have any constructor, so it is copied.
-        twin: Any = copy.copy(item) if isinstance(item, MutableMapping) else dict(item)
-        for key, element in item.items():
-            twin[key] = map_tensors(element, change)
-        return twin
+        return _map_mapping(item, change)
     if callable(getattr(item, "to", None)):
-        return change(item)
-    return item
+        item = change(item)
+    names = field_names(item)
+    return _map_fields(item, names, change) if names else item
+
+
+def _map_mapping(item: Mapping[Any, Any], change: Callable[[Any], Any]) -> Any:
+    moved = {key: map_tensors(element, change) for key, element in item.items()}
+    if isinstance(item, (dict, UserDict)):
+        # A subclass may have any constructor. Its copy has a dict of its own.
+        copied = copy.copy(item)
+        for key, element in moved.items():
+            copied[key] = element
+        return copied
+    # The copy of another mapping may share its values with the original.
+    try:
+        twin: Mapping[Any, Any] = type(item)(moved)  # type: ignore[call-arg]
+        if twin.keys() == moved.keys():
+            return twin
+    except Exception:
+        pass
+    return moved
+
+
+def _map_fields(item: Any, names: list[str], change: Callable[[Any], Any]) -> Any:
+    values = {name: getattr(item, name) for name in names}
+    moved = {name: map_tensors(value, change) for name, value in values.items()}
+    twin = copy.copy(item)
+    for name, value in moved.items():
+        if value is not values[name]:
+            object.__setattr__(twin, name, value)  # also if the class is frozen
+    return twin
+
+
+def _moved_object(item: Any, device: torch.device) -> Any:
+    """Return an object that its own ``.to`` has moved, or the object if that is no such method."""
+    try:
+        moved = item.to(device)
+    except RuntimeError:  # an error of torch, such as too little memory
+        raise
+    except Exception:  # ``.to`` has another meaning, such as a unit or a time zone
+        return item
+    return item if moved is None else moved  # it may move in place
 
 
 class _PendingCopy(NamedTuple):
@@ -172,7 +184,7 @@ class DeviceTransfer:
             target = self._target(item.data.dtype)
             return item.to(device=self._device, dtype=target)  # type: ignore[call-arg]
         if not isinstance(item, Tensor):
-            return item.to(self._device)
+            return _moved_object(item, self._device)
         dtype = item.dtype
         target = self._targets.get(dtype) or self._target(dtype)
         # is_cpu is a flag; comparing devices makes objects.

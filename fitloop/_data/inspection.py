@@ -6,6 +6,7 @@ Never iterates a loader.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -35,12 +37,26 @@ def check_loader(name: str, loader: object) -> None:
     """Check that a loader can give batches.
 
     Raises:
-        ConfigurationError: ``loader`` is neither iterable nor a function that makes one.
+        ConfigurationError: ``loader`` is neither iterable nor a function that makes one, or it
+            gives something else: samples, loaders, or the keys of a mapping.
     """
     if isinstance(loader, (str, bytes)) or not (is_iterable(loader) or callable(loader)):
         raise ConfigurationError(
             f"{name} is {loader!r}; expected a DataLoader, a list of batches, any other iterable "
             "or async iterable of batches, or a function that returns one"
+        )
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise ConfigurationError(
+            f"{name} is a {type(loader).__name__}, a dataset, which gives samples; expected "
+            "batches: DataLoader(dataset, batch_size=...), or batch_size=None if its items are "
+            "batches"
+        )
+    if isinstance(loader, Mapping) or (
+        isinstance(loader, (list, tuple)) and any(isinstance(i, DataLoader) for i in loader[:1])
+    ):
+        raise ConfigurationError(
+            f"{name} is a {type(loader).__name__} of {len(loader)} items, and no loader; expected "
+            "one loader. To read several, give a function that returns a generator over all"
         )
 
 

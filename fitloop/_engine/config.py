@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from fitloop._concurrency.coroutines import is_coroutine_function
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._errors import ConfigurationError, StageSignatureError
@@ -68,6 +69,19 @@ def check_callable(name: str, function: object, argument: str) -> None:
     except TypeError:
         signature_text = f"{getattr(function, '__name__', function)}{signature}"
         raise StageSignatureError(name, signature_text, expected) from None
+
+
+def check_plain(name: str, function: object) -> None:
+    """Check that a function is no ``async def`` function, since its result is not awaited.
+
+    Raises:
+        ConfigurationError: it is one, perhaps in a ``functools.partial``.
+    """
+    if is_coroutine_function(function):
+        raise ConfigurationError(
+            f"{name} is {function!r:.80}, an async def function; expected a plain function, whose "
+            "result is not awaited"
+        )
 
 
 def check_path(path: Any) -> Path:
@@ -156,6 +170,7 @@ class TrainerConfig:
     device: torch.device
     dtype: torch.dtype
     cast_model: bool
+    batch_size_of: Callable[[Any], int] | None
     configure_optimizer: Callable[..., object]
     criteria: str | None
     criteria_direction: int
@@ -205,9 +220,12 @@ class TrainerConfig:
                 f"model is {self.model!r:.80}; expected a torch.nn.Module"
                 + (", an instance of the class" if isinstance(self.model, type) else "")
             )
-        if not callable(self.loss_function):
+        if not callable(self.loss_function) or isinstance(self.loss_function, type):
             raise StageSignatureError(
-                "loss_function", self.loss_function, "a callable (prediction, target) -> 0-d tensor"
+                "loss_function",
+                self.loss_function,
+                "a callable (prediction, target) -> 0-d tensor"
+                + (", an instance of the class" if isinstance(self.loss_function, type) else ""),
             )
         self._check_materialized()
         self._check_optimizers()
@@ -244,6 +262,8 @@ class TrainerConfig:
         for optimizer in self.optimizers:
             has_groups = isinstance(getattr(optimizer, "param_groups", None), list)
             _expect(has_groups, "optimizer", optimizer, "a torch optimizer or a list of them")
+            if self.train_step is None:
+                self._check_step(optimizer)
             trains_model |= any(
                 id(p) in parameters for g in optimizer.param_groups for p in g["params"]
             )
@@ -252,6 +272,20 @@ class TrainerConfig:
                 "optimizer holds none of the model's parameters, so nothing would be trained; "
                 "build it from this very model: Adam(model.parameters())"
             )
+
+    def _check_step(self, optimizer: Any) -> None:
+        step = getattr(type(optimizer), "step", None)  # a scheduler replaces that of the instance
+        if step is None:
+            return
+        try:
+            inspect.signature(step).bind(optimizer)
+        except TypeError:
+            raise ConfigurationError(
+                f"{type(optimizer).__name__}.step() needs a closure, which the default train_step "
+                "does not give it; write train_step= that calls optimizer.step(closure)"
+            ) from None
+        except ValueError:  # a built-in function that has no signature
+            pass
 
     def _check_functions(self) -> None:
         for name in STAGE_NAMES.values():
@@ -262,6 +296,10 @@ class TrainerConfig:
             function = getattr(self, name)
             if function is not None:
                 check_callable(name, function, "the trainer")
+        if self.batch_size_of is not None:
+            check_callable("batch_size_of", self.batch_size_of, "the batch")
+            check_plain("batch_size_of", self.batch_size_of)
+        check_plain("configure_optimizer", self.configure_optimizer)
         if self.on_continue is not None:
             check_callable("on_continue", self.on_continue, "the PromptAsked event")
 

@@ -6,7 +6,6 @@ that any event loop reads at its own pace.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -14,6 +13,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
+from fitloop._concurrency.coroutines import is_coroutine_function
 from fitloop._concurrency.event_loops import ThreadsafeEvent
 from fitloop._events import BatchProgress, Event, RunEnded
 from fitloop._public import public
@@ -189,7 +189,7 @@ class UserCallbacks:
         self._readers: list[tuple[EventStream, Callable[[Any], object]]] = []
         self.plain: list[Callable[[Any], object]] = []
         for callback in callbacks:
-            if is_async_callback(callback):
+            if is_coroutine_function(callback):
                 self._readers.append((EventStream(streams, None), callback))
             else:
                 self.plain.append(callback)
@@ -216,11 +216,3 @@ class UserCallbacks:
 async def _feed(stream: EventStream, callback: Callable[[Any], object]) -> None:
     async for event in stream:
         await cast("Awaitable[object]", callback(event))
-
-
-def is_async_callback(callback: object) -> bool:
-    """Return whether a callback is to be awaited on the event loop."""
-    plain = callback.func if isinstance(callback, partial) else callback
-    if inspect.isroutine(plain):
-        return inspect.iscoroutinefunction(plain)
-    return inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004

@@ -188,7 +188,8 @@ class Engine:
             self._train_pass = writer, source, start
         try:
             batches = _at_most(length_of(loader), plan.steps)
-            writer.begin(batches, sample_count(loader, plan.steps))
+            samples = sample_count(loader, plan.steps)
+            writer.begin(batches, samples, None if samples is None else loader.batch_size)
             self.activity = f"{phase}, epoch {epoch}, beginning"
             self._emit(
                 PhaseStarted(trainer=deps.config.name, epoch=epoch, phase=phase, batches=batches)
@@ -220,9 +221,9 @@ class Engine:
                 phase=phase,
                 metrics=metrics,
                 start_metrics=start,
-                batch_metrics=writer.values.scalars() if plan.track_batch_metrics else {},
+                batch_metrics=writer.values.scalars(count) if plan.track_batch_metrics else {},
                 batches=count,
-                samples=state.size,
+                samples=writer.samples,
                 seconds=deps.clock() - started_at,
             )
         )
@@ -269,7 +270,7 @@ class Engine:
                 values = step(state)
                 if type(values) is not dict and isawaitable(values):
                     values = await_step(values)
-                put(values)
+                put(values, state.batch_num)
                 for react in reactions:
                     react()
             except BaseException:

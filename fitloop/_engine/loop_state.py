@@ -4,41 +4,50 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from operator import attrgetter, index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitloop._data.device import batch_size_of
+from fitloop._data.batch_sizes import describe, possible_sizes
+from fitloop._engine.class_losses import ignored_class
 from fitloop._engine.config import CONFIG_NAMES, TrainerConfig
-from fitloop._errors import add_note_safely
+from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._metrics.batch_values import BatchValues
 from fitloop._public import public
-from fitloop._types import LossFunction, Phase
+from fitloop._types import LossFunction, Phase, Stage
+
+_SEQUENCES = frozenset((list, tuple))
+UNKNOWN = -1
+"""the size of a batch whose tensors do not agree on one"""
 
 
 @public
 class LoopState:
-    """The state of one phase, passed to each of its stage functions, which only read it.
+    """The state of one phase, passed to each of its stage functions.
 
-    It also has every argument of the trainer's constructor under the same name
-    (``state.device``, ``state.valid_dl``, ``state.criteria`` ...), and ``optimizers`` and
-    ``lr_schedulers``, which are always lists.
+    They only read it; a batch step may also set ``batch_size``. It also has every argument of the
+    trainer's constructor under the same name (``state.device``, ``state.valid_dl``,
+    ``state.criteria`` ...), and ``optimizers`` and ``lr_schedulers``, which are always lists.
     """
 
     __slots__ = (
+        "_batch_size",
         "_batches",
         "_config",
+        "_counts_quickly",
         "_epoch_num",
         "_expected_size",
+        "_ignored_class",
         "_phase",
         "_sizes",
         "_stop",
+        "_usual_size",
         "_values",
         "batch",
         "batch_num",
-        "batch_size",
         "is_train",
         "loss_function",
         "lr_scheduler",
@@ -53,8 +62,6 @@ class LoopState:
     """the batch on the device, in the structure that the loader gave; None outside a step"""
     batch_num: int
     """number of this batch in the phase, counted from 1; 0 before the first"""
-    batch_size: int
-    """samples in this batch: the first dimension of its first tensor"""
     is_train: bool
     """whether this is the train phase"""
     model: nn.Module
@@ -82,7 +89,12 @@ class LoopState:
         self._expected_size = 0
         self.batch = None
         self.batch_num = 0
-        self.batch_size = 0
+        self._batch_size = 0
+        self._usual_size = UNKNOWN
+        self._ignored_class = ignored_class(config.loss_function)
+        # Whether a look at the targets, which a device would wait for, tells that all count.
+        ignores_none = self._ignored_class is not None and self._ignored_class < 0
+        self._counts_quickly = ignores_none and config.device.type == "cpu"
         self.is_train = phase is Phase.TRAIN
         self.optimizers = config.optimizers
         self.model = config.model
@@ -90,6 +102,41 @@ class LoopState:
         self.loss_function = config.loss_function
         self.lr_scheduler = config.lr_scheduler
         self.scaler = config.scaler
+
+    def _set_batch_size(self, size: Any) -> None:
+        if self.batch is None:
+            raise ConfigurationError(
+                "state.batch_size was set outside of a batch step; set it in the step of the batch"
+            )
+        self._batch_size = _checked_size(size, "state.batch_size was set to")
+        self._usual_size = UNKNOWN
+        self._sizes.change(self.batch_num, self._batch_size)
+
+    if TYPE_CHECKING:
+
+        @property
+        def batch_size(self) -> int: ...
+
+        @batch_size.setter
+        def batch_size(self, size: int) -> None: ...
+
+    else:
+        # The getter is written in C, since every batch step reads the size.
+        batch_size = property(
+            attrgetter("_batch_size"),
+            _set_batch_size,
+            doc="""Samples in this batch.
+
+            This is the result of ``batch_size_of``, or else the first dimension of the tensors in
+            the batch. A list or tuple of tensors inside the batch counts its items instead. Without
+            tensors, lists of other objects count their items. A batch step may set the size: it
+            then counts for `size`, `batch_sizes`, the events and the means of the default
+            ``epoch_end``.
+
+            Raises ConfigurationError if the tensors do not agree on one size, or if this is not the
+            size of the batches of the DataLoader.
+            """,
+        )
 
     @property
     def phase(self) -> Phase:
@@ -103,7 +150,11 @@ class LoopState:
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Samples in each batch of the phase so far."""
+        """Samples in each batch of the phase so far.
+
+        Raises ConfigurationError if the size of a batch is not known, as `batch_size` does.
+        """
+        self._sizes.check(self._phase)
         sizes: list[int] = self._sizes.all(self.batch_num).tolist()
         return sizes
 
@@ -118,7 +169,11 @@ class LoopState:
 
         At ``epoch_end`` this is the number of samples that were read. Before, it is the number
         that the loader announces, or the samples read so far if it announces none.
+
+        Raises ConfigurationError if the size of a batch that was read is not known.
         """
+        if not self._expected_size:
+            self._sizes.check(self._phase)
         return max(self._expected_size, self._sizes.samples(self.batch_num))
 
     @property
@@ -158,13 +213,29 @@ class LoopState:
         return f"<LoopState {self._phase} epoch {self._epoch_num} batch {self.batch_num}{total}>"
 
 
+class _UnsizedState(LoopState):
+    """A state while the size of its batch is not known: reading the size raises an error."""
+
+    __slots__ = ()
+
+    @property
+    def batch_size(self) -> int:
+        self._sizes.check(self._phase)
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: Any) -> None:
+        self._set_batch_size(size)
+        self.__class__ = LoopState  # type: ignore[assignment]
+
+
 class StateWriter:
     """Creates the `LoopState` of one phase, and updates it.
 
     ``values`` collects the values of the batch steps; by default a `BatchValues`.
     """
 
-    __slots__ = ("_size", "state", "values")
+    __slots__ = ("_loader_size", "_samples", "_size_of", "state", "values")
 
     def __init__(
         self,
@@ -176,32 +247,86 @@ class StateWriter:
     ) -> None:
         self.values: Any = BatchValues(phase) if values is None else values
         self.state = LoopState(config, phase, epoch_num, stop, self.values)
-        self._size = -1
-        """samples in the last batch"""
+        self._size_of = config.batch_size_of
+        self._loader_size: int | None = None
+        """samples in each full batch of a DataLoader"""
+        self._samples = 0
+        """samples in a pass over this DataLoader"""
 
     @property
-    def samples(self) -> int:
-        """Samples read so far."""
-        return self.state._sizes.samples(self.state.batch_num)
+    def samples(self) -> int | None:
+        """Samples read so far; None if the size of a batch is not known."""
+        sizes = self.state._sizes
+        return sizes.samples(self.state.batch_num) if sizes.are_known else None
 
-    def begin(self, batches: int | None, samples: int | None) -> None:
-        """Set the expected number of batches and samples; None if it is unknown."""
+    def begin(
+        self, batches: int | None, samples: int | None, loader_size: int | None = None
+    ) -> None:
+        """Set the expected number of batches and samples; None if it is unknown.
+
+        ``loader_size`` is the number of samples in each batch but the last, if it is known.
+        """
         self.state._batches = batches
         self.state._expected_size = samples or 0
+        if samples is not None:
+            self._samples, self._loader_size = samples, loader_size
 
     def next_batch(self, batch: Any) -> None:
         """Make ``batch`` the current batch."""
         state = self.state
         state.batch = batch
         state.batch_num += 1
-        kind = type(batch)
-        first = batch[0] if (kind is list or kind is tuple) and batch else None
-        # The most common batch, without a call; `batch_size_of` returns the same.
-        size = first.size(0) if type(first) is Tensor and first.ndim else batch_size_of(batch)
-        state.batch_size = size
-        if size != self._size:
-            self._size = size
-            state._sizes.change(state.batch_num, size)
+        if type(batch) in _SEQUENCES and batch:
+            # The most common batch, without a call: all tensors have the size of the last batch.
+            try:
+                for item in batch:
+                    if item.shape[0] != state._usual_size:
+                        break
+                else:
+                    return
+            except (AttributeError, LookupError, RuntimeError, TypeError):
+                pass  # it is no tensor, or has no dimensions
+        self._measure(batch)
+
+    def _measure(self, batch: Any) -> None:
+        """Find out the size of the current batch."""
+        state = self.state
+        if self._size_of is not None:
+            size = _checked_size(self._size_of(batch), "batch_size_of returned")
+        else:
+            size, problem = self._agreed_size(batch)
+            if problem:
+                self._raise_early()
+                state._sizes.problem = (state.batch_num, problem)
+        state._usual_size = size if self._size_of is None else UNKNOWN
+        state._batch_size = size
+        state._sizes.change(state.batch_num, size)
+        state.__class__ = LoopState if size >= 0 else _UnsizedState
+
+    def _agreed_size(self, batch: Any) -> tuple[int, str]:
+        """Return the size that the tensors of a batch agree on, or a problem in words."""
+        sizes = possible_sizes(batch)
+        if self._loader_size is not None:
+            rest = self._samples - self._loader_size * (self.state.batch_num - 1)
+            expected = min(self._loader_size, rest)
+            if expected in sizes:
+                return expected, ""
+            if sizes:
+                return UNKNOWN, (
+                    f"its tensors are of {' or '.join(map(str, sorted(sizes)))} samples, but the "
+                    f"DataLoader has batch_size={self._loader_size}: {describe(batch)}"
+                )
+        if len(sizes) == 1:
+            return sizes.pop(), ""
+        reason = "its tensors do not agree on one" if not sizes else "it may be one of several"
+        return UNKNOWN, f"{reason}: {describe(batch)}"
+
+    def _raise_early(self) -> None:
+        """Raise an error now if the default ``epoch_end`` will need the size of the last batch."""
+        state = self.state
+        name = f"{state.phase}_{Stage.EPOCH_END}"
+        if not state._sizes.are_known and getattr(state._config, name) is None and state.names():
+            state._sizes.check(state.phase)
 
     def end(self) -> None:
         """End the phase: its size is now the number of samples that were read."""
@@ -219,7 +344,6 @@ class StateWriter:
         """Continue after the batches of ``exported``."""
         sizes = np.asarray(exported["sizes"], np.int64)
         self.state.batch_num = len(sizes)
-        self._size = int(sizes[-1]) if len(sizes) else -1
         self.state._sizes = _BatchSizes.of(sizes)
         self.values.restore(exported["values"])
 
@@ -227,25 +351,51 @@ class StateWriter:
 class _BatchSizes:
     """The sizes of the batches of a phase, stored as changes, since most are equal."""
 
-    __slots__ = ("_batch_nums", "_samples_before", "_sizes")
+    __slots__ = ("_batch_nums", "_samples_before", "_sizes", "problem")
 
     def __init__(self) -> None:
         # For each change: the first batch of the new size, that size, and the samples before it.
         self._batch_nums, self._sizes, self._samples_before = array("q"), array("q"), array("q")
+        self.problem = (0, "")
+        """number of the last batch of unknown size, and the reason"""
 
     @classmethod
     def of(cls, sizes: Any) -> _BatchSizes:
         """Return the sizes of an array, which has one for each batch."""
         changes = cls()
-        for index in np.flatnonzero(np.diff(sizes, prepend=-1)):
-            changes.change(int(index) + 1, int(sizes[index]))
+        for position, size in enumerate(sizes.tolist(), 1):
+            changes.change(position, size)
+            if size < 0:
+                changes.problem = (position, "it was not known before the run was resumed")
         return changes
 
     def change(self, batch_num: int, size: int) -> None:
-        """Set the size of a batch and of all later ones."""
+        """Set the size of a batch, the present one or the next, and of all later ones."""
+        if self._batch_nums and self._batch_nums[-1] == batch_num:
+            for column in (self._batch_nums, self._sizes, self._samples_before):
+                column.pop()
+        if self._sizes and self._sizes[-1] == size:
+            return
         self._samples_before.append(self.samples(batch_num - 1))
         self._batch_nums.append(batch_num)
         self._sizes.append(size)
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the size of every batch is known."""
+        return UNKNOWN not in self._sizes
+
+    def check(self, phase: Phase) -> None:
+        """Raise ConfigurationError if the size of a batch is not known."""
+        if self.are_known:
+            return
+        batch_num, problem = self.problem
+        raise ConfigurationError(
+            f"the number of samples in {phase} batch {batch_num} is not known: {problem}. It is "
+            "needed for state.batch_size, state.size and the means of the default epoch_end. Give "
+            "batch_size_of=, a function of the batch that returns it, or set state.batch_size in "
+            f"{phase}_step"
+        )
 
     def samples(self, batches: int) -> int:
         """Return the samples in the first ``batches`` batches; not before the last change."""
@@ -257,6 +407,16 @@ class _BatchSizes:
         """Return an array with the size of each of the first ``batches`` batches."""
         lengths = np.diff(np.array([*self._batch_nums, batches + 1]))
         return np.repeat(np.array(self._sizes, np.int64), lengths)
+
+
+def _checked_size(size: Any, origin: str) -> int:
+    try:
+        number = UNKNOWN if isinstance(size, bool) else index(size)
+    except TypeError:
+        number = UNKNOWN
+    if number < 0:
+        raise ConfigurationError(f"{origin} {size!r:.80}; expected a number of samples, an integer")
+    return number
 
 
 def _config_property(name: str) -> property:

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from html import escape
@@ -98,10 +98,15 @@ class SpanRecorder(Instrumentation):
             phases[str(phase)] = PhaseProfile(
                 seconds=sum(event.seconds for event in events),
                 batches=sum(event.batches for event in events),
-                samples=sum(event.samples for event in events),
+                samples=_sum(event.samples for event in events),
                 parts=parts,
             )
         return ProfileReport(phases=phases, spans=tuple(self.spans))
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    known = list(numbers)
+    return None if None in known else sum(number or 0 for number in known)
 
 
 @public
@@ -112,7 +117,8 @@ class PhaseProfile:
     seconds: float
     """wall-clock time of the phase"""
     batches: int
-    samples: int
+    samples: int | None
+    """number of samples; None if the size of a batch is not known"""
     parts: Mapping[str, float]
     """seconds in each of `PARTS`"""
 

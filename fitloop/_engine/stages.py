@@ -2,76 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from fitloop._data.batch_sizes import describe
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._engine.loop_state import LoopState
+from fitloop._errors import ConfigurationError, FitLoopError, MetricError, add_note_safely
 from fitloop._public import public
 from fitloop._types import Phase, Stage
+
+_SEQUENCES = frozenset((list, tuple))
 
 
 @public
 def default_batch_step(state: LoopState) -> dict[str, Any]:
     """Compute predictions and loss; in the train phase, step every optimizer.
 
-    Expects batches of ``(inputs, targets)``. Returns ``running_loss``, the loss times the batch
-    size, and for integer targets ``running_corr``, the number of samples whose largest output
-    along dimension 1 is the target class. A sample with dense targets counts with the share of its
-    targets that are predicted correctly.
+    Expects batches of ``(inputs, targets)``, as a list, a tuple, or a mapping with these two keys.
+    Returns ``running_loss``, the loss times the batch size. If the loss function is a class of
+    torch for class scores (CrossEntropyLoss, NLLLoss, MultiMarginLoss) or its function, and the
+    targets are classes, returns also ``running_corr``, the number of targets that are the largest
+    output along dimension 1. Targets that the loss ignores do not count: ``running_count`` is the
+    number of the others. It is left out if each sample has one target and none is ignored.
+
+    Raises ConfigurationError for other batches. Other errors have a note with the batch.
     """
-    inputs, targets = state.batch
-    predictions = state.model(inputs)
-    loss = state.loss_function(predictions, targets)
-    if state.is_train:
-        scaler = state.scaler
-        if scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
-            for optimizer in state.optimizers:
-                optimizer.step()
-        else:
-            scaler.scale(loss).backward()
-            for optimizer in state.optimizers:
-                scaler.step(optimizer)
-            scaler.update()
-    # Reading a value from a device would wait for it.
-    value = loss.item() if loss.is_cpu else loss.detach()
-    metrics: dict[str, Any] = {"running_loss": value * state.batch_size}
-    if not targets.is_floating_point():
-        correct = predictions.argmax(dim=1) == targets
-        if correct.ndim > 1:  # a class for each pixel or word
-            correct = correct.flatten(1).double().mean(dim=1)
-        metrics["running_corr"] = correct.sum()
-    return metrics
+    batch = state.batch
+    try:
+        if type(batch) not in _SEQUENCES:
+            batch = _pair(batch)
+        inputs, targets = batch
+        size = state.batch_size
+        predictions = state.model(inputs)
+        loss = state.loss_function(predictions, targets)
+        if state.is_train:
+            if state.scaler is None:
+                loss.backward()  # type: ignore[no-untyped-call]
+                for optimizer in state.optimizers:
+                    optimizer.step()
+            else:
+                scaler = state.scaler
+                scaler.scale(loss).backward()
+                for optimizer in state.optimizers:
+                    scaler.step(optimizer)
+                scaler.update()
+        # Reading a value from a device would wait for it.
+        value = loss.item() if loss.is_cpu else loss.detach().reshape(())
+    except Exception as error:
+        _explain(error, state)
+        raise
+    if (
+        state._counts_quickly
+        and targets.ndim == 1
+        and predictions.ndim == 2
+        and size
+        and targets.min() >= 0
+    ):
+        return {
+            "running_loss": value * size,
+            "running_corr": (predictions.argmax(dim=1) == targets).sum().item(),
+        }
+    return {"running_loss": value * size, **_count_correct(state, predictions, targets)}
+
+
+def _count_correct(state: LoopState, predictions: Any, targets: Any) -> dict[str, Any]:
+    """Return the number of correct targets, and the number of targets that the loss counts."""
+    ignored = state._ignored_class
+    if ignored is None or targets.is_floating_point() or predictions.ndim < 2:
+        return {}  # no classes, but probabilities for example, or one sample
+    counted = targets != ignored
+    correct = (predictions.argmax(dim=1) == targets) & counted
+    return {"running_corr": correct.sum(), "running_count": counted.sum()}
+
+
+def _pair(batch: Any) -> Any:
+    """Return inputs and targets of an unusual batch; raise ValueError if it is no pair."""
+    if isinstance(batch, Mapping) and batch.keys() == {"inputs", "targets"}:
+        return batch["inputs"], batch["targets"]
+    if isinstance(batch, (list, tuple)):
+        return batch
+    raise ValueError
+
+
+def _explain(error: Exception, state: LoopState) -> None:
+    """Raise a ConfigurationError if the batch is no pair, or else add a note to the error."""
+    batch, name = state.batch, f"{state.phase}_step"
+    try:
+        _inputs, _targets = _pair(batch)
+    except ValueError:
+        raise ConfigurationError(
+            f"the batch is {describe(batch)}, a {type(batch).__name__}; the default {name} takes "
+            "(inputs, targets), as a list, a tuple, or a mapping with these two keys. For other "
+            f"batches write {name}="
+        ) from None
+    if not isinstance(error, FitLoopError):
+        add_note_safely(
+            error,
+            f"in the default {name}, which calls model(inputs) and loss_function(predictions, "
+            "targets), and takes one number as the loss. The batch (inputs, targets) is "
+            f"{describe(batch)}. For other batches, models or losses write {name}=",
+        )
 
 
 @public
 def default_epoch_end(state: LoopState) -> dict[str, float]:
     """Return means over the samples of the epoch.
 
-    The sums of ``running_loss`` and ``running_corr``, divided by the samples, are ``loss`` and
-    ``accuracy``. Any other scalar of the batch steps gives its mean, weighted by batch size.
+    The sum of ``running_loss``, divided by the samples, is ``loss``. The sum of ``running_corr``,
+    divided by the samples or by the sum of ``running_count``, is ``accuracy``. Any other number of
+    the batch steps gives its mean, weighted by batch size. Each is a mean over the batches that
+    returned the value. A tensor of one element is a number.
+
+    Raises MetricError for an accuracy above 1, and ConfigurationError if the size of a batch is not
+    known.
     """
+    columns = state._values.columns()
+    if not columns:
+        return {}
     metrics: dict[str, float] = {}
     sizes = np.asarray(state.batch_sizes, dtype=np.float64)
-    for name in state.names():
-        values = state[name]
-        if not isinstance(values, Tensor):
-            continue
-        column = values.numpy()
-        if name in _SUMS:
-            metrics[_SUMS[name]] = _sum(column) / state.size
-        elif len(column) == len(sizes):
-            metrics[name] = _sum(column * sizes) / state.size
-        else:  # only some batches returned this name
-            metrics[name] = _sum(column) / len(column)
+    counts, counted = columns.pop("running_count", (np.empty(0), np.empty(0, np.int64)))
+    weights = sizes.copy()
+    weights[counted] = counts
+    for name, (values, batches) in columns.items():
+        if name == "running_loss":
+            metrics["loss"] = _ratio(values, sizes[batches])
+        elif name == "running_corr":
+            metrics["accuracy"] = _ratio(values, weights[batches])
+        else:
+            metrics[name] = _ratio(values * sizes[batches], sizes[batches])
+    if metrics.get("accuracy", 0.0) > 1 and "running_corr" in columns:
+        correct, samples = columns["running_corr"][0].sum(), weights.sum()
+        raise MetricError(
+            f"accuracy is {metrics['accuracy']:.4g}, above 1: the sum of running_corr is "
+            f"{correct:g}, and the batches have {samples:g} samples. Return the number of correct "
+            "samples as running_corr, and give batch_size_of= or set state.batch_size in "
+            f"{state.phase}_step if the number of samples is wrong"
+        )
     return metrics
 
 
-_SUMS = {"running_loss": "loss", "running_corr": "accuracy"}
+def _ratio(values: Any, weights: Any) -> float:
+    total = _sum(weights)
+    return _sum(values) / total if total else math.nan
 
 
 def _sum(values: Any) -> float:

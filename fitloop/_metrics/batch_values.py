@@ -90,16 +90,25 @@ class BatchValues:
         self._append: dict[str, Callable[[float], None]] = {}
         self._tensors: dict[str, list[Tensor]] = {}
         self._device = _DeviceScalars(self._append_number)
+        self._first: tuple[str, ...] = ()
+        """names that the first batch had; every batch has them until there are gaps"""
+        self._num_names = 0
+        """number of these names; -1 if the present batch, or an earlier one, has others"""
+        self._batch_nums: dict[str, array[int]] = {}
+        """numbers of the batches that had a name, of all names; empty as long as there are no gaps
+        """
 
-    def put(self, values: Any) -> None:
-        """Add the result of one batch step.
+    def put(self, values: Any, batch_num: int) -> None:
+        """Add the result of the step of a batch, counted from 1.
 
         Raises:
             MetricError: it is no mapping of names to numbers or tensors, or a name is a number in
                 one batch and a tensor in another.
         """
         if values is None:
-            return
+            if not self._num_names:
+                return
+            values = {}
         if type(values) is not dict:
             values = as_mapping(values, self._phase, Stage.BATCH_STEP)
         on_device: list[tuple[str, Tensor]] | None = None
@@ -113,33 +122,53 @@ class BatchValues:
                     on_device.append((name, value))
                     continue
                 value = value.item()
-            if self._device.names and name in self._device.names:
-                self._device.drain()  # keep the order
             try:
                 self._append[name](value)
             except (KeyError, TypeError):
+                if name in self._device.names:
+                    self._device.drain()  # keep the order
                 self._append_number(name, value)
         if on_device is not None:
             for name, _value in on_device:
                 self._check_kind(name, self._tensors)
             self._device.put(on_device)
+            for name, _value in on_device:
+                self._append.pop(name, None)  # a number must wait for those on the device
+                if name not in self._first:
+                    self._num_names = -1
+        if len(values) != self._num_names:
+            self._note_gaps(values, batch_num)
+
+    def _note_gaps(self, values: Mapping[str, Any], batch_num: int) -> None:
+        """Note the number of a batch for its names, once not all batches have the same ones."""
+        if batch_num == 1:
+            self._first, self._num_names = tuple(values), len(values)
+            return
+        if not self._batch_nums:
+            self._batch_nums = {name: array("q", range(1, batch_num)) for name in self._first}
+        for name in values:
+            self._batch_nums.setdefault(name, array("q")).append(batch_num)
+        self._num_names = -1
 
     def _append_number(self, name: str, value: Any) -> None:
         """Add a number with all checks, which the fast path in `put` omits."""
         if name not in self._numbers:
             _check_name(name, self._phase, Stage.BATCH_STEP)
             self._check_kind(name, self._tensors)
-        if isinstance(value, np.ndarray) and value.ndim:
-            raise MetricError(
-                f"{self._phase} batch_step returned {name!r} as an array of shape {value.shape}; "
-                "expected a number or a tensor: use torch.as_tensor(...)"
-            )
+        if isinstance(value, np.ndarray):
+            if value.size != 1:
+                raise MetricError(
+                    f"{self._phase} batch_step returned {name!r} as an array of shape "
+                    f"{value.shape}; expected a number or a tensor: use torch.as_tensor(...)"
+                )
+            value = value.item()
         number = _as_float(name, value, self._phase, Stage.BATCH_STEP)
         column = self._numbers.get(name)
         if column is None:
             column = self._numbers[name] = array("d")
-            self._append[name] = column.append
+            self._num_names = -1 if name not in self._first else self._num_names
         column.append(number)
+        self._append[name] = column.append
 
     def _put_tensor(self, name: str, value: Tensor) -> None:
         if name not in self._tensors:
@@ -148,6 +177,7 @@ class BatchValues:
             if name in self._device.names:
                 self._raise_mixed(name)
             self._tensors[name] = []
+            self._num_names = -1
         # A copy, since the step may reuse the tensor.
         self._tensors[name].append(value.detach().clone())
 
@@ -166,10 +196,32 @@ class BatchValues:
         self._device.drain()
         return [*self._numbers, *self._tensors]
 
-    def scalars(self) -> dict[str, array[float]]:
-        """Return the scalar values of all batches; wait for those on a device."""
+    def columns(self) -> dict[str, tuple[Any, Any]]:
+        """Return the values of each number, and the indices of their batches, as two arrays.
+
+        A name whose tensors all have one element is a number. Waits for values on a device.
+        """
         self._device.drain()
-        return self._numbers
+        numbers = {name: np.array(column) for name, column in self._numbers.items()}
+        for name, tensors in self._tensors.items():
+            if all(tensor.numel() == 1 for tensor in tensors):
+                numbers[name] = np.array([float(tensor) for tensor in tensors])
+        return {
+            name: (values, np.asarray(self._batch_nums.get(name, range(1, len(values) + 1))) - 1)
+            for name, values in numbers.items()
+        }
+
+    def scalars(self, batches: int) -> dict[str, array[float]]:
+        """Return the numbers of the first ``batches`` batches; NaN for a batch without a value."""
+        if not self._tensors and not self._batch_nums:
+            self._device.drain()
+            return self._numbers
+        scalars = {}
+        for name, (values, indices) in self.columns().items():
+            column = np.full(batches, np.nan)
+            column[indices] = values
+            scalars[name] = array("d", column.tobytes())
+        return scalars
 
     def export(self) -> dict[str, Any]:
         """Return all values so far, for `restore`; wait for those on a device."""
@@ -177,6 +229,7 @@ class BatchValues:
         return {
             "numbers": {name: np.array(column) for name, column in self._numbers.items()},
             "tensors": {name: list(values) for name, values in self._tensors.items()},
+            "batches": {name: np.array(nums) for name, nums in self._batch_nums.items()},
         }
 
     def restore(self, values: Any) -> None:
@@ -185,6 +238,10 @@ class BatchValues:
             numbers = self._numbers[name] = array("d", column.tobytes())
             self._append[name] = numbers.append
         self._tensors = {name: list(tensors) for name, tensors in values["tensors"].items()}
+        nums = values.get("batches", {})  # an earlier version has none
+        self._batch_nums = {name: array("q", column.tobytes()) for name, column in nums.items()}
+        self._first = (*self._numbers, *self._tensors)
+        self._num_names = -1 if self._batch_nums else len(self._first)
 
     def __contains__(self, name: object) -> bool:
         return name in self._numbers or name in self._tensors or name in self._device.names

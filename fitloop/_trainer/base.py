@@ -55,6 +55,7 @@ class TrainerBase:
         scheduler_interval: Interval | Sequence[Interval] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        batch_size_of: Callable[[Any], int] | None = None,
         configure_optimizer: Callable[..., object] | None = None,
         criteria: str | None = None,
         criteria_direction: int | None = None,

@@ -84,6 +84,9 @@ class FitLoop(TrainerBase):
         device: default: CUDA if there is a device, else the CPU.
         dtype: floating tensors of the batches and the model are cast to it. Default: the dtype of
             the first floating parameter of the model.
+        batch_size_of: a function of the batch that returns its number of samples. Default: the size
+            that the tensors of the batch agree on. Where they do not, an error asks for this
+            function when the size is needed. See `LoopState.batch_size`.
         configure_optimizer: called with the trainer each time weights were restored, so that
             training can go on. ``trainer.configure_optimizer(...)`` passes its arguments on to it.
             Default: `fitloop.configure_optimizer`.

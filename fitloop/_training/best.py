@@ -14,14 +14,17 @@ from fitloop._types import Phase
 class Criteria:
     """The metric of ``valid_epoch_end`` that compares models, and its direction: 1 or -1.
 
-    The default is ``accuracy``, 1. If the validation returns no accuracy, because the targets are
-    no classes, the default becomes ``loss``, -1. Without a loss nothing is compared.
+    The default is ``accuracy``, 1. If the first validation returns no accuracy, because the targets
+    are no classes, the default becomes ``loss``, -1. Without a loss nothing is compared. Scores of
+    two metrics are never compared: a later validation without the metric has no score.
     """
 
     def __init__(self, name: str, direction: int, *, is_default: bool = False) -> None:
         self.name = name
         self.direction = direction
         self.is_default = is_default
+        self._is_open = is_default
+        """whether the default metric is not decided yet"""
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """Return the score in the metrics of a validation; None if the default metric is missing.
@@ -29,13 +32,13 @@ class Criteria:
         Raises:
             MissingCriteriaError: the metric that the user named is missing.
         """
-        if self.name in metrics:
-            return metrics[self.name]
-        if not self.is_default:
+        if not self.is_default and self.name not in metrics:
             raise MissingCriteriaError(self.name, metrics)
-        if "loss" in metrics:
+        if self._is_open and self.name not in metrics and "loss" in metrics:
             self.name, self.direction = "loss", -1
-        return metrics.get("loss")
+        if self.name in metrics:
+            self._is_open = False
+        return metrics.get(self.name)
 
     def is_better(self, score: float, best: float | None) -> bool:
         """Return whether ``score`` replaces ``best``: NaN never does, a tie does."""

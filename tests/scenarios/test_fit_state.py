@@ -60,9 +60,9 @@ async def test_batch_when_nested_then_keeps_its_form_and_casts_its_tensors(cast:
     assert options.image.dtype == torch.float64  # the loader's own is left alone
 
 
-async def test_dict_batch_when_read_then_batch_size_is_of_its_first_tensor() -> None:
+async def test_dict_batch_when_read_then_batch_size_is_of_its_tensors() -> None:
     sizes: list[int] = []
-    data = [{"id": "x", "tokens": torch.zeros(5, 2), "labels": torch.zeros(3)}]
+    data = [{"id": "x", "tokens": torch.zeros(5, 2), "labels": torch.zeros(5)}]
     fitted = trainer(
         train_dl=data, train_step=lambda state: sizes.append(state.batch_size), valid_dl=None
     )

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, defaultdict
-from collections.abc import Iterator
-from types import MappingProxyType
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from fitloop._data.device import DeviceTransfer, batch_size_of, map_tensors
+from fitloop._data.device import DeviceTransfer, map_tensors
 
 CPU = torch.device("cpu")
 
@@ -249,28 +250,120 @@ def test_map_tensors_when_type_is_structseq_then_it_is_kept() -> None:
     assert torch.equal(mapped[0], torch.full((2,), 2.0))
 
 
+@dataclass
+class Fields:
+    inputs: Any
+    targets: Any
+    note: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    inputs: Any
+    targets: Any
+    total: int = field(init=False, default=3)
+
+    def __post_init__(self) -> None:
+        if self.inputs.dtype is not torch.float64:
+            raise ValueError("it takes doubles only")
+
+
+class OfAttrs:
+    """A class as the library attrs makes it."""
+
+    __attrs_attrs__ = (SimpleNamespace(name="inputs"), SimpleNamespace(name="targets"))
+
+    def __init__(self, inputs: Any, targets: Any) -> None:
+        self.inputs, self.targets = inputs, targets
+
+
+class Movable(Fields):
+    def to(self, device: torch.device) -> Movable:
+        return Movable(self.inputs.to(device), self.targets, f"on {device}")
+
+
 @pytest.mark.parametrize(
-    ("batch", "size"),
-    [
-        pytest.param(torch.ones(5, 3), 5, id="tensor"),
-        pytest.param((torch.ones(4, 3), torch.ones(2)), 4, id="first-counts"),
-        pytest.param((torch.tensor(1.0), torch.ones(7)), 7, id="scalar-has-none"),
-        pytest.param({"name": "x", "data": {"inputs": torch.ones(6)}}, 6, id="nested-dict"),
-        pytest.param(Pair("x", torch.ones(3)), 3, id="namedtuple"),
-        pytest.param([["a", "b"], torch.ones(8, 1)], 8, id="text-first"),
-        pytest.param(torch.ones(0, 3), 0, id="empty"),
-        pytest.param(["a", "b", "c"], 3, id="texts"),
-        pytest.param(torch.tensor(3.0), 1, id="scalar"),
-        pytest.param(5, 1, id="number"),
-        pytest.param(None, 1, id="none"),
-        pytest.param(pack_sequence([torch.ones(3, 1), torch.ones(2, 1)]), 2, id="packed"),
-        pytest.param(torch.ones(3, 2).to_sparse(), 3, id="sparse"),
-    ],
+    "kind",
+    [Fields, Frozen, OfAttrs, Movable, lambda x, y: SimpleNamespace(inputs=x, targets=y)],
+    ids=["dataclass", "frozen", "attrs", "own-to", "namespace"],
 )
-def test_batch_size_of_when_batch_is_any_then_first_dimension_of_first_tensor(
-    batch: Any, size: int
+def test_transfer_when_batch_has_declared_fields_then_they_are_cast_in_a_copy(kind: Any) -> None:
+    targets = [torch.zeros(2, dtype=torch.int32)]
+    batch = kind(doubles(), targets)
+    moved = transfer({"deep": batch})["deep"]
+    assert type(moved) is type(batch)
+    assert (moved.inputs.dtype, moved.targets[0].dtype) == (torch.float32, torch.int64)
+    assert (batch.inputs.dtype, batch.targets[0].dtype) == (torch.float64, torch.int32)
+    assert getattr(moved, "total", 3) == 3
+    assert kind is not Movable or moved.note == "on cpu"
+
+
+class Shared(MutableMapping[str, Any]):
+    """A mapping whose copy shares its values."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values_by_name = values
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values_by_name[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.values_by_name[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.values_by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+
+class Odd(Shared):
+    def __init__(self, values: dict[str, Any], more: int) -> None:
+        super().__init__(values)
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind"),
+    [
+        (Shared({"x": doubles()}), Shared),
+        (MappingProxyType({"x": doubles()}), MappingProxyType),
+        (Odd({"x": doubles()}, 1), dict),
+    ],
+    ids=["shared", "proxy", "odd"],
+)
+def test_transfer_when_mapping_is_unusual_then_loaders_own_is_left_alone(
+    batch: Any, kind: Any
 ) -> None:
-    assert batch_size_of(batch) == size
+    moved = transfer(batch)
+    assert type(moved) is kind
+    assert moved["x"].dtype is torch.float32
+    assert batch["x"].dtype is torch.float64
+
+
+class Quantity:
+    """An object whose ``.to`` converts units."""
+
+    def to(self, unit: str) -> Any:
+        raise ValueError(f"{unit} is no unit")
+
+
+class InPlace:
+    """An object whose ``.to`` moves in place and returns nothing."""
+
+    def __init__(self) -> None:
+        self.device: Any = None
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+
+
+def test_transfer_when_to_is_unusual_then_the_object_stays() -> None:
+    quantity, in_place = Quantity(), InPlace()
+    assert transfer([quantity, in_place]) == [quantity, in_place]
+    assert in_place.device == CPU
 
 
 # -- on a device --------------------------------------------------------------------------------

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import arguments
+from torch.nn.utils.rnn import pack_sequence
 
-from fitloop import FitLoop, Phase
+from fitloop import ConfigurationError, FitLoop, Phase
 from fitloop._engine.loop_state import StateWriter
 
 SIZES = st.lists(st.integers(0, 3), max_size=30)
@@ -22,7 +26,7 @@ def new_writer() -> StateWriter:
 def write_batches(writer: StateWriter, sizes: list[int]) -> None:
     for size in sizes:
         writer.next_batch([torch.empty(size, 1)])
-        writer.values.put(None)
+        writer.values.put(None, writer.state.batch_num)
 
 
 @settings(deadline=None)  # the first trainer of a process takes long
@@ -49,3 +53,112 @@ def test_batch_sizes_when_most_are_equal_then_take_little_memory() -> None:
     write_batches(writer, [3] * 1000 + [2])
     assert writer.state.batch_sizes == [3] * 1000 + [2]
     assert len(writer.state._sizes._sizes) == 2
+
+
+def samples_of(kind: Any) -> Any:
+    return kind([torch.ones(3, 4, 4) for _ in range(8)])
+
+
+def jagged() -> Any:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+
+class Named(NamedTuple):
+    inputs: Any
+    targets: Any
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        pytest.param((torch.ones(8, 2), torch.ones(8)), 8, id="pair"),
+        pytest.param([torch.ones(8, 2)], 8, id="list-of-one"),
+        pytest.param(torch.ones(8, 2), 8, id="tensor"),
+        pytest.param({"x": torch.ones(8), "ids": ["a", "b"], "n": 5}, 8, id="dict"),
+        pytest.param(Named(torch.ones(8, 2), {"y": np.ones(8)}), 8, id="namedtuple"),
+        pytest.param(SimpleNamespace(x=torch.ones(8, 2), y=None), 8, id="fields"),
+        pytest.param(((torch.ones(8, 2), torch.ones(8, 3)), torch.ones(8)), 8, id="two-inputs"),
+        pytest.param(
+            (samples_of(list), [{"boxes": torch.ones(n, 4)} for n in range(8)]), 8, id="detection"
+        ),
+        pytest.param(
+            (samples_of(tuple), tuple(torch.tensor(1) for _ in range(8))), 8, id="samples"
+        ),
+        pytest.param({"text": ["a"] * 8, "label": [1] * 8}, 8, id="python-lists"),
+        pytest.param(["a", "b", "c"], 3, id="texts"),
+        pytest.param(
+            (pack_sequence([torch.ones(3, 1), torch.ones(2, 1)]), torch.ones(2)), 2, id="packed"
+        ),
+        pytest.param((torch.ones(8, 2).to_sparse(), torch.ones(8)), 8, id="sparse"),
+        pytest.param(
+            (jagged(), torch.ones(2)),
+            2,
+            id="nested",
+        ),
+        pytest.param((torch.ones(5, 8, 2), torch.ones(8)), None, id="time-first"),
+        pytest.param((torch.ones(4), torch.tensor(1)), None, id="one-sample"),
+        pytest.param({"images": samples_of(list)}, None, id="samples-or-fields"),
+        pytest.param(object(), None, id="object"),
+        pytest.param(5, None, id="number"),
+        pytest.param([], None, id="empty"),
+    ],
+)
+def test_batch_size_when_tensors_agree_then_is_their_first_dimension(batch: Any, size: Any) -> None:
+    writer = new_writer()
+    writer.next_batch((torch.ones(3, 2), torch.ones(3)))
+    assert writer.state.batch_size == 3
+    for _ in range(2):
+        writer.next_batch(batch)
+        if size is None:
+            with pytest.raises(
+                ConfigurationError, match=r"samples in train batch .*batch_size_of="
+            ):
+                _ = writer.state.batch_size
+        else:
+            assert writer.state.batch_size == size
+    assert writer.samples == (None if size is None else 3 + 2 * size)
+
+
+def test_batch_size_when_tensors_do_not_agree_and_the_step_sets_it_then_it_counts() -> None:
+    writer = new_writer()
+    for size in (2, 3, 3):
+        writer.next_batch((torch.ones(5, size), torch.ones(size)))
+        writer.state.batch_size = size
+        assert writer.state.size == sum(writer.state.batch_sizes)
+    writer.next_batch((torch.ones(6, 4), torch.ones(6)))
+    assert writer.state.batch_sizes == [2, 3, 3, 6]
+    writer.end()
+    assert (writer.state.size, writer.samples) == (14, 14)
+
+
+@pytest.mark.parametrize("size", [-1, 2.5, "8", None, True], ids=repr)
+def test_batch_size_when_set_to_no_number_of_samples_then_error(size: Any) -> None:
+    writer = new_writer()
+    writer.next_batch(torch.ones(3))
+    with pytest.raises(
+        ConfigurationError, match=r"state.batch_size was set to .*expected a number"
+    ):
+        writer.state.batch_size = size
+
+
+def test_batch_size_when_loader_has_another_then_error_says_both() -> None:
+    writer = new_writer()
+    writer.begin(3, 20, 8)
+    writer.next_batch((torch.ones(8, 2), torch.ones(8)))
+    assert writer.state.batch_size == 8
+    writer.next_batch((torch.ones(5, 8), torch.ones(5, 8)))  # time first
+    with pytest.raises(
+        ConfigurationError, match=r"of 5 samples, but the DataLoader has batch_size=8"
+    ):
+        _ = writer.state.batch_size
+    writer.next_batch({"images": samples_of(list)[:4]})  # the last batch, of samples, not fields
+    assert writer.state.batch_size == 4
+
+
+def test_batch_size_of_when_given_then_is_asked_for_each_batch() -> None:
+    config = FitLoop(**arguments(batch_size_of=lambda batch: batch[0].size(1)))._state.config
+    writer = StateWriter(config, Phase.TRAIN, 1, lambda: None)
+    for size in (4, 2, 2):
+        writer.next_batch((torch.ones(5, size), torch.ones(5)))
+        assert writer.state.batch_size == size
+    assert writer.state.batch_sizes == [4, 2, 2]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import tracemalloc
 import weakref
 from collections import OrderedDict
@@ -20,8 +21,8 @@ from fitloop._metrics.batch_values import CHUNK, BatchValues, _DeviceScalars, as
 
 def collected(*batches: Any) -> BatchValues:
     values = BatchValues(Phase.TRAIN)
-    for batch in batches:
-        values.put(batch)
+    for number, batch in enumerate(batches, 1):
+        values.put(batch, number)
     return values
 
 
@@ -29,7 +30,7 @@ def column(values: BatchValues, name: str = "x") -> list[float]:
     value = values[name]
     assert isinstance(value, Tensor)
     assert value.dtype is torch.float64
-    assert list(values.scalars()[name]) == value.tolist()
+    assert list(values.scalars(len(value))[name]) == value.tolist()
     listed: list[float] = value.tolist()
     return listed
 
@@ -45,6 +46,7 @@ def column(values: BatchValues, name: str = "x") -> list[float]:
         (np.int64(7), 7.0),
         (np.bool_(True), 1.0),
         (np.array(2.5), 2.5),
+        (np.array([2.5]), 2.5),
         (Fraction(1, 4), 0.25),
         (torch.tensor(3), 3.0),
         (torch.tensor(0.1, dtype=torch.float64), 0.1),
@@ -84,13 +86,13 @@ def test_put_when_mapping_is_no_plain_dict_then_it_will_do() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, "1", b"1", object(), [1.0], {"a": 1}, 1j, torch.tensor(1j), np.array([1.0])]
+    "value", [None, "1", b"1", object(), [1.0], {"a": 1}, 1j, torch.tensor(1j), np.ones(2)]
 )
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 def test_put_when_value_is_no_metric_then_error_names_it(value: Any, first: bool) -> None:
     values = collected() if first else collected({"x": 1.0})
     with pytest.raises(MetricError, match=r"^train batch_step returned 'x'.*; expected a number"):
-        values.put({"x": value})
+        values.put({"x": value}, 1)
 
 
 @pytest.mark.parametrize("value", [1.0, torch.ones(2)], ids=["number", "tensor"])
@@ -109,10 +111,36 @@ def test_put_when_kinds_are_mixed_then_error(swap: bool, number: Any) -> None:
 
 def test_put_when_names_are_missing_in_some_batches_then_each_has_what_came() -> None:
     values = collected({"x": 1.0}, {"y": 2.0}, None, {"x": 3.0, "y": 4.0, "z": torch.ones(2)})
-    assert column(values) == [1.0, 3.0]
-    assert column(values, "y") == [2.0, 4.0]
+    assert values["x"].tolist() == [1.0, 3.0]  # type: ignore[union-attr]
+    assert values["y"].tolist() == [2.0, 4.0]  # type: ignore[union-attr]
     assert values.names() == ["x", "y", "z"]
     assert "z" in values
+    columns = {name: [list(c) for c in column] for name, column in values.columns().items()}
+    assert columns == {"x": [[1.0, 3.0], [0, 3]], "y": [[2.0, 4.0], [1, 3]]}
+    assert [str(number) for number in values.scalars(4)["y"]] == ["nan", "2.0", "nan", "4.0"]
+
+
+def test_put_when_later_batches_return_nothing_then_their_places_are_empty() -> None:
+    values = collected({"x": 1.0}, None, {})
+    assert str(values.scalars(3)["x"].tolist()) == "[1.0, nan, nan]"
+    restored = BatchValues(Phase.TRAIN)
+    restored.restore(values.export())
+    restored.put({"x": 4.0}, 4)
+    assert str(restored.scalars(4)["x"].tolist()) == "[1.0, nan, nan, 4.0]"
+
+
+def test_columns_when_all_tensors_have_one_element_then_they_are_numbers() -> None:
+    values = collected(
+        {"norm": torch.ones(1), "pred": torch.ones(1, 1)},
+        {"norm": torch.full((1,), 3.0), "pred": torch.ones(2, 1)},
+    )
+    assert isinstance(values["norm"], list)
+    assert {name: column.tolist() for name, (column, _) in values.columns().items()} == {
+        "norm": [1.0, 3.0]
+    }
+    assert {name: column.tolist() for name, column in values.scalars(2).items()} == {
+        "norm": [1.0, 3.0]
+    }
 
 
 def test_getitem_when_value_has_dimensions_then_a_list_of_detached_tensors() -> None:
@@ -144,9 +172,9 @@ def test_put_when_tensor_is_changed_in_place_afterwards_then_value_is_the_one_re
     shape: tuple[int, ...],
 ) -> None:
     running, values = torch.zeros(shape), BatchValues(Phase.TRAIN)
-    for _ in range(3):
+    for number in range(1, 4):
         running.add_(1)
-        values.put({"x": running})
+        values.put({"x": running}, number)
     value = values["x"]
     assert [torch.as_tensor(item).sum().item() / max(1, running.numel()) for item in value] == [
         1.0,
@@ -177,11 +205,11 @@ def test_put_when_a_million_values_come_then_they_take_nine_megabytes() -> None:
         values = BatchValues(Phase.TRAIN)
         put = values.put
         for number in range(1_000_000):
-            put({"loss": number / 3})
+            put({"loss": number / 3}, number + 1)
         after, _peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(values.scalars()["loss"]) == 1_000_000
+    assert len(values.scalars(1_000_000)["loss"]) == 1_000_000
     assert after - before <= 9_000_000
 
 
@@ -292,19 +320,24 @@ def test_put_when_floats_and_device_values_are_mixed_then_order_is_kept(
     values = BatchValues(Phase.TRAIN)
     expected: dict[str, list[float]] = {}
     for number, batch in enumerate(plan * repeat):
-        values.put({name: on_device(number) if far else number for name, far in batch.items()})
+        returned = {name: on_device(number) if far else number for name, far in batch.items()}
+        values.put(returned, number + 1)
         for name in batch:
             expected.setdefault(name, []).append(float(number))
         if look and number % 7 == 0:
             assert set(values.names()) == set(expected)
-    assert {name: list(numbers) for name, numbers in values.scalars().items()} == expected
+    columns = values.columns()
+    assert {name: column.tolist() for name, (column, _batches) in columns.items()} == expected
+    assert all(column.tolist() == batches.tolist() for column, batches in columns.values())
+    for name, column in values.scalars(len(plan * repeat)).items():
+        assert [number for number in column if not math.isnan(number)] == expected[name]
 
 
 @pytest.mark.parametrize("swap", [False, True], ids=["scalar-first", "tensor-first"])
 def test_put_when_device_value_and_tensor_are_mixed_then_error(swap: bool) -> None:
     batches: list[dict[str, Any]] = [{"x": on_device(1.0)}, {"x": torch.ones(2)}]
     with pytest.raises(MetricError, match="'x' as a number in one batch and as a tensor"):
-        collected(*(reversed(batches) if swap else batches)).scalars()
+        collected(*(reversed(batches) if swap else batches)).scalars(2)
 
 
 @pytest.mark.cuda
@@ -314,7 +347,7 @@ def test_put_when_values_are_on_cuda_then_they_cross_in_order_and_nothing_waits(
     try:
         counts = torch.arange(2 * CHUNK + 5, device="cuda")
         for number in range(2 * CHUNK + 5):
-            values.put({"loss": counts[number] / 2, "corr": counts[number]})
+            values.put({"loss": counts[number] / 2, "corr": counts[number]}, number + 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert column(values, "loss") == [number / 2 for number in range(2 * CHUNK + 5)]

@@ -1,0 +1,87 @@
+"""The number of samples in a batch, as far as its tensors tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fitloop._data.fields import field_names
+
+
+def possible_sizes(batch: Any) -> set[int]:
+    """Return the numbers of samples that a batch may have.
+
+    One number: all tensors agree on it. None: they do not agree, or the batch has no tensors and no
+    lists. Several: a list of tensors inside the batch may be a list of samples, or of fields.
+    """
+    tensors: list[set[int]] = []
+    others: list[set[int]] = []
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        # At the top these are fields, such as (inputs, targets).
+        for item in batch:
+            _collect(item, tensors, others)
+        if not tensors and not others and len({type(item) for item in batch}) == 1:
+            return {len(batch)}  # texts, for example
+    else:
+        _collect(batch, tensors, others)
+    return _common(tensors or others)
+
+
+def _common(sizes: list[set[int]]) -> set[int]:
+    return set.intersection(*sizes) if sizes else set()
+
+
+def _collect(item: Any, tensors: list[set[int]], others: list[set[int]]) -> None:
+    """Append the possible sizes of the tensors, and of the lists without tensors, in ``item``."""
+    if isinstance(item, (Tensor, np.ndarray)):
+        # The shape of a nested tensor cannot be read.
+        first = item.size(0) if isinstance(item, Tensor) and item.ndim else None
+        if isinstance(item, np.ndarray) and item.ndim:
+            first = item.shape[0]
+        tensors.append(set() if first is None else {first})
+    elif isinstance(item, PackedSequence):
+        tensors.append({int(item.batch_sizes[0])})
+    elif isinstance(item, (list, tuple)) and not hasattr(item, "_fields"):
+        inner: list[set[int]] = []
+        for element in item:
+            _collect(element, inner, [])
+        if inner:
+            tensors.append({len(item)} | _common(inner))
+        elif item:
+            others.append({len(item)})
+    else:
+        for element in _fields(item):
+            _collect(element, tensors, others)
+
+
+def _fields(item: Any) -> Iterable[Any]:
+    if isinstance(item, Mapping):
+        return item.values()
+    return [getattr(item, name) for name in field_names(item)]
+
+
+def describe(batch: Any, depth: int = 3) -> str:
+    """Return the structure of a batch in words, such as ``(float32 (8, 4), int64 (8,))``."""
+    if isinstance(batch, (Tensor, np.ndarray)):
+        shape = tuple(batch.shape) if not getattr(batch, "is_nested", False) else "(nested)"
+        return f"{str(batch.dtype).removeprefix('torch.')} {shape}"
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        parts = [f"{key!r}: {describe(batch[key], depth - 1)}" for key in list(batch)[:4]]
+        brackets = "{}"
+    elif isinstance(batch, (list, tuple)):
+        parts = [describe(item, depth - 1) for item in batch[:4]]
+        brackets = "[]" if isinstance(batch, list) else "()"
+    elif names := field_names(batch):
+        parts = [f"{name}={describe(getattr(batch, name), depth - 1)}" for name in names[:4]]
+        brackets = f"{kind}()"
+    else:
+        return kind
+    if not depth:
+        return f"{kind} of {len(parts)}"
+    more = ", ..." if hasattr(batch, "__len__") and len(batch) > len(parts) else ""
+    return f"{brackets[:-1]}{', '.join(parts)}{more}{brackets[-1]}"

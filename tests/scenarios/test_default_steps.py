@@ -1,0 +1,376 @@
+"""The default stage functions: what they compute, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from support.checked_trainer import QUIET, CheckedTrainer
+from support.models import BATCHES, CLASSES, FEATURES, batches, blobs, mlp, trainer
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD
+from torch.utils.data import DataLoader, TensorDataset
+
+from fitloop import ConfigurationError, FitLoopError, LoopState, MetricError, StageSignatureError
+
+pytestmark = pytest.mark.anyio
+
+
+class Outputs(NamedTuple):
+    logits: Tensor
+    aux: Tensor
+
+
+class Wrapped(nn.Module):
+    """A model whose outputs are put into something."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any], outputs: int = CLASSES) -> None:
+        super().__init__()
+        self.inner, self.wrap = mlp(outputs=outputs), wrap
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.wrap(self.inner(inputs))
+
+
+def with_targets(change: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(inputs, change(targets)) for inputs, targets in batches()]
+
+
+class OwnLoss(nn.Module):
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets)
+
+
+class Focal(nn.CrossEntropyLoss):
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(outputs * 2, targets)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets", "wrap"),
+    [
+        pytest.param(
+            lambda p, t: F.cross_entropy(p, t.squeeze(1)),
+            3,
+            lambda t: t[:, None],
+            None,
+            id="(N, 1)",
+        ),
+        pytest.param(
+            lambda p, t: F.binary_cross_entropy_with_logits(p, t.float()[:, None]),
+            1,
+            lambda t: (t > 0).long(),
+            None,
+            id="one logit",
+        ),
+        pytest.param(
+            lambda p, t: F.binary_cross_entropy_with_logits(p, t.float()),
+            1,
+            lambda t: (t > 0).long(),
+            nn.Flatten(0),
+            id="flat logits",
+        ),
+        pytest.param(
+            lambda p, t: F.binary_cross_entropy_with_logits(p, t.float()),
+            3,
+            lambda t: F.one_hot(t, 3),
+            None,
+            id="one hot",
+        ),
+        pytest.param(
+            lambda p, t: F.gaussian_nll_loss(p[:, 0], t.float(), p[:, 1].exp()),
+            2,
+            lambda t: t + 5,
+            None,
+            id="counts",
+        ),
+        pytest.param(
+            lambda p, t: F.binary_cross_entropy_with_logits(p[:, 0], t.float()),
+            1,
+            lambda t: t > 0,
+            None,
+            id="bool",
+        ),
+        pytest.param(
+            nn.CrossEntropyLoss(), 3, lambda t: F.one_hot(t, 3).float(), None, id="probabilities"
+        ),
+        pytest.param(
+            lambda p, t: F.cross_entropy(p["logits"], t),
+            3,
+            lambda t: t,
+            lambda y: {"logits": y},
+            id="dict",
+        ),
+        pytest.param(
+            lambda p, t: F.cross_entropy(p.logits, t),
+            3,
+            lambda t: t,
+            lambda y: Outputs(y, y),
+            id="namedtuple",
+        ),
+        pytest.param(OwnLoss(), 3, lambda t: t, None, id="loss of one's own"),
+        pytest.param(Focal(), 3, lambda t: t, None, id="subclass of a loss"),
+    ],
+)
+async def test_accuracy_when_loss_does_not_tell_classes_then_the_loss_is_the_criteria(
+    loss: Any, outputs: int, targets: Any, wrap: Any
+) -> None:
+    data = with_targets(targets)
+    model = Wrapped(wrap or (lambda y: y), outputs)
+    fitted = trainer(model=model, loss_function=loss, train_dl=data, valid_dl=data, test_dl=data)
+    result = await fitted.fit(3, **QUIET)
+    assert set(result.metrics["train"]) == set(result.metrics["valid"]) == {"loss"}
+    assert set(await fitted.test(verbose=False)) == {"loss"}
+    assert result.best_score == min(result.metrics["valid"]["loss"])
+    assert fitted.criteria == "loss"
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(),
+        nn.NLLLoss(),
+        nn.MultiMarginLoss(),
+        F.cross_entropy,
+        partial(F.cross_entropy, label_smoothing=0.1),
+        partial(partial(F.cross_entropy, ignore_index=1), label_smoothing=0.1),
+        nn.CrossEntropyLoss(ignore_index=1),
+        nn.CrossEntropyLoss(ignore_index=-1),
+    ],
+    ids=str,
+)
+async def test_accuracy_when_targets_are_classes_then_is_over_those_that_the_loss_counts(
+    loss: Any,
+) -> None:
+    ignored = getattr(loss, "ignore_index", None)
+    if isinstance(loss, partial):
+        ignored = loss.keywords.get("ignore_index")
+    data = batches()
+    if ignored == -1:
+        data = with_targets(lambda t: torch.where(t == 1, -1, t))
+    fitted = trainer(loss_function=loss, train_dl=data, valid_dl=data)
+    result = await fitted.fit(1, load_best=False, **QUIET)
+    inputs, targets = (torch.cat(column) for column in zip(*data, strict=True))
+    counts = torch.ones(len(targets), dtype=torch.bool) if ignored is None else targets != ignored
+    right = fitted.model(inputs).argmax(dim=1) == targets
+    assert result.metrics["valid"]["accuracy"][0] == pytest.approx(right[counts].double().mean())
+
+
+async def test_accuracy_when_words_are_padded_then_is_over_the_words_that_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for size, words in ((8, 5), (8, 3), (2, 4)):
+        tokens = torch.randint(0, 6, (size, words), generator=generator)
+        targets = torch.randint(0, 6, (size, words), generator=generator)
+        targets[torch.rand(size, words, generator=generator) < 0.5] = -100
+        data.append((tokens, targets))
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(6, 6)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            scores: Tensor = self.table(tokens)
+            return scores.transpose(1, 2)
+
+    fitted = trainer(model=Tagger(), train_dl=data, valid_dl=data)
+    result = await fitted.fit(1, load_best=False, **QUIET)
+    pairs = [(fitted.model(tokens).argmax(1), targets) for tokens, targets in data]
+    right = sum(int((p == t).sum()) for p, t in pairs)
+    counted = sum(int((t != -100).sum()) for _p, t in pairs)
+    assert result.metrics["valid"]["accuracy"].tolist() == [right / counted]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+async def test_accuracy_when_above_1_then_error_says_which_numbers_do_not_fit(scale: float) -> None:
+    def step(state: LoopState) -> dict[str, float]:
+        state.batch_size = len(state.batch[1])
+        return {"running_corr": scale * len(state.batch[1])}
+
+    fitted = trainer(train_step=step, valid_dl=None)
+    if scale == 1:
+        result = await fitted.fit(1, **QUIET)
+        assert result.metrics["train"]["accuracy"].tolist() == [1.0]
+        return
+    with pytest.raises(MetricError, match=r"accuracy is 2, above 1.*52, and the batches have 26"):
+        await fitted.fit(1, **QUIET)
+
+
+INPUTS, TARGETS = blobs()
+
+
+def dataloader(*tensors: Tensor) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*tensors), batch_size=8)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param((INPUTS, TARGETS, TARGETS), id="three"),
+        pytest.param([INPUTS], id="one"),
+        pytest.param({"image": INPUTS, "label": TARGETS}, id="dict"),
+        pytest.param(torch.randn(2, FEATURES), id="tensor of two"),
+        pytest.param("ab", id="text"),
+        pytest.param(None, id="none"),
+    ],
+)
+@pytest.mark.parametrize("phase", ["train", "valid", "test"])
+async def test_default_step_when_batch_is_no_pair_then_error_says_what_it_takes(
+    batch: Any, phase: str
+) -> None:
+    fitted = trainer(**{f"{phase}_dl": [batch]})
+    run = fitted.test(verbose=False) if phase == "test" else fitted.fit(1, **QUIET)
+    with pytest.raises(ConfigurationError) as caught:
+        await run
+    expected = f"the default {phase}_step takes (inputs, targets), as a list, a tuple, or a mapping"
+    assert expected in str(caught.value)
+    assert str(caught.value).endswith(f"For other batches write {phase}_step=")
+
+
+async def test_default_step_when_batch_is_a_mapping_of_both_then_it_trains() -> None:
+    checked = CheckedTrainer(train_dl=[{"targets": t, "inputs": x} for x, t in batches()])
+    await checked.fit(epochs=1)
+    assert checked.check_whole_batches() == BATCHES
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"train_dl": [("text", TARGETS)]}, id="inputs"),
+        pytest.param({"model": Wrapped(lambda y: {"logits": y})}, id="outputs"),
+        pytest.param({"loss_function": nn.CrossEntropyLoss(reduction="none")}, id="loss"),
+        pytest.param({"loss_function": lambda p, t: (p.sum(), t)}, id="tuple"),
+        pytest.param({"loss_function": lambda p: p.sum()}, id="arguments"),
+    ],
+)
+async def test_default_step_when_it_cannot_work_then_error_has_a_note_with_the_batch(
+    changes: dict[str, Any],
+) -> None:
+    fitted = trainer(**changes)
+    before = [parameter.clone() for parameter in fitted.model.parameters()]
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - of torch, Python or the model
+        await fitted.fit(1, **QUIET)
+    note = next(note for note in caught.value.__notes__ if "in the default train_step" in note)
+    assert "int64 (8,)" in note or "int64 (26,)" in note
+    after = fitted.model.parameters()
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+async def test_default_step_when_size_of_batch_is_not_known_then_nothing_was_trained() -> None:
+    data = [(inputs, targets.repeat(2)) for inputs, targets in batches()]
+    checked = CheckedTrainer(train_dl=data, loss_function=lambda p, t: p.sum())
+    with pytest.raises(ConfigurationError, match=r"train batch 1 is not known: its tensors do not"):
+        await checked.fit(epochs=1)
+    assert checked.check_whole_batches() == 0
+
+
+@pytest.mark.parametrize("name", ["train_dl", "valid_dl", "test_dl"])
+@pytest.mark.parametrize(
+    ("loader", "expected"),
+    [
+        (
+            TensorDataset(INPUTS, TARGETS),
+            "TensorDataset, a dataset, which gives samples; expected batches",
+        ),
+        ([dataloader(INPUTS, TARGETS)] * 2, "list of 2 items, and no loader"),
+        ({"a": dataloader(INPUTS, TARGETS)}, "dict of 1 items, and no loader"),
+    ],
+    ids=["dataset", "loaders", "dict"],
+)
+def test_constructor_when_loader_gives_no_batches_then_error(
+    name: str, loader: Any, expected: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} is a {expected}"):
+        trainer(**{name: loader})
+
+
+def test_constructor_when_loss_is_a_class_then_error() -> None:
+    with pytest.raises(StageSignatureError, match="0-d tensor, an instance of the class"):
+        trainer(loss_function=nn.CrossEntropyLoss)
+
+
+async def test_optimizer_when_it_needs_a_closure_then_default_step_is_refused() -> None:
+    model = mlp()
+    optimizer = LBFGS(model.parameters())
+    with pytest.raises(ConfigurationError, match=r"LBFGS.step\(\) needs a closure"):
+        trainer(model=model, optimizer=[SGD(model.parameters()), optimizer])
+
+    def step(state: LoopState) -> None:
+        inputs, targets = state.batch
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = state.loss_function(state.model(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+
+    fitted = trainer(model=model, optimizer=optimizer, train_step=step)
+    assert (await fitted.fit(1, **QUIET)).epochs == 1
+
+
+# -- sizes of batches ----------------------------------------------------------------------------
+
+TIME_FIRST = [(torch.randn(5, n, FEATURES), torch.arange(n) % CLASSES) for n in (8, 8, 4)]
+
+
+def time_step(state: LoopState) -> dict[str, Any]:
+    inputs, targets = state.batch
+    outputs = state.model(inputs).mean(0)
+    loss = state.loss_function(outputs, targets).detach()
+    state.batch_size = len(targets)
+    return {"running_loss": loss * len(targets), "mean": loss}
+
+
+async def test_batch_size_when_the_step_sets_it_then_events_and_means_are_of_samples() -> None:
+    ended: list[Any] = []
+    fitted = trainer(
+        train_dl=TIME_FIRST, valid_dl=TIME_FIRST, train_step=time_step, valid_step=time_step
+    )
+    result = await fitted.fit(1, callbacks=[ended.append], **QUIET)
+    samples = [event.samples for event in ended if event.kind == "phase_ended"]
+    assert samples == [20, 20]
+    metrics = result.metrics["valid"]
+    assert metrics["loss"].tolist() == pytest.approx(metrics["mean"].tolist())
+
+
+async def test_batch_size_when_nobody_needs_it_then_batches_may_be_anything() -> None:
+    ended: list[Any] = []
+    fitted = trainer(
+        train_dl=TIME_FIRST, valid_dl=TIME_FIRST, train_step=lambda s: None, valid_step=lambda s: {}
+    )
+    await fitted.fit(1, callbacks=[ended.append], **QUIET)
+    assert [e.samples for e in ended if e.kind == "phase_ended"] == [None, None]
+
+
+@pytest.mark.parametrize("batches_read", [1, 3])
+async def test_batch_size_when_means_need_it_then_error_comes_after_the_first_batch(
+    batches_read: int,
+) -> None:
+    seen: list[int] = []
+
+    def step(state: LoopState) -> dict[str, float]:
+        seen.append(state.batch_num)
+        return {"x": 1.0}
+
+    fitted = trainer(train_dl=TIME_FIRST[:batches_read], train_step=step)
+    with pytest.raises(FitLoopError, match=r"train batch 1 is not known.*Give batch_size_of="):
+        await fitted.fit(1, **QUIET)
+    assert seen == [1]
+
+
+async def test_batch_size_of_when_it_gives_no_number_then_error() -> None:
+    async def size(batch: Any) -> int:
+        return len(batch[1])
+
+    with pytest.raises(ConfigurationError, match=r"batch_size_of is .*async def function"):
+        trainer(batch_size_of=size)
+    fitted = trainer(batch_size_of=lambda batch: None)
+    with pytest.raises(ConfigurationError, match="batch_size_of returned None; expected a number"):
+        await fitted.fit(1, **QUIET)
