@@ -23,6 +23,7 @@ from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.utils._device import DeviceContext
 
 from fitloop._concurrency.coroutines import SteppedAwaitable
 from fitloop._concurrency.event_loops import hide_running_loop
@@ -82,7 +83,7 @@ class TorchState(NamedTuple):
             ),
             torch.is_autocast_cache_enabled(),
             nesting,
-            _function_modes(),
+            function_modes(),
             tuple(map(_C._get_dispatch_stack_at, range(_C._len_torch_dispatch_stack()))),
             getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None),
             _saved_tensor_hooks(),
@@ -114,7 +115,7 @@ class TorchState(NamedTuple):
             for mode in self.dispatch_modes:
                 _C._push_on_torch_dispatch_stack(mode)
         if self.function_modes != present.function_modes:
-            _set_function_modes(self.function_modes)
+            set_function_modes(self.function_modes, bound=_bound_mode())
         if self.default_device is not present.default_device:
             torch._GLOBAL_DEVICE_CONTEXT.device_context = self.default_device
         self._install_autocast(present)
@@ -156,19 +157,28 @@ def _autocast_kinds() -> tuple[str, ...]:
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
-def _function_modes() -> tuple[Any, ...]:
+def function_modes() -> tuple[Any, ...]:
+    """Return the function modes of this thread without those that are bound to it."""
     modes = map(_C._get_function_stack_at, range(_C._len_torch_function_stack()))
     return tuple(mode for mode in modes if not isinstance(mode, ThreadBoundMode))
 
 
-def _set_function_modes(modes: tuple[Any, ...]) -> None:
-    bound = []
+def set_function_modes(modes: tuple[Any, ...], bound: ThreadBoundMode | None = None) -> None:
+    """Set the function modes of this thread, and the one that is bound to it.
+
+    The bound one is below the others, so that it sees the operations of their code. Only the
+    default device is below that: torch expects it at the bottom.
+    """
     for _ in range(_C._len_torch_function_stack()):
-        mode = _C._pop_torch_function_stack()
-        if isinstance(mode, ThreadBoundMode):
-            bound.append(mode)
-    for mode in (*modes, *reversed(bound)):
+        _C._pop_torch_function_stack()
+    devices = tuple(mode for mode in modes[:1] if isinstance(mode, DeviceContext))
+    for mode in (*devices, *(() if bound is None else (bound,)), *modes[len(devices) :]):
         _C._push_on_torch_function_stack(mode)
+
+
+def _bound_mode() -> ThreadBoundMode | None:
+    modes = map(_C._get_function_stack_at, range(_C._len_torch_function_stack()))
+    return next((mode for mode in modes if isinstance(mode, ThreadBoundMode)), None)
 
 
 def _saved_tensor_hooks() -> _SavedTensorHooks:

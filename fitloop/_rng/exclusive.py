@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 
 from fitloop._concurrency.control import Cancelled, RunControl
 from fitloop._concurrency.supervisor import run_in_thread, wait_scope
-from fitloop._rng.global_lock import GLOBAL_RNG_LOCK
+from fitloop._rng.global_lock import CALLBACKS_IN_FLIGHT, GLOBAL_RNG_LOCK
+from fitloop._rng.lease import STREAM_USERS
 
 
 @contextmanager
@@ -26,9 +27,13 @@ def exclusive_rng(control: RunControl) -> Iterator[None]:
     access = _ExclusiveAccess()
     token = wait_scope.set(access.released)
     try:
+        # Callbacks of trainers take the lock from now on.
+        STREAM_USERS.add(id(access))
+        CALLBACKS_IN_FLIGHT.wait(lambda: control.cancelled)
         access.acquire(control)
         yield
     finally:
+        STREAM_USERS.discard(id(access))
         wait_scope.reset(token)
         GLOBAL_RNG_LOCK.release(access)
 

@@ -18,7 +18,7 @@ from fitloop._rng.global_state import global_fingerprint, global_state, restore_
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.states import RngState
 from fitloop._rng.streams import GLOBAL_STREAM, Stream
-from fitloop._rng.torch_ops import is_opaque
+from fitloop._rng.torch_ops import CodeTraits
 from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._types import Phase
 
@@ -43,9 +43,8 @@ class RngGuard:
         lock: FairSharedLock = GLOBAL_RNG_LOCK,
     ) -> None:
         self._rng = rng
-        self._lease = lease = GeneratorLease(
-            lambda: control.cancelled, rng.cuda, lock, opaque=is_opaque(*code)
-        )
+        self._traits = CodeTraits(*code)
+        self._lease = lease = GeneratorLease(lambda: control.cancelled, rng.cuda, lock)
         if rng.has_streams:
             lease.announce_stream()
         self._forget = control.on_halt(lease.notify_cancelled)
@@ -61,7 +60,8 @@ class RngGuard:
 
     def enter_phase(self, phase: Phase) -> None:
         """Install the random numbers for the stage functions of a phase."""
-        self._lease.begin_pass(self._rng.steps(phase))
+        opaque = self._traits.must_hold_lock(train=phase is Phase.TRAIN)
+        self._lease.begin_pass(self._rng.steps(phase), opaque=opaque)
 
     def loader(self, phase: Phase) -> LoaderRng:
         """Return the random numbers for one pass over the loader of a phase."""

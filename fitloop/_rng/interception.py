@@ -26,6 +26,12 @@ class RngListener(Protocol):
     def pin_until_step_end(self) -> None:
         """Have the generators to itself until the end of the step."""
 
+    def before_python_use(self) -> None:
+        """Do the same before a use of Python's generator."""
+
+    def after_python_use(self) -> None:
+        """Be told that the use of Python's generator has ended."""
+
 
 _local = threading.local()
 
@@ -58,10 +64,18 @@ def _notify() -> None:
 
 
 def _notifying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of the module ``random`` that reports its uses."""
+
     @functools.wraps(function)
     def patch(*args: Any, **kwargs: Any) -> Any:
-        _notify()
-        return function(*args, **kwargs)
+        listener = current_listener()
+        if listener is None:
+            return function(*args, **kwargs)
+        listener.before_python_use()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            listener.after_python_use()
 
     return patch
 

@@ -29,8 +29,9 @@ from typing import Any
 
 from fitloop._rng.global_lock import CALLBACKS_IN_FLIGHT, GLOBAL_RNG_LOCK, FairSharedLock
 from fitloop._rng.interception import RNG_PATCHES, current_listener, remove_listener, set_listener
+from fitloop._rng.native_state import read_python
 from fitloop._rng.streams import GLOBAL_STREAM, SavedGlobalState, Stream, TorchStates
-from fitloop._rng.torch_ops import RngFunctionMode
+from fitloop._rng.torch_ops import RngFunctionMode, can_intercept
 
 _STEPS_BEFORE_OBSERVED = 2
 """Contended steps of a pass that are exclusive, to find uses that cannot be intercepted."""
@@ -46,7 +47,6 @@ class GeneratorLease:
         cancelled: whether to give up a wait for the lock with `Cancelled`.
         cuda: indices of the CUDA devices whose generators belong to the streams.
         lock: another one for tests.
-        opaque: the code is compiled or scripted, so that its steps cannot be observed.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class GeneratorLease:
         cancelled: Callable[[], bool] = lambda: False,
         cuda: Iterable[int] = (),
         lock: FairSharedLock = GLOBAL_RNG_LOCK,
-        *,
-        opaque: bool = False,
     ) -> None:
         _reset_in_forked_children()
-        self._cancelled, self._lock, self._opaque = cancelled, lock, opaque
+        self._cancelled, self._lock = cancelled, lock
+        self._opaque = False
+        """Steps of this pass cannot be observed."""
         self._cuda = tuple(cuda)
         self._process = os.getpid()
         self.stream: Stream | None = None
@@ -74,8 +74,10 @@ class GeneratorLease:
         self._observes = False
         """Steps of this pass are observed."""
         self._contended_steps = 0
-        self._was_notified = self._may_be_notified = False
-        """Whether patches reported a use since the stream was installed, and could have."""
+        self._may_be_notified = False
+        """Whether patches could report uses since the stream was installed."""
+        self._python_seen = GLOBAL_STREAM.python
+        """State of Python's generator after the last use that a patch reported."""
         self._unobservable: set[int] = set()
         """Streams that code used without a patch noticing, by ``id``."""
         self._in_callback = self._has_waited_for_callbacks = False
@@ -88,10 +90,14 @@ class GeneratorLease:
 
     def announce_stream(self) -> None:
         """Let callbacks of other trainers know that this lease will install streams."""
-        _STREAM_USERS.add(id(self))
+        STREAM_USERS.add(id(self))
 
-    def begin_pass(self, stream: Stream) -> None:
-        """Acquire the lease exclusively, for a pass about which nothing is known yet."""
+    def begin_pass(self, stream: Stream, *, opaque: bool = False) -> None:
+        """Acquire the lease exclusively, for a pass about which nothing is known yet.
+
+        Steps of ``opaque`` code cannot be observed: they hold the lock to their end.
+        """
+        self._opaque = opaque
         self._observes, self._contended_steps = False, 0
         if stream is not GLOBAL_STREAM and not self._has_waited_for_callbacks:
             self.announce_stream()
@@ -170,9 +176,10 @@ class GeneratorLease:
         if self._mode is not None:
             self._unpin()
             if RNG_PATCHES.is_only_user(self):
-                self.begin_pass(stream)
+                self.begin_pass(stream, opaque=self._opaque)
             return
         self._contended_steps += 1
+        self._opaque = self._opaque or not can_intercept()
         self.uninstall()
         RNG_PATCHES.add_user(self)
         self.release()
@@ -228,13 +235,12 @@ class GeneratorLease:
     def _install(self, stream: Stream) -> None:
         self.stream, self._is_installed = stream, True
         stream.install()
-        self._was_notified, self._may_be_notified = False, RNG_PATCHES.has_users
+        self._may_be_notified, self._python_seen = RNG_PATCHES.has_users, stream.python
         set_listener(self)
 
     def _capture(self, stream: Stream) -> None:
-        before, was_notified = stream.python, self._was_notified
         stream.capture()
-        if self._may_be_notified and not was_notified and stream.python != before:
+        if self._may_be_notified and stream.python != self._python_seen:
             self._unobservable.add(id(stream))  # by functions bound before the patches
 
     def _put_back(self, stream: Stream | None) -> None:
@@ -281,7 +287,18 @@ class GeneratorLease:
             else:
                 self._acquire_lock(stream, _never)
             self._save_and_install(stream)
-        self._was_notified = True
+
+    def before_python_use(self) -> None:
+        """Hold the lock to the end of the step, since code is going to use Python's generator."""
+        self.pin_until_step_end()
+        is_seen = not self._may_be_notified or self.stream in (None, GLOBAL_STREAM)
+        if not is_seen and read_python() != self._python_seen:
+            self._unobservable.add(id(self.stream))
+
+    def after_python_use(self) -> None:
+        """Remember the state of Python's generator after a use that was reported."""
+        if self.stream is not GLOBAL_STREAM:
+            self._python_seen = read_python()
 
     def _unpin(self) -> None:
         if self._is_installed:
@@ -298,7 +315,7 @@ class GeneratorLease:
         stream = self.stream
         self._in_callback = True
         CALLBACKS_IN_FLIGHT.add(self)  # before the check: a lease that begins checks vice versa
-        if self._mode is None and _STREAM_USERS - {id(self)}:
+        if self._mode is None and STREAM_USERS - {id(self)}:
             CALLBACKS_IN_FLIGHT.discard(self)
             if stream is None:
                 self.acquire(GLOBAL_STREAM)
@@ -320,7 +337,7 @@ class GeneratorLease:
         """Release the lease for good, also of a thread that hangs; any thread."""
         CALLBACKS_IN_FLIGHT.discard(self)
         self.release_fully()
-        _STREAM_USERS.discard(id(self))
+        STREAM_USERS.discard(id(self))
 
     def notify_cancelled(self) -> None:
         """Let a waiting thread check whether it is cancelled; any thread."""
@@ -332,8 +349,8 @@ def _never() -> bool:
     return False
 
 
-_STREAM_USERS: set[int] = set()
-"""Leases that install streams, by ``id``: of seeded runs, and of threads that read for them."""
+STREAM_USERS: set[int] = set()
+"""Holders that change the generators, by ``id``: leases that install streams, and factories."""
 
 
 @cache
@@ -344,7 +361,7 @@ def _reset_in_forked_children() -> None:
 
 
 def _reset() -> None:
-    _STREAM_USERS.clear()
+    STREAM_USERS.clear()
     CALLBACKS_IN_FLIGHT.__init__()  # type: ignore[misc]
     GLOBAL_RNG_LOCK.__init__()  # type: ignore[misc]
     RNG_PATCHES.forget_users()

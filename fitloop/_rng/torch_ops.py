@@ -6,25 +6,29 @@ the answer is not certain, it is yes: that costs time, while the other answer wo
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from types import (
     BuiltinFunctionType,
     CodeType,
     FunctionType,
     MethodDescriptorType,
+    MethodType,
     MethodWrapperType,
     WrapperDescriptorType,
 )
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.overrides import TorchFunctionMode
 
-from fitloop._concurrency.task_state import ThreadBoundMode
+from fitloop._concurrency.task_state import ThreadBoundMode, function_modes, set_function_modes
 
+_len_torch_dispatch_stack: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _BUILTIN = frozenset(
     {BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType}
 )
@@ -32,6 +36,17 @@ _CALL_PYTHON = frozenset({"apply_", "map_", "map2_"})
 """Operations that call Python functions, which may use random numbers."""
 _RUN_HOOKS = frozenset({"run_backward", "_engine_run_backward", "_execution_engine"})
 """Names of autograd's engine, which runs hooks and computes checkpoints again."""
+_BACKWARD = (Tensor.backward, torch.autograd.backward)
+"""Functions that run autograd's engine and nothing else that could use random numbers."""
+_redispatch: Callable[..., Any] | None = getattr(overrides, "redispatch_function", None)
+"""Calls a function without asking modes about the function itself; None with an older torch."""
+_PLAIN_TYPES = frozenset(
+    {Tensor, nn.Parameter, nn.Buffer, nn.UninitializedParameter, nn.UninitializedBuffer}
+)
+_WATCHED_NAMES = frozenset(
+    {"has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"}
+)
+"""Functions that return True while a mode is active; code that asks may choose other kernels."""
 _RECURRENT = frozenset({"lstm", "gru", "rnn_relu", "rnn_tanh"})
 _DROPOUT_INDEX = 4
 """Index of ``dropout_p`` among the arguments of ``scaled_dot_product_attention``."""
@@ -68,6 +83,8 @@ def may_use_rng(
     if kind in _BUILTIN:
         is_known = name in rng_ops()
     elif kind is FunctionType:
+        if any(map(_may_call, args)) or (kwargs and any(map(_may_call, kwargs.values()))):
+            return True
         is_known = _reaches_rng(function)
     else:  # an operation of torch.ops, perhaps of a user, or something new
         packet = str(getattr(function, "_qualified_op_name", ""))
@@ -75,6 +92,13 @@ def may_use_rng(
             return True
         is_known = name in rng_ops()
     return is_known and _uses_rng_with(name, args, kwargs or {})
+
+
+def _may_call(argument: object) -> bool:
+    """Return whether an argument is, or contains, a function of the user."""
+    if isinstance(argument, tuple | list):
+        return any(map(_may_call, argument))
+    return callable(argument) and not isinstance(argument, Tensor)
 
 
 def _uses_rng_with(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -108,6 +132,7 @@ def _reaches_rng(function: FunctionType) -> bool:
         if names & _RUN_HOOKS or names & rng_ops():
             return True
         values = [current.__globals__.get(name) for name in names]
+        values += [getattr(torch.autograd, name, None) for name in names]
         values += [cell.cell_contents for cell in current.__closure__ or ()]
         todo += [value for value in values if isinstance(value, FunctionType)]
     return False
@@ -121,24 +146,85 @@ def _names(code: CodeType) -> set[str]:
     return names
 
 
-def is_opaque(*code: object) -> bool:
-    """Return whether one of these modules and functions is compiled or scripted.
+class CodeTraits:
+    """Properties of the code of a run that decide whether its steps can be intercepted.
 
-    Their torch operations are not intercepted.
+    Args:
+        code: modules and functions; those that the functions refer to are looked at too.
     """
-    return any(map(_is_opaque, code))
+
+    def __init__(self, *code: object) -> None:
+        self.is_opaque = False
+        """Some of the code is compiled or scripted, or its tensors call code of the user."""
+        self._watching: list[nn.Module] = []
+        """modules that choose other kernels while a mode of torch is active"""
+        self._visited: set[int] = set()
+        for item in code:
+            self._visit(item)
+
+    def must_hold_lock(self, *, train: bool) -> bool:
+        """Return whether steps of a phase cannot be intercepted, or only with other results.
+
+        torch's attention layers compute by a faster way in eval mode, but not under a mode.
+        """
+        if self.is_opaque:
+            return True
+        return any(not (train and module.training) for module in self._watching)
+
+    def _visit(self, item: object) -> None:
+        if id(item) in self._visited or self.is_opaque:
+            return
+        self._visited.add(id(item))
+        if hasattr(item, "_torchdynamo_orig_callable") or isinstance(
+            item, torch.jit.ScriptFunction
+        ):
+            self.is_opaque = True
+        elif isinstance(item, nn.Module):
+            for module in item.modules():
+                self._visit_module(module)
+        elif isinstance(item, functools.partial):
+            self._visit(item.func)
+        elif isinstance(item, MethodType):
+            self._visit(item.__self__)
+            self._visit(item.__func__)
+        elif isinstance(item, FunctionType):
+            self._visit_function(item)
+
+    def _visit_function(self, function: FunctionType) -> None:
+        package = _package(function)
+        if package in ("torch", "fitloop"):
+            return
+        values: list[object] = []
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            is_other = isinstance(value, FunctionType) and _package(value) != package
+            if not is_other or hasattr(value, "_torchdynamo_orig_callable"):
+                values.append(value)  # functions of other libraries are too many
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # the cell is empty
+                values.append(cell.cell_contents)
+        for value in values:
+            self._visit(value)
+
+    def _visit_module(self, module: nn.Module) -> None:
+        self._visited.add(id(module))
+        self.is_opaque = self.is_opaque or (
+            isinstance(module, torch.jit.ScriptModule)
+            or hasattr(module, "_torchdynamo_orig_callable")
+            or type(module).__name__ == "OptimizedModule"
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or not _PLAIN_TYPES.issuperset(map(type, module.parameters(recurse=False)))
+            or not _PLAIN_TYPES.issuperset(map(type, module.buffers(recurse=False)))
+        )
+        forward = getattr(type(module), "forward", None)
+        if isinstance(forward, FunctionType):
+            if _names(forward.__code__) & _WATCHED_NAMES:
+                self._watching.append(module)
+            self._visit_function(forward)
 
 
-def _is_opaque(code: object) -> bool:
-    if hasattr(code, "_torchdynamo_orig_callable") or isinstance(code, torch.jit.ScriptFunction):
-        return True
-    return isinstance(code, nn.Module) and any(
-        isinstance(module, torch.jit.ScriptModule)
-        or hasattr(module, "_torchdynamo_orig_callable")
-        or type(module).__name__ == "OptimizedModule"
-        or getattr(module, "_compiled_call_impl", None) is not None
-        for module in code.modules()
-    )
+def _package(function: FunctionType) -> str:
+    return (function.__module__ or "").partition(".")[0]
 
 
 class RngCaller(Protocol):
@@ -163,36 +249,82 @@ class RngFunctionMode(TorchFunctionMode, ThreadBoundMode):
         self._has_ended = False
 
     def begin(self) -> None:
-        """Intercept the operations of this thread from now on."""
-        self.__enter__()  # type: ignore[no-untyped-call]
+        """Intercept the operations of this thread from now on, also those of the user's modes."""
+        set_function_modes(function_modes(), bound=self)
 
     def end(self) -> None:
         """Intercept nothing any more; also from another thread, for one that hangs."""
         self._has_ended = True
         if threading.get_ident() == self._thread:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            set_function_modes(function_modes())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a torch function, through the caller if it may use random numbers."""
-        if type(func) in _BUILTIN and func.__name__ not in self._ops:
+        runs_user_code = _len_torch_dispatch_stack() or not _PLAIN_TYPES.issuperset(types)
+        if type(func) in _BUILTIN and func.__name__ not in self._ops and not runs_user_code:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if self._has_ended:
             return func(*args, **kwargs)
-        if func is Tensor.backward and not types:
-            with self:  # for hooks, and for checkpoints that are computed again
-                return _backward(*args, **kwargs)
-        if may_use_rng(func, args, kwargs):
+        if func in _BACKWARD and _redispatch is not None and not runs_user_code:
+            with self:  # for hooks, functions of the user, and checkpoints that are computed again
+                return _redispatch(func, types, args, kwargs)
+        if runs_user_code or may_use_rng(func, args, kwargs):
             return self.caller.call_rng_op(func, args, kwargs)
         return func(*args, **kwargs)
 
 
-def _backward(
-    tensor: Tensor,
-    gradient: Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """Do the same as `Tensor.backward` after its handling of modes."""
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+class _Probe:
+    """A caller that counts the calls that are intercepted."""
+
+    def __init__(self) -> None:
+        self.draws = 0
+
+    def call_rng_op(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Count a call. No mode is active in it, so only the outermost call is counted."""
+        self.draws += 1
+        return function(*args, **kwargs)
+
+
+@cache
+def can_intercept() -> bool:
+    """Return whether the installed torch calls modes as `RngFunctionMode` expects.
+
+    Tries a draw in a step, one in a hook of its backward, and one in a function that a function of
+    torch calls. The caller holds the lock on the generators, which stay as they are.
+    """
+    found: list[bool] = []
+    thread = threading.Thread(target=_try_interception, args=(found,), name="fitloop probe")
+    thread.start()  # a thread without modes of the user
+    thread.join()
+    is_known = {"rand", "dropout", "normal_", "randperm", "bernoulli"} <= rng_ops()
+    return is_known and found == [True] * 3
+
+
+def _try_interception(found: list[bool]) -> None:
+    state, probe = torch.default_generator.get_state(), _Probe()
+    mode = RngFunctionMode(probe)
+
+    def tried(call: Callable[[], object]) -> bool:
+        before = probe.draws
+        call()
+        return probe.draws == before + 1
+
+    def draw(*_: Tensor) -> Tensor:
+        return torch.rand(1)
+
+    mode.begin()
+    try:
+        leaf = torch.zeros(1, requires_grad=True)
+        leaf.register_hook(draw)  # type: ignore[no-untyped-call]
+        distance_loss = nn.functional.triplet_margin_with_distance_loss
+        found += [
+            tried(lambda: torch.rand(1)),
+            tried((leaf * 1).sum().backward),
+            tried(lambda: distance_loss(leaf, leaf, leaf, distance_function=draw)),
+        ]
+    except Exception:  # modes are called in another way
+        found.clear()
+    finally:
+        mode.end()
+        torch.default_generator.set_state(state)

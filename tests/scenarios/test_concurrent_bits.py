@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from random import random as early_random
 from typing import Any
 
 import anyio
@@ -26,6 +27,10 @@ from support.models import (
     trainer,
 )
 from support.state_comparison import assert_same_state, trainer_state
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
@@ -98,6 +103,96 @@ def penalised_loss(state: LoopState) -> torch.Tensor:
     (gradient,) = torch.autograd.grad(state.model(inputs).sum(), inputs, create_graph=True)
     penalty: torch.Tensor = gradient.pow(2).mean()
     return loss + penalty
+
+
+def noise(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient + 0.1 * torch.randn_like(gradient)
+
+
+class NoisyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * 1.0
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return noise(gradient) + 0.01 * random.random()
+
+
+def noisy_backward_loss(state: LoopState) -> torch.Tensor:
+    inputs, targets = state.batch
+    outputs = NoisyBackward.apply(state.model(inputs))  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = state.loss_function(outputs, targets)
+    return loss
+
+
+def hooked(number: int, kind: str) -> FitLoop:
+    """Return a trainer whose gradients get noise in hooks."""
+    model = mlp(number)
+    if kind == "tensor":
+        for parameter in model.parameters():
+            parameter.register_hook(noise)  # type: ignore[no-untyped-call]
+    else:
+        for module in list(model)[1:]:
+            module.register_full_backward_hook(lambda _m, grads, _out: tuple(map(noise, grads)))
+    return seeded(number, model=model)
+
+
+def triplet_loss(state: LoopState) -> torch.Tensor:
+    outputs = state.model(state.batch[0])
+
+    def distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        norm: torch.Tensor = (functional.dropout(left, 0.5) - right).norm(dim=1)
+        return norm
+
+    loss: torch.Tensor = functional.triplet_margin_with_distance_loss(
+        outputs, outputs.flip(0), outputs.roll(1, 0), distance_function=distance
+    )
+    return loss + plain_loss(state)
+
+
+def drawing(draw: Callable[[], float]) -> Callable[[LoopState], torch.Tensor]:
+    def loss_of(state: LoopState) -> torch.Tensor:
+        return plain_loss(state) * (1 + 0.1 * draw())
+
+    return loss_of
+
+
+class NoisyFunctions(TorchFunctionMode):
+    """Code of the user that runs inside of torch operations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return noise(result) if getattr(func, "__name__", "") == "linear" else result
+
+
+class NoisyOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return noise(result) if func is torch.ops.aten.relu.default else result
+
+
+def loss_in(mode: Callable[[], Any]) -> Callable[[LoopState], torch.Tensor]:
+    def loss_of(state: LoopState) -> torch.Tensor:
+        with mode():
+            return plain_loss(state)
+
+    return loss_of
+
+
+class Transformer(nn.Module):
+    """A model that torch computes by other kernels in eval mode, unless a mode watches it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            self.encoder = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.1, batch_first=True)
+            self.head = nn.Linear(6, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(self.encoder(inputs[:, None] * torch.ones(3, 1))[:, 0])
+        return outputs
 
 
 class FailureError(Exception):
@@ -192,6 +287,29 @@ RUNS: dict[str, Run] = {
     "penalty": lambda: fitted(seeded(13, train_step=step_with(penalised_loss))),
     "unseeded": lambda: fitted(
         seeded(14, seed=None, train_dl=augmented(shuffle=True), train_step=step_with(mixup_loss))
+    ),
+    "noisy backward": lambda: fitted(seeded(16, train_step=step_with(noisy_backward_loss))),
+    "tensor hooks": lambda: fitted(hooked(17, "tensor")),
+    "module hooks": lambda: fitted(hooked(18, "module")),
+    "noisy backward, read ahead": lambda: fitted(
+        seeded(19, train_step=step_with(noisy_backward_loss), train_dl=augmented(), prefetch=2)
+    ),
+    "function of the user": lambda: fitted(seeded(20, train_step=step_with(triplet_loss))),
+    "early and late random": lambda: fitted(
+        seeded(21, train_step=step_with(drawing(lambda: random.uniform(0, 1) + early_random())))
+    ),
+    "early random and numpy": lambda: fitted(
+        seeded(22, train_step=step_with(drawing(lambda: early_random() + np.random.rand())))
+    ),
+    "early random and torch": lambda: fitted(
+        seeded(
+            23, train_step=step_with(drawing(lambda: (early_random(), torch.get_rng_state())[0]))
+        )
+    ),
+    "function mode": lambda: fitted(seeded(24, train_step=step_with(loss_in(NoisyFunctions)))),
+    "dispatch mode": lambda: fitted(seeded(25, train_step=step_with(loss_in(NoisyOperations)))),
+    "transformer": lambda: fitted(
+        seeded(26, model=Transformer(26), valid_dl=loader(blobs(SAMPLES, 2)))
     ),
     "no numbers": lambda: fitted(
         seeded(15, model=mlp(15), train_dl=loader(blobs(SAMPLES), own_seed=6))

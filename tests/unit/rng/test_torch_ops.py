@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode, get_overridable_functions
 
-from fitloop._rng.torch_ops import is_opaque, may_use_rng, rng_ops
+from fitloop._rng.torch_ops import (
+    CodeTraits,
+    RngFunctionMode,
+    can_intercept,
+    may_use_rng,
+    rng_ops,
+)
 
 
 def aten_ops() -> list[Any]:
@@ -47,9 +54,71 @@ def test_functions_in_python_when_they_use_random_numbers_then_are_known() -> No
     assert not {"cross_entropy", "batch_norm", "relu", "softmax", "einsum"} & using
 
 
+def test_interception_when_torch_is_the_installed_one_then_works_and_draws_nothing() -> None:
+    state = torch.get_rng_state()
+    can_intercept.cache_clear()
+    assert can_intercept()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_interception_when_torch_calls_modes_in_another_way_then_is_not_relied_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(RngFunctionMode, "__torch_function__", TorchFunctionMode.__torch_function__)
+    can_intercept.cache_clear()
+    assert not can_intercept()
+    can_intercept.cache_clear()
+
+
+def test_attention_when_in_eval_mode_then_is_not_watched() -> None:
+    """Its faster way gives other bits, and torch does not take it under a mode."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+    traits = CodeTraits(model)
+    assert not traits.is_opaque
+    assert not traits.must_hold_lock(train=True)
+    assert traits.must_hold_lock(train=False)
+    teacher = nn.MultiheadAttention(4, 2).eval()
+    assert CodeTraits(lambda state: teacher(state.batch)).must_hold_lock(train=True)
+    assert not CodeTraits(nn.LSTM(4, 4), nn.Linear(4, 4)).must_hold_lock(train=False)
+
+
+class UsersTensor(Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch
+def test_code_when_it_reaches_what_cannot_be_intercepted_then_is_opaque() -> None:
+    compiled = torch.compile(lambda x: x)
+
+    def helper(x: Any) -> Any:
+        return compiled(x)
+
+    class Model(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return helper(x)
+
+    class Steps:
+        def step(self, state: Any) -> Any:
+            return helper(state)
+
+    subclassed = nn.Linear(2, 2)
+    subclassed.weight = nn.Parameter(torch.ones(2, 2).as_subclass(UsersTensor))
+    for code in (compiled, helper, lambda x: helper(x), partial(helper, 1), Model(), subclassed):
+        assert CodeTraits(code).is_opaque
+    assert CodeTraits(Steps().step).is_opaque
+    assert not CodeTraits(lambda x: F.relu(x), partial(F.dropout, p=0.5)).is_opaque
+
+
 SQUARE = torch.rand(4, 4, generator=torch.Generator().manual_seed(1))
 LSTM = nn.LSTM(4, 4, num_layers=2, dropout=0.5)
 ATTENTION = nn.MultiheadAttention(4, 2, dropout=0.5)
+
+
+def hooked_backward() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    leaf.register_hook(torch.rand_like)  # type: ignore[no-untyped-call]
+    torch.autograd.backward((leaf * 2).sum())
+
 
 CALLS: dict[str, tuple[bool, Callable[[], object]]] = {
     "F.dropout": (True, lambda: F.dropout(SQUARE)),
@@ -83,6 +152,13 @@ CALLS: dict[str, tuple[bool, Callable[[], object]]] = {
         lambda: F.scaled_dot_product_attention(SQUARE[None], SQUARE[None], SQUARE[None]),
     ),
     "distribution": (True, lambda: torch.distributions.Gamma(1.0, 1.0).sample()),
+    "hook": (True, lambda: hooked_backward()),
+    "user's function": (
+        True,
+        lambda: F.triplet_margin_with_distance_loss(
+            SQUARE, SQUARE, SQUARE, distance_function=lambda a, b: F.dropout(a - b).norm(dim=1)
+        ),
+    ),
     "matmul": (False, lambda: (SQUARE @ SQUARE).sum()),
     "cross entropy": (False, lambda: F.cross_entropy(SQUARE, torch.arange(4))),
 }
@@ -114,7 +190,7 @@ def test_call_when_it_uses_random_numbers_then_is_known_before(name: str) -> Non
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch
 def test_model_when_scripted_or_compiled_then_is_opaque() -> None:
     plain = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    assert not is_opaque(plain, nn.CrossEntropyLoss(), None)
+    assert not CodeTraits(plain, nn.CrossEntropyLoss(), None).is_opaque
     compiled = nn.Linear(2, 2)
     compiled.compile()
-    assert is_opaque(nn.Sequential(compiled))
+    assert CodeTraits(nn.Sequential(compiled)).is_opaque
