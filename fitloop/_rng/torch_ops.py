@@ -175,22 +175,25 @@ class CodeTraits:
         if id(item) in self._visited or self.is_opaque:
             return
         self._visited.add(id(item))
-        if hasattr(item, "_torchdynamo_orig_callable") or isinstance(
-            item, torch.jit.ScriptFunction
-        ):
+        kind: Any = type(item)  # isinstance would run code of the user's proxies
+        value: Any = item
+        if issubclass(kind, torch.jit.ScriptFunction):
             self.is_opaque = True
-        elif isinstance(item, nn.Module):
-            for module in item.modules():
+        elif issubclass(kind, nn.Module):
+            for module in value.modules():
                 self._visit_module(module)
-        elif isinstance(item, functools.partial):
-            self._visit(item.func)
-        elif isinstance(item, MethodType):
-            self._visit(item.__self__)
-            self._visit(item.__func__)
-        elif isinstance(item, FunctionType):
-            self._visit_function(item)
+        elif issubclass(kind, functools.partial):
+            self._visit(value.func)
+        elif issubclass(kind, MethodType):
+            self._visit(value.__self__)
+            self._visit_attributes(value.__self__)
+            self._visit(value.__func__)
+        elif issubclass(kind, FunctionType):
+            self._visit_function(value)
 
     def _visit_function(self, function: FunctionType) -> None:
+        if hasattr(function, "_torchdynamo_orig_callable"):
+            self.is_opaque = True
         package = _package(function)
         if package in ("torch", "fitloop"):
             return
@@ -206,8 +209,14 @@ class CodeTraits:
         for value in values:
             self._visit(value)
 
+    def _visit_attributes(self, item: object) -> None:
+        with suppress(AttributeError):
+            for value in object.__getattribute__(item, "__dict__").values():
+                self._visit(value)
+
     def _visit_module(self, module: nn.Module) -> None:
         self._visited.add(id(module))
+        self._visit_attributes(module)
         self.is_opaque = self.is_opaque or (
             isinstance(module, torch.jit.ScriptModule)
             or hasattr(module, "_torchdynamo_orig_callable")

@@ -98,6 +98,12 @@ def test_code_when_it_reaches_what_cannot_be_intercepted_then_is_opaque() -> Non
             return helper(x)
 
     class Steps:
+        def __init__(self, function: Any = None) -> None:
+            self.function = function
+
+        def call(self, state: Any) -> Any:
+            return self.function(state)
+
         def step(self, state: Any) -> Any:
             return helper(state)
 
@@ -106,6 +112,8 @@ def test_code_when_it_reaches_what_cannot_be_intercepted_then_is_opaque() -> Non
     for code in (compiled, helper, lambda x: helper(x), partial(helper, 1), Model(), subclassed):
         assert CodeTraits(code).is_opaque
     assert CodeTraits(Steps().step).is_opaque
+    assert CodeTraits(Steps(compiled).call).is_opaque
+    assert not CodeTraits(Steps().call).is_opaque
     assert not CodeTraits(lambda x: F.relu(x), partial(F.dropout, p=0.5)).is_opaque
 
 
