@@ -7,6 +7,7 @@ business of the backend.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -42,6 +43,16 @@ from fitloop._system import available_cores
 from fitloop.backends.base import Backend, JobSpec
 from fitloop.backends.process.backend import resolve_backend
 from fitloop.callbacks.callback import Callback
+
+
+def _refuse_while_importing() -> None:
+    """Refuse to train in a new process that is only importing the program's script."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "a Runner was opened while a new process imported the program's script, as each worker "
+            "process does: the script would train everything in each of them. Put what the script "
+            "runs into `if __name__ == '__main__':`"
+        )
 
 
 @public
@@ -142,8 +153,10 @@ class Runner:
 
         Raises:
             CheckpointError: another Runner uses ``save_path``, or it cannot be written to.
-            RuntimeError: the Runner was used before.
+            RuntimeError: the Runner was used before, or this process is a new one that only imports
+                the program's script.
         """
+        _refuse_while_importing()
         if self._task_group is not None:
             raise RuntimeError("this Runner was used before; make another one")
         if self._save_path is not None:  # the program may change its directory

@@ -212,6 +212,91 @@ if __name__ == "__main__":
 """
 
 
+DEAF = """
+import sys
+import anyio
+from support.worker_processes import make_deaf_trainer
+from fitloop import Runner
+
+async def main(place):
+    async with Runner(1, backend="process") as runner:
+        runner.submit(make_deaf_trainer, place + "/works", name="deaf", verbose=False)
+
+if __name__ == "__main__":
+    anyio.run(main, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not kill it")
+def test_parent_when_killed_then_a_worker_that_keeps_the_interpreter_ends(tmp_path: Path) -> None:
+    parent = begun(tmp_path, DEAF, str(tmp_path))
+    worker = psutil.Process(int(anyio.run(wait_for_file, tmp_path / "works")))
+    parent.kill()
+    parent.wait()
+    _gone, left = psutil.wait_procs([worker], timeout=20)
+    assert left == []
+
+
+SIGNALLED = """
+import asyncio
+import signal
+import sys
+from fitloop import Checkpoint, Runner
+from support.worker_processes import make_endless_trainer, write_pid
+
+async def main(place):
+    cancel = asyncio.current_task().cancel
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
+    seldom = Checkpoint(every_epochs=10**9)
+    async with Runner(1, backend="process", save_path=place, checkpoint=seldom) as runner:
+        async with runner.events() as events:
+            options = {"epochs": 10**6, "verbose": False}
+            runner.submit(make_endless_trainer, place + "/works", name="a", **options)
+            async for event in events:
+                if event.kind == "epoch_ended" and event.epoch == 2:
+                    write_pid(place + "/ready")
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main(sys.argv[1]))
+    except asyncio.CancelledError:
+        pass
+"""
+
+
+def test_group_when_it_gets_sigterm_then_the_worker_takes_its_last_snapshot(tmp_path: Path) -> None:
+    parent = begun(tmp_path, SIGNALLED, str(tmp_path))
+    anyio.run(_both_written, tmp_path)
+    os.killpg(parent.pid, signal.SIGTERM)
+    assert parent.wait(SOON) == 0
+    assert list((tmp_path / "a" / "snapshots").glob("*.msgpack"))
+
+
+UNGUARDED = """
+import anyio
+from support.worker_processes import make_trainer
+from fitloop import Runner
+
+print("the body runs", flush=True)
+
+async def main():
+    async with Runner(1, backend="process") as runner:
+        runner.submit(make_trainer, name="a", verbose=False)
+    print("error:", (await runner.results())[0].error, flush=True)
+
+anyio.run(main)
+"""
+
+
+def test_script_when_it_has_no_guard_then_a_worker_says_what_is_missing(tmp_path: Path) -> None:
+    parent = begun(tmp_path, UNGUARDED, stream=subprocess.PIPE)
+    printed, told = (stream.decode() for stream in parent.communicate(timeout=SOON))
+    assert printed.count("the body runs") == 2
+    assert printed.count("error: the worker process of job 'a'") == 1
+    assert "RuntimeError: a Runner was opened while a new process imported the program" in told
+    assert "`if __name__ == '__main__':`" in told
+
+
 @pytest.mark.parametrize("forks", [[], ["forks"]])
 def test_parent_when_killed_then_no_worker_is_left(tmp_path: Path, forks: list[str]) -> None:
     parent = begun(tmp_path, PARENT, str(tmp_path), *forks)
@@ -253,7 +338,7 @@ def test_jobs_when_the_program_has_no_stdout_then_are_done(tmp_path: Path) -> No
 
 
 def begun(
-    place: Path, text: str, *arguments: str, without_stdout: bool = False
+    place: Path, text: str, *arguments: str, without_stdout: bool = False, stream: int | None = None
 ) -> subprocess.Popen[bytes]:
     """Start a script that can import fitloop and the helpers of its tests."""
     script = place / "parent.py"
@@ -264,6 +349,9 @@ def begun(
         [sys.executable, str(script), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         preexec_fn=(lambda: os.close(1)) if without_stdout else None,
+        start_new_session=True,
+        stdout=stream,
+        stderr=stream,
     )
 
 

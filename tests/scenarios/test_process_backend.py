@@ -16,10 +16,12 @@ import torch
 from support.models import Augmented, blobs, mlp, sync_trainer, trainer
 from support.worker_processes import (
     EventRecorder,
+    change_process,
     make_endless_trainer,
     make_trainer,
     wait_for_file,
     worker_processes,
+    write_pid,
 )
 from torch import nn
 from torch.utils.data import DataLoader
@@ -222,6 +224,41 @@ async def test_submit_when_it_cannot_go_to_a_process_then_is_refused() -> None:
             with pytest.raises(ConfigurationError, match=what):
                 runner.submit(make_trainer, name="x", **options)
         assert runner.jobs == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_job_when_the_one_before_changed_the_process_then_trains_as_alone(
+    tmp_path: Path,
+) -> None:
+    threads = max(1, available_cores())
+    alone = await make_trainer(num_threads=threads).fit(1, **QUIET)
+    with anyio.fail_after(SOON):
+        async with Runner(1, backend="process") as runner:
+            runner.submit(change_process, str(tmp_path), name="changes", **QUIET)
+            runner.submit(make_trainer, name="after", **QUIET)
+            _changed, after = await runner.results()
+            assert len(worker_processes()) == 1
+    assert after.result is not None
+    assert after.result.metrics["train"]["loss"] == alone.metrics["train"]["loss"]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_jobs_when_workers_are_fresh_then_each_has_a_process_of_its_own(
+    tmp_path: Path,
+) -> None:
+    def pid(number: int) -> FitLoop:
+        write_pid(str(tmp_path / f"{number}"))
+        return make_trainer()
+
+    with pytest.raises(ConfigurationError, match="fresh_workers is 1; expected True or False"):
+        ProcessBackend(fresh_workers=1)  # type: ignore[arg-type]
+    with anyio.fail_after(SOON):
+        async with Runner(1, backend=ProcessBackend(fresh_workers=True)) as runner:
+            for number in range(2):
+                outcome = await runner.submit(pid, number, **QUIET).outcome()
+                assert outcome.error is None
+                assert worker_processes() == []
+    assert (tmp_path / "0").read_text() != (tmp_path / "1").read_text()
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

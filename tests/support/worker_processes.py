@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
+import warnings
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import anyio
 import psutil
+import torch
 from torch.utils.data import DataLoader
 
 from fitloop import Event, FitLoop, LoopState, default_batch_step
@@ -47,6 +50,25 @@ def make_endless_trainer(pid_file: str, *, hang: bool = False) -> FitLoop:
         return default_batch_step(state)
 
     return make_trainer(train_step=step)
+
+
+def make_deaf_trainer(pid_file: str) -> FitLoop:
+    """Return a trainer whose first step never lets another thread of its process run Python."""
+
+    def step(state: LoopState) -> Any:
+        write_pid(pid_file)
+        re.match(r"(a+)+$", "a" * 60 + "b")
+
+    return make_trainer(train_step=step)
+
+
+def change_process(directory: str) -> FitLoop:
+    """Return a trainer, after changes of the process that later trainings would notice."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    os.chdir(directory)
+    warnings.simplefilter("error")
+    return make_trainer()
 
 
 def write_pid(path: str) -> None:

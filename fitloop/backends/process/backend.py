@@ -17,7 +17,7 @@ from fitloop.backends.base import Backend, JobSpec, TrainingResult
 from fitloop.backends.process.pool import WorkerPool
 from fitloop.backends.process.worker import serve
 from fitloop.backends.remote.client import options_for_worker, run_remotely
-from fitloop.backends.remote.serialization import serialize_job
+from fitloop.backends.remote.serialization import check_serializable
 from fitloop.backends.thread import ThreadBackend
 
 MAX_NICE = 19
@@ -58,8 +58,14 @@ class ProcessBackend:
 
     ``Runner(backend="process")`` uses one with the default arguments. Workers are spawned, so a
     script needs ``if __name__ == "__main__":``. A worker does one job after the other, and ends
-    with the Runner. Jobs are sent with cloudpickle (``pip install fitloop[process]``): a function
-    and its arguments, never a trainer or a model. Results and events come back. Weights come back
+    with the Runner. In between it puts back what a job can set for a whole process: settings of
+    torch such as the default dtype, deterministic mode and number of threads; the working
+    directory, environment, ``sys.path``, warning filters, logging and signal handlers; and it seeds
+    the global random generators anew. It does not put back attributes of modules and classes,
+    caches and threads: use ``fresh_workers`` for jobs that change these.
+
+    Jobs are sent with cloudpickle (``pip install fitloop[process]``): a function and its arguments,
+    never a trainer or a model. Results and events come back. Weights come back
     only as the file `Outcome.weights`, if the Runner has a ``save_path``; the trainer never does.
 
     Lines that Python code prints in a worker are printed in this process. Callbacks and
@@ -68,7 +74,10 @@ class ProcessBackend:
     little later than in the worker.
 
     If a worker dies, its own job fails with `WorkerDiedError`, and no other. If the parent dies,
-    for any reason, the workers end at once.
+    for any reason, the workers end at once; except on Linux, a worker inside of a function that
+    keeps the interpreter's lock ends after that function. Workers ignore SIGTERM, SIGHUP, SIGUSR1
+    and SIGUSR2, which batch systems send to all processes of a program: the parent decides what
+    to do, and cancels their jobs.
 
     Args:
         retries: further attempts for a job whose worker died, each from its last snapshot and with
@@ -78,19 +87,31 @@ class ProcessBackend:
         nice: number added to the niceness of this process for the workers (0 to 19; not on
             Windows). Above 0, this process and its event loop go first when cores are short, and
             so does everything else on the machine.
+        fresh_workers: start a new worker for each job, which takes the time of its imports.
 
     Raises:
         ConfigurationError: an argument is invalid.
     """
 
-    def __init__(self, *, retries: int = 1, grace: float = 10.0, nice: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        retries: int = 1,
+        grace: float = 10.0,
+        nice: int = 0,
+        fresh_workers: bool = False,
+    ) -> None:
         self._retries = check_number("retries", retries, 0)
         self._grace = check_seconds("grace", grace) or 0.0
-        self._pool = WorkerPool(partial(serve, check_nice(nice)))
+        if not isinstance(fresh_workers, bool):
+            raise ConfigurationError(
+                f"fresh_workers is {fresh_workers!r:.60}; expected True or False"
+            )
+        self._pool = WorkerPool(partial(serve, check_nice(nice)), reuse=not fresh_workers)
 
     def check(self, spec: JobSpec) -> None:
         """Refuse a job that cannot be sent to another process; see `Backend.check`."""
-        serialize_job(spec.name, (spec.target, spec.args, options_for_worker(spec)))
+        check_serializable(spec.name, (spec.target, spec.args, options_for_worker(spec)))
         ThreadBackend().check(spec)
 
     async def run(

@@ -14,11 +14,16 @@ import signal
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import cache
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
+from fitloop.backends.process.connection import send_message
+from fitloop.backends.process.worker import PARENT_SIGNALS
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
 from fitloop.backends.remote.transport import Transport, WorkerExit
 
@@ -80,8 +85,7 @@ class WorkerProcess:
             daemon=False,
         )
         try:
-            with _starting, _sigint_blocked():
-                self.process.start()
+            self._keeper = _start_on_thread(self.process)
         except BaseException:
             self.connection.close()
             self._remove_log()
@@ -93,7 +97,7 @@ class WorkerProcess:
     def send(self, message: ClientMessage) -> None:
         """Send a message."""
         with self._send_lock:
-            self.connection.send(message)
+            send_message(self.connection, message)
 
     def receive(self) -> WorkerMessage:
         """Wait for the next message."""
@@ -112,6 +116,7 @@ class WorkerProcess:
         while self.process.exitcode is None:  # another thread may reap it during the join
             self.process.join()
         self.process.join()  # makes multiprocessing forget the process
+        self._keeper.join()
         killer.cancel()
         killer.join()
         code = self.process.exitcode
@@ -150,10 +155,11 @@ class WorkerPool:
 
     Args:
         serve: main function of the processes, see `WorkerProcess`.
+        reuse: whether a worker does further jobs; else each job has a new worker.
     """
 
-    def __init__(self, serve: Callable[..., None]) -> None:
-        self._serve = serve
+    def __init__(self, serve: Callable[..., None], *, reuse: bool = True) -> None:
+        self._serve, self._reuse = serve, reuse
         self._idle: list[WorkerProcess] = []
         self._lock = threading.Lock()
 
@@ -169,8 +175,11 @@ class WorkerPool:
             worker.close()
 
     def release(self, transport: Transport) -> None:
-        """Take back a worker."""
+        """Take back a worker, or end it if it is not to be reused; blocks."""
         assert isinstance(transport, WorkerProcess)
+        if not self._reuse:
+            transport.close()
+            return
         with self._lock:
             self._idle.append(transport)
 
@@ -184,17 +193,32 @@ class WorkerPool:
             worker.close()
 
 
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Block SIGINT in this thread, and so in the processes that it starts meanwhile."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+def _start_on_thread(process: BaseProcess) -> threading.Thread:
+    """Start a process on a thread that ends with that process; return the thread.
+
+    A worker on Linux asks to be killed with its parent, which for Linux is the thread that started
+    the worker. The thread blocks `PARENT_SIGNALS`; the process inherits that until it is ready.
+    """
+    started: Future[None] = Future()
+
+    def start_and_wait() -> None:
+        try:
+            if hasattr(signal, "pthread_sigmask"):
+                # First, since the start of the tracker unblocks signals.
+                resource_tracker.ensure_running()
+                signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
+            with _starting:
+                process.start()
+        except BaseException as error:  # raised again in the caller
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        process.join()
+
+    thread = threading.Thread(target=start_and_wait, name="fitloop worker", daemon=True)
+    thread.start()
+    started.result()
+    return thread
 
 
 def _describe_exit(code: int | None) -> str:

@@ -4,6 +4,7 @@
 - `messages`: the messages that it carries.
 - `client`: `run_remotely` has a worker do a training, with questions, retries and cancellation.
 - `server`: `JobServer` does the trainings, in the worker.
+- `job_isolation`: puts back what a job has set for its whole process.
 - `serialization`: jobs and errors as bytes.
 
 Knows no process and no connection. A backend for a cluster gives `run_remotely` a `TransportPool`

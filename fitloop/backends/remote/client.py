@@ -35,7 +35,7 @@ from fitloop._types import StopReason
 from fitloop.backends.base import JobSpec, TrainingResult
 from fitloop.backends.remote import messages
 from fitloop.backends.remote.messages import Answer, Printed, WorkerMessage
-from fitloop.backends.remote.serialization import deserialize_error, serialize_job
+from fitloop.backends.remote.serialization import SerializedJob, deserialize_error, serialize_job
 from fitloop.backends.remote.transport import Transport, TransportPool
 
 LAST_LINES = 20
@@ -185,7 +185,7 @@ class WorkerClient:
             asks_client=spec.options.get("on_continue") is not None,
         )
 
-    def _do_job(self, job: bytes, stack: ExitStack) -> bool:
+    def _do_job(self, job: SerializedJob, stack: ExitStack) -> bool:
         """Send the job and handle messages until it is over.
 
         Returns False if the worker died before it accepted the job; a later death raises.

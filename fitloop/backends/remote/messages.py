@@ -13,12 +13,12 @@ from fitloop._defaults import TrainerDefaults
 from fitloop._events import Event, PromptAsked
 from fitloop._metrics.results import FitResult
 from fitloop.backends.base import JobSpec
-from fitloop.backends.remote.serialization import SerializedError
+from fitloop.backends.remote.serialization import SerializedError, SerializedJob
 
 
 @dataclass(frozen=True)
 class RemoteJob:
-    """The contents of `StartJob.data`."""
+    """The contents of `StartJob.job`."""
 
     spec: JobSpec
     defaults: TrainerDefaults
@@ -30,7 +30,7 @@ class RemoteJob:
 class StartJob:
     """From the client: do the training of a serialized `RemoteJob`."""
 
-    data: bytes
+    job: SerializedJob
 
 
 @dataclass(frozen=True)

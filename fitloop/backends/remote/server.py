@@ -19,8 +19,9 @@ from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._events import PromptAsked
 from fitloop.backends.base import TrainingResult
 from fitloop.backends.remote import messages
+from fitloop.backends.remote.job_isolation import job_isolation
 from fitloop.backends.remote.messages import ClientMessage, JobOver, RemoteJob, WorkerMessage
-from fitloop.backends.remote.serialization import deserialize_job, serialize_error
+from fitloop.backends.remote.serialization import SerializedJob, deserialize_job, serialize_error
 from fitloop.backends.thread import build_trainer, run_job
 
 
@@ -28,7 +29,7 @@ from fitloop.backends.thread import build_trainer, run_job
 class _CurrentJob:
     """The job in progress, as the receiving thread knows it."""
 
-    data: bytes
+    contents: SerializedJob | None
     cancelled: bool = False
     cancel: Callable[[], None] = lambda: None
     answer_handlers: dict[int, Callable[[bool], None]] = field(default_factory=dict)
@@ -48,15 +49,15 @@ class JobServer:
     ) -> None:
         self._send, self._receive = send, receive
         self._jobs: queue.SimpleQueue[_CurrentJob] = queue.SimpleQueue()
-        self._job = _CurrentJob(b"")
+        self._job = _CurrentJob(None)
         self._last_question = 0
 
     def receive_all(self) -> NoReturn:
         """Take messages until the client is gone. Raises the error of ``receive``."""
         while True:
             match self._receive():
-                case messages.StartJob(data):
-                    self._job = _CurrentJob(data)
+                case messages.StartJob(contents):
+                    self._job = _CurrentJob(contents)
                     self._jobs.put(self._job)
                 case messages.CancelJob():
                     self._job.cancelled = True
@@ -80,9 +81,14 @@ class JobServer:
             self._send(last_message)
 
     def _do(self, job: _CurrentJob) -> JobOver:
+        with job_isolation():
+            return self._train_and_report(job)
+
+    def _train_and_report(self, job: _CurrentJob) -> JobOver:
         try:
-            contents: RemoteJob = deserialize_job(job.data)
-            job.data = b""
+            assert job.contents is not None
+            contents: RemoteJob = deserialize_job(job.contents)
+            job.contents = None
             if contents.defaults.num_threads is not None:
                 torch.set_num_threads(contents.defaults.num_threads)
             training = anyio.run(self._train, job, contents)
