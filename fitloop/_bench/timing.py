@@ -18,10 +18,11 @@ from torch import Tensor
 from fitloop._bench.budget import FirstEstimate
 from fitloop._bench.figures import PassTiming
 from fitloop._data.device import DeviceTransfer
-from fitloop._data.inspection import loader_label, sample_count
+from fitloop._data.inspection import loader_label, sample_counts
 from fitloop._data.sources import END
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import StateWriter
+from fitloop._engine.modes import Modes
 from fitloop._engine.plan import Instrumentation
 from fitloop._engine.stages import Stages
 from fitloop._errors import UnknownMetricError
@@ -157,12 +158,12 @@ class BareLoop:
             config, Phase.TRAIN, plan.first_epoch, self._control.stop, values=ListedValues()
         )
         if not plan.define_all:
-            config.model.train()
+            Modes(config.model, config.optimizers).train()
         torch.set_grad_enabled(True)
         start = stages.get(Phase.TRAIN, Stage.EPOCH_START)
         if start is not None:
             self._engine.call_hook("train epoch_start", lambda _trainer: start(writer.state), None)
-        writer.begin(self._limit, sample_count(plan.phases[0][1], self._limit))
+        writer.begin(self._limit, *sample_counts(plan.phases[0][1], self._limit))
         step = stages.get(Phase.TRAIN, Stage.BATCH_STEP)
         if not is_async:
             return self._train(step, writer, iterable)

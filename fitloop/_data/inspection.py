@@ -73,19 +73,22 @@ def length_of(loader: object) -> int | None:
         return None
 
 
-def sample_count(loader: object, steps: int | None) -> int | None:
-    """Return the number of samples in a pass of at most ``steps`` batches, or None if unknown."""
+def sample_counts(loader: object, steps: int | None) -> tuple[int | None, int | None]:
+    """Return the samples in a pass of at most ``steps`` batches, and in each batch but the last.
+
+    Both are None if they are unknown.
+    """
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
-        return None
+        return None, None
     batches = length_of(loader)
     try:
         samples = len(loader.sampler)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
-        return None
+        return None, None
     if batches is None:
-        return None
+        return None, None
     limit = batches if steps is None else min(steps, batches)
-    return min(samples, limit * loader.batch_size)
+    return min(samples, limit * loader.batch_size), loader.batch_size
 
 
 def uses_rng_only_at_start(loader: object) -> bool:

@@ -16,12 +16,12 @@ import torch
 from fitloop._concurrency.control import Cancelled
 from fitloop._concurrency.coroutines import SteppedAwaitable
 from fitloop._data.device import DeviceTransfer
-from fitloop._data.inspection import length_of, loader_label, sample_count
+from fitloop._data.inspection import length_of, loader_label, sample_counts
 from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState, StateWriter
 from fitloop._engine.plan import EngineDeps, PassPosition, RunPlan
-from fitloop._engine.stages import Stages
+from fitloop._engine.stages import Stages, default_batch_step
 from fitloop._errors import ConfigurationError, add_note_safely, one_line
 from fitloop._events import (
     BatchProgress,
@@ -97,6 +97,11 @@ class Engine:
             if not self._deps.ask(epoch, epoch_in_run):
                 self._control.stop(StopReason.PROMPT)
 
+    def begin(self) -> None:
+        """Set the modes of the model for a training run, before any code of the user is called."""
+        if self._plan.phases[0][0] is Phase.TRAIN and not self._defines_all(Phase.TRAIN):
+            self._deps.modes.begin()
+
     def call_hook(self, name: str, function: Callable[[Any], object] | None, argument: Any) -> None:
         """Call a function outside the phases, such as ``preloop``; an ``async def`` is awaited."""
         if function is None:
@@ -142,6 +147,7 @@ class Engine:
                 break
             result = self._phase(phase, loader, epoch, epoch_in_run)
             if result is None:
+                deps.modes.leave_evaluation()
                 complete = False
                 break
             metrics[phase], is_complete = result
@@ -188,8 +194,7 @@ class Engine:
             self._train_pass = writer, source, start
         try:
             batches = _at_most(length_of(loader), plan.steps)
-            samples = sample_count(loader, plan.steps)
-            writer.begin(batches, samples, None if samples is None else loader.batch_size)
+            writer.begin(batches, *sample_counts(loader, plan.steps))
             self.activity = f"{phase}, epoch {epoch}, beginning"
             self._emit(
                 PhaseStarted(trainer=deps.config.name, epoch=epoch, phase=phase, batches=batches)
@@ -213,6 +218,7 @@ class Engine:
             return None
         writer.end()
         metrics = self._call(state, Stage.EPOCH_END)
+        deps.modes.leave_evaluation()
         self.activity = f"{phase}, epoch {epoch}, ending"
         self._emit(
             PhaseEnded(
@@ -247,7 +253,7 @@ class Engine:
         put = wrap(phase, "metrics", writer.values.put)
         fetch = wrap(phase, "wait", source.fetch)
         train = phase is Phase.TRAIN
-        optimizers = deps.config.optimizers if train and not self._plan.define_all else ()
+        optimizers = deps.config.optimizers if train and not self._defines_all(phase) else ()
         reactions = deps.after_batch if train else ()
         begin, end_of_batch, clock = writer.next_batch, deps.guard.end_of_batch, deps.clock
         started_at = clock()
@@ -303,12 +309,18 @@ class Engine:
     def _enter(self, phase: Phase) -> None:
         """Set train or eval mode, grad mode and the random stream for a phase."""
         deps = self._deps
-        train = phase is Phase.TRAIN
-        grad = train or self._plan.define_all
-        if not self._plan.define_all:
-            deps.config.model.train(train)
-        torch.set_grad_enabled(grad)  # of this thread only
+        train, defined = phase is Phase.TRAIN, self._defines_all(phase)
+        if train and not defined:
+            deps.modes.train()
+        elif not defined:
+            deps.modes.evaluate()
+        torch.set_grad_enabled(train or defined)  # of this thread only
         deps.guard.enter_phase(phase)
+
+    def _defines_all(self, phase: Phase) -> bool:
+        """Return whether the user's step sets modes and gradients; the default one does not."""
+        step = self._stages.get(phase, Stage.BATCH_STEP)
+        return self._plan.define_all and step is not default_batch_step
 
     def _open(self, phase: Phase, loader: Any, resume_from: ResumePosition | None) -> Source:
         deps = self._deps

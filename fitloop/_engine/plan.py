@@ -12,6 +12,7 @@ from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.loaders import Loaders
 from fitloop._data.resumption import ResumePosition
 from fitloop._engine.config import TrainerConfig
+from fitloop._engine.modes import Modes
 from fitloop._events import Event
 from fitloop._rng.guard import RngGuard
 from fitloop._types import Phase
@@ -33,7 +34,7 @@ class RunPlan:
     steps: int | None = None
     """largest number of batches in a phase"""
     define_all: bool = False
-    """grad mode, ``zero_grad`` and train/eval mode are left to the stage functions"""
+    """grad mode, ``zero_grad`` and train/eval mode are left to the steps that are not default"""
     cast: bool = True
     track_batch_metrics: bool = True
     ask_every: int = 0
@@ -78,6 +79,8 @@ class EngineDeps:
     control: RunControl
     portal: LoopPortal
     loaders: Loaders
+    modes: Modes
+    """train and eval modes of the model"""
     guard: RngGuard
     """random numbers of the run"""
     emit: Callable[[Event], None] = lambda event: None

@@ -167,6 +167,7 @@ class Run:
 
     def _execute(self) -> None:
         config, plan, outside = self._state.config, self._plan, self._session.guard.outside
+        self._engine.begin()
         started = RunStarted(
             trainer=config.name, call=plan.call, epochs=plan.epochs, first_epoch=plan.first_epoch
         )

@@ -19,6 +19,7 @@ from fitloop._data.cuda_stream import CudaStreamScope, NullStreamScope
 from fitloop._engine.config import STAGE_NAMES
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import add_attribute_hint
+from fitloop._engine.modes import Modes
 from fitloop._engine.plan import EngineDeps, RunPlan
 from fitloop._errors import add_note_safely, one_line
 from fitloop._rng.guard import RngGuard
@@ -89,6 +90,7 @@ class RunSession:
             self._cuda_stream.enter()
             stack.callback(self._cuda_stream.leave)
             self._modes = [(module, module.training) for module in config.model.modules()]
+            self._is_dry = dry
             if rng is None:
                 rng = state.rng.fork() if dry else state.rng
             stages = [getattr(config, name) for name in STAGE_NAMES.values()]
@@ -106,6 +108,7 @@ class RunSession:
                 control=context.control,
                 portal=context.portal,
                 loaders=self._loaders,
+                modes=Modes(config.model, config.optimizers),
                 guard=self.guard,
             )
             self._engine = Engine(self.plan, self._deps)
@@ -161,6 +164,8 @@ class RunSession:
             ending.attempt("putting back", function)
 
     def _restore_modes(self) -> None:
+        if not self._is_dry:
+            self._deps.modes.evaluate_optimizers()
         for module, training in self._modes:
             module.training = training
 

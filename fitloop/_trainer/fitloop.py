@@ -61,6 +61,11 @@ class FitLoop(TrainerBase):
     runs on the thread of the run, an ``async def`` function on the event loop. The default stage
     functions serve a classifier with batches of ``(inputs, targets)``.
 
+    Modules that you put into eval mode stay in it in the train phase: before a run, in ``preloop``,
+    in a callback or in ``train_epoch_start``. A model that is in eval mode as a whole is put into
+    train mode. After a run all modes are as before. An optimizer that has ``train()`` and
+    ``eval()``, as schedule-free ones have, changes with the model, and is in eval mode after a run.
+
     The constructor only checks its arguments. It changes neither the model nor the process. One
     coroutine of a trainer can run at a time, and one trainer can train a model at a time; any
     other call raises `BusyError`. A trainer can be used in one event loop after another.
@@ -177,7 +182,8 @@ class FitLoop(TrainerBase):
             load_best: restore the best weights at the end, if this run tracked the criteria; also
                 after ``stop()``, a no at the prompt and a cancellation, but not after an error.
             track_batch_metrics: keep the values of the batch steps in the history.
-            define_all: the stage functions set gradients to zero, grad mode and train/eval mode.
+            define_all: your steps set gradients to zero, grad mode and train/eval mode. Phases with
+                a default step are as without it.
             steps: largest number of batches of each phase; None for all.
             cast: cast the tensors of the batches (floating to ``dtype``, integer to long). False
                 only moves them to the device.

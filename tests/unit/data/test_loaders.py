@@ -26,7 +26,7 @@ from fitloop._data.inspection import (
     detached,
     generators_of,
     length_of,
-    sample_count,
+    sample_counts,
     uses_rng_only_at_start,
 )
 from fitloop._data.pushback import pushback_iterator_of
@@ -160,7 +160,7 @@ def test_length_of_when_loader_says_then_batches_else_none(
     ],
 )
 def test_samples_in_when_known_then_what_a_pass_gives(loader: Any, samples: int | None) -> None:
-    assert sample_count(loader, None) == samples
+    assert sample_counts(loader, None)[0] == samples
     if samples is not None:
         assert samples == sum(len(batch[0]) for batch in loader)
 
@@ -169,13 +169,13 @@ def test_samples_in_when_known_then_what_a_pass_gives(loader: Any, samples: int 
 def test_samples_in_when_steps_are_limited_then_no_more_than_they_take(
     steps: int, samples: int
 ) -> None:
-    assert sample_count(DataLoader(TEN, 3), steps) == samples
+    assert sample_counts(DataLoader(TEN, 3), steps)[0] == samples
 
 
 @pytest.mark.parametrize("last", [1, 3, 9])
 def test_samples_in_when_last_batch_is_dropped_then_steps_do_not_bring_it_back(last: int) -> None:
     loader = DataLoader(TEN, 3, drop_last=True)
-    assert sample_count(loader, last) == min(9, 3 * last)
+    assert sample_counts(loader, last)[0] == min(9, 3 * last)
 
 
 class OddSampler(SequentialSampler):
