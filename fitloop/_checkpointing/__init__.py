@@ -4,6 +4,7 @@ Owns the content of a snapshot, the time to take one, and the return to it. Must
 engine's loop, terminals or event loops.
 
 - `training_state`: the state of model, optimizers and schedulers as a tree.
+- `scheduler_state`: the state of a scheduler in it.
 - `run_position`: the position of a run in a snapshot.
 - `snapshot`: both in one file.
 - `archive`: the snapshots in a directory.

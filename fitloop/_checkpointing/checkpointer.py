@@ -101,6 +101,11 @@ class Checkpointer:
         self._is_due = False
         self._last_taken = clock()
 
+    def check(self) -> None:
+        """Raise `CheckpointError` before training, if no snapshot can hold the state."""
+        if self._policy.on_error == "raise":
+            take_snapshot(self._trainer, self._buffers, self._position(False))
+
     def after_batch(self) -> None:
         """Take a snapshot if one is due; called after each train batch."""
         policy = self._policy

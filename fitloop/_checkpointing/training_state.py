@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fitloop._checkpointing.scheduler_state import load_scheduler, scheduler_state
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError, quoted_list
 from fitloop._storage.weight_files import check_module_versions, set_metadata
 from fitloop._storage.weight_store import apply_weights, check_weights
+from fitloop._training.capture import has_own_state_dict
 from fitloop._training.parts import (
+    load_optimizer,
     modules_of,
     outside_parameters,
     set_unsaved_buffers,
@@ -44,7 +47,7 @@ def training_state(config: TrainerConfig, *, with_grads: bool = False) -> dict[s
         "outside": list(outside_parameters(config)),
         "optimizers": [_optimizer_state(optimizer, names) for optimizer in config.optimizers],
         "schedulers": [
-            {"type": _type_of(scheduler), "state": _scheduler_state(scheduler)}
+            {"type": _type_of(scheduler), "state": scheduler_state(scheduler)}
             for scheduler in config.lr_schedulers
         ],
         "stateful": {name: item.state_dict() for name, item in stateful_objects(config).items()},
@@ -105,6 +108,11 @@ def _type_of(item: object) -> str:
 
 
 def _optimizer_state(optimizer: Optimizer, names: dict[Tensor, str]) -> dict[str, Any]:
+    if not (hasattr(optimizer, "state_dict") and hasattr(optimizer, "load_state_dict")):
+        raise CheckpointError(
+            f"the optimizer {_type_of(optimizer)} has no state_dict() and load_state_dict(), which "
+            "snapshots need"
+        )
     return {
         "type": _type_of(optimizer),
         "names": [[names[p] for p in group["params"]] for group in optimizer.param_groups],
@@ -112,19 +120,6 @@ def _optimizer_state(optimizer: Optimizer, names: dict[Tensor, str]) -> dict[str
         # Otherwise torch warns that a scheduler was stepped before its optimizer.
         "stepped": bool(getattr(optimizer, "_opt_called", False)),
     }
-
-
-def _scheduler_state(scheduler: Any) -> Any:
-    if hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict"):
-        return scheduler.state_dict()
-    return {k: v for k, v in vars(scheduler).items() if not isinstance(v, Optimizer)}
-
-
-def _load_scheduler(scheduler: Any, state: Any) -> None:
-    if hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict"):
-        scheduler.load_state_dict(state)
-    else:
-        vars(scheduler).update(state)
 
 
 def check_training(config: TrainerConfig, state: Any) -> None:
@@ -173,7 +168,7 @@ def _check_kinds(config: TrainerConfig, state: Any) -> None:
 
 def _check_contents(config: TrainerConfig, state: Any) -> None:
     for scheduler, saved in zip(config.lr_schedulers, state["schedulers"], strict=True):
-        unknown = set(saved["state"]) - set(_scheduler_state(scheduler))
+        unknown = set(saved["state"]) - set(scheduler_state(scheduler))
         if unknown:
             raise CheckpointError(
                 f"the state of {saved['type']} has what it does not know: {quoted_list(unknown)}"
@@ -195,7 +190,7 @@ def _apply(config: TrainerConfig, state: Any) -> None:
     for optimizer, saved in zip(config.optimizers, state["optimizers"], strict=True):
         _load_optimizer(optimizer, clone_tensors(saved), parameters)
     for scheduler, saved in zip(config.lr_schedulers, state["schedulers"], strict=True):
-        _load_scheduler(scheduler, clone_tensors(saved["state"]))
+        load_scheduler(scheduler, clone_tensors(saved["state"]))
     for name, item in stateful_objects(config).items():
         item.load_state_dict(clone_tensors(state["stateful"][name]))
     with torch.no_grad():
@@ -215,6 +210,9 @@ def _apply(config: TrainerConfig, state: Any) -> None:
 
 def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tensor]) -> None:
     state, names = saved["state"], saved["names"]
+    if has_own_state_dict(optimizer):  # its state can have any layout
+        load_optimizer(optimizer, state)
+        return
     names_now = {parameter: name for name, parameter in parameters.items()}
     groups = optimizer.param_groups
     if names != [[names_now[p] for p in group["params"]] for group in groups]:
@@ -226,7 +224,7 @@ def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tens
             )
         first = {key: value for key, value in groups[0].items() if key != "params"}
         groups[:] = [{**first, "params": [parameters[name] for name in group]} for group in names]
-    optimizer.load_state_dict(state)
+    load_optimizer(optimizer, state)
     if saved["stepped"]:
         optimizer._opt_called = True  # type: ignore[attr-defined]
     # torch casts the state to the dtype of its parameter; undo that for other dtypes.

@@ -5,6 +5,9 @@ plain values of numpy and torch. A file cannot name code that is imported or cal
 type that msgpack does not have becomes a map with one key, its kind, which begins with ``!``::
 
     {"!tensor": 3}                          the fourth in the list of tensors
+    {"!sparse": ["sparse_coo", [2, 3], true, [{"!tensor": 5}, {"!tensor": 6}]]}
+                                            a sparse tensor: layout, shape, whether it is coalesced,
+                                            and its indices and values
     {"!array": 4}                           a numpy array, stored as the fifth tensor
     {"!number": ["<f4", b"..."]}            a numpy scalar: its dtype and its bytes
     {"!tuple": [...]}, {"!set": [...]}, {"!frozenset": [...]}, {"!size": [...]}
@@ -49,6 +52,16 @@ _MEMORY_FORMATS = _torch_names(torch.memory_format)
 _PLAIN_NUMBERS = "biufc"
 
 
+_SPARSE_PARTS: dict[torch.layout, tuple[str, ...]] = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
+"""the methods that return the dense parts of a sparse tensor, by its layout"""
+
+
 class Encoder:
     """Converts values to plain ones, and collects their tensors."""
 
@@ -81,9 +94,23 @@ class Encoder:
                 for key, item in value.items()
             }
         if isinstance(value, Tensor):
-            return {"!tensor": self._add(value.detach(), path)}
+            return self._tensor(value.detach(), path)
         container = self._container(value, path, depth)
         return _scalar(value, path) if container is None else container
+
+    def _tensor(self, tensor: Tensor, path: str) -> dict[str, Any]:
+        if tensor.is_nested or tensor.layout not in _SPARSE_PARTS:
+            return {"!tensor": self._add(tensor, path)}
+        parts = [getattr(tensor, name)() for name in _SPARSE_PARTS[tensor.layout]]
+        is_coalesced = tensor.layout == torch.sparse_coo and tensor.is_coalesced()
+        return {
+            "!sparse": [
+                str(tensor.layout).removeprefix("torch."),
+                list(tensor.shape),
+                is_coalesced,
+                [{"!tensor": self._add(part, f"{path}/{i}")} for i, part in enumerate(parts)],
+            ]
+        }
 
     def _container(self, value: Any, path: str, depth: int) -> Any:
         kind = type(value)
@@ -231,6 +258,8 @@ class Decoder:
                 return mapping
             if key == "!tensor":
                 return self._tensor(content)
+            if key == "!sparse":
+                return self._sparse(*content)
             if key == "!array":
                 return self._array(self._tensor(content))
             if key == "!deque":
@@ -249,6 +278,18 @@ class Decoder:
             raise ValueError
         self._used.add(index)
         return self._tensors[index]
+
+    def _sparse(self, layout: str, shape: list[int], is_coalesced: bool, parts: Any) -> Tensor:
+        tensors = [self._tensor(part["!tensor"]) for part in parts]
+        if _LAYOUTS[layout] == torch.sparse_coo:
+            indices, values = tensors
+            return torch.sparse_coo_tensor(
+                indices, values, shape, is_coalesced=is_coalesced or None, check_invariants=True
+            )
+        outer, inner, values = tensors
+        return torch.sparse_compressed_tensor(
+            outer, inner, values, shape, layout=_LAYOUTS[layout], check_invariants=True
+        )
 
     def _array(self, tensor: Tensor) -> Any:
         if id(tensor) in self._arrays:  # an alias

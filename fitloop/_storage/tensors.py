@@ -54,6 +54,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def check_storable(name: str, tensor: Tensor) -> None:
     """Raise `LayoutError` unless the tensor is dense and has values in memory."""
+    if tensor.is_nested:
+        raise LayoutError(f"tensor {name!r} is nested; only dense ones with values can be kept")
     if dtype_name(tensor.dtype) not in DTYPES:
         raise LayoutError(f"tensor {name!r} is of dtype {tensor.dtype}, which has no plain bytes")
     if tensor.dim() > MAX_DIMS:
@@ -227,7 +229,9 @@ def memory_key(tensor: Tensor) -> tuple[object, ...] | None:
 
     None if the tensor has no memory that another could share.
     """
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return None
+    if tensor.is_meta or tensor.numel() == 0:
         return None
     try:
         start = tensor.data_ptr()

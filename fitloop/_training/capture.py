@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import random
+import threading
 import types
 import warnings
 from collections import OrderedDict, deque
@@ -34,7 +35,8 @@ _CONSTANTS = (
     *(type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size),
     *(torch.layout, torch.memory_format, np.dtype, slice, type(...)),
 )
-_STATELESS = (
+STATELESS = (
+    *(type(threading.Lock()), type(threading.RLock())),
     *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
     *(logging.Logger, logging.Handler, io.IOBase, torch.Stream),
 )
@@ -136,7 +138,7 @@ class Capture:
             return []
         if self._capture_generator(path, value):
             return []
-        if isinstance(value, _STATELESS):
+        if isinstance(value, STATELESS):
             return []
         if id(value) in self._roots or isinstance(value, (nn.Module, Optimizer, LRScheduler)):
             return self._capture_attributes(path, value)
@@ -200,7 +202,7 @@ class Capture:
         slots = [name for name in _slots(type(value)) if hasattr(value, name)]
         if slots:
             content = {name: getattr(value, name) for name in slots}
-            self._restores.append((path, lambda: _set_attributes(value, content)))
+            self._restores.append((path, lambda: set_attributes(value, content)))
             children += [(f"{path}.{name}", item) for name, item in content.items()]
         if isinstance(value, nn.Module):
             self._capture_extra_state(path, value)
@@ -246,6 +248,18 @@ def has_own_state_dict(value: object) -> bool:
         callable(method) and not str(getattr(method, "__module__", "")).startswith("torch.")
         for method in methods
     )
+
+
+def attributes_of(value: object) -> dict[str, Any]:
+    """Return the attributes of an object, those in ``__slots__`` too."""
+    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+    return {**slots, **getattr(value, "__dict__", {})}
+
+
+def set_attributes(value: object, attributes: Mapping[str, Any]) -> None:
+    """Set attributes of an object, without its own ``__setattr__``."""
+    for name, item in attributes.items():
+        object.__setattr__(value, name, item)
 
 
 def copy_values(value: Any, memo: dict[int, Any] | None = None) -> Any:
@@ -297,11 +311,6 @@ def _set_items(container: Any, items: list[Any]) -> None:
         (container.update if isinstance(container, set) else container.extend)(items)
 
 
-def _set_attributes(value: object, content: Mapping[str, Any]) -> None:
-    for name, item in content.items():
-        object.__setattr__(value, name, item)
-
-
 def _slots(kind: type) -> list[str]:
     names: list[str] = []
     for base in kind.__mro__:
@@ -312,7 +321,7 @@ def _slots(kind: type) -> list[str]:
 
 def _is_instance(value: object) -> bool:
     """Return whether a value is an object of a user's class with attributes of its own."""
-    if isinstance(value, _STATELESS) or not hasattr(value, "__dict__"):
+    if isinstance(value, STATELESS) or not hasattr(value, "__dict__"):
         return False
     return not type(value).__module__.startswith("torch.")
 

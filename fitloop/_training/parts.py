@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError
@@ -50,6 +51,33 @@ def named_parts(config: TrainerConfig) -> dict[str, Any]:
             parts[name if len(items) == 1 else f"{name}[{number}]"] = item
     parts |= {f"stateful.{name}": item for name, item in config.stateful.items()}
     return parts if config.scaler is None else {**parts, "scaler": config.scaler}
+
+
+def load_optimizer(optimizer: Any, state: Any) -> None:
+    """Call ``load_state_dict``, after which param groups and state are the same objects as before.
+
+    Torch replaces them, so that a scheduler or a wrapper that holds them would change objects that
+    nobody uses. An optimizer in an attribute of a wrapper is treated in the same way.
+    """
+    inner = (item for item in vars(optimizer).values() if isinstance(item, Optimizer))
+    before = [
+        (item, item.param_groups, list(item.param_groups), getattr(item, "state", None))
+        for item in (optimizer, *inner)
+    ]
+    optimizer.load_state_dict(state)
+    for item, groups, content, states in before:
+        if item.param_groups is not groups:
+            loaded = [dict(group) for group in item.param_groups]
+            groups[:] = [*content[: len(loaded)], *item.param_groups[len(content) :]]
+            for group, values in zip(groups, loaded, strict=True):
+                group.clear()
+                group.update(values)
+            item.param_groups = groups
+        if isinstance(states, dict) and item.state is not states:
+            loaded_states = dict(item.state)
+            states.clear()
+            states.update(loaded_states)
+            item.state = states
 
 
 def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from fitloop._training.parts import (
     apply_extra_weights,
     extra_name,
     extra_weights,
+    load_optimizer,
     named_parts,
     saved_tensors,
 )
@@ -99,7 +100,7 @@ class TrainerState:
         if any(parameter.device != device for parameter, device in before.items()):
             for optimizer in config.optimizers:
                 if optimizer.state:  # load_state_dict moves it to the device of the parameters
-                    optimizer.load_state_dict(optimizer.state_dict())
+                    load_optimizer(optimizer, optimizer.state_dict())
 
     def save_pretrained(self, *, resuming: bool = False) -> None:
         """Store the state before the first run, for `reset`.

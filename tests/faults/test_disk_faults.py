@@ -23,6 +23,7 @@ from support.state_comparison import assert_same_state, trainer_state
 from fitloop import (
     Checkpoint,
     CheckpointError,
+    LoopState,
     SnapshotFailed,
     SnapshotWritten,
     SyncFitLoop,
@@ -300,10 +301,15 @@ def test_fit_when_a_state_cannot_be_kept_and_it_is_to_warn_then_training_goes_on
     assert all("state/training/stateful/x/value" in event.error for event in failed)
 
 
-def test_fit_when_a_state_cannot_be_kept_then_the_path_is_named(tmp_path: Path) -> None:
+def test_fit_when_a_state_cannot_be_kept_then_the_path_is_named_before_training(
+    tmp_path: Path,
+) -> None:
+    def step(state: LoopState) -> None:
+        assert unkept.value == 2
+
     unkept = Unkept()
     unkept.value = print
-    fitted = sync_trainer(save_path=tmp_path, stateful={"x": unkept})
+    fitted = sync_trainer(save_path=tmp_path, stateful={"x": unkept}, train_step=step)
     with pytest.raises(CheckpointError, match="state/training/stateful/x/value is a builtins"):
         fitted.fit(4, checkpoint=Checkpoint(), **QUIET)
     unkept.value = 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,6 +342,152 @@ def test_resume_when_scheduler_is_of_no_library_then_equals_one_run(tmp_path: Pa
         return TrainingSetup(trainer=options)
 
     check_resumed_training(make, tmp_path)
+
+
+class Warmup:
+    """A scheduler that refers to the param groups, the model and a lock."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+        self.groups, self.first = optimizer.param_groups, optimizer.param_groups[0]
+        self.model, self.parameters = model, list(model.parameters())
+        self.lock, self.log = threading.Lock(), logging.getLogger("warmup")
+        self.steps, self.rates = 0, [0.1]
+
+    def step(self) -> None:
+        self.steps += 1
+        self.rates.append(self.rates[-1] * 0.9)
+        self.first["lr"] = self.rates[-1]
+
+
+class Slotted:
+    __slots__ = ("optimizer", "steps")
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+        self.optimizer, self.steps = optimizer, 0
+
+    def step(self) -> None:
+        self.steps += 1
+        self.optimizer.param_groups[0]["lr"] = 0.1 / self.steps
+
+
+class OfModel(schedulers.LRScheduler):
+    """A scheduler of torch's class that refers to the model and to a lock."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+        self.model, self.lock, self.steps = model, threading.Lock(), 0
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        self.steps += 1
+        return [base / self.steps for base in self.base_lrs]
+
+
+def in_sequence(optimizer: Optimizer, model: nn.Module) -> Any:
+    parts: list[Any] = [OfModel(optimizer, model), schedulers.StepLR(optimizer, 1, 0.5)]
+    return schedulers.SequentialLR(optimizer, parts, milestones=[1])
+
+
+@pytest.mark.parametrize("kind", [Warmup, Slotted, OfModel, in_sequence])
+def test_resume_when_scheduler_refers_to_other_objects_then_equals_one_run(
+    kind: Callable[[Optimizer, nn.Module], Any], tmp_path: Path
+) -> None:
+    def make() -> TrainingSetup:
+        model = mlp()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        scheduler = kind(optimizer, model)
+        options = {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler}
+
+        def rate() -> float:
+            assert getattr(scheduler, "model", model) is model
+            assert getattr(scheduler, "groups", optimizer.param_groups) is optimizer.param_groups
+            value: float = optimizer.param_groups[0]["lr"]
+            return value
+
+        return TrainingSetup(trainer=options, extra_state=rate)
+
+    check_resumed_training(make, tmp_path)
+
+
+class Lookahead:
+    """An optimizer of no class of torch's that wraps another and keeps slow weights."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.steps = optimizer, 0
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % 2 == 0:
+            for slow, parameter in zip(self.slow, self.param_groups[0]["params"], strict=True):
+                slow.lerp_(parameter.detach(), 0.5)
+                parameter.data.copy_(slow)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fast": self.optimizer.state_dict(), "slow": self.slow, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["fast"])
+        self.slow, self.steps = state["slow"], state["steps"]
+
+
+def test_resume_when_optimizer_wraps_another_then_equals_one_run(tmp_path: Path) -> None:
+    def make() -> TrainingSetup:
+        model = mlp()
+        optimizer = Lookahead(Adam(model.parameters(), lr=0.05))
+        return TrainingSetup(trainer={"model": model, "optimizer": optimizer})
+
+    check_resumed_training(make, tmp_path)
+
+
+class Embedded(nn.Module):
+    """An embedding with sparse gradients, and a sparse buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(5, 3, sparse=True)
+        self.mask = nn.Buffer(torch.eye(3).to_sparse())
+        nn.init.ones_(self.embedding.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        embedded = self.embedding(inputs.abs().long() % 5)
+        outputs: Tensor = torch.sparse.mm(self.mask, embedded.T).T
+        return outputs
+
+
+def accumulate_sparse(state: LoopState) -> dict[str, Any]:
+    inputs, targets = state.batch
+    loss = state.loss_function(state.model(inputs), targets)
+    if state.is_train:
+        loss.backward()  # type: ignore[no-untyped-call]
+        if state.batch_num % 2 == 0:
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+    return {"running_loss": loss.item() * state.batch_size}
+
+
+def test_resume_when_gradients_and_buffers_are_sparse_then_equals_one_run(tmp_path: Path) -> None:
+    def make() -> TrainingSetup:
+        model = Embedded()
+        options = {
+            "model": model,
+            "optimizer": SGD(model.parameters(), lr=0.5),
+            "train_step": accumulate_sparse,
+            "valid_step": accumulate_sparse,
+        }
+        return TrainingSetup(
+            trainer=options,
+            fit={"define_all": True, "load_best": False},
+            extra_state=lambda: model.embedding.weight.tolist(),
+        )
+
+    # Otherwise torch warns once.
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # type: ignore[no-untyped-call]
+        check_resumed_training(make, tmp_path)
 
 
 # -- stages ----------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def write_snapshots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def comparable(value: Any) -> Any:
     """Return a value that can be compared with ``==``; tensors and arrays become bytes."""
     if isinstance(value, Tensor):
-        numbers = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        numbers = value.detach().to_dense().contiguous().reshape(-1).view(torch.uint8)
         return str(value.dtype), tuple(value.shape), numbers.numpy().tobytes()
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
@@ -89,9 +89,20 @@ def trainer_values(trainer: FitLoop | SyncFitLoop) -> Outcome:
 
 
 def _scheduler_state(scheduler: Any) -> Any:
-    if hasattr(scheduler, "state_dict"):
-        return comparable(scheduler.state_dict())
-    return comparable({key: value for key, value in vars(scheduler).items() if key != "optimizer"})
+    """Return the attributes of a scheduler that are no references to other objects."""
+    slots = {name: getattr(scheduler, name) for name in getattr(scheduler, "__slots__", ())}
+    has_state = hasattr(scheduler, "state_dict")
+    state = scheduler.state_dict() if has_state else {**slots, **getattr(scheduler, "__dict__", {})}
+    return _without_references(state)
+
+
+def _without_references(state: dict[str, Any]) -> dict[str, Any]:
+    kinds = (type(None), bool, int, float, str, list, tuple, dict, Tensor)
+    values: dict[str, Any] = {k: value for k, value in state.items() if isinstance(value, kinds)}
+    inner = values.pop("_schedulers", [])
+    return {key: comparable(value) for key, value in values.items()} | {
+        "inner": [_without_references(item) for item in inner]
+    }
 
 
 def result_values(result: FitResult) -> Outcome:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from support.state_comparison import fingerprint
-from torch import nn
+from torch import Tensor, nn
 
 from fitloop._storage import layout
 from fitloop._storage.encoding import (
@@ -28,6 +28,7 @@ from fitloop._storage.encoding import (
     Encoder,
 )
 from fitloop._storage.layout import LayoutError
+from fitloop._storage.tensors import SnapshotBuffers
 
 
 def back(value: Any) -> Any:
@@ -287,6 +288,39 @@ def test_tree_when_of_a_rare_layout_then_is_refused_or_the_same(layout: torch.la
     assert Decoder([]).decode(packed) == layout
 
 
+SPARSE: dict[str, Callable[[], Tensor]] = {
+    "coo": lambda: torch.eye(3).to_sparse(),
+    "without values": lambda: torch.zeros(2, 2).to_sparse(),
+    "hybrid": lambda: torch.ones(2, 3).to_sparse(1),
+    "duplicated": lambda: torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.ones(2), (3,)),
+    "csr": lambda: torch.eye(3).to_sparse_csr(),
+    "csc": lambda: torch.eye(3).to_sparse_csc(),
+    "bsr": lambda: torch.eye(4).to_sparse_bsr((2, 2)),
+    "bsc": lambda: torch.eye(4).to_sparse_bsc((2, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("kind", SPARSE)
+def test_tree_when_a_tensor_is_sparse_then_is_the_same(kind: str) -> None:
+    tensor = SPARSE[kind]()
+    decoded = back({"a": tensor})["a"]
+    assert (decoded.layout, decoded.shape) == (tensor.layout, tensor.shape)
+    assert torch.equal(decoded.to_dense(), tensor.to_dense())
+    if tensor.layout == torch.sparse_coo:
+        assert (decoded._nnz(), decoded.is_coalesced()) == (tensor._nnz(), tensor.is_coalesced())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_tensors_when_one_is_nested_then_its_path_is_named(layout: torch.layout) -> None:
+    encoder = Encoder()
+    rows = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    encoder.encode({"a": [rows]}, "state")
+    with pytest.raises(LayoutError, match=r"'state/a/0' is nested"):
+        SnapshotBuffers().copy(encoder.tensors, constant=())
+
+
 # -- forged ones -----------------------------------------------------------------------------------
 
 MARKS = ["!tensor", "!array", "!deque", "!x", "!", *_FROM_ITEMS, *_FROM_PAIRS, *_FROM_VALUE]
@@ -338,6 +372,8 @@ def test_decoder_when_a_tree_is_forged_then_only_layout_errors_come(value: Any) 
             {"!number": ["<f4"]},
             {"!number": [[["a", "O"]], b"1" * 8]},
         ),
+        *({"!sparse": 1}, {"!sparse": ["sparse_coo", [2], True, []]}),
+        *({"!sparse": [layout, [2], True, [{"!tensor": 0}]]} for layout in ("strided", "x", 1)),
         *({"!dtype": "nn"}, {"!dtype": "tensor"}, {"!dtype": 1}, {"!device": "moon"}),
         *({"!layout": "round"}, {"!memory_format": "any"}, {"!device": None}, {1: 2}, [{2: 2}]),
     ],
