@@ -256,4 +256,4 @@ class ListedValues(dict[str, list[Any]]):
         values = super().__getitem__(name)
         if any(isinstance(value, Tensor) and value.ndim for value in values):
             return values
-        return torch.tensor([float(value) for value in values], dtype=torch.float64)
+        return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")

@@ -396,13 +396,17 @@ def _check_stateful(stateful: Any) -> dict[str, Any]:
 
 def _check_device(device: torch.device | str | None) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(device)
+        checked = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigurationError(
             f"device is {device!r}; expected a torch.device or a name such as 'cpu' or 'cuda:0'"
         ) from error
+    if checked.type == "cuda" and checked.index is None and torch.cuda.device_count() > 1:
+        # The run has a thread of its own, whose current device is another one.
+        return torch.device("cuda", torch.cuda.current_device())
+    return checked
 
 
 def _first_dtype(model: object) -> torch.dtype:

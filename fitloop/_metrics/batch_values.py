@@ -254,7 +254,7 @@ class BatchValues:
         """
         self._device.drain()
         if name in self._numbers:
-            return torch.tensor(self._numbers[name], dtype=torch.float64)
+            return torch.tensor(self._numbers[name], dtype=torch.float64, device="cpu")
         if name in self._tensors:
             return list(self._tensors[name])
         raise UnknownMetricError(
@@ -305,7 +305,7 @@ class _DeviceScalars:
             rows.clear()
             event = None
             if block.is_cuda:
-                host = torch.empty(block.shape, dtype=block.dtype, pin_memory=True)
+                host = torch.empty(block.shape, dtype=block.dtype, device="cpu", pin_memory=True)
                 host.copy_(block, non_blocking=True)
                 event = torch.cuda.current_stream(block.device).record_event()
             else:

@@ -53,6 +53,17 @@ def checked_modes(call: str, *, trains: bool) -> Iterator[None]:
         _runs.remove(run)
 
 
+def warn_of_process(name: str) -> None:
+    """Warn of modes around the submission of a job that trains in another process."""
+    if _are_open(TorchState.read()):
+        warn_user(
+            f"job {name!r} was submitted in a mode of torch, such as autocast or a default device, "
+            "and its backend trains in another process, where the mode does not hold. Enter it in "
+            "the function that makes the trainer, or in stage functions",
+            ThreadModeWarning,
+        )
+
+
 def _blocks(modes: TorchState) -> tuple[object, ...]:
     """Return the modes that a ``with`` block opens."""
     functions = [mode for mode in modes.function_modes if mode is not modes.default_device]

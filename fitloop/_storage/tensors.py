@@ -138,7 +138,9 @@ class SnapshotBuffers:
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+            buffer = torch.empty(
+                like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda
+            )
             self._buffers[name] = buffer
         return buffer
 
@@ -221,7 +223,7 @@ def _map_file(path: str | os.PathLike[str], size: int) -> Tensor:
         return torch.from_numpy(np.memmap(path, np.uint8, mode="c"))
     except RuntimeError as error:
         raise LayoutError(f"it cannot be mapped into memory: {error}") from error
-    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)  # type: ignore[arg-type]
 
 
 def memory_key(tensor: Tensor) -> tuple[object, ...] | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -13,15 +15,22 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 import torch
-from support.models import batches, bits, mlp, sync_trainer, trainer
+from support.models import arguments, batches, bits, internals, mlp, sync_trainer, trainer
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.nn import functional
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitloop import LoopState, Runner, ThreadModeWarning
+from fitloop import (
+    Checkpoint,
+    FitLoop,
+    LoopState,
+    ProcessBackend,
+    Runner,
+    ThreadModeWarning,
+)
 
 QUIET: dict[str, Any] = {"verbose": False, "progress": False}
 BFLOAT16 = torch.bfloat16
@@ -360,3 +369,61 @@ async def test_cache_of_autocast_when_another_coroutine_is_in_a_block_then_is_em
         await trainer(valid_dl=None, train_epoch_start=look).fit(1, **QUIET)
         may_end.set()
     assert outputs == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FunctionMode])
+async def test_mode_when_it_is_around_everything_then_files_and_weights_are_the_same(
+    mode: Mode, tmp_path: Path
+) -> None:
+    """fitloop's own tensors are not on the default device."""
+    model, data = mlp(dropout=0.2), batches()
+
+    async def trained(directory: Path) -> list[Any]:
+        def make() -> FitLoop:
+            own = copy.deepcopy(model)
+            optimizer = Adam(own.parameters(), lr=0.01)
+            return FitLoop(
+                own,
+                optimizer,
+                nn.CrossEntropyLoss(),
+                train_dl=data,
+                valid_dl=data,
+                seed=3,
+                device="cpu",
+                save_path=directory,
+                save_to_disk=True,
+            )
+
+        first = make()
+        await first.run_sanity_check(steps=1)
+        await first.fit(2, checkpoint=Checkpoint(), **QUIET)
+        await first.save()
+        await first.load()
+        second = make()
+        await second.fit(3, checkpoint=Checkpoint(), resume=True, **QUIET)
+        after = [bits(first.model), bits(second.model)]
+        await first.load_best()
+        await second.reset()
+        return [*after, bits(first.model), bits(second.model)]
+
+    expected = await trained(tmp_path / "plain")
+    with mode():
+        assert await trained(tmp_path / "mode") == expected
+
+
+async def test_submit_when_modes_cannot_reach_a_worker_process_then_says_so() -> None:
+    async with Runner(backend=ProcessBackend()) as runner:
+        with torch.autocast("cpu", BFLOAT16), pytest.warns(ThreadModeWarning, match="process"):
+            runner.submit(trainer, **QUIET)
+        runner.cancel_all()
+
+
+def test_cuda_when_there_are_several_devices_then_means_the_callers_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = arguments(device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    made = FitLoop(**given)
+    assert made.device == torch.device("cuda:2")
+    assert internals(made).cuda_devices == (2,)

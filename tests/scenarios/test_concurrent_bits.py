@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
+import anyio.to_thread
 import numpy as np
 import pytest
 import torch
@@ -34,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from fitloop import Event, FitLoop, LoopState, PhaseStarted
+from fitloop import Event, FitLoop, LoopState, PhaseStarted, Runner
 from fitloop._rng.interception import RNG_PATCHES
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
@@ -543,3 +544,37 @@ async def test_callback_when_a_thread_reads_ahead_with_a_stream_then_is_observed
         assert_same_state(
             trainer_state(await fitted(made([disturb], prefetch=2)), rng=False), expected
         )
+
+
+async def test_factory_when_a_callback_uses_numbers_then_builds_the_same_model() -> None:
+    """The callbacks of an only trainer use the global generators without a lock."""
+    is_in_callback, is_building = threading.Event(), threading.Event()
+    has_used = threading.Event()
+
+    def build() -> FitLoop:
+        seed_process(5)
+        is_building.set()
+        has_used.wait(0.2)
+        model = mlp(1)
+        for parameter in model.parameters():
+            parameter.data += torch.rand(1).item() + random.random() + np.random.rand()
+        built.append([parameter.tolist() for parameter in model.parameters()])
+        return seeded(1, model=model, valid_dl=None)
+
+    def use_numbers(event: Event) -> None:
+        if isinstance(event, PhaseStarted):
+            is_in_callback.set()
+            is_building.wait(0.2)  # a factory that does not wait begins now
+            _numbers = [torch.rand(1), random.random(), np.random.rand()]
+            has_used.set()
+
+    built: list[Any] = []
+    build()
+    is_building.clear()
+    first = seeded(2, seed=None, model=mlp(), train_dl=batches_of(2), valid_dl=None)
+    async with Runner(max_concurrent=2) as runner:
+        runner.submit(first, callbacks=[use_numbers], **QUIET)
+        await anyio.to_thread.run_sync(is_in_callback.wait, GUARD)
+        runner.submit(build, **QUIET)
+    assert len(built) == 2
+    assert built[0] == built[1]

@@ -13,6 +13,7 @@ from fitloop._engine.config import check_number, check_seconds
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._public import public
+from fitloop._run.mode_checks import warn_of_process
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
 from fitloop.backends.process.pool import WorkerPool
 from fitloop.backends.process.worker import serve
@@ -113,6 +114,7 @@ class ProcessBackend:
         """Refuse a job that cannot be sent to another process; see `Backend.check`."""
         check_serializable(spec.name, (spec.target, spec.args, options_for_worker(spec)))
         ThreadBackend().check(spec)
+        warn_of_process(spec.name)
 
     async def run(
         self, spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]
