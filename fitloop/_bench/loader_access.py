@@ -11,6 +11,7 @@ from fitloop._data.async_source import AsyncSource
 from fitloop._data.device import map_tensors
 from fitloop._data.inspection import detached, generators_of, is_iterable, uses_rng_only_at_start
 from fitloop._data.loaders import Loaders
+from fitloop._data.prefetch_tuner import MeasuredSource
 from fitloop._data.sources import LoadContext, PrefetchSource, Source
 from fitloop._engine.config import TrainerConfig
 
@@ -80,10 +81,16 @@ class BenchLoaders(Loaders):
     def mode(self) -> str:
         """The way in which the last pass was loaded, for `Conditions.loads`."""
         source = self.last_source
+        if isinstance(source, MeasuredSource):
+            source = source.source
         if isinstance(source, AsyncSource):
             return "on the event loop"
-        ahead = isinstance(source, PrefetchSource) or getattr(source, "is_prefetching", False)
-        return "ahead" if ahead else "inline"
+        return "ahead" if isinstance(source, PrefetchSource) else "inline"
+
+    @property
+    def has_chosen(self) -> bool:
+        """Whether the way of loading will not change any more."""
+        return not isinstance(self.last_source, MeasuredSource)
 
 
 def tensor_bytes(batch: Any) -> int:

@@ -209,8 +209,9 @@ class BenchRun:
         """Run each variant once; fitloop more often, until it has chosen how to load."""
         for variant in variants:
             self._show(f"warming up: {LABELS[variant]}")
-            for _ in range(WARM_UP_PASSES if variant is Variant.FITLOOP else 1):
-                if self._pass(variant, WARM_UP_BATCHES).batches >= WARM_UP_BATCHES:
+            for _ in range(WARM_UP_PASSES):
+                self._pass(variant, WARM_UP_BATCHES)
+                if variant is not Variant.FITLOOP or self._loaders[variant].has_chosen:
                     break
         self._lags.clear()
 

@@ -10,5 +10,6 @@ the training loop, events or files.
 - `prefetch_tuner`: measures whether reading ahead is faster.
 - `resumption`: goes to the k-th batch of a pass.
 - `pushback`: loaders that can be read only once.
+- `copies`: copies of batches.
 - `device`, `cuda_stream`: copies to the device; a CUDA stream for a run.
 """

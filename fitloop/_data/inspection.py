@@ -66,10 +66,14 @@ def loader_label(phase: Phase, loader: object) -> str:
 
 
 def length_of(loader: object) -> int | None:
-    """Return the number of batches, or None if the loader has no length."""
+    """Return the number of batches, or None if the loader has no length.
+
+    Any error counts as no length: a DataLoader over an IterableDataset raises TypeError, others
+    raise what they like, and `len` itself raises for a length of 2**63 or more.
+    """
     try:
         return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # as DataLoader does over an IterableDataset
+    except Exception:
         return None
 
 
@@ -80,12 +84,8 @@ def sample_counts(loader: object, steps: int | None) -> tuple[int | None, int | 
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return None, None
-    batches = length_of(loader)
-    try:
-        samples = len(loader.sampler)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None, None
-    if batches is None:
+    batches, samples = length_of(loader), length_of(loader.sampler)
+    if batches is None or samples is None:
         return None, None
     limit = batches if steps is None else min(steps, batches)
     return min(samples, limit * loader.batch_size), loader.batch_size
@@ -100,11 +100,32 @@ def uses_rng_only_at_start(loader: object) -> bool:
     """
     if type(loader) in (list, tuple):
         return True
+    if reads_in_workers(loader):
+        return True
     if type(loader) is not DataLoader or not _known_sampler(loader):
         return False
-    if loader.num_workers > 0:
-        return True
     return loader.collate_fn is default_collate and _only_tensors(loader.dataset)
+
+
+def reads_in_workers(loader: object) -> bool:
+    """Return whether no code of the user runs in this process while the loader is read.
+
+    True for a DataLoader with worker processes and torch's samplers.
+    """
+    return type(loader) is DataLoader and loader.num_workers > 0 and _known_sampler(loader)
+
+
+def makes_new_batches(iterable: object) -> bool:
+    """Return whether the memory of a batch is never written to by the loader again.
+
+    True for lists of batches, and for a DataLoader with worker processes or with torch's own
+    collate function. Others may use a buffer for several batches.
+    """
+    if type(iterable) in (list, tuple):
+        return True
+    if not isinstance(iterable, DataLoader) or type(iterable).__iter__ is not DataLoader.__iter__:
+        return False
+    return iterable.num_workers > 0 or iterable.collate_fn is default_collate
 
 
 def can_skip_by_index(loader: object) -> bool:
@@ -166,6 +187,22 @@ def set_generator_states(loader: object, states: list[Tensor]) -> None:
     """Restore the states of the loader's generators."""
     for generator, state in zip(generators_of(loader), states, strict=True):
         generator.set_state(state)
+
+
+def set_epoch(loader: object, epoch: int) -> None:
+    """Call ``set_epoch`` of the loader and of its samplers and datasets, where there is one.
+
+    ``epoch`` is counted from 0, as in torch's examples for ``DistributedSampler``.
+    """
+    parts: list[object] = [loader]
+    for name in ("sampler", "batch_sampler", "dataset"):
+        part = getattr(loader, name, None)
+        inner = getattr(part, "dataset" if name == "dataset" else "sampler", None)
+        parts += [part, inner]
+    for part in {id(part): part for part in parts}.values():
+        method = getattr(part, "set_epoch", None)
+        if callable(method):
+            method(epoch)
 
 
 def is_stateful(loader: object) -> bool:

@@ -25,19 +25,28 @@ from fitloop._data.inspection import (
     has_live_workers,
     is_iterable,
     is_stateful,
+    makes_new_batches,
+    reads_in_workers,
+    set_epoch,
     set_generator_states,
     uses_rng_only_at_start,
 )
-from fitloop._data.prefetch_tuner import AdaptiveSource, PrefetchTuner
+from fitloop._data.prefetch_tuner import MeasuredSource, PrefetchTuner
 from fitloop._data.pushback import PushbackIterator, pushback_iterator_of
 from fitloop._data.resumption import PassStart, ResumePosition, iterate_from, warn_of_replay
-from fitloop._data.sources import InlineSource, LoadContext, PrefetchSource, Source
+from fitloop._data.sources import (
+    InlineSource,
+    LoadContext,
+    PrefetchSource,
+    Source,
+    note_of_thread,
+)
 from fitloop._errors import CheckpointError
 from fitloop._rng.states import RngState
 from fitloop._types import Phase
 
 DEFAULT_DEPTH = 2
-"""batches read ahead if the trainer has no ``prefetch``"""
+"""batches read ahead if the trainer has no ``prefetch`` and reading ahead is faster"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +54,8 @@ class LoadingOptions:
     """Options of a trainer for its loaders."""
 
     prefetch: int | None = None
-    """batches to read ahead; 0 for none, None to measure whether reading ahead is faster"""
+    """batches to read ahead; 0 for none, None to measure whether reading ahead is faster for a
+    DataLoader with worker processes, and to read ahead of no other loader"""
     randomness: Literal["global", "own"] = "global"
     """"own": the loaders use no random numbers of the global generators"""
 
@@ -91,7 +101,7 @@ class Loaders:
             rng.set_state(resume_from.pass_start.rng_state)
         no_rng_in_reads = self._options.randomness == "own" or uses_rng_only_at_start(loader)
         with rng.installed(), _inside_loader(context):  # starting a loader may use random numbers
-            iterable = self._iterable(loader)
+            iterable = self._iterable(loader, context.epoch)
             if rng_state is not None:
                 start = resume_from.pass_start if resume_from else _start_of(iterable, rng_state)
                 self._passes[phase] = (iterable, start)
@@ -108,16 +118,17 @@ class Loaders:
             context,
             rng=rng.without_reads() if no_rng_in_reads else rng,
             rereads_unfetched=not isinstance(iterable, PushbackIterator),
+            reuses_memory=not makes_new_batches(iterable),
         )
         if is_async:
-            depth = DEFAULT_DEPTH if self._options.prefetch is None else self._options.prefetch
+            depth = self._options.prefetch or 0
             skip = self._batches_to_skip(phase, iterable, resume_from)
             warn_of_replay(context.label, skip)
             return AsyncSource(iterable, context, portal, depth=depth, limit=limit, skip=skip)
         read: Callable[[], Any] = iterator.__next__
         if context.read_wrapper is not None:
             read = context.read_wrapper(read)
-        return self._source(context, read, loader, phase, watch_rng=not no_rng_in_reads)
+        return self._source(context, read, loader, phase)
 
     def close(self, source: Source, loader: Any) -> None:
         """End a pass; unread batches of a one-shot loader come first in its next pass."""
@@ -130,7 +141,7 @@ class Loaders:
 
     # -- opening ---------------------------------------------------------------------------------
 
-    def _iterable(self, loader: Any) -> Any:
+    def _iterable(self, loader: Any, epoch: int) -> Any:
         """Return the object to iterate; in a dry run, also remember how to restore it."""
         dry_run_reads = self._dry_run_reads
         one_shot = self._one_shots.get(id(loader)) or pushback_iterator_of(loader)
@@ -140,7 +151,10 @@ class Loaders:
                 one_shot.start_recording()
                 dry_run_reads.append(one_shot)
             return one_shot
-        iterable = loader if is_iterable(loader) else loader()
+        iterable = loader
+        if not is_iterable(loader):
+            iterable = loader()
+            set_epoch(iterable, epoch)  # the engine has done so for a loader that is no function
         if dry_run_reads is None:
             return iterable
         for generator in generators_of(iterable):
@@ -187,27 +201,22 @@ class Loaders:
         return -too_many
 
     def _source(
-        self,
-        context: LoadContext,
-        read: Callable[[], Any],
-        loader: Any,
-        phase: Phase,
-        *,
-        watch_rng: bool,
+        self, context: LoadContext, read: Callable[[], Any], loader: Any, phase: Phase
     ) -> Source:
         if self.tracks_positions and is_stateful(loader):
             return InlineSource(context, read)  # read ahead, its position would be too far
         depth = self._options.prefetch
-        if depth is None:
-            # With a stream, steps and loader use the generators one after the other: no overlap.
-            if context.rng.has_stream or type(loader) in (list, tuple):
-                return InlineSource(context, read)
-            tuner = self._tuner(phase, loader)
-            tuner.begin_pass()
-            if not tuner.decided or (watch_rng and tuner.ahead):
-                return AdaptiveSource(context, read, DEFAULT_DEPTH, tuner, watch_rng=watch_rng)
-            depth = DEFAULT_DEPTH if tuner.ahead else 0
-        return PrefetchSource(context, read, depth) if depth else InlineSource(context, read)
+        if depth is not None:
+            return PrefetchSource(context, read, depth) if depth else InlineSource(context, read)
+        # Beside the steps, other loaders could see or use what the steps change.
+        if not reads_in_workers(loader):
+            return InlineSource(context, read)
+        tuner = self._tuner(phase, loader)
+        tuner.begin_pass()
+        source: Source = InlineSource(context, read)
+        if tuner.ahead:
+            source = PrefetchSource(context, read, DEFAULT_DEPTH)
+        return source if tuner.decided else MeasuredSource(source, tuner)
 
     def _tuner(self, phase: Phase, loader: Any) -> PrefetchTuner:
         """Return the tuner of the phase's loader; a new one for another loader."""
@@ -270,8 +279,9 @@ def _inside_loader(context: LoadContext) -> Iterator[None]:
         control.leave_loader()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         control.leave_loader(failed=True)
+        note_of_thread(error)
         raise
     control.leave_loader()
 

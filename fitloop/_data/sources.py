@@ -12,9 +12,13 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol
 
 from fitloop._concurrency.control import Cancelled, RunControl
+from fitloop._concurrency.task_state import TaskState
+from fitloop._data.copies import copy_batch
+from fitloop._errors import ConfigurationError, add_note_safely, one_line
 from fitloop._rng.guard import LoaderRng, NullGuard
 from fitloop._rng.states import RngState
 from fitloop._types import Phase
@@ -58,6 +62,8 @@ class LoadContext:
     label: str
     """name of the loader in messages, such as ``train_dl (DataLoader)``"""
     control: RunControl
+    epoch: int = 0
+    """number of the epoch, counted from 0, for a loader that a function makes"""
     start_transfer: Callable[[Any], Any] = lambda batch: batch
     """starts to move a batch to the device; called by the thread that read it"""
     finish_transfer: Callable[[Any], Any] | None = None
@@ -66,6 +72,8 @@ class LoadContext:
     """random numbers of the loader in this pass"""
     rereads_unfetched: bool = True
     """batches that were not fetched will be read again, with the same random numbers"""
+    reuses_memory: bool = False
+    """the loader may write into a batch after the next one was read, so batches ahead are copies"""
     close_timeout: float = 5.0
     """seconds that `Source.close` waits for a loader that does not return"""
     read_wrapper: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
@@ -113,8 +121,9 @@ def _inline(
             batch = read()  # type: ignore[misc]
         except StopIteration:
             batch = END
-        except BaseException:
+        except BaseException as error:
             control.leave_loader(failed=True)
+            note_of_thread(error)
             raise
         control.current_loader = None
         if control.cancelled:
@@ -134,8 +143,21 @@ def _inline(
     return context.rng.wrap_read(fetch), close
 
 
+def note_of_thread(error: BaseException) -> None:
+    """Add a note on the thread in which loaders are read, if the error speaks of threads."""
+    if "thread" in str(error).lower():
+        add_note_safely(
+            error,
+            "each call of the trainer reads its loaders in a new thread (with prefetch= in one "
+            "more for each pass): open what belongs to a thread in the loader's __iter__",
+        )
+
+
 class PrefetchSource:
-    """Reads the loader in a thread of its own, up to ``depth`` batches ahead of the steps."""
+    """Reads the loader in a thread of its own, up to ``depth`` batches ahead of the steps.
+
+    The thread begins with a copy of the context variables and modes of torch of the step thread.
+    """
 
     def __init__(self, context: LoadContext, read: Callable[[], Any], depth: int) -> None:
         self._context = context
@@ -146,14 +168,10 @@ class PrefetchSource:
         self._error: BaseException | None = None
         self._finished = False
         self._closed = False
-        self.exhausted = False
-        """the loader has no more batches"""
-        self.paused = False
-        """the thread reads no more, although the loader may have more batches"""
         self._rng_reader = context.rng.reader(context.control, self._is_closed)
         self._thread = threading.Thread(
-            target=self._load,
-            args=(self._rng_reader.wrap_read(read),),
+            target=TaskState.of_caller().call,
+            args=(partial(self._load, self._rng_reader.wrap_read(read)),),
             name=f"fitloop loads {context.label}",
             daemon=True,
         )
@@ -195,18 +213,25 @@ class PrefetchSource:
                 context.rng.set_state(self.rng_state_after)
         return unread
 
-    def pause(self) -> None:
-        """End the thread after the batch that it reads now; the queue can still be fetched."""
-        with self._context.control.changed:
-            self.paused = True
-            self._context.control.changed.notify_all()
-
     def _is_closed(self) -> bool:
-        return self._closed or self.paused or self._context.control.cancelled
+        return self._closed or self._context.control.cancelled
 
     def _rng_state(self) -> RngState | None:
         rng = self._context.rng
         return rng.state() if rng.has_stream else None
+
+    def _lasting(self, raw: Any) -> Any:
+        """Return the batch, or a copy that the loader cannot write into while it is in use."""
+        if not self._context.reuses_memory:
+            return raw
+        try:
+            return copy_batch(raw)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{self._context.label} gave a {type(raw).__name__} that cannot be copied "
+                f"({one_line(error)}); batches that are read ahead are copied, since a loader may "
+                "use their memory again. Give prefetch=0"
+            ) from error
 
     def _load(self, read: Callable[[], Any]) -> None:
         context, changed = self._context, self._context.control.changed
@@ -221,8 +246,8 @@ class PrefetchSource:
                 try:
                     raw = read()
                 except StopIteration:
-                    self.exhausted = True
                     break
+                raw = self._lasting(raw)
                 rng_state = self._rng_state()
                 item = (raw, context.start_transfer(raw), rng_state)
                 with changed:
@@ -232,6 +257,11 @@ class PrefetchSource:
             pass
         except BaseException as raised:  # the step thread raises it
             error = raised
+            add_note_safely(
+                error,
+                f"{context.label} was read in a thread ahead of the steps; prefetch=0 reads it "
+                "between the steps, in their thread",
+            )
         finally:
             with changed:
                 self._error = error

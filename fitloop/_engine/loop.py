@@ -16,7 +16,13 @@ import torch
 from fitloop._concurrency.control import Cancelled
 from fitloop._concurrency.coroutines import SteppedAwaitable
 from fitloop._data.device import DeviceTransfer
-from fitloop._data.inspection import length_of, loader_label, sample_counts
+from fitloop._data.inspection import (
+    is_iterable,
+    length_of,
+    loader_label,
+    sample_counts,
+    set_epoch,
+)
 from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState, StateWriter
@@ -180,6 +186,7 @@ class Engine:
         writer = StateWriter(deps.config, phase, epoch, self._control.stop)
         state = writer.state
         self._enter(phase)
+        self._set_epoch(phase, loader, epoch)
         start = self._call(state, Stage.EPOCH_START)
         position = None
         if phase is Phase.TRAIN and epoch_in_run == plan.epochs_before + 1:
@@ -189,7 +196,7 @@ class Engine:
             start = position.start_metrics
             writer.restore(position.collected)
         self.activity = f"{phase}, epoch {epoch}, opening {loader_label(phase, loader)}"
-        source = self._open(phase, loader, None if position is None else position.resume_from)
+        source = self._open(state, loader, None if position is None else position.resume_from)
         if phase is Phase.TRAIN:
             self._train_pass = writer, source, start
         try:
@@ -322,11 +329,18 @@ class Engine:
         step = self._stages.get(phase, Stage.BATCH_STEP)
         return self._plan.define_all and step is not default_batch_step
 
-    def _open(self, phase: Phase, loader: Any, resume_from: ResumePosition | None) -> Source:
-        deps = self._deps
+    def _set_epoch(self, phase: Phase, loader: Any, epoch: int) -> None:
+        """Tell the loader the epoch, before ``epoch_start``, which may tell it another one."""
+        if is_iterable(loader):
+            self.activity = f"{phase}, epoch {epoch}, set_epoch of {loader_label(phase, loader)}"
+            set_epoch(loader, epoch - 1)
+
+    def _open(self, state: LoopState, loader: Any, resume_from: ResumePosition | None) -> Source:
+        deps, phase = self._deps, state.phase
         context = LoadContext(
             label=loader_label(phase, loader),
             control=self._control,
+            epoch=state.epoch_num - 1,
             start_transfer=self._transfer.start,
             finish_transfer=self._transfer.finish if self._transfer.is_async else None,
             rng=deps.guard.loader(phase),

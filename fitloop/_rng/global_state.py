@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fitloop._rng.lease import global_generators
-from fitloop._rng.native_state import mt19937_memory, put_python, read_python
+from fitloop._rng.native_state import put_python
 from fitloop._rng.states import RngState
 from fitloop._rng.streams import Stream, get_bits
 
@@ -58,15 +58,3 @@ def check_same_generator(state: RngState) -> None:
     kind = type(get_bits()).__name__
     if saved != kind:
         raise ValueError(f"numpy's generator was {saved} and is {kind}")
-
-
-def global_fingerprint() -> tuple[object, ...]:
-    """Return a value that changes whenever code of this thread uses the CPU generators."""
-    with global_generators():
-        numpy, memory = np.random.get_state(legacy=False), mt19937_memory(get_bits())
-        return (
-            torch.default_generator.get_state().numpy().tobytes(),
-            read_python(),
-            repr(numpy["state"]) if memory is None else memory.raw,
-            numpy["has_gauss"],
-        )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.coroutines import Step
 from fitloop._rng.global_lock import GLOBAL_RNG_LOCK, FairSharedLock
-from fitloop._rng.global_state import global_fingerprint, global_state, restore_global_state
+from fitloop._rng.global_state import global_state, restore_global_state
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.states import RngState
 from fitloop._rng.streams import GLOBAL_STREAM, Stream
@@ -119,7 +119,6 @@ class LoaderRng:
         reads: bool = True,
     ) -> None:
         self._lease, self._stream, self._cuda, self._reads = lease, stream, tuple(cuda), reads
-        self.fingerprint = global_fingerprint
         self.waiting: Callable[[], AbstractContextManager[None]] = lease.released
         """Makes a block in which the step thread waits for the loader, which may need the lock."""
 

@@ -109,7 +109,11 @@ class FitLoop(TrainerBase):
             global generators, as a hand-written loop does. See ``docs/randomness.md``.
         num_threads: intra-op threads of the steps. Default: the number that torch has.
         prefetch: number of batches loaded ahead of the steps, in a thread or on the event loop; 0
-            for none. Default: 2 if measurements show that it is faster, else 0.
+            for none. A loader that is read ahead runs beside the steps, so it must not depend on
+            the model or on anything that steps change; its batches are copied if it may use their
+            memory again. Default: a DataLoader with worker processes is read 2 batches ahead where
+            measurements of earlier passes show that it is faster; all other loaders are read
+            between the steps, in their thread.
         loader_randomness: ``"own"`` promises that the loaders do not use the global random
             generators, so that a seeded run can load during its steps. Default: ``"global"``.
         loader_grace: seconds that an ending run waits for a loader that does not return.

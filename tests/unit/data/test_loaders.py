@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torch.utils.data.distributed import DistributedSampler
 
 from fitloop import ConfigurationError, FitLoop, LoopState
 from fitloop._data.inspection import (
@@ -81,6 +82,24 @@ class Resetting:
         return batch_of(self._next - 1)
 
 
+class Sized:
+    """A loader, dataset or sampler whose length is odd; it gives three batches."""
+
+    def __init__(self, length: int | Exception) -> None:
+        self._length = length
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter([batch_of(number) for number in range(3)])
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return batch_of(index)
+
+    def __len__(self) -> int:
+        if isinstance(self._length, Exception):
+            raise self._length
+        return self._length
+
+
 def batch_of(number: int) -> torch.Tensor:
     return torch.full((2, 1), float(number))
 
@@ -131,6 +150,14 @@ class Recorder:
         pytest.param(DataLoader(TEN, 3, drop_last=True), 3, id="drop-last"),
         pytest.param(DataLoader(Stream(), 3), None, id="iterable-dataset"),
         pytest.param(DataLoader(SizedStream(), 3), 4, id="sized-iterable-dataset"),
+        pytest.param(Sized(ValueError("unknown")), None, id="value-error"),
+        pytest.param(Sized(AttributeError("unknown")), None, id="attribute-error"),
+        pytest.param(Sized(KeyError("unknown")), None, id="key-error"),
+        pytest.param(Sized(10**20), None, id="too-large"),
+        pytest.param(Sized(-1), None, id="negative"),
+        pytest.param(
+            DataLoader(cast("Any", Sized(RuntimeError("unknown"))), 3), None, id="dataset"
+        ),
     ],
 )
 def test_length_of_when_loader_says_then_batches_else_none(
@@ -157,6 +184,9 @@ def test_length_of_when_loader_says_then_batches_else_none(
         pytest.param(DataLoader(TEN, batch_size=None), None, id="no-batches"),
         pytest.param(DataLoader(Stream(), 3), None, id="iterable-dataset"),
         pytest.param([batch_of(1)], None, id="list"),
+        pytest.param(
+            DataLoader(TEN, 3, sampler=Sized(ValueError("unknown"))), None, id="no-length"
+        ),
     ],
 )
 def test_samples_in_when_known_then_what_a_pass_gives(loader: Any, samples: int | None) -> None:
@@ -184,6 +214,117 @@ class OddSampler(SequentialSampler):
 
 class OddLoader(DataLoader[Any]):
     """May do whatever it likes."""
+
+
+@ONE_LOOP
+@pytest.mark.parametrize("length", [ValueError("unknown"), KeyError("unknown"), 10**20, -1])
+async def test_fit_when_the_length_is_no_length_then_all_batches_of_unknown_number(
+    length: int | Exception,
+) -> None:
+    recorder = Recorder(Sized(length))
+    await recorder.fit(1)
+    assert recorder.states == [(None, 2), (None, 4), (None, 6)]
+    await recorder.fit(1, steps=2)
+    assert recorder.values == [0, 1, 2, 0, 1]
+
+
+class EpochOrder(SequentialSampler):
+    """A sampler, batch sampler or dataset whose order depends on the epoch."""
+
+    def __init__(self, data: Any = TEN) -> None:
+        super().__init__(data)
+        self.epochs: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([(number + self.epochs[-1]) % 10 for number in range(10)])
+
+
+class EpochDataset(Squares):
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+
+class EpochLoader(Unsized):
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+
+class AsyncEpochLoader(EpochLoader):
+    __iter__ = None  # type: ignore[assignment]
+
+    async def __aiter__(self) -> AsyncIterator[torch.Tensor]:
+        for number in range(5):
+            yield batch_of(number)
+
+
+EPOCH_PARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "sampler": lambda: (part := EpochOrder(), DataLoader(TEN, 1, sampler=part)),
+    "batch_sampler": lambda: (
+        part := type("Batches", (EpochOrder,), {"__iter__": lambda self: iter([[0], [1]])})(),
+        DataLoader(TEN, batch_sampler=part),
+    ),
+    "sampler of the batch_sampler": lambda: (
+        part := EpochOrder(),
+        DataLoader(TEN, batch_sampler=BatchSampler(part, 1, False)),
+    ),
+    "dataset": lambda: (part := EpochDataset(), DataLoader(part)),
+    "dataset of a subset": lambda: (part := EpochDataset(), DataLoader(Subset(part, [0, 1]))),
+    "loader": lambda: (part := EpochLoader(), part),
+    "async loader": lambda: (part := AsyncEpochLoader(), part),
+    "made by a function": lambda: (
+        part := EpochOrder(),
+        lambda: DataLoader(TEN, 1, sampler=part),
+    ),
+}
+
+
+@ONE_LOOP
+@pytest.mark.parametrize("name", EPOCH_PARTS)
+@pytest.mark.parametrize("phase", ["train", "valid"])
+async def test_set_epoch_when_there_is_one_then_it_is_called_before_each_pass(
+    name: str, phase: str
+) -> None:
+    part, loader = EPOCH_PARTS[name]()
+    calls: list[list[int]] = []
+
+    def begin(state: LoopState) -> None:
+        calls.append([*part.epochs])
+
+    recorder = Recorder(
+        loader if phase == "train" else [batch_of(0)],
+        train_epoch_start=begin,
+        valid_step=lambda state: None,
+        valid_epoch_end=lambda state: {},
+    )
+    valid = {"valid_dl": loader} if phase == "valid" else {}
+    await recorder.fit(2, **valid)
+    await recorder.fit(1, **valid)
+    assert part.epochs == [0, 1, 2]
+    if phase == "train" and name != "made by a function":  # the user's own call comes later
+        assert calls == [[0], [0, 1], [0, 1, 2]]
+
+
+@ONE_LOOP
+async def test_set_epoch_when_the_order_depends_on_it_then_as_in_a_hand_written_loop() -> None:
+    sampler: Any = DistributedSampler(TEN, num_replicas=1, rank=0)
+    recorder = Recorder(DataLoader(TEN, 1, sampler=sampler))
+    await recorder.trainer.run_sanity_check()
+    recorder.values.clear()
+    await recorder.fit(3)
+    expected = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        expected += list(sampler)
+    assert recorder.values == expected
 
 
 @pytest.mark.parametrize(
@@ -252,6 +393,80 @@ def test_one_shot_when_rewound_then_gives_again_what_was_recorded() -> None:
     one_shot.rewind()
     one_shot.rewind()
     assert list(one_shot) == [1, 2, 3, 4]
+
+
+class Counted:
+    """Its own iterator, with a length, which never begins anew."""
+
+    def __init__(self) -> None:
+        self._batches = numbers(5)
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Counted:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        return next(self._batches)
+
+
+class AsyncCounted(Counted):
+    __iter__ = __next__ = None  # type: ignore[assignment]
+
+    def __aiter__(self) -> AsyncCounted:
+        return self
+
+    async def __anext__(self) -> torch.Tensor:
+        for batch in self._batches:
+            return batch
+        raise StopAsyncIteration
+
+
+class AutoReset(Counted):
+    """Begins anew after its end, as iterators of DALI do with ``auto_reset``."""
+
+    def __next__(self) -> torch.Tensor:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            self._batches = numbers(5)
+            raise
+
+
+@ONE_LOOP
+@pytest.mark.parametrize("prefetch", PREFETCH)
+@pytest.mark.parametrize("checked", [2, 5, 9])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: iter(DataLoader(TensorDataset(torch.arange(5.0)[:, None]))), id="dl"),
+        pytest.param(Counted, id="sized"),
+        pytest.param(AsyncCounted, id="async"),
+        pytest.param(AutoReset, id="auto-reset"),
+    ],
+)
+async def test_sanity_check_when_an_iterator_has_a_length_then_fit_has_each_batch_once(
+    make: Callable[[], Any], checked: int, prefetch: int | None
+) -> None:
+    recorder = Recorder(make(), prefetch=prefetch)
+    await recorder.trainer.run_sanity_check(steps=checked)
+    assert recorder.values == list(range(min(checked, 5)))
+    recorder.values.clear()
+    await recorder.fit(1)
+    assert recorder.values == list(range(5))
+
+
+@ONE_LOOP
+@pytest.mark.parametrize("prefetch", PREFETCH)
+async def test_fit_when_loader_begins_anew_after_its_end_then_every_epoch_has_all(
+    prefetch: int | None,
+) -> None:
+    recorder = Recorder(AutoReset(), prefetch=prefetch)
+    await recorder.trainer.run_sanity_check(steps=9)
+    recorder.values.clear()
+    await recorder.fit(3)
+    assert recorder.values == [*range(5)] * 3
 
 
 @ONE_LOOP

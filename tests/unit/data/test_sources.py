@@ -269,16 +269,6 @@ def test_ahead_source_when_loader_hangs_then_close_names_it_and_leaves_it() -> N
         loader.release.set()
 
 
-def test_ahead_source_when_paused_then_rest_is_still_in_the_iterator() -> None:
-    loader = iter(range(10))
-    source = source_of(prefetch(2), loader)
-    assert source.fetch() == 0
-    source.pause()
-    ready = drain(source)
-    source.close()
-    assert [0, *ready, *loader] == list(range(10))
-
-
 @pytest.mark.parametrize("make", SOURCES)
 def test_source_when_seeded_then_loader_and_steps_draw_from_a_stream_each(
     make: Make,

@@ -1,10 +1,9 @@
-"""Streams of random numbers, and the fingerprint of the global generators."""
+"""Streams of random numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +19,6 @@ from support.global_generators import (
 
 from fitloop import Phase
 from fitloop._rng.global_lock import FairSharedLock
-from fitloop._rng.global_state import global_fingerprint
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
 from fitloop._rng.trainer_rng import TrainerRng
@@ -88,20 +86,3 @@ def test_streams_when_phases_differ_then_numbers_differ_and_training_has_the_see
     lease.release()
     assert len(set(first)) == len(first)
     assert first[0] == repr(numbers_of(7, ["torch", "random", "numpy"]))
-
-
-@pytest.mark.parametrize("name", [name for name in USES if name != "nothing"])
-@pytest.mark.parametrize("kind", BIT_GENERATORS)
-def test_fingerprint_when_a_generator_is_used_then_it_changes(name: str, kind: type) -> None:
-    install_bits(kind)
-    before = global_fingerprint()
-    assert global_fingerprint() == before
-    USES[name]()
-    assert global_fingerprint() != before
-
-
-def test_fingerprint_when_cached_half_of_a_pair_is_used_then_it_changes() -> None:
-    np.random.randn()
-    before = global_fingerprint()
-    np.random.randn()
-    assert global_fingerprint() != before

@@ -1,0 +1,36 @@
+"""Copies of batches, for loaders and steps that write into a batch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+from fitloop._data.device import map_tensors
+
+
+def copy_batch(batch: Any) -> Any:
+    """Return a copy of a batch that shares no memory with it.
+
+    Raises:
+        Exception: as `copy.deepcopy` does for objects that cannot be copied.
+    """
+    copies: dict[int, Any] = {}
+
+    def copy_tensor(item: Any) -> Any:
+        # `deepcopy` would copy the whole memory of which the tensor is a part.
+        if isinstance(item, Tensor):
+            copies[id(item)] = item.detach().clone().requires_grad_(item.requires_grad)
+        return item
+
+    map_tensors(batch, copy_tensor)
+    return copy.deepcopy(batch, copies)
+
+
+def copy_if_possible(batch: Any) -> Any:
+    """Return a copy as `copy_batch`, or the batch itself if an object in it cannot be copied."""
+    try:
+        return copy_batch(batch)
+    except Exception:
+        return batch
