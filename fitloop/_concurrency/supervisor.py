@@ -6,13 +6,20 @@ thread has ended, however often it is cancelled.
 
 from __future__ import annotations
 
+import atexit
 import math
+import os
+import signal
+import sys
 import threading
+import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, Protocol, TypeVar, cast
 
 import anyio
@@ -164,15 +171,18 @@ class _StepThread:
     """The thread of a task, and its outcome."""
 
     def __init__(
-        self, task: ThreadTask, control: RunControl, portal: LoopPortal, name: str
+        self, task: ThreadTask, control: RunControl, portal: LoopPortal, name: str, grace: float
     ) -> None:
         self._task, self._control, self._portal, self._name = task, control, portal, name
         self._state = TaskState.of_caller()
+        self._grace = grace
         self._threads: list[threading.Thread] = []
         self.result: Any = None
         self.error: BaseException | None = None
 
     def start(self) -> None:
+        _register_exit_hook()
+        _step_threads.add(self)
         self._start_thread(self._run)
 
     def replace(self) -> None:
@@ -210,6 +220,28 @@ class _StepThread:
         self._task = cast("ThreadTask", None)  # the thread ends a moment after the run
         self._portal.finish()
 
+    def is_running(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    def cancel(self) -> None:
+        """Cancel the run without its event loop, which has ended."""
+        self._control.cancel()
+        self._portal.close()
+        self._portal.cancel_requests()
+
+    def join_until(self, deadline: float) -> bool:
+        """Wait for the thread until a time, and return whether it has ended.
+
+        One that hangs in a loader counts as ended after its grace.
+        """
+        for thread in self._threads:
+            thread.join(max(0.0, min(self._grace, deadline - time.monotonic())))
+            if thread.is_alive():
+                if self._control.abandon_loader():
+                    return True
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return not self.is_running()
+
     def is_alive(self) -> bool:
         """Return whether the thread has not ended yet, after a join of at most `JOIN_TIMEOUT`.
 
@@ -219,6 +251,40 @@ class _StepThread:
         for thread in self._threads:
             thread.join(JOIN_TIMEOUT)
         return any(thread.is_alive() for thread in self._threads)
+
+
+_step_threads: weakref.WeakSet[_StepThread] = weakref.WeakSet()
+EXIT_TIMEOUT = 30.0
+"""seconds that the end of the program waits for the batches that are going on"""
+
+
+@cache
+def _register_exit_hook() -> None:
+    """Make runs end with the program; called before the first one starts."""
+    atexit.register(_end_runs)
+
+
+def _end_runs() -> None:
+    """Cancel the runs that still go on when the program ends, and wait for their threads.
+
+    Otherwise the interpreter would end the threads in the middle of torch: the program would abort.
+    After `EXIT_TIMEOUT`, or Ctrl-C, the program ends at once, without the interpreter.
+    """
+    running = [thread for thread in list(_step_threads) if thread.is_running()]
+    deadline = time.monotonic() + EXIT_TIMEOUT
+    try:
+        for thread in running:
+            thread.cancel()
+        if all(thread.join_until(deadline) for thread in running):
+            return
+        interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
+    except KeyboardInterrupt:
+        interrupted = True
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    failed = getattr(sys, "last_type", None) is not None
+    os._exit(128 + signal.SIGINT if interrupted else int(failed))
 
 
 wait_scope: ContextVar[Callable[[], AbstractAsyncContextManager[None]]] = ContextVar(
@@ -258,7 +324,7 @@ async def supervise(
     left behind, with a `LoaderHungWarning`.
     """
     async with wait_scope.get()():
-        thread = _StepThread(task, control, portal, name)
+        thread = _StepThread(task, control, portal, name, grace)
         return await _supervise(
             thread, control, portal, name, grace, background_tasks, end_background_tasks
         )

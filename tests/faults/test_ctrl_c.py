@@ -146,6 +146,36 @@ except KeyboardInterrupt:
     raise
 """
 
+ENDING = """
+import threading
+from fitloop import RunEnded
+
+begun = threading.Event()
+def told(event):
+    begun.set()
+    if isinstance(event, RunEnded):
+        os.write(1, f"{event.stop_reason}\\n".encode())
+"""
+
+PENDING = """
+async def main():
+    task = asyncio.create_task(make(FitLoop).fit(10**9, callbacks=[told], **quiet))
+    while not begun.is_set():
+        await asyncio.sleep(0)
+    return task
+
+loop = asyncio.new_event_loop()
+task = loop.run_until_complete(main())
+"""
+
+THREAD = """
+def train():
+    make(SyncFitLoop).fit(EPOCHS, callbacks=[told], **quiet)
+
+threading.Thread(target=train, daemon=EPOCHS > 3).start()
+begun.wait()
+"""
+
 
 class Script:
     """A Python process that can be read line by line, and interrupted."""
@@ -160,9 +190,13 @@ class Script:
         self._process.stdin.write("go on\n")
         self._process.stdin.flush()
 
+    def send_interrupt(self) -> None:
+        """Press Ctrl-C."""
+        self._process.send_signal(signal.SIGINT)
+
     def interrupt(self) -> None:
         """Press Ctrl-C, and wait until the process has received it."""
-        self._process.send_signal(signal.SIGINT)
+        self.send_interrupt()
         assert self.read() == "noticed"
 
     def end(self) -> tuple[str, str, int]:
@@ -229,4 +263,33 @@ def test_process_when_interrupted_with_a_loader_that_hangs_for_ever_ends(prefetc
     assert "LoaderHungWarning: Linear: train_dl (Loader) had not returned" in errors
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert "Fatal Python error" not in errors
+    assert code == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (PENDING, "cancelled"),
+        (f"EPOCHS = 10**9\n{THREAD}", "cancelled"),
+        (f"EPOCHS = 3\n{THREAD}", "completed"),
+    ],
+    ids=["pending task", "daemon thread", "thread"],
+)
+def test_program_when_it_ends_during_a_run_then_the_run_ends_first(text: str, reason: str) -> None:
+    with _script(ENDING + text, "nowhere") as script:
+        output, errors, code = script.end()
+    assert (output, code) == (f"{reason}\n", 0)
+    assert "terminate called" not in errors
+    assert "Fatal Python error" not in errors
+
+
+def test_process_when_interrupted_three_times_then_the_batch_ends_first() -> None:
+    with _script(TWICE, "step") as script:
+        assert script.read() == "reached"
+        script.interrupt()
+        script.interrupt()
+        script.send_interrupt()
+        script.let_go()
+        _output, errors, code = script.end()
+    assert errors.rstrip().endswith("KeyboardInterrupt")
     assert code == -signal.SIGINT
