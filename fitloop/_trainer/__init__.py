@@ -3,5 +3,6 @@
 - `base`: the constructor, and what does not wait; common to both.
 - `fitloop`: `FitLoop`.
 - `sync`: `SyncFitLoop`, with blocking calls.
+- `kept_loop`: the event loop of a `SyncFitLoop` with async parts.
 - `comparison`: several trainers in one plot.
 """

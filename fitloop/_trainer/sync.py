@@ -1,12 +1,15 @@
 """`SyncFitLoop`: the trainer for plain scripts.
 
-Each blocking verb runs the coroutine of `FitLoop` in a new event loop in the calling thread, so
-that Ctrl-C and the prompt work as usual. The verbs have the signatures of those of `FitLoop`.
+Each blocking verb runs the coroutine of `FitLoop` in an event loop in the calling thread, so that
+Ctrl-C and the prompt work as usual. This event loop is new, unless the trainer has async loaders or
+functions, which keep their event loop between the calls. The verbs have the signatures of those of
+`FitLoop`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 from collections.abc import Awaitable, Callable
 from functools import cached_property, update_wrapper
@@ -18,6 +21,7 @@ from fitloop._errors import SyncInAsyncError
 from fitloop._public import public
 from fitloop._trainer.base import TrainerBase
 from fitloop._trainer.fitloop import FitLoop
+from fitloop._trainer.kept_loop import KeptLoop
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,11 +43,17 @@ def _blocking(verb: Callable[Concatenate[FitLoop, P], Awaitable[R]]) -> _Method[
         async def run() -> R:
             return await verb(self.loop, *args, **kwargs)
 
-        return anyio.run(run)
+        given = (*vars(self._state.config).values(), *args, *kwargs.values())
+        return self._event_loop.run(run) if any(map(_is_async, given)) else anyio.run(run)
 
     update_wrapper(call, verb)
     call.__module__, call.__qualname__ = __name__, f"SyncFitLoop.{verb.__name__}"
     return cast("_Method[P, R]", call)
+
+
+def _is_async(value: object) -> bool:
+    """Return whether a loader or function may refer to an event loop after a call."""
+    return hasattr(value, "__aiter__") or inspect.iscoroutinefunction(value)
 
 
 def _refuse_in_event_loop(call: str) -> None:
@@ -67,7 +77,8 @@ class SyncFitLoop(TrainerBase):
 
         FitLoop(model, optimizer, loss_function, train_dl=train_dl).fit(epochs=10)
 
-    Stage functions can be plain or ``async def``. Functions that take the trainer
+    Stage functions and loaders can be plain or async. Async ones keep one event loop between the
+    calls, so that an async generator goes on where it was. Functions that take the trainer
     (``configure_optimizer``, ``preloop`` ...) get `loop`, the FitLoop inside. Ctrl-C ends a run at
     a batch boundary and raises KeyboardInterrupt.
 
@@ -80,6 +91,10 @@ class SyncFitLoop(TrainerBase):
         loop = FitLoop.__new__(FitLoop)
         loop._state = self._state
         return loop
+
+    @cached_property
+    def _event_loop(self) -> KeptLoop:
+        return KeptLoop()
 
     fit = _blocking(FitLoop.fit)
     train = fit
