@@ -51,7 +51,7 @@ def last_redraw(line: str) -> str:
 
 def comma_list(names: Iterable[str]) -> str:
     """Return names in one line, ``none`` for no names."""
-    return ", ".join(names) or "none"
+    return ", ".join(map(printable, names)) or "none"
 
 
 def format_metrics(metrics: Mapping[str, float], names: Sequence[str] | None) -> str:
@@ -100,8 +100,8 @@ class Table:
     """indices of rows that are bold in HTML"""
 
     def text(self) -> str:
-        """Return the table as lines of aligned columns."""
-        lines = [self.heads, *self.rows]
+        """Return the table as lines of aligned columns, without control characters."""
+        lines = [[printable(cell) for cell in line] for line in (self.heads, *self.rows)]
         widths = [max(display_width(line[i]) for line in lines) for i in range(len(self.heads))]
         return "\n".join(
             "  ".join(self._aligned(i, cell, widths[i]) for i, cell in enumerate(line)).rstrip()

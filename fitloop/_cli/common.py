@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fitloop._errors import CheckpointError
+from fitloop._format import printable
 from fitloop._storage.durable import reason
 from fitloop._storage.layout import LayoutError, TensorEntry, read_file_header
 from fitloop._storage.metric_log import LOG_NAME
 
 
 def print_line(text: str) -> None:
-    """Print a line and flush it, since a pipe may be read for hours while a command runs."""
-    print(text, flush=True)  # noqa: T201 - the output of the command line
+    """Print text without control characters; flush it, since a command may run for hours."""
+    lines = [printable(line) for line in text.split("\n")]
+    print("\n".join(lines), flush=True)  # noqa: T201 - the output of the command line
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[TensorEntry], int]:

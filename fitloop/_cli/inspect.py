@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fitloop._cli.common import print_line, read_header
+from fitloop._errors import CheckpointError, FitLoopError
+from fitloop._format import printable
+from fitloop._storage.durable import open_regular
 from fitloop._storage.layout import TensorEntry
 from fitloop._storage.metric_log import LOG_NAME, read_metrics
 from fitloop._types import Phase
 
 SNAPSHOT = "snapshot"
 """the kind of file that `_checkpointing.snapshot` writes; importing its name would import torch"""
+
+OUTCOME_NAME = "outcome.msgpack"
+"""the file of a job, see `_runner.outcomes`; importing that would import torch"""
+OTHER_WEIGHTS = {".safetensors", ".pt", ".pth"}
+LOG_MARK = b"\x92"
+"""first byte of a log of metrics; no other file of fitloop begins with it"""
 
 MAX_TENSORS = 40
 """tensors listed without ``--all``"""
@@ -23,8 +35,8 @@ HIDDEN_KEYS = {"format", "tensors", "header_crc32", "state", "modules"}
 
 ABOUT = """\
 Print the contents of a snapshot, a weights file or a log of metrics: the training it comes from,
-how far that training was, its metrics and its tensors. No tensor is read, so it is quick for a
-file of any size."""
+how far that training was, its metrics and its tensors; or the jobs of a Runner, of its save_path.
+No tensor of a .msgpack is read, so it is quick for a file of any size."""
 
 EXAMPLES = """\
   fitloop inspect runs/a/snapshots/snapshot-000012.msgpack
@@ -42,9 +54,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the contents; return the exit status."""
     path: Path = options.file
-    if path.is_dir() or path.name == LOG_NAME:
+    try:
+        _print_any(path, options)
+    except FitLoopError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path} is not as fitloop writes it: {type(error).__name__}: {error}"
+        ) from error
+    return 0
+
+
+def _print_any(path: Path, options: argparse.Namespace) -> None:
+    """Print what is at a path. A forged file may raise anything."""
+    if path.is_dir() and not os.path.lexists(path / LOG_NAME):
+        _print_jobs(path, as_json=options.json)
+    elif path.is_dir() or path.name == LOG_NAME or _first_byte(path) == LOG_MARK:
         _print_log(path, as_json=options.json)
-        return 0
+    elif path.name == OUTCOME_NAME and os.path.lexists(path):
+        _print_jobs(path.parent, as_json=options.json)
+    elif path.suffix.lower() in OTHER_WEIGHTS:
+        _print_weights(path, options)
+    else:
+        _print_file(path, options)
+
+
+def _first_byte(path: Path) -> bytes:
+    with suppress(OSError):
+        descriptor = open_regular(path)
+        try:
+            return os.read(descriptor, 1)
+        finally:
+            os.close(descriptor)
+    return b""
+
+
+def _print_file(path: Path, options: argparse.Namespace) -> None:
     header, entries, size = read_header(path)
     fields = {key: value for key, value in header.items() if key not in HIDDEN_KEYS}
     if options.json:
@@ -55,12 +100,57 @@ def run(options: argparse.Namespace) -> int:
             for e in entries
         ]
         print_line(json.dumps({**fields, "nbytes": size}, indent=1))
-        return 0
-    print_line(f"{path}: {header['kind']}, {_size(size)}")
+        return
+    lines = [f"{path}: {header['kind']}, {_size(size)}"]
     if header["kind"] == SNAPSHOT:
-        _print_snapshot(fields)
+        lines += _snapshot_lines(fields)
+    print_line("\n".join(map(printable, lines)))
     _print_tensors(entries, everything=options.all)
-    return 0
+
+
+def _print_weights(path: Path, options: argparse.Namespace) -> None:
+    """Print the tensors of a file of safetensors or torch, whose format needs all of it read."""
+    from fitloop._storage.weight_files import read_weights
+
+    weights = read_weights(path)
+    entries = [
+        TensorEntry(name, None, str(value.dtype)[6:], tuple(value.shape), value.nbytes, 0)
+        for name, value in weights.items()
+    ]
+    size = path.stat().st_size
+    if options.json:
+        tensors = [
+            {"name": e.name, "dtype": e.dtype, "shape": e.shape, "nbytes": e.nbytes}
+            for e in entries
+        ]
+        print_line(json.dumps({"kind": "weights", "tensors": tensors, "nbytes": size}, indent=1))
+        return
+    print_line(f"{path}: weights, {_size(size)}")
+    _print_tensors(entries, everything=options.all)
+
+
+def _print_jobs(path: Path, *, as_json: bool) -> None:
+    """Print the jobs of a Runner's directory, or the job whose directory it is."""
+    from fitloop._runner.outcomes import Results, read_outcome, read_results
+
+    one = read_outcome(path)
+    results = Results([one]) if one is not None else read_results(path)
+    if not results:
+        raise CheckpointError(
+            f"{path} holds no log of metrics and no jobs of a Runner; expected a file of fitloop, "
+            "or the save_path of a trainer or a Runner"
+        )
+    if as_json:
+        fields = ("name", "status", "epochs", "error", "seconds")
+        jobs = [{name: getattr(record, name) for name in fields} for record in results]
+        print_line(json.dumps({"kind": "jobs", "jobs": jobs}, indent=1))
+        return
+    print_line(f"{path}: {_count(len(results), 'job')}")
+    print_line(str(results))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _print_log(path: Path, *, as_json: bool) -> None:
@@ -72,35 +162,37 @@ def _print_log(path: Path, *, as_json: bool) -> None:
     if as_json:
         print_line(json.dumps({"kind": "metrics", "last": last}, indent=1))
         return
-    runs = f"{history.train_runs} runs of fit, {history.test_runs} of test"
+    runs = f"{_count(history.train_runs, 'run')} of fit, {history.test_runs} of test"
     print_line(f"{path}: metrics, {runs}")
     for phase, metrics in last.items():
         if metrics:
             print_line(f"  {phase}: " + " | ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
 
 
-def _print_snapshot(header: dict[str, Any]) -> None:
+def _snapshot_lines(header: dict[str, Any]) -> list[str]:
     trainer, position = header["trainer"], header["position"]
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-    print_line(f"  written    {header['written']}, {versions}")
+    lines = [f"  written    {header['written']}, {versions}"]
     seed = "no seed" if trainer["seed"] is None else f"seed {trainer['seed']}"
-    print_line(
+    lines.append(
         f"  trainer    {trainer['name']!r} of {trainer['model']}, {trainer['device']}, "
-        f"{trainer['dtype']}, {seed}, {trainer['num_threads']} threads"
+        f"{trainer['dtype']}, {seed}, {_count(trainer['num_threads'], 'thread')}"
     )
-    print_line(f"  position   {_position(trainer, position)}")
+    lines.append(f"  position   {_position(trainer, position)}")
     if trainer["best_score"] is not None:
         best = f"{trainer['criteria'][0]} {trainer['best_score']:.4f}"
-        print_line(f"  best       {best} in epoch {trainer['best_epoch']}")
+        lines.append(f"  best       {best} in epoch {trainer['best_epoch']}")
     for phase, metrics in trainer["metrics"].items():
         if metrics:
-            print_line(f"  {phase:10} " + " | ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
+            lines.append(f"  {phase:10} " + " | ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
+    return lines
 
 
 def _position(trainer: dict[str, Any], position: dict[str, Any]) -> str:
     if not position:
         return f"after epoch {trainer['epoch_num']}, between two runs"
-    progress = f"{position['epochs_done']} of {position['epochs']} epochs of fit {position['fit']}"
+    epochs = _count(position["epochs"], "epoch")
+    progress = f"{position['epochs_done']} of {epochs} of fit {position['fit']}"
     if position["finished"]:
         return f"{progress} done, {position['stop_reason']}"
     batch = f", in epoch {position['epoch']} after batch {position['batch']}"
@@ -110,6 +202,7 @@ def _position(trainer: dict[str, Any], position: dict[str, Any]) -> str:
 def _print_tensors(entries: list[TensorEntry], *, everything: bool) -> None:
     total = sum(entry.nbytes for entry in entries)
     print_line(f"  tensors    {len(entries)}, {_size(total)}")
+    entries = [replace(entry, name=printable(entry.name)) for entry in entries]
     listed = entries if everything else entries[:MAX_TENSORS]
     width = max((len(entry.name) for entry in listed), default=0)
     for entry in listed:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from fitloop._errors import FitLoopError
+from fitloop._format import printable
+from fitloop._storage.durable import reason
 
 INTERRUPTED = 130
 """exit status of a command that Ctrl-C ended, as shells report it"""
@@ -45,14 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.command(options)
         sys.stdout.flush()
     except FitLoopError as error:
-        print(f"fitloop: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+        return _fail(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the pipe has gone; do not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # such as a path that is too long
+        return _fail(f"{os.fsdecode(error.filename or 'a file')} cannot be used: {reason(error)}")
+    except MemoryError:
+        return _fail("there is not enough memory")
     return status
+
+
+def _fail(message: str) -> int:
+    print(f"fitloop: {printable(message)}", file=sys.stderr)  # noqa: T201
+    return 1
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fitloop._events import Event, PhaseEnded
-from fitloop._format import Table, format_duration, html_block, metrics_table
+from fitloop._format import Table, format_duration, html_block, metrics_table, printable
 from fitloop._public import public
 
 Array = npt.NDArray[np.float64]
@@ -43,7 +43,7 @@ class FitResult:
 
     def _lines(self) -> list[str]:
         epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
-        lines = [f"{epochs} in {format_duration(self.seconds)}, {self.stop_reason}"]
+        lines = [f"{epochs} in {format_duration(self.seconds)}, {printable(self.stop_reason)}"]
         if self.best_score is not None:
             lines.append(f"best score: {self.best_score:.4f} in epoch {self.best_epoch}")
         return lines

@@ -18,7 +18,7 @@ import anyio
 from fitloop._concurrency.task_state import TaskState
 from fitloop._errors import ConfigurationError, one_line
 from fitloop._events import JobEnded
-from fitloop._format import format_duration
+from fitloop._format import format_duration, printable
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._run.fit_options import fit_option
@@ -63,7 +63,7 @@ class Outcome:
         if self.result is not None:
             text = f"done, {self.result!r}"
         elif self.error is not None:
-            text = f"failed, {one_line(self.error)}"
+            text = f"failed, {printable(one_line(self.error))}"
         suffix = ", restored" if self.restored else ""
         return f"<Outcome {self.name!r} {text} in {format_duration(self.seconds)}{suffix}>"
 

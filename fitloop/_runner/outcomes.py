@@ -20,7 +20,7 @@ from fitloop._format import Table, format_duration, html_block
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._runner.jobs import Outcome
-from fitloop._storage.durable import reason, write_bytes
+from fitloop._storage.durable import open_regular, reason, write_bytes
 from fitloop._storage.layout import FORMAT, VERSION, LayoutError, check_format, pack, unpack
 from fitloop._storage.metric_log import LOG_NAME
 from fitloop.backends.base import WEIGHTS_NAME
@@ -106,7 +106,7 @@ def read_outcome(directory: Path) -> Record | None:
     """
     path = directory / OUTCOME_NAME
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             data = file.read(MAX_FILE_BYTES)
     except FileNotFoundError:
         if not os.path.lexists(directory / LOG_NAME):

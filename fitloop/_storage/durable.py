@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +45,19 @@ def reason(error: BaseException) -> str:
 
 def _file_exists(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} exists already; pass overwrite=True to replace it")
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a file for reading and return its descriptor; never wait, as for a pipe.
+
+    Raises OSError, also for something that is no regular file: a directory, a pipe, a device.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file", os.fspath(path))
+    return descriptor
 
 
 def write_file(path: Path, write: Callable[[Path, int], T], *, overwrite: bool) -> T:

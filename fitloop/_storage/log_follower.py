@@ -22,14 +22,14 @@ from fitloop._events import (
     RunEnded,
     WentBack,
 )
-from fitloop._storage.durable import reason
+from fitloop._storage.durable import open_regular, reason
 from fitloop._storage.log_records import (
     RunInfo,
     check_head,
     decode_event,
     decode_progress,
     decode_run,
-    iter_records,
+    iter_file_records,
 )
 from fitloop._storage.metric_log import LOG_NAME, read_progress, unreadable
 from fitloop._types import Phase
@@ -122,7 +122,7 @@ class LogFollower:
             self._file.close()
             self._file = None
         try:
-            self._file = FileIO(self.path)
+            self._file = FileIO(open_regular(self.path))
         except FileNotFoundError:  # it was removed just now
             return False
         self._identity = _identity(os.fstat(self._file.fileno()), closed=False)
@@ -135,10 +135,9 @@ class LogFollower:
         assert self._file is not None
         self._status = os.fstat(self._file.fileno())
         self._file.seek(self._offset)
-        data = self._file.readall()
         events: list[TimedEvent] = []
         start = self._offset
-        for record, end in iter_records(data):
+        for record, end in iter_file_records(self._file.read):
             events += [self._decode(record)] if self._offset else self._start_run(record)
             self._offset = start + end
         if self._offset == 0:

@@ -54,6 +54,12 @@ LOGGED: dict[str, type[Event]] = {
 MAX_SECONDS = 1e11
 """three thousand years; a later time is forged"""
 
+MAX_RECORD_BYTES = 2**29
+"""of one record; it has the values of millions of batches"""
+_FIRST_READ = 2**18
+_RECORD_MARK = 0x92
+"""first byte of a record: a msgpack list of two"""
+
 _OMITTED = {PhaseEnded: {"trainer", "batch_metrics"}, EpochEnded: {"trainer", "metrics"}}
 """fields without a value in the record: the head and the records of the phases have these values"""
 
@@ -143,6 +149,24 @@ def iter_records(data: bytes) -> Iterator[tuple[Any, int]]:
             return
         yield unpack(packed, "a record"), end
         start = end
+
+
+def iter_file_records(read: Callable[[int], bytes]) -> Iterator[tuple[Any, int]]:
+    """Yield the records of a file and the offsets of their ends, as `iter_records`.
+
+    ``read(length)`` returns the next bytes. The file is read in parts, since a sparse or forged
+    file may be larger than the memory; a record of more than `MAX_RECORD_BYTES` counts as torn.
+    """
+    data, start, length = b"", 0, _FIRST_READ
+    while len(data) < MAX_RECORD_BYTES and (more := read(length)):
+        data += more
+        end = 0
+        for record, end in iter_records(data):
+            yield record, start + end
+        data, start = data[end:], start + end
+        if data and (data[0] != _RECORD_MARK or next(object_ends(data), None) is not None):
+            return  # damaged, not torn
+        length = max(_FIRST_READ, len(data))
 
 
 def check_head(head: Any) -> None:

@@ -11,15 +11,20 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fitloop._errors import CheckpointError
 from fitloop._events import PhaseEnded
 from fitloop._metrics.history import History, restore_history
 from fitloop._public import public
-from fitloop._storage.durable import reason, write_all, write_bytes
+from fitloop._storage.durable import open_regular, reason, write_all, write_bytes
 from fitloop._storage.layout import LayoutError
-from fitloop._storage.log_records import check_head, decode_batch_metrics, event_kind, iter_records
+from fitloop._storage.log_records import (
+    check_head,
+    decode_batch_metrics,
+    event_kind,
+    iter_file_records,
+)
 from fitloop._types import Phase
 
 LOG_NAME = "metrics.msgpack"
@@ -110,24 +115,25 @@ def read_metrics(path: str | os.PathLike[str]) -> History:
     """
     path = Path(path)
     path = path / LOG_NAME if path.is_dir() else path
-    if os.path.lexists(path) and not path.is_file():  # reading a pipe would block
-        raise CheckpointError(f"{path} cannot be read: it is no file")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     history = History()
     try:
-        records = iter_records(data)
-        head: Any = next(records, (None, 0))[0]
-        check_head(head)
-        restore_history(history, head["history"])
-        for record, _end in records:
-            if event_kind(record) == PhaseEnded.kind:
-                history.observe(_phase_ended(record))
+        with open(open_regular(path), "rb") as file:
+            _read_into(history, file)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # a forged record may raise anything
         raise unreadable(path, error) from error
     return history
+
+
+def _read_into(history: History, file: BinaryIO) -> None:
+    records = iter_file_records(file.read)
+    head: Any = next(records, (None, 0))[0]
+    check_head(head)
+    restore_history(history, head["history"])
+    for record, _end in records:
+        if event_kind(record) == PhaseEnded.kind:
+            history.observe(_phase_ended(record))
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:

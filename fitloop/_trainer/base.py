@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fitloop._engine.config import PRETRAINED, Interval, TrainerConfig
 from fitloop._engine.event_bus import EventStream
 from fitloop._errors import ConfigurationError
+from fitloop._format import printable
 from fitloop._metrics.history import History, PhaseHistory
 from fitloop._plotting.draw import plot_history
 from fitloop._plotting.selection import BestEpoch
@@ -264,7 +265,7 @@ class TrainerBase:
         model = type(self.model).__name__
         of_model = "" if self.name == model else f" of {model}"
         details = f"epoch {self.epoch_num}{best}, {status} on {self.device}"
-        return f"<{type(self).__name__} {self.name!r}{of_model}: {details}>"
+        return printable(f"<{type(self).__name__} {self.name!r}{of_model}: {details}>")
 
 
 # An error about a wrong argument then names FitLoop, not a class that users do not know.

@@ -28,8 +28,10 @@ from support.models import sync_trainer
 from support.programs import ROOT, run_program
 from support.pseudo_terminal import environment
 
-from fitloop import Phase
+from fitloop import FitResult, Outcome, Phase, read_metrics, read_results
 from fitloop._cli.main import main
+from fitloop._runner.outcomes import write_outcome
+from fitloop._storage.layout import Payload, write_layout
 
 Out = pytest.CaptureFixture[str]
 
@@ -338,6 +340,112 @@ def test_inspect_when_of_a_run_then_has_its_last_metrics(run: Path, capsys: Out)
     assert main(["inspect", str(run), "--json"]) == 0
     actual = json.loads(capsys.readouterr().out)
     assert actual["last"]["train"]["accuracy"] == 0.5
+
+
+def test_inspect_when_of_jobs_then_has_a_row_for_each(tmp_path: Path, capsys: Out) -> None:
+    result = FitResult(
+        epochs=1, stop_reason="completed", best_score=None, best_epoch=None, metrics={}, seconds=1.0
+    )
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        outcome = Outcome(name=name, status="done", result=result, directory=tmp_path / name)
+        write_outcome(outcome, 1)
+    assert main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}: 2 jobs\n" in printed
+    assert "\none  completed       1" in printed
+    for path in (tmp_path / "two", tmp_path / "two" / "outcome.msgpack"):
+        assert main(["inspect", str(path)]) == 0
+        assert f"{tmp_path / 'two'}: 1 job\n" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    assert [job["name"] for job in json.loads(capsys.readouterr().out)["jobs"]] == ["one", "two"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".msgpack"])
+def test_inspect_when_of_weights_then_lists_their_tensors(
+    tmp_path: Path, capsys: Out, suffix: str
+) -> None:
+    weights = sync_trainer(save_path=tmp_path).save_model(f"weights{suffix}")
+    assert main(["inspect", str(weights)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{weights}: weights, ")
+    assert "0.weight" in printed
+    assert "float32" in printed
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"trainer": 1, "position": {}, "versions": {}, "written": ""},
+        {"trainer": {"name": "a"}, "position": {}, "versions": {}, "written": ""},
+        {"trainer": {"seed": None}, "position": [], "versions": 7, "written": 1},
+    ],
+)
+def test_inspect_when_a_header_is_forged_then_says_so(
+    tmp_path: Path, capsys: Out, header: dict[str, Any]
+) -> None:
+    path = tmp_path / "forged.msgpack"
+    with path.open("wb") as file:
+        write_layout(file.fileno(), "snapshot", [], header)
+    assert f"{path} is not as fitloop writes it: " in refusal(capsys, "inspect", path)
+
+
+@pytest.mark.parametrize(
+    "kind", ["pipe", "device", "directory", "sparse", "text", "nothing", "long"]
+)
+@pytest.mark.parametrize("name", ["metrics.msgpack", "outcome.msgpack", "w.msgpack", "w.pt", "x"])
+def test_commands_when_the_file_is_something_else_then_say_so_in_a_line(
+    tmp_path: Path, capsys: Out, kind: str, name: str
+) -> None:
+    path = tmp_path / ("n" * 300 if kind == "long" else name)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "sparse":
+        path.touch()
+        os.truncate(path, 2**40)
+    elif kind == "text":
+        path.write_text("hello")
+    assert str(path) in refusal(capsys, "inspect", path)
+    refusal(capsys, "plot", path, "loss")
+    refusal(capsys, "export", path, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_names_when_they_have_escape_sequences_then_these_are_not_printed(
+    tmp_path: Path, capsys: Out
+) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J"
+    with fake_run(tmp_path / "a") as made:
+        made.observe(epoch_started(1), replace(phase_ended(1), metrics={f"loss{evil}": 1.0}))
+    (tmp_path / "a" / "b").mkdir()
+    error = ValueError(f"boom {evil}")
+    outcome = Outcome(name=f"b{evil}", status="failed", error=error, directory=tmp_path / "a" / "b")
+    write_outcome(outcome, 1)
+    weights = write_named(tmp_path / "w.msgpack", f"weight{evil}")
+    for path in (tmp_path / "a", weights, tmp_path / "a" / "b"):
+        assert main(["inspect", str(path)]) == 0
+    results = read_results(tmp_path / "a")
+    history = read_metrics(tmp_path / "a")
+    told = [
+        capsys.readouterr().out,
+        str(results),
+        repr(outcome),
+        repr(history),
+        repr(history.train),
+    ]
+    assert not any(character in text for text in told for character in "\x1b\x07")
+
+
+def write_named(path: Path, name: str) -> Path:
+    with path.open("wb") as file:
+        tensor = Payload(name, "float32", (1,), memoryview(b"1234"))
+        write_layout(file.fileno(), "weights", [tensor], {})
+    return path
 
 
 def test_export_when_the_file_is_there_then_is_refused_unless_it_may_be_replaced(
