@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fitloop._errors import SyncInAsyncError as SyncInAsyncError
     from fitloop._errors import ThreadModeWarning as ThreadModeWarning
     from fitloop._errors import UnknownMetricError as UnknownMetricError
+    from fitloop._errors import UnknownMetricWarning as UnknownMetricWarning
     from fitloop._errors import WorkerDiedError as WorkerDiedError
     from fitloop._errors import WorkerDiedWarning as WorkerDiedWarning
     from fitloop._events import BatchProgress as BatchProgress
@@ -100,7 +101,8 @@ _NAMES_OF_MODULES = {
         "BusyError CheckpointError ConfigurationError FitLoopError LoaderHungWarning "
         "MetricError MissingCriteriaError MissingLoaderError RemoteError RestoreError "
         "RestoreWarning ResumeWarning ScheduleWarning StageSignatureError SyncInAsyncError "
-        "ThreadModeWarning UnknownMetricError WorkerDiedError WorkerDiedWarning"
+        "ThreadModeWarning UnknownMetricError UnknownMetricWarning WorkerDiedError "
+        "WorkerDiedWarning"
     ),
     "fitloop._events": (
         "BatchProgress BestImproved EpochEnded EpochStarted Event JobEnded JobStarted "

@@ -19,6 +19,7 @@
     ResumeWarning            (RuntimeWarning) a resumed run is not exactly as expected
     ScheduleWarning          (RuntimeWarning) a learning-rate schedule is probably not as meant
     ThreadModeWarning        (RuntimeWarning) a mode around a run has no effect in the run
+    UnknownMetricWarning     (RuntimeWarning) no phase has returned a metric that is to be shown
     WorkerDiedWarning        (RuntimeWarning) a worker process died or was killed
 
 An exception of a stage function, loader, dataset or callback is never wrapped: the same object
@@ -240,6 +241,11 @@ class ThreadModeWarning(RuntimeWarning):
     A run has a thread of its own. Most modes of torch are taken over; for example the profiler of
     torch is not.
     """
+
+
+@public
+class UnknownMetricWarning(RuntimeWarning):
+    """No phase of the first epoch returned a metric that ``display_metrics`` names."""
 
 
 @public

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from fitloop._errors import UnknownMetricError
+from fitloop._errors import UnknownMetricWarning, quoted_list, warn_user
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
 
@@ -63,11 +63,15 @@ def format_metrics(metrics: Mapping[str, float], names: Sequence[str] | None) ->
 def check_display_metrics(
     names: Sequence[str] | None, metrics: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """Raise UnknownMetricError for a name in ``names`` that no phase has."""
+    """Warn of names in ``names`` that no phase has; a later epoch may have them."""
     recorded = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    for name in names or ():
-        if name not in recorded:
-            raise UnknownMetricError(name, recorded, "the epoch metrics (display_metrics)")
+    missing = [name for name in names or () if name not in recorded]
+    if missing:
+        warn_user(
+            f"display_metrics has {quoted_list(missing)}, which the first epoch did not return; "
+            f"there are: {quoted_list(recorded)}. A metric of later epochs is shown when it comes",
+            UnknownMetricWarning,
+        )
 
 
 def display_width(text: str) -> int:

@@ -27,7 +27,7 @@ from fitloop._events import (
     RunStarted,
     WentBack,
 )
-from fitloop._format import Table, check_display_metrics, format_duration, html_block
+from fitloop._format import Table, format_duration, html_block
 
 UPDATE_SECONDS = 0.5
 """least time between two updates of the page"""
@@ -82,8 +82,6 @@ class NotebookView:
 
     def observe(self, event: Event) -> None:
         """Update the page from an event; waits for the display only at the end of the run."""
-        if isinstance(event, EpochEnded):
-            check_display_metrics(self._names, event.metrics)
         with self._lock:
             self._update(event)
         if isinstance(event, RunStarted):

@@ -120,7 +120,6 @@ class EpochPrinter:
     def _print_epoch(self, event: EpochEnded) -> None:
         if not self._every or (event.epoch_in_run > 1 and event.epoch_in_run % self._every):
             return
-        check_display_metrics(self._names, event.metrics)
         label = self.label
         if "test" in event.metrics and len(event.metrics) == 1:
             _write(f"{label}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
@@ -164,6 +163,7 @@ class RunDisplay:
         self.status = PROGRESS_VIEW.add(name, named=named)
         self.status.display_metrics = names
         self.printer = EpochPrinter(self.status, every=every, names=names)
+        self._names, self._every = names, every
         self._live = live and every > 0
         self._page: NotebookView | None = None
         if self._live and prints_to_notebook():
@@ -181,6 +181,9 @@ class RunDisplay:
     def observe(self, event: Event) -> None:
         """Print and show an event."""
         self.status.observe(event)
+        if isinstance(event, EpochEnded) and self._names and self._every:
+            check_display_metrics(self._names, event.metrics)
+            self._names = None  # once
         if self._page is not None:
             self._page.observe(event)
             return

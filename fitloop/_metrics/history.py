@@ -15,10 +15,11 @@ all metrics at one moment.
 
 from __future__ import annotations
 
+import math
 import operator
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, overload
 
@@ -41,7 +42,7 @@ MAX_RUNS = 10**7
 _Runs: TypeAlias = "dict[int, array[float]]"  # by run number; a run without values has no entry
 # Arrays only grow, so an array and its length at some time give its content at that time.
 _Entries: TypeAlias = "list[tuple[Stage, str, int, array[float], int]]"
-_StoreMark: TypeAlias = "tuple[int, int, _Entries]"
+_StoreMark: TypeAlias = "tuple[int, int, _Entries, dict[Stage, int]]"
 
 
 @dataclass(slots=True)
@@ -58,13 +59,31 @@ class _Store:
     recorded: dict[Stage, dict[str, _Runs]] = field(
         default_factory=lambda: {stage: {} for stage in Stage}
     )
+    lengths: dict[Stage, int] = field(default_factory=lambda: dict.fromkeys(Stage, 0))
+    """number of values in the last run of a name that every epoch, or batch, had"""
 
-    def append(self, values: Iterable[tuple[Stage, str, array[float]]]) -> None:
+    def append(self, values: Mapping[Stage, Mapping[str, array[float]]]) -> None:
+        """Add the values of an epoch, after NaN for the epochs before it that had no value."""
         self.epochs += 1
-        for stage, name, new in values:
-            if new:
-                runs = self.recorded[stage].setdefault(name, {})
-                runs.setdefault(self.runs - 1, array("d")).extend(new)
+        for stage, columns in values.items():
+            batches = max(map(len, columns.values()), default=0)
+            before = self.lengths[stage]
+            self.lengths[stage] += batches if stage is Stage.BATCH_STEP else 1
+            recorded = self.recorded[stage]
+            for name, column in columns.items():
+                if column:
+                    run = recorded.setdefault(name, {}).setdefault(self.runs - 1, array("d"))
+                    _pad(run, before)
+                    run.extend(column)
+
+    def start_run(self) -> None:
+        # Runs are drawn end to end, so the present one gets its full length.
+        for stage, names in self.recorded.items():
+            for runs in names.values():
+                if self.runs - 1 in runs:
+                    _pad(runs[self.runs - 1], self.lengths[stage])
+        self.runs += 1
+        self.lengths = dict.fromkeys(Stage, 0)
 
     def resolve(self, run: SupportsIndex) -> int:
         number = operator.index(run)
@@ -84,10 +103,13 @@ class _Store:
             for name, runs in names.items()
             for run, values in runs.items()
         ]
-        return self.runs, self.epochs, entries
+        return self.runs, self.epochs, entries, dict(self.lengths)
 
-    def restore(self, runs: int, epochs: int, entries: _Entries) -> None:
+    def restore(
+        self, runs: int, epochs: int, entries: _Entries, lengths: Mapping[Stage, int]
+    ) -> None:
         self.runs, self.epochs = runs, epochs
+        self.lengths = {stage: lengths.get(stage, 0) for stage in Stage}
         self.recorded = {stage: {} for stage in Stage}
         for stage, name, run, values, length in entries:
             # A longer array is copied, not truncated: another mark may need all of it.
@@ -109,7 +131,8 @@ class MetricSeries(Sequence["NDArray[np.float64]"]):
     """The values of one metric in one stage: ``series[run]`` is an array of floats.
 
     ``len(series)`` is the number of runs of the phase; a run without the metric has an empty
-    array, a cancelled one fewer values. Arrays are copies and do not grow with the series.
+    array, a cancelled one fewer values. An epoch or batch without the metric has NaN if a later one
+    has the metric. Arrays are copies and do not grow with the series.
     """
 
     __slots__ = ("_name", "_stage", "_store")
@@ -306,13 +329,13 @@ class History:
 
     def _start_run(self, *, test: bool) -> None:
         for phase in (Phase.TEST,) if test else (Phase.TRAIN, Phase.VALID):
-            self._stores[phase].runs += 1
+            self._stores[phase].start_run()
 
     def clear(self) -> None:
         """Delete all runs and values; later values of a current run form a new run 0."""
         with self._lock:
             for store in self._stores.values():
-                store.restore(0, 0, [])
+                store.restore(0, 0, [], {})
 
     def mark(self) -> HistoryMark:
         """Return a mark of the present state, for `rollback`; copies no values."""
@@ -410,24 +433,30 @@ class History:
         return Table(("phase", "stage", "metric", "last", "values", "runs"), rows, left=3).html()
 
 
-def _numbers(event: PhaseEnded) -> list[tuple[Stage, str, array[float]]]:
-    return [
-        *((Stage.EPOCH_START, name, array("d", [x])) for name, x in event.start_metrics.items()),
-        *((Stage.BATCH_STEP, name, array("d", xs)) for name, xs in event.batch_metrics.items()),
-        *((Stage.EPOCH_END, name, array("d", [x])) for name, x in event.metrics.items()),
-    ]
+def _numbers(event: PhaseEnded) -> dict[Stage, dict[str, array[float]]]:
+    return {
+        Stage.EPOCH_START: {name: array("d", [x]) for name, x in event.start_metrics.items()},
+        Stage.BATCH_STEP: {name: array("d", xs) for name, xs in event.batch_metrics.items()},
+        Stage.EPOCH_END: {name: array("d", [x]) for name, x in event.metrics.items()},
+    }
+
+
+def _pad(values: array[float], length: int) -> None:
+    values.extend(array("d", [math.nan]) * (length - len(values)))
 
 
 def export_history(history: History) -> dict[str, Any]:
     """Return a copy of a history as a tree of arrays, for `restore_history`.
 
-    The tree is ``{phase: {runs, epochs, values: {stage: {name: [[run, array], ...]}}}}``.
+    The tree is
+    ``{phase: {runs, epochs, lengths: {stage: n}, values: {stage: {name: [[run, array], ...]}}}}``.
     """
     with history._lock:
         return {
             str(phase): {
                 "runs": store.runs,
                 "epochs": store.epochs,
+                "lengths": {str(stage): length for stage, length in store.lengths.items()},
                 "values": {
                     str(stage): {
                         name: [[run, store.copy(stage, name, run)] for run in runs]
@@ -446,13 +475,18 @@ def restore_history(history: History, state: Any) -> None:
     Raises an exception, such as a KeyError or TypeError, and changes nothing if the tree is not
     valid.
     """
-    contents: dict[Phase, tuple[int, int, list[Any]]] = {}
+    contents: dict[Phase, _StoreMark] = {}
     for phase in Phase:
         phase_state = state[str(phase)]
         entries: list[Any] = []
         num_runs, num_epochs = int(phase_state["runs"]), int(phase_state["epochs"])
         if not (0 <= num_runs <= MAX_RUNS and 0 <= num_epochs <= MAX_RUNS):
             raise ValueError(f"{num_runs} runs and {num_epochs} epochs are not possible")
+        # Logs and snapshots of earlier versions have no lengths.
+        given = phase_state.get("lengths", {})
+        lengths = {stage: int(given.get(str(stage), 0)) for stage in Stage}
+        if not all(0 <= length <= MAX_RUNS for length in lengths.values()):
+            raise ValueError(f"lengths of {lengths} are not possible")
         for stage in Stage:
             for name, runs in phase_state["values"][str(stage)].items():
                 for run, values in runs:
@@ -462,7 +496,9 @@ def restore_history(history: History, state: Any) -> None:
                     if not column or not 0 <= run < num_runs:
                         raise ValueError(f"run {run!r} of {name!r} is none")
                     entries.append((stage, str(name), int(run), column, len(column)))
-        contents[phase] = (num_runs, num_epochs, entries)
+                    if run == num_runs - 1:
+                        lengths[stage] = max(lengths[stage], len(column))
+        contents[phase] = (num_runs, num_epochs, entries, lengths)
     with history._lock:
         for phase, content in contents.items():
             history._stores[phase].restore(*content)

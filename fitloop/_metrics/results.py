@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -31,7 +32,8 @@ class FitResult:
     best_epoch: int | None
     """number of the best epoch, counted from 1 over the trainer's life"""
     metrics: Mapping[str, Mapping[str, Array]]
-    """phase -> name -> one value for each epoch of this run"""
+    """phase -> name -> one value for each epoch of this run, up to the last that had one; NaN for
+    an epoch without a value"""
     seconds: float
     """wall-clock time of the run"""
 
@@ -68,6 +70,7 @@ class EpochMetricsRecorder:
 
     def __init__(self) -> None:
         self._values: dict[str, dict[str, list[float]]] = {}
+        self._epochs: dict[str, int] = {}
         self.last: dict[str, dict[str, float]] = {}
         """phase -> metrics of its last ``epoch_end``"""
 
@@ -78,6 +81,9 @@ class EpochMetricsRecorder:
     def restore(self, values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
         """Replace all values by the result of `export`."""
         self._values = _copied(values)
+        self._epochs = {
+            phase: max(map(len, columns.values()), default=0) for phase, columns in values.items()
+        }
 
     def observe(self, event: Event) -> None:
         """Add the metrics of a phase."""
@@ -85,8 +91,12 @@ class EpochMetricsRecorder:
             phase = str(event.phase)
             self.last[phase] = dict(event.metrics)
             columns = self._values.setdefault(phase, {})
+            epochs = self._epochs.get(phase, 0)
             for name, value in event.metrics.items():
-                columns.setdefault(name, []).append(value)
+                column = columns.setdefault(name, [])
+                column += [math.nan] * (epochs - len(column))
+                column.append(value)
+            self._epochs[phase] = epochs + 1
 
     def arrays(self) -> dict[str, dict[str, Any]]:
         """Return phase -> name -> values."""

@@ -213,7 +213,7 @@ def _set_labels(ax: Axes, stage: Stage, name: str, remark: str) -> None:
     if before.startswith(f"{x_label} ("):  # the remark of an earlier call remains true
         remark = before.removeprefix(x_label) + ("" if remark in before else remark)
     ax.set_xlabel(x_label + remark)
-    ax.set_ylabel(name)
+    ax.set_ylabel(plain_text(name))
     if ax.get_xscale() == "linear":
         ax.xaxis.set_major_locator(
             MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
@@ -304,7 +304,7 @@ def plot_selections(
     batches = stage is Stage.BATCH_STEP
     for index, (item, lines) in enumerate(zip(selections, curves, strict=True)):
         options = selection_options(kwargs, index, len(selections))
-        label = _escaped(item.label)
+        label = _as_label(item.label)
         for line in lines:
             x, y = line_points(
                 line, [line] if batches else lines, 1 if batches else item.first_epoch
@@ -322,10 +322,14 @@ def plot_selections(
     return ax
 
 
-def _escaped(label: str) -> str:
-    """Escape ``$``, which begins mathematics, and a leading ``_``, which hides a label."""
-    label = label.replace("$", r"\$")
-    return f" {label}" if label.startswith("_") else label
+def plain_text(text: str) -> str:
+    """Escape ``$``, which begins a formula in matplotlib."""
+    return text.replace("$", r"\$")
+
+
+def _as_label(name: str) -> str:
+    """Return a name as a label that is drawn as it is: a leading ``_`` would hide it."""
+    return f" {plain_text(name)}" if name.startswith("_") else plain_text(name)
 
 
 def _draw_comparison_legend(

@@ -176,8 +176,8 @@ class FitLoop(TrainerBase):
             epochs: number of epochs to train; 0 calls ``preloop`` and ``postloop`` only.
             train_dl, valid_dl: loaders to use instead of those of the constructor.
             print_every: print the first epoch and every n-th epoch; 0 prints nothing.
-            display_metrics: the metric or metrics to print, all by default. A name that no phase
-                returns raises UnknownMetricError.
+            display_metrics: the metric or metrics to print, all by default. A name that the first
+                epoch does not return gives an `UnknownMetricWarning`.
             continue_loop: ask whether to go on after every n epochs but the last; 0 never asks.
                 On a terminal y, yes or Enter goes on; n, no or Ctrl-D ends the run and restores
                 the best weights; Ctrl-C interrupts the program as anywhere else. Several trainers

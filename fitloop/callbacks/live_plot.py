@@ -32,7 +32,13 @@ from fitloop._events import (
     WentBack,
 )
 from fitloop._metrics.history import History, HistoryMark
-from fitloop._plotting.draw import has_metric, new_figure, plot_history, plot_selections
+from fitloop._plotting.draw import (
+    has_metric,
+    new_figure,
+    plain_text,
+    plot_history,
+    plot_selections,
+)
 from fitloop._plotting.selection import BestEpoch, RecordedMetrics, RunSelection
 from fitloop._public import public
 from fitloop._storage.durable import write_bytes
@@ -347,7 +353,7 @@ def _draw_panel(
 ) -> None:
     recorded = [(item, best) for item, best in selections if has_metric(item, name)]
     if not recorded:
-        ax.set_ylabel(name)
+        ax.set_ylabel(plain_text(name))
         _mark_empty(ax)
     elif len(selections) > 1:
         plot_selections([item for item, _best in recorded], name, ax=ax)
@@ -363,7 +369,7 @@ def _mark_empty(ax: Axes) -> None:
 
 
 def _add_caption(figure: Figure, captions: list[str], num_omitted: int) -> None:
-    figure.suptitle("\n".join(captions[:3]).replace("$", r"\$"), fontsize="medium")
+    figure.suptitle(plain_text("\n".join(captions[:3])), fontsize="medium")
     if num_omitted:
         figure.supxlabel(
             f"{num_omitted} more metrics: name those to draw in live_plot()", fontsize="small"

@@ -65,12 +65,11 @@ async def test_job_when_it_raises_in_a_worker_then_the_error_comes_across() -> N
             for how in ("factory", "step", "lock"):
                 runner.submit(make_failing_trainer, how, name=how, **QUIET)
             runner.submit(make_trainer, name="callback", epochs=10**6, callbacks=[breaks], **QUIET)
-            runner.submit(make_trainer, name="metric", epochs=10**6, display_metrics="nope")
             runner.submit(exits, name="exits", **QUIET)
             runner.submit(make_trainer, name="good", **QUIET)
             *failed, good = await runner.results()
             assert len(worker_processes()) == 1  # all of them in one
-    factory, step, lock, callback, metric, exited = (outcome.error for outcome in failed)
+    factory, step, lock, callback, exited = (outcome.error for outcome in failed)
     assert isinstance(factory, CustomInitError)
     assert (factory.code, str(factory)) == (7, "factory failed with 7")
     assert isinstance(step, ZeroDivisionError)
@@ -82,7 +81,6 @@ async def test_job_when_it_raises_in_a_worker_then_the_error_comes_across() -> N
     assert str(lock).startswith("RuntimeError: unpicklable")
     assert isinstance(callback, LookupError)
     assert "at PhaseEnded, in this process" in callback.__notes__[0]
-    assert "no metric 'nope'" in str(metric)
     assert isinstance(exited, RemoteError)
     assert str(exited).startswith("SystemExit: 3")
     assert good.status == "done"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from support.models import scores, trainer
 
-from fitloop import ConfigurationError, PromptAsked
+from fitloop import ConfigurationError, LoopState, PromptAsked, UnknownMetricWarning
 
 METRICS = r"loss: \d+\.\d{4} \| accuracy: [01]\.\d{4}"
 TIME = r"(?:\d+ ms|\d\d s \d{3} ms)"
@@ -101,6 +102,18 @@ async def test_display_metrics_when_given_then_only_these_are_shown(
     await trainer().fit(1, display_metrics=chosen)
     expected = epoch_lines("[1/1] - ", shown, shown) + end_lines(5)
     assert re.fullmatch(expected, capsys.readouterr().out)
+
+
+async def test_display_metrics_when_a_name_comes_later_then_it_is_shown_and_one_warning_names_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def end(state: LoopState) -> dict[str, float]:
+        return {"loss": 1.0} | ({"map": 0.5} if state.epoch_num > 2 else {})
+
+    with pytest.warns(UnknownMetricWarning, match=r"has 'map', which .* there are: 'loss'") as told:
+        await trainer(valid_epoch_end=end, train_epoch_end=end).fit(4, display_metrics="map")
+    assert [Path(warning.filename).name for warning in told] == [Path(__file__).name]
+    assert capsys.readouterr().out.count("valid :: map: 0.5000") == 2
 
 
 async def test_test_when_it_prints_then_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

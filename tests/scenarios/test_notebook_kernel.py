@@ -148,13 +148,6 @@ def test_fit_when_a_stage_raises_then_the_display_says_so(jupyter: Kernel) -> No
     assert "failed with ValueError: &lt;oh&gt;" in page["text/html"]
 
 
-def test_display_metrics_when_unknown_then_the_cell_fails_with_the_known_names(
-    jupyter: Kernel,
-) -> None:
-    cell = jupyter.run("await trainer().fit(3, display_metrics='nope')")
-    assert (cell.status, cell.error) == ("error", "UnknownMetricError")
-
-
 def test_history_when_shown_then_is_a_table_of_what_was_recorded(jupyter: Kernel) -> None:
     cell = jupyter.run("fitted = trainer()\nawait fitted.fit(2, verbose=False)\nfitted.M")
     assert cell.result["text/plain"].startswith("<History train runs: 1, epochs: 2")

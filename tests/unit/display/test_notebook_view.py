@@ -24,7 +24,6 @@ from fitloop import (
     PromptAsked,
     RunEnded,
     RunStarted,
-    UnknownMetricError,
     WentBack,
 )
 from fitloop._display.jupyter import in_notebook, interruptible, prints_to_notebook
@@ -233,14 +232,6 @@ def test_names_when_given_then_only_they_are_columns_in_their_order() -> None:
     page.phase(1, Phase.TRAIN, 0.5, ["loss", "accuracy", "other"])
     assert page.text[1].split("  ") == ["epoch", "train accuracy", "train loss", "time"]
     page.end(0, "cancelled")
-
-
-def test_names_when_unknown_then_raises_and_lists_the_known_ones() -> None:
-    page = Page(1, names=["nope"])
-    page.start()
-    with pytest.raises(UnknownMetricError, match=r"'nope'.*there are: 'loss'"):
-        page.epoch(1)
-    page.end(0, "failed", error="UnknownMetricError")
 
 
 def test_page_when_epochs_are_many_then_only_the_first_the_best_and_the_last_are_shown() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import sys
 import threading
@@ -346,7 +347,7 @@ def test_readers_in_another_thread_see_whole_events_only() -> None:
 
 # A history against plain lists: what to do, and what should then be in it.
 
-_Model: TypeAlias = dict[tuple[str, str], list[dict[str, list[float]]]]
+_Model: TypeAlias = dict[tuple[str, str], list["_Run"]]
 
 names = st.sampled_from(["loss", "accuracy", "lr"])
 numbers = st.floats(width=64)
@@ -368,7 +369,16 @@ def empty_model() -> _Model:
 def open_run(model: _Model, call: str) -> None:
     for (phase, _), runs in model.items():
         if (phase == "test") == (call == "test"):
-            runs.append({})
+            for column in runs[-1].values() if runs else ():
+                column += [math.nan] * (runs[-1].length - len(column))
+            runs.append(_Run())
+
+
+class _Run(dict[str, list[float]]):
+    """The values of a run by name."""
+
+    length = 0
+    """number of values of a name that every epoch or batch has"""
 
 
 def add(model: _Model, event: PhaseEnded) -> None:
@@ -380,9 +390,12 @@ def add(model: _Model, event: PhaseEnded) -> None:
         ("batch_step", {name: list(xs) for name, xs in event.batch_metrics.items()}),
         ("epoch_end", {name: [x] for name, x in event.metrics.items()}),
     ):
+        run = model[phase, stage][-1]
         for name, new in values.items():
             if new:
-                model[phase, stage][-1].setdefault(name, []).extend(new)
+                column = run.setdefault(name, [])
+                column += [math.nan] * (run.length - len(column)) + new
+        run.length += max(map(len, values.values()), default=0) if stage == "batch_step" else 1
 
 
 def check(history: History, model: _Model) -> None:

@@ -412,7 +412,7 @@ def test_best_epoch_when_valid_has_no_value_there_then_is_on_the_line_of_train(a
     plot_history(history, "start_other", 0, ax=ax, best=BestEpoch("other", 1.0, 2))
     assert rings(ax) == {"best epoch 2": [2, 1.0]}
     train_only = History()
-    add_run(train_only, [5.0, 4.0], [np.nan, np.nan])
+    add_run(train_only, [5.0, 4.0])
     train_only.observe(valid_score(1.0))
     plot_history(train_only, "loss", ax=ax, best=BestEpoch("score", 1.0, 1), label="b")
     assert rings(ax)["b best epoch 1"] == [1, 5.0]
