@@ -36,6 +36,7 @@ def with_fitloop(
     keep_metrics: bool,
     seed: int | None = None,
     idle: bool = False,
+    prefetch: int | None = None,
 ) -> Means | None:
     """Train by fitloop; with ``keep_metrics``, with the default step, which returns metrics.
 
@@ -53,6 +54,7 @@ def with_fitloop(
         device="cpu",
         num_threads=1,
         seed=seed,
+        prefetch=prefetch,
     )
     result = asyncio.run(trainer.fit(epochs, verbose=False, progress=False))
     if not keep_metrics:

@@ -157,7 +157,8 @@ def _load_ahead(conditions: Conditions, figures: Figures) -> list[Advice]:
         return []
     text = f"prefetch=2: a batch took {times[0]} as it is set up, and {times[1]} loaded ahead."
     if not conditions.takes_turns:
-        return [Advice("prefetch", f"Give {text}")]
+        limit = "The loader then runs beside the steps, and must not depend on what they change."
+        return [Advice("prefetch", f"Give {text} {limit}")]
     condition = 'If the dataset uses no random numbers, give loader_randomness="own" and'
     reason = "With seed=, a loader that may use them is not read during a step."
     return [Advice("prefetch", f"{condition} {text} {reason}")]

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import anyio
@@ -111,6 +112,13 @@ class LoopTasks:
         finally:
             self._native.discard(task)
 
+    def cancel_all(self, scope: anyio.CancelScope) -> None:
+        """Cancel all tasks, because other code of the run has failed: once under asyncio."""
+        if not self._native or is_scope_cancelled():
+            scope.cancel()
+        for task in self._native:
+            _cancel_once(task)
+
     def cancel(self, interruption: BaseException, scope: anyio.CancelScope) -> None:
         """Cancel all tasks in the way that ``interruption`` cancelled the awaiting task."""
         native = isinstance(interruption, asyncio.CancelledError)
@@ -118,7 +126,24 @@ class LoopTasks:
             scope.cancel()
             return
         for task in self._native:
-            task.cancel()
+            _cancel_once(task)
+
+
+def native_cancel() -> Callable[[], None] | None:
+    """Return a function that cancels this task once, so that its cleanup may await.
+
+    None under trio, which cancels at every await. Call the function on the event loop.
+    """
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return None
+    return None if task is None else partial(_cancel_once, task)
+
+
+def _cancel_once(task: asyncio.Task[Any]) -> None:
+    if not task.done() and not task.cancelling():  # a second one would cut its cleanup off
+        task.cancel()
 
 
 def is_scope_cancelled() -> bool:

@@ -361,7 +361,7 @@ async def _supervise(
                 portal.tasks.cancel(raised, group.cancel_scope)
             if control.failure is not None:
                 portal.close()
-                group.cancel_scope.cancel()
+                portal.tasks.cancel_all(group.cancel_scope)
     except anyio.get_cancelled_exc_class() as raised:  # while background tasks ended
         interruption = interruption or raised
         control.cancel()

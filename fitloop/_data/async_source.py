@@ -11,7 +11,12 @@ from typing import Any
 
 import anyio
 
-from fitloop._concurrency.event_loops import ThreadsafeEvent, is_scope_cancelled, loop_scheduler
+from fitloop._concurrency.event_loops import (
+    ThreadsafeEvent,
+    is_scope_cancelled,
+    loop_scheduler,
+    native_cancel,
+)
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.sources import END, LoadContext
 from fitloop._rng.states import RngState
@@ -105,11 +110,11 @@ class AsyncSource:
 
     async def _run(self) -> None:
         changed = self._context.control.changed
-        schedule = loop_scheduler()
-        scope = anyio.CancelScope()
+        schedule, scope = loop_scheduler(), anyio.CancelScope()
+        cancel = native_cancel() or scope.cancel
         with changed:
             self._has_room = ThreadsafeEvent()
-            self._cancel = lambda: schedule(scope.cancel)
+            self._cancel = lambda: schedule(cancel)
             closed = self._closed
         error: BaseException | None = None
         try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -278,3 +279,46 @@ async def test_fit_when_seeded_then_async_loader_gives_the_bits_of_a_list(
     await plain.fit(2)
     await from_async.fit(2)
     assert from_async.batches == plain.batches
+
+
+@pytest.mark.parametrize("prefetch", PREFETCH)
+@pytest.mark.parametrize("end", ["step", "callback", "task", "stop"])
+@pytest.mark.parametrize(
+    "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True
+)
+async def test_fit_when_it_ends_early_then_cleanup_of_async_loader_comes_to_its_end(
+    end: str, prefetch: int | None
+) -> None:
+    waiting, told = asyncio.Event(), []
+
+    async def batches() -> AsyncIterator[torch.Tensor]:
+        for number in range(2):
+            yield batch_of(number)
+        try:
+            waiting.set()
+            await asyncio.sleep(1e6)
+        finally:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            told.append("closed")
+
+    async def fail(event: Any) -> None:
+        if end == "callback":
+            await waiting.wait()
+            raise ZeroDivisionError
+
+    recorder = Recorder(train_dl=batches, prefetch=prefetch, loader_grace=0.2, callbacks=[fail])
+
+    def step(number: int) -> None:
+        if end == "step" and number == 1:
+            raise ZeroDivisionError
+
+    recorder.on_step = step
+    task = asyncio.create_task(recorder.fit())
+    if end in ("task", "stop"):
+        await waiting.wait()
+        task.cancel() if end == "task" else recorder.trainer.stop()
+    outcome = (await asyncio.gather(task, return_exceptions=True))[0]
+    kinds: dict[str, type] = {"task": asyncio.CancelledError, "stop": type(None)}
+    assert isinstance(outcome, kinds.get(end, ZeroDivisionError))
+    assert told == (["closed"] if waiting.is_set() else [])
