@@ -85,13 +85,18 @@ def check_plain(name: str, function: object) -> None:
 
 
 def check_path(path: Any) -> Path:
-    """Return ``save_path`` as a Path, or raise ConfigurationError."""
+    """Return ``save_path`` as an absolute Path, or raise ConfigurationError.
+
+    An absolute path stays the same when the program changes its working directory during a run.
+    """
     try:
-        return Path(path)
+        return Path(path).absolute()
     except TypeError:
         raise ConfigurationError(
             f"save_path is {path!r}; expected the path of a directory"
         ) from None
+    except FileNotFoundError:  # The working directory was removed: a trainer in memory needs none.
+        return Path(path)
 
 
 def check_number(

@@ -30,7 +30,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
-from fitloop import BusyError, CheckpointError, SyncFitLoop, SyncInAsyncError
+from fitloop import BusyError, Checkpoint, CheckpointError, SyncFitLoop, SyncInAsyncError
 from fitloop._checkpointing.snapshot import read_snapshot
 
 QUIET: dict[str, Any] = {"verbose": False}
@@ -655,3 +655,24 @@ def test_del_pretrained_model_when_there_is_one_then_reset_is_refused(
     do(fitted, "fit", 1, **QUIET)
     do(fitted, "save")
     do(fitted, "load")
+
+
+@each_trainer
+def test_relative_save_path_when_the_working_directory_changes_in_a_run_then_files_stay_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., AnyTrainer]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    monkeypatch.chdir(first)
+
+    def change(state: Any) -> None:
+        os.chdir(second)
+
+    fitted = make(save_path="run", save_to_disk=True, train_epoch_start=change)
+    do(fitted, "fit", 2, checkpoint=Checkpoint(), **QUIET)
+    do(fitted, "save")
+    assert fitted.save_path == first / "run"
+    assert list((first / "run" / "snapshots").iterdir())
+    assert (first / "run" / "state.msgpack").exists()
+    assert not list(second.iterdir())
