@@ -209,11 +209,17 @@ class LoaderHungWarning(RuntimeWarning):
 
 
 @public
+class NonFiniteWarning(RuntimeWarning):
+    """Weights are NaN or infinite. Such weights are never kept as the best."""
+
+
+@public
 class RestoreWarning(RuntimeWarning):
     """An object of the model, optimizer or scheduler changed and was not put back.
 
     A dry run or ``reset`` puts back numbers, tensors and containers of them. It does not copy other
-    objects, and names those that changed.
+    objects, and names those that changed. The end of a fit warns if the best weights do not fit
+    the model any more.
     """
 
 

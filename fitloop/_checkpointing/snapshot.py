@@ -273,6 +273,6 @@ def _save_best(trainer: TrainerState, state: dict[str, Any]) -> Callable[[], Non
     with suppress(CheckpointError):  # a damaged file counts as none
         before = trainer.borrow_best()
     weights = module_weights({"weights": best, "versions": state["best_modules"]})
-    check_weights(trainer.config.model, weights)
+    check_weights(trainer.config.model, weights, own=True)
     trainer.put_best((weights, state["best_extra"]))
     return partial(trainer.put_best, before)

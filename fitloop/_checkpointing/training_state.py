@@ -7,6 +7,7 @@ files.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from fitloop._checkpointing.scheduler_state import load_scheduler, scheduler_sta
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError, quoted_list
 from fitloop._storage.weight_files import check_module_versions, set_metadata
-from fitloop._storage.weight_store import apply_weights, check_weights
+from fitloop._storage.weight_store import (
+    apply_weights,
+    check_weights,
+    plain_model,
+    plain_name,
+    weights_of,
+)
 from fitloop._training.capture import has_own_state_dict
 from fitloop._training.parts import (
     load_optimizer,
@@ -40,7 +47,7 @@ def training_state(config: TrainerConfig, *, with_grads: bool = False) -> dict[s
     state = {
         "modules": [_module_state(module) for module in modules],
         "frozen": [
-            [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+            [name for name, item in _plain_parameters(module) if not item.requires_grad]
             for module in modules
         ],
         "buffers": [unsaved_buffers(module) for module in modules],
@@ -77,7 +84,7 @@ def apply_training(trainer: TrainerState, state: Any) -> None:
 
 
 def _module_state(module: nn.Module) -> dict[str, Any]:
-    weights = module.state_dict()
+    weights = weights_of(module)
     versions = getattr(weights, "_metadata", None)
     return {
         "weights": dict(weights),
@@ -92,11 +99,17 @@ def module_weights(module_state: Any) -> OrderedDict[str, Any]:
     return weights
 
 
+def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters with the names that the module gives them if it is not compiled."""
+    for name, parameter in plain_model(module).named_parameters():
+        yield plain_name(name), parameter
+
+
 def _names(config: TrainerConfig) -> dict[Tensor, str]:
     """Return names such as ``0.fc.weight``: number of the module, and name in it."""
     names: dict[Tensor, str] = {}
     for number, module in enumerate(modules_of(config)):
-        for name, parameter in module.named_parameters():
+        for name, parameter in _plain_parameters(module):
             names.setdefault(parameter, f"{number}.{name}")
     return names | {
         each: f"outside.{number}" for number, each in enumerate(outside_parameters(config))
@@ -128,7 +141,7 @@ def check_training(config: TrainerConfig, state: Any) -> None:
         _check_kinds(config, state)
         _check_contents(config, state)
         for module, saved in zip(modules_of(config), state["modules"], strict=True):
-            check_weights(module, saved["weights"])
+            check_weights(module, saved["weights"], own=True)
     except CheckpointError:
         raise
     except Exception as error:  # any error that a forged tree causes
@@ -197,7 +210,7 @@ def _apply(config: TrainerConfig, state: Any) -> None:
         for parameter, value in zip(outside_parameters(config), state["outside"], strict=True):
             parameter.copy_(value)
     for module, frozen in zip(modules_of(config), state["frozen"], strict=True):
-        for name, trained in module.named_parameters():
+        for name, trained in _plain_parameters(module):
             trained.requires_grad_(name not in frozen)
     for name, target in parameters.items():
         grad = state["grads"].get(name)
@@ -205,7 +218,7 @@ def _apply(config: TrainerConfig, state: Any) -> None:
     for module, buffers in zip(modules_of(config), state.get("buffers", ()), strict=False):
         set_unsaved_buffers(module, buffers)
     for module, saved in reversed(list(zip(modules_of(config), state["modules"], strict=True))):
-        apply_weights(module, module_weights(saved))
+        apply_weights(module, module_weights(saved), own=True)
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tensor]) -> None:

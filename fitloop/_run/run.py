@@ -18,7 +18,7 @@ from fitloop._checkpointing.run_files import FileOptions, RunFiles
 from fitloop._checkpointing.run_position import RunPosition, loader_tree
 from fitloop._concurrency.control import Cancelled
 from fitloop._engine.plan import Instrumentation
-from fitloop._errors import one_line
+from fitloop._errors import CheckpointError, RestoreWarning, one_line, warn_user
 from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._metrics.results import EpochMetricsRecorder, FitResult
 from fitloop._run.prompts import BackgroundPrompts, PromptOptions, Prompts
@@ -74,6 +74,8 @@ class Run:
             self._tracker = None
             if self._plan.call == "fit":
                 state.save_pretrained(resuming=self._resumption is not None)
+                if self._resumption is None:
+                    state.compare_only_with(dict(self._plan.phases).get(Phase.VALID))
                 self._tracker = state.best_tracker(state.event_bus.emit)
             self._checkpointer = self._make_checkpointer()
             self._prompts = self._make_prompts()
@@ -272,8 +274,16 @@ class Run:
 
     def _load_best(self) -> None:
         tracked = self._tracker is not None and self._tracker.tracked and not self._was_finished
-        if tracked and self._state.best_score is not None:
+        if not tracked or self._state.best_score is None or self._state.has_best_weights():
+            return
+        try:
             self._state.restore_best(self._context.trainer)
+        except CheckpointError as error:  # the training itself is whole
+            warn_user(
+                f"the best weights, of epoch {self._state.best_epoch}, were not restored, and the "
+                f"model keeps the present ones: {error}",
+                RestoreWarning,
+            )
 
     def _complete_files(self, is_complete: bool) -> None:
         if is_complete and self._plan.call == "fit":

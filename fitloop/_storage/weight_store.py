@@ -10,10 +10,13 @@ import copy
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fitloop._errors import CheckpointError, quoted_list
@@ -135,34 +138,143 @@ class DiskStore:
         return os.path.isfile(self.path(name))
 
 
-def apply_weights(model: nn.Module, state: StateDict, *, strict: bool = True) -> None:
+def plain_model(model: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile``, DataParallel and DistributedDataParallel."""
+    while True:
+        wrapped: object = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+            wrapped = model.module
+        if not isinstance(wrapped, nn.Module):
+            return model
+        model = wrapped
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a weight without the prefixes of compiled submodules."""
+    return name.replace("_orig_mod.", "")
+
+
+def weights_of(model: nn.Module) -> StateDict:
+    """Return ``state_dict()`` with the names of a model that is neither compiled nor wrapped."""
+    return _renamed(plain_model(model).state_dict(), plain_name)
+
+
+def _renamed(state: StateDict, rename: Callable[[str], str]) -> StateDict:
+    """Return weights under other names; ``rename`` also takes names of modules with a dot."""
+    if all(rename(name) == name for name in state):
+        return state
+    renamed = OrderedDict((rename(name), value) for name, value in state.items())
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        modules = {rename(f"{name}.").removesuffix("."): item for name, item in versions.items()}
+        set_metadata(renamed, modules)
+    return renamed
+
+
+def _plain_weights(state: StateDict, target: Mapping[str, object]) -> StateDict:
+    """Return weights, of a wrapped model or not, with names like those of ``target``."""
+    names = [plain_name(name) for name in state]
+    is_wrapped = all(name.startswith("module.") for name in names) and names[:1] != []
+    wrapper = "module." if is_wrapped and names[0] not in target else ""
+    return _renamed(state, lambda name: plain_name(name).removeprefix(wrapper))
+
+
+def apply_weights(
+    model: nn.Module, state: StateDict, *, strict: bool = True, own: bool = False
+) -> None:
     """Copy ``state`` into the parameters and buffers of a model, which stay the same objects.
 
-    With ``strict=False``, entries that only the model or only ``state`` has are ignored.
+    Wrapped and compiled models take the weights of plain ones, and the other way round. With
+    ``strict=False``, entries that only the model or only ``state`` has are ignored. ``own`` says
+    that the model itself had these weights before: its buffers then get their shapes again, and
+    those that it has had since are removed.
 
     Raises `CheckpointError`, and changes nothing, if the weights do not fit the model.
     """
-    check_weights(model, state, strict=strict)
-    # After the check only a user's code can fail, so that only such models need a copy.
-    before = _copy_of(model.state_dict()) if _customizes_loading(model) else None
+    undo = _match_buffers(model, state) if own else []
     try:
-        model.load_state_dict(state, strict=strict)
+        check_weights(model, state, strict=strict)
+        _copy_weights(plain_model(model), state, strict=strict)
+    except BaseException:
+        for module, name, buffer in undo:
+            module._buffers[name] = buffer
+        raise
+
+
+def _copy_weights(model: nn.Module, state: StateDict, *, strict: bool) -> None:
+    target: StateDict = model.state_dict()
+    names = [*target, *(f"{name}." for name, _module in model.named_modules())]
+    own_names = {plain_name(name): name for name in names}
+    state = _plain_weights(state, own_names)
+    values = _renamed(state, lambda name: own_names.get(name, name))
+    # Tensors that cannot be written to have these values already: `check_weights` was passed.
+    read_only = {name for name in values if _read_only(target.get(name))}
+    kept = OrderedDict((name, value) for name, value in values.items() if name not in read_only)
+    set_metadata(kept, getattr(values, "_metadata", None))
+    # `check_weights` has compared with ``state_dict()``, which may leave out weights.
+    is_partial = bool(read_only) or _customizes_saving(model)
+    before = _copy_of(target) if is_partial or _needs_way_back(model, target) else None
+    try:
+        result = model.load_state_dict(kept, strict=strict and not is_partial)
+        unexpected = getattr(result, "unexpected_keys", None)
+        if strict and unexpected:
+            raise CheckpointError(f"it does not know {quoted_list(unexpected)}")
     except Exception as error:
         if before is not None:
-            model.load_state_dict(before)
+            for name in read_only:
+                del before[name]
+            model.load_state_dict(before, strict=not is_partial)
         raise CheckpointError(f"the model did not take the weights: {error}") from error
 
 
-def check_weights(model: nn.Module, state: StateDict, *, strict: bool = True) -> None:
-    """Raise `CheckpointError`, with a list of the differences, if weights do not fit a model."""
-    target = model.state_dict()
-    misfits = [f"{key!r} ({why})" for key in state if (why := _misfit(target.get(key), state[key]))]
+def _match_buffers(
+    model: nn.Module, state: StateDict
+) -> list[tuple[nn.Module, str, Tensor | None]]:
+    """Give the buffers of a model the shapes in weights that it had; return what was changed."""
+    model = plain_model(model)
+    saved = {plain_name(name) for name in model.state_dict()}
+    changed: list[tuple[nn.Module, str, Tensor | None]] = []
+    for path, module in model.named_modules():
+        for name, buffer in list(module._buffers.items()):
+            key = plain_name(f"{path}.{name}" if path else name)
+            value = state.get(key)
+            if key in saved and key not in state:
+                changed.append((module, name, module._buffers.pop(name)))
+            elif isinstance(value, Tensor) and (buffer is None or buffer.shape != value.shape):
+                device = value.device if buffer is None else buffer.device
+                changed.append((module, name, buffer))
+                module._buffers[name] = torch.empty_like(value, device=device)
+    return changed
+
+
+def check_weights(
+    model: nn.Module, state: StateDict, *, strict: bool = True, own: bool = False
+) -> None:
+    """Raise `CheckpointError`, with a list of the differences, if weights do not fit a model.
+
+    With ``own``, buffers may have other shapes: `apply_weights` restores them.
+    """
+    target = weights_of(model)
+    buffers = [plain_name(name) for name, _buffer in plain_model(model).named_buffers()]
+    resized = {
+        name for name in buffers if own and _shape(state.get(name)) != _shape(target.get(name))
+    }
+    state = _plain_weights(state, target)
+    misfits = [
+        f"{key!r} ({why})"
+        for key in state
+        if (why := _misfit(target.get(key), state[key])) and key not in resized
+    ]
     missing = [repr(key) for key in target if key not in state] if strict else []
     unexpected = [repr(key) for key in state if key not in target] if strict else []
     kinds = (("missing", missing), ("unexpected", unexpected), ("differing", misfits))
     if any(names for _, names in kinds):
         report = "; ".join(f"{what}: {_shortened(names)}" for what, names in kinds if names)
         raise CheckpointError(f"the weights do not fit the model: {report}")
+
+
+def _shape(value: object) -> object:
+    return value.shape if isinstance(value, Tensor) else None
 
 
 def _misfit(target: object, value: object) -> str | None:
@@ -179,7 +291,42 @@ def _misfit(target: object, value: object) -> str | None:
         return f"model {tuple(target.shape)}, weights {tuple(value.shape)}"
     if value.is_complex() and not target.is_complex():
         return f"model {target.dtype}, weights {value.dtype}"
+    reason = _read_only(target)
+    if reason and not torch.equal(target, value.to(target)):
+        return f"the model's cannot be written to: {reason}"
     return None
+
+
+def _read_only(tensor: object) -> str | None:
+    """Return the reason why torch refuses to write into a tensor; None if it does not."""
+    if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.layout is not torch.strided:
+        return None
+    if any(not step and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "it is expanded; give the model a copy, tensor.clone()"
+    return "it was made in torch.inference_mode()" if tensor.is_inference() else None
+
+
+def _needs_way_back(model: nn.Module, target: StateDict) -> bool:
+    """Return whether loading may fail in the middle, after `check_weights`."""
+    odd = any(
+        isinstance(value, Tensor)
+        and (type(value) is not Tensor or value.layout is not torch.strided or value.is_quantized)
+        for value in target.values()
+    )
+    return odd or _customizes_loading(model)
+
+
+def _customizes_saving(model: nn.Module) -> bool:
+    plain = nn.Module
+    return any(
+        type(module).state_dict is not plain.state_dict
+        or bool(module._state_dict_hooks)
+        or (
+            type(module)._save_to_state_dict is not plain._save_to_state_dict
+            and not type(module).__module__.startswith("torch.nn.")
+        )
+        for module in model.modules()
+    )
 
 
 def _customizes_loading(model: nn.Module) -> bool:

@@ -39,7 +39,7 @@ from fitloop._storage.weight_files import (
     with_suffix,
     write_weights,
 )
-from fitloop._storage.weight_store import DiskStore, apply_weights
+from fitloop._storage.weight_store import DiskStore, apply_weights, weights_of
 from fitloop._trainer.base import TrainerBase
 from fitloop._types import Loader, Phase
 from fitloop.callbacks.callback import Callback
@@ -185,6 +185,10 @@ class FitLoop(TrainerBase):
                 Without a terminal the run goes on, with one warning.
             load_best: restore the best weights at the end, if this run tracked the criteria; also
                 after ``stop()``, a no at the prompt and a cancellation, but not after an error.
+                If the model has them already, nothing is changed, so that ``fit(3)`` twice is
+                ``fit(6)`` while the last epoch is the best. Weights that do not fit the model any
+                more stay away, with a `RestoreWarning`. The best score counts over all fits with
+                the same validation data; weights that are not finite are never the best.
             track_batch_metrics: keep the values of the batch steps in the history.
             define_all: your steps set gradients to zero, grad mode and train/eval mode. Phases with
                 a default step are as without it.
@@ -479,7 +483,7 @@ class FitLoop(TrainerBase):
         target = self._file(name, path)
 
         def write() -> Path:
-            write_weights(target, self.model.state_dict(), overwrite=overwrite)
+            write_weights(target, weights_of(self.model), overwrite=overwrite)
             return target
 
         return await run_exclusively_in_thread(self._state, "save_model", write)

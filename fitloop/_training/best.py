@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from fitloop._errors import MissingCriteriaError
+from fitloop._errors import MissingCriteriaError, NonFiniteWarning, warn_user
 from fitloop._events import BestImproved, Event, PhaseEnded
 from fitloop._types import Phase
 
@@ -56,6 +56,9 @@ class BestStore(Protocol):
     def save_best(self) -> None:
         """Store the present weights as the best."""
 
+    def non_finite_weight(self) -> str | None:
+        """Return the name of a present weight that is not finite, or None."""
+
 
 class BestTracker:
     """An observer of one run that stores the weights of the best epoch.
@@ -69,6 +72,7 @@ class BestTracker:
         self._emit = emit
         self.tracked = False
         """whether the run had a score"""
+        self._warned = False
 
     def observe(self, event: Event) -> None:
         """After a validation with the best score, keep the weights and emit `BestImproved`."""
@@ -80,6 +84,10 @@ class BestTracker:
         self.tracked = True
         store = self._store
         if self._criteria.is_better(score, store.best_score):
+            name = store.non_finite_weight()
+            if name is not None:
+                self._warn_once(event, score, name)
+                return
             store.save_best()
             store.best_score, store.best_epoch = score, event.epoch
             self._emit(
@@ -90,3 +98,12 @@ class BestTracker:
                     score=score,
                 )
             )
+
+    def _warn_once(self, event: PhaseEnded, score: float, weight: str) -> None:
+        if not self._warned:
+            warn_user(
+                f"epoch {event.epoch} of {event.trainer!r} has the best {self._criteria.name}, "
+                f"{score:.4g}, but its weights are not kept: {weight!r} is not finite",
+                NonFiniteWarning,
+            )
+        self._warned = True

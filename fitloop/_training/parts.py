@@ -17,6 +17,7 @@ from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError
 from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import suffix_of
+from fitloop._storage.weight_store import plain_model, plain_name
 
 
 def modules_of(config: TrainerConfig) -> list[nn.Module]:
@@ -83,11 +84,11 @@ def load_optimizer(optimizer: Any, state: Any) -> None:
 def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that ``state_dict`` leaves out (``persistent=False``), by name."""
     buffers: dict[str, Tensor] = {}
-    for path, submodule in module.named_modules():
+    for path, submodule in plain_model(module).named_modules():
         left_out = getattr(submodule, "_non_persistent_buffers_set", ())
         for name, buffer in submodule.named_buffers(recurse=False):
             if name in left_out:
-                buffers[f"{path}.{name}" if path else name] = buffer
+                buffers[plain_name(f"{path}.{name}" if path else name)] = buffer
     return buffers
 
 
@@ -103,7 +104,9 @@ def set_unsaved_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> Non
 
     Buffers of submodules that the module does not have are ignored.
     """
-    present, submodules = unsaved_buffers(module), dict(module.named_modules())
+    present = unsaved_buffers(module)
+    named = plain_model(module).named_modules()
+    submodules = {plain_name(f"{path}.").removesuffix("."): item for path, item in named}
     with torch.no_grad():
         for path, value in buffers.items():
             buffer = present.get(path)
@@ -136,26 +139,30 @@ def extra_weights(config: TrainerConfig) -> dict[str, Tensor]:
     return weights | {f"outside.{number}": parameter for number, parameter in outside}
 
 
-def apply_extra_weights(config: TrainerConfig, weights: Mapping[str, Tensor]) -> None:
-    """Restore `extra_weights`.
-
-    Raises `CheckpointError`, with nothing changed, if a parameter has another shape or is missing.
-    """
+def check_extra_weights(config: TrainerConfig, weights: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` if a parameter of `extra_weights` has another shape or is missing."""
     present = extra_weights(config)
-    buffers = {
-        name.removeprefix("model."): value
-        for name, value in weights.items()
-        if name.startswith("model.")
-    }
-    others = {name: value for name, value in weights.items() if not name.startswith("model.")}
-    for name, value in others.items():
+    for name, value in weights.items():
+        if name.startswith("model."):
+            continue
         if name not in present or present[name].shape != value.shape:
             found = tuple(present[name].shape) if name in present else "missing"
             raise CheckpointError(
                 f"{name!r} of the kept weights has the shape {tuple(value.shape)}, in the trainer "
                 f"it is {found}; loss_function= and optimizer= must be as they were"
             )
+
+
+def apply_extra_weights(config: TrainerConfig, weights: Mapping[str, Tensor]) -> None:
+    """Restore `extra_weights` that passed `check_extra_weights`."""
+    present = extra_weights(config)
+    buffers = {
+        name.removeprefix("model."): value
+        for name, value in weights.items()
+        if name.startswith("model.")
+    }
     set_unsaved_buffers(config.model, buffers)
     with torch.no_grad():
-        for name, value in others.items():
-            present[name].copy_(value)
+        for name, value in weights.items():
+            if not name.startswith("model."):
+                present[name].copy_(value)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fitloop._concurrency.control import RunControl
 from fitloop._data.loaders import Loaders, LoadingOptions
@@ -26,12 +28,14 @@ from fitloop._storage.weight_store import (
     MemoryStore,
     WeightsStore,
     apply_weights,
-    check_weights,
+    plain_model,
+    weights_of,
 )
 from fitloop._training.best import BestTracker, Criteria
 from fitloop._training.capture import Capture
 from fitloop._training.parts import (
     apply_extra_weights,
+    check_extra_weights,
     extra_name,
     extra_weights,
     load_optimizer,
@@ -78,6 +82,8 @@ class TrainerState:
         """the snapshots under ``save_path`` belong to this training"""
         self.rng = TrainerRng(config.seed, self.cuda_devices)
         """random numbers of the trainer"""
+        self._best_data: Any = None
+        """the validation data of the best score; None if not known"""
         self._initial: Capture | None = None
         """everything but the weights of the model, as it was before the first run"""
         self._has_pretrained = False
@@ -113,13 +119,39 @@ class TrainerState:
         if resuming and self.store.exists(PRETRAINED):
             self._has_pretrained = True
         if not self._has_pretrained:
-            self.store.save(PRETRAINED, self.config.model.state_dict())
+            self.store.save(PRETRAINED, weights_of(self.config.model))
             self._has_pretrained = True
 
     def save_best(self) -> None:
         """Store the present weights as the best."""
-        self.put_best((self.config.model.state_dict(), extra_weights(self.config)))
+        self.put_best((weights_of(self.config.model), extra_weights(self.config)))
         self.best_is_stale = False
+
+    def non_finite_weight(self) -> str | None:
+        """Return the name of a parameter of the model that is not finite, or None."""
+        for name, parameter in plain_model(self.config.model).named_parameters():
+            values = parameter.detach()
+            is_checked = values.layout is torch.strided and values.is_floating_point()
+            if is_checked and not is_lazy(parameter) and not bool(values.isfinite().all()):
+                return name
+        return None
+
+    def has_best_weights(self) -> bool:
+        """Return whether the model has the best weights, bit for bit."""
+        best = self.borrow_best()
+        present = (weights_of(self.config.model), extra_weights(self.config))
+        return best is not None and all(map(_are_equal, best, present))
+
+    def compare_only_with(self, valid_loader: Any) -> None:
+        """Forget the best score if it is of a validation with other data.
+
+        Two DataLoaders over one dataset have the same data.
+        """
+        data = getattr(valid_loader, "dataset", valid_loader)
+        if valid_loader is not None:
+            if self._best_data is not None and self._best_data is not data:
+                self._clear_best_score()
+            self._best_data = data
 
     def borrow_best(self) -> BestWeights | None:
         """Return the best weights, which the store does not change any more; None if none."""
@@ -144,17 +176,20 @@ class TrainerState:
         return None if self.criteria is None else BestTracker(self.criteria, self, emit)
 
     def restore_best(self, trainer: Any) -> None:
-        """Load the best weights into the model, and call ``configure_optimizer``."""
+        """Load the best weights into the model, and call ``configure_optimizer``.
+
+        Raises `CheckpointError`, having changed nothing, if there are none or they do not fit.
+        """
         if self.best_is_stale:
             raise CheckpointError(
                 "there are no best weights: none were tracked before the state that was loaded"
             )
         name = self.config.best_model_name
         weights, extra = self.store.load(name), extra_name(name)
-        check_weights(self.config.model, weights)
-        if self.store.exists(extra):
-            apply_extra_weights(self.config, self.store.load(extra))
-        apply_weights(self.config.model, weights)
+        extra_weights = self.store.load(extra) if self.store.exists(extra) else {}
+        check_extra_weights(self.config, extra_weights)
+        apply_weights(self.config.model, weights, own=True)
+        apply_extra_weights(self.config, extra_weights)
         self.config.configure_optimizer(trainer)
 
     def reset(self, trainer: Any) -> None:
@@ -171,7 +206,7 @@ class TrainerState:
             if self._initial is not None:
                 self._initial.restore()
             if weights is not None:
-                apply_weights(self.config.model, weights)
+                apply_weights(self.config.model, weights, own=True)
         except BaseException:
             undo.restore()
             raise
@@ -210,6 +245,23 @@ class TrainerState:
             phase: self.config.loader(phase) if loaders.get(phase) is None else loaders[phase]
             for phase in Phase
         }
+
+
+def _are_equal(weights: StateDict, others: StateDict) -> bool:
+    return weights.keys() == others.keys() and all(
+        _is_equal(value, others[name]) for name, value in weights.items()
+    )
+
+
+def _is_equal(value: Any, other: Any) -> bool:
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+        return type(value) is type(other) and bool(value == other)
+    if value.shape != other.shape or value.dtype != other.dtype:
+        return False
+    try:
+        return torch.equal(value, other.detach().to(value.device))
+    except (RuntimeError, NotImplementedError):  # such as sparse tensors
+        return False
 
 
 def _criteria(config: TrainerConfig) -> Criteria | None:

@@ -9,17 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import batches, bits, scores, trainer
+from support.models import batches, bits, blobs, mlp, scores, trainer
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
+from torch.utils.data import DataLoader, TensorDataset
 
 from fitloop import (
     BestImproved,
+    Checkpoint,
     CheckpointError,
     Event,
     FitLoop,
     LoopState,
     MissingCriteriaError,
+    NonFiniteWarning,
+    RestoreWarning,
     default_epoch_end,
 )
 
@@ -373,3 +377,135 @@ async def test_best_when_weights_are_outside_the_models_state_dict_then_they_are
     assert all(torch.equal(now, best) for now, best in zip(weights(), kept[0], strict=True))
     await fitted.del_best_model()
     assert [file.stem for file in tmp_path.glob("*best*")] == []
+
+
+# -- weights that are the best already, or cannot be -----------------------------------------------
+
+
+def better_every_epoch(**changes: Any) -> FitLoop:
+    model = mlp(dropout=0.2)
+    return trainer(
+        model=model,
+        optimizer=Adam(model.parameters(), lr=0.01),
+        valid_epoch_end=lambda state: {"score": float(state.epoch_num)},
+        criteria="score",
+        seed=3,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+async def test_two_fits_when_the_last_epoch_is_the_best_then_equal_one_fit(
+    on_disk: bool, tmp_path: Path
+) -> None:
+    one = better_every_epoch()
+    await one.fit(4, **QUIET)
+    two = better_every_epoch(save_to_disk=on_disk, save_path=tmp_path)
+    await two.fit(2, **QUIET)
+    assert two.optimizer.state
+    await two.fit(2, **QUIET)
+    assert bits(two.model) == bits(one.model)
+
+
+async def test_best_when_weights_are_not_finite_then_is_an_earlier_epoch() -> None:
+    def break_weights(state: LoopState) -> None:
+        if state.epoch_num == 2:
+            with torch.no_grad():
+                next(iter(state.model.parameters())).fill_(NAN)
+
+    fitted, weights = scored([1, 5, 5], valid_epoch_start=break_weights)
+    with pytest.warns(NonFiniteWarning, match=r"epoch 2 .* '0\.weight' is not finite"):
+        result = await fitted.fit(3, **QUIET)
+    assert (result.best_epoch, result.best_score) == (1, 1)
+    assert bits(fitted.model) == weights[1]
+
+
+async def test_second_fit_when_validation_data_differ_then_scores_are_not_compared() -> None:
+    fitted, weights = scored([9, 1, 2])
+    await fitted.fit(1, **QUIET)
+    result = await fitted.fit(2, valid_dl=batches(14, seed=9), **QUIET)
+    assert (result.best_epoch, result.best_score) == (3, 2)
+    assert bits(fitted.model) == weights[3]
+
+
+async def test_second_fit_when_a_new_loader_has_the_same_dataset_then_scores_are_compared() -> None:
+    data = TensorDataset(*blobs(14))
+    fitted, weights = scored([9, 1], valid_dl=DataLoader(data, 7))
+    await fitted.fit(1, **QUIET)
+    result = await fitted.fit(1, valid_dl=DataLoader(data, 2), **QUIET)
+    assert result.best_epoch == 1
+    assert bits(fitted.model) == weights[1]
+
+
+class Bank(nn.Module):
+    """A model with a buffer that grows while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = mlp()
+        self.bank: Tensor
+        self.register_buffer("bank", torch.empty(0, 6))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.bank = torch.cat([self.bank, inputs.detach()])
+        result: Tensor = self.layer(inputs)
+        return result
+
+
+async def test_best_when_a_buffer_grows_then_it_is_restored_with_its_shape(tmp_path: Path) -> None:
+    fitted, weights = scored([1, 0, 0], model=Bank(), save_path=tmp_path)
+    await fitted.fit(3, checkpoint=Checkpoint(every_epochs=1), **QUIET)
+    assert bits(fitted.model) == weights[1]
+
+    again, _weights = scored([1, 0, 0], model=Bank(), save_path=tmp_path)
+    result = await again.fit(3, resume=True, **QUIET)
+    assert result.epochs == 3
+    assert bits(again.model) == weights[1]
+
+    await fitted.reset()
+    assert bits(fitted.model)["bank"] == b""
+
+
+async def test_best_when_the_model_has_other_weights_by_then_then_the_result_is_kept() -> None:
+    def replace_layer(state: LoopState) -> None:
+        if state.epoch_num == 2:
+            setattr(state.model, "3", nn.Linear(8, 5))
+
+    fitted, _weights = scored([1, 0], valid_epoch_start=replace_layer)
+    with pytest.warns(RestoreWarning, match=r"of epoch 1, were not restored.*'3\.weight'"):
+        result = await fitted.fit(2, **QUIET)
+    assert (result.epochs, result.best_epoch) == (2, 1)
+    with pytest.raises(CheckpointError, match=r"'3\.weight'"):
+        await fitted.load_best()
+
+
+class Adapted(nn.Module):
+    """A model whose ``state_dict`` leaves out what is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.adapter = nn.Linear(6, 8).requires_grad_(False), nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.adapter(self.backbone(inputs))
+        return result
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        whole = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in whole.items() if "adapter" in name}
+
+
+async def test_best_when_state_dict_leaves_out_weights_then_the_others_are_restored() -> None:
+    fitted, weights = scored([1, 0], model=Adapted())
+    await fitted.fit(2, **QUIET)
+    assert bits(fitted.model) == weights[1]
+    await fitted.reset()
+
+
+async def test_best_when_a_buffer_is_expanded_then_it_is_left_alone() -> None:
+    model = mlp()
+    model.register_buffer("mask", torch.ones(1).expand(5))
+    fitted, weights = scored([1, 0], model=model)
+    await fitted.fit(2, **QUIET)
+    assert bits(fitted.model) == weights[1]

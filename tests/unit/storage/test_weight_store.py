@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from support.tensors import assert_same_tensors, small_state
 from torch import Tensor, nn
 
 from fitloop import CheckpointError
-from fitloop._storage.weight_store import DiskStore, MemoryStore, WeightsStore, apply_weights
+from fitloop._storage.weight_store import (
+    DiskStore,
+    MemoryStore,
+    WeightsStore,
+    apply_weights,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -157,3 +164,47 @@ def test_a_model_whose_own_loading_fails_is_put_back() -> None:
         apply_weights(model, state)
     assert_same_tensors(dict(model.named_parameters()), before)
     assert model.scale == 1
+
+
+def test_weights_when_a_target_is_expanded_then_nothing_is_changed() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.ones(1).expand(5))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {**{name: tensor + 1 for name, tensor in before.items()}, "mask": torch.zeros(5)}
+    with pytest.raises(CheckpointError, match=r"'mask' .*cannot be written to: it is expanded"):
+        apply_weights(model, state)
+    assert_same_tensors(model.state_dict(), before)
+    apply_weights(model, {**state, "mask": torch.ones(5)})
+    assert_same_tensors(dict(model.named_parameters()), {n: state[n] for n in ("weight", "bias")})
+
+
+def nested(*, compiled: bool = False) -> nn.Sequential:
+    inner: Any = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    if compiled:
+        inner = torch.compile(inner)
+    return nn.Sequential(inner, nn.Linear(2, 1))
+
+
+WRAPPERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": nested,
+    "compiled": lambda: cast(nn.Module, torch.compile(nested())),
+    "compiled part": lambda: nested(compiled=True),
+    "parallel": lambda: nn.DataParallel(nested()),
+    "compiled, parallel": lambda: cast(nn.Module, torch.compile(nn.DataParallel(nested()))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # by torch.compile
+@pytest.mark.parametrize("source", WRAPPERS)
+@pytest.mark.parametrize("target", WRAPPERS)
+def test_weights_of_wrapped_models_have_plain_names(source: str, target: str) -> None:
+    one, other = WRAPPERS[source](), WRAPPERS[target]()
+    weights = weights_of(one)
+    assert list(weights) == list(nested().state_dict())
+    assert vars(weights)["_metadata"].keys() == vars(nested().state_dict())["_metadata"].keys()
+    for state in (weights, one.state_dict()):  # the other library may have written the prefixes
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        apply_weights(other, state)
+        assert_same_tensors(dict(weights_of(other)), dict(weights))
