@@ -60,7 +60,8 @@ def _blocking_calls() -> Iterator[BlockBuster]:
             function.can_block_in("linecache.py", {"checkcache", "updatecache"})
             # At most half a millisecond, while a thread of fitloop ends.
             function.can_block_in("fitloop/_concurrency/supervisor.py", {"is_alive"})
-            # It asks for the current directory, which the system knows without a disk.
+            # They ask for the current directory, which the system knows without a disk.
+            function.can_block_in("fitloop/_engine/config.py", {"check_path"})
             function.can_block_in("fitloop/backends/thread.py", {"check_save_path"})
         yield buster
 

@@ -96,6 +96,7 @@ async def test_number_of_threads_when_given_holds_in_every_plain_stage(
     assert torch.get_num_threads() == outside
 
 
+@pytest.mark.filterwarnings("ignore::fitloop.ThreadModeWarning")
 @pytest.mark.parametrize("enabled", [True, False])
 async def test_grad_mode_of_the_caller_when_stages_are_async_is_untouched(
     anyio_backend: Any, enabled: bool

@@ -141,7 +141,7 @@ async def test_accuracy_when_loss_does_not_tell_classes_then_the_loss_is_the_cri
         nn.CrossEntropyLoss(ignore_index=1),
         nn.CrossEntropyLoss(ignore_index=-1),
     ],
-    ids=str,
+    ids=range(8),
 )
 async def test_accuracy_when_targets_are_classes_then_is_over_those_that_the_loss_counts(
     loss: Any,

@@ -390,6 +390,7 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::fitloop.ScheduleWarning")
 @pytest.mark.parametrize("name", MISFITS)
 def test_load_when_the_state_does_not_fit_then_nothing_is_changed(
     tmp_path: Path, name: str
