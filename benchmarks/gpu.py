@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from benchmarks.harness import measure as in_turns
 from benchmarks.machine import UnsupportedMachineError, machine
 from benchmarks.report import Column, Report, Row, Table, method_of
 from benchmarks.workloads import CLASSES, Batch, make_optimizer
-from fitloop import FitLoop, LoopState, Runner
+from fitloop import FitLoop, LoopState, Runner, ThreadModeWarning
 
 WAITS = {"cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize"}
 """runtime calls in which the host waits for the device"""
@@ -307,7 +308,9 @@ def count_waits(train: Train, task: Task) -> int:
     activities = [ProfilerActivity.CPU]
     if task.device != "cpu":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities) as profiler, warnings.catch_warnings():
+        # Waits are counted in the driver, for all threads.
+        warnings.simplefilter("ignore", ThreadModeWarning)
         train(model, optimizer, batches, epochs=1, device=task.device)
     return sum(each.count for each in profiler.key_averages() if each.key in WAITS)
 

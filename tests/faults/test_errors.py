@@ -11,7 +11,7 @@ from support.cancellation import wait_until_idle
 from support.checked_trainer import CheckedTrainer
 from support.event_loops import HANG_TIMEOUT, asyncio_loops
 from support.gates import Gate
-from support.models import BATCHES, batches, bits
+from support.models import BATCHES, batches, bits, scores
 from support.raising_code import TRAINER_NAME, ErrorInjector, InjectedError, raising_stage
 
 from fitloop import ConfigurationError, LoopState, MetricError, default_batch_step
@@ -238,10 +238,14 @@ async def test_on_continue_when_it_returns_no_bool_is_refused(anyio_backend: Any
 async def test_configure_optimizer_when_it_raises_is_told(anyio_backend: Any) -> None:
     injector = ErrorInjector()
     checked = injector.checked_trainer(
-        {"load_best": True}, valid_dl=batches(14), configure_optimizer=injector.raise_error
+        {"load_best": True, "epochs": 2},
+        valid_dl=batches(14),
+        valid_epoch_end=scores([1.0, 0.0]),
+        criteria="score",
+        configure_optimizer=injector.raise_error,
     )
     await injector.check(checked.fit)
-    assert checked.recorded_phases() == 1
+    assert checked.recorded_phases() == 2
 
 
 @pytest.mark.parametrize(

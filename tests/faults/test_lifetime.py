@@ -18,7 +18,7 @@ from support.cancellation import wait_until_idle
 from support.checked_trainer import CheckedTrainer
 from support.event_loops import HANG_TIMEOUT
 from support.gates import Gate, GatedLoader
-from support.models import BATCHES, Batch, batches, internals
+from support.models import BATCHES, Batch, batches, internals, scores
 from support.run_endings import cancel_run, complete_run, fail_run
 
 from fitloop import LoopState, RunEnded, default_batch_step, default_epoch_end
@@ -215,7 +215,11 @@ async def test_event_loop_when_user_code_blocks_stays_responsive(
             changes = {"callbacks": [hold]}
         elif where == "loader":
             changes = {"train_dl": GatedLoader(gate)}
-        checked = CheckedTrainer({"load_best": True}, valid_dl=batches(14), **changes)
+        elif where == "configure_optimizer":  # called if the best epoch is not the last
+            changes |= {"valid_epoch_end": scores([1.0, 0.0]), "criteria": "score"}
+        epochs = 2 if where == "configure_optimizer" else 1
+        fit = {"load_best": True, "epochs": epochs}
+        checked = CheckedTrainer(fit, valid_dl=batches(14), **changes)
         with anyio.fail_after(HANG_TIMEOUT):
             async with anyio.create_task_group() as group:
                 group.start_soon(checked.fit)
@@ -224,7 +228,7 @@ async def test_event_loop_when_user_code_blocks_stays_responsive(
                     await anyio.lowlevel.checkpoint()
                 assert checked.trainer.running
                 gate.open()
-    assert checked.optimizer.steps == BATCHES
+    assert checked.optimizer.steps == epochs * BATCHES
 
 
 async def test_training_when_an_async_callback_is_slow_goes_on(anyio_backend: Any) -> None:

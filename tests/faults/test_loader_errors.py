@@ -119,6 +119,10 @@ class Unmovable:
     def __init__(self, injector: ErrorInjector) -> None:
         self.to = injector.raise_error
 
+    def __deepcopy__(self, _memo: Any) -> Unmovable:
+        """Batches that are read ahead are copied."""
+        return self
+
 
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
 async def test_batch_when_it_cannot_be_moved_is_told(anyio_backend: Any, prefetch: int) -> None:
