@@ -68,10 +68,10 @@ def _is_reference(value: Any, path: str, shared: set[int]) -> bool:
         items = list(value)
     else:
         return False
-    found = [_is_reference(item, path, shared) for item in items]
-    if any(found) and not all(found):
+    references = [_is_reference(item, path, shared) for item in items]
+    if any(references) and not all(references):
         raise CheckpointError(
             f"{path} holds parameters or other objects together with values, so that no snapshot "
             "can hold it; give the scheduler state_dict() and load_state_dict()"
         )
-    return any(found)
+    return any(references)

@@ -19,23 +19,23 @@ def possible_sizes(batch: Any) -> set[int]:
     lists. Several: a list of tensors inside the batch may be a list of samples, or of fields.
     """
     tensors: list[set[int]] = []
-    others: list[set[int]] = []
+    list_sizes: list[set[int]] = []
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
         # At the top these are fields, such as (inputs, targets).
         for item in batch:
-            _collect(item, tensors, others)
-        if not tensors and not others and len({type(item) for item in batch}) == 1:
+            _collect(item, tensors, list_sizes)
+        if not tensors and not list_sizes and len({type(item) for item in batch}) == 1:
             return {len(batch)}  # texts, for example
     else:
-        _collect(batch, tensors, others)
-    return _common(tensors or others)
+        _collect(batch, tensors, list_sizes)
+    return _common(tensors or list_sizes)
 
 
 def _common(sizes: list[set[int]]) -> set[int]:
     return set.intersection(*sizes) if sizes else set()
 
 
-def _collect(item: Any, tensors: list[set[int]], others: list[set[int]]) -> None:
+def _collect(item: Any, tensors: list[set[int]], list_sizes: list[set[int]]) -> None:
     """Append the possible sizes of the tensors, and of the lists without tensors, in ``item``."""
     if isinstance(item, (Tensor, np.ndarray)):
         # The shape of a nested tensor cannot be read.
@@ -52,10 +52,10 @@ def _collect(item: Any, tensors: list[set[int]], others: list[set[int]]) -> None
         if inner:
             tensors.append({len(item)} | _common(inner))
         elif item:
-            others.append({len(item)})
+            list_sizes.append({len(item)})
     else:
         for element in _fields(item):
-            _collect(element, tensors, others)
+            _collect(element, tensors, list_sizes)
 
 
 def _fields(item: Any) -> Iterable[Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -78,14 +78,29 @@ def _map_fields(item: Any, names: list[str], change: Callable[[Any], Any]) -> An
 
 
 def _moved_object(item: Any, device: torch.device) -> Any:
-    """Return an object that its own ``.to`` has moved, or the object if that is no such method."""
+    """Return an object that its own ``.to`` has moved.
+
+    An object whose ``.to`` raises an error stays as it is if it holds no tensors: the method may
+    have another meaning, such as a conversion of units.
+    """
     try:
         moved = item.to(device)
-    except RuntimeError:  # an error of torch, such as too little memory
-        raise
-    except Exception:  # ``.to`` has another meaning, such as a unit or a time zone
+    except Exception:
+        if _holds_tensors(item):
+            raise
         return item
     return item if moved is None else moved  # it may move in place
+
+
+def _holds_tensors(item: Any) -> bool:
+    slots = (name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ()))
+    values = [*getattr(item, "__dict__", {}).values(), *(getattr(item, n, None) for n in slots)]
+    for value in values:
+        inner = value.values() if isinstance(value, Mapping) else value
+        elements = inner if isinstance(inner, Collection) and not isinstance(inner, Tensor) else ()
+        if isinstance(value, Tensor) or any(isinstance(each, Tensor) for each in elements):
+            return True
+    return False
 
 
 class _PendingCopy(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -128,6 +128,21 @@ def makes_new_batches(iterable: object) -> bool:
     return iterable.num_workers > 0 or iterable.collate_fn is default_collate
 
 
+def reads_all_samples(loader: object) -> TypeGuard[DataLoader[Any]]:
+    """Return whether a pass surely has every sample of the dataset of a DataLoader once."""
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
+        return False
+    sampler, batch_sampler = loader.sampler, loader.batch_sampler
+    if batch_sampler is not None and (
+        type(batch_sampler) is not BatchSampler or batch_sampler.sampler is not sampler
+    ):
+        return False
+    if type(sampler) is RandomSampler:
+        has_all = not sampler.replacement and sampler.num_samples == length_of(loader.dataset)
+        return has_all and not loader.drop_last
+    return type(sampler) is SequentialSampler and not loader.drop_last
+
+
 def can_skip_by_index(loader: object) -> bool:
     """Return whether batches can be skipped without reading them, and later ones stay the same.
 
@@ -194,13 +209,13 @@ def set_epoch(loader: object, epoch: int) -> None:
 
     ``epoch`` is counted from 0, as in torch's examples for ``DistributedSampler``.
     """
-    parts: list[object] = [loader]
+    components: list[object] = [loader]
     for name in ("sampler", "batch_sampler", "dataset"):
-        part = getattr(loader, name, None)
-        inner = getattr(part, "dataset" if name == "dataset" else "sampler", None)
-        parts += [part, inner]
-    for part in {id(part): part for part in parts}.values():
-        method = getattr(part, "set_epoch", None)
+        component = getattr(loader, name, None)
+        inner = getattr(component, "dataset" if name == "dataset" else "sampler", None)
+        components += [component, inner]
+    for component in {id(component): component for component in components}.values():
+        method = getattr(component, "set_epoch", None)
         if callable(method):
             method(epoch)
 

@@ -307,8 +307,8 @@ class StateWriter:
         """Return the size that the tensors of a batch agree on, or a problem in words."""
         sizes = possible_sizes(batch)
         if self._loader_size is not None:
-            rest = self._samples - self._loader_size * (self.state.batch_num - 1)
-            expected = min(self._loader_size, rest)
+            remaining = self._samples - self._loader_size * (self.state.batch_num - 1)
+            expected = min(self._loader_size, remaining)
             if expected in sizes:
                 return expected, ""
             if sizes:

@@ -105,8 +105,8 @@ class SpanRecorder(Instrumentation):
 
 
 def _sum(numbers: Iterable[int | None]) -> int | None:
-    known = list(numbers)
-    return None if None in known else sum(number or 0 for number in known)
+    sizes = list(numbers)
+    return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 @public

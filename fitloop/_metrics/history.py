@@ -483,8 +483,8 @@ def restore_history(history: History, state: Any) -> None:
         if not (0 <= num_runs <= MAX_RUNS and 0 <= num_epochs <= MAX_RUNS):
             raise ValueError(f"{num_runs} runs and {num_epochs} epochs are not possible")
         # Logs and snapshots of earlier versions have no lengths.
-        given = phase_state.get("lengths", {})
-        lengths = {stage: int(given.get(str(stage), 0)) for stage in Stage}
+        lengths_by_name = phase_state.get("lengths", {})
+        lengths = {stage: int(lengths_by_name.get(str(stage), 0)) for stage in Stage}
         if not all(0 <= length <= MAX_RUNS for length in lengths.values()):
             raise ValueError(f"lengths of {lengths} are not possible")
         for stage in Stage:

@@ -302,15 +302,17 @@ def can_intercept() -> bool:
     Tries a draw in a step, one in a hook of its backward, and one in a function that a function of
     torch calls. The caller holds the lock on the generators, which stay as they are.
     """
-    found: list[bool] = []
-    thread = threading.Thread(target=_try_interception, args=(found,), name="fitloop probe")
+    was_intercepted: list[bool] = []
+    thread = threading.Thread(
+        target=_try_interception, args=(was_intercepted,), name="fitloop probe"
+    )
     thread.start()  # a thread without modes of the user
     thread.join()
     is_known = {"rand", "dropout", "normal_", "randperm", "bernoulli"} <= rng_ops()
-    return is_known and found == [True] * 3
+    return is_known and was_intercepted == [True] * 3
 
 
-def _try_interception(found: list[bool]) -> None:
+def _try_interception(was_intercepted: list[bool]) -> None:
     state, probe = torch.default_generator.get_state(), _Probe()
     mode = RngFunctionMode(probe)
 
@@ -327,13 +329,13 @@ def _try_interception(found: list[bool]) -> None:
         leaf = torch.zeros(1, requires_grad=True)
         leaf.register_hook(draw)  # type: ignore[no-untyped-call]
         distance_loss = nn.functional.triplet_margin_with_distance_loss
-        found += [
+        was_intercepted += [
             tried(lambda: torch.rand(1)),
             tried((leaf * 1).sum().backward),
             tried(lambda: distance_loss(leaf, leaf, leaf, distance_function=draw)),
         ]
     except Exception:  # modes are called in another way
-        found.clear()
+        was_intercepted.clear()
     finally:
         mode.end()
         torch.default_generator.set_state(state)

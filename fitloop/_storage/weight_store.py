@@ -209,13 +209,13 @@ def _copy_weights(model: nn.Module, state: StateDict, *, strict: bool) -> None:
     values = _renamed(state, lambda name: own_names.get(name, name))
     # Tensors that cannot be written to have these values already: `check_weights` was passed.
     read_only = {name for name in values if _read_only(target.get(name))}
-    kept = OrderedDict((name, value) for name, value in values.items() if name not in read_only)
-    set_metadata(kept, getattr(values, "_metadata", None))
+    writable = OrderedDict((name, value) for name, value in values.items() if name not in read_only)
+    set_metadata(writable, getattr(values, "_metadata", None))
     # `check_weights` has compared with ``state_dict()``, which may leave out weights.
     is_partial = bool(read_only) or _customizes_saving(model)
     before = _copy_of(target) if is_partial or _needs_way_back(model, target) else None
     try:
-        result = model.load_state_dict(kept, strict=strict and not is_partial)
+        result = model.load_state_dict(writable, strict=strict and not is_partial)
         unexpected = getattr(result, "unexpected_keys", None)
         if strict and unexpected:
             raise CheckpointError(f"it does not know {quoted_list(unexpected)}")

@@ -43,8 +43,8 @@ def _blocking(verb: Callable[Concatenate[FitLoop, P], Awaitable[R]]) -> _Method[
         async def run() -> R:
             return await verb(self.loop, *args, **kwargs)
 
-        given = (*vars(self._state.config).values(), *args, *kwargs.values())
-        return self._event_loop.run(run) if any(map(_is_async, given)) else anyio.run(run)
+        arguments = (*vars(self._state.config).values(), *args, *kwargs.values())
+        return self._event_loop.run(run) if any(map(_is_async, arguments)) else anyio.run(run)
 
     update_wrapper(call, verb)
     call.__module__, call.__qualname__ = __name__, f"SyncFitLoop.{verb.__name__}"

@@ -147,9 +147,9 @@ class Capture:
         return []
 
     def _capture_tensor(self, path: str, tensor: Tensor) -> _Children:
-        kept = TensorCopy(tensor, values=id(tensor) not in self._keep, on_cpu=self._on_cpu)
-        self._restores.append((path, kept.restore))
-        return [] if kept.grad is None else [(f"{path}.grad", kept.grad)]
+        copied = TensorCopy(tensor, values=id(tensor) not in self._keep, on_cpu=self._on_cpu)
+        self._restores.append((path, copied.restore))
+        return [] if copied.grad is None else [(f"{path}.grad", copied.grad)]
 
     def _capture_container(self, path: str, value: Any) -> _Children:
         if isinstance(value, dict):
@@ -191,8 +191,8 @@ class Capture:
         self._restores.append((path, restore))
         children = [(f"{path}.{name}", child) for name, child in module.named_children()]
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        others = [pair for pair in values.items() if isinstance(pair[1], Tensor)]
-        return children + [(f"{path}.{name}", value) for name, value in (*tensors, *others)]
+        tensors_beside = [pair for pair in values.items() if isinstance(pair[1], Tensor)]
+        return children + [(f"{path}.{name}", value) for name, value in (*tensors, *tensors_beside)]
 
     def _capture_attributes(self, path: str, value: Any) -> _Children:
         """Capture the attributes of an object."""

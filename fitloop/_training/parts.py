@@ -28,12 +28,12 @@ def modules_of(config: TrainerConfig) -> list[nn.Module]:
 
 def outside_parameters(config: TrainerConfig) -> Iterator[Tensor]:
     """Yield the parameters of optimizers outside the modules, such as a learnt temperature."""
-    known = {id(p) for module in modules_of(config) for p in module.parameters()}
+    visited = {id(p) for module in modules_of(config) for p in module.parameters()}
     for optimizer in config.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) not in known:
-                    known.add(id(parameter))
+                if id(parameter) not in visited:
+                    visited.add(id(parameter))
                     yield parameter
 
 
@@ -146,10 +146,10 @@ def check_extra_weights(config: TrainerConfig, weights: Mapping[str, Tensor]) ->
         if name.startswith("model."):
             continue
         if name not in present or present[name].shape != value.shape:
-            found = tuple(present[name].shape) if name in present else "missing"
+            shape = tuple(present[name].shape) if name in present else "missing"
             raise CheckpointError(
                 f"{name!r} of the kept weights has the shape {tuple(value.shape)}, in the trainer "
-                f"it is {found}; loss_function= and optimizer= must be as they were"
+                f"it is {shape}; loss_function= and optimizer= must be as they were"
             )
 
 

@@ -28,8 +28,8 @@ _LENGTH_NAMES = {
 def parts_of(scheduler: Any) -> Iterator[Any]:
     """Yield a scheduler, and those inside it, as in SequentialLR and ChainedScheduler."""
     yield scheduler
-    for part in getattr(scheduler, "_schedulers", ()):
-        yield from parts_of(part)
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from parts_of(inner)
 
 
 def warn_of_lengths(
@@ -46,12 +46,12 @@ def warn_of_lengths(
         if interval is None or batches < 2:
             continue
         steps = epochs * batches if interval == "batch" else epochs
-        for part in _in_parallel(scheduler):
-            name, length, last = _length_of(part)
-            left = length - _steps_done(part)
+        for inner in _in_parallel(scheduler):
+            name, length, last = _length_of(inner)
+            left = length - _steps_done(inner)
             if length > 0 and not _fits(last, left, interval, epochs, batches):
                 warn_user(
-                    f"{type(part).__name__} has {name}{length}, and is stepped {steps} times in "
+                    f"{type(inner).__name__} has {name}{length}, and is stepped {steps} times in "
                     f"this fit: {_interval_words(interval)} of {epochs} epochs of {batches} "
                     "batches. Give it a length in these steps, or another scheduler_interval=",
                     ScheduleWarning,
@@ -62,8 +62,8 @@ def warn_of_lengths(
 def _in_parallel(scheduler: Any) -> Iterator[Any]:
     """Yield the schedulers that are stepped from the beginning."""
     if isinstance(scheduler, kinds.ChainedScheduler):
-        for part in scheduler._schedulers:
-            yield from _in_parallel(part)
+        for inner in scheduler._schedulers:
+            yield from _in_parallel(inner)
     else:
         yield scheduler
 

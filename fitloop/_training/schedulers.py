@@ -30,7 +30,7 @@ def intervals_of(config: TrainerConfig) -> list[Interval | None]:
 def _natural_interval(scheduler: object) -> Interval:
     if isinstance(scheduler, kinds.ReduceLROnPlateau):
         return "valid"
-    per_batch = any(isinstance(part, _PER_BATCH) for part in parts_of(scheduler))
+    per_batch = any(isinstance(inner, _PER_BATCH) for inner in parts_of(scheduler))
     return "batch" if per_batch else "epoch"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fitloop._concurrency.control import RunControl
+from fitloop._data.inspection import reads_all_samples
 from fitloop._data.loaders import Loaders, LoadingOptions
 from fitloop._engine.config import PRETRAINED, TrainerConfig
 from fitloop._engine.event_bus import EventBus
@@ -145,9 +146,9 @@ class TrainerState:
     def compare_only_with(self, valid_loader: Any) -> None:
         """Forget the best score if it is of a validation with other data.
 
-        Two DataLoaders over one dataset have the same data.
+        Two DataLoaders that read all of one dataset have the same data.
         """
-        data = getattr(valid_loader, "dataset", valid_loader)
+        data = valid_loader.dataset if reads_all_samples(valid_loader) else valid_loader
         if valid_loader is not None:
             if self._best_data is not None and self._best_data is not data:
                 self._clear_best_score()
@@ -247,9 +248,9 @@ class TrainerState:
         }
 
 
-def _are_equal(weights: StateDict, others: StateDict) -> bool:
-    return weights.keys() == others.keys() and all(
-        _is_equal(value, others[name]) for name, value in weights.items()
+def _are_equal(weights: StateDict, other_weights: StateDict) -> bool:
+    return weights.keys() == other_weights.keys() and all(
+        _is_equal(value, other_weights[name]) for name, value in weights.items()
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import anyio
 import pytest
+import torch
 from support.checked_trainer import CheckedTrainer
 from support.event_loops import HANG_TIMEOUT, asyncio_loops
 from support.models import Batch, batches
@@ -118,6 +119,7 @@ async def test_dataset_when_it_raises_in_a_worker_process_is_told(prefetch: int)
 class Unmovable:
     def __init__(self, injector: ErrorInjector) -> None:
         self.to = injector.raise_error
+        self.values = torch.ones(2)
 
     def __deepcopy__(self, _memo: Any) -> Unmovable:
         """Batches that are read ahead are copied."""

@@ -12,7 +12,7 @@ import torch
 from support.models import batches, bits, blobs, mlp, scores, trainer
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from fitloop import (
     BestImproved,
@@ -435,6 +435,19 @@ async def test_second_fit_when_a_new_loader_has_the_same_dataset_then_scores_are
     result = await fitted.fit(1, valid_dl=DataLoader(data, 2), **QUIET)
     assert result.best_epoch == 1
     assert bits(fitted.model) == weights[1]
+
+
+async def test_second_fit_when_loaders_sample_a_dataset_then_scores_are_not_compared() -> None:
+    """Like folds of a cross-validation: one dataset, other samples."""
+    data = TensorDataset(*blobs(14))
+    folds = [
+        DataLoader(data, 7, sampler=SubsetRandomSampler(range(7 * k, 7 * k + 7))) for k in (0, 1)
+    ]
+    fitted, weights = scored([9, 1], valid_dl=folds[0])
+    await fitted.fit(1, **QUIET)
+    result = await fitted.fit(1, valid_dl=folds[1], **QUIET)
+    assert (result.best_epoch, result.best_score) == (2, 1)
+    assert bits(fitted.model) == weights[2]
 
 
 class Bank(nn.Module):

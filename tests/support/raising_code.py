@@ -16,7 +16,7 @@ from support.event_loops import HANG_TIMEOUT
 TRAINER_NAME = "trainer-7"
 
 
-class InjectedError(RuntimeError):
+class InjectedError(Exception):
     """Raised by the code of the tests."""
 
 

@@ -100,8 +100,8 @@ def _seed_anew() -> None:
     torch.seed()
 
 
-def _accessors(place: tuple[Any, str]) -> tuple[Callable[[], Any], Callable[[Any], object]]:
-    owner, name = place
+def _accessors(attribute: tuple[Any, str]) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    owner, name = attribute
     return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
 
 
@@ -130,8 +130,8 @@ _LOGGER_FIELDS = ("level", "propagate", "disabled")
 
 
 def _all_loggers() -> list[logging.Logger]:
-    known = list(logging.root.manager.loggerDict.values())
-    return [logging.root, *(one for one in known if isinstance(one, logging.Logger))]
+    loggers = list(logging.root.manager.loggerDict.values())
+    return [logging.root, *(one for one in loggers if isinstance(one, logging.Logger))]
 
 
 def _loggers() -> tuple[int, dict[logging.Logger, tuple[Any, ...]]]:

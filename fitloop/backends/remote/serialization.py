@@ -204,13 +204,13 @@ def serialize_error(error: BaseException) -> SerializedError:
 
 def _linked_errors(error: BaseException) -> list[BaseException]:
     """Return an error and all exceptions that it refers to, `MAX_ERROR_PARTS` at most."""
-    found = [error]
-    for one in found:
+    chain = [error]
+    for one in chain:
         members = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
         for other in (*members, one.__cause__, one.__context__):
-            if other is not None and all(other is not known for known in found):
-                found.append(other)
-    return found[:MAX_ERROR_PARTS]
+            if other is not None and all(other is not member for member in chain):
+                chain.append(other)
+    return chain[:MAX_ERROR_PARTS]
 
 
 def _part(error: BaseException, indices: dict[int, int]) -> _ErrorPart:
