@@ -124,14 +124,7 @@ def test_report_when_several_were_skipped_then_one_paragraph_groups_them() -> No
     assert "skipped" not in replace(sample_report(), skipped={}).text()
 
 
-OUTDATED = pytest.mark.xfail(strict=True, reason="to be measured again: it now gives prefetch=2")
-STORED = [
-    pytest.param(path.stem, marks=OUTDATED if path.stem == "overlap" else ())
-    for path in sorted(RESULTS.glob("*.json"))
-]
-
-
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", [path.stem for path in sorted(RESULTS.glob("*.json"))])
 def test_report_in_the_repository_when_read_then_its_method_is_the_current_one(name: str) -> None:
     """If not, the benchmark has changed: ``python -m benchmarks --keep --only NAME``."""
     stored = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

@@ -88,6 +88,7 @@ def test_print_and_logging_when_bars_are_shown_then_every_line_is_whole_and_abov
 logging.basicConfig(level="INFO", format="%(message)s")
 
 def chatter(kind):
+    shown.wait()
     for number in range(40):
         if kind == "log":
             logging.info("log %d ends", number)
@@ -96,12 +97,21 @@ def chatter(kind):
         else:
             print("print", number, "ends")
         pause.wait(0.01)
+    finished.release()
 
-pause = threading.Event()
+def hold(state):
+    # Without bars, Python itself would mix lines of several threads.
+    shown.set()
+    pause.wait(0.003)
+    if state.is_train and state.batch_num == 100:
+        for _ in range(3):
+            finished.acquire()
+
+pause, shown, finished = threading.Event(), threading.Event(), threading.Semaphore(0)
 
 async def main():
     talking = [asyncio.to_thread(chatter, kind) for kind in ("log", "parts", "print")]
-    await asyncio.gather(trainer(batches=300, hold=slowly()).fit(1), *talking)
+    await asyncio.gather(trainer(batches=100, hold=hold).fit(1), *talking)
 
 asyncio.run(main())
 """
