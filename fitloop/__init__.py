@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fitloop._errors import MissingCriteriaError as MissingCriteriaError
     from fitloop._errors import MissingLoaderError as MissingLoaderError
     from fitloop._errors import NonFiniteWarning as NonFiniteWarning
+    from fitloop._errors import OutputWarning as OutputWarning
     from fitloop._errors import RemoteError as RemoteError
     from fitloop._errors import RestoreError as RestoreError
     from fitloop._errors import RestoreWarning as RestoreWarning
@@ -100,8 +101,8 @@ _NAMES_OF_MODULES = {
     "fitloop._engine.stages": "default_batch_step default_epoch_end",
     "fitloop._errors": (
         "BusyError CheckpointError ConfigurationError FitLoopError LoaderHungWarning "
-        "MetricError MissingCriteriaError MissingLoaderError NonFiniteWarning RemoteError "
-        "RestoreError RestoreWarning ResumeWarning ScheduleWarning StageSignatureError "
+        "MetricError MissingCriteriaError MissingLoaderError NonFiniteWarning OutputWarning "
+        "RemoteError RestoreError RestoreWarning ResumeWarning ScheduleWarning StageSignatureError "
         "SyncInAsyncError ThreadModeWarning UnknownMetricError UnknownMetricWarning "
         "WorkerDiedError WorkerDiedWarning"
     ),

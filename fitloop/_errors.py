@@ -214,6 +214,14 @@ class NonFiniteWarning(RuntimeWarning):
 
 
 @public
+class OutputWarning(RuntimeWarning):
+    """Nothing can be printed any more, for example since the terminal was closed.
+
+    The training goes on. It is told once for each stream.
+    """
+
+
+@public
 class RestoreWarning(RuntimeWarning):
     """An object of the model, optimizer or scheduler changed and was not put back.
 

@@ -27,7 +27,7 @@ from fitloop._checkpointing.training_state import (
     training_state,
 )
 from fitloop._data.inspection import generator_states, set_generator_states
-from fitloop._errors import CheckpointError
+from fitloop._errors import CheckpointError, ResumeWarning, warn_user
 from fitloop._metrics.history import History, export_history, restore_history
 from fitloop._rng.states import RngState, check_generator_state
 from fitloop._storage.durable import write_file
@@ -232,7 +232,8 @@ def apply_snapshot(trainer: TrainerState, snapshot: Snapshot) -> None:
     saved, state = snapshot.trainer, snapshot.state
     check_training(trainer.config, state["training"])
     restore_rng = _prepare_rng(trainer, snapshot)
-    undo = _save_best(trainer, state)
+    same_criteria = _has_same_criteria(trainer, snapshot)
+    undo = _save_best(trainer, state) if same_criteria else (lambda: None)
     try:
         apply_training(trainer, state["training"])
     except BaseException:
@@ -241,15 +242,36 @@ def apply_snapshot(trainer: TrainerState, snapshot: Snapshot) -> None:
     restore_history(trainer.history, export_history(snapshot.history))
     trainer.epoch_num = saved["epoch_num"]
     trainer.completed_fits = saved["fits"]
-    trainer.best_score, trainer.best_epoch = saved["best_score"], saved["best_epoch"]
+    trainer.best_score = saved["best_score"] if same_criteria else None
+    trainer.best_epoch = saved["best_epoch"] if same_criteria else None
     if trainer.criteria is not None and trainer.criteria.is_default and saved["criteria"]:
         trainer.criteria.name, trainer.criteria.direction = saved["criteria"]
-    trainer.best_is_stale = state["best"] is None
+    trainer.best_is_stale = state["best"] is None or not same_criteria
     for phase, loader in trainer.loaders_of({}).items():
         states = state["generators"][str(phase)]
         if [len(state) for state in generator_states(loader)] == [len(each) for each in states]:
             set_generator_states(loader, states)
     restore_rng()
+
+
+def _has_same_criteria(trainer: TrainerState, snapshot: Snapshot) -> bool:
+    """Return whether the best score of a snapshot is of the criteria of a trainer; warn if not.
+
+    A default criteria becomes that of the snapshot.
+    """
+    saved, criteria = snapshot.trainer["criteria"], trainer.criteria
+    if saved is None or criteria is None or criteria.is_default:
+        return True
+    if list(saved) == [criteria.name, criteria.direction]:
+        return True
+    if snapshot.trainer["best_score"] is not None:
+        warn_user(
+            f"the best score in {snapshot.path} is of the criteria {saved[0]!r} with the direction "
+            f"{saved[1]}, and the trainer has {criteria.name!r} with {criteria.direction}: best "
+            "score and best weights begin anew",
+            ResumeWarning,
+        )
+    return False
 
 
 def _prepare_rng(trainer: TrainerState, snapshot: Snapshot) -> Callable[[], None]:

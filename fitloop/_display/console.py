@@ -4,8 +4,47 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
+from contextlib import suppress
+from typing import Any
 
+from fitloop._errors import OutputWarning, one_line, warn_user
 from fitloop._format import character_width, display_width, printable
+
+_broken: weakref.WeakSet[Any] = weakref.WeakSet()
+"""streams that could not be written to"""
+
+
+def write_output(text: str) -> None:
+    """Write text to ``sys.stdout`` in one call, so that no other output comes between.
+
+    It never raises an error, since output is never worth a training. Characters that the stream
+    cannot encode become ``?``. A stream that fails gives one `OutputWarning`. Without a
+    ``sys.stdout`` nothing is printed, as by `print`.
+    """
+    stream = sys.stdout
+    try:
+        if stream is None or stream in _broken:
+            return
+        try:
+            stream.write(text)
+        except UnicodeEncodeError as error:
+            stream.write(text.encode(error.encoding, "replace").decode(error.encoding))
+        flush = getattr(stream, "flush", None)
+        if flush is not None:
+            flush()
+    except Exception as error:
+        _note_broken(stream, error)
+
+
+def _note_broken(stream: Any, error: Exception) -> None:
+    with suppress(TypeError):  # its type supports no weak references
+        _broken.add(stream)
+    warn_user(
+        f"sys.stdout cannot be written to, and nothing more is printed: {one_line(error)}. The "
+        "training goes on; verbose=False prints nothing",
+        OutputWarning,
+    )
 
 
 def has_terminal() -> bool:

@@ -8,17 +8,28 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import threading
 from collections.abc import Sequence
 
-from fitloop._display.console import can_draw, can_encode, has_color, is_interactive
+from fitloop._display.console import (
+    can_draw,
+    can_encode,
+    has_color,
+    is_interactive,
+    write_output,
+)
 from fitloop._display.jupyter import prints_to_notebook
 from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._display.notebook_view import NotebookView
 from fitloop._display.status import ASCII_BARS, BarStyle, RunStatus, status_lines
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted, WentBack
-from fitloop._format import check_display_metrics, format_duration, format_metrics, printable
+from fitloop._format import (
+    check_display_metrics,
+    display_width,
+    format_duration,
+    format_metrics,
+    printable,
+)
 
 
 class ProgressView:
@@ -113,7 +124,7 @@ class EpochPrinter:
             case EpochEnded():
                 self._print_epoch(event)
             case WentBack() if self._every:
-                _write(f"{self.label}went back to epoch {event.epoch_in_run}\n")
+                write_output(f"{self.label}went back to epoch {event.epoch_in_run}\n")
             case RunEnded():
                 self._print_end(event)
 
@@ -122,17 +133,17 @@ class EpochPrinter:
             return
         label = self.label
         if "test" in event.metrics and len(event.metrics) == 1:
-            _write(f"{label}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
+            write_output(f"{label}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
             return
         head = f"{label}{self._epoch:>{self._width}} - "
-        indent = " " * len(head)
+        indent = " " * display_width(head)
         lines: list[str] = []
         for phase, metrics in event.metrics.items():
             values = format_metrics(metrics, self._names)
             lines.append(f"{indent if lines else head}{phase} :: {values}\n")
         stopped = "" if event.complete else " (stopped)"
         lines.append(f"{indent}epoch time: {format_duration(event.seconds)}{stopped}\n")
-        _write("".join(lines))
+        write_output("".join(lines))
 
     def _print_end(self, event: RunEnded) -> None:
         if event.call != "fit" or not self._every or event.error is not None:
@@ -142,12 +153,7 @@ class EpochPrinter:
         lines.append(f"{label}total time: {format_duration(event.seconds)}\n")
         if event.best_score is not None and not math.isnan(event.best_score):
             lines.append(f"{label}best score: {event.best_score:.4f}\n")
-        _write("".join(lines))
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)  # one call, so that no other output comes between
-    sys.stdout.flush()
+        write_output("".join(lines))
 
 
 class RunDisplay:

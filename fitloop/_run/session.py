@@ -214,6 +214,12 @@ class RunEnding:
         """Return ``value``, or raise the error; the last call."""
         error, self.error = self.error, None  # a raised error refers to this frame
         try:
+            if isinstance(error, StopIteration):
+                # Python itself would make this of it in a coroutine, without the notes.
+                wrapped = RuntimeError("the code of a run raised StopIteration")
+                for note in getattr(error, "__notes__", ()):
+                    add_note_safely(wrapped, note)
+                raise wrapped from error
             if error is not None:
                 raise error
             return value

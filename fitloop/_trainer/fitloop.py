@@ -12,6 +12,7 @@ from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._checkpointing.run_files import FileOptions
 from fitloop._checkpointing.snapshot import apply_snapshot, read_snapshot, take_snapshot
 from fitloop._checkpointing.training_state import check_training
+from fitloop._display.console import write_output
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import QUESTION, PromptWithTimeout, TerminalPrompt
 from fitloop._engine.plan import RunPlan
@@ -372,7 +373,9 @@ class FitLoop(TrainerBase):
         await launch(state, self, plan, partial(Run, options=options))
         report = recorder.report()
         if verbose:
-            await run_exclusively_in_thread(state, "run_profiler", lambda: print(report))  # noqa: T201
+            await run_exclusively_in_thread(
+                state, "run_profiler", lambda: write_output(f"{report}\n")
+            )
         return report
 
     async def _launch(

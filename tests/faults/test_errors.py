@@ -91,6 +91,7 @@ async def test_stage_when_it_raises_stop_iteration_is_told_as_the_cause(
     with anyio.fail_after(HANG_TIMEOUT), pytest.raises(RuntimeError) as raised:
         await checked.fit()
     assert raised.value.__cause__ is injector.error
+    assert "batch 2" in raised.value.__notes__[-1]
     assert checked.check_whole_batches() == 1
     injector.armed = False
     await checked.check_can_train_again()

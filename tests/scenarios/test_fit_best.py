@@ -24,6 +24,7 @@ from fitloop import (
     MissingCriteriaError,
     NonFiniteWarning,
     RestoreWarning,
+    ResumeWarning,
     default_epoch_end,
 )
 
@@ -522,3 +523,27 @@ async def test_best_when_a_buffer_is_expanded_then_it_is_left_alone() -> None:
     fitted, weights = scored([1, 0], model=model)
     await fitted.fit(2, **QUIET)
     assert bits(fitted.model) == weights[1]
+
+
+async def test_resume_when_the_criteria_is_another_one_then_the_best_begins_anew(
+    tmp_path: Path,
+) -> None:
+    def metrics(state: LoopState) -> dict[str, float]:
+        return {"error": 0.5 - 0.1 * state.epoch_num, "f1": 0.02 * state.epoch_num}
+
+    def stop_after_two(state: LoopState) -> dict[str, float]:
+        if state.epoch_num == 3:
+            raise InterruptedError
+        return metrics(state)
+
+    options: dict[str, Any] = {"save_path": tmp_path}
+    first = trainer(
+        valid_epoch_end=stop_after_two, criteria="error", criteria_direction=-1, **options
+    )
+    with pytest.raises(InterruptedError):
+        await first.fit(4, checkpoint=Checkpoint(every_epochs=1), **QUIET)
+
+    second = trainer(valid_epoch_end=metrics, criteria="f1", **options)
+    with pytest.warns(ResumeWarning, match=r"criteria 'error' with the direction -1.*'f1' with 1"):
+        result = await second.fit(4, resume=True, **QUIET)
+    assert (result.best_epoch, result.best_score) == (4, 0.08)

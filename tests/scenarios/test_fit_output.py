@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,13 @@ import anyio
 import pytest
 from support.models import scores, trainer
 
-from fitloop import ConfigurationError, LoopState, PromptAsked, UnknownMetricWarning
+from fitloop import (
+    ConfigurationError,
+    LoopState,
+    OutputWarning,
+    PromptAsked,
+    UnknownMetricWarning,
+)
 
 METRICS = r"loss: \d+\.\d{4} \| accuracy: [01]\.\d{4}"
 TIME = r"(?:\d+ ms|\d\d s \d{3} ms)"
@@ -214,3 +222,75 @@ async def test_continue_loop_when_there_is_no_terminal_then_warns_once_and_goes_
     told = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
     assert len(told) == 1
     assert re.search("continue_loop.*terminal.*going on.*on_continue=", told[0])
+
+
+# -- output that cannot be written -----------------------------------------------------------------
+
+
+class BrokenStream(io.StringIO):
+    """A stream like a terminal that was closed, or a pipe that nobody reads."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error, self.writes = error, 0
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "Input/output error"), BrokenPipeError(), ValueError("closed"), KeyError("own")],
+    ids=["terminal gone", "broken pipe", "closed", "an error of its own"],
+)
+async def test_fit_when_nothing_can_be_printed_then_it_is_told_once_and_trains(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    stream = BrokenStream(error)
+    monkeypatch.setattr(sys, "stdout", stream)
+    fitted = trainer()
+    with pytest.warns(OutputWarning, match=type(error).__name__) as told:
+        result = await fitted.fit(3)
+    await fitted.run_profiler(steps=1)
+    assert (result.epochs, len(told), stream.writes) == (3, 1, 1)
+
+
+async def test_fit_when_there_is_no_stdout_then_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert (await trainer().fit(2)).epochs == 2
+
+
+async def test_fit_when_stdout_only_writes_then_lines_are_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Tee:
+        def __init__(self) -> None:
+            self.text = ""
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+    tee = Tee()
+    monkeypatch.setattr(sys, "stdout", tee)
+    await trainer().fit(1)
+    assert tee.text.startswith("[1/1] - train :: ")
+
+
+async def test_fit_when_a_name_cannot_be_encoded_then_question_marks_are_printed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    await trainer(name="modèle").fit(1)
+    sys.stdout.flush()
+    assert raw.getvalue().startswith(b"mod?le [1/1] - train :: ")
+
+
+async def test_fit_when_a_name_has_wide_characters_then_lines_are_aligned_by_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    await trainer(name="模型").fit(1)
+    train, valid, *_rest = capsys.readouterr().out.splitlines()
+    assert train.startswith("模型 [1/1] - train ::")
+    assert valid.index("valid") == train.index("train") + len("模型")
