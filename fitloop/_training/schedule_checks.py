@@ -48,11 +48,16 @@ def warn_of_lengths(
         steps = epochs * batches if interval == "batch" else epochs
         for inner in _in_parallel(scheduler):
             name, length, last = _length_of(inner)
-            left = length - _steps_done(inner)
-            if length > 0 and not _fits(last, left, interval, epochs, batches):
+            done = _steps_done(inner)
+            if done:  # an earlier fit may have ended in the middle of an epoch
+                fits = length - done >= steps or not isinstance(last, kinds.OneCycleLR)
+            else:
+                fits = _fits(last, length, interval, epochs, batches)
+            if length > 0 and not fits:
+                earlier = f", of which {done} steps are done" if done else ""
                 warn_user(
-                    f"{type(inner).__name__} has {name}{length}, and is stepped {steps} times in "
-                    f"this fit: {_interval_words(interval)} of {epochs} epochs of {batches} "
+                    f"{type(inner).__name__} has {name}{length}{earlier}, and is stepped "
+                    f"{steps} times in this fit: {_interval_words(interval)} of {epochs} epochs of {batches} "
                     "batches. Give it a length in these steps, or another scheduler_interval=",
                     ScheduleWarning,
                 )
@@ -90,23 +95,23 @@ def _steps_done(scheduler: Any) -> int:
     return done if isinstance(done, int) else 0
 
 
-def _fits(scheduler: Any, left: int, interval: Interval, epochs: int, batches: int) -> bool:
-    """Return whether a schedule may be meant as it is; ``left`` steps are left of it.
+def _fits(scheduler: Any, length: int, interval: Interval, epochs: int, batches: int) -> bool:
+    """Return whether a schedule of ``length`` steps, none of which is done, may be meant as it is.
 
     A schedule for several fits is longer than this one.
     """
     total = epochs * batches
     if interval != "batch":
-        if left <= epochs:
-            return left == epochs or not isinstance(scheduler, kinds.OneCycleLR)
-        is_long = left > 10 * epochs and (left % batches == 0 or left > total)
+        if length <= epochs:
+            return length == epochs or not isinstance(scheduler, kinds.OneCycleLR)
+        is_long = length > 10 * epochs and (length % batches == 0 or length > total)
         is_warm_up = isinstance(scheduler, kinds.LinearLR | kinds.ConstantLR)
-        return not is_long and left != total and not (is_warm_up and left == batches)
+        return not is_long and length != total and not (is_warm_up and length == batches)
     if isinstance(scheduler, kinds.OneCycleLR):  # torch raises an error after its last step
-        return left >= total and left % batches == 0
+        return length >= total and length % batches == 0
     if isinstance(scheduler, kinds.CosineAnnealingLR):  # it goes up and down without an end
-        return left % batches == 0 and left != epochs
-    return not isinstance(scheduler, kinds.PolynomialLR) or left != epochs
+        return length % batches == 0 and length != epochs
+    return not isinstance(scheduler, kinds.PolynomialLR) or length != epochs
 
 
 def _interval_words(interval: Interval) -> str:

@@ -27,6 +27,7 @@ from fitloop import (
     ConfigurationError,
     EpochEnded,
     Event,
+    FitLoop,
     LoopState,
     PhaseEnded,
     ScheduleWarning,
@@ -401,3 +402,28 @@ async def test_scheduler_when_its_length_is_of_something_else_then_says_so(
     told = nullcontext() if fits else pytest.warns(ScheduleWarning, match="is stepped")
     with told, suppress(ValueError):  # torch's own, at the end of a schedule that is too short
         await fitted.fit(3, **QUIET)
+
+
+def with_one_cycle(total_steps: int, **changes: Any) -> FitLoop:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    schedule = OneCycleLR(optimizer, 0.1, total_steps=total_steps)
+    options = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule, "valid_dl": None}
+    return trainer(**options, **changes)
+
+
+async def test_second_fit_when_the_first_ended_in_an_epoch_then_gives_no_warning() -> None:
+    fitted = with_one_cycle(24)
+    stopping = fitted.model.register_forward_hook(lambda *_call: fitted.stop())
+    await fitted.fit(2, verbose=False)
+    stopping.remove()
+    assert fitted.lr_scheduler.last_epoch == 1
+    await fitted.fit(2, verbose=False)
+
+
+async def test_second_fit_when_the_schedule_ends_before_it_then_says_so() -> None:
+    fitted = with_one_cycle(8)
+    await fitted.fit(1, verbose=False)
+    message = r"total_steps=8, of which 4 steps are done, and is stepped 8 times"
+    with pytest.warns(ScheduleWarning, match=message), pytest.raises(ValueError, match="step 9"):
+        await fitted.fit(2, verbose=False)

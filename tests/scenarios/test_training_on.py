@@ -284,7 +284,6 @@ async def test_stop_when_a_question_is_open_then_it_is_withdrawn_and_the_trainin
     assert withdrawn == [True]
 
 
-@pytest.mark.filterwarnings("ignore::fitloop.ScheduleWarning")
 async def test_cancel_when_a_question_is_open_then_nothing_is_left_waiting() -> None:
     asked = anyio.Event()
     withdrawn: list[bool] = []
