@@ -57,8 +57,9 @@ def warn_of_lengths(
                 earlier = f", of which {done} steps are done" if done else ""
                 warn_user(
                     f"{type(inner).__name__} has {name}{length}{earlier}, and is stepped "
-                    f"{steps} times in this fit: {_interval_words(interval)} of {epochs} epochs of {batches} "
-                    "batches. Give it a length in these steps, or another scheduler_interval=",
+                    f"{steps} times in this fit: {_interval_words(interval)} of {epochs} epochs of "
+                    f"{batches} batches. Give it a length in these steps, or another "
+                    "scheduler_interval=",
                     ScheduleWarning,
                 )
                 break
