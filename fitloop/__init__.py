@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fitloop._errors import WorkerDiedWarning as WorkerDiedWarning
     from fitloop._events import BatchProgress as BatchProgress
     from fitloop._events import BestImproved as BestImproved
+    from fitloop._events import EarlyStopped as EarlyStopped
     from fitloop._events import EpochEnded as EpochEnded
     from fitloop._events import EpochStarted as EpochStarted
     from fitloop._events import Event as Event
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from fitloop._trainer.comparison import compare_metrics as compare_metrics
     from fitloop._trainer.fitloop import FitLoop as FitLoop
     from fitloop._trainer.sync import SyncFitLoop as SyncFitLoop
+    from fitloop._training.early_stop import EarlyStop as EarlyStop
     from fitloop._training.layers import configure_optimizer as configure_optimizer
     from fitloop._training.layers import freeze as freeze
     from fitloop._training.layers import get_layers as get_layers
@@ -107,7 +109,7 @@ _NAMES_OF_MODULES = {
         "WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (
-        "BatchProgress BestImproved EpochEnded EpochStarted Event JobEnded JobStarted "
+        "BatchProgress BestImproved EarlyStopped EpochEnded EpochStarted Event JobEnded JobStarted "
         "PhaseEnded PhaseStarted PromptAnswered PromptAsked RunEnded RunStarted "
         "SnapshotFailed SnapshotWritten WentBack"
     ),
@@ -120,6 +122,7 @@ _NAMES_OF_MODULES = {
     "fitloop._trainer.comparison": "compare_metrics",
     "fitloop._trainer.fitloop": "FitLoop",
     "fitloop._trainer.sync": "SyncFitLoop",
+    "fitloop._training.early_stop": "EarlyStop",
     "fitloop._training.layers": (
         "configure_optimizer freeze get_layers spread_lrs unfreeze unfreeze_last"
     ),

@@ -7,6 +7,7 @@ The order of the events of ``fit(epochs=2)`` with validation::
       PhaseStarted(train)  BatchProgress ...  PhaseEnded(train)
       PhaseStarted(valid)  BatchProgress ...  PhaseEnded(valid)
       BestImproved                            if the criteria did not get worse
+      EarlyStopped                            with early_stop; EpochEnded and RunEnded follow
     EpochEnded
     SnapshotWritten                           with checkpoint; some time after it was taken
     PromptAsked  PromptAnswered               with continue_loop
@@ -151,6 +152,19 @@ class BestImproved(Event):
     epoch: int
     criteria: str
     score: float
+
+
+@public
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopped(Event):
+    """The run ends after this validation, as its `EarlyStop` says."""
+
+    kind: ClassVar[str] = "early_stopped"
+
+    epoch: int
+    metric: str
+    message: str
+    """the reason in one line"""
 
 
 @public

@@ -22,7 +22,15 @@ from fitloop._display.jupyter import prints_to_notebook
 from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._display.notebook_view import NotebookView
 from fitloop._display.status import ASCII_BARS, BarStyle, RunStatus, status_lines
-from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted, WentBack
+from fitloop._events import (
+    EarlyStopped,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    RunEnded,
+    RunStarted,
+    WentBack,
+)
 from fitloop._format import (
     check_display_metrics,
     display_width,
@@ -107,6 +115,7 @@ class EpochPrinter:
         self._names = names
         self._epoch = ""
         self._width = 0
+        self._early_stop = ""
 
     @property
     def label(self) -> str:
@@ -121,6 +130,8 @@ class EpochPrinter:
                 self._width = len(str(event.epochs)) * 2 + 3
             case EpochStarted():
                 self._epoch = f"[{event.epoch_in_run}/{event.epochs}]"
+            case EarlyStopped():
+                self._early_stop = event.message
             case EpochEnded():
                 self._print_epoch(event)
             case WentBack() if self._every:
@@ -150,6 +161,8 @@ class EpochPrinter:
             return
         label = self.label
         lines = [f"{label}{'-' * self._width}\n"]
+        if self._early_stop:
+            lines.append(f"{label}early stop: {printable(self._early_stop)}\n")
         lines.append(f"{label}total time: {format_duration(event.seconds)}\n")
         if event.best_score is not None and not math.isnan(event.best_score):
             lines.append(f"{label}best score: {event.best_score:.4f}\n")

@@ -16,6 +16,7 @@ from fitloop._engine.config import (
     check_seconds,
 )
 from fitloop._errors import ConfigurationError
+from fitloop._training.early_stop import check_early_stop
 
 
 def fit_option(name: str, value: Any) -> Any:
@@ -62,5 +63,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "callbacks": lambda _name, value: check_callbacks(value),
     "on_continue": _on_continue,
     "continue_timeout": check_seconds,
+    "early_stop": lambda _name, value: check_early_stop(value),
     "checkpoint": lambda _name, value: check_checkpoint(value, resume=False),
 }

@@ -23,6 +23,7 @@ from fitloop._events import Event, PhaseEnded
 from fitloop._run.fit_options import fit_option
 from fitloop._run.mode_checks import checked_modes
 from fitloop._run.session import RunContext, scheduler_steps
+from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 from fitloop.callbacks.callback import Callback
@@ -157,12 +158,23 @@ def dry_plan(
     )
 
 
-def criteria_check(state: TrainerState) -> Callable[[Event], None]:
-    """Return an observer that raises an error if a validation does not return the criteria."""
-    criteria = state.criteria
+def criteria_check(
+    state: TrainerState, early_stop: EarlyStop | None = None
+) -> Callable[[Event], None]:
+    """Return an observer that raises an error if a validation returns not all metrics.
+
+    These are the criteria and the metric of ``early_stop``.
+    """
+    criteria, stopper = state.criteria, None
+    if early_stop is not None:
+        stopper = EarlyStopper(early_stop, criteria, trainer=state.config.name)
 
     def check(event: Event) -> None:
-        if criteria and isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
+        if not isinstance(event, PhaseEnded) or event.phase is not Phase.VALID:
+            return
+        if criteria:
             criteria.score(event.metrics)
+        if stopper:
+            stopper.score(event.metrics)
 
     return check

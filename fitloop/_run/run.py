@@ -23,6 +23,7 @@ from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._metrics.results import EpochMetricsRecorder, FitResult
 from fitloop._run.prompts import BackgroundPrompts, PromptOptions, Prompts
 from fitloop._run.session import RunContext, RunEnding, RunSession
+from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._types import Phase, StopReason
 
 
@@ -35,6 +36,7 @@ class RunOptions:
     prompt: PromptOptions | None = None
     """how the run asks whether to go on; None if it never does"""
     load_best: bool = False
+    early_stop: EarlyStop | None = None
     dry: bool = False
     """restore everything afterwards, and leave the history as it is"""
     instrumentation: Instrumentation = field(default_factory=Instrumentation)
@@ -77,6 +79,7 @@ class Run:
                 if self._resumption is None:
                     state.compare_only_with(dict(self._plan.phases).get(Phase.VALID))
                 self._tracker = state.best_tracker(state.event_bus.emit)
+            self._early_stopper = self._make_early_stopper()
             self._checkpointer = self._make_checkpointer()
             self._prompts = self._make_prompts()
             observers = self._observers()
@@ -124,6 +127,8 @@ class Run:
         observers.append(Observer(time_slice.observe, time_slice.after_batch))
         if self._tracker is not None:
             observers.append(Observer(self._tracker.observe))
+        if self._early_stopper is not None:
+            observers.append(Observer(self._early_stopper.observe))
         if self._plan.call == "fit":
             observers.append(Observer(state.observe))  # counts the epochs
         observers += [Observer(observe) for observe in options.observers]
@@ -136,6 +141,17 @@ class Run:
         if isinstance(self._prompts, BackgroundPrompts):
             observers.append(Observer(after_batch=self._prompts.after_batch))
         return observers
+
+    def _make_early_stopper(self) -> EarlyStopper | None:
+        if self._options.early_stop is None:
+            return None
+        return EarlyStopper(
+            self._options.early_stop,
+            self._state.criteria,
+            trainer=self._state.config.name,
+            stop=self._context.control.stop,
+            emit=self._state.event_bus.emit,
+        )
 
     def _make_checkpointer(self) -> Checkpointer | None:
         if self._files is None or self._files.checkpoint is None:
@@ -208,6 +224,8 @@ class Run:
             self._metrics.restore(resumption.position.metrics)
             if self._tracker is not None:
                 self._tracker.tracked = resumption.position.best_tracked
+            if self._early_stopper is not None and not resumption.position.finished:
+                self._early_stopper.restore(resumption.position.early_stop, self._state.epoch_num)
             if resumption.position.train_pass is None:
                 resumption.release_snapshot()
         if self._files is not None:
@@ -232,6 +250,7 @@ class Run:
             epochs_completed=self._engine.epochs_completed,
             metrics=self._metrics.export(),
             best_tracked=self._tracker is not None and self._tracker.tracked,
+            early_stop=None if self._early_stopper is None else self._early_stopper.state,
             seconds=self._seconds(),
             loaders={
                 str(phase): loader_tree(

@@ -17,7 +17,7 @@ from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import QUESTION, PromptWithTimeout, TerminalPrompt
 from fitloop._engine.plan import RunPlan
 from fitloop._engine.profiler import ProfileReport, SpanRecorder
-from fitloop._errors import CheckpointError
+from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._run.fit_options import fit_option
@@ -42,6 +42,7 @@ from fitloop._storage.weight_files import (
 )
 from fitloop._storage.weight_store import DiskStore, apply_weights, weights_of
 from fitloop._trainer.base import TrainerBase
+from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._types import Loader, Phase
 from fitloop.callbacks.callback import Callback
 
@@ -154,6 +155,7 @@ class FitLoop(TrainerBase):
         continue_timeout: float | None = None,
         continue_default: bool = True,
         continue_while_asking: bool = False,
+        early_stop: int | EarlyStop | None = None,
         checkpoint: Checkpoint | None = None,
         resume: bool = False,
     ) -> FitResult:
@@ -208,6 +210,9 @@ class FitLoop(TrainerBase):
                 schedulers, random numbers, metrics and best weights. Effects of callbacks stay.
                 The next question waits for the answer to this one. Needs the memory of one more
                 copy of the training state.
+            early_stop: end the run after this number of validations in which the criteria did not
+                improve, or as an `EarlyStop` says. The epoch is completed, and ``stop_reason`` is
+                ``"early_stop"``. Each ``fit`` counts anew.
             checkpoint: when to write snapshots of the whole training to ``save_path``.
             resume: continue the unfinished run in ``save_path``, to the same bits as without an
                 interruption, or else start a run. It implies ``checkpoint=Checkpoint()``. A
@@ -228,6 +233,7 @@ class FitLoop(TrainerBase):
                 ``save_path`` is in use, or has the snapshots of another training.
             MetricError: a stage function returned a value that is no metric.
             MissingCriteriaError: ``valid_epoch_end`` did not return the criteria.
+            UnknownMetricError: it did not return the metric of ``early_stop``.
             RestoreError: with ``continue_while_asking``, a state that cannot be copied.
             Exception: the exception of a stage function, loader or callback, as the same object,
                 with a note of trainer, phase, epoch and batch.
@@ -247,6 +253,7 @@ class FitLoop(TrainerBase):
             track_batch_metrics=track_batch_metrics,
             ask_every=ask_every,
         )
+        stopping = self._early_stop(early_stop, plan.phases)
         policy = check_checkpoint(checkpoint, resume=resume)
         files = None
         if policy is not None or state.config.save_to_disk or state.metric_log is not None:
@@ -260,7 +267,11 @@ class FitLoop(TrainerBase):
                 in_background=continue_while_asking,
             )
             options = RunOptions(
-                observers=[display.observe], load_best=load_best, prompt=prompt, files=files
+                observers=[display.observe],
+                load_best=load_best,
+                early_stop=stopping,
+                prompt=prompt,
+                files=files,
             )
             return await self._launch(plan, options, callbacks)
 
@@ -312,6 +323,7 @@ class FitLoop(TrainerBase):
         test_dl: Loader | Callable[[], Loader] | None = None,
         define_all: bool = False,
         cast: bool = True,
+        early_stop: int | EarlyStop | None = None,
     ) -> dict[str, EpochResult]:
         """Run every phase that has a loader on a few real batches, and undo it.
 
@@ -323,6 +335,8 @@ class FitLoop(TrainerBase):
         Numbers, tensors, random generators and containers of them are restored, also in attributes
         of the model. Other objects are never copied; a `RestoreWarning` names those of the model,
         the optimizers and the schedulers that changed.
+
+        With the ``early_stop`` of a planned `fit`, the check also fails if its metric is missing.
 
         Returns the metrics of each phase. Raises all errors of `fit`, also MissingCriteriaError.
         Raises `RestoreError`, before anything runs, for a state that cannot be copied, such as a
@@ -337,7 +351,8 @@ class FitLoop(TrainerBase):
             define_all=define_all,
             cast=cast,
         )
-        options = RunOptions(dry=True, observers=[criteria_check(self._state)])
+        stopping = self._early_stop(early_stop, plan.phases)
+        options = RunOptions(dry=True, observers=[criteria_check(self._state, stopping)])
         return _last_epoch(await launch(self._state, self, plan, partial(Run, options=options)))
 
     async def run_profiler(
@@ -377,6 +392,20 @@ class FitLoop(TrainerBase):
                 state, "run_profiler", lambda: write_output(f"{report}\n")
             )
         return report
+
+    def _early_stop(
+        self, value: int | EarlyStop | None, phases: Sequence[tuple[Phase, object]]
+    ) -> EarlyStop | None:
+        """Return the policy of an argument, checked against the trainer and the phases of a run."""
+        policy: EarlyStop | None = fit_option("early_stop", value)
+        if policy is not None:
+            if all(phase is not Phase.VALID for phase, _loader in phases):
+                raise ConfigurationError(
+                    f"early_stop is {value!r:.80}, and there is no validation to look at; give "
+                    "valid_dl="
+                )
+            EarlyStopper(policy, self._state.criteria, trainer=self.name)  # checks the metric
+        return policy
 
     async def _launch(
         self, plan: RunPlan, options: RunOptions, callbacks: Sequence[Callback]

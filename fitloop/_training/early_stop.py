@@ -1,0 +1,214 @@
+"""`EarlyStop`, the policy of `fit` for its early end, and `EarlyStopper`, which carries it out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+
+from fitloop._engine.config import check_number
+from fitloop._errors import ConfigurationError, UnknownMetricError
+from fitloop._events import EarlyStopped, Event, PhaseEnded
+from fitloop._public import public
+from fitloop._training.best import Criteria
+from fitloop._types import Phase, StopReason
+
+
+@public
+@dataclass(frozen=True)
+class EarlyStop:
+    """The policy of ``fit`` for ending a run whose validation metric no longer improves.
+
+    A validation is an improvement if its metric is better than the best one of this run by more
+    than ``min_delta``. NaN is no improvement. The validations of one ``fit`` are counted; the next
+    ``fit`` counts anew, and a resumed one goes on counting.
+
+    Raises ConfigurationError for values that cannot work.
+    """
+
+    patience: int = 5
+    """validations without an improvement, one after the other, that end the run"""
+    _: KW_ONLY
+    min_delta: float = 0.0
+    """a smaller change of the metric, or one as large, is no improvement"""
+    metric: str | None = None
+    """a metric of ``valid_epoch_end``; None for the criteria of the trainer"""
+    direction: int | None = None
+    """1 if more is better, -1 if less is better. Default: that of the criteria if this is its
+    metric, -1 for ``"loss"``, or else 1. Another name with ``loss`` in it needs a direction"""
+    threshold: float | None = None
+    """a value of the metric that is good enough: the run ends when it is reached"""
+    warmup: int = 0
+    """number of validations at the beginning that are ignored"""
+
+    def __post_init__(self) -> None:
+        check_number("EarlyStop(patience=)", self.patience, 1, meaning="validations")
+        check_number("EarlyStop(warmup=)", self.warmup, 0, meaning="validations")
+        for name in ("min_delta", "threshold"):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            fits = is_number and not math.isnan(value) and (name == "threshold" or value >= 0)
+            if not fits and not (name == "threshold" and value is None):
+                expected = "a number of at least 0" if name == "min_delta" else "a number or None"
+                raise ConfigurationError(f"EarlyStop({name}=) is {value!r}; expected {expected}")
+        if self.metric is not None and (not isinstance(self.metric, str) or not self.metric):
+            raise ConfigurationError(
+                f"EarlyStop(metric=) is {self.metric!r}; expected the name of a metric that "
+                "valid_epoch_end returns, or None for the criteria"
+            )
+        if self.direction is not None and (
+            isinstance(self.direction, bool) or self.direction not in (1, -1)
+        ):
+            raise ConfigurationError(
+                f"EarlyStop(direction=) is {self.direction!r}; expected 1 (more is better), -1 "
+                "(less is better) or None"
+            )
+
+
+def check_early_stop(value: object) -> EarlyStop | None:
+    """Return the policy of an argument ``early_stop``: None, an `EarlyStop`, or its patience.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    if value is None or isinstance(value, EarlyStop):
+        return value
+    try:
+        return EarlyStop(patience=check_number("early_stop", value, 1))  # type: ignore[arg-type]
+    except ConfigurationError:
+        raise ConfigurationError(
+            f"early_stop is {value!r:.80}; expected the number of validations without an "
+            "improvement that end the run, of at least 1, or a fitloop.EarlyStop, or None"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopState:
+    """The results of the validations that an `EarlyStopper` has seen in its run."""
+
+    validations: int = 0
+    """number of validations, with those of the warm-up"""
+    best: float | None = None
+    best_epoch: int = 0
+    bad: int = 0
+    """validations since the best one"""
+    last: float | None = None
+    """metric of the last validation after the warm-up"""
+
+
+class EarlyStopper:
+    """An observer of one run that stops it as an `EarlyStop` says.
+
+    Args:
+        criteria: of the trainer, or None.
+        stop: ends the run with a reason.
+        emit: sends the `EarlyStopped` event.
+
+    Raises ConfigurationError if the policy does not say which metric counts, or which values of it
+    are better.
+    """
+
+    def __init__(
+        self,
+        policy: EarlyStop,
+        criteria: Criteria | None,
+        *,
+        trainer: str,
+        stop: Callable[[str], object] = lambda reason: None,
+        emit: Callable[[Event], object] = lambda event: None,
+    ) -> None:
+        self._policy, self._criteria = policy, criteria
+        self._trainer, self._stop, self._emit = trainer, stop, emit
+        self.state = EarlyStopState()
+        if policy.metric is None and criteria is None:
+            raise ConfigurationError(
+                "early_stop has no metric, since the trainer has no criteria; give "
+                "EarlyStop(metric=...), or criteria= to the trainer"
+            )
+        self._direction()
+
+    def _is_criteria(self) -> bool:
+        metric, criteria = self._policy.metric, self._criteria
+        return criteria is not None and (metric is None or metric == criteria.name)
+
+    def _direction(self) -> int:
+        policy = self._policy
+        if policy.direction is not None:
+            return policy.direction
+        if self._is_criteria():
+            assert self._criteria is not None
+            return self._criteria.direction
+        metric = policy.metric or ""
+        if metric != "loss" and "loss" in metric.lower():
+            raise ConfigurationError(
+                f"EarlyStop(metric=) is {metric!r} and direction is not given; give direction=-1 "
+                "if less is better, 1 if more is"
+            )
+        return -1 if metric == "loss" else 1
+
+    def score(self, metrics: Mapping[str, float]) -> tuple[str, float]:
+        """Return the name and the value of the metric in the result of a validation.
+
+        Raises:
+            UnknownMetricError: it is missing; the message lists the known ones.
+            MissingCriteriaError: the criteria is missing.
+        """
+        name = self._policy.metric or ""
+        value = metrics.get(name)
+        if self._criteria is not None and self._is_criteria():
+            value, name = self._criteria.score(metrics), self._criteria.name
+        if value is None:
+            where = "the result of valid_epoch_end, which early_stop= looks at"
+            raise UnknownMetricError(name, metrics, where)
+        return name, value
+
+    def observe(self, event: Event) -> None:
+        """Count a validation, and stop the run if it was the last one."""
+        if not isinstance(event, PhaseEnded) or event.phase is not Phase.VALID:
+            return
+        name, value = self.score(event.metrics)
+        before, policy, direction = self.state, self._policy, self._direction()
+        counted = replace(before, validations=before.validations + 1)
+        if counted.validations > policy.warmup:
+            change = math.inf if before.best is None else direction * (value - before.best)
+            is_better = not math.isnan(value) and change > policy.min_delta
+            counted = replace(counted, last=value, bad=0 if is_better else before.bad + 1)
+            if is_better:
+                counted = replace(counted, best=value, best_epoch=event.epoch)
+        self.state = counted
+        self._check(name, event.epoch)
+
+    def restore(self, state: EarlyStopState | None, epoch: int) -> None:
+        """Go on after the ``state`` of an earlier part of the run, which ended with an epoch.
+
+        Stops the run if nothing was to follow. A None, of a run without early stop, counts anew.
+        """
+        if state is None:
+            return
+        self.state = state
+        criteria = self._criteria
+        self._check(self._policy.metric or (criteria.name if criteria is not None else ""), epoch)
+
+    def _check(self, metric: str, epoch: int) -> None:
+        message = self._message(metric)
+        if message is not None:
+            self._stop(StopReason.EARLY_STOP)
+            self._emit(
+                EarlyStopped(trainer=self._trainer, epoch=epoch, metric=metric, message=message)
+            )
+
+    def _message(self, metric: str) -> str | None:
+        """Return why the run ends, in one line; None if it goes on."""
+        policy, state = self._policy, self.state
+        threshold, last, best = policy.threshold, state.last, state.best
+        if threshold is not None and last is not None:
+            direction = self._direction()
+            if direction * last >= direction * threshold:
+                return f"{metric} {last:.4g} has reached the threshold {threshold:.4g}"
+        if state.bad < policy.patience:
+            return None
+        count = f"{state.bad} validation{'' if state.bad == 1 else 's'}"
+        if best is None:
+            return f"{metric} was NaN in {count}"
+        better = f"better by more than {policy.min_delta:.4g}" if policy.min_delta else "better"
+        return f"no {better} {metric} than {best:.4g}, of epoch {state.best_epoch}, in {count}"
