@@ -17,9 +17,13 @@ _IGNORED = -100
 def ignored_class(loss_function: Any) -> int | None:
     """Return the class that a loss function ignores; None if its targets may be no classes.
 
+    With None, the model computes its loss, and ignores what torch ignores by default.
+
     Only the losses of torch tell that outputs are class scores, with the classes in dimension 1,
     and which targets do not count. The shapes of tensors do not.
     """
+    if loss_function is None:
+        return _IGNORED
     keywords: dict[str, Any] = {}
     while isinstance(loss_function, partial):
         if loss_function.args:

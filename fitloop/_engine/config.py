@@ -22,7 +22,7 @@ from fitloop._concurrency.coroutines import is_coroutine_function
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._errors import ConfigurationError, StageSignatureError
-from fitloop._types import LossFunction, Phase, Stage, StageFunction
+from fitloop._types import Phase, Stage, StageFunction
 
 Interval = Literal["batch", "epoch", "valid"]
 DEFAULT_SAVE_PATH = "fitloop_state"
@@ -155,7 +155,7 @@ class TrainerConfig:
 
     model: nn.Module
     optimizer: Any
-    loss_function: LossFunction
+    loss_function: Any
     train_dl: Any
     valid_dl: Any
     test_dl: Any
@@ -225,12 +225,13 @@ class TrainerConfig:
                 f"model is {self.model!r:.80}; expected a torch.nn.Module"
                 + (", an instance of the class" if isinstance(self.model, type) else "")
             )
-        if not callable(self.loss_function) or isinstance(self.loss_function, type):
+        loss = self.loss_function
+        if loss is not None and (not callable(loss) or isinstance(loss, type)):
             raise StageSignatureError(
                 "loss_function",
-                self.loss_function,
+                loss,
                 "a callable (prediction, target) -> 0-d tensor"
-                + (", an instance of the class" if isinstance(self.loss_function, type) else ""),
+                + (", an instance of the class" if isinstance(loss, type) else ", or None"),
             )
         self._check_materialized()
         self._check_optimizers()

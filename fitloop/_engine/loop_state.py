@@ -69,6 +69,7 @@ class LoopState:
     optimizer: Any
     """the optimizer, or the list of them, as given"""
     loss_function: LossFunction
+    """the loss function, as given; None if there is none"""
     lr_scheduler: Any
     """the scheduler, or the list of them, as given; None if there is none"""
     optimizers: list[Optimizer]
@@ -94,7 +95,8 @@ class LoopState:
         self._ignored_class = ignored_class(config.loss_function)
         # Whether a look at the targets, which a device would wait for, tells that all count.
         ignores_none = self._ignored_class is not None and self._ignored_class < 0
-        self._counts_quickly = ignores_none and config.device.type == "cpu"
+        is_given = config.loss_function is not None
+        self._counts_quickly = ignores_none and is_given and config.device.type == "cpu"
         self.is_train = phase is Phase.TRAIN
         self.optimizers = config.optimizers
         self.model = config.model

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fitloop._data.batch_sizes import describe
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
@@ -23,25 +26,33 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
     """Compute predictions and loss; in the train phase, step every optimizer.
 
     Expects batches of ``(inputs, targets)``, as a list, a tuple, or a mapping with these two keys.
+    It calls ``model(inputs)`` and ``loss_function(predictions, targets)``. Any other mapping, and
+    every mapping if ``loss_function`` is None, gives the model its arguments: ``model(**batch)``.
+    The loss is then ``loss_function(output, batch)``, or that of the output: ``output.loss``,
+    ``output["loss"]``, the first item of a tuple, or the output itself, if it is one number.
+
     Returns ``running_loss``, the loss times the batch size. If the loss function is a class of
     torch for class scores (CrossEntropyLoss, NLLLoss, MultiMarginLoss) or its function, and the
     targets are classes, returns also ``running_corr``, the number of targets that are the largest
     output along dimension 1. Targets that the loss ignores do not count: ``running_count`` is the
-    number of the others. It is left out if each sample has one target and none is ignored.
+    number of the others. It is left out if each sample has one target and none is ignored. If
+    ``loss_function`` is None, both are returned only if the output has ``logits`` of the shape
+    (samples, classes) and the batch has ``labels`` of the shape (samples); -100 does not count.
 
     Raises ConfigurationError for other batches. Other errors have a note with the batch.
     """
     batch = state.batch
     try:
-        if type(batch) not in _SEQUENCES:
-            batch = _pair(batch)
-        inputs, targets = batch
         size = state.batch_size
-        predictions = state.model(inputs)
-        loss = state.loss_function(predictions, targets)
+        if type(batch) not in _SEQUENCES:
+            predictions, targets, loss = _forward(state)
+        else:
+            inputs, targets = batch
+            predictions = state.model(inputs)
+            loss = state.loss_function(predictions, targets)
         if state.is_train:
             if state.scaler is None:
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 for optimizer in state.optimizers:
                     optimizer.step()
             else:
@@ -72,11 +83,72 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
 def _count_correct(state: LoopState, predictions: Any, targets: Any) -> dict[str, Any]:
     """Return the number of correct targets, and the number of targets that the loss counts."""
     ignored = state._ignored_class
-    if ignored is None or targets.is_floating_point() or predictions.ndim < 2:
+    if ignored is None or targets is None or targets.is_floating_point() or predictions.ndim < 2:
         return {}  # no classes, but probabilities for example, or one sample
     counted = targets != ignored
     correct = (predictions.argmax(dim=1) == targets) & counted
     return {"running_corr": correct.sum(), "running_count": counted.sum()}
+
+
+def _forward(state: LoopState) -> tuple[Any, Any, Any]:
+    """Return predictions, targets and loss of a batch that is no plain list or tuple.
+
+    Predictions and targets are None if they are not known to be class scores and classes.
+    """
+    batch, loss_function = state.batch, state.loss_function
+    if not _holds_arguments(state):
+        inputs, targets = _pair(batch)
+        predictions = state.model(inputs)
+        return predictions, targets, loss_function(predictions, targets)
+    output = state.model(**batch)
+    if loss_function is not None:
+        return None, None, loss_function(output, batch)
+    scores, labels = _item(output, "logits", 1), batch.get("labels")
+    return *_classes(scores, labels), _loss_of(output)
+
+
+def _holds_arguments(state: LoopState) -> bool:
+    """Return whether the batch is a mapping of the arguments of the model."""
+    batch = state.batch
+    return isinstance(batch, Mapping) and (
+        state.loss_function is None or batch.keys() != {"inputs", "targets"}
+    )
+
+
+def _item(output: Any, name: str, position: int) -> Any:
+    """Return an item of a model's output; None if it has none of this name or position."""
+    if isinstance(output, Mapping):
+        return output.get(name)
+    if hasattr(output, name):
+        return getattr(output, name)
+    is_long = isinstance(output, (list, tuple)) and len(output) > position
+    return output[position] if is_long else None
+
+
+def _loss_of(output: Any) -> Any:
+    loss: Any = output if isinstance(output, Tensor) else _item(output, "loss", 0)
+    # A tensor of one element, without a name, may also be the prediction for one sample.
+    is_named = isinstance(output, Mapping) or hasattr(output, "loss")
+    is_number = isinstance(loss, Tensor) and loss.is_floating_point() and loss.numel() == 1
+    if is_number and (is_named or loss.ndim == 0):
+        return loss
+    raise ConfigurationError(
+        f"loss_function is None, and the output of the model, {describe(output)}, a "
+        f"{type(output).__name__}, has no loss; expected one number as output.loss, "
+        "output['loss'], the first item of a tuple, or the output itself. Models that compute "
+        "their loss often need the labels in the batch. Otherwise give loss_function="
+    )
+
+
+def _classes(scores: Any, labels: Any) -> tuple[Any, Any]:
+    """Return scores and labels if these are a class for each sample, else None twice.
+
+    Other shapes do not tell which label belongs to which score: language models shift them.
+    """
+    if not isinstance(scores, Tensor) or not isinstance(labels, Tensor):
+        return None, None
+    fits = scores.ndim == 2 and scores.shape[1] > 1 and labels.shape == scores.shape[:1]
+    return (scores, labels) if fits and labels.dtype is torch.int64 else (None, None)
 
 
 def _pair(batch: Any) -> Any:
@@ -89,23 +161,43 @@ def _pair(batch: Any) -> Any:
 
 
 def _explain(error: Exception, state: LoopState) -> None:
-    """Raise a ConfigurationError if the batch is no pair, or else add a note to the error."""
-    batch, name = state.batch, f"{state.phase}_step"
-    try:
-        _inputs, _targets = _pair(batch)
-    except ValueError:
+    """Raise a ConfigurationError if the batch does not fit, or else add a note to the error."""
+    batch, name, loss = state.batch, f"{state.phase}_step", state.loss_function
+    takes = (
+        "takes (inputs, targets), as a list, a tuple, or a mapping with these two keys, or a "
+        "mapping with the arguments of the model"
+    )
+    if loss is None:
+        takes = "without a loss_function takes a mapping with the arguments of the model"
+    if not _fits(state):
         raise ConfigurationError(
-            f"the batch is {describe(batch)}, a {type(batch).__name__}; the default {name} takes "
-            "(inputs, targets), as a list, a tuple, or a mapping with these two keys. For other "
-            f"batches write {name}="
-        ) from None
-    if not isinstance(error, FitLoopError):
-        add_note_safely(
-            error,
-            f"in the default {name}, which calls model(inputs) and loss_function(predictions, "
-            "targets), and takes one number as the loss. The batch (inputs, targets) is "
-            f"{describe(batch)}. For other batches, models or losses write {name}=",
-        )
+            f"the batch is {describe(batch)}, a {type(batch).__name__}; the default {name} "
+            f"{takes}. For other batches write {name}="
+        ) from (error if loss is None else None)
+    if isinstance(error, FitLoopError):
+        return
+    calls = "model(inputs) and loss_function(predictions, targets)"
+    if _holds_arguments(state):
+        calls = "model(**batch)" + ("" if loss is None else " and loss_function(output, batch)")
+    add_note_safely(
+        error,
+        f"in the default {name}, which calls {calls}, and takes one number as the loss. The batch "
+        f"{'' if _holds_arguments(state) else '(inputs, targets) '}is {describe(batch)}. For other "
+        f"batches, models or losses write {name}=",
+    )
+
+
+def _fits(state: LoopState) -> bool:
+    """Return whether the default step can call the model with the batch."""
+    try:
+        if _holds_arguments(state):
+            inspect.signature(state.model.forward).bind(**state.batch)
+        else:
+            _inputs, _targets = _pair(state.batch)
+            return state.loss_function is not None
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 @public

@@ -36,7 +36,7 @@ class TrainerBase:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
-        loss_function: LossFunction,
+        loss_function: LossFunction | None = None,
         *,
         train_dl: Loader | Callable[[], Loader] | None = None,
         valid_dl: Loader | Callable[[], Loader] | None = None,
@@ -202,9 +202,10 @@ class TrainerBase:
         return self._state.config.lr_schedulers
 
     @property
-    def loss_function(self) -> LossFunction:
-        """The loss function."""
-        return self._state.config.loss_function
+    def loss_function(self) -> LossFunction | None:
+        """The loss function, or None."""
+        loss_function: LossFunction | None = self._state.config.loss_function
+        return loss_function
 
     @property
     def train_dl(self) -> Any:

@@ -75,7 +75,9 @@ class FitLoop(TrainerBase):
     Args:
         model: the module to train. The first run moves it to ``device``.
         optimizer: an optimizer, or a list of optimizers.
-        loss_function: a callable ``(prediction, target) -> 0-d tensor``.
+        loss_function: a callable ``(prediction, target) -> 0-d tensor``. None if the steps need
+            none: the default ones then take mappings, and models that return their loss, such as
+            those of Hugging Face. See `default_batch_step`.
         train_dl, valid_dl, test_dl: iterables of batches, plain or async, with or without a length,
             or functions that return one. A loader can also be given to each call.
         train_epoch_start, train_step, train_epoch_end: stage functions of the train phase.

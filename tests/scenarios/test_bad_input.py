@@ -61,7 +61,7 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
         {"optimizer": other_optimizer()},
         r"optimizer holds none of the model's parameters.*Adam\(model\.parameters\(\)\)",
     ),
-    ("no loss", {"loss_function": None}, r"loss_function is None; expected a callable"),
+    ("no loss", {"loss_function": 0.5}, r"loss_function is 0.5; expected a callable .* or None"),
     ("loader is a string", {"train_dl": "data"}, r"train_dl is 'data'; expected a DataLoader, a"),
     ("loader is a number", {"test_dl": 7}, r"test_dl is 7; expected a DataLoader, a list"),
     ("scheduler is none", {"lr_scheduler": 3}, r"lr_scheduler is 3; expected an object with step"),

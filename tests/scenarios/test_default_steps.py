@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from support.checked_trainer import QUIET, CheckedTrainer
-from support.models import BATCHES, CLASSES, FEATURES, batches, blobs, mlp, trainer
+from support.models import BATCHES, CLASSES, FEATURES, batches, bits, blobs, mlp, trainer
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from fitloop import ConfigurationError, FitLoopError, LoopState, MetricError, StageSignatureError
+from fitloop import (
+    Checkpoint,
+    ConfigurationError,
+    FitLoop,
+    FitLoopError,
+    LoopState,
+    MetricError,
+    StageSignatureError,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -374,3 +384,151 @@ async def test_batch_size_of_when_it_gives_no_number_then_error() -> None:
     fitted = trainer(batch_size_of=lambda batch: None)
     with pytest.raises(ConfigurationError, match="batch_size_of returned None; expected a number"):
         await fitted.fit(1, **QUIET)
+
+
+# -- mappings with the arguments of the model ----------------------------------------------------
+
+
+def as_attributes(loss: Tensor, logits: Tensor) -> Any:
+    return SimpleNamespace(loss=loss, logits=logits)
+
+
+def as_mapping(loss: Tensor, logits: Tensor) -> Any:
+    return {"loss": loss, "logits": logits}
+
+
+def as_tuple(loss: Tensor, logits: Tensor) -> Any:
+    return loss, logits
+
+
+class Classifier(nn.Module):
+    """A model that computes its loss from the labels in its arguments."""
+
+    def __init__(self, output: Callable[[Tensor, Tensor], Any] = as_attributes) -> None:
+        super().__init__()
+        self.inner, self.output = mlp(), output
+
+    def forward(self, values: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.inner(values)
+        if labels is None:
+            return {"logits": logits}
+        return self.output(F.cross_entropy(logits, labels), logits)
+
+
+def mappings(count: int = 26, seed: int = 1) -> list[dict[str, Tensor]]:
+    return [{"values": inputs, "labels": targets} for inputs, targets in batches(count, seed)]
+
+
+def mapping_trainer(output: Any = as_attributes, **changes: Any) -> FitLoop:
+    given = {"model": Classifier(output), "loss_function": None, "test_dl": None}
+    loaders = {"train_dl": mappings(), "valid_dl": mappings(14, seed=2)}
+    return trainer(**{**given, **loaders, **changes})
+
+
+@pytest.mark.parametrize("output", [as_attributes, as_mapping, as_tuple], ids=lambda f: f.__name__)
+async def test_mapping_when_model_returns_its_loss_then_bits_and_metrics_are_of_a_plain_loss(
+    output: Any,
+) -> None:
+    plain = trainer(test_dl=None)
+    expected = await plain.fit(2, **QUIET)
+    fitted = mapping_trainer(output)
+    result = await fitted.fit(2, **QUIET)
+    assert list(bits(fitted.model).values()) == list(bits(plain.model).values())
+    for phase in ("train", "valid"):
+        assert {name: list(each) for name, each in result.metrics[phase].items()} == {
+            name: list(each) for name, each in expected.metrics[phase].items()
+        }
+    assert fitted.loss_function is None
+
+
+async def test_mapping_when_labels_are_ignored_then_they_do_not_count_in_the_accuracy() -> None:
+    data = [{"values": inputs, "labels": targets.clone()} for inputs, targets in batches()]
+    for batch in data:
+        batch["labels"][::2] = -100
+    fitted = mapping_trainer(train_dl=data, valid_dl=data)
+    result = await fitted.fit(1, load_best=False, **QUIET)
+    values, labels = (torch.cat([batch[name] for batch in data]) for name in ("values", "labels"))
+    scores = fitted.model(values)["logits"]
+    right = (scores.argmax(1) == labels)[labels != -100]
+    assert result.metrics["valid"]["accuracy"].tolist() == [right.double().mean()]
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        pytest.param(lambda loss, logits: loss, id="loss alone"),
+        pytest.param(lambda loss, logits: {"loss": loss.reshape(1)}, id="one element"),
+        pytest.param(lambda loss, logits: {"loss": loss, "logits": logits[:, :1]}, id="one class"),
+        pytest.param(lambda loss, logits: (loss, logits[:, None]), id="one word each"),
+    ],
+)
+async def test_mapping_when_scores_and_labels_do_not_fit_then_there_is_no_accuracy(
+    output: Any,
+) -> None:
+    fitted = mapping_trainer(output)
+    result = await fitted.fit(1, **QUIET)
+    assert set(result.metrics["valid"]) == {"loss"}
+
+
+async def test_mapping_when_there_is_a_loss_function_then_it_takes_output_and_batch() -> None:
+    def loss(output: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(output.logits, batch["labels"])
+
+    fitted, plain = mapping_trainer(loss_function=loss), trainer(test_dl=None)
+    await fitted.fit(1, load_best=False, **QUIET)
+    await plain.fit(1, load_best=False, **QUIET)
+    assert list(bits(fitted.model).values()) == list(bits(plain.model).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param(
+            {"train_dl": batches()},
+            r"without a loss_function takes a mapping with the arguments of the model\. For other "
+            "batches write train_step=",
+            id="pair",
+        ),
+        pytest.param(
+            {"train_dl": [{"pixels": INPUTS, "labels": TARGETS}]},
+            "the batch is {'pixels': float32",
+            id="unknown name",
+        ),
+        pytest.param(
+            {"train_dl": [{"values": INPUTS}]},
+            r"output of the model, {'logits': float32 \(26, 3\)}, a dict, has no loss; .* need the "
+            "labels in the batch",
+            id="no labels",
+        ),
+        pytest.param(
+            {"model": Classifier(lambda loss, logits: logits[:1, :1])}, "has no loss", id="scores"
+        ),
+    ],
+)
+async def test_mapping_when_it_cannot_work_then_error_says_what_the_default_step_takes(
+    changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=expected):
+        await mapping_trainer(**changes).fit(1, **QUIET)
+
+
+async def test_loss_function_when_none_and_steps_need_none_then_a_run_and_a_resume_work(
+    tmp_path: Path,
+) -> None:
+    def step(state: LoopState) -> dict[str, Tensor]:
+        assert state.loss_function is None
+        loss = F.cross_entropy(state.model(state.batch[0]), state.batch[1])
+        if state.is_train:
+            loss.backward()
+            state.optimizer.step()
+        return {"running_loss": loss.detach() * state.batch_size}
+
+    given = {"loss_function": None, "train_step": step, "valid_step": step, "test_dl": None}
+    fitted = trainer(**given, save_path=tmp_path)
+    await fitted.run_sanity_check()
+    await fitted.fit(1, checkpoint=Checkpoint(), **QUIET)
+    await fitted.save()
+    other = trainer(**given, save_path=tmp_path)
+    await other.load()
+    assert bits(other.model) == bits(fitted.model)
+    await fitted.reset()
