@@ -6,7 +6,7 @@ their identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from fitloop._data.inspection import generator_states, is_stateful, set_generator_states
 from fitloop._metrics.results import EpochMetricsRecorder
 from fitloop._training.best import BestTracker
+from fitloop._training.capture import copy_values
+from fitloop._training.parts import StatePart
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
@@ -33,6 +35,7 @@ class RollbackPoint:
         loaders: Sequence[tuple[Phase, Any]],
         log: EpochMetricsRecorder,
         tracker: BestTracker | None,
+        parts: Mapping[str, StatePart],
     ) -> None:
         self._restores: list[Callable[[], object]] = [
             trainer.capture().restore,
@@ -44,6 +47,8 @@ class RollbackPoint:
         ]
         if tracker is not None:
             self._restores.append(partial(setattr, tracker, "tracked", tracker.tracked))
+        for part in parts.values():
+            self._restores.append(partial(part.load_state_dict, copy_values(part.state_dict())))
         for _phase, loader in loaders:
             self._restores.append(partial(set_generator_states, loader, generator_states(loader)))
             if is_stateful(loader) and not isinstance(loader, DataLoader):

@@ -6,6 +6,7 @@ Brings together the archive, the metric log and the writer thread. Knows no engi
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from fitloop._checkpointing.checkpointer import Checkpoint
 from fitloop._checkpointing.run_log import RunLog
 from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.snapshot import Snapshot, apply_snapshot
+from fitloop._checkpointing.training_state import load_parts
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._data.inspection import (
     can_skip_by_index,
@@ -30,6 +32,7 @@ from fitloop._engine.plan import RunPlan
 from fitloop._errors import CheckpointError, ResumeWarning
 from fitloop._rng.trainer_rng import loader_state
 from fitloop._storage.durable import DirectoryLock
+from fitloop._training.parts import StatePart
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
@@ -117,8 +120,8 @@ class Resumption:
             position=self.position.train_pass,
         )
 
-    def restore(self) -> None:
-        """Apply the snapshot to the trainer and its loaders, outside every random stream.
+    def restore(self, parts: Mapping[str, StatePart]) -> None:
+        """Apply the snapshot to trainer, loaders and parts of the run, outside random streams.
 
         In the middle of an epoch this is called twice: before ``epoch_start`` and after it.
         Raises `CheckpointError`, having changed nothing of the trainer, if they do not match.
@@ -126,6 +129,12 @@ class Resumption:
         apply_snapshot(self._trainer, self._snapshot)
         if self.position.finished:
             return
+        try:
+            load_parts(parts, self.position.parts)
+        except Exception as error:  # any error that a forged tree causes
+            raise CheckpointError(
+                f"{self._snapshot.path} cannot be read: a part of its run does not fit: {error!r}"
+            ) from error
         for phase, loader in self.plan.phases:
             saved = self.position.loaders.get(str(phase))
             if saved is not None:

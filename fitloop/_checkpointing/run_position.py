@@ -47,6 +47,8 @@ class RunPosition:
     """phase -> a tree of `loader_tree`"""
     train_pass: PassPosition | None
     """position in the train phase of the next epoch; None outside a train phase"""
+    parts: Mapping[str, Any]
+    """states of other parts of the run, by their key"""
     has_gradients: bool = False
     """whether the gradients are part of the snapshot"""
 
@@ -89,6 +91,7 @@ class RunPosition:
             "seconds": self.seconds,
             "loaders": self.loaders,
             "pass": None if self.train_pass is None else _pass_tree(self.train_pass),
+            **self.parts,
         }
 
     @classmethod
@@ -121,7 +124,11 @@ class RunPosition:
             seconds=tree["seconds"],
             loaders=tree["loaders"],
             train_pass=None if tree["pass"] is None else _pass_position(tree["pass"], rng_state),
+            parts={name: part for name, part in tree.items() if name not in _KEYS},
         )
+
+
+_KEYS = frozenset({"log", "tracked", "early_stop", "seconds", "loaders", "pass"})
 
 
 def loader_tree(loaders: Loaders, loader: Any, *, in_pass: bool) -> dict[str, Any]:

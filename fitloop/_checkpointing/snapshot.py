@@ -32,10 +32,11 @@ from fitloop._metrics.history import History, export_history, restore_history
 from fitloop._rng.states import RngState, check_generator_state
 from fitloop._storage.durable import write_file
 from fitloop._storage.encoding import Decoder, Encoder
-from fitloop._storage.layout import VERSION, LayoutError, Payload, TensorAlias, write_layout
+from fitloop._storage.layout import VERSIONS, LayoutError, Payload, TensorAlias, write_layout
 from fitloop._storage.tensors import SnapshotBuffers, read_tensors
 from fitloop._storage.weight_files import check_module_versions
 from fitloop._storage.weight_store import check_weights
+from fitloop._training.parts import states_of
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
@@ -88,6 +89,7 @@ def take_snapshot(
         "best_extra": dict(extra),
         "best_modules": None if versions is None else {k: dict(v) for k, v in versions.items()},
         "run": None if position is None else position.to_tree(),
+        **states_of(trainer.parts),
     }
     encoder = Encoder()
     try:
@@ -103,7 +105,7 @@ def take_snapshot(
     fields = {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
-            "format": VERSION,
+            "format": VERSIONS[KIND],
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "numpy": str(np.__version__),
@@ -235,7 +237,7 @@ def apply_snapshot(trainer: TrainerState, snapshot: Snapshot) -> None:
     same_criteria = _has_same_criteria(trainer, snapshot)
     undo = _save_best(trainer, state) if same_criteria else (lambda: None)
     try:
-        apply_training(trainer, state["training"])
+        apply_training(trainer, state["training"], state)
     except BaseException:
         undo()
         raise

@@ -7,7 +7,7 @@ files.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from fitloop._storage.weight_store import (
 )
 from fitloop._training.capture import has_own_state_dict
 from fitloop._training.parts import (
+    StatePart,
     load_optimizer,
     modules_of,
     outside_parameters,
@@ -66,14 +67,17 @@ def training_state(config: TrainerConfig, *, with_grads: bool = False) -> dict[s
     return state
 
 
-def apply_training(trainer: TrainerState, state: Any) -> None:
+def apply_training(trainer: TrainerState, state: Any, parts: Mapping[str, Any]) -> None:
     """Load a `training_state`, checked by `check_training`, into the same objects of a trainer.
+
+    ``parts`` has the states of `TrainerState.parts`.
 
     Raises `CheckpointError`, having changed nothing, if one of them refuses its state.
     """
     before = trainer.capture()
     try:
         _apply(trainer.config, state)
+        load_parts(trainer.parts, parts)
     except BaseException as error:
         before.restore()
         if isinstance(error, CheckpointError) or not isinstance(error, Exception):
@@ -81,6 +85,12 @@ def apply_training(trainer: TrainerState, state: Any) -> None:
         raise CheckpointError(
             f"the state does not fit the trainer: {type(error).__name__}: {error}"
         ) from error
+
+
+def load_parts(parts: Mapping[str, StatePart], states: Mapping[str, Any]) -> None:
+    """Load the states of `states_of`, whose tensors are copied."""
+    for name, part in parts.items():
+        part.load_state_dict(clone_tensors(states.get(name, {})))
 
 
 def _module_state(module: nn.Module) -> dict[str, Any]:

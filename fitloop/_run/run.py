@@ -24,6 +24,7 @@ from fitloop._metrics.results import EpochMetricsRecorder, FitResult
 from fitloop._run.prompts import BackgroundPrompts, PromptOptions, Prompts
 from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
+from fitloop._training.parts import StatePart, states_of
 from fitloop._types import Phase, StopReason
 
 
@@ -63,6 +64,8 @@ class Run:
         self._context, self._state, self._options = context, state, options
         self._start = time.perf_counter()
         self._fit = state.completed_fits
+        self._parts: dict[str, StatePart] = {}
+        """parts of the state of this run, by their key in snapshots"""
         with ExitStack() as stack:
             self._files = None
             if options.files is not None:
@@ -173,7 +176,14 @@ class Run:
         if not options.in_background:
             return Prompts(options, self._session)
         self._state.capture().check("fit(continue_while_asking=True)")
-        mark = partial(RollbackPoint, self._state, self._plan.phases, self._metrics, self._tracker)
+        mark = partial(
+            RollbackPoint,
+            self._state,
+            self._plan.phases,
+            self._metrics,
+            self._tracker,
+            self._parts,
+        )
         return BackgroundPrompts(options, self._session, mark)
 
     # -- on the step thread ----------------------------------------------------------------------
@@ -220,7 +230,7 @@ class Run:
         """Restore the position of a resumed run, and begin the log."""
         resumption = self._resumption
         if resumption is not None:
-            resumption.restore()
+            resumption.restore(self._parts)
             self._metrics.restore(resumption.position.metrics)
             if self._tracker is not None:
                 self._tracker.tracked = resumption.position.best_tracked
@@ -234,7 +244,7 @@ class Run:
     def _restore_position(self) -> None:
         """Restore once more, after ``epoch_start`` of a resumed epoch."""
         if self._resumption is not None:
-            self._resumption.restore()
+            self._resumption.restore(self._parts)
             self._resumption.release_snapshot()
 
     def _position(self, finished: bool) -> RunPosition:
@@ -259,6 +269,7 @@ class Run:
                 for phase, loader in plan.phases
             },
             train_pass=train_pass,
+            parts=states_of(self._parts),
             has_gradients=plan.define_all or (train_pass is not None and train_pass.is_at_end),
         )
 

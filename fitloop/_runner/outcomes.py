@@ -21,7 +21,7 @@ from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._runner.jobs import Outcome
 from fitloop._storage.durable import open_regular, reason, write_bytes
-from fitloop._storage.layout import FORMAT, VERSION, LayoutError, check_format, pack, unpack
+from fitloop._storage.layout import FORMAT, VERSIONS, LayoutError, check_format, pack, unpack
 from fitloop._storage.metric_log import LOG_NAME
 from fitloop.backends.base import WEIGHTS_NAME
 
@@ -71,7 +71,7 @@ def write_outcome(outcome: Outcome, epochs: int) -> None:
     error, result = outcome.error, outcome.result
     contents = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[_KIND],
         "kind": _KIND,
         "name": outcome.name,
         "status": outcome.status,

@@ -34,7 +34,8 @@ import msgpack as msgpack_library
 msgpack: Any = msgpack_library  # it has no types
 
 FORMAT = "fitloop"
-VERSION = 1
+VERSIONS = {"snapshot": 2, "weights": 1, "metrics": 1, "outcome": 1}
+"""version that is written, by the kind of the file; all earlier ones can be read"""
 ALIGNMENT = 64
 MAX_BIN = 2**31 - 1
 """largest number of bytes in one payload; few msgpack libraries read more"""
@@ -275,15 +276,16 @@ def check_format(header: Any, kind: str | None) -> None:
     """Raise `LayoutError` unless ``header`` is of a readable file of ``kind``; None allows any."""
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise LayoutError("it does not begin as a fitloop file does")
-    version = header.get("version")
+    version, found = header.get("version"), header.get("kind")
+    newest = VERSIONS.get(found, 1) if isinstance(found, str) else 1
     if type(version) is not int or version < 1:
-        raise LayoutError(f"its version is {short(version)}; expected {VERSION}")
-    if version > VERSION:
+        raise LayoutError(f"its version is {short(version)}; expected {newest}")
+    if version > newest:
         raise LayoutError(
-            f"its version is {version}, from a newer fitloop; this one reads up to {VERSION}"
+            f"its version is {version}, from a newer fitloop; this one reads up to {newest}"
         )
-    if kind is not None and header.get("kind") != kind:
-        raise LayoutError(f"it holds {short(header.get('kind'))}; expected {kind!r}")
+    if kind is not None and found != kind:
+        raise LayoutError(f"it holds {short(found)}; expected {kind!r}")
 
 
 def _check_header(header: dict[str, Any], kind: str | None) -> None:
@@ -405,7 +407,7 @@ def _pack_header(
     kind: str, tensors: Sequence[Payload | TensorAlias], fields: Mapping[str, object]
 ) -> tuple[bytearray, list[int]]:
     """Return the header without checksums, and the offsets of those of the tensors."""
-    first = {"format": FORMAT, "version": VERSION, "kind": kind, "byteorder": sys.byteorder}
+    first = {"format": FORMAT, "version": VERSIONS[kind], "kind": kind, "byteorder": sys.byteorder}
     packer = msgpack.Packer()
     crc_offsets: list[int] = []
     try:

@@ -30,7 +30,7 @@ from fitloop._events import (
 from fitloop._metrics.history import History, export_history
 from fitloop._storage.layout import (
     FORMAT,
-    VERSION,
+    VERSIONS,
     LayoutError,
     check_format,
     crc32,
@@ -83,7 +83,7 @@ def encode_head(trainer: str, history: History, run: RunInfo | None = None) -> b
     """Return the first record of a log: the present history, and the run that starts."""
     contents = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[KIND],
         "kind": KIND,
         "trainer": trainer,
         "history": _with_bytes(export_history(history)),

@@ -7,7 +7,7 @@ optimizer holds, optimizers, schedulers, and the objects of ``scaler`` and ``sta
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,32 @@ from fitloop._errors import CheckpointError
 from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import suffix_of
 from fitloop._storage.weight_store import plain_model, plain_name
+
+
+class StatePart(Protocol):
+    """A part of the state of a trainer or of a run, with a key of its own in snapshots.
+
+    One line makes a part of a state: in `TrainerState.parts` if it lives as long as the trainer, in
+    ``Run._parts`` if it lives as long as a run. Snapshots, ``save`` and ``load``, dry runs, the
+    return after a no, and for a trainer ``reset`` then keep it.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in plain values and tensors, which are not copied.
+
+        An empty dict is the state at the beginning; snapshots then do not have the key.
+        """
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Load a state of `state_dict`, an empty one if the snapshot does not have the key.
+
+        The state may come from a forged file: any error is raised as a `CheckpointError`.
+        """
+
+
+def states_of(parts: Mapping[str, StatePart]) -> dict[str, Any]:
+    """Return the states of all parts that are not at their beginning."""
+    return {name: state for name, part in parts.items() if (state := part.state_dict())}
 
 
 def modules_of(config: TrainerConfig) -> list[nn.Module]:

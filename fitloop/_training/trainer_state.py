@@ -35,6 +35,7 @@ from fitloop._storage.weight_store import (
 from fitloop._training.best import BestTracker, Criteria
 from fitloop._training.capture import Capture
 from fitloop._training.parts import (
+    StatePart,
     apply_extra_weights,
     check_extra_weights,
     extra_name,
@@ -81,6 +82,8 @@ class TrainerState:
         """the file that metrics are appended to"""
         self.owns_archive = False
         """the snapshots under ``save_path`` belong to this training"""
+        self.parts: dict[str, StatePart] = {}
+        """parts of the state besides those of `named_parts`, by their key in snapshots"""
         self.rng = TrainerRng(config.seed, self.cuda_devices)
         """random numbers of the trainer"""
         self._best_data: Any = None
@@ -115,8 +118,8 @@ class TrainerState:
         A ``resuming`` run does not replace an existing file.
         """
         if self._initial is None:
-            parts, keep = named_parts(self.config), saved_tensors(self.config.model)
-            self._initial = Capture(parts, keep=keep, on_cpu=True)
+            keep = saved_tensors(self.config.model)
+            self._initial = Capture(self._all_parts(), keep=keep, on_cpu=True)
         if resuming and self.store.exists(PRETRAINED):
             self._has_pretrained = True
         if not self._has_pretrained:
@@ -238,7 +241,10 @@ class TrainerState:
 
     def capture(self) -> Capture:
         """Copy everything that a dry run changes."""
-        return Capture(named_parts(self.config))
+        return Capture(self._all_parts())
+
+    def _all_parts(self) -> dict[str, object]:
+        return {**named_parts(self.config), **self.parts}
 
     def loaders_of(self, loaders: Mapping[Phase, Any]) -> dict[Phase, Any]:
         """Return the loader of each phase: of ``loaders``, or of the constructor, or None."""
