@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from fitloop._concurrency.coroutines import is_coroutine_function
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
+from fitloop._engine.precision import Precision, check_precision, make_scaler
 from fitloop._errors import ConfigurationError, StageSignatureError
 from fitloop._types import Phase, Stage, StageFunction
 
@@ -191,6 +192,7 @@ class TrainerConfig:
     loader_grace: float
     callbacks: tuple[Callable[[Any], object], ...]
     on_continue: Callable[[Any], Awaitable[bool]] | None
+    precision: Precision | None
     scaler: Any
     stateful: dict[str, Any]
 
@@ -198,11 +200,17 @@ class TrainerConfig:
     def from_arguments(cls, arguments: dict[str, Any]) -> Self:
         """Fill in the defaults, check all arguments of the constructor, and return the result."""
         defaults = TRAINER_DEFAULTS.get()
-        model, name, dtype = (arguments[key] for key in ("model", "name", "dtype"))
+        model, name, given_dtype = (arguments[key] for key in ("model", "name", "dtype"))
+        device = _check_device(_first(arguments["device"], defaults.device))
+        dtype = _first_dtype(model) if given_dtype is None else given_dtype
+        precision, scaler = arguments["precision"], arguments["scaler"]
+        if check_precision(precision, device, dtype) == "fp16" and scaler is None:
+            scaler = make_scaler(device)
         checked = {
-            "device": _check_device(_first(arguments["device"], defaults.device)),
-            "dtype": _first_dtype(model) if dtype is None else dtype,
-            "cast_model": dtype is not None,
+            "device": device,
+            "dtype": dtype,
+            "scaler": scaler,
+            "cast_model": given_dtype is not None,
             "criteria_direction": _check_direction(
                 **{key: arguments[key] for key in ("criteria", "criteria_direction")}
             ),

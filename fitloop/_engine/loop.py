@@ -27,6 +27,7 @@ from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState, StateWriter
 from fitloop._engine.plan import EngineDeps, PassPosition, RunPlan
+from fitloop._engine.precision import autocast_block
 from fitloop._engine.stages import Stages, default_batch_step
 from fitloop._errors import ConfigurationError, add_note_safely, one_line
 from fitloop._events import (
@@ -38,7 +39,7 @@ from fitloop._events import (
     PhaseStarted,
 )
 from fitloop._metrics.batch_values import as_numbers
-from fitloop._types import Phase, Stage, StopReason
+from fitloop._types import Phase, Stage, StageFunction, StopReason
 
 PROGRESS_SECONDS = 0.1
 """shortest time between two `BatchProgress` events"""
@@ -257,6 +258,7 @@ class Engine:
         assert step is not None
         step = wrap(phase, "step", step)
         await_step = wrap(phase, "step", self._await)
+        step = self._in_precision(phase, step, await_step)
         put = wrap(phase, "metrics", writer.values.put)
         fetch = wrap(phase, "wait", source.fetch)
         train = phase is Phase.TRAIN
@@ -297,6 +299,25 @@ class Engine:
             if now >= report_at:
                 report_at = now + PROGRESS_SECONDS
                 self._report(writer, now - started_at)
+
+    def _in_precision(
+        self, phase: Phase, step: StageFunction, await_step: Callable[[Any], Any]
+    ) -> StageFunction:
+        """Return a batch step that computes in the precision of the trainer."""
+        config = self._deps.config
+        block = autocast_block(
+            config.precision, config.device, phase, is_seeded=config.seed is not None
+        )
+        if block is None:
+            return step
+
+        def step_in_precision(state: LoopState) -> Any:
+            with block:
+                values = step(state)
+                # A coroutine takes the modes of this thread with it; see `LoopPortal.call`.
+                return await_step(values) if isawaitable(values) else values
+
+        return step_in_precision
 
     def _report(self, writer: StateWriter, seconds: float) -> None:
         state = writer.state

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fitloop._engine.config import PRETRAINED, Interval, TrainerConfig
 from fitloop._engine.event_bus import EventStream
+from fitloop._engine.precision import Precision
 from fitloop._errors import ConfigurationError
 from fitloop._format import printable
 from fitloop._metrics.history import History, PhaseHistory
@@ -71,6 +72,7 @@ class TrainerBase:
         loader_grace: float = 5.0,
         callbacks: Sequence[Callback] = (),
         on_continue: Ask | None = None,
+        precision: Precision | None = None,
         scaler: Any = None,
         stateful: Mapping[str, Any] | None = None,
     ) -> None:

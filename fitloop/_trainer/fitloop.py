@@ -125,7 +125,11 @@ class FitLoop(TrainerBase):
             waits for an ``async def`` callable only at its end. See `Callback`.
         on_continue: an ``async def`` function that is asked instead of the terminal if
             ``continue_loop`` is used. It takes a `PromptAsked` and returns whether to go on.
+        precision: ``"bf16"`` or ``"fp16"``: the batch steps of all phases compute in bfloat16 or
+            float16 where ``torch.autocast`` does. The weights must be float32, and stay so.
+            ``"fp16"`` makes a ``torch.amp.GradScaler`` unless ``scaler`` is given. Default: None.
         scaler: a ``torch.amp.GradScaler``. The default ``train_step`` scales its loss with it.
+            Without ``precision`` it only scales: the steps compute in the dtype of the weights.
         stateful: more objects with ``state_dict`` and ``load_state_dict``, by name. Snapshots hold
             their states and dry runs restore them.
 

@@ -1,0 +1,73 @@
+"""Mixed precision: the dtype of the operations in batch steps, and the scaler of losses.
+
+The weights stay float32. torch's autocast chooses the operations that compute in the lower
+precision, and casts their inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from fitloop._errors import ConfigurationError
+from fitloop._types import Phase
+
+Precision = Literal["bf16", "fp16"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(
+    precision: Precision | None, device: torch.device, dtype: torch.dtype
+) -> Precision | None:
+    """Return the argument ``precision`` of a trainer with this device and dtype of weights.
+
+    Raises:
+        ConfigurationError: it is unknown, the device does not have it, or it has no effect on
+            weights of this dtype.
+    """
+    if precision is None:
+        return None
+    if precision not in DTYPES:
+        raise ConfigurationError(f"precision is {precision!r}; expected 'bf16', 'fp16' or None")
+    if dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigurationError(
+            f"precision is {precision!r} and the weights are {name}; expected float32. With "
+            "precision= the weights stay float32, and the batch steps compute in "
+            f"{str(DTYPES[precision]).removeprefix('torch.')} where torch's autocast does. With "
+            "dtype= the weights themselves are of another dtype. Give one of the two"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return precision  # the first run says that there is no such device
+    try:
+        torch.autocast(device.type, DTYPES[precision])
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"precision is {precision!r}, which the device {str(device)!r} does not have: {error}"
+        ) from error
+    return precision
+
+
+def make_scaler(device: torch.device) -> Any:
+    """Return the scaler of a trainer with ``precision="fp16"``."""
+    return torch.amp.GradScaler(device.type)
+
+
+def autocast_block(
+    precision: Precision | None, device: torch.device, phase: Phase, *, is_seeded: bool
+) -> torch.autocast | None:
+    """Return a ``with`` block for each batch step of a phase, or None if there is no precision.
+
+    It can be entered again and again. It must be left after each step: inside one block torch
+    goes on to use the casts of weights that a step has changed.
+
+    torch keeps these casts in one cache for the whole process, which the end of any block empties,
+    also of another training. A weight that is used twice in a step is then cast twice, and its
+    gradient is summed in another precision. So the training of a seeded trainer, which gives the
+    same bits beside others, does without the cache.
+    """
+    if precision is None:
+        return None
+    is_cached = phase is not Phase.TRAIN or not is_seeded
+    return torch.autocast(device.type, DTYPES[precision], cache_enabled=is_cached)
