@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fitloop._errors import MissingCriteriaError as MissingCriteriaError
     from fitloop._errors import MissingLoaderError as MissingLoaderError
     from fitloop._errors import NonFiniteWarning as NonFiniteWarning
+    from fitloop._errors import OptimizerWarning as OptimizerWarning
     from fitloop._errors import OutputWarning as OutputWarning
     from fitloop._errors import RemoteError as RemoteError
     from fitloop._errors import RestoreError as RestoreError
@@ -103,10 +104,10 @@ _NAMES_OF_MODULES = {
     "fitloop._engine.stages": "default_batch_step default_epoch_end",
     "fitloop._errors": (
         "BusyError CheckpointError ConfigurationError FitLoopError LoaderHungWarning "
-        "MetricError MissingCriteriaError MissingLoaderError NonFiniteWarning OutputWarning "
-        "RemoteError RestoreError RestoreWarning ResumeWarning ScheduleWarning StageSignatureError "
-        "SyncInAsyncError ThreadModeWarning UnknownMetricError UnknownMetricWarning "
-        "WorkerDiedError WorkerDiedWarning"
+        "MetricError MissingCriteriaError MissingLoaderError NonFiniteWarning OptimizerWarning "
+        "OutputWarning RemoteError RestoreError RestoreWarning ResumeWarning ScheduleWarning "
+        "StageSignatureError SyncInAsyncError ThreadModeWarning UnknownMetricError "
+        "UnknownMetricWarning WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (
         "BatchProgress BestImproved EarlyStopped EpochEnded EpochStarted Event JobEnded JobStarted "

@@ -15,6 +15,7 @@
     └── WorkerDiedError      (RuntimeError)  the worker process of a training has died
 
     LoaderHungWarning        (RuntimeWarning) a run ended although its loader had not returned
+    OptimizerWarning         (RuntimeWarning) an optimizer probably leaves out a part of the model
     RestoreWarning           (RuntimeWarning) an object changed in a dry run and stays changed
     ResumeWarning            (RuntimeWarning) a resumed run is not exactly as expected
     ScheduleWarning          (RuntimeWarning) a learning-rate schedule is probably not as meant
@@ -177,8 +178,9 @@ class SyncInAsyncError(FitLoopError, RuntimeError):
     def __init__(self, call: str) -> None:
         self.call = call
         super().__init__(
-            f"SyncFitLoop.{call}() blocks, and an event loop is running in this thread; use "
-            f"`from fitloop import FitLoop` and `await FitLoop(...).{call}(...)` here instead"
+            f"SyncFitLoop.{call}() blocks, and an event loop is running in this thread, as in a "
+            f"notebook or an async function. Here write `await trainer.loop.{call}(...)`, or use "
+            f"`from fitloop import FitLoop` and `await FitLoop(...).{call}(...)`"
         )
 
 
@@ -211,6 +213,14 @@ class LoaderHungWarning(RuntimeWarning):
 @public
 class NonFiniteWarning(RuntimeWarning):
     """Weights are NaN or infinite. Such weights are never kept as the best."""
+
+
+@public
+class OptimizerWarning(RuntimeWarning):
+    """No optimizer holds some parameters of the model, and one holds parameters of no model.
+
+    A layer that is replaced after the optimizer was built is not trained.
+    """
 
 
 @public

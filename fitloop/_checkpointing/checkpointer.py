@@ -18,7 +18,7 @@ from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.snapshot import PreparedSnapshot, take_snapshot
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._concurrency.control import RunControl
-from fitloop._engine.config import check_optional, check_seconds
+from fitloop._engine.config import check_flag, check_optional, check_seconds
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, Event, SnapshotFailed, SnapshotWritten
 from fitloop._public import public
@@ -56,6 +56,7 @@ class Checkpoint:
     def __post_init__(self) -> None:
         for name in ("every_epochs", "every_batches", "keep"):
             check_optional(f"Checkpoint({name}=)", getattr(self, name), 1)
+        check_flag("Checkpoint(overwrite=)", self.overwrite)
         check_seconds("Checkpoint(every_seconds=)", self.every_seconds)
         if self.on_error not in ("raise", "warn"):
             raise ConfigurationError(

@@ -6,7 +6,8 @@ Never iterates a loader.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     default_collate,
 )
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from fitloop._errors import ConfigurationError
 from fitloop._types import Phase
@@ -45,6 +47,16 @@ def check_loader(name: str, loader: object) -> None:
             f"{name} is {loader!r}; expected a DataLoader, a list of batches, any other iterable "
             "or async iterable of batches, or a function that returns one"
         )
+    if not is_iterable(loader):
+        try:
+            inspect.signature(loader).bind()  # type: ignore[arg-type]
+        except TypeError:
+            raise ConfigurationError(
+                f"{name} is {loader!r:.80}, which cannot be called without arguments; expected a "
+                "loader, or a function without arguments that returns one"
+            ) from None
+        except ValueError:  # a built-in function that has no signature
+            pass
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise ConfigurationError(
             f"{name} is a {type(loader).__name__}, a dataset, which gives samples; expected "
@@ -58,6 +70,25 @@ def check_loader(name: str, loader: object) -> None:
             f"{name} is a {type(loader).__name__} of {len(loader)} items, and no loader; expected "
             "one loader. To read several, give a function that returns a generator over all"
         )
+
+
+def check_distinct(loaders: Mapping[str, object]) -> None:
+    """Check that no iterator, which gives its batches only once, is the loader of two phases.
+
+    Raises:
+        ConfigurationError: two are the same generator, or the same iterator of torch or Python.
+    """
+    names: dict[int, str] = {}
+    for name, loader in loaders.items():
+        is_own = isinstance(loader, (Generator, AsyncGenerator, _BaseDataLoaderIter))
+        if is_own or (type(loader).__module__ == "builtins" and isinstance(loader, Iterator)):
+            other = names.setdefault(id(loader), name)
+            if other != name:
+                raise ConfigurationError(
+                    f"{other} and {name} are the same {type(loader).__name__}, which gives each "
+                    "batch only once; expected loaders of their own: lists, DataLoaders, or "
+                    "functions that return a new iterator"
+                )
 
 
 def loader_label(phase: Phase, loader: object) -> str:

@@ -13,6 +13,7 @@ from operator import index
 from pathlib import Path
 from typing import Any, Literal, Self, SupportsIndex
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -22,7 +23,13 @@ from fitloop._concurrency.coroutines import is_coroutine_function
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._engine.precision import Precision, check_precision, make_scaler
-from fitloop._errors import ConfigurationError, StageSignatureError
+from fitloop._errors import (
+    ConfigurationError,
+    OptimizerWarning,
+    StageSignatureError,
+    quoted_list,
+    warn_user,
+)
 from fitloop._types import Phase, Stage, StageFunction
 
 Interval = Literal["batch", "epoch", "valid"]
@@ -59,6 +66,8 @@ def check_callable(name: str, function: object, argument: str) -> None:
         StageSignatureError: the function is no callable, or needs other arguments.
     """
     expected = f"a function that can be called with one argument, {argument}"
+    if isinstance(function, type):
+        raise StageSignatureError(name, function, f"{expected}; this is a class, give an instance")
     if not callable(function):
         raise StageSignatureError(name, function, expected)
     try:
@@ -125,6 +134,13 @@ def check_optional(
     return check_number(name, value, least, meaning=meaning, also=" or None")
 
 
+def check_flag(name: str, value: object) -> bool:
+    """Return True or False, also for 1, 0 and numpy's, or raise ConfigurationError."""
+    if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
+        raise ConfigurationError(f"{name} is {value!r:.80}; expected True or False")
+    return bool(value)
+
+
 def check_seconds(name: str, value: object) -> float | None:
     """Return None, or ``value`` as seconds above 0, or raise ConfigurationError."""
     if value is None:
@@ -145,8 +161,8 @@ def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:
         raise ConfigurationError(
             f"callbacks is {callbacks!r}; expected a list of functions that take an event"
         )
-    for callback in callbacks:
-        check_callable("callbacks", callback, "the event")
+    for number, callback in enumerate(callbacks):
+        check_callable(f"callbacks[{number}]", callback, "the event")
     return tuple(callbacks)
 
 
@@ -223,6 +239,7 @@ class TrainerConfig:
             "num_threads": check_optional("num_threads", arguments["num_threads"], 1),
             "prefetch": check_optional("prefetch", arguments["prefetch"], 0),
             "callbacks": check_callbacks(arguments["callbacks"]),
+            "save_to_disk": check_flag("save_to_disk", arguments["save_to_disk"]),
             "stateful": _check_stateful(arguments["stateful"]),
         }
         return cls(**{**arguments, **checked})
@@ -271,20 +288,29 @@ class TrainerConfig:
             raise ConfigurationError(
                 "optimizer is empty; expected a torch optimizer or a list of them"
             )
-        parameters = {id(parameter) for parameter in self.model.parameters()}
-        trains_model = False
         for optimizer in self.optimizers:
             has_groups = isinstance(getattr(optimizer, "param_groups", None), list)
             _expect(has_groups, "optimizer", optimizer, "a torch optimizer or a list of them")
             if self.train_step is None:
                 self._check_step(optimizer)
-            trains_model |= any(
-                id(p) in parameters for g in optimizer.param_groups for p in g["params"]
-            )
-        if parameters and not trains_model:
+        named = dict(self.model.named_parameters())
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        if named and held.isdisjoint(map(id, named.values())):
             raise ConfigurationError(
                 "optimizer holds none of the model's parameters, so nothing would be trained; "
                 "build it from this very model: Adam(model.parameters())"
+            )
+        modules = (self.model, self.loss_function, *self.stateful.values())
+        own = {id(p) for m in modules if isinstance(m, nn.Module) for p in m.parameters()}
+        left_out = [name for name, p in named.items() if p.requires_grad and id(p) not in held]
+        if left_out and held - own:
+            warn_user(
+                f"no optimizer holds the parameters {quoted_list(left_out[:4])}"
+                f"{' ...' if len(left_out) > 4 else ''} of the model, which stay as they are, and "
+                "one holds parameters that are not the model's. If a layer was replaced after the "
+                "optimizer was built, build it again; if they are frozen, freeze() them",
+                OptimizerWarning,
             )
 
     def _check_step(self, optimizer: Any) -> None:
@@ -373,7 +399,8 @@ class TrainerConfig:
         scaler = {} if self.scaler is None else {"scaler": self.scaler}
         for name, item in {**scaler, **self.stateful}.items():
             has_state = hasattr(item, "state_dict") and hasattr(item, "load_state_dict")
-            _expect(has_state, name, item, "an object with state_dict() and load_state_dict()")
+            fits = has_state and not isinstance(item, type)
+            _expect(fits, name, item, "an object with state_dict() and load_state_dict()")
         if scaler and "scaler" in self.stateful:
             raise ConfigurationError("scaler is given twice: as scaler= and in stateful=")
         is_number = isinstance(grace, (int, float)) and not isinstance(grace, bool)
@@ -417,10 +444,26 @@ def _check_device(device: torch.device | str | None) -> torch.device:
         raise ConfigurationError(
             f"device is {device!r}; expected a torch.device or a name such as 'cpu' or 'cuda:0'"
         ) from error
+    _check_available(checked)
     if checked.type == "cuda" and checked.index is None and torch.cuda.device_count() > 1:
         # The run has a thread of its own, whose current device is another one.
         return torch.device("cuda", torch.cuda.current_device())
     return checked
+
+
+def _check_available(device: torch.device) -> None:
+    try:
+        module: Any = torch.get_device_module(device)
+        count = int(module.device_count()) if module.is_available() else 0
+    except (RuntimeError, AttributeError):  # of an extension that torch does not know
+        return
+    if (device.index or 0) >= count and device.type != "cpu":
+        there = f"there are {count}, counted from 0" if count else "there is none here"
+        built = " (this torch was built without CUDA)" if torch.version.cuda is None else ""
+        raise ConfigurationError(
+            f"device is {str(device)!r}, and {there}{built if device.type == 'cuda' else ''}; give "
+            "device='cpu', or leave it out for the best device that there is"
+        )
 
 
 def _first_dtype(model: object) -> torch.dtype:

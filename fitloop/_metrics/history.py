@@ -224,6 +224,14 @@ class PhaseHistory(Mapping[str, MetricSeries]):
         self.batch_step = StageHistory(store, Stage.BATCH_STEP)
         self.epoch_end = StageHistory(store, Stage.EPOCH_END)
 
+    if not TYPE_CHECKING:  # a type checker reports unknown names itself
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(
+                f"M.{self.phase} has no attribute {name!r}; it has {comma_list(Stage)}, and its "
+                f"metrics by name, such as M.{self.phase}['loss']"
+            )
+
     @property
     def runs(self) -> int:
         """Runs so far: of ``fit`` for train and valid, of ``test`` for test."""
@@ -301,6 +309,14 @@ class History:
         self.train = PhaseHistory(self._stores[Phase.TRAIN])
         self.valid = PhaseHistory(self._stores[Phase.VALID])
         self.test = PhaseHistory(self._stores[Phase.TEST])
+
+    if not TYPE_CHECKING:  # a type checker reports unknown names itself
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(
+                f"M has no attribute {name!r}; it has the phases {comma_list(Phase)}, and their "
+                "metrics by name, such as M.valid['loss']"
+            )
 
     @property
     def train_runs(self) -> int:

@@ -11,6 +11,7 @@ from fitloop._engine.config import (
     as_list,
     check_callable,
     check_callbacks,
+    check_flag,
     check_number,
     check_optional,
     check_seconds,
@@ -46,14 +47,16 @@ def _on_continue(name: str, value: Any) -> Any:
 
 def _loader(name: str, value: Any) -> Any:
     if value is not None:
-        check_loader(f"{name} of fit()", value)
+        check_loader(name, value)
     return value
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("train_dl", "valid_dl", "test_dl"), _loader),
+    **dict.fromkeys(("load_best", "track_batch_metrics", "define_all", "cast"), check_flag),
+    **dict.fromkeys(("verbose", "progress", "resume"), check_flag),
+    **dict.fromkeys(("continue_default", "continue_while_asking"), check_flag),
     "epochs": _number(0),
-    "train_dl": _loader,
-    "valid_dl": _loader,
     "print_every": _number(0, "0 prints nothing"),
     "display_metrics": _names,
     "continue_loop": _number(0, "epochs between questions"),

@@ -12,7 +12,7 @@ import torch
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.in_use import in_use
 from fitloop._concurrency.supervisor import LoopPortal, ThreadTask, run_in_thread, supervise
-from fitloop._data.inspection import check_loader
+from fitloop._data.inspection import check_distinct
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._display.jupyter import interruptible
 from fitloop._engine.config import check_number
@@ -20,7 +20,6 @@ from fitloop._engine.event_bus import UserCallbacks
 from fitloop._engine.plan import RunPlan
 from fitloop._errors import MissingLoaderError, note_call_site
 from fitloop._events import Event, PhaseEnded
-from fitloop._run.fit_options import fit_option
 from fitloop._run.mode_checks import checked_modes
 from fitloop._run.session import RunContext, scheduler_steps
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
@@ -41,9 +40,12 @@ async def launch(
     """Run ``plan`` on a thread of its own, and return the result of the task.
 
     ``make_task`` is called on that thread: `Run` with its options, or another `ThreadTask` that
-    opens a `RunSession`. Raises `BusyError` at once, and everything that `supervise` raises.
+    opens a `RunSession`. Raises `BusyError` at once, ConfigurationError if two phases share an
+    iterator that would be empty for the second, and everything that `supervise` raises.
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # before a thread is started
+    if plan.steps is None:  # an endless iterator may serve all phases, some batches for each
+        check_distinct({f"{phase}_dl": loader for phase, loader in plan.phases})
     config, defaults = state.config, TRAINER_DEFAULTS.get()
     note_call_site()
     trains = any(phase is Phase.TRAIN for phase, _loader in plan.phases)
@@ -124,11 +126,7 @@ def phases_to_run(
 
     Raises:
         MissingLoaderError: the required phase has no loader.
-        ConfigurationError: an argument is no loader.
     """
-    for phase, loader in loaders.items():
-        if loader is not None:
-            check_loader(f"{phase}_dl of {call}()", loader)
     available = state.loaders_of(loaders)
     if available[required] is None:
         raise MissingLoaderError(required, call)
@@ -152,7 +150,7 @@ def dry_plan(
         epochs=check_number("epochs", epochs, 1),
         first_epoch=state.epoch_num + 1,
         phases=phases_to_run(state, call, loaders, Phase.TRAIN, Phase.VALID, Phase.TEST),
-        steps=fit_option("steps", steps),
+        steps=steps,
         define_all=define_all,
         cast=cast,
     )

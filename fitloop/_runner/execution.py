@@ -10,7 +10,9 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import isawaitable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import torch
@@ -18,12 +20,12 @@ import torch
 from fitloop._concurrency.event_loops import is_scope_cancelled
 from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
-from fitloop._errors import add_note_safely
+from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import Event
 from fitloop._runner.jobs import Outcome, clear_frames
 from fitloop._runner.outcomes import load_done_outcome, write_outcome
 from fitloop._system import available_cores
-from fitloop.backends.base import Backend, JobSpec
+from fitloop.backends.base import Backend, JobSpec, TrainingResult
 from fitloop.callbacks.callback import Callback
 
 
@@ -100,7 +102,13 @@ class JobExecutor:
         defaults = self.allocator.allocate(spec.name, spec.directory)
         callbacks = [*spec.options.get("callbacks", ()), *self.callbacks]
         spec = replace(spec, options={**spec.options, "callbacks": callbacks})
-        training = await self.backend.run(spec, defaults, emit)
+        run: Any = self.backend.run(spec, defaults, emit)
+        training = await run if isawaitable(run) else run
+        if not isinstance(training, TrainingResult):
+            raise ConfigurationError(
+                f"{type(self.backend).__name__}.run() returned {training!r:.80}; expected a "
+                "TrainingResult, as run_job() of fitloop.backends returns it"
+            )
         return replace(
             outcome,
             status="done",

@@ -7,7 +7,6 @@ import re
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cache
 from hashlib import blake2s
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import anyio
 
+from fitloop._arguments import unknown_argument
 from fitloop._concurrency.task_state import TaskState
 from fitloop._errors import ConfigurationError, one_line
 from fitloop._events import JobEnded
@@ -150,11 +150,9 @@ def check_options(name: str, target: Any, options: Mapping[str, Any]) -> None:
     arguments = _arguments(trainer_type.fit)
     for option, value in options.items():
         if arguments is not None and option not in arguments:
-            matches = get_close_matches(option, arguments, 1)
-            expected = f"expected one of {', '.join(arguments)}."
+            message = unknown_argument("fit()", option, arguments)
             raise TypeError(
-                f"job {name!r}: fit() has no argument {option!r}; "
-                f"{f'did you mean {matches[0]!r}?' if matches else expected} Arguments of the "
+                f"job {name!r}: {message}{'' if message.endswith('?') else '.'} Arguments of the "
                 "function that makes the trainer are given in order, or bound with "
                 "functools.partial"
             )
@@ -163,11 +161,11 @@ def check_options(name: str, target: Any, options: Mapping[str, Any]) -> None:
 
 @cache
 def _arguments(fit: Callable[..., Any]) -> tuple[str, ...] | None:
-    """Return the arguments of ``fit`` besides ``epochs``; None if it takes any."""
+    """Return the names of the arguments of ``fit``; None if it takes any."""
     parameters = inspect.signature(fit).parameters
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return None
-    return tuple(name for name in parameters if name not in ("self", "epochs"))
+    return tuple(parameters)[1:]
 
 
 class CompletedJobs:

@@ -20,10 +20,11 @@ from typing import Any, Literal
 
 import anyio
 
+from fitloop._arguments import checked_arguments
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._concurrency.event_loops import loop_scheduler
 from fitloop._concurrency.supervisor import run_in_thread
-from fitloop._engine.config import check_callbacks, check_optional, check_path
+from fitloop._engine.config import check_callbacks, check_flag, check_optional, check_path
 from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
@@ -101,6 +102,7 @@ class Runner:
         ConfigurationError: an argument is invalid.
     """
 
+    @checked_arguments()
     def __init__(
         self,
         max_concurrent: int | None = None,
@@ -124,13 +126,15 @@ class Runner:
                 "checkpoint is given, and no save_path to keep snapshots in; give save_path="
             )
         self._checkpoint = check_checkpoint(checkpoint, resume=False)
-        self._fail_fast = fail_fast
+        self._fail_fast = check_flag("fail_fast", fail_fast)
         self._event_streams = EventStreams()
         self._executor = JobExecutor(
             backend=self._backend,
-            allocator=ResourceAllocator(self._max_concurrent, cuda_streams=cuda_streams),
+            allocator=ResourceAllocator(
+                self._max_concurrent, cuda_streams=check_flag("cuda_streams", cuda_streams)
+            ),
             callbacks=check_callbacks(callbacks),
-            keep_trainers=keep_trainers,
+            keep_trainers=check_flag("keep_trainers", keep_trainers),
             emit=self._event_streams.push,
         )
         self._jobs: dict[str, Job] = {}

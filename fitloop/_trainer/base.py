@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fitloop._arguments import checked_arguments
 from fitloop._engine.config import PRETRAINED, Interval, TrainerConfig
 from fitloop._engine.event_bus import EventStream
 from fitloop._engine.precision import Precision
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 class TrainerBase:
     """The common part of `FitLoop` and `SyncFitLoop`; `FitLoop` describes the arguments."""
 
+    @checked_arguments()
     # The constructor has the one long signature of the library.
     def __init__(
         self,
@@ -269,7 +271,3 @@ class TrainerBase:
         of_model = "" if self.name == model else f" of {model}"
         details = f"epoch {self.epoch_num}{best}, {status} on {self.device}"
         return printable(f"<{type(self).__name__} {self.name!r}{of_model}: {details}>")
-
-
-# An error about a wrong argument then names FitLoop, not a class that users do not know.
-TrainerBase.__init__.__qualname__ = "FitLoop.__init__"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fitloop._arguments import checked_arguments
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._checkpointing.run_files import FileOptions
 from fitloop._checkpointing.snapshot import apply_snapshot, read_snapshot, take_snapshot
@@ -140,6 +141,7 @@ class FitLoop(TrainerBase):
 
     # -- training and testing ----------------------------------------------------------------------
 
+    @checked_arguments(fit_option)
     async def fit(
         self,
         epochs: int = 1,
@@ -244,20 +246,18 @@ class FitLoop(TrainerBase):
             Exception: the exception of a stage function, loader or callback, as the same object,
                 with a note of trainer, phase, epoch and batch.
         """
-        ask_every = fit_option("continue_loop", continue_loop)
-        fit_option("on_continue", on_continue)
         state = self._state
         loaders = {Phase.TRAIN: train_dl, Phase.VALID: valid_dl}
         plan = RunPlan(
             call="fit",
-            epochs=fit_option("epochs", epochs),
+            epochs=epochs,
             first_epoch=state.epoch_num + 1,
             phases=phases_to_run(state, "fit", loaders, Phase.TRAIN, Phase.VALID),
-            steps=fit_option("steps", steps),
+            steps=steps,
             define_all=define_all,
             cast=cast,
             track_batch_metrics=track_batch_metrics,
-            ask_every=ask_every,
+            ask_every=continue_loop,
         )
         stopping = self._early_stop(early_stop, plan.phases)
         policy = check_checkpoint(checkpoint, resume=resume)
@@ -266,10 +266,10 @@ class FitLoop(TrainerBase):
             files = FileOptions(checkpoint=policy, resume=resume)
         with self._display(print_every if verbose else 0, display_metrics, progress) as display:
             prompt = PromptOptions(
-                ask=self._ask(on_continue, continue_timeout, display, needed=ask_every > 0),
+                ask=self._ask(on_continue, continue_timeout, display, needed=continue_loop > 0),
                 question=QUESTION,
-                timeout=fit_option("continue_timeout", continue_timeout),
-                default=bool(continue_default),
+                timeout=continue_timeout,
+                default=continue_default,
                 in_background=continue_while_asking,
             )
             options = RunOptions(
@@ -283,6 +283,7 @@ class FitLoop(TrainerBase):
 
     train = fit
 
+    @checked_arguments(fit_option)
     async def test(
         self,
         test_dl: Loader | Callable[[], Loader] | None = None,
@@ -308,7 +309,7 @@ class FitLoop(TrainerBase):
             epochs=1,
             first_epoch=max(1, state.epoch_num),
             phases=phases_to_run(state, "test", {Phase.TEST: test_dl}, Phase.TEST),
-            steps=fit_option("steps", steps),
+            steps=steps,
             define_all=define_all,
             cast=cast,
             track_batch_metrics=track_batch_metrics,
@@ -319,6 +320,7 @@ class FitLoop(TrainerBase):
             result = await self._launch(plan, options, callbacks)
         return _last_epoch(result).get(str(Phase.TEST), {})
 
+    @checked_arguments(fit_option)
     async def run_sanity_check(
         self,
         epochs: int = 1,
@@ -361,6 +363,7 @@ class FitLoop(TrainerBase):
         options = RunOptions(dry=True, observers=[criteria_check(self._state, stopping)])
         return _last_epoch(await launch(self._state, self, plan, partial(Run, options=options)))
 
+    @checked_arguments(fit_option)
     async def run_profiler(
         self,
         epochs: int = 1,
@@ -416,7 +419,7 @@ class FitLoop(TrainerBase):
     async def _launch(
         self, plan: RunPlan, options: RunOptions, callbacks: Sequence[Callback]
     ) -> FitResult:
-        callbacks = [*self._state.config.callbacks, *fit_option("callbacks", callbacks)]
+        callbacks = [*self._state.config.callbacks, *callbacks]
         make_run = partial(Run, options=options)
         result: FitResult = await launch(self._state, self, plan, make_run, callbacks)
         return result
@@ -427,8 +430,8 @@ class FitLoop(TrainerBase):
         return RunDisplay(
             self._state.config.name,
             named=self._state.config.named,
-            every=fit_option("print_every", print_every),
-            names=fit_option("display_metrics", display_metrics),
+            every=print_every,
+            names=display_metrics,
             live=live,
         )
 

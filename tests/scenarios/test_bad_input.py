@@ -6,7 +6,8 @@ Nothing has been changed then: neither the model and the optimizer, nor the proc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from support.models import arguments, batches, bits, mlp, process_generators, tr
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader
 
 from fitloop import (
     ConfigurationError,
@@ -25,9 +27,12 @@ from fitloop import (
     MetricError,
     MissingCriteriaError,
     MissingLoaderError,
+    OptimizerWarning,
+    Runner,
     StageSignatureError,
     SyncFitLoop,
     SyncInAsyncError,
+    freeze,
 )
 
 QUIET: dict[str, Any] = {"verbose": False}
@@ -47,6 +52,12 @@ def keyword_only(*, state: object) -> None: ...
 def default_and_more(state: object, more: object = None, *, other: int = 1) -> None: ...
 
 
+class Callable1:
+    def __call__(self, state: LoopState) -> None: ...
+
+    def method(self, state: LoopState) -> None: ...
+
+
 def other_optimizer() -> SGD:
     return SGD(nn.Linear(2, 2).parameters(), lr=0.1)
 
@@ -63,6 +74,8 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("no loss", {"loss_function": 0.5}, r"loss_function is 0.5; expected a callable .* or None"),
     ("loader is a string", {"train_dl": "data"}, r"train_dl is 'data'; expected a DataLoader, a"),
+    ("loader is a class", {"train_dl": DataLoader}, r"train_dl is <class .*without arguments"),
+    ("loader needs an argument", {"valid_dl": keyword_only}, r"valid_dl is .*; expected a loader"),
     ("loader is a number", {"test_dl": 7}, r"test_dl is 7; expected a DataLoader, a list"),
     ("scheduler is none", {"lr_scheduler": 3}, r"lr_scheduler is 3; expected an object with step"),
     ("scheduler is a class", {"lr_scheduler": StepLR}, r"lr_scheduler is .*StepLR.*; expected"),
@@ -77,6 +90,7 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
         r"scheduler_interval is 'batch' and there is no lr_scheduler; give lr_scheduler=, or leave",
     ),
     ("device is unknown", {"device": "gpu"}, r"device is 'gpu'; expected a torch\.device or .*cpu"),
+    ("device is not there", {"device": "xpu"}, r"device is 'xpu', and there is none here; give"),
     ("dtype is a name", {"dtype": "float32"}, r"dtype is 'float32'; expected .*torch\.float32"),
     ("dtype is of integers", {"dtype": torch.int64}, r"dtype is torch\.int64; expected .*float"),
     ("criteria is no name", {"criteria": 5}, r"criteria is 5; expected .*name"),
@@ -116,7 +130,12 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("step needs two", {"train_step": two_arguments}, r"train_step is .two_arguments\(state.*one"),
     ("step needs a keyword", {"train_step": keyword_only}, r"train_step is .keyword_only\(\*, s"),
     ("step is a word", {"train_step": "f"}, r"train_step is 'f'; expected a function that can be"),
-    ("callback is a number", {"callbacks": [3]}, r"callbacks is 3; expected a function that can"),
+    ("callback is a number", {"callbacks": [3]}, r"callbacks\[0\] is 3; expected a function that"),
+    ("callback is a class", {"callbacks": [Callable1]}, r"callbacks\[0\] is .*give an instance"),
+    ("step is a class", {"train_step": Callable1}, r"train_step is .*class, give an instance"),
+    ("scaler is a class", {"scaler": torch.amp.GradScaler}, r"scaler is .*; expected an object"),
+    ("stateful is a class", {"stateful": {"a": nn.Linear}}, r"a is .*; expected an object with"),
+    ("flag is a word", {"save_to_disk": "no"}, r"save_to_disk is 'no'; expected True or False"),
     ("on_continue is a number", {"on_continue": 3}, r"on_continue is 3; expected a function that"),
 ]
 
@@ -161,6 +180,17 @@ def test_scheduler_when_of_another_optimizer_then_says_so() -> None:
         trainer(lr_scheduler=StepLR(other_optimizer(), 1))
 
 
+def test_optimizer_when_a_layer_is_replaced_after_it_was_built_then_warns() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    trainer(model=model, optimizer=SGD(model[0].parameters(), lr=0.1))  # it trains one layer only
+    model[1] = nn.Linear(4, 3)
+    with pytest.warns(OptimizerWarning, match=r"holds the parameters '1\.weight', '1\.bias' of"):
+        trainer(model=model, optimizer=optimizer)
+    freeze(model[1])
+    trainer(model=model, optimizer=optimizer)
+
+
 def test_plateau_when_its_mode_contradicts_the_given_criteria_then_constructor_says_so() -> None:
     model = mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -179,12 +209,6 @@ def test_stage_signature_error_when_raised_then_is_a_type_error_with_fields() ->
     assert isinstance(caught.value, StageSignatureError)
     assert caught.value.name == "valid_step"
     assert caught.value.given == "two_arguments(state: 'object', more: 'object') -> 'None'"
-
-
-class Callable1:
-    def __call__(self, state: LoopState) -> None: ...
-
-    def method(self, state: LoopState) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -225,10 +249,14 @@ async def refused(
         ({"steps": 0}, r"steps is 0; expected an integer of at least 1 or None: batches of each"),
         ({"continue_loop": -1}, r"continue_loop is -1; expected an integer of at least 0"),
         ({"print_every": -1}, r"print_every is -1; expected an integer of at least 0: 0 prints"),
-        ({"train_dl": 5}, r"train_dl of fit\(\) is 5; expected a DataLoader"),
-        ({"valid_dl": "x"}, r"valid_dl of fit\(\) is 'x'; expected a DataLoader"),
+        ({"print_every": True, "verbose": False}, r"print_every is True; expected an integer"),
+        ({"load_best": "no"}, r"load_best is 'no'; expected True or False"),
+        ({"verbose": 2}, r"verbose is 2; expected True or False"),
+        ({"resume": None}, r"resume is None; expected True or False"),
+        ({"train_dl": 5}, r"train_dl is 5; expected a DataLoader"),
+        ({"valid_dl": "x"}, r"valid_dl is 'x'; expected a DataLoader"),
         ({"display_metrics": 5}, r"display_metrics is 5; expected"),
-        ({"callbacks": [5]}, r"callbacks is 5; expected a function"),
+        ({"callbacks": [print, 5]}, r"callbacks\[1\] is 5; expected a function"),
         ({"callbacks": print}, r"callbacks is .*print.*; expected .*list"),
         ({"on_continue": no_argument}, r"on_continue is .no_argument\(\).*; expected a function"),
     ],
@@ -266,6 +294,55 @@ async def test_loader_when_it_gives_no_batches_then_says_what_may_be_wrong(data:
     await refused(fitted, fitted.run_sanity_check, ConfigurationError, pattern)
     with pytest.raises(ConfigurationError, match=pattern):
         await fitted.fit(1, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "said"),
+    [
+        ("FitLoop", "valid_dataloader", "FitLoop() has no argument 'valid_dataloader'; did you"),
+        ("FitLoop", "optimiser", "did you mean 'optimizer'?"),
+        ("FitLoop", "max_epochs", "'epochs' is an argument of fit()"),
+        ("FitLoop", "zzz", "expected one of model, optimizer, loss_function, train_dl"),
+        ("fit", "epoch", "fit() has no argument 'epoch'; did you mean 'epochs'?"),
+        ("fit", "num_epochs", "did you mean 'epochs'?"),
+        ("fit", "criterion", "'loss_function' is an argument of FitLoop()"),
+        ("test", "epochs", "test() has no argument 'epochs'; 'epochs' is an argument of fit()"),
+        ("Runner", "max_concurent", "Runner() has no argument 'max_concurent'; did you mean"),
+    ],
+)
+async def test_keyword_when_unknown_then_the_error_names_the_one_that_is_meant(
+    call: str, name: str, said: str
+) -> None:
+    calls: dict[str, Callable[..., Any]] = {"FitLoop": trainer, "Runner": Runner}
+
+    async def make() -> None:
+        await (calls.get(call) or getattr(trainer(), call))(**{name: 1})
+
+    with pytest.raises(TypeError, match=re.escape(said)):
+        await make()
+
+
+async def test_loaders_when_two_phases_share_an_iterator_then_says_so_unless_steps_are_given() -> (
+    None
+):
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from batches()
+
+    data = endless()
+    fitted = trainer(train_dl=data, valid_dl=data)
+    pattern = r"train_dl and valid_dl are the same generator, .*; expected loaders of their own"
+    await refused(fitted, fitted.fit, ConfigurationError, pattern)
+    assert (await fitted.fit(2, steps=3, **QUIET)).epochs == 2
+
+
+async def test_history_when_a_phase_or_stage_is_misspelt_then_says_what_there_is() -> None:
+    fitted = trainer()
+    await fitted.fit(1, **QUIET)
+    with pytest.raises(AttributeError, match=r"^M has no attribute 'vaild'; .* train, valid, test"):
+        _ = fitted.M.vaild  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"^M\.valid has no attribute 'loss'; .*epoch_start, "):
+        _ = fitted.M.valid.loss  # type: ignore[attr-defined]
 
 
 # -- metrics ---------------------------------------------------------------------------------------

@@ -422,6 +422,7 @@ def test_cuda_when_there_are_several_devices_then_means_the_callers_current_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = arguments(device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     made = FitLoop(**given)

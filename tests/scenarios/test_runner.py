@@ -27,8 +27,10 @@ from fitloop import (
     Event,
     FitLoop,
     JobEnded,
+    JobSpec,
     JobStarted,
     LoopState,
+    ProcessBackend,
     RunEnded,
     Runner,
     RunStarted,
@@ -229,7 +231,7 @@ async def test_submit_when_it_cannot_work_then_says_so_at_once(tmp_path: Path) -
         (
             {"zzz": 1},
             TypeError,
-            r"no argument 'zzz'; expected one of train_dl, valid_dl, .*resume\.",
+            r"no argument 'zzz'; expected one of epochs, train_dl, .*resume\.",
         ),
         ({"epochs": -1}, ConfigurationError, "epochs is -1"),
         ({"steps": 0}, ConfigurationError, "steps is 0"),
@@ -241,7 +243,7 @@ async def test_submit_when_it_cannot_work_then_says_so_at_once(tmp_path: Path) -
         ({"continue_loop": -1}, ConfigurationError, "continue_loop is -1"),
         ({"continue_timeout": 0}, ConfigurationError, "continue_timeout is 0"),
         ({"checkpoint": 5}, ConfigurationError, "checkpoint is 5"),
-        ({"valid_dl": 5}, ConfigurationError, r"valid_dl of fit\(\) is 5"),
+        ({"valid_dl": 5}, ConfigurationError, r"valid_dl is 5"),
     ],
 )
 async def test_submit_when_fit_would_refuse_its_arguments_then_says_so_and_queues_nothing(
@@ -299,11 +301,33 @@ async def test_submit_when_a_subclass_has_a_fit_of_its_own_then_its_arguments_co
     assert outcome.result.epochs == 2
 
 
+class Unclosed:
+    def check(self, spec: JobSpec) -> None: ...
+    async def run(self, spec: JobSpec, *_arguments: Any) -> Any:
+        return spec.target
+
+
+class ReturnsItsTarget(Unclosed):
+    async def close(self) -> None: ...
+
+
+async def test_backend_when_its_result_has_another_type_then_the_job_fails_with_its_name() -> None:
+    backend: Any = ReturnsItsTarget()
+    async with Runner(1, backend=backend) as runner:
+        runner.submit(3)
+    (outcome,) = await runner.results()
+    assert isinstance(outcome.error, ConfigurationError)
+    assert str(outcome.error).startswith("ReturnsItsTarget.run() returned 3; expected a TrainingR")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"max_concurrent": 0}, "max_concurrent is 0; expected an integer of at least 1"),
         ({"backend": "cluster"}, "backend is 'cluster'; expected"),
+        ({"backend": ProcessBackend}, "backend is .*; expected .*, an instance of the class"),
+        ({"backend": Unclosed()}, "backend is a Unclosed without close; expected the three"),
+        ({"fail_fast": "no"}, "fail_fast is 'no'; expected True or False"),
         ({"callbacks": 3}, "callbacks is 3"),
         ({"save_path": 3}, "save_path is 3; expected the path of a directory"),
     ],

@@ -34,9 +34,17 @@ def resolve_backend(backend: Any) -> Backend:
         return ThreadBackend()
     if backend == "process":
         return ProcessBackend()
-    if isinstance(backend, str) or not hasattr(backend, "run"):
+    methods = ("check", "run", "close")
+    missing = [name for name in methods if not callable(getattr(backend, name, None))]
+    if isinstance(backend, (str, type)) or len(missing) == len(methods):
         raise ConfigurationError(
             f"backend is {backend!r:.60}; expected 'thread', 'process' or a Backend"
+            + (", an instance of the class" if isinstance(backend, type) else "")
+        )
+    if missing:
+        raise ConfigurationError(
+            f"backend is a {type(backend).__name__} without {' and '.join(missing)}; expected the "
+            "three methods of a Backend: check, run and close"
         )
     chosen: Backend = backend
     return chosen

@@ -1,0 +1,101 @@
+"""The arguments of public calls: their checks, and the refusal of unknown ones by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OTHER_NAMES = {
+    **dict.fromkeys(("max_epochs", "num_epochs", "nb_epochs", "n_epochs"), "epochs"),
+    **dict.fromkeys(("train_loader", "train_dataloader", "train_dataloaders"), "train_dl"),
+    **dict.fromkeys(("val_loader", "val_dataloaders", "validation_data"), "valid_dl"),
+    **dict.fromkeys(("valid_loader", "valid_dataloader", "val_dataloader"), "valid_dl"),
+    **dict.fromkeys(("test_loader", "test_dataloader", "dataloaders"), "test_dl"),
+    **dict.fromkeys(("loss", "loss_fn", "criterion"), "loss_function"),
+    **dict.fromkeys(("scheduler", "lr_schedulers"), "lr_scheduler"),
+    **dict.fromkeys(("patience", "early_stopping"), "early_stop"),
+    **dict.fromkeys(("gradient_clip_val", "max_grad_norm"), "clip_grad"),
+    **dict.fromkeys(("accumulate_grad_batches", "gradient_accumulation_steps"), "accumulate"),
+    "monitor": "criteria",
+    "accelerator": "device",
+    "logger": "callbacks",
+    "ckpt_path": "resume",
+    "enable_progress_bar": "progress",
+    "max_steps": "steps",
+}
+"""names that other trainers have for an argument -> the name here"""
+
+_CALLS: dict[str, tuple[str, ...]] = {}
+"""call, such as ``fit()`` -> the names of its arguments"""
+
+
+def _keep(_name: str, value: Any) -> Any:
+    return value
+
+
+def checked_arguments(check: Callable[[str, Any], Any] = _keep) -> Callable[[F], F]:
+    """Return a decorator for methods: it refuses unknown keywords and checks all given arguments.
+
+    ``check`` takes the name and the value of an argument and returns the value for the method, or
+    raises an error. Defaults are not checked.
+    """
+
+    def decorate(method: F) -> F:
+        names = tuple(inspect.signature(method).parameters)[1:]
+        # Errors name the class that users know, also those of Python about missing arguments.
+        method.__qualname__ = method.__qualname__.replace("TrainerBase", "FitLoop")
+        owner, _, name = method.__qualname__.rpartition(".")
+        call_name = f"{owner if name == '__init__' else name}()"
+        _CALLS[call_name] = names
+
+        def checked(args: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
+            for option in options:
+                if option not in names:
+                    raise TypeError(unknown_argument(call_name, option, names))
+            options.update((option, check(option, value)) for option, value in options.items())
+            given = [check(*pair) for pair in zip(names, args[1:], strict=False)]
+            return [args[0], *given, *args[1 + len(given) :]]
+
+        if inspect.iscoroutinefunction(method):
+
+            @wraps(method)
+            async def call(*args: Any, **options: Any) -> Any:
+                return await method(*checked(args, options), **options)
+
+        else:
+
+            @wraps(method)
+            def call(*args: Any, **options: Any) -> Any:
+                return method(*checked(args, options), **options)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def unknown_argument(call: str, name: str, known: Iterable[str]) -> str:
+    """Return the message about an argument that a call does not have, with what may be meant."""
+    names = list(known)
+    everywhere = {*names, *(other for arguments in _CALLS.values() for other in arguments)}
+    meant = _OTHER_NAMES.get(name, name)
+    meant = meant if meant in everywhere else name
+    found = (
+        [meant] if meant in everywhere else _closest(meant, names) or _closest(meant, everywhere)
+    )
+    if not found:
+        hint = f"expected one of {', '.join(names)}"
+    elif found[0] in names:
+        hint = f"did you mean {found[0]!r}?"
+    else:
+        other = next(other for other, arguments in _CALLS.items() if found[0] in arguments)
+        hint = f"{found[0]!r} is an argument of {other}"
+    return f"{call} has no argument {name!r}; {hint}"
+
+
+def _closest(name: str, names: Iterable[str]) -> list[str]:
+    return get_close_matches(name, sorted(names), 1, 0.7)
