@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fitloop._errors import ThreadModeWarning as ThreadModeWarning
     from fitloop._errors import UnknownMetricError as UnknownMetricError
     from fitloop._errors import UnknownMetricWarning as UnknownMetricWarning
+    from fitloop._errors import WeightsWarning as WeightsWarning
     from fitloop._errors import WorkerDiedError as WorkerDiedError
     from fitloop._errors import WorkerDiedWarning as WorkerDiedWarning
     from fitloop._events import BatchProgress as BatchProgress
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from fitloop._runner.outcomes import read_results as read_results
     from fitloop._runner.runner import Runner as Runner
     from fitloop._storage.metric_log import read_metrics as read_metrics
+    from fitloop._storage.transfer import LoadedWeights as LoadedWeights
     from fitloop._trainer.comparison import compare_metrics as compare_metrics
     from fitloop._trainer.fitloop import FitLoop as FitLoop
     from fitloop._trainer.sync import SyncFitLoop as SyncFitLoop
@@ -107,7 +109,7 @@ _NAMES_OF_MODULES = {
         "MetricError MissingCriteriaError MissingLoaderError NonFiniteWarning OptimizerWarning "
         "OutputWarning RemoteError RestoreError RestoreWarning ResumeWarning ScheduleWarning "
         "StageSignatureError SyncInAsyncError ThreadModeWarning UnknownMetricError "
-        "UnknownMetricWarning WorkerDiedError WorkerDiedWarning"
+        "UnknownMetricWarning WeightsWarning WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (
         "BatchProgress BestImproved EarlyStopped EpochEnded EpochStarted Event JobEnded JobStarted "
@@ -120,6 +122,7 @@ _NAMES_OF_MODULES = {
     "fitloop._runner.outcomes": "Record Results read_results",
     "fitloop._runner.runner": "Runner",
     "fitloop._storage.metric_log": "read_metrics",
+    "fitloop._storage.transfer": "LoadedWeights",
     "fitloop._trainer.comparison": "compare_metrics",
     "fitloop._trainer.fitloop": "FitLoop",
     "fitloop._trainer.sync": "SyncFitLoop",

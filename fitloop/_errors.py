@@ -273,6 +273,11 @@ class UnknownMetricWarning(RuntimeWarning):
 
 
 @public
+class WeightsWarning(RuntimeWarning):
+    """``load_model(strict="shapes")`` did not load all weights. The message names them."""
+
+
+@public
 class WorkerDiedWarning(RuntimeWarning):
     """A worker process died and its job is tried again, or the worker was killed.
 

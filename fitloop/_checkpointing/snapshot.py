@@ -30,11 +30,23 @@ from fitloop._data.inspection import generator_states, set_generator_states
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
 from fitloop._metrics.history import History, export_history, restore_history
 from fitloop._rng.states import RngState, check_generator_state
-from fitloop._storage.durable import write_file
+from fitloop._storage.durable import reason, write_file
 from fitloop._storage.encoding import Decoder, Encoder
-from fitloop._storage.layout import VERSIONS, LayoutError, Payload, TensorAlias, write_layout
+from fitloop._storage.layout import (
+    VERSIONS,
+    LayoutError,
+    Payload,
+    TensorAlias,
+    read_file_header,
+    write_layout,
+)
 from fitloop._storage.tensors import SnapshotBuffers, read_tensors
-from fitloop._storage.weight_files import check_module_versions
+from fitloop._storage.weight_files import (
+    DEFAULT_SUFFIX,
+    StateDict,
+    check_module_versions,
+    read_weights,
+)
 from fitloop._storage.weight_store import check_weights
 from fitloop._training.parts import states_of
 from fitloop._training.trainer_state import TrainerState
@@ -212,6 +224,32 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
         raise LayoutError(
             f"its state is not as fitloop writes it: {type(error).__name__}: {error}"
         ) from error
+
+
+def read_model_weights(
+    path: Path, device: torch.device | None = None, *, best: bool = False
+) -> StateDict:
+    """Return the weights in a weights file, or the weights of the model in a snapshot.
+
+    ``best``: of a snapshot, those of its best epoch instead of those at its time. Raises
+    `CheckpointError` if the file cannot be read, or has no best weights.
+    """
+    kind = None
+    if path.suffix.lower() == DEFAULT_SUFFIX and path.is_file():
+        try:
+            kind = read_file_header(path)[0]["kind"]
+        except (OSError, LayoutError) as error:
+            raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
+    if kind != KIND:
+        if best:
+            raise CheckpointError(f"{path} is no snapshot, and only snapshots have best weights")
+        return read_weights(path, map_location=device)
+    state = read_snapshot(path, device).state
+    if not best:
+        return module_weights(state["training"]["modules"][0])
+    if state["best"] is None:
+        raise CheckpointError(f"{path} holds no best weights: none were tracked")
+    return module_weights({"weights": state["best"], "versions": state["best_modules"]})
 
 
 _TRAINER_KINDS: dict[str, tuple[type, ...]] = {

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fitloop._checkpointing.snapshot import KIND, read_snapshot
-from fitloop._checkpointing.training_state import module_weights
-from fitloop._cli.common import print_line, read_header
+from fitloop._checkpointing.snapshot import read_model_weights
+from fitloop._cli.common import print_line
 from fitloop._errors import CheckpointError
-from fitloop._storage.weight_files import StateDict, read_weights, write_weights
+from fitloop._storage.weight_files import write_weights
 
 ABOUT = """\
 Write the weights of a snapshot or of a weights file to OUT. Its suffix sets the format:
@@ -33,21 +32,7 @@ def run(options: argparse.Namespace) -> int:
     path, out = options.file, options.out
     if out.exists() and not options.overwrite:
         raise CheckpointError(f"{out} exists already; give --overwrite to replace it")
-    if path.suffix.lower() == ".msgpack" and read_header(path)[0]["kind"] == KIND:
-        weights = _snapshot_weights(path, best=options.best)
-    elif options.best:
-        raise CheckpointError(f"{path} is no snapshot; --best is for snapshots")
-    else:
-        weights = read_weights(path)
+    weights = read_model_weights(path, best=options.best)
     write_weights(out, weights, overwrite=options.overwrite)
     print_line(f"{out}: {len(weights)} tensors")
     return 0
-
-
-def _snapshot_weights(path: Path, *, best: bool) -> StateDict:
-    state = read_snapshot(path).state
-    if not best:
-        return module_weights(state["training"]["modules"][0])
-    if state["best"] is None:
-        raise CheckpointError(f"{path} holds no best weights: none were tracked")
-    return module_weights({"weights": state["best"], "versions": state["best_modules"]})

@@ -9,6 +9,7 @@ know trainers or event loops.
 - `encoding`: nested values as msgpack trees.
 - `weight_files`: weights as `.msgpack`, `.safetensors` and `.pt`.
 - `weight_store`: weights under a name, in memory or on disk.
+- `transfer`: a part of the weights of a file, perhaps under other names, loaded into a model.
 - `log_records`: the records of the metric log, as bytes and back.
 - `metric_log`: the metric log: its writer, and `read_metrics`.
 - `log_follower`: the events of a run in another process, read from its log.

@@ -171,7 +171,7 @@ def _renamed(state: StateDict, rename: Callable[[str], str]) -> StateDict:
     return renamed
 
 
-def _plain_weights(state: StateDict, target: Mapping[str, object]) -> StateDict:
+def plain_weights(state: StateDict, target: Mapping[str, object]) -> StateDict:
     """Return weights, of a wrapped model or not, with names like those of ``target``."""
     names = [plain_name(name) for name in state]
     is_wrapped = all(name.startswith("module.") for name in names) and names[:1] != []
@@ -205,7 +205,7 @@ def _copy_weights(model: nn.Module, state: StateDict, *, strict: bool) -> None:
     target: StateDict = model.state_dict()
     names = [*target, *(f"{name}." for name, _module in model.named_modules())]
     own_names = {plain_name(name): name for name in names}
-    state = _plain_weights(state, own_names)
+    state = plain_weights(state, own_names)
     values = _renamed(state, lambda name: own_names.get(name, name))
     # Tensors that cannot be written to have these values already: `check_weights` was passed.
     read_only = {name for name in values if _read_only(target.get(name))}
@@ -259,7 +259,7 @@ def check_weights(
     resized = {
         name for name in buffers if own and _shape(state.get(name)) != _shape(target.get(name))
     }
-    state = _plain_weights(state, target)
+    state = plain_weights(state, target)
     misfits = [
         f"{key!r} ({why})"
         for key in state
@@ -269,7 +269,7 @@ def check_weights(
     unexpected = [repr(key) for key in state if key not in target] if strict else []
     kinds = (("missing", missing), ("unexpected", unexpected), ("differing", misfits))
     if any(names for _, names in kinds):
-        report = "; ".join(f"{what}: {_shortened(names)}" for what, names in kinds if names)
+        report = "; ".join(f"{what}: {shortened(names)}" for what, names in kinds if names)
         raise CheckpointError(f"the weights do not fit the model: {report}")
 
 
@@ -342,7 +342,8 @@ def _customizes_loading(model: nn.Module) -> bool:
     )
 
 
-def _shortened(names: list[str]) -> str:
+def shortened(names: list[str]) -> str:
+    """Return names for a message, at most `MAX_LISTED` of them."""
     more = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f", ... and {more} more" if more > 0 else "")
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from fitloop._arguments import checked_arguments
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._checkpointing.run_files import FileOptions
-from fitloop._checkpointing.snapshot import apply_snapshot, read_snapshot, take_snapshot
+from fitloop._checkpointing.snapshot import (
+    apply_snapshot,
+    read_model_weights,
+    read_snapshot,
+    take_snapshot,
+)
 from fitloop._checkpointing.training_state import check_training
 from fitloop._display.console import write_output
 from fitloop._display.progress import RunDisplay
@@ -34,14 +40,14 @@ from fitloop._run.run import Run, RunOptions
 from fitloop._storage.durable import reason
 from fitloop._storage.metric_log import LOG_NAME
 from fitloop._storage.tensors import SnapshotBuffers
+from fitloop._storage.transfer import LoadedWeights, Rename, check_strict, transfer_weights
 from fitloop._storage.weight_files import (
     DEFAULT_SUFFIX,
     as_device,
-    read_weights,
     with_suffix,
     write_weights,
 )
-from fitloop._storage.weight_store import DiskStore, apply_weights, weights_of
+from fitloop._storage.weight_store import DiskStore, weights_of
 from fitloop._trainer.base import TrainerBase
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._types import Loader, Phase
@@ -535,24 +541,49 @@ class FitLoop(TrainerBase):
         path: str | Path | None = None,
         *,
         map_location: torch.device | str | None = None,
-        strict: bool = True,
-    ) -> None:
+        strict: bool | Literal["shapes"] = True,
+        only: str | Sequence[str] | None = None,
+        rename: Rename | None = None,
+        best: bool = False,
+    ) -> LoadedWeights:
         """Load weights from ``path`` (default ``save_path``), then call ``configure_optimizer``.
 
-        ``strict`` is as in torch's ``load_state_dict``.
+        The file is one of `save_model`, another weights file, or a snapshot or file of `save`, of
+        which only the weights of the model are used. They are loaded completely or not at all.
+
+        Args:
+            name, path: the file; a name without suffix gets ``.msgpack``.
+            map_location: the device that the file is read to before.
+            strict: True: the file has exactly the weights of the model. False: weights that only
+                one of them has are left out. ``"shapes"``: so are those whose shapes differ, such
+                as the last layer for other classes, and a `WeightsWarning` names all of them.
+            only: a pattern of names, or a list of patterns, in which ``*`` stands for any text:
+                ``"backbone.*"``. All other weights of the model stay, and ``strict`` concerns the
+                selected ones.
+            rename: names of the file to names of the model, before ``only`` is applied. Either
+                beginnings, which end at a dot: ``{"encoder": "backbone"}`` or ``("encoder",
+                "backbone")``, where ``""`` adds or removes a beginning; or a function of a name.
+            best: take the weights of the best epoch in a snapshot; default: those at its time.
+
+        Returns what was loaded and what was not, as a `LoadedWeights`.
 
         Raises:
             BusyError: the trainer is busy.
-            CheckpointError: the file cannot be read or does not fit; nothing was changed.
+            CheckpointError: the file cannot be read or does not fit, or a pattern or beginning is
+                of none of its weights; nothing was changed.
+            ConfigurationError: an argument cannot work.
         """
         source = self._file(name, path)
+        check_strict(strict)
+        device = as_device(map_location)
 
-        def read() -> None:
-            weights = read_weights(source, map_location=map_location)
-            apply_weights(self.model, weights, strict=strict)
+        def read() -> LoadedWeights:
+            weights = read_model_weights(source, device, best=best)
+            report = transfer_weights(self.model, weights, strict=strict, only=only, rename=rename)
             self._state.config.configure_optimizer(self)
+            return report
 
-        await run_exclusively_in_thread(self._state, "load_model", read)
+        return await run_exclusively_in_thread(self._state, "load_model", read)
 
     async def load_best(self) -> None:
         """Restore the best weights, as the end of a run with ``load_best=True`` does.

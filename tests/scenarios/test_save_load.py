@@ -572,14 +572,9 @@ def test_load_model_when_weights_do_not_fit_then_they_are_listed_and_strict_off_
     assert model_bits(other) == before
 
 
-def test_load_model_when_the_file_is_a_snapshot_then_it_is_named_and_the_other_way_round(
-    tmp_path: Path,
-) -> None:
+def test_load_when_the_file_has_weights_only_then_it_is_named(tmp_path: Path) -> None:
     fitted = sync_trainer(save_path=tmp_path)
-    fitted.save()
     fitted.save_model()
-    with pytest.raises(CheckpointError, match="it holds 'snapshot'; expected 'weights'"):
-        fitted.load_model("state")
     with pytest.raises(CheckpointError, match="it holds 'weights'; expected 'snapshot'"):
         fitted.load("model")
 
