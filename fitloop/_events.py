@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fitloop._format import json_ready
 from fitloop._public import public
 from fitloop._types import EpochMetrics, Phase
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 @public
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Base of all events."""
+    """Base of all events. Events are compared by value, and can be in sets and keys of a dict."""
 
     kind: ClassVar[str] = "event"
 
@@ -44,19 +45,14 @@ class Event:
     def as_dict(self) -> dict[str, Any]:
         """Return the event as JSON-ready values, with its ``kind``.
 
-        The dict of a `PhaseEnded` has no values of single batches.
+        A number that is not finite becomes None, since JSON has no NaN and no infinity. The dict of
+        a `PhaseEnded` has no values of single batches.
         """
         values: dict[str, Any] = {"kind": self.kind}
         for item in fields(self):
             if item.name != "batch_metrics":
-                values[item.name] = _plain(getattr(self, item.name))
+                values[item.name] = json_ready(getattr(self, item.name))
         return values
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return str(value) if isinstance(value, Phase) else value
 
 
 @public
@@ -129,9 +125,9 @@ class PhaseEnded(Event):
 
     epoch: int
     phase: Phase
-    metrics: EpochMetrics
+    metrics: EpochMetrics = field(hash=False)
     """the metrics of ``epoch_end``"""
-    start_metrics: EpochMetrics
+    start_metrics: EpochMetrics = field(hash=False)
     """the metrics of ``epoch_start``"""
     batch_metrics: Mapping[str, array[float]] = field(repr=False, compare=False)
     """the scalar values of the batch steps by name; empty if they are not tracked"""
@@ -177,7 +173,7 @@ class EpochEnded(Event):
     epoch: int
     epoch_in_run: int
     epochs: int
-    metrics: Mapping[str, EpochMetrics]
+    metrics: Mapping[str, EpochMetrics] = field(hash=False)
     """phase -> the metrics of its ``epoch_end``"""
     complete: bool
     """False if the run stopped within the epoch"""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from html import escape
+from typing import Any
 
 from fitloop._errors import UnknownMetricWarning, quoted_list, warn_user
 
@@ -54,10 +57,41 @@ def comma_list(names: Iterable[str]) -> str:
     return ", ".join(map(printable, names)) or "none"
 
 
+def format_number(value: float) -> str:
+    """Return a number with four decimals, or four significant digits where these tell more.
+
+    ``0.5280``, ``0.0100`` and ``12.3457`` have decimals; ``0.001234``, ``1e-05`` and ``2.853e+28``
+    have significant digits. Numbers from ten thousand to ten million are rounded to whole ones.
+    """
+    size = abs(value)
+    if 1e4 <= size < 1e7:
+        return f"{value:.0f}"
+    decimals, significant = f"{value:.4f}", f"{value:.4g}"
+    is_short = 0.01 <= size < 1e4
+    is_exact = size < 1e4 and float(decimals) == float(significant)
+    return decimals if is_short or is_exact else significant
+
+
 def format_metrics(metrics: Mapping[str, float], names: Sequence[str] | None) -> str:
     """Return metrics in one line: only those in ``names``, in this order; None for all."""
     chosen = metrics if names is None else {n: metrics[n] for n in names if n in metrics}
-    return " | ".join(f"{printable(name)}: {value:.4f}" for name, value in chosen.items())
+    return " | ".join(
+        f"{printable(name)}: {format_number(value)}" for name, value in chosen.items()
+    )
+
+
+def json_ready(value: Any) -> Any:
+    """Return a value for JSON: None for a number that is not finite, and plain dicts and strings.
+
+    Python would write NaN and Infinity, which are no JSON.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, StrEnum) else value
 
 
 def check_display_metrics(
@@ -135,7 +169,7 @@ def metrics_table(corner: str, metrics: Mapping[str, Mapping[str, float]]) -> Ta
     """Return a table of numbers by row and name, with empty cells for missing names."""
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     rows = [
-        [row, *(f"{values[name]:.4f}" if name in values else "" for name in names)]
+        [row, *(format_number(values[name]) if name in values else "" for name in names)]
         for row, values in metrics.items()
     ]
     return Table([corner, *names], rows)

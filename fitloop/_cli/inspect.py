@@ -12,7 +12,7 @@ from typing import Any
 
 from fitloop._cli.common import print_line, read_header
 from fitloop._errors import CheckpointError, FitLoopError
-from fitloop._format import printable
+from fitloop._format import format_metrics, format_number, json_ready, printable
 from fitloop._storage.durable import open_regular
 from fitloop._storage.layout import TensorEntry
 from fitloop._storage.metric_log import LOG_NAME, read_metrics
@@ -89,6 +89,10 @@ def _first_byte(path: Path) -> bytes:
     return b""
 
 
+def _print_json(values: dict[str, Any]) -> None:
+    print_line(json.dumps(json_ready(values), indent=1))
+
+
 def _print_file(path: Path, options: argparse.Namespace) -> None:
     header, entries, size = read_header(path)
     fields = {key: value for key, value in header.items() if key not in HIDDEN_KEYS}
@@ -99,7 +103,7 @@ def _print_file(path: Path, options: argparse.Namespace) -> None:
             else {"name": e.name, "dtype": e.dtype, "shape": e.shape, "nbytes": e.nbytes}
             for e in entries
         ]
-        print_line(json.dumps({**fields, "nbytes": size}, indent=1))
+        _print_json({**fields, "nbytes": size})
         return
     lines = [f"{path}: {header['kind']}, {_size(size)}"]
     if header["kind"] == SNAPSHOT:
@@ -123,7 +127,7 @@ def _print_weights(path: Path, options: argparse.Namespace) -> None:
             {"name": e.name, "dtype": e.dtype, "shape": e.shape, "nbytes": e.nbytes}
             for e in entries
         ]
-        print_line(json.dumps({"kind": "weights", "tensors": tensors, "nbytes": size}, indent=1))
+        _print_json({"kind": "weights", "tensors": tensors, "nbytes": size})
         return
     print_line(f"{path}: weights, {_size(size)}")
     _print_tensors(entries, everything=options.all)
@@ -143,7 +147,7 @@ def _print_jobs(path: Path, *, as_json: bool) -> None:
     if as_json:
         fields = ("name", "status", "epochs", "error", "seconds")
         jobs = [{name: getattr(record, name) for name in fields} for record in results]
-        print_line(json.dumps({"kind": "jobs", "jobs": jobs}, indent=1))
+        _print_json({"kind": "jobs", "jobs": jobs})
         return
     print_line(f"{path}: {_count(len(results), 'job')}")
     print_line(str(results))
@@ -160,13 +164,13 @@ def _print_log(path: Path, *, as_json: bool) -> None:
         for phase in Phase
     }
     if as_json:
-        print_line(json.dumps({"kind": "metrics", "last": last}, indent=1))
+        _print_json({"kind": "metrics", "last": last})
         return
     runs = f"{_count(history.train_runs, 'run')} of fit, {history.test_runs} of test"
     print_line(f"{path}: metrics, {runs}")
     for phase, metrics in last.items():
         if metrics:
-            print_line(f"  {phase}: " + " | ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
+            print_line(f"  {phase}: {format_metrics(metrics, None)}")
 
 
 def _snapshot_lines(header: dict[str, Any]) -> list[str]:
@@ -180,11 +184,11 @@ def _snapshot_lines(header: dict[str, Any]) -> list[str]:
     )
     lines.append(f"  position   {_position(trainer, position)}")
     if trainer["best_score"] is not None:
-        best = f"{trainer['criteria'][0]} {trainer['best_score']:.4f}"
+        best = f"{trainer['criteria'][0]} {format_number(trainer['best_score'])}"
         lines.append(f"  best       {best} in epoch {trainer['best_epoch']}")
     for phase, metrics in trainer["metrics"].items():
         if metrics:
-            lines.append(f"  {phase:10} " + " | ".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
+            lines.append(f"  {phase:10} {format_metrics(metrics, None)}")
     return lines
 
 

@@ -18,7 +18,7 @@ from fitloop._display.progress import PROGRESS_VIEW, EpochPrinter
 from fitloop._display.status import RunStatus
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted
-from fitloop._format import format_duration
+from fitloop._format import format_duration, format_number
 from fitloop._storage.durable import is_locked
 from fitloop._storage.log_follower import LogFollower, TimedEvent
 from fitloop._types import StopReason
@@ -337,5 +337,6 @@ def _summary(event: RunEnded, status: RunStatus) -> str:
         text += f" after {event.epochs} of {status.epochs} epochs"
     text += f" in {format_duration(event.seconds)}"
     if event.best_score is not None and event.call == "fit":
-        text += f", best score {event.best_score:.4f} in epoch {event.best_epoch}"
+        score = format_number(event.best_score)
+        text += f", best score {score} in epoch {event.best_epoch}"
     return text if event.error is None else f"{text}: {event.error}"

@@ -48,6 +48,12 @@ async def _awaiting(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
+def close_unawaited(awaitable: object) -> None:
+    """Close a coroutine that may never start; without this, Python would warn of it."""
+    if iscoroutine(awaitable):
+        awaitable.close()
+
+
 def is_coroutine_function(function: object) -> bool:
     """Return whether a call of ``function`` gives a coroutine, as far as can be known before.
 

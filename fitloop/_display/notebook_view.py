@@ -27,7 +27,7 @@ from fitloop._events import (
     RunStarted,
     WentBack,
 )
-from fitloop._format import Table, format_duration, html_block
+from fitloop._format import Table, format_duration, format_number, html_block
 
 UPDATE_SECONDS = 0.5
 """least time between two updates of the page"""
@@ -216,7 +216,7 @@ class NotebookView:
         if score is not None and end.best_epoch is not None and not math.isnan(score):
             epoch_in_run = end.best_epoch - self._epochs_before
             where = f"in epoch {epoch_in_run} (*)" if epoch_in_run > 0 else "in an earlier run"
-            parts.append(f"best score {score:.4f} {where}")
+            parts.append(f"best score {format_number(score)} {where}")
         return ", ".join(parts)
 
     def _bars(self) -> str:
@@ -238,7 +238,7 @@ def _cells(row: _Row | None, columns: list[tuple[str, str]]) -> list[str]:
     if row is None:
         return [GAP] * (len(columns) + 2)
     values = [row.metrics.get(phase, {}).get(name) for phase, name in columns]
-    metrics = ["" if value is None else f"{value:.4f}" for value in values]
+    metrics = ["" if value is None else format_number(value) for value in values]
     return [str(row.epoch_in_run), *metrics, row.time]
 
 

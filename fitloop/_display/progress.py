@@ -36,6 +36,7 @@ from fitloop._format import (
     display_width,
     format_duration,
     format_metrics,
+    format_number,
     printable,
 )
 
@@ -165,7 +166,7 @@ class EpochPrinter:
             lines.append(f"{label}early stop: {printable(self._early_stop)}\n")
         lines.append(f"{label}total time: {format_duration(event.seconds)}\n")
         if event.best_score is not None and not math.isnan(event.best_score):
-            lines.append(f"{label}best score: {event.best_score:.4f}\n")
+            lines.append(f"{label}best score: {format_number(event.best_score)}\n")
         write_output("".join(lines))
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fitloop._concurrency.coroutines import is_coroutine_function
+from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_function
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._engine.precision import Precision, check_precision, make_scaler
@@ -91,6 +91,20 @@ def check_plain(name: str, function: object) -> None:
         raise ConfigurationError(
             f"{name} is {function!r:.80}, an async def function; expected a plain function, whose "
             "result is not awaited"
+        )
+
+
+def check_not_awaitable(name: str, returned: object) -> None:
+    """Refuse what a plain function has returned if it would have to be awaited.
+
+    Raises:
+        ConfigurationError: it is a coroutine, for example.
+    """
+    if inspect.isawaitable(returned):
+        close_unawaited(returned)
+        raise ConfigurationError(
+            f"{name} returned {returned!r:.80}, which nothing awaits: its code did not run; "
+            "expected a plain function"
         )
 
 

@@ -8,28 +8,41 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from inspect import isawaitable
 from types import TracebackType
 from typing import Any, cast
 
-from fitloop._concurrency.coroutines import is_coroutine_function
+import anyio
+
+from fitloop._concurrency.control import Cancelled
+from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_function
 from fitloop._concurrency.event_loops import ThreadsafeEvent
+from fitloop._concurrency.supervisor import LoopPortal
+from fitloop._errors import add_note_safely
 from fitloop._events import BatchProgress, Event, RunEnded
 from fitloop._public import public
 
 STREAM_LIMIT = 1024
 """default size of the queue of a stream"""
+LATE_READER_SECONDS = 0.5
+"""time in which another run may begin before a late reader gets the end of the last one"""
 
 
 @public
 class EventStream:
     """An async iterator over events; ``trainer.events()`` and ``runner.events()`` return one.
 
-    Iteration ends after the `RunEnded` of a trainer's run, and with a runner. A slow reader does
-    not slow the training: a newer `BatchProgress` replaces an unread older one, and beyond
-    ``limit`` events the oldest are dropped. A cancelled reader loses no event: the next
-    ``async for`` continues with it.
+    Iteration ends after the `RunEnded` of a trainer's run, and with a runner; the next
+    ``async for`` reads the next run. A slow reader does not slow the training: a newer
+    `BatchProgress` replaces an unread older one, and beyond ``limit`` events the oldest are
+    dropped. A cancelled reader loses no event: the next ``async for`` continues with it.
+
+    A stream that is opened after a run has ended first gives the `RunEnded` of that run, so that a
+    late reader does not wait for a run that is over; unless another run begins within half a
+    second of the first read.
     """
 
     def __init__(
@@ -47,11 +60,14 @@ class EventStream:
         self._bell: ThreadsafeEvent | None = None
         self._is_ended = False
         self._read_end = False
+        self._late_end: RunEnded | None = None
+        """the end of a run that was over when the stream was opened, until the first read"""
         self.dropped = 0
         """number of events that were dropped"""
 
     async def __aenter__(self) -> EventStream:
         self._bell = ThreadsafeEvent()
+        self._late_end = self._streams.last_end if self._ends_with_run else None
         self._streams.add_stream(self)
         return self
 
@@ -74,6 +90,12 @@ class EventStream:
         if self._read_end:
             self._read_end = False  # the next ``async for`` reads the next run
             raise StopAsyncIteration
+        if self._late_end is not None and not self._events:
+            with anyio.move_on_after(LATE_READER_SECONDS):
+                await self._bell.wait()
+            if not self._events and self._streams.last_end is self._late_end:
+                self._add(self._late_end)
+        self._late_end = None
         while True:
             with self._lock:
                 if self._events:
@@ -86,7 +108,12 @@ class EventStream:
         return event
 
     def push(self, event: Event) -> None:
-        """Add an event; any thread."""
+        """Add an event, and wake the reader; any thread."""
+        self._add(event)
+        if self._bell is not None:
+            self._bell.set()
+
+    def _add(self, event: Event) -> None:
         with self._lock:
             if isinstance(event, BatchProgress):
                 self._drop_older(event)
@@ -94,8 +121,6 @@ class EventStream:
             if self._limit is not None and len(self._events) > self._limit:
                 self._events.popleft()
                 self.dropped += 1
-        if self._bell is not None:
-            self._bell.set()
 
     def _drop_older(self, event: BatchProgress) -> None:
         """Drop an older progress event of the same trainer at the end of the queue."""
@@ -121,6 +146,8 @@ class EventStreams:
     def __init__(self) -> None:
         self._streams: list[EventStream] = []
         self._is_ended = False
+        self.last_end: RunEnded | None = None
+        """the end of the last run of a trainer; None while a run goes on, and before the first"""
 
     def add_stream(self, stream: EventStream) -> None:
         """Pass every event from now on to ``stream``."""
@@ -153,6 +180,16 @@ class EventBus(EventStreams):
         self._queue: deque[Event] = deque()
         self._emitting = False
 
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Mark a block in which a run goes on; one without events leaves `last_end` as it was."""
+        before, self.last_end = self.last_end, None
+        try:
+            yield
+        finally:
+            self.set_observers(())
+            self.last_end = self.last_end or before
+
     def set_observers(self, observers: Iterable[Callable[[Event], object]]) -> None:
         """Set the observers of the next run."""
         self._observers = list(observers)
@@ -171,6 +208,8 @@ class EventBus(EventStreams):
         try:
             while self._queue:
                 current = self._queue.popleft()
+                if isinstance(current, RunEnded):
+                    self.last_end = current
                 self.push(current)  # first, since observers can raise an error
                 for observe in self._observers:
                     observe(current)
@@ -184,7 +223,12 @@ class UserCallbacks:
     Enter it before the run starts: then no event is lost.
     """
 
-    def __init__(self, streams: EventStreams, callbacks: Iterable[Callable[[Any], object]]) -> None:
+    def __init__(
+        self,
+        streams: EventStreams,
+        callbacks: Iterable[Callable[[Any], object]],
+        portal: LoopPortal,
+    ) -> None:
         self._streams = streams
         self._readers: list[tuple[EventStream, Callable[[Any], object]]] = []
         self.plain: list[Callable[[Any], object]] = []
@@ -192,7 +236,7 @@ class UserCallbacks:
             if is_coroutine_function(callback):
                 self._readers.append((EventStream(streams, None), callback))
             else:
-                self.plain.append(callback)
+                self.plain.append(partial(_call, callback, portal))
 
     @property
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
@@ -215,4 +259,27 @@ class UserCallbacks:
 
 async def _feed(stream: EventStream, callback: Callable[[Any], object]) -> None:
     async for event in stream:
-        await cast("Awaitable[object]", callback(event))
+        with _noted(callback, event):
+            await cast("Awaitable[object]", callback(event))
+
+
+def _call(callback: Callable[[Any], object], portal: LoopPortal, event: Event) -> None:
+    """Call a plain callback; await what it returns on the event loop, if that is an awaitable."""
+    with _noted(callback, event):
+        returned = callback(event)
+        if isawaitable(returned):
+            try:
+                portal.call(lambda: returned)
+            except Cancelled:  # the run ends at its next boundary; others still get this event
+                close_unawaited(returned)
+
+
+@contextmanager
+def _noted(callback: object, event: Event) -> Iterator[None]:
+    """Name the callback in a note on an exception of the block."""
+    try:
+        yield
+    except Exception as error:
+        name = getattr(callback, "__qualname__", None) or type(callback).__qualname__
+        add_note_safely(error, f"in the callback {name}, at {type(event).__name__}")
+        raise

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fitloop._concurrency.control import Cancelled
-from fitloop._concurrency.coroutines import SteppedAwaitable
+from fitloop._concurrency.coroutines import SteppedAwaitable, close_unawaited
 from fitloop._data.device import DeviceTransfer
 from fitloop._data.inspection import (
     is_iterable,
@@ -392,8 +392,7 @@ class Engine:
             with guard.on_event_loop():
                 return self._deps.portal.call(lambda: SteppedAwaitable(awaitable, guard.step))
         except Cancelled:
-            if hasattr(awaitable, "close"):  # of a coroutine that may not have started
-                awaitable.close()
+            close_unawaited(awaitable)
             raise
 
     def _emit(self, event: Event) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 
 from fitloop._errors import ConfigurationError, UnknownMetricError, quoted_list
 from fitloop._events import Event, PhaseEnded, RunStarted
-from fitloop._format import Table, comma_list, html_block
+from fitloop._format import Table, comma_list, format_number, html_block
 from fitloop._public import public
 from fitloop._types import LOOKUP_ORDER, Phase, RunChoice, Stage
 
@@ -435,7 +435,7 @@ class History:
                     str(phase),
                     str(stage),
                     name,
-                    f"{runs[max(runs)][-1]:.4f}",
+                    format_number(runs[max(runs)][-1]),
                     str(sum(map(len, runs.values()))),
                     str(len(runs)),
                 )

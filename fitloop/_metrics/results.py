@@ -12,7 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fitloop._events import Event, PhaseEnded
-from fitloop._format import Table, format_duration, html_block, metrics_table, printable
+from fitloop._format import (
+    Table,
+    format_duration,
+    format_number,
+    html_block,
+    metrics_table,
+    printable,
+)
 from fitloop._public import public
 
 Array = npt.NDArray[np.float64]
@@ -47,7 +54,7 @@ class FitResult:
         epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
         lines = [f"{epochs} in {format_duration(self.seconds)}, {printable(self.stop_reason)}"]
         if self.best_score is not None:
-            lines.append(f"best score: {self.best_score:.4f} in epoch {self.best_epoch}")
+            lines.append(f"best score: {format_number(self.best_score)} in epoch {self.best_epoch}")
         return lines
 
     def _table(self) -> Table:
@@ -60,7 +67,7 @@ class FitResult:
         )
 
     def __repr__(self) -> str:
-        best = "" if self.best_score is None else f", best {self.best_score:.4f}"
+        best = "" if self.best_score is None else f", best {format_number(self.best_score)}"
         epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
         return f"<FitResult {self.stop_reason}: {epochs}{best}>"
 

@@ -49,21 +49,23 @@ async def launch(
     config, defaults = state.config, TRAINER_DEFAULTS.get()
     note_call_site()
     trains = any(phase is Phase.TRAIN for phase, _loader in plan.phases)
-    user_callbacks = UserCallbacks(state.event_bus, callbacks)
+    control = RunControl()
+    portal = LoopPortal(control)
+    user_callbacks = UserCallbacks(state.event_bus, callbacks, portal)
     with (
         in_use(config.name, plan.call, state, config.model),
         checked_modes(plan.call, trains=trains),
         interruptible(),
+        state.event_bus.run(),
     ):
         async with user_callbacks:
-            control = RunControl()
             context = RunContext(
                 state=state,
                 trainer=trainer,
                 plan=plan,
                 schedulers=scheduler_steps(state, plan),
                 control=control,
-                portal=LoopPortal(control),
+                portal=portal,
                 callbacks=user_callbacks.plain,
                 num_threads=config.num_threads or defaults.num_threads or torch.get_num_threads(),
                 own_cuda_stream=defaults.cuda_stream,
@@ -73,7 +75,7 @@ async def launch(
                 return await supervise(
                     _LateTask(partial(make_task, context)),
                     control,
-                    context.portal,
+                    portal,
                     name=config.name,
                     grace=config.loader_grace,
                     background_tasks=user_callbacks.tasks,
@@ -81,7 +83,6 @@ async def launch(
                 )
             finally:
                 state.control = None
-                state.event_bus.set_observers(())
 
 
 class _LateTask:

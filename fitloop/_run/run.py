@@ -332,7 +332,7 @@ class Run:
             epochs=self._engine.epochs_completed,
             best_score=state.best_score,
             best_epoch=state.best_epoch,
-            seconds=time.perf_counter() - self._start,
+            seconds=self._seconds(),
             error=None if error is None else one_line(error),
         )
         self._session.guard.outside(state.event_bus.emit, event)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from fitloop._errors import CheckpointError, one_line
-from fitloop._format import Table, format_duration, html_block
+from fitloop._format import Table, format_duration, format_number, html_block
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._runner.jobs import Outcome
@@ -223,7 +223,7 @@ class Results(Sequence[Record]):
             score = epoch = epochs = ""
             if result is not None:
                 epochs = str(result.epochs)
-                score = "" if result.best_score is None else f"{result.best_score:.4f}"
+                score = "" if result.best_score is None else format_number(result.best_score)
                 epoch = "" if result.best_epoch is None else str(result.best_epoch)
             time = format_duration(record.seconds) if record.seconds else ""
             status = status.splitlines()[0][:60]

@@ -12,11 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fitloop._arguments import checked_arguments
-from fitloop._engine.config import PRETRAINED, Interval, TrainerConfig
+from fitloop._engine.config import PRETRAINED, Interval, TrainerConfig, check_not_awaitable
 from fitloop._engine.event_bus import EventStream
 from fitloop._engine.precision import Precision
 from fitloop._errors import ConfigurationError
-from fitloop._format import printable
+from fitloop._format import format_number, printable
 from fitloop._metrics.history import History, PhaseHistory
 from fitloop._plotting.draw import plot_history
 from fitloop._plotting.selection import BestEpoch
@@ -138,7 +138,7 @@ class TrainerBase:
             function = default_configure_optimizer
         except ValueError:  # a built-in function that has no signature
             pass
-        function(self, *args, **options)
+        check_not_awaitable("configure_optimizer", function(self, *args, **options))
 
     @property
     def M(self) -> History:  # noqa: N802 - the public name
@@ -265,7 +265,8 @@ class TrainerBase:
     def __repr__(self) -> str:
         best = ""
         if self.best_score is not None:
-            best = f", best {self.criteria} {self.best_score:.4f} in epoch {self.best_epoch}"
+            score = format_number(self.best_score)
+            best = f", best {self.criteria} {score} in epoch {self.best_epoch}"
         status = "running" if self.running else "idle"
         model = type(self.model).__name__
         of_model = "" if self.name == model else f" of {model}"

@@ -580,7 +580,7 @@ class FitLoop(TrainerBase):
         def read() -> LoadedWeights:
             weights = read_model_weights(source, device, best=best)
             report = transfer_weights(self.model, weights, strict=strict, only=only, rename=rename)
-            self._state.config.configure_optimizer(self)
+            self._state.configure_optimizer(self)
             return report
 
         return await run_exclusively_in_thread(self._state, "load_model", read)

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from fitloop._concurrency.control import RunControl
 from fitloop._data.inspection import reads_all_samples
 from fitloop._data.loaders import Loaders, LoadingOptions
-from fitloop._engine.config import PRETRAINED, TrainerConfig
+from fitloop._engine.config import PRETRAINED, TrainerConfig, check_not_awaitable
 from fitloop._engine.event_bus import EventBus
 from fitloop._errors import CheckpointError
 from fitloop._events import EpochEnded, Event
@@ -194,7 +194,11 @@ class TrainerState:
         check_extra_weights(self.config, extra_weights)
         apply_weights(self.config.model, weights, own=True)
         apply_extra_weights(self.config, extra_weights)
-        self.config.configure_optimizer(trainer)
+        self.configure_optimizer(trainer)
+
+    def configure_optimizer(self, trainer: Any) -> None:
+        """Call the ``configure_optimizer`` of the constructor, after weights were put back."""
+        check_not_awaitable("configure_optimizer", self.config.configure_optimizer(trainer))
 
     def reset(self, trainer: Any) -> None:
         """Return to the state before the first run; see ``FitLoop.reset``.
@@ -219,7 +223,7 @@ class TrainerState:
         self.epoch_num = 0
         self._clear_best_score()
         self.rng.reset()
-        self.config.configure_optimizer(trainer)
+        self.configure_optimizer(trainer)
 
     def delete_best(self) -> None:
         """Remove the best weights and the best score."""

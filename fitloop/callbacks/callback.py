@@ -35,7 +35,9 @@ class Callback(Protocol):
 
     - A plain callable is called on the thread that trains, between two batches, and training waits
       until it returns. Callbacks are called in the order of the list, after the trainer itself has
-      recorded the event: ``trainer.M`` and ``trainer.best_score`` are up to date.
+      recorded the event: ``trainer.M`` and ``trainer.best_score`` are up to date. If it returns an
+      awaitable, as a lambda around an ``async def`` does, the event loop awaits that, and training
+      waits for it too.
     - An ``async def`` callable is awaited on the event loop of ``fit``, with one event after the
       other in their order. Training never waits for a slow one: events wait in a queue, where a
       newer `BatchProgress` replaces an older one. ``fit`` returns when the queue is empty.
@@ -44,7 +46,7 @@ class Callback(Protocol):
     callback that stops it at the end of an epoch prevents the next epoch.
 
     An exception from a callback ends the run as failed, and ``fit`` raises the same exception
-    object with a note that names the trainer.
+    object with notes that name the callback, the event and the trainer.
 
     A cancellation does not interrupt a plain callback, and every plain callback gets the `RunEnded`
     of the cancelled run. It cancels an ``async def`` callback in its present ``await``; later
@@ -52,4 +54,4 @@ class Callback(Protocol):
     """
 
     def __call__(self, event: Event, /) -> object:
-        """Handle ``event``; the result is ignored, but that of an ``async def`` is awaited."""
+        """Handle ``event``; the result is ignored, unless it is an awaitable: that is awaited."""

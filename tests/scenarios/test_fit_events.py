@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import threading
+from functools import partial
 from typing import Any
+from unittest.mock import AsyncMock
 
 import anyio
 import pytest
@@ -14,6 +18,7 @@ from support.models import BATCHES, batches, bits, scores, sync_trainer, trainer
 
 from fitloop import (
     BatchProgress,
+    ConfigurationError,
     EpochEnded,
     Event,
     FitLoop,
@@ -193,6 +198,122 @@ async def test_events_when_a_task_reads_run_after_run_then_each_ends_its_iterati
             await fitted.fit(1, valid_dl=None, **QUIET)
             actual = [event async for event in events]
             assert (actual[0].kind, actual[-1].kind) == ("run_started", "run_ended")
+
+
+async def test_events_when_opened_after_a_run_then_give_its_end(anyio_backend: Any) -> None:
+    fitted = trainer()
+    await fitted.fit(1, **QUIET)
+    await fitted.run_sanity_check()  # is not told to readers
+    async with fitted.events() as events:
+        with anyio.fail_after(20):
+            assert [event.kind async for event in events] == ["run_ended"]
+        await fitted.fit(1, **QUIET)
+        kinds = [event.kind async for event in events]
+        assert kinds[0] == "run_started"
+
+
+async def test_events_when_opened_before_the_next_run_then_are_of_that_run(
+    anyio_backend: Any,
+) -> None:
+    fitted = trainer()
+    await fitted.fit(1, **QUIET)
+    seen: list[Event] = []
+
+    async def listen() -> None:
+        async with fitted.events() as events:
+            seen.extend([event async for event in events])
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(listen)
+        await anyio.wait_all_tasks_blocked()
+        await fitted.fit(1, **QUIET)
+    assert (seen[0].kind, seen[-1].kind) == ("run_started", "run_ended")
+
+
+def test_events_when_hashed_then_are_values_of_a_set() -> None:
+    told: list[Event] = []
+    sync_trainer().fit(1, callbacks=[told.append], **QUIET)
+    assert len(set(told)) == len(told)
+    assert all(hash(event) == hash(dataclasses.replace(event)) for event in told)
+
+
+def test_events_when_numbers_are_not_finite_then_are_null_in_json() -> None:
+    told: list[Event] = []
+
+    def end(_state: LoopState) -> dict[str, float]:
+        return {"loss": math.nan, "ratio": -math.inf}
+
+    sync_trainer(train_epoch_end=end, valid_dl=None).fit(1, callbacks=[told.append], **QUIET)
+    texts = [json.dumps(event.as_dict(), allow_nan=False) for event in told]
+    assert sum('{"loss": null, "ratio": null}' in text for text in texts) == 2
+
+
+@pytest.mark.parametrize("kind", ["lambda", "mock", "object"])
+async def test_plain_callback_when_it_returns_an_awaitable_then_that_is_awaited(
+    anyio_backend: Any, kind: str
+) -> None:
+    told: list[Event] = []
+
+    async def tell(event: Event) -> None:
+        await anyio.lowlevel.checkpoint()
+        told.append(event)
+
+    class Telling:
+        def __call__(self, event: Event) -> Any:
+            return tell(event)
+
+    callbacks: dict[str, Any] = {
+        "lambda": lambda event: tell(event),
+        "mock": AsyncMock(side_effect=tell),
+        "object": Telling(),
+    }
+    plain: list[Event] = []
+    await trainer(callbacks=[callbacks[kind], plain.append]).fit(1, **QUIET)
+    assert told == plain
+
+
+async def test_plain_callback_when_its_awaitable_raises_then_notes_name_the_callback() -> None:
+    async def fail() -> None:
+        await anyio.lowlevel.checkpoint()
+        raise ZeroDivisionError
+
+    def ends_badly(event: Event) -> Any:
+        return fail() if isinstance(event, EpochEnded) else None
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        await trainer(name="tiny").fit(1, callbacks=[ends_badly], **QUIET)
+    first, second = caught.value.__notes__
+    assert first.startswith("in the callback test_plain")
+    assert first.endswith("ends_badly, at EpochEnded")
+    assert "trainer 'tiny'" in second
+
+
+async def test_plain_callback_when_cancelled_in_its_awaitable_then_later_ones_get_the_end() -> None:
+    began = anyio.Event()
+    told: list[Event] = []
+
+    async def wait() -> None:
+        began.set()
+        await anyio.sleep_forever()
+
+    fitted = trainer()
+    async with anyio.create_task_group() as group:
+        callbacks = [lambda _event: wait(), told.append]
+        group.start_soon(partial(fitted.fit, 5, callbacks=callbacks, **QUIET))
+        await began.wait()
+        group.cancel_scope.cancel()
+    assert names(told) == ["run_started", "run_ended cancelled"]
+
+
+async def test_configure_optimizer_when_it_returns_an_awaitable_then_is_refused() -> None:
+    async def configure() -> None:
+        raise AssertionError
+
+    fitted = trainer(configure_optimizer=lambda *_arguments: configure())
+    with pytest.raises(ConfigurationError, match="configure_optimizer returned <coroutine"):
+        await fitted.reset()
+    with pytest.raises(ConfigurationError, match="expected a plain function"):
+        fitted.configure_optimizer()
 
 
 async def test_callback_when_it_stops_the_trainer_at_an_epochs_end_then_run_ends_there() -> None:

@@ -54,6 +54,7 @@ from fitloop import (
     PhaseStarted,
     PromptAsked,
     ResumeWarning,
+    RunEnded,
     SnapshotWritten,
     SyncFitLoop,
     default_batch_step,
@@ -395,6 +396,17 @@ def test_resume_when_stopped_then_has_ended(tmp_path: Path) -> None:
     assert expected is not None
     assert expected["result"]["stop_reason"] == "stopped"
     assert run_script(make, tmp_path, 0, **RESUMED) == expected
+
+
+def test_resume_when_the_fit_had_ended_then_tells_the_time_of_the_training(tmp_path: Path) -> None:
+    ends: list[Any] = []
+    results = [
+        sync_trainer(save_path=tmp_path, callbacks=[ends.append]).fit(2, resume=True, verbose=False)
+        for _start in range(3)
+    ]
+    times = [event.seconds for event in ends if isinstance(event, RunEnded)]
+    assert times[1] == results[1].seconds == results[2].seconds == times[2]
+    assert 0 < times[1] <= results[0].seconds
 
 
 # -- several fits ----------------------------------------------------------------------------------

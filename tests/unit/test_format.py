@@ -1,6 +1,12 @@
 from __future__ import annotations
 
-from fitloop._format import Table, html_block, metrics_table
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fitloop._format import Table, format_number, html_block, metrics_table
 
 
 def test_text_when_cells_differ_in_length_then_columns_are_aligned() -> None:
@@ -47,3 +53,33 @@ def test_by_metric_when_a_row_lacks_a_name_then_its_cell_is_empty() -> None:
 
 def test_html_block_when_parts_are_empty_then_are_left_out() -> None:
     assert html_block("a", "", "b") == "<div><div>a</div><div>b</div></div>"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.528, "0.5280"),
+        (0.0, "0.0000"),
+        (0.0714285, "0.0714"),
+        (12.34567, "12.3457"),
+        (0.0005, "0.0005"),
+        (0.00025, "0.00025"),
+        (0.0012345, "0.001234"),
+        (1e-5, "1e-05"),
+        (12345.6, "12346"),
+        (28526673921983411525016092672.0, "2.853e+28"),
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+    ],
+)
+def test_number_when_formatted_then_is_as_in_the_seed_or_has_four_digits(
+    value: float, text: str
+) -> None:
+    assert format_number(value) == text
+
+
+@given(st.floats(-1e300, 1e300))
+def test_number_when_formatted_then_is_short_and_near(value: float) -> None:
+    text = format_number(value)
+    assert len(text) <= 11
+    assert math.isclose(float(text), value, rel_tol=5.1e-3)

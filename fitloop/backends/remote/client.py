@@ -104,7 +104,9 @@ class WorkerClient:
         self._control = RunControl()
         self._portal = LoopPortal(self._control)
         self._event_bus = EventBus()
-        self._callbacks = UserCallbacks(self._event_bus, spec.options.get("callbacks", ()))
+        self._callbacks = UserCallbacks(
+            self._event_bus, spec.options.get("callbacks", ()), self._portal
+        )
         self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self._partial_lines: dict[str, str] = {}
         """output stream of the worker -> flushed beginning of its last line"""
