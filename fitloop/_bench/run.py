@@ -88,6 +88,7 @@ class BenchRun:
             restore_rng = save_global_state(self._context.state.cuda_devices)
             if not self._has_streams:
                 session.on_restore.append(restore_rng)
+            session.steps.register()
             session.guard.enter_phase(Phase.TRAIN)
             session.engine().call_hook("preloop", config.preloop, trainer)
             self._open_loader()
@@ -281,7 +282,7 @@ class BenchRun:
 
     def _bare_pass(self, variant: Variant, limit: int) -> PassTiming:
         timer = PassTimer(self.clock, self._config.device)
-        loop = BareLoop(self._context, self._session.engine(), timer, limit)
+        loop = BareLoop(self._session, timer, limit)
         self._session.guard.enter_phase(Phase.TRAIN)
         if variant in (Variant.LOAD, Variant.BARE):
             batches = self._access.iterable()

@@ -20,13 +20,13 @@ from fitloop._bench.figures import PassTiming
 from fitloop._data.device import DeviceTransfer
 from fitloop._data.inspection import loader_label, sample_counts
 from fitloop._data.sources import END
-from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import StateWriter
 from fitloop._engine.modes import Modes
+from fitloop._engine.optimization import Hook
 from fitloop._engine.plan import Instrumentation
 from fitloop._engine.stages import Stages
 from fitloop._errors import UnknownMetricError
-from fitloop._run.session import RunContext
+from fitloop._run.session import RunContext, RunSession
 from fitloop._types import Phase, Stage
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -133,7 +133,8 @@ class BareLoop:
     One object runs one pass of at most ``limit`` batches. ``engine`` only calls the hooks.
     """
 
-    def __init__(self, context: RunContext, engine: Engine, timer: PassTimer, limit: int) -> None:
+    def __init__(self, session: RunSession, timer: PassTimer, limit: int) -> None:
+        context, engine = session.context, session.engine()
         config, plan = context.state.config, context.plan
         self._config, self._plan = config, plan
         self._control = context.control
@@ -141,7 +142,7 @@ class BareLoop:
         self._timer = timer
         self._limit = limit
         self._move = DeviceTransfer(config.device, config.dtype, cast=plan.cast).move
-        self._optimizers = () if plan.define_all else config.optimizers
+        self._steps = session.steps
         self._after_batch = scheduler_hook(context)
 
     def read(self, iterable: Any) -> PassTiming:
@@ -155,7 +156,12 @@ class BareLoop:
         """Read and step, one after the other; an async step on the event loop."""
         config, plan, stages = self._config, self._plan, Stages(self._config)
         writer = StateWriter(
-            config, Phase.TRAIN, plan.first_epoch, self._control.stop, values=ListedValues()
+            config,
+            Phase.TRAIN,
+            plan.first_epoch,
+            self._control.stop,
+            values=ListedValues(),
+            steps=self._steps,
         )
         if not plan.define_all:
             Modes(config.model, config.optimizers).train()
@@ -165,37 +171,46 @@ class BareLoop:
             self._engine.call_hook("train epoch_start", lambda _trainer: start(writer.state), None)
         writer.begin(self._limit, *sample_counts(plan.phases[0][1], self._limit))
         step = stages.get(Phase.TRAIN, Stage.BATCH_STEP)
+        before, after = self._steps.batch_hooks(
+            writer.state, self._control, defines_all=plan.define_all
+        )
+        after += [] if self._after_batch is None else [self._after_batch]
         if not is_async:
-            return self._train(step, writer, iterable)
+            return self._train(step, writer, iterable, before, after)
         timings: list[PassTiming] = []
 
         async def train(_trainer: Any) -> None:
-            timings.append(await self._train_async(step, writer, iterable))
+            timings.append(await self._train_async(step, writer, iterable, before, after))
 
         self._engine.call_hook("train batch_step", train, None)
         return timings[0]
 
-    def _train(self, step: Any, writer: StateWriter, iterable: Any) -> PassTiming:
+    def _train(
+        self, step: Any, writer: StateWriter, iterable: Any, before: list[Hook], after: list[Hook]
+    ) -> PassTiming:
         state, next_batch, put = writer.state, writer.next_batch, writer.values.put
-        optimizers, after_batch = self._optimizers, self._after_batch
         cpu_start = time.thread_time()
         for batch in self._batches(iterable):
             next_batch(batch)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
+            for call in before:
+                call()
             put(step(state), state.batch_num)
-            if after_batch is not None:
-                after_batch()
+            for call in after:
+                call()
+        self._steps.flush()
         return self._timer.result(time.thread_time() - cpu_start)
 
-    async def _train_async(self, step: Any, writer: StateWriter, iterable: Any) -> PassTiming:
+    async def _train_async(
+        self, step: Any, writer: StateWriter, iterable: Any, before: list[Hook], after: list[Hook]
+    ) -> PassTiming:
         for batch in self._batches(iterable):
             writer.next_batch(batch)
-            for optimizer in self._optimizers:
-                optimizer.zero_grad()
+            for call in before:
+                call()
             writer.values.put(await step(writer.state), writer.state.batch_num)
-            if self._after_batch is not None:
-                self._after_batch()
+            for call in after:
+                call()
+        self._steps.flush()
         return self._timer.result()
 
     def _batches(self, iterable: Any) -> Iterator[Any]:

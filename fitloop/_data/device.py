@@ -23,6 +23,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fitloop._data.fields import field_names
 
+_SEQUENCES = frozenset((list, tuple))
+
 
 def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
     """Return ``item`` with ``change`` applied to its tensors, and to objects with ``.to``.
@@ -122,6 +124,8 @@ class DeviceTransfer:
         self._cast = cast
         self._targets: dict[torch.dtype, torch.dtype] = {}
         """dtype on the device for each dtype seen so far"""
+        self._kept: set[torch.dtype] = set()
+        """those of them that stay the same"""
         self._has_device_tensors = False
         """whether the batch may have tensors that another stream made on the device"""
         on_cuda = device.type == "cuda"
@@ -136,13 +140,11 @@ class DeviceTransfer:
     def start(self, batch: Any) -> Any:
         """Start moving ``batch``; any thread, one at a time."""
         kind = type(batch)
-        if self._on_cpu and (kind is list or kind is tuple):
+        if self._on_cpu and kind in _SEQUENCES:
             # A fast path for the usual (inputs, targets), since most batches need no change.
-            targets = self._targets
+            kept = self._kept
             for tensor in batch:
-                if type(tensor) is not Tensor or not tensor.is_cpu:
-                    break
-                if targets.get(tensor.dtype) is not tensor.dtype:
+                if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype not in kept:
                     break
             else:
                 return batch if kind is tuple else batch.copy()  # the step may change a list
@@ -192,6 +194,8 @@ class DeviceTransfer:
         else:
             target = self._dtype if dtype.is_floating_point else torch.long
         self._targets[dtype] = target
+        if target is dtype:
+            self._kept.add(dtype)
         return target
 
     def _move(self, item: Any) -> Any:

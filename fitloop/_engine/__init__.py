@@ -6,6 +6,7 @@ or figures, and reaches the event loop only through a `LoopPortal`.
 - `config`: the checked arguments of a trainer.
 - `stages`: the nine stage functions and their defaults.
 - `loop_state`: `LoopState`, the argument of every stage function, and its writer.
+- `optimization`: one optimizer step: the order of its parts, and the batches that it is made of.
 - `plan`: the plan of a run, and the dependencies of the engine.
 - `loop`: the loop.
 - `event_bus`: passes events to observers and event streams.

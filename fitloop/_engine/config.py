@@ -32,12 +32,12 @@ from fitloop._errors import (
 )
 from fitloop._types import Phase, Stage, StageFunction
 
-Interval = Literal["batch", "epoch", "valid"]
+Interval = Literal["step", "batch", "epoch", "valid"]
 DEFAULT_SAVE_PATH = "fitloop_state"
 PRETRAINED = "pretrained_model"
 """name of the weights before the first run"""
 
-INTERVALS = ("batch", "epoch", "valid")
+INTERVALS = ("step", "batch", "epoch", "valid")
 
 STAGE_NAMES: dict[tuple[Phase, Stage], str] = {
     (phase, stage): f"{phase}_{'step' if stage is Stage.BATCH_STEP else stage}"
@@ -224,6 +224,7 @@ class TrainerConfig:
     on_continue: Callable[[Any], Awaitable[bool]] | None
     precision: Precision | None
     scaler: Any
+    accumulate: int
     stateful: dict[str, Any]
 
     @classmethod
@@ -252,6 +253,9 @@ class TrainerConfig:
             "seed": check_optional("seed", arguments["seed"], 0),
             "num_threads": check_optional("num_threads", arguments["num_threads"], 1),
             "prefetch": check_optional("prefetch", arguments["prefetch"], 0),
+            "accumulate": check_number(
+                "accumulate", arguments["accumulate"], 1, meaning="batches for an optimizer step"
+            ),
             "callbacks": check_callbacks(arguments["callbacks"]),
             "save_to_disk": check_flag("save_to_disk", arguments["save_to_disk"]),
             "stateful": _check_stateful(arguments["stateful"]),
@@ -305,8 +309,7 @@ class TrainerConfig:
         for optimizer in self.optimizers:
             has_groups = isinstance(getattr(optimizer, "param_groups", None), list)
             _expect(has_groups, "optimizer", optimizer, "a torch optimizer or a list of them")
-            if self.train_step is None:
-                self._check_step(optimizer)
+            self._check_closure(optimizer)
         named = dict(self.model.named_parameters())
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         held = {id(parameter) for group in groups for parameter in group["params"]}
@@ -327,19 +330,21 @@ class TrainerConfig:
                 OptimizerWarning,
             )
 
-    def _check_step(self, optimizer: Any) -> None:
-        step = getattr(type(optimizer), "step", None)  # a scheduler replaces that of the instance
-        if step is None:
+    def _check_closure(self, optimizer: Any) -> None:
+        """Refuse an optimizer that needs a closure, where it gets none."""
+        if not needs_closure(optimizer):
             return
-        try:
-            inspect.signature(step).bind(optimizer)
-        except TypeError:
+        kind = type(optimizer).__name__
+        if self.accumulate > 1:
             raise ConfigurationError(
-                f"{type(optimizer).__name__}.step() needs a closure, which the default train_step "
-                "does not give it; write train_step= that calls optimizer.step(closure)"
-            ) from None
-        except ValueError:  # a built-in function that has no signature
-            pass
+                f"{kind}.step() needs a closure, and accumulate is {self.accumulate}; gradients "
+                "cannot be accumulated over the batches for it. Leave accumulate= out"
+            )
+        if self.train_step is None:
+            raise ConfigurationError(
+                f"{kind}.step() needs a closure, which the default train_step does not give it; "
+                "write train_step= that calls optimizer.step(closure)"
+            )
 
     def _check_functions(self) -> None:
         for name in STAGE_NAMES.values():
@@ -374,7 +379,7 @@ class TrainerConfig:
             )
         intervals = as_list(self.scheduler_interval)
         for interval in intervals:
-            expected = "'batch', 'epoch' or 'valid'"
+            expected = "'step', 'batch', 'epoch' or 'valid'"
             _expect(interval in INTERVALS, "scheduler_interval", interval, expected)
         if intervals and not self.lr_schedulers:
             raise ConfigurationError(
@@ -436,6 +441,19 @@ class TrainerConfig:
 
 
 CONFIG_NAMES = {"optimizers", "lr_schedulers", *(field.name for field in fields(TrainerConfig))}
+
+
+def needs_closure(optimizer: Any) -> bool:
+    """Return whether ``step()`` of an optimizer needs a closure, as that of LBFGS does."""
+    step = getattr(type(optimizer), "step", None)  # a scheduler replaces that of the instance
+    try:
+        if step is not None:
+            inspect.signature(step).bind(optimizer)
+    except TypeError:
+        return True
+    except ValueError:  # a built-in function that has no signature
+        pass
+    return False
 
 
 def _first(*values: Any) -> Any:

@@ -26,6 +26,7 @@ from fitloop._data.inspection import (
 from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState, StateWriter
+from fitloop._engine.optimization import Hook
 from fitloop._engine.plan import EngineDeps, PassPosition, RunPlan
 from fitloop._engine.precision import autocast_block
 from fitloop._engine.stages import Stages, default_batch_step
@@ -72,8 +73,9 @@ class Engine:
                     epoch_start(state)
                     PhaseStarted
                     for each batch:
-                        optimizer.zero_grad()                          train only
+                        optimizer.zero_grad()                          train, begins a window
                         batch_step(state)                              its values are collected
+                        the optimizer step of an incomplete window     train, in the last batch
                         EngineDeps.after_batch                         train only
                         BatchProgress                                  at most ten times a second
                     epoch_end(state)
@@ -184,7 +186,7 @@ class Engine:
         """
         deps, plan = self._deps, self._plan
         started_at = deps.clock()
-        writer = StateWriter(deps.config, phase, epoch, self._control.stop)
+        writer = StateWriter(deps.config, phase, epoch, self._control.stop, steps=deps.steps)
         state = writer.state
         self._enter(phase)
         self._set_epoch(phase, loader, epoch)
@@ -207,7 +209,7 @@ class Engine:
             self._emit(
                 PhaseStarted(trainer=deps.config.name, epoch=epoch, phase=phase, batches=batches)
             )
-            complete = self._batches(writer, source)
+            complete = self._pass(writer, source)
         except BaseException as error:
             self._close_after(error, source, loader)
             raise
@@ -243,6 +245,14 @@ class Engine:
         )
         return metrics, complete
 
+    def _pass(self, writer: StateWriter, source: Source) -> bool:
+        """Run the batches of a phase; return whether it was complete."""
+        complete, state = self._batches(writer, source), writer.state
+        if state.is_train and not self._control.cancelled:  # else the run is resumed in the window
+            self.activity = f"{state.phase}, epoch {state.epoch_num}, the last optimizer step"
+            self._deps.steps.flush()
+        return complete
+
     def _close_after(self, error: BaseException, source: Source, loader: Any) -> None:
         try:
             self._deps.loaders.close(source, loader)
@@ -261,9 +271,13 @@ class Engine:
         step = self._in_precision(phase, step, await_step)
         put = wrap(phase, "metrics", writer.values.put)
         fetch = wrap(phase, "wait", source.fetch)
-        train = phase is Phase.TRAIN
-        optimizers = deps.config.optimizers if train and not self._defines_all(phase) else ()
-        reactions = deps.after_batch if train else ()
+        preparations: list[Hook] = []
+        reactions: list[Hook] = []
+        if phase is Phase.TRAIN:
+            preparations, flush = deps.steps.batch_hooks(
+                state, control, defines_all=self._defines_all(phase)
+            )
+            reactions = [*flush, *deps.after_batch]
         begin, end_of_batch, clock = writer.next_batch, deps.guard.end_of_batch, deps.clock
         started_at = clock()
         report_at = started_at + PROGRESS_SECONDS
@@ -280,8 +294,8 @@ class Engine:
                 self.activity = f"{epoch}, loading batch {state.batch_num + 1}"
                 raise
             try:
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
+                for prepare in preparations:
+                    prepare()
                 values = step(state)
                 if type(values) is not dict and isawaitable(values):
                     values = await_step(values)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fitloop._data.batch_sizes import describe, possible_sizes
 from fitloop._engine.class_losses import ignored_class
 from fitloop._engine.config import CONFIG_NAMES, TrainerConfig
+from fitloop._engine.optimization import OptimizerSteps
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._metrics.batch_values import BatchValues
 from fitloop._public import public
@@ -41,8 +42,10 @@ class LoopState:
         "_epoch_num",
         "_expected_size",
         "_ignored_class",
+        "_is_plain",
         "_phase",
         "_sizes",
+        "_steps",
         "_stop",
         "_usual_size",
         "_values",
@@ -78,9 +81,17 @@ class LoopState:
     """the gradient scaler, or None"""
 
     def __init__(
-        self, config: TrainerConfig, phase: Phase, epoch: int, stop: Callable[[], None], values: Any
+        self,
+        config: TrainerConfig,
+        phase: Phase,
+        epoch: int,
+        stop: Callable[[], None],
+        values: Any,
+        steps: OptimizerSteps | None = None,
     ) -> None:
         self._config = config
+        self._steps = steps if phase is Phase.TRAIN else None
+        self._is_plain = steps is None or steps.is_plain
         self._phase = phase
         self._epoch_num = epoch
         self._stop = stop
@@ -206,6 +217,44 @@ class LoopState:
         """Return the names of the values that batch steps have returned."""
         return self._values.names()
 
+    @property
+    def window(self) -> int:
+        """Calls of `optimize` whose gradients wait for the next optimizer step; 0 after a step.
+
+        Of several optimizers, the largest number.
+        """
+        return 0 if self._steps is None else max(window.count for window in self._steps.windows)
+
+    def optimize(
+        self, loss: Tensor, weight: float | Tensor | None = None, *, optimizer: Any = None
+    ) -> None:
+        """Add the gradients of a loss; make an optimizer step when enough batches are summed.
+
+        Call it in a train step instead of ``zero_grad``, ``backward`` and ``step``. It does in this
+        order: ``backward`` (of the scaled loss if there is a ``scaler``), and after ``accumulate``
+        calls: unscale, divide the gradients by the number of the calls, ``optimizer.step()``,
+        schedulers of interval ``"step"``, ``scaler.update()``. At the end of a pass and after
+        ``stop()`` a step is made with the calls so far; that is after the step of the last batch.
+
+        Args:
+            loss: a tensor of one element.
+            weight: how much this loss counts among those of its optimizer step, a number above 0:
+                the gradients are those of ``sum(loss * weight) / sum(weight)``. If the loss is a
+                mean over samples or tokens, their number makes the step that of one big batch. A
+                tensor on the device is not waited for. Default: 1, the mean of the losses.
+            optimizer: the optimizer to step, one of `optimizers`; only its parameters get
+                gradients. Default: all optimizers, and gradients as ``loss.backward()`` gives them.
+                With several optimizers and losses call it once for each.
+
+        Raises ConfigurationError outside of train steps, and for arguments that cannot work.
+        """
+        if self._steps is None or self.batch is None:
+            raise ConfigurationError(
+                "state.optimize() was called outside of the step of a train batch; call it only "
+                "in train_step, or if state.is_train"
+            )
+        self._steps.optimize(loss, weight, optimizer, self.batch_num)
+
     def stop(self) -> None:
         """End the run after this batch; the phase's ``epoch_end`` still runs on what was seen."""
         self._stop()
@@ -234,7 +283,8 @@ class _UnsizedState(LoopState):
 class StateWriter:
     """Creates the `LoopState` of one phase, and updates it.
 
-    ``values`` collects the values of the batch steps; by default a `BatchValues`.
+    ``values`` collects the values of the batch steps; by default a `BatchValues`. ``steps`` are the
+    optimizer steps of the run.
     """
 
     __slots__ = ("_loader_size", "_samples", "_size_of", "state", "values")
@@ -246,9 +296,10 @@ class StateWriter:
         epoch_num: int,
         stop: Callable[[], None],
         values: Any = None,
+        steps: OptimizerSteps | None = None,
     ) -> None:
         self.values: Any = BatchValues(phase) if values is None else values
-        self.state = LoopState(config, phase, epoch_num, stop, self.values)
+        self.state = LoopState(config, phase, epoch_num, stop, self.values, steps)
         self._size_of = config.batch_size_of
         self._loader_size: int | None = None
         """samples in each full batch of a DataLoader"""
@@ -439,5 +490,6 @@ def add_attribute_hint(error: BaseException) -> None:
         add_note_safely(
             error,
             "LoopState has the arguments of FitLoop and: phase, batch, batch_size, batch_sizes, "
-            "batch_num, epoch_num, size, batches, is_train, is_test, names(), stop()",
+            "batch_num, epoch_num, size, batches, is_train, is_test, window, optimize(), names(), "
+            "stop()",
         )

@@ -13,6 +13,7 @@ from fitloop._data.loaders import Loaders
 from fitloop._data.resumption import ResumePosition
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.modes import Modes
+from fitloop._engine.optimization import OptimizerSteps
 from fitloop._events import Event
 from fitloop._rng.guard import RngGuard
 from fitloop._types import Phase
@@ -83,6 +84,8 @@ class EngineDeps:
     """train and eval modes of the model"""
     guard: RngGuard
     """random numbers of the run"""
+    steps: OptimizerSteps
+    """optimizer steps of the run"""
     emit: Callable[[Event], None] = lambda event: None
     ask: Callable[[int, int], bool] = lambda epoch, epoch_in_run: True
     """asks whether to go on after an epoch, given its number in all runs and in this one"""

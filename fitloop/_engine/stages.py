@@ -51,16 +51,12 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
             predictions = state.model(inputs)
             loss = state.loss_function(predictions, targets)
         if state.is_train:
-            if state.scaler is None:
+            if state._is_plain:  # without a call
                 loss.backward()
                 for optimizer in state.optimizers:
                     optimizer.step()
             else:
-                scaler = state.scaler
-                scaler.scale(loss).backward()
-                for optimizer in state.optimizers:
-                    scaler.step(optimizer)
-                scaler.update()
+                state.optimize(loss, _mean_over(state, predictions, targets))
         # Reading a value from a device would wait for it.
         value = loss.item() if loss.is_cpu else loss.detach().reshape(())
     except Exception as error:
@@ -78,6 +74,14 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
             "running_corr": (predictions.argmax(dim=1) == targets).sum().item(),
         }
     return {"running_loss": value * size, **_count_correct(state, predictions, targets)}
+
+
+def _mean_over(state: LoopState, predictions: Any, targets: Any) -> Any:
+    """Return the number of targets that the loss of a batch is the mean of; 1 if it is 0."""
+    ignored = state._ignored_class
+    if ignored is None or targets is None or targets.is_floating_point() or predictions.ndim < 2:
+        return state.batch_size or 1
+    return (targets != ignored).sum().clamp(min=1)
 
 
 def _count_correct(state: LoopState, predictions: Any, targets: Any) -> dict[str, Any]:

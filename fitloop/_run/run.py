@@ -75,6 +75,7 @@ class Run:
             self._session = self._open_session()
             stack.callback(self._session.close)
             self._plan = self._session.plan
+            self._parts["window"] = self._session.steps
             self._metrics = EpochMetricsRecorder()
             self._tracker = None
             if self._plan.call == "fit":
@@ -191,6 +192,8 @@ class Run:
     def execute(self) -> None:
         """Emit `RunStarted`, call ``preloop``, run the engine, call ``postloop``."""
         with self._session.error_notes():
+            if self._context.schedulers is not None:
+                self._session.steps.register()
             self._execute()
 
     def _execute(self) -> None:
@@ -270,7 +273,9 @@ class Run:
             },
             train_pass=train_pass,
             parts=states_of(self._parts),
-            has_gradients=plan.define_all or (train_pass is not None and train_pass.is_at_end),
+            has_gradients=plan.define_all
+            or self._session.steps.is_open
+            or (train_pass is not None and train_pass.is_at_end),
         )
 
     def _seconds(self) -> float:

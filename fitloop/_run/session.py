@@ -20,6 +20,7 @@ from fitloop._engine.config import STAGE_NAMES
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import add_attribute_hint
 from fitloop._engine.modes import Modes
+from fitloop._engine.optimization import OptimizerSteps
 from fitloop._engine.plan import EngineDeps, RunPlan
 from fitloop._errors import add_note_safely, one_line
 from fitloop._rng.guard import RngGuard
@@ -103,6 +104,10 @@ class RunSession:
                 self._before.check(f"{self.plan.call}()")
             self.time_slice = TimeSliceHook(self.guard.wait, context.control)
             stack.callback(self.time_slice.close)
+            schedulers = context.schedulers
+            after_step = () if schedulers is None else schedulers.after_step
+            self.steps = OptimizerSteps(config, state.step_counts, after_step)
+            """the optimizer steps; `restore` removes their hooks"""
             self._deps = EngineDeps(
                 config=config,
                 control=context.control,
@@ -110,6 +115,7 @@ class RunSession:
                 loaders=self._loaders,
                 modes=Modes(config.model, config.optimizers),
                 guard=self.guard,
+                steps=self.steps,
             )
             self._engine = Engine(self.plan, self._deps)
             self.close: Callable[[], None] = stack.pop_all().close
@@ -156,6 +162,7 @@ class RunSession:
         self._cuda_stream.enter()  # this may be another thread than the step thread
         ending.attempt("putting back the random generators", self.guard.close)
         for function in (
+            self.steps.remove,
             self._restore_modes,
             self._loaders.restore,
             self.restore_training,

@@ -76,6 +76,7 @@ class TrainerBase:
         on_continue: Ask | None = None,
         precision: Precision | None = None,
         scaler: Any = None,
+        accumulate: int = 1,
         stateful: Mapping[str, Any] | None = None,
     ) -> None:
         arguments = locals().copy()

@@ -92,11 +92,12 @@ class FitLoop(TrainerBase):
         test_epoch_start, test_step, test_epoch_end: stage functions of the test.
         preloop, postloop: called with the trainer before the first and after the last epoch.
         lr_scheduler: a learning-rate scheduler, or a list of schedulers.
-        scheduler_interval: when to step the schedulers: ``"batch"``, ``"epoch"`` or ``"valid"``
-            (after validation, with the criteria); one for all, or a list. Default with the default
-            ``train_step``: per batch for OneCycleLR and CyclicLR, also inside SequentialLR and
-            ChainedScheduler, after validation for ReduceLROnPlateau, per epoch for the rest. Your
-            own ``train_step`` steps them itself; a `ScheduleWarning` says so if it does not.
+        scheduler_interval: when to step the schedulers: ``"step"`` (after each step that their own
+            optimizer has made), ``"batch"``, ``"epoch"`` or ``"valid"`` (after validation, with the
+            criteria); one for all, or a list. Default with the default ``train_step``: per step for
+            OneCycleLR and CyclicLR, also inside SequentialLR and ChainedScheduler, after validation
+            for ReduceLROnPlateau, per epoch for the rest. Your own ``train_step`` steps them
+            itself; a `ScheduleWarning` says so if it does not.
         device: default: CUDA if there is a device, else the CPU.
         dtype: floating tensors of the batches and the model are cast to it. Default: the dtype of
             the first floating parameter of the model.
@@ -135,8 +136,14 @@ class FitLoop(TrainerBase):
         precision: ``"bf16"`` or ``"fp16"``: the batch steps of all phases compute in bfloat16 or
             float16 where ``torch.autocast`` does. The weights must be float32, and stay so.
             ``"fp16"`` makes a ``torch.amp.GradScaler`` unless ``scaler`` is given. Default: None.
-        scaler: a ``torch.amp.GradScaler``. The default ``train_step`` scales its loss with it.
-            Without ``precision`` it only scales: the steps compute in the dtype of the weights.
+        scaler: a ``torch.amp.GradScaler``. `LoopState.optimize` and the default ``train_step``
+            scale their loss with it. Without ``precision`` it only scales: the steps compute in the
+            dtype of the weights.
+        accumulate: batches for one optimizer step, 1 by default: their gradients are summed, and
+            divided once, at the step. The last step of an epoch has the batches that are left. The
+            default ``train_step`` weights the batches by the number of their samples, or of the
+            targets that the loss counts, so that a step is that of one big batch. Your own
+            ``train_step`` calls `LoopState.optimize`.
         stateful: more objects with ``state_dict`` and ``load_state_dict``, by name. Snapshots hold
             their states and dry runs restore them.
 

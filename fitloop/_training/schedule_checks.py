@@ -6,6 +6,7 @@ neither the epochs nor the batches of the fit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def parts_of(scheduler: Any) -> Iterator[Any]:
 
 
 def warn_of_lengths(
-    pairs: Sequence[tuple[Any, Interval | None]], epochs: int, batches: int
+    pairs: Sequence[tuple[Any, Interval | None]], epochs: int, batches: int, accumulate: int
 ) -> None:
     """Warn of schedules that are as long as something else than what they are stepped for.
 
@@ -41,25 +42,27 @@ def warn_of_lengths(
         pairs: schedulers that have not been stepped in this fit yet, with their intervals.
         epochs: of the fit.
         batches: of an epoch.
+        accumulate: batches for an optimizer step.
     """
     for scheduler, interval in pairs:
+        in_epoch = batches if interval == "batch" else math.ceil(batches / accumulate)
         if interval is None or batches < 2:
             continue
-        steps = epochs * batches if interval == "batch" else epochs
+        steps = epochs * in_epoch if interval in ("step", "batch") else epochs
         for inner in _in_parallel(scheduler):
             name, length, last = _length_of(inner)
             done = _steps_done(inner)
             if done:  # an earlier fit may have ended in the middle of an epoch
                 fits = length - done >= steps or not isinstance(last, kinds.OneCycleLR)
             else:
-                fits = _fits(last, length, interval, epochs, batches)
+                fits = _fits(last, length, interval, epochs, in_epoch)
             if length > 0 and not fits:
                 earlier = f", of which {done} steps are done" if done else ""
                 warn_user(
                     f"{type(inner).__name__} has {name}{length}{earlier}, and is stepped "
                     f"{steps} times in this fit: {_interval_words(interval)} of {epochs} epochs of "
-                    f"{batches} batches. Give it a length in these steps, or another "
-                    "scheduler_interval=",
+                    f"{batches} batches{f', {accumulate} to a step' * (accumulate > 1)}. Give it a "
+                    "length in these steps, or another scheduler_interval=",
                     ScheduleWarning,
                 )
                 break
@@ -99,10 +102,11 @@ def _steps_done(scheduler: Any) -> int:
 def _fits(scheduler: Any, length: int, interval: Interval, epochs: int, batches: int) -> bool:
     """Return whether a schedule of ``length`` steps, none of which is done, may be meant as it is.
 
-    A schedule for several fits is longer than this one.
+    A schedule for several fits is longer than this one. ``batches`` are the batches, or optimizer
+    steps, of an epoch.
     """
     total = epochs * batches
-    if interval != "batch":
+    if interval not in ("step", "batch"):
         if length <= epochs:
             return length == epochs or not isinstance(scheduler, kinds.OneCycleLR)
         is_long = length > 10 * epochs and (length % batches == 0 or length > total)
@@ -116,9 +120,11 @@ def _fits(scheduler: Any, length: int, interval: Interval, epochs: int, batches:
 
 
 def _interval_words(interval: Interval) -> str:
-    return {"batch": "after each batch", "valid": "after each validation"}.get(
-        interval, "after each epoch"
-    )
+    return {
+        "step": "after each optimizer step",
+        "batch": "after each batch",
+        "valid": "after each validation",
+    }.get(interval, "after each epoch")
 
 
 class UnsteppedCheck:
@@ -140,7 +146,7 @@ class UnsteppedCheck:
                 warn_user(
                     f"nothing has stepped the {kind} of lr_scheduler= in the first epoch: with a "
                     f"train_step of your own it is left to your code. Call {what}, or give "
-                    "scheduler_interval= 'batch', 'epoch' or 'valid', and the trainer steps it",
+                    "scheduler_interval= 'step', 'epoch' or 'valid', and the trainer steps it",
                     ScheduleWarning,
                 )
         self._before = []

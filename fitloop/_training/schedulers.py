@@ -7,13 +7,14 @@ from typing import Any
 from torch.optim import lr_scheduler as kinds
 
 from fitloop._engine.config import Interval, TrainerConfig, as_list
+from fitloop._engine.optimization import hooked_optimizer
 from fitloop._errors import ConfigurationError, MissingCriteriaError
 from fitloop._events import EpochEnded, EpochStarted, Event, PhaseEnded, PhaseStarted, RunEnded
 from fitloop._training.best import Criteria
 from fitloop._training.schedule_checks import UnsteppedCheck, parts_of, warn_of_lengths
 from fitloop._types import Phase
 
-_PER_BATCH = (kinds.OneCycleLR, kinds.CyclicLR)
+_PER_STEP = (kinds.OneCycleLR, kinds.CyclicLR)
 
 
 def intervals_of(config: TrainerConfig) -> list[Interval | None]:
@@ -30,8 +31,8 @@ def intervals_of(config: TrainerConfig) -> list[Interval | None]:
 def _natural_interval(scheduler: object) -> Interval:
     if isinstance(scheduler, kinds.ReduceLROnPlateau):
         return "valid"
-    per_batch = any(isinstance(inner, _PER_BATCH) for inner in parts_of(scheduler))
-    return "batch" if per_batch else "epoch"
+    per_step = any(isinstance(inner, _PER_STEP) for inner in parts_of(scheduler))
+    return "step" if per_step else "epoch"
 
 
 def check_modes(config: TrainerConfig, criteria: Criteria | None) -> None:
@@ -58,6 +59,23 @@ def _check_mode(scheduler: kinds.ReduceLROnPlateau, criteria: Criteria) -> None:
         )
 
 
+def _optimizer_of(scheduler: Any, config: TrainerConfig) -> Any:
+    """Return the optimizer whose steps a scheduler follows.
+
+    Raises ConfigurationError if it cannot be told, or does not tell of its steps.
+    """
+    optimizer = getattr(scheduler, "optimizer", None)
+    if optimizer is None and len(config.optimizers) == 1:
+        optimizer = config.optimizers[0]
+    hooked = hooked_optimizer(optimizer)
+    if hooked is None:
+        raise ConfigurationError(
+            f"scheduler_interval is 'step' for a {type(scheduler).__name__}, which has no torch "
+            "optimizer whose steps it could follow; give it an attribute optimizer, or give 'batch'"
+        )
+    return hooked
+
+
 class SchedulerSteps:
     """An observer of one run that steps the schedulers of the trainer.
 
@@ -78,10 +96,16 @@ class SchedulerSteps:
         self._metric_names: tuple[str, ...] = ()
         pairs = list(zip(config.lr_schedulers, intervals_of(config), strict=True))
         self._pairs, self._warns = pairs, warns and bool(pairs)
-        self._epochs = 0
+        self._epochs, self._accumulate = 0, config.accumulate
         self._unstepped: UnsteppedCheck | None = None
         self._has_ended = False
         """The first epoch was complete."""
+        self.after_step = [
+            (_optimizer_of(scheduler, config), scheduler.step)
+            for scheduler, interval in pairs
+            if interval == "step"
+        ]
+        """pairs of an optimizer and the step of a scheduler of interval ``"step"``"""
         self.per_batch = [scheduler for scheduler, interval in pairs if interval == "batch"]
         self._per_epoch = [scheduler for scheduler, interval in pairs if interval == "epoch"]
         self._per_valid = [scheduler for scheduler, interval in pairs if interval == "valid"]
@@ -90,15 +114,15 @@ class SchedulerSteps:
                 f"{type(self._per_valid[0]).__name__} is stepped after validation, and there is no "
                 "valid_dl; give valid_dl=, or another scheduler_interval="
             )
-        for scheduler in (*self.per_batch, *self._per_epoch, *self._per_valid):
-            if isinstance(scheduler, kinds.ReduceLROnPlateau):
-                self._check_plateau(scheduler, validates=validates)
+        for scheduler, interval in pairs:
+            if interval is not None and isinstance(scheduler, kinds.ReduceLROnPlateau):
+                self._check_plateau(interval, validates=validates)
 
-    def _check_plateau(self, scheduler: kinds.ReduceLROnPlateau, *, validates: bool) -> None:
-        if scheduler in self.per_batch:
+    def _check_plateau(self, interval: Interval, *, validates: bool) -> None:
+        if interval in ("step", "batch"):
             raise ConfigurationError(
                 "ReduceLROnPlateau needs the criteria of a validation, and scheduler_interval is "
-                "'batch'; expected 'valid' or 'epoch'"
+                f"{interval!r}; expected 'valid' or 'epoch'"
             )
         if self._criteria is None or not validates:
             missing = "criteria" if validates else "valid_dl"
@@ -137,7 +161,7 @@ class SchedulerSteps:
             self._unstepped = UnsteppedCheck([each for each, when in self._pairs if when is None])
         elif isinstance(event, PhaseStarted) and event.phase is Phase.TRAIN and self._epochs:
             epochs, self._epochs = self._epochs, 0
-            warn_of_lengths(self._pairs, epochs, event.batches or 0)
+            warn_of_lengths(self._pairs, epochs, event.batches or 0, self._accumulate)
         elif isinstance(event, EpochEnded):
             self._warns = self._has_ended = event.complete
         elif isinstance(event, EpochStarted | RunEnded) and self._unstepped is not None:

@@ -18,6 +18,7 @@ from fitloop._data.inspection import reads_all_samples
 from fitloop._data.loaders import Loaders, LoadingOptions
 from fitloop._engine.config import PRETRAINED, TrainerConfig, check_not_awaitable
 from fitloop._engine.event_bus import EventBus
+from fitloop._engine.optimization import StepCounts
 from fitloop._errors import CheckpointError
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
@@ -82,7 +83,8 @@ class TrainerState:
         """the file that metrics are appended to"""
         self.owns_archive = False
         """the snapshots under ``save_path`` belong to this training"""
-        self.parts: dict[str, StatePart] = {}
+        self.step_counts = StepCounts(len(config.optimizers))
+        self.parts: dict[str, StatePart] = {"steps": self.step_counts}
         """parts of the state besides those of `named_parts`, by their key in snapshots"""
         self.rng = TrainerRng(config.seed, self.cuda_devices)
         """random numbers of the trainer"""

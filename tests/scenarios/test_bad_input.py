@@ -81,8 +81,8 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("scheduler is a class", {"lr_scheduler": StepLR}, r"lr_scheduler is .*StepLR.*; expected"),
     (
         "interval is unknown",
-        {"scheduler_interval": "step"},
-        r"scheduler_interval is 'step'; expected 'batch', 'epoch' or 'valid'",
+        {"scheduler_interval": "week"},
+        r"scheduler_interval is 'week'; expected 'step', 'batch', 'epoch' or 'valid'",
     ),
     (
         "interval of no scheduler",
