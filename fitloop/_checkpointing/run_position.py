@@ -6,7 +6,7 @@ A file can come from anyone, so `RunPosition.from_trees` checks everything that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from fitloop._data.loaders import Loaders
 from fitloop._data.resumption import PassStart, ResumePosition
 from fitloop._engine.plan import PassPosition
 from fitloop._rng.states import RngState, check_generator_state
-from fitloop._training.early_stop import EarlyStopState
 from fitloop._types import Phase
 
 
@@ -39,8 +38,6 @@ class RunPosition:
     """phase -> name -> one value for each epoch of the run"""
     best_tracked: bool
     """whether a validation of this run gave a score"""
-    early_stop: EarlyStopState | None = None
-    """None without early stop"""
     seconds: float
     """duration of the run so far"""
     loaders: dict[str, dict[str, Any]]
@@ -87,7 +84,6 @@ class RunPosition:
         return {
             "log": self.metrics,
             "tracked": self.best_tracked,
-            "early_stop": None if self.early_stop is None else asdict(self.early_stop),
             "seconds": self.seconds,
             "loaders": self.loaders,
             "pass": None if self.train_pass is None else _pass_tree(self.train_pass),
@@ -120,7 +116,6 @@ class RunPosition:
             epochs_completed=_check_count("epochs_done", header["epochs_done"]),
             metrics=tree["log"],
             best_tracked=_typed("tracked", tree["tracked"], bool),
-            early_stop=_early_stop(tree.get("early_stop")),
             seconds=tree["seconds"],
             loaders=tree["loaders"],
             train_pass=None if tree["pass"] is None else _pass_position(tree["pass"], rng_state),
@@ -128,7 +123,7 @@ class RunPosition:
         )
 
 
-_KEYS = frozenset({"log", "tracked", "early_stop", "seconds", "loaders", "pass"})
+_KEYS = frozenset({"log", "tracked", "seconds", "loaders", "pass"})
 
 
 def loader_tree(loaders: Loaders, loader: Any, *, in_pass: bool) -> dict[str, Any]:
@@ -141,15 +136,6 @@ def loader_tree(loaders: Loaders, loader: Any, *, in_pass: bool) -> dict[str, An
         "read": 0 if in_pass else loaders.batches_read(loader),
         "state": loader.state_dict() if stateful and not in_pass else None,
     }
-
-
-def _early_stop(tree: Any) -> EarlyStopState | None:
-    """Return the state of early stop; earlier versions have none."""
-    if tree is None:
-        return None
-    counts = {name: _check_count(name, tree[name]) for name in ("validations", "best_epoch", "bad")}
-    values = {name: _typed(name, tree[name], float, type(None)) for name in ("best", "last")}
-    return EarlyStopState(**counts, **values)
 
 
 def _pass_tree(position: PassPosition) -> dict[str, Any]:

@@ -149,13 +149,14 @@ class Run:
     def _make_early_stopper(self) -> EarlyStopper | None:
         if self._options.early_stop is None:
             return None
-        return EarlyStopper(
+        stopper = self._parts["early_stop"] = EarlyStopper(
             self._options.early_stop,
             self._state.criteria,
             trainer=self._state.config.name,
             stop=self._context.control.stop,
             emit=self._state.event_bus.emit,
         )
+        return stopper
 
     def _make_checkpointer(self) -> Checkpointer | None:
         if self._files is None or self._files.checkpoint is None:
@@ -238,7 +239,7 @@ class Run:
             if self._tracker is not None:
                 self._tracker.tracked = resumption.position.best_tracked
             if self._early_stopper is not None and not resumption.position.finished:
-                self._early_stopper.restore(resumption.position.early_stop, self._state.epoch_num)
+                self._early_stopper.stop_if_over(self._state.epoch_num)
             if resumption.position.train_pass is None:
                 resumption.release_snapshot()
         if self._files is not None:
@@ -263,7 +264,6 @@ class Run:
             epochs_completed=self._engine.epochs_completed,
             metrics=self._metrics.export(),
             best_tracked=self._tracker is not None and self._tracker.tracked,
-            early_stop=None if self._early_stopper is None else self._early_stopper.state,
             seconds=self._seconds(),
             loaders={
                 str(phase): loader_tree(

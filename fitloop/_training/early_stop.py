@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
+from typing import Any
 
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError, UnknownMetricError
@@ -178,14 +179,23 @@ class EarlyStopper:
         self.state = counted
         self._check(name, event.epoch)
 
-    def restore(self, state: EarlyStopState | None, epoch: int) -> None:
-        """Go on after the ``state`` of an earlier part of the run, which ended with an epoch.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the present run; see `StatePart`."""
+        return asdict(self.state) if self.state.validations else {}
 
-        Stops the run if nothing was to follow. A None, of a run without early stop, counts anew.
-        """
-        if state is None:
-            return
-        self.state = state
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after an earlier part of the run. Raises ValueError for a state that is none."""
+        loaded = EarlyStopState(**state)
+        for number in (loaded.validations, loaded.bad, loaded.best_epoch):
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{number!r:.40} is no number of validations")
+        for value in (loaded.best, loaded.last):
+            if not isinstance(value, float | None):
+                raise ValueError(f"{value!r:.40} is no metric")
+        self.state = loaded
+
+    def stop_if_over(self, epoch: int) -> None:
+        """Stop a resumed run if nothing was to follow after the epoch."""
         criteria = self._criteria
         self._check(self._policy.metric or (criteria.name if criteria is not None else ""), epoch)
 
