@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from fitloop._trainer.comparison import compare_metrics as compare_metrics
     from fitloop._trainer.fitloop import FitLoop as FitLoop
     from fitloop._trainer.sync import SyncFitLoop as SyncFitLoop
+    from fitloop._training.best_models import BestModel as BestModel
     from fitloop._training.early_stop import EarlyStop as EarlyStop
     from fitloop._training.layers import configure_optimizer as configure_optimizer
     from fitloop._training.layers import freeze as freeze
@@ -126,6 +127,7 @@ _NAMES_OF_MODULES = {
     "fitloop._trainer.comparison": "compare_metrics",
     "fitloop._trainer.fitloop": "FitLoop",
     "fitloop._trainer.sync": "SyncFitLoop",
+    "fitloop._training.best_models": "BestModel",
     "fitloop._training.early_stop": "EarlyStop",
     "fitloop._training.layers": (
         "configure_optimizer freeze get_layers spread_lrs unfreeze unfreeze_last"

@@ -17,8 +17,14 @@ def public(item: T) -> T:
     if isinstance(item, type):
         # `typing.get_type_hints` looks names up in the module that the class names.
         item.__annotations__ = {
-            name: ForwardRef(text, is_argument=False, module=item.__module__, is_class=True)
-            for name, text in inspect.get_annotations(item).items()
+            name: _reference(annotation, item.__module__)
+            for name, annotation in inspect.get_annotations(item).items()
         }
     item.__module__ = "fitloop"
     return item
+
+
+def _reference(annotation: str | ForwardRef, module: str) -> ForwardRef:
+    """Return an annotation, of which a NamedTuple has a reference already, with its module."""
+    text = annotation if isinstance(annotation, str) else annotation.__forward_arg__
+    return ForwardRef(text, is_argument=False, module=module, is_class=True)

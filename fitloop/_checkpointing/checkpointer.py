@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from fitloop._checkpointing.archive import Archive
+from fitloop._checkpointing.best_model_files import BestModelFiles
 from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.snapshot import PreparedSnapshot, take_snapshot
 from fitloop._concurrency.background_writer import BackgroundWriter
@@ -46,15 +47,20 @@ class Checkpoint:
     """interval in wall-clock time"""
     keep: int | None = 2
     """snapshots of the running fit to keep; None keeps all. The last of each fit always stays"""
+    keep_best: int | None = None
+    """number of weights files of the best validations to keep in ``save_path/best_models``, written
+    as by ``save_model``; None keeps none. `FitLoop.best_models` lists them. They are compared by
+    the criteria over all fits of the trainer; the later of equal ones is the better. Files that
+    this training has not written are never removed"""
     on_error: Literal["raise", "warn"] = "raise"
     """"raise": a snapshot that cannot be written ends the run with a CheckpointError at the next
     batch boundary; "warn": it causes a `SnapshotFailed` event, and training goes on"""
     overwrite: bool = False
-    """whether a run that is not resumed removes the snapshots of an earlier training; otherwise
-    they cause a CheckpointError"""
+    """whether a run that is not resumed removes the snapshots and the best models of an earlier
+    training; otherwise snapshots cause a CheckpointError"""
 
     def __post_init__(self) -> None:
-        for name in ("every_epochs", "every_batches", "keep"):
+        for name in ("every_epochs", "every_batches", "keep", "keep_best"):
             check_optional(f"Checkpoint({name}=)", getattr(self, name), 1)
         check_flag("Checkpoint(overwrite=)", self.overwrite)
         check_seconds("Checkpoint(every_seconds=)", self.every_seconds)
@@ -101,9 +107,17 @@ class Checkpointer:
         self._batches = 0
         self._is_due = False
         self._last_taken = clock()
+        self._best: BestModelFiles | None = None
+        if policy.keep_best is not None:
+            self._best = BestModelFiles(policy.keep_best, trainer, writer, self._note_best_failure)
 
-    def check(self) -> None:
-        """Raise `CheckpointError` before training, if no snapshot can hold the state."""
+    def begin(self) -> None:
+        """Prepare the files, before the first epoch.
+
+        Raises `CheckpointError` if no snapshot can hold the state.
+        """
+        if self._best is not None:
+            self._best.begin()
         if self._policy.on_error == "raise":
             take_snapshot(self._trainer, self._buffers, self._position(False))
 
@@ -121,7 +135,9 @@ class Checkpointer:
             self._outside(self._take)
 
     def observe(self, event: Event) -> None:
-        """Take a snapshot at the end of an epoch if one is due."""
+        """Take a snapshot at the end of an epoch if one is due; keep the best models."""
+        if self._best is not None:
+            self._best.observe(event)
         if not isinstance(event, EpochEnded):
             return
         self._emit_outcomes()
@@ -142,12 +158,17 @@ class Checkpointer:
         Raises `CheckpointError` if one could not be written and the policy says "raise".
         """
         self._writer.close()
+        if self._best is not None:
+            self._best.settle()
         try:
             self._emit_outcomes()
         finally:
             if finished:
                 self._take(finished=True)
                 self._writer.close()
+                self._emit_outcomes()
+            if self._best is not None:
+                self._best.finish()
                 self._emit_outcomes()
 
     def _take(self, *, finished: bool = False) -> None:
@@ -162,6 +183,8 @@ class Checkpointer:
             self._outcomes.append(self._failure(path, position, error))
             self._emit_outcomes()
             return
+        if self._best is not None:
+            self._best.note_snapshot(path)
         self._is_writing = True
         try:
             self._writer.submit(lambda: self._write(prepared, position, path))
@@ -201,10 +224,17 @@ class Checkpointer:
             error=reason(error),
         )
 
+    def _note_best_failure(self, epoch: int, path: Path, error: Exception) -> None:
+        name, text = self._trainer.config.name, reason(error)
+        failure = SnapshotFailed(trainer=name, epoch=epoch, batch=0, path=str(path), error=text)
+        self._outcomes.append(failure)
+
     def _emit_outcomes(self) -> None:
         """Emit the events of the writer thread; raise for a failure if the policy says so."""
         while self._outcomes:
             event = self._outcomes.popleft()
+            if self._best is not None and isinstance(event, SnapshotWritten):
+                self._best.note_durable(Path(event.path))
             self._trainer.event_bus.emit(event)
             if isinstance(event, SnapshotFailed) and self._policy.on_error == "raise":
                 raise CheckpointError(

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fitloop._checkpointing.archive import Archive
+from fitloop._checkpointing.best_model_files import remove_best_models
 from fitloop._checkpointing.checkpointer import Checkpoint
 from fitloop._checkpointing.run_log import RunLog
 from fitloop._checkpointing.run_position import RunPosition
@@ -81,6 +82,8 @@ class RunFiles:
                     "Checkpoint(overwrite=True) removes it"
                 )
             archive.clear()
+            remove_best_models(trainer.best_models.directory)
+            trainer.best_models.forget()
         trainer.owns_archive = True
         trainer.loaders.tracks_positions = True
         return None if snapshot is None else Resumption(trainer, snapshot, plan)

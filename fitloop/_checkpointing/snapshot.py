@@ -286,6 +286,8 @@ def apply_snapshot(trainer: TrainerState, snapshot: Snapshot) -> None:
     trainer.best_epoch = saved["best_epoch"] if same_criteria else None
     if trainer.criteria is not None and trainer.criteria.is_default and saved["criteria"]:
         trainer.criteria.name, trainer.criteria.direction = saved["criteria"]
+    if not same_criteria:
+        trainer.best_models.forget()
     trainer.best_is_stale = state["best"] is None or not same_criteria
     for phase, loader in trainer.loaders_of({}).items():
         states = state["generators"][str(phase)]

@@ -213,7 +213,7 @@ class Run:
             self._engine.call_hook("preloop", config.preloop, self._context.trainer)
         outside(self._begin, started)
         if self._checkpointer is not None:
-            outside(self._checkpointer.check)
+            outside(self._checkpointer.begin)
         self._engine.run()
         if self._prompts is not None:
             rollback_epoch = self._prompts.resolve()

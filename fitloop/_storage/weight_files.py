@@ -10,7 +10,9 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -47,15 +49,23 @@ def with_suffix(name: str) -> str:
 
 
 def write_weights(
-    path: str | os.PathLike[str], state: StateDict, *, overwrite: bool = False
+    path: str | os.PathLike[str],
+    state: StateDict,
+    *,
+    overwrite: bool = False,
+    fields: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a state dict to ``path``, in the format of the suffix, as `write_file` does.
+
+    ``fields`` are more keys for the header of a ``.msgpack``.
 
     Raises `CheckpointError`, and leaves nothing behind, if the file exists and not ``overwrite``,
     the suffix is unknown, an entry is no tensor, or the file cannot be written.
     """
     path = Path(path)
     write, _ = _format_of(path)
+    if fields is not None:
+        write = partial(_write_msgpack, fields=fields)
     _check_tensors(state)
     try:
         write_file(path, lambda temporary, file: write(temporary, file, state), overwrite=overwrite)
@@ -120,11 +130,17 @@ def set_metadata(state: OrderedDict[str, Any], metadata: object) -> None:
         vars(state)["_metadata"] = metadata
 
 
-def _write_msgpack(_path: Path, descriptor: int, state: StateDict) -> None:
+def _write_msgpack(
+    _path: Path,
+    descriptor: int,
+    state: StateDict,
+    *,
+    fields: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     # Without module versions torch would treat the weights as those of an old version.
     metadata = getattr(state, "_metadata", None)
-    fields = {} if metadata is None else {"modules": dict(metadata)}
-    write_tensors(descriptor, "weights", state, fields)
+    modules = {} if metadata is None else {"modules": dict(metadata)}
+    write_tensors(descriptor, "weights", state, {**modules, **fields})
 
 
 def _read_msgpack(path: Path, device: torch.device) -> dict[str, Any]:

@@ -69,12 +69,12 @@ class MemoryStore:
         check_materialized(state)
         with self._lock:
             self._weights.pop(name, None)  # first, to free the memory for the copy
-            self._weights[name] = _copy_of(state)
+            self._weights[name] = copied_weights(state)
 
     def load(self, name: str) -> dict[str, Any]:
         """Return a copy of the weights."""
         with self._lock:
-            return _copy_of(self._get(name))
+            return copied_weights(self._get(name))
 
     def delete(self, name: str) -> None:
         """Delete the weights."""
@@ -213,7 +213,7 @@ def _copy_weights(model: nn.Module, state: StateDict, *, strict: bool) -> None:
     set_metadata(writable, getattr(values, "_metadata", None))
     # `check_weights` has compared with ``state_dict()``, which may leave out weights.
     is_partial = bool(read_only) or _customizes_saving(model)
-    before = _copy_of(target) if is_partial or _needs_way_back(model, target) else None
+    before = copied_weights(target) if is_partial or _needs_way_back(model, target) else None
     try:
         result = model.load_state_dict(writable, strict=strict and not is_partial)
         unexpected = getattr(result, "unexpected_keys", None)
@@ -348,8 +348,8 @@ def shortened(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + (f", ... and {more} more" if more > 0 else "")
 
 
-def _copy_of(state: StateDict) -> OrderedDict[str, Any]:
-    """Copy ``state`` to the CPU; keep tied tensors tied."""
+def copied_weights(state: StateDict) -> OrderedDict[str, Any]:
+    """Return a copy of ``state`` on the CPU, in which tied tensors are tied."""
     copied: OrderedDict[str, Any] = OrderedDict()
     copies: dict[object, Tensor] = {}
     for key, value in state.items():

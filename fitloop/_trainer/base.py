@@ -21,6 +21,7 @@ from fitloop._metrics.history import History, PhaseHistory
 from fitloop._plotting.draw import plot_history
 from fitloop._plotting.selection import BestEpoch
 from fitloop._run.prompts import Ask
+from fitloop._training.best_models import BestModel
 from fitloop._training.layers import configure_optimizer as default_configure_optimizer
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Loader, LossFunction, StageFunction
@@ -170,6 +171,15 @@ class TrainerBase:
     def best_epoch(self) -> int | None:
         """Number of the epoch of `best_score`, counted from 1."""
         return self._state.best_epoch
+
+    @property
+    def best_models(self) -> list[BestModel]:
+        """The weights files of the best validations, with ``Checkpoint(keep_best=)``; best first.
+
+        The newest is complete when the run has ended. A file that you remove is in the list until
+        the next run begins.
+        """
+        return list(self._state.best_models.models)
 
     @property
     def epoch_num(self) -> int:

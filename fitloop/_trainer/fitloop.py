@@ -274,6 +274,8 @@ class FitLoop(TrainerBase):
         )
         stopping = self._early_stop(early_stop, plan.phases)
         policy = check_checkpoint(checkpoint, resume=resume)
+        if policy is not None and policy.keep_best is not None:
+            self._check_compares("Checkpoint(keep_best=)", plan.phases)
         files = None
         if policy is not None or state.config.save_to_disk or state.metric_log is not None:
             files = FileOptions(checkpoint=policy, resume=resume)
@@ -421,13 +423,23 @@ class FitLoop(TrainerBase):
         """Return the policy of an argument, checked against the trainer and the phases of a run."""
         policy: EarlyStop | None = fit_option("early_stop", value)
         if policy is not None:
-            if all(phase is not Phase.VALID for phase, _loader in phases):
-                raise ConfigurationError(
-                    f"early_stop is {value!r:.80}, and there is no validation to look at; give "
-                    "valid_dl="
-                )
+            self._check_compares("early_stop=", phases, needs_criteria=False)
             EarlyStopper(policy, self._state.criteria, trainer=self.name)  # checks the metric
         return policy
+
+    def _check_compares(
+        self, name: str, phases: Sequence[tuple[Phase, object]], *, needs_criteria: bool = True
+    ) -> None:
+        """Refuse an argument that compares validations, if there are none or no criteria."""
+        if all(phase is not Phase.VALID for phase, _loader in phases):
+            raise ConfigurationError(
+                f"{name} compares validations, and there are none: give valid_dl="
+            )
+        if needs_criteria and self._state.criteria is None:
+            raise ConfigurationError(
+                f"{name} compares models, and the trainer has no criteria: give criteria=, the "
+                "name of a metric that valid_epoch_end returns"
+            )
 
     async def _launch(
         self, plan: RunPlan, options: RunOptions, callbacks: Sequence[Callback]
@@ -515,6 +527,7 @@ class FitLoop(TrainerBase):
             self._state.move_to_device()
             self._state.save_pretrained()
             apply_snapshot(self._state, snapshot)
+            self._state.best_models.training = ""  # files of later epochs there stay
             self._state.metric_log = None  # it does not hold the history any more
 
         await run_exclusively_in_thread(self._state, "load", read)

@@ -34,6 +34,7 @@ from fitloop._storage.weight_store import (
     weights_of,
 )
 from fitloop._training.best import BestTracker, Criteria
+from fitloop._training.best_models import BestModels
 from fitloop._training.capture import Capture
 from fitloop._training.parts import (
     StatePart,
@@ -84,7 +85,11 @@ class TrainerState:
         self.owns_archive = False
         """the snapshots under ``save_path`` belong to this training"""
         self.step_counts = StepCounts(len(config.optimizers))
-        self.parts: dict[str, StatePart] = {"steps": self.step_counts}
+        self.best_models = BestModels(config.save_path)
+        self.parts: dict[str, StatePart] = {
+            "steps": self.step_counts,
+            "best_models": self.best_models,
+        }
         """parts of the state besides those of `named_parts`, by their key in snapshots"""
         self.rng = TrainerRng(config.seed, self.cuda_devices)
         """random numbers of the trainer"""
@@ -149,7 +154,7 @@ class TrainerState:
         return best is not None and all(map(_are_equal, best, present))
 
     def compare_only_with(self, valid_loader: Any) -> None:
-        """Forget the best score if it is of a validation with other data.
+        """Forget the best score and models if they are of a validation with other data.
 
         Two DataLoaders that read all of one dataset have the same data.
         """
@@ -157,6 +162,7 @@ class TrainerState:
         if valid_loader is not None:
             if self._best_data is not None and self._best_data is not data:
                 self._clear_best_score()
+                self.best_models.forget()
             self._best_data = data
 
     def borrow_best(self) -> BestWeights | None:

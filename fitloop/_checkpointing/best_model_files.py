@@ -1,0 +1,226 @@
+"""`BestModelFiles`, which keeps the weights files of the best validations of a run."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fitloop._concurrency.background_writer import BackgroundWriter
+from fitloop._errors import CheckpointError
+from fitloop._events import Event, PhaseEnded, PromptAnswered, PromptAsked, WentBack
+from fitloop._storage.durable import sync_directory
+from fitloop._storage.layout import LayoutError, read_file_header
+from fitloop._storage.weight_files import StateDict, write_weights
+from fitloop._storage.weight_store import copied_weights, weights_of
+from fitloop._training.best_models import BestModel
+from fitloop._training.trainer_state import TrainerState
+from fitloop._types import Phase
+
+HEADER_KEY = "best_model"
+
+
+class BestModelFiles:
+    """Writes and removes the files of `TrainerState.best_models` during one run.
+
+    A file is removed when neither the list nor the newest durable snapshot needs it. Each file has
+    the identification of its training in its header, and only files with that of the present one
+    are removed. So files of the user, and of other trainings, stay.
+
+    Its methods are for the step thread; the writer thread writes and removes.
+
+    Args:
+        keep: number of files.
+        on_failure: called with the epoch, the path and the error of a file that could not be
+            written.
+    """
+
+    def __init__(
+        self,
+        keep: int,
+        trainer: TrainerState,
+        writer: BackgroundWriter,
+        on_failure: Callable[[int, Path, Exception], object],
+    ) -> None:
+        self._keep = keep
+        self._trainer = trainer
+        self._list = trainer.best_models
+        self._writer = writer
+        self._on_failure = on_failure
+        self._files: list[BestModel] = []
+        """files of this training that are on disk, or will be"""
+        self._in_snapshots: dict[Path, tuple[BestModel, ...]] = {}
+        """the lists in the newest durable snapshot, and in later ones, by its path"""
+        self._outcomes: deque[tuple[BestModel, Exception | None]] = deque()
+        """the models that were written, or the errors"""
+        self._is_writing = False
+        self._may_go_back = False
+        """whether a question is open whose no restores the list, so that no file is removed"""
+
+    def begin(self) -> None:
+        """Remove the files that were written after the snapshot from which a run is resumed."""
+        best = self._list
+        best.models = tuple(model for model in best.models if model.path.is_file())
+        best.identify()
+        found = (_model_in(path, best.training) for path in _files_in(best.directory))
+        self._files = list({*best.models, *(model for model in found if model is not None)})
+        self._in_snapshots = {best.directory: best.models}
+        self._remove_surplus()
+        self._writer.close()
+
+    def observe(self, event: Event) -> None:
+        """Keep the weights of a validation that is among the best."""
+        self.settle()
+        if isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
+            self._add(event)
+        elif isinstance(event, PromptAsked) and event.trains_on:
+            self._may_go_back = True
+        elif isinstance(event, WentBack) or (isinstance(event, PromptAnswered) and event.go_on):
+            self._may_go_back = False
+
+    def note_snapshot(self, path: Path) -> None:
+        """Take note of a snapshot that is taken now."""
+        self._in_snapshots[path] = self._list.models
+
+    def note_durable(self, path: Path) -> None:
+        """Take note of a snapshot that is durable; earlier ones are not needed any more."""
+        for earlier in list(self._in_snapshots):
+            if earlier == path:
+                break
+            del self._in_snapshots[earlier]
+        self._remove_surplus()
+
+    def finish(self) -> None:
+        """Remove what is not needed any more, and return when everything is durable."""
+        self._writer.close()
+        self.settle()
+        self._may_go_back = False
+        self._remove_surplus()
+        self._writer.close()
+
+    def _add(self, event: PhaseEnded) -> None:
+        trainer, best = self._trainer, self._list
+        criteria = trainer.criteria
+        score = None if criteria is None else criteria.score(event.metrics)
+        if criteria is None or score is None or math.isnan(score):
+            return
+        path = best.directory / f"best-{event.epoch:04d}-{score:.4g}.msgpack"
+        model = BestModel(score, event.epoch, _free(path))
+        ranked = best.ranked([*best.models, model], criteria.direction)[: self._keep]
+        if model not in ranked or trainer.non_finite_weight() is not None:
+            return
+        if self._is_writing:  # so that the memory has one copy at a time
+            self._writer.close()
+            self.settle()
+        weights = copied_weights(weights_of(trainer.config.model))
+        best.models = ranked
+        self._files.append(model)
+        self._write(model, weights)
+
+    def _write(self, model: BestModel, weights: StateDict) -> None:
+        """Have a model written, and then the surplus removed."""
+        training = self._list.training
+
+        def work() -> None:
+            try:
+                _write_model(model, weights, training)
+            except Exception as error:  # the step thread reports it
+                self._outcomes.append((model, error))
+            else:
+                self._outcomes.append((model, None))
+            finally:
+                self._is_writing = False
+
+        self._is_writing = True
+        try:
+            self._writer.submit(work)
+        except BaseException:
+            self._is_writing = False
+            raise
+
+    def settle(self) -> None:
+        """Take note of the files that were written."""
+        while self._outcomes:
+            model, error = self._outcomes.popleft()
+            if error is None:
+                self._remove_surplus()
+                continue
+            self._files.remove(model)
+            criteria = self._trainer.criteria
+            if model in self._list.models and criteria is not None:  # the next best is still there
+                ranked = self._list.ranked(self._files, criteria.direction)
+                self._list.models = ranked[: self._keep]
+            self._on_failure(model.epoch, model.path, error)
+
+    def _remove_surplus(self) -> None:
+        needed = {
+            *self._list.models,
+            *(m for models in self._in_snapshots.values() for m in models),
+        }
+        surplus = [model for model in self._files if model not in needed]
+        if self._may_go_back or not surplus:
+            return
+        self._files = [model for model in self._files if model in needed]
+        training = self._list.training
+        self._writer.submit(lambda: _remove(surplus, training))
+
+
+def remove_best_models(directory: Path) -> None:
+    """Remove the best models of every training in a directory; files of the user stay."""
+    for path in _files_in(directory):
+        if _header_of(path) is not None:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _write_model(model: BestModel, weights: StateDict, training: str) -> None:
+    fields = {"training": training, "epoch": model.epoch, "score": model.score}
+    write_weights(model.path, weights, fields={HEADER_KEY: fields})
+
+
+def _remove(models: Iterable[BestModel], training: str) -> None:
+    with suppress(OSError):  # a file that cannot be removed stays
+        for model in models:
+            if _model_in(model.path, training) is not None:
+                model.path.unlink()
+                sync_directory(model.path.parent)
+
+
+def _files_in(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.glob("best-*.msgpack"))
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}") from error
+
+
+def _header_of(path: Path) -> dict[str, Any] | None:
+    """Return what the header of a best model says of it; None if the file is no best model."""
+    try:
+        header, _entries, _size = read_file_header(path)
+    except (OSError, LayoutError):
+        return None
+    fields = header.get(HEADER_KEY)
+    return fields if isinstance(fields, dict) else None
+
+
+def _model_in(path: Path, training: str) -> BestModel | None:
+    """Return the best model in a file of a training; None if the file is none."""
+    fields = _header_of(path)
+    if fields is None or fields.get("training") != training:
+        return None
+    score, epoch = fields.get("score"), fields.get("epoch")
+    if not isinstance(score, float) or not isinstance(epoch, int):
+        return None
+    return BestModel(score, epoch, path)
+
+
+def _free(path: Path) -> Path:
+    """Return the path, or one with a number if a file of the user has it."""
+    number, free = 2, path
+    while free.exists():
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        number += 1
+    return free
