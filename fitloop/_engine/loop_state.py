@@ -18,7 +18,7 @@ from fitloop._engine.optimization import OptimizerSteps
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._metrics.batch_values import BatchValues
 from fitloop._public import public
-from fitloop._types import LossFunction, Phase, Stage
+from fitloop._types import Phase, Stage
 
 _SEQUENCES = frozenset((list, tuple))
 UNKNOWN = -1
@@ -71,7 +71,7 @@ class LoopState:
     """the model, on its device"""
     optimizer: Any
     """the optimizer, or the list of them, as given"""
-    loss_function: LossFunction
+    loss_function: Callable[..., Any]
     """the loss function, as given; None if there is none"""
     lr_scheduler: Any
     """the scheduler, or the list of them, as given; None if there is none"""
@@ -199,11 +199,12 @@ class LoopState:
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def __getitem__(self, name: str) -> Tensor | list[Tensor]:
+    # Any: the type depends on the values, and a union would need a cast at each use.
+    def __getitem__(self, name: str) -> Any:
         """Return the values of ``name`` that the batch steps of this phase have returned so far.
 
-        Scalars come as one float64 tensor on the CPU with a value for each batch. Tensors with
-        dimensions come as a list; they are detached and stay on their device.
+        Scalars come as one float64 ``Tensor`` on the CPU with a value for each batch. Tensors with
+        dimensions come as a ``list[Tensor]``; they are detached and stay on their device.
 
         Raises:
             UnknownMetricError: no batch step of this phase returned ``name``.

@@ -1,11 +1,11 @@
-"""Checks of the arguments of ``fit`` that need no trainer, for ``fit`` and ``Runner.submit``."""
+"""The arguments of ``fit`` for ``Runner.submit``: their types, and checks that need no trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
-from fitloop._checkpointing.checkpointer import check_checkpoint
+from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._data.inspection import check_loader
 from fitloop._engine.config import (
     as_list,
@@ -17,7 +17,35 @@ from fitloop._engine.config import (
     check_seconds,
 )
 from fitloop._errors import ConfigurationError
-from fitloop._training.early_stop import check_early_stop
+from fitloop._run.prompts import Ask
+from fitloop._training.early_stop import EarlyStop, check_early_stop
+from fitloop._types import Loader
+from fitloop.callbacks.callback import Callback
+
+
+class FitOptions(TypedDict, total=False):
+    """The keyword arguments of ``fit`` besides ``epochs``."""
+
+    train_dl: Loader | Callable[[], Loader] | None
+    valid_dl: Loader | Callable[[], Loader] | None
+    print_every: int
+    display_metrics: str | Sequence[str] | None
+    continue_loop: int
+    load_best: bool
+    track_batch_metrics: bool
+    define_all: bool
+    steps: int | None
+    cast: bool
+    verbose: bool
+    progress: bool
+    callbacks: Sequence[Callback]
+    on_continue: Ask | None
+    continue_timeout: float | None
+    continue_default: bool
+    continue_while_asking: bool
+    early_stop: int | EarlyStop | None
+    checkpoint: Checkpoint | None
+    resume: bool
 
 
 def fit_option(name: str, value: Any) -> Any:

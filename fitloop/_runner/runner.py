@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import anyio
 
@@ -29,7 +29,7 @@ from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
 from fitloop._public import public
-from fitloop._run.fit_options import fit_option
+from fitloop._run.fit_options import FitOptions, fit_option
 from fitloop._runner.execution import JobExecutor, ResourceAllocator, is_job_error
 from fitloop._runner.jobs import (
     CompletedJobs,
@@ -211,7 +211,12 @@ class Runner:
     # -- jobs ----------------------------------------------------------------------------------
 
     def submit(
-        self, target: Any, *args: Any, name: str | None = None, epochs: int = 1, **options: Any
+        self,
+        target: Any,
+        *args: Any,
+        name: str | None = None,
+        epochs: int = 1,
+        **options: Unpack[FitOptions],
     ) -> Job:
         """Submit a training; it starts when a place is free. A waiting job costs next to nothing.
 

@@ -313,10 +313,10 @@ async def test_optimizer_when_it_needs_a_closure_then_default_step_is_refused() 
     def step(state: LoopState) -> None:
         inputs, targets = state.batch
 
-        def closure() -> Tensor:
+        def closure() -> Any:
             optimizer.zero_grad()
             loss = state.loss_function(state.model(inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]

@@ -262,7 +262,7 @@ async def test_define_all_when_on_then_modes_and_zero_grad_are_the_stages_busine
     def step(state: LoopState) -> None:
         held = model[0].weight.grad is not None
         seen.append((state.phase, state.model.training, torch.is_grad_enabled(), held))
-        state.loss_function(state.model(state.batch[0]), state.batch[1]).backward()  # type: ignore[no-untyped-call]
+        state.loss_function(state.model(state.batch[0]), state.batch[1]).backward()
 
     fitted = trainer(model=model, train_step=step, valid_step=step, valid_epoch_end=lambda _s: {})
     await fitted.fit(1, steps=2, define_all=True, **QUIET)

@@ -63,7 +63,7 @@ def own_step(state: LoopState) -> None:
     inputs, targets = state.batch
     loss = state.loss_function(state.model(inputs), targets)
     with torch.autocast("cpu", enabled=False):
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         state.optimizer.step()
 
 
@@ -74,7 +74,7 @@ async def async_step(state: LoopState) -> None:
     await anyio.lowlevel.checkpoint()
     loss = state.loss_function(predictions, targets)
     with torch.autocast("cpu", enabled=False):
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         await anyio.lowlevel.checkpoint()
         state.optimizer.step()
 

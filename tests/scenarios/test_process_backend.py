@@ -147,7 +147,8 @@ async def test_question_when_asked_in_a_worker_then_is_answered_here() -> None:
                     **options,
                 )
             runner.submit(own, name="its own", **options)
-            runner.submit(make_trainer, name="broken", on_continue=broken, **options)
+            options["on_continue"] = broken
+            runner.submit(make_trainer, name="broken", **options)
             first, second, third, fourth = await runner.results()
     for outcome in (first, second):
         assert outcome.result is not None

@@ -99,7 +99,7 @@ async def test_validation_when_seeded_then_does_not_change_the_training() -> Non
 def plain_step(state: LoopState) -> dict[str, float]:
     inputs, targets = state.batch
     loss = state.loss_function(state.model(inputs), targets)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     state.optimizer.step()
     return {"running_loss": loss.item(), "running_corr": 0}
 

@@ -251,7 +251,7 @@ def accumulating(state: LoopState) -> dict[str, Any]:
     inputs, targets = state.batch
     loss = state.loss_function(state.model(inputs), targets)
     if state.is_train:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if state.batch_num % 2 == 0:
             state.optimizer.step()
             state.optimizer.zero_grad()

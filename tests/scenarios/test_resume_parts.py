@@ -463,7 +463,7 @@ def accumulate_sparse(state: LoopState) -> dict[str, Any]:
     inputs, targets = state.batch
     loss = state.loss_function(state.model(inputs), targets)
     if state.is_train:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if state.batch_num % 2 == 0:
             state.optimizer.step()
             state.optimizer.zero_grad()
@@ -499,7 +499,7 @@ def accumulate(state: LoopState) -> dict[str, Any]:
     state.model.train(state.is_train)
     loss = state.loss_function(state.model(inputs), targets)
     if state.is_train:
-        (loss / 3).backward()  # type: ignore[no-untyped-call]
+        (loss / 3).backward()
         if (state.batch_num + state.epoch_num) % 3 == 0:
             state.optimizer.step()
             state.optimizer.zero_grad()
@@ -686,7 +686,7 @@ def test_resume_when_there_are_batches_of_dictionaries_then_equals_one_run(
     def step(state: LoopState) -> dict[str, Any]:
         loss = state.loss_function(state.model(state.batch["inputs"]), state.batch["targets"])
         if state.is_train:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             state.optimizer.step()
         return {"loss": loss}
 

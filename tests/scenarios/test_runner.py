@@ -295,7 +295,7 @@ async def test_submit_when_a_subclass_has_a_fit_of_its_own_then_its_arguments_co
             return await super().fit(epochs * (1 + twice), **options)
 
     async with Runner(1) as runner:
-        runner.submit(Own(**arguments()), twice=True, **QUIET)
+        runner.submit(Own(**arguments()), twice=True, **QUIET)  # type: ignore[call-arg]
     (outcome,) = await runner.results()
     assert outcome.result is not None
     assert outcome.result.epochs == 2

@@ -28,7 +28,7 @@ pytestmark = [
 def silent_step(state: LoopState) -> None:
     inputs, targets = state.batch
     loss = state.loss_function(state.model(inputs), targets)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     state.optimizer.step()
 
 
