@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fitloop._errors import ConfigurationError as ConfigurationError
     from fitloop._errors import FitLoopError as FitLoopError
     from fitloop._errors import LoaderHungWarning as LoaderHungWarning
+    from fitloop._errors import LockWarning as LockWarning
     from fitloop._errors import MetricError as MetricError
     from fitloop._errors import MissingCriteriaError as MissingCriteriaError
     from fitloop._errors import MissingLoaderError as MissingLoaderError
@@ -107,9 +108,9 @@ _NAMES_OF_MODULES = {
     "fitloop._engine.stages": "default_batch_step default_epoch_end",
     "fitloop._errors": (
         "BusyError CheckpointError ConfigurationError FitLoopError LoaderHungWarning "
-        "MetricError MissingCriteriaError MissingLoaderError NonFiniteWarning OptimizerWarning "
-        "OutputWarning RemoteError RestoreError RestoreWarning ResumeWarning ScheduleWarning "
-        "StageSignatureError SyncInAsyncError ThreadModeWarning UnknownMetricError "
+        "LockWarning MetricError MissingCriteriaError MissingLoaderError NonFiniteWarning "
+        "OptimizerWarning OutputWarning RemoteError RestoreError RestoreWarning ResumeWarning "
+        "ScheduleWarning StageSignatureError SyncInAsyncError ThreadModeWarning UnknownMetricError "
         "UnknownMetricWarning WeightsWarning WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (

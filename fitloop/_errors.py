@@ -211,6 +211,14 @@ class LoaderHungWarning(RuntimeWarning):
 
 
 @public
+class LockWarning(RuntimeWarning):
+    """The file system of a ``save_path`` has no locks, so that two trainers may both use it.
+
+    The training goes on. It is told once for each file system.
+    """
+
+
+@public
 class NonFiniteWarning(RuntimeWarning):
     """Weights are NaN or infinite. Such weights are never kept as the best."""
 

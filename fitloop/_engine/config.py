@@ -410,11 +410,6 @@ class TrainerConfig:
         _expect(is_float, "dtype", dtype, "a floating torch.dtype such as torch.float32")
         for key, name in {"best_model_name": self.best_model_name, "name": self.name}.items():
             _expect(isinstance(name, str) and name != "", key, name, "a name")
-        if self.best_model_name in (PRETRAINED, "metrics"):
-            raise ConfigurationError(
-                f"best_model_name is {self.best_model_name!r}, which names another file of the "
-                "trainer; expected another name"
-            )
         scaler = {} if self.scaler is None else {"scaler": self.scaler}
         for name, item in {**scaler, **self.stateful}.items():
             has_state = hasattr(item, "state_dict") and hasattr(item, "load_state_dict")

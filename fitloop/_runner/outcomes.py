@@ -23,13 +23,12 @@ from fitloop._runner.jobs import Outcome
 from fitloop._storage.durable import open_regular, reason, write_bytes
 from fitloop._storage.layout import FORMAT, VERSIONS, LayoutError, check_format, pack, unpack
 from fitloop._storage.metric_log import LOG_NAME
-from fitloop.backends.base import WEIGHTS_NAME
+from fitloop.backends.base import OUTCOME_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 T = TypeVar("T")
-OUTCOME_NAME = "outcome.msgpack"
 _KIND = "outcome"
 _RESULT_FIELDS = ("epochs", "stop_reason", "best_score", "best_epoch", "seconds")
 MAX_FILE_BYTES = 256 * 1024 * 1024

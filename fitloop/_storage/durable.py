@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
+import socket
 import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fitloop._errors import CheckpointError
+from fitloop._errors import CheckpointError, LockWarning, warn_user
 
 try:
     import fcntl
@@ -36,6 +38,10 @@ PROBE_SECONDS = 0.1
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """errors of ``os.link`` on a file system without hard links"""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""errors of ``flock`` on a file system without locks, such as some of NFS, SMB, Lustre and FUSE"""
+_file_systems_without_locks: set[int] = set()
+"""device numbers of those that were warned of"""
 
 
 def reason(error: BaseException) -> str:
@@ -195,10 +201,16 @@ class DirectoryLock:
         from filelock import FileLock  # slow to import
 
         self._directory = directory
-        self._lock = FileLock(directory / LOCK_NAME, timeout=0, thread_local=False)
+        options: dict[str, Any] = {"timeout": 0, "thread_local": False}
+        try:  # not a lock that stays when its process is killed
+            self._lock = FileLock(directory / LOCK_NAME, **options, fallback_to_soft=False)
+        except TypeError:  # an older filelock
+            self._lock = FileLock(directory / LOCK_NAME, **options)
 
     def acquire(self) -> None:
         """Acquire the lock; make the directory if it is missing.
+
+        On a file system without locks, warn once with a `LockWarning`, and go on.
 
         Raises `CheckpointError` if the directory is locked, or cannot be made or written to.
         """
@@ -211,12 +223,51 @@ class DirectoryLock:
         except Timeout:
             raise CheckpointError(
                 f"{self._directory} is in use by another running trainer, maybe of another "
-                "process; wait for it, or give this one another save_path"
+                f"process{self._holder()}; wait for it, or give this one another save_path. If no "
+                "such process runs any more (a network file system may keep the lock of a machine "
+                f"that died), delete {self._directory / LOCK_NAME}"
             ) from None
         except (OSError, NotImplementedError) as error:
-            raise CheckpointError(
-                f"{self._directory} cannot be written to: {reason(error)}"
-            ) from error
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise CheckpointError(
+                    f"{self._directory} cannot be written to: {reason(error)}"
+                ) from error
+            self._warn_of_no_lock(error)
+            return
+        self._name_holder()
+
+    def _name_holder(self) -> None:
+        """Write this process into the file of the lock, for `_holder`."""
+        flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0)
+        with suppress(OSError):
+            descriptor = os.open(self._directory / LOCK_NAME, flags)
+            try:
+                os.write(descriptor, f"{os.getpid()} {socket.gethostname()}".encode())
+            finally:
+                os.close(descriptor)
+
+    def _holder(self) -> str:
+        """Return the process that holds the lock, as far as its file says."""
+        text = b""
+        with suppress(OSError):
+            descriptor = open_regular(self._directory / LOCK_NAME)
+            try:
+                text = os.read(descriptor, 100)
+            finally:
+                os.close(descriptor)
+        match = re.fullmatch(rb"(\d+) ([\w.-]+)", text)
+        return f" ({match[1].decode()} on {match[2].decode()})" if match else ""
+
+    def _warn_of_no_lock(self, error: BaseException) -> None:
+        device = os.stat(self._directory).st_dev
+        if device not in _file_systems_without_locks:
+            _file_systems_without_locks.add(device)
+            warn_user(
+                f"{self._directory} cannot be locked, since its file system has no locks "
+                f"({reason(error)}). The training goes on; make sure that no other trainer uses "
+                "the same save_path at the same time",
+                LockWarning,
+            )
 
     def release(self) -> None:
         """Release the lock, if it is acquired."""

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
 from typing import Any, TypeAlias
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ Writer: TypeAlias = Callable[[Path, int, StateDict], None]
 Reader: TypeAlias = Callable[[Path, torch.device], dict[str, Any]]
 
 DEFAULT_SUFFIX = ".msgpack"
+
+
+def are_one_file(name: str, other: str) -> bool:
+    """Return whether two names are of one file in a directory, on any file system.
+
+    Such as ``best``, ``./best.msgpack`` and, where upper and lower case are the same, ``Best``.
+    """
+    return _comparable(name) == _comparable(other)
+
+
+def _comparable(name: str) -> str:
+    return normalize("NFC", str(Path(with_suffix(name)))).casefold()
 
 
 def with_suffix(name: str) -> str:

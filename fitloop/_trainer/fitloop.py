@@ -115,7 +115,7 @@ class FitLoop(TrainerBase):
             CPU memory. Files of these names are replaced. Default: False.
         save_path: directory for files, ``fitloop_state`` by default. It is created when something
             is saved.
-        best_model_name: name of the best weights.
+        best_model_name: name of the best weights, not that of another file in ``save_path``.
         name: label in output, prompts, events and messages. Default: the class name of the model.
         seed: seed of the random numbers of this trainer, 0 to 2**64 - 1. Default: None, it uses the
             global generators, as a hand-written loop does. See ``docs/randomness.md``.
@@ -489,7 +489,7 @@ class FitLoop(TrainerBase):
             CheckpointError: the file exists and ``overwrite`` is False, it cannot be written, or
                 a value of the state cannot be saved; the message names it.
         """
-        target = self._file(name, path, (DEFAULT_SUFFIX,))
+        target = self._new_file(name, path, (DEFAULT_SUFFIX,))
 
         def write() -> Path:
             snapshot = take_snapshot(self._state, SnapshotBuffers())
@@ -547,7 +547,7 @@ class FitLoop(TrainerBase):
             BusyError: the trainer is busy.
             CheckpointError: the file exists and ``overwrite`` is False, or cannot be written.
         """
-        target = self._file(name, path)
+        target = self._new_file(name, path)
 
         def write() -> Path:
             write_weights(target, weights_of(self.model), overwrite=overwrite)
@@ -654,11 +654,24 @@ class FitLoop(TrainerBase):
             self._state, "del_pretrained_model", self._state.delete_pretrained
         )
 
+    def _new_file(
+        self, name: str, path: str | Path | None, suffixes: tuple[str, ...] | None = None
+    ) -> Path:
+        """Return the path of a file to write, which must not be one that the trainer keeps."""
+        file = self._file(name, path, suffixes)
+        directory = self.save_path if path is None else Path(path)
+        if directory.absolute() == self.save_path and self._state.keeps_file(name):
+            raise CheckpointError(
+                f"{name!r} names a file with weights that the trainer itself keeps in "
+                f"{self.save_path}; give another name"
+            )
+        return file
+
     def _file(
         self, name: str, path: str | Path | None, suffixes: tuple[str, ...] | None = None
     ) -> Path:
         file = (self.save_path if path is None else Path(path)) / with_suffix(name)
-        if file.name == LOG_NAME:
+        if file.name.casefold() == LOG_NAME:
             raise CheckpointError(f"{name!r} names the log of metrics; give another name")
         if suffixes is not None and file.suffix.lower() not in suffixes:
             raise CheckpointError(

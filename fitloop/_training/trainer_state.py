@@ -19,12 +19,12 @@ from fitloop._data.loaders import Loaders, LoadingOptions
 from fitloop._engine.config import PRETRAINED, TrainerConfig, check_not_awaitable
 from fitloop._engine.event_bus import EventBus
 from fitloop._engine.optimization import StepCounts
-from fitloop._errors import CheckpointError
+from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
 from fitloop._rng.trainer_rng import TrainerRng
-from fitloop._storage.metric_log import MetricLog
-from fitloop._storage.weight_files import StateDict
+from fitloop._storage.metric_log import LOG_NAME, MetricLog
+from fitloop._storage.weight_files import StateDict, are_one_file
 from fitloop._storage.weight_store import (
     DiskStore,
     MemoryStore,
@@ -57,6 +57,7 @@ class TrainerState:
     """The changing state of one trainer."""
 
     def __init__(self, config: TrainerConfig) -> None:
+        _check_best_name(config.best_model_name)
         self.config = config
         self.history = History()
         self.event_bus = EventBus()
@@ -165,6 +166,12 @@ class TrainerState:
                 self.best_models.forget()
             self._best_data = data
 
+    def keeps_file(self, name: str) -> bool:
+        """Return whether the best or the pretrained weights are in the file of this name."""
+        best = self.config.best_model_name
+        kept = (best, extra_name(best), PRETRAINED) if self.config.save_to_disk else ()
+        return any(are_one_file(name, other) for other in kept)
+
     def borrow_best(self) -> BestWeights | None:
         """Return the best weights, which the store does not change any more; None if none."""
         name = self.config.best_model_name
@@ -264,6 +271,19 @@ class TrainerState:
             phase: self.config.loader(phase) if loaders.get(phase) is None else loaders[phase]
             for phase in Phase
         }
+
+
+def _check_best_name(name: str) -> None:
+    """Refuse a name of the best weights that is that of another file of the trainer."""
+    try:
+        is_taken = any(are_one_file(name, other) for other in (PRETRAINED, LOG_NAME))
+    except CheckpointError as error:  # it leads out of the directory, for example
+        raise ConfigurationError(f"best_model_name: {error}") from None
+    if is_taken:
+        raise ConfigurationError(
+            f"best_model_name is {name!r}, which names another file of the trainer; expected "
+            "another name"
+        )
 
 
 def _are_equal(weights: StateDict, other_weights: StateDict) -> bool:

@@ -15,6 +15,8 @@ from fitloop._trainer.fitloop import FitLoop
 
 WEIGHTS_NAME = "weights.msgpack"
 """file in the directory of a job: the weights of the model after the training"""
+OUTCOME_NAME = "outcome.msgpack"
+"""file in the directory of a job: its outcome"""
 
 
 @public

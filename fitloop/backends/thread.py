@@ -13,9 +13,10 @@ from fitloop._defaults import TRAINER_DEFAULTS, TrainerDefaults
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._rng.exclusive import exclusive_rng
+from fitloop._storage.weight_files import are_one_file
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
-from fitloop.backends.base import WEIGHTS_NAME, JobSpec, TrainingResult
+from fitloop.backends.base import OUTCOME_NAME, WEIGHTS_NAME, JobSpec, TrainingResult
 
 
 class ThreadBackend:
@@ -61,6 +62,7 @@ async def run_job(
         options["callbacks"] = [*options.get("callbacks", ()), emit]
         if spec.directory is not None:
             check_save_path(spec, trainer)
+            _check_best_name(spec, trainer)
             options.setdefault("checkpoint", Checkpoint())
             options.setdefault("resume", True)
         result = await trainer.fit(spec.epochs, **options)
@@ -81,6 +83,16 @@ def check_save_path(spec: JobSpec, trainer: FitLoop | SyncFitLoop) -> None:
         f"{spec.directory}, where the Runner keeps those of this job. Give it that save_path=, "
         "submit a function that makes it without one, or leave the Runner's out"
     )
+
+
+def _check_best_name(spec: JobSpec, trainer: FitLoop) -> None:
+    """Refuse a trainer whose best weights have the name of another file of the job."""
+    name = trainer.best_model_name
+    if any(are_one_file(name, other) for other in (WEIGHTS_NAME, OUTCOME_NAME)):
+        raise ConfigurationError(
+            f"job {spec.name!r}: the trainer has best_model_name={name!r}, which names another "
+            "file of the job; expected another name"
+        )
 
 
 async def build_trainer(spec: JobSpec) -> FitLoop:

@@ -122,6 +122,19 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
         {"best_model_name": "pretrained_model"},
         r"best_model_name is 'pretrained_model', .*; expected another name",
     ),
+    *(
+        (
+            f"best model is called {name}",
+            {"best_model_name": name},
+            "best_model_name is .* file of the tr",
+        )
+        for name in ("./Pretrained_Model", "pretrained_model.msgpack", "metrics", "METRICS.msgpack")
+    ),
+    (
+        "best model is elsewhere",
+        {"best_model_name": "../best"},
+        r"best_model_name: '../best' cannot name a file",
+    ),
     ("save_path is no path", {"save_path": 3}, r"save_path is 3; expected"),
     *(
         (f"{name} takes no argument", {name: no_argument}, rf"{name} is .no_argument\(\).*; expect")

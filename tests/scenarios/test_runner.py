@@ -683,6 +683,20 @@ async def test_factory_when_it_gives_a_save_path_then_the_job_fails_and_says_why
     assert not (tmp_path / "own").exists()
 
 
+async def test_factory_when_its_best_weights_have_the_name_of_a_file_of_the_job_then_fails(
+    tmp_path: Path,
+) -> None:
+    def make(name: str) -> FitLoop:
+        return trainer(best_model_name=name)
+
+    async with Runner(1, save_path=tmp_path) as runner:
+        for name in ("weights", "./Outcome"):
+            runner.submit(make, name, name=f"{len(name)}", **QUIET)
+        outcomes = await runner.results()
+    for outcome in outcomes:
+        assert "which names another file of the job" in str(outcome.error)
+
+
 async def test_trainer_when_its_save_path_is_that_of_its_job_then_is_taken_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

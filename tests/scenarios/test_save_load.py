@@ -583,6 +583,24 @@ def test_load_when_the_file_has_weights_only_then_it_is_named(tmp_path: Path) ->
 
 
 @each_trainer
+@pytest.mark.parametrize("name", ["best_model", "./BEST_model.msgpack", "pretrained_model"])
+def test_save_when_the_name_is_of_weights_that_the_trainer_keeps_then_is_refused(
+    tmp_path: Path, make: Callable[..., AnyTrainer], name: str
+) -> None:
+    fitted = make(save_path=tmp_path, save_to_disk=True)
+    do(fitted, "fit", 2, **QUIET)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for verb in ("save", "save_model"):
+        with pytest.raises(CheckpointError, match="weights that the trainer itself keeps"):
+            do(fitted, verb, name, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    do(fitted, "load_model", "best_model")
+    do(fitted, "save_model", "best_model", tmp_path / "elsewhere")
+    in_memory = make(save_path=tmp_path / "memory")
+    do(in_memory, "save_model", "best_model")
+
+
+@each_trainer
 @each_store
 def test_del_best_model_when_there_is_one_then_it_is_gone_and_forgotten(
     tmp_path: Path, make: Callable[..., AnyTrainer], disk: bool

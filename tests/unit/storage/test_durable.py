@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +17,8 @@ import pytest
 from support.leaks import _descriptors
 from support.models import sync_trainer
 
-from fitloop import Checkpoint, CheckpointError
+from fitloop import Checkpoint, CheckpointError, LockWarning
+from fitloop._storage import durable
 from fitloop._storage.durable import (
     LOCK_NAME,
     TEMPORARY_PREFIX,
@@ -163,6 +166,37 @@ def test_lock_when_held_in_this_process_then_another_trainer_is_refused(tmp_path
     other.acquire()
     other.release()
     other.release()
+
+
+def test_lock_when_held_then_the_message_names_the_process_and_the_file(tmp_path: Path) -> None:
+    lock = DirectoryLock(tmp_path)
+    lock.acquire()
+    host = re.escape(socket.gethostname())
+    expected = (
+        rf"process \({os.getpid()} on {host}\).*that died\), delete .*{re.escape(LOCK_NAME)}$"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        DirectoryLock(tmp_path).acquire()
+    (tmp_path / LOCK_NAME).unlink()  # as a person does after its machine has died
+    DirectoryLock(tmp_path).acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_lock_when_the_file_system_has_none_then_warns_once_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr(durable, "_file_systems_without_locks", set())
+    fitted = sync_trainer(save_path=tmp_path)
+    with pytest.warns(LockWarning, match="no other trainer uses the same save_path") as warned:
+        for _fit in range(2):
+            fitted.fit(1, checkpoint=Checkpoint(), **QUIET)
+    assert len(warned) == 1
+    assert len(os.listdir(tmp_path / "snapshots")) >= 1
 
 
 def test_lock_when_the_directory_cannot_be_made_then_it_is_named(tmp_path: Path) -> None:
