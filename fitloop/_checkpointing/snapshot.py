@@ -48,11 +48,14 @@ from fitloop._storage.weight_files import (
     read_weights,
 )
 from fitloop._storage.weight_store import check_weights
+from fitloop._training.best_optimizers import on_cpu
+from fitloop._training.layers import configure_optimizer
 from fitloop._training.parts import states_of
-from fitloop._training.trainer_state import TrainerState
+from fitloop._training.trainer_state import BestState, TrainerState
 from fitloop._types import Phase
 
 KIND = "snapshot"
+_CONSTANT = ("state/best/", "state/best_extra/", "state/best_optimizers/")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def take_snapshot(
     Raises `CheckpointError`, naming its path in the tree, for a value that cannot be encoded.
     """
     config = trainer.config
-    best, extra = (None if trainer.best_score is None else trainer.borrow_best()) or (None, {})
+    state_of_best = None if trainer.best_score is None else trainer.borrow_best()
+    best, extra, optimizers = state_of_best or (None, {}, [])
     versions = getattr(best, "_metadata", None)
     tree = {
         "training": training_state(
@@ -100,6 +104,7 @@ def take_snapshot(
         "best": None if best is None else dict(best),
         "best_extra": dict(extra),
         "best_modules": None if versions is None else {k: dict(v) for k, v in versions.items()},
+        **({"best_optimizers": optimizers} if optimizers else {}),
         "run": None if position is None else position.to_tree(),
         **states_of(trainer.parts),
     }
@@ -107,10 +112,8 @@ def take_snapshot(
     try:
         state = encoder.encode(tree, "state")
         tensors = encoder.tensors
-        # The weights store never changes tensors that it has lent.
-        constant = {
-            name for name in tensors if name.startswith(("state/best/", "state/best_extra/"))
-        }
+        # What belongs to the best epoch is replaced, and never changed.
+        constant = {name for name in tensors if name.startswith(_CONSTANT)}
         payloads = buffers.copy(tensors, constant)
     except LayoutError as error:
         raise CheckpointError(f"the state of {config.name!r} cannot be kept: {error}") from error
@@ -193,6 +196,8 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
         }
         best, versions = state["best"], state["best_modules"]
         extra = state.setdefault("best_extra", {})  # older files have none
+        if not isinstance(state.setdefault("best_optimizers", []), list):
+            raise TypeError("its states of the best optimizers are no list")
         if not (best is None or isinstance(best, dict)) or not isinstance(extra, dict):
             raise TypeError("its best weights are no map")
         if versions is not None:
@@ -338,5 +343,7 @@ def _save_best(trainer: TrainerState, state: dict[str, Any]) -> Callable[[], Non
         before = trainer.borrow_best()
     weights = module_weights({"weights": best, "versions": state["best_modules"]})
     check_weights(trainer.config.model, weights, own=True)
-    trainer.put_best((weights, state["best_extra"]))
+    is_default = trainer.config.configure_optimizer is configure_optimizer
+    optimizers = on_cpu(state["best_optimizers"]) if is_default else []
+    trainer.put_best(BestState(weights, state["best_extra"], optimizers))
     return partial(trainer.put_best, before)

@@ -7,7 +7,7 @@ files.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,16 +21,16 @@ from fitloop._storage.weight_files import check_module_versions, set_metadata
 from fitloop._storage.weight_store import (
     apply_weights,
     check_weights,
-    plain_model,
-    plain_name,
     weights_of,
 )
 from fitloop._training.capture import has_own_state_dict
 from fitloop._training.parts import (
     StatePart,
-    load_optimizer,
+    load_optimizer_state,
     modules_of,
     outside_parameters,
+    parameter_names,
+    plain_parameters,
     set_unsaved_buffers,
     stateful_objects,
     unsaved_buffers,
@@ -44,11 +44,11 @@ def training_state(config: TrainerConfig, *, with_grads: bool = False) -> dict[s
     ``with_grads`` is for runs whose gradients live longer than a batch.
     """
     modules = modules_of(config)
-    names = _names(config)
+    names = parameter_names(config)
     state = {
         "modules": [_module_state(module) for module in modules],
         "frozen": [
-            [name for name, item in _plain_parameters(module) if not item.requires_grad]
+            [name for name, item in plain_parameters(module) if not item.requires_grad]
             for module in modules
         ],
         "buffers": [unsaved_buffers(module) for module in modules],
@@ -107,23 +107,6 @@ def module_weights(module_state: Any) -> OrderedDict[str, Any]:
     weights: OrderedDict[str, Any] = OrderedDict(module_state["weights"])
     set_metadata(weights, module_state["versions"])
     return weights
-
-
-def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters with the names that the module gives them if it is not compiled."""
-    for name, parameter in plain_model(module).named_parameters():
-        yield plain_name(name), parameter
-
-
-def _names(config: TrainerConfig) -> dict[Tensor, str]:
-    """Return names such as ``0.fc.weight``: number of the module, and name in it."""
-    names: dict[Tensor, str] = {}
-    for number, module in enumerate(modules_of(config)):
-        for name, parameter in _plain_parameters(module):
-            names.setdefault(parameter, f"{number}.{name}")
-    return names | {
-        each: f"outside.{number}" for number, each in enumerate(outside_parameters(config))
-    }
 
 
 def _type_of(item: object) -> str:
@@ -196,7 +179,7 @@ def _check_contents(config: TrainerConfig, state: Any) -> None:
             raise CheckpointError(
                 f"the state of {saved['type']} has what it does not know: {quoted_list(unknown)}"
             )
-    parameters = {name: parameter for parameter, name in _names(config).items()}
+    parameters = {name: parameter for parameter, name in parameter_names(config).items()}
     for name, grad in state["grads"].items():
         if name not in parameters or grad.shape != parameters[name].shape:
             raise CheckpointError(f"there is no parameter for the gradient of {name!r}")
@@ -209,7 +192,7 @@ def _check_contents(config: TrainerConfig, state: Any) -> None:
 
 
 def _apply(config: TrainerConfig, state: Any) -> None:
-    parameters = {name: parameter for parameter, name in _names(config).items()}
+    parameters = {name: parameter for parameter, name in parameter_names(config).items()}
     for optimizer, saved in zip(config.optimizers, state["optimizers"], strict=True):
         _load_optimizer(optimizer, clone_tensors(saved), parameters)
     for scheduler, saved in zip(config.lr_schedulers, state["schedulers"], strict=True):
@@ -220,7 +203,7 @@ def _apply(config: TrainerConfig, state: Any) -> None:
         for parameter, value in zip(outside_parameters(config), state["outside"], strict=True):
             parameter.copy_(value)
     for module, frozen in zip(modules_of(config), state["frozen"], strict=True):
-        for name, trained in _plain_parameters(module):
+        for name, trained in plain_parameters(module):
             trained.requires_grad_(name not in frozen)
     for name, target in parameters.items():
         grad = state["grads"].get(name)
@@ -234,7 +217,7 @@ def _apply(config: TrainerConfig, state: Any) -> None:
 def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tensor]) -> None:
     state, names = saved["state"], saved["names"]
     if has_own_state_dict(optimizer):  # its state can have any layout
-        load_optimizer(optimizer, state)
+        load_optimizer_state(optimizer, state)
         return
     names_now = {parameter: name for name, parameter in parameters.items()}
     groups = optimizer.param_groups
@@ -247,17 +230,9 @@ def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tens
             )
         first = {key: value for key, value in groups[0].items() if key != "params"}
         groups[:] = [{**first, "params": [parameters[name] for name in group]} for group in names]
-    load_optimizer(optimizer, state)
+    load_optimizer_state(optimizer, state)
     if saved["stepped"]:
         optimizer._opt_called = True  # type: ignore[attr-defined]
-    # torch casts the state to the dtype of its parameter; undo that for other dtypes.
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    ids = [number for group in state["param_groups"] for number in group["params"]]
-    for parameter, number in zip(order, ids, strict=True):
-        for key, value in state["state"].get(number, {}).items():
-            now = optimizer.state[parameter].get(key)
-            if isinstance(now, Tensor) and isinstance(value, Tensor) and now.dtype != value.dtype:
-                optimizer.state[parameter][key] = value.to(now.device)
 
 
 def clone_tensors(value: Any, memo: dict[int, Tensor] | None = None) -> Any:

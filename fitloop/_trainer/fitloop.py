@@ -106,7 +106,8 @@ class FitLoop(TrainerBase):
             function when the size is needed. See `LoopState.batch_size`.
         configure_optimizer: called with the trainer each time weights were restored, so that
             training can go on. ``trainer.configure_optimizer(...)`` passes its arguments on to it.
-            Default: `fitloop.configure_optimizer`.
+            Default: `fitloop.configure_optimizer`; after it, the best weights get back the state
+            that the optimizers had in their epoch.
         criteria: name of the metric of ``valid_epoch_end`` that compares models. Default with the
             default ``valid_epoch_end``: ``accuracy``, or ``loss`` if there is no accuracy.
         criteria_direction: 1 if more is better, -1 if less is better. Default: 1. A criteria with
@@ -210,9 +211,13 @@ class FitLoop(TrainerBase):
             load_best: restore the best weights at the end, if this run tracked the criteria; also
                 after ``stop()``, a no at the prompt and a cancellation, but not after an error.
                 If the model has them already, nothing is changed, so that ``fit(3)`` twice is
-                ``fit(6)`` while the last epoch is the best. Weights that do not fit the model any
-                more stay away, with a `RestoreWarning`. The best score counts over all fits with
-                the same validation data; weights that are not finite are never the best.
+                ``fit(6)`` while the last epoch is the best. If they are put back, the optimizers
+                get the state that they had in that epoch, unless ``configure_optimizer`` is your
+                own; rates and other settings stay, as schedulers have set them. That state is kept
+                in CPU memory, for Adam twice the size of the weights, and in snapshots. Weights
+                that do not fit the model any more stay away, with a `RestoreWarning`. The best
+                score counts over all fits with the same validation data; weights that are not
+                finite are never the best.
             track_batch_metrics: keep the values of the batch steps in the history.
             define_all: your steps set gradients to zero, grad mode and train/eval mode. Phases with
                 a default step are as without it.
@@ -606,7 +611,9 @@ class FitLoop(TrainerBase):
         return await run_exclusively_in_thread(self._state, "load_model", read)
 
     async def load_best(self) -> None:
-        """Restore the best weights, as the end of a run with ``load_best=True`` does.
+        """Restore the best weights, and the state that the optimizers had in their epoch.
+
+        The end of a run with ``load_best=True`` does the same; see `fit`.
 
         Raises:
             BusyError: the trainer is busy.

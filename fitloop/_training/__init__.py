@@ -8,6 +8,7 @@ terminals or runs.
 - `capture`: exact copies of model, optimizers and schedulers, restored in place.
 - `tensor_copy`: the copy of one tensor in it.
 - `best`: finds the best epoch.
+- `best_optimizers`: the states of the optimizers in that epoch.
 - `schedulers`: steps learning-rate schedulers.
 - `layers`: layers, freezing, and learning rates by layer.
 """

@@ -18,6 +18,7 @@ from fitloop._errors import CheckpointError
 from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import suffix_of
 from fitloop._storage.weight_store import plain_model, plain_name
+from fitloop._training.capture import has_own_state_dict
 
 
 class StatePart(Protocol):
@@ -63,6 +64,23 @@ def outside_parameters(config: TrainerConfig) -> Iterator[Tensor]:
                     yield parameter
 
 
+def plain_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters with the names that the module gives them if it is not compiled."""
+    for name, parameter in plain_model(module).named_parameters():
+        yield plain_name(name), parameter
+
+
+def parameter_names(config: TrainerConfig) -> dict[Tensor, str]:
+    """Return names such as ``0.fc.weight``: number of the module, and name in it."""
+    names: dict[Tensor, str] = {}
+    for number, module in enumerate(modules_of(config)):
+        for name, parameter in plain_parameters(module):
+            names.setdefault(parameter, f"{number}.{name}")
+    return names | {
+        each: f"outside.{number}" for number, each in enumerate(outside_parameters(config))
+    }
+
+
 def stateful_objects(config: TrainerConfig) -> dict[str, Any]:
     """Return the scaler and the other stateful objects of a trainer, by name."""
     scaler = {} if config.scaler is None else {"scaler": config.scaler}
@@ -105,6 +123,24 @@ def load_optimizer(optimizer: Any, state: Any) -> None:
             states.clear()
             states.update(loaded_states)
             item.state = states
+
+
+def load_optimizer_state(optimizer: Optimizer, state: Any) -> None:
+    """Call `load_optimizer`; the tensors of the state keep their dtypes.
+
+    Torch casts them to the dtype of their parameter. An optimizer with a ``load_state_dict`` of its
+    own casts as it likes.
+    """
+    load_optimizer(optimizer, state)
+    if has_own_state_dict(optimizer):
+        return
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    ids = [number for group in state["param_groups"] for number in group["params"]]
+    for parameter, number in zip(order, ids, strict=True):
+        for key, value in state["state"].get(number, {}).items():
+            now = optimizer.state[parameter].get(key)
+            if isinstance(now, Tensor) and isinstance(value, Tensor) and now.dtype != value.dtype:
+                optimizer.state[parameter][key] = value.to(now.device)
 
 
 def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:

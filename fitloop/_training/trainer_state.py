@@ -7,7 +7,7 @@ another. Its methods run in the thread of a run or of a file operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,13 @@ from fitloop._data.loaders import Loaders, LoadingOptions
 from fitloop._engine.config import PRETRAINED, TrainerConfig, check_not_awaitable
 from fitloop._engine.event_bus import EventBus
 from fitloop._engine.optimization import StepCounts
-from fitloop._errors import CheckpointError, ConfigurationError
+from fitloop._errors import (
+    CheckpointError,
+    ConfigurationError,
+    RestoreWarning,
+    one_line,
+    warn_user,
+)
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
 from fitloop._rng.trainer_rng import TrainerRng
@@ -35,6 +41,7 @@ from fitloop._storage.weight_store import (
 )
 from fitloop._training.best import BestTracker, Criteria
 from fitloop._training.best_models import BestModels
+from fitloop._training.best_optimizers import optimizer_states, restore_optimizers
 from fitloop._training.capture import Capture
 from fitloop._training.parts import (
     StatePart,
@@ -49,8 +56,16 @@ from fitloop._training.parts import (
 from fitloop._training.schedulers import check_modes
 from fitloop._types import Phase
 
-BestWeights: TypeAlias = tuple[StateDict, StateDict]
-"""weights of the model, and the `extra_weights` beside them"""
+
+class BestState(NamedTuple):
+    """The weights of the best epoch, and the states of the optimizers in it."""
+
+    weights: StateDict
+    """of the model"""
+    extra: StateDict
+    """the `extra_weights` beside them"""
+    optimizers: list[Any]
+    """the `optimizer_states`; empty if there are none"""
 
 
 class TrainerState:
@@ -94,6 +109,8 @@ class TrainerState:
         """parts of the state besides those of `named_parts`, by their key in snapshots"""
         self.rng = TrainerRng(config.seed, self.cuda_devices)
         """random numbers of the trainer"""
+        self._best_optimizers: list[Any] = []
+        """the `optimizer_states` of the best epoch, which are replaced and never changed"""
         self._best_data: Any = None
         """the validation data of the best score; None if not known"""
         self._initial: Capture | None = None
@@ -136,7 +153,10 @@ class TrainerState:
 
     def save_best(self) -> None:
         """Store the present weights as the best."""
-        self.put_best((weights_of(self.config.model), extra_weights(self.config)))
+        config = self.config
+        self._best_optimizers = []  # first, to free the memory for the copy
+        states = optimizer_states(config)
+        self.put_best(BestState(weights_of(config.model), extra_weights(config), states))
         self.best_is_stale = False
 
     def non_finite_weight(self) -> str | None:
@@ -152,7 +172,7 @@ class TrainerState:
         """Return whether the model has the best weights, bit for bit."""
         best = self.borrow_best()
         present = (weights_of(self.config.model), extra_weights(self.config))
-        return best is not None and all(map(_are_equal, best, present))
+        return best is not None and all(map(_are_equal, best[:2], present))
 
     def compare_only_with(self, valid_loader: Any) -> None:
         """Forget the best score and models if they are of a validation with other data.
@@ -172,18 +192,25 @@ class TrainerState:
         kept = (best, extra_name(best), PRETRAINED) if self.config.save_to_disk else ()
         return any(are_one_file(name, other) for other in kept)
 
-    def borrow_best(self) -> BestWeights | None:
-        """Return the best weights, which the store does not change any more; None if none."""
+    def borrow_best(self) -> BestState | None:
+        """Return the state of the best epoch, which is not changed any more; None if none."""
         name = self.config.best_model_name
         if not self.store.exists(name):
             return None
         extra = extra_name(name)
-        return self.store.borrow(name), self.store.borrow(extra) if self.store.exists(extra) else {}
+        return BestState(
+            self.store.borrow(name),
+            self.store.borrow(extra) if self.store.exists(extra) else {},
+            self._best_optimizers,
+        )
 
-    def put_best(self, best: BestWeights | None) -> None:
-        """Store weights as the best; with None, delete the best weights."""
+    def put_best(self, best: BestState | None) -> None:
+        """Store a state as that of the best epoch; with None, delete it.
+
+        The weights are copied. The states of the optimizers must not change afterwards.
+        """
         name = self.config.best_model_name
-        weights, extra = ({}, {}) if best is None else best
+        weights, extra, self._best_optimizers = BestState({}, {}, []) if best is None else best
         for key, state in ((extra_name(name), extra), (name, weights)):
             if state or (best is not None and key == name):
                 self.store.save(key, state)
@@ -195,7 +222,10 @@ class TrainerState:
         return None if self.criteria is None else BestTracker(self.criteria, self, emit)
 
     def restore_best(self, trainer: Any) -> None:
-        """Load the best weights into the model, and call ``configure_optimizer``.
+        """Load the best weights into the model, and prepare the optimizers for them.
+
+        They get the states that they had in the best epoch, unless ``configure_optimizer`` is the
+        user's own, which is then called.
 
         Raises `CheckpointError`, having changed nothing, if there are none or they do not fit.
         """
@@ -210,6 +240,16 @@ class TrainerState:
         apply_weights(self.config.model, weights, own=True)
         apply_extra_weights(self.config, extra_weights)
         self.configure_optimizer(trainer)
+        try:
+            if self._best_optimizers:
+                restore_optimizers(self.config, self._best_optimizers)
+        except Exception as error:  # an optimizer's own, or a forged file's
+            self.configure_optimizer(trainer)
+            warn_user(
+                f"the best weights, of epoch {self.best_epoch}, were restored, but not the state "
+                f"that the optimizers had in it; they begin anew: {one_line(error)}",
+                RestoreWarning,
+            )
 
     def configure_optimizer(self, trainer: Any) -> None:
         """Call the ``configure_optimizer`` of the constructor, after weights were put back."""

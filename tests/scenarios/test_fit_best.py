@@ -181,11 +181,14 @@ async def test_configure_optimizer_when_weights_are_restored_then_is_called_each
     assert calls == [fitted] * 5
 
 
-async def test_configure_optimizer_when_default_then_momentum_of_replaced_weights_is_gone() -> None:
-    fitted, _weights = scored([2, 1])
+async def test_configure_optimizer_when_default_then_momentum_of_replaced_weights_is_gone(
+    tmp_path: Path,
+) -> None:
+    fitted, _weights = scored([2, 1], save_path=tmp_path)
     await fitted.fit(2, load_best=False, **QUIET)
     assert fitted.optimizer.state_dict()["state"]
-    await fitted.load_best()
+    await fitted.save_model()
+    await fitted.load_model()
     assert fitted.optimizer.state_dict()["state"] == {}
 
 
