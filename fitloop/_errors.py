@@ -225,9 +225,11 @@ class NonFiniteWarning(RuntimeWarning):
 
 @public
 class OptimizerWarning(RuntimeWarning):
-    """No optimizer holds some parameters of the model, and one holds parameters of no model.
+    """The optimizer steps of a training are probably not as meant.
 
-    A layer that is replaced after the optimizer was built is not trained.
+    No optimizer holds some parameters of the model, and one holds parameters of no model: a layer
+    that is replaced after the optimizer was built is not trained. Or ``accumulate`` is larger than
+    an epoch.
     """
 
 

@@ -36,6 +36,7 @@ from fitloop._concurrency.control import Cancelled
 from fitloop._data.inspection import length_of, loader_label
 from fitloop._data.loaders import LoadingOptions
 from fitloop._engine.loop_state import LoopState
+from fitloop._engine.optimization import OptimizerSteps, StepCounts
 from fitloop._errors import ConfigurationError, FitLoopError
 from fitloop._rng.global_state import save_global_state
 from fitloop._run.session import RunContext, RunEnding, RunSession
@@ -274,10 +275,17 @@ class BenchRun:
 
     def _async_load(self, limit: int) -> PassTiming:
         """Read an async loader by fitloop, with steps that do nothing."""
-        config = replace(self._config, train_step=_no_step, train_epoch_end=_no_step)
+        config = replace(self._config, train_step=_no_step, train_epoch_end=_no_step, accumulate=1)
+        steps = OptimizerSteps(config, StepCounts(len(config.optimizers)))
         loaders = self._loaders[Variant.FITLOOP]
         return self._engine_pass(
-            loaders, self._loader, limit, config=config, after_batch=(), define_all=True
+            loaders,
+            self._loader,
+            limit,
+            config=config,
+            steps=steps,
+            after_batch=(),
+            define_all=True,
         )
 
     def _bare_pass(self, variant: Variant, limit: int) -> PassTiming:

@@ -207,11 +207,18 @@ def _apply(config: TrainerConfig, state: Any) -> None:
             trained.requires_grad_(name not in frozen)
     for name, target in parameters.items():
         grad = state["grads"].get(name)
-        target.grad = None if grad is None else clone_tensors(grad).to(target.device)
+        target.grad = None if grad is None else _gradient_of(target, grad)
     for module, buffers in zip(modules_of(config), state.get("buffers", ()), strict=False):
         set_unsaved_buffers(module, buffers)
     for module, saved in reversed(list(zip(modules_of(config), state["modules"], strict=True))):
         apply_weights(module, module_weights(saved), own=True)
+
+
+def _gradient_of(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a gradient with a value, in the memory format that autograd gives it."""
+    if value.layout is not torch.strided:
+        return value.clone().to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tensor]) -> None:

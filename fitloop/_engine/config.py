@@ -363,9 +363,14 @@ class TrainerConfig:
             check_callable("on_continue", self.on_continue, "the PromptAsked event")
 
     def _check_schedulers(self) -> None:
+        own = {
+            id(item)
+            for each in self.optimizers
+            for item in (each, *getattr(each, "__dict__", {}).values())
+        }
         for scheduler in self.lr_schedulers:
             other = getattr(scheduler, "optimizer", None)
-            if isinstance(other, Optimizer) and other not in self.optimizers:
+            if isinstance(other, Optimizer) and id(other) not in own:
                 raise ConfigurationError(
                     f"lr_scheduler is a {type(scheduler).__name__} of another optimizer than the "
                     "trainer's; build it from the one that is given as optimizer="

@@ -18,7 +18,7 @@ registered for the time of a run. So it is done too if a step of the user calls
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,9 +48,13 @@ class Window:
         self.batch = 0
         """number of the batch of the last call"""
 
-    def parameters(self) -> list[Any]:
-        """Return the parameters of the optimizer."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def parameters(self) -> Iterator[Any]:
+        """Yield the parameters of the optimizer."""
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of the parameters that have one."""
+        return [p.grad for p in self.parameters() if p.grad is not None]
 
 
 class StepCounts:
@@ -250,15 +254,26 @@ class OptimizerSteps:
                 if not _is_one(weight):
                     if scaler is not None:
                         scaler.unscale_(window.optimizer)
-                    _divide([p.grad for p in window.parameters() if p.grad is not None], weight)
+                    with torch.no_grad():
+                        torch._foreach_div_(window.gradients(), weight)
                 if scaler is None:
                     window.optimizer.step()
                 else:
                     scaler.step(window.optimizer)
         finally:
             self._is_stepping = False
-        if scaler is not None and not self.is_open:  # a new scale would not fit other gradients
-            scaler.update()
+        if scaler is not None:
+            self._update_scale()
+
+    def _update_scale(self) -> None:
+        """Update the scale after a step; gradients that wait for another step get the new scale."""
+        waiting = [gradients for w in self.windows if w.count and (gradients := w.gradients())]
+        ones = [torch.ones((), device=gradients[0].device) for gradients in waiting]
+        before = [self._scaler.scale(one) for one in ones]
+        self._scaler.update()
+        with torch.no_grad():
+            for gradients, one, scale in zip(waiting, ones, before, strict=True):
+                torch._foreach_mul_(gradients, self._scaler.scale(one) / scale)
 
     def _window_of(self, optimizer: Any) -> Window:
         for window in self.windows:
@@ -352,8 +367,3 @@ def _checked_weight(weight: Any) -> Any:
 
 def _is_one(weight: Any) -> bool:
     return not isinstance(weight, Tensor) and weight == 1
-
-
-def _divide(gradients: list[Any], weight: Any) -> None:
-    with torch.no_grad():
-        torch._foreach_div_(gradients, weight)

@@ -77,10 +77,15 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
 
 
 def _mean_over(state: LoopState, predictions: Any, targets: Any) -> Any:
-    """Return the number of targets that the loss of a batch is the mean of; 1 if it is 0."""
+    """Return the number of targets that the loss of a batch is the mean of, and 1 instead of 0.
+
+    If it is not known, this is the number of samples.
+    """
     ignored = state._ignored_class
     if ignored is None or targets is None or targets.is_floating_point() or predictions.ndim < 2:
         return state.batch_size or 1
+    if state._counts_quickly and targets.ndim == 1 and targets.min() >= 0:
+        return len(targets)
     return (targets != ignored).sum().clamp(min=1)
 
 

@@ -12,13 +12,13 @@ import torch
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.in_use import in_use
 from fitloop._concurrency.supervisor import LoopPortal, ThreadTask, run_in_thread, supervise
-from fitloop._data.inspection import check_distinct
+from fitloop._data.inspection import check_distinct, length_of
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._display.jupyter import interruptible
 from fitloop._engine.config import check_number
 from fitloop._engine.event_bus import UserCallbacks
 from fitloop._engine.plan import RunPlan
-from fitloop._errors import MissingLoaderError, note_call_site
+from fitloop._errors import MissingLoaderError, OptimizerWarning, note_call_site, warn_user
 from fitloop._events import Event, PhaseEnded
 from fitloop._run.mode_checks import checked_modes
 from fitloop._run.session import RunContext, scheduler_steps
@@ -52,6 +52,7 @@ async def launch(
     control = RunControl()
     portal = LoopPortal(control)
     user_callbacks = UserCallbacks(state.event_bus, callbacks, portal)
+    _warn_of_short_epoch(state, plan)
     with (
         in_use(config.name, plan.call, state, config.model),
         checked_modes(plan.call, trains=trains),
@@ -83,6 +84,19 @@ async def launch(
                 )
             finally:
                 state.control = None
+
+
+def _warn_of_short_epoch(state: TrainerState, plan: RunPlan) -> None:
+    """Warn of a fit whose epochs have fewer batches than one optimizer step."""
+    batches, accumulate = length_of(plan.phases[0][1]), state.config.accumulate
+    if batches is not None and plan.steps is not None:
+        batches = min(batches, plan.steps)
+    if plan.call == "fit" and batches and batches < accumulate:
+        warn_user(
+            f"accumulate is {accumulate}, and an epoch has {batches} batches: each optimizer step "
+            f"has only these, since no step has batches of two epochs. Give accumulate={batches}",
+            OptimizerWarning,
+        )
 
 
 class _LateTask:

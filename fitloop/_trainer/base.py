@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,19 +13,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fitloop._arguments import checked_arguments
+from fitloop._data.inspection import length_of
 from fitloop._engine.config import PRETRAINED, Interval, TrainerConfig, check_not_awaitable
 from fitloop._engine.event_bus import EventStream
 from fitloop._engine.precision import Precision
-from fitloop._errors import ConfigurationError
+from fitloop._errors import ConfigurationError, MissingLoaderError
 from fitloop._format import format_number, printable
 from fitloop._metrics.history import History, PhaseHistory
 from fitloop._plotting.draw import plot_history
 from fitloop._plotting.selection import BestEpoch
+from fitloop._run.fit_options import fit_option
 from fitloop._run.prompts import Ask
 from fitloop._training.best_models import BestModel
 from fitloop._training.layers import configure_optimizer as default_configure_optimizer
 from fitloop._training.trainer_state import TrainerState
-from fitloop._types import Loader, LossFunction, StageFunction
+from fitloop._types import Loader, LossFunction, Phase, StageFunction
 from fitloop.callbacks.callback import Callback
 
 if TYPE_CHECKING:
@@ -94,6 +97,34 @@ class TrainerBase:
         control = self._state.control
         if control is not None:
             control.stop()
+
+    @checked_arguments(fit_option)
+    def planned_steps(
+        self,
+        epochs: int = 1,
+        *,
+        train_dl: Loader | Callable[[], Loader] | None = None,
+        steps: int | None = None,
+    ) -> int:
+        """Return the optimizer steps of a `fit` with these arguments, for a schedule by steps.
+
+        That is one step for ``accumulate`` batches, and one for those that are left of an epoch.
+
+        Raises:
+            MissingLoaderError: there is no ``train_dl``.
+            ConfigurationError: the loader has no length, or an argument cannot work.
+        """
+        loader = self.train_dl if train_dl is None else train_dl
+        if loader is None:
+            raise MissingLoaderError(Phase.TRAIN, "planned_steps")
+        batches = length_of(loader)
+        if batches is None:
+            raise ConfigurationError(
+                "planned_steps() needs the batches of an epoch, and train_dl has no length; count "
+                "them once, and divide by accumulate"
+            )
+        batches = batches if steps is None else min(batches, steps)
+        return epochs * math.ceil(batches / self._state.config.accumulate)
 
     def events(self) -> EventStream:
         """Return the events of the trainer, for any task: ``async with ... as events``."""

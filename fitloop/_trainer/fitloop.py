@@ -190,12 +190,23 @@ class FitLoop(TrainerBase):
                 epoch_start(state)
                 PhaseStarted
                 for each batch:
-                    optimizer.zero_grad()        train only, not with define_all
-                    step(state)
+                    step(state)                  its gradients begin at 0, not with define_all
                     lr_scheduler.step()          train only, schedulers of interval "batch"
                 epoch_end(state)
                 PhaseEnded                       history, best weights, plateau schedulers
             EpochEnded                           other schedulers, printed lines
+
+        Each optimizer step, of the default ``train_step`` and of `LoopState.optimize`::
+
+            optimizer.zero_grad()
+            for each of ``accumulate`` batches, or of those that are left in the epoch:
+                loss = ...                       in the ``precision`` of the trainer
+                scaler.scale(loss * weight).backward()
+            scaler.unscale_(optimizer)
+            gradients /= sum of the weights
+            optimizer.step()                     left out, with the next line, where the scaler does
+            lr_scheduler.step()                  schedulers of interval "step"
+            scaler.update()
 
         Args:
             epochs: number of epochs to train; 0 calls ``preloop`` and ``postloop`` only.

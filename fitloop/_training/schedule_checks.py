@@ -128,27 +128,39 @@ def _interval_words(interval: Interval) -> str:
 
 
 class UnsteppedCheck:
-    """Warns, after the first epoch of a fit, of schedulers that the user's code has not stepped."""
+    """Warns, after the first epoch of a fit, of schedulers that were not stepped in it.
 
-    def __init__(self, schedulers: Sequence[Any]) -> None:
-        self._before = [(scheduler, _position(scheduler)) for scheduler in schedulers]
+    These are schedulers that the user's code steps, or that follow the steps of an optimizer.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Any, Interval | None]]) -> None:
+        self._before = [
+            (scheduler, interval, _position(scheduler)) for scheduler, interval in pairs
+        ]
 
     def finish(self) -> None:
         """Compare the schedulers with their state of the beginning, and warn."""
-        for scheduler, before in self._before:
-            if _position(scheduler) == before:
-                kind = type(scheduler).__name__
-                what = (
-                    "scheduler.step(score) from valid_epoch_end or a callback"
-                    if isinstance(scheduler, kinds.ReduceLROnPlateau)
-                    else "its step() from train_step"
+        for scheduler, interval, before in self._before:
+            if _position(scheduler) != before:
+                continue
+            kind = type(scheduler).__name__
+            what = (
+                "scheduler.step(score) from valid_epoch_end or a callback"
+                if isinstance(scheduler, kinds.ReduceLROnPlateau)
+                else "its step() from train_step"
+            )
+            if interval is None:
+                reason = (
+                    "with a train_step of your own it is left to your code. Call "
+                    f"{what}, or give scheduler_interval= 'step', 'epoch' or 'valid', and the "
+                    "trainer steps it"
                 )
-                warn_user(
-                    f"nothing has stepped the {kind} of lr_scheduler= in the first epoch: with a "
-                    f"train_step of your own it is left to your code. Call {what}, or give "
-                    "scheduler_interval= 'step', 'epoch' or 'valid', and the trainer steps it",
-                    ScheduleWarning,
-                )
+            else:
+                reason = "it follows the steps of its optimizer, which has made none"
+            warn_user(
+                f"nothing has stepped the {kind} of lr_scheduler= in the first epoch: {reason}",
+                ScheduleWarning,
+            )
         self._before = []
 
 

@@ -97,6 +97,7 @@ class SchedulerSteps:
         pairs = list(zip(config.lr_schedulers, intervals_of(config), strict=True))
         self._pairs, self._warns = pairs, warns and bool(pairs)
         self._epochs, self._accumulate = 0, config.accumulate
+        self._has_scaler = config.scaler is not None
         self._unstepped: UnsteppedCheck | None = None
         self._has_ended = False
         """The first epoch was complete."""
@@ -158,7 +159,9 @@ class SchedulerSteps:
         """Check the lengths at the first batch, and the user's steps after the first epoch."""
         if isinstance(event, EpochStarted) and self._unstepped is None:
             self._epochs = event.epochs - event.epoch_in_run + 1
-            self._unstepped = UnsteppedCheck([each for each, when in self._pairs if when is None])
+            # A scaler may skip all steps of a short epoch.
+            watched = (None,) if self._has_scaler else (None, "step")
+            self._unstepped = UnsteppedCheck([pair for pair in self._pairs if pair[1] in watched])
         elif isinstance(event, PhaseStarted) and event.phase is Phase.TRAIN and self._epochs:
             epochs, self._epochs = self._epochs, 0
             warn_of_lengths(self._pairs, epochs, event.batches or 0, self._accumulate)
