@@ -17,33 +17,41 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Send
 
 from service.feed import Feed
+from service.protection import Protection
 from service.settings import BadRequestError, Problem, as_text, read_settings, refusal
 from service.trainings import BackendName, Trainings, open_trainings
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 MAX_BODY = 64 * 1024
 """bytes"""
+BODY_SECONDS = 10.0
+"""seconds for a whole body to come"""
 
 
-def make_app(backend: BackendName = "thread", at_once: int | None = None) -> Starlette:
+def make_app(
+    backend: BackendName = "thread", at_once: int | None = None, *, hosts: Sequence[str] = ()
+) -> Starlette:
     """Return the application; its trainings run while its lifespan does.
 
     Args:
         backend: the backend of the Runner.
         at_once: number of trainings at a time; by default the number of cores.
+        hosts: host names of the service besides ``localhost`` and IP addresses.
     """
 
     @asynccontextmanager
@@ -66,6 +74,7 @@ def make_app(backend: BackendName = "thread", at_once: int | None = None) -> Sta
             Route("/status", status),
         ],
         exception_handlers={BadRequestError: refuse, HTTPException: refuse_route},
+        middleware=[Middleware(Protection, hosts=hosts, page=PAGE)],
     )
     app.state.backend = backend
     return app
@@ -170,7 +179,7 @@ def trainings_of(request: Request) -> Trainings:
 
 
 async def read_json(request: Request) -> Any:
-    """Return the decoded body. Raises BadRequestError if it is no JSON.
+    """Return the decoded body. Raises BadRequestError if it is no JSON, too long or too slow.
 
     The content type must be JSON: a foreign web page can only send requests with other types.
     """
@@ -180,10 +189,17 @@ async def read_json(request: Request) -> Any:
             415, f"Content-Type is {as_text(kind)}; expected application/json; send that header"
         )
     body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise refusal(413, f"the body is longer than {MAX_BODY} bytes; send less")
+    try:
+        with anyio.move_on_after(BODY_SECONDS) as reading:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise refusal(413, f"the body is longer than {MAX_BODY} bytes; send less")
+    except ClientDisconnect as error:  # nobody reads the answer
+        raise refusal(400, "the connection ended before the body; send it whole") from error
+    if reading.cancelled_caught:
+        message = f"the body has not come within {BODY_SECONDS:g} seconds; send it at once"
+        raise refusal(408, message)
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:  # the latter if it is nested too deeply

@@ -41,10 +41,11 @@ def make_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     log_level: str = "info",
+    hosts: Sequence[str] = (),
 ) -> Server:
     """Return the server; with port 0 it takes a free port."""
     config = uvicorn.Config(
-        make_app(backend, at_once),
+        make_app(backend, at_once, hosts=[host, *hosts]),
         host=host,
         port=port,
         log_level=log_level,
@@ -75,6 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", type=int, help="trainings at a time; default: one a core")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="up to 65535; 0 takes a free one")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host name by which browsers reach the service, besides localhost and IP addresses",
+    )
     options = parser.parse_args(arguments)
     if options.at_once is not None and options.at_once < 1:
         parser.error(
@@ -84,7 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(
             f"--port is {options.port}; expected 0 to 65535; 0 takes a free one, which it prints"
         )
-    server = make_server(options.backend, options.at_once, host=options.host, port=options.port)
+    server = make_server(
+        options.backend,
+        options.at_once,
+        host=options.host,
+        port=options.port,
+        hosts=options.allow_host,
+    )
     warm_up(options.backend)
     with suppress(KeyboardInterrupt):  # uvicorn raises it again after a clean end
         server.run()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import signal
 import sys
+from base64 import b64encode
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
+import anyio
 import psutil
 import pytest
 from support.example_service import (  # finds the example, too
@@ -19,6 +22,7 @@ from support.example_service import (  # finds the example, too
 )
 
 # isort: split
+import service.app
 import service.trainings
 from service.feed import Feed, Message, permanent_text, replaceable_text
 from service.server import main
@@ -41,6 +45,10 @@ def kinds(messages: list[EventData]) -> list[str]:
 
 def columns(messages: list[EventData], phase: str, name: str) -> list[float]:
     return [one["metrics"][phase][name] for one in messages if one["kind"] == "epoch_ended"]
+
+
+def hash_of(source: str) -> str:
+    return f"sha256-{b64encode(sha256(source.encode()).digest()).decode()}"
 
 
 # -- trainings -------------------------------------------------------------------------------------
@@ -230,6 +238,48 @@ async def test_request_when_it_is_none_then_it_is_refused() -> None:
         assert expected in answer.json()["problems"][0]["message"]
 
 
+async def test_request_when_of_a_foreign_page_then_is_refused() -> None:
+    async with run_service() as service:
+        own = service.client.base_url.netloc.decode()
+        for host, allowed in [
+            *((name, True) for name in (own, "localhost", "LOCALHOST:1", "[::1]:8000")),
+            *((name, False) for name in ("evil.example", "127.0.0.1.evil.example", "", "[::1")),
+        ]:
+            answer = await service.client.get("/status", headers={"Host": host})
+            assert answer.status_code == (200 if allowed else 421), host
+        for origin, status in [
+            *((f"http://{own}", 201), (f"https://{own}", 201)),
+            *(("http://evil.example", 403), ("null", 403), ("http://[", 403)),
+        ]:
+            headers = {"Origin": origin}
+            answer = await service.client.post("/trainings", json={"epochs": 1}, headers=headers)
+            assert answer.status_code == status, origin
+        refused = await service.client.get("/events", headers={"Origin": "http://evil.example"})
+        assert refused.status_code == 403
+        assert "frame-ancestors 'none'" in refused.headers["content-security-policy"]
+
+
+async def test_body_when_it_is_sent_by_half_then_it_is_not_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(service.app, "BODY_SECONDS", 0.01)
+    head = (
+        b"POST /trainings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 100\r\n\r\n{"
+    )
+    async with run_service() as running:
+        port = running.client.base_url.port
+        assert port is not None
+        async with await anyio.connect_tcp("127.0.0.1", port) as connection:
+            await connection.send(head)
+            assert (await connection.receive()).startswith(b"HTTP/1.1 408 ")
+        monkeypatch.setattr(service.app, "BODY_SECONDS", 60)
+        async with await anyio.connect_tcp("127.0.0.1", port) as connection:
+            await connection.send(head)
+        assert await running.get("/trainings") == []
+    assert "Traceback" not in capsys.readouterr().err
+
+
 async def test_request_when_it_is_nested_too_deeply_then_it_is_refused() -> None:
     """Too deep for the decoder, or only for a message that shows it."""
     async with run_service() as service:
@@ -281,6 +331,12 @@ async def test_page_when_asked_for_then_it_needs_nothing_from_elsewhere() -> Non
         page = await service.client.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "<title>fitloop: trainings</title>" in page.text
+    policy = page.headers["content-security-policy"]
+    for name in ("script", "style"):
+        (source,) = re.findall(f"<{name}>(.*?)</{name}>", page.text, re.DOTALL)
+        assert f"{name}-src '{hash_of(source)}'" in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert not re.search(r"\bstyle[=:] ?[\"'`]|\bon\w+=[\"']", page.text)  # the policy forbids it
     assert set(re.findall(r"https?://[^\"'\s]+", page.text)) == {"http://www.w3.org/2000/svg"}
 
 
