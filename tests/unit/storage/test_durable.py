@@ -192,10 +192,9 @@ def test_lock_when_the_file_system_has_none_then_warns_once_and_goes_on(
     monkeypatch.setattr("fcntl.flock", flock)
     monkeypatch.setattr(durable, "_file_systems_without_locks", set())
     fitted = sync_trainer(save_path=tmp_path)
-    with pytest.warns(LockWarning, match="no other trainer uses the same save_path") as warned:
-        for _fit in range(2):
-            fitted.fit(1, checkpoint=Checkpoint(), **QUIET)
-    assert len(warned) == 1
+    with pytest.warns(LockWarning, match="no other trainer uses the same save_path"):
+        fitted.fit(1, checkpoint=Checkpoint(), **QUIET)
+    fitted.fit(1, checkpoint=Checkpoint(), **QUIET)  # a second warning would be an error
     assert len(os.listdir(tmp_path / "snapshots")) >= 1
 
 
