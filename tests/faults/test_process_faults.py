@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +16,12 @@ import anyio
 import psutil
 import pytest
 import torch
+from support.programs import ROOT, Program
 from support.worker_processes import (
     CustomInitError,
     EventRecorder,
+    fork_servers,
+    is_fork_server,
     is_worker,
     make_endless_trainer,
     make_failing_trainer,
@@ -28,6 +32,7 @@ from support.worker_processes import (
 )
 
 from fitloop import (
+    ConfigurationError,
     Event,
     FitLoop,
     Outcome,
@@ -45,8 +50,11 @@ from fitloop._system import available_cores
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 50
 
+both_start_methods = pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("fork_server", "worker_server"),
     pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's"),
 ]
 
@@ -192,10 +200,10 @@ import sys
 import time
 import anyio
 from support.worker_processes import make_endless_trainer, make_trainer, worker_processes, write_pid
-from fitloop import Runner
+from fitloop import ProcessBackend, Runner
 
-async def main(place, forks):
-    async with Runner(2, backend="process") as runner:
+async def main(place, start_method, forks):
+    async with Runner(2, backend=ProcessBackend(start_method=start_method)) as runner:
         done = runner.submit(make_trainer, name="done", verbose=False)
         options = {"epochs": 10**6, "verbose": False}
         runner.submit(make_endless_trainer, place + "/works", name="works", **options)
@@ -206,7 +214,7 @@ async def main(place, forks):
         write_pid(place + "/ready")
 
 if __name__ == "__main__":
-    anyio.run(main, sys.argv[1], len(sys.argv) > 2)
+    anyio.run(main, *sys.argv[1:3], len(sys.argv) > 3)
 """
 
 
@@ -214,23 +222,25 @@ DEAF = """
 import sys
 import anyio
 from support.worker_processes import make_deaf_trainer
-from fitloop import Runner
+from fitloop import ProcessBackend, Runner
 
-async def main(place):
-    async with Runner(1, backend="process") as runner:
+async def main(place, start_method):
+    async with Runner(1, backend=ProcessBackend(start_method=start_method)) as runner:
         runner.submit(make_deaf_trainer, place + "/works", name="deaf", verbose=False)
 
 if __name__ == "__main__":
-    anyio.run(main, sys.argv[1])
+    anyio.run(main, *sys.argv[1:])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not kill it")
-def test_parent_when_killed_then_a_worker_that_keeps_the_interpreter_ends(tmp_path: Path) -> None:
-    parent = begun(tmp_path, DEAF, str(tmp_path))
-    worker = psutil.Process(int(anyio.run(wait_for_file, tmp_path / "works")))
-    parent.kill()
-    parent.wait()
+@both_start_methods
+def test_parent_when_killed_then_a_worker_that_keeps_the_interpreter_ends(
+    tmp_path: Path, start_method: str
+) -> None:
+    with begun(tmp_path, DEAF, str(tmp_path), start_method) as parent:
+        worker = psutil.Process(int(anyio.run(wait_for_file, tmp_path / "works")))
+        parent.kill()
     _gone, left = psutil.wait_procs([worker], timeout=20)
     assert left == []
 
@@ -239,46 +249,47 @@ SIGNALLED = """
 import asyncio
 import signal
 import sys
-from fitloop import Checkpoint, Runner
-from support.worker_processes import make_endless_trainer, write_pid
+from fitloop import Checkpoint, ProcessBackend, Runner
+from support.worker_processes import make_trainer_that_awaits_its_cancellation
 
-async def main(place):
+async def main(place, start_method):
     cancel = asyncio.current_task().cancel
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
     seldom = Checkpoint(every_epochs=10**9)
-    async with Runner(1, backend="process", save_path=place, checkpoint=seldom) as runner:
-        async with runner.events() as events:
-            options = {"epochs": 10**6, "verbose": False}
-            runner.submit(make_endless_trainer, place + "/works", name="a", **options)
-            async for event in events:
-                if event.kind == "epoch_ended" and event.epoch == 2:
-                    write_pid(place + "/ready")
+    backend = ProcessBackend(start_method=start_method)
+    async with Runner(1, backend=backend, save_path=place, checkpoint=seldom) as runner:
+        make, options = make_trainer_that_awaits_its_cancellation, {"epochs": 9, "verbose": False}
+        runner.submit(make, place + "/works", name="a", **options)
 
 if __name__ == "__main__":
     try:
-        asyncio.run(main(sys.argv[1]))
+        asyncio.run(main(*sys.argv[1:]))
     except asyncio.CancelledError:
         pass
 """
 
 
-def test_group_when_it_gets_sigterm_then_the_worker_takes_its_last_snapshot(tmp_path: Path) -> None:
-    parent = begun(tmp_path, SIGNALLED, str(tmp_path))
-    anyio.run(_both_written, tmp_path)
-    os.killpg(parent.pid, signal.SIGTERM)
-    assert parent.wait(SOON) == 0
+@both_start_methods
+def test_group_when_it_gets_sigterm_then_the_worker_takes_its_last_snapshot(
+    tmp_path: Path, start_method: str
+) -> None:
+    with begun(tmp_path, SIGNALLED, str(tmp_path), start_method) as parent:
+        anyio.run(wait_for_file, tmp_path / "works")
+        os.killpg(parent.pid, signal.SIGTERM)
+        assert parent.wait(SOON) == 0
     assert list((tmp_path / "a" / "snapshots").glob("*.msgpack"))
 
 
 UNGUARDED = """
+import sys
 import anyio
 from support.worker_processes import make_trainer
-from fitloop import Runner
+from fitloop import ProcessBackend, Runner
 
 print("the body runs", flush=True)
 
 async def main():
-    async with Runner(1, backend="process") as runner:
+    async with Runner(1, backend=ProcessBackend(start_method=sys.argv[1])) as runner:
         runner.submit(make_trainer, name="a", verbose=False)
     print("error:", (await runner.results())[0].error, flush=True)
 
@@ -286,71 +297,80 @@ anyio.run(main)
 """
 
 
-def test_script_when_it_has_no_guard_then_a_worker_says_what_is_missing(tmp_path: Path) -> None:
-    parent = begun(tmp_path, UNGUARDED, stream=subprocess.PIPE)
-    printed, told = (stream.decode() for stream in parent.communicate(timeout=SOON))
+@both_start_methods
+def test_script_when_it_has_no_guard_then_a_worker_says_what_is_missing(
+    tmp_path: Path, start_method: str
+) -> None:
+    with (
+        (tmp_path / "printed").open("w+") as printing,
+        (tmp_path / "told").open("w+") as telling,
+        begun(
+            tmp_path, UNGUARDED, start_method, stdout=printing.fileno(), stderr=telling.fileno()
+        ) as parent,
+    ):
+        parent.wait(SOON)
+    printed, told = (tmp_path / "printed").read_text(), (tmp_path / "told").read_text()
     assert printed.count("the body runs") == 2
     assert printed.count("error: the worker process of job 'a'") == 1
     assert "RuntimeError: a Runner was opened while a new process imported the program" in told
     assert "`if __name__ == '__main__':`" in told
 
 
+@both_start_methods
 @pytest.mark.parametrize("forks", [[], ["forks"]])
-def test_parent_when_killed_then_no_worker_is_left(tmp_path: Path, forks: list[str]) -> None:
-    parent = begun(tmp_path, PARENT, str(tmp_path), *forks)
-    anyio.run(_both_written, tmp_path)
-    children = psutil.Process(parent.pid).children(recursive=True)
-    spawned = [child for child in children if is_worker(child)]
-    assert len(spawned) == 2
-    parent.kill()
-    parent.wait()
-    _gone, left = psutil.wait_procs(spawned, timeout=20)
-    for other in set(children) - set(spawned):
+def test_parent_when_killed_then_no_worker_is_left(
+    tmp_path: Path, forks: list[str], start_method: str
+) -> None:
+    with begun(tmp_path, PARENT, str(tmp_path), start_method, *forks) as parent:
+        anyio.run(_both_written, tmp_path)
+        children = psutil.Process(parent.pid).children(recursive=True)
+        ours = [child for child in children if is_worker(child) or is_fork_server(child)]
+        assert len(ours) == (3 if start_method == "forkserver" else 2)
+        parent.kill()
+    _gone, left = psutil.wait_procs(ours, timeout=20)
+    for other in set(children) - set(ours):
         with suppress(psutil.NoSuchProcess):
             other.kill()
     assert left == []
 
 
 NO_OUTPUT = """
+import os
 import sys
 import anyio
 from support.worker_processes import make_trainer, write_pid
-from fitloop import Runner
+from fitloop import ProcessBackend, Runner
 
-async def main(place):
-    assert sys.stdout is None
-    async with Runner(1, backend="process") as runner:
+async def main(place, start_method):
+    async with Runner(1, backend=ProcessBackend(start_method=start_method)) as runner:
         runner.submit(make_trainer, name="job", verbose=False, progress=False)
     (outcome,) = await runner.results()
     assert outcome.status == "done", outcome.error
     write_pid(place + "/done")
 
 if __name__ == "__main__":
-    anyio.run(main, sys.argv[1])
+    os.close(1)
+    sys.stdout = sys.__stdout__ = None
+    anyio.run(main, *sys.argv[1:])
 """
 
 
-def test_jobs_when_the_program_has_no_stdout_then_are_done(tmp_path: Path) -> None:
-    assert begun(tmp_path, NO_OUTPUT, str(tmp_path), without_stdout=True).wait(SOON) == 0
+@both_start_methods
+def test_jobs_when_the_program_has_no_stdout_then_are_done(
+    tmp_path: Path, start_method: str
+) -> None:
+    with begun(tmp_path, NO_OUTPUT, str(tmp_path), start_method) as parent:
+        assert parent.wait(SOON) == 0
     assert (tmp_path / "done").exists()
 
 
-def begun(
-    place: Path, text: str, *arguments: str, without_stdout: bool = False, stream: int | None = None
-) -> subprocess.Popen[bytes]:
+def begun(place: Path, text: str, *arguments: str, **streams: Any) -> Program:
     """Start a script that can import fitloop and the helpers of its tests."""
     script = place / "parent.py"
     script.write_text(text)
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
-        [sys.executable, str(script), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        preexec_fn=(lambda: os.close(1)) if without_stdout else None,
-        start_new_session=True,
-        stdout=stream,
-        stderr=stream,
-    )
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return Program([str(script), *arguments], place, environment, **streams)
 
 
 async def _both_written(place: Path) -> None:
@@ -368,3 +388,85 @@ async def test_job_when_the_waiting_worker_was_killed_then_gets_another_one() ->
             idle.kill()
             assert (await runner.submit(make_trainer, name="1", **QUIET).outcome()).error is None
             assert worker_processes() != [idle]
+
+
+def place_of_worker(directory: str) -> FitLoop:
+    """Return a trainer, after a note of what its process has from the program."""
+    inherited = {
+        "variable": os.environ.get("FITLOOP_TEST"),
+        "directory": os.getcwd(),
+        "path": sys.path[-1],
+        "mask": os.umask(0o022),
+        "nice": os.nice(0),
+        "parent": multiprocessing.parent_process().pid,  # type: ignore[union-attr]
+        "bad fork": torch.cuda._is_in_bad_fork(),
+    }
+    (Path(directory) / "found").write_text(json.dumps(inherited))
+    return make_trainer()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@both_start_methods
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_worker_when_it_starts_then_is_as_the_program_at_that_time(
+    tmp_path: Path, start_method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    servers = fork_servers()
+    mask = os.umask(0o022)
+    os.umask(mask)
+    try:
+        with anyio.fail_after(SOON):
+            backend = ProcessBackend(start_method=start_method, fresh_workers=True)
+            async with Runner(1, backend=backend) as runner:
+                for number in ("1", "2"):
+                    (tmp_path / number).mkdir()
+                    monkeypatch.chdir(tmp_path / number)
+                    monkeypatch.syspath_prepend("unused")
+                    monkeypatch.setattr(sys, "path", [*sys.path, number])
+                    monkeypatch.setenv("FITLOOP_TEST", number)
+                    os.umask(0o020 + int(number))
+                    job = runner.submit(place_of_worker, str(tmp_path), **QUIET)
+                    assert (await job.outcome()).error is None
+                    found.append(json.loads((tmp_path / "found").read_text()))
+    finally:
+        os.umask(mask)
+    for number, inherited in zip(("1", "2"), found, strict=True):
+        assert inherited == {
+            "variable": number,
+            "directory": str(tmp_path / number),
+            "path": number,
+            "mask": 0o020 + int(number),
+            "nice": os.nice(0),
+            "parent": os.getpid(),
+            "bad fork": False,
+        }
+    if start_method == "forkserver":  # a new one has the new environment
+        _gone, left = psutil.wait_procs(servers, timeout=20)
+        assert left == []
+        assert [server.num_threads() for server in fork_servers()] == [1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no fork server")
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_fork_server_when_killed_then_its_jobs_fail_and_later_ones_have_another() -> None:
+    with anyio.fail_after(SOON):
+        async with Runner(1, backend="process") as runner:
+            async with runner.events() as events:
+                job = runner.submit(make_trainer, name="dies", epochs=10**6, **QUIET)
+                async for event in events:
+                    if isinstance(event, RunStarted):
+                        break
+            (server,) = fork_servers()
+            server.kill()
+            error = (await job.outcome()).error
+            assert isinstance(error, WorkerDiedError)
+            assert "was killed by signal 9 (SIGKILL)" in str(error)
+            after = runner.submit(make_trainer, name="after", **QUIET)
+            assert (await after.outcome()).error is None
+            assert server not in fork_servers()
+
+
+def test_start_method_when_it_is_unknown_then_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"start_method is 'fork'; expected"):
+        ProcessBackend(start_method="fork")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import threading
 import warnings
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import psutil
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fitloop import Event, FitLoop, LoopState, default_batch_step
+from fitloop._concurrency.control import RunControl
 from support.models import Augmented, blobs, loader, mlp, trainer
 
 resource_tracker.ensure_running()  # starts once in a process, and stays
@@ -47,6 +48,26 @@ def make_endless_trainer(pid_file: str, *, hang: bool = False) -> FitLoop:
             write_pid(pid_file)
         if hang:
             threading.Event().wait()
+        return default_batch_step(state)
+
+    return make_trainer(train_step=step)
+
+
+def make_trainer_that_awaits_its_cancellation(pid_file: str) -> FitLoop:
+    """Return a trainer whose second epoch has a step that ends when the run is cancelled."""
+    cancelled, control = threading.Event(), cast(Any, RunControl)
+    cancel = control.cancel
+
+    def noted(*arguments: Any) -> None:
+        cancel(*arguments)
+        cancelled.set()
+
+    control.cancel = noted
+
+    def step(state: LoopState) -> Any:
+        if state.epoch_num == 2:
+            write_pid(pid_file)
+            cancelled.wait()
         return default_batch_step(state)
 
     return make_trainer(train_step=step)
@@ -140,7 +161,23 @@ def worker_processes() -> list[psutil.Process]:
 
 
 def is_worker(process: psutil.Process) -> bool:
+    return "spawn_main" in _command(process) or (
+        is_fork_server(process) and is_fork_server(process.parent())
+    )
+
+
+def is_fork_server(process: psutil.Process | None) -> bool:
+    """Return whether a process is a fork server of workers, or a worker of one."""
+    return process is not None and "backends.process.fork_server" in _command(process)
+
+
+def _command(process: psutil.Process) -> str:
     try:
-        return "spawn_main" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
+
+
+def fork_servers() -> list[psutil.Process]:
+    """Return the fork servers of this process."""
+    return [child for child in psutil.Process().children() if is_fork_server(child)]

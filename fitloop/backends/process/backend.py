@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ from fitloop._events import Event
 from fitloop._public import public
 from fitloop._run.mode_checks import warn_of_process
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
-from fitloop.backends.process.pool import WorkerPool
+from fitloop.backends.process.pool import START_METHODS, StartMethod, WorkerPool
 from fitloop.backends.process.worker import serve
 from fitloop.backends.remote.client import options_for_worker, run_remotely
 from fitloop.backends.remote.serialization import check_serializable
@@ -61,13 +63,34 @@ def check_nice(value: Any) -> int:
     return nice
 
 
+def check_start_method(value: Any) -> StartMethod:
+    """Return how worker processes are started; raise if that is not possible here."""
+    possible = [one for one in START_METHODS if one in multiprocessing.get_all_start_methods()]
+    if value is None:
+        # Elsewhere, the system's own libraries may not work after a fork. A frozen program has no
+        # interpreter that could be the server.
+        forks = sys.platform == "linux" and not getattr(sys, "frozen", False)
+        return "forkserver" if forks and "forkserver" in possible else "spawn"
+    if value not in possible:
+        raise ConfigurationError(
+            f"start_method is {value!r:.60}; expected {' or '.join(map(repr, possible))}, or None"
+        )
+    chosen: StartMethod = value
+    return chosen
+
+
 @public
 class ProcessBackend:
     """Trainings in worker processes: real parallelism for models whose steps are mostly Python.
 
-    ``Runner(backend="process")`` uses one with the default arguments. Workers are spawned, so a
-    script needs ``if __name__ == "__main__":``. A worker does one job after the other, and ends
-    with the Runner. In between it puts back what a job can set for a whole process: settings of
+    ``Runner(backend="process")`` uses one with the default arguments. A worker imports the
+    program's script, which so needs ``if __name__ == "__main__":``. On Linux, workers are forks of
+    a *fork server*, a process that has imported torch and fitloop: each starts in hundredths of a
+    second. The server starts with the first worker, in the seconds of these imports, and stays for
+    later Runners until the program ends. If the program has changed its environment variables or
+    its cores, priority or limits, the next worker has a new server.
+
+    A worker does one job after the other, and ends with the Runner. In between it puts back what a job can set for a whole process: settings of
     torch such as the default dtype, deterministic mode and number of threads; the working
     directory, environment, ``sys.path``, warning filters, logging and signal handlers; and it seeds
     the global random generators anew. It does not put back attributes of modules and classes,
@@ -96,7 +119,10 @@ class ProcessBackend:
         nice: number added to the niceness of this process for the workers (0 to 19; not on
             Windows). Above 0, this process and its event loop go first when cores are short, and
             so does everything else on the machine.
-        fresh_workers: start a new worker for each job, which takes the time of its imports.
+        fresh_workers: start a new worker for each job.
+        start_method: ``"forkserver"``, as above, or ``"spawn"``, where each worker is a new
+            interpreter with its own imports, which takes seconds. The default is ``"forkserver"``
+            on Linux and ``"spawn"`` elsewhere.
 
     Raises:
         ConfigurationError: an argument is invalid.
@@ -109,6 +135,7 @@ class ProcessBackend:
         grace: float = 10.0,
         nice: int = 0,
         fresh_workers: bool = False,
+        start_method: StartMethod | None = None,
     ) -> None:
         self._retries = check_number("retries", retries, 0)
         self._grace = check_seconds("grace", grace) or 0.0
@@ -116,7 +143,11 @@ class ProcessBackend:
             raise ConfigurationError(
                 f"fresh_workers is {fresh_workers!r:.60}; expected True or False"
             )
-        self._pool = WorkerPool(partial(serve, check_nice(nice)), reuse=not fresh_workers)
+        self._pool = WorkerPool(
+            partial(serve, check_nice(nice)),
+            check_start_method(start_method),
+            reuse=not fresh_workers,
+        )
 
     def check(self, spec: JobSpec) -> None:
         """Refuse a job that cannot be sent to another process; see `Backend.check`."""

@@ -1,14 +1,14 @@
 """Worker processes: started when a job needs one, reused, and ended for certain.
 
-The processes and the connections to them are those of ``multiprocessing``, always spawned. Knows
-nothing of the messages.
+The processes and the connections to them are those of ``multiprocessing``. Knows nothing of the
+messages.
 """
 
 from __future__ import annotations
 
 import atexit
 import multiprocessing
-import multiprocessing.util
+import multiprocessing.context
 import os
 import signal
 import tempfile
@@ -20,13 +20,16 @@ from contextlib import suppress
 from functools import cache
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Literal
 
 from fitloop.backends.process.connection import send_message
 from fitloop.backends.process.worker import PARENT_SIGNALS
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
 from fitloop.backends.remote.transport import Transport, WorkerExit
 
+StartMethod = Literal["forkserver", "spawn"]
+START_METHODS: tuple[StartMethod, ...] = ("forkserver", "spawn")
+"""how a worker process is started; the names are those of ``multiprocessing``"""
 LOG_TAIL_BYTES, LOG_TAIL_LINES = 16384, 30
 """limits for the end of a dead worker's log in an error"""
 EXIT_TIMEOUT = 5.0
@@ -63,29 +66,37 @@ class WorkerProcess:
     """A worker process and the pipe to it: a `Transport`.
 
     Args:
-        serve: main function of the process; called with its end of the pipe, the path of its log,
-            and the start method of processes here.
+        serve: main function of the process; called with the id of the process that must have
+            started it if that is this one, its end of the pipe, the path of its log, and the start
+            method of processes here.
+        start_method: ``"forkserver"`` or ``"spawn"``.
     """
 
-    def __init__(self, serve: Callable[..., None]) -> None:
+    def __init__(self, serve: Callable[..., None], start_method: StartMethod) -> None:
         _register_exit_hooks()
-        context = multiprocessing.get_context("spawn")
         self.ready = False
         self._send_lock = threading.Lock()
         descriptor, self._log_path = tempfile.mkstemp(prefix="fitloop-worker-", suffix=".log")
         self._log = os.fdopen(descriptor, "rb")
-        self.connection, worker_connection = context.Pipe()
+        self.connection, worker_connection = multiprocessing.Pipe()
         _connections.update((self.connection, worker_connection))
-        start_method = multiprocessing.get_start_method(allow_none=True)
-        # Not a daemon: a loader may have processes of its own.
-        self.process = context.Process(
-            target=serve,
-            args=(worker_connection, self._log_path, start_method),
-            name="fitloop worker",
-            daemon=False,
+        forked = start_method == "forkserver"
+        arguments = (
+            None if forked else os.getpid(),
+            worker_connection,
+            self._log_path,
+            multiprocessing.get_start_method(allow_none=True),
         )
+        # Not a daemon: a loader may have processes of its own.
+        self.process = _process_class(start_method)(
+            target=serve, args=arguments, name="fitloop worker", daemon=False
+        )
+        self._keeper: threading.Thread | None = None
         try:
-            self._keeper = _start_on_thread(self.process)
+            if forked:
+                self.process.start()
+            else:
+                self._keeper = _start_on_thread(self.process)
         except BaseException:
             self.connection.close()
             self._remove_log()
@@ -116,7 +127,8 @@ class WorkerProcess:
         while self.process.exitcode is None:  # another thread may reap it during the join
             self.process.join()
         self.process.join()  # makes multiprocessing forget the process
-        self._keeper.join()
+        if self._keeper is not None:
+            self._keeper.join()
         killer.cancel()
         killer.join()
         code = self.process.exitcode
@@ -141,6 +153,7 @@ class WorkerProcess:
     def close(self) -> None:
         """End the process and free all resources."""
         self.wait_for_exit()
+        self.process.close()
         _workers.discard(self)
         self._remove_log()
 
@@ -154,12 +167,14 @@ class WorkerPool:
     """The worker processes of a backend that have no job.
 
     Args:
-        serve: main function of the processes, see `WorkerProcess`.
+        serve, start_method: see `WorkerProcess`.
         reuse: whether a worker does further jobs; else each job has a new worker.
     """
 
-    def __init__(self, serve: Callable[..., None], *, reuse: bool = True) -> None:
-        self._serve, self._reuse = serve, reuse
+    def __init__(
+        self, serve: Callable[..., None], start_method: StartMethod, *, reuse: bool
+    ) -> None:
+        self._serve, self._start_method, self._reuse = serve, start_method, reuse
         self._idle: list[WorkerProcess] = []
         self._lock = threading.Lock()
 
@@ -169,7 +184,7 @@ class WorkerPool:
             with self._lock:
                 worker = self._idle.pop() if self._idle else None
             if worker is None:
-                return WorkerProcess(self._serve)
+                return WorkerProcess(self._serve, self._start_method)
             if worker.process.exitcode is None:
                 return worker
             worker.close()
@@ -191,6 +206,14 @@ class WorkerPool:
             worker.connection.close()  # all of them before the first wait
         for worker in idle:
             worker.close()
+
+
+def _process_class(start_method: StartMethod) -> type[BaseProcess]:
+    if start_method == "spawn":
+        return multiprocessing.context.SpawnProcess
+    from fitloop.backends.process.fork_server import ForkedProcess  # of POSIX only
+
+    return ForkedProcess
 
 
 def _start_on_thread(process: BaseProcess) -> threading.Thread:

@@ -32,11 +32,21 @@ _PR_SET_PDEATHSIG = 1
 """option of prctl in <linux/prctl.h>"""
 
 
-def serve(nice: int, connection: Connection, log_path: str, start_method: str | None) -> None:
-    """Do the jobs that come over the connection; the whole life of a worker process."""
+def serve(
+    nice: int,
+    parent: int | None,
+    connection: Connection,
+    log_path: str,
+    start_method: str | None,
+) -> None:
+    """Do the jobs that come over the connection; the whole life of a worker process.
+
+    ``parent`` is the argument of `die_with_parent`; None if that was called before.
+    """
     if nice:
         os.nice(nice)
-    _die_with_parent()
+    if parent is not None:
+        die_with_parent(parent)
     _leave_signals_to_parent()
     multiprocessing.set_start_method(start_method, force=True)  # the parent's, for loaders
     _redirect(log_path)
@@ -60,18 +70,17 @@ def serve(nice: int, connection: Connection, log_path: str, start_method: str | 
     server.serve(flush_output)
 
 
-def _die_with_parent() -> None:
-    """Have Linux kill this process when its parent ends.
+def die_with_parent(parent: int) -> None:
+    """Have Linux kill this process when the process that started it, whose id is given, ends.
 
     Elsewhere this process ends when it reads the end of the connection. Code that keeps the
     interpreter's lock, such as a long call of a C extension, delays that.
     """
     if sys.platform != "linux":
         return
-    parent = multiprocessing.parent_process()
     with suppress(OSError, AttributeError):  # a C library without prctl
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent is not None and os.getppid() != parent.pid:  # it had ended before
+    if os.getppid() != parent:  # it had ended before
         os._exit(0)
 
 
