@@ -90,11 +90,12 @@ class ProcessBackend:
     later Runners until the program ends. If the program has changed its environment variables or
     its cores, priority or limits, the next worker has a new server.
 
-    A worker does one job after the other, and ends with the Runner. In between it puts back what a job can set for a whole process: settings of
-    torch such as the default dtype, deterministic mode and number of threads; the working
-    directory, environment, ``sys.path``, warning filters, logging and signal handlers; and it seeds
-    the global random generators anew. It does not put back attributes of modules and classes,
-    caches and threads: use ``fresh_workers`` for jobs that change these.
+    A worker does one job after the other, and ends with the Runner. In between it puts back what a
+    job can set for a whole process: settings of torch such as the default dtype, deterministic mode
+    and number of threads; the working directory, environment, ``sys.path``, warning filters,
+    logging and signal handlers; and it seeds the global random generators anew. It does not put
+    back attributes of modules and classes, caches and threads: use ``fresh_workers`` for jobs that
+    change these.
 
     Jobs are sent with cloudpickle (``pip install fitloop[process]``): a function and its arguments,
     never a trainer or a model. Results and events come back. Weights come back
