@@ -256,6 +256,11 @@ class LoopState:
             )
         self._steps.optimize(loss, weight, optimizer, self.batch_num)
 
+    def _on_loss(self, function: Callable[[Any, Any], object]) -> None:
+        """Let a function be called with each loss and weight that `optimize` gets."""
+        if self._steps is not None:
+            self._steps.on_loss = function
+
     def stop(self) -> None:
         """End the run after this batch; the phase's ``epoch_end`` still runs on what was seen."""
         self._stop()

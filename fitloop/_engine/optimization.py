@@ -93,6 +93,8 @@ class OptimizerSteps:
         """Called in this order with an optimizer, before each of its steps. Its gradients are
         divided and unscaled, unless `is_plain`."""
         self.after_step = after_step
+        self.on_loss: Callable[[Any, Any], object] | None = None
+        """called with each loss that `optimize` gets, and its weight"""
         self._accumulate, self._scaler = config.accumulate, config.scaler
         self._handles: list[Any] = []
         self._nested: list[_NestedHooks] = []
@@ -208,6 +210,8 @@ class OptimizerSteps:
         self._has_optimized = True
         windows = self.windows if optimizer is None else [self._window_of(optimizer)]
         weight = 1 if weight is None else _checked_weight(weight)
+        if self.on_loss is not None:
+            self.on_loss(loss, weight)
         for window in windows:
             self._begin(window, batch)
         total = loss

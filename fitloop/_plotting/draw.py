@@ -125,6 +125,32 @@ def plot_phase(
     return ax
 
 
+def plot_lr_curve(
+    lrs: NDArray[np.float64],
+    losses: NDArray[np.float64],
+    smooth: NDArray[np.float64],
+    suggestion: float | None,
+    *,
+    ax: Axes | None = None,
+    **kwargs: Any,
+) -> Axes:
+    """Draw losses over learning rates, pale, and the smooth losses with the suggested rate.
+
+    ``kwargs`` are passed on to ``Axes.plot``. Returns ``ax``, or the current Axes of pyplot.
+    """
+    ax = _current(ax)
+    (line,) = ax.plot(lrs, smooth, **{"label": "smoothed loss", **kwargs})
+    ax.plot(lrs, losses, color=line.get_color(), alpha=0.3, label="loss")
+    if suggestion is not None:
+        at = int(np.argmin(np.abs(lrs - suggestion)))
+        ax.plot(lrs[at], smooth[at], "o", color="black", label=f"suggestion: {suggestion:.2g}")
+    ax.set_xscale("log")
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("loss")
+    ax.legend()
+    return ax
+
+
 def has_metric(selection: RunSelection, name: str) -> bool:
     """Return whether the selected runs recorded a metric."""
     try:

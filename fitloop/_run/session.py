@@ -186,7 +186,11 @@ def scheduler_steps(state: TrainerState, plan: RunPlan) -> SchedulerSteps | None
     if Phase.TRAIN not in phases:
         return None
     return SchedulerSteps(
-        state.config, state.criteria, validates=Phase.VALID in phases, warns=plan.call == "fit"
+        state.config,
+        state.criteria,
+        validates=Phase.VALID in phases,
+        warns=plan.call == "fit",
+        steps=plan.call != "find_lr",
     )
 
 

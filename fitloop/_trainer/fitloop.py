@@ -35,6 +35,7 @@ from fitloop._run.launch import (
     phases_to_run,
     run_exclusively_in_thread,
 )
+from fitloop._run.lr_search import LRCurve, LRSearch
 from fitloop._run.prompts import Ask, PromptOptions
 from fitloop._run.run import Run, RunOptions
 from fitloop._storage.durable import reason
@@ -456,6 +457,50 @@ class FitLoop(TrainerBase):
                 f"{name} compares models, and the trainer has no criteria: give criteria=, the "
                 "name of a metric that valid_epoch_end returns"
             )
+
+    @checked_arguments(fit_option)
+    async def find_lr(
+        self,
+        low: float = 1e-7,
+        high: float = 10.0,
+        steps: int = 100,
+        *,
+        train_dl: Loader | Callable[[], Loader] | None = None,
+        define_all: bool = False,
+        cast: bool = True,
+    ) -> LRCurve:
+        """Train with rising learning rates, undo it, and return the losses with a suggestion.
+
+        ``steps`` optimizer steps are made, with rates from ``low`` to ``high`` in equal ratios, in
+        as many passes over the train loader as are needed. The parameter group with the largest
+        rate gets the rate of the step; other groups keep their ratio to it. The search ends early
+        when the smoothed loss is 4 times its smallest value, when a loss is not finite, and after
+        ``stop()``. The loss is what ``train_step`` gives to ``state.optimize``, or
+        ``running_loss`` divided by the batch size; each one is waited for. Schedulers are not
+        stepped. Everything is undone as after `run_sanity_check`, with the same errors; also after
+        an error or a cancellation.
+
+        ::
+
+            curve = await trainer.find_lr()
+            trainer.configure_optimizer(lr=curve.suggestion)
+
+        Raises ConfigurationError also if the loss of a batch is not known.
+        """
+        state = self._state
+        search = LRSearch(state.config, low, high, steps)
+        plan = RunPlan(
+            call="find_lr",
+            epochs=steps,
+            first_epoch=state.epoch_num + 1,
+            phases=phases_to_run(state, "find_lr", {Phase.TRAIN: train_dl}, Phase.TRAIN),
+            define_all=define_all,
+            cast=cast,
+            track_batch_metrics=False,
+        )
+        options = RunOptions(dry=True, instrumentation=search)
+        await launch(state, self, plan, partial(Run, options=options))
+        return search.curve()
 
     async def _launch(
         self, plan: RunPlan, options: RunOptions, callbacks: Sequence[Callback]

@@ -101,6 +101,7 @@ class SyncFitLoop(TrainerBase):
     test = _blocking(FitLoop.test)
     run_sanity_check = _blocking(FitLoop.run_sanity_check)
     run_profiler = _blocking(FitLoop.run_profiler)
+    find_lr = _blocking(FitLoop.find_lr)
     save = _blocking(FitLoop.save)
     load = _blocking(FitLoop.load)
     save_model = _blocking(FitLoop.save_model)

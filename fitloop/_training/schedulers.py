@@ -80,7 +80,8 @@ class SchedulerSteps:
     """An observer of one run that steps the schedulers of the trainer.
 
     ReduceLROnPlateau is stepped with the criteria of the last validation. With ``warns``, a
-    schedule that is probably not as meant gives a `ScheduleWarning`.
+    schedule that is probably not as meant gives a `ScheduleWarning`. Without ``steps``, none is
+    stepped.
     """
 
     def __init__(
@@ -90,11 +91,12 @@ class SchedulerSteps:
         *,
         validates: bool,
         warns: bool = False,
+        steps: bool = True,
     ) -> None:
         self._criteria = criteria
         self._score: float | None = None
         self._metric_names: tuple[str, ...] = ()
-        pairs = list(zip(config.lr_schedulers, intervals_of(config), strict=True))
+        pairs = list(zip(config.lr_schedulers, intervals_of(config), strict=True)) if steps else []
         self._pairs, self._warns = pairs, warns and bool(pairs)
         self._epochs, self._accumulate = 0, config.accumulate
         self._has_scaler = config.scaler is not None
