@@ -82,6 +82,8 @@ if TYPE_CHECKING:
     from fitloop._trainer.comparison import compare_metrics as compare_metrics
     from fitloop._trainer.fitloop import FitLoop as FitLoop
     from fitloop._trainer.sync import SyncFitLoop as SyncFitLoop
+    from fitloop._training.averaging import EMA as EMA
+    from fitloop._training.averaging import SWA as SWA
     from fitloop._training.best_models import BestModel as BestModel
     from fitloop._training.early_stop import EarlyStop as EarlyStop
     from fitloop._training.layers import configure_optimizer as configure_optimizer
@@ -103,6 +105,7 @@ _NAMES_OF_MODULES = {
     "fitloop._bench.benchmark": "benchmark",
     "fitloop._bench.report": "BenchReport",
     "fitloop._checkpointing.checkpointer": "Checkpoint",
+    "fitloop._training.averaging": "EMA SWA",
     "fitloop._engine.event_bus": "EventStream",
     "fitloop._engine.loop_state": "LoopState",
     "fitloop._engine.profiler": "PhaseProfile ProfileReport",

@@ -225,6 +225,7 @@ class TrainerConfig:
     precision: Precision | None
     scaler: Any
     accumulate: int
+    average: Any
     stateful: dict[str, Any]
 
     @classmethod

@@ -8,6 +8,7 @@ coroutines on the event loop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from inspect import isawaitable
 from typing import Any
 
@@ -154,7 +155,9 @@ class Engine:
             if self._control.halted:
                 complete = False
                 break
-            result = self._phase(phase, loader, epoch, epoch_in_run)
+            self.activity = f"{phase}, epoch {epoch}, beginning"
+            with deps.validation() if phase is Phase.VALID else nullcontext():
+                result = self._phase(phase, loader, epoch, epoch_in_run)
             if result is None:
                 deps.modes.leave_evaluation()
                 complete = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -92,6 +93,8 @@ class EngineDeps:
     after_batch: Sequence[Callable[[], object]] = ()
     """called after each step of the train phase"""
     instrumentation: Instrumentation = field(default_factory=Instrumentation)
+    validation: Callable[[], AbstractContextManager[object]] = nullcontext
+    """a block around each validation of a training"""
     restore_position: Callable[[], None] = lambda: None
     """restores the trainer once more in a resumed epoch, since ``epoch_start`` may change it"""
     clock: Callable[[], float] = time.perf_counter

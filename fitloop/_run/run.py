@@ -84,6 +84,9 @@ class Run:
                     state.compare_only_with(dict(self._plan.phases).get(Phase.VALID))
                 self._tracker = state.best_tracker(state.event_bus.emit)
             self._early_stopper = self._make_early_stopper()
+            self._average = None if self._context.schedulers is None else state.average
+            if self._average is not None:
+                self._average.begin()
             self._checkpointer = self._make_checkpointer()
             self._prompts = self._make_prompts()
             observers = self._observers()
@@ -126,6 +129,8 @@ class Run:
                 schedulers.skip_checks()
             after_batch = schedulers.after_batch if schedulers.per_batch else None
             observers.append(Observer(schedulers.observe, after_batch))
+        if self._average is not None:
+            observers.append(Observer(self._average.observe, self._average.after_batch))
         # It may wait for other runs, with the generators released, so before the checkpointer.
         time_slice = self._session.time_slice
         observers.append(Observer(time_slice.observe, time_slice.after_batch))

@@ -7,7 +7,7 @@ event: `Run` does that around it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +116,7 @@ class RunSession:
                 modes=Modes(config.model, config.optimizers),
                 guard=self.guard,
                 steps=self.steps,
+                validation=nullcontext if context.schedulers is None else state.validation,
             )
             self._engine = Engine(self.plan, self._deps)
             self.close: Callable[[], None] = stack.pop_all().close
@@ -163,12 +164,18 @@ class RunSession:
         ending.attempt("putting back the random generators", self.guard.close)
         for function in (
             self.steps.remove,
+            self._end_validation,
             self._restore_modes,
             self._loaders.restore,
             self.restore_training,
             *self.on_restore,
         ):
             ending.attempt("putting back", function)
+
+    def _end_validation(self) -> None:
+        average = self.context.state.average
+        if average is not None:
+            average.end_block()
 
     def _restore_modes(self) -> None:
         if not self._is_dry:

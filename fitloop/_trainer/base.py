@@ -24,6 +24,7 @@ from fitloop._plotting.draw import plot_history
 from fitloop._plotting.selection import BestEpoch
 from fitloop._run.fit_options import fit_option
 from fitloop._run.prompts import Ask
+from fitloop._training.averaging import EMA, SWA
 from fitloop._training.best_models import BestModel
 from fitloop._training.layers import configure_optimizer as default_configure_optimizer
 from fitloop._training.trainer_state import TrainerState
@@ -81,6 +82,7 @@ class TrainerBase:
         precision: Precision | None = None,
         scaler: Any = None,
         accumulate: int = 1,
+        average: EMA | SWA | None = None,
         stateful: Mapping[str, Any] | None = None,
     ) -> None:
         arguments = locals().copy()

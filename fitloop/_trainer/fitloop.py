@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -146,6 +147,10 @@ class FitLoop(TrainerBase):
             default ``train_step`` weights the batches by the number of their samples, or of the
             targets that the loss counts, so that a step is that of one big batch. Your own
             ``train_step`` calls `LoopState.optimize`.
+        average: an `EMA` or `SWA` of the weights. Validations of a training use the averages, which
+            also become the best weights; the steps go on with the present weights. Without best
+            weights, `load_average` puts the averages into the model. They begin anew each time
+            weights are put into the model. Needs the memory of one more copy of the parameters.
         stateful: more objects with ``state_dict`` and ``load_state_dict``, by name. Snapshots hold
             their states and dry runs restore them.
 
@@ -596,22 +601,31 @@ class FitLoop(TrainerBase):
     # -- weights -----------------------------------------------------------------------------------
 
     async def save_model(
-        self, name: str = "model", path: str | Path | None = None, *, overwrite: bool = False
+        self,
+        name: str = "model",
+        path: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+        average: bool = False,
     ) -> Path:
         """Write the weights of the model to ``path`` (default ``save_path``); return the file.
 
-        A name without suffix gets ``.msgpack``; ``.safetensors`` and ``.pt`` are written too.
+        A name without suffix gets ``.msgpack``; ``.safetensors`` and ``.pt`` are written too. With
+        ``average=True``, write the averages of the trainer's ``average`` instead.
 
         Cancellation: the file is whole or absent.
 
         Raises:
             BusyError: the trainer is busy.
             CheckpointError: the file exists and ``overwrite`` is False, or cannot be written.
+            ConfigurationError: ``average=True``, and there is no average.
         """
-        target = self._new_file(name, path)
+        target, state = self._new_file(name, path), self._state
 
         def write() -> Path:
-            write_weights(target, weights_of(self.model), overwrite=overwrite)
+            call = "save_model(average=True)"
+            with state.checked_average(call).applied() if average else nullcontext():
+                write_weights(target, weights_of(self.model), overwrite=overwrite)
             return target
 
         return await run_exclusively_in_thread(self._state, "save_model", write)
@@ -677,6 +691,19 @@ class FitLoop(TrainerBase):
         """
         await run_exclusively_in_thread(
             self._state, "load_best", lambda: self._state.restore_best(self)
+        )
+
+    async def load_average(self) -> None:
+        """Put the averages of the argument ``average`` into the model in place of its weights.
+
+        Then calls ``configure_optimizer``. The averages begin anew.
+
+        Raises:
+            BusyError: the trainer is busy.
+            ConfigurationError: there is no average.
+        """
+        await run_exclusively_in_thread(
+            self._state, "load_average", lambda: self._state.load_average(self)
         )
 
     async def reset(self) -> None:

@@ -107,6 +107,7 @@ class SyncFitLoop(TrainerBase):
     save_model = _blocking(FitLoop.save_model)
     load_model = _blocking(FitLoop.load_model)
     load_best = _blocking(FitLoop.load_best)
+    load_average = _blocking(FitLoop.load_average)
     reset = _blocking(FitLoop.reset)
     delete = _blocking(FitLoop.delete)
     del_best_model = _blocking(FitLoop.del_best_model)

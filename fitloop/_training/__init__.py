@@ -9,6 +9,7 @@ terminals or runs.
 - `tensor_copy`: the copy of one tensor in it.
 - `best`: finds the best epoch.
 - `best_optimizers`: the states of the optimizers in that epoch.
+- `averaging`: averages of the weights, and their use in validations.
 - `schedulers`: steps learning-rate schedulers.
 - `layers`: layers, freezing, and learning rates by layer.
 """

@@ -7,6 +7,7 @@ another. Its methods run in the thread of a run or of a file operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from fitloop._storage.weight_store import (
     plain_model,
     weights_of,
 )
+from fitloop._training.averaging import AveragedWeights, check_average
 from fitloop._training.best import BestTracker, Criteria
 from fitloop._training.best_models import BestModels
 from fitloop._training.best_optimizers import optimizer_states, restore_optimizers
@@ -107,6 +109,13 @@ class TrainerState:
             "best_models": self.best_models,
         }
         """parts of the state besides those of `named_parts`, by their key in snapshots"""
+        self.average: AveragedWeights | None = None
+        """the averaged weights, with ``average=``"""
+        check_average(config.average, config.model)
+        if config.average is not None:
+            steps = self.step_counts.made
+            self.average = AveragedWeights(config.average, config.model, steps)
+            self.parts["average"] = self.average
         self.rng = TrainerRng(config.seed, self.cuda_devices)
         """random numbers of the trainer"""
         self._best_optimizers: list[Any] = []
@@ -251,8 +260,33 @@ class TrainerState:
                 RestoreWarning,
             )
 
+    def validation(self) -> AbstractContextManager[object]:
+        """Return the block around a validation of a training, in which averages are used."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def checked_average(self, call: str) -> AveragedWeights:
+        """Return the averaged weights; raise ConfigurationError, for a ``call``, if none exist."""
+        if self.average is None:
+            raise ConfigurationError(f"{call} was called, and the trainer has no average=")
+        if not self.average.has_begun:
+            raise ConfigurationError(
+                f"{call} was called, and there is no average: none has begun, or weights were put "
+                "into the model since, such as the best ones at the end of fit()"
+            )
+        return self.average
+
+    def load_average(self, trainer: Any) -> None:
+        """Move the averaged weights into the model, and call ``configure_optimizer``."""
+        self.checked_average("load_average()").move_into_model()
+        self.configure_optimizer(trainer)
+
     def configure_optimizer(self, trainer: Any) -> None:
-        """Call the ``configure_optimizer`` of the constructor, after weights were put back."""
+        """Call the ``configure_optimizer`` of the constructor, after weights were put back.
+
+        Averaged weights begin anew.
+        """
+        if self.average is not None:
+            self.average.restart()
         check_not_awaitable("configure_optimizer", self.config.configure_optimizer(trainer))
 
     def reset(self, trainer: Any) -> None:
@@ -303,7 +337,7 @@ class TrainerState:
         return Capture(self._all_parts())
 
     def _all_parts(self) -> dict[str, object]:
-        return {**named_parts(self.config), **self.parts}
+        return {**named_parts(self.config), "state": self.parts}
 
     def loaders_of(self, loaders: Mapping[Phase, Any]) -> dict[Phase, Any]:
         """Return the loader of each phase: of ``loaders``, or of the constructor, or None."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fitloop import Checkpoint, FitLoop, FitResult, ResumeWarning, SyncFitLoop
 from fitloop._concurrency.background_writer import BackgroundWriter
+from fitloop._training.parts import states_of
 from support.models import internals, process_generators, seed_process, sync_trainer
 
 SEED = 23
@@ -82,6 +83,7 @@ def trainer_values(trainer: FitLoop | SyncFitLoop) -> Outcome:
         "scaler": comparable(
             internals(trainer).config.scaler and internals(trainer).config.scaler.state_dict()
         ),
+        "parts": comparable(states_of(internals(trainer).parts)),
         "M": comparable(trainer.M.to_dict()),
         "epoch": trainer.epoch_num,
         "best": (repr(trainer.best_score), trainer.best_epoch),
