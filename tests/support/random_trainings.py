@@ -40,6 +40,7 @@ from fitloop import (
     Checkpoint,
     FitLoop,
     LoopState,
+    OptimizerWarning,
     PromptAsked,
     ResumeWarning,
     Runner,
@@ -107,6 +108,11 @@ class Recipe:
     training is saved, and loaded into new objects"""
     mapping: bool
     """whether batches are mappings; else they are pairs"""
+    accumulate: int
+    """batches to an optimizer step"""
+    optimize: str
+    """how a step of the user's own trains: ``"backward"`` and ``step``, or ``state.optimize`` with
+    all batches alike (``"equal"``) or by their samples (``"weighted"``)"""
 
     @classmethod
     def of(cls, number: int) -> Recipe:
@@ -134,6 +140,8 @@ class Recipe:
             epoch_start=choose.choice(("none", "none", "plain", "async")),
             between=choose.choice(("nothing", "nothing", "check", "profile", "reload")),
             mapping=choose.random() < 0.2,
+            accumulate=choose.choice((1, 1, 2, 3)),
+            optimize=choose.choice(("backward", "equal", "weighted")),
         )
         return recipe._without_conflicts()
 
@@ -162,6 +170,10 @@ class Recipe:
             changes |= {"epochs": max(2, self.epochs), "fits": 1, "load_best": False}
         if self.way in ("interrupted", "runner"):
             changes["fits"] = 1
+        if self.step == "default":
+            changes["optimize"] = "weighted"
+        elif self.optimize == "backward":
+            changes["accumulate"] = 1
         return replace(self, **changes)
 
     def __str__(self) -> str:
@@ -313,6 +325,12 @@ def _schedulers(recipe: Recipe, optimizer: Optimizer) -> list[tuple[Any, str]]:
     return make[recipe.scheduler]()
 
 
+def _intervals(recipe: Recipe, pairs: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    """Return the schedulers with their intervals, which follow the steps of several batches."""
+    per_batch = "batch" if recipe.accumulate == 1 else "step"
+    return [(each, per_batch if when == "batch" else when) for each, when in pairs]
+
+
 def _decay(step: int) -> float:
     return 1 / (1 + 0.1 * step)
 
@@ -461,7 +479,7 @@ class Parts:
         self.model.to(recipe.dtype)
         self.loss.to(recipe.dtype)
         self.optimizers = _optimizers(recipe, self.model, self.loss)
-        self.schedulers = _schedulers(recipe, self.optimizers[0])
+        self.schedulers = _intervals(recipe, _schedulers(recipe, self.optimizers[0]))
         self.loaders = {
             phase: _loader(recipe, phase, self.model)
             for phase in PHASES
@@ -526,10 +544,13 @@ def _steps_of(recipe: Recipe) -> dict[str, Any]:
         inputs, targets = batch.values() if isinstance(batch, dict) else batch
         loss = loss_of(recipe.step_draws, state.model, state.loss_function, inputs, targets)
         if state.is_train:
-            loss.backward()  # type: ignore[no-untyped-call]
-            for optimizer in state.optimizers:
-                optimizer.step()
-            if recipe.step == "own_scheduler":
+            if recipe.optimize == "backward":
+                loss.backward()  # type: ignore[no-untyped-call]
+                for optimizer in state.optimizers:
+                    optimizer.step()
+            else:
+                state.optimize(loss, len(inputs) if recipe.optimize == "weighted" else None)
+            if recipe.step == "own_scheduler" and state.window == 0:  # after a step
                 for scheduler in state.lr_schedulers:
                     scheduler.step()
         return {"running_loss": loss.item() * len(inputs)}
@@ -609,6 +630,41 @@ class GlobalGenerators:
         yield
 
 
+class Window:
+    """The batches of one optimizer step in a `HandWrittenLoop`."""
+
+    def __init__(self, loop: HandWrittenLoop) -> None:
+        self._loop, self.count, self._weight = loop, 0, 0
+
+    def add(self, loss: Tensor, samples: int) -> None:
+        """Add the gradients of a batch; step if it is the last one of the window."""
+        parts = self._loop.parts
+        recipe = parts.recipe
+        if not self.count:
+            for optimizer in parts.optimizers:
+                optimizer.zero_grad()
+        is_weighted = recipe.accumulate > 1 and recipe.optimize == "weighted"
+        (loss * samples if is_weighted else loss).backward()  # type: ignore[no-untyped-call]
+        self.count += 1
+        self._weight += samples if is_weighted else 1
+        if self.count == recipe.accumulate:
+            self.end()
+
+    def end(self) -> None:
+        """Step with the batches so far, if there are any."""
+        parts = self._loop.parts
+        if not self.count:
+            return
+        for optimizer in parts.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None and parts.recipe.accumulate > 1:
+                        parameter.grad /= self._weight
+            optimizer.step()
+        self.count = self._weight = 0
+        self._loop.step_schedulers("step")
+
+
 class HandWrittenLoop:
     """Trains the parts of a recipe as a user without fitloop would."""
 
@@ -637,10 +693,10 @@ class HandWrittenLoop:
             if "valid" in self.parts.loaders:
                 self._phase("valid")
                 score = self.losses["valid"][-1]
-                self._step_schedulers("valid", score)
+                self.step_schedulers("valid", score)
                 if self._best is None or score <= self._best[0]:
                     self._best = score, *copy.deepcopy((model.state_dict(), loss.state_dict()))
-            self._step_schedulers("epoch")
+            self.step_schedulers("epoch")
         if load_best and self._best is not None:
             model.load_state_dict(self._best[1])
             loss.load_state_dict(self._best[2])
@@ -655,24 +711,22 @@ class HandWrittenLoop:
             with self._generators[phase, "steps"].used():
                 for _ in range(2 if recipe.epoch_start == "async" else 1):
                     draw()
-        total, seen = 0.0, 0
+        total, seen, window = 0.0, 0, Window(self)
         for inputs, targets in itertools.islice(self._batches(phase), recipe.steps):
             batch = inputs.to(recipe.dtype), targets
             if targets.is_floating_point():
                 batch = batch[0], targets.to(recipe.dtype)
             with torch.set_grad_enabled(training), self._generators[phase, "steps"].used():
-                if training:
-                    for optimizer in self.parts.optimizers:
-                        optimizer.zero_grad()
                 loss = loss_of(recipe.step_draws, model, self.parts.loss, *batch)
                 if training:
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    for optimizer in self.parts.optimizers:
-                        optimizer.step()
-                    own = recipe.step == "own_scheduler"
-                    self._step_schedulers(None if own else "batch")
+                    window.add(loss, len(inputs))
+                    if recipe.step != "own_scheduler":
+                        self.step_schedulers("batch")
+                    elif not window.count:
+                        self.step_schedulers(None)
             total += loss.item() * len(inputs)
             seen += len(inputs)
+        window.end()
         self.losses[phase].append(total / seen)
 
     def _batches(self, phase: str) -> Iterator[Batch]:
@@ -689,7 +743,7 @@ class HandWrittenLoop:
                 return
             yield batch
 
-    def _step_schedulers(self, interval: str | None, *score: float) -> None:
+    def step_schedulers(self, interval: str | None, *score: float) -> None:
         """Step the schedulers of an interval; all of them if it is None."""
         if interval and self.parts.recipe.step == "own_scheduler":
             return
@@ -734,6 +788,7 @@ def make_trainer(parts: Parts, path: Path | None = None, **changes: Any) -> FitL
         dtype=recipe.dtype,
         seed=recipe.seed,
         num_threads=1,
+        accumulate=recipe.accumulate,
         prefetch=recipe.prefetch,
         name=f"training {recipe.number}",
         save_path=path,
@@ -876,7 +931,7 @@ async def compare(number: int) -> list[str]:
 
     seed_generators(number)
     with warnings.catch_warnings():
-        for category in (ResumeWarning, ScheduleWarning):  # both are right here
+        for category in (ResumeWarning, ScheduleWarning, OptimizerWarning):  # all are right here
             warnings.simplefilter("ignore", category)
         if recipe.way == "runner":
             trained = await _train_in_runner([parts[0] for parts in made])
