@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 import os
 import random
 import select
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.optim import Adam
@@ -52,7 +53,19 @@ MOST_STARTS = 500
 Report = Callable[[str], None]
 
 
-def train(path: Path, seed: int | None, report: Report, *, resume: bool = True) -> str:
+class Variant(NamedTuple):
+    """What differs between the trainings of a campaign."""
+
+    seed: int | None
+    accumulate: int
+
+    @classmethod
+    def of(cls, number: int) -> Variant:
+        """Return the variant of the training of a number."""
+        return cls(None if number % 2 else 41, (1, 3)[number // 2 % 2])
+
+
+def train(path: Path, variant: Variant, report: Report, *, resume: bool = True) -> str:
     """Run the script; return a digest of its final state."""
     seed_process(7)
     model = mlp(dropout=0.3)
@@ -68,15 +81,17 @@ def train(path: Path, seed: int | None, report: Report, *, resume: bool = True) 
             done += (event.epoch - 1) * BATCHES if event.batch else 0
             report(f"saved {done}")
 
+    steps = FITS * EPOCHS * math.ceil(BATCHES / variant.accumulate)
     fitted = sync_trainer(
         model=model,
         optimizer=optimizer,
-        lr_scheduler=OneCycleLR(optimizer, 0.1, total_steps=FITS * EPOCHS * BATCHES),
-        scheduler_interval="batch",
+        lr_scheduler=OneCycleLR(optimizer, 0.1, total_steps=steps),
+        scheduler_interval="step",
+        accumulate=variant.accumulate,
         train_step=step,
         train_dl=DataLoader(Augmented(blobs()), 8, shuffle=True),
         valid_dl=DataLoader(Augmented(blobs(14, 2)), 8),
-        seed=seed,
+        seed=variant.seed,
         save_to_disk=True,
         save_path=path,
         callbacks=[callback],
@@ -92,13 +107,13 @@ def train(path: Path, seed: int | None, report: Report, *, resume: bool = True) 
 
 
 @contextmanager
-def _started(path: Path, seed: int | None, *, resume: bool) -> Iterator[tuple[int, int]]:
+def _started(path: Path, variant: Variant, *, resume: bool) -> Iterator[tuple[int, int]]:
     """Fork the script; yield its process id and a pipe with its lines."""
     reading, writing = os.pipe()
     process = os.fork()
     if not process:
         os.close(reading)
-        _run_script(path, seed, writing, resume=resume)
+        _run_script(path, variant, writing, resume=resume)
     os.close(writing)
     try:
         yield process, reading
@@ -108,14 +123,14 @@ def _started(path: Path, seed: int | None, *, resume: bool) -> Iterator[tuple[in
         os.close(reading)
 
 
-def _run_script(path: Path, seed: int | None, writing: int, *, resume: bool) -> NoReturn:
+def _run_script(path: Path, variant: Variant, writing: int, *, resume: bool) -> NoReturn:
     try:
         warnings.simplefilter("error")
 
         def report(line: str) -> None:
             os.write(writing, f"{line}\n".encode())
 
-        report(f"done {train(path, seed, report, resume=resume)}")
+        report(f"done {train(path, variant, report, resume=resume)}")
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -160,19 +175,21 @@ class Campaign:
         began = time.perf_counter()
         self._random.seed(self.seed)
         while self.kills < kills and not self.failed:
-            seed = None if self.trainings % 2 else 41
+            variant = Variant.of(self.trainings)
             with TemporaryDirectory() as directory:
-                expected = self._start(Path(directory, "uninterrupted"), seed, None, resume=False)
-                if self._train(Path(directory, "killed"), seed, kills) != expected:
+                expected = self._start(
+                    Path(directory, "uninterrupted"), variant, None, resume=False
+                )
+                if self._train(Path(directory, "killed"), variant, kills) != expected:
                     self.wrong += 1
             self.trainings += 1
         self.seconds = time.perf_counter() - began
 
-    def _train(self, path: Path, seed: int | None, kills: int) -> str:
+    def _train(self, path: Path, variant: Variant, kills: int) -> str:
         saved = 0
         for _ in range(MOST_STARTS):
             lines = self._random.randint(0, MOST_LINES) if self.kills < kills else None
-            ending = self._start(path, seed, lines, saved)
+            ending = self._start(path, variant, lines, saved)
             if isinstance(ending, str):
                 return ending
             saved = ending
@@ -182,7 +199,7 @@ class Campaign:
     def _start(
         self,
         path: Path,
-        seed: int | None,
+        variant: Variant,
         lines: int | None,
         saved: int = 0,
         *,
@@ -193,7 +210,7 @@ class Campaign:
         ``lines`` is the number of lines to read before the kill; None for no kill.
         """
         first = True
-        with _started(path, seed, resume=resume) as (_process, reading):
+        with _started(path, variant, resume=resume) as (_process, reading):
             if lines == 0:
                 self._wait(reading)
                 self.kills += 1
