@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import Any, TypeVar
 
+from fitloop._errors import user_traceback
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OTHER_NAMES = {
@@ -42,7 +44,8 @@ def checked_arguments(check: Callable[[str, Any], Any] = _keep) -> Callable[[F],
     """Return a decorator for methods: it refuses unknown keywords and checks all given arguments.
 
     ``check`` takes the name and the value of an argument and returns the value for the method, or
-    raises an error. Defaults are not checked.
+    raises an error. Defaults are not checked. An error of a coroutine has no frames of fitloop
+    before those of the user's code.
     """
 
     def decorate(method: F) -> F:
@@ -65,7 +68,10 @@ def checked_arguments(check: Callable[[str, Any], Any] = _keep) -> Callable[[F],
 
             @wraps(method)
             async def call(*args: Any, **options: Any) -> Any:
-                return await method(*checked(args, options), **options)
+                try:
+                    return await method(*checked(args, options), **options)
+                except BaseException as error:
+                    raise error.with_traceback(user_traceback(error))  # noqa: B904 - the same
 
         else:
 

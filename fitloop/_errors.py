@@ -34,6 +34,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from contextvars import ContextVar
+from types import FrameType, TracebackType
 from typing import Any
 
 from fitloop._public import public
@@ -75,11 +76,27 @@ def warn_user(message: str, category: type[Warning]) -> None:
     warnings.warn_explicit(message, category, file, line, registry=registry)
 
 
+def user_traceback(error: BaseException) -> TracebackType | None:
+    """Return the traceback of an error without the frames of fitloop before the user's code.
+
+    A cancellation without code of the user has no traceback then. Another error that has none
+    keeps its traceback, since it is of interest where fitloop raised it.
+    """
+    entry = error.__traceback__
+    while entry is not None and _is_internal(entry.tb_frame):
+        entry = entry.tb_next
+    return error.__traceback__ if entry is None and isinstance(error, Exception) else entry
+
+
+def _is_internal(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL_MODULES
+
+
 def _user_line() -> tuple[str, int] | None:
     """Return file and line of the innermost frame that is not fitloop's or an event loop's."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _INTERNAL_MODULES:
+        if not _is_internal(frame):
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import anyio
 
-from fitloop._errors import SyncInAsyncError
+from fitloop._errors import SyncInAsyncError, user_traceback
 from fitloop._public import public
 from fitloop._trainer.base import TrainerBase
 from fitloop._trainer.fitloop import FitLoop
@@ -44,7 +44,12 @@ def _blocking(verb: Callable[Concatenate[FitLoop, P], Awaitable[R]]) -> _Method[
             return await verb(self.loop, *args, **kwargs)
 
         arguments = (*vars(self._state.config).values(), *args, *kwargs.values())
-        return self._event_loop.run(run) if any(map(_is_async, arguments)) else anyio.run(run)
+        try:
+            return self._event_loop.run(run) if any(map(_is_async, arguments)) else anyio.run(run)
+        except KeyboardInterrupt as error:  # its context is the cancellation of the event loop
+            raise error.with_traceback(user_traceback(error)) from None
+        except BaseException as error:
+            raise error.with_traceback(user_traceback(error))  # noqa: B904 - the same error
 
     update_wrapper(call, verb)
     call.__module__, call.__qualname__ = __name__, f"SyncFitLoop.{verb.__name__}"

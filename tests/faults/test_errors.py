@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from typing import Any
 
 import anyio
@@ -11,10 +12,17 @@ from support.cancellation import wait_until_idle
 from support.checked_trainer import CheckedTrainer
 from support.event_loops import HANG_TIMEOUT, asyncio_loops
 from support.gates import Gate
-from support.models import BATCHES, batches, bits, scores
+from support.models import BATCHES, arguments, batches, bits, scores
 from support.raising_code import TRAINER_NAME, ErrorInjector, InjectedError, raising_stage
 
-from fitloop import ConfigurationError, LoopState, MetricError, default_batch_step
+from fitloop import (
+    ConfigurationError,
+    FitLoop,
+    LoopState,
+    MetricError,
+    SyncFitLoop,
+    default_batch_step,
+)
 
 STAGES = [
     f"{phase}_{stage}"
@@ -47,6 +55,28 @@ async def test_stage_when_it_raises_is_told_with_its_place(
     checked.check_whole_batches()
     injector.armed = False
     await checked.check_can_train_again()
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+@pytest.mark.parametrize("is_sync", [False, True], ids=["FitLoop", "SyncFitLoop"])
+def test_traceback_of_a_stage_when_shown_then_goes_from_the_call_to_the_users_code(
+    is_sync: bool, is_async: bool
+) -> None:
+    injector = ErrorInjector()
+    kind: Any = SyncFitLoop if is_sync else FitLoop
+    fitted = kind(**arguments(train_step=raising_stage(injector, is_async)))
+
+    def fit() -> None:
+        result = fitted.fit(1, verbose=False)
+        if not is_sync:
+            asyncio.run(result)
+
+    with pytest.raises(InjectedError) as caught:
+        fit()
+    names = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert names[-1] == "raise_error"
+    of_fitloop = [entry.path for entry in caught.traceback if "fitloop/" in str(entry.path)]
+    assert 1 <= len([path for path in of_fitloop if "tests" not in str(path)]) <= 2
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
