@@ -95,7 +95,7 @@ class RunSession:
             if rng is None:
                 rng = state.rng.fork() if dry else state.rng
             stages = [getattr(config, name) for name in STAGE_NAMES.values()]
-            code = [config.model, config.loss_function, *stages]
+            code = [config.called_model, config.loss_function, *stages]
             self.guard = RngGuard(rng, context.control, code)
             stack.callback(self.guard.close)
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders
