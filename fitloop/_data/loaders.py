@@ -104,7 +104,9 @@ class Loaders:
             limit = None if limit is None else limit - resume_from.batches
             rng.set_state(resume_from.pass_start.rng_state)
         no_rng_in_reads = self._options.randomness == "own" or uses_rng_only_at_start(loader)
-        with rng.installed(), _inside_loader(context):  # starting a loader may use random numbers
+        forks = isinstance(loader, DataLoader) and loader.num_workers > 0
+        # Starting a loader may use random numbers.
+        with rng.installed(forks=forks), _inside_loader(context):
             iterable = self._iterable(loader, context.epoch)
             if rng_state is not None:
                 start = resume_from.pass_start if resume_from else _start_of(iterable, rng_state)
@@ -114,7 +116,9 @@ class Loaders:
                 iterator = self._iterator(loader, iterable, phase, context.label, resume_from)
                 iterator = itertools.islice(iterator, limit)
                 starts_with_rng = no_rng_in_reads and rng.has_stream and resume_from is None
-                if starts_with_rng and isinstance(loader, DataLoader):
+                # Worker processes have their indices when they are started. Waiting for their first
+                # batch here would keep the generators from all other trainers.
+                if starts_with_rng and isinstance(loader, DataLoader) and not forks:
                     iterator = _with_first_batch_read(iterator)
         if resume_from is not None:
             rng.set_state(resume_from.rng_state)

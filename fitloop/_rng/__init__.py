@@ -18,6 +18,7 @@ These are private to this package:
 - `streams`: sequences of random numbers, which are installed in the global generators.
 - `global_lock`: the lock on the global generators, and callbacks that run without it.
 - `torch_ops`: torch operations that use random numbers.
+- `forks`: locks that are held around each fork of the process.
 - `interception`: patches that report each use of the other global generators.
 - `native_state`: fast access to the memory of Python's and numpy's generators.
 """

@@ -8,7 +8,7 @@ cancelled first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from fitloop._concurrency.control import RunControl
@@ -143,13 +143,16 @@ class LoaderRng:
             self._stream.set_state(state)
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self, *, forks: bool = False) -> Iterator[None]:
         """Install the stream in a block, for the beginning of a pass.
 
-        After an exception it stays, since the run ends and its guard is closed.
+        With ``forks``, which is for a loader that starts processes, no other trainer is inside a
+        generator meanwhile. After an exception the stream stays, since the run ends and its guard
+        is closed.
         """
         if self._stream is None:
-            yield
+            with self._lease.exclusive() if forks else nullcontext():
+                yield
             return
         steps = self._lease.switch_stream(self._stream)
         yield

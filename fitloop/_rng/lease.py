@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from fitloop._rng.forks import protect_forks
 from fitloop._rng.global_lock import CALLBACKS_IN_FLIGHT, GLOBAL_RNG_LOCK, FairSharedLock
 from fitloop._rng.interception import RNG_PATCHES, current_listener, remove_listener, set_listener
 from fitloop._rng.native_state import read_python
@@ -163,6 +164,22 @@ class GeneratorLease:
         yield
         if not self._cancelled():
             self.restore(stream)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock alone in a block, so that no other trainer is inside a generator.
+
+        Only the generators' own state is shared, so with any other stream this does nothing.
+        """
+        stream = self.stream
+        if stream is not GLOBAL_STREAM:
+            yield
+            return
+        self.release()
+        self._lock.acquire(self, self._cancelled)
+        yield
+        self._lock.release(self)
+        self.restore(stream)
 
     def yield_to_waiters(self) -> None:
         """Let waiting threads use the generators first; called at the end of every step."""
@@ -358,6 +375,7 @@ def _reset_in_forked_children() -> None:
     """Free the locks in each process that is forked from now on: it has no other threads."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_reset)
+    protect_forks()
 
 
 def _reset() -> None:
