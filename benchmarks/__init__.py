@@ -10,7 +10,6 @@ BENCHMARKS = (
     "responsiveness",
     "concurrency",
     "many",
-    "workers",
     "service_latency",
     "snapshots",
     "terminal",

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fitloop._engine.stages import default_epoch_end as default_epoch_end
     from fitloop._errors import BusyError as BusyError
     from fitloop._errors import CheckpointError as CheckpointError
-    from fitloop._errors import CompileWarning as CompileWarning
     from fitloop._errors import ConfigurationError as ConfigurationError
     from fitloop._errors import FitLoopError as FitLoopError
     from fitloop._errors import LoaderHungWarning as LoaderHungWarning
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from fitloop._errors import MetricError as MetricError
     from fitloop._errors import MissingCriteriaError as MissingCriteriaError
     from fitloop._errors import MissingLoaderError as MissingLoaderError
+    from fitloop._errors import NonFiniteError as NonFiniteError
     from fitloop._errors import NonFiniteWarning as NonFiniteWarning
     from fitloop._errors import OptimizerWarning as OptimizerWarning
     from fitloop._errors import OutputWarning as OutputWarning
@@ -112,12 +112,12 @@ _NAMES_OF_MODULES = {
     "fitloop._engine.profiler": "PhaseProfile ProfileReport",
     "fitloop._engine.stages": "default_batch_step default_epoch_end",
     "fitloop._errors": (
-        "BusyError CheckpointError CompileWarning ConfigurationError FitLoopError "
-        "LoaderHungWarning LockWarning MetricError MissingCriteriaError MissingLoaderError "
-        "NonFiniteWarning OptimizerWarning OutputWarning RemoteError RestoreError RestoreWarning "
-        "ResumeWarning ScheduleWarning StageSignatureError SyncInAsyncError ThreadModeWarning "
-        "UnknownMetricError UnknownMetricWarning WeightsWarning WorkerDiedError "
-        "WorkerDiedWarning"
+        "BusyError CheckpointError ConfigurationError FitLoopError LoaderHungWarning "
+        "LockWarning MetricError MissingCriteriaError MissingLoaderError NonFiniteError "
+        "NonFiniteWarning "
+        "OptimizerWarning OutputWarning RemoteError RestoreError RestoreWarning ResumeWarning "
+        "ScheduleWarning StageSignatureError SyncInAsyncError ThreadModeWarning UnknownMetricError "
+        "UnknownMetricWarning WeightsWarning WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (
         "BatchProgress BestImproved EarlyStopped EpochEnded EpochStarted Event JobEnded JobStarted "

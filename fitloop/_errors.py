@@ -7,6 +7,7 @@
     │   └── StageSignatureError (TypeError)  a function that cannot take its argument
     ├── MetricError          (ValueError)    a stage function returned a value that is no metric
     │   └── MissingCriteriaError             no stage returned the criteria
+    ├── NonFiniteError       (ArithmeticError)  a loss or gradient is NaN or infinite
     ├── UnknownMetricError   (KeyError)      no metric of this name was recorded
     ├── CheckpointError      (RuntimeError)  a file that cannot be written or read
     ├── RestoreError         (RuntimeError)  a state that cannot be put back
@@ -164,6 +165,30 @@ class MissingCriteriaError(MetricError):
 
 
 @public
+class NonFiniteError(FitLoopError, ArithmeticError):
+    """A loss or a gradient is NaN or infinite, and ``nonfinite="raise"``.
+
+    On the CPU the step was not made: the weights are as before it. On another device it is known
+    only later; until then the weights are neither in a snapshot nor among the best.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        phase: str = "train",
+        epoch: int = 0,
+        batch: int = 0,
+        names: tuple[str, ...] = (),
+    ) -> None:
+        self.phase, self.epoch, self.batch = phase, epoch, batch
+        self.names = names
+        """the parameters whose gradients were not finite; empty if it was the loss, or on a device
+        """
+        super().__init__(message)
+
+
+@public
 class UnknownMetricError(FitLoopError, KeyError):
     """No metric of this name was recorded. The message lists the recorded names."""
 
@@ -220,11 +245,6 @@ class WorkerDiedError(FitLoopError, RuntimeError):
 
 
 @public
-class CompileWarning(RuntimeWarning):
-    """A compiled model is compiled more often than needed, or not at all."""
-
-
-@public
 class LoaderHungWarning(RuntimeWarning):
     """A run ended although its loader had not returned within ``loader_grace`` seconds.
 
@@ -242,7 +262,11 @@ class LockWarning(RuntimeWarning):
 
 @public
 class NonFiniteWarning(RuntimeWarning):
-    """Weights are NaN or infinite. Such weights are never kept as the best."""
+    """Weights, or the gradients of a step, are NaN or infinite.
+
+    Such weights are never kept as the best, and never in a snapshot that a run writes. Such steps
+    were left out, with ``nonfinite="skip"``.
+    """
 
 
 @public

@@ -20,7 +20,7 @@ from fitloop._checkpointing.snapshot import PreparedSnapshot, take_snapshot
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._concurrency.control import RunControl
 from fitloop._engine.config import check_flag, check_optional, check_seconds
-from fitloop._errors import CheckpointError, ConfigurationError
+from fitloop._errors import CheckpointError, ConfigurationError, NonFiniteWarning, warn_user
 from fitloop._events import EpochEnded, Event, SnapshotFailed, SnapshotWritten
 from fitloop._public import public
 from fitloop._storage.durable import reason
@@ -77,6 +77,7 @@ class Checkpointer:
         position: returns the position of the run; its argument says whether the run has finished.
         outside: calls a function while no random stream of the trainer is in use.
         control: of the run. A cancelled run takes one more snapshot.
+        check: called before each snapshot; raises an error if none must be taken.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Checkpointer:
         position: Callable[[bool], RunPosition],
         outside: Callable[[Callable[[], None]], object],
         control: RunControl,
+        check: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._policy = policy
@@ -98,11 +100,12 @@ class Checkpointer:
         self._position = position
         self._outside = outside
         self._control = control
+        self._check_state = check
         self._clock = clock
         self._buffers = SnapshotBuffers()
         self._outcomes: deque[Event] = deque()
         """events of the writer thread that are not emitted yet"""
-        self._is_writing = False
+        self._is_writing = self._has_warned = False
         self._epochs = 0
         self._batches = 0
         self._is_due = False
@@ -175,6 +178,11 @@ class Checkpointer:
         self._is_due = False
         self._epochs = self._batches = 0
         self._last_taken = self._clock()
+        self._check_state()
+        name = self._trainer.non_finite_weight()
+        if name is not None:
+            self._warn_once(name)
+            return
         position = self._position(finished)
         path = self._archive.next_path()
         try:
@@ -191,6 +199,16 @@ class Checkpointer:
         except BaseException:
             self._is_writing = False
             raise
+
+    def _warn_once(self, weight: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warn_user(
+                f"after {self._trainer.epoch_num} epochs of {self._trainer.config.name!r} no "
+                f"snapshot is written while {weight!r} is not finite; a resumed run goes on from "
+                "the last one before",
+                NonFiniteWarning,
+            )
 
     def _write(self, prepared: PreparedSnapshot, position: RunPosition, path: Path) -> None:
         """Write the snapshot to disk; on the writer thread."""

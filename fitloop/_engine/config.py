@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_function
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
-from fitloop._engine.compilation import check_compile, compiled_model, owned_model
 from fitloop._engine.precision import Precision, check_precision, make_scaler
 from fitloop._errors import (
     ConfigurationError,
@@ -34,6 +33,8 @@ from fitloop._errors import (
 from fitloop._types import Phase, Stage, StageFunction
 
 Interval = Literal["step", "batch", "epoch", "valid"]
+Reaction = Literal["raise", "skip", "ignore"]
+"""to a loss or gradient that is not finite"""
 DEFAULT_SAVE_PATH = "fitloop_state"
 PRETRAINED = "pretrained_model"
 """name of the weights before the first run"""
@@ -224,30 +225,24 @@ class TrainerConfig:
     callbacks: tuple[Callable[[Any], object], ...]
     on_continue: Callable[[Any], Awaitable[bool]] | None
     precision: Precision | None
+    clip_grad: float | Callable[[list[Any]], Any] | None
+    nonfinite: Reaction
     scaler: Any
     accumulate: int
     average: Any
-    compile: dict[str, Any] | None
-    """arguments of ``torch.compile``; None if the model is called as it was given"""
-    given_model: nn.Module
-    """the model as it was given, perhaps compiled"""
     stateful: dict[str, Any]
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> Self:
         """Fill in the defaults, check all arguments of the constructor, and return the result."""
         defaults = TRAINER_DEFAULTS.get()
-        given_model, name, given_dtype = (arguments[key] for key in ("model", "name", "dtype"))
-        model = owned_model(given_model)
+        model, name, given_dtype = (arguments[key] for key in ("model", "name", "dtype"))
         device = _check_device(_first(arguments["device"], defaults.device))
         dtype = _first_dtype(model) if given_dtype is None else given_dtype
         precision, scaler = arguments["precision"], arguments["scaler"]
         if check_precision(precision, device, dtype) == "fp16" and scaler is None:
             scaler = make_scaler(device)
         checked = {
-            "model": model,
-            "given_model": given_model,
-            "compile": check_compile(arguments["compile"], given_model),
             "device": device,
             "dtype": dtype,
             "scaler": scaler,
@@ -345,11 +340,19 @@ class TrainerConfig:
         if not needs_closure(optimizer):
             return
         kind = type(optimizer).__name__
-        if self.accumulate > 1:
-            raise ConfigurationError(
-                f"{kind}.step() needs a closure, and accumulate is {self.accumulate}; gradients "
-                "cannot be accumulated over the batches for it. Leave accumulate= out"
-            )
+        unable = {
+            f"accumulate is {self.accumulate}": self.accumulate > 1,
+            "precision is 'fp16'": self.precision == "fp16",
+            "clip_grad is given": self.clip_grad is not None,
+            "nonfinite is 'skip'": self.nonfinite == "skip",
+        }
+        for what, is_given in unable.items():
+            if is_given:
+                raise ConfigurationError(
+                    f"{kind}.step() needs a closure, and {what}; the closure computes the "
+                    "gradients inside of the step, and this needs them before it. Leave it out, or "
+                    "use another optimizer"
+                )
         if self.train_step is None:
             raise ConfigurationError(
                 f"{kind}.step() needs a closure, which the default train_step does not give it; "
@@ -414,6 +417,10 @@ class TrainerConfig:
             self.criteria,
             "the name of a metric that valid_epoch_end returns",
         )
+        choices = ("raise", "skip", "ignore")
+        expected = "'raise', 'skip' or 'ignore'"
+        _expect(self.nonfinite in choices, "nonfinite", self.nonfinite, expected)
+        self._check_clipping()
         direction, dtype, grace = self.criteria_direction, self.dtype, self.loader_grace
         is_direction = not isinstance(direction, bool) and direction in (1, -1)
         expected = "1 (more is better) or -1 (less is better)"
@@ -435,16 +442,21 @@ class TrainerConfig:
         is_number = isinstance(grace, (int, float)) and not isinstance(grace, bool)
         _expect(is_number and grace >= 0, "loader_grace", grace, "seconds, 0 or more")
 
+    def _check_clipping(self) -> None:
+        clip = self.clip_grad
+        if clip is None:
+            return
+        is_number = isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0
+        expected = "a norm above 0, or a function of the parameters that returns their norm"
+        is_function = callable(clip) and not isinstance(clip, type)
+        _expect(is_number or is_function, "clip_grad", clip, expected)
+        if is_function:
+            check_callable("clip_grad", clip, "the list of the parameters of an optimizer")
+            check_plain("clip_grad", clip)
+
     def loader(self, phase: Phase) -> Any:
         """Return the loader of ``phase``, or None."""
         return getattr(self, f"{phase}_dl")
-
-    @cached_property
-    def called_model(self) -> nn.Module:
-        """The model that steps call: compiled with ``compile``, else as it was given."""
-        if self.compile is None:
-            return self.given_model
-        return compiled_model(self.model, self.compile)
 
     @cached_property
     def optimizers(self) -> list[Optimizer]:

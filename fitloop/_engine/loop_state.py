@@ -43,6 +43,7 @@ class LoopState:
         "_expected_size",
         "_ignored_class",
         "_is_plain",
+        "_look_at_loss",
         "_phase",
         "_sizes",
         "_steps",
@@ -51,6 +52,7 @@ class LoopState:
         "_values",
         "batch",
         "batch_num",
+        "grad_norm",
         "is_train",
         "loss_function",
         "lr_scheduler",
@@ -65,10 +67,14 @@ class LoopState:
     """the batch on the device, in the structure that the loader gave; None outside a step"""
     batch_num: int
     """number of this batch in the phase, counted from 1; 0 before the first"""
+    grad_norm: Tensor | None
+    """the gradient norm of the last optimizer step before it was clipped, a tensor on the device;
+    None without ``clip_grad`` and before the first step of the phase. If several optimizers step in
+    one batch, the norm of all"""
     is_train: bool
     """whether this is the train phase"""
     model: nn.Module
-    """the model, on its device; with ``compile``, the compiled one"""
+    """the model, on its device"""
     optimizer: Any
     """the optimizer, or the list of them, as given"""
     loss_function: Callable[..., Any]
@@ -92,6 +98,8 @@ class LoopState:
         self._config = config
         self._steps = steps if phase is Phase.TRAIN else None
         self._is_plain = steps is None or steps.is_plain
+        self._look_at_loss: Any = None if steps is None else steps.guard.look_at_loss
+        self.grad_norm = None
         self._phase = phase
         self._epoch_num = epoch
         self._stop = stop
@@ -110,7 +118,7 @@ class LoopState:
         self._counts_quickly = ignores_none and is_given and config.device.type == "cpu"
         self.is_train = phase is Phase.TRAIN
         self.optimizers = config.optimizers
-        self.model = config.called_model
+        self.model = config.model
         self.optimizer = config.optimizer
         self.loss_function = config.loss_function
         self.lr_scheduler = config.lr_scheduler
@@ -219,6 +227,10 @@ class LoopState:
         return self._values.names()
 
     @property
+    def _has_new_norm(self) -> bool:
+        return self._steps is not None and self._steps.guard.has_new_norm
+
+    @property
     def window(self) -> int:
         """Calls of `optimize` whose gradients wait for the next optimizer step; 0 after a step.
 
@@ -233,9 +245,10 @@ class LoopState:
 
         Call it in a train step instead of ``zero_grad``, ``backward`` and ``step``. It does in this
         order: ``backward`` (of the scaled loss if there is a ``scaler``), and after ``accumulate``
-        calls: unscale, divide the gradients by the number of the calls, ``optimizer.step()``,
-        schedulers of interval ``"step"``, ``scaler.update()``. At the end of a pass and after
-        ``stop()`` a step is made with the calls so far; that is after the step of the last batch.
+        calls: unscale, divide the gradients by the number of the calls, clip them, look whether all
+        are finite, ``optimizer.step()``, schedulers of interval ``"step"``, ``scaler.update()``. At
+        the end of a pass and after ``stop()`` a step is made with the calls so far; that is after
+        the step of the last batch. Autocast is off in all of this.
 
         Args:
             loss: a tensor of one element.
@@ -247,7 +260,8 @@ class LoopState:
                 gradients. Default: all optimizers, and gradients as ``loss.backward()`` gives them.
                 With several optimizers and losses call it once for each.
 
-        Raises ConfigurationError outside of train steps, and for arguments that cannot work.
+        Raises ConfigurationError outside of train steps, and for arguments that cannot work, and
+        `NonFiniteError`.
         """
         if self._steps is None or self.batch is None:
             raise ConfigurationError(
@@ -496,6 +510,6 @@ def add_attribute_hint(error: BaseException) -> None:
         add_note_safely(
             error,
             "LoopState has the arguments of FitLoop and: phase, batch, batch_size, batch_sizes, "
-            "batch_num, epoch_num, size, batches, is_train, is_test, window, optimize(), names(), "
-            "stop()",
+            "batch_num, epoch_num, size, batches, is_train, is_test, window, grad_norm, "
+            "optimize(), names(), stop()",
         )

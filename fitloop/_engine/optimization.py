@@ -3,16 +3,17 @@
 ::
 
     at the first batch of a window:    optimizer.zero_grad()
-    at each batch, state.optimize():   (loss * weight) is scaled, and its gradients are added
+    at each batch, state.optimize():   the loss is looked at: is it finite?
+                                       (loss * weight) is scaled, and its gradients are added
     at the last batch of a window:     the gradients are unscaled, and divided by the sum of weights
+                                       GradientGuard.prepare: clip, look whether all are finite
                                        optimizer.step()
-                                           before it: OptimizerSteps.before_step
                                            after it: OptimizerSteps.after_step, count
                                        scaler.update()
 
-What comes before and after ``optimizer.step()`` is in hooks of torch's optimizers, which are
-registered for the time of a run. So it is done too if a step of the user calls
-``optimizer.step()`` itself.
+The guard, and what comes after ``optimizer.step()``, are in hooks of torch's optimizers, which are
+registered for the time of a run. So they work too if a step of the user calls ``optimizer.step()``
+itself.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from torch.optim import Optimizer
 
 from fitloop._concurrency.control import RunControl
 from fitloop._engine.config import TrainerConfig, needs_closure
+from fitloop._engine.gradients import GradientGuard
 from fitloop._errors import ConfigurationError
 
 Hook = Callable[[], object]
+PreHook = Callable[[Any, Any, Any], Any]
+"""as torch calls it, with an optimizer, and the arguments and keywords of ``step``"""
 
 
 class Window:
@@ -47,6 +51,11 @@ class Window:
         """sum of the weights of these calls; a tensor on the device if they are tensors there"""
         self.batch = 0
         """number of the batch of the last call"""
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether each loss of the window was finite, as far as it was looked at."""
+        return not (isinstance(self.weight, float) and math.isnan(self.weight))
 
     def parameters(self) -> Iterator[Any]:
         """Yield the parameters of the optimizer."""
@@ -82,31 +91,44 @@ class OptimizerSteps:
         config: of the trainer.
         counts: of the trainer.
         after_step: pairs of an optimizer and a function to call after each of its steps.
+        looks: False to ignore losses and gradients that are not finite.
     """
 
     def __init__(
-        self, config: TrainerConfig, counts: StepCounts, after_step: Sequence[tuple[Any, Hook]] = ()
+        self,
+        config: TrainerConfig,
+        counts: StepCounts,
+        after_step: Sequence[tuple[Any, Hook]] = (),
+        *,
+        looks: bool = True,
     ) -> None:
         self._counts = counts
         self.windows = [Window(optimizer) for optimizer in config.optimizers]
-        self.before_step: list[Callable[[Any], object]] = []
-        """Called in this order with an optimizer, before each of its steps. Its gradients are
-        divided and unscaled, unless `is_plain`."""
+        self.guard = GradientGuard(config, config.nonfinite if looks else "ignore")
+        """clips gradients, and reacts to those that are not finite"""
         self.after_step = after_step
         self.on_loss: Callable[[Any, Any], object] | None = None
         """called with each loss that `optimize` gets, and its weight"""
+        self._config = config
         self._accumulate, self._scaler = config.accumulate, config.scaler
         self._handles: list[Any] = []
         self._nested: list[_NestedHooks] = []
         self._has_optimized = self._is_in_batch = self._is_stepping = False
         self._defines_all = False
-        if self._accumulate > 1:
-            self.before_step.append(self._refuse_own_step)
+        self._needs_optimize = self._accumulate > 1 or config.precision == "fp16"
+        """whether steps are made by ``state.optimize`` only"""
 
     @property
     def is_plain(self) -> bool:
         """Whether each batch is ``loss.backward()`` and ``step()`` of all optimizers, no more."""
-        return self._accumulate == 1 and self._scaler is None
+        is_decided_alone = len(self.windows) == 1 or not self.guard.looks
+        return (
+            self._accumulate == 1
+            and self._scaler is None
+            and self._config.precision is None
+            and not (self.guard.clips or self.guard.leaves_out)
+            and is_decided_alone
+        )
 
     @property
     def is_open(self) -> bool:
@@ -143,26 +165,45 @@ class OptimizerSteps:
             self._register(optimizer, calls, count)
 
     def _register(self, optimizer: Optimizer, calls: list[Hook], count: Any) -> None:
-        if not calls and not self.before_step and count and not _may_be_nested(optimizer):
+        before = None
+        if count is not None:
+            before = self._before_step()
+            self.guard.attach(optimizer)
+        if not calls and count and self.is_plain and not _may_be_nested(optimizer):
+            if before is not None:
+                self._handles.append(optimizer.register_step_pre_hook(before))
             self._handles.append(optimizer.register_step_post_hook(count))
             return
-        hooks = _NestedHooks(self.before_step, calls, count)
+        hooks = _NestedHooks(before, calls, count, self.guard.has_left_out)
         self._nested.append(hooks)
         self._handles.append(optimizer.register_step_pre_hook(hooks.before))
         self._handles.append(optimizer.register_step_post_hook(hooks.after))
+
+    def _before_step(self) -> PreHook | None:
+        """Return the hook before each step of an optimizer; None if there is nothing to do."""
+        if self.is_plain:
+            return self.guard.quick_hook() if self.guard.looks else None
+        return self._before_any_step
 
     def remove(self) -> None:
         """Remove the hooks; any thread."""
         while self._handles:
             self._handles.pop().remove()
+        self.guard.detach()
 
-    def _refuse_own_step(self, _optimizer: Any) -> None:
-        if self._is_in_batch and not self._is_stepping:
-            raise ConfigurationError(
-                f"train_step calls optimizer.step() itself, and accumulate is {self._accumulate}; "
-                "call state.optimize(loss) instead of zero_grad(), backward() and step(), or leave "
-                "accumulate= out"
-            )
+    def _before_any_step(self, optimizer: Any, arguments: Any, keywords: Any) -> Any:
+        if self._is_stepping:  # `_step` has done all
+            return None
+        if self._needs_optimize and self._is_in_batch:
+            raise ConfigurationError(f"train_step calls optimizer.step() itself, {self._remedy()}")
+        return self.guard.before_own_step(optimizer, arguments, keywords)
+
+    def _remedy(self) -> str:
+        name = "accumulate" if self._accumulate > 1 else "precision"
+        return (
+            f"and {name} is {getattr(self._config, name)!r}; call state.optimize(loss) instead of "
+            f"zero_grad(), backward() and step(), or leave {name}= out"
+        )
 
     # -- around a batch ----------------------------------------------------------------------------
 
@@ -173,11 +214,13 @@ class OptimizerSteps:
         self._defines_all = defines_all
         for window in self.windows:
             window.batch = 0
+        self.guard.begin_pass(state)
         resets: list[Hook] = [hooks.reset for hooks in self._nested]
-        if self._accumulate > 1:
-            return [*resets, self._begin_batch], [partial(self._end_batch, state, control)]
+        checks: list[Hook] = [self.guard.check_sometimes] if self.guard.is_delayed else []
+        if self._needs_optimize:
+            return [*resets, self._begin_batch], [partial(self._end_batch, state, control), *checks]
         zeroes = () if defines_all else [window.optimizer.zero_grad for window in self.windows]
-        return [*resets, *zeroes], []
+        return [*resets, *zeroes], checks
 
     def _begin_batch(self) -> None:
         self._is_in_batch = True
@@ -190,9 +233,7 @@ class OptimizerSteps:
         self._is_in_batch = False
         if not self._has_optimized:
             raise ConfigurationError(
-                f"accumulate is {self._accumulate}, and train_step has not called state.optimize() "
-                "for the first batch; call state.optimize(loss) instead of zero_grad(), backward() "
-                "and step(), or leave accumulate= out"
+                "train_step has not called state.optimize() for the first batch, " + self._remedy()
             )
         if state.batch_num == state.batches or (control.halted and not control.cancelled):
             self.flush()
@@ -214,21 +255,37 @@ class OptimizerSteps:
             self.on_loss(loss, weight)
         for window in windows:
             self._begin(window, batch)
-        total = loss
-        if self._accumulate > 1 and not _is_one(weight):
-            total = loss * weight
-        if self._scaler is not None:
-            total = self._scaler.scale(total)
-        if optimizer is None:
-            total.backward()
+        # Autocast is for the forward pass: autograd uses its dtypes.
+        device = self._config.device.type
+        autocast = torch.is_autocast_enabled(device)
+        torch.set_autocast_enabled(device, False)
+        try:
+            self._optimize(loss, weight, windows, is_all=optimizer is None)
+        finally:
+            torch.set_autocast_enabled(device, autocast)
+
+    def _optimize(self, loss: Any, weight: Any, windows: Sequence[Window], *, is_all: bool) -> None:
+        if self.guard.look_at_loss(loss):
+            weight = math.nan  # so is the sum of the window: its step is left out
         else:
-            total.backward(inputs=[p for p in windows[0].parameters() if p.requires_grad])
+            self._add_gradients(loss, weight, None if is_all else windows[0])
         for window in windows:
             window.count += 1
             window.weight = window.weight + weight
         due = [window for window in windows if window.count >= self._accumulate]
         if due:
             self._step(due)
+
+    def _add_gradients(self, loss: Any, weight: Any, window: Window | None) -> None:
+        total = loss
+        if self._accumulate > 1 and not _is_one(weight):
+            total = loss * weight
+        if self._scaler is not None:
+            total = self._scaler.scale(total)
+        if window is None:
+            total.backward()
+        else:
+            total.backward(inputs=[p for p in window.parameters() if p.requires_grad])
 
     def _begin(self, window: Window, batch: int) -> None:
         """Set the gradients to zero where the engine has not done it."""
@@ -240,7 +297,7 @@ class OptimizerSteps:
         if not window.count:
             if self._defines_all or window.batch == batch:
                 window.optimizer.zero_grad()
-        elif all(parameter.grad is None for parameter in window.parameters()):
+        elif window.has_gradients and all(p.grad is None for p in window.parameters()):
             raise ConfigurationError(
                 "the gradients of earlier batches were removed before their optimizer step; with "
                 f"accumulate={self._accumulate} train_step must not call zero_grad(), which "
@@ -250,16 +307,13 @@ class OptimizerSteps:
 
     def _step(self, windows: Sequence[Window]) -> None:
         """Make a step of optimizers: the end of their windows."""
-        scaler, self._is_stepping = self._scaler, True
+        scaler = self._scaler
+        # All are looked at before the first one steps, so that an error leaves the weights whole.
+        ready = [window for window in windows if self._is_ready(window)]
+        self.guard.forget_losses()
+        self._is_stepping = True
         try:
-            for window in windows:
-                weight = window.weight if self._accumulate > 1 else 1
-                window.count, window.weight = 0, 0
-                if not _is_one(weight):
-                    if scaler is not None:
-                        scaler.unscale_(window.optimizer)
-                    with torch.no_grad():
-                        torch._foreach_div_(window.gradients(), weight)
+            for window in ready:
                 if scaler is None:
                     window.optimizer.step()
                 else:
@@ -278,6 +332,20 @@ class OptimizerSteps:
         with torch.no_grad():
             for gradients, one, scale in zip(waiting, ones, before, strict=True):
                 torch._foreach_mul_(gradients, self._scaler.scale(one) / scale)
+
+    def _is_ready(self, window: Window) -> bool:
+        """End a window; return whether its step is made, with its gradients as they are now."""
+        weight = window.weight if self._accumulate > 1 else 1
+        has_gradients = window.has_gradients
+        window.count, window.weight = 0, 0
+        if not has_gradients:  # a loss was not finite
+            return False
+        if self._scaler is not None and (self.guard.clips or not _is_one(weight)):
+            self._scaler.unscale_(window.optimizer)
+        if not _is_one(weight):
+            with torch.no_grad():
+                torch._foreach_div_(window.gradients(), weight)
+        return not self.guard.prepare(window.optimizer)
 
     def _window_of(self, optimizer: Any) -> Window:
         for window in self.windows:
@@ -328,26 +396,31 @@ class _NestedHooks:
     """Hooks of one optimizer that act at its outermost step only."""
 
     def __init__(
-        self, before: Sequence[Callable[[Any], object]], calls: Sequence[Hook], count: Any
+        self,
+        before: PreHook | None,
+        calls: Sequence[Hook],
+        count: Any,
+        is_left_out: Callable[[Any], bool],
     ) -> None:
         self._before, self._calls, self._count = before, calls, count
+        self._is_left_out = is_left_out
         self._depth = 0
 
     def reset(self) -> None:
         """Forget a step that was left by an exception."""
         self._depth = 0
 
-    def before(self, optimizer: Any, arguments: Any, keywords: Any) -> None:
-        """Call what comes before a step."""
+    def before(self, optimizer: Any, arguments: Any, keywords: Any) -> Any:
+        """Call what comes before a step; return its new arguments, or None."""
         self._depth += 1
-        if self._depth == 1:
-            for call in self._before:
-                call(optimizer)
+        if self._depth == 1 and self._before is not None:
+            return self._before(optimizer, arguments, keywords)
+        return None
 
     def after(self, optimizer: Any, arguments: Any, keywords: Any) -> None:
         """Call what comes after a step."""
         self._depth -= 1
-        if self._depth:
+        if self._depth or self._is_left_out(optimizer):
             return
         for call in self._calls:
             call()

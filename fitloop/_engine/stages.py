@@ -39,6 +39,8 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
     ``loss_function`` is None, both are returned only if the output has ``logits`` of the shape
     (samples, classes) and the batch has ``labels`` of the shape (samples); -100 does not count.
 
+    With ``clip_grad`` returns also ``grad_norm``, if the batch makes an optimizer step.
+
     Raises ConfigurationError for other batches. Other errors have a note with the batch.
     """
     batch = state.batch
@@ -50,15 +52,18 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
             inputs, targets = batch
             predictions = state.model(inputs)
             loss = state.loss_function(predictions, targets)
+        on_cpu = loss.is_cpu  # reading a value from a device would wait for it
+        value = loss.item() if on_cpu else loss.detach().reshape(())
         if state.is_train:
             if state._is_plain:  # without a call
+                if not on_cpu or value - value:  # 0 if it is finite
+                    state._look_at_loss(loss)
                 loss.backward()
                 for optimizer in state.optimizers:
                     optimizer.step()
             else:
-                state.optimize(loss, _mean_over(state, predictions, targets))
-        # Reading a value from a device would wait for it.
-        value = loss.item() if loss.is_cpu else loss.detach().reshape(())
+                is_single = state.accumulate == 1
+                state.optimize(loss, None if is_single else _mean_over(state, predictions, targets))
     except Exception as error:
         _explain(error, state)
         raise
@@ -69,11 +74,15 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
         and size
         and targets.min() >= 0
     ):
-        return {
+        values = {
             "running_loss": value * size,
             "running_corr": (predictions.argmax(dim=1) == targets).sum().item(),
         }
-    return {"running_loss": value * size, **_count_correct(state, predictions, targets)}
+    else:
+        values = {"running_loss": value * size, **_count_correct(state, predictions, targets)}
+    if not state._is_plain and state._has_new_norm:
+        values["grad_norm"] = state.grad_norm
+    return values
 
 
 def _mean_over(state: LoopState, predictions: Any, targets: Any) -> Any:

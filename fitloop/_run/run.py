@@ -174,6 +174,7 @@ class Run:
             position=self._position,
             outside=self._session.guard.outside,
             control=self._context.control,
+            check=self._session.steps.guard.check,
         )
 
     def _make_prompts(self) -> Prompts | None:

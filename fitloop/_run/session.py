@@ -95,7 +95,7 @@ class RunSession:
             if rng is None:
                 rng = state.rng.fork() if dry else state.rng
             stages = [getattr(config, name) for name in STAGE_NAMES.values()]
-            code = [config.called_model, config.loss_function, *stages]
+            code = [config.model, config.loss_function, *stages]
             self.guard = RngGuard(rng, context.control, code)
             stack.callback(self.guard.close)
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders
@@ -106,7 +106,9 @@ class RunSession:
             stack.callback(self.time_slice.close)
             schedulers = context.schedulers
             after_step = () if schedulers is None else schedulers.after_step
-            self.steps = OptimizerSteps(config, state.step_counts, after_step)
+            # The search for a learning rate ends where the loss is not finite.
+            looks = self.plan.call != "find_lr"
+            self.steps = OptimizerSteps(config, state.step_counts, after_step, looks=looks)
             """the optimizer steps; `restore` removes their hooks"""
             self._deps = EngineDeps(
                 config=config,

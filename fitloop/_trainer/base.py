@@ -14,7 +14,13 @@ from torch.optim import Optimizer
 
 from fitloop._arguments import checked_arguments
 from fitloop._data.inspection import length_of
-from fitloop._engine.config import PRETRAINED, Interval, TrainerConfig, check_not_awaitable
+from fitloop._engine.config import (
+    PRETRAINED,
+    Interval,
+    Reaction,
+    TrainerConfig,
+    check_not_awaitable,
+)
 from fitloop._engine.event_bus import EventStream
 from fitloop._engine.precision import Precision
 from fitloop._errors import ConfigurationError, MissingLoaderError
@@ -80,10 +86,11 @@ class TrainerBase:
         callbacks: Sequence[Callback] = (),
         on_continue: Ask | None = None,
         precision: Precision | None = None,
+        clip_grad: float | Callable[[list[Any]], Any] | None = None,
+        nonfinite: Reaction = "raise",
         scaler: Any = None,
         accumulate: int = 1,
         average: EMA | SWA | None = None,
-        compile: bool | Mapping[str, Any] = False,
         stateful: Mapping[str, Any] | None = None,
     ) -> None:
         arguments = locals().copy()
@@ -227,7 +234,7 @@ class TrainerBase:
 
     @property
     def model(self) -> nn.Module:
-        """The model; the plain one if steps call it compiled."""
+        """The model."""
         return self._state.config.model
 
     @property

@@ -142,6 +142,18 @@ class FitLoop(TrainerBase):
         scaler: a ``torch.amp.GradScaler``. `LoopState.optimize` and the default ``train_step``
             scale their loss with it. Without ``precision`` it only scales: the steps compute in the
             dtype of the weights.
+        clip_grad: the largest norm of the gradients of an optimizer, as in
+            ``torch.nn.utils.clip_grad_norm_``; or a function that takes the list of parameters of
+            an optimizer, clips their gradients and returns their norm. It is done before each step,
+            also in steps that call ``optimizer.step()`` themselves. See `LoopState.grad_norm`.
+        nonfinite: what a loss or gradient in the train phase does that is NaN or infinite.
+            ``"raise"``, the default: it raises `NonFiniteError` before the step. ``"skip"``: the
+            step is left out, and a `NonFiniteWarning` tells the first ones. ``"ignore"``: nothing.
+            Steps of your own show their loss by ``state.optimize``, otherwise only their gradients.
+            On a device that is not the CPU, it is noticed later, without a wait for the device:
+            within 256 steps, and before a snapshot is written or the best weights are kept.
+            ``"skip"`` waits for each step there, except with ``fused=True``. With a ``scaler``,
+            which leaves out steps itself, only losses are looked at, and ``"skip"`` does nothing.
         accumulate: batches for one optimizer step, 1 by default: their gradients are summed, and
             divided once, at the step. The last step of an epoch has the batches that are left. The
             default ``train_step`` weights the batches by the number of their samples, or of the
@@ -151,11 +163,6 @@ class FitLoop(TrainerBase):
             also become the best weights; the steps go on with the present weights. Without best
             weights, `load_average` puts the averages into the model. They begin anew each time
             weights are put into the model. Needs the memory of one more copy of the parameters.
-        compile: True, or a dict of arguments for ``torch.compile``: steps call the compiled model
-            as ``state.model``. ``trainer.model`` stays the plain one, also if ``model`` is given
-            compiled, and files have its names, so that a training can go on with or without it.
-            The first batches take longer; torch compiles one model at a time in a process. Default:
-            False.
         stateful: more objects with ``state_dict`` and ``load_state_dict``, by name. Snapshots hold
             their states and dry runs restore them.
 
@@ -212,9 +219,12 @@ class FitLoop(TrainerBase):
             optimizer.zero_grad()
             for each of ``accumulate`` batches, or of those that are left in the epoch:
                 loss = ...                       in the ``precision`` of the trainer
+                is the loss finite?              ``nonfinite``
                 scaler.scale(loss * weight).backward()
             scaler.unscale_(optimizer)
             gradients /= sum of the weights
+            clip the gradients                   ``clip_grad``
+            are the gradients finite?            ``nonfinite``, without a scaler
             optimizer.step()                     left out, with the next line, where the scaler does
             lr_scheduler.step()                  schedulers of interval "step"
             scaler.update()
@@ -276,6 +286,7 @@ class FitLoop(TrainerBase):
         Raises:
             BusyError: the trainer, or another trainer with this model, is busy.
             ConfigurationError: an argument cannot work.
+            NonFiniteError: a loss or gradient is NaN or infinite; see ``nonfinite``.
             MissingLoaderError: there is no ``train_dl``.
             CheckpointError: a snapshot cannot be written, or does not fit the trainer;
                 ``save_path`` is in use, or has the snapshots of another training.

@@ -45,7 +45,6 @@ from fitloop._training.best import BestTracker, Criteria
 from fitloop._training.best_models import BestModels
 from fitloop._training.best_optimizers import optimizer_states, restore_optimizers
 from fitloop._training.capture import Capture
-from fitloop._training.object_state import ObjectState
 from fitloop._training.parts import (
     StatePart,
     apply_extra_weights,
@@ -58,6 +57,8 @@ from fitloop._training.parts import (
 )
 from fitloop._training.schedulers import check_modes
 from fitloop._types import Phase
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 class BestState(NamedTuple):
@@ -103,11 +104,9 @@ class TrainerState:
         """the file that metrics are appended to"""
         self.owns_archive = False
         """the snapshots under ``save_path`` belong to this training"""
-        self.objects = ObjectState(config)
         self.step_counts = StepCounts(len(config.optimizers))
         self.best_models = BestModels(config.save_path)
         self.parts: dict[str, StatePart] = {
-            "objects": self.objects,
             "steps": self.step_counts,
             "best_models": self.best_models,
         }
@@ -156,7 +155,6 @@ class TrainerState:
         """
         if self._initial is None:
             keep = saved_tensors(self.config.model)
-            self.objects.begin()
             self._initial = Capture(self._all_parts(), keep=keep, on_cpu=True)
         if resuming and self.store.exists(PRETRAINED):
             self._has_pretrained = True
@@ -173,11 +171,18 @@ class TrainerState:
         self.best_is_stale = False
 
     def non_finite_weight(self) -> str | None:
-        """Return the name of a parameter of the model that is not finite, or None."""
-        for name, parameter in plain_model(self.config.model).named_parameters():
-            values = parameter.detach()
+        """Return the name of a trained weight that is not finite, or None.
+
+        These are the parameters that have gradients, and the running statistics of normalization
+        layers. Others may be infinite on purpose, such as a mask.
+        """
+        model = plain_model(self.config.model)
+        parameters = [item for item in model.named_parameters() if item[1].requires_grad]
+        buffers = [item for item in model.named_buffers() if item[0].endswith(_STATISTICS)]
+        for name, tensor in (*parameters, *buffers):
+            values = tensor.detach()
             is_checked = values.layout is torch.strided and values.is_floating_point()
-            if is_checked and not is_lazy(parameter) and not bool(values.isfinite().all()):
+            if is_checked and not is_lazy(tensor) and not bool(values.isfinite().all()):
                 return name
         return None
 

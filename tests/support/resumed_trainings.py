@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fitloop import Checkpoint, FitLoop, FitResult, ResumeWarning, SyncFitLoop
+from fitloop import (
+    Checkpoint,
+    FitLoop,
+    FitResult,
+    NonFiniteWarning,
+    ResumeWarning,
+    SyncFitLoop,
+)
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._training.parts import states_of
 from support.models import internals, process_generators, seed_process, sync_trainer
@@ -214,6 +221,7 @@ def check_resumed_training(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", "'set_vital'")  # of torch, by torchdata
+        warnings.filterwarnings("ignore", category=NonFiniteWarning)  # of steps left out
         outcome = train_with_interruptions(make, path / "interrupted", stops, **fit)
     others = [w for w in caught if not issubclass(w.category, ResumeWarning)]
     assert not others, [str(w.message) for w in others]

@@ -1,0 +1,371 @@
+"""What is done with the gradients of an optimizer before each of its steps.
+
+They are clipped, and it is seen whether they are finite. Knows neither windows nor the order of a
+step: `fitloop._engine.optimization` calls it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fitloop._engine.config import Reaction, TrainerConfig
+from fitloop._errors import ConfigurationError, NonFiniteError, NonFiniteWarning, warn_user
+
+AT_ONCE = ("cpu",)
+"""types of devices whose values are read without a wait"""
+CHECK_EVERY = 256
+"""steps after which what a device has found is read"""
+_MOST_NAMES = 4
+
+
+class GradientGuard:
+    """Clips the gradients of a run, and reacts to losses and gradients that are not finite.
+
+    On the CPU a step is decided at once. On another device this would wait for the device: a number
+    there counts bad steps, and `check` reads it. With a scaler, which itself leaves out steps whose
+    gradients are not finite, only losses are looked at.
+    """
+
+    def __init__(self, config: TrainerConfig, nonfinite: Reaction) -> None:
+        self._config, self._clip, self._reaction = config, config.clip_grad, nonfinite
+        is_enabled = getattr(config.scaler, "is_enabled", lambda: True)
+        self._is_scaled = config.scaler is not None and bool(is_enabled())
+        self.leaves_out = nonfinite == "skip" and not self._is_scaled
+        """whether a step may be left out; a scaler does it itself"""
+        self.looks = nonfinite == "raise" or self.leaves_out
+        """whether losses and gradients are looked at"""
+        self.clips = self._clip is not None
+        self._counter: _DeviceCounter | None = None
+        if self.looks and config.device.type not in AT_ONCE:
+            self._counter = _DeviceCounter(config.device, starts_anew=self.leaves_out)
+        self._found = torch.zeros((), device="cpu")
+        self._one = torch.ones((), device="cpu")
+        self._num_left_out = 0
+        self._has_warned = False
+        self._attached: list[Any] = []
+        self._emptied: Any = None
+        """the optimizer whose gradients were removed for the present step"""
+        self._state: Any = None
+        self._norm_batch = 0
+        """number of the batch of `LoopState.grad_norm`"""
+
+    def begin_pass(self, state: Any) -> None:
+        """Begin a train phase with this `LoopState`."""
+        self._state, self._norm_batch = state, 0
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether a device finds what is not finite, so that `check` must be called."""
+        return self._counter is not None
+
+    @property
+    def has_new_norm(self) -> bool:
+        """Whether the present batch has made a step whose norm is in ``state.grad_norm``."""
+        return self.clips and self._norm_batch == self._state.batch_num
+
+    # -- before a step -----------------------------------------------------------------------------
+
+    def look_at_loss(self, loss: Any) -> bool:
+        """Return whether the optimizer step of a loss must be left out; before its backward pass.
+
+        Raises `NonFiniteError`.
+        """
+        if not self.looks:
+            return False
+        if self._counter is not None and isinstance(loss, Tensor):
+            self._counter.losses.append(loss.detach())
+            return False
+        value = loss.item() if isinstance(loss, Tensor) else float(loss)
+        return not math.isfinite(value) and self._leave_out(f"the loss is {value}")
+
+    def forget_losses(self) -> None:
+        """Forget the losses on a device, after all optimizers were prepared for their step."""
+        if self._counter is not None:
+            self._counter.losses.clear()
+
+    def prepare(self, optimizer: Any) -> bool:
+        """Clip and look at the gradients of an optimizer; return whether to leave its step out.
+
+        Raises `NonFiniteError`.
+        """
+        if self._clip is None:
+            return self.looks and self._are_bad(optimizer)
+        self._refuse_scaled(optimizer)
+        parameters = _parameters(optimizer)
+        if callable(self._clip):
+            self._keep_norm(self._clip(parameters))
+            return self.looks and self._are_bad(optimizer)
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # Looked at before clipping, which would make all gradients NaN.
+        if self.looks and self._are_bad(optimizer, norm):
+            return True
+        clip_grads_with_norm_(parameters, self._clip, norm)
+        self._keep_norm(norm)
+        return False
+
+    def before_own_step(self, optimizer: Any, arguments: Any, keywords: Any) -> Any:
+        """Do the same before a step that code of the user makes: a hook of torch.
+
+        A step that is to be left out has no gradients, and so changes nothing.
+        """
+        closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
+        if closure is not None:
+            return (arguments[0], self._checked_closure(optimizer, closure)), {}
+        is_left_out = self.prepare(optimizer)
+        self.forget_losses()
+        if is_left_out:
+            for parameter in _parameters(optimizer):
+                parameter.grad = None
+            self._emptied = optimizer
+        return None
+
+    def has_left_out(self, optimizer: Any) -> bool:
+        """Return whether the step that an optimizer has just made changed nothing."""
+        emptied, self._emptied = self._emptied, None
+        if emptied is optimizer:
+            return True
+        found = getattr(optimizer, "found_inf", None)  # of a fused one; on a device it is not read
+        return isinstance(found, Tensor) and found.is_cpu and bool(found)
+
+    def quick_hook(self) -> Callable[[Any, Any, Any], Any]:
+        """Return a hook that does the same as `before_own_step`, in the least time."""
+        if self._clip is not None or self._counter is not None or self._is_scaled:
+            return self.before_own_step
+        check, found, one = _check_finite, self._found, self._one
+
+        def look(optimizer: Any, arguments: Any, keywords: Any) -> Any:
+            if len(arguments) == 1 and not keywords:
+                grads = [
+                    p.grad
+                    for group in optimizer.param_groups
+                    for p in group["params"]
+                    if p.grad is not None
+                ]
+                try:
+                    check(grads, found, one)
+                    if not found.item():
+                        return None
+                except RuntimeError:
+                    pass
+            return self.before_own_step(optimizer, arguments, keywords)
+
+        return look
+
+    def _are_bad(self, optimizer: Any, norm: Tensor | None = None) -> bool:
+        # A scaler that the trainer does not know sets this for a fused optimizer.
+        has_scaler = hasattr(optimizer, "found_inf") and optimizer not in self._attached
+        gradients = [] if self._is_scaled or has_scaler else _gradients(optimizer)
+        if self._counter is not None:
+            return self._counter.count(
+                gradients if norm is None or self._is_scaled else [norm],
+                self._state.batch_num,
+                is_read=self.leaves_out and optimizer not in self._attached,
+            )
+        if not gradients or (norm is not None and math.isfinite(norm.item())):
+            return False
+        if self._are_finite(gradients):
+            return False
+        names = self._names(optimizer)
+        return self._leave_out(f"the gradient of {_listed(names)} is not finite", names)
+
+    def _are_finite(self, gradients: list[Tensor]) -> bool:
+        self._found.zero_()
+        try:
+            # The fastest check that torch has; it multiplies the gradients by 1.
+            _check_finite(gradients, self._found, self._one)
+        except RuntimeError:  # of a sparse or complex gradient, or of one with memory used twice
+            return all(map(_is_finite, gradients))
+        return not self._found.item()
+
+    def _leave_out(self, reason: str, names: Iterable[str] = ()) -> bool:
+        """Return True if the step is left out, or raise `NonFiniteError`."""
+        if self._reaction == "skip":
+            self._num_left_out += 1
+            return True
+        raise self._error(reason, self._state.batch_num, names)
+
+    def _error(self, reason: str, batch: int, names: Iterable[str] = ()) -> NonFiniteError:
+        state, is_certain = self._state, self._counter is None
+        return NonFiniteError(
+            f"{reason}, in train batch {batch} of epoch {state.epoch_num}. "
+            + ("The weights are as before this step. " if is_certain else "")
+            + "Look at the data of the batch, the loss function and the learning rate; "
+            "torch.autograd.set_detect_anomaly(True) names the operation. nonfinite='skip' leaves "
+            "such steps out, and 'ignore' trains on",
+            phase=str(state.phase),
+            epoch=state.epoch_num,
+            batch=batch,
+            names=tuple(names),
+        )
+
+    def _names(self, optimizer: Any) -> list[str]:
+        names = _parameter_names(self._config)
+        return [
+            names.get(parameter, f"parameter {number} of {type(optimizer).__name__}")
+            for number, parameter in enumerate(_parameters(optimizer))
+            if parameter.grad is not None and not _is_finite(parameter.grad)
+        ]
+
+    def _refuse_scaled(self, optimizer: Any) -> None:
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise ConfigurationError(
+                f"clip_grad is given, and a step of {type(optimizer).__name__}(fused=True) was "
+                "made by scaler.step() with gradients that are still scaled; call "
+                "state.optimize(loss) in train_step, which unscales them first"
+            )
+
+    def _keep_norm(self, norm: Any) -> None:
+        """Keep the norm of a step; for the steps of several optimizers, the norm of all."""
+        state = self._state
+        norm = norm.detach() if isinstance(norm, Tensor) else torch.tensor(norm, device="cpu")
+        if self._norm_batch == state.batch_num:
+            norm = torch.hypot(norm, state.grad_norm.to(norm))
+        state.grad_norm, self._norm_batch = norm, state.batch_num
+
+    def _checked_closure(self, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a closure whose first result is looked at, when the weights are still old."""
+        if self.clips or self.leaves_out:
+            raise ConfigurationError(
+                f"a step of {type(optimizer).__name__} was called with a closure, which computes "
+                "the gradients inside the step; clip_grad= and nonfinite='skip' need them before. "
+                "Leave these out, or call the closure before optimizer.step()"
+            )
+        is_first = True
+
+        def checked() -> Any:
+            nonlocal is_first
+            loss = closure()
+            if is_first and self.looks:
+                is_first = False
+                self.look_at_loss(loss)
+                self._are_bad(optimizer)
+            return loss
+
+        return checked
+
+    # -- what a device has found -------------------------------------------------------------------
+
+    def attach(self, optimizer: Any) -> None:
+        """Let a fused optimizer leave out bad steps on the device; at the beginning of a run."""
+        is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if self._counter is not None and is_fused and not self._is_scaled:
+            optimizer.found_inf, optimizer.grad_scale = self._counter.found, None
+            self._attached.append(optimizer)
+
+    def detach(self) -> None:
+        """Undo `attach`; any thread."""
+        while self._attached:
+            optimizer = self._attached.pop()
+            del optimizer.found_inf, optimizer.grad_scale
+
+    def check_sometimes(self) -> None:
+        """Call `check` after `CHECK_EVERY` steps."""
+        if self._counter is not None and len(self._counter.batches) >= CHECK_EVERY:
+            self.check()
+
+    def check(self) -> None:
+        """React to what was found since the last call; waits for a device.
+
+        Raises `NonFiniteError`.
+        """
+        if self._counter is not None:
+            bad_steps, first_bad = self._counter.read()
+            if bad_steps and self._reaction == "raise":
+                raise self._error("the loss or a gradient is not finite", first_bad)
+            self._num_left_out += bad_steps
+        if self._num_left_out and not self._has_warned:
+            state, self._has_warned = self._state, True
+            warn_user(
+                f"{self._num_left_out} optimizer steps of {self._config.name!r} were left out up "
+                f"to batch {state.batch_num} of epoch {state.epoch_num}, since the loss or a "
+                "gradient was not finite; more will not be told in this run",
+                NonFiniteWarning,
+            )
+
+
+class _DeviceCounter:
+    """Counts bad steps on a device, without waiting for it.
+
+    With ``starts_anew`` each step is judged by itself. Otherwise all steps after a bad one are bad,
+    so that fused optimizers make none of them.
+    """
+
+    def __init__(self, device: torch.device, *, starts_anew: bool) -> None:
+        self.found = torch.zeros((), device=device)
+        """above 0 if the present step is bad; fused optimizers read it"""
+        self._bad_steps = torch.zeros((), device=device)
+        self._starts_anew = starts_anew
+        self.losses: list[Tensor] = []
+        """losses of the present step"""
+        self.batches: list[int] = []
+        """number of the batch of each step since the last `read`"""
+
+    def count(self, tensors: list[Tensor], batch: int, *, is_read: bool) -> bool:
+        """Count a step with these gradients or norms; with ``is_read``, return if it is bad."""
+        if self._starts_anew:
+            self.found.zero_()
+        groups: dict[Any, list[Tensor]] = defaultdict(list)
+        for tensor in (*tensors, *self.losses):
+            values = tensor._values() if tensor.is_sparse else tensor
+            groups[values.device, values.dtype].append(values)
+        for (device, dtype), group in groups.items():
+            if dtype.is_complex:
+                group = [torch.view_as_real(values) for values in group]
+            found, one = torch.zeros((), device=device), torch.ones((), device=device)
+            _check_finite(group, found, one)
+            self.found.copy_(torch.maximum(self.found, found.to(self.found.device)))
+        self._bad_steps.add_(self.found)
+        self.batches.append(batch)
+        return is_read and bool(self.found.item())
+
+    def read(self) -> tuple[int, int]:
+        """Return the number of bad steps since the last call, and the batch of the first one.
+
+        The batch is only right if all steps after a bad one are bad.
+        """
+        number = int(self._bad_steps.item())
+        first = self.batches[-number] if number else 0
+        self._bad_steps.zero_()
+        self.batches.clear()
+        return number, first
+
+
+_check_finite: Callable[[list[Tensor], Tensor, Tensor], None] = (
+    torch._amp_foreach_non_finite_check_and_unscale_
+)
+
+
+def _parameters(optimizer: Any) -> list[Any]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _gradients(optimizer: Any) -> list[Tensor]:
+    return [p.grad for p in _parameters(optimizer) if p.grad is not None]
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    values = gradient._values() if gradient.is_sparse else gradient
+    return bool(values.isfinite().all())
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:_MOST_NAMES]))
+    more = len(names) - _MOST_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _parameter_names(config: TrainerConfig) -> dict[Any, str]:
+    """Return the names of the parameters of the model, and of the loss function."""
+    # torch.compile wraps a model in another one.
+    named = config.model.named_parameters()
+    names = {parameter: name.removeprefix("_orig_mod.") for name, parameter in named}
+    loss = config.loss_function
+    of_loss = loss.named_parameters() if isinstance(loss, nn.Module) else ()
+    return {parameter: f"loss_function.{name}" for name, parameter in of_loss} | names

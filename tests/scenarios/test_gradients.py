@@ -1,0 +1,619 @@
+"""What is done before an optimizer step: ``clip_grad=``, ``nonfinite=``, and a scaler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import BATCHES, batches, bits, internals, mlp, sync_trainer
+from support.resumed_trainings import TrainingSetup, check_resumed_training, write_snapshots_at_once
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
+
+from fitloop import (
+    Checkpoint,
+    ConfigurationError,
+    LoopState,
+    NonFiniteError,
+    NonFiniteWarning,
+    SyncFitLoop,
+)
+from fitloop._engine import gradients
+
+QUIET: dict[str, Any] = {"verbose": False, "progress": False, "load_best": False}
+NAN = math.nan
+CLIP = 0.3
+HUGE = 2.0**21
+"""a scale with which gradients overflow in float16 until it was halved a few times"""
+Clip = float | Callable[[list[Any]], Any] | None
+
+
+def halves(model: nn.Module) -> list[list[nn.Parameter]]:
+    first, last = model[0], model[3]  # type: ignore[index]
+    return [list(first.parameters()), list(last.parameters())]
+
+
+def optimizers_of(kind: str, model: nn.Module) -> list[Optimizer]:
+    """Return the optimizers of a model: of one kind, or two of its layers."""
+    make: dict[str, Callable[[], list[Optimizer]]] = {
+        "sgd": lambda: [SGD(model.parameters(), lr=0.5, momentum=0.9)],
+        "foreach": lambda: [Adam(model.parameters(), lr=0.05, foreach=True)],
+        "fused": lambda: [AdamW(model.parameters(), lr=0.05, fused=True)],
+        "two": lambda: [SGD(halves(model)[0], lr=0.5), Adam(halves(model)[1], lr=0.05)],
+    }
+    return make[kind]()
+
+
+def norms_of(optimizers: list[Optimizer], clip: Clip) -> float:
+    norms = []
+    for optimizer in optimizers:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if callable(clip):
+            norms.append(float(clip(parameters)))
+        elif clip is not None:
+            norms.append(float(clip_grad_norm_(parameters, clip)))
+    return math.hypot(*norms)
+
+
+def hand_loop(
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    data: Iterable[Any],
+    epochs: int = 2,
+    *,
+    dtype: torch.dtype | None = None,
+    clip: Clip = None,
+    scaler: Any = None,
+    skips: Iterable[int] = (),
+    after_step: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Train by hand; return the norm of the gradients of each step.
+
+    Steps whose batch, counted over all epochs, is in ``skips`` are left out. ``after_step`` is
+    called after each step that the first optimizer has made.
+    """
+    norms, number = [], 0
+    for _epoch in range(epochs):
+        for inputs, targets in data:
+            number += 1
+            if number in skips:
+                continue
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                loss = functional.cross_entropy(model(inputs), targets)
+            if scaler is None:
+                loss.backward()  # type: ignore[no-untyped-call]
+                norms.append(norms_of(optimizers, clip))
+                for optimizer in optimizers:
+                    optimizer.step()
+                after_step()
+                continue
+            scaler.scale(loss).backward()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norms.append(norms_of(optimizers, clip))
+            overflow = scaler._found_inf_per_device(optimizers[0]).values()
+            is_made = not any(value.item() for value in overflow)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            if is_made:
+                after_step()
+            scaler.update()
+    return norms
+
+
+def value_clip(parameters: list[Any]) -> Tensor:
+    clip_grad_value_(parameters, 0.01)
+    norm: Tensor = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+    return norm
+
+
+def own_step(state: LoopState) -> dict[str, Any]:
+    inputs, targets = state.batch
+    loss = state.loss_function(state.model(inputs), targets)
+    loss.backward()
+    for optimizer in state.optimizers:
+        optimizer.step()
+    return {} if state.grad_norm is None else {"grad_norm": state.grad_norm}
+
+
+def optimize_step(state: LoopState) -> dict[str, Any]:
+    inputs, targets = state.batch
+    state.optimize(state.loss_function(state.model(inputs), targets))
+    return {} if state.grad_norm is None else {"grad_norm": state.grad_norm}
+
+
+async def async_step(state: LoopState) -> dict[str, Any]:
+    return optimize_step(state)
+
+
+STEPS = [
+    pytest.param(None, id="default"),
+    pytest.param(own_step, id="own"),
+    pytest.param(optimize_step, id="optimize"),
+    pytest.param(async_step, id="async"),
+]
+KINDS = ("sgd", "foreach", "fused", "two")
+
+
+def fitting(model: nn.Module, kind: str, **changes: Any) -> SyncFitLoop:
+    optimizers = optimizers_of(kind, model)
+    given = optimizers if len(optimizers) > 1 else optimizers[0]
+    return sync_trainer(model=model, optimizer=given, **{"valid_dl": None, **changes})
+
+
+# -- clipping --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clip", [CLIP, value_clip], ids=["norm", "function"])
+def test_clip_when_trained_then_equals_the_loop(clip: Clip, kind: str, step: Any) -> None:
+    model, twin = mlp(), mlp()
+    norms = hand_loop(model, optimizers_of(kind, model), batches(), clip=clip)
+    fitted = fitting(twin, kind, clip_grad=clip, train_step=step)
+    fitted.fit(2, **QUIET)
+    assert bits(twin) == bits(model)
+    seen = fitted.M.train.batch_step["grad_norm"].values.tolist()
+    assert seen == pytest.approx(norms)
+    plain = mlp()
+    hand_loop(plain, optimizers_of(kind, plain), batches())
+    assert bits(plain) != bits(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("precision", "scaled"), [(None, True), ("bf16", False), ("bf16", True), ("fp16", True)]
+)
+def test_clip_when_scaled_and_in_mixed_precision_then_equals_the_loop(
+    precision: Any, kind: str, scaled: bool
+) -> None:
+    dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None for _ in "12"]
+    model, twin = mlp(), mlp()
+    hand_loop(
+        model, optimizers_of(kind, model), batches(), dtype=dtype, clip=CLIP, scaler=scalers[0]
+    )
+    fitted = fitting(twin, kind, clip_grad=CLIP, precision=precision, scaler=scalers[1])
+    fitted.fit(2, **QUIET)
+    assert bits(twin) == bits(model)
+
+
+def hand_scaled_step(state: LoopState) -> None:
+    inputs, targets = state.batch
+    scaler = state.scaler
+    scaler.scale(state.loss_function(state.model(inputs), targets)).backward()
+    scaler.step(state.optimizer)
+    scaler.update()
+
+
+def test_clip_when_a_step_scales_by_hand_then_is_right_or_refused() -> None:
+    model, twin = mlp(), mlp()
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in "123"]
+    hand_loop(model, optimizers_of("sgd", model), batches(), clip=CLIP, scaler=scalers[0])
+    options: dict[str, Any] = {"clip_grad": CLIP, "train_step": hand_scaled_step}
+    fitting(twin, "sgd", scaler=scalers[1], **options).fit(2, **QUIET)
+    assert bits(twin) == bits(model)
+    with pytest.raises(ConfigurationError, match=r"still scaled; call state\.optimize"):
+        fitting(mlp(), "fused", scaler=scalers[2], **options).fit(1, **QUIET)
+
+
+# -- float16 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clip", [None, CLIP])
+def test_fp16_when_gradients_overflow_then_only_real_steps_count(kind: str, clip: Clip) -> None:
+    scalers = [torch.amp.GradScaler("cpu", init_scale=HUGE) for _ in "12"]
+    data = batches()[:3]
+    model, twin = mlp(), mlp()
+    optimizers = optimizers_of(kind, model)
+    scheduler = ExponentialLR(optimizers[0], 0.5)
+    hand_loop(
+        model,
+        optimizers,
+        data,
+        dtype=torch.float16,
+        scaler=scalers[0],
+        clip=clip,
+        after_step=scheduler.step,
+    )
+    mine = optimizers_of(kind, twin)
+    fitted = sync_trainer(
+        model=twin,
+        optimizer=mine if len(mine) > 1 else mine[0],
+        train_dl=data,
+        valid_dl=None,
+        precision="fp16",
+        scaler=scalers[1],
+        clip_grad=clip,
+        lr_scheduler=ExponentialLR(mine[0], 0.5),
+        scheduler_interval="step",
+    )
+    fitted.fit(2, **QUIET)
+    if clip is not None or kind != "fused":  # without a clip a fused kernel unscales by itself
+        assert bits(twin) == bits(model)
+    assert scalers[1].state_dict() == scalers[0].state_dict()
+    assert fitted.lr_scheduler.state_dict() == scheduler.state_dict()
+    steps = internals(fitted).step_counts.made
+    assert steps[0] == scheduler.last_epoch
+    assert all(0 < number < 6 for number in steps)
+
+
+def test_fp16_when_no_scaler_is_given_then_has_one_in_the_state() -> None:
+    fitted = fitting(mlp(), "sgd", precision="fp16")
+    assert internals(fitted).config.scaler.state_dict()["scale"] == 2.0**16
+    fitted.fit(1, **QUIET)
+    assert internals(fitted).config.scaler.state_dict()["_growth_tracker"] == BATCHES
+
+
+def test_fp16_when_the_step_never_calls_optimize_then_says_so() -> None:
+    def forward(state: LoopState) -> None:
+        state.model(state.batch[0])
+
+    for step in (own_step, forward):
+        before = mlp()
+        model = mlp()
+        fitted = fitting(model, "sgd", precision="fp16", train_step=step)
+        with pytest.raises(ConfigurationError, match=r"call state\.optimize"):
+            fitted.fit(1, **QUIET)
+        assert bits(model) == bits(before)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "fp16"}, {"clip_grad": 1.0}, {"nonfinite": "skip"}]
+)
+def test_closure_optimizer_when_gradients_are_needed_before_the_step_then_is_refused(
+    changes: dict[str, Any],
+) -> None:
+    model = mlp()
+    with pytest.raises(ConfigurationError, match="closure"):
+        sync_trainer(
+            model=model, optimizer=LBFGS(model.parameters()), train_step=own_step, **changes
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clip_grad": 0}, "a norm above 0"),
+        ({"clip_grad": True}, "a norm above 0"),
+        ({"clip_grad": "1"}, "a norm above 0"),
+        ({"clip_grad": lambda: 1.0}, "the list of the parameters"),
+        ({"nonfinite": "warn"}, "'raise', 'skip' or 'ignore'"),
+    ],
+)
+def test_argument_when_it_cannot_work_then_says_so(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        sync_trainer(**changes)
+
+
+# -- losses and gradients that are not finite ------------------------------------------------------
+
+
+class Poison(torch.autograd.Function):
+    """Gives NaN as the gradient of a finite number."""
+
+    @staticmethod
+    def forward(_context: Any, inputs: Tensor) -> Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(_context: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * NAN
+
+
+def _poisoned(inputs: Tensor) -> Tensor:
+    result: Tensor = Poison.apply(inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
+class PoisonedLoss(nn.Module):
+    """A loss that, or whose gradient, is not finite in given calls, counted from 1."""
+
+    def __init__(self, calls: Iterable[int], kind: str) -> None:
+        super().__init__()
+        self._calls, self._kind = set(calls), kind
+        self.call = 0
+
+    def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        loss = functional.cross_entropy(predictions, targets)
+        if not predictions.requires_grad:
+            return loss
+        self.call += 1
+        if self.call not in self._calls:
+            return loss
+        changes: dict[str, Callable[[], Tensor]] = {
+            "nan": lambda: loss * NAN,
+            "inf": lambda: loss * math.inf,
+            "constant": lambda: loss + NAN,  # its gradients are finite
+            "gradient": lambda: _poisoned(predictions).logsumexp(1).mean() * 0 + loss,
+        }
+        return changes[self._kind]()
+
+
+POISONS = ("nan", "inf", "constant", "gradient")
+
+
+@pytest.mark.parametrize(("batch", "clip"), [(1, None), (2, CLIP), (BATCHES, None)])
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("step", STEPS[:3])
+def test_poison_when_raised_then_names_it_and_leaves_the_weights(
+    clip: Clip, step: Any, poison: str, batch: int
+) -> None:
+    if step is own_step and poison == "constant":
+        pytest.skip("a step of one's own shows only its gradients")
+    for kind in ("sgd", "two"):
+        model, twin = mlp(), mlp()
+        count = BATCHES + batch
+        data = [*batches(), *batches()[: batch - 1]]
+        hand_loop(model, optimizers_of(kind, model), data, 1, clip=clip)
+        fitted = fitting(
+            twin,
+            kind,
+            loss_function=PoisonedLoss([count], poison),
+            train_step=step,
+            clip_grad=clip,
+        )
+        with pytest.raises(NonFiniteError) as caught:
+            fitted.fit(3, **QUIET)
+        assert bits(twin) == bits(model)
+        error = caught.value
+        assert (error.phase, error.epoch, error.batch) == ("train", 2, batch)
+        by_gradient = poison == "gradient" or step is own_step
+        names = {name for name, _ in twin.named_parameters()} if by_gradient else set()
+        assert set(error.names) <= names
+        assert bool(error.names) == by_gradient
+        assert f"in train batch {batch} of epoch 2" in str(error)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize(
+    ("kind", "clip"), [("sgd", None), ("foreach", CLIP), ("fused", None), ("two", CLIP)]
+)
+@pytest.mark.parametrize("step", STEPS[:3])
+def test_poison_when_skipped_then_equals_the_loop_without_the_batches(
+    clip: Clip, step: Any, kind: str, poison: str
+) -> None:
+    if step is own_step and poison == "constant":
+        pytest.skip("a step of one's own shows only its gradients")
+    skips = (1, 2, 3 + BATCHES, 2 * BATCHES)
+    model, twin = mlp(), mlp()
+    optimizers = optimizers_of(kind, model)
+    hand_loop(model, optimizers, batches(), skips=skips, clip=clip)
+    loss = PoisonedLoss(skips, poison)
+    fitted = fitting(
+        twin, kind, loss_function=loss, train_step=step, clip_grad=clip, nonfinite="skip"
+    )
+    with pytest.warns(NonFiniteWarning, match="2 optimizer steps.*left out|4 optimizer steps"):
+        fitted.fit(2, **QUIET)
+    assert bits(twin) == bits(model)
+    assert internals(fitted).step_counts.made == [2 * BATCHES - len(skips)] * len(optimizers)
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    mine = [optimizer.state_dict()["state"] for optimizer in fitted.optimizers]
+    assert repr(mine) == repr(states)
+
+
+def test_poison_when_ignored_then_equals_the_loop() -> None:
+    model, twin = mlp(), mlp()
+    loss = PoisonedLoss([3], "gradient")
+    optimizer = SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for inputs, targets in batches():
+        optimizer.zero_grad()
+        loss(model(inputs), targets).backward()
+        optimizer.step()
+    other = PoisonedLoss([3], "gradient")
+    fitting(twin, "sgd", loss_function=other, nonfinite="ignore").fit(1, **QUIET)
+    assert bits(twin) == bits(model)
+    assert any(parameter.isnan().any() for parameter in twin.parameters())
+
+
+@pytest.mark.parametrize("poison", ["nan", "gradient"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_poison_when_accumulating_then_the_whole_step_is_left_out(number: int, poison: str) -> None:
+    model, twin = mlp(), mlp()
+    optimizer = SGD(model.parameters(), lr=0.5, momentum=0.9)
+    windows = [batches()[:2], batches()[2:]]
+    for window in windows[1:] if number <= 2 else windows[:1]:
+        optimizer.zero_grad()
+        for inputs, targets in window:
+            loss = functional.cross_entropy(model(inputs), targets) * len(targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= sum(len(targets) for _, targets in window)
+        optimizer.step()
+    poisoned = PoisonedLoss([number], poison)
+    fitted = fitting(twin, "sgd", loss_function=poisoned, accumulate=2, nonfinite="skip")
+    with pytest.warns(NonFiniteWarning, match="left out"):
+        fitted.fit(1, **QUIET)
+    assert bits(twin) == bits(model)
+
+
+def test_closure_when_its_loss_is_not_finite_then_raises_before_the_step() -> None:
+    def step(state: LoopState) -> None:
+        inputs, targets = state.batch
+
+        def closure() -> Any:
+            state.optimizer.zero_grad()
+            loss = state.loss_function(state.model(inputs), targets)
+            loss.backward()
+            return loss
+
+        state.optimizer.step(closure)
+
+    model, twin = mlp(), mlp()
+    optimizer = LBFGS(twin.parameters(), max_iter=2)
+    fitted = sync_trainer(
+        model=twin,
+        optimizer=optimizer,
+        valid_dl=None,
+        loss_function=PoisonedLoss([1], "nan"),
+        train_step=step,
+    )
+    with pytest.raises(NonFiniteError, match="the loss is nan"):
+        fitted.fit(1, **QUIET)
+    assert bits(twin) == bits(model)
+    fitted.fit(1, **QUIET)
+    assert bits(twin) != bits(model)
+
+
+def test_gradients_when_they_are_sparse_or_complex_then_are_looked_at() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(3, 2, sparse=True)
+            self.wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            rows: Tensor = self.table(inputs)
+            return (rows * (self.wave * self.wave.conj()).real).sum(dim=1)
+
+    def make(factor: float) -> SyncFitLoop:
+        torch.manual_seed(0)
+        model = Model()
+        return sync_trainer(
+            model=model,
+            optimizer=SGD(model.parameters(), lr=0.1),
+            loss_function=lambda y, _: _poisoned(y.mean()) if factor else y.mean(),
+            train_dl=[(torch.tensor([0, 2]), torch.zeros(2))],
+            valid_dl=None,
+        )
+
+    make(0.0).fit(1, **QUIET)
+    with pytest.raises(NonFiniteError) as caught:
+        make(1.0).fit(1, **QUIET)
+    assert set(caught.value.names) == {"table.weight", "wave"}
+
+
+# -- on a device, which the CPU stands for ---------------------------------------------------------
+
+
+@pytest.fixture
+def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU be treated like a device whose values must not be waited for."""
+    monkeypatch.setattr(gradients, "AT_ONCE", ())
+
+
+@pytest.mark.usefixtures("delayed")
+@pytest.mark.parametrize("every", [1, 256])
+@pytest.mark.parametrize("kind", ["sgd", "fused"])
+@pytest.mark.parametrize("poison", POISONS)
+def test_poison_when_found_late_then_no_snapshot_has_it(
+    poison: str, kind: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "CHECK_EVERY", every)
+    model = mlp()
+    fitted = fitting(
+        model, kind, loss_function=PoisonedLoss([6], poison), save_path=tmp_path, valid_dl=batches()
+    )
+    checkpoint = Checkpoint(every_batches=3)
+    with pytest.raises(NonFiniteError, match="in train batch 2 of epoch 2"):
+        fitted.fit(3, checkpoint=checkpoint, **QUIET)
+    if kind == "fused":
+        healthy = mlp()
+        hand_loop(healthy, optimizers_of(kind, healthy), [*batches(), batches()[0]], 1)
+        assert bits(model) == bits(healthy)
+    assert not hasattr(fitted.optimizer, "found_inf")
+    twin = mlp()
+    resumed = fitting(twin, kind, save_path=tmp_path, valid_dl=batches())
+    resumed.fit(3, checkpoint=checkpoint, resume=True, **QUIET)
+    whole = mlp()
+    hand_loop(whole, optimizers_of(kind, whole), batches(), 3)
+    assert bits(twin) == bits(whole)
+
+
+@pytest.mark.usefixtures("delayed")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("poison", POISONS)
+def test_poison_when_skipped_on_a_device_then_equals_the_loop(kind: str, poison: str) -> None:
+    skips = (1, 2, 3 + BATCHES, 2 * BATCHES)
+    model, twin = mlp(), mlp()
+    hand_loop(model, optimizers_of(kind, model), batches(), skips=skips)
+    loss = PoisonedLoss(skips, poison)
+    fitted = fitting(twin, kind, loss_function=loss, nonfinite="skip")
+    with pytest.warns(NonFiniteWarning, match="left out"):
+        fitted.fit(2, **QUIET)
+    assert bits(twin) == bits(model)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_snapshot_when_weights_are_not_finite_then_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_snapshots_at_once(monkeypatch)
+
+    def step(state: LoopState) -> None:
+        own_step(state)
+        if state.epoch_num == 2 and state.batch_num == BATCHES:
+            with torch.no_grad():
+                list(state.model.parameters())[-1].fill_(math.inf)
+
+    def make() -> SyncFitLoop:
+        return fitting(mlp(), "sgd", train_step=step, nonfinite="ignore", save_path=tmp_path)
+
+    checkpoint = Checkpoint(every_epochs=1, keep=None)
+    with pytest.warns(NonFiniteWarning, match=r"after 2 epochs.* no snapshot.*'3\.bias' is not"):
+        make().fit(3, checkpoint=checkpoint, **QUIET)
+    assert len(list((tmp_path / "snapshots").glob("*.msgpack"))) == 1
+    fitted = make()
+    fitted.load(path=tmp_path / "snapshots", name=next((tmp_path / "snapshots").iterdir()).name)
+    assert fitted.epoch_num == 1
+    assert all(parameter.isfinite().all() for parameter in fitted.model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::fitloop.NonFiniteWarning")
+@pytest.mark.parametrize("precision", [None, "bf16", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resume_when_gradients_are_clipped_and_skipped_then_equals_one_run(
+    precision: Any, accumulate: int, tmp_path: Path
+) -> None:
+    class InputLoss(nn.Module):
+        """Not finite for some batches, so that a resumed run meets them again."""
+
+        def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
+            loss = functional.cross_entropy(predictions, targets)
+            return loss * NAN if targets[0] == 2 and precision != "fp16" else loss
+
+    def make() -> TrainingSetup:
+        model = mlp(dropout=0.2)
+        optimizer = Adam(model.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=HUGE, growth_interval=2)
+        return TrainingSetup(
+            trainer={
+                "model": model,
+                "optimizer": optimizer,
+                "loss_function": InputLoss(),
+                "lr_scheduler": ExponentialLR(optimizer, 0.9),
+                "scheduler_interval": "step",
+                "precision": precision,
+                "accumulate": accumulate,
+                "clip_grad": CLIP,
+                "nonfinite": "skip",
+                "scaler": scaler if precision == "fp16" else None,
+                "seed": 3,
+                "criteria": "loss",
+                "criteria_direction": -1,
+            }
+        )
+
+    check_resumed_training(make, tmp_path)
+
+
+def test_find_lr_when_the_loss_becomes_nan_then_ends_the_search_there() -> None:
+    for step in (None, optimize_step):
+        fitted = fitting(
+            mlp(), "sgd", loss_function=PoisonedLoss([8], "nan"), train_step=step, clip_grad=1.0
+        )
+        curve = fitted.find_lr(steps=20)
+        assert len(curve.losses) == 7
