@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from fitloop._metrics.history import PhaseHistory as PhaseHistory
     from fitloop._metrics.results import FitResult as FitResult
     from fitloop._run.lr_search import LRCurve as LRCurve
+    from fitloop._run.prediction import Predictions as Predictions
     from fitloop._runner.jobs import Job as Job
     from fitloop._runner.jobs import Outcome as Outcome
     from fitloop._runner.outcomes import Record as Record
@@ -127,6 +128,7 @@ _NAMES_OF_MODULES = {
     "fitloop._metrics.history": "History MetricSeries PhaseHistory",
     "fitloop._metrics.results": "FitResult",
     "fitloop._run.lr_search": "LRCurve",
+    "fitloop._run.prediction": "Predictions",
     "fitloop._runner.jobs": "Job Outcome",
     "fitloop._runner.outcomes": "Record Results read_results",
     "fitloop._runner.runner": "Runner",

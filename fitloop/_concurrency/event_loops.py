@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -37,6 +38,25 @@ def loop_scheduler() -> Callable[[Callable[[], object]], None]:
             loop.call_soon_threadsafe(call)
 
     return schedule_asyncio
+
+
+_started: set[asyncio.Task[None]] = set()
+"""tasks of `start_task`, since an event loop keeps only weak references"""
+
+
+def start_task(function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine function, which raises no errors, in a task beside the present one."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        import trio
+
+        context = contextvars.copy_context()
+        trio.lowlevel.spawn_system_task(function, context=context)
+        return
+    task = loop.create_task(function())
+    _started.add(task)
+    task.add_done_callback(_started.discard)
 
 
 def hide_running_loop() -> None:

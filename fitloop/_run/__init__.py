@@ -5,6 +5,7 @@ Owns the preparation of a run, its observers, and its end. Must not know other t
 - `fit_options`: checks the arguments of `fit`.
 - `launch`: starts the thread of a run.
 - `lr_search`: the search for a learning rate in a dry run.
+- `prediction`: the outputs of a model for the batches of a loader.
 - `session`: the conditions in which the code of a run executes.
 - `run`: the run, with the ordered table of its observers.
 - `prompts`: the continue question of a run.

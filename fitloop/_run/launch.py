@@ -21,6 +21,7 @@ from fitloop._engine.plan import RunPlan
 from fitloop._errors import MissingLoaderError, OptimizerWarning, note_call_site, warn_user
 from fitloop._events import Event, PhaseEnded
 from fitloop._run.mode_checks import checked_modes
+from fitloop._run.prediction import leave_predictions
 from fitloop._run.session import RunContext, scheduler_steps
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._training.trainer_state import TrainerState
@@ -44,6 +45,7 @@ async def launch(
     iterator that would be empty for the second, and everything that `supervise` raises.
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # before a thread is started
+    await leave_predictions(state)
     if plan.steps is None:  # an endless iterator may serve all phases, some batches for each
         check_distinct({f"{phase}_dl": loader for phase, loader in plan.phases})
     config, defaults = state.config, TRAINER_DEFAULTS.get()
@@ -127,6 +129,7 @@ async def run_exclusively_in_thread(state: TrainerState, call: str, function: Ca
 
     ``call`` names the public verb. Raises `BusyError` if the trainer or its model is in use.
     """
+    await leave_predictions(state)
     with in_use(state.config.name, call, state, state.config.model):
         return await run_in_thread(state.config.name, function)
 

@@ -60,6 +60,7 @@ class RunSession:
         plan, num_threads: replace those of the context, for a resumed run.
         dry: restore the training at the end, and use copies of the trainer's random streams.
         rng: replaces these random streams.
+        code: functions that the run calls, besides those of the trainer.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class RunSession:
         dry: bool = False,
         num_threads: int | None = None,
         rng: TrainerRng | None = None,
+        code: Sequence[object] = (),
     ) -> None:
         state = context.state
         config = state.config
@@ -95,8 +97,8 @@ class RunSession:
             if rng is None:
                 rng = state.rng.fork() if dry else state.rng
             stages = [getattr(config, name) for name in STAGE_NAMES.values()]
-            code = [config.model, config.loss_function, *stages]
-            self.guard = RngGuard(rng, context.control, code)
+            all_code = [config.model, config.loss_function, *stages, *code]
+            self.guard = RngGuard(rng, context.control, all_code)
             stack.callback(self.guard.close)
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders
             self._before = state.capture() if dry else None

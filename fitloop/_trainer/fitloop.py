@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -23,6 +23,8 @@ from fitloop._checkpointing.training_state import check_training
 from fitloop._display.console import write_output
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import QUESTION, PromptWithTimeout, TerminalPrompt
+from fitloop._engine.config import check_callable
+from fitloop._engine.loop_state import LoopState
 from fitloop._engine.plan import RunPlan
 from fitloop._engine.profiler import ProfileReport, SpanRecorder
 from fitloop._errors import CheckpointError, ConfigurationError
@@ -37,6 +39,7 @@ from fitloop._run.launch import (
     run_exclusively_in_thread,
 )
 from fitloop._run.lr_search import LRCurve, LRSearch
+from fitloop._run.prediction import Predictions, predict_step
 from fitloop._run.prompts import Ask, PromptOptions
 from fitloop._run.run import Run, RunOptions
 from fitloop._storage.durable import reason
@@ -372,6 +375,50 @@ class FitLoop(TrainerBase):
             options = RunOptions(observers=[display.observe], files=files)
             result = await self._launch(plan, options, callbacks)
         return _last_epoch(result).get(str(Phase.TEST), {})
+
+    @checked_arguments(fit_option)
+    def predict(
+        self,
+        test_dl: Loader | Callable[[], Loader] | None = None,
+        *,
+        step: Callable[[LoopState], Any] | None = None,
+        cast: bool = True,
+    ) -> Predictions:
+        """Return the outputs of the model for the batches of a loader, in an async iterator.
+
+        ::
+
+            async for output in trainer.predict(loader):
+                ...
+
+        ``await trainer.predict(loader)`` starts the run and returns the same iterator; see
+        `Predictions`. The model is in eval mode and computes without gradients, in the
+        ``precision`` of the trainer. Batches are loaded, moved and cast as in `test`, with the same
+        threads and random numbers. No other stage function and no callback is called, and nothing
+        is recorded. The outputs stay on the device. ``trainer.stop()`` ends the iteration.
+
+        Args:
+            test_dl: the loader; default: ``test_dl`` of the constructor.
+            step: a function of the `LoopState`, plain or ``async def``, that returns the output for
+                ``state.batch``. Default: ``model(inputs)`` for a batch of inputs or of ``(inputs,
+                targets)``, whose targets are not used, and ``model(**batch)`` for a mapping of the
+                arguments of the model.
+            cast: as in `fit`.
+
+        Raises MissingLoaderError at once; the iteration raises the other errors of `test`.
+        """
+        state = self._state
+        if step is not None:
+            check_callable("step", step, "the LoopState")
+        plan = RunPlan(
+            call="predict",
+            epochs=1,
+            first_epoch=max(1, state.epoch_num),
+            phases=phases_to_run(state, "predict", {Phase.TEST: test_dl}, Phase.TEST),
+            cast=cast,
+            track_batch_metrics=False,
+        )
+        return Predictions(state, partial(launch, state, self, plan), step or predict_step)
 
     @checked_arguments(fit_option)
     async def run_sanity_check(

@@ -40,11 +40,15 @@ class KeptLoop:
         try:
             return self._open_runner().run(function(), context=contextvars.copy_context())
         except (KeyboardInterrupt, SystemExit):
-            self._runner = None
-            self._close()
+            self.close()
             raise
         finally:
             self._lock.release()
+
+    def close(self) -> None:
+        """Close the event loop, if it is open; the next call has a new one."""
+        self._runner = None
+        self._close()
 
     def _open_runner(self) -> asyncio.Runner:
         if self._runner is None or self._pid != os.getpid():

@@ -11,17 +11,20 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import cached_property, update_wrapper
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import anyio
 
+from fitloop._engine.loop_state import LoopState
 from fitloop._errors import SyncInAsyncError, user_traceback
 from fitloop._public import public
+from fitloop._run.prediction import Predictions
 from fitloop._trainer.base import TrainerBase
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.kept_loop import KeptLoop
+from fitloop._types import Loader
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,6 +75,21 @@ def _refuse_in_event_loop(call: str) -> None:
     raise SyncInAsyncError(call)
 
 
+def _outputs(predictions: Predictions, event_loop: KeptLoop, *, closes: bool) -> Iterator[Any]:
+    """Yield outputs. The task of the run stays in the event loop, which is closed in the end."""
+    try:
+        while True:
+            try:
+                output = event_loop.run(predictions.__anext__)
+            except StopAsyncIteration:
+                return
+            yield output
+    finally:
+        event_loop.run(predictions.aclose)
+        if closes:
+            event_loop.close()
+
+
 @public
 class SyncFitLoop(TrainerBase):
     """`FitLoop` for plain scripts: the same constructor and the same names, but blocking calls.
@@ -100,6 +118,24 @@ class SyncFitLoop(TrainerBase):
     @cached_property
     def _event_loop(self) -> KeptLoop:
         return KeptLoop()
+
+    def predict(
+        self,
+        test_dl: Loader | Callable[[], Loader] | None = None,
+        *,
+        step: Callable[[LoopState], Any] | None = None,
+        cast: bool = True,
+    ) -> Iterator[Any]:
+        """Return the outputs of the model, as `FitLoop.predict`, in a plain iterator.
+
+        Leaving its loop early ends the run.
+        """
+        _refuse_in_event_loop("predict")
+        arguments = (*vars(self._state.config).values(), test_dl, step)
+        is_async = any(map(_is_async, arguments))
+        event_loop = self._event_loop if is_async else KeptLoop()
+        predictions = self.loop.predict(test_dl, step=step, cast=cast)
+        return _outputs(predictions, event_loop, closes=not is_async)
 
     fit = _blocking(FitLoop.fit)
     train = fit

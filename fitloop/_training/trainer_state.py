@@ -100,6 +100,8 @@ class TrainerState:
         """the stored best weights belong to another training"""
         self.control: RunControl | None = None
         """the flags of the present run"""
+        self.prediction: Any = None
+        """the channel of the present prediction; None without one"""
         self.metric_log: MetricLog | None = None
         """the file that metrics are appended to"""
         self.owns_archive = False

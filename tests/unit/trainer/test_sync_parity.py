@@ -19,7 +19,8 @@ def public(kind: type) -> set[str]:
 VERBS = sorted(
     name for name in public(FitLoop) if inspect.iscoroutinefunction(getattr(FitLoop, name))
 )
-OTHERS = sorted(public(FitLoop) - set(VERBS))
+ITERATORS = ["predict"]
+OTHERS = sorted(public(FitLoop) - {*VERBS, *ITERATORS})
 
 
 def test_verbs_when_listed_then_are_those_of_the_contract() -> None:
@@ -49,6 +50,12 @@ def test_verb_when_of_the_sync_trainer_then_is_no_coroutine(name: str) -> None:
     assert name in vars(SyncFitLoop)
     assert getattr(SyncFitLoop, name).__qualname__ in (f"SyncFitLoop.{name}", "SyncFitLoop.fit")
     assert pickle.loads(pickle.dumps(getattr(SyncFitLoop, name))) is not getattr(FitLoop, name)
+
+
+@pytest.mark.parametrize("name", ITERATORS)
+def test_iterator_when_compared_then_has_the_same_arguments(name: str) -> None:
+    verb, twin = getattr(FitLoop, name), getattr(SyncFitLoop, name)
+    assert inspect.signature(twin).parameters == inspect.signature(verb).parameters
 
 
 @pytest.mark.parametrize("name", OTHERS)
