@@ -98,8 +98,8 @@ def unknown_argument(call: str, name: str, known: Iterable[str]) -> str:
     elif found[0] in names:
         hint = f"did you mean {found[0]!r}?"
     else:
-        other = next(other for other, arguments in _CALLS.items() if found[0] in arguments)
-        hint = f"{found[0]!r} is an argument of {other}"
+        calls = [other for other, arguments in _CALLS.items() if found[0] in arguments]
+        hint = f"{found[0]!r} is an argument of {'fit()' if 'fit()' in calls else calls[0]}"
     return f"{call} has no argument {name!r}; {hint}"
 
 

@@ -16,7 +16,7 @@
     └── WorkerDiedError      (RuntimeError)  the worker process of a training has died
 
     LoaderHungWarning        (RuntimeWarning) a run ended although its loader had not returned
-    OptimizerWarning         (RuntimeWarning) an optimizer probably leaves out a part of the model
+    OptimizerWarning         (RuntimeWarning) a part of the model is probably not trained
     RestoreWarning           (RuntimeWarning) an object changed in a dry run and stays changed
     ResumeWarning            (RuntimeWarning) a resumed run is not exactly as expected
     ScheduleWarning          (RuntimeWarning) a learning-rate schedule is probably not as meant
@@ -274,8 +274,8 @@ class OptimizerWarning(RuntimeWarning):
     """The optimizer steps of a training are probably not as meant.
 
     No optimizer holds some parameters of the model, and one holds parameters of no model: a layer
-    that is replaced after the optimizer was built is not trained. Or ``accumulate`` is larger than
-    an epoch.
+    that is replaced after the optimizer was built is not trained. Or ``train_step`` changed no
+    weight in the first epoch, or ``accumulate`` is larger than an epoch.
     """
 
 

@@ -25,6 +25,7 @@ from fitloop._run.prompts import BackgroundPrompts, PromptOptions, Prompts
 from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._training.parts import StatePart, states_of
+from fitloop._training.untrained_check import UntrainedCheck
 from fitloop._types import Phase, StopReason
 
 
@@ -140,6 +141,10 @@ class Run:
             observers.append(Observer(self._early_stopper.observe))
         if self._plan.call == "fit":
             observers.append(Observer(state.observe))  # counts the epochs
+            config, steps = state.config, self._plan.steps
+            # A scaler may skip all steps, and the first few batches may make none.
+            if config.train_step is not None and config.scaler is None and steps is None:
+                observers.append(Observer(UntrainedCheck(config, state.step_counts).observe))
         observers += [Observer(observe) for observe in options.observers]
         observers += [Observer(callback) for callback in self._context.callbacks]
         if self._files is not None:

@@ -11,5 +11,6 @@ terminals or runs.
 - `best_optimizers`: the states of the optimizers in that epoch.
 - `averaging`: averages of the weights, and their use in validations.
 - `schedulers`: steps learning-rate schedulers.
+- `untrained_check`: warns of a `train_step` that trains nothing.
 - `layers`: layers, freezing, and learning rates by layer.
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,29 @@ def test_optimizer_when_a_layer_is_replaced_after_it_was_built_then_warns() -> N
         trainer(model=model, optimizer=optimizer)
     freeze(model[1])
     trainer(model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+async def test_step_when_it_trains_nothing_in_the_first_epoch_then_warns_once(trains: bool) -> None:
+    def step(state: LoopState) -> dict[str, Any]:
+        inputs, targets = state.batch
+        loss = state.loss_function(state.model(inputs), targets)
+        if trains:
+            loss.backward()
+            state.optimizer.step()
+        return {"loss": loss.detach()}
+
+    def by_hand(state: LoopState) -> None:
+        with torch.no_grad():
+            next(state.model.parameters()).mul_(0.9)
+
+    for train_step in (step, by_hand):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", OptimizerWarning)
+            await trainer(train_step=train_step, train_epoch_end=lambda _: {}).fit(2, **QUIET)
+        told = [str(warning.message) for warning in warned]
+        assert len(told) == (train_step is step and not trains), told
+        assert all(text.startswith("train_step changed no weight of the model") for text in told)
 
 
 def test_plateau_when_its_mode_contradicts_the_given_criteria_then_constructor_says_so() -> None:
