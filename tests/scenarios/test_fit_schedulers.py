@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import (
     ChainedScheduler,
     ConstantLR,
     CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
     CyclicLR,
     ExponentialLR,
     LinearLR,
@@ -107,6 +108,7 @@ async def test_scheduler_when_interval_is_the_default_then_fits_its_kind(
 @pytest.mark.parametrize(
     ("interval", "one_epoch"),
     [
+        ("step", PER_BATCH),
         ("batch", PER_BATCH),
         ("epoch", PER_EPOCH),
         ("valid", ["train", "step", "valid", "epoch"]),
@@ -351,8 +353,133 @@ async def test_scheduler_when_a_kind_for_batches_is_inside_then_is_stepped_after
     assert trace == PER_BATCH * 2
 
 
+RATES = [
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=20), id="OneCycleLR"),
+    pytest.param(lambda o: CyclicLR(o, 0.01, 0.1, 3), id="CyclicLR"),
+    pytest.param(lambda o: CosineAnnealingLR(o, 4), id="CosineAnnealingLR"),
+    pytest.param(lambda o: CosineAnnealingWarmRestarts(o, 3), id="CosineAnnealingWarmRestarts"),
+    pytest.param(lambda o: StepLR(o, 2, 0.5), id="StepLR"),
+    pytest.param(lambda o: ExponentialLR(o, 0.9), id="ExponentialLR"),
+    pytest.param(lambda o: PolynomialLR(o, 8), id="PolynomialLR"),
+    pytest.param(
+        lambda o: SequentialLR(o, [LinearLR(o, 0.1, 1, 2), ExponentialLR(o, 0.8)], [2]),
+        id="SequentialLR",
+    ),
+    pytest.param(
+        lambda o: ChainedScheduler([LinearLR(o, 0.1, 1, 2), ExponentialLR(o, 0.8)]),
+        id="ChainedScheduler",
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore::fitloop.ScheduleWarning")
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("build", RATES)
+async def test_scheduler_when_stepped_after_steps_then_rates_are_those_of_the_loop(
+    build: Callable[[Optimizer], Any], accumulate: int
+) -> None:
+    def noted(optimizer: Optimizer, rates: list[float]) -> Any:
+        optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+        return build(optimizer)
+
+    expected: list[float] = []
+    optimizer = SGD(mlp().parameters(), lr=0.1, momentum=0.9)
+    scheduler = noted(optimizer, expected)
+    steps = -(-4 // accumulate)  # 4 batches an epoch
+    for _step in range(2 * steps):
+        optimizer.step()
+        scheduler.step()
+    model = mlp()
+    seen: list[float] = []
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fitted = trainer(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=noted(optimizer, seen),
+        scheduler_interval="step",
+        accumulate=accumulate,
+        valid_dl=None,
+    )
+    assert fitted.planned_steps(2) == 2 * steps
+    await fitted.fit(2, **QUIET)
+    assert seen == expected
+
+
+async def test_schedulers_when_optimizers_step_differently_then_each_follows_its_own() -> None:
+    model = mlp()
+    first, second = SGD(model[0].parameters(), lr=0.1), SGD(model[3].parameters(), lr=0.1)
+
+    def step(state: LoopState) -> None:
+        inputs, targets = state.batch
+        for optimizer in (first, first, second)[state.batch_num % 2 :]:
+            optimizer.zero_grad()
+            state.loss_function(state.model(inputs), targets).backward()
+            optimizer.step()
+
+    schedulers = [StepLR(first, 100), StepLR(second, 100)]
+    fitted = trainer(
+        model=model,
+        optimizer=[first, second],
+        lr_scheduler=schedulers,
+        scheduler_interval="step",
+        train_step=step,
+        valid_dl=None,
+    )
+    await fitted.fit(1, **QUIET)
+    assert [scheduler.last_epoch for scheduler in schedulers] == [6, 4]
+
+
+async def test_scheduler_when_its_optimizer_makes_no_step_then_says_so() -> None:
+    def step(state: LoopState) -> None:
+        state.optimizers[0].step()
+
+    model = mlp()
+    optimizers = [SGD(model[0].parameters(), lr=0.1), SGD(model[3].parameters(), lr=0.1)]
+    fitted = trainer(
+        model=model,
+        optimizer=optimizers,
+        lr_scheduler=StepLR(optimizers[1], 100),
+        scheduler_interval="step",
+        train_step=step,
+        valid_dl=None,
+    )
+    with pytest.warns(ScheduleWarning, match="follows the steps of its optimizer, which has made"):
+        await fitted.fit(1, **QUIET)
+
+
+class NoOptimizer:
+    """A scheduler that does not tell its optimizer."""
+
+    def step(self) -> None:
+        """Do nothing."""
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        pytest.param(lambda _o: NoOptimizer(), "for a NoOptimizer, which has no torch", id="none"),
+        pytest.param(
+            lambda o: ReduceLROnPlateau(o[0], "max"), "is 'step'; expected 'valid'", id="plateau"
+        ),
+    ],
+)
+async def test_scheduler_when_it_cannot_follow_steps_then_says_so(
+    build: Callable[[list[Optimizer]], Any], message: str
+) -> None:
+    model = mlp()
+    optimizers: list[Optimizer] = [SGD(each.parameters(), lr=0.1) for each in (model[0], model[3])]
+    fitted = trainer(
+        model=model,
+        optimizer=optimizers,
+        lr_scheduler=build(optimizers),
+        scheduler_interval="step",
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        await fitted.fit(1, **QUIET)
+
+
 LENGTHS: list[Any] = [
-    # epochs 3, batches 4 in each
+    # epochs 3, batches 4 in each; with "2 batches" one optimizer step for 2 of them
     pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=12), None, True, id="one cycle"),
     pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=24), None, True, id="for two fits"),
     pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=3), None, False, id="as epochs"),
@@ -383,6 +510,10 @@ LENGTHS: list[Any] = [
         False,
         id="sequence as batches",
     ),
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=6), "2 batches", True, id="as steps"),
+    pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=13), "2 batches", False, id="not steps"),
+    pytest.param(lambda o: CosineAnnealingLR(o, 6), "2 batches", True, id="cosine as 6 steps"),
+    pytest.param(lambda o: CosineAnnealingLR(o, 3), "2 batches", False, id="cosine, by epochs"),
 ]
 
 
@@ -396,7 +527,8 @@ async def test_scheduler_when_its_length_is_of_something_else_then_says_so(
         model=model,
         optimizer=optimizer,
         lr_scheduler=build(optimizer),
-        scheduler_interval=interval,
+        scheduler_interval="step" if interval == "2 batches" else interval,
+        accumulate=2 if interval == "2 batches" else 1,
         valid_dl=None,
     )
     told = nullcontext() if fits else pytest.warns(ScheduleWarning, match="is stepped")

@@ -954,11 +954,13 @@ def _different(parts: Parts, trainer: FitLoop, epochs: int) -> list[str]:
     expected = HandWrittenLoop(Parts(recipe))
     for fit in range(recipe.fits):
         expected.fit(epochs, load_best=recipe.load_best and fit == recipe.fits - 1)
+    # As text, since NaN is not equal to itself.
+    losses = {phase: list(map(repr, values)) for phase, values in expected.losses.items()}
     values = {**parts.state(), "losses": {}}
-    wanted = {**expected.parts.state(), "losses": expected.losses}
-    for phase in expected.losses:
+    wanted = {**expected.parts.state(), "losses": losses}
+    for phase in losses:
         runs = trainer.M.to_dict()[phase]["epoch_end"]["loss"]
-        values["losses"][phase] = [float(value) for run in runs for value in run]
+        values["losses"][phase] = [repr(float(value)) for run in runs for value in run]
     compared = ["weights", "losses"]
     if not recipe.load_best:  # restoring weights also changes the optimizers
         compared += ["optimizers", "rates"]
