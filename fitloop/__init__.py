@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fitloop._engine.stages import default_epoch_end as default_epoch_end
     from fitloop._errors import BusyError as BusyError
     from fitloop._errors import CheckpointError as CheckpointError
+    from fitloop._errors import CompileWarning as CompileWarning
     from fitloop._errors import ConfigurationError as ConfigurationError
     from fitloop._errors import FitLoopError as FitLoopError
     from fitloop._errors import LoaderHungWarning as LoaderHungWarning
@@ -113,12 +114,12 @@ _NAMES_OF_MODULES = {
     "fitloop._engine.profiler": "PhaseProfile ProfileReport",
     "fitloop._engine.stages": "default_batch_step default_epoch_end",
     "fitloop._errors": (
-        "BusyError CheckpointError ConfigurationError FitLoopError LoaderHungWarning "
-        "LockWarning MetricError MissingCriteriaError MissingLoaderError NonFiniteError "
-        "NonFiniteWarning "
-        "OptimizerWarning OutputWarning RemoteError RestoreError RestoreWarning ResumeWarning "
-        "ScheduleWarning StageSignatureError SyncInAsyncError ThreadModeWarning UnknownMetricError "
-        "UnknownMetricWarning WeightsWarning WorkerDiedError WorkerDiedWarning"
+        "BusyError CheckpointError CompileWarning ConfigurationError FitLoopError "
+        "LoaderHungWarning LockWarning MetricError MissingCriteriaError MissingLoaderError "
+        "NonFiniteError NonFiniteWarning OptimizerWarning OutputWarning RemoteError RestoreError "
+        "RestoreWarning ResumeWarning ScheduleWarning StageSignatureError SyncInAsyncError ThreadModeWarning "
+        "UnknownMetricError UnknownMetricWarning WeightsWarning WorkerDiedError "
+        "WorkerDiedWarning"
     ),
     "fitloop._events": (
         "BatchProgress BestImproved EarlyStopped EpochEnded EpochStarted Event JobEnded JobStarted "

@@ -245,6 +245,11 @@ class WorkerDiedError(FitLoopError, RuntimeError):
 
 
 @public
+class CompileWarning(RuntimeWarning):
+    """A compiled model is compiled more often than needed, or not at all."""
+
+
+@public
 class LoaderHungWarning(RuntimeWarning):
     """A run ended although its loader had not returned within ``loader_grace`` seconds.
 

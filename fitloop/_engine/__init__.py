@@ -4,6 +4,7 @@ Owns the order of calls and the types that describe a run. Must not know termina
 or figures, and reaches the event loop only through a `LoopPortal`.
 
 - `config`: the checked arguments of a trainer.
+- `compilation`: compiled models.
 - `stages`: the nine stage functions and their defaults.
 - `loop_state`: `LoopState`, the argument of every stage function, and its writer.
 - `optimization`: one optimizer step: the order of its parts, and the batches that it is made of.

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_function
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
+from fitloop._engine.compilation import check_compile, compiled_model, owned_model
 from fitloop._engine.precision import Precision, check_precision, make_scaler
 from fitloop._errors import (
     ConfigurationError,
@@ -230,19 +231,27 @@ class TrainerConfig:
     scaler: Any
     accumulate: int
     average: Any
+    compile: dict[str, Any] | None
+    """arguments of ``torch.compile``; None if the model is called as it was given"""
+    given_model: nn.Module
+    """the model as it was given, perhaps compiled"""
     stateful: dict[str, Any]
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> Self:
         """Fill in the defaults, check all arguments of the constructor, and return the result."""
         defaults = TRAINER_DEFAULTS.get()
-        model, name, given_dtype = (arguments[key] for key in ("model", "name", "dtype"))
+        given_model, name, given_dtype = (arguments[key] for key in ("model", "name", "dtype"))
+        model = owned_model(given_model)
         device = _check_device(_first(arguments["device"], defaults.device))
         dtype = _first_dtype(model) if given_dtype is None else given_dtype
         precision, scaler = arguments["precision"], arguments["scaler"]
         if check_precision(precision, device, dtype) == "fp16" and scaler is None:
             scaler = make_scaler(device)
         checked = {
+            "model": model,
+            "given_model": given_model,
+            "compile": check_compile(arguments["compile"], given_model),
             "device": device,
             "dtype": dtype,
             "scaler": scaler,
@@ -457,6 +466,13 @@ class TrainerConfig:
     def loader(self, phase: Phase) -> Any:
         """Return the loader of ``phase``, or None."""
         return getattr(self, f"{phase}_dl")
+
+    @cached_property
+    def called_model(self) -> nn.Module:
+        """The model that steps call: compiled with ``compile``, else as it was given."""
+        if self.compile is None:
+            return self.given_model
+        return compiled_model(self.model, self.compile)
 
     @cached_property
     def optimizers(self) -> list[Optimizer]:

@@ -74,7 +74,7 @@ class LoopState:
     is_train: bool
     """whether this is the train phase"""
     model: nn.Module
-    """the model, on its device"""
+    """the model, on its device; with ``compile``, the compiled one"""
     optimizer: Any
     """the optimizer, or the list of them, as given"""
     loss_function: Callable[..., Any]
@@ -118,7 +118,7 @@ class LoopState:
         self._counts_quickly = ignores_none and is_given and config.device.type == "cpu"
         self.is_train = phase is Phase.TRAIN
         self.optimizers = config.optimizers
-        self.model = config.model
+        self.model = config.called_model
         self.optimizer = config.optimizer
         self.loss_function = config.loss_function
         self.lr_scheduler = config.lr_scheduler

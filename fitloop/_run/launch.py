@@ -15,6 +15,7 @@ from fitloop._concurrency.supervisor import LoopPortal, ThreadTask, run_in_threa
 from fitloop._data.inspection import check_distinct, length_of
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._display.jupyter import interruptible
+from fitloop._engine.compilation import warn_of_compilation
 from fitloop._engine.config import check_number
 from fitloop._engine.event_bus import UserCallbacks
 from fitloop._engine.plan import RunPlan
@@ -50,6 +51,8 @@ async def launch(
         check_distinct({f"{phase}_dl": loader for phase, loader in plan.phases})
     config, defaults = state.config, TRAINER_DEFAULTS.get()
     note_call_site()
+    if plan.call == "fit":
+        warn_of_compilation(config.model, config.compile, plan.phases, plan.steps)
     trains = any(phase is Phase.TRAIN for phase, _loader in plan.phases)
     control = RunControl()
     portal = LoopPortal(control)

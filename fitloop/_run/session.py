@@ -97,7 +97,7 @@ class RunSession:
             if rng is None:
                 rng = state.rng.fork() if dry else state.rng
             stages = [getattr(config, name) for name in STAGE_NAMES.values()]
-            all_code = [config.model, config.loss_function, *stages, *code]
+            all_code = [config.called_model, config.loss_function, *stages, *code]
             self.guard = RngGuard(rng, context.control, all_code)
             stack.callback(self.guard.close)
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders

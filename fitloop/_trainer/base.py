@@ -91,6 +91,7 @@ class TrainerBase:
         scaler: Any = None,
         accumulate: int = 1,
         average: EMA | SWA | None = None,
+        compile: bool | Mapping[str, Any] = False,
         stateful: Mapping[str, Any] | None = None,
     ) -> None:
         arguments = locals().copy()
@@ -234,7 +235,7 @@ class TrainerBase:
 
     @property
     def model(self) -> nn.Module:
-        """The model."""
+        """The model; the plain one if steps call it compiled."""
         return self._state.config.model
 
     @property

@@ -166,6 +166,11 @@ class FitLoop(TrainerBase):
             also become the best weights; the steps go on with the present weights. Without best
             weights, `load_average` puts the averages into the model. They begin anew each time
             weights are put into the model. Needs the memory of one more copy of the parameters.
+        compile: True, or a dict of arguments for ``torch.compile``: steps call the compiled model
+            as ``state.model``. ``trainer.model`` stays the plain one, also if ``model`` is given
+            compiled, and files have its names, so that a training can go on with or without it.
+            The first batches take longer; torch compiles one model at a time in a process. Default:
+            False.
         stateful: more objects with ``state_dict`` and ``load_state_dict``, by name. Snapshots hold
             their states and dry runs restore them.
 

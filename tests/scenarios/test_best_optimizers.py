@@ -20,6 +20,11 @@ QUIET: dict[str, Any] = {"verbose": False}
 MakeOptimizers = Callable[[nn.Module], list[Optimizer]]
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"  # event loops make no difference here
+
+
 def adam(model: nn.Module) -> list[Optimizer]:
     return [Adam(model.parameters(), lr=0.02, amsgrad=True)]
 

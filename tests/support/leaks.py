@@ -20,7 +20,10 @@ import anyio
 
 # Idle threads that end by themselves: workers of anyio and trio for the next call, and threads that
 # DataLoader and multiprocessing start once.
-LASTING_THREADS = ("AnyIO worker thread", "Trio thread", "QueueFeederThread", "pin_memory")
+LASTING_THREADS = (
+    *("AnyIO worker thread", "Trio thread", "QueueFeederThread", "pin_memory"),
+    "tqdm_monitor",  # of torch's compiler
+)
 LASTING_TARGETS = ("/dev/", "/proc/", "/sys/")
 """files that drivers and libraries open once and keep open"""
 GRACE = 2.0
