@@ -8,8 +8,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fitloop._data.async_source import AsyncSource
+from fitloop._data.carried_state import holders_of, set_state, state_of
 from fitloop._data.device import map_tensors
-from fitloop._data.inspection import detached, generators_of, is_iterable, uses_rng_only_at_start
+from fitloop._data.inspection import detached, is_iterable, uses_rng_only_at_start
 from fitloop._data.loaders import Loaders
 from fitloop._data.prefetch_tuner import MeasuredSource
 from fitloop._data.sources import LoadContext, PrefetchSource, Source
@@ -17,14 +18,14 @@ from fitloop._engine.config import TrainerConfig
 
 
 class LoaderAccess:
-    """A user's loader that is read many times. `close` puts its generators back."""
+    """A user's loader that is read many times. `close` puts its random generators back."""
 
     def __init__(self, loader: Any, config: TrainerConfig) -> None:
         # One copy for all passes, so that its persistent workers live on from pass to pass.
         self.loader = detached(loader)
         self._is_copy = self.loader is not loader
         iterable = self.iterable()
-        self._generators = [(each, each.get_state()) for each in generators_of(iterable)]
+        self._carried = [(each, state_of(each)) for each in holders_of(iterable).values()]
         self.is_async = hasattr(iterable, "__aiter__")
         self.kind = "iterable"
         if self.is_async:
@@ -48,11 +49,11 @@ class LoaderAccess:
         return self.loader if is_iterable(self.loader) else self.loader()
 
     def close(self) -> None:
-        """Put the loader's generators back, and end its worker processes."""
+        """Put the states that the loader carries back, and end its worker processes."""
         if self._is_copy:
             self.loader._iterator = None
-        for generator, state in self._generators:
-            generator.set_state(state)
+        for holder, state in self._carried:
+            set_state(holder, state)
 
 
 class BenchLoaders(Loaders):

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from fitloop._data.inspection import generator_states, is_stateful, set_generator_states
+from fitloop._data.carried_state import carried_states, set_carried_states
+from fitloop._data.inspection import is_stateful
 from fitloop._metrics.results import EpochMetricsRecorder
 from fitloop._training.best import BestTracker
 from fitloop._training.capture import copy_values
@@ -50,7 +51,7 @@ class RollbackPoint:
         for part in parts.values():
             self._restores.append(partial(part.load_state_dict, copy_values(part.state_dict())))
         for _phase, loader in loaders:
-            self._restores.append(partial(set_generator_states, loader, generator_states(loader)))
+            self._restores.append(partial(set_carried_states, loader, carried_states(loader)))
             if is_stateful(loader) and not isinstance(loader, DataLoader):
                 self._restores.append(partial(loader.load_state_dict, loader.state_dict()))
 

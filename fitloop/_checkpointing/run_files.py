@@ -21,12 +21,11 @@ from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.snapshot import Snapshot, apply_snapshot
 from fitloop._checkpointing.training_state import load_parts
 from fitloop._concurrency.background_writer import BackgroundWriter
+from fitloop._data.carried_state import set_carried_states
 from fitloop._data.inspection import (
     can_skip_by_index,
-    generator_states,
     is_stateful,
     loader_label,
-    set_generator_states,
 )
 from fitloop._data.resumption import start_workers
 from fitloop._engine.plan import RunPlan
@@ -150,8 +149,7 @@ class Resumption:
     def _restore_loader(self, phase: Phase, loader: Any, saved: dict[str, Any]) -> None:
         if saved["continued"] and isinstance(loader, DataLoader):
             self._restore_workers(phase, loader)
-        if len(saved["generators"]) == len(generator_states(loader)):
-            set_generator_states(loader, saved["generators"])
+        set_carried_states(loader, saved["generators"])
         if saved["state"] is not None and is_stateful(loader):
             loader.load_state_dict(saved["state"])
         self._trainer.loaders.skip_in_next_pass(phase, saved["read"])

@@ -13,11 +13,12 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fitloop._data.inspection import generator_states, has_live_workers, is_stateful
+from fitloop._data.carried_state import CarriedStates, carried_states, check_states
+from fitloop._data.inspection import has_live_workers, is_stateful
 from fitloop._data.loaders import Loaders
 from fitloop._data.resumption import PassStart, ResumePosition
 from fitloop._engine.plan import PassPosition
-from fitloop._rng.states import RngState, check_generator_state
+from fitloop._rng.states import RngState
 from fitloop._types import Phase
 
 
@@ -103,7 +104,7 @@ class RunPosition:
             for value in (value for values in columns.values() for value in values):
                 _typed("log", value, float)
         for loader in tree["loaders"].values():
-            _check_generators(loader["generators"])
+            check_states(loader["generators"])
             _typed("continued", loader["continued"], bool)
             _check_count("read", loader["read"])
             _check("state", "state" in loader)
@@ -131,7 +132,7 @@ def loader_tree(loaders: Loaders, loader: Any, *, in_pass: bool) -> dict[str, An
     # The state_dict of a stateful DataLoader would start its next pass, which uses random numbers.
     stateful = is_stateful(loader) and not isinstance(loader, DataLoader)
     return {
-        "generators": generator_states(loader),
+        "generators": carried_states(loader),
         "continued": has_live_workers(loader),
         "read": 0 if in_pass else loaders.batches_read(loader),
         "state": loader.state_dict() if stateful and not in_pass else None,
@@ -146,11 +147,11 @@ def _pass_tree(position: PassPosition) -> dict[str, Any]:
         "exported": position.collected,
         "opened": {
             "drawn": start.rng_state.to_tree(),
-            "generators": start.generators,
+            "generators": start.carried,
             "continued": start.reused_workers,
             "read": start.batches_read,
         },
-        "generators": resume_from.generators,
+        "generators": resume_from.carried,
         "loader": resume_from.loader_state,
     }
 
@@ -170,15 +171,24 @@ def _pass_position(tree: Any, rng_state: RngState) -> PassPosition:
             batches=len(sizes),
             pass_start=PassStart(
                 rng_state=RngState.from_tree(start["drawn"]),
-                generators=_check_generators(start["generators"]),
+                carried=check_states(start["generators"]),
                 reused_workers=_typed("continued", start["continued"], bool),
                 batches_read=_check_count("read", start["read"]),
             ),
             rng_state=rng_state,
-            generators=_check_generators(tree["generators"]),
+            carried=_position_states(tree),
             loader_state=tree["loader"],
         ),
     )
+
+
+def _position_states(tree: Any) -> CarriedStates | None:
+    states = tree["generators"]
+    if states is None:
+        return None
+    states = check_states(states)
+    # Version 1 does not say whether the loader was read further.
+    return None if isinstance(states, list) and tree["loader"] is None else states
 
 
 def _check_values(values: Any, batches: int) -> None:
@@ -215,7 +225,3 @@ def _typed(key: str, value: Any, *kinds: type) -> Any:
 def _check_count(key: str, value: Any, least: int = 0) -> int:
     _check(key, type(value) is int and least <= value < 2**31)
     return int(value)
-
-
-def _check_generators(states: Any) -> list[Tensor]:
-    return [check_generator_state(state) for state in _typed("generators", states, list)]

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from fitloop._data.carried_state import has_own_state_dict
 from fitloop._errors import CheckpointError
-from fitloop._training.capture import STATELESS, attributes_of, has_own_state_dict, set_attributes
+from fitloop._training.capture import STATELESS, attributes_of, set_attributes
 
 _REFERENCES = (*STATELESS, nn.Module, nn.Parameter, Optimizer)
 

@@ -26,10 +26,10 @@ from fitloop._checkpointing.training_state import (
     module_weights,
     training_state,
 )
-from fitloop._data.inspection import generator_states, set_generator_states
+from fitloop._data.carried_state import carried_states, check_states, set_carried_states
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
 from fitloop._metrics.history import History, export_history, restore_history
-from fitloop._rng.states import RngState, check_generator_state
+from fitloop._rng.states import RngState
 from fitloop._storage.durable import reason, write_file
 from fitloop._storage.encoding import Decoder, Encoder
 from fitloop._storage.layout import (
@@ -99,7 +99,7 @@ def take_snapshot(
         "random": trainer.rng.state_tree({} if position is None else position.loader_rng),
         "history": export_history(trainer.history),
         "generators": {
-            str(phase): generator_states(loader) for phase, loader in trainer.loaders_of({}).items()
+            str(phase): carried_states(loader) for phase, loader in trainer.loaders_of({}).items()
         },
         "best": None if best is None else dict(best),
         "best_extra": dict(extra),
@@ -219,10 +219,7 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
         # Cloned, since torch ignores the offset of a generator state in its memory.
         state["run"] = clone_tensors(state["run"])
         state["generators"] = {
-            str(phase): [
-                check_generator_state(item) for item in clone_tensors(state["generators"][phase])
-            ]
-            for phase in Phase
+            str(phase): check_states(clone_tensors(state["generators"][phase])) for phase in Phase
         }
         return Snapshot(path, trainer, position, versions, state, random, history)
     except Exception as error:  # any error that a forged tree causes
@@ -295,9 +292,7 @@ def apply_snapshot(trainer: TrainerState, snapshot: Snapshot) -> None:
         trainer.best_models.forget()
     trainer.best_is_stale = state["best"] is None or not same_criteria
     for phase, loader in trainer.loaders_of({}).items():
-        states = state["generators"][str(phase)]
-        if [len(state) for state in generator_states(loader)] == [len(each) for each in states]:
-            set_generator_states(loader, states)
+        set_carried_states(loader, state["generators"][str(phase)])
     restore_rng()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fitloop._checkpointing.scheduler_state import load_scheduler, scheduler_state
+from fitloop._data.carried_state import has_own_state_dict
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError, quoted_list
 from fitloop._storage.weight_files import check_module_versions, set_metadata
@@ -23,7 +24,6 @@ from fitloop._storage.weight_store import (
     check_weights,
     weights_of,
 )
-from fitloop._training.capture import has_own_state_dict
 from fitloop._training.parts import (
     StatePart,
     load_optimizer_state,

@@ -3,7 +3,8 @@
 Owns the reading of loaders: in the step thread, ahead of it, or on the event loop. Must not know
 the training loop, events or files.
 
-- `inspection`: answers questions about a loader: length, kind, generators, workers.
+- `inspection`: answers questions about a loader: length, kind, workers.
+- `carried_state`: random generators, and other state, in the objects of users.
 - `loaders`: opens a pass over a loader.
 - `sources`: reads batches inline or in a thread ahead of the steps.
 - `async_source`: reads an async iterable on the event loop.

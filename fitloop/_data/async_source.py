@@ -46,6 +46,7 @@ class AsyncSource:
         self._iterator: AsyncIterator[Any] | None = None
         self._context = context
         self._depth = depth
+        self.reads_ahead = depth > 0
         self._limit = limit
         self._skip = skip
         self._requested = 0

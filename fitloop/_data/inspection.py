@@ -1,4 +1,4 @@
-"""Answers questions about a user's loader: length, kind, generators, worker processes.
+"""Answers questions about a user's loader: length, kind, worker processes.
 
 Never iterates a loader.
 """
@@ -10,8 +10,6 @@ import inspect
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from typing import Any, TypeGuard
 
-import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -214,25 +212,6 @@ def detached(loader: Any) -> Any:
         loader = copy.copy(loader)
         loader._iterator = None
     return loader
-
-
-def generators_of(loader: object) -> list[torch.Generator]:
-    """Return the random generators of a DataLoader and its samplers, each once."""
-    batches = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    generators = (getattr(holder, "generator", None) for holder in holders)
-    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
-
-
-def generator_states(loader: object) -> list[Tensor]:
-    """Return the states of the loader's generators."""
-    return [generator.get_state() for generator in generators_of(loader)]
-
-
-def set_generator_states(loader: object, states: list[Tensor]) -> None:
-    """Restore the states of the loader's generators."""
-    for generator, state in zip(generators_of(loader), states, strict=True):
-        generator.set_state(state)
 
 
 def set_epoch(loader: object, epoch: int) -> None:

@@ -12,23 +12,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch.utils.data import DataLoader
 
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.async_source import AsyncSource
+from fitloop._data.carried_state import (
+    CarriedStates,
+    carried_states,
+    holders_of,
+    set_carried_states,
+    set_state,
+    state_of,
+)
 from fitloop._data.inspection import (
     can_skip_by_index,
     detached,
-    generator_states,
-    generators_of,
     has_live_workers,
     is_iterable,
     is_stateful,
     makes_new_batches,
     reads_in_workers,
     set_epoch,
-    set_generator_states,
     uses_rng_only_at_start,
 )
 from fitloop._data.prefetch_tuner import MeasuredSource, PrefetchTuner
@@ -71,8 +75,8 @@ class Loaders:
         """loaders that can be read only once, by their `id`"""
         self._dry_run_reads: list[PushbackIterator] | None = None
         """one-shot loaders that this dry run reads; None if this is no dry run"""
-        self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
-        """generators that the loaders of a dry run carry, with their states before"""
+        self._carried: dict[int, tuple[Any, Any]] = {}
+        """what holds a state in the loaders of a dry run, with the state before"""
         self.tracks_positions = False
         """whether `pass_position` will be called in the middle of a pass"""
         self._passes: dict[Phase, tuple[Any, PassStart]] = {}
@@ -151,6 +155,7 @@ class Loaders:
         one_shot = self._one_shots.get(id(loader)) or pushback_iterator_of(loader)
         if one_shot is not None:
             self._one_shots[id(loader)] = one_shot
+            self._note_carried(one_shot)
             if dry_run_reads is not None and one_shot not in dry_run_reads:
                 one_shot.start_recording()
                 dry_run_reads.append(one_shot)
@@ -159,11 +164,15 @@ class Loaders:
         if not is_iterable(loader):
             iterable = loader()
             set_epoch(iterable, epoch)  # the engine has done so for a loader that is no function
-        if dry_run_reads is None:
-            return iterable
-        for generator in generators_of(iterable):
-            self._generators.setdefault(id(generator), (generator, generator.get_state()))
-        return detached(iterable)
+        self._note_carried(iterable)
+        return iterable if dry_run_reads is None else detached(iterable)
+
+    def _note_carried(self, iterable: Any) -> None:
+        """In a dry run, note the states that a loader carries."""
+        if self._dry_run_reads is not None:
+            for holder in holders_of(iterable).values():
+                if id(holder) not in self._carried:
+                    self._carried[id(holder)] = holder, state_of(holder)
 
     def _iterator(
         self,
@@ -182,8 +191,14 @@ class Loaders:
             return iterator
         if resume_from is None:
             return iter(iterable)
-        set_generator_states(iterable, resume_from.pass_start.generators)
-        return iterate_from(iterable, resume_from, label, by_index=can_skip_by_index(loader))
+        set_carried_states(iterable, resume_from.pass_start.carried)
+        # What the skipped batches would change can only be set afterwards if it is known.
+        is_known = isinstance(resume_from.carried, dict)
+        by_index = can_skip_by_index(loader) and (is_known or not holders_of(loader.dataset))
+        iterator = iterate_from(iterable, resume_from, label, by_index=by_index)
+        if resume_from.carried is not None:
+            set_carried_states(iterable, resume_from.carried)
+        return iterator
 
     def _batches_to_skip(
         self, phase: Phase, iterable: Any, resume_from: ResumePosition | None
@@ -235,11 +250,11 @@ class Loaders:
 
     # -- positions, for snapshots ----------------------------------------------------------------
 
-    def pass_position(self, phase: Phase) -> tuple[PassStart, list[torch.Tensor], Any]:
-        """Return the start of the phase's pass, the loader's generator states, its own state."""
+    def pass_position(self, phase: Phase) -> tuple[PassStart, CarriedStates, Any]:
+        """Return the start of the phase's pass, what the loader carries, and its own state."""
         iterable, start = self._passes[phase]
         state = iterable.state_dict() if is_stateful(iterable) else None
-        return start, generator_states(iterable), state
+        return start, carried_states(iterable), state
 
     def batches_read(self, loader: Any) -> int:
         """Return the number of batches read from a one-shot loader; 0 for other loaders."""
@@ -267,11 +282,11 @@ class Loaders:
         return twin
 
     def restore(self) -> None:
-        """Put the batches of a dry run back, and restore the generators that loaders carry."""
+        """Put the batches of a dry run back, and restore the states that loaders carry."""
         for one_shot in self._dry_run_reads or ():
             one_shot.rewind()
-        for generator, state in self._generators.values():
-            generator.set_state(state)
+        for holder, state in self._carried.values():
+            set_state(holder, state)
 
 
 @contextmanager
@@ -293,7 +308,7 @@ def _inside_loader(context: LoadContext) -> Iterator[None]:
 def _start_of(iterable: Any, rng_state: RngState) -> PassStart:
     return PassStart(
         rng_state=rng_state,
-        generators=generator_states(iterable),
+        carried=carried_states(iterable),
         reused_workers=has_live_workers(iterable),
         batches_read=iterable.batches_read if isinstance(iterable, PushbackIterator) else 0,
     )

@@ -120,6 +120,11 @@ class MeasuredSource:
         return batch
 
     @property
+    def reads_ahead(self) -> bool:
+        """See `Source`."""
+        return self.source.reads_ahead
+
+    @property
     def rng_state_after(self) -> RngState | None:
         """See `Source`."""
         return self.source.rng_state_after

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from fitloop._data.inspection import generator_states, is_stateful, set_generator_states
-from fitloop._errors import ResumeWarning
+from fitloop._data.carried_state import CarriedStates, carried_states, set_carried_states
+from fitloop._data.inspection import is_stateful
+from fitloop._errors import ResumeWarning, warn_user
 from fitloop._rng.global_state import save_global_state
 from fitloop._rng.states import RngState
 
@@ -30,8 +29,8 @@ class PassStart:
 
     rng_state: RngState
     """of the loader's stream in a seeded run, else of the global generators"""
-    generators: list[Tensor]
-    """states of the loader's own generators"""
+    carried: CarriedStates
+    """states that the loader carries, of its random generators for example"""
     reused_workers: bool = False
     """worker processes continued from an earlier pass, so they were not seeded again"""
     batches_read: int = 0
@@ -47,8 +46,8 @@ class ResumePosition:
     pass_start: PassStart
     rng_state: RngState
     """as in `PassStart`, after those batches"""
-    generators: list[Tensor] = field(default_factory=list)
-    """states of the loader's own generators after those batches"""
+    carried: CarriedStates | None = None
+    """as in `PassStart`, after those batches; None if the loader was read further"""
     loader_state: Any = None
     """the loader's ``state_dict`` after those batches; None if it has none"""
 
@@ -63,9 +62,7 @@ def iterate_from(
     """
     if position.loader_state is not None and is_stateful(iterable):
         iterable.load_state_dict(position.loader_state)
-        iterator: Iterator[Any] = iter(iterable)
-        set_generator_states(iterable, position.generators)
-        return iterator
+        return iter(iterable)
     if type(iterable) in (list, tuple):
         return itertools.islice(iterable, position.batches, None)
     is_map_style = isinstance(iterable, DataLoader) and not isinstance(
@@ -74,7 +71,7 @@ def iterate_from(
     if by_index and is_map_style:
         return _skip_indices(iterable, position)
     warn_of_replay(label, position.batches)
-    iterator = iter(iterable)
+    iterator: Iterator[Any] = iter(iterable)
     for _ in itertools.islice(iterator, position.batches):
         pass
     return iterator
@@ -83,14 +80,13 @@ def iterate_from(
 def warn_of_replay(label: str, batches: int) -> None:
     """Warn that the first ``batches`` are read again and discarded; do nothing for 0."""
     if batches:
-        warnings.warn(
+        warn_user(
             f"resuming: {label} cannot be moved to a position, so its first {batches} batches are "
             "read again and thrown away, which takes as long as loading them took. A DataLoader "
             "over a map-style dataset without worker processes, or a loader with state_dict and "
             "load_state_dict (torchdata's StatefulDataLoader), goes on at once. For a trainer "
             "without a seed, what such a loader draws between the steps is not the same again",
             ResumeWarning,
-            stacklevel=2,
         )
 
 
@@ -128,7 +124,7 @@ def _skip_indices(loader: DataLoader[Any], position: ResumePosition) -> Iterator
 def start_workers(loader: DataLoader[Any]) -> None:
     """Start persistent worker processes as after an earlier pass; no generator changes."""
     if loader.num_workers and getattr(loader, "_iterator", None) is None:
-        restore_global_state, states = save_global_state(), generator_states(loader)
+        restore_global_state, states = save_global_state(), carried_states(loader)
         loader._iterator = loader._get_iterator()
-        set_generator_states(loader, states)
+        set_carried_states(loader, states)
         restore_global_state()

@@ -45,6 +45,10 @@ class Source(Protocol):
         """
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether the loader may have been read further than the last fetched batch."""
+
+    @property
     def rng_state_after(self) -> RngState | None:
         """State of the loader's generators after the last fetched batch.
 
@@ -95,6 +99,7 @@ class LoadContext:
 class InlineSource:
     """Reads the loader in the step thread, between the steps."""
 
+    reads_ahead = False
     rng_state_after: RngState | None = None
 
     def __init__(self, context: LoadContext, read: Callable[[], Any]) -> None:
@@ -158,6 +163,8 @@ class PrefetchSource:
 
     The thread begins with a copy of the context variables and modes of torch of the step thread.
     """
+
+    reads_ahead = True
 
     def __init__(self, context: LoadContext, read: Callable[[], Any], depth: int) -> None:
         self._context = context

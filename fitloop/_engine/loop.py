@@ -128,7 +128,7 @@ class Engine:
             return None
         writer, source, start_metrics = self._train_pass
         deps, state = self._deps, writer.state
-        pass_start, generators, loader_state = deps.loaders.pass_position(Phase.TRAIN)
+        pass_start, carried, loader_state = deps.loaders.pass_position(Phase.TRAIN)
         return PassPosition(
             start_metrics=start_metrics,
             collected=writer.export(),
@@ -136,7 +136,7 @@ class Engine:
                 batches=state.batch_num,
                 pass_start=pass_start,
                 rng_state=source.rng_state_after or deps.guard.loader(Phase.TRAIN).state(),
-                generators=generators,
+                carried=None if source.reads_ahead else carried,
                 loader_state=loader_state,
             ),
             is_at_end=state.batch_num == state.batches,

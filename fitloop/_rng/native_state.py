@@ -17,7 +17,7 @@ import numpy as np
 
 MT19937_BYTES = 4 * 624 + 4
 """Size of a state: 624 words of a buffer, and the position in it."""
-_RANDOM: random.Random = random.seed.__self__  # type: ignore[attr-defined]
+GLOBAL_PYTHON: random.Random = random.seed.__self__  # type: ignore[attr-defined]
 """The generator whose methods are the functions of the module ``random``."""
 # Interception replaces the functions of the module, and must not see these calls.
 _getstate, _setstate = random.getstate, random.setstate
@@ -97,15 +97,15 @@ def _put_slowly(state: PythonState) -> None:
     _setstate(to_tuple(state))
 
 
-_MEMORY = _memory(_RANDOM)
+_MEMORY = _memory(GLOBAL_PYTHON)
 
 
 def _read_memory() -> PythonState:
-    return PythonState(_MEMORY.raw, _RANDOM.gauss_next)  # type: ignore[attr-defined]
+    return PythonState(_MEMORY.raw, GLOBAL_PYTHON.gauss_next)  # type: ignore[attr-defined]
 
 
 def _put_memory(state: PythonState) -> None:
-    _MEMORY.raw, _RANDOM.gauss_next = state  # type: ignore[attr-defined]
+    _MEMORY.raw, GLOBAL_PYTHON.gauss_next = state  # type: ignore[attr-defined]
 
 
 if _is_layout_known():

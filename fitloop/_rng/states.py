@@ -61,8 +61,14 @@ def _check(state: RngState) -> None:
     else:
         _check_bits(state.bits)
     if state.gauss is not None:
-        _check_bits(state.gauss)
-        np.random.RandomState().set_state(state.gauss)
+        check_numpy_state(state.gauss)
+
+
+def check_numpy_state(state: Any) -> None:
+    """Raise an exception if a value is no state of a generator of numpy."""
+    _check_bits(state)
+    if "has_gauss" in state:
+        np.random.RandomState().set_state(state)
 
 
 def _check_bits(bits: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fitloop._data.carried_state import has_own_state_dict
 from fitloop._engine.config import TrainerConfig
-from fitloop._training.capture import has_own_state_dict
 from fitloop._training.layers import configure_optimizer
 from fitloop._training.parts import load_optimizer_state, parameter_names
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import io
 import logging
-import random
 import threading
 import types
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -25,7 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fitloop._errors import RestoreError, RestoreWarning, one_line
+from fitloop._data.carried_state import has_own_state_dict
+from fitloop._errors import RestoreError, RestoreWarning, one_line, warn_user
+from fitloop._rng.generators import generator_state, is_generator, set_generator_state
 from fitloop._training.tensor_copy import TensorCopy, clone_of
 
 Restore = Callable[[], object]
@@ -56,7 +56,11 @@ class Capture:
     """
 
     def __init__(
-        self, roots: Mapping[str, object], *, keep: Collection[Tensor] = (), on_cpu: bool = False
+        self,
+        roots: Mapping[str, object],
+        *,
+        keep: Collection[Tensor] = (),
+        on_cpu: bool = False,
     ) -> None:
         self.problems: list[str] = []
         """the parts that cannot be restored, each with the reason"""
@@ -68,7 +72,7 @@ class Capture:
         """restorations by ``load_state_dict``, which may replace the objects in attributes"""
         self._watched: list[tuple[str, object, object]] = []
         self._roots = {id(root) for root in roots.values()}
-        self._walk([(name, root) for name, root in roots.items()])
+        self._walk(list(roots.items()))
 
     def check(self, call: str) -> None:
         """Raise `RestoreError`, for a ``call`` that changed nothing yet, if there are problems."""
@@ -94,12 +98,11 @@ class Capture:
                 errors.append(f"{path} ({one_line(error)})")
         changed = [path for path, item, before in self._watched if _fingerprint(item) != before]
         if changed:
-            warnings.warn(
+            warn_user(
                 f"{', '.join(changed)} changed and cannot be put back, since only numbers, tensors "
                 "and containers of them are copied. If training depends on it, give the object "
                 "that holds it state_dict() and load_state_dict()",
                 RestoreWarning,
-                stacklevel=2,
             )
         if errors:
             errors = list(dict.fromkeys(errors))
@@ -163,19 +166,9 @@ class Capture:
 
     def _capture_generator(self, path: str, value: Any) -> bool:
         """Capture a random generator; return whether ``value`` is one."""
-        restore: Restore
-        if isinstance(value, torch.Generator):
-            restore = partial(value.set_state, value.get_state())
-        elif isinstance(value, random.Random):
-            restore = partial(value.setstate, value.getstate())
-        elif isinstance(value, np.random.RandomState):
-            restore = partial(value.set_state, value.get_state())
-        elif isinstance(value, np.random.Generator):
-            bits = value.bit_generator
-            restore = partial(setattr, bits, "state", bits.state)
-        else:
+        if not is_generator(value):
             return False
-        self._restores.append((path, restore))
+        self._restores.append((path, partial(set_generator_state, value, generator_state(value))))
         return True
 
     def _capture_script_module(self, path: str, module: Any) -> _Children:
@@ -239,15 +232,6 @@ class Capture:
             self.problems.append(f"{path}, a {_kind(value)}, which cannot be copied or rewound")
         elif _is_instance(value):
             self._watched.append((path, value, _fingerprint(value)))
-
-
-def has_own_state_dict(value: object) -> bool:
-    """Return whether a class that is not torch's defines ``state_dict`` and ``load_state_dict``."""
-    methods = [getattr(type(value), name, None) for name in ("state_dict", "load_state_dict")]
-    return all(
-        callable(method) and not str(getattr(method, "__module__", "")).startswith("torch.")
-        for method in methods
-    )
 
 
 def attributes_of(value: object) -> dict[str, Any]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fitloop._data.carried_state import has_own_state_dict
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError
 from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import suffix_of
 from fitloop._storage.weight_store import plain_model, plain_name
-from fitloop._training.capture import has_own_state_dict
 
 
 class StatePart(Protocol):

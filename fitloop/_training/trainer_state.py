@@ -45,6 +45,7 @@ from fitloop._training.best import BestTracker, Criteria
 from fitloop._training.best_models import BestModels
 from fitloop._training.best_optimizers import optimizer_states, restore_optimizers
 from fitloop._training.capture import Capture
+from fitloop._training.object_state import ObjectState
 from fitloop._training.parts import (
     StatePart,
     apply_extra_weights,
@@ -106,9 +107,11 @@ class TrainerState:
         """the file that metrics are appended to"""
         self.owns_archive = False
         """the snapshots under ``save_path`` belong to this training"""
+        self.objects = ObjectState(config)
         self.step_counts = StepCounts(len(config.optimizers))
         self.best_models = BestModels(config.save_path)
         self.parts: dict[str, StatePart] = {
+            "objects": self.objects,
             "steps": self.step_counts,
             "best_models": self.best_models,
         }
@@ -157,6 +160,7 @@ class TrainerState:
         """
         if self._initial is None:
             keep = saved_tensors(self.config.model)
+            self.objects.begin()
             self._initial = Capture(self._all_parts(), keep=keep, on_cpu=True)
         if resuming and self.store.exists(PRETRAINED):
             self._has_pretrained = True

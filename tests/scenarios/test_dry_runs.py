@@ -523,14 +523,17 @@ async def test_dry_run_when_an_object_of_the_model_changes_then_a_warning_names_
 ) -> None:
     class Bank:
         count = 0
+        last: object = None
 
     def use(state: LoopState) -> None:
         bank.count += 1
+        bank.last = object()
 
     model, bank = mlp(), Bank()
     model.bank = bank  # type: ignore[assignment]
     with pytest.warns(RestoreWarning, match=r"model\.bank changed"):
         await dry(trainer(model=model, train_epoch_start=use), call)
+    assert bank.count == 0
 
 
 class Counts(nn.Module):

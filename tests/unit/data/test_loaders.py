@@ -22,10 +22,10 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from fitloop import ConfigurationError, FitLoop, LoopState
+from fitloop._data.carried_state import holders_of
 from fitloop._data.inspection import (
     check_loader,
     detached,
-    generators_of,
     length_of,
     sample_counts,
     uses_rng_only_at_start,
@@ -352,13 +352,13 @@ def test_draws_only_to_begin_when_not_certain_then_false(loader: object, certain
     assert uses_rng_only_at_start(loader) is certain
 
 
-def test_generators_of_when_loader_has_several_then_each_once() -> None:
+def test_holders_of_when_loader_has_several_then_each_once() -> None:
     first, second = torch.Generator(), torch.Generator()
     sampler = RandomSampler(TEN, generator=first)
     loader = DataLoader(TEN, batch_sampler=BatchSampler(sampler, 3, False), generator=second)
-    assert {id(generator) for generator in generators_of(loader)} == {id(first), id(second)}
-    assert len(generators_of(DataLoader(TEN, shuffle=True, generator=first))) == 1
-    assert generators_of([1]) == []
+    assert {id(generator) for generator in holders_of(loader).values()} == {id(first), id(second)}
+    assert len(holders_of(DataLoader(TEN, shuffle=True, generator=first))) == 1
+    assert holders_of([1]) == {}
 
 
 @pytest.mark.parametrize("loader", [None, 5, "batches", b"batches", object()])

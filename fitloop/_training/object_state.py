@@ -1,0 +1,233 @@
+"""The state of a training in the attributes of users' objects, which no ``state_dict`` has.
+
+A counter in a model, a random generator of a train_step, or an average that an optimizer keeps
+decide what a training computes. Attributes are compared with those before the first run: what
+changed is a state.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from fitloop._data.carried_state import StateSearch, attributes, has_own_state_dict
+from fitloop._engine.config import STAGE_NAMES, TrainerConfig
+from fitloop._rng.generators import check_tree, generator_state, is_generator, set_generator_state
+from fitloop._training.capture import copy_values
+from fitloop._training.parts import modules_of, outside_parameters
+
+MAX_VALUES = 1000
+"""items of a container that is taken for a state; a larger one is data"""
+_MAX_ARRAY_BYTES = 2**20
+_MAX_DEPTH = 3
+_ATOMS = frozenset((type(None), bool, int, float, complex, str))
+_CONTAINERS = (list, tuple, set, frozenset, deque, dict)
+_OF_OPTIMIZERS = frozenset(("defaults", "state", "param_groups", "_opt_called"))
+
+
+class _Mark:
+    """A value that is equal to itself only."""
+
+
+_MISSING, _NO_STATE, _OBJECT = _Mark(), _Mark(), _Mark()
+
+
+class AttributeWatch:
+    """Finds the attributes that changed in all objects that can be reached from ``roots``.
+
+    Compared are numbers, text and containers of them. With ``known``, which returns the memory of
+    tensors that are part of the state already, also other tensors and arrays.
+    """
+
+    def __init__(
+        self,
+        roots: Mapping[str, object],
+        known: Callable[[], Collection[object]] | None = None,
+    ) -> None:
+        self._roots, self._known = roots, known
+        memory = known and known()
+        self._before = {
+            (path, name): (_frozen(value, memory), _copied(value))
+            for path, item in self.search().objects.items()
+            for name, value in _watched(item)
+        }
+
+    def search(self) -> StateSearch:
+        """Search again, since the objects may be others now."""
+        return StateSearch(self._roots)
+
+    def changes(self) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
+        """Yield path and object, the attributes of it that changed, and whether these are all.
+
+        They are not if a reference to another object changed as well, which cannot be restored.
+        """
+        known = self._known and self._known()
+        for path, item in self.search().objects.items():
+            changed, are_all = {}, True
+            for name, value in _watched(item):
+                before = self._before.get((path, name), (_MISSING, None))[0]
+                now = _frozen(value, known)
+                if now is _OBJECT and before is not _OBJECT:
+                    are_all = False
+                    if type(value) in _CONTAINERS:
+                        changed[name] = value
+                elif now not in (before, _OBJECT, _NO_STATE):
+                    changed[name] = value
+            if changed:
+                yield path, item, changed, are_all
+
+    def put_back(self, path: str, item: Any, name: str) -> None:
+        """Put a number, text or container back to what it was before."""
+        frozen, value = self._before.get((path, name), (_MISSING, _MISSING))
+        if frozen is _MISSING:
+            vars(item).pop(name, None)
+        elif value is not _MISSING:
+            vars(item)[name] = copy_values(value)
+
+
+class ObjectState:
+    """The attributes of models and optimizers, and the generators that these and stages use.
+
+    It is a `StatePart`. Generators of the loaders are not in it: they have a position of their own.
+    """
+
+    def __init__(self, config: TrainerConfig) -> None:
+        self._config = config
+        self._watch: AttributeWatch | None = None
+
+    def begin(self) -> AttributeWatch:
+        """Note the attributes before the first run; later calls do nothing."""
+        if self._watch is None:
+            config = self._config
+            roots: dict[str, Any] = {"model": config.model, "loss_function": config.loss_function}
+            for number, optimizer in enumerate(config.optimizers):
+                own = type(optimizer).__module__.startswith("torch.")
+                if not own and not has_own_state_dict(optimizer):
+                    roots["optimizer" if not number else f"optimizer[{number}]"] = optimizer
+            stages = {name: getattr(config, name) for name in STAGE_NAMES.values()}
+            roots |= {name: stage for name, stage in stages.items() if stage is not None}
+            self._watch = AttributeWatch(roots, self._known)
+        return self._watch
+
+    def _known(self) -> Collection[object]:
+        """Return the memory of the tensors that the snapshot has anyway."""
+        modules = modules_of(self._config)
+        tensors = chain.from_iterable((*m.parameters(), *m.buffers()) for m in modules)
+        return {_memory(item) for item in (*tensors, *outside_parameters(self._config))}
+
+    def lost(self) -> list[str]:
+        """Return the names of attributes that changed and cannot be restored."""
+        changes = self.begin().changes()
+        return [
+            f"{path}.{n}" for path, _item, names, are_all in changes if not are_all for n in names
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `StatePart`."""
+        watch = self.begin()
+        state = {
+            "generators": {
+                path: generator_state(holder)
+                for path, holder in watch.search().holders.items()
+                if is_generator(holder)
+            },
+            "attributes": {
+                path: changed for path, _item, changed, are_all in watch.changes() if are_all
+            },
+        }
+        return {name: part for name, part in state.items() if part}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """See `StatePart`."""
+        watch = self.begin()
+        saved: dict[str, dict[str, Any]] = state.get("attributes", {})
+        for path, item, changed, _are_all in watch.changes():
+            for name in changed.keys() - saved.get(path, {}).keys():
+                watch.put_back(path, item, name)
+        found = watch.search()
+        for path, attributes_of_item in saved.items():
+            for name, value in attributes_of_item.items():
+                _set_attribute(found.objects.get(path), name, value)
+        for path, generator in state.get("generators", {}).items():
+            if is_generator(found.holders.get(path)):
+                set_generator_state(found.holders[path], check_tree(generator))
+
+
+def _set_attribute(item: Any, name: str, value: Any) -> None:
+    if item is None or (name not in vars(item) and hasattr(type(item), name)):
+        return  # a forged file must not replace a method
+    present = vars(item).get(name)
+    if isinstance(value, Tensor) and isinstance(present, Tensor):
+        value = value.to(present.device)
+        if present.shape == value.shape and present.dtype == value.dtype:
+            with torch.no_grad():
+                present.copy_(value)
+            return
+    vars(item)[name] = copy_values(value)
+
+
+def _watched(item: Any) -> list[tuple[str, Any]]:
+    """Return the attributes of an object that may be a state."""
+    if isinstance(item, DataLoader):
+        return []
+    ignored: Collection[str] = _OF_OPTIMIZERS if isinstance(item, Optimizer) else ()
+    if callable(getattr(item, "set_epoch", None)):  # it is called in each epoch
+        ignored = ("epoch", "_epoch")
+    return [pair for pair in attributes(item).items() if pair[0] not in ignored]
+
+
+def _frozen(value: Any, known: Collection[object] | None, depth: int = 0) -> Any:
+    """Return a value that is another one if the attribute changed.
+
+    It is `_NO_STATE` for what belongs to a batch or to the data, and `_OBJECT` for other objects.
+    """
+    kind = type(value)
+    if kind in _ATOMS:
+        return kind, repr(value)
+    if isinstance(value, nn.Parameter):
+        return _NO_STATE
+    if isinstance(value, (Tensor, np.ndarray)):
+        return _NO_STATE if known is None else _frozen_numbers(value, known)
+    if isinstance(value, np.generic):
+        return value.dtype.str, value.tobytes()
+    if kind not in _CONTAINERS or depth == _MAX_DEPTH or len(value) > MAX_VALUES:
+        return _OBJECT
+    items = chain(value, value.values()) if kind is dict else value
+    frozen = [_frozen(item, known, depth + 1) for item in items]
+    for mark in (_NO_STATE, _OBJECT):
+        if any(item is mark for item in frozen):
+            return mark
+    return kind, tuple(frozen)
+
+
+def _frozen_numbers(value: Any, known: Collection[object]) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biufc" or value.nbytes > _MAX_ARRAY_BYTES:
+            return _NO_STATE
+        return value.dtype.str, value.shape, value.tobytes()
+    is_plain = type(value) is Tensor and value.layout is torch.strided and not value.is_quantized
+    if not is_plain or value.requires_grad or value.is_inference() or _memory(value) in known:
+        return _NO_STATE
+    return id(value), value._version, tuple(value.shape)
+
+
+def _memory(tensor: Tensor) -> object:
+    try:
+        return tensor.device, tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # such as sparse and lazy tensors
+        return None
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of numbers, text and containers of them; `_MISSING` for anything else."""
+    is_plain = type(value) in (*_ATOMS, *_CONTAINERS) or isinstance(value, np.generic)
+    plain = is_plain and _frozen(value, None) not in (_NO_STATE, _OBJECT)
+    return copy_values(value) if plain else _MISSING
