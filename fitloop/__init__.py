@@ -117,9 +117,9 @@ _NAMES_OF_MODULES = {
         "BusyError CheckpointError CompileWarning ConfigurationError FitLoopError "
         "LoaderHungWarning LockWarning MetricError MissingCriteriaError MissingLoaderError "
         "NonFiniteError NonFiniteWarning OptimizerWarning OutputWarning RemoteError RestoreError "
-        "RestoreWarning ResumeWarning ScheduleWarning StageSignatureError SyncInAsyncError ThreadModeWarning "
-        "UnknownMetricError UnknownMetricWarning WeightsWarning WorkerDiedError "
-        "WorkerDiedWarning"
+        "RestoreWarning ResumeWarning ScheduleWarning StageSignatureError SyncInAsyncError "
+        "ThreadModeWarning UnknownMetricError UnknownMetricWarning WeightsWarning "
+        "WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (
         "BatchProgress BestImproved EarlyStopped EpochEnded EpochStarted Event JobEnded JobStarted "
