@@ -10,6 +10,7 @@ BENCHMARKS = (
     "responsiveness",
     "concurrency",
     "many",
+    "workers",
     "service_latency",
     "snapshots",
     "terminal",

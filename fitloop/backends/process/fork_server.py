@@ -227,8 +227,9 @@ class _ForkServer:
         self.connection, theirs = socket.socketpair()
         paths = spawn.get_preparation_data("fork server")["sys_path"]
         arguments = f"{theirs.fileno()}, {os.getpid()}"
-        program = (
-            f"import sys; sys.path[:] = {paths!r}; from {__name__} import main; main({arguments})"
+        program = (  # imports take a quarter less time without the garbage collector
+            f"import gc, sys; gc.disable(); sys.path[:] = {paths!r}; "
+            f"from {__name__} import main; main({arguments})"
         )
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         command = [spawn.get_executable(), *flags, "-c", program]
@@ -285,7 +286,6 @@ def main(descriptor: int, parent: int) -> None:
     for stream in range(3):  # which the program may want to close
         os.dup2(null, stream)
     _close(descriptor, null) if descriptor > 2 else _close(null)
-    gc.collect()
     gc.freeze()  # objects of now are not looked at again, and so their memory stays shared
     descriptors = _serve(socket.socket(fileno=number), parent)
     if descriptors:
@@ -361,6 +361,7 @@ def _report_ended(statuses: dict[int, int]) -> None:
 
 def _become_worker(descriptors: list[int]) -> None:
     """Run the process whose pickle comes over a pipe, as ``multiprocessing`` does after a spawn."""
+    gc.enable()
     contents, pid, stdin, stdout, stderr, tracker, *rest = descriptors
     os.write(pid, _NUMBER.pack(os.getpid()))
     os.close(pid)
