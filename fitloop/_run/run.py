@@ -143,7 +143,8 @@ class Run:
             observers.append(Observer(state.observe))  # counts the epochs
             config, steps = state.config, self._plan.steps
             # A scaler may skip all steps, and the first few batches may make none.
-            if config.train_step is not None and config.scaler is None and steps is None:
+            own_step = config.train_step is not None and config.scaler is None and steps is None
+            if own_step and self._resumption is None:  # a resumed epoch may have no batch left
                 observers.append(Observer(UntrainedCheck(config, state.step_counts).observe))
         observers += [Observer(observe) for observe in options.observers]
         observers += [Observer(callback) for callback in self._context.callbacks]
