@@ -665,6 +665,38 @@ def test_resume_when_interrupted_after_each_batch_then_equals_one_run(
     check_resumed_training(make, tmp_path, [1] * 13, replays=not sized)
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.usefixtures("_snapshots_at_once")
+@pytest.mark.parametrize("at", [1, 2, 3, 6, 7])
+async def test_cancellation_when_in_a_window_then_its_batches_wait_for_the_resumed_run(
+    at: int, tmp_path: Path
+) -> None:
+    def options() -> dict[str, Any]:
+        model = mlp()
+        optimizer = optimizer_of(model)
+        parts = {"model": model, "optimizer": optimizer, "train_dl": data(7), "valid_dl": None}
+        return {**parts, "accumulate": 3, "save_path": tmp_path}
+
+    def cancelling(state: LoopState) -> Any:
+        control = internals(fitted).control
+        if state.batch_num == at and control is not None:
+            anyio.from_thread.run_sync(scope.cancel, token=token)
+            control.wait_for(lambda: False, obey_stop=False)  # until it is cancelled
+        return default_batch_step(state)
+
+    token = anyio.lowlevel.current_token()
+    fitted = trainer(**options(), train_step=cancelling)
+    with anyio.CancelScope() as scope:
+        await fitted.fit(2, resume=True, **QUIET)
+    made = internals(fitted).step_counts.made
+    assert made == [at // 3 + (at == 7)]
+    resumed = trainer(**options())
+    await resumed.fit(2, resume=True, **QUIET)
+    whole = trainer(**{**options(), "save_path": None})
+    await whole.fit(2, **QUIET)
+    assert bits(resumed.model) == bits(whole.model)
+
+
 @pytest.mark.usefixtures("_snapshots_at_once")
 @pytest.mark.parametrize("stops", [[1] * 6, [5, 4, 3]], ids=["each batch", "thrice"])
 def test_resume_when_optimizers_have_windows_of_their_own_then_equals_one_run(
