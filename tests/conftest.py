@@ -51,17 +51,6 @@ def fork_server() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def worker_server() -> None:
-    """Start the fork server of worker processes, which lasts as long as this process."""
-    from fitloop.backends.process.fork_server import ForkedProcess
-
-    process = ForkedProcess(target=int)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-
-
-@pytest.fixture(scope="session")
 def _blocking_calls() -> Iterator[BlockBuster]:
     """Wrap all blocking calls once: to do so for each test would take longer than many tests."""
     with blockbuster_ctx("fitloop") as buster:

@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 from base64 import b64encode
-from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
@@ -461,18 +460,10 @@ async def test_server_when_it_ends_then_streams_and_trainings_end_whole() -> Non
     assert ended["stop_reason"] == "cancelled"
 
 
-@pytest.fixture
-def _interruptible() -> Iterator[None]:
-    """Have children born as in a terminal: a background process is born ignoring SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
-@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(
     ("backend", "sign", "code"),
     [("thread", signal.SIGINT, 0), ("process", signal.SIGTERM, -signal.SIGTERM)],

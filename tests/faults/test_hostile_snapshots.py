@@ -7,8 +7,6 @@ import pickle
 import random
 import resource
 import struct
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from support.file_fuzzing import (
     with_checksums,
 )
 from support.models import mlp, sync_trainer
+from support.programs import run_program
 from support.state_comparison import assert_same_state, trainer_state
 
 from fitloop import Checkpoint, CheckpointError, ResumeWarning, SyncFitLoop
@@ -39,7 +38,6 @@ from fitloop._storage import layout
 
 pytestmark = pytest.mark.slow  # many, which together take long
 
-ROOT = Path(__file__).parents[2]
 QUIET: dict[str, Any] = {"verbose": False}
 
 Change = Callable[[dict[str, Any]], object]
@@ -260,6 +258,7 @@ def test_load_when_a_newer_version_wrote_it_then_that_is_said(target: Target) ->
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fork_server")
 def test_load_when_numpys_position_is_forged_then_the_process_does_not_crash(
     tmp_path: Path,
 ) -> None:
@@ -284,9 +283,7 @@ except CheckpointError:
     print("refused")
 numpy.random.rand(1000)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_program(["-c", code, str(tmp_path)])
     assert (done.returncode, done.stdout) == (0, "refused\n")
 
 

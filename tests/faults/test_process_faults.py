@@ -54,7 +54,7 @@ both_start_methods = pytest.mark.parametrize("start_method", ["forkserver", "spa
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("fork_server", "worker_server"),
+    pytest.mark.usefixtures("fork_server"),
     pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's"),
 ]
 

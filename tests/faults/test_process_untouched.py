@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import warnings
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -22,8 +20,6 @@ from support.models import BATCHES, batches, process_generators
 from support.run_endings import cancel_run, complete_run, fail_run
 
 from fitloop import LoopState, default_batch_step
-
-ROOT = Path(__file__).parents[2]
 
 
 def _process() -> dict[str, Any]:
@@ -120,47 +116,6 @@ async def test_grad_mode_of_the_caller_when_stages_are_async_is_untouched(
         assert torch.is_grad_enabled() is enabled
     assert set(outside) == {enabled}
     assert inside == [True] * 2 * BATCHES + [False] * 4
-
-
-CHANGED_BY_IMPORT = """
-import os, random, signal, sys, threading, warnings
-import numpy as np, torch
-def look():
-    return (
-        torch.get_num_threads(), torch.is_grad_enabled(), torch.get_rng_state().tolist(),
-        random.getstate(), str(np.random.get_state()), dict(os.environ), sys.excepthook,
-        threading.excepthook, [signal.getsignal(n) for n in signal.valid_signals()],
-        torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(),
-        list(warnings.filters), threading.active_count(), os.listdir("."),
-    )
-before = look()
-import fitloop
-assert look() == before, "import"
-model = torch.nn.Linear(2, 2)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-before = look()
-for kind in (fitloop.FitLoop, fitloop.SyncFitLoop):
-    trainer = kind(model, optimizer, torch.nn.CrossEntropyLoss(), seed=1, num_threads=1,
-                   save_to_disk=True, save_path="somewhere", train_dl=[])
-    repr(trainer)
-assert look() == before, "construction"
-print("unchanged")
-"""
-
-
-@pytest.mark.slow
-def test_process_when_fitloop_is_imported_and_constructed_is_as_before(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CHANGED_BY_IMPORT],
-        capture_output=True,
-        text=True,
-        timeout=HANG_TIMEOUT,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert (done.stdout, done.stderr) == ("unchanged\n", "")
 
 
 def test_quiet_run_when_it_is_over_has_printed_nothing(capfd: pytest.CaptureFixture[str]) -> None:

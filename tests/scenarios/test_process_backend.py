@@ -44,7 +44,7 @@ from fitloop._system import available_cores
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 50
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("worker_server")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -15,6 +14,8 @@ from typing import Any
 
 import anyio
 import httpx
+
+from support.programs import Program
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -137,24 +138,27 @@ async def run_service(
 
 
 @contextmanager
-def run_service_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def run_service_process(*arguments: str) -> Iterator[tuple[Program, int]]:
     """Run the service as a program; yield the process and its port."""
-    command = [sys.executable, str(EXAMPLES / "service"), "--port", "0", *arguments]
+    command = [str(EXAMPLES / "service"), "--port", "0", *arguments]
     root = str(EXAMPLES.parent)
     environment = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as program:
+    reading, writing = os.pipe()
+    with open(reading) as printed:
         try:
-            assert program.stdout is not None
-            for line in program.stdout:
-                if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
-                    yield program, int(found[1])
-                    break
-            else:
-                raise AssertionError(f"the service ended with {program.wait()}")
+            program = Program(command, environment=environment, stdout=writing, stderr=writing)
         finally:
-            if program.poll() is None:
+            os.close(writing)
+        program.stdout = printed
+        with program:
+            try:
+                for line in printed:
+                    if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
+                        yield program, int(found[1])
+                        break
+                else:
+                    raise AssertionError(f"the service ended with {program.wait()}")
+            finally:
                 program.kill()
 
 

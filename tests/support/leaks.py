@@ -80,9 +80,15 @@ def _descriptors() -> dict[int, str]:
             target = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:  # the descriptor of the listing itself
             continue
-        if not target.startswith(LASTING_TARGETS):
+        if not target.startswith(LASTING_TARGETS) and int(name) != _worker_server():
             descriptors[int(name)] = target
     return descriptors
+
+
+def _worker_server() -> int | None:
+    """Return the connection to the fork server of worker processes, which lasts, if it runs."""
+    server = getattr(sys.modules.get("fitloop.backends.process.fork_server"), "_server", None)
+    return None if server is None else server.connection.fileno()
 
 
 @functools.cache

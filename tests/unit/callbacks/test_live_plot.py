@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 from array import array
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from support.programs import run_program
 
 from fitloop import (
     BestImproved,
@@ -494,6 +494,7 @@ def test_notebook_when_pictures_come_then_one_output_a_run_is_updated_in_place(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fork_server")
 def test_fit_when_it_has_a_live_plot_then_leaves_a_picture_and_no_thread(tmp_path: Path) -> None:
     """In another process: matplotlib keeps fonts open for each thread that renders."""
     program = """
@@ -517,12 +518,6 @@ try:
 except UnknownMetricError as error:
     print(error, *error.__notes__)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "curves.png")],
-        capture_output=True,
-        text=True,
-        cwd=Path(liveplot.__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program(["-c", program, str(tmp_path / "curves.png")], check=True)
     assert "no metric 'typo'" in done.stdout
     assert "in trainer 'Linear'" in done.stdout

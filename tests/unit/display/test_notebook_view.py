@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from support.programs import run_program
 
 from fitloop import (
     BatchProgress,
@@ -479,6 +479,7 @@ def test_interruptible_when_there_is_no_loop_or_kernel_then_does_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fork_server")
 def test_import_when_fitloop_comes_in_then_ipython_does_not() -> None:
     code = "import sys, fitloop; assert 'IPython' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_program(["-c", code], check=True)

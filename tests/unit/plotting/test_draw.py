@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from array import array
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from support.models import scores, sync_trainer
+from support.programs import run_program
 
 from fitloop import (
     CheckpointError,
@@ -336,6 +335,7 @@ def test_plot_on_a_plain_figure_works_in_any_thread(history: History) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fork_server")
 def test_import_has_no_matplotlib_and_plot_with_ax_no_pyplot_in_a_thread() -> None:
     """In another process: matplotlib keeps fonts open for each thread that renders."""
     program = """
@@ -362,8 +362,7 @@ thread.join()
 assert image.getvalue().startswith(b"\\x89PNG")
 assert "matplotlib.pyplot" not in sys.modules
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    run_program(["-c", program], check=True)
 
 
 def rings(ax: Axes) -> dict[str, list[float]]:
