@@ -10,13 +10,14 @@ TOGETHER := -n 2 --dist worksteal
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-fast bench pictures clean
+.PHONY: help .venv demo test test-fast test-transformers bench pictures clean
 
 help:
 	@echo "make .venv      create $(VENV) with $(PYTHON) and everything that the tests need"
 	@echo "make demo       train a classifier of digits (examples/digits.py)"
 	@echo "make test       check style and types, run all tests"
 	@echo "make test-fast  run the quick tests only"
+	@echo "make test-transformers  run the example that needs transformers, which is large"
 	@echo "make bench      measure what fitloop costs and gains (python -m benchmarks)"
 	@echo "make pictures   draw the pictures of the README (docs/pictures.py)"
 	@echo "make clean      remove $(VENV), caches and build output"
@@ -47,6 +48,15 @@ test: .venv
 
 test-fast: .venv
 	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
+
+# Transformers has a folder of its own, so that no other test depends on it.
+TRANSFORMERS := $(VENV)/transformers
+$(TRANSFORMERS)/.installed: $(STAMP)
+	$(BIN)/python -m pip install -q --target $(TRANSFORMERS) 'transformers' -c constraints.txt
+	@touch $@
+
+test-transformers: $(TRANSFORMERS)/.installed
+	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest tests/examples/test_finetune.py
 
 bench: .venv
 	$(BIN)/python -m benchmarks
