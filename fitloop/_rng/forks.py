@@ -23,6 +23,8 @@ from fitloop._rng.streams import get_bits
 
 LOCK_TIMEOUT = 1.0
 """seconds to wait for each lock; a fork that cannot have it goes on as without this module"""
+SWITCH_INTERVAL = 0.1
+"""of the interpreter during a fork; a thread that begins to wait meanwhile may wait for so long"""
 _FREE_SECONDS = 50e-6
 """duration of a read of torch's generator above which another thread was inside it"""
 _MAX_READS = 100
@@ -54,7 +56,7 @@ class _ForkGuard:
         self._held = [lock for lock in _python_locks() if lock.acquire(timeout=LOCK_TIMEOUT)]
         # The lock inside torch's generator can only be waited for. With a long interval no other
         # thread gets the interpreter, and thereby the generator, between the wait and the fork.
-        sys.setswitchinterval(60.0)
+        sys.setswitchinterval(SWITCH_INTERVAL)
         for _read in range(_MAX_READS):
             start = time.perf_counter()
             torch.default_generator.get_state()
