@@ -150,6 +150,8 @@ class OptimizerSteps:
             if not isinstance(weight, (int, float, Tensor)):
                 raise ValueError(f"the weight of a window is {weight!r:.60}")
             window.count, window.weight = count, weight
+        if self._scaler is not None:  # if no batch follows, it would not know its scale
+            self._scaler.scale(torch.ones((), device=self._config.device))
 
     # -- the hooks of torch ------------------------------------------------------------------------
 

@@ -12,17 +12,18 @@ import itertools
 import random
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.checkpoint import checkpoint
@@ -73,6 +74,7 @@ LOADERS = (
 )
 DRAWS = ("none", "torch", "numpy", "python", "all")
 STEP_DRAWS = ("none", "none", "noise", "mixup", "python", "checkpoint", "backward")
+PRECISIONS: tuple[Literal["bf16", "fp16"] | None, ...] = (None, None, "bf16", "fp16")
 STEPS = ("default", "plain", "async", "own_scheduler")
 
 
@@ -113,6 +115,9 @@ class Recipe:
     optimize: str
     """how a step of the user's own trains: ``"backward"`` and ``step``, or ``state.optimize`` with
     all batches alike (``"equal"``) or by their samples (``"weighted"``)"""
+    precision: Literal["bf16", "fp16"] | None
+    clip: float | None
+    """largest norm of the gradients of an optimizer"""
 
     @classmethod
     def of(cls, number: int) -> Recipe:
@@ -142,6 +147,8 @@ class Recipe:
             mapping=choose.random() < 0.2,
             accumulate=choose.choice((1, 1, 2, 3)),
             optimize=choose.choice(("backward", "equal", "weighted")),
+            precision=choose.choice(PRECISIONS),
+            clip=choose.choice((None, None, 0.5, 0.05)),
         )
         return recipe._without_conflicts()
 
@@ -174,6 +181,10 @@ class Recipe:
             changes["optimize"] = "weighted"
         elif self.optimize == "backward":
             changes["accumulate"] = 1
+            if self.precision == "fp16":  # needs state.optimize
+                changes["precision"] = "bf16"
+        if self.dtype is torch.float64:
+            changes["precision"] = None
         return replace(self, **changes)
 
     def __str__(self) -> str:
@@ -468,6 +479,7 @@ class Parts:
     loss: nn.Module = field(init=False)
     optimizers: list[Optimizer] = field(init=False)
     schedulers: list[tuple[Any, str]] = field(init=False)
+    scaler: Any = field(init=False)
     loaders: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -480,6 +492,11 @@ class Parts:
         self.loss.to(recipe.dtype)
         self.optimizers = _optimizers(recipe, self.model, self.loss)
         self.schedulers = _intervals(recipe, _schedulers(recipe, self.optimizers[0]))
+        self.scaler = None
+        if recipe.precision == "fp16":  # The gradients of some steps overflow, not of the first.
+            self.scaler = torch.amp.GradScaler(
+                "cpu", init_scale=2.0**8, growth_factor=64.0, growth_interval=1
+            )
         self.loaders = {
             phase: _loader(recipe, phase, self.model)
             for phase in PHASES
@@ -493,6 +510,7 @@ class Parts:
             "weights": [fingerprint(value) for _name, value in modules],
             "optimizers": [fingerprint(optimizer.state_dict()) for optimizer in self.optimizers],
             "rates": [[g["lr"] for g in optimizer.param_groups] for optimizer in self.optimizers],
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
 
@@ -644,7 +662,10 @@ class Window:
             for optimizer in parts.optimizers:
                 optimizer.zero_grad()
         is_weighted = recipe.accumulate > 1 and recipe.optimize == "weighted"
-        (loss * samples if is_weighted else loss).backward()  # type: ignore[no-untyped-call]
+        total = loss * samples if is_weighted else loss
+        if parts.scaler is not None:
+            total = parts.scaler.scale(total)
+        total.backward()  # type: ignore[no-untyped-call]
         self.count += 1
         self._weight += samples if is_weighted else 1
         if self.count == recipe.accumulate:
@@ -655,14 +676,28 @@ class Window:
         parts = self._loop.parts
         if not self.count:
             return
+        scaler, is_made = parts.scaler, True
         for optimizer in parts.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None and parts.recipe.accumulate > 1:
-                        parameter.grad /= self._weight
-            optimizer.step()
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for parameter in parameters:
+                if parameter.grad is not None and parts.recipe.accumulate > 1:
+                    parameter.grad /= self._weight
+            if parts.recipe.clip is not None:
+                clip_grad_norm_(parameters, parts.recipe.clip)
+            if scaler is None:
+                optimizer.step()
+                continue
+            if optimizer is parts.optimizers[0]:  # the one of the schedulers
+                found = scaler._found_inf_per_device(optimizer).values()
+                is_made = not any(value.item() for value in found)
+            scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
         self.count = self._weight = 0
-        self._loop.step_schedulers("step")
+        if is_made:
+            self._loop.step_schedulers("step")
 
 
 class HandWrittenLoop:
@@ -717,9 +752,14 @@ class HandWrittenLoop:
             if targets.is_floating_point():
                 batch = batch[0], targets.to(recipe.dtype)
             with torch.set_grad_enabled(training), self._generators[phase, "steps"].used():
-                loss = loss_of(recipe.step_draws, model, self.parts.loss, *batch)
+                with ExitStack() as block:
+                    block.enter_context(self._autocast(training))
+                    loss = loss_of(recipe.step_draws, model, self.parts.loss, *batch)
+                    if recipe.optimize != "backward":
+                        block.close()
+                    if training:
+                        window.add(loss, len(inputs))
                 if training:
-                    window.add(loss, len(inputs))
                     if recipe.step != "own_scheduler":
                         self.step_schedulers("batch")
                     elif not window.count:
@@ -728,6 +768,12 @@ class HandWrittenLoop:
             seen += len(inputs)
         window.end()
         self.losses[phase].append(total / seen)
+
+    def _autocast(self, training: bool) -> Any:
+        precision, seed = self.parts.recipe.precision, self.parts.recipe.seed
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        is_cached = seed is None or not training
+        return torch.autocast("cpu", dtype, enabled=precision is not None, cache_enabled=is_cached)
 
     def _batches(self, phase: str) -> Iterator[Batch]:
         loader = self.parts.loaders[phase]
@@ -789,6 +835,10 @@ def make_trainer(parts: Parts, path: Path | None = None, **changes: Any) -> FitL
         seed=recipe.seed,
         num_threads=1,
         accumulate=recipe.accumulate,
+        precision=recipe.precision,
+        scaler=parts.scaler,
+        clip_grad=recipe.clip,
+        nonfinite="ignore" if recipe.loss == "regression" else "raise",  # some diverge
         prefetch=recipe.prefetch,
         name=f"training {recipe.number}",
         save_path=path,
