@@ -70,9 +70,13 @@ def note_call_site() -> None:
     _call_site.set(_user_line())
 
 
-def warn_user(message: str, category: type[Warning]) -> None:
-    """Warn at the user's line that called into fitloop; any thread of a run."""
-    file, line = _user_line() or _call_site.get() or ("fitloop", 0)
+def warn_user(message: str, category: type[Warning], *, of_run: bool = False) -> None:
+    """Warn at the user's line that called into fitloop; any thread of a run.
+
+    ``of_run`` is for code of a run in a task of its own: the line is that of the call.
+    """
+    site = _call_site.get()
+    file, line = (site if of_run else None) or _user_line() or site or ("fitloop", 0)
     registry = _registries.setdefault(file, {})  # the default filter warns once for each line
     warnings.warn_explicit(message, category, file, line, registry=registry)
 

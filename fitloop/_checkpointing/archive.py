@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fitloop._checkpointing.snapshot import KIND, Snapshot, read_snapshot
-from fitloop._errors import CheckpointError, ResumeWarning
+from fitloop._errors import CheckpointError, ResumeWarning, warn_user
 from fitloop._storage.durable import reason, remove_leftovers, sync_directory
 from fitloop._storage.layout import LayoutError, read_file_header
 
@@ -137,7 +136,7 @@ def _read_entry(number: int, path: Path) -> SnapshotEntry | None:
 
 
 def _warn_unreadable(why: object) -> None:
-    warnings.warn(f"a snapshot is left out: {why}", ResumeWarning, stacklevel=2)
+    warn_user(f"a snapshot is left out: {why}", ResumeWarning)
 
 
 def _needs_more(position: dict[str, Any], epochs: int) -> bool:

@@ -5,7 +5,6 @@ Brings together the archive, the metric log and the writer thread. Knows no engi
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +28,7 @@ from fitloop._data.inspection import (
 )
 from fitloop._data.resumption import start_workers
 from fitloop._engine.plan import RunPlan
-from fitloop._errors import CheckpointError, ResumeWarning
+from fitloop._errors import CheckpointError, ResumeWarning, warn_user
 from fitloop._rng.trainer_rng import loader_state
 from fitloop._storage.durable import DirectoryLock
 from fitloop._training.parts import StatePart
@@ -161,12 +160,11 @@ class Resumption:
         if train_pass is None or train_pass.resume_from.pass_start.reused_workers or by_index:
             start_workers(loader)
             if not by_index:
-                warnings.warn(
+                warn_user(
                     f"resuming: {loader_label(phase, loader)} keeps its worker processes between "
                     "the epochs; what its dataset draws in them goes on from anew, so that results "
                     "differ if it draws. persistent_workers=False is exact",
                     ResumeWarning,
-                    stacklevel=2,
                 )
 
 
@@ -185,9 +183,8 @@ def _check_trainer(trainer: TrainerState, snapshot: Snapshot) -> None:
     if torch_version != str(torch.__version__):
         differences.append(f"torch was {torch_version} and is {torch.__version__}")
     if differences:
-        warnings.warn(
+        warn_user(
             f"resuming {config.name!r}: results may differ in their last bits, since "
             + " and ".join(differences),
             ResumeWarning,
-            stacklevel=2,
         )

@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -33,7 +32,7 @@ from fitloop._concurrency.event_loops import (
     raise_in_scope,
 )
 from fitloop._concurrency.task_state import TaskState, lend_state
-from fitloop._errors import LoaderHungWarning, add_note_safely
+from fitloop._errors import LoaderHungWarning, add_note_safely, warn_user
 
 T = TypeVar("T")
 JOIN_TIMEOUT = 0.0005
@@ -483,9 +482,8 @@ def _outcome(thread: _StepThread, control: RunControl, interruption: BaseExcepti
 
 
 def _warn_hung(loader: str, name: str, grace: float) -> None:
-    warnings.warn(
+    warn_user(
         f"{name}: {loader} had not returned {grace:g} s after the run was to end; its thread "
         "is left behind and ends when the loader returns. Give loader_grace= to wait longer",
         LoaderHungWarning,
-        stacklevel=2,
     )

@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
@@ -25,7 +24,7 @@ import anyio
 from fitloop._concurrency.event_loops import ThreadsafeEvent
 from fitloop._display.console import can_draw, fit_width, has_terminal
 from fitloop._display.live_area import LIVE_AREA, Frame
-from fitloop._errors import ConfigurationError
+from fitloop._errors import ConfigurationError, warn_user
 from fitloop._events import PromptAsked
 from fitloop._format import display_width, printable
 
@@ -94,11 +93,11 @@ class TerminalPrompt:
                 return await _ask(f"{self._label()}{event.question}", event)
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 f"{event.trainer}: continue_loop asks on a terminal, and there is none; going on. "
                 "Give on_continue= an async function to ask in another way",
                 RuntimeWarning,
-                stacklevel=2,
+                of_run=True,
             )
         return True
 

@@ -31,10 +31,10 @@ class ThreadBackend:
                     f"{spec.args!r:.80}; expected none, they are for a function that makes one"
                 )
             check_save_path(spec, spec.target)
-        elif not callable(spec.target):
+        elif not callable(spec.target) or _is_verb(spec.target):
             raise ConfigurationError(
                 f"job {spec.name!r}: {spec.target!r:.80} was submitted; expected a function that "
-                "returns a FitLoop, or a FitLoop"
+                "returns a FitLoop, or a FitLoop; the Runner calls its fit()"
             )
 
     async def run(
@@ -45,6 +45,11 @@ class ThreadBackend:
 
     async def close(self) -> None:
         """Do nothing: this backend holds no resources."""
+
+
+def _is_verb(target: Any) -> bool:
+    is_method = isinstance(getattr(target, "__self__", None), FitLoop | SyncFitLoop)
+    return is_method and target.__name__ in ("fit", "train", "test")
 
 
 async def run_job(

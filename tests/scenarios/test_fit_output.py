@@ -112,6 +112,14 @@ async def test_display_metrics_when_given_then_only_these_are_shown(
     assert re.fullmatch(expected, capsys.readouterr().out)
 
 
+async def test_question_when_there_is_no_terminal_then_one_warning_names_the_line_of_the_call() -> (
+    None
+):
+    with pytest.warns(RuntimeWarning, match="asks on a terminal, and there is none") as told:
+        await trainer().fit(3, continue_loop=1, verbose=False)
+    assert [warning.filename for warning in told] == [__file__]
+
+
 async def test_display_metrics_when_a_name_comes_later_then_it_is_shown_and_one_warning_names_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -208,6 +208,8 @@ async def test_submit_when_it_cannot_work_then_says_so_at_once(tmp_path: Path) -
             runner.submit(make(), name="built")
         with pytest.raises(ConfigurationError, match=r"expected a function that returns a FitLoop"):
             runner.submit("train.py")
+        with pytest.raises(ConfigurationError, match=r"fit of .* was submitted; .* its fit\(\)$"):
+            runner.submit(make().fit)
         with pytest.raises(ConfigurationError, match=r"were|was submitted with the arguments"):
             runner.submit(make(), 1, name="built")
         with pytest.raises(ConfigurationError, match=r"epochs is -1"):
