@@ -80,17 +80,18 @@ def format_metrics(metrics: Mapping[str, float], names: Sequence[str] | None) ->
     )
 
 
-def json_ready(value: Any) -> Any:
+def json_ready(value: Any, *, finite: bool = True) -> Any:
     """Return a value for JSON: None for a number that is not finite, and plain dicts and strings.
 
-    Python would write NaN and Infinity, which are no JSON.
+    Python would write NaN and Infinity, which are no JSON. Without ``finite`` they stay, for
+    msgpack.
     """
     if isinstance(value, Mapping):
-        return {str(key): json_ready(item) for key, item in value.items()}
+        return {str(key): json_ready(item, finite=finite) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [json_ready(item) for item in value]
+        return [json_ready(item, finite=finite) for item in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return None if finite and not math.isfinite(value) else value
     return str(value) if isinstance(value, StrEnum) else value
 
 

@@ -27,6 +27,7 @@ from fitloop._events import (
     RunStarted,
     WentBack,
 )
+from fitloop._format import json_ready
 from fitloop._metrics.history import History, export_history
 from fitloop._storage.layout import (
     FORMAT,
@@ -107,7 +108,10 @@ def encode_progress(event: BatchProgress, at: float, run: RunInfo) -> bytes:
 
 def _contents(event: Event, at: float) -> dict[str, Any]:
     omitted = _OMITTED.get(type(event), {"trainer"})
-    contents = {key: value for key, value in event.as_dict().items() if key not in omitted}
+    contents: dict[str, Any] = {"kind": event.kind}
+    for item in fields(event):
+        if item.name not in omitted:
+            contents[item.name] = json_ready(getattr(event, item.name), finite=False)
     if isinstance(event, PhaseEnded):
         contents["batch_metrics"] = {k: _bytes_of(v) for k, v in event.batch_metrics.items()}
     contents["at"] = at
