@@ -310,7 +310,8 @@ class RestoreWarning(RuntimeWarning):
 class ResumeWarning(RuntimeWarning):
     """A resumed run is not exactly as expected.
 
-    A damaged snapshot was ignored, batches are read again, or the last bits of results may differ,
+    A damaged snapshot was ignored, batches are read again, the snapshot overrules settings of the
+    script, does not hold a state, or is of another loader; or the last bits of results may differ,
     because torch has another version or another number of threads.
     """
 

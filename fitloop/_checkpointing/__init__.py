@@ -7,6 +7,7 @@ engine's loop, terminals or event loops.
 - `scheduler_state`: the state of a scheduler in it.
 - `run_position`: the position of a run in a snapshot.
 - `snapshot`: both in one file.
+- `comparison`: compares a snapshot with the trainer that is to take it.
 - `archive`: the snapshots in a directory.
 - `checkpointer`: `Checkpoint`, and when a snapshot is taken.
 - `rollback`: a copy in memory, for a no to the continue question.

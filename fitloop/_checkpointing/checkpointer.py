@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fitloop._checkpointing.archive import Archive
 from fitloop._checkpointing.best_model_files import BestModelFiles
@@ -26,6 +26,7 @@ from fitloop._public import public
 from fitloop._storage.durable import reason
 from fitloop._storage.tensors import SnapshotBuffers
 from fitloop._training.trainer_state import TrainerState
+from fitloop._types import Phase
 
 
 @public
@@ -88,6 +89,7 @@ class Checkpointer:
         writer: BackgroundWriter,
         *,
         position: Callable[[bool], RunPosition],
+        loaders: Mapping[Phase, Any],
         outside: Callable[[Callable[[], None]], object],
         control: RunControl,
         check: Callable[[], object] = lambda: None,
@@ -98,6 +100,7 @@ class Checkpointer:
         self._archive = archive
         self._writer = writer
         self._position = position
+        self._loaders = loaders
         self._outside = outside
         self._control = control
         self._check_state = check
@@ -122,7 +125,7 @@ class Checkpointer:
         if self._best is not None:
             self._best.begin()
         if self._policy.on_error == "raise":
-            take_snapshot(self._trainer, self._buffers, self._position(False))
+            take_snapshot(self._trainer, self._buffers, self._position(False), self._loaders)
 
     def after_batch(self) -> None:
         """Take a snapshot if one is due; called after each train batch."""
@@ -186,7 +189,7 @@ class Checkpointer:
         position = self._position(finished)
         path = self._archive.next_path()
         try:
-            prepared = take_snapshot(self._trainer, self._buffers, position)
+            prepared = take_snapshot(self._trainer, self._buffers, position, self._loaders)
         except CheckpointError as error:
             self._outcomes.append(self._failure(path, position, error))
             self._emit_outcomes()

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from fitloop._checkpointing.archive import Archive
 from fitloop._checkpointing.best_model_files import remove_best_models
 from fitloop._checkpointing.checkpointer import Checkpoint
+from fitloop._checkpointing.comparison import check_fits
 from fitloop._checkpointing.run_log import RunLog
 from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.snapshot import Snapshot, apply_snapshot
@@ -103,7 +103,6 @@ class Resumption:
     def __init__(self, trainer: TrainerState, snapshot: Snapshot, plan: RunPlan) -> None:
         self._trainer = trainer
         self._snapshot = snapshot
-        _check_trainer(trainer, snapshot)
         self.num_threads: int | None = snapshot.trainer["num_threads"]
         try:
             rng_state = loader_state(snapshot.random, Phase.TRAIN)
@@ -114,6 +113,7 @@ class Resumption:
             raise CheckpointError(
                 f"{snapshot.path} cannot be read: its run is not as fitloop writes it: {error!r}"
             ) from error
+        check_fits(trainer, snapshot, dict(plan.phases), self.position)
         self.plan = replace(
             plan,
             first_epoch=self.position.first_epoch,
@@ -166,25 +166,3 @@ class Resumption:
                     "differ if it draws. persistent_workers=False is exact",
                     ResumeWarning,
                 )
-
-
-def _check_trainer(trainer: TrainerState, snapshot: Snapshot) -> None:
-    """Raise `CheckpointError` for another seed; warn of differences that change the last bits."""
-    config, saved = trainer.config, snapshot.trainer
-    if saved["seed"] != config.seed:
-        raise CheckpointError(
-            f"{snapshot.path} is of a trainer with seed={saved['seed']}, this one has "
-            f"seed={config.seed}; resume with the same seed"
-        )
-    differences = []
-    if config.num_threads not in (None, saved["num_threads"]):
-        differences.append(f"num_threads was {saved['num_threads']} and is {config.num_threads}")
-    torch_version = snapshot.versions.get("torch")
-    if torch_version != str(torch.__version__):
-        differences.append(f"torch was {torch_version} and is {torch.__version__}")
-    if differences:
-        warn_user(
-            f"resuming {config.name!r}: results may differ in their last bits, since "
-            + " and ".join(differences),
-            ResumeWarning,
-        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +27,8 @@ from fitloop._checkpointing.training_state import (
     training_state,
 )
 from fitloop._data.carried_state import carried_states, check_states, set_carried_states
-from fitloop._errors import CheckpointError, ResumeWarning, warn_user
+from fitloop._data.inspection import loader_facts
+from fitloop._errors import CheckpointError
 from fitloop._metrics.history import History, export_history, restore_history
 from fitloop._rng.states import RngState
 from fitloop._storage.durable import reason, write_file
@@ -55,6 +56,13 @@ from fitloop._training.trainer_state import BestState, TrainerState
 from fitloop._types import Phase
 
 KIND = "snapshot"
+STATE_KEYS = frozenset(
+    (
+        *("training", "random", "history", "generators", "run"),
+        *("best", "best_extra", "best_modules", "best_optimizers"),
+    )
+)
+"""keys of the state besides those of `TrainerState.parts`"""
 _CONSTANT = ("state/best/", "state/best_extra/", "state/best_optimizers/")
 
 
@@ -82,13 +90,18 @@ class PreparedSnapshot:
 
 
 def take_snapshot(
-    trainer: TrainerState, buffers: SnapshotBuffers, position: RunPosition | None = None
+    trainer: TrainerState,
+    buffers: SnapshotBuffers,
+    position: RunPosition | None = None,
+    loaders: Mapping[Phase, Any] | None = None,
 ) -> PreparedSnapshot:
     """Copy the present state of a trainer, outside its random streams, into ``buffers``.
 
+    ``loaders`` are those of the run, where they are not those of the constructor.
+
     Raises `CheckpointError`, naming its path in the tree, for a value that cannot be encoded.
     """
-    config = trainer.config
+    config, all_loaders = trainer.config, trainer.loaders_of(loaders or {})
     state_of_best = None if trainer.best_score is None else trainer.borrow_best()
     best, extra, optimizers = state_of_best or (None, {}, [])
     versions = getattr(best, "_metadata", None)
@@ -98,9 +111,7 @@ def take_snapshot(
         ),
         "random": trainer.rng.state_tree({} if position is None else position.loader_rng),
         "history": export_history(trainer.history),
-        "generators": {
-            str(phase): carried_states(loader) for phase, loader in trainer.loaders_of({}).items()
-        },
+        "generators": {str(phase): carried_states(loader) for phase, loader in all_loaders.items()},
         "best": None if best is None else dict(best),
         "best_extra": dict(extra),
         "best_modules": None if versions is None else {k: dict(v) for k, v in versions.items()},
@@ -125,14 +136,14 @@ def take_snapshot(
             "torch": str(torch.__version__),
             "numpy": str(np.__version__),
         },
-        "trainer": _trainer_fields(trainer),
+        "trainer": _trainer_fields(trainer, all_loaders),
         "position": {} if position is None else position.header(),
         "state": state,
     }
     return PreparedSnapshot(fields, payloads)
 
 
-def _trainer_fields(trainer: TrainerState) -> dict[str, Any]:
+def _trainer_fields(trainer: TrainerState, loaders: Mapping[Phase, Any]) -> dict[str, Any]:
     config, criteria = trainer.config, trainer.criteria
     return {
         "name": config.name,
@@ -146,6 +157,13 @@ def _trainer_fields(trainer: TrainerState) -> dict[str, Any]:
         "best_score": trainer.best_score,
         "best_epoch": trainer.best_epoch,
         "criteria": None if criteria is None else [criteria.name, criteria.direction],
+        "given": trainer.given.facts,
+        "loaders": {
+            str(phase): loader_facts(loader)
+            for phase, loader in loaders.items()
+            if loader is not None
+        },
+        "lost": trainer.lost_attributes(),
         "metrics": {
             str(phase): {
                 name: series.last
@@ -274,7 +292,7 @@ def apply_snapshot(trainer: TrainerState, snapshot: Snapshot) -> None:
     saved, state = snapshot.trainer, snapshot.state
     check_training(trainer.config, state["training"])
     restore_rng = _prepare_rng(trainer, snapshot)
-    same_criteria = _has_same_criteria(trainer, snapshot)
+    same_criteria = has_same_criteria(trainer, snapshot)
     undo = _save_best(trainer, state) if same_criteria else (lambda: None)
     try:
         apply_training(trainer, state["training"], state)
@@ -296,24 +314,15 @@ def apply_snapshot(trainer: TrainerState, snapshot: Snapshot) -> None:
     restore_rng()
 
 
-def _has_same_criteria(trainer: TrainerState, snapshot: Snapshot) -> bool:
-    """Return whether the best score of a snapshot is of the criteria of a trainer; warn if not.
+def has_same_criteria(trainer: TrainerState, snapshot: Snapshot) -> bool:
+    """Return whether the best score of a snapshot is of the criteria of a trainer.
 
     A default criteria becomes that of the snapshot.
     """
     saved, criteria = snapshot.trainer["criteria"], trainer.criteria
     if saved is None or criteria is None or criteria.is_default:
         return True
-    if list(saved) == [criteria.name, criteria.direction]:
-        return True
-    if snapshot.trainer["best_score"] is not None:
-        warn_user(
-            f"the best score in {snapshot.path} is of the criteria {saved[0]!r} with the direction "
-            f"{saved[1]}, and the trainer has {criteria.name!r} with {criteria.direction}: best "
-            "score and best weights begin anew",
-            ResumeWarning,
-        )
-    return False
+    return list(saved) == [criteria.name, criteria.direction]
 
 
 def _prepare_rng(trainer: TrainerState, snapshot: Snapshot) -> Callable[[], None]:

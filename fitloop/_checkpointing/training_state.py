@@ -22,6 +22,7 @@ from fitloop._storage.weight_files import check_module_versions, set_metadata
 from fitloop._storage.weight_store import (
     apply_weights,
     check_weights,
+    plain_name,
     weights_of,
 )
 from fitloop._training.parts import (
@@ -193,8 +194,14 @@ def _check_contents(config: TrainerConfig, state: Any) -> None:
 
 def _apply(config: TrainerConfig, state: Any) -> None:
     parameters = {name: parameter for parameter, name in parameter_names(config).items()}
+    dtypes = {
+        parameters[name]: value.dtype
+        for number, saved in enumerate(state["modules"])
+        for key, value in saved["weights"].items()
+        if isinstance(value, Tensor) and (name := f"{number}.{plain_name(key)}") in parameters
+    }
     for optimizer, saved in zip(config.optimizers, state["optimizers"], strict=True):
-        _load_optimizer(optimizer, clone_tensors(saved), parameters)
+        _load_optimizer(optimizer, clone_tensors(saved), parameters, dtypes)
     for scheduler, saved in zip(config.lr_schedulers, state["schedulers"], strict=True):
         load_scheduler(scheduler, clone_tensors(saved["state"]))
     for name, item in stateful_objects(config).items():
@@ -221,7 +228,12 @@ def _gradient_of(parameter: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tensor]) -> None:
+def _load_optimizer(
+    optimizer: Optimizer,
+    saved: Any,
+    parameters: dict[str, Tensor],
+    dtypes: dict[Tensor, torch.dtype],
+) -> None:
     state, names = saved["state"], saved["names"]
     if has_own_state_dict(optimizer):  # its state can have any layout
         load_optimizer_state(optimizer, state)
@@ -237,7 +249,7 @@ def _load_optimizer(optimizer: Optimizer, saved: Any, parameters: dict[str, Tens
             )
         first = {key: value for key, value in groups[0].items() if key != "params"}
         groups[:] = [{**first, "params": [parameters[name] for name in group]} for group in names]
-    load_optimizer_state(optimizer, state)
+    load_optimizer_state(optimizer, state, dtypes)
     if saved["stepped"]:
         optimizer._opt_called = True  # type: ignore[attr-defined]
 

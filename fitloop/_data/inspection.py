@@ -106,6 +106,34 @@ def length_of(loader: object) -> int | None:
         return None
 
 
+ORDER_FACTS = frozenset(("batches", "batch_size", "samples", "sampler"))
+"""the `loader_facts` without which a pass does not go on with the same samples"""
+
+
+def loader_facts(loader: Any) -> dict[str, Any]:
+    """Return what tells a loader from another one, in plain values; unknown is left out.
+
+    The number of worker processes is left out where it changes nothing.
+    """
+    if not is_iterable(loader):
+        return {"type": "function"}
+    facts: dict[str, Any] = {"type": type(loader).__name__, "batches": length_of(loader)}
+    if isinstance(loader, DataLoader):
+        batches: Any = loader.batch_sampler
+        is_plain = type(batches) is BatchSampler
+        sampler = batches.sampler if is_plain else (batches or loader.sampler)
+        tensors = loader.collate_fn is default_collate and _only_tensors(loader.dataset)
+        facts |= {
+            "batch_size": getattr(batches, "batch_size", None),
+            "drop_last": getattr(batches, "drop_last", None),
+            "sampler": type(sampler).__name__,
+            "dataset": type(loader.dataset).__name__,
+            "samples": length_of(loader.dataset),
+            "num_workers": None if tensors else loader.num_workers,
+        }
+    return {name: value for name, value in facts.items() if isinstance(value, (int, str))}
+
+
 def sample_counts(loader: object, steps: int | None) -> tuple[int | None, int | None]:
     """Return the samples in a pass of at most ``steps`` batches, and in each batch but the last.
 

@@ -101,7 +101,7 @@ class Loaders:
         rng = context.rng
         rng_state = rng.state() if self.tracks_positions else None
         if resume_from is not None:
-            limit = None if limit is None else limit - resume_from.batches
+            limit = None if limit is None else max(0, limit - resume_from.batches)
             rng.set_state(resume_from.pass_start.rng_state)
         no_rng_in_reads = self._options.randomness == "own" or uses_rng_only_at_start(loader)
         forks = isinstance(loader, DataLoader) and loader.num_workers > 0

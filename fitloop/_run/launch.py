@@ -134,7 +134,15 @@ async def run_exclusively_in_thread(state: TrainerState, call: str, function: Ca
     """
     await leave_predictions(state)
     with in_use(state.config.name, call, state, state.config.model):
-        return await run_in_thread(state.config.name, function)
+
+        def call_function() -> T:
+            state.given.begin_call()
+            try:
+                return function()
+            finally:
+                state.given.end_call()
+
+        return await run_in_thread(state.config.name, call_function)
 
 
 def phases_to_run(

@@ -67,6 +67,7 @@ class Run:
         self._fit = state.completed_fits
         self._parts: dict[str, StatePart] = {}
         """parts of the state of this run, by their key in snapshots"""
+        state.given.begin_call()
         with ExitStack() as stack:
             self._files = None
             if options.files is not None:
@@ -81,6 +82,7 @@ class Run:
             self._tracker = None
             if self._plan.call == "fit":
                 state.save_pretrained(resuming=self._resumption is not None)
+                state.watch_loaders(dict(self._plan.phases))
                 if self._resumption is None:
                     state.compare_only_with(dict(self._plan.phases).get(Phase.VALID))
                 self._tracker = state.best_tracker(state.event_bus.emit)
@@ -178,6 +180,7 @@ class Run:
             self._files.archive,
             self._files.writer,
             position=self._position,
+            loaders=dict(self._plan.phases),
             outside=self._session.guard.outside,
             control=self._context.control,
             check=self._session.steps.guard.check,
@@ -316,6 +319,7 @@ class Run:
         )
         self._close()
         result = self._result()
+        self._state.given.end_call()
         vars(self).clear()  # or references in a circle would keep the model in memory
         return ending.result(result)  # type: ignore[no-any-return]
 

@@ -12,6 +12,7 @@ import torch
 
 from fitloop._arguments import checked_arguments
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
+from fitloop._checkpointing.comparison import check_fits
 from fitloop._checkpointing.run_files import FileOptions
 from fitloop._checkpointing.snapshot import (
     apply_snapshot,
@@ -19,7 +20,6 @@ from fitloop._checkpointing.snapshot import (
     read_snapshot,
     take_snapshot,
 )
-from fitloop._checkpointing.training_state import check_training
 from fitloop._display.console import write_output
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import QUESTION, PromptWithTimeout, TerminalPrompt
@@ -648,6 +648,9 @@ class FitLoop(TrainerBase):
         is read to before. Random states are restored if the trainer has the seed of the file;
         without a seed, the global generators are set. The position in an epoch is ignored.
 
+        One `ResumeWarning` names what this trainer was given and the snapshot overrules, such as
+        learning rates, how the loaders differ, and what the snapshot could not hold.
+
         Raises:
             BusyError: the trainer is busy.
             CheckpointError: the file cannot be read or does not fit; nothing was changed.
@@ -657,7 +660,7 @@ class FitLoop(TrainerBase):
 
         def read() -> None:
             snapshot = read_snapshot(source, device)
-            check_training(self._state.config, snapshot.state["training"])
+            check_fits(self._state, snapshot, self._state.loaders_of({}))
             self._state.move_to_device()
             self._state.save_pretrained()
             apply_snapshot(self._state, snapshot)
@@ -793,7 +796,7 @@ class FitLoop(TrainerBase):
 
         Raises CheckpointError if there is no such file, or it cannot be removed.
         """
-        store = DiskStore(self.save_path if path is None else Path(path))
+        store = DiskStore(self._directory(path))
         await run_exclusively_in_thread(self._state, "delete", lambda: store.delete(name))
 
     async def del_best_model(self) -> None:
@@ -817,18 +820,21 @@ class FitLoop(TrainerBase):
     ) -> Path:
         """Return the path of a file to write, which must not be one that the trainer keeps."""
         file = self._file(name, path, suffixes)
-        directory = self.save_path if path is None else Path(path)
-        if directory.absolute() == self.save_path and self._state.keeps_file(name):
+        if self._directory(path) == self.save_path and self._state.keeps_file(name):
             raise CheckpointError(
                 f"{name!r} names a file with weights that the trainer itself keeps in "
                 f"{self.save_path}; give another name"
             )
         return file
 
+    def _directory(self, path: str | Path | None) -> Path:
+        """Return an absolute path, since the working directory may change before it is used."""
+        return self.save_path if path is None else Path(path).absolute()
+
     def _file(
         self, name: str, path: str | Path | None, suffixes: tuple[str, ...] | None = None
     ) -> Path:
-        file = (self.save_path if path is None else Path(path)) / with_suffix(name)
+        file = self._directory(path) / with_suffix(name)
         if file.name.casefold() == LOG_NAME:
             raise CheckpointError(f"{name!r} names the log of metrics; give another name")
         if suffixes is not None and file.suffix.lower() not in suffixes:

@@ -6,6 +6,7 @@ terminals or runs.
 - `trainer_state`: the state of a trainer.
 - `parts`: the list of the parts of a training state, and weights beside the model's.
 - `capture`: exact copies of model, optimizers and schedulers, restored in place.
+- `given`: settings of optimizers and schedulers, as the user gave them.
 - `object_state`: what changed in attributes of users' objects, and generators that they hold.
 - `tensor_copy`: the copy of one tensor in it.
 - `best`: finds the best epoch.

@@ -28,7 +28,7 @@ MAX_VALUES = 1000
 """items of a container that is taken for a state; a larger one is data"""
 _MAX_ARRAY_BYTES = 2**20
 _MAX_DEPTH = 3
-_ATOMS = frozenset((type(None), bool, int, float, complex, str))
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
 _CONTAINERS = (list, tuple, set, frozenset, deque, dict)
 _OF_OPTIMIZERS = frozenset(("defaults", "state", "param_groups", "_opt_called"))
 
@@ -130,6 +130,12 @@ class ObjectState:
             f"{path}.{n}" for path, _item, names, are_all in changes if not are_all for n in names
         ]
 
+    def missing(self, state: dict[str, Any]) -> list[str]:
+        """Return the paths in a state of which this trainer has no object."""
+        found = self.begin().search()
+        saved = (*state.get("generators", ()), *state.get("attributes", ()))
+        return [path for path in saved if path not in found.holders and path not in found.objects]
+
     def state_dict(self) -> dict[str, Any]:
         """See `StatePart`."""
         watch = self.begin()
@@ -156,9 +162,10 @@ class ObjectState:
         for path, attributes_of_item in saved.items():
             for name, value in attributes_of_item.items():
                 _set_attribute(found.objects.get(path), name, value)
-        for path, generator in state.get("generators", {}).items():
+        generators = {path: check_tree(item) for path, item in state.get("generators", {}).items()}
+        for path, generator in generators.items():
             if is_generator(found.holders.get(path)):
-                set_generator_state(found.holders[path], check_tree(generator))
+                set_generator_state(found.holders[path], generator)
 
 
 def _set_attribute(item: Any, name: str, value: Any) -> None:

@@ -125,11 +125,14 @@ def load_optimizer(optimizer: Any, state: Any) -> None:
             item.state = states
 
 
-def load_optimizer_state(optimizer: Optimizer, state: Any) -> None:
+def load_optimizer_state(
+    optimizer: Optimizer, state: Any, dtypes: Mapping[Tensor, torch.dtype] | None = None
+) -> None:
     """Call `load_optimizer`; the tensors of the state keep their dtypes.
 
-    Torch casts them to the dtype of their parameter. An optimizer with a ``load_state_dict`` of its
-    own casts as it likes.
+    Torch casts them to the dtype of their parameter, which is right for those that had the dtype of
+    the parameter then, in ``dtypes``. An optimizer with a ``load_state_dict`` of its own casts as
+    it likes.
     """
     load_optimizer(optimizer, state)
     if has_own_state_dict(optimizer):
@@ -139,7 +142,11 @@ def load_optimizer_state(optimizer: Optimizer, state: Any) -> None:
     for parameter, number in zip(order, ids, strict=True):
         for key, value in state["state"].get(number, {}).items():
             now = optimizer.state[parameter].get(key)
-            if isinstance(now, Tensor) and isinstance(value, Tensor) and now.dtype != value.dtype:
+            if not isinstance(now, Tensor) or not isinstance(value, Tensor):
+                continue
+            before = (dtypes or {}).get(parameter, parameter.dtype)
+            is_cast = value.dtype == before != parameter.dtype
+            if now.dtype != value.dtype and not is_cast:
                 optimizer.state[parameter][key] = value.to(now.device)
 
 

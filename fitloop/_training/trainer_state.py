@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fitloop._concurrency.control import RunControl
-from fitloop._data.inspection import reads_all_samples
+from fitloop._data.inspection import is_stateful, reads_all_samples
 from fitloop._data.loaders import Loaders, LoadingOptions
 from fitloop._engine.config import PRETRAINED, TrainerConfig, check_not_awaitable
 from fitloop._engine.event_bus import EventBus
@@ -45,7 +45,8 @@ from fitloop._training.best import BestTracker, Criteria
 from fitloop._training.best_models import BestModels
 from fitloop._training.best_optimizers import optimizer_states, restore_optimizers
 from fitloop._training.capture import Capture
-from fitloop._training.object_state import ObjectState
+from fitloop._training.given import GivenSettings
+from fitloop._training.object_state import AttributeWatch, ObjectState
 from fitloop._training.parts import (
     StatePart,
     apply_extra_weights,
@@ -123,6 +124,9 @@ class TrainerState:
             steps = self.step_counts.made
             self.average = AveragedWeights(config.average, config.model, steps)
             self.parts["average"] = self.average
+        self.given = GivenSettings(config)
+        self._watches: dict[Phase, tuple[Any, AttributeWatch]] = {}
+        """loaders, with their attributes before their first run"""
         self.rng = TrainerRng(config.seed, self.cuda_devices)
         """random numbers of the trainer"""
         self._best_optimizers: list[Any] = []
@@ -161,6 +165,7 @@ class TrainerState:
         if self._initial is None:
             keep = saved_tensors(self.config.model)
             self.objects.begin()
+            self.watch_loaders(self.loaders_of({}))
             self._initial = Capture(self._all_parts(), keep=keep, on_cpu=True)
         if resuming and self.store.exists(PRETRAINED):
             self._has_pretrained = True
@@ -346,6 +351,22 @@ class TrainerState:
         """Count the epochs of a training run."""
         if isinstance(event, EpochEnded):
             self.epoch_num = event.epoch
+
+    def watch_loaders(self, loaders: Mapping[Phase, Any]) -> None:
+        """Note the attributes of loaders that have not been read yet."""
+        for phase, loader in loaders.items():
+            known = self._watches.get(phase, (None,))[0]
+            has_state = loader is None or is_stateful(loader) or hasattr(loader, "__next__")
+            if known is not loader and not has_state:
+                self._watches[phase] = loader, AttributeWatch({f"{phase}_dl": loader})
+
+    def lost_attributes(self) -> list[str]:
+        """Return the names of attributes that changed and that no snapshot can hold."""
+        lost = self.objects.lost()
+        for _loader, watch in self._watches.values():
+            for path, _item, changed, _are_all in watch.changes():
+                lost += [f"{path}.{name}" for name in changed]
+        return lost
 
     def capture(self) -> Capture:
         """Copy everything that a dry run changes."""

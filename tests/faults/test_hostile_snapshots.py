@@ -244,6 +244,16 @@ FORGED: dict[str, Change] = {
     "runs below none": lambda h: h["state"]["history"]["train"].update(runs=-5),
     "epochs below none": lambda h: h["trainer"].update(epoch_num=-5),
     "frozen": lambda h: training(h).update(frozen=[5]),
+    "given": lambda h: h["trainer"].update(given={"optimizers": 5}),
+    "loaders": lambda h: h["trainer"].update(loaders=[5]),
+    "facts of a loader": lambda h: h["trainer"].update(loaders={"train": 5}),
+    "lost": lambda h: h["trainer"].update(lost=5),
+    "dtype": lambda h: h["trainer"].pop("dtype"),
+    "generators": lambda h: h["state"]["generators"].update(train={"generator": {"python": 1}}),
+    "attributes": lambda h: h["state"].update(objects={"attributes": {"model": 5}}),
+    "generators of objects": lambda h: h["state"].update(
+        objects={"generators": {"model.rng": {"numpy": {"bit_generator": "MT19937"}}}}
+    ),
 }
 
 

@@ -1,0 +1,167 @@
+"""Compares a snapshot with the trainer that is to take it, once for each resume or load.
+
+An error is raised for what cannot go on; one warning names all that differs and is overruled, and
+all that the snapshot does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fitloop._checkpointing.run_position import RunPosition
+from fitloop._checkpointing.snapshot import STATE_KEYS, Snapshot, has_same_criteria
+from fitloop._checkpointing.training_state import check_training
+from fitloop._data.carried_state import missing_states
+from fitloop._data.inspection import ORDER_FACTS, loader_facts, loader_label
+from fitloop._errors import CheckpointError, ResumeWarning, warn_user
+from fitloop._format import printable
+from fitloop._training.given import differences, differences_of_facts
+from fitloop._training.trainer_state import TrainerState
+from fitloop._types import Phase
+
+_ORDER_GENERATORS = ("generator", "sampler", "batch_sampler")
+"""parts of a DataLoader whose random numbers decide the order of its samples"""
+
+
+def check_fits(
+    trainer: TrainerState,
+    snapshot: Snapshot,
+    loaders: Mapping[Phase, Any],
+    position: RunPosition | None = None,
+) -> None:
+    """Compare a snapshot with a trainer and the loaders of a run; change nothing.
+
+    ``position`` is that of a run to be resumed.
+
+    Raises:
+        CheckpointError: model, optimizers or schedulers do not fit; or for a run, the seed or, in
+            the middle of an epoch, the train loader is another one.
+    """
+    seed, action = snapshot.trainer["seed"], "loading" if position is None else "resuming"
+    if position is not None and seed != trainer.config.seed:
+        raise CheckpointError(
+            f"{snapshot.path} is of a trainer with seed={seed}, this one has "
+            f"seed={trainer.config.seed}; resume with the same seed"
+        )
+    check_training(trainer.config, snapshot.state["training"])
+    try:
+        told = [
+            *_last_bits(trainer, snapshot, position),
+            *_overruled(trainer, snapshot),
+            *_not_held(trainer, snapshot),
+            *_other_loaders(snapshot, loaders, position),
+        ]
+    except CheckpointError:
+        raise
+    except Exception as error:  # any error that a forged header causes
+        raise CheckpointError(
+            f"{snapshot.path} cannot be read: its header is not as fitloop writes it: {error!r}"
+        ) from error
+    if told:
+        warn_user(
+            f"{action} {trainer.config.name!r} from {snapshot.path}: {'; '.join(told)}",
+            ResumeWarning,
+        )
+
+
+def _last_bits(
+    trainer: TrainerState, snapshot: Snapshot, position: RunPosition | None
+) -> list[str]:
+    """Say what changes results in their last bits."""
+    config, saved, told = trainer.config, snapshot.trainer, []
+    if position is not None:
+        if config.num_threads not in (None, saved["num_threads"]):
+            told.append(f"num_threads was {saved['num_threads']} and is {config.num_threads}")
+        torch_version = snapshot.versions.get("torch")
+        if torch_version != str(torch.__version__):
+            told.append(f"torch was {torch_version!s:.40} and is {torch.__version__}")
+        device = str(saved["device"]).partition(":")[0]
+        if device != config.device.type:
+            told.append(f"device was {device:.40} and is {config.device.type}")
+    return [f"results may differ in their last bits, since {' and '.join(told)}"] if told else []
+
+
+def _overruled(trainer: TrainerState, snapshot: Snapshot) -> list[str]:
+    """Say what was given, and is not used."""
+    config, saved, told = trainer.config, snapshot.trainer, []
+    dtype = str(config.dtype).removeprefix("torch.")
+    if saved["dtype"] != dtype:
+        told.append(
+            f"dtype was {saved['dtype']!s:.40} and is {dtype}, to which weights and optimizer "
+            "states are converted"
+        )
+    if not has_same_criteria(trainer, snapshot) and saved["best_score"] is not None:
+        (name, direction), criteria = saved["criteria"], trainer.criteria
+        assert criteria is not None
+        told.append(
+            f"the best score is of the criteria {name!r} with the direction {direction}, and the "
+            f"trainer has {criteria.name!r} with {criteria.direction}: best score and best weights "
+            "begin anew"
+        )
+    given, facts = saved.get("given"), trainer.given.facts
+    if given is not None and facts is not None:
+        others = differences_of_facts(given, facts)
+        if others:
+            told.append(f"{'; '.join(others)}: the settings of the snapshot are used")
+    return told
+
+
+def _not_held(trainer: TrainerState, snapshot: Snapshot) -> list[str]:
+    """Say what the snapshot, or this trainer, does not have."""
+    told = []
+    lost = [printable(str(name)) for name in snapshot.trainer.get("lost", ())]
+    if lost:
+        told.append(
+            f"{', '.join(lost[:10])} had changed and could not be kept; give the object that holds "
+            "it state_dict() and load_state_dict()"
+        )
+    missing = trainer.objects.missing(snapshot.state.get("objects", {}))
+    if missing:
+        names = ", ".join(map(printable, missing[:10]))
+        told.append(f"the snapshot has a state of {names}, which this trainer does not have")
+    unused = snapshot.state.keys() - STATE_KEYS - trainer.parts.keys()
+    if unused:
+        names = ", ".join(printable(repr(name)) for name in sorted(unused)[:10])
+        told.append(f"the snapshot holds {names}, which this trainer does not have")
+    return told
+
+
+def _other_loaders(
+    snapshot: Snapshot, loaders: Mapping[Phase, Any], position: RunPosition | None
+) -> list[str]:
+    """Say how loaders differ; raise `CheckpointError` if an epoch cannot go on with another one."""
+    told: list[str] = []
+    if position is not None and position.finished:
+        return told
+    for phase, loader in loaders.items():
+        if loader is None or (position is not None and str(phase) not in position.loaders):
+            continue
+        name, in_pass = loader_label(phase, loader), False
+        carried = snapshot.state["generators"][str(phase)]
+        if position is not None:
+            carried = position.loaders[str(phase)]["generators"]
+            in_pass = phase is Phase.TRAIN and position.train_pass is not None
+        saved = snapshot.trainer.get("loaders", {}).get(str(phase), {})
+        facts, missing = loader_facts(loader), missing_states(loader, carried)
+        if not saved and not carried:  # there was none, or it is not known
+            missing = [] if position is None else missing
+        others = differences(name, saved, facts)
+        if missing:
+            others.append(
+                f"{name}: the state of {', '.join(map(printable, missing[:10]))} is only in "
+                "one of loader and snapshot"
+            )
+        order = {key: value for key, value in facts.items() if key in ORDER_FACTS}
+        is_other = any(path.partition(".")[0] in _ORDER_GENERATORS for path in missing)
+        if in_pass and position is not None and (is_other or differences(name, saved, order)):
+            raise CheckpointError(
+                f"{snapshot.path} was taken after batch {position.batch} of an epoch, whose rest "
+                f"is not in another loader: {'; '.join(others)}. Give the loader as it was; or "
+                f"take only the state: await trainer.load({snapshot.path.name!r}, "
+                f"{str(snapshot.path.parent)!r}), then fit() with another save_path"
+            )
+        told += others
+    return told
