@@ -194,7 +194,7 @@ CASES = st.builds(
 @example(Case(4, 10, "tokens", padded=True, sized=False, stop_at=2))
 @example(Case(5, 7, "samples", steps=5, asynchronous=True, define_all=True))
 @given(CASES)
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_windows_when_trained_then_equal_the_loop(case: Case) -> None:
     fitted = trained(case)
     model, made = by_hand(case)

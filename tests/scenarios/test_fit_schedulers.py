@@ -373,6 +373,7 @@ RATES = [
 
 
 @pytest.mark.filterwarnings("ignore::fitloop.ScheduleWarning")
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("build", RATES)
 async def test_scheduler_when_stepped_after_steps_then_rates_are_those_of_the_loop(
