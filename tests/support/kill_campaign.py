@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from fitloop import (
+    EMA,
     Checkpoint,
     Event,
     LoopState,
@@ -53,16 +54,25 @@ MOST_STARTS = 500
 Report = Callable[[str], None]
 
 
+FEATURES: tuple[dict[str, Any], ...] = (
+    {},
+    {"accumulate": 3},
+    {"accumulate": 3, "clip_grad": 0.5, "precision": "bf16", "average": EMA(0.9)},
+    {"accumulate": 2, "clip_grad": 0.5, "precision": "fp16", "nonfinite": "skip"},
+)
+"""arguments of the trainer, which take turns"""
+
+
 class Variant(NamedTuple):
     """What differs between the trainings of a campaign."""
 
     seed: int | None
-    accumulate: int
+    features: dict[str, Any]
 
     @classmethod
     def of(cls, number: int) -> Variant:
         """Return the variant of the training of a number."""
-        return cls(None if number % 2 else 41, (1, 3)[number // 2 % 2])
+        return cls(None if number % 2 else 41, FEATURES[number // 2 % len(FEATURES)])
 
 
 def train(path: Path, variant: Variant, report: Report, *, resume: bool = True) -> str:
@@ -81,13 +91,13 @@ def train(path: Path, variant: Variant, report: Report, *, resume: bool = True) 
             done += (event.epoch - 1) * BATCHES if event.batch else 0
             report(f"saved {done}")
 
-    steps = FITS * EPOCHS * math.ceil(BATCHES / variant.accumulate)
+    steps = FITS * EPOCHS * math.ceil(BATCHES / variant.features.get("accumulate", 1))
     fitted = sync_trainer(
         model=model,
         optimizer=optimizer,
         lr_scheduler=OneCycleLR(optimizer, 0.1, total_steps=steps),
         scheduler_interval="step",
-        accumulate=variant.accumulate,
+        **variant.features,
         train_step=step,
         train_dl=DataLoader(Augmented(blobs()), 8, shuffle=True),
         valid_dl=DataLoader(Augmented(blobs(14, 2)), 8),
