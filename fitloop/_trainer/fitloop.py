@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from fitloop._engine.config import check_callable
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.plan import RunPlan
 from fitloop._engine.profiler import ProfileReport, SpanRecorder
-from fitloop._errors import CheckpointError, ConfigurationError
+from fitloop._errors import CheckpointError, ConfigurationError, NonFiniteError
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._run.fit_options import fit_option
@@ -572,7 +572,8 @@ class FitLoop(TrainerBase):
             track_batch_metrics=False,
         )
         options = RunOptions(dry=True, instrumentation=search)
-        await launch(state, self, plan, partial(Run, options=options))
+        with suppress(NonFiniteError):  # the rate is too high, and everything is restored
+            await launch(state, self, plan, partial(Run, options=options))
         return search.curve()
 
     async def _launch(

@@ -132,7 +132,7 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
             with torch.no_grad():
                 next(training.model.parameters()).fill_(NAN)
 
-    training = scored([1, 2, 3], tmp_path)
+    training = scored([1, 2, 3], tmp_path, nonfinite="ignore")
     with pytest.warns(NonFiniteWarning):
         fit(training, 3, 3, callbacks=[poison])
     assert kept(training) == [(1, 1)]

@@ -191,6 +191,18 @@ def test_a_loss_that_is_not_finite_ends_the_search() -> None:
     assert (len(first.lrs), first.suggestion) == (0, None)
 
 
+@pytest.mark.parametrize("reaction", ["raise", "skip", "ignore"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loss_of_the_default_step_that_is_not_finite(reaction: Any, accumulate: int) -> None:
+    """Whatever ``nonfinite`` is, which looks at the loss before the search does."""
+    training = sync_trainer(nonfinite=reaction, accumulate=accumulate)
+    before = bits(training.model)
+    curve = training.find_lr(1e-3, 1e38, 8)
+    assert 0 < len(curve.lrs) < 8
+    assert np.isfinite(curve.losses).all()
+    assert bits(training.model) == before
+
+
 async def test_an_async_step_and_a_loader_without_a_length() -> None:
     async def step(state: LoopState) -> None:
         await anyio.lowlevel.checkpoint()
