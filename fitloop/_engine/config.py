@@ -23,6 +23,7 @@ from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_functi
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._engine.compilation import check_compile, compiled_model, owned_model
+from fitloop._engine.metric_objects import check_metrics
 from fitloop._engine.precision import Precision, check_precision, make_scaler
 from fitloop._errors import (
     ConfigurationError,
@@ -236,6 +237,7 @@ class TrainerConfig:
     given_model: nn.Module
     """the model as it was given, perhaps compiled"""
     stateful: dict[str, Any]
+    metrics: dict[str, Any]
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> Self:
@@ -273,6 +275,7 @@ class TrainerConfig:
             "callbacks": check_callbacks(arguments["callbacks"]),
             "save_to_disk": check_flag("save_to_disk", arguments["save_to_disk"]),
             "stateful": _check_stateful(arguments["stateful"]),
+            "metrics": check_metrics(arguments["metrics"]),
         }
         return cls(**{**arguments, **checked})
 

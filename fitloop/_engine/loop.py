@@ -27,11 +27,12 @@ from fitloop._data.inspection import (
 from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState, StateWriter
+from fitloop._engine.metric_objects import computed_metrics, reset_metrics
 from fitloop._engine.optimization import Hook
 from fitloop._engine.plan import EngineDeps, PassPosition, RunPlan
 from fitloop._engine.precision import autocast_block
-from fitloop._engine.stages import Stages, default_batch_step
-from fitloop._errors import ConfigurationError, add_note_safely, one_line
+from fitloop._engine.stages import Stages, default_batch_step, default_epoch_end
+from fitloop._errors import ConfigurationError, MetricError, add_note_safely, one_line, quoted_list
 from fitloop._events import (
     BatchProgress,
     EpochEnded,
@@ -121,6 +122,11 @@ class Engine:
         result = function(argument)
         if isawaitable(result):
             self._await(result)
+
+    @property
+    def is_in_train_phase(self) -> bool:
+        """Whether a pass over the train loader goes on."""
+        return self._train_pass is not None
 
     def position(self) -> PassPosition | None:
         """Return the position in the current train phase, outside stage functions; else None."""
@@ -230,7 +236,7 @@ class Engine:
         if not complete and (count == 0 or phase is not Phase.TRAIN):
             return None
         writer.end()
-        metrics = self._call(state, Stage.EPOCH_END)
+        metrics = self._epoch_metrics(state)
         deps.modes.leave_evaluation()
         self.activity = f"{phase}, epoch {epoch}, ending"
         self._emit(
@@ -247,6 +253,19 @@ class Engine:
             )
         )
         return metrics, complete
+
+    def _epoch_metrics(self, state: LoopState) -> dict[str, float]:
+        """Return the metrics of ``epoch_end`` and of the metric objects."""
+        metrics = self._call(state, Stage.EPOCH_END)
+        self.activity = f"{state.phase}, epoch {state.epoch_num}, computing metrics"
+        computed = computed_metrics(self._deps.config.metrics)
+        twice = sorted(metrics.keys() & computed.keys())
+        if twice and self._stages.get(state.phase, Stage.EPOCH_END) is not default_epoch_end:
+            raise MetricError(
+                f"{state.phase}_epoch_end returned {quoted_list(twice)}, which metrics= computes "
+                "too; leave it out, or give it another name"
+            )
+        return {**metrics, **computed}
 
     def _pass(self, writer: StateWriter, source: Source) -> bool:
         """Run the batches of a phase; return whether it was complete."""
@@ -353,7 +372,7 @@ class Engine:
         )
 
     def _enter(self, phase: Phase) -> None:
-        """Set train or eval mode, grad mode and the random stream for a phase."""
+        """Set modes and random stream for a phase, and reset the metric objects."""
         deps = self._deps
         train, defined = phase is Phase.TRAIN, self._defines_all(phase)
         if train and not defined:
@@ -362,6 +381,7 @@ class Engine:
             deps.modes.evaluate()
         torch.set_grad_enabled(train or defined)  # of this thread only
         deps.guard.enter_phase(phase)
+        reset_metrics(deps.config.metrics)
 
     def _defines_all(self, phase: Phase) -> bool:
         """Return whether the user's step sets modes and gradients; the default one does not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import attrgetter, index
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ class LoopState:
         "is_train",
         "loss_function",
         "lr_scheduler",
+        "metrics",
         "model",
         "optimizer",
         "optimizers",
@@ -83,6 +84,8 @@ class LoopState:
     """the scheduler, or the list of them, as given; None if there is none"""
     optimizers: list[Optimizer]
     """the optimizers, always as a list"""
+    metrics: Mapping[str, Any]
+    """the metric objects of the trainer, by name"""
     scaler: Any
     """the gradient scaler, or None"""
 
@@ -115,7 +118,8 @@ class LoopState:
         # Whether a look at the targets, which a device would wait for, tells that all count.
         ignores_none = self._ignored_class is not None and self._ignored_class < 0
         is_given = config.loss_function is not None
-        self._counts_quickly = ignores_none and is_given and config.device.type == "cpu"
+        on_cpu, self.metrics = config.device.type == "cpu", config.metrics
+        self._counts_quickly = ignores_none and is_given and on_cpu and not config.metrics
         self.is_train = phase is Phase.TRAIN
         self.optimizers = config.optimizers
         self.model = config.called_model

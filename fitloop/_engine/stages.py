@@ -14,6 +14,7 @@ from torch import Tensor
 from fitloop._data.batch_sizes import describe
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._engine.loop_state import LoopState
+from fitloop._engine.metric_objects import update_metrics
 from fitloop._errors import ConfigurationError, FitLoopError, MetricError, add_note_safely
 from fitloop._public import public
 from fitloop._types import Phase, Stage
@@ -38,6 +39,8 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
     number of the others. It is left out if each sample has one target and none is ignored. If
     ``loss_function`` is None, both are returned only if the output has ``logits`` of the shape
     (samples, classes) and the batch has ``labels`` of the shape (samples); -100 does not count.
+
+    Updates the objects of ``metrics=`` with predictions and targets.
 
     With ``clip_grad`` returns also ``grad_norm``, if the batch makes an optimizer step.
 
@@ -80,6 +83,8 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
         }
     else:
         values = {"running_loss": value * size, **_count_correct(state, predictions, targets)}
+        if state.metrics:
+            update_metrics(state.metrics, predictions, targets, f"{state.phase}_step")
     if not state._is_plain and state._has_new_norm:
         values["grad_norm"] = state.grad_norm
     return values

@@ -130,6 +130,7 @@ class PredictionRun(Instrumentation):
             test_epoch_start=None,
             test_step=step,
             test_epoch_end=lambda _state: None,
+            metrics={},
         )
         self._engine = self._session.engine(config=config, instrumentation=self)
 

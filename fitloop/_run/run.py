@@ -17,6 +17,7 @@ from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._checkpointing.run_files import FileOptions, RunFiles
 from fitloop._checkpointing.run_position import RunPosition, loader_tree
 from fitloop._concurrency.control import Cancelled
+from fitloop._engine.metric_objects import MetricStates
 from fitloop._engine.plan import Instrumentation
 from fitloop._errors import CheckpointError, RestoreWarning, one_line, warn_user
 from fitloop._events import Event, RunEnded, RunStarted
@@ -78,6 +79,11 @@ class Run:
             stack.callback(self._session.close)
             self._plan = self._session.plan
             self._parts["window"] = self._session.steps
+            config = state.config
+            if config.metrics:
+                self._parts["metrics"] = MetricStates(
+                    config.metrics, config.device, lambda: self._engine.is_in_train_phase
+                )
             self._metrics = EpochMetricsRecorder()
             self._tracker = None
             if self._plan.call == "fit":

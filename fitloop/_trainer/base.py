@@ -93,6 +93,7 @@ class TrainerBase:
         average: EMA | SWA | None = None,
         compile: bool | Mapping[str, Any] = False,
         stateful: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
         arguments = locals().copy()
         del arguments["self"]

@@ -173,6 +173,13 @@ class FitLoop(TrainerBase):
             False.
         stateful: more objects with ``state_dict`` and ``load_state_dict``, by name. Snapshots hold
             their states and dry runs restore them.
+        metrics: objects by name with ``update``, ``compute`` and ``reset``, as in torchmetrics.
+            Each is reset at the beginning of a phase. The default steps call ``update(predictions,
+            targets)``; in a step of your own call ``state.metrics[name].update(...)``. At the end
+            of the phase the results are among the metrics of ``epoch_end``, so that ``criteria``
+            can name one; those of a mapping have its names. Modules are moved to ``device``.
+            Snapshots hold their states and dry runs restore them; so they do with metrics of
+            torchmetrics in ``stateful``.
 
     Raises:
         ConfigurationError: an argument cannot work; the message says the expected value.

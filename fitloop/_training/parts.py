@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from fitloop._data.carried_state import has_own_state_dict
 from fitloop._engine.config import TrainerConfig
+from fitloop._engine.metric_objects import StatefulMetric, has_metric_state
 from fitloop._errors import CheckpointError
 from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import suffix_of
@@ -84,7 +85,11 @@ def parameter_names(config: TrainerConfig) -> dict[Tensor, str]:
 def stateful_objects(config: TrainerConfig) -> dict[str, Any]:
     """Return the scaler and the other stateful objects of a trainer, by name."""
     scaler = {} if config.scaler is None else {"scaler": config.scaler}
-    return {**scaler, **config.stateful}
+    stateful = {
+        name: StatefulMetric(item, config.device) if has_metric_state(item) else item
+        for name, item in config.stateful.items()
+    }
+    return {**scaler, **stateful}
 
 
 def named_parts(config: TrainerConfig) -> dict[str, Any]:
@@ -95,6 +100,7 @@ def named_parts(config: TrainerConfig) -> dict[str, Any]:
         for number, item in enumerate(items):
             parts[name if len(items) == 1 else f"{name}[{number}]"] = item
     parts |= {f"stateful.{name}": item for name, item in config.stateful.items()}
+    parts |= {f"metrics.{name}": item for name, item in config.metrics.items()}
     return parts if config.scaler is None else {**parts, "scaler": config.scaler}
 
 

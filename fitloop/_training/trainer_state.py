@@ -19,6 +19,7 @@ from fitloop._data.inspection import is_stateful, reads_all_samples
 from fitloop._data.loaders import Loaders, LoadingOptions
 from fitloop._engine.config import PRETRAINED, TrainerConfig, check_not_awaitable
 from fitloop._engine.event_bus import EventBus
+from fitloop._engine.metric_objects import move_metrics
 from fitloop._engine.optimization import StepCounts
 from fitloop._errors import (
     CheckpointError,
@@ -152,6 +153,7 @@ class TrainerState:
             config.model.to(config.dtype)
         if isinstance(config.loss_function, nn.Module):
             config.loss_function.to(config.device)
+        move_metrics(config.metrics, config.device)
         if any(parameter.device != device for parameter, device in before.items()):
             for optimizer in config.optimizers:
                 if optimizer.state:  # load_state_dict moves it to the device of the parameters
