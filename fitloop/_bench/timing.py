@@ -24,6 +24,7 @@ from fitloop._engine.loop_state import StateWriter
 from fitloop._engine.modes import Modes
 from fitloop._engine.optimization import Hook
 from fitloop._engine.plan import Instrumentation
+from fitloop._engine.precision import autocast_block
 from fitloop._engine.stages import Stages
 from fitloop._errors import UnknownMetricError
 from fitloop._run.session import RunContext, RunSession
@@ -171,6 +172,11 @@ class BareLoop:
             self._engine.call_hook("train epoch_start", lambda _trainer: start(writer.state), None)
         writer.begin(self._limit, *sample_counts(plan.phases[0][1], self._limit))
         step = stages.get(Phase.TRAIN, Stage.BATCH_STEP)
+        block = autocast_block(
+            config.precision, config.device, Phase.TRAIN, is_seeded=config.seed is not None
+        )
+        if block is not None:
+            step = _step_in_block(step, block, is_async=is_async)
         before, after = self._steps.batch_hooks(
             writer.state, self._control, defines_all=plan.define_all
         )
@@ -272,3 +278,17 @@ class ListedValues(dict[str, list[Any]]):
         if any(isinstance(value, Tensor) and value.ndim for value in values):
             return values
         return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
+
+
+def _step_in_block(step: Any, block: Any, *, is_async: bool) -> Any:
+    """Return a step that is executed in a ``with`` block, such as autocast."""
+
+    def step_in_block(state: Any) -> Any:
+        with block:
+            return step(state)
+
+    async def async_step_in_block(state: Any) -> Any:
+        with block:
+            return await step(state)
+
+    return async_step_in_block if is_async else step_in_block

@@ -260,7 +260,8 @@ class GradientGuard:
             self._attached.append(optimizer)
 
     def detach(self) -> None:
-        """Undo `attach`; any thread."""
+        """Undo `attach`, and end the last train phase; any thread."""
+        self._state = None  # it refers to this object
         while self._attached:
             optimizer = self._attached.pop()
             del optimizer.found_inf, optimizer.grad_scale
@@ -275,6 +276,8 @@ class GradientGuard:
 
         Raises `NonFiniteError`.
         """
+        if self._state is None:
+            return
         if self._counter is not None:
             bad_steps, first_bad = self._counter.read()
             if bad_steps and self._reaction == "raise":
@@ -283,9 +286,9 @@ class GradientGuard:
         if self._num_left_out and not self._has_warned:
             state, self._has_warned = self._state, True
             warn_user(
-                f"{self._num_left_out} optimizer steps of {self._config.name!r} were left out up "
-                f"to batch {state.batch_num} of epoch {state.epoch_num}, since the loss or a "
-                "gradient was not finite; more will not be told in this run",
+                f"optimizer steps of {self._config.name!r} were left out, since the loss or a "
+                f"gradient was not finite: {self._num_left_out} up to batch {state.batch_num} of "
+                f"epoch {state.epoch_num}; later ones are not told in this run",
                 NonFiniteWarning,
             )
 

@@ -351,8 +351,10 @@ class Engine:
         def step_in_precision(state: LoopState) -> Any:
             with block:
                 values = step(state)
-                # A coroutine takes the modes of this thread with it; see `LoopPortal.call`.
-                return await_step(values) if isawaitable(values) else values
+                if type(values) is not dict and isawaitable(values):
+                    # A coroutine takes the modes of this thread with it; see `LoopPortal.call`.
+                    values = await_step(values)
+                return values
 
         return step_in_precision
 

@@ -151,7 +151,8 @@ class FitLoop(TrainerBase):
             also in steps that call ``optimizer.step()`` themselves. See `LoopState.grad_norm`.
         nonfinite: what a loss or gradient in the train phase does that is NaN or infinite.
             ``"raise"``, the default: it raises `NonFiniteError` before the step. ``"skip"``: the
-            step is left out, and a `NonFiniteWarning` tells the first ones. ``"ignore"``: nothing.
+            step is left out, and a `NonFiniteWarning` tells the first ones; what its forward pass
+            changed stays, such as running statistics. ``"ignore"``: nothing.
             Steps of your own show their loss by ``state.optimize``, otherwise only their gradients.
             On a device that is not the CPU, it is noticed later, without a wait for the device:
             within 256 steps, and before a snapshot is written or the best weights are kept.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from support.models import BATCHES, batches, bits, internals, mlp, sync_trainer
-from support.resumed_trainings import TrainingSetup, check_resumed_training, write_snapshots_at_once
+from support.resumed_trainings import (
+    TrainingSetup,
+    check_resumed_training,
+    comparable,
+    write_snapshots_at_once,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -393,7 +399,7 @@ def test_poison_when_skipped_then_equals_the_loop_without_the_batches(
     fitted = fitting(
         twin, kind, loss_function=loss, train_step=step, clip_grad=clip, nonfinite="skip"
     )
-    with pytest.warns(NonFiniteWarning, match="2 optimizer steps.*left out|4 optimizer steps"):
+    with pytest.warns(NonFiniteWarning, match=r": [24] up to batch 4 of epoch 1"):
         fitted.fit(2, **QUIET)
     assert bits(twin) == bits(model)
     assert internals(fitted).step_counts.made == [2 * BATCHES - len(skips)] * len(optimizers)
@@ -610,6 +616,61 @@ def test_resume_when_gradients_are_clipped_and_skipped_then_equals_one_run(
 
     check_resumed_training(make, tmp_path, replays=True)
     check_resumed_training(make, tmp_path / "at the end", [4], replays=True)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "two"])
+def test_dry_run_when_gradients_are_scaled_and_clipped_then_leaves_no_trace(kind: str) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=HUGE, growth_interval=1)
+    fitted = fitting(mlp(), kind, precision="fp16", scaler=scaler, clip_grad=CLIP)
+    fitted.fit(1, **QUIET)
+
+    def state() -> Any:
+        optimizers = [optimizer.state_dict() for optimizer in fitted.optimizers]
+        hooks = [
+            (len(each._optimizer_step_pre_hooks), len(each._optimizer_step_post_hooks))
+            for each in fitted.optimizers
+        ]
+        counts = list(internals(fitted).step_counts.made)
+        return (
+            comparable([fitted.model.state_dict(), optimizers, scaler.state_dict()]),
+            hooks,
+            counts,
+        )
+
+    before = state()
+    fitted.run_sanity_check()
+    fitted.run_profiler(verbose=False)
+    assert state() == before
+    assert before[1] == [(0, 0)] * len(fitted.optimizers)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_define_all_when_the_step_calls_optimize_then_equals_the_loop(precision: Any) -> None:
+    def step(state: LoopState) -> None:
+        state.model.train()
+        optimize_step(state)
+
+    scalers = [torch.amp.GradScaler("cpu") if precision == "fp16" else None for _ in "12"]
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    model, twin = mlp(), mlp()
+    hand_loop(
+        model, optimizers_of("sgd", model), batches(), dtype=dtype, clip=CLIP, scaler=scalers[0]
+    )
+    fitted = fitting(
+        twin, "sgd", precision=precision, scaler=scalers[1], clip_grad=CLIP, train_step=step
+    )
+    fitted.fit(2, define_all=True, **QUIET)
+    assert bits(twin) == bits(model)
+
+
+def test_error_when_it_is_pickled_then_keeps_its_place() -> None:
+    fitted = fitting(mlp(), "sgd", loss_function=PoisonedLoss([3], "gradient"))
+    with pytest.raises(NonFiniteError) as caught:
+        fitted.fit(1, **QUIET)
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert vars(copied) == vars(caught.value)
+    assert str(copied) == str(caught.value)
+    assert (copied.epoch, copied.batch, len(copied.names)) == (1, 3, 4)
 
 
 def test_find_lr_when_the_loss_becomes_nan_then_ends_the_search_there() -> None:

@@ -148,6 +148,21 @@ async def test_step_when_weights_change_between_batches_then_computes_with_the_n
     assert outputs == [1.0, 2.0, 3.0, 4.0]
 
 
+async def test_step_when_it_predicts_without_gradients_first_then_all_weights_get_them() -> None:
+    """Casts that were cached without gradients were used again in some versions of torch."""
+
+    def step(state: LoopState) -> None:
+        with torch.no_grad():
+            state.model(state.batch[0])
+        own_step(state)
+
+    model = mlp()
+    hand_loop(model, 2)
+    twin = mlp()
+    await bf16_trainer(twin, train_step=step).fit(2, **QUIET)
+    assert bits(twin) == bits(model)
+
+
 def autocast() -> torch.dtype | None:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
