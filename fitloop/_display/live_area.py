@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing.util
 import os
+import re
 import sys
 import threading
 import time
@@ -26,6 +27,9 @@ REDRAW_SECONDS = 0.1
 
 PAUSE_SECONDS = 1.0
 """time without a drawing after which the process was stopped, so the terminal may show anything"""
+
+_REDRAW = re.compile(r"\r(?!\n)")
+"""a carriage return that draws over the present line"""
 
 Write = Callable[[str], int]
 """the ``write`` of a stream"""
@@ -68,6 +72,10 @@ class LiveArea:
         self._partial: dict[tuple[TextIO, int], str] = {}
         """unfinished lines by stream and thread: ``print`` writes a line in parts, and those of
         other threads must not come between"""
+        self._bars: set[tuple[TextIO, int]] = set()
+        """those of them that were drawn with a carriage return, as progress bars are"""
+        self.has_several_runs = False
+        """whether unfinished lines of several threads may belong to different runs"""
         self._frame = ""
         """the text on the terminal now"""
         self._cursor_row = 0
@@ -148,6 +156,7 @@ class LiveArea:
                 stream.flush()
         self._streams.clear()
         self._partial.clear()
+        self._bars.clear()
 
     def _writer(self, stream: TextIO, original: Write) -> Write:
         def write(text: str) -> int:
@@ -170,10 +179,26 @@ class LiveArea:
     def _complete_lines(self, stream: TextIO, text: str) -> str:
         """Return the lines that ``text`` completes, and keep its unfinished last line."""
         key = (stream, threading.get_ident())
+        if _REDRAW.search(text):
+            self._forget_bars(key)
+            self._bars.add(key)
         lines, newline, partial = (self._partial.pop(key, "") + text).rpartition("\n")
         if partial:
             self._partial[key] = last_redraw(partial)
+        else:
+            self._bars.discard(key)
         return lines + newline
+
+    def _forget_bars(self, key: tuple[TextIO, int]) -> None:
+        """Forget the bars over which another thread has now drawn, as a terminal would show it.
+
+        While several runs are shown, the bar of another living thread may be that of another run.
+        """
+        alive = _living_threads() if self.has_several_runs else set()
+        for other in self._bars - {key}:
+            if other[0] is key[0] and other[1] not in alive:
+                self._bars.discard(other)
+                self._partial.pop(other, None)
 
     def _write_in_child(self, stream: TextIO, original: Write, text: str) -> None:
         """Write complete lines over the shown ones, in a forked process such as a loader's worker.
@@ -183,7 +208,7 @@ class LiveArea:
         """
         if self._child_pid != os.getpid():
             self._child_pid = os.getpid()
-            self._partial = {}
+            self._partial, self._bars = {}, set()
             # Not atexit, which the processes of multiprocessing do not run.
             multiprocessing.util.Finalize(None, self._flush_child, exitpriority=0)
         if lines := self._complete_lines(stream, text):
@@ -205,10 +230,14 @@ class LiveArea:
             self._out("".join(f"{encodable(printable(line))}\n" for line in lines), flush=True)
 
     def _flush_finished_threads(self) -> None:
-        """Write the unfinished lines of threads that have ended."""
-        alive = {thread.ident for thread in threading.enumerate()}
+        """Write the unfinished lines of threads that have ended.
+
+        A bar stays, since another thread may draw over it, as the one that ends the bar does.
+        """
+        alive = _living_threads()
         for key in [key for key in self._partial if key[1] not in alive]:
-            self._lines_above.append(self._partial.pop(key))
+            if key not in self._bars:
+                self._lines_above.append(self._partial.pop(key))
 
     # -- drawing ---------------------------------------------------------------------------------
 
@@ -310,6 +339,10 @@ class _ReplacedWrite(NamedTuple):
     original: Write
     was_attribute: bool
     """other code had set ``write`` on the stream object before"""
+
+
+def _living_threads() -> set[int | None]:
+    return {thread.ident for thread in threading.enumerate()}
 
 
 def _up(lines: int) -> str:

@@ -57,12 +57,14 @@ class ProgressView:
             candidates = itertools.chain([name], numbered)
             run = RunStatus(next(c for c in candidates if c not in labels), named=named)
             self._runs = [*self._runs, run]
+            LIVE_AREA.has_several_runs = self.has_several
         return run
 
     def remove(self, run: RunStatus) -> None:
         """Forget a run that has ended."""
         with self._lock:
             self._runs = [other for other in self._runs if other is not run]
+            LIVE_AREA.has_several_runs = self.has_several
 
     @property
     def has_several(self) -> bool:

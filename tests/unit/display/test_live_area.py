@@ -271,6 +271,57 @@ def test_thread_when_it_is_gone_then_its_unended_line_is_ended(out: FakeTerminal
     area.hide(bars)
 
 
+def write_in_thread(out: FakeTerminal, text: str) -> None:
+    thread = threading.Thread(target=out.write, args=(text,))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_bar_when_drawn_by_a_thread_and_ended_by_another_then_is_one_line(
+    out: FakeTerminal, several: bool
+) -> None:
+    area, bars = Area(out), paint("bar")
+    area.live.has_several_runs = several
+    area.live.show(bars)
+    for number in range(2):
+        write_in_thread(out, f"\r\x1b[2Kbatch {number}: 50%")
+        with area.live._terminal:
+            area.live._flush_finished_threads()
+        out.write(f"\r\x1b[2Kbatch {number}: 100%\n")
+    area.draw()
+    assert out.lines == ["batch 0: 100%", "batch 1: 100%", "bar"]
+    area.hide(bars)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_bar_when_living_threads_draw_then_those_of_several_runs_stay_apart(
+    out: FakeTerminal, several: bool
+) -> None:
+    area, bars = Area(out), paint("bar")
+    area.live.has_several_runs = several
+    area.live.show(bars)
+    drawn, over = threading.Event(), threading.Event()
+
+    def draw() -> None:
+        out.write("\rother 50%")
+        drawn.set()
+        over.wait()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    drawn.wait()
+    out.write("\rmine 50%")
+    area.draw()
+    assert out.lines == [*(["other 50%"] if several else []), "mine 50%", "bar"]
+    over.set()
+    thread.join()
+    out.write("\rmine 100%\n")
+    area.draw()
+    assert out.lines == ["mine 100%", "bar"]
+    area.hide(bars)
+
+
 def test_renderer_when_the_terminal_does_not_read_then_show_and_hide_do_not_wait(
     out: FakeTerminal,
 ) -> None:
