@@ -10,9 +10,13 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import anyio
+
+RETRY_SECONDS = 0.1
+"""time after which a `CancelOnceScope` looks again at a task that other code has cancelled"""
 
 
 def loop_scheduler() -> Callable[[Callable[[], object]], None]:
@@ -164,6 +168,83 @@ def native_cancel() -> Callable[[], None] | None:
 def _cancel_once(task: asyncio.Task[Any]) -> None:
     if not task.done() and not task.cancelling():  # a second one would cut its cleanup off
         task.cancel()
+
+
+class CancelOnceScope:
+    """A block on the event loop that other code can cancel; the cancellation ends with the block.
+
+    Under asyncio the code in the block is cancelled once, as by ``Task.cancel()``, so that its
+    cleanup may await. Under trio this is an anyio scope, which cancels at every await.
+
+    Args:
+        timeout: seconds after which the block cancels itself.
+    """
+
+    def __init__(self, timeout: float | None = None) -> None:
+        self._timeout = timeout
+        self._task: asyncio.Task[Any] | None = None
+        """the task of the block while it runs under asyncio"""
+        self._scope: anyio.CancelScope | None = None
+        """the scope of the block under trio"""
+        self._timer: asyncio.Handle | None = None
+        self._cancellations = 0
+        """of the task, by other code before the block"""
+        self._is_delivered = False
+        self.cancel_called = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._task = asyncio.current_task()
+        except RuntimeError:
+            self._scope = anyio.CancelScope()
+            if self._timeout is not None:
+                self._scope.deadline = anyio.current_time() + self._timeout
+            self._scope.__enter__()
+        else:
+            assert self._task is not None
+            self._cancellations = self._task.cancelling()
+            if self._timeout is not None:
+                self._timer = asyncio.get_running_loop().call_later(self._timeout, self.cancel)
+        if self.cancel_called:
+            self._deliver()
+        return self
+
+    def cancel(self) -> None:
+        """Cancel the block, or a later one at its start; on the event loop."""
+        if not self.cancel_called:
+            self.cancel_called = True
+            self._deliver()
+
+    def _deliver(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
+        elif self._task is None:
+            pass  # the block has not begun, or is over
+        elif self._task is asyncio.current_task():
+            # Its next await may be after the block: cancel it when it waits.
+            self._timer = asyncio.get_running_loop().call_soon(self._deliver)
+        elif self._task.cancelling() > self._cancellations:
+            # A second one would cut the cleanup off. But the code may go on after the first one.
+            self._timer = asyncio.get_running_loop().call_later(RETRY_SECONDS, self._deliver)
+        else:
+            self._is_delivered = True
+            self._task.cancel()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if self._scope is not None:
+            return bool(self._scope.__exit__(kind, error, traceback))
+        if self._timer is not None:
+            self._timer.cancel()
+        task, self._task = self._task, None
+        if task is None or not self._is_delivered:
+            return False
+        is_last = task.uncancel() <= self._cancellations
+        return is_last and isinstance(error, asyncio.CancelledError)
 
 
 def is_scope_cancelled() -> bool:

@@ -17,11 +17,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, cast
 
-import anyio
-
-from fitloop._concurrency.event_loops import ThreadsafeEvent
+from fitloop._concurrency.event_loops import CancelOnceScope, ThreadsafeEvent
 from fitloop._display.console import can_draw, fit_width, has_terminal
 from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._errors import ConfigurationError, warn_user
@@ -110,8 +109,9 @@ class PromptWithTimeout:
 
     async def __call__(self, event: PromptAsked) -> bool:
         """Ask; cancellation and exceptions as in the wrapped function."""
-        with anyio.move_on_after(event.timeout):
-            return await self._ask(event)
+        with CancelOnceScope(event.timeout):
+            answer: Any = self._ask(event)
+            return cast("bool", await answer if isawaitable(answer) else answer)
         return event.default
 
 
@@ -156,7 +156,7 @@ async def _ask(text: str, event: PromptAsked) -> bool:
         print_line = LIVE_AREA.print_above
     else:
         presentation, print_line = partial(_echoed, text, session), _print
-    with anyio.move_on_after(event.timeout):
+    with CancelOnceScope(event.timeout):
         while True:
             with presentation():
                 typed = await _read_line(session, text)

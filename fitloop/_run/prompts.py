@@ -16,7 +16,11 @@ import anyio
 
 from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._concurrency.control import RunControl
-from fitloop._concurrency.event_loops import is_scope_cancelled, loop_scheduler
+from fitloop._concurrency.event_loops import (
+    CancelOnceScope,
+    is_scope_cancelled,
+    loop_scheduler,
+)
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import Event, PromptAnswered, PromptAsked, WentBack
 from fitloop._run.session import RunSession
@@ -210,7 +214,7 @@ _STOPPED = object()
 async def _ask_until_stopped(ask: Ask, question: PromptAsked, control: RunControl) -> Any:
     """Ask, on the event loop; return `_STOPPED` if the run is stopped meanwhile."""
     schedule = loop_scheduler()
-    with anyio.CancelScope() as scope:
+    with CancelOnceScope() as scope:
         forget = control.on_halt(lambda: schedule(scope.cancel))
         try:
             answer: Any = ask(question)

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import torch
 
-from fitloop._concurrency.event_loops import is_scope_cancelled
+from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled
 from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
 from fitloop._errors import ConfigurationError, add_note_safely
@@ -62,8 +62,8 @@ class JobExecutor:
     emit: Callable[[Event], None]
     """passes an event on to the Runner; any thread"""
 
-    async def execute(self, spec: JobSpec) -> Outcome:
-        """Execute a job and return its outcome. Never raises the error of the job.
+    async def execute(self, spec: JobSpec, scope: CancelOnceScope) -> Outcome:
+        """Execute a job, which ``scope`` cancels, and return its outcome. Never raises its error.
 
         Cancellation: the training ends at a batch boundary, and the cancellation is raised again.
         """
@@ -79,7 +79,7 @@ class JobExecutor:
                     return done
             outcome = await self._train(spec, outcome)
         except anyio.get_cancelled_exc_class() as error:
-            if is_scope_cancelled():
+            if scope.cancel_called or is_scope_cancelled():
                 raise
             outcome = self._failed(outcome, error)  # the job awaited something that was cancelled
         except BaseException as error:
@@ -89,6 +89,8 @@ class JobExecutor:
             with anyio.CancelScope(shield=True):  # the file must agree with the outcome
                 try:
                     await run_in_thread(spec.name, lambda: write_outcome(outcome, spec.epochs))
+                except anyio.get_cancelled_exc_class():
+                    pass  # a native cancellation passes the shield; the file is written
                 except Exception as error:
                     outcome = replace(
                         outcome, status="failed", result=None, error=outcome.error or error

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import anyio
 
 from fitloop._arguments import unknown_argument
+from fitloop._concurrency.event_loops import CancelOnceScope
 from fitloop._concurrency.task_state import TaskState
 from fitloop._errors import ConfigurationError, one_line
 from fitloop._events import JobEnded
@@ -79,7 +80,7 @@ class Job:
 
     def __init__(self, spec: JobSpec, cancel: Callable[[Job], None]) -> None:
         self.spec = spec
-        self.scope: anyio.CancelScope | None = None
+        self.scope: CancelOnceScope | None = None
         """cancel scope of the job while it runs; None before and after"""
         self.state: TaskState | None = TaskState.of_caller()
         """state of the submitting task, for the task of the job; None when the job is over"""

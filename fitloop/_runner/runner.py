@@ -22,7 +22,11 @@ import anyio
 
 from fitloop._arguments import checked_arguments
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
-from fitloop._concurrency.event_loops import loop_scheduler
+from fitloop._concurrency.event_loops import (
+    CancelOnceScope,
+    is_scope_cancelled,
+    loop_scheduler,
+)
 from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._engine.config import check_callbacks, check_flag, check_optional, check_path
 from fitloop._engine.event_bus import EventStream, EventStreams
@@ -145,6 +149,9 @@ class Runner:
         self._failure: BaseException | None = None
         """error that ends the Runner, raised from the block"""
         self._task_group: Any = None
+        self._block = CancelOnceScope()
+        """the body of the ``async with`` block"""
+        self._job_ended: anyio.Event | None = None
         self._loop_thread = 0
         self._schedule: Callable[[Callable[[], object]], None] = lambda call: None
         self._open = False
@@ -175,6 +182,7 @@ class Runner:
         self._loop_thread, self._schedule = threading.get_ident(), loop_scheduler()
         self._task_group = anyio.create_task_group()
         await self._task_group.__aenter__()
+        self._block.__enter__()
         self._open = True
         return self
 
@@ -184,16 +192,18 @@ class Runner:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        swallowed = False
         if error is not None:
             self._open = False
-            self._cancel_waiting()
+            self._cancel_jobs()
+        if self._block.__exit__(kind, error, traceback):  # `_fail` has ended it
+            error = None
+        swallowed = False
         try:
-            if error is None or isinstance(error, anyio.get_cancelled_exc_class()):
-                swallowed = bool(await self._task_group.__aexit__(kind, error, traceback))
-            else:  # a task group would wrap the error in a group
-                self._task_group.cancel_scope.cancel()
-                await self._task_group.__aexit__(None, None, None)
+            cancellation = await self._wait_for_jobs(error)
+            # A task group would wrap any other error in a group.
+            kind = None if cancellation is None else type(cancellation)
+            is_ended = await self._task_group.__aexit__(kind, cancellation, None)
+            swallowed = cancellation is not None and bool(is_ended)
         finally:
             self._open = False
             self._cancel_waiting()
@@ -202,6 +212,26 @@ class Runner:
         if self._failure is not None and (error is None or swallowed):
             raise self._failure
         return swallowed
+
+    async def _wait_for_jobs(self, error: BaseException | None) -> BaseException | None:
+        """Wait until no job runs, with ``error`` from the block; return a cancellation to raise.
+
+        A native cancellation cancels the jobs once. A second one, or that of an anyio scope, ends
+        the wait: the task group then cancels them at every await.
+        """
+        cancelled = anyio.get_cancelled_exc_class()
+        cancellation = error if isinstance(error, cancelled) else None
+        while self._running and not (cancellation and is_scope_cancelled()):
+            self._job_ended = anyio.Event()
+            try:
+                await self._job_ended.wait()
+            except cancelled as raised:
+                self._open = False
+                self._cancel_jobs()
+                if cancellation is not None:
+                    break
+                cancellation = raised
+        return cancellation
 
     async def _close(self) -> None:
         with anyio.CancelScope(shield=True):
@@ -342,19 +372,22 @@ class Runner:
     def _start(self) -> None:
         while self._waiting and self._running < self._max_concurrent:
             self._running += 1
-            scope = anyio.CancelScope()
+            scope = CancelOnceScope()
             _name, job = self._waiting.popitem(last=False)
             job.scope = scope
             self._task_group.start_soon(self._run, job, scope)
 
-    async def _run(self, job: Job, scope: anyio.CancelScope) -> None:
+    async def _run(self, job: Job, scope: CancelOnceScope) -> None:
         start, outcome = time.perf_counter(), None
         try:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            if scope.cancel_called:
+                return
             with scope:
-                await anyio.lowlevel.checkpoint_if_cancelled()
                 self._event_streams.push(JobStarted(trainer=job.name))
                 assert job.state is not None
-                outcome = await job.state.run(partial(self._executor.execute, job.spec))
+                execute = partial(self._executor.execute, job.spec, scope)
+                outcome = await job.state.run(execute)
         finally:
             self._running -= 1
             if outcome is None:
@@ -364,6 +397,8 @@ class Runner:
             self._complete(job, outcome)
             if self._open:
                 self._start()
+            if self._job_ended is not None:
+                self._job_ended.set()
 
     def _complete(self, job: Job, outcome: Outcome) -> None:
         job.complete(outcome)
@@ -377,8 +412,8 @@ class Runner:
         if self._failure is None:
             self._failure = error
             self._open = False
-            self._cancel_waiting()
-            self._task_group.cancel_scope.cancel()
+            self._cancel_jobs()
+            self._block.cancel()
 
     def _call_on_loop(self, call: Callable[[], object]) -> None:
         """Call a function on the event loop: at once if this is its thread, else soon."""

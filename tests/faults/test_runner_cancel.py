@@ -298,3 +298,122 @@ async def test_exit_when_a_job_asks_for_it_then_all_end_and_the_block_raises_it(
             submit(runner, made, 1)
             runner.submit(leave, name="leave")
     assert caught.value.code == 3
+
+
+# -- under asyncio, what is cancelled is cancelled once --------------------------------------------
+
+
+class Cleaning:
+    """An async function that waits, and whose cleanup awaits; that must not be cut off.
+
+    It can be a stage, a callback, an `on_continue` or a factory.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.began = asyncio.Event()
+
+    async def __call__(self, *_arguments: object) -> Any:
+        self.began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.log.append("cancelled")
+            raise
+        finally:
+            for _step in range(3):
+                await asyncio.sleep(0)
+            self.log.append("closed")
+
+
+def submit_cleaning(runner: Runner, what: str, cleaning: Cleaning) -> None:
+    async def make() -> Any:
+        return await cleaning()
+
+    options: dict[str, Any] = {"epochs": 3, **QUIET}
+    if what == "factory":
+        runner.submit(make, **options)
+    elif what == "stage":
+        runner.submit(lambda: trainer(train_epoch_end=cleaning.__call__), **options)
+    elif what == "callback":
+        runner.submit(trainer, callbacks=[cleaning], **options)
+    else:
+        runner.submit(trainer, continue_loop=1, on_continue=cleaning, **options)
+
+
+@pytest.mark.parametrize("what", ["factory", "stage", "callback", "on_continue"])
+@pytest.mark.parametrize("how", ["job", "all", "block", "leaving", "error", "fail_fast"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_job_when_it_is_ended_then_its_coroutines_are_cancelled_once(
+    what: str, how: str
+) -> None:
+    cleaning, body = Cleaning(), Cleaning()
+
+    async def broken() -> FitLoop:
+        raise ZeroDivisionError
+
+    async def run() -> None:
+        async with Runner(2, fail_fast=how == "fail_fast") as runner:
+            submit_cleaning(runner, what, cleaning)
+            await cleaning.began.wait()
+            if how == "job":
+                runner.jobs[0].cancel()
+            elif how == "all":
+                runner.cancel_all()
+            elif how == "error":
+                raise ZeroDivisionError
+            elif how == "fail_fast":
+                runner.submit(broken)
+                await body()
+            elif how == "block":
+                await body()
+
+    with anyio.fail_after(SOON):
+        task = asyncio.create_task(run())
+        await cleaning.began.wait()
+        if how in ("block", "leaving"):
+            await asyncio.sleep(0)
+            task.cancel()
+        [result] = await asyncio.gather(task, return_exceptions=True)
+    expected = {"job": type(None), "all": type(None), "block": asyncio.CancelledError}
+    expected["leaving"] = asyncio.CancelledError
+    assert type(result) is expected.get(how, ZeroDivisionError)
+    assert task.cancelling() == int(how in ("block", "leaving"))
+    assert cleaning.log == ["cancelled", "closed"]
+    assert body.log == (["cancelled", "closed"] if how in ("block", "fail_fast") else [])
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("how", ["stop", "timeout", "cancel"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_question_when_it_is_ended_then_is_cancelled_once(
+    how: str, in_background: bool
+) -> None:
+    cleaning = Cleaning()
+    fitted = trainer(on_continue=cleaning)
+    with anyio.fail_after(SOON):
+        task = asyncio.create_task(
+            fitted.fit(
+                10**6 if how == "stop" else 2,
+                continue_loop=1,
+                continue_while_asking=in_background,
+                continue_timeout=0.001 if how == "timeout" else None,
+                **QUIET,
+            )
+        )
+        await cleaning.began.wait()
+        if how == "stop":
+            fitted.stop()
+        elif how == "cancel":
+            task.cancel()
+        [result] = await asyncio.gather(task, return_exceptions=True)
+    reason = {"stop": "stopped", "timeout": "completed"}.get(how)
+    assert getattr(result, "stop_reason", None) == reason
+    assert task.cancelled() == (how == "cancel")
+    assert cleaning.log == ["cancelled", "closed"]
+
+
+async def test_question_when_it_is_plain_then_may_have_a_timeout(anyio_backend: Any) -> None:
+    fitted = trainer(on_continue=lambda event: event.epoch < 2)
+    result = await fitted.fit(5, continue_loop=1, continue_timeout=SOON, **QUIET)
+    assert (result.epochs, result.stop_reason) == (2, "prompt")

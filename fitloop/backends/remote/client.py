@@ -20,7 +20,11 @@ from typing import Any
 import anyio
 
 from fitloop._concurrency.control import Cancelled, RunControl
-from fitloop._concurrency.event_loops import loop_scheduler
+from fitloop._concurrency.event_loops import (
+    CancelOnceScope,
+    is_scope_cancelled,
+    loop_scheduler,
+)
 from fitloop._concurrency.supervisor import LoopPortal, run_in_thread, supervise
 from fitloop._defaults import TrainerDefaults
 from fitloop._display.jupyter import interruptible
@@ -111,7 +115,11 @@ class WorkerClient:
         self._partial_lines: dict[str, str] = {}
         """output stream of the worker -> flushed beginning of its last line"""
         self._questions = _Questions(
-            spec, self._portal, lambda answer: self._transport.send(answer), self._fail
+            spec,
+            self._control,
+            self._portal,
+            lambda answer: self._transport.send(answer),
+            self._fail,
         )
         self._canceller = _JobCanceller(spec.name, grace)
         self._grace = grace
@@ -310,11 +318,13 @@ class _Questions:
     def __init__(
         self,
         spec: JobSpec,
+        control: RunControl,
         portal: LoopPortal,
         send: Callable[[Answer], None],
         fail: Callable[[BaseException], None],
     ) -> None:
-        self._spec, self._portal, self._send, self._fail = spec, portal, send, fail
+        self._spec, self._control, self._portal = spec, control, portal
+        self._send, self._fail = send, fail
         self._lock = threading.Lock()
         self._cancels: dict[int, Callable[[], None]] = {}
         """number of an open question -> function that stops asking it"""
@@ -341,7 +351,7 @@ class _Questions:
     async def _answer(self, number: int, event: PromptAsked) -> None:
         """Ask, and send the answer."""
         schedule = loop_scheduler()
-        with anyio.CancelScope() as scope:
+        with CancelOnceScope() as scope:
             with self._lock:
                 if number not in self._cancels:
                     return
@@ -349,9 +359,11 @@ class _Questions:
             try:
                 answer: Any = self._asker()(event)
                 answer = check_answer(await answer if isawaitable(answer) else answer)
-            except anyio.get_cancelled_exc_class():
-                raise
             except BaseException as error:  # Ctrl-C at the prompt too
+                if isinstance(error, anyio.get_cancelled_exc_class()) and (
+                    scope.cancel_called or self._control.halted or is_scope_cancelled()
+                ):
+                    raise
                 self._fail(error)
                 return
             finally:

@@ -14,7 +14,7 @@ from typing import NoReturn
 import anyio
 import torch
 
-from fitloop._concurrency.event_loops import ThreadsafeEvent, loop_scheduler
+from fitloop._concurrency.event_loops import CancelOnceScope, ThreadsafeEvent, loop_scheduler
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._events import PromptAsked
 from fitloop.backends.base import TrainingResult
@@ -100,7 +100,7 @@ class JobServer:
         """Do a training; None if it was cancelled."""
         spec, defaults = contents.spec, contents.defaults
         schedule = loop_scheduler()
-        with anyio.CancelScope() as scope:
+        with CancelOnceScope() as scope:
             job.cancel = lambda: schedule(scope.cancel)
             if job.cancelled:  # when there was no scope yet
                 return None
