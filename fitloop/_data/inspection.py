@@ -120,8 +120,9 @@ def loader_facts(loader: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {"type": type(loader).__name__, "batches": length_of(loader)}
     if isinstance(loader, DataLoader):
         batches: Any = loader.batch_sampler
-        is_plain = type(batches) is BatchSampler
-        sampler = batches.sampler if is_plain else (batches or loader.sampler)
+        sampler = loader.sampler if batches is None else batches
+        if type(batches) is BatchSampler:
+            sampler = batches.sampler
         tensors = loader.collate_fn is default_collate and _only_tensors(loader.dataset)
         facts |= {
             "batch_size": getattr(batches, "batch_size", None),

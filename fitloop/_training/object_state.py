@@ -186,7 +186,7 @@ def _watched(item: Any) -> list[tuple[str, Any]]:
     if isinstance(item, DataLoader):
         return []
     ignored: Collection[str] = _OF_OPTIMIZERS if isinstance(item, Optimizer) else ()
-    if callable(getattr(item, "set_epoch", None)):  # it is called in each epoch
+    if callable(getattr(type(item), "set_epoch", None)):  # it is called in each epoch
         ignored = ("epoch", "_epoch")
     return [pair for pair in attributes(item).items() if pair[0] not in ignored]
 

@@ -20,7 +20,7 @@ from support.resumed_trainings import (
     write_snapshots_at_once,
 )
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from fitloop import LoopState
@@ -172,6 +172,39 @@ class Lookahead(SGD):
         return result
 
 
+class ScheduleFree(Optimizer):
+    """Trains at an interpolation of two sequences of weights; in eval mode it shows the average."""
+
+    def __init__(self, parameters: Any, lr: float, beta: float = 0.9) -> None:
+        super().__init__(parameters, {"lr": lr, "beta": beta, "steps": 0, "train_mode": False})
+
+    def _interpolate(self, weight: float, *, training: bool) -> None:
+        for group in self.param_groups:
+            if group["train_mode"] is not training:
+                for parameter in group["params"]:
+                    if "z" in self.state[parameter]:
+                        parameter.data.lerp_(self.state[parameter]["z"], weight)
+                group["train_mode"] = training
+
+    def train(self) -> None:
+        self._interpolate(1 - self.defaults["beta"], training=True)
+
+    def eval(self) -> None:
+        self._interpolate(1 - 1 / self.defaults["beta"], training=False)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            assert group["train_mode"]
+            group["steps"] += 1
+            for parameter in group["params"]:
+                z = self.state[parameter].setdefault("z", parameter.detach().clone())
+                share, beta = 1 / group["steps"], group["beta"]
+                parameter.lerp_(z, share)
+                parameter.add_(parameter.grad, alpha=group["lr"] * (beta * (1 - share) - 1))
+                z.sub_(parameter.grad, alpha=group["lr"])
+
+
 def drawing_step() -> Callable[[LoopState], dict[str, Any]]:
     rng = np.random.default_rng(6)
     calls = itertools.count()
@@ -197,9 +230,15 @@ def lookahead() -> dict[str, Any]:
     return {"model": model, "optimizer": Lookahead(model.parameters(), lr=0.1)}
 
 
+def schedule_free() -> dict[str, Any]:
+    model = mlp(dropout=0.2)
+    return {"model": model, "optimizer": ScheduleFree(model.parameters(), lr=0.1)}
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "model": lambda: {"model": Net()},
     "optimizer": lookahead,
+    "schedule-free optimizer": schedule_free,
     "train_step": lambda: {"train_step": drawing_step(), "train_epoch_end": mean_loss},
 }
 

@@ -27,6 +27,7 @@ from fitloop._data.inspection import (
     check_loader,
     detached,
     length_of,
+    loader_facts,
     sample_counts,
     uses_rng_only_at_start,
 )
@@ -581,3 +582,25 @@ async def test_fit_when_iterable_dataset_has_workers_then_every_sample_once() ->
     recorder = Recorder(DataLoader(Stream(), 2, num_workers=2))
     await recorder.fit(1)
     assert sorted(recorder.values) == list(range(10))
+
+
+class NoLength(BatchSampler):
+    def __len__(self) -> int:
+        raise TypeError("no length")
+
+
+def test_loader_facts_when_a_batch_sampler_has_no_length_then_leaves_it_out() -> None:
+    sampler = NoLength(RandomSampler(TEN), 3, False)
+    assert loader_facts(DataLoader(TEN, batch_sampler=sampler)) == {
+        "type": "DataLoader",
+        "batch_size": 3,
+        "drop_last": False,
+        "sampler": "NoLength",
+        "dataset": type(TEN).__name__,
+        "samples": 10,
+    }
+
+
+def test_loader_facts_when_nothing_is_known_then_has_the_type() -> None:
+    assert loader_facts(lambda: [1]) == {"type": "function"}
+    assert loader_facts(iter([1])) == {"type": "list_iterator"}
