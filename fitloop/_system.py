@@ -1,10 +1,14 @@
-"""The processor, its cores, and the versions of Python and torch."""
+"""The processor, its cores, the accelerator, and the versions of Python and torch."""
 
 from __future__ import annotations
 
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def available_cores() -> int:
@@ -12,6 +16,13 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def accelerator() -> torch.device | None:
+    """Return the device of ``torch.accelerator`` (CUDA, MPS, XPU ...), or None if there is none."""
+    import torch
+
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def processor() -> str:

@@ -86,7 +86,7 @@ class BenchRun:
         """Call ``preloop``, measure, call ``postloop``."""
         session, config, trainer = self._session, self._config, self._context.trainer
         with session.error_notes():
-            restore_rng = save_global_state(self._context.state.cuda_devices)
+            restore_rng = save_global_state(self._context.state.rng.devices)
             if not self._has_streams:
                 session.on_restore.append(restore_rng)
             session.steps.register()

@@ -209,6 +209,8 @@ class DeviceTransfer:
         # is_cpu is a flag; comparing devices makes objects.
         if target is dtype and (item.is_cpu if self._on_cpu else item.device == self._device):
             return item
+        if item.is_cpu and not self._on_cpu and dtype is torch.float64:
+            item = item.to(target)  # some devices, such as MPS, have no float64
         return item.to(device=self._device, dtype=target)
 
     def _move_pinned(self, item: Any) -> Any:

@@ -32,6 +32,7 @@ from fitloop._errors import (
     quoted_list,
     warn_user,
 )
+from fitloop._system import accelerator
 from fitloop._types import Phase, Stage, StageFunction
 
 Interval = Literal["step", "batch", "epoch", "valid"]
@@ -517,7 +518,7 @@ def _check_stateful(stateful: Any) -> dict[str, Any]:
 
 def _check_device(device: torch.device | str | None) -> torch.device:
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = accelerator() or torch.device("cpu")
     try:
         checked = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -525,9 +526,11 @@ def _check_device(device: torch.device | str | None) -> torch.device:
             f"device is {device!r}; expected a torch.device or a name such as 'cpu' or 'cuda:0'"
         ) from error
     _check_available(checked)
-    if checked.type == "cuda" and checked.index is None and torch.cuda.device_count() > 1:
-        # The run has a thread of its own, whose current device is another one.
-        return torch.device("cuda", torch.cuda.current_device())
+    if checked.type not in ("cpu", "meta") and checked.index is None:
+        module: Any = torch.get_device_module(checked)
+        if module.device_count() > 1:
+            # The run has a thread of its own, whose current device is another one.
+            return torch.device(checked.type, module.current_device())
     return checked
 
 

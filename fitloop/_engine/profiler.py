@@ -63,7 +63,7 @@ class SpanRecorder(Instrumentation):
     def wrap(self, phase: Phase, name: str, function: F) -> F:
         """Return ``function`` with its calls timed under ``name``."""
         clock, spans = self._clock, self.spans
-        synchronizes = name in ("step", "epoch_end") and self._device.type == "cuda"
+        synchronizes = name in ("step", "epoch_end") and self._device.type not in ("cpu", "meta")
 
         @wraps(function)
         def timed(*args: Any) -> Any:
@@ -72,7 +72,7 @@ class SpanRecorder(Instrumentation):
                 return function(*args)
             finally:
                 if synchronizes:
-                    torch.cuda.synchronize(self._device)
+                    torch.accelerator.synchronize(self._device)
                 thread = threading.current_thread().name
                 spans.append(Span(phase, name, start, clock() - start, thread))
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fitloop._rng.device_generators import is_default_generator
 from fitloop._rng.native_state import GLOBAL_PYTHON, from_tuple
 from fitloop._rng.states import check_generator_state, check_numpy_state
 
@@ -32,8 +33,7 @@ def is_generator(value: object) -> bool:
     if isinstance(value, random.Random):
         return type(value).getstate is random.Random.getstate
     if isinstance(value, torch.Generator):
-        cuda = torch.cuda.default_generators
-        return value is not torch.default_generator and not any(value is each for each in cuda)
+        return not is_default_generator(value)
     return True
 
 

@@ -12,25 +12,27 @@ from functools import partial
 import numpy as np
 import torch
 
+from fitloop._rng.device_generators import default_generator
 from fitloop._rng.lease import global_generators
 from fitloop._rng.native_state import put_python
 from fitloop._rng.states import RngState
 from fitloop._rng.streams import Stream, get_bits
 
 
-def global_state(cuda: Iterable[int] = ()) -> RngState:
-    """Return the state of the global generators, and of those of CUDA devices."""
+def global_state(devices: Iterable[str] = ()) -> RngState:
+    """Return the state of the global generators, and of those of accelerators."""
     with global_generators():
-        return Stream.of_process(cuda).state()
+        return Stream.of_process(devices).state()
 
 
 def restore_global_state(state: RngState) -> None:
-    """Put the global generators into a state; a CUDA device that is not there is left out."""
+    """Put the global generators into a state; a device that is not there is left out."""
     with global_generators():
         torch.default_generator.set_state(state.torch)
-        for index, value in state.cuda.items():
-            if index < torch.cuda.device_count():
-                torch.cuda.default_generators[index].set_state(value)
+        for name, value in state.devices.items():
+            generator = default_generator(name)
+            if generator is not None:
+                generator.set_state(value)
         put_python(state.python)
         if state.gauss is not None:
             np.random.set_state(state.gauss)
@@ -43,9 +45,9 @@ def restore_global_state(state: RngState) -> None:
         np.random.set_state({**bits, "has_gauss": 0, "gauss": 0.0})
 
 
-def save_global_state(cuda: Iterable[int] = ()) -> Callable[[], None]:
+def save_global_state(devices: Iterable[str] = ()) -> Callable[[], None]:
     """Return a function that puts the global generators back to their state of now."""
-    return partial(restore_global_state, global_state(cuda))
+    return partial(restore_global_state, global_state(devices))
 
 
 def check_same_generator(state: RngState) -> None:

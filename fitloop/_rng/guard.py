@@ -44,7 +44,7 @@ class RngGuard:
     ) -> None:
         self._rng = rng
         self._traits = CodeTraits(*code)
-        self._lease = lease = GeneratorLease(lambda: control.cancelled, rng.cuda, lock)
+        self._lease = lease = GeneratorLease(lambda: control.cancelled, rng.devices, lock)
         if rng.has_streams:
             lease.announce_stream()
         self._forget = control.on_halt(lease.notify_cancelled)
@@ -65,7 +65,7 @@ class RngGuard:
 
     def loader(self, phase: Phase) -> LoaderRng:
         """Return the random numbers for one pass over the loader of a phase."""
-        return LoaderRng(self._lease, self._rng.loader(phase), self._rng.cuda)
+        return LoaderRng(self._lease, self._rng.loader(phase), self._rng.devices)
 
     def outside(self, call: Callable[..., T], *args: Any) -> T:
         """Call code that is no stage function, such as a callback: it uses no stream of the run.
@@ -106,7 +106,7 @@ class LoaderRng:
     Args:
         lease: of the step thread.
         stream: of the loader; None if the loader uses the global generators.
-        cuda: indices of the CUDA devices of the trainer.
+        devices: names of the accelerators of the trainer.
         reads: whether reading a batch may use random numbers.
     """
 
@@ -114,11 +114,11 @@ class LoaderRng:
         self,
         lease: GeneratorLease,
         stream: Stream | None = None,
-        cuda: Iterable[int] = (),
+        devices: Iterable[str] = (),
         *,
         reads: bool = True,
     ) -> None:
-        self._lease, self._stream, self._cuda, self._reads = lease, stream, tuple(cuda), reads
+        self._lease, self._stream, self._devices, self._reads = lease, stream, tuple(devices), reads
         self.waiting: Callable[[], AbstractContextManager[None]] = lease.released
         """Makes a block in which the step thread waits for the loader, which may need the lock."""
 
@@ -129,11 +129,11 @@ class LoaderRng:
 
     def without_reads(self) -> LoaderRng:
         """Return the same for a loader that uses no random numbers after its beginning."""
-        return LoaderRng(self._lease, self._stream, self._cuda, reads=False)
+        return LoaderRng(self._lease, self._stream, self._devices, reads=False)
 
     def state(self) -> RngState:
         """Return the state of the stream, or of the global generators."""
-        return global_state(self._cuda) if self._stream is None else self._stream.state()
+        return global_state(self._devices) if self._stream is None else self._stream.state()
 
     def set_state(self, state: RngState) -> None:
         """Continue from ``state``; the stream must not be installed now."""

@@ -46,21 +46,21 @@ class GeneratorLease:
 
     Args:
         cancelled: whether to give up a wait for the lock with `Cancelled`.
-        cuda: indices of the CUDA devices whose generators belong to the streams.
+        devices: names of the accelerators whose generators belong to the streams.
         lock: another one for tests.
     """
 
     def __init__(
         self,
         cancelled: Callable[[], bool] = lambda: False,
-        cuda: Iterable[int] = (),
+        devices: Iterable[str] = (),
         lock: FairSharedLock = GLOBAL_RNG_LOCK,
     ) -> None:
         _reset_in_forked_children()
         self._cancelled, self._lock = cancelled, lock
         self._opaque = False
         """Steps of this pass cannot be observed."""
-        self._cuda = tuple(cuda)
+        self._devices = tuple(devices)
         self._process = os.getpid()
         self.stream: Stream | None = None
         """The stream that the thread uses; None while the lease is released."""
@@ -85,7 +85,7 @@ class GeneratorLease:
 
     def for_reader(self, cancelled: Callable[[], bool]) -> GeneratorLease:
         """Return a lease on the same lock, for the loader thread of this run."""
-        return GeneratorLease(cancelled, self._cuda, self._lock)
+        return GeneratorLease(cancelled, self._devices, self._lock)
 
     # -- holding the lock ------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ class GeneratorLease:
 
     def _save_and_install(self, stream: Stream) -> None:
         self._is_installed = True  # patches report uses by this thread from now on
-        self._saved = GLOBAL_STREAM if stream is GLOBAL_STREAM else SavedGlobalState(self._cuda)
+        self._saved = GLOBAL_STREAM if stream is GLOBAL_STREAM else SavedGlobalState(self._devices)
         self._install(stream)
 
     def _change_to(self, stream: Stream) -> None:

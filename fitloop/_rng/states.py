@@ -11,19 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fitloop._rng.device_generators import generator_names
 from fitloop._rng.native_state import MT19937_BYTES, PythonState, from_tuple, to_tuple
 
 _MT19937_WORDS = 624
 _PHILOX_WORDS = 4
-_MAX_CUDA_STATE = 64
-"""Bytes. The state of a CUDA generator is a seed and an offset; one on the CPU has thousands."""
+_MAX_DEVICE_STATE = 64
+"""Bytes. The state of an accelerator's generator is a seed and an offset; the CPU's is longer."""
 
 
 class RngState(NamedTuple):
     """States of all generators that a trainer uses, at one moment; immutable."""
 
     torch: Tensor
-    cuda: dict[int, Tensor]
+    devices: dict[str, Tensor]
+    """those of accelerators, by the names of `device_generators`"""
     python: PythonState
     bits: bytes | dict[str, Any]
     """numpy's bit generator: the memory of an MT19937, or the state of another kind."""
@@ -33,7 +35,21 @@ class RngState(NamedTuple):
     def to_tree(self) -> dict[str, Any]:
         """Return the state as a tree for a snapshot."""
         version, words, gauss = to_tuple(self.python)
-        return {**self._asdict(), "python": [version, np.array(words, np.uint32), gauss]}
+        cuda, others = {}, {}
+        for name, state in self.devices.items():
+            kind, _, index = name.partition(":")
+            if kind == "cuda":
+                cuda[int(index)] = state
+            else:
+                others[name] = state
+        return {
+            "torch": self.torch,
+            "cuda": cuda,
+            **({"accelerators": others} if others else {}),
+            "python": [version, np.array(words, np.uint32), gauss],
+            "bits": self.bits,
+            "gauss": self.gauss,
+        }
 
     @classmethod
     def from_tree(cls, tree: Any) -> RngState:
@@ -43,17 +59,29 @@ class RngState(NamedTuple):
             ValueError, TypeError, KeyError and others: the tree is not one of `to_tree`.
         """
         version, words, gauss = tree["python"]
-        python = from_tuple((version, tuple(map(int, words)), gauss))
-        state = cls(**{**tree, "python": python})
+        devices = {f"cuda:{_index(key)}": value for key, value in tree["cuda"].items()}
+        state = cls(
+            torch=tree["torch"],
+            devices={**devices, **tree.get("accelerators", {})},
+            python=from_tuple((version, tuple(map(int, words)), gauss)),
+            bits=tree["bits"],
+            gauss=tree["gauss"],
+        )
         _check(state)
         return state
 
 
+def _index(key: object) -> int:
+    if type(key) is not int or key < 0:
+        raise ValueError(f"{key!r} is no index of a CUDA device")
+    return key
+
+
 def _check(state: RngState) -> None:
     torch.Generator().set_state(state.torch)
-    for index, value in state.cuda.items():
-        if type(index) is not int or not isinstance(value, Tensor):
-            raise ValueError(f"{index!r} is no state of a CUDA device")
+    for name, value in state.devices.items():
+        if not isinstance(value, Tensor) or not generator_names(torch.device(name)):
+            raise ValueError(f"{name!r} is no state of a device")
     if isinstance(state.bits, bytes):
         if len(state.bits) != MT19937_BYTES:
             raise ValueError(f"{len(state.bits)} bytes are no state of MT19937")
@@ -94,6 +122,6 @@ def check_generator_state(state: object) -> Tensor:
     """
     if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1:
         raise TypeError(f"{state!r:.60} is no state of a generator")
-    if len(state) > _MAX_CUDA_STATE:
+    if len(state) > _MAX_DEVICE_STATE:
         torch.Generator().set_state(state)
     return state

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fitloop._rng.device_generators import default_generator
 from fitloop._rng.native_state import (
     PythonState,
     mt19937_memory,
@@ -44,8 +45,8 @@ def get_bits() -> Any:
     return getattr(bits, "wrapped", bits)
 
 
-TorchStates = tuple[Tensor, dict[int, Tensor]]
-"""States of torch's generators: the CPU's, and those of CUDA devices by index."""
+TorchStates = tuple[Tensor, dict[str, Tensor]]
+"""States of torch's generators: the CPU's, and those of accelerators by name."""
 
 
 class Stream:
@@ -55,10 +56,10 @@ class Stream:
     and ``numpy.random.seed(s % 2**32)`` give, so that a hand-written loop has the same numbers.
     """
 
-    def __init__(self, seed: int, cuda: Iterable[int] = ()) -> None:
+    def __init__(self, seed: int, devices: Iterable[str] = ()) -> None:
         self._torch = torch.Generator().manual_seed(seed).get_state()
-        self._cuda = {
-            index: torch.Generator(f"cuda:{index}").manual_seed(seed).get_state() for index in cuda
+        self._devices = {
+            name: torch.Generator(name).manual_seed(seed).get_state() for name in devices
         }
         self.python = seeded_python(seed)
         """State of Python's generator; not current while the stream is installed."""
@@ -68,9 +69,9 @@ class Stream:
         self._gauss: dict[str, Any] | None = None
 
     @classmethod
-    def of_process(cls, cuda: Iterable[int] = ()) -> Stream:
+    def of_process(cls, devices: Iterable[str] = ()) -> Stream:
         """Return a stream that continues from the global generators, on copies of them."""
-        stream = cls(0, cuda)
+        stream = cls(0, devices)
         state = np.random.get_state(legacy=False)
         stream._set_bits(type(get_bits())(0))
         stream._bits.state = {k: state[k] for k in state if k not in ("has_gauss", "gauss")}
@@ -81,7 +82,7 @@ class Stream:
     def copy(self) -> Stream:
         """Return a stream with the same numbers; this one must not be installed now."""
         twin = Stream.__new__(Stream)
-        twin._torch, twin._cuda, twin.python = self._torch, dict(self._cuda), self.python
+        twin._torch, twin._devices, twin.python = self._torch, dict(self._devices), self.python
         twin._set_bits(type(self._bits)(0))
         twin._bits.state = self._bits.state
         twin._gauss = self._gauss
@@ -90,11 +91,11 @@ class Stream:
     def state(self) -> RngState:
         """Return the state of the stream; it must not be installed now."""
         bits = self._raw() or self._bits.state
-        return RngState(self._torch, dict(self._cuda), self.python, bits, self._gauss)
+        return RngState(self._torch, dict(self._devices), self.python, bits, self._gauss)
 
     def set_state(self, state: RngState) -> None:
         """Go to a state; the stream must not be installed now."""
-        self._torch, self._cuda, self.python = state.torch, dict(state.cuda), state.python
+        self._torch, self._devices, self.python = state.torch, dict(state.devices), state.python
         self._gauss = state.gauss
         if isinstance(state.bits, bytes):
             self._memory.raw = state.bits
@@ -104,8 +105,8 @@ class Stream:
     def install(self) -> None:
         """Put the states of this stream into the global generators."""
         torch.default_generator.set_state(self._torch)
-        for index, state in self._cuda.items():
-            torch.cuda.default_generators[index].set_state(state)
+        for name, state in self._devices.items():
+            default_generator(name).set_state(state)
         put_python(self.python)
         wrap = BitGeneratorWrapper.wrap
         install_bits(self._bits if wrap is None else self._wrapped(wrap))
@@ -124,22 +125,22 @@ class Stream:
 
     def install_torch(self) -> TorchStates:
         """Put the states for torch in, for one operation; return the states from before."""
-        cuda: dict[int, Tensor] = {}
-        before = torch.default_generator.get_state(), cuda
+        devices: dict[str, Tensor] = {}
+        before = torch.default_generator.get_state(), devices
         torch.default_generator.set_state(self._torch)
-        for index, state in self._cuda.items():
-            cuda[index] = torch.cuda.default_generators[index].get_state()
-            torch.cuda.default_generators[index].set_state(state)
+        for name, state in self._devices.items():
+            devices[name] = default_generator(name).get_state()
+            default_generator(name).set_state(state)
         return before
 
     def capture_torch(self, before: TorchStates) -> None:
         """Undo `install_torch`: take torch's states into this stream, and put ``before`` back."""
-        cpu, cuda = before
+        cpu, devices = before
         self._torch = torch.default_generator.get_state()
         torch.default_generator.set_state(cpu)
-        for index, state in cuda.items():
-            self._cuda[index] = torch.cuda.default_generators[index].get_state()
-            torch.cuda.default_generators[index].set_state(state)
+        for name, state in devices.items():
+            self._devices[name] = default_generator(name).get_state()
+            default_generator(name).set_state(state)
 
     def _set_bits(self, bits: Any) -> None:
         self._bits, self._memory = bits, mt19937_memory(bits)
@@ -158,8 +159,8 @@ class Stream:
 
     def _read(self) -> None:
         self._torch = torch.default_generator.get_state()
-        for index in self._cuda:
-            self._cuda[index] = torch.cuda.default_generators[index].get_state()
+        for name in self._devices:
+            self._devices[name] = default_generator(name).get_state()
         self.python = read_python()
 
 
@@ -169,8 +170,8 @@ class SavedGlobalState(Stream):
     numpy's bit generator is kept by reference, so that it stays the same object.
     """
 
-    def __init__(self, cuda: Iterable[int]) -> None:
-        self._cuda = dict.fromkeys(cuda, torch.empty(0))
+    def __init__(self, devices: Iterable[str]) -> None:
+        self._devices = dict.fromkeys(devices, torch.empty(0))
         self._set_bits(get_installed_bits())
         self._wrapped_bits = self._bits
         self._gauss = None

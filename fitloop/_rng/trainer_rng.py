@@ -29,11 +29,11 @@ class TrainerRng:
 
     With a seed there are two streams for each phase, one for the steps and one for the loader. So
     validating, testing or loading ahead does not change the numbers of the training. Without a
-    seed the trainer uses the global generators, also those of the ``cuda`` devices.
+    seed the trainer uses the global generators, also those of the ``devices``.
     """
 
-    def __init__(self, seed: int | None, cuda: Iterable[int] = ()) -> None:
-        self.cuda = tuple(cuda)
+    def __init__(self, seed: int | None, devices: Iterable[str] = ()) -> None:
+        self.devices = tuple(devices)
         self._seed = seed
         self._streams: dict[tuple[Phase, bool], Stream] = {}
         """Made at first use, since seeding one takes a while."""
@@ -58,7 +58,7 @@ class TrainerRng:
             seed, index = self._seed, STREAM_INDEX[key]
             if index:  # the train steps have the seed itself, for comparing with a plain loop
                 seed = int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
-            stream = self._streams[key] = Stream(seed, self.cuda)
+            stream = self._streams[key] = Stream(seed, self.devices)
         return stream
 
     def reset(self) -> None:
@@ -70,12 +70,12 @@ class TrainerRng:
 
         Without a seed all phases share one stream, a copy of the global generators.
         """
-        twin = TrainerRng(self._seed, self.cuda)
+        twin = TrainerRng(self._seed, self.devices)
         if self.has_streams:
             twin._streams = {key: stream.copy() for key, stream in self._streams.items()}
         else:
             with global_generators():
-                twin._streams = dict.fromkeys(STREAM_INDEX, Stream.of_process(self.cuda))
+                twin._streams = dict.fromkeys(STREAM_INDEX, Stream.of_process(self.devices))
         return twin
 
     def states(self) -> dict[tuple[Phase, bool], RngState]:
@@ -86,7 +86,7 @@ class TrainerRng:
         """Return a function that puts the random numbers back to where they are now."""
         if self.has_streams:
             return partial(self._set_states, self.states())
-        return partial(restore_global_state, global_state(self.cuda))
+        return partial(restore_global_state, global_state(self.devices))
 
     def state_tree(self, loaders: Mapping[Phase, RngState] | None = None) -> dict[str, Any]:
         """Return the states as a tree for a snapshot.
@@ -94,7 +94,7 @@ class TrainerRng:
         ``loaders`` has the states of loaders that have read batches ahead.
         """
         if not self.has_streams:
-            return {_GLOBAL: global_state(self.cuda).to_tree()}
+            return {_GLOBAL: global_state(self.devices).to_tree()}
         states = self.states() | {(phase, True): s for phase, s in (loaders or {}).items()}
         return {_name(*key): state.to_tree() for key, state in states.items()}
 

@@ -24,13 +24,13 @@ from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import Event
 from fitloop._runner.jobs import Outcome, clear_frames
 from fitloop._runner.outcomes import load_done_outcome, write_outcome
-from fitloop._system import available_cores
+from fitloop._system import accelerator, available_cores
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
 from fitloop.callbacks.callback import Callback
 
 
 class ResourceAllocator:
-    """Divides the cores among the jobs that run at a time, and assigns the CUDA devices in turn."""
+    """Divides the cores among the jobs that run at a time, and assigns the accelerators in turn."""
 
     def __init__(self, max_concurrent: int, *, cuda_streams: bool = False) -> None:
         self._cuda_streams = cuda_streams
@@ -39,8 +39,11 @@ class ResourceAllocator:
 
     def allocate(self, name: str, save_path: Path | None) -> TrainerDefaults:
         """Return the defaults of the next job; with several devices, the next device."""
-        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = torch.device("cuda", self._allocations % devices) if devices > 1 else None
+        best = accelerator()
+        devices = 0 if best is None else torch.accelerator.device_count()
+        device = None
+        if best is not None and devices > 1:
+            device = torch.device(best.type, self._allocations % devices)
         self._allocations += 1
         return TrainerDefaults(
             num_threads=self._num_threads,

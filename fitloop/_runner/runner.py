@@ -99,7 +99,7 @@ class Runner:
             its stream.
 
     A trainer without a ``num_threads`` of its own always gets the same number of threads: cores
-    divided by ``max_concurrent``. With several CUDA devices, each trainer without a ``device``
+    divided by ``max_concurrent``. With several accelerators, each trainer without a ``device``
     gets the next one, round robin. A trainer without a ``name`` is named after its job.
 
     Raises:

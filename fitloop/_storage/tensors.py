@@ -146,9 +146,11 @@ class SnapshotBuffers:
 
 
 def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    # Only CUDA's copies are waited for here; those of other devices must end before the call does.
+    are_awaited = all(source.is_cpu or source.is_cuda for source in sources)
     with torch.no_grad():
         if targets:
-            torch._foreach_copy_(targets, sources, non_blocking=True)
+            torch._foreach_copy_(targets, sources, non_blocking=are_awaited)
     for device in {source.device for source in sources if source.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
 

@@ -103,7 +103,8 @@ class FitLoop(TrainerBase):
             OneCycleLR and CyclicLR, also inside SequentialLR and ChainedScheduler, after validation
             for ReduceLROnPlateau, per epoch for the rest. Your own ``train_step`` steps them
             itself; a `ScheduleWarning` says so if it does not.
-        device: default: CUDA if there is a device, else the CPU.
+        device: default: the current accelerator of ``torch.accelerator`` (CUDA, MPS, XPU ...), or
+            else the CPU.
         dtype: floating tensors of the batches and the model are cast to it. Default: the dtype of
             the first floating parameter of the model.
         batch_size_of: a function of the batch that returns its number of samples. Default: the size

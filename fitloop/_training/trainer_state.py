@@ -30,6 +30,7 @@ from fitloop._errors import (
 )
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
+from fitloop._rng.device_generators import generator_names
 from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._storage.metric_log import LOG_NAME, MetricLog
 from fitloop._storage.weight_files import StateDict, are_one_file
@@ -128,7 +129,7 @@ class TrainerState:
         self.given = GivenSettings(config)
         self._watches: dict[Phase, tuple[Any, AttributeWatch]] = {}
         """loaders, with their attributes before their first run"""
-        self.rng = TrainerRng(config.seed, self.cuda_devices)
+        self.rng = TrainerRng(config.seed, generator_names(config.device))
         """random numbers of the trainer"""
         self._best_optimizers: list[Any] = []
         """the `optimizer_states` of the best epoch, which are replaced and never changed"""
@@ -137,12 +138,6 @@ class TrainerState:
         self._initial: Capture | None = None
         """everything but the weights of the model, as it was before the first run"""
         self._has_pretrained = False
-
-    @property
-    def cuda_devices(self) -> tuple[int, ...]:
-        """The CUDA devices whose random generators the trainer uses."""
-        device = self.config.device
-        return (device.index or 0,) if device.type == "cuda" else ()
 
     def move_to_device(self) -> None:
         """Move the model, the loss function and the states of the optimizers to the device."""

@@ -427,4 +427,4 @@ def test_cuda_when_there_are_several_devices_then_means_the_callers_current_one(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     made = FitLoop(**given)
     assert made.device == torch.device("cuda:2")
-    assert internals(made).cuda_devices == (2,)
+    assert internals(made).rng.devices == ("cuda:2",)
