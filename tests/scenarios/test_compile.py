@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import batches, bits, blobs, loader, mlp, sync_trainer, trainer
+from support.resumed_trainings import write_snapshots_at_once
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import Adam
@@ -107,8 +108,9 @@ async def test_model_when_given_compiled_then_the_plain_one_is_owned_and_it_is_c
 
 @pytest.mark.parametrize("first", [False, AOT], ids=["plain first", "compiled first"])
 def test_snapshot_when_resumed_with_or_without_compile_then_bits_are_the_same(
-    first: Any, tmp_path: Path
+    first: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write_snapshots_at_once(monkeypatch)
     whole = sync_fitted()
     whole.fit(3, **QUIET)
 
