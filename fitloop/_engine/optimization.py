@@ -121,7 +121,10 @@ class OptimizerSteps:
     @property
     def is_plain(self) -> bool:
         """Whether each batch is ``loss.backward()`` and ``step()`` of all optimizers, no more."""
-        is_decided_alone = len(self.windows) == 1 or not self.guard.looks
+        # Several optimizers are looked at before the first step, and one without hooks by `_step`.
+        is_decided_alone = not self.guard.looks or (
+            len(self.windows) == 1 and hooked_optimizer(self.windows[0].optimizer) is not None
+        )
         return (
             self._accumulate == 1
             and self._scaler is None

@@ -618,6 +618,39 @@ def test_resume_when_gradients_are_clipped_and_skipped_then_equals_one_run(
     check_resumed_training(make, tmp_path / "at the end", [4], replays=True)
 
 
+class PlainDescent:
+    """An optimizer that is none of torch, and has no hooks."""
+
+    def __init__(self, parameters: Iterable[Any]) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": 0.1}]
+
+    def zero_grad(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+
+    def step(self) -> None:
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter -= 0.1 * parameter.grad
+
+
+@pytest.mark.parametrize("clip", [None, CLIP])
+def test_poison_when_the_optimizer_has_no_hooks_then_is_found(clip: Clip) -> None:
+    model, twin = mlp(), mlp()
+    by_hand: Any = PlainDescent(model.parameters())
+    hand_loop(model, [by_hand], batches()[:2], 1, clip=clip)
+    fitted = sync_trainer(
+        model=twin,
+        optimizer=PlainDescent(twin.parameters()),
+        loss_function=PoisonedLoss([3], "gradient"),
+        valid_dl=None,
+        clip_grad=clip,
+    )
+    with pytest.raises(NonFiniteError):
+        fitted.fit(1, **QUIET)
+    assert bits(twin) == bits(model)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "two"])
 def test_dry_run_when_gradients_are_scaled_and_clipped_then_leaves_no_trace(kind: str) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=HUGE, growth_interval=1)
