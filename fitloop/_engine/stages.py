@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fitloop._data.batch_sizes import describe
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
@@ -20,6 +21,11 @@ from fitloop._public import public
 from fitloop._types import Phase, Stage
 
 _SEQUENCES = frozenset((list, tuple))
+_ELEMENTWISE = [
+    *(kind.forward for kind in (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)),
+    *(functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss),
+]
+"""the losses of torch that compare two tensors of one shape, and only warn of other shapes"""
 
 
 @public
@@ -106,11 +112,30 @@ def _mean_over(state: LoopState, predictions: Any, targets: Any) -> Any:
 def _count_correct(state: LoopState, predictions: Any, targets: Any) -> dict[str, Any]:
     """Return the number of correct targets, and the number of targets that the loss counts."""
     ignored = state._ignored_class
-    if ignored is None or targets is None or targets.is_floating_point() or predictions.ndim < 2:
+    if ignored is None:
+        _check_shapes(state.loss_function, predictions, targets)
+        return {}
+    if targets is None or targets.is_floating_point() or predictions.ndim < 2:
         return {}  # no classes, but probabilities for example, or one sample
     counted = targets != ignored
     correct = (predictions.argmax(dim=1) == targets) & counted
     return {"running_corr": correct.sum(), "running_count": counted.sum()}
+
+
+def _check_shapes(loss_function: Any, predictions: Any, targets: Any) -> None:
+    """Raise ConfigurationError if a loss compares each prediction with the targets of others.
+
+    Torch only warns of it. The first batch has been trained already.
+    """
+    kind = type(loss_function)
+    is_elementwise = getattr(kind, "forward", loss_function) in _ELEMENTWISE
+    if is_elementwise and isinstance(targets, Tensor) and predictions.shape != targets.shape:
+        name = getattr(loss_function, "__name__", kind.__name__)
+        raise ConfigurationError(
+            f"the model returns {describe(predictions)} for targets {describe(targets)}, and "
+            f"{name} would compare each prediction with all targets; give both the same shape, "
+            "such as targets.unsqueeze(1) for (samples, 1), or write train_step="
+        )
 
 
 def _forward(state: LoopState) -> tuple[Any, Any, Any]:

@@ -304,6 +304,45 @@ def test_constructor_when_loss_is_a_class_then_error() -> None:
         trainer(loss_function=nn.CrossEntropyLoss)
 
 
+class Squeezing(nn.MSELoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input.squeeze(1), target)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize(
+    ("loss", "shape", "is_right"),
+    [
+        (nn.MSELoss(), (4, 1), True),
+        (nn.MSELoss(), (4,), False),
+        (nn.functional.l1_loss, (4,), False),
+        (Squeezing(), (4,), True),
+    ],
+    ids=["same shape", "module", "function", "own"],
+)
+async def test_regression_when_targets_are_broadcast_then_says_both_shapes(
+    loss: Any, shape: tuple[int, ...], is_right: bool
+) -> None:
+    model = nn.Linear(3, 1)
+    data = [(torch.ones(4, 3), torch.ones(shape))] * 2
+    fitted = trainer(
+        model=model,
+        optimizer=SGD(model.parameters()),
+        loss_function=loss,
+        train_dl=data,
+        valid_dl=data,
+    )
+    if is_right:
+        await fitted.fit(1, **QUIET)
+        return
+    pattern = (
+        r"returns float32 \(4, 1\) for targets float32 \(4,\), and .* give both the same shape"
+    )
+    for call in (fitted.run_sanity_check, fitted.fit):
+        with pytest.raises(ConfigurationError, match=pattern):
+            await call(1)
+
+
 async def test_optimizer_when_it_needs_a_closure_then_default_step_is_refused() -> None:
     model = mlp()
     optimizer = LBFGS(model.parameters())
