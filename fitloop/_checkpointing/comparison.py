@@ -12,7 +12,12 @@ from typing import Any
 import torch
 
 from fitloop._checkpointing.run_position import RunPosition
-from fitloop._checkpointing.snapshot import STATE_KEYS, Snapshot, has_same_criteria
+from fitloop._checkpointing.snapshot import (
+    STATE_KEYS,
+    Snapshot,
+    has_same_criteria,
+    step_arguments,
+)
 from fitloop._checkpointing.training_state import check_training
 from fitloop._data.carried_state import missing_states
 from fitloop._data.inspection import ORDER_FACTS, loader_facts, loader_label
@@ -51,6 +56,7 @@ def check_fits(
         told = [
             *_last_bits(trainer, snapshot, position),
             *_overruled(trainer, snapshot),
+            *_other_steps(trainer, snapshot, position),
             *_not_held(trainer, snapshot),
             *_other_loaders(snapshot, loaders, position),
         ]
@@ -107,6 +113,21 @@ def _overruled(trainer: TrainerState, snapshot: Snapshot) -> list[str]:
         if others:
             told.append(f"{'; '.join(others)}: the settings of the snapshot are used")
     return told
+
+
+def _other_steps(
+    trainer: TrainerState, snapshot: Snapshot, position: RunPosition | None
+) -> list[str]:
+    """Say which arguments make the optimizer steps of a resumed run differ from those before."""
+    saved = snapshot.trainer.get("step_arguments", {})
+    if position is None or position.finished:
+        return []
+    others = [
+        f"{name} was {printable(str(saved[name])):.60} and is {value!s:.60}"
+        for name, value in step_arguments(trainer.config).items()
+        if name in saved and saved[name] != value
+    ]
+    return [f"{', '.join(others)}: the run goes on with the arguments given now"] if others else []
 
 
 def _not_held(trainer: TrainerState, snapshot: Snapshot) -> list[str]:

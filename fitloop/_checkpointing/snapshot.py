@@ -28,6 +28,7 @@ from fitloop._checkpointing.training_state import (
 )
 from fitloop._data.carried_state import carried_states, check_states, set_carried_states
 from fitloop._data.inspection import loader_facts
+from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError
 from fitloop._metrics.history import History, export_history, restore_history
 from fitloop._rng.states import RngState
@@ -143,6 +144,17 @@ def take_snapshot(
     return PreparedSnapshot(fields, payloads)
 
 
+def step_arguments(config: TrainerConfig) -> dict[str, Any]:
+    """Return the arguments of a trainer that change its optimizer steps, as plain values."""
+    clip = config.clip_grad
+    return {
+        "accumulate": config.accumulate,
+        "precision": config.precision,
+        "clip_grad": getattr(clip, "__qualname__", type(clip).__name__) if callable(clip) else clip,
+        "nonfinite": config.nonfinite,
+    }
+
+
 def _trainer_fields(trainer: TrainerState, loaders: Mapping[Phase, Any]) -> dict[str, Any]:
     config, criteria = trainer.config, trainer.criteria
     return {
@@ -158,6 +170,7 @@ def _trainer_fields(trainer: TrainerState, loaders: Mapping[Phase, Any]) -> dict
         "best_epoch": trainer.best_epoch,
         "criteria": None if criteria is None else [criteria.name, criteria.direction],
         "given": trainer.given.facts,
+        "step_arguments": step_arguments(config),
         "loaders": {
             str(phase): loader_facts(loader)
             for phase, loader in loaders.items()

@@ -222,6 +222,18 @@ def test_resume_when_the_scheduler_was_built_differently_then_warns(tmp_path: Pa
     assert [message.count("lr_scheduler: gamma was 0.5 and is 0.1") for message in told] == [1]
 
 
+@pytest.mark.parametrize("stop", [MIDDLE, BETWEEN], ids=["in a window", "between epochs"])
+def test_resume_when_optimizer_steps_are_others_then_warns(stop: int, tmp_path: Path) -> None:
+    begin(tmp_path, stop, accumulate=2, clip_grad=1.0)
+    resumed, messages = resume(tmp_path, accumulate=4, nonfinite="skip")
+    (message,) = messages
+    assert (
+        "accumulate was 2 and is 4, clip_grad was 1.0 and is None, nonfinite was raise" in message
+    )
+    assert "goes on with the arguments given now" in message
+    assert internals(resumed).step_counts.made[0] > 0
+
+
 def test_resume_when_the_script_is_the_same_then_warns_of_nothing(tmp_path: Path) -> None:
     """Rates that a schedule changed, and layers that preloop unfroze, are no difference."""
 
