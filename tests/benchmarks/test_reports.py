@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 
 import psutil
@@ -32,8 +34,20 @@ from benchmarks.harness import (
 from benchmarks.page import PAGE, README, RESULTS, ROOT, page, stored_reports
 from benchmarks.readme import with_figures
 from benchmarks.report import ABSENT, Column, Report, Row, Spread, Table, method_of
+from fitloop.backends.process.fork_server import ForkedProcess
 
 MACHINE = {"processor": "made up", "cores": 2}
+
+
+class ForkedContext(SpawnContext):
+    """Starts processes that have imported torch: a spawned one takes seconds for that."""
+
+    Process = ForkedProcess
+
+
+@pytest.fixture
+def forked_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _method: ForkedContext())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -279,6 +293,7 @@ def test_command_when_keep_and_quick_are_given_then_is_refused(
     assert "rough figures are not to be kept" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_contenders")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_overhead_when_two_loops_are_measured_then_each_case_has_a_table(
@@ -306,6 +321,7 @@ def test_overhead_when_two_loops_are_measured_then_each_case_has_a_table(
         assert set(rows["fitloop"].figures) == {"time", "added", "ratio"}
 
 
+@pytest.mark.usefixtures("forked_contenders")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_overlap_when_one_cell_is_measured_then_each_kind_of_loader_has_a_table(
@@ -353,6 +369,7 @@ def refuse() -> dict[str, float]:
     raise NotApplicableError("it keeps no metrics")
 
 
+@pytest.mark.usefixtures("forked_contenders")
 @pytest.mark.slow
 def test_measure_when_contenders_take_turns_then_each_keeps_its_process(tmp_path: Path) -> None:
     log = tmp_path / "log"
@@ -369,6 +386,7 @@ def test_measure_when_contenders_take_turns_then_each_keeps_its_process(tmp_path
     assert again.values("a", "value") == [1.0]
 
 
+@pytest.mark.usefixtures("forked_contenders")
 @pytest.mark.slow
 def test_measure_when_some_fail_then_gives_reasons_and_measures_the_others(tmp_path: Path) -> None:
     contenders = [

@@ -23,8 +23,11 @@ import sys
 import warnings
 from typing import Any
 
-PRELOADED = ("torch", "torch._dynamo", "torch.utils.data", "anyio._backends._asyncio", "fitloop")
-"""modules that most programs import; torch imports torch._dynamo in the first optimizer step"""
+PRELOADED = (
+    *("torch", "torch._dynamo", "torch.utils.data", "anyio._backends._asyncio", "fitloop"),
+    *("fitloop.backends.process.fork_server", "sklearn.datasets"),
+)
+"""modules that many programs import; torch imports torch._dynamo in the first optimizer step"""
 LENGTH = struct.Struct("!q")
 
 

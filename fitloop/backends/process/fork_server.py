@@ -53,7 +53,7 @@ MAX_DESCRIPTORS = 16
 _FORK, _RETIRE = b"f", b"r"
 """requests to the server"""
 _NUMBER = struct.Struct("!q")
-_INHERITED = ("Umask", "Uid", "Gid", "Groups", "SigIgn", "CapEff", "Cpus_allowed", "Mems_allowed")
+_INHERITED = ("Umask", "Uid", "Gid", "Groups", "CapEff", "Cpus_allowed", "Mems_allowed")
 """fields of ``/proc/self/status`` that a process has from its parent"""
 _LATE_VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 """environment variables that pytest and torch themselves change, and that no import reads"""
