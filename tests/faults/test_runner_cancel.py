@@ -368,13 +368,12 @@ async def test_job_when_it_is_ended_then_its_coroutines_are_cancelled_once(
             elif how == "block":
                 await body()
 
-    with anyio.fail_after(SOON):
-        task = asyncio.create_task(run())
-        await cleaning.began.wait()
-        if how in ("block", "leaving"):
-            await asyncio.sleep(0)
-            task.cancel()
-        [result] = await asyncio.gather(task, return_exceptions=True)
+    task = asyncio.create_task(run())
+    await cleaning.began.wait()
+    if how in ("block", "leaving"):
+        await asyncio.sleep(0)
+        task.cancel()
+    [result] = await asyncio.gather(task, return_exceptions=True)
     expected = {"job": type(None), "all": type(None), "block": asyncio.CancelledError}
     expected["leaving"] = asyncio.CancelledError
     assert type(result) is expected.get(how, ZeroDivisionError)
@@ -391,22 +390,21 @@ async def test_question_when_it_is_ended_then_is_cancelled_once(
 ) -> None:
     cleaning = Cleaning()
     fitted = trainer(on_continue=cleaning)
-    with anyio.fail_after(SOON):
-        task = asyncio.create_task(
-            fitted.fit(
-                10**6 if how == "stop" else 2,
-                continue_loop=1,
-                continue_while_asking=in_background,
-                continue_timeout=0.001 if how == "timeout" else None,
-                **QUIET,
-            )
+    task = asyncio.create_task(
+        fitted.fit(
+            10**6 if how == "stop" else 2,
+            continue_loop=1,
+            continue_while_asking=in_background,
+            continue_timeout=0.001 if how == "timeout" else None,
+            **QUIET,
         )
-        await cleaning.began.wait()
-        if how == "stop":
-            fitted.stop()
-        elif how == "cancel":
-            task.cancel()
-        [result] = await asyncio.gather(task, return_exceptions=True)
+    )
+    await cleaning.began.wait()
+    if how == "stop":
+        fitted.stop()
+    elif how == "cancel":
+        task.cancel()
+    [result] = await asyncio.gather(task, return_exceptions=True)
     reason = {"stop": "stopped", "timeout": "completed"}.get(how)
     assert getattr(result, "stop_reason", None) == reason
     assert task.cancelled() == (how == "cancel")
