@@ -7,6 +7,8 @@ changed is a state.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
@@ -41,7 +43,7 @@ _MISSING, _NO_STATE, _OBJECT = _Mark(), _Mark(), _Mark()
 
 
 class AttributeWatch:
-    """Finds the attributes that changed in all objects that can be reached from ``roots``.
+    """Finds the attributes that changed in the objects that can be reached from ``roots``.
 
     Compared are numbers, text and containers of them. With ``known``, which returns the memory of
     tensors that are part of the state already, also other tensors and arrays.
@@ -56,7 +58,7 @@ class AttributeWatch:
         memory = known and known()
         self._before = {
             (path, name): (_frozen(value, memory), _copied(value))
-            for path, item in self.search().objects.items()
+            for path, item in self._compared()
             for name, value in _watched(item)
         }
 
@@ -64,13 +66,23 @@ class AttributeWatch:
         """Search again, since the objects may be others now."""
         return StateSearch(self._roots)
 
+    def _compared(self) -> list[tuple[str, Any]]:
+        """Return the roots, modules, and objects of the user's own code, with their paths."""
+        return [
+            (path, item)
+            for path, item in self.search().objects.items()
+            if path in self._roots
+            or isinstance(item, nn.Module)
+            or not _is_installed(type(item).__module__)
+        ]
+
     def changes(self) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
         """Yield path and object, the attributes of it that changed, and whether these are all.
 
         They are not if a reference to another object changed as well, which cannot be restored.
         """
         known = self._known and self._known()
-        for path, item in self.search().objects.items():
+        for path, item in self._compared():
             changed, are_all = {}, True
             for name, value in _watched(item):
                 before = self._before.get((path, name), (_MISSING, None))[0]
@@ -166,6 +178,13 @@ class ObjectState:
         for path, generator in generators.items():
             if is_generator(found.holders.get(path)):
                 set_generator_state(found.holders[path], generator)
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    """Return whether a module is of an installed package, whose objects may keep handles."""
+    file = str(getattr(sys.modules.get(module), "__file__", ""))
+    return "site-packages" in file or "dist-packages" in file
 
 
 def _set_attribute(item: Any, name: str, value: Any) -> None:

@@ -24,6 +24,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from fitloop import LoopState
+from fitloop._training import object_state
 
 
 @pytest.fixture(autouse=True)
@@ -315,3 +316,24 @@ def test_load_when_the_snapshot_is_of_the_beginning_then_attributes_go_back(
     assert model.calls > 0
     trainer.load("begin", tmp_path)
     assert (model.calls, model.recent) == (0, [])
+
+
+def test_load_when_an_object_of_an_installed_package_changed_then_it_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection or a logger keeps numbers that are of this process only."""
+    monkeypatch.setattr(object_state, "_is_installed", lambda module: module == __name__)
+    saved, loaded = (sync_trainer(**carrying("model").trainer) for _ in range(2))
+    connections = []
+    for trainer in (saved, loaded):
+        connections.append(Connection())
+        trainer.model.connection = connections[-1]  # type: ignore[assignment]
+    saved.save("begin", tmp_path)
+    connections[0].handle = 5
+    saved.save("state", tmp_path)
+    loaded.load("state", tmp_path)
+    assert connections[1].handle == 0
+
+
+class Connection:
+    handle = 0
