@@ -31,7 +31,7 @@ SMOOTHING = 0.9
 DIVERGED = 4.0
 """The search ends when the smoothed loss is this multiple of its smallest value."""
 MIN_FALL = 5
-"""least number of points of a fall of the loss"""
+"""least number of points up to the smallest loss, for a suggestion"""
 
 
 @public
@@ -44,7 +44,7 @@ class LRCurve:
     losses: Array
     """the loss of the batch, or of the batches, of the optimizer step with this rate"""
     suggestion: float | None
-    """the rate in the middle of the longest fall of the smoothed loss; None if it does not fall"""
+    """a tenth of the rate with the smallest smoothed loss; None if the loss does not fall"""
 
     def plot(self, *, ax: Axes | None = None, **kwargs: Any) -> Axes:
         """Draw the losses over the rates, with the suggestion, on ``ax`` or the current axes.
@@ -179,18 +179,18 @@ def smoothed(losses: Array) -> Array:
 
 
 def _suggestion(lrs: Array, losses: Array) -> float | None:
-    """Return the rate in the middle of the longest falling subsequence of the smoothed losses."""
-    smooth = smoothed(losses)
-    lengths, starts = np.ones(len(smooth), int), np.arange(len(smooth))
-    for end in range(1, len(smooth)):
-        higher = np.flatnonzero(smooth[:end] > smooth[end])
-        if len(higher):
-            before = higher[np.argmax(lengths[higher])]
-            lengths[end], starts[end] = lengths[before] + 1, starts[before]
-    if not len(smooth) or lengths.max() < MIN_FALL:
+    """Return a tenth of the rate with the smallest smoothed loss.
+
+    None if the loss has not fallen by more than its noise.
+    """
+    lowest = int(np.argmin(smoothed(losses))) if len(losses) else 0
+    if lowest < MIN_FALL:
         return None
-    end = int(np.argmax(lengths))
-    return float(lrs[(starts[end] + end) // 2])
+    falling = losses[: lowest + 1]
+    middle = (smoothed(falling) + smoothed(falling[::-1])[::-1]) / 2  # without a delay
+    if middle[0] - middle[-1] <= np.std(falling - middle):
+        return None
+    return float(lrs[lowest]) / 10
 
 
 def _set_rate(group: dict[str, Any], rate: float) -> None:
