@@ -52,7 +52,7 @@ test-fast: .venv
 # Transformers has a folder of its own, so that no other test depends on it.
 TRANSFORMERS := $(VENV)/transformers
 $(TRANSFORMERS)/.installed: $(STAMP)
-	$(BIN)/python -m pip install -q --target $(TRANSFORMERS) 'transformers' -c constraints.txt
+	$(BIN)/python -m pip install -q --upgrade --target $(TRANSFORMERS) transformers -c constraints.txt
 	@touch $@
 
 test-transformers: $(TRANSFORMERS)/.installed
