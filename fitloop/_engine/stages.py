@@ -113,7 +113,8 @@ def _count_correct(state: LoopState, predictions: Any, targets: Any) -> dict[str
     """Return the number of correct targets, and the number of targets that the loss counts."""
     ignored = state._ignored_class
     if ignored is None:
-        _check_shapes(state.loss_function, predictions, targets)
+        if state.batch_num == 1:  # later batches have shapes alike
+            _check_shapes(state.loss_function, predictions, targets)
         return {}
     if targets is None or targets.is_floating_point() or predictions.ndim < 2:
         return {}  # no classes, but probabilities for example, or one sample
