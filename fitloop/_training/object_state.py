@@ -39,7 +39,7 @@ class _Mark:
     """A value that is equal to itself only."""
 
 
-_MISSING, _NO_STATE, _OBJECT = _Mark(), _Mark(), _Mark()
+_MISSING, _NO_STATE, _OBJECT, _LARGE = _Mark(), _Mark(), _Mark(), _Mark()
 
 
 class AttributeWatch:
@@ -87,11 +87,9 @@ class AttributeWatch:
             for name, value in _watched(item):
                 before = self._before.get((path, name), (_MISSING, None))[0]
                 now = _frozen(value, known)
-                if now is _OBJECT and before is not _OBJECT:
+                if now in (_OBJECT, _LARGE) and before is not now:
                     are_all = False
-                    if type(value) in _CONTAINERS:
-                        changed[name] = value
-                elif now not in (before, _OBJECT, _NO_STATE):
+                if now not in (before, _OBJECT, _NO_STATE):
                     changed[name] = value
             if changed:
                 yield path, item, changed, are_all
@@ -213,7 +211,8 @@ def _watched(item: Any) -> list[tuple[str, Any]]:
 def _frozen(value: Any, known: Collection[object] | None, depth: int = 0) -> Any:
     """Return a value that is another one if the attribute changed.
 
-    It is `_NO_STATE` for what belongs to a batch or to the data, and `_OBJECT` for other objects.
+    It is `_NO_STATE` for what belongs to a batch or to the data, `_OBJECT` for other objects, and
+    `_LARGE` for a container that is too large to be compared.
     """
     kind = type(value)
     if kind in _ATOMS:
@@ -224,11 +223,13 @@ def _frozen(value: Any, known: Collection[object] | None, depth: int = 0) -> Any
         return _NO_STATE if known is None else _frozen_numbers(value, known)
     if isinstance(value, np.generic):
         return value.dtype.str, value.tobytes()
-    if kind not in _CONTAINERS or depth == _MAX_DEPTH or len(value) > MAX_VALUES:
+    if kind not in _CONTAINERS or depth == _MAX_DEPTH:
         return _OBJECT
+    if len(value) > MAX_VALUES:
+        return _LARGE
     items = chain(value, value.values()) if kind is dict else value
     frozen = [_frozen(item, known, depth + 1) for item in items]
-    for mark in (_NO_STATE, _OBJECT):
+    for mark in (_NO_STATE, _OBJECT, _LARGE):
         if any(item is mark for item in frozen):
             return mark
     return kind, tuple(frozen)
@@ -255,5 +256,5 @@ def _memory(tensor: Tensor) -> object:
 def _copied(value: Any) -> Any:
     """Return a copy of numbers, text and containers of them; `_MISSING` for anything else."""
     is_plain = type(value) in (*_ATOMS, *_CONTAINERS) or isinstance(value, np.generic)
-    plain = is_plain and _frozen(value, None) not in (_NO_STATE, _OBJECT)
+    plain = is_plain and _frozen(value, None) not in (_NO_STATE, _OBJECT, _LARGE)
     return copy_values(value) if plain else _MISSING

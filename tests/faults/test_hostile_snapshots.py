@@ -258,6 +258,7 @@ FORGED: dict[str, Change] = {
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::fitloop.ResumeWarning")
 @pytest.mark.parametrize("name", FORGED)
 def test_load_when_the_tree_is_forged_then_is_refused(target: Target, name: str) -> None:
     target.refuses(changed(FORGED[name]))

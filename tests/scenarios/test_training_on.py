@@ -366,6 +366,7 @@ async def test_stage_when_it_raises_with_a_question_open_then_the_question_is_wi
         await fitted.fit(6, continue_loop=2, continue_while_asking=True, on_continue=never)
 
 
+@pytest.mark.filterwarnings("ignore:.*_done had changed:fitloop.ResumeWarning")  # of the step here
 async def test_files_when_declined_then_log_and_snapshots_are_of_what_it_went_back_to(
     tmp_path: Path, blockbuster: BlockBuster
 ) -> None:
