@@ -58,7 +58,7 @@ def test_search_when_run_in_processes_then_prunes_and_its_table_has_the_best_fir
 def test_search_when_ended_and_started_again_then_trials_go_on_under_their_numbers(
     tmp_path: Path, sent: signal.Signals
 ) -> None:
-    options = ["--epochs", "10", "--trials", "2", "--max-concurrent", "1", "--save-path", "found"]
+    options = ["--epochs", "4", "--trials", "2", "--max-concurrent", "1", "--save-path", "found"]
     first: list[str] = []
     with started(command(*options), tmp_path) as process:
         for line in process.stdout:
