@@ -88,7 +88,8 @@ async def test_job_when_it_raises_in_a_worker_then_the_error_comes_across() -> N
     assert isinstance(lock, RemoteError)
     assert str(lock).startswith("RuntimeError: unpicklable")
     assert isinstance(callback, LookupError)
-    assert "at PhaseEnded, in this process" in callback.__notes__[0]
+    assert callback.__notes__[0].endswith("breaks, at PhaseEnded")
+    assert "at PhaseEnded, in this process" in callback.__notes__[1]
     assert isinstance(exited, RemoteError)
     assert str(exited).startswith("SystemExit: 3")
     assert good.status == "done"
