@@ -18,6 +18,7 @@ from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import ConfigurationError
 from fitloop._format import printable
 from fitloop._public import public
+from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import dry_plan, launch
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
@@ -86,7 +87,7 @@ async def benchmark(
         plan = dry_plan(
             fitloop._state,
             "benchmark",
-            {Phase.TRAIN: train_dl},
+            {Phase.TRAIN: fit_option("train_dl", train_dl)},
             epochs=1,
             steps=None,
             define_all=define_all,
