@@ -22,6 +22,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from functools import partial
 from multiprocessing import Process, active_children
 from pathlib import Path
@@ -218,7 +219,8 @@ async def _processes(choose: random.Random, path: Path) -> None:
                     raise outcome.error
 
 
-ACTIONS = {
+Action = Callable[[random.Random, Path], Awaitable[None]]
+ACTIONS: dict[Action, float] = {
     _fit: 5,
     _cancel: 5,
     _stop: 3,
@@ -250,6 +252,8 @@ class Campaign:
         """Return what was left at the end."""
         watchdog = threading.Thread(target=self._watch, daemon=True)
         watchdog.start()
+        for action in ACTIONS:  # some make what stays, such as the server of worker processes
+            await self._act(0, action, self._random)
         await self._users(self._end - 0.9 * (self._end - time.monotonic()))
         before = _open_things()
         await self._users(self._end)
@@ -271,10 +275,13 @@ class Campaign:
     async def _user(self, number: int, choose: random.Random, end: float) -> None:
         while time.monotonic() < end:
             (action,) = choose.choices(list(ACTIONS), list(ACTIONS.values()))
-            self._running[number] = action.__name__, time.monotonic()
-            with TemporaryDirectory() as path:
-                await action(choose, Path(path))
-            self.counts[action.__name__.strip("_")] += 1
+            await self._act(number, action, choose)
+
+    async def _act(self, number: int, action: Action, choose: random.Random) -> None:
+        self._running[number] = action.__name__, time.monotonic()
+        with TemporaryDirectory() as path:
+            await action(choose, Path(path))
+        self.counts[action.__name__.strip("_")] += 1
         self._running.pop(number, None)
 
     def _watch(self) -> None:
