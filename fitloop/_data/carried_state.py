@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -80,7 +81,8 @@ class StateSearch:
         if is_generator(value):
             self.holders[self._unused(path)] = value
         elif isinstance(value, _CONTAINERS):
-            yield from _children(path, _items(value))
+            if not is_data(value):
+                yield from _children(path, _items(value))
         elif isinstance(value, _FUNCTIONS):
             yield from _children(path, _parts_of_function(value))
         elif self._is_searched(value):
@@ -121,6 +123,16 @@ def _children(path: str, items: Any) -> Iterator[tuple[str, Any]]:
 
 
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device))
+
+
+def is_data(container: Any) -> bool:
+    """Return whether a container begins and ends with tensors or arrays, as a list of batches."""
+    if type(container) not in (list, tuple) or not container:
+        return False
+    return all(
+        isinstance(item, (Tensor, np.ndarray)) or is_data(item)
+        for item in (container[0], container[-1])
+    )
 
 
 def _items(container: Any) -> Iterator[tuple[object, Any]]:

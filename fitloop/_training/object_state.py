@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fitloop._data.carried_state import StateSearch, attributes, has_own_state_dict
+from fitloop._data.carried_state import StateSearch, attributes, has_own_state_dict, is_data
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._rng.generators import check_tree, generator_state, is_generator, set_generator_state
 from fitloop._training.capture import copy_values
@@ -225,6 +225,8 @@ def _frozen(value: Any, known: Collection[object] | None, depth: int = 0) -> Any
         return value.dtype.str, value.tobytes()
     if kind not in _CONTAINERS or depth == _MAX_DEPTH:
         return _OBJECT
+    if known is None and is_data(value):
+        return _NO_STATE
     if len(value) > MAX_VALUES:
         return _LARGE
     items = chain(value, value.values()) if kind is dict else value
