@@ -95,6 +95,8 @@ class GradientGuard:
 
         Raises `NonFiniteError`.
         """
+        if self._is_scaled or self._attached:  # the optimizer itself may leave the step out
+            _begin_momentum(optimizer)
         if self._clip is None:
             return self.looks and self._are_bad(optimizer)
         self._refuse_scaled(optimizer)
@@ -347,6 +349,27 @@ _check_finite: Callable[[list[Tensor], Tensor, Tensor], None] = (
 
 def _parameters(optimizer: Any) -> list[Any]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _begin_momentum(optimizer: Any) -> None:
+    """Set the momentum that a fused SGD does not have yet to zero.
+
+    torch leaves it uninitialised in memory if the first step is left out on the device.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if not group["fused"] or not group["momentum"]:
+            continue
+        new = [p for p in group["params"] if p.grad is not None and not optimizer.state[p]]
+        if new and group["dampening"]:
+            raise ConfigurationError(
+                "SGD has fused=True, and momentum with dampening, and a step may be left out since "
+                "its gradients are not finite: torch has no right momentum after a first step "
+                "that is left out. Give fused=False"
+            )
+        for parameter in new:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _gradients(optimizer: Any) -> list[Tensor]:

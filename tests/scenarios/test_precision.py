@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +272,27 @@ def test_bf16_when_resumed_then_equals_one_run(seed: int | None, tmp_path: Path)
 def test_precision_when_it_cannot_work_then_says_so(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         trainer(**changes)
+
+
+@pytest.fixture
+def _nan_in_new_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_nan_in_new_memory")
+async def test_fused_sgd_when_a_scaler_skips_the_first_step_then_momentum_begins_at_zero() -> None:
+    def fitted(**options: Any) -> FitLoop:
+        model = mlp()
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19)
+        return trainer(model=model, optimizer=optimizer, scaler=scaler, precision="fp16")
+
+    fused, plain = fitted(fused=True), fitted()
+    for each in (fused, plain):
+        await each.fit(2, **QUIET)
+    for own, other in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+    with pytest.raises(ConfigurationError, match="Give fused=False"):
+        await fitted(fused=True, dampening=0.1).fit(1, **QUIET)
