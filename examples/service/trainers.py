@@ -28,6 +28,7 @@ def make_trainer(settings: Settings) -> FitLoop:
         train_dl=train_dl,
         valid_dl=valid_dl,
         train_epoch_end=converging_epoch_end,
+        nonfinite="ignore",  # it refuses a loss that is not finite, and one that is only large
     )
 
 
