@@ -136,8 +136,8 @@ def _not_held(trainer: TrainerState, snapshot: Snapshot) -> list[str]:
     lost = [printable(str(name)) for name in snapshot.trainer.get("lost", ())]
     if lost:
         told.append(
-            f"{', '.join(lost[:10])} had changed and could not be kept; give the object that holds "
-            "it state_dict() and load_state_dict()"
+            f"{', '.join(lost[:10])} had changed and could not be kept; give the trainer an object "
+            "that holds it, with state_dict() and load_state_dict(), as stateful="
         )
     missing = trainer.objects.missing(snapshot.state.get("objects", {}))
     if missing:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fitloop._data.carried_state import StateSearch, attributes, has_own_state_dict, is_data
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
@@ -33,6 +34,9 @@ _MAX_DEPTH = 3
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
 _CONTAINERS = (list, tuple, set, frozenset, deque, dict)
 _OF_OPTIMIZERS = frozenset(("defaults", "state", "param_groups", "_opt_called"))
+
+
+_OF_LOADERS = (DataLoader, Dataset, Sampler)
 
 
 class _Mark:
@@ -76,23 +80,24 @@ class AttributeWatch:
             or not _is_installed(type(item).__module__)
         ]
 
-    def changes(self) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
-        """Yield path and object, the attributes of it that changed, and whether these are all.
+    def changes(self) -> Iterator[tuple[str, Any, dict[str, Any], list[str]]]:
+        """Yield path and object, its attributes that changed, and the names of lost ones.
 
-        They are not if a reference to another object changed as well, which cannot be restored.
+        Lost are containers that have become too large. Objects in attributes are not: those of the
+        user's own code are compared by themselves.
         """
         known = self._known and self._known()
         for path, item in self._compared():
-            changed, are_all = {}, True
+            changed, lost = {}, []
             for name, value in _watched(item):
                 before = self._before.get((path, name), (_MISSING, None))[0]
                 now = _frozen(value, known)
-                if now in (_OBJECT, _LARGE) and before is not now:
-                    are_all = False
-                if now not in (before, _OBJECT, _NO_STATE):
+                if now is _LARGE and before is not _LARGE:
+                    lost.append(name)
+                elif now not in (before, _OBJECT, _NO_STATE, _LARGE):
                     changed[name] = value
-            if changed:
-                yield path, item, changed, are_all
+            if changed or lost:
+                yield path, item, changed, lost
 
     def put_back(self, path: str, item: Any, name: str) -> None:
         """Put a number, text or container back to what it was before."""
@@ -112,6 +117,8 @@ class ObjectState:
     def __init__(self, config: TrainerConfig) -> None:
         self._config = config
         self._watch: AttributeWatch | None = None
+        self._marks: dict[str, object] = {}
+        """`_marks_now` before the first run"""
 
     def begin(self) -> AttributeWatch:
         """Note the attributes before the first run; later calls do nothing."""
@@ -125,6 +132,7 @@ class ObjectState:
             stages = {name: getattr(config, name) for name in STAGE_NAMES.values()}
             roots |= {name: stage for name, stage in stages.items() if stage is not None}
             self._watch = AttributeWatch(roots, self._known)
+            self._marks = self._marks_now(self._watch.search())
         return self._watch
 
     def _known(self) -> Collection[object]:
@@ -133,11 +141,35 @@ class ObjectState:
         tensors = chain.from_iterable((*m.parameters(), *m.buffers()) for m in modules)
         return {_memory(item) for item in (*tensors, *outside_parameters(self._config))}
 
+    def _marks_now(self, found: StateSearch) -> dict[str, object]:
+        """Return values that change with the states that the trainer was not given, by path.
+
+        They are those of modules, such as a teacher of a train_step, and of objects with a
+        ``state_dict`` of their own. A snapshot has those of a loader and its dataset anyway.
+        """
+        config, known = self._config, self._known()
+        given = [*config.optimizers, *config.lr_schedulers, config.scaler]
+        kept = {id(item) for module in modules_of(config) for item in module.modules()}
+        kept |= {id(part) for item in given for part in (item, *_values(item))}
+        for item in (*config.stateful.values(), *config.metrics.values()):
+            inside = StateSearch({"": item})
+            kept |= {id(part) for part in (*inside.objects.values(), *inside.holders.values())}
+        marks = {}
+        for path, item in (*found.objects.items(), *found.holders.items()):
+            if id(item) in kept or is_generator(item) or isinstance(item, _OF_LOADERS):
+                continue
+            marks[path] = _mark_of(item, known)
+            if isinstance(item, nn.Module):
+                kept |= {id(module) for module in item.modules()}
+        return marks
+
     def lost(self) -> list[str]:
-        """Return the names of attributes that changed and cannot be restored."""
-        changes = self.begin().changes()
+        """Return the names of states that changed and cannot be restored."""
+        watch = self.begin()
+        marks, before = self._marks_now(watch.search()), self._marks
         return [
-            f"{path}.{n}" for path, _item, names, are_all in changes if not are_all for n in names
+            *(f"{path}.{name}" for path, _item, _, lost in watch.changes() for name in lost),
+            *(path for path, mark in marks.items() if mark != before.get(path)),
         ]
 
     def missing(self, state: dict[str, Any]) -> list[str]:
@@ -156,7 +188,7 @@ class ObjectState:
                 if is_generator(holder)
             },
             "attributes": {
-                path: changed for path, _item, changed, are_all in watch.changes() if are_all
+                path: changed for path, _item, changed, _lost in watch.changes() if changed
             },
         }
         return {name: part for name, part in state.items() if part}
@@ -165,7 +197,7 @@ class ObjectState:
         """See `StatePart`."""
         watch = self.begin()
         saved: dict[str, dict[str, Any]] = state.get("attributes", {})
-        for path, item, changed, _are_all in watch.changes():
+        for path, item, changed, _lost in watch.changes():
             for name in changed.keys() - saved.get(path, {}).keys():
                 watch.put_back(path, item, name)
         found = watch.search()
@@ -183,6 +215,25 @@ def _is_installed(module: str) -> bool:
     """Return whether a module is of an installed package, whose objects may keep handles."""
     file = str(getattr(sys.modules.get(module), "__file__", ""))
     return "site-packages" in file or "dist-packages" in file
+
+
+def _mark_of(item: Any, known: Collection[object]) -> object:
+    """Return a value that changes with the state of a module, or of an object that can save it."""
+    if isinstance(item, nn.Module):
+        leaves: list[Any] = [*item.parameters(), *item.buffers()]
+    else:
+        leaves = tree_leaves(item.state_dict()) if has_own_state_dict(item) else []
+    marks: list[Any] = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            marks.append(_frozen(leaf, ()))
+        elif (memory := _memory(leaf)) not in known:
+            marks.append((memory, 0 if leaf.is_inference() else leaf._version))
+    return marks or None
+
+
+def _values(item: Any) -> Collection[Any]:
+    return getattr(item, "__dict__", {}).values()
 
 
 def _set_attribute(item: Any, name: str, value: Any) -> None:

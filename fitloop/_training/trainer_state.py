@@ -361,8 +361,8 @@ class TrainerState:
         """Return the names of attributes that changed and that no snapshot can hold."""
         lost = self.objects.lost()
         for _loader, watch in self._watches.values():
-            for path, _item, changed, _are_all in watch.changes():
-                lost += [f"{path}.{name}" for name in changed]
+            for path, _item, changed, unkept in watch.changes():
+                lost += [f"{path}.{name}" for name in (*changed, *unkept)]
         return lost
 
     def capture(self) -> Capture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from fitloop import LoopState
+from fitloop import Checkpoint, LoopState, ResumeWarning, default_batch_step
 from fitloop._training import object_state
 
 
@@ -337,3 +338,60 @@ def test_load_when_an_object_of_an_installed_package_changed_then_it_is_left_alo
 
 class Connection:
     handle = 0
+
+
+class Average:
+    """A mean of the weights that can save itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights = state["weights"]
+
+
+class Teaching:
+    """A train_step with a teacher, an average, a recorder and objects that it was not given."""
+
+    def __init__(self, model: nn.Module, kept: nn.Module) -> None:
+        self.teacher, self.average, self.kept = mlp(), Average(model), kept
+        self.same, self.frozen = nn.Sequential(model), mlp()  # nothing of these is lost
+        self.calls = 0
+        self.event: Any = None
+        self.seen: list[Any] = []
+        self.losses: list[float] = []
+
+    def __call__(self, state: LoopState) -> dict[str, Any]:
+        self.calls += 1
+        self.event, self.seen = threading.Event(), [*self.seen, state]
+        values = default_batch_step(state)
+        with torch.no_grad():
+            for module in (self.teacher, self.kept):
+                for own, trained in zip(module.parameters(), state.model.parameters(), strict=True):
+                    own.lerp_(trained, 0.1)
+            for mean, trained in zip(self.average.weights, state.model.parameters(), strict=True):
+                mean.lerp_(trained, 0.1)
+        self.losses += [0.5] * 400
+        return values
+
+
+def test_resume_when_a_step_holds_what_no_snapshot_has_then_names_that_alone(
+    tmp_path: Path,
+) -> None:
+    steps = []
+    for epochs in (1, 2):
+        model, kept = mlp(), mlp()
+        step = Teaching(model, kept)
+        fitted = sync_trainer(
+            model=model, train_step=step, stateful={"kept": kept}, save_path=tmp_path, seed=1
+        )
+        steps.append(step)
+        if epochs == 1:
+            fitted.fit(1, resume=True, checkpoint=Checkpoint(), **QUIET)
+    lost = ("train_step.losses", "train_step.teacher", "train_step.average")
+    with pytest.warns(ResumeWarning, match=f"{', '.join(lost)} had changed and could not be kept"):
+        fitted.fit(2, resume=True, **QUIET)
+    assert steps[1].calls == 2 * steps[0].calls

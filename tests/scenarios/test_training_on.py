@@ -366,7 +366,6 @@ async def test_stage_when_it_raises_with_a_question_open_then_the_question_is_wi
         await fitted.fit(6, continue_loop=2, continue_while_asking=True, on_continue=never)
 
 
-@pytest.mark.filterwarnings("ignore:.*_done had changed:fitloop.ResumeWarning")  # of the step here
 async def test_files_when_declined_then_log_and_snapshots_are_of_what_it_went_back_to(
     tmp_path: Path, blockbuster: BlockBuster
 ) -> None:
@@ -378,7 +377,7 @@ async def test_files_when_declined_then_log_and_snapshots_are_of_what_it_went_ba
         actual, result = await declined(make, Late(False, 7), checkpoint=policy)
         logged = await anyio.to_thread.run_sync(read_metrics, tmp_path)
         assert len(logged.train["loss"][0]) == 2
-        again = make(train_step=default_batch_step)
+        again = make(train_step=Late(False, 7).step)
         resumed = await again.fit(6, resume=True, **QUIET)
     assert (resumed.epochs, resumed.stop_reason) == (result.epochs, "prompt")
     blockbuster.deactivate()
