@@ -10,6 +10,7 @@ engine's loop, terminals or event loops.
 - `comparison`: compares a snapshot with the trainer that is to take it.
 - `archive`: the snapshots in a directory.
 - `checkpointer`: `Checkpoint`, and when a snapshot is taken.
+- `best_model_files`: the weights files of the best validations.
 - `rollback`: a copy in memory, for a no to the continue question.
 - `run_files`, `run_log`: the files of one run.
 """

@@ -11,6 +11,8 @@ the training loop, events or files.
 - `prefetch_tuner`: measures whether reading ahead is faster.
 - `resumption`: goes to the k-th batch of a pass.
 - `pushback`: loaders that can be read only once.
+- `batch_sizes`: the number of samples in a batch.
+- `fields`: the declared fields of objects in batches.
 - `copies`: copies of batches.
 - `device`, `cuda_stream`: copies to the device; a CUDA stream for a run.
 """

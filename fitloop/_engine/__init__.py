@@ -5,9 +5,14 @@ or figures, and reaches the event loop only through a `LoopPortal`.
 
 - `config`: the checked arguments of a trainer.
 - `compilation`: compiled models.
+- `precision`: mixed precision.
+- `modes`: train and eval modes.
 - `stages`: the nine stage functions and their defaults.
+- `class_losses`: the losses that take class scores.
+- `metric_objects`: the objects of ``metrics=``.
 - `loop_state`: `LoopState`, the argument of every stage function, and its writer.
-- `optimization`: one optimizer step: the order of its parts, and the batches that it is made of.
+- `optimization`: the order of one optimizer step, and the batches that it is made of.
+- `gradients`: clips gradients, and looks whether they are finite.
 - `plan`: the plan of a run, and the dependencies of the engine.
 - `loop`: the loop.
 - `event_bus`: passes events to observers and event streams.

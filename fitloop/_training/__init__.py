@@ -4,15 +4,18 @@ Owns history, best weights, schedulers and the param groups of the optimizers. M
 terminals or runs.
 
 - `trainer_state`: the state of a trainer.
-- `parts`: the list of the parts of a training state, and weights beside the model's.
+- `parts`: the parts of a training state, and weights beside the model's.
 - `capture`: exact copies of model, optimizers and schedulers, restored in place.
+- `tensor_copy`: the copy of one tensor in it.
 - `given`: settings of optimizers and schedulers, as the user gave them.
 - `object_state`: what changed in attributes of users' objects, and generators that they hold.
-- `tensor_copy`: the copy of one tensor in it.
 - `best`: finds the best epoch.
 - `best_optimizers`: the states of the optimizers in that epoch.
+- `best_models`: the list of the weights files of the best validations.
+- `early_stop`: ends a run whose metric no longer improves.
 - `averaging`: averages of the weights, and their use in validations.
 - `schedulers`: steps learning-rate schedulers.
+- `schedule_checks`: warns of schedules that are probably not as meant.
 - `untrained_check`: warns of a `train_step` that trains nothing.
 - `layers`: layers, freezing, and learning rates by layer.
 """
