@@ -61,8 +61,8 @@ def checked_arguments(check: Callable[[str, Any], Any] = _keep) -> Callable[[F],
                 if option not in names:
                     raise TypeError(unknown_argument(call_name, option, names))
             options.update((option, check(option, value)) for option, value in options.items())
-            given = [check(*pair) for pair in zip(names, args[1:], strict=False)]
-            return [args[0], *given, *args[1 + len(given) :]]
+            positional = [check(*pair) for pair in zip(names, args[1:], strict=False)]
+            return [args[0], *positional, *args[1 + len(positional) :]]
 
         if inspect.iscoroutinefunction(method):
 
@@ -84,22 +84,22 @@ def checked_arguments(check: Callable[[str, Any], Any] = _keep) -> Callable[[F],
     return decorate
 
 
-def unknown_argument(call: str, name: str, known: Iterable[str]) -> str:
-    """Return the message about an argument that a call does not have, with what may be meant."""
-    names = list(known)
+def unknown_argument(call: str, name: str, expected: Iterable[str]) -> str:
+    """Return the message about an unknown argument of a call, with the nearest known name."""
+    names = list(expected)
     everywhere = {*names, *(other for arguments in _CALLS.values() for other in arguments)}
     meant = _OTHER_NAMES.get(name, name)
     meant = meant if meant in everywhere else name
-    found = (
+    suggestions = (
         [meant] if meant in everywhere else _closest(meant, names) or _closest(meant, everywhere)
     )
-    if not found:
+    if not suggestions:
         hint = f"expected one of {', '.join(names)}"
-    elif found[0] in names:
-        hint = f"did you mean {found[0]!r}?"
+    elif suggestions[0] in names:
+        hint = f"did you mean {suggestions[0]!r}?"
     else:
-        calls = [other for other, arguments in _CALLS.items() if found[0] in arguments]
-        hint = f"{found[0]!r} is an argument of {'fit()' if 'fit()' in calls else calls[0]}"
+        calls = [other for other, arguments in _CALLS.items() if suggestions[0] in arguments]
+        hint = f"{suggestions[0]!r} is an argument of {'fit()' if 'fit()' in calls else calls[0]}"
     return f"{call} has no argument {name!r}; {hint}"
 
 

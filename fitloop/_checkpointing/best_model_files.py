@@ -65,8 +65,8 @@ class BestModelFiles:
         best = self._list
         best.models = tuple(model for model in best.models if model.path.is_file())
         best.identify()
-        found = (_model_in(path, best.training) for path in _files_in(best.directory))
-        self._files = list({*best.models, *(model for model in found if model is not None)})
+        models = (_model_in(path, best.training) for path in _files_in(best.directory))
+        self._files = list({*best.models, *(model for model in models if model is not None)})
         self._in_snapshots = {best.directory: best.models}
         self._remove_surplus()
         self._writer.close()

@@ -53,7 +53,7 @@ def check_fits(
         )
     check_training(trainer.config, snapshot.state["training"])
     try:
-        told = [
+        findings = [
             *_last_bits(trainer, snapshot, position),
             *_overruled(trainer, snapshot),
             *_other_steps(trainer, snapshot, position),
@@ -66,9 +66,9 @@ def check_fits(
         raise CheckpointError(
             f"{snapshot.path} cannot be read: its header is not as fitloop writes it: {error!r}"
         ) from error
-    if told:
+    if findings:
         warn_user(
-            f"{action} {trainer.config.name!r} from {snapshot.path}: {'; '.join(told)}",
+            f"{action} {trainer.config.name!r} from {snapshot.path}: {'; '.join(findings)}",
             ResumeWarning,
         )
 
@@ -77,42 +77,46 @@ def _last_bits(
     trainer: TrainerState, snapshot: Snapshot, position: RunPosition | None
 ) -> list[str]:
     """Say what changes results in their last bits."""
-    config, saved, told = trainer.config, snapshot.trainer, []
+    config, saved, findings = trainer.config, snapshot.trainer, []
     if position is not None:
         if config.num_threads not in (None, saved["num_threads"]):
-            told.append(f"num_threads was {saved['num_threads']} and is {config.num_threads}")
+            findings.append(f"num_threads was {saved['num_threads']} and is {config.num_threads}")
         torch_version = snapshot.versions.get("torch")
         if torch_version != str(torch.__version__):
-            told.append(f"torch was {torch_version!s:.40} and is {torch.__version__}")
+            findings.append(f"torch was {torch_version!s:.40} and is {torch.__version__}")
         device = str(saved["device"]).partition(":")[0]
         if device != config.device.type:
-            told.append(f"device was {device:.40} and is {config.device.type}")
-    return [f"results may differ in their last bits, since {' and '.join(told)}"] if told else []
+            findings.append(f"device was {device:.40} and is {config.device.type}")
+    return (
+        [f"results may differ in their last bits, since {' and '.join(findings)}"]
+        if findings
+        else []
+    )
 
 
 def _overruled(trainer: TrainerState, snapshot: Snapshot) -> list[str]:
     """Say what was given, and is not used."""
-    config, saved, told = trainer.config, snapshot.trainer, []
+    config, saved, findings = trainer.config, snapshot.trainer, []
     dtype = str(config.dtype).removeprefix("torch.")
     if saved["dtype"] != dtype:
-        told.append(
+        findings.append(
             f"dtype was {saved['dtype']!s:.40} and is {dtype}, to which weights and optimizer "
             "states are converted"
         )
     if not has_same_criteria(trainer, snapshot) and saved["best_score"] is not None:
         (name, direction), criteria = saved["criteria"], trainer.criteria
         assert criteria is not None
-        told.append(
+        findings.append(
             f"the best score is of the criteria {name!r} with the direction {direction}, and the "
             f"trainer has {criteria.name!r} with {criteria.direction}: best score and best weights "
             "begin anew"
         )
     given, facts = saved.get("given"), trainer.given.facts
     if given is not None and facts is not None:
-        others = differences_of_facts(given, facts)
-        if others:
-            told.append(f"{'; '.join(others)}: the settings of the snapshot are used")
-    return told
+        differing = differences_of_facts(given, facts)
+        if differing:
+            findings.append(f"{'; '.join(differing)}: the settings of the snapshot are used")
+    return findings
 
 
 def _other_steps(
@@ -122,41 +126,45 @@ def _other_steps(
     saved = snapshot.trainer.get("step_arguments", {})
     if position is None or position.finished:
         return []
-    others = [
+    differing = [
         f"{name} was {printable(str(saved[name])):.60} and is {value!s:.60}"
         for name, value in step_arguments(trainer.config).items()
         if name in saved and saved[name] != value
     ]
-    return [f"{', '.join(others)}: the run goes on with the arguments given now"] if others else []
+    return (
+        [f"{', '.join(differing)}: the run goes on with the arguments given now"]
+        if differing
+        else []
+    )
 
 
 def _not_held(trainer: TrainerState, snapshot: Snapshot) -> list[str]:
     """Say what the snapshot, or this trainer, does not have."""
-    told = []
+    findings = []
     lost = [printable(str(name)) for name in snapshot.trainer.get("lost", ())]
     if lost:
-        told.append(
+        findings.append(
             f"{', '.join(lost[:10])} had changed and could not be kept; give the trainer an object "
             "that holds it, with state_dict() and load_state_dict(), as stateful="
         )
     missing = trainer.objects.missing(snapshot.state.get("objects", {}))
     if missing:
         names = ", ".join(map(printable, missing[:10]))
-        told.append(f"the snapshot has a state of {names}, which this trainer does not have")
+        findings.append(f"the snapshot has a state of {names}, which this trainer does not have")
     unused = snapshot.state.keys() - STATE_KEYS - trainer.parts.keys()
     if unused:
         names = ", ".join(printable(repr(name)) for name in sorted(unused)[:10])
-        told.append(f"the snapshot holds {names}, which this trainer does not have")
-    return told
+        findings.append(f"the snapshot holds {names}, which this trainer does not have")
+    return findings
 
 
 def _other_loaders(
     snapshot: Snapshot, loaders: Mapping[Phase, Any], position: RunPosition | None
 ) -> list[str]:
     """Say how loaders differ; raise `CheckpointError` if an epoch cannot go on with another one."""
-    told: list[str] = []
+    findings: list[str] = []
     if position is not None and position.finished:
-        return told
+        return findings
     for phase, loader in loaders.items():
         if loader is None or (position is not None and str(phase) not in position.loaders):
             continue
@@ -169,9 +177,9 @@ def _other_loaders(
         facts, missing = loader_facts(loader), missing_states(loader, carried)
         if not saved and not carried:  # there was none, or it is not known
             missing = [] if position is None else missing
-        others = differences(name, saved, facts)
+        differing = differences(name, saved, facts)
         if missing:
-            others.append(
+            differing.append(
                 f"{name}: the state of {', '.join(map(printable, missing[:10]))} is only in "
                 "one of loader and snapshot"
             )
@@ -180,9 +188,9 @@ def _other_loaders(
         if in_pass and position is not None and (is_other or differences(name, saved, order)):
             raise CheckpointError(
                 f"{snapshot.path} was taken after batch {position.batch} of an epoch, whose rest "
-                f"is not in another loader: {'; '.join(others)}. Give the loader as it was; or "
+                f"is not in another loader: {'; '.join(differing)}. Give the loader as it was; or "
                 f"take only the state: await trainer.load({snapshot.path.name!r}, "
                 f"{str(snapshot.path.parent)!r}), then fit() with another save_path"
             )
-        told += others
-    return told
+        findings += differing
+    return findings

@@ -33,7 +33,7 @@ MAX_ITEMS = 100
 MAX_OBJECTS = 2000
 """objects that one search looks at"""
 
-_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _METHODS = (types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
 _FUNCTIONS = (types.FunctionType, functools.partial, *_METHODS)
 _PARTS = (nn.Module, Optimizer, LRScheduler)
@@ -68,19 +68,19 @@ class StateSearch:
         self._roots = {id(root) for root in roots.values()}
         has_parts = any(isinstance(root, _PARTS) for root in roots.values())
         self._skipped = () if has_parts else _PARTS
-        seen: dict[int, object] = {}
+        visited: dict[int, object] = {}
         waiting = deque(roots.items())
-        while waiting and len(seen) < MAX_OBJECTS:
+        while waiting and len(visited) < MAX_OBJECTS:
             path, value = waiting.popleft()
-            if id(value) not in seen:
-                seen[id(value)] = value
+            if id(value) not in visited:
+                visited[id(value)] = value
                 waiting += self._visit(path, value)
 
     def _visit(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
         """Note an object, and yield what it holds."""
         if is_generator(value):
             self.holders[self._unused(path)] = value
-        elif isinstance(value, _CONTAINERS):
+        elif isinstance(value, CONTAINERS):
             if not is_data(value):
                 yield from _children(path, _items(value))
         elif isinstance(value, _FUNCTIONS):
@@ -184,7 +184,7 @@ def _globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         if isinstance(value, types.FunctionType):
             is_used = value.__globals__ is variables
         else:
-            is_used = not isinstance(value, (type, types.ModuleType, *_CONTAINERS, *_FUNCTIONS))
+            is_used = not isinstance(value, (type, types.ModuleType, *CONTAINERS, *_FUNCTIONS))
         if is_used and type(value) not in _ATOMS:
             yield f"global {name}", value
 
@@ -225,7 +225,7 @@ def carried_states(loader: object) -> dict[str, Any]:
 
 
 def set_carried_states(loader: object, states: CarriedStates) -> None:
-    """Restore `carried_states`; what the loader does not have, or the states, is left out."""
+    """Restore `carried_states`, except those of objects that this loader does not have."""
     holders = holders_of(loader)
     for path, state in _by_path(loader, holders, states).items():
         if path in holders:
@@ -243,10 +243,11 @@ def _by_path(loader: Any, holders: dict[str, Any], states: CarriedStates) -> dic
         return dict(states)
     batches = getattr(loader, "batch_sampler", None)
     owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = {id(getattr(owner, "generator", None)): None for owner in owners}
+    generators = {id(getattr(owner, "generator", None)): None for owner in owners}
     paths = {id(holder): path for path, holder in holders.items()}
-    known = [paths[key] for key in found if key in paths]
-    names = known if len(known) == len(states) else [f"generator {i}" for i in range(len(states))]
+    names = [paths[key] for key in generators if key in paths]
+    if len(names) != len(states):
+        names = [f"generator {number}" for number in range(len(states))]
     return dict(zip(names, states, strict=True))
 
 

@@ -124,8 +124,8 @@ class DeviceTransfer:
         self._cast = cast
         self._targets: dict[torch.dtype, torch.dtype] = {}
         """dtype on the device for each dtype seen so far"""
-        self._kept: set[torch.dtype] = set()
-        """those of them that stay the same"""
+        self._unchanged: set[torch.dtype] = set()
+        """dtypes that stay the same"""
         self._has_device_tensors = False
         """whether the batch may have tensors that another stream made on the device"""
         on_cuda = device.type == "cuda"
@@ -142,9 +142,9 @@ class DeviceTransfer:
         kind = type(batch)
         if self._on_cpu and kind in _SEQUENCES:
             # A fast path for the usual (inputs, targets), since most batches need no change.
-            kept = self._kept
+            unchanged = self._unchanged
             for tensor in batch:
-                if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype not in kept:
+                if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype not in unchanged:
                     break
             else:
                 return batch if kind is tuple else batch.copy()  # the step may change a list
@@ -195,7 +195,7 @@ class DeviceTransfer:
             target = self._dtype if dtype.is_floating_point else torch.long
         self._targets[dtype] = target
         if target is dtype:
-            self._kept.add(dtype)
+            self._unchanged.add(dtype)
         return target
 
     def _move(self, item: Any) -> Any:

@@ -330,16 +330,16 @@ class TrainerConfig:
             self._check_closure(optimizer)
         named = dict(self.model.named_parameters())
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        if named and held.isdisjoint(map(id, named.values())):
+        optimized = {id(parameter) for group in groups for parameter in group["params"]}
+        if named and optimized.isdisjoint(map(id, named.values())):
             raise ConfigurationError(
                 "optimizer holds none of the model's parameters, so nothing would be trained; "
                 "build it from this very model: Adam(model.parameters())"
             )
         modules = (self.model, self.loss_function, *self.stateful.values())
-        own = {id(p) for m in modules if isinstance(m, nn.Module) for p in m.parameters()}
-        left_out = [name for name, p in named.items() if p.requires_grad and id(p) not in held]
-        if left_out and held - own:
+        in_modules = {id(p) for m in modules if isinstance(m, nn.Module) for p in m.parameters()}
+        left_out = [name for name, p in named.items() if p.requires_grad and id(p) not in optimized]
+        if left_out and optimized - in_modules:
             warn_user(
                 f"no optimizer holds the parameters {quoted_list(left_out[:4])}"
                 f"{' ...' if len(left_out) > 4 else ''} of the model, which stay as they are, and "
@@ -389,14 +389,14 @@ class TrainerConfig:
             check_callable("on_continue", self.on_continue, "the PromptAsked event")
 
     def _check_schedulers(self) -> None:
-        own = {
+        optimizer_ids = {
             id(item)
             for each in self.optimizers
             for item in (each, *getattr(each, "__dict__", {}).values())
         }
         for scheduler in self.lr_schedulers:
             other = getattr(scheduler, "optimizer", None)
-            if isinstance(other, Optimizer) and id(other) not in own:
+            if isinstance(other, Optimizer) and id(other) not in optimizer_ids:
                 raise ConfigurationError(
                     f"lr_scheduler is a {type(scheduler).__name__} of another optimizer than the "
                     "trainer's; build it from the one that is given as optimizer="

@@ -1,7 +1,6 @@
-"""What is done with the gradients of an optimizer before each of its steps.
+"""Clips gradients, and looks whether losses and gradients are finite, before each optimizer step.
 
-They are clipped, and it is seen whether they are finite. Knows neither windows nor the order of a
-step: `fitloop._engine.optimization` calls it.
+Knows neither windows nor the order of a step: `fitloop._engine.optimization` calls it.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fitloop._engine.config import Reaction, TrainerConfig
 from fitloop._errors import ConfigurationError, NonFiniteError, NonFiniteWarning, warn_user
+from fitloop._storage.weight_store import plain_name
 
 AT_ONCE = ("cpu",)
 """types of devices whose values are read without a wait"""
@@ -39,13 +39,13 @@ class GradientGuard:
         self._is_scaled = config.scaler is not None and bool(is_enabled())
         self.leaves_out = nonfinite == "skip" and not self._is_scaled
         """whether a step may be left out; a scaler does it itself"""
-        self.looks = nonfinite == "raise" or self.leaves_out
+        self.checks_finite = nonfinite == "raise" or self.leaves_out
         """whether losses and gradients are looked at"""
         self.clips = self._clip is not None
         self._counter: _DeviceCounter | None = None
-        if self.looks and config.device.type not in AT_ONCE:
+        if self.checks_finite and config.device.type not in AT_ONCE:
             self._counter = _DeviceCounter(config.device, starts_anew=self.leaves_out)
-        self._found = torch.zeros((), device="cpu")
+        self._is_bad = torch.zeros((), device="cpu")
         self._one = torch.ones((), device="cpu")
         self._num_left_out = 0
         self._has_warned = False
@@ -77,7 +77,7 @@ class GradientGuard:
 
         Raises `NonFiniteError`.
         """
-        if not self.looks:
+        if not self.checks_finite:
             return False
         if self._counter is not None and isinstance(loss, Tensor):
             self._counter.losses.append(loss.detach())
@@ -98,15 +98,15 @@ class GradientGuard:
         if self._is_scaled or self._attached:  # the optimizer itself may leave the step out
             _begin_momentum(optimizer)
         if self._clip is None:
-            return self.looks and self._are_bad(optimizer)
+            return self.checks_finite and self._are_bad(optimizer)
         self._refuse_scaled(optimizer)
-        parameters = _parameters(optimizer)
+        parameters = parameters_of(optimizer)
         if callable(self._clip):
             self._keep_norm(self._clip(parameters))
-            return self.looks and self._are_bad(optimizer)
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            return self.checks_finite and self._are_bad(optimizer)
+        norm = get_total_norm(gradients_of(optimizer))
         # Looked at before clipping, which would make all gradients NaN.
-        if self.looks and self._are_bad(optimizer, norm):
+        if self.checks_finite and self._are_bad(optimizer, norm):
             return True
         clip_grads_with_norm_(parameters, self._clip, norm)
         self._keep_norm(norm)
@@ -123,7 +123,7 @@ class GradientGuard:
         is_left_out = self.prepare(optimizer)
         self.forget_losses()
         if is_left_out:
-            for parameter in _parameters(optimizer):
+            for parameter in parameters_of(optimizer):
                 parameter.grad = None
             self._emptied = optimizer
         return None
@@ -133,14 +133,14 @@ class GradientGuard:
         emptied, self._emptied = self._emptied, None
         if emptied is optimizer:
             return True
-        found = getattr(optimizer, "found_inf", None)  # of a fused one; on a device it is not read
-        return isinstance(found, Tensor) and found.is_cpu and bool(found)
+        is_bad = getattr(optimizer, "found_inf", None)  # of a fused one; on a device it is not read
+        return isinstance(is_bad, Tensor) and is_bad.is_cpu and bool(is_bad)
 
     def quick_hook(self) -> Callable[[Any, Any, Any], Any]:
         """Return a hook that does the same as `before_own_step`, in the least time."""
         if self._clip is not None or self._counter is not None or self._is_scaled:
             return self.before_own_step
-        check, found, one = _check_finite, self._found, self._one
+        check, is_bad, one = _check_finite, self._is_bad, self._one
 
         def look(optimizer: Any, arguments: Any, keywords: Any) -> Any:
             if len(arguments) == 1 and not keywords:
@@ -151,8 +151,8 @@ class GradientGuard:
                     if p.grad is not None
                 ]
                 try:
-                    check(grads, found, one)
-                    if not found.item():
+                    check(grads, is_bad, one)
+                    if not is_bad.item():
                         return None
                 except RuntimeError:
                     pass
@@ -163,7 +163,7 @@ class GradientGuard:
     def _are_bad(self, optimizer: Any, norm: Tensor | None = None) -> bool:
         # A scaler that the trainer does not know sets this for a fused optimizer.
         has_scaler = hasattr(optimizer, "found_inf") and optimizer not in self._attached
-        gradients = [] if self._is_scaled or has_scaler else _gradients(optimizer)
+        gradients = [] if self._is_scaled or has_scaler else gradients_of(optimizer)
         if self._counter is not None:
             return self._counter.count(
                 gradients if norm is None or self._is_scaled else [norm],
@@ -178,13 +178,13 @@ class GradientGuard:
         return self._leave_out(f"the gradient of {_listed(names)} is not finite", names)
 
     def _are_finite(self, gradients: list[Tensor]) -> bool:
-        self._found.zero_()
+        self._is_bad.zero_()
         try:
             # The fastest check that torch has; it multiplies the gradients by 1.
-            _check_finite(gradients, self._found, self._one)
+            _check_finite(gradients, self._is_bad, self._one)
         except RuntimeError:  # of a sparse or complex gradient, or of one with memory used twice
             return all(map(_is_finite, gradients))
-        return not self._found.item()
+        return not self._is_bad.item()
 
     def _leave_out(self, reason: str, names: Iterable[str] = ()) -> bool:
         """Return True if the step is left out, or raise `NonFiniteError`."""
@@ -211,7 +211,7 @@ class GradientGuard:
         names = _parameter_names(self._config)
         return [
             names.get(parameter, f"parameter {number} of {type(optimizer).__name__}")
-            for number, parameter in enumerate(_parameters(optimizer))
+            for number, parameter in enumerate(parameters_of(optimizer))
             if parameter.grad is not None and not _is_finite(parameter.grad)
         ]
 
@@ -244,7 +244,7 @@ class GradientGuard:
         def checked() -> Any:
             nonlocal is_first
             loss = closure()
-            if is_first and self.looks:
+            if is_first and self.checks_finite:
                 is_first = False
                 self.look_at_loss(loss)
                 self._are_bad(optimizer)
@@ -258,7 +258,7 @@ class GradientGuard:
         """Let a fused optimizer leave out bad steps on the device; at the beginning of a run."""
         is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         if self._counter is not None and is_fused and not self._is_scaled:
-            optimizer.found_inf, optimizer.grad_scale = self._counter.found, None
+            optimizer.found_inf, optimizer.grad_scale = self._counter.is_bad, None
             self._attached.append(optimizer)
 
     def detach(self) -> None:
@@ -274,7 +274,7 @@ class GradientGuard:
             self.check()
 
     def check(self) -> None:
-        """React to what was found since the last call; waits for a device.
+        """React to the bad steps since the last call; waits for a device.
 
         Raises `NonFiniteError`.
         """
@@ -303,7 +303,7 @@ class _DeviceCounter:
     """
 
     def __init__(self, device: torch.device, *, starts_anew: bool) -> None:
-        self.found = torch.zeros((), device=device)
+        self.is_bad = torch.zeros((), device=device)
         """above 0 if the present step is bad; fused optimizers read it"""
         self._bad_steps = torch.zeros((), device=device)
         self._starts_anew = starts_anew
@@ -315,7 +315,7 @@ class _DeviceCounter:
     def count(self, tensors: list[Tensor], batch: int, *, is_read: bool) -> bool:
         """Count a step with these gradients or norms; with ``is_read``, return if it is bad."""
         if self._starts_anew:
-            self.found.zero_()
+            self.is_bad.zero_()
         groups: dict[Any, list[Tensor]] = defaultdict(list)
         for tensor in (*tensors, *self.losses):
             values = tensor._values() if tensor.is_sparse else tensor
@@ -323,12 +323,12 @@ class _DeviceCounter:
         for (device, dtype), group in groups.items():
             if dtype.is_complex:
                 group = [torch.view_as_real(values) for values in group]
-            found, one = torch.zeros((), device=device), torch.ones((), device=device)
-            _check_finite(group, found, one)
-            self.found.copy_(torch.maximum(self.found, found.to(self.found.device)))
-        self._bad_steps.add_(self.found)
+            is_bad, one = torch.zeros((), device=device), torch.ones((), device=device)
+            _check_finite(group, is_bad, one)
+            self.is_bad.copy_(torch.maximum(self.is_bad, is_bad.to(self.is_bad.device)))
+        self._bad_steps.add_(self.is_bad)
         self.batches.append(batch)
-        return is_read and bool(self.found.item())
+        return is_read and bool(self.is_bad.item())
 
     def read(self) -> tuple[int, int]:
         """Return the number of bad steps since the last call, and the batch of the first one.
@@ -347,7 +347,8 @@ _check_finite: Callable[[list[Tensor], Tensor, Tensor], None] = (
 )
 
 
-def _parameters(optimizer: Any) -> list[Any]:
+def parameters_of(optimizer: Any) -> list[Any]:
+    """Return the parameters of an optimizer."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -372,8 +373,9 @@ def _begin_momentum(optimizer: Any) -> None:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _gradients(optimizer: Any) -> list[Tensor]:
-    return [p.grad for p in _parameters(optimizer) if p.grad is not None]
+def gradients_of(optimizer: Any) -> list[Tensor]:
+    """Return the gradients of the parameters of an optimizer that have one."""
+    return [p.grad for p in parameters_of(optimizer) if p.grad is not None]
 
 
 def _is_finite(gradient: Tensor) -> bool:
@@ -382,16 +384,15 @@ def _is_finite(gradient: Tensor) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:_MOST_NAMES]))
+    text = ", ".join(map(repr, names[:_MOST_NAMES]))
     more = len(names) - _MOST_NAMES
-    return f"{shown} and {more} more" if more > 0 else shown
+    return f"{text} and {more} more" if more > 0 else text
 
 
 def _parameter_names(config: TrainerConfig) -> dict[Any, str]:
     """Return the names of the parameters of the model, and of the loss function."""
-    # torch.compile wraps a model in another one.
     named = config.model.named_parameters()
-    names = {parameter: name.removeprefix("_orig_mod.") for name, parameter in named}
+    names = {parameter: plain_name(name) for name, parameter in named}
     loss = config.loss_function
     of_loss = loss.named_parameters() if isinstance(loss, nn.Module) else ()
     return {parameter: f"loss_function.{name}" for name, parameter in of_loss} | names

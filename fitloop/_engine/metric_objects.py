@@ -118,7 +118,9 @@ def _number(name: str, value: Any) -> float:
 
 def _is_updated(metric: Any) -> bool:
     """Return whether a metric was updated since its reset; True if it does not count updates."""
-    counts = [getattr(part, _COUNT) for _path, part in _parts(metric) if hasattr(part, _COUNT)]
+    counts = [
+        getattr(module, _COUNT) for _path, module in _parts(metric) if hasattr(module, _COUNT)
+    ]
     return not counts or any(counts)
 
 
@@ -144,8 +146,11 @@ class MetricStates:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each metric."""
-        whole = self._is_in_phase()
-        return {name: metric_state(metric, whole=whole) for name, metric in self._metrics.items()}
+        all_states = self._is_in_phase()
+        return {
+            name: metric_state(metric, all_states=all_states)
+            for name, metric in self._metrics.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state of `state_dict`; raise an error if it does not fit."""
@@ -176,32 +181,34 @@ class StatefulMetric:
 
 def has_metric_state(item: Any) -> bool:
     """Return whether an object is a metric of torchmetrics, or has one as a submodule."""
-    return isinstance(item, nn.Module) and any(_is_torchmetrics(part) for _, part in _parts(item))
+    return isinstance(item, nn.Module) and any(
+        _is_torchmetrics(module) for _, module in _parts(item)
+    )
 
 
-def _is_torchmetrics(part: Any) -> bool:
-    return isinstance(getattr(part, "_defaults", None), dict) and hasattr(part, _COUNT)
+def _is_torchmetrics(module: Any) -> bool:
+    return isinstance(getattr(module, "_defaults", None), dict) and hasattr(module, _COUNT)
 
 
-def metric_state(metric: Any, *, whole: bool = True) -> dict[str, Any]:
+def metric_state(metric: Any, *, all_states: bool = True) -> dict[str, Any]:
     """Return the state of a metric; its tensors are not copied.
 
-    If it is not ``whole``, the states that a reset of torchmetrics forgets are left out.
+    Without ``all_states``, those that a reset of torchmetrics forgets are left out.
     """
     if has_metric_state(metric):
-        parts = [(path, part) for path, part in _parts(metric) if _is_torchmetrics(part)]
-        return {path: _attributes(part, whole) for path, part in parts}
+        parts = [(path, module) for path, module in _parts(metric) if _is_torchmetrics(module)]
+        return {path: _attributes(module, all_states) for path, module in parts}
     if hasattr(metric, "state_dict") and hasattr(metric, "load_state_dict"):
         return dict(metric.state_dict())
     return {name: _listed(value) for name, value in vars(metric).items()}
 
 
-def _attributes(part: Any, whole: bool) -> dict[str, Any]:
+def _attributes(module: Any, all_states: bool) -> dict[str, Any]:
     # Beside its states a metric may have tensors that a reset keeps, as MinMaxMetric has.
-    tensors = {name for name, value in vars(part).items() if isinstance(value, Tensor)}
-    states = {_COUNT, *part._defaults}
-    names = tensors | states if whole else tensors - states - {"_computed", "_forward_cache"}
-    return {name: _listed(getattr(part, name)) for name in sorted(names)}
+    tensors = {name for name, value in vars(module).items() if isinstance(value, Tensor)}
+    states = {_COUNT, *module._defaults}
+    names = tensors | states if all_states else tensors - states - {"_computed", "_forward_cache"}
+    return {name: _listed(getattr(module, name)) for name in sorted(names)}
 
 
 def _listed(value: Any) -> Any:
@@ -211,30 +218,30 @@ def _listed(value: Any) -> Any:
 def load_metric_state(metric: Any, state: Any, device: torch.device) -> None:
     """Load a state of `metric_state`; raise an error if it is not of such a metric."""
     if has_metric_state(metric):
-        parts = {path: part for path, part in _parts(metric) if _is_torchmetrics(part)}
+        parts = {path: module for path, module in _parts(metric) if _is_torchmetrics(module)}
         if state.keys() != parts.keys():
             raise ValueError(f"the parts of a metric were {sorted(state)}: it is another one")
-        for path, part in parts.items():
-            known = {_COUNT, *part._defaults, *vars(part)}
-            _set_all(part, state[path], known, _device_of(part, device))
+        for path, module in parts.items():
+            names = {_COUNT, *module._defaults, *vars(module)}
+            _set_all(module, state[path], names, _device_of(module, device))
     elif hasattr(metric, "state_dict") and hasattr(metric, "load_state_dict"):
         metric.load_state_dict(state)
     else:
         _set_all(metric, state, vars(metric).keys(), device)
 
 
-def _set_all(part: Any, state: Any, known: Iterable[str], device: torch.device) -> None:
-    unknown = state.keys() - set(known)
+def _set_all(metric: Any, state: Any, names: Iterable[str], device: torch.device) -> None:
+    unknown = state.keys() - set(names)
     if unknown:
-        raise ValueError(f"{type(part).__name__} has no {sorted(unknown)}")
+        raise ValueError(f"{type(metric).__name__} has no {sorted(unknown)}")
     for name, value in state.items():
         if isinstance(value, Tensor):
-            value, present = value.to(device), getattr(part, name, None)
+            value, present = value.to(device), getattr(metric, name, None)
             if isinstance(present, Tensor) and _are_equal(value, present):
                 continue  # so that the attribute counts as unchanged
         elif isinstance(value, list):
             value = [item.to(device) if isinstance(item, Tensor) else item for item in value]
-        setattr(part, name, value)
+        setattr(metric, name, value)
 
 
 def _are_equal(value: Tensor, other: Tensor) -> bool:
@@ -246,5 +253,5 @@ def _are_equal(value: Tensor, other: Tensor) -> bool:
     )
 
 
-def _device_of(part: Any, device: torch.device) -> torch.device:
-    return torch.device("cpu") if getattr(part, "compute_on_cpu", False) else device
+def _device_of(module: Any, device: torch.device) -> torch.device:
+    return torch.device("cpu") if getattr(module, "compute_on_cpu", False) else device

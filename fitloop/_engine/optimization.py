@@ -1,4 +1,4 @@
-"""One optimizer step: the order of its parts, and the window of batches that it is made of.
+"""The order of one optimizer step, and the window of batches whose gradients it uses.
 
 ::
 
@@ -19,7 +19,7 @@ itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from fitloop._concurrency.control import RunControl
 from fitloop._engine.config import TrainerConfig, needs_closure
-from fitloop._engine.gradients import GradientGuard
+from fitloop._engine.gradients import GradientGuard, gradients_of, parameters_of
 from fitloop._errors import ConfigurationError
 
 Hook = Callable[[], object]
@@ -57,14 +57,6 @@ class Window:
         """Whether each loss of the window was finite, as far as it was looked at."""
         return not (isinstance(self.weight, float) and math.isnan(self.weight))
 
-    def parameters(self) -> Iterator[Any]:
-        """Yield the parameters of the optimizer."""
-        return (p for group in self.optimizer.param_groups for p in group["params"])
-
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients of the parameters that have one."""
-        return [p.grad for p in self.parameters() if p.grad is not None]
-
 
 class StepCounts:
     """The steps that each optimizer has made in the life of a trainer."""
@@ -91,7 +83,7 @@ class OptimizerSteps:
         config: of the trainer.
         counts: of the trainer.
         after_step: pairs of an optimizer and a function to call after each of its steps.
-        looks: False to ignore losses and gradients that are not finite.
+        checks_finite: False to ignore losses and gradients that are not finite.
     """
 
     def __init__(
@@ -100,11 +92,11 @@ class OptimizerSteps:
         counts: StepCounts,
         after_step: Sequence[tuple[Any, Hook]] = (),
         *,
-        looks: bool = True,
+        checks_finite: bool = True,
     ) -> None:
         self._counts = counts
         self.windows = [Window(optimizer) for optimizer in config.optimizers]
-        self.guard = GradientGuard(config, config.nonfinite if looks else "ignore")
+        self.guard = GradientGuard(config, config.nonfinite if checks_finite else "ignore")
         """clips gradients, and reacts to those that are not finite"""
         self.after_step = after_step
         self.on_loss: Callable[[Any, Any], object] | None = None
@@ -122,7 +114,7 @@ class OptimizerSteps:
     def is_plain(self) -> bool:
         """Whether each batch is ``loss.backward()`` and ``step()`` of all optimizers, no more."""
         # Several optimizers are looked at before the first step, and one without hooks by `_step`.
-        is_decided_alone = not self.guard.looks or (
+        is_decided_alone = not self.guard.checks_finite or (
             len(self.windows) == 1 and hooked_optimizer(self.windows[0].optimizer) is not None
         )
         return (
@@ -161,11 +153,11 @@ class OptimizerSteps:
     def register(self) -> None:
         """Register the hooks of this run."""
         counted = [hooked_optimizer(window.optimizer) for window in self.windows]
-        others = {id(own): own for own, _call in self.after_step if own not in counted}
-        for number, optimizer in enumerate([*counted, *others.values()]):
+        uncounted = {id(item): item for item, _call in self.after_step if item not in counted}
+        for number, optimizer in enumerate([*counted, *uncounted.values()]):
             if optimizer is None:
                 continue
-            calls = [call for own, call in self.after_step if own is optimizer]
+            calls = [call for item, call in self.after_step if item is optimizer]
             count = _counter(self._counts.made, number) if number < len(counted) else None
             self._register(optimizer, calls, count)
 
@@ -187,7 +179,7 @@ class OptimizerSteps:
     def _before_step(self) -> PreHook | None:
         """Return the hook before each step of an optimizer; None if there is nothing to do."""
         if self.is_plain:
-            return self.guard.quick_hook() if self.guard.looks else None
+            return self.guard.quick_hook() if self.guard.checks_finite else None
         return self._before_any_step
 
     def remove(self) -> None:
@@ -290,7 +282,7 @@ class OptimizerSteps:
         if window is None:
             total.backward()
         else:
-            total.backward(inputs=[p for p in window.parameters() if p.requires_grad])
+            total.backward(inputs=[p for p in parameters_of(window.optimizer) if p.requires_grad])
 
     def _begin(self, window: Window, batch: int) -> None:
         """Set the gradients to zero where the engine has not done it."""
@@ -302,7 +294,7 @@ class OptimizerSteps:
         if not window.count:
             if self._defines_all or window.batch == batch:
                 window.optimizer.zero_grad()
-        elif window.has_gradients and all(p.grad is None for p in window.parameters()):
+        elif window.has_gradients and not gradients_of(window.optimizer):
             raise ConfigurationError(
                 "the gradients of earlier batches were removed before their optimizer step; with "
                 f"accumulate={self._accumulate} train_step must not call zero_grad(), which "
@@ -330,7 +322,10 @@ class OptimizerSteps:
 
     def _update_scale(self) -> None:
         """Update the scale after a step; gradients that wait for another step get the new scale."""
-        waiting = [gradients for w in self.windows if w.count and (gradients := w.gradients())]
+        gradients_of_open = [
+            gradients_of(window.optimizer) for window in self.windows if window.count
+        ]
+        waiting = [gradients for gradients in gradients_of_open if gradients]
         ones = [torch.ones((), device=gradients[0].device) for gradients in waiting]
         before = [self._scaler.scale(one) for one in ones]
         self._scaler.update()
@@ -349,7 +344,7 @@ class OptimizerSteps:
             self._scaler.unscale_(window.optimizer)
         if not _is_one(weight):
             with torch.no_grad():
-                torch._foreach_div_(window.gradients(), weight)
+                torch._foreach_div_(gradients_of(window.optimizer), weight)
         return not self.guard.prepare(window.optimizer)
 
     def _window_of(self, optimizer: Any) -> Window:

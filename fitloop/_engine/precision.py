@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def check_precision(
     precision: Precision | None, device: torch.device, dtype: torch.dtype
 ) -> Precision | None:
-    """Return the argument ``precision`` of a trainer with this device and dtype of weights.
+    """Check the argument ``precision`` of a trainer, and return it.
 
     Raises:
         ConfigurationError: it is unknown, the device does not have it, or it has no effect on

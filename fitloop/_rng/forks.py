@@ -45,7 +45,7 @@ class _ForkGuard:
         self._lock = threading.Lock()
         self._forking: int | None = None
         """the thread that holds the locks"""
-        self._held: list[Any] = []
+        self._acquired: list[Any] = []
         self._interval = 0.0
 
     def begin(self) -> None:
@@ -53,7 +53,7 @@ class _ForkGuard:
         if not self._lock.acquire(timeout=LOCK_TIMEOUT):
             return
         self._forking, self._interval = threading.get_ident(), sys.getswitchinterval()
-        self._held = [lock for lock in _python_locks() if lock.acquire(timeout=LOCK_TIMEOUT)]
+        self._acquired = [lock for lock in _python_locks() if lock.acquire(timeout=LOCK_TIMEOUT)]
         # The lock inside torch's generator can only be waited for. With a long interval no other
         # thread gets the interpreter, and thereby the generator, between the wait and the fork.
         sys.setswitchinterval(SWITCH_INTERVAL)
@@ -68,8 +68,8 @@ class _ForkGuard:
         if self._forking != threading.get_ident():
             return
         sys.setswitchinterval(self._interval)
-        held, self._held, self._forking = self._held, [], None
-        for lock in reversed(held):
+        acquired, self._acquired, self._forking = self._acquired, [], None
+        for lock in reversed(acquired):
             lock.release()
         self._lock.release()
 

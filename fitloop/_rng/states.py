@@ -35,17 +35,17 @@ class RngState(NamedTuple):
     def to_tree(self) -> dict[str, Any]:
         """Return the state as a tree for a snapshot."""
         version, words, gauss = to_tuple(self.python)
-        cuda, others = {}, {}
+        cuda, other_devices = {}, {}
         for name, state in self.devices.items():
             kind, _, index = name.partition(":")
             if kind == "cuda":
                 cuda[int(index)] = state
             else:
-                others[name] = state
+                other_devices[name] = state
         return {
             "torch": self.torch,
             "cuda": cuda,
-            **({"accelerators": others} if others else {}),
+            **({"accelerators": other_devices} if other_devices else {}),
             "python": [version, np.array(words, np.uint32), gauss],
             "bits": self.bits,
             "gauss": self.gauss,

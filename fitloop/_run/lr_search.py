@@ -55,8 +55,8 @@ class LRCurve:
         return plot_lr_curve(self.lrs, self.losses, smooth, self.suggestion, ax=ax, **kwargs)
 
     def __repr__(self) -> str:
-        found = "none" if self.suggestion is None else f"{self.suggestion:.4g}"
-        return f"<LRCurve of {len(self.lrs)} learning rates: suggestion {found}>"
+        suggestion = "none" if self.suggestion is None else f"{self.suggestion:.4g}"
+        return f"<LRCurve of {len(self.lrs)} learning rates: suggestion {suggestion}>"
 
 
 class LRSearch(Instrumentation):

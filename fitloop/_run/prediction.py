@@ -66,9 +66,9 @@ class Channel:
         self.is_closed = False
         """the user wants no more"""
         self.is_dropped = False
-        """nobody is there any more to see an error"""
+        """the user has dropped the iterator, and would not see an error"""
         self.error: BaseException | None = None
-        self.ended = anyio.Event()
+        self.end = anyio.Event()
         """set on the event loop when nothing is left of the run"""
         self.bell = ThreadsafeEvent()
         """set when there is an output, or when the run has ended"""
@@ -88,7 +88,7 @@ class Channel:
                 message = f"the end of a prediction that was left early: {one_line(error)}"
                 warn_user(message, RuntimeWarning)
         finally:
-            self.ended.set()
+            self.end.set()
             self.bell.set()
 
     def put(self, output: Any) -> None:
@@ -208,9 +208,9 @@ class Predictions:
         self._is_waiting = True
         try:
             channel = await self._open()
-            if not channel.output and not channel.ended.is_set():
+            if not channel.output and not channel.end.is_set():
                 channel.want()
-            while not channel.output and not channel.ended.is_set():
+            while not channel.output and not channel.end.is_set():
                 await channel.bell.wait()
         except BaseException:
             await self.aclose()
@@ -236,15 +236,15 @@ class Predictions:
         """End the run, and return when nothing is left of it. There are no more outputs."""
         if self._channel is None:
             self._channel = Channel()
-            self._channel.ended.set()
+            self._channel.end.set()
         channel = self._channel
         channel.output.clear()
         channel.close()
         cancellation: BaseException | None = None
         with anyio.CancelScope(shield=True):
-            while not channel.ended.is_set():
+            while not channel.end.is_set():
                 try:
-                    await channel.ended.wait()
+                    await channel.end.wait()
                 except (anyio.get_cancelled_exc_class(), KeyboardInterrupt) as again:
                     cancellation = cancellation or again  # a native one passes the shield
         error, channel.error = channel.error or cancellation, None
@@ -266,7 +266,7 @@ class Predictions:
         await self.aclose()
 
     def __del__(self) -> None:
-        if self._channel is not None and not self._channel.ended.is_set():
+        if self._channel is not None and not self._channel.end.is_set():
             self._channel.is_dropped = True
             self._channel.close()
 
@@ -286,4 +286,4 @@ async def leave_predictions(state: TrainerState) -> None:
     """Wait for the end of a prediction whose loop was left early."""
     channel = state.prediction
     if channel is not None and channel.is_closed:
-        await channel.ended.wait()
+        await channel.end.wait()

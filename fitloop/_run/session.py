@@ -109,8 +109,10 @@ class RunSession:
             schedulers = context.schedulers
             after_step = () if schedulers is None else schedulers.after_step
             # The search for a learning rate ends where the loss is not finite.
-            looks = self.plan.call != "find_lr"
-            self.steps = OptimizerSteps(config, state.step_counts, after_step, looks=looks)
+            checks_finite = self.plan.call != "find_lr"
+            self.steps = OptimizerSteps(
+                config, state.step_counts, after_step, checks_finite=checks_finite
+            )
             """the optimizer steps; `restore` removes their hooks"""
             self._deps = EngineDeps(
                 config=config,

@@ -276,16 +276,16 @@ def check_format(header: Any, kind: str | None) -> None:
     """Raise `LayoutError` unless ``header`` is of a readable file of ``kind``; None allows any."""
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise LayoutError("it does not begin as a fitloop file does")
-    version, found = header.get("version"), header.get("kind")
-    newest = VERSIONS.get(found, 1) if isinstance(found, str) else 1
+    version, actual = header.get("version"), header.get("kind")
+    newest = VERSIONS.get(actual, 1) if isinstance(actual, str) else 1
     if type(version) is not int or version < 1:
         raise LayoutError(f"its version is {short(version)}; expected {newest}")
     if version > newest:
         raise LayoutError(
             f"its version is {version}, from a newer fitloop; this one reads up to {newest}"
         )
-    if kind is not None and found != kind:
-        raise LayoutError(f"it holds {short(found)}; expected {kind!r}")
+    if kind is not None and actual != kind:
+        raise LayoutError(f"it holds {short(actual)}; expected {kind!r}")
 
 
 def _check_header(header: dict[str, Any], kind: str | None) -> None:

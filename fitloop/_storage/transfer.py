@@ -101,7 +101,7 @@ def transfer_weights(
         and not (isinstance(value, Tensor) and memory_key(value) in memories - {None})
     ]
     if only is not None and strict is True:  # all that is not selected stays
-        chosen |= {name: own for name, own in target.items() if not selects(name)}
+        chosen |= {name: present for name, present in target.items() if not selects(name)}
     set_metadata(chosen, getattr(state, "_metadata", None))
     apply_weights(model, chosen, strict=strict is True)
     report = LoadedWeights(tuple(loaded), tuple(kept), unused)
@@ -119,12 +119,12 @@ def _reason_not_to_load(
         return None
     if name not in target:
         return "the model has no weight of this name"
-    own = target[name]
-    if strict != "shapes" or not isinstance(value, Tensor) or not isinstance(own, Tensor):
+    present = target[name]
+    if strict != "shapes" or not isinstance(value, Tensor) or not isinstance(present, Tensor):
         return None
-    if is_lazy(own) or is_lazy(value) or own.shape == value.shape:
+    if is_lazy(present) or is_lazy(value) or present.shape == value.shape:
         return None
-    return f"model {tuple(own.shape)}, file {tuple(value.shape)}"
+    return f"model {tuple(present.shape)}, file {tuple(value.shape)}"
 
 
 def _warn_of_others(report: LoadedWeights, selects: Callable[[str], bool]) -> None:

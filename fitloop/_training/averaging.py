@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event, PhaseEnded
 from fitloop._public import public
@@ -53,8 +54,8 @@ class EMA:
             raise ConfigurationError(
                 f"decay of EMA is {decay!r}; expected a number of at least 0 and less than 1"
             )
-        _check_count("start of EMA", self.start, 0)
-        _check_count("every of EMA", self.every, 1)
+        check_number("start of EMA", self.start, 0)
+        check_number("every of EMA", self.every, 1)
         _check_prepare(self.prepare)
 
 
@@ -80,13 +81,8 @@ class SWA:
     """as in `EMA`"""
 
     def __post_init__(self) -> None:
-        _check_count("start_epoch of SWA", self.start_epoch, 1)
+        check_number("start_epoch of SWA", self.start_epoch, 1)
         _check_prepare(self.prepare)
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigurationError(f"{name} is {value!r}; expected an integer of at least {least}")
 
 
 def _check_prepare(prepare: object) -> None:
@@ -121,7 +117,7 @@ class _Average(Protocol):
 
 
 class AveragedWeights:
-    """The averaged weights of a trainer, and the observer of a run that updates them.
+    """The averaged weights of a trainer; in a run it observes the batches and updates them.
 
     Args:
         policy: the argument of the trainer.
@@ -190,10 +186,10 @@ class AveragedWeights:
 
     def after_batch(self) -> None:
         """Update an `EMA` if an optimizer has made a step since the last call."""
-        made = sum(self._steps)
-        if made == self._counted:
+        steps = sum(self._steps)
+        if steps == self._counted:
             return
-        self._counted = made
+        self._counted = steps
         policy = self._policy
         if isinstance(policy, EMA):
             self._batches += 1

@@ -38,8 +38,7 @@ class BestModels:
 
     def ranked(self, models: Iterable[BestModel], direction: int) -> tuple[BestModel, ...]:
         """Return models in their order: the best first, and of equal ones the later."""
-        key = lambda model: (direction * model.score, model.epoch)  # noqa: E731
-        return tuple(sorted(models, key=key, reverse=True))
+        return tuple(sorted(models, key=lambda m: (direction * m.score, m.epoch), reverse=True))
 
     def identify(self) -> None:
         """Give the training an identification, if it has none."""

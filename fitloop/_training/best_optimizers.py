@@ -6,7 +6,6 @@ the groups stay as they are when it is restored, since they belong to the schedu
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from fitloop._data.carried_state import has_own_state_dict
 from fitloop._engine.config import TrainerConfig
+from fitloop._training.capture import copy_values
 from fitloop._training.layers import configure_optimizer
 from fitloop._training.parts import load_optimizer_state, parameter_names
 
@@ -53,9 +53,9 @@ def restore_optimizers(config: TrainerConfig, saved: list[Any]) -> None:
     """
     names = parameter_names(config)
     for optimizer, each in zip(config.optimizers, saved, strict=True):
-        kept = _SETTINGS.union(getattr(optimizer, "defaults", ()))
+        setting_names = _SETTINGS.union(getattr(optimizer, "defaults", ()))
         settings = [
-            {key: value for key, value in group.items() if key in kept}
+            {key: value for key, value in group.items() if key in setting_names}
             for group in optimizer.param_groups
         ]
         state = each["state"]
@@ -93,13 +93,4 @@ def _with_present_groups(
 
 def on_cpu(value: Any) -> Any:
     """Return a copy of nested containers whose tensors are copies in CPU memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind((key, on_cpu(item)) for key, item in value.items())
-    if type(value) in (list, tuple, set):
-        return type(value)(map(on_cpu, value))
-    if type(value) is deque:
-        return deque(map(on_cpu, value), value.maxlen)
-    return value
+    return copy_values(value, lambda tensor: tensor.detach().to("cpu", copy=True))

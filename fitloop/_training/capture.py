@@ -66,7 +66,7 @@ class Capture:
         """the parts that cannot be restored, each with the reason"""
         self._keep = {id(tensor) for tensor in keep}
         self._on_cpu = on_cpu
-        self._seen: dict[int, object] = {}
+        self._visited: dict[int, object] = {}
         self._restores: list[tuple[str, Restore]] = []
         self._loads: list[tuple[str, Restore]] = []
         """restorations by ``load_state_dict``, which may replace the objects in attributes"""
@@ -113,9 +113,9 @@ class Capture:
         """objects below one that has a ``state_dict`` of its own, which is trusted"""
         while stack:
             path, value = stack.pop()
-            if type(value) in _ATOMS or id(value) in self._seen:
+            if type(value) in _ATOMS or id(value) in self._visited:
                 continue
-            self._seen[id(value)] = value
+            self._visited[id(value)] = value
             is_covered = covered.get(id(value), False)
             try:
                 is_covered |= self._capture_state_dict(path, value)
@@ -246,7 +246,11 @@ def set_attributes(value: object, attributes: Mapping[str, Any]) -> None:
         object.__setattr__(value, name, item)
 
 
-def copy_values(value: Any, memo: dict[int, Any] | None = None) -> Any:
+def copy_values(
+    value: Any,
+    copy_tensor: Callable[[Tensor], Tensor] = clone_of,
+    memo: dict[int, Any] | None = None,
+) -> Any:
     """Return a copy of nested containers, tensors and arrays; other objects are the same ones."""
     memo = {} if memo is None else memo
     if id(value) in memo:
@@ -254,20 +258,20 @@ def copy_values(value: Any, memo: dict[int, Any] | None = None) -> Any:
     kind = type(value)
     copied: Any = value
     if isinstance(value, Tensor):
-        copied = clone_of(value)
+        copied = copy_tensor(value)
     elif kind is np.ndarray:
         copied = value.copy()
     elif isinstance(value, dict):
-        pairs = [(key, copy_values(item, memo)) for key, item in value.items()]
+        pairs = [(key, copy_values(item, copy_tensor, memo)) for key, item in value.items()]
         try:
             copied = value.copy()
         except Exception:
             return value
         _set_pairs(copied, pairs)
     elif kind in (list, tuple, set, frozenset):
-        copied = kind(copy_values(item, memo) for item in value)
+        copied = kind(copy_values(item, copy_tensor, memo) for item in value)
     elif kind is deque:
-        copied = deque((copy_values(item, memo) for item in value), value.maxlen)
+        copied = deque((copy_values(item, copy_tensor, memo) for item in value), value.maxlen)
     memo[id(value)] = copied
     return copied
 

@@ -121,25 +121,28 @@ class EarlyStopper:
         self._policy, self._criteria = policy, criteria
         self._trainer, self._stop, self._emit = trainer, stop, emit
         self.state = EarlyStopState()
-        if policy.metric is None and criteria is None:
+        if not self._metric():
             raise ConfigurationError(
                 "early_stop has no metric, since the trainer has no criteria; give "
                 "EarlyStop(metric=...), or criteria= to the trainer"
             )
         self._direction()
 
-    def _is_criteria(self) -> bool:
+    def _used_criteria(self) -> Criteria | None:
+        """Return the criteria if its metric counts; a default one may become the loss later."""
         metric, criteria = self._policy.metric, self._criteria
-        return criteria is not None and (metric is None or metric == criteria.name)
+        return criteria if criteria is not None and metric in (None, criteria.name) else None
+
+    def _metric(self) -> str:
+        criteria = self._used_criteria()
+        return self._policy.metric or (criteria.name if criteria is not None else "")
 
     def _direction(self) -> int:
-        policy = self._policy
-        if policy.direction is not None:
-            return policy.direction
-        if self._is_criteria():
-            assert self._criteria is not None
-            return self._criteria.direction
-        metric = policy.metric or ""
+        metric, criteria = self._metric(), self._used_criteria()
+        if self._policy.direction is not None:
+            return self._policy.direction
+        if criteria is not None:
+            return criteria.direction
         if metric != "loss" and "loss" in metric.lower():
             raise ConfigurationError(
                 f"EarlyStop(metric=) is {metric!r} and direction is not given; give direction=-1 "
@@ -147,37 +150,38 @@ class EarlyStopper:
             )
         return -1 if metric == "loss" else 1
 
-    def score(self, metrics: Mapping[str, float]) -> tuple[str, float]:
-        """Return the name and the value of the metric in the result of a validation.
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """Return the value of the metric in the result of a validation.
 
         Raises:
             UnknownMetricError: it is missing; the message lists the known ones.
             MissingCriteriaError: the criteria is missing.
         """
-        name = self._policy.metric or ""
-        value = metrics.get(name)
-        if self._criteria is not None and self._is_criteria():
-            value, name = self._criteria.score(metrics), self._criteria.name
+        name, criteria = self._policy.metric, self._criteria
+        if name is None and criteria is not None:
+            value = criteria.score(metrics)
+        else:
+            value = metrics.get(name or "")
         if value is None:
             where = "the result of valid_epoch_end, which early_stop= looks at"
-            raise UnknownMetricError(name, metrics, where)
-        return name, value
+            raise UnknownMetricError(self._metric(), metrics, where)
+        return value
 
     def observe(self, event: Event) -> None:
         """Count a validation, and stop the run if it was the last one."""
         if not isinstance(event, PhaseEnded) or event.phase is not Phase.VALID:
             return
-        name, value = self.score(event.metrics)
-        before, policy, direction = self.state, self._policy, self._direction()
+        value = self.score(event.metrics)
+        before, policy = self.state, self._policy
         counted = replace(before, validations=before.validations + 1)
         if counted.validations > policy.warmup:
-            change = math.inf if before.best is None else direction * (value - before.best)
+            change = math.inf if before.best is None else self._direction() * (value - before.best)
             is_better = not math.isnan(value) and change > policy.min_delta
             counted = replace(counted, last=value, bad=0 if is_better else before.bad + 1)
             if is_better:
                 counted = replace(counted, best=value, best_epoch=event.epoch)
         self.state = counted
-        self._check(name, event.epoch)
+        self.stop_if_over(event.epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the present run; see `StatePart`."""
@@ -195,26 +199,21 @@ class EarlyStopper:
         self.state = loaded
 
     def stop_if_over(self, epoch: int) -> None:
-        """Stop a resumed run if nothing was to follow after the epoch."""
-        criteria = self._criteria
-        self._check(self._policy.metric or (criteria.name if criteria is not None else ""), epoch)
-
-    def _check(self, metric: str, epoch: int) -> None:
-        message = self._message(metric)
+        """Stop the run after this epoch if its validations so far say so."""
+        metric, message = self._metric(), self._message()
         if message is not None:
             self._stop(StopReason.EARLY_STOP)
             self._emit(
                 EarlyStopped(trainer=self._trainer, epoch=epoch, metric=metric, message=message)
             )
 
-    def _message(self, metric: str) -> str | None:
+    def _message(self) -> str | None:
         """Return why the run ends, in one line; None if it goes on."""
-        policy, state = self._policy, self.state
+        policy, state, metric = self._policy, self.state, self._metric()
         threshold, last, best = policy.threshold, state.last, state.best
-        if threshold is not None and last is not None:
-            direction = self._direction()
-            if direction * last >= direction * threshold:
-                return f"{metric} {last:.4g} has reached the threshold {threshold:.4g}"
+        sign = self._direction()
+        if threshold is not None and last is not None and sign * last >= sign * threshold:
+            return f"{metric} {last:.4g} has reached the threshold {threshold:.4g}"
         if state.bad < policy.patience:
             return None
         count = f"{state.bad} validation{'' if state.bad == 1 else 's'}"

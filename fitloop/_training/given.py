@@ -61,17 +61,17 @@ def differences_of_facts(given: Any, present: Mapping[str, list[Any]]) -> list[s
 
     Raises TypeError, KeyError and others for facts that `given_facts` does not return.
     """
-    told: list[str] = []
+    findings: list[str] = []
     for name, saved, groups in _pairs("optimizer", given["optimizers"], present["optimizers"]):
         if len(saved) != len(groups):
-            told.append(f"{name} had {len(saved)} param groups and is given {len(groups)}")
+            findings.append(f"{name} had {len(saved)} param groups and is given {len(groups)}")
             continue
         for number, (was, now) in enumerate(zip(saved, groups, strict=True)):
-            place = name if len(groups) == 1 else f"group {number} of {name}"
-            told += differences(place, was, now)
+            name_of_group = name if len(groups) == 1 else f"group {number} of {name}"
+            findings += differences(name_of_group, was, now)
     for name, saved, values in _pairs("lr_scheduler", given["schedulers"], present["schedulers"]):
-        told += differences(name, saved, values)
-    return told
+        findings += differences(name, saved, values)
+    return findings
 
 
 def differences(name: str, saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

@@ -168,8 +168,8 @@ def _position(scheduler: Any) -> list[Any]:
     """Return values that change when a scheduler is stepped, for schedulers of any kind."""
     numbers = [
         (name, value)
-        for part in parts_of(scheduler)
-        for name, value in sorted(getattr(part, "__dict__", {}).items())
+        for inner in parts_of(scheduler)
+        for name, value in sorted(getattr(inner, "__dict__", {}).items())
         if isinstance(value, int | float | str)
     ]
     optimizer = getattr(scheduler, "optimizer", None)

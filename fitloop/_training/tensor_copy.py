@@ -38,7 +38,7 @@ class TensorCopy:
         tensor, memory = self._tensor, self._same_memory
         if self._nbytes and _storage_size(memory) < self._nbytes:
             memory.untyped_storage().resize_(self._nbytes)
-        if _place(tensor) != _place(memory):
+        if _address(tensor) != _address(memory):
             tensor.data = memory
         if self._values is not None:
             self._write(self._values)
@@ -98,7 +98,7 @@ def _has_lost_memory(tensor: Tensor) -> bool:
     return is_plain and not tensor.is_nested and tensor.numel() > 0 and not _storage_size(tensor)
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def _address(tensor: Tensor) -> tuple[Any, ...]:
     """Return memory and shape of a tensor, to compare them."""
     if tensor.is_nested or tensor.layout != torch.strided:
         return (tensor.dtype, tensor.device, tensor.layout, tensor.is_nested)

@@ -215,8 +215,8 @@ class TrainerState:
     def keeps_file(self, name: str) -> bool:
         """Return whether the best or the pretrained weights are in the file of this name."""
         best = self.config.best_model_name
-        kept = (best, extra_name(best), PRETRAINED) if self.config.save_to_disk else ()
-        return any(are_one_file(name, other) for other in kept)
+        names = (best, extra_name(best), PRETRAINED) if self.config.save_to_disk else ()
+        return any(are_one_file(name, other) for other in names)
 
     def borrow_best(self) -> BestState | None:
         """Return the state of the best epoch, which is not changed any more; None if none."""
@@ -352,9 +352,9 @@ class TrainerState:
     def watch_loaders(self, loaders: Mapping[Phase, Any]) -> None:
         """Note the attributes of loaders that have not been read yet."""
         for phase, loader in loaders.items():
-            known = self._watches.get(phase, (None,))[0]
+            watched = self._watches.get(phase, (None,))[0]
             has_state = loader is None or is_stateful(loader) or hasattr(loader, "__next__")
-            if known is not loader and not has_state:
+            if watched is not loader and not has_state:
                 self._watches[phase] = loader, AttributeWatch({f"{phase}_dl": loader})
 
     def lost_attributes(self) -> list[str]:

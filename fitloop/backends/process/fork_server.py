@@ -2,9 +2,9 @@
 
 A new interpreter takes seconds for these imports; a fork of the server has them in hundredths of a
 second. The server is a new interpreter too, has one thread and has run nothing of torch: a worker
-has no thread, lock or open file of the program. (Threads that numpy's OpenBLAS starts in the server
-end before each fork, by its own hand.) What a process inherits from its parent, such as
-the environment, a worker has from the server; if the program has changed it, a new server starts.
+has no thread, lock or open file of the program. (numpy's OpenBLAS ends its threads before a fork.)
+What a process inherits from its parent, such as the environment, a worker has from the server; if
+the program has changed it, a new server starts.
 
 The processes are those of ``multiprocessing``, started in another way. Its own fork server is not
 used: a program has one of them, which belongs to the user, and its processes have the environment
@@ -252,10 +252,10 @@ class _ForkServer:
         self._retired.add(self._pid)
         for pid in list(self._retired):
             try:
-                ended, _ = os.waitpid(pid, os.WNOHANG)
+                ended_pid, _ = os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:  # the user waits for all processes
-                ended = pid
-            if ended:
+                ended_pid = pid
+            if ended_pid:
                 self._retired.discard(pid)
 
 
@@ -298,7 +298,7 @@ _received: list[int] = []
 
 def _serve(control: socket.socket, parent: int) -> list[int]:
     """Fork workers until the program is gone; return the descriptors of a request in its worker."""
-    ended = _end_of(parent)
+    program_end = _end_of(parent)
     wakeup, writing = os.pipe()
     for end in (wakeup, writing):
         os.set_blocking(end, False)
@@ -306,7 +306,7 @@ def _serve(control: socket.socket, parent: int) -> list[int]:
     signal.set_wakeup_fd(writing)
     statuses: dict[int, int] = {}
     """process id of a worker -> descriptor for its exit code"""
-    sources, own = [control.fileno(), wakeup, *ended], os.getpid()
+    sources, own_pid = [control.fileno(), wakeup, *program_end], os.getpid()
     while control.fileno() in sources or statuses:
         ready, _, _ = select.select(sources, [], [])
         if wakeup in ready:
@@ -323,15 +323,15 @@ def _serve(control: socket.socket, parent: int) -> list[int]:
                 warnings.simplefilter("ignore")
                 worker = os.fork()
             if worker == 0:
-                die_with_parent(own)
+                die_with_parent(own_pid)
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 control.close()
-                _close(wakeup, writing, status, *ended, *statuses.values())
+                _close(wakeup, writing, status, *program_end, *statuses.values())
                 return descriptors
             _close(*descriptors)
             statuses[worker] = status
-        elif not {control.fileno(), *ended}.isdisjoint(ready):  # the program has ended
+        elif not {control.fileno(), *program_end}.isdisjoint(ready):  # the program has ended
             for worker in statuses:
                 os.kill(worker, signal.SIGKILL)
             return []
@@ -351,8 +351,8 @@ def _end_of(process: int) -> list[int]:
 def _report_ended(statuses: dict[int, int]) -> None:
     """Send the exit codes of workers that have ended."""
     for worker in list(statuses):
-        ended, code = os.waitpid(worker, os.WNOHANG)
-        if ended:
+        ended_pid, code = os.waitpid(worker, os.WNOHANG)
+        if ended_pid:
             status = statuses.pop(worker)
             with suppress(BrokenPipeError):
                 os.write(status, _NUMBER.pack(os.waitstatus_to_exitcode(code)))
@@ -362,13 +362,13 @@ def _report_ended(statuses: dict[int, int]) -> None:
 def _become_worker(descriptors: list[int]) -> None:
     """Run the process whose pickle comes over a pipe, as ``multiprocessing`` does after a spawn."""
     gc.enable()
-    contents, pid, stdin, stdout, stderr, tracker, *rest = descriptors
+    contents, pid, stdin, stdout, stderr, tracker, *passed = descriptors
     os.write(pid, _NUMBER.pack(os.getpid()))
     os.close(pid)
     for number, descriptor in enumerate((stdin, stdout, stderr)):
         os.dup2(descriptor, number)
         os.close(descriptor)
     resource_tracker._resource_tracker._fd = tracker  # type: ignore[attr-defined]
-    _received.extend(rest)
+    _received.extend(passed)
     # The copy tells `multiprocessing.parent_process` when the program ends.
     sys.exit(spawn._main(contents, os.dup(contents)))
