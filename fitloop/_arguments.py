@@ -88,11 +88,8 @@ def unknown_argument(call: str, name: str, expected: Iterable[str]) -> str:
     """Return the message about an unknown argument of a call, with the nearest known name."""
     names = list(expected)
     everywhere = {*names, *(other for arguments in _CALLS.values() for other in arguments)}
-    meant = _OTHER_NAMES.get(name, name)
-    meant = meant if meant in everywhere else name
-    suggestions = (
-        [meant] if meant in everywhere else _closest(meant, names) or _closest(meant, everywhere)
-    )
+    exact = [each for each in (_OTHER_NAMES.get(name), name) if each in everywhere]
+    suggestions = exact or _closest(name, names) or _closest(name, everywhere)
     if not suggestions:
         hint = f"expected one of {', '.join(names)}"
     elif suggestions[0] in names:

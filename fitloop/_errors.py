@@ -15,13 +15,18 @@
     ├── SyncInAsyncError     (RuntimeError)  a blocking call inside a running event loop
     └── WorkerDiedError      (RuntimeError)  the worker process of a training has died
 
+    CompileWarning           (RuntimeWarning) a model is compiled too often, or not at all
     LoaderHungWarning        (RuntimeWarning) a run ended although its loader had not returned
+    LockWarning              (RuntimeWarning) the file system of a save_path has no locks
+    NonFiniteWarning         (RuntimeWarning) weights or gradients are NaN or infinite
     OptimizerWarning         (RuntimeWarning) a part of the model is probably not trained
+    OutputWarning            (RuntimeWarning) nothing can be printed any more
     RestoreWarning           (RuntimeWarning) an object changed in a dry run and stays changed
     ResumeWarning            (RuntimeWarning) a resumed run is not exactly as expected
     ScheduleWarning          (RuntimeWarning) a learning-rate schedule is probably not as meant
     ThreadModeWarning        (RuntimeWarning) a mode around a run has no effect in the run
     UnknownMetricWarning     (RuntimeWarning) no phase has returned a metric that is to be shown
+    WeightsWarning           (RuntimeWarning) not all weights were loaded
     WorkerDiedWarning        (RuntimeWarning) a worker process died or was killed
 
 An exception of a stage function, loader, dataset or callback is never wrapped: the same object
@@ -265,7 +270,7 @@ class LoaderHungWarning(RuntimeWarning):
 class LockWarning(RuntimeWarning):
     """The file system of a ``save_path`` has no locks, so that two trainers may both use it.
 
-    The training goes on. It is told once for each file system.
+    The training goes on. There is one warning for each file system.
     """
 
 
@@ -292,7 +297,7 @@ class OptimizerWarning(RuntimeWarning):
 class OutputWarning(RuntimeWarning):
     """Nothing can be printed any more, for example since the terminal was closed.
 
-    The training goes on. It is told once for each stream.
+    The training goes on. There is one warning for each stream.
     """
 
 

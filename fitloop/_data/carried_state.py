@@ -33,7 +33,7 @@ MAX_ITEMS = 100
 MAX_OBJECTS = 2000
 """objects that one search looks at"""
 
-CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _METHODS = (types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
 _FUNCTIONS = (types.FunctionType, functools.partial, *_METHODS)
 _PARTS = (nn.Module, Optimizer, LRScheduler)
@@ -80,7 +80,7 @@ class StateSearch:
         """Note an object, and yield what it holds."""
         if is_generator(value):
             self.holders[self._unused(path)] = value
-        elif isinstance(value, CONTAINERS):
+        elif isinstance(value, _CONTAINERS):
             if not is_data(value):
                 yield from _children(path, _items(value))
         elif isinstance(value, _FUNCTIONS):
@@ -184,7 +184,7 @@ def _globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         if isinstance(value, types.FunctionType):
             is_used = value.__globals__ is variables
         else:
-            is_used = not isinstance(value, (type, types.ModuleType, *CONTAINERS, *_FUNCTIONS))
+            is_used = not isinstance(value, (type, types.ModuleType, *_CONTAINERS, *_FUNCTIONS))
         if is_used and type(value) not in _ATOMS:
             yield f"global {name}", value
 

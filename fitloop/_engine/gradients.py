@@ -16,7 +16,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fitloop._engine.config import Reaction, TrainerConfig
 from fitloop._errors import ConfigurationError, NonFiniteError, NonFiniteWarning, warn_user
-from fitloop._storage.weight_store import plain_name
 
 AT_ONCE = ("cpu",)
 """types of devices whose values are read without a wait"""
@@ -391,8 +390,9 @@ def _listed(names: list[str]) -> str:
 
 def _parameter_names(config: TrainerConfig) -> dict[Any, str]:
     """Return the names of the parameters of the model, and of the loss function."""
+    # Compiled submodules have a prefix.
     named = config.model.named_parameters()
-    names = {parameter: plain_name(name) for name, parameter in named}
+    names = {parameter: name.replace("_orig_mod.", "") for name, parameter in named}
     loss = config.loss_function
     of_loss = loss.named_parameters() if isinstance(loss, nn.Module) else ()
     return {parameter: f"loss_function.{name}" for name, parameter in of_loss} | names

@@ -118,10 +118,8 @@ def _number(name: str, value: Any) -> float:
 
 def _is_updated(metric: Any) -> bool:
     """Return whether a metric was updated since its reset; True if it does not count updates."""
-    counts = [
-        getattr(module, _COUNT) for _path, module in _parts(metric) if hasattr(module, _COUNT)
-    ]
-    return not counts or any(counts)
+    modules = [module for _path, module in _parts(metric) if hasattr(module, _COUNT)]
+    return not modules or any(getattr(module, _COUNT) for module in modules)
 
 
 def _parts(metric: Any) -> list[tuple[str, Any]]:
@@ -146,11 +144,8 @@ class MetricStates:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each metric."""
-        all_states = self._is_in_phase()
-        return {
-            name: metric_state(metric, all_states=all_states)
-            for name, metric in self._metrics.items()
-        }
+        full = self._is_in_phase()
+        return {name: metric_state(metric, full=full) for name, metric in self._metrics.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state of `state_dict`; raise an error if it does not fit."""
@@ -181,33 +176,31 @@ class StatefulMetric:
 
 def has_metric_state(item: Any) -> bool:
     """Return whether an object is a metric of torchmetrics, or has one as a submodule."""
-    return isinstance(item, nn.Module) and any(
-        _is_torchmetrics(module) for _, module in _parts(item)
-    )
+    return isinstance(item, nn.Module) and any(map(_is_torchmetrics, item.modules()))
 
 
 def _is_torchmetrics(module: Any) -> bool:
     return isinstance(getattr(module, "_defaults", None), dict) and hasattr(module, _COUNT)
 
 
-def metric_state(metric: Any, *, all_states: bool = True) -> dict[str, Any]:
+def metric_state(metric: Any, *, full: bool = True) -> dict[str, Any]:
     """Return the state of a metric; its tensors are not copied.
 
-    Without ``all_states``, those that a reset of torchmetrics forgets are left out.
+    Without ``full``, states that a reset of torchmetrics forgets are left out.
     """
     if has_metric_state(metric):
         parts = [(path, module) for path, module in _parts(metric) if _is_torchmetrics(module)]
-        return {path: _attributes(module, all_states) for path, module in parts}
+        return {path: _attributes(module, full) for path, module in parts}
     if hasattr(metric, "state_dict") and hasattr(metric, "load_state_dict"):
         return dict(metric.state_dict())
     return {name: _listed(value) for name, value in vars(metric).items()}
 
 
-def _attributes(module: Any, all_states: bool) -> dict[str, Any]:
+def _attributes(module: Any, full: bool) -> dict[str, Any]:
     # Beside its states a metric may have tensors that a reset keeps, as MinMaxMetric has.
     tensors = {name for name, value in vars(module).items() if isinstance(value, Tensor)}
     states = {_COUNT, *module._defaults}
-    names = tensors | states if all_states else tensors - states - {"_computed", "_forward_cache"}
+    names = tensors | states if full else tensors - states - {"_computed", "_forward_cache"}
     return {name: _listed(getattr(module, name)) for name in sorted(names)}
 
 
