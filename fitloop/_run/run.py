@@ -324,6 +324,7 @@ class Run:
             "in a callback at the end of the run", partial(self._emit_ended, ending.error)
         )
         self._close()
+        self._state.forget_loaders()
         result = self._result()
         self._state.given.end_call()
         vars(self).clear()  # or references in a circle would keep the model in memory

@@ -101,7 +101,7 @@ class RunSession:
             self.guard = RngGuard(rng, context.control, all_code)
             stack.callback(self.guard.close)
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders
-            self._before = state.capture() if dry else None
+            self._before = state.capture(stages=False) if dry else None
             if self._before is not None:
                 self._before.check(f"{self.plan.call}()")
             self.time_slice = TimeSliceHook(self.guard.wait, context.control)

@@ -157,11 +157,11 @@ class Capture:
     def _capture_container(self, path: str, value: Any) -> _Children:
         if isinstance(value, dict):
             pairs = list(value.items())
-            self._restores.append((path, lambda: _set_pairs(value, pairs)))
+            self._restores.append((path, lambda: set_pairs(value, pairs)))
             return [(f"{path}.{_key(k)}", v) for k, v in pairs if type(v) not in _ATOMS]
         items = list(value)
         if not isinstance(value, (tuple, frozenset)):
-            self._restores.append((path, lambda: _set_items(value, items)))
+            self._restores.append((path, lambda: set_items(value, items)))
         return [(f"{path}[{i}]", v) for i, v in enumerate(items) if type(v) not in _ATOMS]
 
     def _capture_generator(self, path: str, value: Any) -> bool:
@@ -267,7 +267,7 @@ def copy_values(
             copied = value.copy()
         except Exception:
             return value
-        _set_pairs(copied, pairs)
+        set_pairs(copied, pairs)
     elif kind in (list, tuple, set, frozenset):
         copied = kind(copy_values(item, copy_tensor, memo) for item in value)
     elif kind is deque:
@@ -276,7 +276,8 @@ def copy_values(
     return copied
 
 
-def _set_pairs(mapping: Any, pairs: list[tuple[Any, Any]]) -> None:
+def set_pairs(mapping: Any, pairs: list[tuple[Any, Any]]) -> None:
+    """Replace the content of a dict, in place."""
     present = list(mapping.items())
     if len(present) == len(pairs) and all(
         a is c and b is d for (a, b), (c, d) in zip(present, pairs, strict=True)
@@ -288,7 +289,8 @@ def _set_pairs(mapping: Any, pairs: list[tuple[Any, Any]]) -> None:
         kind.__setitem__(mapping, key, value)
 
 
-def _set_items(container: Any, items: list[Any]) -> None:
+def set_items(container: Any, items: list[Any]) -> None:
+    """Replace the content of a list, set or deque, in place."""
     present = list(container)
     if len(present) == len(items) and all(a is b for a, b in zip(present, items, strict=True)):
         return

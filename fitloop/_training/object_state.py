@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fitloop._data.carried_state import StateSearch, attributes, has_own_state_dict, is_data
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._rng.generators import check_tree, generator_state, is_generator, set_generator_state
-from fitloop._training.capture import copy_values
+from fitloop._training.capture import copy_values, set_items, set_pairs
 from fitloop._training.parts import modules_of, outside_parameters
 
 MAX_VALUES = 1000
@@ -37,6 +37,7 @@ _OF_OPTIMIZERS = frozenset(("defaults", "state", "param_groups", "_opt_called"))
 
 
 _OF_LOADERS = (DataLoader, Dataset, Sampler)
+_STAGES = frozenset(STAGE_NAMES.values())
 
 
 class _Mark:
@@ -105,7 +106,7 @@ class AttributeWatch:
         if frozen is _MISSING:
             vars(item).pop(name, None)
         elif value is not _MISSING:
-            vars(item)[name] = copy_values(value)
+            _assign(item, name, value)
 
 
 class ObjectState:
@@ -131,15 +132,10 @@ class ObjectState:
                     roots["optimizer" if not number else f"optimizer[{number}]"] = optimizer
             stages = {name: getattr(config, name) for name in STAGE_NAMES.values()}
             roots |= {name: stage for name, stage in stages.items() if stage is not None}
-            self._watch = AttributeWatch(roots, self._known)
+            # Without a reference to this object, which the collector would have to find.
+            self._watch = AttributeWatch(roots, functools.partial(_saved_memory, config))
             self._marks = self._marks_now(self._watch.search())
         return self._watch
-
-    def _known(self) -> Collection[object]:
-        """Return the memory of the tensors that the snapshot has anyway."""
-        modules = modules_of(self._config)
-        tensors = chain.from_iterable((*m.parameters(), *m.buffers()) for m in modules)
-        return {_memory(item) for item in (*tensors, *outside_parameters(self._config))}
 
     def _marks_now(self, found: StateSearch) -> dict[str, object]:
         """Return values that change with the states that the trainer was not given, by path.
@@ -147,7 +143,8 @@ class ObjectState:
         They are those of modules, such as a teacher of a train_step, and of objects with a
         ``state_dict`` of their own. A snapshot has those of a loader and its dataset anyway.
         """
-        config, known = self._config, self._known()
+        config = self._config
+        known = _saved_memory(config)
         given = [*config.optimizers, *config.lr_schedulers, config.scaler]
         kept = {id(item) for module in modules_of(config) for item in module.modules()}
         kept |= {id(part) for item in given for part in (item, *_values(item))}
@@ -178,8 +175,12 @@ class ObjectState:
         saved = (*state.get("generators", ()), *state.get("attributes", ()))
         return [path for path in saved if path not in found.holders and path not in found.objects]
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `StatePart`."""
+    def without_stages(self) -> DryRunObjects:
+        """Return the part of it that dry runs restore."""
+        return DryRunObjects(self)
+
+    def state_dict(self, *, stages: bool = True) -> dict[str, Any]:
+        """See `StatePart`. Without ``stages``, leave out attributes of the objects of stages."""
         watch = self.begin()
         state = {
             "generators": {
@@ -188,16 +189,20 @@ class ObjectState:
                 if is_generator(holder)
             },
             "attributes": {
-                path: changed for path, _item, changed, _lost in watch.changes() if changed
+                path: changed
+                for path, _item, changed, _lost in watch.changes()
+                if changed and (stages or not _is_of_stage(path))
             },
         }
         return {name: part for name, part in state.items() if part}
 
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """See `StatePart`."""
+    def load_state_dict(self, state: dict[str, Any], /, *, stages: bool = True) -> None:
+        """See `StatePart`, and `state_dict`."""
         watch = self.begin()
         saved: dict[str, dict[str, Any]] = state.get("attributes", {})
         for path, item, changed, _lost in watch.changes():
+            if not stages and _is_of_stage(path):
+                continue
             for name in changed.keys() - saved.get(path, {}).keys():
                 watch.put_back(path, item, name)
         found = watch.search()
@@ -208,6 +213,28 @@ class ObjectState:
         for path, generator in generators.items():
             if is_generator(found.holders.get(path)):
                 set_generator_state(found.holders[path], generator)
+
+
+class DryRunObjects:
+    """An `ObjectState` without attributes of the objects of stages.
+
+    Users record there what they see in a sanity check.
+    """
+
+    def __init__(self, objects: ObjectState) -> None:
+        self._objects = objects
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `StatePart`."""
+        return self._objects.state_dict(stages=False)
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """See `StatePart`."""
+        self._objects.load_state_dict(state, stages=False)
+
+
+def _is_of_stage(path: str) -> bool:
+    return path.partition(".")[0] in _STAGES
 
 
 @functools.cache
@@ -246,7 +273,18 @@ def _set_attribute(item: Any, name: str, value: Any) -> None:
             with torch.no_grad():
                 present.copy_(value)
             return
-    vars(item)[name] = copy_values(value)
+    _assign(item, name, value)
+
+
+def _assign(item: Any, name: str, value: Any) -> None:
+    """Set an attribute to a copy of a value; a container stays the same object."""
+    present, copied = vars(item).get(name), copy_values(value)
+    if type(present) is not type(value) or not isinstance(present, (list, set, deque, dict)):
+        vars(item)[name] = copied
+    elif isinstance(present, dict):
+        set_pairs(present, list(copied.items()))
+    else:
+        set_items(present, list(copied))
 
 
 def _watched(item: Any) -> list[tuple[str, Any]]:
@@ -297,6 +335,13 @@ def _frozen_numbers(value: Any, known: Collection[object]) -> Any:
     if not is_plain or value.requires_grad or value.is_inference() or _memory(value) in known:
         return _NO_STATE
     return id(value), value._version, tuple(value.shape)
+
+
+def _saved_memory(config: TrainerConfig) -> Collection[object]:
+    """Return the memory of the tensors that a snapshot has anyway."""
+    modules = modules_of(config)
+    tensors = chain.from_iterable((*m.parameters(), *m.buffers()) for m in modules)
+    return {_memory(item) for item in (*tensors, *outside_parameters(config))}
 
 
 def _memory(tensor: Tensor) -> object:

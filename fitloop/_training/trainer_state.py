@@ -163,7 +163,7 @@ class TrainerState:
             keep = saved_tensors(self.config.model)
             self.objects.begin()
             self.watch_loaders(self.loaders_of({}))
-            self._initial = Capture(self._all_parts(), keep=keep, on_cpu=True)
+            self._initial = Capture(self._all_parts(stages=False), keep=keep, on_cpu=True)
         if resuming and self.store.exists(PRETRAINED):
             self._has_pretrained = True
         if not self._has_pretrained:
@@ -365,12 +365,21 @@ class TrainerState:
                 lost += [f"{path}.{name}" for name in (*changed, *unkept)]
         return lost
 
-    def capture(self) -> Capture:
-        """Copy everything that a dry run changes."""
-        return Capture(self._all_parts())
+    def forget_loaders(self) -> None:
+        """Forget the loaders of a run that are not those of the constructor."""
+        for phase, (loader, _watch) in list(self._watches.items()):
+            if loader is not self.config.loader(phase):
+                del self._watches[phase]
 
-    def _all_parts(self) -> dict[str, object]:
-        return {**named_parts(self.config), "state": self.parts}
+    def capture(self, *, stages: bool = True) -> Capture:
+        """Copy everything that a run changes; with ``stages`` also what their objects have."""
+        return Capture(self._all_parts(stages=stages))
+
+    def _all_parts(self, *, stages: bool) -> dict[str, object]:
+        parts: dict[str, object] = dict(self.parts)
+        if not stages:
+            parts["objects"] = self.objects.without_stages()
+        return {**named_parts(self.config), "state": parts}
 
     def loaders_of(self, loaders: Mapping[Phase, Any]) -> dict[Phase, Any]:
         """Return the loader of each phase: of ``loaders``, or of the constructor, or None."""
