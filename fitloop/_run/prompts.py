@@ -123,6 +123,8 @@ class BackgroundPrompts(Prompts):
     def _ask(self, question: PromptAsked) -> bool:
         if self._is_declined():
             return False
+        if self._control.halted:  # it was stopped while the earlier question was open
+            return True
         self._open = _OpenQuestion(question, self._guard.outside(self._mark))
         self._emit(question)
         self._portal.start(partial(self._serve, self._open))

@@ -6,6 +6,7 @@ import io
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pyte
 import pytest
@@ -41,12 +42,18 @@ class FakeTerminal(io.StringIO):
 
     @property
     def lines(self) -> list[str]:
-        above = [
-            "".join(line[column].data for column in range(COLUMNS)).rstrip()
-            for line in self.screen.history.top
-        ]
+        above = [row_text(line).rstrip() for line in self.screen.history.top]
         shown = "\n".join([*above, *(line.rstrip() for line in self.screen.display)])
         return shown.rstrip().split("\n")
+
+
+def row_text(row: Any) -> str:
+    """Return the text of a row as `pyte.Screen.display` does: a wide character hides a cell."""
+    text, column = "", 0
+    while column < COLUMNS:
+        text += row[column].data
+        column += max(1, display_width(row[column].data[:1]))
+    return text
 
 
 class Area:
