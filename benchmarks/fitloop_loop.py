@@ -8,8 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from benchmarks.loops import ACCUMULATE, CLIP, DECAY
 from benchmarks.workloads import Means
-from fitloop import FitLoop, LoopState
+from fitloop import EMA, FitLoop, LoopState
+
+ALL_FEATURES: dict[str, Any] = {
+    "accumulate": ACCUMULATE,
+    "clip_grad": CLIP,
+    "average": EMA(DECAY),
+    "precision": "bf16",
+}
+"""the arguments for the work of `benchmarks.loops.with_all_features`"""
 
 
 def silent_step(state: LoopState) -> None:
@@ -17,6 +26,12 @@ def silent_step(state: LoopState) -> None:
     loss: Tensor = state.loss_function(state.model(inputs), targets)
     loss.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()
+
+
+def optimizing_step(state: LoopState) -> None:
+    inputs, targets = state.batch
+    loss: Tensor = state.loss_function(state.model(inputs), targets)
+    state.optimize(loss, len(targets))
 
 
 def idle_step(_state: LoopState) -> None:
@@ -36,13 +51,15 @@ def with_fitloop(
     keep_metrics: bool,
     seed: int | None = None,
     idle: bool = False,
+    all_features: bool = False,
     prefetch: int | None = None,
 ) -> Means | None:
     """Train by fitloop; with ``keep_metrics``, with the default step, which returns metrics.
 
     With ``idle`` the steps compute nothing.
     """
-    step: Callable[[LoopState], Any] | None = None if keep_metrics else silent_step
+    silent = optimizing_step if all_features else silent_step
+    step: Callable[[LoopState], Any] | None = None if keep_metrics else silent
     if idle:
         step = numbers_step if keep_metrics else idle_step
     trainer = FitLoop(
@@ -55,6 +72,7 @@ def with_fitloop(
         num_threads=1,
         seed=seed,
         prefetch=prefetch,
+        **(ALL_FEATURES if all_features else {}),
     )
     result = asyncio.run(trainer.fit(epochs, verbose=False, progress=False))
     if not keep_metrics:

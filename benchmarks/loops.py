@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.workloads import Loader, Means
+
+ACCUMULATE, CLIP, DECAY = 4, 1.0, 0.999
+"""batches to an optimizer step, largest norm of gradients, and decay of averages"""
 
 
 def bare(
@@ -38,6 +44,47 @@ def bare(
         if keep_metrics:
             samples = len(batches) * len(targets)
             means = sum(losses) / samples, sum(corrects) / samples
+    return means
+
+
+def with_all_features(
+    model: nn.Module, optimizer: Any, batches: Loader, *, epochs: int, keep_metrics: bool
+) -> Means | None:
+    """Train in bf16, with summed batches, clipped gradients, and averages of the weights."""
+    loss_function = nn.CrossEntropyLoss()
+    averages = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
+    parameters = list(model.parameters())
+    means: Means | None = None
+    for _epoch in range(epochs):
+        losses: list[float] = []
+        corrects: list[float] = []
+        norms: list[float] = []
+        samples = 0
+        model.train()
+        for number, (inputs, targets) in enumerate(batches, 1):
+            if not samples:
+                optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                predictions = model(inputs)
+                loss = loss_function(predictions, targets)
+            (loss * len(targets)).backward()
+            samples += len(targets)
+            if number % ACCUMULATE == 0 or number == len(batches):
+                for parameter in parameters:
+                    assert parameter.grad is not None
+                    parameter.grad /= samples
+                samples = 0
+                norm = clip_grad_norm_(parameters, CLIP)
+                optimizer.step()
+                averages.update_parameters(model)
+                if keep_metrics:
+                    norms.append(norm.item())
+            if keep_metrics:
+                losses.append(loss.item() * len(targets))
+                corrects.append((predictions.argmax(dim=1) == targets).sum().item())
+        if keep_metrics:
+            total = len(batches) * len(targets)
+            means = sum(losses) / total, sum(corrects) / total
     return means
 
 

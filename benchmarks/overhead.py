@@ -61,6 +61,12 @@ LOOPS: dict[str, Train] = {
 }
 
 
+FEATURE_LOOPS: dict[str, Train] = {
+    BARE: loops.with_all_features,
+    "fitloop": partial(with_fitloop, all_features=True),
+}
+
+
 IDLE_LOOPS: dict[str, Train] = {
     BARE: loops.idle,
     "fitloop": partial(with_fitloop, idle=True),
@@ -107,6 +113,8 @@ class Case:
 def cases(*, quick: bool) -> list[Case]:
     small, images = (100, 10) if quick else (500, 30)
     close = partial(Case, kind="mlp", count=100, side_by_side=LOOPS)
+    featured = partial(Case, kind="mlp", count=100, side_by_side=FEATURE_LOOPS)
+    features = "bf16, 4 batches to a step, clipped gradients and EMA in both"
     idle = partial(Case, kind="mlp", count=1000, side_by_side=IDLE_LOOPS)
     return [
         Case(title=f"{DESCRIPTIONS['mlp']}; loss and accuracy kept", kind="mlp", count=small),
@@ -126,6 +134,8 @@ def cases(*, quick: bool) -> list[Case]:
         ),
         close(title=f"{DESCRIPTIONS['mlp']}; fitloop alone, loss and accuracy kept"),
         close(title=f"{DESCRIPTIONS['mlp']}; fitloop alone, nothing kept", keep_metrics=False),
+        featured(title=f"{features}; fitloop alone, loss and accuracy kept; aim: 15 us added"),
+        featured(title=f"{features}; fitloop alone, nothing kept", keep_metrics=False),
         idle(title="steps that compute nothing; fitloop alone, two numbers kept"),
         idle(title="steps that compute nothing; fitloop alone, nothing kept", keep_metrics=False),
     ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import loops
 from benchmarks.harness import NotApplicableError, is_installed
-from benchmarks.overhead import LOOPS
+from benchmarks.overhead import BARE, FEATURE_LOOPS, LOOPS
 from benchmarks.peers import PEERS, Peer, Train
 from benchmarks.workloads import Means, TimedBatches, make_batches, make_model, make_optimizer
 
@@ -57,9 +57,9 @@ def train_small(
     return [parameter.detach().clone() for parameter in model.parameters()], means, batches
 
 
-def check_same_training(train: Train, *, keep_metrics: bool) -> None:
+def check_same_training(train: Train, bare: Train = loops.bare, *, keep_metrics: bool) -> None:
     weights, means, batches = train_small(train, keep_metrics=keep_metrics)
-    expected, expected_means, _batches = train_small(loops.bare, keep_metrics=keep_metrics)
+    expected, expected_means, _batches = train_small(bare, keep_metrics=keep_metrics)
     assert all(map(torch.equal, weights, expected))
     if expected_means is None:
         assert means is None
@@ -77,6 +77,14 @@ def test_loop_when_it_trained_then_weights_and_means_are_the_bare_loops(
     name: str, keep_metrics: bool
 ) -> None:
     check_same_training(LOOPS[name], keep_metrics=keep_metrics)
+
+
+@pytest.mark.parametrize("keep_metrics", [True, False], ids=["metrics", "no metrics"])
+def test_fitloop_when_all_features_are_used_then_trains_as_the_loop_with_them(
+    keep_metrics: bool,
+) -> None:
+    with_fitloop, bare = FEATURE_LOOPS["fitloop"], FEATURE_LOOPS[BARE]
+    check_same_training(with_fitloop, bare, keep_metrics=keep_metrics)
 
 
 def test_bare_loop_when_it_trained_then_weights_changed() -> None:
