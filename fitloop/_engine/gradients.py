@@ -160,6 +160,8 @@ class GradientGuard:
         return look
 
     def _are_bad(self, optimizer: Any, norm: Tensor | None = None) -> bool:
+        if norm is not None and self._counter is None and math.isfinite(norm.item()):
+            return False
         # A scaler that the trainer does not know sets this for a fused optimizer.
         has_scaler = hasattr(optimizer, "found_inf") and optimizer not in self._attached
         gradients = [] if self._is_scaled or has_scaler else gradients_of(optimizer)
@@ -169,9 +171,7 @@ class GradientGuard:
                 self._state.batch_num,
                 is_read=self.leaves_out and optimizer not in self._attached,
             )
-        if not gradients or (norm is not None and math.isfinite(norm.item())):
-            return False
-        if self._are_finite(gradients):
+        if not gradients or self._are_finite(gradients):
             return False
         names = self._names(optimizer)
         return self._leave_out(f"the gradient of {_listed(names)} is not finite", names)

@@ -63,6 +63,13 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
             loss = state.loss_function(predictions, targets)
         on_cpu = loss.is_cpu  # reading a value from a device would wait for it
         value = loss.item() if on_cpu else loss.detach().reshape(())
+        all_count = (
+            state._counts_quickly
+            and targets.ndim == 1
+            and predictions.ndim == 2
+            and size
+            and targets.min().item() >= 0
+        )
         if state.is_train:
             if state._is_plain:  # without a call
                 if not on_cpu or value - value:  # 0 if it is finite
@@ -70,19 +77,15 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
                 loss.backward()
                 for optimizer in state.optimizers:
                     optimizer.step()
+            elif state.accumulate == 1:
+                state.optimize(loss)
             else:
-                is_single = state.accumulate == 1
-                state.optimize(loss, None if is_single else _mean_over(state, predictions, targets))
+                mean_over = len(targets) if all_count else _mean_over(state, predictions, targets)
+                state.optimize(loss, mean_over)
     except Exception as error:
         _explain(error, state)
         raise
-    if (
-        state._counts_quickly
-        and targets.ndim == 1
-        and predictions.ndim == 2
-        and size
-        and targets.min() >= 0
-    ):
+    if all_count:
         values = {
             "running_loss": value * size,
             "running_corr": (predictions.argmax(dim=1) == targets).sum().item(),
@@ -104,8 +107,6 @@ def _mean_over(state: LoopState, predictions: Any, targets: Any) -> Any:
     ignored = state._ignored_class
     if ignored is None or targets is None or targets.is_floating_point() or predictions.ndim < 2:
         return state.batch_size or 1
-    if state._counts_quickly and targets.ndim == 1 and targets.min() >= 0:
-        return len(targets)
     return (targets != ignored).sum().clamp(min=1)
 
 

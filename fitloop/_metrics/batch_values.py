@@ -147,7 +147,9 @@ class BatchValues:
         if not self._batch_nums:
             self._batch_nums = {name: array("q", range(1, batch_num)) for name in self._first}
         for name in values:
-            self._batch_nums.setdefault(name, array("q")).append(batch_num)
+            if name not in self._batch_nums:
+                self._batch_nums[name] = array("q")
+            self._batch_nums[name].append(batch_num)
         self._num_names = -1
 
     def _append_number(self, name: str, value: Any) -> None:

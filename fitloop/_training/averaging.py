@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any, Protocol
 
 import torch
@@ -138,6 +139,9 @@ class AveragedWeights:
         """batches with a step since the average began, also those before its first update"""
         self._updates = 0
         self._averages: dict[str, Tensor] = {}
+        self._present: list[nn.Parameter] = []
+        """the parameters that `_pairs` was made of"""
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []
         self._exchange: object = None
         """the block of `applied` in which the parameters have the averages"""
 
@@ -149,7 +153,7 @@ class AveragedWeights:
     def restart(self) -> None:
         """Begin anew with the present weights, since others were put into the model."""
         self._averages, self._updates, self._batches = {}, 0, 0
-        self._exchange = None
+        self._present, self._exchange = [], None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and their counts; nothing before the first batch."""
@@ -205,23 +209,30 @@ class AveragedWeights:
                 self._update()
 
     def _update(self) -> None:
-        parameters = self._parameters()
         if not self._updates:
-            self._averages = {name: item.clone() for name, item in parameters.items()}
+            named = self._parameters().items()
+            self._averages = {name: parameter.detach().clone() for name, parameter in named}
         else:
-            for averages, present in self._groups(parameters):
+            for averages, present in self._groups():
                 self._function(averages, present, self._updates)
         self._updates += 1
 
-    def _parameters(self) -> dict[str, Tensor]:
+    def _parameters(self) -> dict[str, nn.Parameter]:
         named = plain_model(self._model).named_parameters()
-        return {plain_name(name): parameter.detach() for name, parameter in named}
+        return {plain_name(name): parameter for name, parameter in named}
 
-    def _groups(self, parameters: dict[str, Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Yield averages and parameters of one device and dtype each.
+    def _groups(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Return averages and parameters of one device and dtype each.
 
         Raises ConfigurationError if the parameters are others than at the first update.
         """
+        present = list(plain_model(self._model).parameters())
+        if len(present) != len(self._present) or any(map(is_not, present, self._present)):
+            self._pairs, self._present = self._paired(), present
+        return self._pairs
+
+    def _paired(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        parameters = self._parameters()
         groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         changed = parameters.keys() ^ self._averages.keys()
         for name, parameter in parameters.items():
@@ -237,7 +248,7 @@ class AveragedWeights:
                 f"the parameter {min(changed)!r} of the model is another one than when its average "
                 "began; with average= the parameters of the model must stay"
             )
-        yield from groups.values()
+        return list(groups.values())
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -281,7 +292,7 @@ class AveragedWeights:
     def _swap(self) -> None:
         """Exchange the values of parameters and averages."""
         with torch.no_grad():
-            for averages, present in self._groups(self._parameters()):
+            for averages, present in self._groups():
                 for average, parameter in zip(averages, present, strict=True):
                     value = parameter.clone()
                     parameter.copy_(average)
