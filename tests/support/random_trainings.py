@@ -38,6 +38,8 @@ from torch.utils.data import (
 )
 
 from fitloop import (
+    EMA,
+    SWA,
     Checkpoint,
     FitLoop,
     LoopState,
@@ -74,6 +76,7 @@ LOADERS = (
 )
 DRAWS = ("none", "torch", "numpy", "python", "all")
 STEP_DRAWS = ("none", "none", "noise", "mixup", "python", "checkpoint", "backward")
+AVERAGES = (None, None, EMA(0.9), EMA(0.5, start=1, every=2), SWA(start_epoch=2))
 PRECISIONS: tuple[Literal["bf16", "fp16"] | None, ...] = (None, None, "bf16", "fp16")
 STEPS = ("default", "plain", "async", "own_scheduler")
 
@@ -118,6 +121,9 @@ class Recipe:
     precision: Literal["bf16", "fp16"] | None
     clip: float | None
     """largest norm of the gradients of an optimizer"""
+    average: EMA | SWA | None
+    patience: int | None
+    """validations without an improvement that end a fit"""
 
     @classmethod
     def of(cls, number: int) -> Recipe:
@@ -149,6 +155,8 @@ class Recipe:
             optimize=choose.choice(("backward", "equal", "weighted")),
             precision=choose.choice(PRECISIONS),
             clip=choose.choice((None, None, 0.5, 0.05)),
+            average=choose.choice(AVERAGES),
+            patience=choose.choice((None, 1)),
         )
         return recipe._without_conflicts()
 
@@ -175,6 +183,10 @@ class Recipe:
             changes["between"] = "nothing"
         if self.way == "asked":
             changes |= {"epochs": max(2, self.epochs), "fits": 1, "load_best": False}
+        if self.way == "asked" or self.valid_loader is None:
+            changes["patience"] = None
+        if self.model == "batch_norm" and isinstance(self.average, SWA):  # needs its statistics
+            changes["average"] = None
         if self.way in ("interrupted", "runner"):
             changes["fits"] = 1
         if self.step == "default":
@@ -676,7 +688,7 @@ class Window:
         parts = self._loop.parts
         if not self.count:
             return
-        scaler, is_made = parts.scaler, True
+        scaler, made = parts.scaler, list[bool]()
         for optimizer in parts.optimizers:
             if scaler is not None:
                 scaler.unscale_(optimizer)
@@ -688,15 +700,17 @@ class Window:
                 clip_grad_norm_(parameters, parts.recipe.clip)
             if scaler is None:
                 optimizer.step()
+                made.append(True)
                 continue
-            if optimizer is parts.optimizers[0]:  # the one of the schedulers
-                found = scaler._found_inf_per_device(optimizer).values()
-                is_made = not any(value.item() for value in found)
+            found = scaler._found_inf_per_device(optimizer).values()
+            made.append(not any(value.item() for value in found))
             scaler.step(optimizer)
         if scaler is not None:
             scaler.update()
         self.count = self._weight = 0
-        if is_made:
+        if any(made):
+            self._loop.average_step()
+        if made[0]:  # by the optimizer of the schedulers
             self._loop.step_schedulers("step")
 
 
@@ -708,6 +722,8 @@ class HandWrittenLoop:
         self.losses: dict[str, list[float]] = {phase: [] for phase in parts.loaders}
         self._generators = self._streams(parts.recipe.seed)
         self._best: tuple[float, Any, Any] | None = None
+        self._averages: list[Tensor] = []
+        self._averaged_steps = self._updates = self._epochs = 0
 
     @staticmethod
     def _streams(seed: int | None) -> dict[tuple[str, str], Any]:
@@ -722,19 +738,58 @@ class HandWrittenLoop:
 
     def fit(self, epochs: int, *, load_best: bool) -> None:
         """Train; ``load_best`` restores the weights with the smallest loss of all fits."""
-        model, loss = self.parts.model, self.parts.loss
+        model, loss, recipe = self.parts.model, self.parts.loss, self.parts.recipe
+        lowest: float | None = None
+        bad = 0
         for _epoch in range(epochs):
             self._phase("train")
+            self._epochs += 1
+            if isinstance(recipe.average, SWA) and self._epochs >= recipe.average.start_epoch:
+                self._update_averages()
             if "valid" in self.parts.loaders:
+                self._swap_averages()
                 self._phase("valid")
                 score = self.losses["valid"][-1]
                 self.step_schedulers("valid", score)
                 if self._best is None or score <= self._best[0]:
                     self._best = score, *copy.deepcopy((model.state_dict(), loss.state_dict()))
+                self._swap_averages()
+                is_lower = lowest is None or score < lowest
+                lowest, bad = (score, 0) if is_lower and score == score else (lowest, bad + 1)
             self.step_schedulers("epoch")
+            if bad == recipe.patience:
+                break
         if load_best and self._best is not None:
             model.load_state_dict(self._best[1])
             loss.load_state_dict(self._best[2])
+
+    def average_step(self) -> None:
+        """Update an `EMA` after an optimizer step."""
+        average = self.parts.recipe.average
+        if isinstance(average, EMA):
+            beyond = self._averaged_steps - average.start
+            self._averaged_steps += 1
+            if beyond >= 0 and beyond % average.every == 0:
+                self._update_averages()
+
+    @torch.no_grad()
+    def _update_averages(self) -> None:
+        average, weights = self.parts.recipe.average, list(self.parts.model.parameters())
+        share = 1 - average.decay if isinstance(average, EMA) else 1 / (self._updates + 1)
+        if not self._averages:
+            self._averages = [weight.detach().clone() for weight in weights]
+        else:
+            for mean, weight in zip(self._averages, weights, strict=True):
+                mean.lerp_(weight, share)
+        self._updates += 1
+
+    @torch.no_grad()
+    def _swap_averages(self) -> None:
+        """Exchange averages and weights, if there are averages."""
+        for mean, weight in zip(self._averages, self.parts.model.parameters(), strict=False):
+            before = weight.clone()
+            weight.copy_(mean)
+            mean.copy_(before)
 
     def _phase(self, phase: str) -> None:
         model, recipe = self.parts.model, self.parts.recipe
@@ -838,6 +893,7 @@ def make_trainer(parts: Parts, path: Path | None = None, **changes: Any) -> FitL
         precision=recipe.precision,
         scaler=parts.scaler,
         clip_grad=recipe.clip,
+        average=recipe.average,
         nonfinite="ignore" if recipe.loss == "regression" else "raise",  # some diverge
         prefetch=recipe.prefetch,
         name=f"training {recipe.number}",
@@ -854,6 +910,7 @@ def _fit_options(recipe: Recipe, *, last: bool = True) -> dict[str, Any]:
         "epochs": recipe.epochs,
         "steps": recipe.steps,
         "load_best": load_best,
+        "early_stop": recipe.patience,
         "verbose": False,
     }
 
