@@ -460,7 +460,7 @@ class TrainerConfig:
         if clip is None:
             return
         is_number = isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0
-        expected = "a norm above 0, or a function of the parameters that returns their norm"
+        expected = "a norm above 0, or a function that clips the gradients of parameters"
         is_function = callable(clip) and not isinstance(clip, type)
         _expect(is_number or is_function, "clip_grad", clip, expected)
         if is_function:

@@ -46,7 +46,8 @@ class GradientGuard:
             self._counter = _DeviceCounter(config.device, starts_anew=self.leaves_out)
         self._is_bad = torch.zeros((), device="cpu")
         self._one = torch.ones((), device="cpu")
-        self._num_left_out = 0
+        self.num_left_out = 0
+        """steps that were left out in the run, as far as it is known"""
         self._has_warned = False
         self._attached: list[Any] = []
         self._emptied: Any = None
@@ -188,7 +189,7 @@ class GradientGuard:
     def _leave_out(self, reason: str, names: Iterable[str] = ()) -> bool:
         """Return True if the step is left out, or raise `NonFiniteError`."""
         if self._reaction == "skip":
-            self._num_left_out += 1
+            self.num_left_out += 1
             return True
         raise self._error(reason, self._state.batch_num, names)
 
@@ -224,6 +225,8 @@ class GradientGuard:
 
     def _keep_norm(self, norm: Any) -> None:
         """Keep the norm of a step; for the steps of several optimizers, the norm of all."""
+        if norm is None:  # of a function that does not compute one
+            return
         state = self._state
         norm = norm.detach() if isinstance(norm, Tensor) else torch.tensor(norm, device="cpu")
         if self._norm_batch == state.batch_num:
@@ -283,12 +286,12 @@ class GradientGuard:
             bad_steps, first_bad = self._counter.read()
             if bad_steps and self._reaction == "raise":
                 raise self._error("the loss or a gradient is not finite", first_bad)
-            self._num_left_out += bad_steps
-        if self._num_left_out and not self._has_warned:
+            self.num_left_out += bad_steps
+        if self.num_left_out and not self._has_warned:
             state, self._has_warned = self._state, True
             warn_user(
                 f"optimizer steps of {self._config.name!r} were left out, since the loss or a "
-                f"gradient was not finite: {self._num_left_out} up to batch {state.batch_num} of "
+                f"gradient was not finite: {self.num_left_out} up to batch {state.batch_num} of "
                 f"epoch {state.epoch_num}; later ones are not told in this run",
                 NonFiniteWarning,
             )

@@ -247,6 +247,12 @@ class OptimizerSteps:
         """See `LoopState.optimize`; ``batch`` is the number of the batch."""
         self._has_optimized = True
         windows = self.windows if optimizer is None else [self._window_of(optimizer)]
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
+            raise ConfigurationError(
+                f"the loss of state.optimize() is a {type(loss).__name__}, {given}; expected a "
+                "tensor of one element, such as the mean of the losses of the samples"
+            )
         weight = 1 if weight is None else _checked_weight(weight)
         if self.on_loss is not None:
             self.on_loss(loss, weight)
@@ -352,7 +358,8 @@ class OptimizerSteps:
             if window.optimizer is optimizer:
                 return window
         raise ConfigurationError(
-            f"state.optimize(optimizer=) is {optimizer!r:.80}; expected one of state.optimizers"
+            f"state.optimize(optimizer=) was called with {type(optimizer).__name__}, which is none "
+            "of state.optimizers; give it to the trainer: FitLoop(optimizer=[...])"
         )
 
 

@@ -148,8 +148,9 @@ class FitLoop(TrainerBase):
             dtype of the weights.
         clip_grad: the largest norm of the gradients of an optimizer, as in
             ``torch.nn.utils.clip_grad_norm_``; or a function that takes the list of parameters of
-            an optimizer, clips their gradients and returns their norm. It is done before each step,
-            also in steps that call ``optimizer.step()`` themselves. See `LoopState.grad_norm`.
+            an optimizer, clips their gradients and returns their norm, or None. It is done before
+            each step, also in steps that call ``optimizer.step()`` themselves. See
+            `LoopState.grad_norm`.
         nonfinite: what a loss or gradient in the train phase does that is NaN or infinite.
             ``"raise"``, the default: it raises `NonFiniteError` before the step. ``"skip"``: the
             step is left out, and a `NonFiniteWarning` tells the first ones; what its forward pass

@@ -543,6 +543,13 @@ def with_weight(weight: Any) -> Callable[[LoopState], None]:
     return step
 
 
+def with_loss(make: Callable[[Tensor], Any]) -> Callable[[LoopState], None]:
+    def step(state: LoopState) -> None:
+        state.optimize(make(state.model(state.batch[0])))
+
+    return step
+
+
 def for_other_optimizer(state: LoopState) -> None:
     state.optimize(state.model(state.batch[0]).mean(), optimizer=SGD(state.model.parameters()))
 
@@ -557,7 +564,9 @@ def for_other_optimizer(state: LoopState) -> None:
         pytest.param(with_weight(torch.tensor(0)), "is tensor.0.; expected", id="tensor 0"),
         pytest.param(with_weight("2"), "is '2'; expected", id="str"),
         pytest.param(with_weight(math.inf), "is inf; expected", id="inf"),
-        pytest.param(for_other_optimizer, "expected one of state.optimizers", id="optimizer"),
+        pytest.param(for_other_optimizer, "SGD, which is none of state.optim", id="optimizer"),
+        pytest.param(with_loss(lambda _: 1.0), "is a float, 1.0; expected a tensor", id="number"),
+        pytest.param(with_loss(lambda y: y), r"shape .\d+, 3.; expected a", id="not reduced"),
     ],
 )
 def test_step_when_it_does_not_fit_then_says_so(step: Any, message: str) -> None:

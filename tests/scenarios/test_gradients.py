@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,15 @@ def test_clip_when_trained_then_equals_the_loop(clip: Clip, kind: str, step: Any
     plain = mlp()
     hand_loop(plain, optimizers_of(kind, plain), batches())
     assert bits(plain) != bits(model)
+
+
+def test_clip_when_the_function_returns_no_norm_then_clips_all_the_same() -> None:
+    model, twin = mlp(), mlp()
+    hand_loop(model, optimizers_of("two", model), batches(), clip=value_clip)
+    fitted = fitting(twin, "two", clip_grad=partial(clip_grad_value_, clip_value=0.01))
+    fitted.fit(2, **QUIET)
+    assert bits(twin) == bits(model)
+    assert "grad_norm" not in fitted.M.train.batch_step
 
 
 @pytest.mark.parametrize("kind", KINDS)
