@@ -153,7 +153,8 @@ class Run:
             # A scaler may skip all steps, and the first few batches may make none.
             own_step = config.train_step is not None and config.scaler is None and steps is None
             if own_step and self._resumption is None:  # a resumed epoch may have no batch left
-                observers.append(Observer(UntrainedCheck(config, state.step_counts).observe))
+                check = UntrainedCheck(config, state.step_counts, self._session.steps.guard)
+                observers.append(Observer(check.observe))
         observers += [Observer(observe) for observe in options.observers]
         observers += [Observer(callback) for callback in self._context.callbacks]
         if self._files is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fitloop._engine.config import TrainerConfig
+from fitloop._engine.gradients import GradientGuard
 from fitloop._engine.optimization import StepCounts
 from fitloop._errors import OptimizerWarning, warn_user
 from fitloop._events import Event, PhaseEnded, PhaseStarted
@@ -14,11 +15,12 @@ from fitloop._types import Phase
 class UntrainedCheck:
     """An observer that warns if the first train phase of a fit changed no weight.
 
-    A ``train_step`` may have forgotten ``loss.backward()`` or ``optimizer.step()``.
+    A ``train_step`` may have forgotten ``loss.backward()`` or ``optimizer.step()``. Steps that the
+    guard left out are no reason to warn: it tells them itself.
     """
 
-    def __init__(self, config: TrainerConfig, counts: StepCounts) -> None:
-        self._config, self._counts = config, counts
+    def __init__(self, config: TrainerConfig, counts: StepCounts, guard: GradientGuard) -> None:
+        self._config, self._counts, self._guard = config, counts, guard
         self._before: Any = None
         self._is_over = False
 
@@ -32,7 +34,7 @@ class UntrainedCheck:
             self._before = self._state()
             return
         self._is_over = True
-        if self._before == self._state():
+        if self._before == self._state() and not self._guard.num_left_out:
             warn_user(
                 "train_step changed no weight of the model in the first epoch: no optimizer made a "
                 "step. Call state.optimize(loss) in it, or loss.backward() and "

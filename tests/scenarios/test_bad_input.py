@@ -28,6 +28,7 @@ from fitloop import (
     MetricError,
     MissingCriteriaError,
     MissingLoaderError,
+    NonFiniteWarning,
     OptimizerWarning,
     Runner,
     StageSignatureError,
@@ -226,6 +227,17 @@ async def test_step_when_it_trains_nothing_in_the_first_epoch_then_warns_once(tr
         told = [str(warning.message) for warning in warned]
         assert len(told) == (train_step is step and not trains), told
         assert all(text.startswith("train_step changed no weight of the model") for text in told)
+
+
+async def test_step_when_all_steps_of_the_first_epoch_are_left_out_then_only_that_is_told() -> None:
+    """Its advice, to call ``state.optimize``, would be wrong."""
+
+    def step(state: LoopState) -> None:
+        state.optimize(state.model(state.batch[0]).mean() * float("nan"))
+
+    changes = {"train_step": step, "train_epoch_end": lambda _: {}, "nonfinite": "skip"}
+    with pytest.warns(NonFiniteWarning, match="left out"):  # and no other warning
+        await trainer(**changes).fit(1, **QUIET)
 
 
 def test_plateau_when_its_mode_contradicts_the_given_criteria_then_constructor_says_so() -> None:
