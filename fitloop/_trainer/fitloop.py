@@ -714,7 +714,7 @@ class FitLoop(TrainerBase):
 
     async def load_model(
         self,
-        name: str = "model",
+        name: str | Path = "model",
         path: str | Path | None = None,
         *,
         map_location: torch.device | str | None = None,
@@ -729,7 +729,8 @@ class FitLoop(TrainerBase):
         which only the weights of the model are used. They are loaded completely or not at all.
 
         Args:
-            name, path: the file; a name without suffix gets ``.msgpack``.
+            name, path: the file; a name without suffix gets ``.msgpack``. A ``Path`` without
+                ``path`` is the file itself: ``load_model(trainer.best_models[0].path)``.
             map_location: the device that the file is read to before.
             strict: True: the file has exactly the weights of the model. False: weights that only
                 one of them has are left out. ``"shapes"``: so are those whose shapes differ, such
@@ -750,6 +751,8 @@ class FitLoop(TrainerBase):
                 of none of its weights; nothing was changed.
             ConfigurationError: an argument cannot work.
         """
+        if isinstance(name, Path) and path is None:
+            path, name = name.parent, name.name
         source = self._file(name, path)
         check_strict(strict)
         device = as_device(map_location)
@@ -843,8 +846,12 @@ class FitLoop(TrainerBase):
         return self.save_path if path is None else Path(path).absolute()
 
     def _file(
-        self, name: str, path: str | Path | None, suffixes: tuple[str, ...] | None = None
+        self, name: object, path: str | Path | None, suffixes: tuple[str, ...] | None = None
     ) -> Path:
+        if not isinstance(name, str):
+            raise ConfigurationError(
+                f"the name of a file is {name!r:.80}; expected a string, and its directory in path="
+            )
         file = self._directory(path) / with_suffix(name)
         if file.name.casefold() == LOG_NAME:
             raise CheckpointError(f"{name!r} names the log of metrics; give another name")

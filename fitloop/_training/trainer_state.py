@@ -288,7 +288,8 @@ class TrainerState:
         if not self.average.has_begun:
             raise ConfigurationError(
                 f"{call} was called, and there is no average: none has begun, or weights were put "
-                "into the model since, such as the best ones at the end of fit()"
+                "into the model since, such as the best ones at the end of fit(): averages too, "
+                "which save_model() writes"
             )
         return self.average
 

@@ -81,8 +81,10 @@ def test_the_files_hold_the_weights_of_the_best_validations(tmp_path: Path) -> N
     names = [model.path.name for model in training.best_models]
     assert names == ["best-0004-9.msgpack", "best-0002-9.msgpack"]
     for _score, epoch, path in training.best_models:
-        training.load_model(path.name, path.parent)
+        training.load_model(path)
         assert bits(training.model) == weights[epoch]
+    with pytest.raises(ConfigurationError, match="expected a string, and its directory in path="):
+        training.save_model(path)  # type: ignore[arg-type]
 
 
 @settings(max_examples=20)
