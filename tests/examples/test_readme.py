@@ -34,7 +34,7 @@ def test_readme_when_its_programs_are_run_one_after_the_other_then_all_work(
         if inspect.iscoroutine(result):
             asyncio.run(result)
     printed = capsys.readouterr().out
-    assert "[1/4] - train :: loss: 0." in printed
+    assert " [1/20] - train :: loss: 0." in printed
     assert "test  :: loss: 0." in printed
     assert "lr=0.001 10 epochs in " in printed
     assert {path.name for path in tmp_path.iterdir()} == {"fitloop_state", "runs"}
