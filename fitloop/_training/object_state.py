@@ -34,8 +34,6 @@ _MAX_DEPTH = 3
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
 _CONTAINERS = (list, tuple, set, frozenset, deque, dict)
 _OF_OPTIMIZERS = frozenset(("defaults", "state", "param_groups", "_opt_called"))
-
-
 _OF_LOADERS = (DataLoader, Dataset, Sampler)
 _STAGES = frozenset(STAGE_NAMES.values())
 
@@ -50,17 +48,17 @@ _MISSING, _NO_STATE, _OBJECT, _LARGE = _Mark(), _Mark(), _Mark(), _Mark()
 class AttributeWatch:
     """Finds the attributes that changed in the objects that can be reached from ``roots``.
 
-    Compared are numbers, text and containers of them. With ``known``, which returns the memory of
+    Compared are numbers, text and containers of them. With ``saved_memory``, which returns that of
     tensors that are part of the state already, also other tensors and arrays.
     """
 
     def __init__(
         self,
         roots: Mapping[str, object],
-        known: Callable[[], Collection[object]] | None = None,
+        saved_memory: Callable[[], Collection[object]] | None = None,
     ) -> None:
-        self._roots, self._known = roots, known
-        memory = known and known()
+        self._roots, self._saved_memory = roots, saved_memory
+        memory = saved_memory and saved_memory()
         self._before = {
             (path, name): (_frozen(value, memory), _copied(value))
             for path, item in self._compared()
@@ -87,12 +85,12 @@ class AttributeWatch:
         Lost are containers that have become too large. Objects in attributes are not: those of the
         user's own code are compared by themselves.
         """
-        known = self._known and self._known()
+        saved_memory = self._saved_memory and self._saved_memory()
         for path, item in self._compared():
             changed, lost = {}, []
             for name, value in _watched(item):
                 before = self._before.get((path, name), (_MISSING, None))[0]
-                now = _frozen(value, known)
+                now = _frozen(value, saved_memory)
                 if now is _LARGE and before is not _LARGE:
                     lost.append(name)
                 elif now not in (before, _OBJECT, _NO_STATE, _LARGE):
@@ -101,7 +99,7 @@ class AttributeWatch:
                 yield path, item, changed, lost
 
     def put_back(self, path: str, item: Any, name: str) -> None:
-        """Put a number, text or container back to what it was before."""
+        """Restore the first value of an attribute: a number, text or container."""
         frozen, value = self._before.get((path, name), (_MISSING, _MISSING))
         if frozen is _MISSING:
             vars(item).pop(name, None)
@@ -127,8 +125,8 @@ class ObjectState:
             config = self._config
             roots: dict[str, Any] = {"model": config.model, "loss_function": config.loss_function}
             for number, optimizer in enumerate(config.optimizers):
-                own = type(optimizer).__module__.startswith("torch.")
-                if not own and not has_own_state_dict(optimizer):
+                is_torchs = type(optimizer).__module__.startswith("torch.")
+                if not is_torchs and not has_own_state_dict(optimizer):
                     roots["optimizer" if not number else f"optimizer[{number}]"] = optimizer
             stages = {name: getattr(config, name) for name in STAGE_NAMES.values()}
             roots |= {name: stage for name, stage in stages.items() if stage is not None}
@@ -137,27 +135,27 @@ class ObjectState:
             self._marks = self._marks_now(self._watch.search())
         return self._watch
 
-    def _marks_now(self, found: StateSearch) -> dict[str, object]:
+    def _marks_now(self, search: StateSearch) -> dict[str, object]:
         """Return values that change with the states that the trainer was not given, by path.
 
         They are those of modules, such as a teacher of a train_step, and of objects with a
         ``state_dict`` of their own. A snapshot has those of a loader and its dataset anyway.
         """
         config = self._config
-        known = _saved_memory(config)
-        given = [*config.optimizers, *config.lr_schedulers, config.scaler]
-        kept = {id(item) for module in modules_of(config) for item in module.modules()}
-        kept |= {id(part) for item in given for part in (item, *_values(item))}
+        saved_memory = _saved_memory(config)
+        owners = [*config.optimizers, *config.lr_schedulers, config.scaler]
+        excluded = {id(item) for module in modules_of(config) for item in module.modules()}
+        excluded |= {id(item) for owner in owners for item in (owner, *_values(owner))}
         for item in (*config.stateful.values(), *config.metrics.values()):
             inside = StateSearch({"": item})
-            kept |= {id(part) for part in (*inside.objects.values(), *inside.holders.values())}
+            excluded |= {id(item) for item in (*inside.objects.values(), *inside.holders.values())}
         marks = {}
-        for path, item in (*found.objects.items(), *found.holders.items()):
-            if id(item) in kept or is_generator(item) or isinstance(item, _OF_LOADERS):
+        for path, item in (*search.objects.items(), *search.holders.items()):
+            if id(item) in excluded or is_generator(item) or isinstance(item, _OF_LOADERS):
                 continue
-            marks[path] = _mark_of(item, known)
+            marks[path] = _mark_of(item, saved_memory)
             if isinstance(item, nn.Module):
-                kept |= {id(module) for module in item.modules()}
+                excluded |= {id(module) for module in item.modules()}
         return marks
 
     def lost(self) -> list[str]:
@@ -171,9 +169,9 @@ class ObjectState:
 
     def missing(self, state: dict[str, Any]) -> list[str]:
         """Return the paths in a state of which this trainer has no object."""
-        found = self.begin().search()
+        search = self.begin().search()
         saved = (*state.get("generators", ()), *state.get("attributes", ()))
-        return [path for path in saved if path not in found.holders and path not in found.objects]
+        return [path for path in saved if path not in search.holders and path not in search.objects]
 
     def without_stages(self) -> DryRunObjects:
         """Return the part of it that dry runs restore."""
@@ -194,7 +192,7 @@ class ObjectState:
                 if changed and (stages or not _is_of_stage(path))
             },
         }
-        return {name: part for name, part in state.items() if part}
+        return {name: item for name, item in state.items() if item}
 
     def load_state_dict(self, state: dict[str, Any], /, *, stages: bool = True) -> None:
         """See `StatePart`, and `state_dict`."""
@@ -205,14 +203,14 @@ class ObjectState:
                 continue
             for name in changed.keys() - saved.get(path, {}).keys():
                 watch.put_back(path, item, name)
-        found = watch.search()
+        search = watch.search()
         for path, attributes_of_item in saved.items():
             for name, value in attributes_of_item.items():
-                _set_attribute(found.objects.get(path), name, value)
+                _set_attribute(search.objects.get(path), name, value)
         generators = {path: check_tree(item) for path, item in state.get("generators", {}).items()}
         for path, generator in generators.items():
-            if is_generator(found.holders.get(path)):
-                set_generator_state(found.holders[path], generator)
+            if is_generator(search.holders.get(path)):
+                set_generator_state(search.holders[path], generator)
 
 
 class DryRunObjects:
@@ -239,12 +237,12 @@ def _is_of_stage(path: str) -> bool:
 
 @functools.cache
 def _is_installed(module: str) -> bool:
-    """Return whether a module is of an installed package, whose objects may keep handles."""
+    """Return whether a module belongs to an installed package; its objects may keep handles."""
     file = str(getattr(sys.modules.get(module), "__file__", ""))
     return "site-packages" in file or "dist-packages" in file
 
 
-def _mark_of(item: Any, known: Collection[object]) -> object:
+def _mark_of(item: Any, saved: Collection[object]) -> object:
     """Return a value that changes with the state of a module, or of an object that can save it."""
     if isinstance(item, nn.Module):
         leaves: list[Any] = [*item.parameters(), *item.buffers()]
@@ -254,7 +252,7 @@ def _mark_of(item: Any, known: Collection[object]) -> object:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             marks.append(_frozen(leaf, ()))
-        elif (memory := _memory(leaf)) not in known:
+        elif (memory := _memory(leaf)) not in saved:
             marks.append((memory, 0 if leaf.is_inference() else leaf._version))
     return marks or None
 
@@ -297,8 +295,8 @@ def _watched(item: Any) -> list[tuple[str, Any]]:
     return [pair for pair in attributes(item).items() if pair[0] not in ignored]
 
 
-def _frozen(value: Any, known: Collection[object] | None, depth: int = 0) -> Any:
-    """Return a value that is another one if the attribute changed.
+def _frozen(value: Any, saved: Collection[object] | None, depth: int = 0) -> Any:
+    """Return a value for a comparison; it differs from the earlier one if the attribute changed.
 
     It is `_NO_STATE` for what belongs to a batch or to the data, `_OBJECT` for other objects, and
     `_LARGE` for a container that is too large to be compared.
@@ -309,30 +307,30 @@ def _frozen(value: Any, known: Collection[object] | None, depth: int = 0) -> Any
     if isinstance(value, nn.Parameter):
         return _NO_STATE
     if isinstance(value, (Tensor, np.ndarray)):
-        return _NO_STATE if known is None else _frozen_numbers(value, known)
+        return _NO_STATE if saved is None else _frozen_numbers(value, saved)
     if isinstance(value, np.generic):
         return value.dtype.str, value.tobytes()
     if kind not in _CONTAINERS or depth == _MAX_DEPTH:
         return _OBJECT
-    if known is None and is_data(value):
+    if saved is None and is_data(value):
         return _NO_STATE
     if len(value) > MAX_VALUES:
         return _LARGE
     items = chain(value, value.values()) if kind is dict else value
-    frozen = [_frozen(item, known, depth + 1) for item in items]
+    frozen = [_frozen(item, saved, depth + 1) for item in items]
     for mark in (_NO_STATE, _OBJECT, _LARGE):
         if any(item is mark for item in frozen):
             return mark
     return kind, tuple(frozen)
 
 
-def _frozen_numbers(value: Any, known: Collection[object]) -> Any:
+def _frozen_numbers(value: Any, saved: Collection[object]) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biufc" or value.nbytes > _MAX_ARRAY_BYTES:
             return _NO_STATE
         return value.dtype.str, value.shape, value.tobytes()
     is_plain = type(value) is Tensor and value.layout is torch.strided and not value.is_quantized
-    if not is_plain or value.requires_grad or value.is_inference() or _memory(value) in known:
+    if not is_plain or value.requires_grad or value.is_inference() or _memory(value) in saved:
         return _NO_STATE
     return id(value), value._version, tuple(value.shape)
 
