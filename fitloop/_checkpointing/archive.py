@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fitloop._checkpointing.snapshot import KIND, Snapshot, read_snapshot
+from fitloop._engine.config import SNAPSHOTS
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
 from fitloop._storage.durable import reason, remove_leftovers, sync_directory
 from fitloop._storage.layout import LayoutError, read_file_header
-
-FOLDER = "snapshots"
 
 _NAME = re.compile(r"snapshot-(\d{6,})\.msgpack")
 
@@ -40,7 +39,7 @@ class Archive:
     """The snapshots below a ``save_path`` that the caller has locked."""
 
     def __init__(self, save_path: Path) -> None:
-        self.directory = save_path / FOLDER
+        self.directory = save_path / SNAPSHOTS
         self._entries: list[SnapshotEntry] = []
         self._next = 1
 

@@ -41,6 +41,8 @@ Reaction = Literal["raise", "skip", "ignore"]
 DEFAULT_SAVE_PATH = "fitloop_state"
 PRETRAINED = "pretrained_model"
 """name of the weights before the first run"""
+SNAPSHOTS, BEST_MODELS = "snapshots", "best_models"
+"""folders in ``save_path``"""
 
 INTERVALS = ("step", "batch", "epoch", "valid")
 

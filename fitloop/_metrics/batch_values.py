@@ -49,10 +49,11 @@ def as_numbers(values: Any, phase: Phase, stage: Stage) -> dict[str, float]:
     for name, value in as_mapping(values, phase, stage).items():
         if isinstance(value, (Tensor, np.ndarray)):
             size = value.numel() if isinstance(value, Tensor) else value.size
-            if size != 1:
-                shape = tuple(value.shape)
+            is_nested = getattr(value, "is_nested", False)  # it has no shape
+            if size != 1 or is_nested:
+                shape = "a nested shape" if is_nested else f"shape {tuple(value.shape)}"
                 raise MetricError(
-                    f"{phase} {stage} returned {name!r} with shape {shape}; expected one number: "
+                    f"{phase} {stage} returned {name!r} with {shape}; expected one number: "
                     "reduce it, or return one metric for each element"
                 )
             value = value.item()

@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fitloop._engine.config import BEST_MODELS
 from fitloop._public import public
 
-FOLDER = "best_models"
-"""directory of the files in ``save_path``"""
 _NAME = re.compile(r"best-[\w.+-]+\.msgpack")
 
 
@@ -31,7 +30,7 @@ class BestModels:
     """The best models of one training, the best first; a `StatePart` of the trainer."""
 
     def __init__(self, save_path: Path) -> None:
-        self.directory = save_path / FOLDER
+        self.directory = save_path / BEST_MODELS
         self.models: tuple[BestModel, ...] = ()
         self.training = ""
         """identifies the files that this training has written; empty before the first one"""

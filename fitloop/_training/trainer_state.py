@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import PureWindowsPath
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,13 @@ from torch.nn.parameter import is_lazy
 from fitloop._concurrency.control import RunControl
 from fitloop._data.inspection import is_stateful, reads_all_samples
 from fitloop._data.loaders import Loaders, LoadingOptions
-from fitloop._engine.config import PRETRAINED, TrainerConfig, check_not_awaitable
+from fitloop._engine.config import (
+    BEST_MODELS,
+    PRETRAINED,
+    SNAPSHOTS,
+    TrainerConfig,
+    check_not_awaitable,
+)
 from fitloop._engine.event_bus import EventBus
 from fitloop._engine.metric_objects import move_metrics
 from fitloop._engine.optimization import StepCounts
@@ -396,10 +403,11 @@ def _check_best_name(name: str) -> None:
         is_taken = any(are_one_file(name, other) for other in (PRETRAINED, LOG_NAME))
     except CheckpointError as error:  # it leads out of the directory, for example
         raise ConfigurationError(f"best_model_name: {error}") from None
-    if is_taken:
+    folder = PureWindowsPath(name).parts[0].casefold()
+    if is_taken or folder in (SNAPSHOTS, BEST_MODELS):
         raise ConfigurationError(
-            f"best_model_name is {name!r}, which names another file of the trainer; expected "
-            "another name"
+            f"best_model_name is {name!r}, which names another file of the trainer, or a file in "
+            "one of its folders; expected another name"
         )
 
 

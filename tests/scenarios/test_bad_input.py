@@ -130,7 +130,10 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
             {"best_model_name": name},
             "best_model_name is .* file of the tr",
         )
-        for name in ("./Pretrained_Model", "pretrained_model.msgpack", "metrics", "METRICS.msgpack")
+        for name in (
+            *("./Pretrained_Model", "pretrained_model.msgpack", "metrics", "METRICS.msgpack"),
+            *("snapshots/snapshot-000001", "best_models/a"),
+        )
     ),
     (
         "best model is elsewhere",
@@ -411,6 +414,10 @@ OF_STEPS = [
 ]
 OF_EPOCHS = [
     *OF_STEPS,
+    (
+        {"a": torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged)},
+        "returned 'a' with a nested shape",
+    ),
     ({"a": torch.ones(2)}, r"returned 'a' with shape \(2,\); expected one number: reduce it"),
 ]
 
