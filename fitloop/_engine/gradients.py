@@ -354,6 +354,11 @@ def parameters_of(optimizer: Any) -> list[Any]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def gradients_of(optimizer: Any) -> list[Tensor]:
+    """Return the gradients of the parameters of an optimizer that have one."""
+    return [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+
+
 def _begin_momentum(optimizer: Any) -> None:
     """Set the momentum that a fused SGD does not have yet to zero.
 
@@ -373,11 +378,6 @@ def _begin_momentum(optimizer: Any) -> None:
             )
         for parameter in new:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def gradients_of(optimizer: Any) -> list[Tensor]:
-    """Return the gradients of the parameters of an optimizer that have one."""
-    return [p.grad for p in parameters_of(optimizer) if p.grad is not None]
 
 
 def _is_finite(gradient: Tensor) -> bool:

@@ -328,10 +328,7 @@ class OptimizerSteps:
 
     def _update_scale(self) -> None:
         """Update the scale after a step; gradients that wait for another step get the new scale."""
-        gradients_of_open = [
-            gradients_of(window.optimizer) for window in self.windows if window.count
-        ]
-        waiting = [gradients for gradients in gradients_of_open if gradients]
+        waiting = [grads for w in self.windows if w.count and (grads := gradients_of(w.optimizer))]
         ones = [torch.ones((), device=gradients[0].device) for gradients in waiting]
         before = [self._scaler.scale(one) for one in ones]
         self._scaler.update()
