@@ -24,16 +24,34 @@ def ignored_class(loss_function: Any) -> int | None:
     """
     if loss_function is None:
         return _IGNORED
-    keywords: dict[str, Any] = {}
+    if _function(loss_function) not in (*_FORWARDS, *_FUNCTIONS):
+        return None
+    ignored = loss_setting(loss_function, "ignore_index")
+    return _IGNORED if ignored is None else int(ignored)
+
+
+def class_weights(loss_function: Any) -> Any:
+    """Return the tensor of class weights whose sum a loss divides by; None if it has none."""
+    if _function(loss_function) not in (*_FORWARDS[:2], *_FUNCTIONS[:2]):
+        return None  # MultiMarginLoss divides by the number of targets
+    return loss_setting(loss_function, "weight")
+
+
+def loss_setting(loss_function: Any, name: str) -> Any:
+    """Return a setting of a loss of torch, such as ``"reduction"``; None if it is not given."""
+    while isinstance(loss_function, partial):
+        if name in loss_function.keywords:
+            return loss_function.keywords[name]
+        loss_function = loss_function.func
+    return getattr(loss_function, name, None)
+
+
+def _function(loss_function: Any) -> Any:
+    """Return the function that computes a loss; None if a ``partial`` gives it arguments."""
     while isinstance(loss_function, partial):
         if loss_function.args:
             return None
-        keywords = {**loss_function.keywords, **keywords}
         loss_function = loss_function.func
     if isinstance(loss_function, nn.Module):
-        if type(loss_function).forward not in _FORWARDS:
-            return None
-        return int(getattr(loss_function, "ignore_index", _IGNORED))
-    if loss_function in _FUNCTIONS:
-        return int(keywords.get("ignore_index", _IGNORED))
-    return None
+        return type(loss_function).forward
+    return loss_function

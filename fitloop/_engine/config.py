@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_function
 from fitloop._data.inspection import check_loader
 from fitloop._defaults import TRAINER_DEFAULTS
+from fitloop._engine.class_losses import loss_setting
 from fitloop._engine.compilation import check_compile, compiled_model, owned_model
 from fitloop._engine.metric_objects import check_metrics
 from fitloop._engine.precision import Precision, check_precision, make_scaler
@@ -295,6 +296,13 @@ class TrainerConfig:
                 loss,
                 "a callable (prediction, target) -> 0-d tensor"
                 + (", an instance of the class" if isinstance(loss, type) else ", or None"),
+            )
+        is_sum = self.train_step is None and loss_setting(loss, "reduction") == "sum"
+        if is_sum and self.accumulate > 1:
+            raise ConfigurationError(
+                f"accumulate is {self.accumulate}, and loss_function has reduction='sum'; the "
+                "default train_step takes the mean of the losses of a batch. Use reduction='mean', "
+                "or write train_step="
             )
         self._check_materialized()
         self._check_optimizers()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fitloop._data.batch_sizes import describe
+from fitloop._engine.class_losses import class_weights
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.metric_objects import update_metrics
@@ -80,8 +81,9 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
             elif state.accumulate == 1:
                 state.optimize(loss)
             else:
-                mean_over = len(targets) if all_count else _mean_over(state, predictions, targets)
-                state.optimize(loss, mean_over)
+                state.optimize(
+                    loss, _mean_over(state, predictions, targets, all_count=bool(all_count))
+                )
     except Exception as error:
         _explain(error, state)
         raise
@@ -99,15 +101,23 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
     return values
 
 
-def _mean_over(state: LoopState, predictions: Any, targets: Any) -> Any:
-    """Return the number of targets that the loss of a batch is the mean of, and 1 instead of 0.
+def _mean_over(state: LoopState, predictions: Any, targets: Any, *, all_count: bool) -> Any:
+    """Return the sum that the loss of a batch was divided by, and 1 instead of 0.
 
-    If it is not known, this is the number of samples.
+    This is the number of targets that count, or the sum of their class weights. If it is not known,
+    it is the number of samples.
     """
+    weights = class_weights(state.loss_function)
+    if all_count and weights is None:
+        return len(targets)
     ignored = state._ignored_class
     if ignored is None or targets is None or targets.is_floating_point() or predictions.ndim < 2:
         return state.batch_size or 1
-    return (targets != ignored).sum().clamp(min=1)
+    counted = targets != ignored
+    if weights is None:
+        return counted.sum().clamp(min=1)
+    total = (weights[targets.where(counted, 0)] * counted).sum()
+    return total.where(total > 0, 1)
 
 
 def _count_correct(state: LoopState, predictions: Any, targets: Any) -> dict[str, Any]:

@@ -163,8 +163,8 @@ class FitLoop(TrainerBase):
         accumulate: batches for one optimizer step, 1 by default: their gradients are summed, and
             divided once, at the step. The last step of an epoch has the batches that are left. The
             default ``train_step`` weights the batches by the number of their samples, or of the
-            targets that the loss counts, so that a step is that of one big batch. Your own
-            ``train_step`` calls `LoopState.optimize`.
+            targets that the loss counts, or by the class weights of these, so that a step is that
+            of one big batch. Your own ``train_step`` calls `LoopState.optimize`.
         average: an `EMA` or `SWA` of the weights. Validations of a training use the averages, which
             also become the best weights; the steps go on with the present weights. Without best
             weights, `load_average` puts the averages into the model. They begin anew each time

@@ -227,6 +227,41 @@ def test_window_when_weighted_then_is_one_big_batch(weight: str) -> None:
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["module", "function", "nll", "smoothing"])
+def test_window_when_classes_have_weights_then_is_one_big_batch(kind: str) -> None:
+    weights = torch.tensor([1.0, 5.0, 0.2])
+    loss: Any = {
+        "module": nn.CrossEntropyLoss(weights),
+        "function": partial(cross_entropy, weight=weights),
+        "nll": nn.NLLLoss(weights),
+        "smoothing": nn.CrossEntropyLoss(weights, label_smoothing=0.1),
+    }[kind]
+    small = data(3)
+    small[0][1][:2] = -100
+    big = [tuple(torch.cat(parts) for parts in zip(*small, strict=True))]
+    models = []
+    for train_dl, accumulate in ((small, 3), (big, 1)):
+        models.append(model := mlp())
+        sync_trainer(
+            model=model,
+            optimizer=SGD(model.parameters(), lr=0.5),
+            loss_function=loss,
+            train_dl=train_dl,
+            valid_dl=None,
+            accumulate=accumulate,
+        ).fit(2, **QUIET)
+    for parameter, expected in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_constructor_when_the_loss_is_a_sum_and_accumulates_then_says_so() -> None:
+    for loss in (nn.MSELoss(reduction="sum"), partial(cross_entropy, reduction="sum")):
+        with pytest.raises(ConfigurationError, match="loss_function has reduction='sum'"):
+            trainer(loss_function=loss, accumulate=2)
+        trainer(loss_function=loss)
+        trainer(loss_function=loss, accumulate=2, train_step=own)
+
+
 def test_epoch_when_shorter_than_a_window_then_makes_one_step_and_says_so() -> None:
     case = Case(20, 7)
     with pytest.warns(OptimizerWarning, match="accumulate is 20, and an epoch has 7 batches"):
