@@ -4,8 +4,9 @@
 
 A script of two fits takes a snapshot at every batch and is started again with ``resume=True``
 after each kill. In the end its weights, optimizer, metrics and log must be, bit for bit, those of
-a run without snapshots and kills. Every second training has no ``seed=``, and arguments that change
-optimizer steps (accumulate, clip_grad, precision, average) take turns. No start may resume from
+a run without snapshots and kills. Every second training has no ``seed=``, every third is ended by
+``early_stop``, and arguments that change optimizer steps (accumulate, clip_grad, precision,
+average) take turns. No start may resume from
 before a snapshot that a `SnapshotWritten` event has reported. POSIX only.
 """
 
