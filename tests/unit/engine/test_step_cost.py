@@ -7,7 +7,7 @@ are in ``benchmarks/overhead.py``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 from support.opcode_count import IS_TRACED, Fit, counts_text, work_per_batch
 from torch import nn
 
-from fitloop import FitLoop, LoopState
+from fitloop import EMA, FitLoop, LoopState
 
 pytestmark = [
     pytest.mark.skipif(IS_TRACED, reason="something else traces the interpreter"),
@@ -23,6 +23,8 @@ pytestmark = [
         sys.version_info[:2] != (3, 11), reason="opcodes are of Python 3.11 here, others differ"
     ),
 ]
+
+FEATURES = {"accumulate": 4, "clip_grad": 1.0, "average": EMA(), "precision": "bf16"}
 
 
 def silent_step(state: LoopState) -> None:
@@ -42,7 +44,14 @@ class Unknown:
         return iter(self._batches)
 
 
-def fitting(*, keep: bool, seed: int | None, unknown: bool, looks: bool = True) -> Fit:
+def fitting(
+    *,
+    keep: bool,
+    seed: int | None = None,
+    unknown: bool = False,
+    looks: bool = True,
+    features: Mapping[str, Any] | None = None,
+) -> Fit:
     async def fit(number: int) -> None:
         torch.manual_seed(0)
         model = nn.Linear(4, 3)
@@ -57,6 +66,7 @@ def fitting(*, keep: bool, seed: int | None, unknown: bool, looks: bool = True) 
             nonfinite="raise" if looks else "ignore",
             device="cpu",
             prefetch=0,
+            **(features or {}),
         )
         await trainer.fit(1, verbose=False, progress=False)
 
@@ -66,12 +76,11 @@ def fitting(*, keep: bool, seed: int | None, unknown: bool, looks: bool = True) 
 @pytest.mark.parametrize(
     ("fit", "opcodes", "calls"),
     [
-        pytest.param(fitting(keep=True, seed=None, unknown=False), 524, 16, id="metrics"),
-        pytest.param(fitting(keep=False, seed=None, unknown=False), 329, 6, id="none"),
-        pytest.param(
-            fitting(keep=False, seed=None, unknown=False, looks=False), 273, 4, id="none, unguarded"
-        ),
-        pytest.param(fitting(keep=True, seed=0, unknown=False), 524, 16, id="seeded"),
+        pytest.param(fitting(keep=True), 524, 16, id="metrics"),
+        pytest.param(fitting(keep=False), 329, 6, id="none"),
+        pytest.param(fitting(keep=False, looks=False), 273, 4, id="none, unguarded"),
+        pytest.param(fitting(keep=True, seed=0), 524, 16, id="seeded"),
+        pytest.param(fitting(keep=True, features=FEATURES), 1118, 30, id="all features"),
         pytest.param(fitting(keep=True, seed=0, unknown=True), 955, 22, id="seeded, uses rng"),
     ],
 )
