@@ -245,6 +245,8 @@ class GradientGuard:
 
         def checked() -> Any:
             nonlocal is_first
+            if self._config.precision is not None:  # the step may have changed the weights
+                torch.clear_autocast_cache()
             loss = closure()
             if is_first and self.checks_finite:
                 is_first = False

@@ -158,6 +158,9 @@ class OptimizerSteps:
             if optimizer is None:
                 continue
             calls = [call for item, call in self.after_step if item is optimizer]
+            if self._config.precision is not None:
+                # Otherwise a later forward pass of the same batch uses casts of the old weights.
+                calls.append(torch.clear_autocast_cache)
             count = _counter(self._counts.made, number) if number < len(counted) else None
             self._register(optimizer, calls, count)
 

@@ -60,7 +60,8 @@ def autocast_block(
     """Return a ``with`` block for each batch step of a phase, or None if there is no precision.
 
     It can be entered again and again. It must be left after each step: inside one block torch
-    goes on to use the casts of weights that a step has changed.
+    goes on to use the casts of weights that a step has changed. Where an optimizer steps inside of
+    a block, its hooks empty the cache.
 
     torch keeps these casts in one cache for the whole process, which the end of any block empties,
     also of another training. A weight that is used twice in a step is then cast twice, and its

@@ -14,7 +14,7 @@ from support.models import BATCHES, batches, bits, cnn, images, loader, mlp, tra
 from support.resumed_trainings import TrainingSetup, check_resumed_training
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, Adam
+from torch.optim import LBFGS, SGD, Adam
 
 from fitloop import ConfigurationError, FitLoop, LoopState, Runner
 
@@ -296,3 +296,52 @@ async def test_fused_sgd_when_a_scaler_skips_the_first_step_then_momentum_begins
         torch.testing.assert_close(own, other)
     with pytest.raises(ConfigurationError, match="Give fused=False"):
         await fitted(fused=True, dampening=0.1).fit(1, **QUIET)
+
+
+@pytest.mark.parametrize("kind", ["optimize", "own steps", "closure"])
+async def test_weights_when_they_change_within_a_batch_then_the_new_ones_are_used(
+    kind: str,
+) -> None:
+    """A GAN predicts again after the step of one network, and a closure after each change."""
+    new: Any = LBFGS if kind == "closure" else SGD
+    model, twin = mlp(), mlp()
+
+    def by_hand(optimizer: Any, inputs: Tensor) -> None:
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", BFLOAT16):
+                value: Tensor = model(inputs).square().mean()
+            value.backward()  # type: ignore[no-untyped-call]
+            return value
+
+        for _ in range(2):
+            if kind == "closure":
+                optimizer.step(loss)
+            else:
+                loss()
+                optimizer.step()
+
+    def step(state: LoopState) -> None:
+        def loss() -> Tensor:
+            value: Tensor = state.model(state.batch[0]).square().mean()
+            if kind != "optimize":
+                state.optimizer.zero_grad()
+                value.backward()  # type: ignore[no-untyped-call]
+            return value
+
+        for _ in range(2):
+            if kind == "closure":
+                state.optimizer.step(loss)
+            elif kind == "optimize":
+                state.optimize(loss())
+            else:
+                loss()
+                state.optimizer.step()
+
+    optimizer = new(model.parameters(), lr=0.5)
+    for inputs, _targets in batches():
+        by_hand(optimizer, inputs)
+    other = new(twin.parameters(), lr=0.5)
+    fitted = trainer(model=twin, optimizer=other, valid_dl=None, train_step=step, precision="bf16")
+    await fitted.fit(1, **QUIET)
+    assert bits(twin) == bits(model)
