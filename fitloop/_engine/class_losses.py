@@ -32,9 +32,10 @@ def ignored_class(loss_function: Any) -> int | None:
 
 def class_weights(loss_function: Any) -> Any:
     """Return the tensor of class weights whose sum a loss divides by; None if it has none."""
-    if _function(loss_function) not in (*_FORWARDS[:2], *_FUNCTIONS[:2]):
+    weights = loss_setting(loss_function, "weight")
+    if weights is None or _function(loss_function) not in (*_FORWARDS[:2], *_FUNCTIONS[:2]):
         return None  # MultiMarginLoss divides by the number of targets
-    return loss_setting(loss_function, "weight")
+    return weights
 
 
 def loss_setting(loss_function: Any, name: str) -> Any:
