@@ -228,7 +228,7 @@ class FitLoop(TrainerBase):
                 for each batch:
                     step(state)                  its gradients begin at 0, not with define_all
                     lr_scheduler.step()          train only, schedulers of interval "batch"
-                update the averages          train only, after a step, ``average=EMA()``
+                    update the averages          train only, after a step, ``average=EMA()``
                 epoch_end(state)
                 PhaseEnded                       history, best weights, plateau schedulers
             EpochEnded                           other schedulers, printed lines
