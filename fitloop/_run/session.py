@@ -22,7 +22,7 @@ from fitloop._engine.loop_state import add_attribute_hint
 from fitloop._engine.modes import Modes
 from fitloop._engine.optimization import OptimizerSteps
 from fitloop._engine.plan import EngineDeps, RunPlan
-from fitloop._errors import add_note_safely, one_line
+from fitloop._errors import RestoreWarning, add_note_safely, one_line, warn_user
 from fitloop._rng.guard import RngGuard
 from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._training.schedulers import SchedulerSteps
@@ -102,8 +102,11 @@ class RunSession:
             stack.callback(self.guard.close)
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders
             self._before = state.capture(stages=False) if dry else None
+            self._marks: dict[str, object] = {}
+            """of objects that a dry run cannot restore"""
             if self._before is not None:
                 self._before.check(f"{self.plan.call}()")
+                self._marks = state.objects.marks()
             self.time_slice = TimeSliceHook(self.guard.wait, context.control)
             stack.callback(self.time_slice.close)
             schedulers = context.schedulers
@@ -161,8 +164,16 @@ class RunSession:
 
     def restore_training(self) -> None:
         """Return to the state of the training that a dry run began with."""
-        if self._before is not None:
-            self._before.restore()
+        if self._before is None:
+            return
+        self._before.restore()
+        changed = self.context.state.objects.changed_since(self._marks)
+        if changed:
+            warn_user(
+                f"{', '.join(changed)} changed in {self.plan.call}() and was not put back; give "
+                "what the training depends on to the trainer in stateful=",
+                RestoreWarning,
+            )
 
     def restore(self, ending: RunEnding) -> None:
         """Restore the random generators and the modes; after a dry run, also the training."""

@@ -458,7 +458,7 @@ class FitLoop(TrainerBase):
 
         Numbers, tensors, random generators and containers of them are restored, also in attributes
         of the model. Other objects are never copied; a `RestoreWarning` names those of the model,
-        the optimizers and the schedulers that changed.
+        the optimizers and the schedulers that changed, and modules that only stages use.
 
         With the ``early_stop`` of a planned `fit`, the check also fails if its metric is missing.
 

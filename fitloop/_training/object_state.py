@@ -158,6 +158,14 @@ class ObjectState:
                 excluded |= {id(module) for module in item.modules()}
         return marks
 
+    def marks(self) -> dict[str, object]:
+        """Return values of the objects that the trainer was not given, for `changed_since`."""
+        return self._marks_now(self.begin().search())
+
+    def changed_since(self, marks: dict[str, object]) -> list[str]:
+        """Return the paths of these objects whose state has changed."""
+        return [path for path, mark in self.marks().items() if mark != marks.get(path, mark)]
+
     def lost(self) -> list[str]:
         """Return the names of states that changed and cannot be restored."""
         watch = self.begin()

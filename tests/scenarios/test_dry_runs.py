@@ -16,6 +16,7 @@ import torch
 from support.models import (
     Augmented,
     batches,
+    bits,
     blobs,
     cnn,
     images,
@@ -37,6 +38,7 @@ from fitloop import (
     MissingCriteriaError,
     RestoreError,
     RestoreWarning,
+    default_batch_step,
 )
 
 GUARD = 30.0
@@ -578,3 +580,23 @@ def test_trainer_when_a_module_is_lazy_then_error_says_where(module: nn.Module, 
     }
     with pytest.raises(ConfigurationError, match="lazy"):
         trainer(**{"optimizer": SGD(model.parameters(), lr=0.1), **changes[place]})
+
+
+@CALLS
+@ONE_LOOP
+async def test_dry_run_when_a_module_of_a_stage_changes_then_a_warning_names_it(call: str) -> None:
+    teacher = mlp()
+
+    def step(state: LoopState) -> dict[str, Any]:
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                parameter.mul_(0.5)
+        return default_batch_step(state)
+
+    with pytest.warns(RestoreWarning, match=r"train_step\.teacher changed in run_\w+\(\)"):
+        await dry(trainer(train_step=step), call)
+
+    given = trainer(train_step=step, stateful={"teacher": teacher})
+    before = bits(teacher)
+    await dry(given, call)
+    assert bits(teacher) == before
