@@ -71,7 +71,7 @@ LINES = [
     overhead("the same, nothing kept", 1, *LIGHTNING),
     close("the same, in turns with the bare loop in one process, loss and accuracy kept", 4),
     close("the same, nothing kept", 5),
-    close("the same, steps that compute nothing, two numbers kept", 6),
+    close("the same, steps that compute nothing, two numbers kept", 8),
     overhead(
         "a batch of a CNN, loss and accuracy kept, divided by the bare loop's",
         2,
