@@ -102,7 +102,7 @@ if TYPE_CHECKING:
     from fitloop.backends.base import JobSpec as JobSpec
     from fitloop.backends.process.backend import ProcessBackend as ProcessBackend
     from fitloop.callbacks.callback import Callback as Callback
-    from fitloop.callbacks.live_plot import live_plot as live_plot
+    from fitloop.callbacks.plotting import live_plot as live_plot
 
 _NAMES_OF_MODULES = {
     "fitloop._bench.benchmark": "benchmark",
@@ -147,7 +147,7 @@ _NAMES_OF_MODULES = {
     "fitloop.backends.base": "Backend JobSpec",
     "fitloop.backends.process.backend": "ProcessBackend",
     "fitloop.callbacks.callback": "Callback",
-    "fitloop.callbacks.live_plot": "live_plot",
+    "fitloop.callbacks.plotting": "live_plot",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names.split()}
 _SUBPACKAGES = ("backends", "callbacks")

@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from html import escape
 from typing import Any
 
 from fitloop._errors import UnknownMetricWarning, quoted_list, warn_user
@@ -174,6 +173,13 @@ def metrics_table(corner: str, metrics: Mapping[str, Mapping[str, float]]) -> Ta
         for row, values in metrics.items()
     ]
     return Table([corner, *names], rows)
+
+
+def escape(text: str) -> str:
+    """Return text as HTML."""
+    import html  # only notebooks need it
+
+    return html.escape(text)
 
 
 def html_block(*blocks: str) -> str:

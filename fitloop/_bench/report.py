@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from html import escape
 from textwrap import fill
 from typing import Any
 
@@ -18,7 +17,7 @@ from fitloop._bench.figures import (
     Variant,
     figures_of,
 )
-from fitloop._format import Table, format_seconds, html_block
+from fitloop._format import Table, escape, format_seconds, html_block
 from fitloop._public import public
 
 WIDTH = 100

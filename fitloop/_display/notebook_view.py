@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 
 from fitloop._display.jupyter import Display, Handle, display
 from fitloop._display.status import RunStatus, format_clock
@@ -27,7 +26,7 @@ from fitloop._events import (
     RunStarted,
     WentBack,
 )
-from fitloop._format import Table, format_duration, format_number, html_block
+from fitloop._format import Table, escape, format_duration, format_number, html_block
 
 UPDATE_SECONDS = 0.5
 """least time between two updates of the page"""

@@ -10,6 +10,7 @@ import itertools
 import math
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fitloop._display.console import (
     can_draw,
@@ -20,7 +21,6 @@ from fitloop._display.console import (
 )
 from fitloop._display.jupyter import prints_to_notebook
 from fitloop._display.live_area import LIVE_AREA, Frame
-from fitloop._display.notebook_view import NotebookView
 from fitloop._display.status import ASCII_BARS, BarStyle, RunStatus, status_lines
 from fitloop._events import (
     EarlyStopped,
@@ -39,6 +39,9 @@ from fitloop._format import (
     format_number,
     printable,
 )
+
+if TYPE_CHECKING:
+    from fitloop._display.notebook_view import NotebookView
 
 
 class ProgressView:
@@ -189,6 +192,8 @@ class RunDisplay:
         self._live = live and every > 0
         self._page: NotebookView | None = None
         if self._live and prints_to_notebook():
+            from fitloop._display.notebook_view import NotebookView
+
             self._page = NotebookView(self.status, every=every, names=names)
 
     def __enter__(self) -> RunDisplay:

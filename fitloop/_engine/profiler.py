@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
-from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ import torch
 
 from fitloop._engine.plan import Instrumentation
 from fitloop._events import Event, PhaseEnded
-from fitloop._format import Table, format_seconds, html_block
+from fitloop._format import Table, escape, format_seconds, html_block
 from fitloop._public import public
 from fitloop._types import Phase
 

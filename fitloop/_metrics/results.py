@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from fitloop._events import Event, PhaseEnded
 from fitloop._format import (
     Table,
+    escape,
     format_duration,
     format_number,
     html_block,

@@ -26,8 +26,6 @@ from fitloop._engine.precision import Precision
 from fitloop._errors import ConfigurationError, MissingLoaderError
 from fitloop._format import format_number, printable
 from fitloop._metrics.history import History, PhaseHistory
-from fitloop._plotting.draw import plot_history
-from fitloop._plotting.selection import BestEpoch
 from fitloop._run.fit_options import fit_option
 from fitloop._run.prompts import Ask
 from fitloop._training.averaging import EMA, SWA
@@ -154,6 +152,9 @@ class TrainerBase:
 
         Arguments and errors are those of ``M.plot``. Blocking; from any thread.
         """
+        from fitloop._plotting.draw import plot_history
+        from fitloop._plotting.selection import BestEpoch
+
         score, epoch, criteria = self.best_score, self.best_epoch, self.criteria
         best = None
         if score is not None and epoch is not None and criteria is not None:

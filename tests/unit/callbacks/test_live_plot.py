@@ -31,10 +31,10 @@ from fitloop import (
     live_plot,
 )
 from fitloop._plotting.selection import BestEpoch
-from fitloop.callbacks.live_plot import MAX_PANELS, LivePlot
+from fitloop.callbacks.plotting import MAX_PANELS, LivePlot
 
 # ``import ... as`` would give the function of the same name, which the package exports.
-liveplot: Any = import_module("fitloop.callbacks.live_plot")
+liveplot: Any = import_module("fitloop.callbacks.plotting")
 HOUR = 3600.0
 SOON = 20.0
 """seconds to wait for another thread"""
@@ -448,7 +448,7 @@ def test_file_when_it_is_drawn_again_then_is_replaced_and_nothing_else_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sys.modules["fitloop.callbacks.live_plot"],
+        sys.modules["fitloop.callbacks.plotting"],
         "_save",
         lambda _figure, format_: f"as {format_}".encode(),
     )
