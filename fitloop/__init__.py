@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from fitloop._errors import WeightsWarning as WeightsWarning
     from fitloop._errors import WorkerDiedError as WorkerDiedError
     from fitloop._errors import WorkerDiedWarning as WorkerDiedWarning
+    from fitloop._events import AnyEvent as AnyEvent
     from fitloop._events import BatchProgress as BatchProgress
     from fitloop._events import BestImproved as BestImproved
     from fitloop._events import EarlyStopped as EarlyStopped
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from fitloop._events import Event as Event
     from fitloop._events import JobEnded as JobEnded
     from fitloop._events import JobStarted as JobStarted
+    from fitloop._events import MetricsLogged as MetricsLogged
     from fitloop._events import PhaseEnded as PhaseEnded
     from fitloop._events import PhaseStarted as PhaseStarted
     from fitloop._events import PromptAnswered as PromptAnswered
@@ -122,9 +124,9 @@ _NAMES_OF_MODULES = {
         "WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (
-        "BatchProgress BestImproved EarlyStopped EpochEnded EpochStarted Event JobEnded JobStarted "
-        "PhaseEnded PhaseStarted PromptAnswered PromptAsked RunEnded RunStarted "
-        "SnapshotFailed SnapshotWritten WentBack"
+        "AnyEvent BatchProgress BestImproved EarlyStopped EpochEnded EpochStarted Event JobEnded "
+        "JobStarted MetricsLogged PhaseEnded PhaseStarted PromptAnswered PromptAsked RunEnded "
+        "RunStarted SnapshotFailed SnapshotWritten WentBack"
     ),
     "fitloop._metrics.history": "History MetricSeries PhaseHistory",
     "fitloop._metrics.results": "FitResult",

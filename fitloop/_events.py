@@ -4,7 +4,7 @@ The order of the events of ``fit(epochs=2)`` with validation::
 
     RunStarted
     EpochStarted
-      PhaseStarted(train)  BatchProgress ...  PhaseEnded(train)
+      PhaseStarted(train)  BatchProgress, MetricsLogged ...  PhaseEnded(train)
       PhaseStarted(valid)  BatchProgress ...  PhaseEnded(valid)
       BestImproved                            if the criteria did not get worse
       EarlyStopped                            with early_stop; EpochEnded and RunEnded follow
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from fitloop._format import json_ready
 from fitloop._public import public
@@ -35,12 +35,22 @@ if TYPE_CHECKING:
 @public
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Base of all events. Events are compared by value, and can be in sets and keys of a dict."""
+    """Base of all events. Events are compared by value, and can be in sets and keys of a dict.
+
+    `AnyEvent` is the union of all of them. A type checker knows the class of one after ``match
+    event: case EpochEnded(): ...`` and after ``if event.kind == "epoch_ended": ...``.
+    """
 
     kind: ClassVar[str] = "event"
 
     trainer: str
     """name of the trainer"""
+    call: str = ""
+    """the method that runs: ``"fit"`` or ``"test"``; empty for `JobStarted` and `JobEnded`"""
+    step: int = 0
+    """optimizer steps that the trainer has made in its life, over all runs; a step that was left
+    out does not count. With several optimizers, the largest of their numbers. That of a resumed run
+    goes on where the snapshot was taken, and that of a `SnapshotWritten` is in the snapshot"""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the event as JSON-ready values, with its ``kind``.
@@ -60,14 +70,14 @@ class Event:
 class RunStarted(Event):
     """A ``fit`` or ``test`` begins."""
 
-    kind: ClassVar[str] = "run_started"
+    kind: ClassVar[Literal["run_started"]] = "run_started"
 
-    call: str
-    """``"fit"`` or ``"test"``"""
     epochs: int
     """largest number of epochs of this run"""
     first_epoch: int
     """number of its first epoch over all runs, counted from 1"""
+    resumed: bool = False
+    """whether it goes on with an interrupted run; then ``step`` is that of the snapshot"""
 
 
 @public
@@ -75,7 +85,7 @@ class RunStarted(Event):
 class EpochStarted(Event):
     """An epoch begins."""
 
-    kind: ClassVar[str] = "epoch_started"
+    kind: ClassVar[Literal["epoch_started"]] = "epoch_started"
 
     epoch: int
     """number of the epoch over all runs, counted from 1"""
@@ -90,7 +100,7 @@ class EpochStarted(Event):
 class PhaseStarted(Event):
     """A pass over a loader begins, after the ``epoch_start`` stage."""
 
-    kind: ClassVar[str] = "phase_started"
+    kind: ClassVar[Literal["phase_started"]] = "phase_started"
 
     epoch: int
     phase: Phase
@@ -103,7 +113,7 @@ class PhaseStarted(Event):
 class BatchProgress(Event):
     """The progress of a phase, about ten times a second at most."""
 
-    kind: ClassVar[str] = "batch_progress"
+    kind: ClassVar[Literal["batch_progress"]] = "batch_progress"
 
     epoch: int
     phase: Phase
@@ -114,6 +124,35 @@ class BatchProgress(Event):
     """samples done; None if the size of a batch is not known"""
     seconds: float
     """since the phase began"""
+    metrics: EpochMetrics = field(default_factory=dict, hash=False)
+    """means of the batches of the phase so far, as far as their values have come from the device;
+    the names are those of `MetricsLogged`"""
+    learning_rates: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """present rates, with the names of `MetricsLogged`"""
+
+
+@public
+@dataclass(frozen=True, kw_only=True)
+class MetricsLogged(Event):
+    """The metrics of the last optimizer steps of a train phase; see ``fit(log_every=)``.
+
+    ``step`` is the last of these optimizer steps.
+    """
+
+    kind: ClassVar[Literal["metrics_logged"]] = "metrics_logged"
+
+    epoch: int
+    phase: Phase
+    batch: int
+    """number of the last of their batches in the phase, counted from 1"""
+    metrics: EpochMetrics = field(hash=False)
+    """means of the numbers that the batch steps returned since the last event of this kind in the
+    phase. Names and weights are those of the default ``epoch_end``: ``loss`` is the mean of
+    ``running_loss`` over samples, ``accuracy`` that of ``running_corr``; others keep their name"""
+    learning_rates: Mapping[str, float] = field(hash=False)
+    """the rates of this step: ``lr`` if there is one parameter group. Of several groups, those of
+    all optimizers in their order: ``lr/`` and the ``"name"`` of the group, or else its number from
+    0. A rate that is a tensor on a device is left out, since reading it would wait"""
 
 
 @public
@@ -121,7 +160,7 @@ class BatchProgress(Event):
 class PhaseEnded(Event):
     """A pass over a loader has ended, and its ``epoch_end`` stage has returned."""
 
-    kind: ClassVar[str] = "phase_ended"
+    kind: ClassVar[Literal["phase_ended"]] = "phase_ended"
 
     epoch: int
     phase: Phase
@@ -143,7 +182,7 @@ class PhaseEnded(Event):
 class BestImproved(Event):
     """The criteria reached or passed its best value, and the weights were stored."""
 
-    kind: ClassVar[str] = "best_improved"
+    kind: ClassVar[Literal["best_improved"]] = "best_improved"
 
     epoch: int
     criteria: str
@@ -155,7 +194,7 @@ class BestImproved(Event):
 class EarlyStopped(Event):
     """The run ends after this validation, as its `EarlyStop` says."""
 
-    kind: ClassVar[str] = "early_stopped"
+    kind: ClassVar[Literal["early_stopped"]] = "early_stopped"
 
     epoch: int
     metric: str
@@ -168,7 +207,7 @@ class EarlyStopped(Event):
 class EpochEnded(Event):
     """All phases of an epoch have ended."""
 
-    kind: ClassVar[str] = "epoch_ended"
+    kind: ClassVar[Literal["epoch_ended"]] = "epoch_ended"
 
     epoch: int
     epoch_in_run: int
@@ -185,7 +224,7 @@ class EpochEnded(Event):
 class SnapshotWritten(Event):
     """A snapshot is complete on disk."""
 
-    kind: ClassVar[str] = "snapshot_written"
+    kind: ClassVar[Literal["snapshot_written"]] = "snapshot_written"
 
     epoch: int
     """number of its epoch over all runs"""
@@ -202,7 +241,7 @@ class SnapshotWritten(Event):
 class SnapshotFailed(Event):
     """A snapshot could not be written. Older snapshots still exist."""
 
-    kind: ClassVar[str] = "snapshot_failed"
+    kind: ClassVar[Literal["snapshot_failed"]] = "snapshot_failed"
 
     epoch: int
     batch: int
@@ -215,7 +254,7 @@ class SnapshotFailed(Event):
 class PromptAsked(Event):
     """A run asks whether to go on. It waits for the answer, unless it ``trains_on``."""
 
-    kind: ClassVar[str] = "prompt_asked"
+    kind: ClassVar[Literal["prompt_asked"]] = "prompt_asked"
 
     epoch: int
     epoch_in_run: int
@@ -233,7 +272,7 @@ class PromptAsked(Event):
 class PromptAnswered(Event):
     """The continue question was answered."""
 
-    kind: ClassVar[str] = "prompt_answered"
+    kind: ClassVar[Literal["prompt_answered"]] = "prompt_answered"
 
     epoch: int
     go_on: bool
@@ -244,7 +283,7 @@ class PromptAnswered(Event):
 class WentBack(Event):
     """The answer was no, and the training since the question was undone."""
 
-    kind: ClassVar[str] = "went_back"
+    kind: ClassVar[Literal["went_back"]] = "went_back"
 
     epoch: int
     """number of the last epoch before the question"""
@@ -256,9 +295,8 @@ class WentBack(Event):
 class RunEnded(Event):
     """The run has ended: the last event of every run, also after an error or a cancellation."""
 
-    kind: ClassVar[str] = "run_ended"
+    kind: ClassVar[Literal["run_ended"]] = "run_ended"
 
-    call: str
     stop_reason: str
     epochs: int
     """number of complete epochs of this run"""
@@ -275,7 +313,7 @@ class RunEnded(Event):
 class JobStarted(Event):
     """A `Runner` starts a job: it builds the trainer and starts its run."""
 
-    kind: ClassVar[str] = "job_started"
+    kind: ClassVar[Literal["job_started"]] = "job_started"
 
 
 @public
@@ -283,7 +321,7 @@ class JobStarted(Event):
 class JobEnded(Event):
     """A job of a `Runner` has ended: its last event, also if it never started."""
 
-    kind: ClassVar[str] = "job_ended"
+    kind: ClassVar[Literal["job_ended"]] = "job_ended"
 
     status: str
     """``"done"``, ``"failed"`` or ``"cancelled"``"""
@@ -291,3 +329,25 @@ class JobEnded(Event):
     """since its start, including the building of the trainer"""
     error: str | None = None
     """type and message of the exception of the job"""
+
+
+AnyEvent: TypeAlias = (
+    RunStarted
+    | EpochStarted
+    | PhaseStarted
+    | BatchProgress
+    | MetricsLogged
+    | PhaseEnded
+    | BestImproved
+    | EarlyStopped
+    | EpochEnded
+    | SnapshotWritten
+    | SnapshotFailed
+    | PromptAsked
+    | PromptAnswered
+    | WentBack
+    | RunEnded
+    | JobStarted
+    | JobEnded
+)
+"""every event"""

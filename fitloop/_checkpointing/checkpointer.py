@@ -186,19 +186,19 @@ class Checkpointer:
         if name is not None:
             self._warn_once(name)
             return
-        position = self._position(finished)
+        position, step = self._position(finished), self._trainer.step_counts.step
         path = self._archive.next_path()
         try:
             prepared = take_snapshot(self._trainer, self._buffers, position, self._loaders)
         except CheckpointError as error:
-            self._outcomes.append(self._failure(path, position, error))
+            self._outcomes.append(self._failure(path, position, step, error))
             self._emit_outcomes()
             return
         if self._best is not None:
             self._best.note_snapshot(path)
         self._is_writing = True
         try:
-            self._writer.submit(lambda: self._write(prepared, position, path))
+            self._writer.submit(lambda: self._write(prepared, position, step, path))
         except BaseException:
             self._is_writing = False
             raise
@@ -213,7 +213,9 @@ class Checkpointer:
                 NonFiniteWarning,
             )
 
-    def _write(self, prepared: PreparedSnapshot, position: RunPosition, path: Path) -> None:
+    def _write(
+        self, prepared: PreparedSnapshot, position: RunPosition, step: int, path: Path
+    ) -> None:
         """Write the snapshot to disk; on the writer thread."""
         started = self._clock()
         try:
@@ -229,18 +231,22 @@ class Checkpointer:
                     seconds=self._clock() - started,
                     epoch=position.epoch,
                     batch=position.batch,
+                    step=step,
                 )
             )
         except Exception as error:  # the step thread emits it
-            self._outcomes.append(self._failure(path, position, error))
+            self._outcomes.append(self._failure(path, position, step, error))
         finally:
             self._is_writing = False
 
-    def _failure(self, path: Path, position: RunPosition, error: Exception) -> SnapshotFailed:
+    def _failure(
+        self, path: Path, position: RunPosition, step: int, error: Exception
+    ) -> SnapshotFailed:
         return SnapshotFailed(
             trainer=self._trainer.config.name,
             epoch=position.epoch,
             batch=position.batch,
+            step=step,
             path=str(path),
             error=reason(error),
         )

@@ -27,6 +27,7 @@ from fitloop._data.inspection import (
     loader_label,
 )
 from fitloop._data.resumption import start_workers
+from fitloop._engine.optimization import StepCounts
 from fitloop._engine.plan import RunPlan
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
 from fitloop._rng.trainer_rng import loader_state
@@ -109,6 +110,9 @@ class Resumption:
             self.position = RunPosition.from_trees(
                 snapshot.position, snapshot.state["run"], rng_state
             )
+            counts = StepCounts(len(trainer.config.optimizers))
+            counts.load_state_dict(snapshot.state.get("steps", {}))
+            self.step = counts.step
         except Exception as error:  # any error that a forged tree causes
             raise CheckpointError(
                 f"{snapshot.path} cannot be read: its run is not as fitloop writes it: {error!r}"

@@ -63,7 +63,13 @@ class RunLog:
         ``epochs_before`` is the number of epochs that the run completed before it was resumed.
         """
         self._facts = RunInfo(
-            started.call, started.epochs, started.first_epoch, epochs_before, self._clock()
+            call=started.call,
+            epochs=started.epochs,
+            first_epoch=started.first_epoch,
+            epochs_done=epochs_before,
+            began=self._clock(),
+            step=started.step,
+            resumed=started.resumed,
         )
         self._write_head()
 

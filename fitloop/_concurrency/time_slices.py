@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import cache
 
 from fitloop._concurrency.control import RunControl
-from fitloop._events import BatchProgress, Event
+from fitloop._events import BatchProgress, Event, MetricsLogged
 
 SLICE_SECONDS = 0.05
 """Length of a slice. Changing the owner costs about 2 ms, for a cold cache."""
@@ -145,8 +145,8 @@ class TimeSliceHook:
             self.notified.notify()
 
     def observe(self, event: Event) -> None:
-        """End the slice at each event but `BatchProgress`: callbacks may take long."""
-        if self._has_slice and not isinstance(event, BatchProgress):
+        """End the slice at each event but the frequent ones: callbacks may take long."""
+        if self._has_slice and not isinstance(event, BatchProgress | MetricsLogged):
             self._release()
             self._was_interrupted, self._period_ends = True, 0.0
 

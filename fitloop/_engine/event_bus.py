@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import isawaitable
@@ -22,7 +22,7 @@ from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_functi
 from fitloop._concurrency.event_loops import ThreadsafeEvent
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._errors import add_note_safely
-from fitloop._events import BatchProgress, Event, RunEnded
+from fitloop._events import AnyEvent, BatchProgress, Event, RunEnded
 from fitloop._public import public
 
 STREAM_LIMIT = 1024
@@ -82,7 +82,7 @@ class EventStream:
     def __aiter__(self) -> EventStream:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> AnyEvent:
         if self._bell is None:
             raise RuntimeError(
                 "this event stream is not open; use `async with trainer.events() as events`"
@@ -105,7 +105,7 @@ class EventStream:
                     raise StopAsyncIteration
             await self._bell.wait()
         self._read_end = self._ends_with_run and isinstance(event, RunEnded)
-        return event
+        return cast("AnyEvent", event)
 
     def push(self, event: Event) -> None:
         """Add an event, and wake the reader; any thread."""
@@ -179,16 +179,31 @@ class EventBus(EventStreams):
         self._observers: list[Callable[[Event], object]] = []
         self._queue: deque[Event] = deque()
         self._emitting = False
+        self._call = ""
+        self._made: Sequence[int] = ()
 
     @contextmanager
-    def run(self) -> Iterator[None]:
-        """Mark a block in which a run goes on; one without events leaves `last_end` as it was."""
+    def run(self, call: str, made: Sequence[int]) -> Iterator[None]:
+        """Mark a block in which a run goes on; one without events leaves `last_end` as it was.
+
+        The events of the block get this ``call``, and a ``step``: the largest number in ``made``,
+        which changes in place. Those that have one keep it.
+        """
         before, self.last_end = self.last_end, None
+        self._call, self._made = call, made
         try:
             yield
         finally:
             self.set_observers(())
             self.last_end = self.last_end or before
+            self._call, self._made = "", ()
+
+    def _stamp(self, event: Event) -> None:
+        # In place, since nobody has seen the event yet: a changed copy would cost more.
+        if not event.call:
+            object.__setattr__(event, "call", self._call)
+        if not event.step:
+            object.__setattr__(event, "step", max(self._made, default=0))
 
     def set_observers(self, observers: Iterable[Callable[[Event], object]]) -> None:
         """Set the observers of the next run."""
@@ -201,6 +216,7 @@ class EventBus(EventStreams):
 
         An event that an observer emits meanwhile is passed on after this one.
         """
+        self._stamp(event)
         self._queue.append(event)
         if self._emitting:
             return

@@ -152,7 +152,11 @@ class Engine:
         deps, plan = self._deps, self._plan
         trainer = deps.config.name
         started_at = deps.clock()
-        numbers = {"epoch": epoch, "epoch_in_run": epoch_in_run, "epochs": plan.epochs}
+        numbers: dict[str, Any] = {
+            "epoch": epoch,
+            "epoch_in_run": epoch_in_run,
+            "epochs": plan.epochs,
+        }
         self.activity = f"beginning epoch {epoch}"
         self._emit(EpochStarted(trainer=trainer, **numbers))
         metrics: dict[str, dict[str, float]] = {}

@@ -65,6 +65,11 @@ class StepCounts:
         self.made = [0] * optimizers
         """one number for each optimizer; changed in place"""
 
+    @property
+    def step(self) -> int:
+        """The ``step`` of events: the largest of the numbers."""
+        return max(self.made, default=0)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers as ``made``; nothing if there were no steps."""
         return {"made": list(self.made)} if any(self.made) else {}

@@ -222,8 +222,13 @@ class Run:
     def _execute(self) -> None:
         config, plan, outside = self._state.config, self._plan, self._session.guard.outside
         self._engine.begin()
+        resumption = self._resumption
         started = RunStarted(
-            trainer=config.name, call=plan.call, epochs=plan.epochs, first_epoch=plan.first_epoch
+            trainer=config.name,
+            epochs=plan.epochs,
+            first_epoch=plan.first_epoch,
+            step=0 if resumption is None else resumption.step,
+            resumed=resumption is not None,
         )
         outside(self._state.event_bus.emit, started)
         if self._was_finished:
@@ -356,7 +361,6 @@ class Run:
         state = self._state
         event = RunEnded(
             trainer=state.config.name,
-            call=self._plan.call,
             stop_reason=self._stop_reason(error),
             epochs=self._engine.epochs_completed,
             best_score=state.best_score,

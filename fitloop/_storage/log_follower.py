@@ -167,7 +167,8 @@ class LogFollower:
         return [TimedEvent(started, run.began)]
 
     def _decode(self, record: Any) -> TimedEvent:
-        event, at = decode_event(record, self._trainer, self._epoch_metrics)
+        call = "" if self.run is None else self.run.call
+        event, at = decode_event(record, self._trainer, call, self._epoch_metrics)
         if isinstance(event, PhaseStarted):
             self._open_phase = event.epoch, event.phase
         elif isinstance(event, PhaseEnded | WentBack | RunEnded):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,6 +75,9 @@ class RunInfo(NamedTuple):
     """completed epochs, before the run was resumed"""
     began: float
     """time of the start in this process, in seconds since 1970; identifies the run"""
+    step: int = 0
+    """optimizer steps before the run, or before it was resumed"""
+    resumed: bool = False
 
 
 # -- to bytes ----------------------------------------------------------------------------------
@@ -209,32 +212,38 @@ def decode_run(head: Any) -> tuple[RunInfo, RunStarted]:
         first_epoch=_int(values["first_epoch"]),
         epochs_done=_int(values["epochs_done"]),
         began=_seconds(values["began"]),
+        step=_int(values.get("step", 0)),  # earlier versions have neither
+        resumed=_bool(values.get("resumed", False)),
     )
     started = RunStarted(
         trainer=_str(head["trainer"]),
         call=run.call,
         epochs=run.epochs,
         first_epoch=run.first_epoch,
+        step=run.step,
+        resumed=run.resumed,
     )
     return run, started
 
 
 def decode_event(
-    record: Any, trainer: str, epoch_metrics: Mapping[str, Any]
+    record: Any, trainer: str, call: str, epoch_metrics: Mapping[str, Any]
 ) -> tuple[Event, float]:
     """Return the event of a record and its time.
 
-    ``trainer`` and ``epoch_metrics``, by phase, are the values of the fields that a record omits.
+    ``trainer``, ``call`` and ``epoch_metrics``, by phase, are the values of the fields that a
+    record omits, or that those of earlier versions do not have. So are the defaults of a field.
     Raises an exception, mostly a KeyError or TypeError, if a value is missing or forged.
     """
     cls = LOGGED[event_kind(record)]
-    values: dict[str, Any] = {"trainer": trainer}
+    values: dict[str, Any] = {"trainer": trainer, "call": call}
     if cls is PhaseEnded:
         values["batch_metrics"] = decode_batch_metrics(record)
     elif cls is EpochEnded:
         values["metrics"] = dict(epoch_metrics)
     for item in fields(cls):
-        if item.name not in values:
+        has_default = item.default is not MISSING or item.default_factory is not MISSING
+        if item.name not in values and (item.name in record or not has_default):
             values[item.name] = _READ[str(item.type)](record[item.name])
     return cls(**values), _seconds(record["at"])
 
@@ -247,7 +256,7 @@ def decode_progress(data: bytes, trainer: str, run: RunInfo) -> tuple[BatchProgr
     try:
         for record, _end in iter_records(data):
             if record["began"] == run.began:
-                event, at = decode_event(record, trainer, {})
+                event, at = decode_event(record, trainer, run.call, {})
                 return (event, at) if isinstance(event, BatchProgress) else None
     except (LayoutError, KeyError, TypeError, ValueError):
         pass
@@ -299,6 +308,9 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "str | None": _or_none(_str),
     "bool": _bool,
     "Phase": Phase,
-    "EpochMetrics": lambda value: {_str(k): _float(v) for k, v in value.items()},
+    **dict.fromkeys(
+        ("EpochMetrics", "Mapping[str, float]"),
+        lambda value: {_str(k): _float(v) for k, v in value.items()},
+    ),
 }
 """decoders by the annotation of an event's field; a plain float is a time in all of them"""

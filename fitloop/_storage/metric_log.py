@@ -30,7 +30,7 @@ from fitloop._types import Phase
 LOG_NAME = "metrics.msgpack"
 PROGRESS_NAME = ".fitloop.progress"
 
-_LARGEST_PROGRESS = 4096  # bytes; a record takes less than 300
+_LARGEST_PROGRESS = 2**20  # bytes; a record takes 300, and some for each metric and rate
 _BINARY = getattr(os, "O_BINARY", 0)
 
 

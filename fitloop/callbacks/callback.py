@@ -4,32 +4,36 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fitloop._events import Event
+from fitloop._events import AnyEvent
 from fitloop._public import public
 
 
 @public
 class Callback(Protocol):
-    """A function or object that is called with every `Event` of a run, such as a logger.
+    """A function or object that is called with every event of a run, such as a logger.
 
     For example, a callback that writes the metrics of each epoch as a line of JSON::
 
         import json
 
-        from fitloop import EpochEnded, Event
+        from fitloop import AnyEvent
 
         class EpochLogger:
             def __init__(self, path: str) -> None:
                 self.path = path
 
-            def __call__(self, event: Event) -> None:
-                if isinstance(event, EpochEnded):
+            def __call__(self, event: AnyEvent) -> None:
+                if event.kind == "epoch_ended" and event.call == "fit":
                     with open(self.path, "a") as file:
                         print(json.dumps(event.as_dict()), file=file)
 
     ``FitLoop(..., callbacks=[EpochLogger("epochs.jsonl")])`` calls it in all runs of a trainer,
     ``fit(callbacks=[...])`` in one run, ``Runner(callbacks=[...])`` in all runs of its jobs. A
     callback that is given to several trainers may be called from several threads at once.
+
+    A callback of a trainer is also called by ``test``, whose `EpochEnded` has no
+    ``event.metrics["valid"]``: look at ``event.call`` first. ``event`` may also be annotated as
+    `Event`, the base of all.
 
     There are two kinds, which differ in where they run:
 
@@ -53,5 +57,5 @@ class Callback(Protocol):
     events do not reach that callback.
     """
 
-    def __call__(self, event: Event, /) -> object:
+    def __call__(self, event: AnyEvent, /) -> object:
         """Handle ``event``; the result is ignored, unless it is an awaitable: that is awaited."""

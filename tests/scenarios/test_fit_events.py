@@ -6,7 +6,10 @@ import dataclasses
 import json
 import math
 import threading
+import typing
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -14,10 +17,14 @@ import anyio
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.models import BATCHES, batches, bits, scores, sync_trainer, trainer
+from support.models import BATCHES, batches, bits, mlp, scores, sync_trainer, trainer
+from torch.optim import SGD
 
+import fitloop._events
 from fitloop import (
+    AnyEvent,
     BatchProgress,
+    Checkpoint,
     ConfigurationError,
     EpochEnded,
     Event,
@@ -27,6 +34,8 @@ from fitloop import (
     PhaseEnded,
     PhaseStarted,
     RunEnded,
+    RunStarted,
+    SnapshotWritten,
     default_batch_step,
 )
 
@@ -228,6 +237,92 @@ async def test_events_when_opened_before_the_next_run_then_are_of_that_run(
         await anyio.wait_all_tasks_blocked()
         await fitted.fit(1, **QUIET)
     assert (seen[0].kind, seen[-1].kind) == ("run_started", "run_ended")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_events_when_of_any_call_then_carry_it_and_the_optimizer_steps(accumulate: int) -> None:
+    told: list[AnyEvent] = []
+    made: list[int] = []
+    fitted = sync_trainer(callbacks=[told.append], accumulate=accumulate, lr_scheduler=None)
+    fitted.optimizer.register_step_post_hook(lambda *_arguments: made.append(1))
+    for fit in range(2):
+        begins, before = len(told), len(made)
+        fitted.fit(2, **QUIET)
+        steps = [event.step for event in told[begins:]]
+        first_epoch = next(e for e in told[begins:] if isinstance(e, EpochEnded))
+        middle = (before + len(made)) // 2
+        assert (steps[0], first_epoch.step, steps[-1]) == (before, middle, len(made))
+        assert steps == sorted(steps)
+        assert {event.call for event in told[begins:]} == {"fit"}, fit
+    begins = len(told)
+    fitted.test(**QUIET)
+    assert {(event.call, event.step) for event in told[begins:]} == {("test", len(made))}
+    assert told[-1].as_dict()["call"] == "test"
+
+
+def test_events_when_of_several_optimizers_then_count_those_of_the_busiest() -> None:
+    model = mlp()
+    first, second = (SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[3]))
+
+    def step(state: LoopState) -> None:
+        state.loss_function(model(state.batch[0]), state.batch[1]).backward()
+        second.step()
+        if state.batch_num == 1:
+            first.step()
+
+    told: list[AnyEvent] = []
+    fitted = sync_trainer(model=model, optimizer=[first, second], train_step=step, valid_dl=None)
+    fitted.fit(1, callbacks=[told.append], **QUIET)
+    assert told[-1].step == BATCHES
+
+
+def test_events_when_of_a_resumed_run_then_go_on_with_its_steps(tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, SnapshotWritten) and event.batch == 2:
+            raise ZeroDivisionError
+
+    told: list[AnyEvent] = []
+    options = {"checkpoint": Checkpoint(every_batches=2), "resume": True, **QUIET}
+    for callback in (stop, told.append):
+        fitted = sync_trainer(save_path=tmp_path, callbacks=[callback])
+        with suppress(ZeroDivisionError):
+            fitted.fit(2, **options)
+    started = told[0]
+    assert isinstance(started, RunStarted)
+    assert started.resumed
+    assert started.step == 2
+    assert min(event.step for event in told) == 2
+    assert told[-1].step == 2 * BATCHES
+    written = [event for event in told if isinstance(event, SnapshotWritten)]
+    steps_before = {
+        event: (event.epoch - 1) * BATCHES + (event.batch or BATCHES) for event in written
+    }
+    assert [event.step for event in written] == list(steps_before.values()) != []
+
+
+def test_events_when_looked_at_by_kind_then_type_checkers_know_the_class() -> None:
+    """The type checker that checks the tests would complain of ``score`` and ``metrics``."""
+    scores: list[float] = []
+    names: set[str] = set()
+
+    def look(event: AnyEvent) -> None:
+        if event.kind == "best_improved":
+            scores.append(event.score)
+        match event:
+            case PhaseEnded() if event.call == "fit":
+                names.update(event.metrics)
+
+    fitted = sync_trainer(callbacks=[look])
+    fitted.fit(1, **QUIET)
+    assert scores == [fitted.best_score]
+    assert names == {"loss", "accuracy"}
+
+
+def test_events_when_listed_then_the_union_has_each_class() -> None:
+    classes = {item for item in vars(fitloop._events).values() if isinstance(item, type)}
+    events = {item for item in classes if issubclass(item, Event) and item is not Event}
+    assert events == set(typing.get_args(AnyEvent))
+    assert len({event.kind for event in events}) == len(events)
 
 
 def test_events_when_hashed_then_are_values_of_a_set() -> None:

@@ -13,7 +13,7 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 import torch
-from support.models import Augmented, blobs, mlp, sync_trainer, trainer
+from support.models import BATCHES, Augmented, blobs, mlp, sync_trainer, trainer
 from support.worker_processes import (
     EventRecorder,
     change_process,
@@ -102,6 +102,8 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
     told = [event for event in streamed if event.trainer == "five"]
     assert (type(told[0]), type(told[-1])) == (JobStarted, JobEnded)
     assert told[1:-1] == awaited.events
+    assert {(event.call, event.trainer) for event in told[1:-1]} == {("fit", "five")}
+    assert told[-2].step == 3 * BATCHES
     for name in ("five", "six"):
         kept = [event for event in seen.events if event.trainer == name]
         assert kept == [event for event in streamed if event.trainer == name][1:-1]

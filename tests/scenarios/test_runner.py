@@ -436,7 +436,7 @@ async def test_events_when_nobody_reads_then_only_the_newest_progress_of_each_is
                 )
         events.end()
         kept = [event async for event in events]
-    assert [(event.trainer, event.batch) for event in kept] == [("one", 99), ("two", 99)]  # type: ignore[attr-defined]
+    assert [(event.trainer, event.batch) for event in kept] == [("one", 99), ("two", 99)]  # type: ignore[union-attr]
 
 
 async def test_trainers_when_side_by_side_then_each_is_as_it_is_alone() -> None:

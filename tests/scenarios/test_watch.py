@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.made_up_runs import (
     BATCHES,
+    IN_FIT,
     FakeRun,
     epoch_ended,
     epoch_events,
@@ -37,7 +38,7 @@ pytestmark = [
 WATCH = ["-Werror::ResourceWarning", "-m", "fitloop", "watch"]
 BAR = "[━╸─]"
 METRICS = r"loss: \d+\.\d{4} \| accuracy: [01]\.\d{4}"
-ASKED = PromptAsked(trainer="t", epoch=1, epoch_in_run=1, epochs=3, question="go on?")
+ASKED = PromptAsked(**IN_FIT, epoch=1, epoch_in_run=1, epochs=3, question="go on?")
 
 
 @contextmanager
@@ -200,7 +201,7 @@ def test_watch_when_batches_pass_or_a_run_asks_then_shows_it(tmp_path: Path) -> 
             terminal.until(rf"train +{batch}/200 +{BAR}")
         run.observe(*epoch_events(1)[2:], ASKED)
         terminal.until("waits for the answer")
-        run.observe(PromptAnswered(trainer="t", epoch=1, go_on=True), *epoch_events(2)[:2])
+        run.observe(PromptAnswered(**IN_FIT, epoch=1, go_on=True), *epoch_events(2)[:2])
         terminal.until(lambda: "waits" not in terminal.text)
         run.observe(run_ended(1, stop_reason="cancelled"))
         assert terminal.end() == 0

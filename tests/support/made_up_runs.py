@@ -29,6 +29,7 @@ from fitloop._storage.durable import DirectoryLock
 
 TRAINER_NAME = "t"
 BATCHES = 200
+IN_FIT: dict[str, Any] = {"trainer": TRAINER_NAME, "call": "fit", "step": 7}
 
 
 def run_started(epochs: int = 3, call: str = "fit") -> RunStarted:
@@ -36,28 +37,30 @@ def run_started(epochs: int = 3, call: str = "fit") -> RunStarted:
 
 
 def epoch_started(epoch: int, epochs: int = 3) -> EpochStarted:
-    return EpochStarted(trainer=TRAINER_NAME, epoch=epoch, epoch_in_run=epoch, epochs=epochs)
+    return EpochStarted(**IN_FIT, epoch=epoch, epoch_in_run=epoch, epochs=epochs)
 
 
 def phase_started(epoch: int, phase: Phase = Phase.TRAIN) -> PhaseStarted:
-    return PhaseStarted(trainer=TRAINER_NAME, epoch=epoch, phase=phase, batches=BATCHES)
+    return PhaseStarted(**IN_FIT, epoch=epoch, phase=phase, batches=BATCHES)
 
 
 def progress(epoch: int, batch: int, phase: Phase = Phase.TRAIN) -> BatchProgress:
     return BatchProgress(
-        trainer=TRAINER_NAME,
+        **IN_FIT,
         epoch=epoch,
         phase=phase,
         batch=batch,
         batches=BATCHES,
         samples=8 * batch,
         seconds=batch / 100,
+        metrics={"loss": 0.5, "accuracy": 0.25},
+        learning_rates={"lr": 0.1},
     )
 
 
 def phase_ended(epoch: int, phase: Phase = Phase.TRAIN) -> PhaseEnded:
     return PhaseEnded(
-        trainer=TRAINER_NAME,
+        **IN_FIT,
         epoch=epoch,
         phase=phase,
         metrics={"loss": 1 / epoch, "accuracy": 0.5},
@@ -71,7 +74,7 @@ def phase_ended(epoch: int, phase: Phase = Phase.TRAIN) -> PhaseEnded:
 
 def epoch_ended(epoch: int, epochs: int = 3, *phases: Phase) -> EpochEnded:
     return EpochEnded(
-        trainer=TRAINER_NAME,
+        **IN_FIT,
         epoch=epoch,
         epoch_in_run=epoch,
         epochs=epochs,
@@ -83,7 +86,7 @@ def epoch_ended(epoch: int, epochs: int = 3, *phases: Phase) -> EpochEnded:
 
 def run_ended(epochs: int = 3, call: str = "fit", **changes: Any) -> RunEnded:
     values: dict[str, Any] = {"stop_reason": "completed", "best_score": 0.5, "best_epoch": 1}
-    values |= {"trainer": TRAINER_NAME, "call": call, "epochs": epochs, "seconds": 7.5, **changes}
+    values |= {**IN_FIT, "call": call, "epochs": epochs, "seconds": 7.5, **changes}
     return RunEnded(**values)
 
 

@@ -125,6 +125,8 @@ class WorkerClient:
         self._grace = grace
         self._run_started: RunStarted | None = None
         """first event of the run that is now going on"""
+        self._step = 0
+        """of the last event"""
         self._result: TrainingResult | None = None
         self._error: Exception | None = None
 
@@ -256,6 +258,7 @@ class WorkerClient:
             run_ended = RunEnded(
                 trainer=started.trainer,
                 call=started.call,
+                step=self._step,
                 stop_reason=StopReason.CANCELLED if cancelled else StopReason.FAILED,
                 epochs=0,
                 best_score=None,
@@ -275,6 +278,7 @@ class WorkerClient:
 
     def _relay(self, event: Event) -> None:
         """Pass an event on to the Runner, the display and the callbacks."""
+        self._step = event.step or self._step
         if isinstance(event, RunStarted | RunEnded):
             self._run_started = event if isinstance(event, RunStarted) else None
         if self._control.failure is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.made_up_runs import (
+    IN_FIT,
     FakeRun,
     epoch_ended,
     epoch_events,
@@ -38,10 +39,10 @@ from fitloop._storage.log_follower import LogFollower, TimedEvent
 from fitloop._storage.metric_log import LOG_NAME, PROGRESS_NAME
 
 ASKED = PromptAsked(
-    trainer="t", epoch=1, epoch_in_run=1, epochs=3, question="go on?", timeout=None, trains_on=True
+    **IN_FIT, epoch=1, epoch_in_run=1, epochs=3, question="go on?", timeout=None, trains_on=True
 )
-ANSWERED = PromptAnswered(trainer="t", epoch=1, go_on=False)
-WENT_BACK = WentBack(trainer="t", epoch=1, epoch_in_run=1)
+ANSWERED = PromptAnswered(**IN_FIT, epoch=1, go_on=False)
+WENT_BACK = WentBack(**IN_FIT, epoch=1, epoch_in_run=1)
 
 
 class Clock:
@@ -99,7 +100,7 @@ def test_log_when_an_event_has_no_record_then_is_not_written(tmp_path: Path) -> 
     run = FakeRun(tmp_path)
     run.begin()
     before = (tmp_path / LOG_NAME).read_bytes()
-    run.observe(BestImproved(trainer="t", epoch=1, criteria="loss", score=0.5))
+    run.observe(BestImproved(**IN_FIT, epoch=1, criteria="loss", score=0.5))
     assert (tmp_path / LOG_NAME).read_bytes() == before
 
 

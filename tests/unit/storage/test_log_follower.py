@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.event_loops import HANG_TIMEOUT
 from support.made_up_runs import (
+    IN_FIT,
     epoch_ended,
     epoch_events,
     epoch_started,
@@ -32,8 +34,8 @@ from fitloop._storage.log_follower import LogFollower, TimedEvent
 from fitloop._storage.log_records import RunInfo, encode_event, encode_head, encode_progress
 from fitloop._storage.metric_log import LOG_NAME, PROGRESS_NAME, MetricLog
 
-ASKED = PromptAsked(trainer="t", epoch=1, epoch_in_run=1, epochs=3, question="go on?")
-WENT_BACK = WentBack(trainer="t", epoch=1, epoch_in_run=1)
+ASKED = PromptAsked(**IN_FIT, epoch=1, epoch_in_run=1, epochs=3, question="go on?")
+WENT_BACK = WentBack(**IN_FIT, epoch=1, epoch_in_run=1)
 
 
 def run_info(began: float) -> RunInfo:
@@ -481,7 +483,24 @@ def test_follower_when_a_record_is_forged_then_refuses_it(
     refused(log)
 
 
-@pytest.mark.parametrize("missing", sorted(plain(record(run_ended()))))
+NEWER_FIELDS = {"call", "step", "error"}
+"""fields that have a default, since records of earlier versions lack them"""
+
+
+def test_follower_when_records_are_of_an_earlier_version_then_reads_them(log: Log) -> None:
+    log.begin()
+    for event in (progress(1, 3), run_ended()):
+        contents = plain(record(event))
+        for name in (*NEWER_FIELDS, "metrics", "learning_rates"):
+            contents.pop(name, None)
+        log.log.append(frame(contents))
+    _started, batches, ended = (event for event, _at in log.follower.poll())
+    assert isinstance(batches, BatchProgress)
+    assert (batches.call, batches.step, batches.metrics) == ("fit", 0, {})
+    assert ended == replace(run_ended(), step=0)
+
+
+@pytest.mark.parametrize("missing", sorted(plain(record(run_ended())).keys() - NEWER_FIELDS))
 def test_follower_when_a_record_lacks_something_then_refuses_it(log: Log, missing: str) -> None:
     log.begin()
     contents = plain(record(run_ended()))
