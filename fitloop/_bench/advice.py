@@ -13,16 +13,10 @@ from fitloop._bench.figures import Conditions, Figures, Variant
 from fitloop._engine.profiler import STARVED
 from fitloop._format import format_seconds as text_of
 
-BUSY = 0.8
-"""processor share of the steps below which the machine was busy"""
 NOISE = 0.25
 """distance of the quartiles of a step's time above which the machine was busy"""
 GAIN = 0.05
 """share of a batch's time that a change must save"""
-WAITING_LOADER = 0.25
-"""processor share of a loader below which it mainly waits for disks, networks or its workers"""
-MAX_WORKERS = 16
-"""worker processes advised for a loader that waits, even on fewer cores"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class Advice:
     """One change to make, or one fact that makes a change needless."""
 
     about: str
-    """``"loader"``, ``"start"``, ``"prefetch"``, ``"threads"``, ``"overhead"`` ..."""
+    """``"noise"``, ``"loader"``, ``"prefetch"``, ``"start"``, ``"overhead"`` or ``"nothing"``"""
     text: str
     change: bool = True
     """whether the user should change something"""
@@ -44,19 +38,16 @@ def advise(conditions: Conditions, figures: Figures) -> tuple[Advice, ...]:
     return tuple(sorted(items, key=lambda item: not item.change and item.about != "nothing"))
 
 
-def _noise(conditions: Conditions, figures: Figures) -> list[Advice]:
-    step, cpu_share = figures.per_batch[Variant.STEP], figures.cpu_share
-    if cpu_share is not None and cpu_share.median < BUSY and conditions.device == "cpu":
-        finding = (
-            ", unless the steps themselves wait for something: they had the processor for "
-            f"{cpu_share.median:.0%} of their time"
-        )
-    elif step.noise > NOISE:
-        finding = f": the same steps took between {text_of(step.low)} and {text_of(step.high)}"
-    else:
+def _noise(_conditions: Conditions, figures: Figures) -> list[Advice]:
+    step = figures.per_batch[Variant.STEP]
+    if step.noise <= NOISE:
         return []
-    again = "Measure again on a quiet one, or for longer, before believing small differences."
-    return [Advice("noise", f"The machine was busy{finding}. {again}")]
+    text = (
+        f"The machine was busy: the same steps took between {text_of(step.low)} and "
+        f"{text_of(step.high)}. Measure again on a quiet one, or for longer, before believing "
+        "small differences."
+    )
+    return [Advice("noise", text)]
 
 
 def _loader(conditions: Conditions, figures: Figures) -> list[Advice]:
@@ -76,63 +67,35 @@ def _loader(conditions: Conditions, figures: Figures) -> list[Advice]:
     advice = _load_ahead(conditions, figures)
     load, step = figures.seconds(Variant.LOAD), figures.seconds(Variant.STEP)
     now = figures.seconds(Variant.AHEAD if advice else Variant.FITLOOP)
-    workers = _useful_workers(conditions, figures)
+    workers = _useful_workers(conditions, load, step)
     best = max(load * max(1, conditions.num_workers or 0) / workers, step)
+    times = f"load {text_of(load)}, step {text_of(step)} a batch; the step waits {waits}"
     if load > step or best <= (1 - GAIN) * now:
         slow = "The loader is the bottleneck" if load > step else "The step waits for the loader"
-        times = f"load {text_of(load)}, step {text_of(step)} a batch; the step waits {waits}"
         gain = f"at best {text_of(best)} instead of {text_of(now)} a batch"
-        remedy = _loader_remedy(conditions, figures, workers, gain)
-        why = _why_starved(conditions, figures)
-        advice.append(Advice("loader", f"{slow} ({times}).{why} {remedy}"))
+        remedy = _loader_remedy(conditions, workers, gain)
+        advice.append(Advice("loader", f"{slow} ({times}). {remedy}"))
     elif not advice:
-        text = (
-            f"The step waits for the loader {waits}, but hardly anything is to be gained: "
-            f"load {text_of(load)}, step {text_of(step)}, together {text_of(now)} a batch."
-        )
+        text = f"Hardly anything is to be gained by a faster loader: {times}."
         advice.append(Advice("loader", text, change=False))
     return advice
 
 
-def _useful_workers(conditions: Conditions, figures: Figures) -> int:
-    """Return the number of worker processes that load as fast as the steps, within limits."""
+def _useful_workers(conditions: Conditions, load: float, step: float) -> int:
+    """Return the number of worker processes that load as fast as the steps, within the cores."""
     current = conditions.num_workers or 0
-    load, step = figures.seconds(Variant.LOAD), figures.seconds(Variant.STEP)
     needed = ceil(max(1, current) * load / max(step, 1e-9))
-    limit = MAX_WORKERS if _loader_waits(figures) else conditions.cores
-    return max(1, current, min(limit, needed))
+    return max(1, current, min(conditions.cores, needed))
 
 
-def _loader_waits(figures: Figures) -> bool:
-    share = figures.loader_cpu_share
-    return share is not None and share.is_below(WAITING_LOADER)
-
-
-def _why_starved(conditions: Conditions, figures: Figures) -> str:
-    """Return a sentence on why loading ahead in a thread is not enough, or an empty string."""
-    if conditions.num_workers or conditions.kind == "async":
-        return ""
-    computes, overlap = figures.loader_cpu_share, figures.overlap_share
-    if computes is not None and _loader_waits(figures):
-        return f" It computes {computes.median:.0%} of its time, and waits for the rest."
-    if overlap is not None and overlap.is_below(0.5) and not conditions.takes_turns:
-        return (
-            " It holds the interpreter while it works, so that a thread that loads ahead hides "
-            f"only {max(0.0, overlap.median):.0%} of the time that could be hidden."
-        )
-    return ""
-
-
-def _loader_remedy(conditions: Conditions, figures: Figures, workers: int, gain: str) -> str:
+def _loader_remedy(conditions: Conditions, workers: int, gain: str) -> str:
     current, cores = conditions.num_workers or 0, conditions.cores
-    if conditions.kind == "async":
-        return "Read several batches at once in it, or raise prefetch if its times vary."
     if conditions.kind != "DataLoader":
         return (
             "Make its batches cheaper, or give a DataLoader over a Dataset with num_workers: "
             "worker processes load beside the steps."
         )
-    if cores < 2 and current == 0 and not _loader_waits(figures):
+    if cores < 2 and current == 0:
         return "There is one core, so that workers would not help: make the samples cheaper."
     if workers > current:
         instead = f" instead of {current}" * (current > 0)
@@ -188,64 +151,26 @@ def _start(conditions: Conditions, figures: Figures) -> list[Advice]:
     return [Advice("start", text)]
 
 
-def _threads(conditions: Conditions, figures: Figures) -> list[Advice]:
-    times = _faster(figures, Variant.STEP, Variant.ONE_THREAD)
-    if times is None:
-        return []
-    text = (
-        f"Give num_threads=1: a step takes {times[1]} with one intra-op thread, {times[0]} with "
-        f"{conditions.num_threads}. Then measure the loader again: the advice on it rests on the "
-        "slower step."
-    )
-    return [Advice("threads", text)]
-
-
 def _overhead(conditions: Conditions, figures: Figures) -> list[Advice]:
     seconds, overhead = figures.seconds(Variant.STEP), figures.overhead
     step, added = text_of(seconds), text_of(overhead.median)
     share = overhead.median / seconds if seconds > 0 else 0.0
-    change = True
     if not overhead.is_above(0.0) or _noise(conditions, figures):
-        change = False
         text = (
             f"The overhead of fitloop cannot be told from the noise: {added} a batch at the "
             f"median, {text_of(overhead.low)} to {text_of(overhead.high)}, of a step of {step}."
         )
-    elif conditions.async_step and overhead.is_above(GAIN * seconds):
-        text = (
-            f"The async train_step goes to the event loop and back for each batch, {added} or "
-            f"{share:.0%} of a step: make it a plain function if it has nothing to await."
-        )
-    elif overhead.is_above(2 * GAIN * seconds):
+        return [Advice("overhead", text, change=False)]
+    if overhead.is_above(2 * GAIN * seconds):
         text = (
             f"A step does little ({step}), so that fitloop's own {added} a batch are "
             f"{share:.0%} of it: larger batches make both count less."
         )
-    else:
-        change = False
-        text = f"fitloop adds {added} a batch, {share:.1%} of a step."
-    advice = [Advice("overhead", text, change)]
-    if 0 < seconds <= 0.002 and conditions.device == "cpu":
-        text = (
-            f"Steps as short as {step} compete for the interpreter when several models train in "
-            'threads: for many such models use Runner(backend="process").'
-        )
-        advice.append(Advice("many", text, change=False))
-    return advice
-
-
-def _lateness(conditions: Conditions, figures: Figures) -> list[Advice]:
-    if figures.lag is None or figures.lag.p99 <= 0.05:
-        return []
-    text = (
-        f"The event loop wakes up {text_of(figures.lag.p99)} late at the 99th percentile while "
-        "fitloop trains: something in the steps or the loader holds the interpreter that long. "
-        'Worker processes (num_workers, or Runner(backend="process")) keep it free.'
-    )
-    return [Advice("event loop", text)]
+        return [Advice("overhead", text)]
+    text = f"fitloop adds {added} a batch, {share:.1%} of a step."
+    return [Advice("overhead", text, change=False)]
 
 
 _RULES: tuple[Callable[[Conditions, Figures], list[Advice]], ...] = (
-    *(_noise, _loader, _load_inline, _start),
-    *(_threads, _overhead, _lateness),
+    *(_noise, _loader, _load_inline, _start, _overhead),
 )

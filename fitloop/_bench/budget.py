@@ -58,7 +58,7 @@ def plan_budget(
     """Choose as many batches and rounds as the time allows. A pass is one epoch at most."""
     batch_time = start_time = 0.0
     for variant in variants:
-        in_memory = variant in (Variant.STEP, Variant.FITLOOP_IN_MEMORY, Variant.ONE_THREAD)
+        in_memory = variant in (Variant.STEP, Variant.FITLOOP_IN_MEMORY)
         batch_time += LOOP_TIME + (variant is not Variant.LOAD) * estimate.step
         if not in_memory:
             batch_time += estimate.load

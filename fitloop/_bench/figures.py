@@ -6,7 +6,7 @@ All times are in seconds. The time of a variant is that of one batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from statistics import median, quantiles
 from typing import Any
@@ -20,7 +20,6 @@ class Variant(StrEnum):
 
     LOAD = "load"
     STEP = "step"
-    ONE_THREAD = "step_1_thread"
     FITLOOP_IN_MEMORY = "fitloop_in_memory"
     BARE = "bare"
     FITLOOP = "fitloop"
@@ -31,7 +30,6 @@ class Variant(StrEnum):
 LABELS = {
     Variant.LOAD: "load only",
     Variant.STEP: "step only",
-    Variant.ONE_THREAD: "step only, 1 thread",
     Variant.FITLOOP_IN_MEMORY: "fitloop, step only",
     Variant.BARE: "bare loop",
     Variant.FITLOOP: "fitloop",
@@ -51,8 +49,6 @@ class PassTiming:
     """from the opening of the loader to the first batch"""
     later_waits: float
     """waiting for all other batches, added up"""
-    cpu_seconds: float | None = None
-    """processor time of the thread; measured in hand-written loops only"""
 
     @property
     def startup(self) -> float:
@@ -83,13 +79,6 @@ class RoundTiming:
         return min(1.0, _ratio(waits, self.seconds))
 
     @property
-    def cpu_share(self) -> float | None:
-        """Share of the time in which the thread used the processor; None if not measured."""
-        cpu_times = [t.cpu_seconds for t in self.passes if t.cpu_seconds is not None]
-        elapsed = sum(timing.seconds for timing in self.passes)
-        return min(1.0, sum(cpu_times) / elapsed) if cpu_times and elapsed > 0 else None
-
-    @property
     def startup(self) -> float:
         return sum(timing.startup for timing in self.passes) / len(self.passes)
 
@@ -105,7 +94,7 @@ class Conditions:
     loader: str
     """type name of the loader"""
     kind: str
-    """kind of loader: ``"DataLoader"``, ``"list"``, ``"async"`` or ``"iterable"``"""
+    """kind of loader: ``"DataLoader"``, ``"list"`` or ``"iterable"``"""
     epoch: int | None
     """batches of an epoch; None if the loader has no length"""
     batches: int
@@ -119,11 +108,10 @@ class Conditions:
     """processor cores that the process may use"""
     processor: str
     loads: str
-    """how fitloop loads: ``"inline"``, ``"ahead"``, or ``"on the event loop"``"""
+    """how fitloop loads: ``"inline"`` or ``"ahead"``"""
     prefetch: int | None
     num_workers: int | None = None
     persistent_workers: bool = False
-    async_step: bool = False
     takes_turns: bool = False
     """whether a seed keeps loading and steps from overlapping, as both may use random numbers"""
     python: str = ""
@@ -136,8 +124,6 @@ class Measurement:
 
     conditions: Conditions
     rounds: Sequence[Round]
-    lags: Sequence[float] = ()
-    """delays of the event loop's wake-ups while fitloop trained"""
 
 
 @dataclass(frozen=True)
@@ -182,18 +168,8 @@ class Distribution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EventLoopLag:
-    """Delays of the event loop's ``beats`` wake-ups."""
-
-    p50: float
-    p99: float
-    max: float
-    beats: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Figures:
-    """The figures of a benchmark. A figure is None if it could not be measured."""
+    """The figures of a benchmark."""
 
     per_batch: Mapping[Variant, Distribution]
     overhead: Distribution
@@ -208,13 +184,8 @@ class Figures:
     """time at the start of each pass until the loader is at its normal pace"""
     overlap_share: Distribution | None
     """time saved by loading ahead, as a share of the possible saving: 1 is all of it. Below 0
-    loading ahead costs more than it saves. With little to save, noise can exceed 0 to 1."""
-    loader_cpu_share: Distribution | None
-    """processor time of the loader in this process as a share of its time, divided by `cpu_share`,
-    since on a busy machine the loader gets no more of the processor than the steps"""
-    cpu_share: Distribution | None
-    """processor time of the steps as a share of their time; below 1 on a busy machine"""
-    lag: EventLoopLag | None
+    loading ahead costs more than it saves. With little to save, noise can exceed 0 to 1. None if
+    loading takes too little time to be tried"""
 
     def seconds(self, variant: Variant) -> float:
         """Return the median time of a batch."""
@@ -229,13 +200,10 @@ class Figures:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures for JSON."""
-        names = {"hidden": "overlap_share", "computes": "loader_cpu_share", "granted": "cpu_share"}
-        same = ("overhead", "overlap", "against_both", "starved", "startup")
-        figures = {key: getattr(self, names.get(key, key)) for key in (*same, *names)}
+        names = [item.name for item in fields(self) if item.name != "per_batch"]
         return {
             "seconds_per_batch": {str(v): each.to_dict() for v, each in self.per_batch.items()},
-            **{key: figure and figure.to_dict() for key, figure in figures.items()},
-            "event_loop_lag": self.lag and asdict(self.lag),
+            **{name: (figure := getattr(self, name)) and figure.to_dict() for name in names},
         }
 
 
@@ -245,10 +213,6 @@ def figures_of(measurement: Measurement) -> Figures:
 
     def each(figure: Callable[[Round], float]) -> Distribution:
         return Distribution(tuple(map(figure, rounds)))
-
-    def each_if_measured(figure: Callable[[Round], float | None]) -> Distribution | None:
-        values = tuple(value for value in map(figure, rounds) if value is not None)
-        return Distribution(values) if len(values) == len(rounds) else None
 
     def time_of(variant: Variant) -> Callable[[Round], float]:
         return lambda times: times[variant].per_batch
@@ -262,32 +226,13 @@ def figures_of(measurement: Measurement) -> Figures:
         against_both=each(lambda times: _ratio(fitloop(times), load(times) + step(times))),
         starved=each(lambda times: times[Variant.FITLOOP].starved),
         startup=each(lambda times: times[Variant.FITLOOP].startup),
-        overlap_share=each_if_measured(_overlap_share),
-        loader_cpu_share=each_if_measured(_loader_cpu_share),
-        cpu_share=each_if_measured(lambda times: times[Variant.STEP].cpu_share),
-        lag=_lag(measurement.lags),
+        overlap_share=each(_overlap_share) if Variant.AHEAD in rounds[0] else None,
     )
 
 
-def _overlap_share(times: Round) -> float | None:
-    if Variant.AHEAD not in times or Variant.INLINE not in times:
-        return None
+def _overlap_share(times: Round) -> float:
     possible = min(times[Variant.LOAD].per_batch, times[Variant.STEP].per_batch)
     return _ratio(times[Variant.INLINE].per_batch - times[Variant.AHEAD].per_batch, possible)
-
-
-def _loader_cpu_share(times: Round) -> float | None:
-    load, step = times[Variant.LOAD].cpu_share, times[Variant.STEP].cpu_share
-    return None if load is None else min(1.0, _ratio(load, step or 1.0))
-
-
-def _lag(lags: Sequence[float]) -> EventLoopLag | None:
-    if not lags:
-        return None
-    delays = sorted(max(0.0, lag) for lag in lags)
-    count = len(delays)
-    p99 = delays[min(count - 1, int(count * 0.99))]
-    return EventLoopLag(p50=delays[count // 2], p99=p99, max=delays[-1], beats=count)
 
 
 def _ratio(a: float, b: float) -> float:

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from fitloop._data.async_source import AsyncSource
 from fitloop._data.carried_state import holders_of, set_state, state_of
 from fitloop._data.device import map_tensors
 from fitloop._data.inspection import detached, is_iterable, uses_rng_only_at_start
@@ -15,6 +14,7 @@ from fitloop._data.loaders import Loaders
 from fitloop._data.prefetch_tuner import MeasuredSource
 from fitloop._data.sources import LoadContext, PrefetchSource, Source
 from fitloop._engine.config import TrainerConfig
+from fitloop._errors import ConfigurationError
 
 
 class LoaderAccess:
@@ -26,11 +26,13 @@ class LoaderAccess:
         self._is_copy = self.loader is not loader
         iterable = self.iterable()
         self._carried = [(each, state_of(each)) for each in holders_of(iterable).values()]
-        self.is_async = hasattr(iterable, "__aiter__")
+        if hasattr(iterable, "__aiter__"):
+            raise ConfigurationError(
+                "train_dl is an async iterable, which no hand-written loop can read beside plain "
+                "steps; run_profiler() shows how long the steps wait for it"
+            )
         self.kind = "iterable"
-        if self.is_async:
-            self.kind = "async"
-        elif isinstance(iterable, DataLoader):
+        if isinstance(iterable, DataLoader):
             self.kind = "DataLoader"
         elif type(iterable) in (list, tuple):
             self.kind = "list"
@@ -41,7 +43,7 @@ class LoaderAccess:
         self.buffered = (self.num_workers or 0) * buffers
         """batches that worker processes may have ready when the first one is read"""
         draws_alone = config.loader_randomness == "own" or uses_rng_only_at_start(self.loader)
-        self.takes_turns = config.seed is not None and not draws_alone and not self.is_async
+        self.takes_turns = config.seed is not None and not draws_alone
         """whether a seed keeps the loader from being read during a step"""
 
     def iterable(self) -> Any:
@@ -84,8 +86,6 @@ class BenchLoaders(Loaders):
         source = self.last_source
         if isinstance(source, MeasuredSource):
             source = source.source
-        if isinstance(source, AsyncSource):
-            return "on the event loop"
         return "ahead" if isinstance(source, PrefetchSource) else "inline"
 
     @property

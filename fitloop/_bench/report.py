@@ -1,4 +1,4 @@
-"""The result of a benchmark: `BenchReport`, shown as text, in a notebook and as JSON."""
+"""The result of a benchmark: `BenchReport`, shown as text and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fitloop._bench.figures import (
     Variant,
     figures_of,
 )
-from fitloop._format import Table, escape, format_seconds, html_block
+from fitloop._format import Table, format_seconds
 from fitloop._public import public
 
 WIDTH = 100
@@ -57,11 +57,6 @@ class BenchReport:
         tables = [self._heading(), "", self._times().text(), "", self._comparisons().text(), ""]
         return "\n".join([*tables, *(_list_item(advice.text) for advice in self.advice)])
 
-    def _repr_html_(self) -> str:
-        items = "".join(f"<li>{escape(advice.text)}</li>" for advice in self.advice)
-        tables = (self._times().html(), self._comparisons().html())
-        return html_block(escape(self._heading()), *tables, f"<ul>{items}</ul>")
-
     def __repr__(self) -> str:
         batch = self.figures.seconds(Variant.FITLOOP)
         return f"<BenchReport of {self.conditions.trainer!r}: {format_seconds(batch)} a batch>"
@@ -82,8 +77,7 @@ class BenchReport:
         for variant, times in self.figures.per_batch.items():
             rate = f"{1 / times.median:.0f}" if times.median > 0 else ""
             rows.append([LABELS[variant], *_cells(times, format_seconds), rate])
-        strong = [list(self.figures.per_batch).index(Variant.FITLOOP)]
-        return Table(("", "a batch", "least", "most", "batches/s"), rows, strong=strong)
+        return Table(("", "a batch", "least", "most", "batches/s"), rows)
 
     def _comparisons(self) -> Table:
         figures, step = self.figures, self.figures.seconds(Variant.STEP)
@@ -101,18 +95,9 @@ class BenchReport:
         add("starvation", "of the time the step waits for a batch", figures.starved, percent)
         text = "of the possible saving by prefetch=2"
         add("loading ahead", text, figures.overlap_share, lambda x: f"{min(1, max(0, x)):.0%}")
-        if self.conditions.kind != "list":
-            text = "of its time it computes in this process, else it waits"
-            add("loader", text, figures.loader_cpu_share, percent)
         if figures.startup.median >= 1e-3:
             text = "until the loader is at its pace, in each pass"
             add("start", text, figures.startup, format_seconds)
-        if figures.lag is not None:
-            median, p99, most = map(
-                format_seconds, (figures.lag.p50, figures.lag.p99, figures.lag.max)
-            )
-            text = f"late beside fitloop, {p99} at the 99th percentile"
-            rows.append(["event loop", text, median, "", most])
         return Table(("", "", "median", "least", "most"), rows, left=2)
 
 

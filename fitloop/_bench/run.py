@@ -11,8 +11,6 @@ from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
 
-import anyio
-
 from fitloop._bench.budget import (
     MAX_BATCHES,
     MIN_ROUNDS,
@@ -31,20 +29,16 @@ from fitloop._bench.figures import (
     Variant,
 )
 from fitloop._bench.loader_access import BenchLoaders, LoaderAccess, tensor_bytes
-from fitloop._bench.timing import BareLoop, FirstPassTimer, PassTimer, scheduler_hook
+from fitloop._bench.timing import BareLoop, PassTimer, scheduler_hook
 from fitloop._concurrency.control import Cancelled
 from fitloop._data.inspection import length_of, loader_label
 from fitloop._data.loaders import LoadingOptions
-from fitloop._engine.loop_state import LoopState
-from fitloop._engine.optimization import OptimizerSteps, StepCounts
 from fitloop._errors import ConfigurationError, FitLoopError
 from fitloop._rng.global_state import save_global_state
 from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._system import available_cores, processor, versions
 from fitloop._types import Phase
 
-HEARTBEAT = 0.005
-"""seconds between two wake-ups of the event loop"""
 WARM_UP_PASSES, WARM_UP_BATCHES = 4, 20
 """limits of the passes in which fitloop finds out how to load"""
 MAX_STORED, MAX_BYTES = 64, 256 << 20
@@ -75,11 +69,8 @@ class BenchRun:
         self._session.on_restore.append(self._clear)
         self._access: Any = None
         self._loaders: dict[Variant, BenchLoaders] = {}
-        self._step_is_async = False
         self._memory: list[Any] = []
         self._budget = BenchBudget()
-        self._lags: list[float] = []
-        self._records_lags = self._closed = False
         self._measurement: Measurement | None = None
 
     def execute(self) -> None:
@@ -95,7 +86,6 @@ class BenchRun:
             self._open_loader()
             if self._access.takes_turns:  # read ahead, the loader uses the global generators
                 session.on_restore.append(restore_rng)
-            self._context.portal.start(self._record_lags)
             self._measure()
             session.activity = ""
             session.engine().call_hook("postloop", config.postloop, trainer)
@@ -124,20 +114,11 @@ class BenchRun:
         }
 
     def _clear(self) -> None:
-        self._closed = True
         self._loaders.clear()
         self._memory.clear()
 
     def _set_activity(self, activity: str) -> None:
         self._session.activity = f"benchmark, {activity}: "
-
-    async def _record_lags(self) -> None:
-        """Record the delays of the event loop's wake-ups while fitloop trains."""
-        while not self._closed:
-            due = self.clock() + HEARTBEAT
-            await anyio.sleep(HEARTBEAT)
-            if self._records_lags:
-                self._lags.append(self.clock() - due)
 
     # -- rounds, on the step thread --------------------------------------------------------------
 
@@ -162,7 +143,7 @@ class BenchRun:
                     "nothing to report; a train_step that calls state.stop() ends it too"
                 ) from None
         conditions = self._conditions(len(rounds), self.clock() - started, epoch)
-        self._measurement = Measurement(conditions=conditions, rounds=rounds, lags=self._lags)
+        self._measurement = Measurement(conditions=conditions, rounds=rounds)
 
     def _round(self, variants: Sequence[Variant], number: int) -> Round:
         """Time each variant once, beginning with another one in each round."""
@@ -191,21 +172,14 @@ class BenchRun:
         self._session.restore_training()
         loaders = self._loaders[Variant.INLINE]
         self._memory = loaders.batches = []
-        timer = FirstPassTimer(self.clock, self._config.device)
-        self._engine_pass(loaders, self._loader, count, timer)
+        timer = self._engine_pass(loaders, self._loader, count)
         loaders.batches = None
-        self._step_is_async = timer.step_is_async
         return timer.estimate(self._access.buffered)
 
     def _variants(self, estimate: FirstEstimate) -> list[Variant]:
-        variants = [Variant.LOAD, Variant.STEP, Variant.FITLOOP_IN_MEMORY, Variant.FITLOOP]
-        if not (self._access.is_async or self._step_is_async):
-            variants.append(Variant.BARE)
-        if estimate.loading_matters and self._access.kind not in ("async", "list"):
-            variants += [Variant.INLINE, Variant.AHEAD]
-        if self._config.device.type == "cpu" and self._session.num_threads > 1:
-            variants.append(Variant.ONE_THREAD)
-        return variants
+        if estimate.loading_matters and self._access.kind != "list":
+            return list(Variant)
+        return [v for v in Variant if v not in (Variant.INLINE, Variant.AHEAD)]
 
     def _warm_up(self, variants: Sequence[Variant]) -> None:
         """Run each variant once; fitloop more often, until it has chosen how to load."""
@@ -215,7 +189,6 @@ class BenchRun:
                 self._pass(variant, WARM_UP_BATCHES)
                 if variant is not Variant.FITLOOP or self._loaders[variant].has_chosen:
                     break
-        self._lags.clear()
 
     # -- passes, on the step thread --------------------------------------------------------------
 
@@ -224,18 +197,12 @@ class BenchRun:
         self._set_activity(LABELS[variant])
         session, limit = self._session, min(self._budget.batches, most)
         session.restore_training()
-        if variant is Variant.ONE_THREAD:
-            session.use_threads(1)
         if variant in self._loaders:
             in_memory = variant is Variant.FITLOOP_IN_MEMORY
             loader = self._from_memory(limit) if in_memory else self._loader
-            timing = self._engine_pass(self._loaders[variant], loader, limit)
-        elif variant is Variant.LOAD and self._access.is_async:
-            timing = self._async_load(limit)
+            timing = self._engine_pass(self._loaders[variant], loader, limit).result()
         else:
             timing = self._bare_pass(variant, limit)
-        if variant is Variant.ONE_THREAD:
-            session.use_threads(session.num_threads)
         self._check_control()
         if not timing.batches:
             raise ConfigurationError(
@@ -244,15 +211,8 @@ class BenchRun:
             )
         return timing
 
-    def _engine_pass(
-        self,
-        loaders: BenchLoaders,
-        loader: Any,
-        limit: int,
-        timer: PassTimer | None = None,
-        **changes: Any,
-    ) -> PassTiming:
-        timer = timer or PassTimer(self.clock, self._config.device)
+    def _engine_pass(self, loaders: BenchLoaders, loader: Any, limit: int) -> PassTimer:
+        timer = PassTimer(self.clock, self._config.device)
         time_slice, schedulers = self._session.time_slice, scheduler_hook(self._context)
         after_batch = [*([schedulers] if schedulers else []), time_slice.after_batch]
         engine = self._session.engine(
@@ -260,33 +220,15 @@ class BenchRun:
                 self._context.plan,
                 phases=((Phase.TRAIN, loader),),
                 steps=limit,
-                define_all=changes.pop("define_all", self._context.plan.define_all),
             ),
             loaders=loaders,
             emit=time_slice.observe,
             instrumentation=timer,
-            **{"after_batch": after_batch, **changes},
+            after_batch=after_batch,
         )
-        self._records_lags = True
         engine.run()
-        self._records_lags = False
         self._check_control()
-        return timer.result()
-
-    def _async_load(self, limit: int) -> PassTiming:
-        """Read an async loader by fitloop, with steps that do nothing."""
-        config = replace(self._config, train_step=_no_step, train_epoch_end=_no_step, accumulate=1)
-        steps = OptimizerSteps(config, StepCounts(len(config.optimizers)))
-        loaders = self._loaders[Variant.FITLOOP]
-        return self._engine_pass(
-            loaders,
-            self._loader,
-            limit,
-            config=config,
-            steps=steps,
-            after_batch=(),
-            define_all=True,
-        )
+        return timer
 
     def _bare_pass(self, variant: Variant, limit: int) -> PassTiming:
         timer = PassTimer(self.clock, self._config.device)
@@ -298,7 +240,7 @@ class BenchRun:
             batches = self._from_memory(limit)
         if variant is Variant.LOAD:
             return loop.read(batches)
-        return loop.train(batches, is_async=self._step_is_async)
+        return loop.train(batches)
 
     def _from_memory(self, limit: int) -> list[Any]:
         return list(islice(cycle(self._memory), limit))
@@ -327,11 +269,6 @@ class BenchRun:
             prefetch=config.prefetch,
             num_workers=access.num_workers,
             persistent_workers=access.persistent_workers,
-            async_step=self._step_is_async,
             takes_turns=access.takes_turns,
             **versions(),
         )
-
-
-def _no_step(state: LoopState) -> None:
-    """Train nothing."""

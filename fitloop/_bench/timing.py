@@ -6,9 +6,7 @@ fetched, and after the last step.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from inspect import isawaitable
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -20,6 +18,7 @@ from fitloop._bench.figures import PassTiming
 from fitloop._data.device import DeviceTransfer
 from fitloop._data.inspection import loader_label, sample_counts
 from fitloop._data.sources import END
+from fitloop._engine.config import check_not_awaitable
 from fitloop._engine.loop_state import StateWriter
 from fitloop._engine.modes import Modes
 from fitloop._engine.optimization import Hook
@@ -68,14 +67,13 @@ class PassTimer(Instrumentation):
             torch.cuda.synchronize(self._device)
             self._end_time = self.clock()
 
-    def result(self, cpu_seconds: float | None = None) -> PassTiming:
+    def result(self) -> PassTiming:
         """Return the times of the pass."""
         return PassTiming(
             batches=self._batches,
             seconds=self._end_time - self._opened,
             first_wait=self._first_ready - self._opened,
             later_waits=self._later_waits,
-            cpu_seconds=cpu_seconds,
         )
 
     def estimate(self, buffered: int) -> FirstEstimate:
@@ -110,24 +108,6 @@ class PassTimer(Instrumentation):
         self.open()
 
 
-class FirstPassTimer(PassTimer):
-    """A timer that also finds out whether the step returns an awaitable."""
-
-    step_is_async = False
-
-    def wrap(self, phase: Phase, name: str, function: F) -> F:
-        """See `PassTimer`."""
-        if name != "step":
-            return super().wrap(phase, name, function)
-
-        def inspected(*args: Any) -> Any:
-            result = function(*args)
-            self.step_is_async = self.step_is_async or isawaitable(result)
-            return result
-
-        return inspected  # type: ignore[return-value]
-
-
 class BareLoop:
     """The loop that one would write by hand around a trainer's own step, on the calling thread.
 
@@ -148,13 +128,16 @@ class BareLoop:
 
     def read(self, iterable: Any) -> PassTiming:
         """Read and move batches without steps."""
-        cpu_start = time.thread_time()
         for _ in self._batches(iterable):
             pass
-        return self._timer.result(time.thread_time() - cpu_start)
+        return self._timer.result()
 
-    def train(self, iterable: Any, *, is_async: bool) -> PassTiming:
-        """Read and step, one after the other; an async step on the event loop."""
+    def train(self, iterable: Any) -> PassTiming:
+        """Read and step, one after the other.
+
+        Raises:
+            ConfigurationError: the step is an ``async def``.
+        """
         config, plan, stages = self._config, self._plan, Stages(self._config)
         writer = StateWriter(
             config,
@@ -176,44 +159,27 @@ class BareLoop:
             config.precision, config.device, Phase.TRAIN, is_seeded=config.seed is not None
         )
         if block is not None:
-            step = _step_in_block(step, block, is_async=is_async)
+            step = _step_in_block(step, block)
         before, after = self._steps.batch_hooks(
             writer.state, self._control, defines_all=plan.define_all
         )
         after += [] if self._after_batch is None else [self._after_batch]
-        if not is_async:
-            return self._train(step, writer, iterable, before, after)
-        timings: list[PassTiming] = []
-
-        async def train(_trainer: Any) -> None:
-            timings.append(await self._train_async(step, writer, iterable, before, after))
-
-        self._engine.call_hook("train batch_step", train, None)
-        return timings[0]
+        return self._train(step, writer, iterable, before, after)
 
     def _train(
         self, step: Any, writer: StateWriter, iterable: Any, before: list[Hook], after: list[Hook]
     ) -> PassTiming:
         state, next_batch, put = writer.state, writer.next_batch, writer.values.put
-        cpu_start = time.thread_time()
         for batch in self._batches(iterable):
             next_batch(batch)
             for call in before:
                 call()
-            put(step(state), state.batch_num)
-            for call in after:
-                call()
-        self._steps.flush()
-        return self._timer.result(time.thread_time() - cpu_start)
-
-    async def _train_async(
-        self, step: Any, writer: StateWriter, iterable: Any, before: list[Hook], after: list[Hook]
-    ) -> PassTiming:
-        for batch in self._batches(iterable):
-            writer.next_batch(batch)
-            for call in before:
-                call()
-            writer.values.put(await step(writer.state), writer.state.batch_num)
+            values = step(state)
+            if state.batch_num == 1:
+                check_not_awaitable(
+                    "benchmark() compares with a hand-written loop: train_step", values
+                )
+            put(values, state.batch_num)
             for call in after:
                 call()
         self._steps.flush()
@@ -280,15 +246,11 @@ class ListedValues(dict[str, list[Any]]):
         return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
 
 
-def _step_in_block(step: Any, block: Any, *, is_async: bool) -> Any:
+def _step_in_block(step: Any, block: Any) -> Any:
     """Return a step that is executed in a ``with`` block, such as autocast."""
 
     def step_in_block(state: Any) -> Any:
         with block:
             return step(state)
 
-    async def async_step_in_block(state: Any) -> Any:
-        with block:
-            return await step(state)
-
-    return async_step_in_block if is_async else step_in_block
+    return step_in_block

@@ -1,6 +1,6 @@
 """``fitloop bench``: the benchmark of a trainer that a script or a module makes.
 
-Finds and calls the function that makes the trainer, prints the report and writes it as JSON.
+Finds the function that makes the trainer, and prints the report as text or JSON.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ import argparse
 import ast
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from inspect import isclass, signature
 from pathlib import Path
@@ -21,18 +19,13 @@ from types import ModuleType
 from typing import Any
 
 import anyio
-import torch
-from torch import nn
 
 from fitloop._bench.benchmark import benchmark
 from fitloop._bench.report import BenchReport
 from fitloop._cli.common import print_line
-from fitloop._defaults import TRAINER_DEFAULTS
-from fitloop._errors import ConfigurationError, FitLoopError, quoted_list
-from fitloop._storage.durable import reason, write_file
+from fitloop._errors import ConfigurationError, quoted_list
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
-from fitloop.backends.thread import as_trainer, build_from
 
 ABOUT = """\
 Time the train phase of your own trainer, and advise changes. The report shows the cost of
@@ -41,20 +34,17 @@ of loading ahead. Model, optimizers, random generators and files are unchanged a
 some 15 seconds.
 
 TARGET is a function that returns a FitLoop, in a module that can be imported from here or in a
-script: package.module:function or script.py:function, plain or async. Without a TARGET, a small
-built-in model is measured."""
+script: package.module:function or script.py:function, plain or async."""
 
 EXAMPLES = """\
   fitloop bench train.py:make_trainer
   fitloop bench project.training:make_trainer --arg lr=0.1 --arg size=large
-  fitloop bench train.py:make_trainer --seconds 60 --json before.json"""
+  fitloop bench train.py:make_trainer --seconds 60 --json > before.json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument(
-        "target", nargs="?", metavar="TARGET", help="MODULE:FUNCTION or SCRIPT.py:FUNCTION"
-    )
+    parser.add_argument("target", metavar="TARGET", help="MODULE:FUNCTION or SCRIPT.py:FUNCTION")
     parser.add_argument(
         "--arg",
         action="append",
@@ -77,13 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="approximate duration (default 15)",
     )
     parser.add_argument(
-        "--device", type=_device, help="cpu, cuda:0 ... for a trainer without device="
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="also write all figures to this file; its directory must exist",
+        "--json", action="store_true", help="print all figures, those of each round too, as JSON"
     )
 
 
@@ -97,86 +81,23 @@ def _argument(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}; expected a device such as cpu or cuda:0"
-        ) from None
-
-
 def run(options: argparse.Namespace) -> int:
     """Run the benchmark and print its report; return the exit status."""
-    # The path is resolved now, since the target may change the current directory.
-    json_path = None if options.json is None else _writable(options.json)
-    if options.target is None:
-        if options.arg:
-            raise ConfigurationError("--arg is for the function of a TARGET, and there is none")
-        print_line("no TARGET: a built-in model, two hidden layers of 256 on made-up data\n")
-        report = _measure(built_in_trainer, options)
-    else:
-        with _import_path(options.target) as (module, name):
-            report = _measure(_factory(module, name, dict(options.arg)), options)
-    print_line(str(report))
-    if json_path is not None:
-        _write(json_path, report)
-    return 0
-
-
-def _measure(factory: Callable[[], Any], options: argparse.Namespace) -> BenchReport:
-    async def make_trainer() -> FitLoop:
-        trainer = as_trainer(await build_from(factory, (), "bench"), str(options.target))
-        if options.device is not None and trainer.device != options.device:
-            raise ConfigurationError(
-                f"--device is {options.device}, but the function gives its trainer device="
-                f"'{trainer.device}'; leave that out of it, or leave out --device"
-            )
-        return trainer
-
-    token = TRAINER_DEFAULTS.set(replace(TRAINER_DEFAULTS.get(), device=options.device))
-    try:
-        return anyio.run(
+    # Prints of the script go to stderr, so that the output is JSON and nothing else.
+    prints = redirect_stdout(sys.stderr) if options.json else nullcontext()
+    with prints, _import_path(options.target) as (module, name):
+        factory = _factory(module, name, dict(options.arg))
+        report: BenchReport = anyio.run(
             partial(
                 benchmark,
-                make_trainer,
+                factory,
                 batches=options.batches,
                 rounds=options.rounds,
                 seconds=options.seconds,
             )
         )
-    finally:
-        TRAINER_DEFAULTS.reset(token)
-
-
-def _writable(path: Path) -> Path:
-    """Check before the measuring that a file can be written; return its absolute path.
-
-    Raises:
-        ConfigurationError: the file cannot be written.
-    """
-    directory = path.parent
-    if os.path.exists(path) and not os.path.isfile(path):
-        kind = "a directory" if os.path.isdir(path) else "no plain file"
-        raise ConfigurationError(f"--json is {path}, which is {kind}; expected a file to write")
-    if not os.path.isdir(directory):  # not created, since it may be a typing mistake
-        raise ConfigurationError(
-            f"--json is {path}, but {directory} is no directory; make it, or name a file in another"
-        )
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigurationError(
-            f"--json is {path}, but {directory} cannot be written to; name a file in another "
-            "directory"
-        )
-    return path.absolute()
-
-
-def _write(path: Path, report: BenchReport) -> None:
-    text = json.dumps(report.to_dict(), indent=1)
-    try:
-        write_file(path, lambda file, _descriptor: file.write_text(text), overwrite=True)
-    except OSError as error:
-        raise FitLoopError(f"{path} cannot be written: {reason(error)}") from error
+    print_line(json.dumps(report.to_dict(), indent=1) if options.json else str(report))
+    return 0
 
 
 # -- finding the function ----------------------------------------------------------------------
@@ -267,22 +188,3 @@ def _import_module(name: str) -> ModuleType:
         ) from None
     except ValueError as error:  # such as an empty name
         raise ConfigurationError(f"{name!r} is no name of a module: {error}") from None
-
-
-def built_in_trainer() -> FitLoop:
-    """Return a small classifier over made-up data, for a benchmark without a TARGET."""
-    generator = torch.Generator().manual_seed(0)
-    data = torch.utils.data.TensorDataset(
-        torch.randn(4096, 64, generator=generator),
-        torch.randint(0, 10, (4096,), generator=generator),
-    )
-    model = nn.Sequential(
-        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
-    )
-    return FitLoop(
-        model,
-        torch.optim.AdamW(model.parameters()),
-        nn.CrossEntropyLoss(),
-        train_dl=torch.utils.data.DataLoader(data, 64, shuffle=True),
-        name="built-in",
-    )

@@ -85,7 +85,7 @@ class RunSession:
         with ExitStack() as stack:
             stack.callback(self._reset_threads)
             self.num_threads = state.num_threads = num_threads or context.num_threads
-            self.use_threads(self.num_threads)
+            self._sets_threads = intra_op_threads.enter(self.num_threads)
             state.move_to_device()  # on the thread's own CUDA stream, which other runs use too
             self._cuda_stream = NullStreamScope()
             if context.own_cuda_stream and config.device.type == "cuda":
@@ -151,11 +151,6 @@ class RunSession:
             name, position = self.context.state.config.name, self._engine.activity
             add_note_safely(error, f"in trainer {name!r}: {self.activity}{position}")
             raise
-
-    def use_threads(self, number: int) -> None:
-        """Set the number of intra-op threads of the step thread."""
-        self._reset_threads()
-        self._sets_threads = intra_op_threads.enter(number)
 
     def _reset_threads(self) -> None:
         if self._sets_threads:

@@ -37,16 +37,13 @@ CONDITIONS = Conditions(
 )
 
 
-def ten_batches(
-    seconds: float, *, wait: float = 0.0, start: float = 0.0, cpu_seconds: float | None = None
-) -> RoundTiming:
+def ten_batches(seconds: float, *, wait: float = 0.0, start: float = 0.0) -> RoundTiming:
     """Return one pass of ten batches of ``seconds`` each, of which ``wait`` is waiting."""
     timing = PassTiming(
         batches=10,
         seconds=10 * seconds + start,
         first_wait=wait + start,
         later_waits=9 * wait,
-        cpu_seconds=cpu_seconds,
     )
     return RoundTiming((timing,))
 
@@ -59,7 +56,6 @@ def measurement(
     fitloop_in_memory: float | None = None,
     starved: float | None = None,
     start: float = 0.0,
-    load_cpu: float | None = None,
     conditions: Conditions = CONDITIONS,
     **others: float,
 ) -> Measurement:
@@ -67,7 +63,7 @@ def measurement(
     fitloop = load + step if fitloop is None else fitloop
     wait = load if starved is None else starved * fitloop
     times = {
-        Variant.LOAD: ten_batches(load, wait=load, cpu_seconds=load_cpu),
+        Variant.LOAD: ten_batches(load, wait=load),
         Variant.STEP: ten_batches(step),
         Variant.FITLOOP_IN_MEMORY: ten_batches(fitloop_in_memory or step),
         Variant.BARE: ten_batches(load + step, wait=load),
