@@ -21,7 +21,7 @@ from benchmarks.harness import measure as in_turns
 from benchmarks.machine import machine
 from benchmarks.report import Column, Report, Row, Spread, Table, method_of
 from fitloop import Event, ProcessBackend, Runner, RunStarted
-from fitloop.backends.process.pool import StartMethod
+from fitloop._processes.child import StartMethod
 
 START_METHODS: dict[str, StartMethod] = {"fork server": "forkserver", "spawned": "spawn"}
 AIM = 50

@@ -17,6 +17,7 @@ PACKAGE = Path(fitloop.__file__).parent
 
 ORDER = [
     "_concurrency",
+    "_processes",
     "_rng",
     "_plotting",
     "_metrics",
@@ -41,7 +42,7 @@ SOLE_IMPORTERS = {
     "prompt_toolkit": "_display.prompt",
     "msgpack": "_storage.layout",
     "IPython": "_display.jupyter",
-    "cloudpickle": "backends.remote.serialization",
+    "cloudpickle": "_processes.pickling",
 }
 HEAVY = {"matplotlib", "prompt_toolkit", "trio", "pandas", "IPython"}
 

@@ -34,7 +34,7 @@ from benchmarks.harness import (
 from benchmarks.page import PAGE, README, RESULTS, ROOT, page, stored_reports
 from benchmarks.readme import with_figures
 from benchmarks.report import ABSENT, Column, Report, Row, Spread, Table, method_of
-from fitloop.backends.process.fork_server import ForkedProcess
+from fitloop._processes.fork_server import ForkedProcess
 
 MACHINE = {"processor": "made up", "cores": 2}
 

@@ -87,7 +87,7 @@ def _descriptors() -> dict[int, str]:
 
 def _worker_server() -> int | None:
     """Return the connection to the fork server of worker processes, which lasts, if it runs."""
-    server = getattr(sys.modules.get("fitloop.backends.process.fork_server"), "_server", None)
+    server = getattr(sys.modules.get("fitloop._processes.fork_server"), "_server", None)
     return None if server is None else server.connection.fileno()
 
 

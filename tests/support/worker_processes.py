@@ -168,7 +168,7 @@ def is_worker(process: psutil.Process) -> bool:
 
 def is_fork_server(process: psutil.Process | None) -> bool:
     """Return whether a process is a fork server of workers, or a worker of one."""
-    return process is not None and "backends.process.fork_server" in _command(process)
+    return process is not None and "_processes.fork_server" in _command(process)
 
 
 def _command(process: psutil.Process) -> str:

@@ -2,8 +2,6 @@
 
 - `backend`: `ProcessBackend`.
 - `pool`: starts, reuses and ends worker processes; their `Transport`.
-- `fork_server`: a process with torch imported, and the workers that it forks.
-- `connection`: messages over a pipe.
 - `worker`: the main function of a worker process.
 - `worker_output`: sends the prints of a worker to its parent.
 

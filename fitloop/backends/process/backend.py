@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,10 +12,11 @@ from fitloop._defaults import TrainerDefaults
 from fitloop._engine.config import check_number, check_seconds
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
+from fitloop._processes.child import StartMethod, check_start_method
 from fitloop._public import public
 from fitloop._run.mode_checks import warn_of_process
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
-from fitloop.backends.process.pool import START_METHODS, StartMethod, WorkerPool
+from fitloop.backends.process.pool import WorkerPool
 from fitloop.backends.process.worker import serve
 from fitloop.backends.remote.client import options_for_worker, run_remotely
 from fitloop.backends.remote.serialization import check_serializable
@@ -61,22 +60,6 @@ def check_nice(value: Any) -> int:
             "worker processes is more than that of this one"
         )
     return nice
-
-
-def check_start_method(value: Any) -> StartMethod:
-    """Return how worker processes are started; raise if that is not possible here."""
-    possible = [one for one in START_METHODS if one in multiprocessing.get_all_start_methods()]
-    if value is None:
-        # Elsewhere, the system's own libraries may not work after a fork. A frozen program has no
-        # interpreter that could be the server.
-        forks = sys.platform == "linux" and not getattr(sys, "frozen", False)
-        return "forkserver" if forks and "forkserver" in possible else "spawn"
-    if value not in possible:
-        raise ConfigurationError(
-            f"start_method is {value!r:.60}; expected {' or '.join(map(repr, possible))}, or None"
-        )
-    chosen: StartMethod = value
-    return chosen
 
 
 @public

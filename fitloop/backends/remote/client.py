@@ -33,13 +33,14 @@ from fitloop._display.prompt import PromptWithTimeout, TerminalPrompt
 from fitloop._engine.event_bus import EventBus, UserCallbacks
 from fitloop._errors import WorkerDiedError, WorkerDiedWarning, add_note_safely
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted
+from fitloop._processes.errors import deserialize_error
 from fitloop._run.fit_options import fit_option
 from fitloop._run.prompts import Ask, check_answer
 from fitloop._types import StopReason
 from fitloop.backends.base import JobSpec, TrainingResult
 from fitloop.backends.remote import messages
 from fitloop.backends.remote.messages import Answer, Printed, WorkerMessage
-from fitloop.backends.remote.serialization import SerializedJob, deserialize_error, serialize_job
+from fitloop.backends.remote.serialization import SerializedJob, serialize_job
 from fitloop.backends.remote.transport import Transport, TransportPool
 
 LAST_LINES = 20

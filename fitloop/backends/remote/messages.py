@@ -12,8 +12,9 @@ from pathlib import Path
 from fitloop._defaults import TrainerDefaults
 from fitloop._events import Event, PromptAsked
 from fitloop._metrics.results import FitResult
+from fitloop._processes.errors import SerializedError
 from fitloop.backends.base import JobSpec
-from fitloop.backends.remote.serialization import SerializedError, SerializedJob
+from fitloop.backends.remote.serialization import SerializedJob
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ import torch
 from fitloop._concurrency.event_loops import CancelOnceScope, ThreadsafeEvent, loop_scheduler
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._events import PromptAsked
+from fitloop._processes.errors import serialize_error
 from fitloop.backends.base import TrainingResult
 from fitloop.backends.remote import messages
 from fitloop.backends.remote.job_isolation import job_isolation
 from fitloop.backends.remote.messages import ClientMessage, JobOver, RemoteJob, WorkerMessage
-from fitloop.backends.remote.serialization import SerializedJob, deserialize_job, serialize_error
+from fitloop.backends.remote.serialization import SerializedJob, deserialize_job
 from fitloop.backends.thread import build_trainer, run_job
 
 

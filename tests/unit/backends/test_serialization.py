@@ -12,12 +12,10 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fitloop import ConfigurationError, RemoteError
+from fitloop._processes.errors import SerializedError, deserialize_error, serialize_error
 from fitloop.backends.remote.serialization import (
-    SerializedError,
     check_serializable,
-    deserialize_error,
     deserialize_job,
-    serialize_error,
     serialize_job,
 )
 

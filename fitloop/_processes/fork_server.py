@@ -41,7 +41,7 @@ from multiprocessing import (
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fitloop.backends.process.worker import PARENT_SIGNALS, die_with_parent
+from fitloop._processes.signals import PARENT_SIGNALS, die_with_parent
 
 PRELOADED = (
     *("torch", "torch.utils.data", "torch._dynamo", "anyio._backends._asyncio"),

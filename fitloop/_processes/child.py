@@ -1,0 +1,193 @@
+"""A process of fitloop and the pipe to it: started, and ended for certain.
+
+The processes and the pipes are those of ``multiprocessing``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import multiprocessing.context
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import cache
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
+
+from fitloop._errors import ConfigurationError
+from fitloop._processes.signals import PARENT_SIGNALS
+
+StartMethod = Literal["forkserver", "spawn"]
+START_METHODS: tuple[StartMethod, ...] = ("forkserver", "spawn")
+"""how a process is started; the names are those of ``multiprocessing``"""
+EXIT_TIMEOUT = 5.0
+"""seconds for a disconnected process to end by itself; then it is killed"""
+
+_starting = threading.Lock()
+_children: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
+_connections: weakref.WeakSet[Any] = weakref.WeakSet()
+"""ends of pipes that this process has open"""
+
+
+@cache
+def _register_exit_hooks() -> None:
+    """Make processes end with this one; called before the first one starts."""
+    atexit.register(_kill_children)  # runs before the hook of multiprocessing, which waits for them
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_close_connections)
+
+
+def _kill_children() -> None:
+    for child in list(_children):
+        child.kill()
+
+
+def _close_connections() -> None:
+    """Close inherited connections in a forked process: a child ends when all copies are closed."""
+    for connection in list(_connections):
+        connection.close()
+    _connections.clear()
+    _children.clear()
+
+
+class ChildProcess:
+    """A process of fitloop and the pipe to it, `connection`.
+
+    Args:
+        main: main function of the process; called with the id of the process that must have
+            started it if that is this one, its end of the pipe, and ``arguments``.
+        arguments: are pickled, by ``multiprocessing``.
+        start_method: ``"forkserver"`` or ``"spawn"``.
+        name: of the process.
+    """
+
+    def __init__(
+        self,
+        main: Callable[..., None],
+        arguments: tuple[Any, ...],
+        start_method: StartMethod,
+        name: str,
+    ) -> None:
+        _register_exit_hooks()
+        self.connection, theirs = multiprocessing.Pipe()
+        _connections.update((self.connection, theirs))
+        forked = start_method == "forkserver"
+        # Not a daemon: a loader may have processes of its own.
+        self.process = _process_class(start_method)(
+            target=main,
+            args=(None if forked else os.getpid(), theirs, *arguments),
+            name=name,
+            daemon=False,
+        )
+        self._keeper: threading.Thread | None = None
+        try:
+            if forked:
+                self.process.start()
+            else:
+                self._keeper = _start_on_thread(self.process)
+        except BaseException:
+            self.connection.close()
+            raise
+        finally:
+            theirs.close()  # so that this process sees when the child closes its copy
+        _children.add(self)
+
+    def kill(self) -> None:
+        """Kill the process; any thread, never blocks."""
+        self.process.kill()
+
+    def join(self, timeout: float = EXIT_TIMEOUT) -> int | None:
+        """Disconnect, wait until the process has ended, and return its exit code.
+
+        The process is killed after ``timeout`` seconds.
+        """
+        self.connection.close()  # upon that the process ends itself
+        killer = threading.Timer(timeout, self.process.kill)
+        killer.start()
+        while self.process.exitcode is None:  # another thread may reap it during the join
+            self.process.join()
+        self.process.join()  # makes multiprocessing forget the process
+        if self._keeper is not None:
+            self._keeper.join()
+        killer.cancel()
+        killer.join()
+        return self.process.exitcode
+
+    def close(self) -> None:
+        """End the process and free all resources."""
+        self.join()
+        self.process.close()
+        _children.discard(self)
+
+    def describe_exit(self) -> str:
+        """Return how the process has ended, after `join`: its id, and its exit code or signal."""
+        return f"(pid {self.process.pid}) {_describe_exit(self.process.exitcode)}"
+
+
+def check_start_method(value: Any) -> StartMethod:
+    """Return how worker processes are started; raise if that is not possible here."""
+    possible = [one for one in START_METHODS if one in multiprocessing.get_all_start_methods()]
+    if value is None:
+        # Elsewhere, the system's own libraries may not work after a fork. A frozen program has no
+        # interpreter that could be the server.
+        forks = sys.platform == "linux" and not getattr(sys, "frozen", False)
+        return "forkserver" if forks and "forkserver" in possible else "spawn"
+    if value not in possible:
+        raise ConfigurationError(
+            f"start_method is {value!r:.60}; expected {' or '.join(map(repr, possible))}, or None"
+        )
+    chosen: StartMethod = value
+    return chosen
+
+
+def _process_class(start_method: StartMethod) -> type[BaseProcess]:
+    if start_method == "spawn":
+        return multiprocessing.context.SpawnProcess
+    from fitloop._processes.fork_server import ForkedProcess  # of POSIX only
+
+    return ForkedProcess
+
+
+def _start_on_thread(process: BaseProcess) -> threading.Thread:
+    """Start a process on a thread that ends with that process; return the thread.
+
+    On Linux it asks to be killed with its parent, which for Linux is the thread that started it.
+    The thread blocks `PARENT_SIGNALS`; the process inherits that until it is ready.
+    """
+    started: Future[None] = Future()
+
+    def start_and_wait() -> None:
+        try:
+            if hasattr(signal, "pthread_sigmask"):
+                # First, since the start of the tracker unblocks signals.
+                resource_tracker.ensure_running()
+                signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
+            with _starting:
+                process.start()
+        except BaseException as error:  # raised again in the caller
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        process.join()
+
+    thread = threading.Thread(target=start_and_wait, name=process.name, daemon=True)
+    thread.start()
+    started.result()
+    return thread
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"ended by itself, with exit code {code}"
+    name = f"signal {-code}"
+    with suppress(ValueError):
+        name += f" ({signal.Signals(-code).name})"
+    hint = ", as one is when memory runs out" if name.endswith("(SIGKILL)") else ""
+    return f"was killed by {name}{hint}"
