@@ -18,18 +18,32 @@ Step = Callable[[Callable[[Any], Any], Any], Any]
 class SteppedAwaitable:
     """An awaitable that executes each step of another awaitable by a function.
 
-    It returns or raises the same as the other one.
+    It returns or raises the same as the other one. ``prepare`` is called before each step; what it
+    returns is awaited first, unless it is None.
     """
 
-    def __init__(self, awaitable: Awaitable[Any], step: Step) -> None:
+    def __init__(
+        self,
+        awaitable: Awaitable[Any],
+        step: Step,
+        prepare: Callable[[], Awaitable[None] | None] = lambda: None,
+    ) -> None:
         # A coroutine is used as it is, so that it is closed without a warning if it never starts.
         self._coroutine: Any = awaitable if iscoroutine(awaitable) else _awaiting(awaitable)
-        self._step = step
+        self._step, self._prepare = step, prepare
 
     def __await__(self) -> Generator[Any, Any, Any]:
         method: Callable[[Any], Any] = self._coroutine.send
         value: Any = None
         while True:
+            try:
+                if (preparation := self._prepare()) is not None:
+                    yield from preparation.__await__()
+            except GeneratorExit:
+                self._step(lambda _: self._coroutine.close(), None)
+                raise
+            except BaseException as thrown:  # a cancellation, passed on to the coroutine
+                method, value = self._coroutine.throw, thrown
             try:
                 yielded = self._step(method, value)
             except StopIteration as stop:

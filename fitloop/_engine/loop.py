@@ -433,8 +433,10 @@ class Engine:
         """Run the coroutine of an ``async def`` stage on the event loop, and wait for it."""
         guard = self._deps.guard
         try:
-            with guard.on_event_loop():
-                return self._deps.portal.call(lambda: SteppedAwaitable(awaitable, guard.step))
+            with guard.on_event_loop() as waits:
+                return self._deps.portal.call(
+                    lambda: SteppedAwaitable(awaitable, waits.step, waits.prepare_step)
+                )
         except Cancelled:
             close_unawaited(awaitable)
             raise

@@ -16,6 +16,7 @@ Other packages use these:
 These are private to this package:
 
 - `lease`: the right of one thread to use the global generators; says who waits for whom.
+- `waits`: waits of a run's code for other trainings, which use the generators meanwhile.
 - `streams`: sequences of random numbers, which are installed in the global generators.
 - `global_lock`: the lock on the global generators, and callbacks that run without it.
 - `torch_ops`: torch operations that use random numbers.

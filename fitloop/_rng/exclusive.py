@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 
-from fitloop._concurrency.control import Cancelled, RunControl
-from fitloop._concurrency.supervisor import run_in_thread, wait_scope
+from fitloop._concurrency.control import RunControl
+from fitloop._concurrency.supervisor import wait_scope
 from fitloop._rng.global_lock import CALLBACKS_IN_FLIGHT, GLOBAL_RNG_LOCK
 from fitloop._rng.lease import STREAM_USERS
+from fitloop._rng.waits import acquire_again
 
 
 @contextmanager
@@ -75,16 +76,4 @@ class _ExclusiveAccess:
             with self._lock:
                 self._waits -= 1
             if is_loop_running and not self._waits:
-                await self._acquire_again()
-
-    async def _acquire_again(self) -> None:
-        """Acquire the lock without blocking the event loop."""
-        try:
-            self._acquire(lambda: True)
-        except Cancelled:  # the lock is taken
-            control = RunControl()
-            token = wait_scope.set(nullcontext)
-            try:
-                await run_in_thread("random generators", lambda: self.acquire(control), control)
-            finally:
-                wait_scope.reset(token)
+                await acquire_again(self._acquire)

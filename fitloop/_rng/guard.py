@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from typing import Any, TypeVar
 
 from fitloop._concurrency.control import RunControl
-from fitloop._concurrency.coroutines import Step
+from fitloop._concurrency.supervisor import wait_scope
 from fitloop._rng.global_lock import GLOBAL_RNG_LOCK, FairSharedLock
 from fitloop._rng.global_state import global_state, restore_global_state
 from fitloop._rng.lease import GeneratorLease
@@ -20,6 +20,7 @@ from fitloop._rng.states import RngState
 from fitloop._rng.streams import GLOBAL_STREAM, Stream
 from fitloop._rng.torch_ops import CodeTraits
 from fitloop._rng.trainer_rng import TrainerRng
+from fitloop._rng.waits import CoroutineWaits, PlainWaits, used_by_event_loop
 from fitloop._types import Phase
 
 T = TypeVar("T")
@@ -51,17 +52,23 @@ class RngGuard:
         self._is_closed = False
         self.end_of_batch: Callable[[], None] = lease.yield_to_waiters
         """To be called after each batch: lets waiting runs use the generators first."""
-        self.on_event_loop: Callable[[], AbstractContextManager[None]] = lease.used_by_event_loop
-        """Makes a block in which the event loop runs a coroutine while this thread waits.
-
-        The event loop executes each step of the coroutine by `step`, which does not wait.
-        """
-        self.step: Step = lease.step
 
     def enter_phase(self, phase: Phase) -> None:
         """Install the random numbers for the stage functions of a phase."""
         opaque = self._traits.must_hold_lock(train=phase is Phase.TRAIN)
         self._lease.begin_pass(self._rng.steps(phase), opaque=opaque)
+
+    def allow_waits(self) -> None:
+        """Let code on this thread wait for other trainings, which use the generators meanwhile."""
+        wait_scope.set(PlainWaits(self._lease).scope)
+
+    def on_event_loop(self) -> AbstractContextManager[CoroutineWaits]:
+        """Make a block in which the event loop runs a coroutine while this thread waits.
+
+        The event loop executes the coroutine by `SteppedAwaitable`, with two methods of the value
+        of the block: ``step``, and ``prepare_step`` before each step.
+        """
+        return used_by_event_loop(self._lease)
 
     def loader(self, phase: Phase) -> LoaderRng:
         """Return the random numbers for one pass over the loader of a phase."""
@@ -75,7 +82,11 @@ class RngGuard:
         if self._is_closed:
             with closing(GeneratorLease()) as lease:
                 lease.enter_callback()
-                return call(*args)
+                token = wait_scope.set(PlainWaits(lease).scope)
+                try:
+                    return call(*args)
+                finally:
+                    wait_scope.reset(token)
         stream = self._lease.enter_callback()
         result = call(*args)
         self._lease.leave_callback(stream)

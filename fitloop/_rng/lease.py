@@ -41,8 +41,8 @@ _STEPS_BEFORE_OBSERVED = 2
 class GeneratorLease:
     """The right of one thread to use the global generators, with one stream installed in them.
 
-    Any thread may call `close` and `notify_cancelled`. The event loop's thread may call `install`
-    and `uninstall` during `used_by_event_loop`.
+    Any thread may call `close` and `notify_cancelled`. After `lend`, the event loop's thread may
+    call `install`, `uninstall` and `suspend`, until the thread of the lease goes on.
 
     Args:
         cancelled: whether to give up a wait for the lock with `Cancelled`.
@@ -115,7 +115,7 @@ class GeneratorLease:
         if self._mode is not None:
             self.release()
         if self.stream is None:
-            self._acquire_lock(stream, self._cancelled)
+            self.acquire_lock(stream, self._cancelled)
             self._save_and_install(stream)
         elif self.stream is not stream or not self._is_installed:
             self._change_to(stream)
@@ -205,11 +205,34 @@ class GeneratorLease:
         self._observes = is_known and is_observable
         self.restore(stream)
 
-    def _acquire_lock(self, stream: Stream, cancelled: Callable[[], bool]) -> None:
+    def acquire_lock(self, stream: Stream, cancelled: Callable[[], bool]) -> None:
+        """Wait for the lock only; raise Cancelled if ``cancelled`` returns true before."""
         # Callbacks may wait for each other at locks of the user. So one that shares the lock with
         # another must not queue behind a thread that wants it exclusively.
         shared = stream is GLOBAL_STREAM
         self._lock.acquire(self, cancelled, shared=shared, overtakes=self._in_callback)
+
+    def release_lock(self) -> None:
+        """Undo `acquire_lock`."""
+        self._lock.release(self)
+
+    def suspend(self) -> Stream | None:
+        """Release the lease in the middle of code that waits for another training.
+
+        Return the stream that the code needs afterwards; None if it had none.
+        """
+        if self._saved_torch is not None:
+            self.pin_until_step_end()
+        CALLBACKS_IN_FLIGHT.discard(self)
+        stream = self.release_fully()
+        return GLOBAL_STREAM if self._in_callback else stream
+
+    def resume(self, stream: Stream) -> None:
+        """Undo `suspend`, with the lock acquired."""
+        self.stream = stream
+        self.install()
+        if self._in_callback:
+            self.enter_callback()
 
     # -- installing streams, with the lock held --------------------------------------------------
 
@@ -223,21 +246,13 @@ class GeneratorLease:
         self._put_back(self.stream)
         remove_listener(self)
 
-    @contextmanager
-    def used_by_event_loop(self) -> Iterator[None]:
+    def lend(self) -> None:
         """Hold the lock in this thread while the event loop's thread installs the stream."""
         self.pin_until_step_end()
         self.uninstall()
-        yield
-        self.install()
-
-    def step(self, method: Callable[[Any], Any], value: Any) -> Any:
-        """Execute one step of a coroutine in the event loop's thread, with the stream installed."""
-        self.install()
-        try:
-            return method(value)
-        finally:
-            self.uninstall()
+        mode, self._mode = self._mode, None
+        if mode is not None:  # the other thread could not end it
+            mode.end()
 
     def _save_and_install(self, stream: Stream) -> None:
         self._is_installed = True  # patches report uses by this thread from now on
@@ -285,7 +300,7 @@ class GeneratorLease:
         is_protected = self._is_installed or self._saved_torch is not None
         if is_protected or stream is None or self._process != os.getpid():
             return function(*args, **kwargs)
-        self._acquire_lock(stream, _never)
+        self.acquire_lock(stream, _never)
         self._saved_torch = stream.install_torch()
         try:
             return function(*args, **kwargs)
@@ -302,7 +317,7 @@ class GeneratorLease:
             if self._saved_torch is not None:
                 stream.capture_torch(self._saved_torch)
             else:
-                self._acquire_lock(stream, _never)
+                self.acquire_lock(stream, _never)
             self._save_and_install(stream)
 
     def before_python_use(self) -> None:

@@ -7,6 +7,7 @@ iterator of the user. Between them is a `Channel`, and a task on the event loop 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -16,6 +17,7 @@ import anyio
 
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.event_loops import ThreadsafeEvent, loop_scheduler, start_task
+from fitloop._concurrency.supervisor import wait_scope
 from fitloop._data.batch_sizes import describe
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.plan import Instrumentation
@@ -210,8 +212,9 @@ class Predictions:
             channel = await self._open()
             if not channel.output and not channel.end.is_set():
                 channel.want()
-            while not channel.output and not channel.end.is_set():
-                await channel.bell.wait()
+            async with wait_scope.get()():
+                while not channel.output and not channel.end.is_set():
+                    await channel.bell.wait()
         except BaseException:
             await self.aclose()
             raise
@@ -242,11 +245,12 @@ class Predictions:
         channel.close()
         cancellation: BaseException | None = None
         with anyio.CancelScope(shield=True):
-            while not channel.end.is_set():
-                try:
-                    await channel.end.wait()
-                except (anyio.get_cancelled_exc_class(), KeyboardInterrupt) as again:
-                    cancellation = cancellation or again  # a native one passes the shield
+            async with wait_scope.get()():
+                while not channel.end.is_set():
+                    try:
+                        await channel.end.wait()
+                    except (anyio.get_cancelled_exc_class(), KeyboardInterrupt) as again:
+                        cancellation = cancellation or again  # a native one passes the shield
         error, channel.error = channel.error or cancellation, None
         if error is not None:
             try:
@@ -275,6 +279,7 @@ async def _serve(
     state: TrainerState, channel: Channel, launch: Launch, step: Callable[[LoopState], Any]
 ) -> None:
     """Run a prediction. Refers to no `Predictions`, so that the run ends when that is dropped."""
+    wait_scope.set(nullcontext)  # only the waits for its outputs are waits of the user's code
     try:
         await channel.serve(lambda: launch(partial(PredictionRun, channel, step)))
     finally:

@@ -100,6 +100,7 @@ class RunSession:
             all_code = [config.called_model, config.loss_function, *stages, *code]
             self.guard = RngGuard(rng, context.control, all_code)
             stack.callback(self.guard.close)
+            self.guard.allow_waits()
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders
             self._before = state.capture(stages=False) if dry else None
             self._marks: dict[str, object] = {}

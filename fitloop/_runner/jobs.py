@@ -16,6 +16,7 @@ import anyio
 
 from fitloop._arguments import unknown_argument
 from fitloop._concurrency.event_loops import CancelOnceScope
+from fitloop._concurrency.supervisor import wait_scope
 from fitloop._concurrency.task_state import TaskState
 from fitloop._errors import ConfigurationError, one_line
 from fitloop._events import JobEnded
@@ -118,7 +119,8 @@ class Job:
         if self._outcome is None:
             if self._completed is None:
                 self._completed = anyio.Event()
-            await self._completed.wait()
+            async with wait_scope.get()():
+                await self._completed.wait()
         assert self._outcome is not None
         return self._outcome
 
@@ -203,7 +205,8 @@ class CompletedJobs:
                     yield outcome
             if are_all():
                 return
-            await self._changed.wait()
+            async with wait_scope.get()():
+                await self._changed.wait()
 
 
 def clear_frames(error: BaseException) -> None:

@@ -27,7 +27,7 @@ from fitloop._concurrency.event_loops import (
     is_scope_cancelled,
     loop_scheduler,
 )
-from fitloop._concurrency.supervisor import run_in_thread
+from fitloop._concurrency.supervisor import run_in_thread, wait_scope
 from fitloop._engine.config import check_callbacks, check_flag, check_optional, check_path
 from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
@@ -224,7 +224,8 @@ class Runner:
         while self._running and not (cancellation and is_scope_cancelled()):
             self._job_ended = anyio.Event()
             try:
-                await self._job_ended.wait()
+                async with wait_scope.get()():
+                    await self._job_ended.wait()
             except cancelled as raised:
                 self._open = False
                 self._cancel_jobs()

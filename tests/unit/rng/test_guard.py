@@ -54,8 +54,8 @@ def test_guard_when_a_run_uses_all_of_it_then_global_state_is_as_before(
         guard.end_of_batch()
         assert guard.outside(max, 1, 2) == 2
         assert guard.wait(lambda: 3) == 3
-        with guard.on_event_loop():
-            assert guard.step(abs, -4) == 4
+        with guard.on_event_loop() as waits:
+            assert waits.step(abs, -4) == 4
     guard.close()
     assert guard.outside(max, 1, 2) == 2
     assert global_states() == states
