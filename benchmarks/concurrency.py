@@ -5,9 +5,9 @@ time at once. Both are measured in turns in one process, with one intra-op threa
 Two CNNs spend most time in operations that release the interpreter's lock, two small models in
 Python itself. Loaders that wait take 20 or 5 ms a batch, and one trainer alone already hides its
 steps behind that. After such a wait the caches are cold, and a step of the small model takes about
-1 ms, so that eight steps keep the interpreter busy for longer than 5 ms. In processes: each worker
-has been started and has run a job before; the time of the start, until both workers have ended a
-job of one batch, has its own column.
+1 ms, so that eight steps keep the interpreter busy for longer than 5 ms. In processes: the server
+that forks the workers has been started; the time of that, until both workers have ended a job of
+one batch, has its own column.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ async def start_workers(start_method: StartMethod, number: int) -> list[tuple[fl
             begun.append(time.perf_counter())
 
     times: list[tuple[float, float]] = []
-    backend = ProcessBackend(start_method=start_method, fresh_workers=True)
+    backend = ProcessBackend(start_method=start_method)
     async with Runner(1, backend=backend, callbacks=[note]) as runner:
         for index in range(number):
             submitted = time.perf_counter()

@@ -76,7 +76,6 @@ async def test_job_when_it_raises_in_a_worker_then_the_error_comes_across() -> N
             runner.submit(exits, name="exits", **QUIET)
             runner.submit(make_trainer, name="good", **QUIET)
             *failed, good = await runner.results()
-            assert len(worker_processes()) == 1  # all of them in one
     factory, step, lock, callback, exited = (outcome.error for outcome in failed)
     assert isinstance(factory, CustomInitError)
     assert (factory.code, str(factory)) == (7, "factory failed with 7")
@@ -199,17 +198,16 @@ PARENT = """
 import multiprocessing
 import sys
 import time
+from pathlib import Path
 import anyio
-from support.worker_processes import make_endless_trainer, make_trainer, worker_processes, write_pid
+from support.worker_processes import make_endless_trainer, wait_for_file, write_pid
 from fitloop import ProcessBackend, Runner
 
 async def main(place, start_method):
-    async with Runner(2, backend=ProcessBackend(start_method=start_method)) as runner:
-        done = runner.submit(make_trainer, name="done", verbose=False)
+    async with Runner(1, backend=ProcessBackend(start_method=start_method)) as runner:
         options = {"epochs": 10**6, "verbose": False}
         runner.submit(make_endless_trainer, place + "/works", name="works", **options)
-        await done.outcome()  # and its worker waits for another job
-        assert len(worker_processes()) == 2
+        await wait_for_file(Path(place) / "works")
         # What this process has open, the next one has open too.
         multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
         write_pid(place + "/ready")
@@ -325,7 +323,7 @@ def test_parent_when_killed_then_no_worker_is_left_though_a_fork_of_it_lives(
         anyio.run(_both_written, tmp_path)
         children = psutil.Process(parent.pid).children(recursive=True)
         ours = [child for child in children if is_worker(child) or is_fork_server(child)]
-        assert len(ours) == (3 if start_method == "forkserver" else 2)
+        assert len(ours) == (2 if start_method == "forkserver" else 1)
         parent.kill()
     _gone, left = psutil.wait_procs(ours, timeout=20)
     for other in set(children) - set(ours):
@@ -379,17 +377,6 @@ async def _both_written(place: Path) -> None:
         await wait_for_file(place / "works")
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_job_when_the_waiting_worker_was_killed_then_gets_another_one() -> None:
-    with anyio.fail_after(SOON):
-        async with Runner(1, backend="process") as runner:
-            assert (await runner.submit(make_trainer, name="0", **QUIET).outcome()).status == "done"
-            (idle,) = worker_processes()
-            idle.kill()
-            assert (await runner.submit(make_trainer, name="1", **QUIET).outcome()).error is None
-            assert worker_processes() != [idle]
-
-
 def place_of_worker(directory: str) -> FitLoop:
     """Return a trainer, after a note of what its process has from the program."""
     inherited = {
@@ -417,7 +404,7 @@ async def test_worker_when_it_starts_then_is_as_the_program_at_that_time(
     os.umask(mask)
     try:
         with anyio.fail_after(SOON):
-            backend = ProcessBackend(start_method=start_method, fresh_workers=True)
+            backend = ProcessBackend(start_method=start_method)
             async with Runner(1, backend=backend) as runner:
                 for number in ("1", "2"):
                     (tmp_path / number).mkdir()

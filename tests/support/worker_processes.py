@@ -6,14 +6,12 @@ import os
 import re
 import signal
 import threading
-import warnings
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, cast
 
 import anyio
 import psutil
-import torch
 from torch.utils.data import DataLoader
 
 from fitloop import Event, FitLoop, LoopState, default_batch_step
@@ -81,15 +79,6 @@ def make_deaf_trainer(pid_file: str) -> FitLoop:
         re.match(r"(a+)+$", "a" * 60 + "b")
 
     return make_trainer(train_step=step)
-
-
-def change_process(directory: str) -> FitLoop:
-    """Return a trainer, after changes of the process that later trainings would notice."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    os.chdir(directory)
-    warnings.simplefilter("error")
-    return make_trainer()
 
 
 def write_pid(path: str) -> None:

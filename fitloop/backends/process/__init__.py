@@ -1,7 +1,7 @@
 """Trainings in worker processes on this machine, over ``multiprocessing``.
 
 - `backend`: `ProcessBackend`.
-- `pool`: starts, reuses and ends worker processes; their `Transport`.
+- `worker_process`: starts and ends a worker process; its `Transport`.
 - `worker`: the main function of a worker process.
 - `worker_output`: sends the prints of a worker to its parent.
 

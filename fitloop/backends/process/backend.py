@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
 from fitloop._engine.config import check_number, check_seconds
 from fitloop._errors import ConfigurationError
@@ -16,8 +15,8 @@ from fitloop._processes.child import StartMethod, check_start_method
 from fitloop._public import public
 from fitloop._run.mode_checks import warn_of_process
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
-from fitloop.backends.process.pool import WorkerPool
 from fitloop.backends.process.worker import serve
+from fitloop.backends.process.worker_process import WorkerProcess
 from fitloop.backends.remote.client import options_for_worker, run_remotely
 from fitloop.backends.remote.serialization import check_serializable
 from fitloop.backends.thread import ThreadBackend
@@ -73,12 +72,8 @@ class ProcessBackend:
     later Runners until the program ends. If the program has changed its environment variables or
     its cores, priority or limits, the next worker has a new server.
 
-    A worker does one job after the other, and ends with the Runner. In between it puts back what a
-    job can set for a whole process: settings of torch such as the default dtype, deterministic mode
-    and number of threads; the working directory, environment, ``sys.path``, warning filters,
-    logging and signal handlers; and it seeds the global random generators anew. It does not put
-    back attributes of modules and classes, caches and threads: use ``fresh_workers`` for jobs that
-    change these.
+    A worker does one job and ends. So a job may change its process as it likes: settings of torch,
+    environment, modules, signal handlers. Each worker seeds the global random generators anew.
 
     Jobs are sent with cloudpickle (``pip install fitloop[process]``): a function and its arguments,
     never a trainer or a model. Results and events come back. Weights come back
@@ -103,10 +98,9 @@ class ProcessBackend:
         nice: number added to the niceness of this process for the workers (0 to 19; not on
             Windows). Above 0, this process and its event loop go first when cores are short, and
             so does everything else on the machine.
-        fresh_workers: start a new worker for each job.
         start_method: ``"forkserver"``, as above, or ``"spawn"``, where each worker is a new
-            interpreter with its own imports, which takes seconds. The default is ``"forkserver"``
-            on Linux and ``"spawn"`` elsewhere.
+            interpreter with its own imports, which takes seconds for each job. The default is
+            ``"forkserver"`` on Linux and ``"spawn"`` elsewhere.
 
     Raises:
         ConfigurationError: an argument is invalid.
@@ -118,19 +112,12 @@ class ProcessBackend:
         retries: int = 1,
         grace: float = 10.0,
         nice: int = 0,
-        fresh_workers: bool = False,
         start_method: StartMethod | None = None,
     ) -> None:
         self._retries = check_number("retries", retries, 0)
         self._grace = check_seconds("grace", grace) or 0.0
-        if not isinstance(fresh_workers, bool):
-            raise ConfigurationError(
-                f"fresh_workers is {fresh_workers!r:.60}; expected True or False"
-            )
-        self._pool = WorkerPool(
-            partial(serve, check_nice(nice)),
-            check_start_method(start_method),
-            reuse=not fresh_workers,
+        self._launch_worker = partial(
+            WorkerProcess, partial(serve, check_nice(nice)), check_start_method(start_method)
         )
 
     def check(self, spec: JobSpec) -> None:
@@ -147,9 +134,8 @@ class ProcessBackend:
         The error of a training has the worker's traceback as a note.
         """
         return await run_remotely(
-            self._pool, spec, defaults, emit, retries=self._retries, grace=self._grace
+            self._launch_worker, spec, defaults, emit, retries=self._retries, grace=self._grace
         )
 
     async def close(self) -> None:
-        """End the workers."""
-        await run_in_thread("runner", self._pool.close)
+        """Do nothing: each worker has ended with its job."""

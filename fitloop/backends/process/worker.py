@@ -1,7 +1,7 @@
 """The main function of a worker process.
 
 Owns that process: its output, its signals, and its end, which comes at once when the connection to
-the parent is closed, for any reason. The jobs are those of a `JobServer`.
+the parent is closed, for any reason. The job is that of a `JobServer`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def serve(
     log_path: str,
     start_method: str | None,
 ) -> None:
-    """Do the jobs that come over the connection; the whole life of a worker process.
+    """Do the job that comes over the connection; the whole life of a worker process.
 
     ``parent`` is the argument of `die_with_parent`; None if that was called before.
     """
@@ -57,6 +57,7 @@ def serve(
             output.end_line()
 
     server.serve(flush_output)
+    receiver.join()  # it ends the process when the parent has closed the connection
 
 
 def _redirect(log_path: str) -> None:

@@ -2,12 +2,11 @@
 
 - `transport`: the protocol of a connection to a worker.
 - `messages`: the messages that it carries.
-- `client`: `run_remotely` has a worker do a training, with questions, retries and cancellation.
-- `server`: `JobServer` does the trainings, in the worker.
-- `job_isolation`: puts back what a job has set for its whole process.
+- `client`: `run_remotely` has a new worker do a training, with questions, retries and cancellation.
+- `server`: `JobServer` does the training, in the worker.
 - `serialization`: jobs and errors as bytes.
 
-Knows no process and no connection. A backend for a cluster gives `run_remotely` a `TransportPool`
-of its own, and runs a `JobServer` in each of its workers; `fitloop.backends.process` does the same
+Knows no process and no connection. A backend for a cluster gives `run_remotely` a `Launcher` of
+its own, and runs a `JobServer` in each of its workers; `fitloop.backends.process` does the same
 with ``multiprocessing``.
 """

@@ -41,7 +41,7 @@ from fitloop.backends.base import JobSpec, TrainingResult
 from fitloop.backends.remote import messages
 from fitloop.backends.remote.messages import Answer, Printed, WorkerMessage
 from fitloop.backends.remote.serialization import SerializedJob, serialize_job
-from fitloop.backends.remote.transport import Transport, TransportPool
+from fitloop.backends.remote.transport import Launcher, Transport
 
 LAST_LINES = 20
 """lines of a dead worker's output in the message of its error"""
@@ -53,7 +53,7 @@ CLIENT_OPTIONS = {
 
 
 async def run_remotely(
-    pool: TransportPool,
+    launch_worker: Launcher,
     spec: JobSpec,
     defaults: TrainerDefaults,
     emit: Callable[[Event], None],
@@ -61,9 +61,10 @@ async def run_remotely(
     retries: int,
     grace: float,
 ) -> TrainingResult:
-    """Do a training on a worker of ``pool``; the whole of `Backend.run` for a remote backend.
+    """Do a training on a new worker; the whole of `Backend.run` for a remote backend.
 
     Args:
+        launch_worker: starts the worker.
         retries: further attempts after the death of a worker, from the last snapshot of the job,
             each with a `WorkerDiedWarning`. Without a directory there are no snapshots, and so no
             further attempts.
@@ -75,7 +76,7 @@ async def run_remotely(
     attempts = 1 + (retries if spec.directory is not None else 0)
     for attempt in range(1, attempts + 1):
         try:
-            return await WorkerClient(pool, spec, defaults, emit, grace).run()
+            return await WorkerClient(launch_worker, spec, defaults, emit, grace).run()
         except WorkerDiedError as error:
             if attempt == attempts:
                 if attempt > 1:
@@ -99,13 +100,14 @@ class WorkerClient:
 
     def __init__(
         self,
-        pool: TransportPool,
+        launch_worker: Launcher,
         spec: JobSpec,
         defaults: TrainerDefaults,
         emit: Callable[[Event], None],
         grace: float,
     ) -> None:
-        self._pool, self._spec, self._defaults, self._emit = pool, spec, defaults, emit
+        self._launch_worker = launch_worker
+        self._spec, self._defaults, self._emit = spec, defaults, emit
         self._control = RunControl()
         self._portal = LoopPortal(self._control)
         self._event_bus = EventBus()
@@ -160,25 +162,16 @@ class WorkerClient:
     def execute(self) -> None:
         """Do the job on a worker."""
         job = serialize_job(self._spec.name, self._remote_job())
-        self._transport = self._canceller.transport = self._pool.acquire()
+        self._transport = self._canceller.transport = self._launch_worker()
         remove_hook = self._control.on_halt(self._canceller.start)
-        completed = False
         try:
             with ExitStack() as stack:
-                while not (completed := self._do_job(job, stack)):
-                    # The worker died while it had no job: use another one.
-                    self._transport.close()
-                    self._transport = self._canceller.transport = self._pool.acquire()
-                    if self._control.halted:
-                        break
+                self._do_job(job, stack)
         finally:
             remove_hook()
             self._canceller.close()
             self._questions.withdraw_all()
-            if completed:
-                self._pool.release(self._transport)
-            else:
-                self._transport.close()
+            self._transport.close()
 
     def finish(self, error: BaseException | None) -> TrainingResult:
         """Return the result or raise the error of the job."""
@@ -198,13 +191,9 @@ class WorkerClient:
             asks_client=spec.options.get("on_continue") is not None,
         )
 
-    def _do_job(self, job: SerializedJob, stack: ExitStack) -> bool:
-        """Send the job and handle messages until it is over.
-
-        Returns False if the worker died before it accepted the job; a later death raises.
-        """
+    def _do_job(self, job: SerializedJob, stack: ExitStack) -> None:
+        """Send the job and handle messages until it is over. Raises if the worker dies."""
         transport = self._transport
-        accepted = not transport.ready  # a new worker that dies would do so again
         try:
             transport.send(messages.StartJob(job))
             self._canceller.job_sent.set()
@@ -212,17 +201,13 @@ class WorkerClient:
                 match transport.receive():
                     case messages.Ready():
                         transport.ready = True
-                    case messages.JobAccepted():
-                        accepted = True
                     case messages.JobOver() as over:
                         self._set_outcome(over)
-                        return True
+                        return
                     case message:
                         self._handle(message, stack)
         except (EOFError, OSError):
-            if accepted or self._control.cancelled:
-                self._raise_death()
-        return False
+            self._raise_death()
 
     def _handle(self, message: WorkerMessage, stack: ExitStack) -> None:
         match message:
@@ -412,7 +397,7 @@ class _JobCanceller:
         if not transport.ready:  # it has no job yet
             transport.kill()
             return
-        self.job_sent.wait()  # else the worker would cancel its last job
+        self.job_sent.wait()
         with suppress(OSError):
             transport.send(messages.CancelJob())
         if not self.job_over.wait(self._grace):

@@ -1,7 +1,7 @@
 """The messages between a `WorkerClient` and the `JobServer` of its worker.
 
-The worker sends `Ready` once. Then for each `StartJob` it sends `JobAccepted`, `TrainerBuilt`, the
-messages of the training, and last `JobOver`. An event of the training is a message itself.
+The worker sends `Ready`. After `StartJob` it sends `TrainerBuilt`, the messages of the training,
+and last `JobOver`. An event of the training is a message itself.
 """
 
 from __future__ import annotations
@@ -53,11 +53,6 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class JobAccepted:
-    """From the worker: it begins with the job."""
-
-
-@dataclass(frozen=True)
 class TrainerBuilt:
     """From the worker: the trainer has this name, which its user gave it if ``named``."""
 
@@ -102,13 +97,4 @@ class JobOver:
 
 
 ClientMessage = StartJob | CancelJob | Answer
-WorkerMessage = (
-    Ready
-    | JobAccepted
-    | TrainerBuilt
-    | Event
-    | Printed
-    | QuestionAsked
-    | QuestionWithdrawn
-    | JobOver
-)
+WorkerMessage = Ready | TrainerBuilt | Event | Printed | QuestionAsked | QuestionWithdrawn | JobOver

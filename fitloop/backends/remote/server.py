@@ -1,4 +1,4 @@
-"""The worker's side of remote trainings: does the jobs of a `WorkerClient` one after the other.
+"""The worker's side of a remote training: does the job of a `WorkerClient`.
 
 Knows no process and no connection, only functions that send and receive messages. The trainings
 themselves are those of `fitloop.backends.thread.run_job`.
@@ -7,11 +7,13 @@ themselves are those of `fitloop.backends.thread.run_job`.
 from __future__ import annotations
 
 import queue
+import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NoReturn
 
 import anyio
+import numpy as np
 import torch
 
 from fitloop._concurrency.event_loops import CancelOnceScope, ThreadsafeEvent, loop_scheduler
@@ -20,25 +22,13 @@ from fitloop._events import PromptAsked
 from fitloop._processes.errors import serialize_error
 from fitloop.backends.base import TrainingResult
 from fitloop.backends.remote import messages
-from fitloop.backends.remote.job_isolation import job_isolation
 from fitloop.backends.remote.messages import ClientMessage, JobOver, RemoteJob, WorkerMessage
 from fitloop.backends.remote.serialization import SerializedJob, deserialize_job
 from fitloop.backends.thread import build_trainer, run_job
 
 
-@dataclass(eq=False)
-class _CurrentJob:
-    """The job in progress, as the receiving thread knows it."""
-
-    contents: SerializedJob | None
-    cancelled: bool = False
-    cancel: Callable[[], None] = lambda: None
-    answer_handlers: dict[int, Callable[[bool], None]] = field(default_factory=dict)
-    """number of an open question -> function that takes its answer"""
-
-
 class JobServer:
-    """Does the jobs that a client sends. One thread calls `receive_all`, another one `serve`.
+    """Does the job that a client sends. One thread calls `receive_all`, another one `serve`.
 
     Args:
         send: sends a message to the client; any thread.
@@ -49,61 +39,56 @@ class JobServer:
         self, send: Callable[[WorkerMessage], None], receive: Callable[[], ClientMessage]
     ) -> None:
         self._send, self._receive = send, receive
-        self._jobs: queue.SimpleQueue[_CurrentJob] = queue.SimpleQueue()
-        self._job = _CurrentJob(None)
+        self._jobs: queue.SimpleQueue[SerializedJob] = queue.SimpleQueue()
+        """the job, when it has come"""
+        self._cancelled = False
+        self._cancel: Callable[[], None] = lambda: None
+        self._answer_handlers: dict[int, Callable[[bool], None]] = {}
+        """number of an open question -> function that takes its answer"""
         self._last_question = 0
 
     def receive_all(self) -> NoReturn:
         """Take messages until the client is gone. Raises the error of ``receive``."""
         while True:
             match self._receive():
-                case messages.StartJob(contents):
-                    self._job = _CurrentJob(contents)
-                    self._jobs.put(self._job)
+                case messages.StartJob(job):
+                    self._jobs.put(job)
                 case messages.CancelJob():
-                    self._job.cancelled = True
-                    self._job.cancel()
+                    self._cancelled = True
+                    self._cancel()
                 case messages.Answer(number, go_on):
-                    handle = self._job.answer_handlers.pop(number, None)
+                    handle = self._answer_handlers.pop(number, None)
                     if handle is not None:  # else the question was withdrawn meanwhile
                         handle(go_on)
 
-    def serve(self, flush_output: Callable[[], None]) -> NoReturn:
-        """Do jobs for ever.
+    def serve(self, flush_output: Callable[[], None]) -> None:
+        """Wait for the job and do it.
 
-        ``flush_output`` sends the rest of the printed lines, before the last message of each job.
+        ``flush_output`` sends the rest of the printed lines, before the last message.
         """
+        _seed_anew()
         self._send(messages.Ready())
-        while True:
-            job = self._jobs.get()
-            self._send(messages.JobAccepted())
-            last_message = self._do(job)
-            flush_output()
-            self._send(last_message)
+        last_message = self._train_and_report()
+        flush_output()
+        self._send(last_message)
 
-    def _do(self, job: _CurrentJob) -> JobOver:
-        with job_isolation():
-            return self._train_and_report(job)
-
-    def _train_and_report(self, job: _CurrentJob) -> JobOver:
+    def _train_and_report(self) -> JobOver:
         try:
-            assert job.contents is not None
-            contents: RemoteJob = deserialize_job(job.contents)
-            job.contents = None
+            contents: RemoteJob = deserialize_job(self._jobs.get())
             if contents.defaults.num_threads is not None:
                 torch.set_num_threads(contents.defaults.num_threads)
-            training = anyio.run(self._train, job, contents)
+            training = anyio.run(self._train, contents)
         except BaseException as error:  # sent to the client
             return JobOver(error=serialize_error(error))
         return JobOver() if training is None else JobOver(training.result, training.weights)
 
-    async def _train(self, job: _CurrentJob, contents: RemoteJob) -> TrainingResult | None:
+    async def _train(self, contents: RemoteJob) -> TrainingResult | None:
         """Do a training; None if it was cancelled."""
         spec, defaults = contents.spec, contents.defaults
         schedule = loop_scheduler()
         with CancelOnceScope() as scope:
-            job.cancel = lambda: schedule(scope.cancel)
-            if job.cancelled:  # when there was no scope yet
+            self._cancel = lambda: schedule(scope.cancel)
+            if self._cancelled:  # when there was no scope yet
                 return None
             token = TRAINER_DEFAULTS.set(defaults)
             try:
@@ -123,8 +108,7 @@ class JobServer:
 
     async def _ask(self, event: PromptAsked) -> bool:
         """Ask the client, and return its answer."""
-        job, answered = self._job, ThreadsafeEvent()
-        answers: list[bool] = []
+        answered, answers = ThreadsafeEvent(), list[bool]()
         self._last_question += 1
         number = self._last_question
 
@@ -132,12 +116,19 @@ class JobServer:
             answers.append(answer)
             answered.set()
 
-        job.answer_handlers[number] = handle
+        self._answer_handlers[number] = handle
         self._send(messages.QuestionAsked(number, event))
         try:
             while not answers:
                 await answered.wait()
         finally:
-            if job.answer_handlers.pop(number, None) is not None:
+            if self._answer_handlers.pop(number, None) is not None:
                 self._send(messages.QuestionWithdrawn(number))
         return answers[0]
+
+
+def _seed_anew() -> None:
+    """Seed the global random generators, which forks of one process would have in common."""
+    random.seed()
+    np.random.seed()
+    torch.seed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
@@ -16,7 +17,7 @@ class WorkerExit(NamedTuple):
 
 
 class Transport(Protocol):
-    """A worker and the connection to it."""
+    """A worker for one job, and the connection to it."""
 
     ready: bool
     """whether the worker has sent `Ready`; set by the client"""
@@ -40,11 +41,5 @@ class Transport(Protocol):
         """End the worker and free all resources; blocks."""
 
 
-class TransportPool(Protocol):
-    """The workers of a backend; called from any thread."""
-
-    def acquire(self) -> Transport:
-        """Return a worker that has no job; blocks until there is one."""
-
-    def release(self, transport: Transport) -> None:
-        """Take back a worker that has completed its job."""
+Launcher = Callable[[], Transport]
+"""Starts a worker. Called from any thread, and may block."""

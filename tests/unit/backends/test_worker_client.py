@@ -29,7 +29,6 @@ from fitloop.backends.remote.messages import (
     Answer,
     CancelJob,
     ClientMessage,
-    JobAccepted,
     JobOver,
     Printed,
     QuestionAsked,
@@ -38,7 +37,7 @@ from fitloop.backends.remote.messages import (
     TrainerBuilt,
     WorkerMessage,
 )
-from fitloop.backends.remote.transport import Transport, WorkerExit
+from fitloop.backends.remote.transport import WorkerExit
 
 SOON = 20
 RESULT = FitResult(
@@ -87,27 +86,13 @@ class FakeTransport:
         self.ended.append("closed")
 
 
-class FakePool:
-    """Hands out its transports in order, and records the released ones."""
-
-    def __init__(self, *transports: FakeTransport) -> None:
-        self.transports = list(transports)
-        self.released: list[Transport] = []
-
-    def acquire(self) -> Transport:
-        return self.transports.pop(0)
-
-    def release(self, transport: Transport) -> None:
-        self.released.append(transport)
-
-
 def completes(message: ClientMessage) -> list[WorkerMessage | None]:
     """React as a worker whose job asks one question and completes."""
     match message:
         case StartJob():
             printed = Printed("stdout", "from far away\n")
             built = TrainerBuilt("job", named=True)
-            return [JobAccepted(), built, STARTED, printed, QuestionAsked(1, QUESTION)]
+            return [built, STARTED, printed, QuestionAsked(1, QUESTION)]
         case Answer(number=1, go_on=True):
             return [JobOver(RESULT, Path("/elsewhere/weights.msgpack"))]
     raise AssertionError(message)
@@ -116,54 +101,46 @@ def completes(message: ClientMessage) -> list[WorkerMessage | None]:
 def dies(message: ClientMessage) -> list[WorkerMessage | None]:
     """React as a worker that dies during its job."""
     built = TrainerBuilt("job", named=True)
-    return [JobAccepted(), built, STARTED, Printed("stdout", "the last", is_partial=True), None]
+    return [built, STARTED, Printed("stdout", "the last", is_partial=True), None]
 
 
-async def run(pool: FakePool, events: list[Event], **changes: Any) -> TrainingResult:
+async def run(
+    transports: list[FakeTransport], events: list[Event], **changes: Any
+) -> TrainingResult:
+    """Do a job; each worker that is launched is the next of the transports."""
+    launch = iter(transports).__next__
     values = {"name": "job", "target": trainer, "args": (), "epochs": 1, "directory": None}
     values["options"] = {"on_continue": lambda event: True, "print_every": 0}
     spec = JobSpec(**{**values, **changes})
-    return await run_remotely(pool, spec, TrainerDefaults(), events.append, retries=1, grace=0.1)
+    return await run_remotely(launch, spec, TrainerDefaults(), events.append, retries=1, grace=0.1)
 
 
 async def test_job_when_done_over_any_transport_then_gives_events_prints_answers_and_result(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     transport, events = FakeTransport(completes), list[Event]()
-    pool = FakePool(transport)
     with anyio.fail_after(SOON):
-        result = await run(pool, events, directory=tmp_path)
+        result = await run([transport], events, directory=tmp_path)
     assert result.result is RESULT
     assert result.weights == tmp_path / "weights.msgpack"
     assert events == [STARTED]
     assert "from far away\n" in capsys.readouterr().out
-    assert pool.released == [transport]
-    assert transport.ended == []
-
-
-async def test_job_when_its_idle_worker_had_died_then_another_one_does_it() -> None:
-    dead, transport = FakeTransport(lambda message: [None]), FakeTransport(completes)
-    dead.ready = True
-    pool = FakePool(dead, transport)
-    with anyio.fail_after(SOON):
-        assert (await run(pool, [])).weights is not None
-    assert dead.ended == ["closed"]
-    assert pool.released == [transport]
+    assert transport.ended == ["closed"]
 
 
 async def test_worker_when_it_dies_then_the_job_is_tried_again_and_its_error_says_how(
     tmp_path: Path,
 ) -> None:
-    pool, events = FakePool(FakeTransport(dies), FakeTransport(dies)), list[Event]()
+    transports, events = [FakeTransport(dies), FakeTransport(dies)], list[Event]()
     with (
         anyio.fail_after(SOON),
         pytest.warns(WorkerDiedWarning, match="try 2 of 2"),
         pytest.raises(WorkerDiedError, match=r"job 'job' on node 7 was lost") as caught,
     ):
-        await run(pool, events, directory=tmp_path)
+        await run(transports, events, directory=tmp_path)
     assert str(caught.value).endswith("its last lines:\n  the last\n  a line of the log")
     assert [type(event) for event in events] == [RunStarted, RunEnded] * 2
-    assert pool.released == []
+    assert [transport.ended for transport in transports] == [["closed"]] * 2
 
 
 @pytest.mark.parametrize("obeys", [True, False])
@@ -173,7 +150,7 @@ async def test_job_when_cancelled_then_the_worker_ends_it_or_is_killed(obeys: bo
     def react(message: ClientMessage) -> list[WorkerMessage | None]:
         if isinstance(message, CancelJob):
             return [JobOver()] if obeys else []
-        return [JobAccepted(), TrainerBuilt("job", named=True), STARTED]
+        return [TrainerBuilt("job", named=True), STARTED]
 
     class Events(list[Event]):
         def append(self, event: Event) -> None:
@@ -182,14 +159,13 @@ async def test_job_when_cancelled_then_the_worker_ends_it_or_is_killed(obeys: bo
 
     schedule = loop_scheduler()
     transport = FakeTransport(react)
-    pool = FakePool(transport)
 
     async def train() -> None:
         if obeys:
-            await run(pool, Events())
+            await run([transport], Events())
         else:
             with pytest.warns(WorkerDiedWarning, match=r"had not ended 0.1 s"):
-                await run(pool, Events())
+                await run([transport], Events())
 
     with anyio.fail_after(SOON):
         async with anyio.create_task_group() as group:
@@ -197,5 +173,4 @@ async def test_job_when_cancelled_then_the_worker_ends_it_or_is_killed(obeys: bo
             await started.wait()
             group.cancel_scope.cancel()
     assert isinstance(transport.sent[-1], CancelJob)
-    assert pool.released == ([transport] if obeys else [])
-    assert transport.ended == ([] if obeys else ["killed", "closed"])
+    assert transport.ended == (["closed"] if obeys else ["killed", "closed"])

@@ -1,4 +1,4 @@
-"""Worker processes: started when a job needs one, reused, and ended. Knows no messages."""
+"""Worker processes: each is started for a job, and ended. Knows no messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 from fitloop._processes.child import ChildProcess, StartMethod
 from fitloop._processes.connection import send_message
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
-from fitloop.backends.remote.transport import Transport, WorkerExit
+from fitloop.backends.remote.transport import WorkerExit
 
 LOG_TAIL_BYTES, LOG_TAIL_LINES = 16384, 30
 """limits for the end of a dead worker's log in an error"""
@@ -79,48 +79,3 @@ class WorkerProcess(ChildProcess):
         self._log.close()
         with suppress(OSError):  # the worker has removed it
             os.unlink(self._log_path)
-
-
-class WorkerPool:
-    """The worker processes of a backend that have no job.
-
-    Args:
-        serve, start_method: see `WorkerProcess`.
-        reuse: whether a worker does further jobs; else each job has a new worker.
-    """
-
-    def __init__(
-        self, serve: Callable[..., None], start_method: StartMethod, *, reuse: bool
-    ) -> None:
-        self._serve, self._start_method, self._reuse = serve, start_method, reuse
-        self._idle: list[WorkerProcess] = []
-        self._lock = threading.Lock()
-
-    def acquire(self) -> WorkerProcess:
-        """Return an idle worker, or start one; blocks."""
-        while True:
-            with self._lock:
-                worker = self._idle.pop() if self._idle else None
-            if worker is None:
-                return WorkerProcess(self._serve, self._start_method)
-            if worker.process.exitcode is None:
-                return worker
-            worker.close()
-
-    def release(self, transport: Transport) -> None:
-        """Take back a worker, or end it if it is not to be reused; blocks."""
-        assert isinstance(transport, WorkerProcess)
-        if not self._reuse:
-            transport.close()
-            return
-        with self._lock:
-            self._idle.append(transport)
-
-    def close(self) -> None:
-        """End all idle workers; blocks."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for worker in idle:
-            worker.connection.close()  # all of them before the first wait
-        for worker in idle:
-            worker.close()
