@@ -10,7 +10,7 @@ TOGETHER := -n 2 --dist worksteal
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-fast test-transformers bench pictures clean
+.PHONY: help .venv demo test test-fast test-transformers test-peers docs bench pictures clean
 
 help:
 	@echo "make .venv      create $(VENV) with $(PYTHON) and everything that the tests need"
@@ -18,6 +18,8 @@ help:
 	@echo "make test       check style and types, run all tests"
 	@echo "make test-fast  run the quick tests only"
 	@echo "make test-transformers  run the example that needs transformers, which is large"
+	@echo "make test-peers  run the programs of the documentation that are of other libraries"
+	@echo "make docs       build the site of the documentation in build/site"
 	@echo "make bench      measure what fitloop costs and gains (python -m benchmarks)"
 	@echo "make pictures   draw the pictures of the README (docs/pictures.py)"
 	@echo "make clean      remove $(VENV), caches and build output"
@@ -57,6 +59,22 @@ $(TRANSFORMERS)/.installed: $(STAMP)
 
 test-transformers: $(TRANSFORMERS)/.installed
 	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest tests/examples/test_finetune.py
+
+# The other trainers see everything in $(VENV), torch too, and nothing there sees them.
+PEERS := $(VENV)/peers
+$(PEERS)/.installed: $(STAMP)
+	rm -rf $(PEERS)
+	$(PYTHON) -m venv $(PEERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fitloop.pth"
+	$(PEERS)/bin/python -m pip install -q '.[peers]' -c constraints.txt
+	@touch $@
+
+test-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m pytest tests/examples/test_coming_from.py tests/benchmarks/test_peers.py
+
+docs: .venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 bench: .venv
 	$(BIN)/python -m benchmarks

@@ -13,7 +13,7 @@ from typing import Any
 
 from fitloop._format import Table as TextTable
 
-ABSENT = "not installed; pip install 'fitloop[peers]'"
+ABSENT = "not installed; pip install '.[peers]' in the checkout"
 """end of the reason of a contender whose package is missing"""
 WIDTH = 100
 """columns of a paragraph"""

@@ -1,6 +1,6 @@
 """Fine-tune a text classifier of Hugging Face, with what such trainings usually need.
 
-    python examples/finetune.py [EPOCHS]            (pip install fitloop[transformers])
+    python examples/finetune.py [EPOCHS]            (pip install transformers)
 
 The batches are mappings, and the model computes its loss, so no step has to be written. To need no
 download, the weights are random, and the texts are made up: reviews that are good, bad or mixed.

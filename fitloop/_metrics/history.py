@@ -392,7 +392,7 @@ class History:
             import pandas as pd
         except ImportError as error:
             raise ImportError(
-                "to_pandas() needs pandas; install it with `pip install fitloop[pandas]`"
+                "to_pandas() needs pandas; install it with `pip install pandas`"
             ) from error
         with self._lock:
             rows = [

@@ -239,7 +239,7 @@ class Results(Sequence[Record]):
             import pandas as pd
         except ImportError as error:
             raise ImportError(
-                "to_pandas() needs pandas; install it with `pip install fitloop[pandas]`"
+                "to_pandas() needs pandas; install it with `pip install pandas`"
             ) from error
         rows = []
         for record in self._records:

@@ -213,7 +213,7 @@ def _safetensors(path: Path) -> Any:
         import safetensors.torch
     except ImportError as error:
         raise CheckpointError(
-            f"{path} needs the package safetensors: pip install fitloop[safetensors]"
+            f"{path} needs the package safetensors: pip install safetensors"
         ) from error
     return safetensors.torch
 

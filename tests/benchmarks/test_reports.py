@@ -132,7 +132,7 @@ def test_report_when_several_were_skipped_then_one_paragraph_groups_them() -> No
     last = replace(sample_report(), skipped=skipped).text().split("\n\n")[-1]
     assert all(len(line) <= 100 for line in last.splitlines())
     assert " ".join(last.split()) == (
-        f"skipped: {', '.join(absent)} (not installed; pip install 'fitloop[peers]'); "
+        f"skipped: {', '.join(absent)} (not installed; pip install '.[peers]' in the checkout); "
         "fails (it failed: ValueError: no; such); odd (it keeps nothing)"
     )
     assert "skipped" not in replace(sample_report(), skipped={}).text()
@@ -398,7 +398,7 @@ def test_measure_when_some_fail_then_gives_reasons_and_measures_the_others(tmp_p
     measured = measure(contenders, 1)
     assert list(measured.rounds) == ["runs"]
     assert measured.skipped == {
-        "lacks": "no-such-package-at-all is not installed; pip install 'fitloop[peers]'",
+        "lacks": "no-such-package-at-all is not installed; pip install '.[peers]' in the checkout",
         "fails": "it failed: ValueError: no such thing",
         "refuses": "it keeps no metrics",
     }

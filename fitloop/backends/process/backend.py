@@ -75,7 +75,7 @@ class ProcessBackend:
     A worker does one job and ends. So a job may change its process as it likes: settings of torch,
     environment, modules, signal handlers. Each worker seeds the global random generators anew.
 
-    Jobs are sent with cloudpickle (``pip install fitloop[process]``): a function and its arguments,
+    Jobs are sent with cloudpickle (``pip install cloudpickle``): a function and its arguments,
     never a trainer or a model. Results and events come back. Weights come back
     only as the file `Outcome.weights`, if the Runner has a ``save_path``; the trainer never does.
 

@@ -92,7 +92,7 @@ def _pickle(
     """
     if not has_cloudpickle():
         raise ConfigurationError(
-            "backend='process' needs cloudpickle; install it with `pip install fitloop[process]`"
+            "backend='process' needs cloudpickle; install it with `pip install cloudpickle`"
         )
 
     def override(value: Any) -> Any:

@@ -240,7 +240,7 @@ def test_to_pandas_when_nothing_was_recorded_is_an_empty_frame_of_the_same_form(
 
 def test_to_pandas_without_pandas_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=re.escape("`pip install fitloop[pandas]`")):
+    with pytest.raises(ImportError, match=re.escape("`pip install pandas`")):
         two_runs().to_pandas()
 
 
