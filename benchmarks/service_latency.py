@@ -18,6 +18,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -124,7 +125,12 @@ class Service:
 def serving(backend: str) -> Iterator[Service]:
     command = [sys.executable, str(ROOT / "examples" / "service"), "--port", "0"]
     command += ["--backend", backend, "--at-once", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+    with (
+        tempfile.TemporaryDirectory() as save_path,
+        subprocess.Popen(
+            [*command, "--save-path", save_path], stderr=subprocess.PIPE, text=True
+        ) as program,
+    ):
         try:
             service = Service(program, port_of(program))
             service.follow()

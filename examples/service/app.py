@@ -1,11 +1,13 @@
 """The routes of the service, as a Starlette application.
 
-    GET    /                        the page
+    GET    /                        the page; the training with the number 3 is shown at /#/3
+    GET    /page/...                its script and style
     GET    /trainings               all trainings
     POST   /trainings               start one: name, model, lr, epochs, ask_every, all optional
     GET    /trainings/{id}          one, with its metrics so far
     DELETE /trainings/{id}          cancel it; it ends at a batch boundary
     POST   /trainings/{id}/answer   {"epoch": 4, "go_on": true}, to the question after that epoch
+    GET    /trainings/{id}/weights  its weights as a file, when it is done
     GET    /trainings/{id}/events   its events from the first to the last, as server-sent events
     GET    /events                  the same of all trainings
     GET    /status                  the numbers of trainings and of readers of events
@@ -27,36 +29,34 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import Send
 
 from service.feed import Feed
 from service.protection import Protection
 from service.settings import BadRequestError, Problem, as_text, read_settings, refusal
-from service.trainings import BackendName, Trainings, open_trainings
+from service.trainings import Options, Trainings, open_trainings
 
-PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+PAGE = Path(__file__).with_name("page")
 MAX_BODY = 64 * 1024
 """bytes"""
 BODY_SECONDS = 10.0
 """seconds for a whole body to come"""
 
 
-def make_app(
-    backend: BackendName = "thread", at_once: int | None = None, *, hosts: Sequence[str] = ()
-) -> Starlette:
+def make_app(options: Options, hosts: Sequence[str] = ()) -> Starlette:
     """Return the application; its trainings run while its lifespan does.
 
     Args:
-        backend: the backend of the Runner.
-        at_once: number of trainings at a time; by default the number of cores.
+        options: how it trains.
         hosts: host names of the service besides ``localhost`` and IP addresses.
     """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with open_trainings(backend, at_once) as trainings:
+        async with open_trainings(options) as trainings:
             app.state.trainings = trainings
             yield
 
@@ -64,19 +64,21 @@ def make_app(
         lifespan=lifespan,
         routes=[
             Route("/", page),
+            Mount("/page", StaticFiles(directory=PAGE)),
             Route("/trainings", show_all),
             Route("/trainings", start, methods=["POST"]),
             Route("/trainings/{id}", show),
             Route("/trainings/{id}", cancel, methods=["DELETE"]),
             Route("/trainings/{id}/answer", answer, methods=["POST"]),
+            Route("/trainings/{id}/weights", weights),
             Route("/trainings/{id}/events", events),
             Route("/events", all_events),
             Route("/status", status),
         ],
         exception_handlers={BadRequestError: refuse, HTTPException: refuse_route},
-        middleware=[Middleware(Protection, hosts=hosts, page=PAGE)],
+        middleware=[Middleware(Protection, hosts=hosts)],
     )
-    app.state.backend = backend
+    app.state.backend = options.backend
     return app
 
 
@@ -85,7 +87,7 @@ def make_app(
 
 async def start(request: Request) -> Response:
     settings = read_settings(await read_json(request))
-    training = trainings_of(request).submit(settings)
+    training = await trainings_of(request).submit(settings)
     location = {"Location": f"/trainings/{training.number}"}
     return JSONResponse(training.as_dict(), 201, headers=location)
 
@@ -96,7 +98,7 @@ async def show_all(request: Request) -> Response:
 
 async def show(request: Request) -> Response:
     training = trainings_of(request).get(request.path_params["id"])
-    return JSONResponse({**training.as_dict(), "metrics": training.metrics()})
+    return JSONResponse(training.as_dict_with_metrics())
 
 
 async def cancel(request: Request) -> Response:
@@ -122,12 +124,19 @@ async def answer(request: Request) -> Response:
     return JSONResponse(training.as_dict(), 202)
 
 
+async def weights(request: Request) -> Response:
+    trainings = trainings_of(request)
+    training = trainings.get(request.path_params["id"])
+    file = await trainings.weights(training)
+    return FileResponse(file, filename=f"training-{training.number}{file.suffix}")
+
+
 async def status(request: Request) -> Response:
     trainings = trainings_of(request)
     feeds = [trainings.feed, *(training.feed for training in trainings)]
     report = {
         "backend": request.app.state.backend,
-        "trainings": Counter(training.job.status for training in trainings),
+        "trainings": Counter(training.status for training in trainings),
         "readers": sum(feed.readers for feed in feeds),
         "dropped_events": trainings.dropped,
     }
@@ -170,7 +179,7 @@ def follow(request: Request, feed: Feed) -> Response:
 
 
 async def page(request: Request) -> Response:
-    return HTMLResponse(PAGE)
+    return FileResponse(PAGE / "index.html")
 
 
 def trainings_of(request: Request) -> Trainings:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from bisect import bisect_right
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -147,5 +148,6 @@ def json_ready(value: Any) -> Any:
 
 
 def _hello(service: str, *, goes_on: bool) -> bytes:
-    hello = {"kind": "hello", "service": service, "goes_on": goes_on}
+    """Return the first message; ``time``, in seconds since 1970, is for clocks that differ."""
+    hello = {"kind": "hello", "service": service, "goes_on": goes_on, "time": time.time()}
     return b"retry: 1000\n" + replaceable_text(hello)

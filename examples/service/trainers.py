@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import torch
 from digits import CLASSES, make_loaders, make_model
 from torch import nn
 
-from fitloop import FitLoop, LoopState, default_epoch_end
+from fitloop import FitLoop
 from service.settings import Settings
 
 PIXELS = 64
 HIDDEN = {"small": [32], "medium": [256, 256]}
 """sizes of the hidden layers; the large model is the CNN of ``digits.py``"""
-LARGEST_LOSS = 100
 
 
 def make_trainer(settings: Settings) -> FitLoop:
     """Return a trainer. It has no name of its own, so that it takes that of its job."""
     torch.manual_seed(0)
-    model = make_model() if settings.model == "large" else perceptron(HIDDEN[settings.model])
+    model = model_of(settings)
     train_dl, valid_dl, _test_dl = make_loaders()
     return FitLoop(
         model=model,
@@ -27,9 +29,11 @@ def make_trainer(settings: Settings) -> FitLoop:
         seed=0,
         train_dl=train_dl,
         valid_dl=valid_dl,
-        train_epoch_end=converging_epoch_end,
-        nonfinite="ignore",  # it refuses a loss that is not finite, and one that is only large
     )
+
+
+def model_of(settings: Settings) -> nn.Module:
+    return make_model() if settings.model == "large" else perceptron(HIDDEN[settings.model])
 
 
 def perceptron(hidden: list[int]) -> nn.Module:
@@ -42,16 +46,18 @@ def perceptron(hidden: list[int]) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(before, CLASSES))
 
 
-def converging_epoch_end(state: LoopState) -> dict[str, float]:
-    """Return the usual metrics, unless the loss is far above that of a guess (2.3), or is nan.
+async def export_weights(settings: Settings, file: Path) -> Path:
+    """Return a file with the same weights: ``.safetensors`` if that package is there.
 
     Raises:
-        FloatingPointError: the training has diverged.
+        CheckpointError: the file cannot be read, or the new one cannot be written.
     """
-    metrics = default_epoch_end(state)
-    if not metrics["loss"] <= LARGEST_LOSS:
-        raise FloatingPointError(
-            f"the loss is {metrics['loss']:.4g} in epoch {state.epoch_num}, so the training has "
-            f"diverged; expected {LARGEST_LOSS} at most; try a lower lr"
-        )
-    return metrics
+    if find_spec("safetensors") is None:
+        return file
+    with torch.device("meta"):  # no random numbers: other trainings draw theirs meanwhile
+        model = model_of(settings)
+    optimizer = torch.optim.SGD(model.to_empty(device="cpu").parameters())
+    trainer = FitLoop(model, optimizer, None)
+    await trainer.load_model(file.name, file.parent)
+    await trainer.save_model("weights.safetensors", file.parent, overwrite=True)
+    return file.with_name("weights.safetensors")

@@ -1,12 +1,14 @@
-"""One `Runner` for the life of the service, and the state of its trainings."""
+"""All trainings of the service: one `Runner`, their records on disk, and their messages."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import anyio
@@ -14,12 +16,12 @@ import anyio
 from fitloop import (
     BatchProgress,
     BestImproved,
+    Checkpoint,
+    CheckpointError,
     EpochEnded,
-    Event,
     EventStream,
-    Job,
     JobEnded,
-    Outcome,
+    JobStarted,
     ProcessBackend,
     PromptAnswered,
     PromptAsked,
@@ -27,96 +29,69 @@ from fitloop import (
     Runner,
     RunStarted,
 )
-from service.feed import Feed, Message, json_ready, permanent_text, replaceable_text
-from service.settings import Settings, as_text, refusal
-from service.trainers import make_trainer
+from service.feed import Feed, Message, permanent_text, replaceable_text
+from service.records import Records, log, read_epochs
+from service.settings import BadRequestError, Settings, as_text, refusal
+from service.trainers import export_weights, make_trainer
+from service.training import OVER, Question, Training
 
-BackendName = Literal["thread", "process"]
 NICE = 10
 """niceness of worker processes: requests come first when all cores train"""
 MAX_TRAININGS = 200
-"""most trainings in memory; a new one replaces the oldest that is over"""
-PERMANENT = (RunStarted, EpochEnded, BestImproved, PromptAnswered, RunEnded)
+"""most trainings that are listed; a new one replaces the oldest that is over"""
+SNAPSHOT_SECONDS = 10.0
+"""seconds between snapshots: what a killed service trains again at most"""
+PERMANENT = (JobStarted, RunStarted, EpochEnded, BestImproved, PromptAnswered, RunEnded)
 """events that every reader gets; of `BatchProgress` only the newest; of other kinds none"""
-OVER = ("done", "failed", "cancelled")
+BackendName = Literal["thread", "process"]
 
 
 @dataclass(frozen=True)
-class Question:
-    """A continue question that waits for its answer."""
+class Options:
+    """How the service trains."""
 
-    epoch: int
-    text: str
-    answer: asyncio.Future[bool]
-
-
-class Training:
-    """The state of one training, from its events and, at the end, from its job."""
-
-    def __init__(self, number: int, settings: Settings, service: str) -> None:
-        self.number = number
-        self.settings = settings
-        self.feed = Feed(service)
-        self.over = anyio.Event()
-        self.question: Question | None = None
-        self.is_cancelled = False
-        self.job: Job
-        self._outcome: Outcome | None = None
-        self._epoch = 0
-        self._best: dict[str, Any] | None = None
-        self._progress: dict[str, Any] | None = None
-        self._metrics: dict[str, dict[str, list[float]]] = {}
-
-    def update(self, event: Event) -> None:
-        """Update the state from an event."""
-        if isinstance(event, BatchProgress):
-            self._progress = event.as_dict()
-        elif isinstance(event, EpochEnded):
-            self._epoch, self._progress = event.epoch, None
-            for phase, metrics in event.metrics.items():
-                values = self._metrics.setdefault(phase, {})
-                for name, value in metrics.items():
-                    values.setdefault(name, []).append(value)
-        elif isinstance(event, BestImproved):
-            self._best = {"epoch": event.epoch, "score": event.score}
-
-    def end(self, outcome: Outcome) -> None:
-        """Set the outcome."""
-        self._outcome, self._progress = outcome, None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the state without the metrics, JSON-ready."""
-        question = self.question
-        state = {
-            "id": self.number,
-            "status": self.job.status,
-            "cancelling": self.is_cancelled and self._outcome is None,
-            **self.settings.as_dict(),
-            "epoch": self._epoch,
-            "progress": self._progress,
-            "best": self._best,
-            "question": question and {"epoch": question.epoch, "text": question.text},
-            **_outcome_fields(self._outcome),
-        }
-        return dict(json_ready(state))
-
-    def metrics(self) -> dict[str, Any]:
-        """Return phase -> name -> one value for each epoch, JSON-ready."""
-        return dict(json_ready(self._metrics))
+    save_path: Path
+    """directory of all trainings; a service that is started again with it continues them"""
+    backend: BackendName = "thread"
+    at_once: int | None = None
+    """trainings at a time; None for the number of cores"""
+    answer_seconds: float | None = 120.0
+    """seconds after which a question without an answer goes on; None for no limit"""
 
 
 class Trainings:
     """All trainings of the service; for its event loop only. See `open_trainings`."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, options: Options) -> None:
         self.feed = Feed(secrets.token_hex(4))
         self.dropped = 0
         """events that arrived faster than they were read"""
         self._runner = runner
+        self._records = Records(options.save_path)
+        self._answer_seconds = options.answer_seconds
         self._by_number: dict[int, Training] = {}
         self._by_job: dict[str, Training] = {}
         self._trainings = self._messages = 0
+        self._submitting = anyio.Lock()
         self._closing = False
+
+    async def load(self) -> None:
+        """List the trainings of earlier services, and continue those that were not over."""
+        for number, record in await self._records.read_all():
+            self._trainings = number
+            try:
+                training = Training.restore(number, record, Feed(self.feed.service))
+            except (KeyError, BadRequestError) as error:
+                log.warning("training %d is left out; its record is wrong: %s", number, error)
+                continue
+            if training.status in OVER:
+                self._add(training)
+                self._send_over(training)
+            else:
+                training.resume(await read_epochs(self._records.directory_of(number)))
+                self._start(training)
+        while len(self._by_number) > MAX_TRAININGS and self._forget_oldest():
+            pass
 
     # -- requests of clients -----------------------------------------------------------------------
 
@@ -131,29 +106,32 @@ class Trainings:
             raise refusal(404, f"there is no training {as_text(number)}; GET /trainings lists them")
         return training
 
-    def submit(self, settings: Settings) -> Training:
-        """Submit a training to the Runner; it starts when a place is free.
+    async def submit(self, settings: Settings) -> Training:
+        """Keep a training, and submit it to the Runner; it starts when a place is free.
 
         Raises:
-            BadRequestError: there are too many trainings, or the service is about to end.
+            BadRequestError: there are too many trainings, the service is about to end, or the
+                record of the training cannot be written.
         """
-        if self._closing:
-            raise refusal(503, "the service is about to end; try again when it was started anew")
-        self._make_room()
-        self._trainings += 1
-        training = Training(self._trainings, settings, self.feed.service)
-        training.job = self._runner.submit(
-            make_trainer,
-            settings,
-            name=f"{training.number} {settings.name}",
-            epochs=settings.epochs,
-            continue_loop=settings.ask_every,
-            on_continue=lambda event: self._ask(training, event),
-            verbose=False,
-            progress=False,
-        )
-        self._by_number[training.number] = self._by_job[training.job.name] = training
-        self._send(training, {"kind": "submitted", **training.as_dict()})
+        async with self._submitting:
+            self._refuse_at_the_end()
+            if len(self._by_number) >= MAX_TRAININGS and not self._forget_oldest():
+                raise refusal(
+                    429,
+                    f"there are {MAX_TRAININGS} trainings that are not over; "
+                    "cancel one, or wait for one",
+                )
+            self._trainings += 1
+            number = self._trainings
+            training = Training(number=number, settings=settings, feed=Feed(self.feed.service))
+            try:
+                await self._records.write(number, training.record())
+            except OSError as error:
+                raise refusal(507, f"the training cannot be kept on disk: {error}") from error
+            if self._closing:
+                await self._records.remove(number)
+            self._refuse_at_the_end()
+            self._start(training)
         return training
 
     def answer(self, training: Training, epoch: int, go_on: bool) -> None:
@@ -174,10 +152,28 @@ class Trainings:
 
     def cancel(self, training: Training) -> None:
         """End a training at its next batch boundary; do nothing if it is over."""
-        if not training.over.is_set() and not training.is_cancelled:
-            training.is_cancelled = True
-            self._send(training, {"kind": "cancelling"})
+        if training.job is None or training.is_cancelled or training.job.status in OVER:
+            return
+        training.is_cancelled = True
+        self._send(training, {"kind": "cancelling"})
         training.job.cancel()
+
+    async def weights(self, training: Training) -> Path:
+        """Return a file with the weights of a training.
+
+        Raises:
+            BadRequestError: it is not done, or its file cannot be read.
+        """
+        if training.weights is None:
+            raise refusal(
+                409,
+                f"training {training.number} is {training.status}; it has weights when it is done",
+            )
+        file = self._records.directory_of(training.number) / training.weights
+        try:
+            return await export_weights(training.settings, file)
+        except CheckpointError as error:
+            raise refusal(404, f"the weights of training {training.number}: {error}") from error
 
     # -- events of the trainings ------------------------------------------------------------------
 
@@ -191,7 +187,7 @@ class Trainings:
             if events.dropped > self.dropped:  # perhaps a JobEnded
                 self.dropped = events.dropped
                 for other in list(self._by_job.values()):
-                    if other.job.status in OVER:
+                    if other.job is not None and other.job.status in OVER:
                         await self._end(other)
             training = self._by_job.get(event.trainer)
             if training is None:
@@ -208,20 +204,52 @@ class Trainings:
         """Wait for the answer of a client; the ``on_continue`` of every training.
 
         The question is sent here, not when its event arrives, so that it can be answered as soon
-        as a client has it.
+        as a client has it. fitloop cancels this call when the time for the answer is over.
         """
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        training.question = Question(event.epoch, event.question, answer)
-        self._send(training, event.as_dict())
+        until = self._answer_seconds and time.time() + self._answer_seconds
+        training.question = Question(event.epoch, event.question, until, answer)
+        self._send(training, {**event.as_dict(), "until": until})
         try:
             return await answer
         finally:
             training.question = None
+            if answer.cancelled() and not (training.is_cancelled or self._closing):
+                self._send(training, {"kind": "prompt_expired", "epoch": event.epoch})
+
+    def _add(self, training: Training) -> None:
+        self._by_number[training.number] = training
+        self._send(training, {"kind": "submitted", **training.as_dict_with_metrics()})
+
+    def _start(self, training: Training) -> None:
+        """Submit a new or an interrupted training to the Runner, which continues the latter."""
+        training.job = self._runner.submit(
+            make_trainer,
+            training.settings,
+            name=str(training.number),
+            epochs=training.settings.epochs,
+            continue_loop=training.settings.ask_every,
+            continue_timeout=self._answer_seconds,
+            on_continue=lambda event: self._ask(training, event),
+            verbose=False,
+            progress=False,
+        )
+        self._by_job[training.job.name] = training
+        self._add(training)
 
     async def _end(self, training: Training) -> None:
+        assert training.job is not None
         training.end(await training.job.outcome())  # no wait: it is over
-        self._send(training, {"kind": "over", **training.as_dict()})
         del self._by_job[training.job.name]
+        if training.status != "interrupted":  # else the record says that it has to be continued
+            try:
+                await self._records.write(training.number, training.record())
+            except OSError as error:
+                log.error("training %d is over, but not kept so: %s", training.number, error)
+        self._send_over(training)
+
+    def _send_over(self, training: Training) -> None:
+        self._send(training, {"kind": "over", **training.as_dict()})
         training.over.set()
         training.feed.end()
 
@@ -242,57 +270,50 @@ class Trainings:
         training.feed.show(message)
         self.feed.show(message)
 
-    def _make_room(self) -> None:
-        if len(self._by_number) < MAX_TRAININGS:
-            return
+    def _forget_oldest(self) -> bool:
+        """Drop the oldest training that is over, and say whether there was one. Files stay."""
         oldest = next((one for one in self if one.over.is_set()), None)
         if oldest is None:
-            raise refusal(
-                429,
-                f"there are {MAX_TRAININGS} trainings that are not over; "
-                "cancel one, or wait for one",
-            )
+            return False
         del self._by_number[oldest.number]
-        self._runner.forget(oldest.job.name)
+        if oldest.job is not None:
+            self._runner.forget(oldest.job.name)
         self.feed.forget(oldest.number)
+        return True
 
     # -- the end ----------------------------------------------------------------------------------
 
-    async def close(self) -> None:
-        """Cancel all trainings, wait until they have ended, and end every reader."""
+    def _refuse_at_the_end(self) -> None:
+        if self._closing:
+            raise refusal(503, "the service is about to end; try again when it was started anew")
+
+    def interrupt(self) -> None:
+        """End all trainings at a batch boundary; the next service continues them."""
         self._closing = True
-        for training in list(self):
-            self.cancel(training)
+        self._runner.cancel_all()
+
+    async def close(self) -> None:
+        """Interrupt all trainings, wait until they have ended, and end every reader."""
+        self.interrupt()
         for training in list(self):
             await training.over.wait()
         self.feed.end()
 
 
-def _outcome_fields(outcome: Outcome | None) -> dict[str, Any]:
-    result = outcome and outcome.result
-    error = outcome and outcome.error
-    return {
-        "result": result
-        and {
-            "stop_reason": result.stop_reason,
-            "epochs": result.epochs,
-            "best_score": result.best_score,
-            "best_epoch": result.best_epoch,
-            "seconds": result.seconds,
-        },
-        "error": error and f"{type(error).__name__}: {error}",
-        "seconds": outcome and outcome.seconds,
-    }
-
-
 @asynccontextmanager
-async def open_trainings(backend: BackendName, at_once: int | None) -> AsyncIterator[Trainings]:
+async def open_trainings(options: Options) -> AsyncIterator[Trainings]:
     """Open the Runner of the service; on leaving, every training ends and no thread is left."""
-    runner = Runner(at_once, backend=ProcessBackend(nice=NICE) if backend == "process" else backend)
+    runner = Runner(
+        options.at_once,
+        backend=ProcessBackend(nice=NICE) if options.backend == "process" else options.backend,
+        save_path=options.save_path,
+        checkpoint=Checkpoint(every_seconds=SNAPSHOT_SECONDS),
+    )
     async with anyio.create_task_group() as group, runner.events() as events, runner:
-        trainings = Trainings(runner)
+        trainings = Trainings(runner, options)
         group.start_soon(trainings.listen, events)
         try:
+            await trainings.load()
             yield trainings
         finally:
-            runner.cancel_all()
+            trainings.interrupt()

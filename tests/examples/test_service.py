@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from base64 import b64encode
-from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import anyio
 import psutil
 import pytest
 from support.example_service import (  # finds the example, too
+    EXAMPLES,
     EventData,
     connect_to_service,
     first,
@@ -22,10 +22,13 @@ from support.example_service import (  # finds the example, too
 
 # isort: split
 import service.app
+import service.records
 import service.trainings
 from service.feed import Feed, Message, permanent_text, replaceable_text
 from service.server import main
-from service.settings import read_settings
+from service.settings import BadRequestError, read_settings
+from service.trainers import make_trainer
+from service.trainings import Options
 
 LASTING = ("submitted", "run_started", "epoch_ended", "prompt_asked", "prompt_answered")
 ENDINGS = ("run_ended", "over")
@@ -44,10 +47,6 @@ def kinds(messages: list[EventData]) -> list[str]:
 
 def columns(messages: list[EventData], phase: str, name: str) -> list[float]:
     return [one["metrics"][phase][name] for one in messages if one["kind"] == "epoch_ended"]
-
-
-def hash_of(source: str) -> str:
-    return f"sha256-{b64encode(sha256(source.encode()).digest()).decode()}"
 
 
 # -- trainings -------------------------------------------------------------------------------------
@@ -72,6 +71,7 @@ async def test_training_when_started_then_its_events_tell_it_to_the_end() -> Non
     assert over["result"]["epochs"] == found["epoch"] == 2
     assert over["result"]["best_score"] == max(found["metrics"]["valid"]["accuracy"]) > 0.5
     del found["metrics"]
+    assert found["weights"] == "/trainings/1/weights"
     assert listed == [found]
 
 
@@ -129,11 +129,16 @@ async def test_cancel_when_running_or_waiting_then_it_ends_and_the_next_one_begi
 
 
 async def test_cancel_when_more_end_at_once_than_a_stream_keeps_then_all_are_told_to_be_over(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    async def keep_nothing(*arguments: object) -> None:
+        """Take no time for 4000 files."""
+
     monkeypatch.setattr(service.trainings, "MAX_TRAININGS", 3000)
-    async with service.trainings.open_trainings("thread", 1) as trainings:
-        begun = [trainings.submit(read_settings({})) for _ in range(2000)]
+    monkeypatch.setattr(service.records.Records, "write", keep_nothing)
+    options = Options(save_path=tmp_path, at_once=1)
+    async with service.trainings.open_trainings(options) as trainings:
+        begun = [await trainings.submit(read_settings({})) for _ in range(2000)]
         for training in begun[1:]:  # the first one runs already
             trainings.cancel(training)
         for training in begun[1:]:
@@ -160,8 +165,8 @@ async def test_training_when_it_diverges_then_it_failed_and_says_why() -> None:
         over = (await service.everything(1))[-1]
         found = await service.get("/trainings/1")
     assert over["status"] == found["status"] == "failed"
-    assert over["error"].startswith("FloatingPointError: the loss is ")
-    assert over["error"].endswith("try a lower lr")
+    assert over["error"].startswith("The training diverged in epoch 1: ")
+    assert over["error"].endswith("Try a learning rate below 900.")
     assert over["result"] is None
 
 
@@ -183,6 +188,127 @@ async def test_trainings_when_two_at_once_then_both_go_on_and_each_as_alone() ->
         assert columns(messages, "train", "loss") == columns(alone, "train", "loss")
     assert counted["trainings"] == {"done": 3}
     assert counted["dropped_events"] == 0
+
+
+async def test_question_when_nobody_answers_then_it_goes_on_and_keeps_no_place() -> None:
+    async with run_service(max_concurrent=1, answer_seconds=0.01) as service:
+        await service.start(epochs=2, ask_every=1)
+        await service.start(name="waits for that one", epochs=1)
+        messages, waiting = [await service.everything(number) for number in (1, 2)]
+    (asked,) = [one for one in messages if one["kind"] == "prompt_asked"]
+    (expired,) = [one for one in messages if one["kind"] == "prompt_expired"]
+    assert asked["until"] > messages[0]["time"] - 60
+    assert (asked["epoch"], expired["epoch"]) == (1, 1)
+    assert messages[-1]["result"]["stop_reason"] == "completed"
+    assert waiting[-1]["status"] == "done"
+
+
+# -- a service that is started again ---------------------------------------------------------------
+
+
+async def test_restart_when_some_are_over_then_they_are_listed_with_their_curves(
+    tmp_path: Path,
+) -> None:
+    async with run_service(save_path=tmp_path, max_concurrent=1) as service:
+        await service.start(name="<i>done</i>", epochs=2)
+        await service.start(name="failed", lr=900, model="medium")
+        await service.start(name="cancelled", epochs=1000)
+        await service.everything(2)
+        await service.until(3, "epoch_ended")
+        await service.client.delete("/trainings/3")
+        await service.everything(3)
+        before = [await service.get(f"/trainings/{number}") for number in (1, 2, 3)]
+    async with run_service(save_path=tmp_path) as service:
+        after = [await service.get(f"/trainings/{number}") for number in (1, 2, 3)]
+        messages = await service.everything(1)
+        unchanged = await service.client.delete("/trainings/3")
+        assert (await service.start(epochs=1))["id"] == 4
+    assert after == before
+    assert [one["status"] for one in after] == ["done", "failed", "cancelled"]
+    assert len(after[0]["metrics"]["valid"]["loss"]) == 2
+    assert [one["kind"] for one in messages] == ["hello", "submitted", "over"]
+    assert messages[1]["metrics"] == after[0]["metrics"]
+    assert unchanged.json()["status"] == "cancelled"
+
+
+async def test_restart_when_some_were_not_over_then_they_go_on_to_the_same_values(
+    tmp_path: Path,
+) -> None:
+    async with run_service(save_path=tmp_path, max_concurrent=1) as service:
+        for name in ("alone", "interrupted", "waiting"):
+            await service.start(name=name, epochs=4, ask_every=3 if name == "interrupted" else 0)
+        await service.until(2, "prompt_asked")
+    async with run_service(save_path=tmp_path, max_concurrent=1) as service:
+        await service.until(2, "prompt_asked")  # as before
+        await service.answer(2, 3, True)
+        messages = await service.everything(2)
+        await service.everything(3)
+        found = [await service.get(f"/trainings/{number}") for number in (1, 2, 3)]
+    assert messages[1]["epoch"] == len(messages[1]["metrics"]["valid"]["loss"]) == 3
+    assert [one["epoch"] for one in messages if one["kind"] == "epoch_ended"] == [4]
+    for one in found:
+        assert (one["status"], one["epoch"]) == ("done", 4)
+        assert one["metrics"] == found[0]["metrics"]
+        assert one["best"] == found[0]["best"]
+
+
+async def test_restart_when_a_record_is_damaged_then_the_others_are_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with run_service(save_path=tmp_path) as service:
+        for number in (1, 2, 3):
+            await service.start(epochs=1)
+            await service.everything(number)
+    (tmp_path / "1" / "training.json").write_text("{")
+    (tmp_path / "2" / "training.json").write_text('{"settings": {"lr": "fast"}}')
+    (tmp_path / "3" / "weights.msgpack").write_bytes(b"")
+    async with run_service(save_path=tmp_path) as service:
+        assert [one["id"] for one in await service.get("/trainings")] == [3]
+        assert (await service.client.get("/trainings/3/weights")).status_code == 404
+        assert (await service.start(epochs=1))["id"] == 4
+
+
+async def test_start_when_the_disk_takes_nothing_then_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "1").write_text("a file, where the directory of the training has to be")
+    async with run_service(save_path=tmp_path) as service:
+        answer = await service.client.post("/trainings", json={})
+        assert (answer.status_code, await service.get("/trainings")) == (507, [])
+        assert (await service.start(epochs=1))["id"] == 2
+
+
+async def test_start_when_the_service_ends_then_it_is_refused_and_not_started_later(
+    tmp_path: Path,
+) -> None:
+    options = Options(save_path=tmp_path)
+    async with service.trainings.open_trainings(options) as trainings:
+        async with anyio.create_task_group() as group:
+
+            async def submit() -> None:
+                with pytest.raises(BadRequestError, match="about to end"):
+                    await trainings.submit(read_settings({}))
+
+            group.start_soon(submit)
+            await anyio.lowlevel.checkpoint()  # it writes its record now
+            trainings.interrupt()
+        await submit()
+    async with service.trainings.open_trainings(options) as trainings:
+        assert list(trainings) == []
+
+
+async def test_weights_when_done_then_they_can_be_loaded(tmp_path: Path) -> None:
+    async with run_service() as running:
+        await running.start(epochs=2)
+        over = (await running.everything(1))[-1]
+        answer = await running.client.get(over["weights"])
+        await running.start(epochs=1000)
+        early = await running.client.get("/trainings/2/weights")
+    assert answer.headers["content-disposition"] == 'attachment; filename="training-1.safetensors"'
+    (tmp_path / "weights.safetensors").write_bytes(answer.content)
+    trainer = make_trainer(read_settings({}))
+    await trainer.load_model("weights.safetensors", tmp_path)
+    metrics = await trainer.test(trainer.valid_dl, verbose=False)
+    assert metrics["accuracy"] == over["best"]["score"]
+    assert early.status_code == 409
 
 
 # -- requests that cannot be done ------------------------------------------------------------------
@@ -230,6 +356,7 @@ async def test_request_when_it_is_none_then_it_is_refused() -> None:
             (404, "no training '99", await service.client.get(f"/trainings/{'9' * 5000}")),
             (404, "no training '9'", await service.client.get("/trainings/9/events")),
             (404, "Not Found", await service.client.get("/nowhere")),
+            (404, "Not Found", await service.client.get("/page/%2e%2e/app.py")),
             (405, "Method Not Allowed", await service.client.put("/trainings", json={})),
         ]
     for status, expected, answer in answers:
@@ -328,15 +455,20 @@ async def test_start_when_there_are_too_many_then_the_oldest_that_is_over_makes_
 async def test_page_when_asked_for_then_it_needs_nothing_from_elsewhere() -> None:
     async with run_service() as service:
         page = await service.client.get("/")
+        files = {}
+        for path in (EXAMPLES / "service" / "page").iterdir():
+            answer = await service.client.get(f"/page/{path.name}")
+            assert answer.status_code == 200
+            files[path.name] = answer.text
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "<title>fitloop: trainings</title>" in page.text
     policy = page.headers["content-security-policy"]
-    for name in ("script", "style"):
-        (source,) = re.findall(f"<{name}>(.*?)</{name}>", page.text, re.DOTALL)
-        assert f"{name}-src '{hash_of(source)}'" in policy
+    assert "default-src 'none'" in policy
+    assert "script-src 'self'; style-src 'self'" in policy
     assert page.headers["x-content-type-options"] == "nosniff"
-    assert not re.search(r"\bstyle[=:] ?[\"'`]|\bon\w+=[\"']", page.text)  # the policy forbids it
-    assert set(re.findall(r"https?://[^\"'\s]+", page.text)) == {"http://www.w3.org/2000/svg"}
+    for text in (page.text, *files.values()):
+        assert not re.search(r"<style|\bstyle[=:] ?[\"'`]|\bon\w+=[\"']", text)  # forbidden there
+        assert set(re.findall(r"https?://[^\"'\s]+", text)) <= {"http://www.w3.org/2000/svg"}
 
 
 # -- readers of events -----------------------------------------------------------------------------
@@ -357,7 +489,7 @@ async def test_reader_when_it_comes_back_then_it_gets_the_rest_and_nothing_twice
         )
         foreign = await service.everything(1, f"0{last}")
     numbers = [one["sse_id"] for one in everything if "sse_id" in one]
-    assert rest[0] == {**everything[0], "goes_on": True}
+    assert (rest[0]["goes_on"], rest[0]["service"]) == (True, everything[0]["service"])
     place = numbers.index(last) + 1
     assert [one["sse_id"] for one in rest if "sse_id" in one] == numbers[place:]
     assert again.status_code == 204  # which has a browser stay away
@@ -455,7 +587,7 @@ async def test_server_when_it_ends_then_streams_and_trainings_end_whole() -> Non
             service.server.should_exit = True
             rest = [message async for message in events]
     over = {one["id"]: one["status"] for one in rest if one["kind"] == "over"}
-    assert over == {1: "cancelled", 2: "cancelled"}
+    assert over == {1: "interrupted", 2: "interrupted"}
     (ended,) = [one for one in rest if one["kind"] == "run_ended"]
     assert ended["stop_reason"] == "cancelled"
 
@@ -470,9 +602,9 @@ async def test_server_when_it_ends_then_streams_and_trainings_end_whole() -> Non
     ids=["threads, SIGINT", "processes, SIGTERM"],
 )
 async def test_program_when_signalled_then_it_ends_whole_with_a_stream_open(
-    backend: str, sign: signal.Signals, code: int
+    backend: str, sign: signal.Signals, code: int, tmp_path: Path
 ) -> None:
-    with run_service_process("--backend", backend) as (program, port):
+    with run_service_process(tmp_path, "--backend", backend) as (program, port):
         async with connect_to_service(port) as service:
             await service.start(epochs=1000, model="large")
             async with service.events() as events:
@@ -484,10 +616,34 @@ async def test_program_when_signalled_then_it_ends_whole_with_a_stream_open(
         assert program.stdout is not None
         printed = program.stdout.read()
         assert program.wait() == code, printed
-    assert rest[-1]["status"] == "cancelled"
+    assert rest[-1]["status"] == "interrupted"
     assert "Finished server process" in printed
     assert "Traceback" not in printed
     assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.usefixtures("fork_server")
+async def test_program_when_killed_and_started_again_then_its_training_goes_on(
+    tmp_path: Path,
+) -> None:
+    with run_service_process(tmp_path) as (program, port):
+        async with connect_to_service(port) as running:
+            await running.start(epochs=1000, name="long")
+            async with running.events(1) as events:
+                seen = [await first(events, "epoch_ended") for _ in range(3)]
+            program.kill()
+            program.wait()
+    async with run_service(save_path=tmp_path) as running:
+        async with running.events(1) as events:
+            begun = await first(events, "submitted")
+            await first(events, "epoch_ended")
+        found = await running.get("/trainings/1")
+        await running.client.delete("/trainings/1")
+    assert begun["name"] == "long"
+    assert found["metrics"]["train"]["loss"][:3] == columns(seen, "train", "loss")
+    assert begun["metrics"]["train"]["loss"][:3] == columns(seen, "train", "loss")
 
 
 @pytest.mark.slow
@@ -506,5 +662,5 @@ async def test_process_backend_when_used_then_question_cancel_and_error_cross() 
         cancelled = await service.everything(3)
     assert kinds(done)[3:] == ["prompt_asked", "prompt_answered", "epoch_ended", *ENDINGS]
     assert done[-1]["status"] == "done"
-    assert failed[-1]["error"].endswith("try a lower lr")
+    assert failed[-1]["error"].endswith("Try a learning rate below 900.")
     assert cancelled[-1]["status"] == "cancelled"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio
@@ -21,7 +22,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from service.server import Server, make_server  # noqa: E402
-from service.trainings import BackendName  # noqa: E402
+from service.trainings import BackendName, Options  # noqa: E402
 
 ANSWER_TIMEOUT = 40.0
 """seconds after which a client that waits for an answer fails"""
@@ -118,12 +119,30 @@ class _ObservedServer(Server):
 
 @asynccontextmanager
 async def run_service(
-    backend: BackendName = "thread", max_concurrent: int | None = None
+    backend: BackendName = "thread",
+    max_concurrent: int | None = None,
+    *,
+    save_path: Path | None = None,
+    answer_seconds: float | None = 120.0,
 ) -> AsyncIterator[Service]:
-    """Run the real server in this event loop, and end it as a signal would."""
-    server = _ObservedServer(
-        make_server(backend, max_concurrent, port=0, log_level="warning").config
-    )
+    """Run the real server in this event loop, and end it as a signal would.
+
+    ``save_path`` is a directory of its own by default.
+    """
+    with TemporaryDirectory() as directory:
+        options = Options(
+            save_path=save_path or Path(directory),
+            backend=backend,
+            at_once=max_concurrent,
+            answer_seconds=answer_seconds,
+        )
+        async with _run_server(make_server(options, port=0, log_level="warning")) as service:
+            yield service
+
+
+@asynccontextmanager
+async def _run_server(made: Server) -> AsyncIterator[Service]:
+    server = _ObservedServer(made.config)
     has_started = anyio.Event()
     server.set_when_started(has_started)
     serve = asyncio.create_task(server.serve())
@@ -138,9 +157,9 @@ async def run_service(
 
 
 @contextmanager
-def run_service_process(*arguments: str) -> Iterator[tuple[Program, int]]:
+def run_service_process(save_path: Path, *arguments: str) -> Iterator[tuple[Program, int]]:
     """Run the service as a program; yield the process and its port."""
-    command = [str(EXAMPLES / "service"), "--port", "0", *arguments]
+    command = [str(EXAMPLES / "service"), "--port", "0", "--save-path", str(save_path), *arguments]
     root = str(EXAMPLES.parent)
     environment = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
     reading, writing = os.pipe()
