@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import typing
@@ -34,6 +35,16 @@ def test_all_when_read_then_is_sorted_and_without_doubles() -> None:
 def test_all_when_compared_with_the_module_then_is_complete() -> None:
     public = {name for name in dir(fitloop) if not name.startswith("_")}
     assert public - {"backends", "callbacks"} == set(NAMES)
+
+
+def test_reference_of_the_documentation_when_read_then_has_all_names() -> None:
+    pages = (Path(__file__).parents[1] / "docs" / "reference").glob("*.md")
+    described = [
+        name
+        for page in pages
+        for name in re.findall(r"^::: fitloop\.(\w+)$", page.read_text(), re.M)
+    ]
+    assert sorted(described) == list(NAMES)  # a new name has a line in one of these pages
 
 
 def test_star_import_when_done_then_gives_all_names() -> None:

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from support.documents import ROOT, blocks_of, run_blocks
 
-import fitloop
-
 DOCS = ROOT / "docs"
 PAGES = sorted(
     path for path in DOCS.rglob("*.md") if "decisions" not in path.parts and blocks_of(path)
@@ -49,10 +47,3 @@ def test_site_when_built_then_has_all_pages_and_no_warning(tmp_path: Path) -> No
             target = page.relative_to(DOCS).with_suffix("")
             target = target.parent if target.name == "index" else target
             assert (tmp_path / target / "index.html").exists()
-
-
-def test_reference_when_compared_with_the_package_then_has_every_public_name() -> None:
-    pages = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
-    described = re.findall(r"^::: fitloop\.(\w+)$", pages, re.M)
-    modules = {"backends", "callbacks", "loggers"}
-    assert sorted(described) == sorted(set(fitloop.__all__) - modules - {"__version__"})
