@@ -16,7 +16,42 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration in units: ``757 ms``, ``37 s 757 ms``, ``03 m 09 s 048 ms``."""
+    """Return a duration as people write it: ``757 ms``, ``1.4 s``, ``2 min 5 s``, ``3 h 5 min``."""
+    if round(seconds * 1000) < 1000:
+        return f"{seconds * 1000:.0f} ms"
+    if round(seconds, 1) < 60:
+        return f"{f'{seconds:.1f}'.removesuffix('.0')} s"
+    return _two_units(round(seconds))
+
+
+def format_time_left(seconds: float) -> str:
+    """Return an estimate in round figures: ``45 s``, ``12 min``, ``3 h 5 min``, ``2 d 4 h``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 3600:
+        return f"{round(seconds / 60)} min"
+    return _two_units(round(seconds))
+
+
+def _two_units(seconds: int) -> str:
+    """Return a duration of a minute or more in its largest unit and the next one."""
+    for unit, size, next_unit, next_size in (
+        ("d", 86_400, "h", 3600),
+        ("h", 3600, "min", 60),
+        ("min", 60, "s", 1),
+    ):
+        if seconds >= size:
+            count, rest = divmod(seconds, size)
+            rest //= next_size
+            return f"{count} {unit} {rest} {next_unit}" if rest else f"{count} {unit}"
+    return f"{seconds} s"
+
+
+def format_clock_parts(seconds: float) -> str:
+    """Return a duration to the millisecond: ``757 ms``, ``37 s 757 ms``, ``03 m 09 s 048 ms``.
+
+    The printed lines of an epoch have this form.
+    """
     milliseconds = round(seconds * 1000)
     hours, remainder = divmod(milliseconds, 3_600_000)
     minutes, remainder = divmod(remainder, 60_000)
@@ -65,10 +100,55 @@ def format_number(value: float) -> str:
     size = abs(value)
     if 1e4 <= size < 1e7:
         return f"{value:.0f}"
-    decimals, significant = f"{value:.4f}", f"{value:.4g}"
-    is_short = 0.01 <= size < 1e4
-    is_exact = size < 1e4 and float(decimals) == float(significant)
-    return decimals if is_short or is_exact else significant
+    return f"{value:.4f}" if 0.01 <= size < 1e4 or value == 0 else short_number(value)
+
+
+def short_number(value: float) -> str:
+    """Return a number with four significant digits at most: ``0.1``, ``0.00025``, ``1e-05``."""
+    return f"{value:.4g}"
+
+
+def format_rates(rates: Mapping[str, float]) -> str:
+    """Return learning rates by parameter group: one number, or the lowest and the highest."""
+    low, high = min(rates.values()), max(rates.values())
+    return short_number(low) if low == high else f"{short_number(low)} to {short_number(high)}"
+
+
+_REASONS = {
+    "completed": "",
+    "prompt": "ended at the question",
+    "early_stop": "stopped early",
+}
+"""words for a stop reason that says little to people"""
+
+
+def run_summary(epochs: int, planned: int, seconds: float, reason: str, best: str = "") -> str:
+    """Return the end of a training in words: ``2 of 9 epochs in 1.4 s, stopped, best loss ...``."""
+    of = "" if epochs == planned else f" of {planned}"
+    parts = [f"{epochs}{of} {'epoch' if planned == 1 else 'epochs'} in {format_duration(seconds)}"]
+    parts.append(_REASONS.get(reason, printable(reason).replace("_", " ")))
+    return ", ".join(filter(None, [*parts, best]))
+
+
+def epoch_words(epoch: int, first_epoch: int) -> str:
+    """Return the number of an epoch in its fit, which began with ``first_epoch``.
+
+    Both arguments count over all fits of the trainer. In a later fit the text has both numbers.
+    """
+    if first_epoch == 1:
+        return f"epoch {epoch}"
+    if epoch < first_epoch:
+        return f"epoch {epoch}, of an earlier fit"
+    return f"epoch {epoch - first_epoch + 1} of this fit, {epoch} over all fits"
+
+
+def best_words(name: str, score: float, epoch: int, first_epoch: int) -> str:
+    """Return the best score and its epoch: ``best accuracy 0.8713 in epoch 3``.
+
+    ``name`` is that of the criteria, empty if it is not known.
+    """
+    where = epoch_words(epoch, first_epoch)
+    return f"best {printable(name) or 'score'} {format_number(score)} in {where}"
 
 
 def format_metrics(metrics: Mapping[str, float], names: Sequence[str] | None) -> str:
@@ -163,16 +243,6 @@ class Table:
             align = "left" if i < self.left else "right"
             parts.append(f'<{tag} style="text-align:{align}">{content}</{tag}>')
         return f"<tr>{''.join(parts)}</tr>"
-
-
-def metrics_table(corner: str, metrics: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a table of numbers by row and name, with empty cells for missing names."""
-    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    rows = [
-        [row, *(format_number(values[name]) if name in values else "" for name in names)]
-        for row, values in metrics.items()
-    ]
-    return Table([corner, *names], rows)
 
 
 def escape(text: str) -> str:

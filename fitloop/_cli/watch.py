@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fitloop._cli.common import print_line, run_directories, short_names
-from fitloop._display.progress import PROGRESS_VIEW, EpochPrinter
-from fitloop._display.status import RunStatus
+from fitloop._display.printed import EpochPrinter
+from fitloop._display.progress import PROGRESS_VIEW
+from fitloop._display.status import RunStatus, best_of
 from fitloop._errors import CheckpointError, ConfigurationError
 from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted
-from fitloop._format import format_duration, format_number
+from fitloop._format import format_duration
 from fitloop._storage.durable import is_locked
 from fitloop._storage.log_follower import LogFollower, TimedEvent
 from fitloop._types import StopReason
@@ -236,7 +237,7 @@ class WatchedDirectory:
     def _start_run(self, event: RunStarted, at: float, *, visible: bool = True) -> RunStatus:
         self._end_run()  # a run whose end is not in the log, since the next one replaced it
         self._status = status = PROGRESS_VIEW.add(self._label, named=self._named)
-        self._printer = EpochPrinter(status, every=self._every)
+        self._printer = EpochPrinter(status, PROGRESS_VIEW.printing, every=self._every, color=True)
         status.observe(event, _monotonic(at))
         self._printer.observe(event)
         resumed = self._follower.run
@@ -273,8 +274,8 @@ class WatchedDirectory:
                 last_epoch = [*epoch_started, event]
         last = events[-1]
         if isinstance(last.event, RunEnded):
-            metrics = f", {status.metrics}" if status.call == "test" and status.metrics else ""
-            self._print(_summary(last.event, status) + metrics)
+            metrics = f", {status.ended_text}" if status.ended_text else ""
+            self._print(_summary(last.event, status) + metrics * (status.call == "test"))
             self._end_run()
             return
         if self._is_dead():
@@ -288,7 +289,7 @@ class WatchedDirectory:
             f"{status.call}, {progress}, began {format_duration(time.time() - first.at)} ago"
         )
         if last_epoch and self._every:
-            printer = EpochPrinter(status)
+            printer = EpochPrinter(status, PROGRESS_VIEW.printing, color=True)
             for event in (first.event, *last_epoch):
                 printer.observe(event)
         PROGRESS_VIEW.show(status)
@@ -336,7 +337,7 @@ def _summary(event: RunEnded, status: RunStatus) -> str:
     if event.call == "fit":
         text += f" after {event.epochs} of {status.epochs} epochs"
     text += f" in {format_duration(event.seconds)}"
-    if event.best_score is not None and event.call == "fit":
-        score = format_number(event.best_score)
-        text += f", best score {score} in epoch {event.best_epoch}"
+    best = best_of(event)
+    if best is not None and event.call == "fit":
+        text += f", {status.best_text(*best)}"
     return text if event.error is None else f"{text}: {event.error}"

@@ -77,6 +77,19 @@ def has_color() -> bool:
     return not os.environ.get("NO_COLOR")
 
 
+_COLORS = {"green": 32, "yellow": 33, "cyan": 36}
+
+
+def colored(text: str, color: str) -> str:
+    """Return text for a print, in one of the 16 colours if prints go to a terminal with them.
+
+    An empty ``color`` stands for none.
+    """
+    if not (color and is_interactive() and can_draw() and has_color()):
+        return text
+    return f"\x1b[{_COLORS[color]}m{text}\x1b[0m"
+
+
 def can_encode(text: str) -> bool:
     """Return whether the terminal's encoding has these characters."""
     try:

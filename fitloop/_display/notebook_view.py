@@ -8,14 +8,13 @@ for the kernel's sockets only at the end of the run.
 from __future__ import annotations
 
 import contextvars
-import math
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fitloop._display.jupyter import Display, Handle, display
-from fitloop._display.status import RunStatus, format_clock
+from fitloop._display.status import RunStatus, best_of
 from fitloop._events import (
     BestImproved,
     EpochEnded,
@@ -26,13 +25,23 @@ from fitloop._events import (
     RunStarted,
     WentBack,
 )
-from fitloop._format import Table, escape, format_duration, format_number, html_block
+from fitloop._format import (
+    Table,
+    escape,
+    format_duration,
+    format_number,
+    format_rates,
+    html_block,
+    run_summary,
+)
 
 UPDATE_SECONDS = 0.5
 """least time between two updates of the page"""
-FIRST_ROWS = 10
-LAST_ROWS = 30
+FIRST_ROWS = 3
+LAST_ROWS = 7
 """a longer table shows only the first epochs, the best one and the last ones"""
+MAX_ROWS = 1000
+"""of the table of all epochs, which a click shows after the end of a run"""
 
 GAP = "..."
 
@@ -44,7 +53,11 @@ class _Row:
     epoch: int
     """counted over all runs of the trainer"""
     epoch_in_run: int
+    is_wanted: bool
+    """by ``print_every``; the row of the best epoch is shown in any case"""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    rates: str = ""
+    """the learning rate at the end of the epoch"""
     time: str = ""
 
 
@@ -70,8 +83,6 @@ class NotebookView:
         self._display = display
         self._lock = threading.Lock()
         self._rows: list[_Row] = []
-        self._epochs_before = 0
-        """epochs of the trainer before this run"""
         self._best_epoch: int | None = None
         self._end: RunEnded | None = None
         self._handle: Handle | None = None
@@ -97,26 +108,27 @@ class NotebookView:
     # -- the rows --------------------------------------------------------------------------------
 
     def _update(self, event: Event) -> None:
+        row = self._rows[-1] if self._rows else None
         match event:
-            case RunStarted():
-                self._epochs_before = event.first_epoch - 1
             case EpochStarted():
-                self._epochs_before = event.epoch - event.epoch_in_run
-                if event.epoch_in_run == 1 or event.epoch_in_run % self._every == 0:
-                    self._rows.append(_Row(event.epoch, event.epoch_in_run))
-            case PhaseEnded() if self._rows and self._rows[-1].epoch == event.epoch:
-                self._rows[-1].metrics[str(event.phase)] = dict(event.metrics)
+                if row is not None and not (row.is_wanted or row.epoch == self._best_epoch):
+                    self._rows.pop()
+                is_wanted = event.epoch_in_run == 1 or event.epoch_in_run % self._every == 0
+                self._rows.append(_Row(event.epoch, event.epoch_in_run, is_wanted))
+            case PhaseEnded() if row is not None:
+                row.metrics[str(event.phase)] = dict(event.metrics)
             case BestImproved():
                 self._best_epoch = event.epoch
-            case EpochEnded() if self._rows and self._rows[-1].epoch == event.epoch:
+                self._rows = [each for each in self._rows if each.is_wanted or each is row]
+            case EpochEnded() if row is not None:
                 stopped = "" if event.complete else " (stopped)"
-                self._rows[-1].time = f"{format_duration(event.seconds)}{stopped}"
+                row.time = f"{format_duration(event.seconds)}{stopped}"
+                rates = self._run.learning_rates
+                row.rates = format_rates(rates) if rates else ""
             case WentBack():
-                self._rows = [row for row in self._rows if row.epoch <= event.epoch]
+                self._rows = [each for each in self._rows if each.epoch <= event.epoch]
             case RunEnded():
                 self._end, self._best_epoch = event, event.best_epoch
-                if self._rows and not self._rows[-1].metrics:  # its epoch ended too early
-                    self._rows.pop()
 
     # -- the thread that draws -------------------------------------------------------------------
 
@@ -152,24 +164,31 @@ class NotebookView:
 
     def html(self) -> str:
         """Return the current page."""
-        table, summary = self._table(), self._summary()
+        table, summary = self._table(self._visible_rows()), self._summary()
         head = f"<strong>{escape(self._run.label)}</strong>"
         bars = "" if self._closed.is_set() else self._bars()
         if summary:
             head += f": {escape(summary)}"
-        return html_block(head, bars, table.html() if table.rows else "")
+        return html_block(head, bars, table.html() if table.rows else "", self._all_epochs())
+
+    def _all_epochs(self) -> str:
+        """Return the rows that the table leaves out, behind a click, at the end of the run."""
+        rows = self._shown_rows()
+        if self._end is None or not FIRST_ROWS + LAST_ROWS < len(rows) <= MAX_ROWS:
+            return ""
+        table = self._table(rows).html()
+        return f"<details><summary>all {len(rows)} rows</summary>{table}</details>"
 
     def text(self) -> str:
         """Return the current page without bars, for viewers that show no HTML."""
-        run, table, summary = self._run, self._table(), self._summary()
+        run, table, summary = self._run, self._table(self._visible_rows()), self._summary()
         if not summary and not self._closed.is_set():
             epoch = f"epoch {run.epoch_in_run} of {run.epochs}"
             summary = f"{epoch}, {run.phase} {run.batch_count}" if run.phase else "begins"
         head = f"{run.label}: {summary}" if summary else run.label
         return f"{head}\n{table.text()}" if table.rows else head
 
-    def _table(self) -> Table:
-        rows = self._visible_rows()
+    def _table(self, rows: Sequence[_Row | None]) -> Table:
         columns = list(
             dict.fromkeys(
                 (phase, name)
@@ -181,8 +200,10 @@ class NotebookView:
             )
         )
         columns.sort(key=lambda column: ("train", "valid", "test").index(column[0]))  # stable
-        cells = [_cells(row, columns) for row in rows]
-        heads = ["epoch", *(f"{phase} {name}" for phase, name in columns), "time"]
+        has_rates = any(row is not None and row.rates for row in rows)
+        cells = [_cells(row, columns, has_rates=has_rates) for row in rows]
+        names = [f"{phase} {name}" for phase, name in columns]
+        heads = ["epoch", *names, *["lr"] * has_rates, "time"]
         if self._run.call == "test":
             return Table(heads[1:], [row[1:] for row in cells], left=0)
         best = [i for i, row in enumerate(rows) if row and row.epoch == self._best_epoch]
@@ -190,9 +211,17 @@ class NotebookView:
             cells[i][0] = f"* {cells[i][0]}"
         return Table(heads, cells, left=0, strong=best)
 
+    def _shown_rows(self) -> list[_Row]:
+        """Return the rows that ``print_every`` wants, and that of the best epoch."""
+        return [
+            row
+            for row in self._rows
+            if row.metrics and (row.is_wanted or row.epoch == self._best_epoch)
+        ]
+
     def _visible_rows(self) -> list[_Row | None]:
         """Return the rows of the table, with None in place of omitted ones."""
-        rows = [row for row in self._rows if row.metrics]
+        rows = self._shown_rows()
         if len(rows) <= FIRST_ROWS + LAST_ROWS:
             return list(rows)
         best = [r for r in rows[FIRST_ROWS:-LAST_ROWS] if r.epoch == self._best_epoch]
@@ -203,42 +232,38 @@ class NotebookView:
         end = self._end
         if end is None:
             return ""
-        parts = [end.stop_reason.replace("_", " ")]
-        if end.stop_reason == "failed" and end.error is not None:
-            parts = [f"failed with {end.error}"]
+        reason = end.stop_reason
+        if reason == "failed" and end.error is not None:
+            reason = f"failed with {end.error}"
         if end.call != "fit":
-            return "" if end.stop_reason == "completed" else parts[0]
-        of = "" if end.epochs == self._run.epochs else f" of {self._run.epochs}"
-        parts.append(f"{end.epochs}{of} {'epoch' if self._run.epochs == 1 else 'epochs'}")
-        parts.append(f"total time {format_duration(end.seconds)}")
-        score = end.best_score
-        if score is not None and end.best_epoch is not None and not math.isnan(score):
-            epoch_in_run = end.best_epoch - self._epochs_before
-            where = f"in epoch {epoch_in_run} (*)" if epoch_in_run > 0 else "in an earlier run"
-            parts.append(f"best score {format_number(score)} {where}")
-        return ", ".join(parts)
+            return "" if reason == "completed" else reason.replace("_", " ")
+        best, words = best_of(end), ""
+        if best is not None:
+            star = " *" if best[0] >= self._run.first_epoch else ""
+            words = f"{self._run.best_text(*best)}{star}"
+        return run_summary(end.epochs, self._run.epochs, end.seconds, reason, words)
 
     def _bars(self) -> str:
         run, now = self._run, time.monotonic()
         bars = []
         if run.call != "test":
-            seconds_left = run.seconds_left(now)
-            left = "" if seconds_left is None else f", {format_clock(seconds_left)} left"
             epochs = f"{run.epochs_done}/{run.epochs}"
-            times = f"{format_clock(now - run.start_time)}{left}"
+            best = "" if run.best is None else f", {run.best_text(*run.best)}"
+            times = f"{run.times_text(now)}{best}"
             bars.append(_bar("epochs", run.epochs_done / max(1, run.epochs), epochs, times))
+        texts = [*run.metric_texts().values(), run.learning_rate_text, run.rate_text]
+        values = ", ".join(filter(None, texts))
         asking = "waits for the answer" if run.is_asking else ""
-        rate = "" if run.rate is None else f"{run.rate:.{0 if run.rate >= 10 else 1}f} batches/s"
-        bars.append(_bar(run.phase or GAP, run.fraction, run.batch_count, asking or rate))
+        bars.append(_bar(run.phase or GAP, run.fraction, run.batch_count, asking or values))
         return f"<table><tbody>{''.join(bars)}</tbody></table>"
 
 
-def _cells(row: _Row | None, columns: list[tuple[str, str]]) -> list[str]:
+def _cells(row: _Row | None, columns: list[tuple[str, str]], *, has_rates: bool) -> list[str]:
     if row is None:
-        return [GAP] * (len(columns) + 2)
+        return [GAP] * (len(columns) + 2 + has_rates)
     values = [row.metrics.get(phase, {}).get(name) for phase, name in columns]
     metrics = ["" if value is None else format_number(value) for value in values]
-    return [str(row.epoch_in_run), *metrics, row.time]
+    return [str(row.epoch_in_run), *metrics, *[row.rates] * has_rates, row.time]
 
 
 def _bar(head: str, fraction: float | None, count: str, tail: str) -> str:

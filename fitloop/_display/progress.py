@@ -1,13 +1,12 @@
-"""Output of runs in this process: printed epochs, and one live view of all runs.
+"""Output of runs in this process: one live view of all runs.
 
-`EpochPrinter` prints lines, `ProgressView` shows bars on a terminal, and `RunDisplay` joins both,
-or a notebook page, for one run. All are observers of events on the step threads.
+`ProgressView` shows bars on a terminal, and `RunDisplay` joins them, or a notebook page, with the
+printed lines of one run. Both are observers of events on the step threads.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,27 +16,20 @@ from fitloop._display.console import (
     can_encode,
     has_color,
     is_interactive,
-    write_output,
 )
 from fitloop._display.jupyter import prints_to_notebook
 from fitloop._display.live_area import LIVE_AREA, Frame
-from fitloop._display.status import ASCII_BARS, BarStyle, RunStatus, status_lines
+from fitloop._display.printed import EpochPrinter, PrintingRuns, PrintStyle
+from fitloop._display.status import RunStatus
+from fitloop._display.status_lines import ASCII_BARS, BarStyle, status_lines
 from fitloop._events import (
-    EarlyStopped,
     EpochEnded,
-    EpochStarted,
     Event,
     RunEnded,
     RunStarted,
-    WentBack,
 )
 from fitloop._format import (
     check_display_metrics,
-    display_width,
-    format_duration,
-    format_metrics,
-    format_number,
-    printable,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +43,7 @@ class ProgressView:
         self._lock = threading.Lock()
         self._runs: list[RunStatus] = []
         self._visible: list[RunStatus] = []
+        self.printing = PrintingRuns()
 
     def add(self, name: str, *, named: bool = False) -> RunStatus:
         """Return the status of a new run; its label is ``name``, numbered if it is in use."""
@@ -59,15 +52,17 @@ class ProgressView:
             numbered = (f"{name} ({number})" for number in itertools.count(2))
             candidates = itertools.chain([name], numbered)
             run = RunStatus(next(c for c in candidates if c not in labels), named=named)
-            self._runs = [*self._runs, run]
-            LIVE_AREA.has_several_runs = self.has_several
+            self._set_runs([*self._runs, run])
         return run
 
     def remove(self, run: RunStatus) -> None:
         """Forget a run that has ended."""
         with self._lock:
-            self._runs = [other for other in self._runs if other is not run]
-            LIVE_AREA.has_several_runs = self.has_several
+            self._set_runs([other for other in self._runs if other is not run])
+
+    def _set_runs(self, runs: list[RunStatus]) -> None:
+        self._runs = self.printing.runs = runs
+        LIVE_AREA.has_several_runs = self.has_several
 
     @property
     def has_several(self) -> bool:
@@ -103,78 +98,6 @@ PROGRESS_VIEW = ProgressView()
 """the view of the process, which has one terminal"""
 
 
-class EpochPrinter:
-    """Prints the first epoch of a run, every ``every``-th, and the end.
-
-    Args:
-        run: status of the run. Lines begin with its label if the trainer has a name or if several
-            runs print.
-        every: epochs between two that are printed; 0 prints nothing.
-        names: the metrics to show; None for all.
-    """
-
-    def __init__(
-        self, run: RunStatus, *, every: int = 1, names: Sequence[str] | None = None
-    ) -> None:
-        self._run = run
-        self._every = every
-        self._names = names
-        self._epoch = ""
-        self._width = 0
-        self._early_stop = ""
-
-    @property
-    def label(self) -> str:
-        """The start of a line: the run's label and a space, or nothing."""
-        named = self._run.named or PROGRESS_VIEW.has_several
-        return f"{printable(self._run.label)} " if named else ""
-
-    def observe(self, event: Event) -> None:
-        """Print the lines of an event."""
-        match event:
-            case RunStarted():
-                self._width = len(str(event.epochs)) * 2 + 3
-            case EpochStarted():
-                self._epoch = f"[{event.epoch_in_run}/{event.epochs}]"
-            case EarlyStopped():
-                self._early_stop = event.message
-            case EpochEnded():
-                self._print_epoch(event)
-            case WentBack() if self._every:
-                write_output(f"{self.label}went back to epoch {event.epoch_in_run}\n")
-            case RunEnded():
-                self._print_end(event)
-
-    def _print_epoch(self, event: EpochEnded) -> None:
-        if not self._every or (event.epoch_in_run > 1 and event.epoch_in_run % self._every):
-            return
-        label = self.label
-        if "test" in event.metrics and len(event.metrics) == 1:
-            write_output(f"{label}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
-            return
-        head = f"{label}{self._epoch:>{self._width}} - "
-        indent = " " * display_width(head)
-        lines: list[str] = []
-        for phase, metrics in event.metrics.items():
-            values = format_metrics(metrics, self._names)
-            lines.append(f"{indent if lines else head}{phase} :: {values}\n")
-        stopped = "" if event.complete else " (stopped)"
-        lines.append(f"{indent}epoch time: {format_duration(event.seconds)}{stopped}\n")
-        write_output("".join(lines))
-
-    def _print_end(self, event: RunEnded) -> None:
-        if event.call != "fit" or not self._every or event.error is not None:
-            return
-        label = self.label
-        lines = [f"{label}{'-' * self._width}\n"]
-        if self._early_stop:
-            lines.append(f"{label}early stop: {printable(self._early_stop)}\n")
-        lines.append(f"{label}total time: {format_duration(event.seconds)}\n")
-        if event.best_score is not None and not math.isnan(event.best_score):
-            lines.append(f"{label}best score: {format_number(event.best_score)}\n")
-        write_output("".join(lines))
-
-
 class RunDisplay:
     """All output of one run: an observer and a context manager.
 
@@ -183,11 +106,20 @@ class RunDisplay:
     """
 
     def __init__(
-        self, name: str, *, named: bool, every: int, names: Sequence[str] | None, live: bool
+        self,
+        name: str,
+        *,
+        named: bool,
+        every: int,
+        names: Sequence[str] | None,
+        live: bool,
+        style: PrintStyle = "block",
     ) -> None:
         self.status = PROGRESS_VIEW.add(name, named=named)
         self.status.display_metrics = names
-        self.printer = EpochPrinter(self.status, every=every, names=names)
+        self.printer = EpochPrinter(
+            self.status, PROGRESS_VIEW.printing, every=every, names=names, style=style, color=live
+        )
         self._names, self._every = names, every
         self._live = live and every > 0
         self._page: NotebookView | None = None

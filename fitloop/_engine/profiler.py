@@ -19,7 +19,7 @@ import torch
 
 from fitloop._engine.plan import Instrumentation
 from fitloop._events import Event, PhaseEnded
-from fitloop._format import Table, escape, format_seconds, html_block
+from fitloop._format import Table, format_seconds
 from fitloop._public import public
 from fitloop._types import Phase
 
@@ -174,9 +174,6 @@ class ProfileReport:
 
     def __str__(self) -> str:
         return f"{self._table().text()}\n{self._verdict()}"
-
-    def _repr_html_(self) -> str:
-        return html_block(self._table().html(), escape(self._verdict()))
 
     def _verdict(self) -> str:
         return f"bottleneck: {self.bottleneck}. {self.advice()}"

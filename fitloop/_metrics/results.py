@@ -11,15 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fitloop._events import Event, PhaseEnded
-from fitloop._format import (
-    Table,
-    escape,
-    format_duration,
-    format_number,
-    html_block,
-    metrics_table,
-    printable,
-)
+from fitloop._format import Table, best_words, format_number, run_summary
 from fitloop._public import public
 
 Array = npt.NDArray[np.float64]
@@ -44,32 +36,49 @@ class FitResult:
     seconds: float
     """wall-clock time of the run"""
 
+    criteria: str | None = None
+    """name of the metric that is the score; None if no criteria is tracked"""
+    first_epoch: int = 1
+    """number of this run's first epoch over the trainer's life"""
+
     def __str__(self) -> str:
-        return "\n".join([*self._lines(), *([self._table().text()] if self.metrics else [])])
+        lines = [run_summary(self.epochs, self.epochs, self.seconds, self.stop_reason)]
+        if best := self._best():
+            lines.append(best)
+        if self.metrics:
+            lines.append(self._table().text())
+        return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        return html_block(*map(escape, self._lines()), self._table().html() if self.metrics else "")
-
-    def _lines(self) -> list[str]:
-        epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
-        lines = [f"{epochs} in {format_duration(self.seconds)}, {printable(self.stop_reason)}"]
-        if self.best_score is not None:
-            lines.append(f"best score: {format_number(self.best_score)} in epoch {self.best_epoch}")
-        return lines
+    def _best(self) -> str:
+        """Return the best score and its epoch in words; empty if there is none."""
+        score, epoch = self.best_score, self.best_epoch
+        if score is None or epoch is None:
+            return ""
+        return best_words(self.criteria or "", score, epoch, self.first_epoch)
 
     def _table(self) -> Table:
-        return metrics_table(
-            "phase",
-            {
-                phase: {name: values[-1] for name, values in metrics.items() if len(values)}
-                for phase, metrics in self.metrics.items()
-            },
-        )
+        """Return the metrics of the best and of the last epoch of this run."""
+        last = max((len(v) for names in self.metrics.values() for v in names.values()), default=0)
+        best = 0 if self.best_epoch is None else self.best_epoch - self.first_epoch + 1
+        epochs = {f"{last}": last}
+        if 0 < best <= last:
+            epochs = {f"{best}, best": best} | ({} if best == last else epochs)
+        recorded = [n for values in self.metrics.values() for n, v in values.items() if len(v)]
+        names = list(dict.fromkeys(recorded))
+        rows = []
+        for head, epoch in epochs.items():
+            for phase, columns in self.metrics.items():
+                row = [head, phase]
+                for name in names:
+                    value = columns[name][epoch - 1 : epoch] if name in columns else np.array([])
+                    row.append(format_number(float(value[0])) if len(value) else "")
+                rows.append(row)
+        return Table(["epoch", "phase", *names], rows, left=2)
 
     def __repr__(self) -> str:
-        best = "" if self.best_score is None else f", best {format_number(self.best_score)}"
         epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
-        return f"<FitResult {self.stop_reason}: {epochs}{best}>"
+        best = self._best()
+        return f"<FitResult {self.stop_reason}: {epochs}{best and f', {best}'}>"
 
 
 class EpochMetricsRecorder:

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
 from fitloop._data.inspection import check_loader
+from fitloop._display.printed import PRINT_STYLES, PrintStyle
 from fitloop._engine.config import (
     as_list,
     check_callable,
@@ -29,6 +30,7 @@ class FitOptions(TypedDict, total=False):
     train_dl: Loader | Callable[[], Loader] | None
     valid_dl: Loader | Callable[[], Loader] | None
     print_every: int
+    print_style: PrintStyle
     display_metrics: str | Sequence[str] | None
     continue_loop: int
     load_best: bool
@@ -67,6 +69,13 @@ def _names(name: str, value: Any) -> list[str] | None:
     return names
 
 
+def _print_style(name: str, value: Any) -> PrintStyle:
+    for style in PRINT_STYLES:
+        if value == style:
+            return style
+    raise ConfigurationError(f"{name} is {value!r}; expected 'block' or 'line'")
+
+
 def _on_continue(name: str, value: Any) -> Any:
     if value is not None:
         check_callable(name, value, "the PromptAsked event")
@@ -86,6 +95,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("continue_default", "continue_while_asking"), check_flag),
     "epochs": _number(0),
     "print_every": _number(0, "0 prints nothing"),
+    "print_style": _print_style,
     "display_metrics": _names,
     "continue_loop": _number(0, "epochs between questions"),
     "steps": lambda name, value: check_optional(

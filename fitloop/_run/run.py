@@ -387,4 +387,6 @@ class Run:
             best_epoch=self._state.best_epoch,
             metrics=self._metrics.arrays(),
             seconds=self._seconds(),
+            criteria=None if self._state.criteria is None else self._state.criteria.name,
+            first_epoch=self._plan.first_epoch,
         )

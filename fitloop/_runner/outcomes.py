@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _KIND = "outcome"
-_RESULT_FIELDS = ("epochs", "stop_reason", "best_score", "best_epoch", "seconds")
+_RESULT_FIELDS = (
+    *("epochs", "stop_reason", "best_score", "best_epoch", "seconds", "criteria", "first_epoch"),
+)
 MAX_FILE_BYTES = 256 * 1024 * 1024
 
 
@@ -176,6 +178,8 @@ def _result_from_tree(tree: Any) -> FitResult:
         best_score=_optional(float, tree["best_score"]),
         best_epoch=_optional(int, tree["best_epoch"]),
         seconds=float(tree["seconds"]),
+        criteria=_optional(str, tree.get("criteria")),  # not in older files
+        first_epoch=int(tree.get("first_epoch", 1)),
         metrics={
             str(phase): {
                 str(name): np.frombuffer(values, dtype="<f8") for name, values in rows.items()

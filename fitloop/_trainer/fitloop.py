@@ -21,6 +21,7 @@ from fitloop._checkpointing.snapshot import (
     take_snapshot,
 )
 from fitloop._display.console import write_output
+from fitloop._display.printed import PrintStyle
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import QUESTION, PromptWithTimeout, TerminalPrompt
 from fitloop._engine.config import check_callable
@@ -199,6 +200,7 @@ class FitLoop(TrainerBase):
         train_dl: Loader | Callable[[], Loader] | None = None,
         valid_dl: Loader | Callable[[], Loader] | None = None,
         print_every: int = 1,
+        print_style: PrintStyle = "block",
         display_metrics: str | Sequence[str] | None = None,
         continue_loop: int = 0,
         load_best: bool = True,
@@ -252,6 +254,9 @@ class FitLoop(TrainerBase):
             epochs: number of epochs to train; 0 calls ``preloop`` and ``postloop`` only.
             train_dl, valid_dl: loaders to use instead of those of the constructor.
             print_every: print the first epoch and every n-th epoch; 0 prints nothing.
+            print_style: ``"block"`` prints some lines for an epoch, ``"line"`` a row of a table:
+                epoch, metrics of each phase, learning rate, time, and whether it is the best so
+                far.
             display_metrics: the metric or metrics to print, all by default. A name that the first
                 epoch does not return gives an `UnknownMetricWarning`.
             continue_loop: ask whether to go on after every n epochs but the last; 0 never asks.
@@ -336,7 +341,8 @@ class FitLoop(TrainerBase):
         files = None
         if policy is not None or state.config.save_to_disk or state.metric_log is not None:
             files = FileOptions(checkpoint=policy, resume=resume)
-        with self._display(print_every if verbose else 0, display_metrics, progress) as display:
+        every = print_every if verbose else 0
+        with self._display(every, display_metrics, progress, print_style) as display:
             prompt = PromptOptions(
                 ask=self._ask(on_continue, continue_timeout, display, needed=continue_loop > 0),
                 question=QUESTION,
@@ -596,7 +602,11 @@ class FitLoop(TrainerBase):
         return result
 
     def _display(
-        self, print_every: int, display_metrics: str | Sequence[str] | None, live: bool
+        self,
+        print_every: int,
+        display_metrics: str | Sequence[str] | None,
+        live: bool,
+        style: PrintStyle = "block",
     ) -> RunDisplay:
         return RunDisplay(
             self._state.config.name,
@@ -604,6 +614,7 @@ class FitLoop(TrainerBase):
             every=print_every,
             names=display_metrics,
             live=live,
+            style=style,
         )
 
     def _ask(

@@ -271,7 +271,7 @@ def test_plot_when_an_option_is_wrong_then_says_what_is_expected(
 
 def test_watch_when_the_run_has_ended_then_says_how_in_one_line(run: Path, capsys: Out) -> None:
     assert main(["watch", str(run)]) == 0
-    expected = "fit completed after 3 of 3 epochs in 07 s 500 ms, best score 0.5000 in epoch 1\n"
+    expected = "fit completed after 3 of 3 epochs in 7.5 s, best score 0.5000 in epoch 1\n"
     assert capsys.readouterr().out == expected
 
 
@@ -281,7 +281,7 @@ def test_watch_when_a_test_has_ended_then_tells_its_metrics(tmp_path: Path, caps
         made.observe(epoch_ended(1, 1, Phase.TEST), run_ended(1, "test"))
     assert main(["watch", str(tmp_path)]) == 0
     assert capsys.readouterr().out == (
-        "test completed in 07 s 500 ms, test loss: 1.0000 | accuracy: 0.5000\n"
+        "test completed in 7.5 s, test loss: 1.0000 | accuracy: 0.5000\n"
     )
 
 
@@ -298,7 +298,7 @@ def test_watch_when_all_in_a_directory_are_over_then_each_has_a_line(
     assert main(["watch", str(run.parent), str(run)]) == 0
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("runs/a: fit completed after 3 of 3")
-    assert second == f"runs/b: fit failed after 1 of 3 epochs in 07 s 500 ms: {error}"
+    assert second == f"runs/b: fit failed after 1 of 3 epochs in 7.5 s: {error}"
     assert third.startswith("runs/c: fit is no longer running after 1 of 3 epochs: its process")
 
 

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fitloop import (
 )
 
 METRICS = r"loss: \d+\.\d{4} \| accuracy: [01]\.\d{4}"
-TIME = r"(?:\d+ ms|\d\d s \d{3} ms)"
+TIME = r"(?:\d+ ms|\d\d s \d{3} ms)(?: \(best so far\))?"
 
 
 def epoch_lines(head: str, train: str = METRICS, valid: str = METRICS) -> str:
@@ -32,7 +33,9 @@ def epoch_lines(head: str, train: str = METRICS, valid: str = METRICS) -> str:
     )
 
 
-def end_lines(dashes: int, best: str = r"best score: [01]\.\d{4}\n") -> str:
+def end_lines(
+    dashes: int, best: str = r"best score: [01]\.\d{4} \(accuracy, epoch \d\d?\)\n"
+) -> str:
     return f"{'-' * dashes}\ntotal time: {TIME}\n{best}"
 
 
@@ -45,6 +48,78 @@ async def test_fit_when_it_prints_then_lines_are_as_in_the_seed(
     printed = capsys.readouterr()
     assert re.fullmatch(expected, printed.out), printed.out
     assert printed.err == ""
+
+
+@pytest.mark.parametrize(("style", "mark"), [("block", "(best so far)"), ("line", "  best")])
+async def test_fit_when_an_epoch_is_the_best_so_far_then_it_is_marked(
+    style: Any, mark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitted = trainer(valid_epoch_end=scores([1, 3, 2, 4]), criteria="score")
+    await fitted.fit(4, print_style=style)
+    printed = capsys.readouterr().out
+    marks = [mark in line for line in printed.splitlines() if re.search(r" m?s\b", line)]
+    assert marks[:4] == [True, True, False, True]
+    assert "4.0000" in printed.splitlines()[-1]
+    assert "epoch 4" in printed.splitlines()[-1]
+
+
+async def test_fit_when_it_is_a_second_fit_then_both_numbers_of_the_best_epoch_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fitted = trainer(valid_epoch_end=scores([1, 2, 3, 4]), criteria="score")
+    await fitted.fit(2, verbose=False)
+    await fitted.fit(2)
+    end = "best score: 4.0000 (score, epoch 2 of this fit, 4 over all fits)"
+    assert capsys.readouterr().out.splitlines()[-1] == end
+
+
+async def test_print_style_when_line_then_each_epoch_is_a_row_of_one_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    await trainer().fit(10, print_style="line", print_every=5)
+    phases, names, *rows, end = capsys.readouterr().out.splitlines()
+    assert phases.split() == ["train", "valid"]
+    assert names.split() == ["epoch", "loss", "accuracy", "loss", "accuracy", "time"]
+    assert [row.split()[0] for row in rows] == ["1/10", "5/10", "10/10"]
+    for row in rows:
+        assert re.fullmatch(r" *\d+/10( +\d\.\d{4}){4} +\d+ ms(  best)?", row)
+        for name in ("loss", "accuracy", "loss", "accuracy"):
+            assert row[names.index(name) + len(name) - 1].isdigit()
+    assert re.fullmatch(r"10 epochs in \d.* m?s, best accuracy [01]\.\d{4} in epoch \d+", end)
+
+
+async def test_print_style_when_line_and_metrics_change_then_the_head_is_printed_anew(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def end(state: LoopState) -> dict[str, float]:
+        return {"loss": 12345.678} | ({"map": 0.5} if state.epoch_num > 2 else {})
+
+    fitted = trainer(valid_dl=None, train_epoch_end=end)
+    await fitted.fit(4, print_style="line")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if "loss" in line] == [
+        ["epoch", "loss", "time"],
+        ["epoch", "loss", "map", "time"],
+    ]
+    assert sum("12346" in line for line in lines) == 4
+
+
+async def test_print_style_when_unknown_then_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="print_style is 'table'; expected 'block' or"):
+        await trainer().fit(1, print_style="table")  # type: ignore[arg-type]
+
+
+async def test_fit_when_several_print_then_lines_are_aligned_and_an_end_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with anyio.create_task_group() as group:
+        for name in ("a", "a longer name"):
+            group.start_soon(partial(trainer(name=name).fit, 2))
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.index("[") for line in lines if "[" in line} == {len("a longer name ")}
+    ends = [line for line in lines if "2 epochs in" in line]
+    assert sorted(line[:14] for line in ends) == [f"{'a':14}", "a longer name "]
+    assert not any("total time" in line for line in lines)
 
 
 async def test_fit_when_epochs_have_two_digits_then_lines_stay_aligned(

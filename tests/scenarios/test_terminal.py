@@ -32,7 +32,10 @@ def epoch(k: int, n: int, label: str = "") -> str:
 
 
 def ending(label: str = "") -> str:
-    return rf"{label}-----\n{label}total time: [^\n]+\n{label}best score: [01]\.\d{{4}}\n"
+    return (
+        rf"{label}-----\n{label}total time: [^\n]+\n"
+        rf"{label}best score: [01]\.\d{{4}} \(accuracy, epoch \d\)\n"
+    )
 
 
 def is_clean(terminal: Terminal) -> bool:
@@ -49,7 +52,9 @@ asyncio.run(trainer(batches=200, hold=slowly()).fit(2))
 print("after")
 """
     with run_in_terminal(program) as terminal:
-        first = terminal.until(rf"epochs +0/2 +{BAR}+ +\d:\d\d<\S+\ntrain +\d+/200 +{BAR}+ +\d+/s")
+        first = terminal.until(
+            rf"epochs +0/2 +{BAR}+  \d s, \d+ s left\ntrain +\d+/200 +{BAR}+ .*\d+/s"
+        )
         done = re.search(r"train +(\d+)/200", first)
         assert done is not None
         begun = int(done[1])
@@ -145,7 +150,7 @@ asyncio.run(main())
         terminal.until("after")
         assert terminal.end() == 0
         assert is_clean(terminal)
-        assert len(re.findall(r"best score", terminal.transcript)) == 20
+        assert len(re.findall(r"2 epochs in .*, best accuracy", terminal.transcript)) == 20
 
 
 def test_resize_when_bars_are_shown_then_they_fit_again_and_leave_nothing() -> None:
@@ -160,8 +165,8 @@ asyncio.run(main())
 """
     with run_in_terminal(program, size=(100, 24)) as terminal:
         terminal.until(rf"train +\d+/100000 +{BAR}")
-        terminal.resize(45, 10)
-        terminal.until(lambda: _fits(terminal, 45))
+        terminal.resize(60, 10)
+        terminal.until(lambda: _fits(terminal, 60))
         terminal.resize(120, 30)
         terminal.until(lambda: _fits(terminal, 120))
         terminal.resize(18, 4)
@@ -178,7 +183,7 @@ def _fits(terminal: Terminal, columns: int) -> bool:
     lines = [line for line in terminal.text.split("\n") if re.match("epochs|train", line)]
     bar = re.search(rf"{BAR}+", "".join(lines))
     width = 0 if bar is None else len(bar[0])
-    expected = {45: 8 <= width < 40, 120: width == 40, 18: width == 0}[columns]
+    expected = {60: 8 <= width < 40, 120: width == 40, 18: width == 0}[columns]
     return len(lines) == 2 and all(len(line) < columns for line in lines) and expected
 
 

@@ -93,7 +93,7 @@ asyncio.run(main())
     with watching(run) as terminal:
         terminal.until("waiting for a run in")
         with training(run, program):
-            terminal.until(rf"epochs +0/2 +{BAR}+ +\d:\d\d<\S+\ntrain +\d+/200 +{BAR}")
+            terminal.until(rf"epochs +0/2 +{BAR}+  \d s.*\ntrain +\d+/200 +{BAR}")
             terminal.until(r"\[1/2\] - train(?s:.*)\[2/2\] - train(?s:.*)best score")
             assert terminal.end() == 0
         seen = terminal.transcript
@@ -252,5 +252,5 @@ def test_watch_when_piped_then_every_line_comes_at_once_and_is_plain(tmp_path: P
             run.observe(*epoch_events(1), *epoch_events(2), *epoch_events(3), run_ended())
         said = process.stdout.read()
         assert process.wait(TIMEOUT) == 0
-    ending = r"-----\ntotal time: [^\n]+\nbest score: 0.5000\n"
+    ending = r"-----\ntotal time: [^\n]+\nbest score: 0.5000 \(epoch 1\)\n"
     assert re.fullmatch(lines(1) + lines(2) + ending, said)

@@ -47,7 +47,7 @@ LAST_LINES = 20
 """lines of a dead worker's output in the message of its error"""
 CLIENT_OPTIONS = {
     *("callbacks", "on_continue"),
-    *("print_every", "display_metrics", "verbose", "progress"),
+    *("print_every", "print_style", "display_metrics", "verbose", "progress"),
 }
 """arguments of ``fit`` that take effect in this process"""
 
@@ -421,6 +421,7 @@ def _display(spec: JobSpec, name: str, named: bool) -> RunDisplay:
         every=fit_option("print_every", every),
         names=fit_option("display_metrics", options.get("display_metrics")),
         live=bool(options.get("progress", True)),
+        style=fit_option("print_style", options.get("print_style", "block")),
     )
 
 

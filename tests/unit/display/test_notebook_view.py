@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -159,11 +160,11 @@ def test_page_when_a_run_ends_then_is_a_table_with_the_best_epoch_and_a_summary(
         page.epoch(number, best=number == 2)
     content = page.end(3, best=2)
     assert content["text/plain"].splitlines() == [
-        "net: completed, 3 epochs, total time 02 s 500 ms, best score 0.5000 in epoch 2 (*)",
-        "epoch  train loss  valid loss         time",
-        "    1      1.0000      2.0000  01 s 250 ms",
-        "  * 2      0.5000      1.0000  01 s 250 ms",
-        "    3      0.3333      0.6667  01 s 250 ms",
+        "net: 3 epochs in 2.5 s, best loss 0.5000 in epoch 2 *",
+        "epoch  train loss  valid loss   time",
+        "    1      1.0000      2.0000  1.2 s",
+        "  * 2      0.5000      1.0000  1.2 s",
+        "    3      0.3333      0.6667  1.2 s",
     ]
     html = content["text/html"]
     assert "<progress" not in html
@@ -174,13 +175,21 @@ def test_page_when_a_run_ends_then_is_a_table_with_the_best_epoch_and_a_summary(
 def test_page_when_a_run_goes_on_then_has_bars_and_what_is_known_of_the_epoch() -> None:
     page = Page(4)
     page.start()
-    page.epoch(1)
+    page.epoch(1, best=True)
     page.begin(2)
     page.phase(2, Phase.TRAIN, 0.25)
     page.tell(
         PhaseStarted(trainer="t", epoch=2, phase=Phase.VALID, batches=8),
         BatchProgress(
-            trainer="t", epoch=2, phase=Phase.VALID, batch=4, batches=8, samples=32, seconds=0.1
+            trainer="t",
+            epoch=2,
+            phase=Phase.VALID,
+            batch=4,
+            batches=8,
+            samples=32,
+            seconds=0.1,
+            metrics={"accuracy": 0.75, "loss": 2.853e28},
+            learning_rates={"lr/0": 1e-5, "lr/1": 0.001},
         ),
     )
     html = page.view.html()
@@ -188,8 +197,8 @@ def test_page_when_a_run_goes_on_then_has_bars_and_what_is_known_of_the_epoch() 
     assert '<progress max="1" value="0.2500"' in html
     assert '<progress max="1" value="0.5000"' in html
     assert "4/8" in html
-    assert "40 batches/s" in html
-    assert "left" in html
+    assert "loss 2.853e+28, accuracy 0.7500, lr 1e-05 to 0.001, 40/s" in html
+    assert re.search(r">\d s, \d s left, best loss 0.5000 in epoch 1<", html)
     assert page.text[0] == "net: epoch 2 of 4, valid 4/8"
     assert page.text[-1] == "    2      0.2500"
     page.end(1, "cancelled")
@@ -225,6 +234,28 @@ def test_every_when_given_then_the_first_and_every_nth_epoch_has_a_row(
     assert [int(line.split()[0]) for line in lines[2:]] == rows
 
 
+def test_every_when_another_epoch_is_the_best_then_it_has_a_row_too() -> None:
+    page = Page(9, every=4)
+    page.start()
+    for number in range(1, 10):
+        page.epoch(number, best=number in (1, 3, 6))
+    lines = page.end(9, best=6)["text/plain"].splitlines()
+    assert [line.split()[:-4] for line in lines[2:]] == [["1"], ["4"], ["*", "6"], ["8"]]
+    assert lines[0].endswith("in epoch 6 *")
+
+
+def test_table_when_learning_rates_are_known_then_has_them() -> None:
+    page = Page(2)
+    page.start()
+    page.status.learning_rates = {"lr": 1e-5}
+    page.epoch(1)
+    page.status.learning_rates = {"lr": 0.1}
+    page.epoch(2)
+    lines = page.end(2)["text/plain"].splitlines()
+    assert lines[1].split()[-2:] == ["lr", "time"]
+    assert [line.split()[-3] for line in lines[2:]] == ["1e-05", "0.1"]
+
+
 def test_names_when_given_then_only_they_are_columns_in_their_order() -> None:
     page = Page(1, names=["accuracy", "loss"])
     page.start()
@@ -248,23 +279,35 @@ def test_page_when_epochs_are_many_then_only_the_first_the_best_and_the_last_are
     assert lines[-1].split()[0] == str(count)
 
 
+@pytest.mark.parametrize(("count", "details"), [(10, 0), (11, 1), (1000, 1), (1001, 0)])
+def test_page_when_rows_are_left_out_then_a_click_shows_all(count: int, details: int) -> None:
+    page = Page(count)
+    page.start()
+    for number in range(1, count + 1):
+        page.epoch(number)
+    assert "<details>" not in page.view.html()  # it would be sent twice a second
+    html = page.end(count)["text/html"]
+    assert html.count(f"<details><summary>all {count} rows</summary>") == details
+    assert ('<td style="text-align:right">5</td>' in html) is (details > 0 or count == 10)
+
+
 def test_page_when_the_best_is_of_an_earlier_run_then_no_row_has_its_star() -> None:
     page = Page(2, ahead=5)
     page.start()
     page.epoch(1)
     page.epoch(2)
     text = page.end(2, best=4)["text/plain"]
-    assert "best score 0.5000 in an earlier run" in text
+    assert "best score 0.5000 in epoch 4, of an earlier fit" in text
     assert "*" not in text
 
 
-def test_page_when_there_were_epochs_before_then_those_of_this_run_are_counted() -> None:
+def test_page_when_there_were_epochs_before_then_rows_have_numbers_of_this_fit() -> None:
     page = Page(2, ahead=5)
     page.start()
     page.epoch(1)
     page.epoch(2, best=True)
     lines = page.end(2, best=7)["text/plain"].splitlines()
-    assert lines[0].endswith("in epoch 2 (*)")
+    assert lines[0].endswith("in epoch 2 of this fit, 7 over all fits *")
     assert lines[-1].split()[:2] == ["*", "2"]
 
 
@@ -288,22 +331,22 @@ def test_page_when_a_run_went_back_then_later_rows_are_gone() -> None:
     page.tell(WentBack(trainer="t", epoch=2, epoch_in_run=2))
     lines = page.end(2, "prompt")["text/plain"].splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["1", "2"]
-    assert lines[0].startswith("net: prompt, 2 of 9 epochs")
+    assert lines[0] == "net: 2 of 9 epochs in 2.5 s, ended at the question"
 
 
 def test_page_when_the_last_epoch_was_cut_short_then_its_row_says_so() -> None:
     page = Page(3)
     page.start()
     page.epoch(1, complete=False)
-    assert page.end(1, "stopped")["text/plain"].endswith("01 s 250 ms (stopped)")
+    assert page.end(1, "stopped")["text/plain"].endswith("1.2 s (stopped)")
 
 
 @pytest.mark.parametrize(
     ("reason", "error", "told"),
     [
-        ("early_stop", None, "early stop, 1 of 3 epochs"),
-        ("cancelled", "Cancelled", "cancelled, 1 of 3 epochs"),
-        ("failed", "ValueError: <oh>", "failed with ValueError: &lt;oh&gt;, 1 of 3 epochs"),
+        ("early_stop", None, "stopped early"),
+        ("cancelled", "Cancelled", "cancelled"),
+        ("failed", "ValueError: <oh>", "failed with ValueError: &lt;oh&gt;"),
     ],
 )
 def test_page_when_a_run_ends_early_then_says_how(
@@ -314,7 +357,7 @@ def test_page_when_a_run_ends_early_then_says_how(
     page.epoch(1)
     page.begin(2)
     html = page.end(1, reason, error=error)["text/html"]
-    assert f"<strong>net</strong>: {told}" in html
+    assert f"<strong>net</strong>: 1 of 3 epochs in 2.5 s, {told}<" in html
     assert html.count("<tr>") == 2  # the epoch that has no metrics yet is left out
 
 
@@ -336,7 +379,7 @@ def test_label_when_it_has_markup_then_is_escaped() -> None:
     page.start()
     content = page.end(0, "cancelled")
     assert "<strong>&lt;b&gt;</strong>" in content["text/html"]
-    assert content["text/plain"].startswith("<b>: cancelled")
+    assert content["text/plain"] == "<b>: 0 of 1 epoch in 2.5 s, cancelled"
 
 
 # -- how it is shown -------------------------------------------------------------------------------

@@ -95,15 +95,6 @@ def test_report_when_one_part_takes_most_then_it_is_the_bottleneck(
     assert repr(report) == f"<ProfileReport train: bottleneck train {part}>"
 
 
-def test_report_when_shown_in_a_notebook_then_is_the_same_table_as_html() -> None:
-    report = profiled(load=2e-4, wait=2e-3, step=3.0)
-    html = report._repr_html_()
-    for cell in str(report).splitlines()[1].split("  "):
-        assert f">{cell.strip()}</td>" in html or not cell.strip()
-    assert html.count("<tr>") == 2
-    assert "bottleneck: train step. " in html
-
-
 @pytest.mark.parametrize(("load", "ahead"), [(3.0, False), (4.0, True)])
 def test_report_when_steps_starve_then_advice_says_which_and_where_to_look(
     load: float, ahead: bool

@@ -1,0 +1,232 @@
+"""The printed lines of a run: its epochs and its end, in one of two styles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from fitloop._display.console import colored, write_output
+from fitloop._display.status import RunStatus, best_of
+from fitloop._events import (
+    BestImproved,
+    EarlyStopped,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    RunEnded,
+    RunStarted,
+    WentBack,
+)
+from fitloop._format import (
+    display_width,
+    epoch_words,
+    format_clock_parts,
+    format_duration,
+    format_metrics,
+    format_number,
+    format_rates,
+    printable,
+    run_summary,
+)
+
+PrintStyle = Literal["block", "line"]
+MAX_LABEL = 30
+"""columns; the lines of a run with a longer label are not aligned with those of others"""
+PRINT_STYLES: tuple[PrintStyle, ...] = ("block", "line")
+
+
+class PrintingRuns:
+    """The runs that print at present: what makes the lines of all of them fit together."""
+
+    def __init__(self) -> None:
+        self.runs: Sequence[RunStatus] = ()
+        self.table = EpochTable()
+        """the table of style ``"line"``"""
+        self._width = 0
+
+    def begin(self) -> None:
+        """Begin a new table for the first of several runs."""
+        if len(self.runs) <= 1:
+            self.table, self._width = EpochTable(), 0
+
+    def label_width(self) -> int:
+        """Return the columns of the longest label so far, without very long ones."""
+        widths = [display_width(printable(run.label)) for run in self.runs]
+        self._width = max([self._width, *(w for w in widths if w <= MAX_LABEL)])
+        return self._width
+
+
+class EpochPrinter:
+    """Prints the first epoch of a run, every ``every``-th, and the end.
+
+    Args:
+        run: status of the run, which observes each event first. Lines begin with its label if the
+            trainer has a name or if several runs print.
+        others: all runs that print, with this one.
+        every: epochs between two that are printed; 0 prints nothing.
+        names: the metrics to show; None for all.
+        style: ``"block"``, some lines for an epoch; or ``"line"``, a table with a line for each.
+        color: use colours, if prints go to a terminal that has them.
+    """
+
+    def __init__(
+        self,
+        run: RunStatus,
+        others: PrintingRuns,
+        *,
+        every: int = 1,
+        names: Sequence[str] | None = None,
+        style: PrintStyle = "block",
+        color: bool = False,
+    ) -> None:
+        self._run = run
+        self._others = others
+        self._every = every
+        self._names = names
+        self._style = style
+        self._color = "green" if color else ""
+        self._epoch = ""
+        self._width = 0
+        self._is_best = False
+        self._early_stop = ""
+        self._had_company = False
+        """several runs have printed at a time"""
+
+    @property
+    def label(self) -> str:
+        """The start of a line: the run's label and a space, or nothing."""
+        named = self._run.named or self._had_company
+        return f"{printable(self._run.label)} " if named else ""
+
+    @property
+    def _lead(self) -> str:
+        """The label, as wide as the longest one of the runs that print."""
+        label = self.label
+        return label and label + " " * (self._others.label_width() + 1 - display_width(label))
+
+    def observe(self, event: Event) -> None:
+        """Print the lines of an event."""
+        self._had_company = self._had_company or len(self._others.runs) > 1
+        match event:
+            case RunStarted():
+                self._width = len(str(event.epochs)) * 2 + 3
+                self._others.begin()
+            case EpochStarted():
+                self._epoch = f"[{event.epoch_in_run}/{event.epochs}]"
+                self._is_best = False
+            case BestImproved():
+                self._is_best = True
+            case EarlyStopped():
+                self._early_stop = event.message
+            case EpochEnded():
+                self._print_epoch(event)
+            case WentBack() if self._every:
+                write_output(f"{self._lead}went back to epoch {event.epoch_in_run}\n")
+            case RunEnded() if event.call == "fit" and self._every and event.error is None:
+                self._print_end(event)
+
+    def _print_epoch(self, event: EpochEnded) -> None:
+        if not self._every or (event.epoch_in_run > 1 and event.epoch_in_run % self._every):
+            return
+        lead = self._lead
+        if "test" in event.metrics and len(event.metrics) == 1:
+            write_output(f"{lead}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
+        elif self._style == "line":
+            rates, table = self._run.learning_rates, self._others.table
+            best = colored("best", self._color) if self._is_best else ""
+            write_output(table.lines(lead, event, rates, self._names, best))
+        else:
+            self._print_block(event)
+
+    def _print_block(self, event: EpochEnded) -> None:
+        head = f"{self._lead}{self._epoch:>{self._width}} - "
+        indent = " " * display_width(head)
+        lines: list[str] = []
+        for phase, metrics in event.metrics.items():
+            values = format_metrics(metrics, self._names)
+            lines.append(f"{indent if lines else head}{phase} :: {values}\n")
+        mark = "" if event.complete else " (stopped)"
+        if self._is_best:
+            mark += f" {colored('(best so far)', self._color)}"
+        lines.append(f"{indent}epoch time: {format_clock_parts(event.seconds)}{mark}\n")
+        write_output("".join(lines))
+
+    def _print_end(self, event: RunEnded) -> None:
+        run, best = self._run, best_of(event)
+        if self._had_company or self._style == "line":
+            words = "" if best is None else run.best_text(*best)
+            text = run_summary(event.epochs, run.epochs, event.seconds, event.stop_reason, words)
+            early = f"; {self._early_stop}" if self._early_stop else ""
+            write_output(f"{self._lead}{printable(text + early)}\n")
+            return
+        label = self.label
+        lines = [f"{label}{'-' * self._width}\n"]
+        if self._early_stop:
+            lines.append(f"{label}early stop: {printable(self._early_stop)}\n")
+        lines.append(f"{label}total time: {format_clock_parts(event.seconds)}\n")
+        if best is not None:
+            epoch, score = best
+            name = f"{printable(run.criteria)}, " if run.criteria else ""
+            where = f"{name}{epoch_words(epoch, run.first_epoch)}"
+            lines.append(f"{label}best score: {format_number(score)} ({where})\n")
+        write_output("".join(lines))
+
+
+class EpochTable:
+    """A table that is printed row by row: a line for each epoch."""
+
+    def __init__(self) -> None:
+        self._printed: tuple[str, int, list[tuple[str, str]]] = ("", 0, [])
+        """what the head that was printed last depends on"""
+        self._widths: list[int] = []
+
+    def lines(
+        self,
+        lead: str,
+        event: EpochEnded,
+        rates: Mapping[str, float],
+        names: Sequence[str] | None,
+        best: str,
+    ) -> str:
+        """Return the line of an epoch, after the two lines of the head if the columns are new."""
+        cells = {
+            (phase, name): format_number(metrics[name])
+            for phase, metrics in event.metrics.items()
+            for name in (metrics if names is None else names)
+            if name in metrics
+        }
+        if rates:
+            cells["", "lr"] = format_rates(rates)
+        cells["", "time"] = format_duration(event.seconds)
+        total = str(event.epochs)
+        width = max(5, 2 * len(total) + 1)
+        number = f"{f'{event.epoch_in_run}/{total}':>{width}}"
+        head = self._head(lead, width, list(cells))
+        self._widths = [
+            max(pair) for pair in zip(self._widths, map(len, cells.values()), strict=True)
+        ]
+        row = self._row(number, list(cells.values()))
+        mark = "" if event.complete else "  stopped"
+        mark += f"  {best}" if best else ""
+        return f"{head}{lead}{row}{mark}\n"
+
+    def _head(self, lead: str, width: int, columns: list[tuple[str, str]]) -> str:
+        """Return the head if it differs from the one that was printed last."""
+        room = " " * display_width(lead)
+        if (room, width, columns) == self._printed:
+            return ""
+        self._printed = room, width, columns
+        names = [printable(name) for _phase, name in columns]
+        # A wider cell, such as 12.3457, widens its column from its row on.
+        self._widths = [max(len(name), 6) for name in names]
+        phases, before = list[str](), ""
+        for phase, _name in columns:
+            phases.append("" if phase == before else phase)
+            before = phase
+        above = f"{room}{self._row(' ' * width, phases)}".rstrip()
+        return f"{above}\n{room}{self._row('epoch'.rjust(width), names)}\n"
+
+    def _row(self, first: str, cells: Sequence[str]) -> str:
+        return first + "".join(
+            f"  {cell:>{width}}" for cell, width in zip(cells, self._widths, strict=True)
+        )
