@@ -1,16 +1,24 @@
-"""Make the pictures of the README: a terminal while three trainers run, and the curves of one.
+"""Make the pictures of the README: three trainers in a terminal, the curves of one, the service.
 
     make pictures                    (or: python docs/pictures.py)
 
-Both are of real trainings on scikit-learn's digits. The terminal is one that is emulated, of 96
-columns; the picture is drawn when the question is shown.
+All are of real trainings on scikit-learn's digits. The terminal is one that is emulated, of 96
+columns; the picture is drawn when the question is shown. That of the web service is a screenshot
+by Chromium.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +117,48 @@ def draw_curves(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+SERVICE_TRAININGS = [
+    {"name": "baseline", "epochs": 20},
+    {"name": "too hot", "model": "medium", "lr": 900},
+    {"name": "convolutions", "model": "large", "lr": 0.01, "epochs": 300},
+    {"name": "wide", "model": "medium", "lr": 0.03, "epochs": 24, "ask_every": 12},
+    {"name": "wide", "model": "medium", "lr": 0.01, "epochs": 24},
+]
+
+
+def draw_service(path: Path) -> None:
+    """Take a picture of the page of the example service while a training asks."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        sys.exit(f"{path.name} needs Chromium, and there is none")
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, str(HERE.parent / "examples" / "service"), "--port", "0"]
+        command += ["--save-path", directory, "--at-once", "2"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service:
+            assert service.stderr is not None
+            printed = (re.search(r"http://[\d.:]+", line) for line in service.stderr)
+            url = next(found[0] for found in printed if found)
+            for settings in SERVICE_TRAININGS:
+                _request(f"{url}/trainings", settings)
+            while not _request(f"{url}/trainings/4")["question"]:
+                time.sleep(0.1)
+            shot = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1240,930"]
+            shot += [f"--screenshot={path}", f"{url}/#/4"]
+            subprocess.run([browser, *shot], check=True, stderr=subprocess.DEVNULL)
+            service.terminate()
+
+
+def _request(url: str, body: Any = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=WAIT) as answer:
+        return json.load(answer)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--train"]:
         asyncio.run(train_three())
     else:
         draw_screen(screen_of_three(), HERE / "terminal.png")
         draw_curves(HERE / "curves.png")
+        draw_service(HERE / "service.png")

@@ -88,6 +88,8 @@ async def test_app_when_used_then_starts_follows_cancels_and_ends_with_a_trainin
         await client.post("/trainings?epochs=1000")
 
 
-def test_app_when_read_then_is_short() -> None:
-    lines = (EXAMPLES / "fastapi_app.py").read_text().splitlines()
-    assert len([line for line in lines if line]) <= 40
+def test_app_when_read_then_is_short_and_that_of_the_guide() -> None:
+    program = (EXAMPLES / "fastapi_app.py").read_text()
+    assert len([line for line in program.splitlines() if line]) <= 40
+    guide = (EXAMPLES.parent / "docs" / "guides" / "web-apps.md").read_text()
+    assert f'```python title="examples/fastapi_app.py"\n{program}```\n' in guide

@@ -210,10 +210,15 @@ function waitsFor(training) {
 const REASONS = { completed: "all epochs trained", prompt: "ended at the question", stopped: "stopped" };
 
 function factsOf(training) {
-  const { best, result } = training, facts = [];
+  const { best, live, result } = training, facts = [];
   if (result) facts.push(["Result", REASONS[result.stop_reason] || result.stop_reason]);
   if (best)
     facts.push([result ? "Best accuracy" : "Best accuracy so far", `${percent(best.score)} in epoch ${best.epoch}`]);
+  if (live && !isOver(training)) {
+    if (live.metrics.loss != null) facts.push([`Train loss in epoch ${live.epoch}`, rounded(live.metrics.loss)]);
+    const rates = Object.values(live.learning_rates);
+    if (rates.length) facts.push(["Learning rate", rates.map(rounded).join(", ")]);
+  }
   if (result) facts.push(["Training time", duration(result.seconds)]);
   return facts;
 }

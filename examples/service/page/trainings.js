@@ -45,7 +45,10 @@ function apply(event) {
 
 const CHANGES = {  // kind of the event -> what it changes
   job_started: (training) => { training.status = "running"; },
-  batch_progress: (training, event) => { training.progress = event; },
+  batch_progress: (training, event) => {
+    training.progress = event;
+    if (event.phase === "train") training.live = event;
+  },
   epoch_ended: (training, event) => {
     training.epoch = Math.max(training.epoch, event.epoch);  // a resumed training may repeat one
     training.epochSeconds = event.seconds;
