@@ -104,7 +104,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     write_file(path, lambda _temporary, descriptor: write_all(descriptor, data), overwrite=True)
 
 
-def write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
     """Write all of ``data``, although the system may write less at a time."""
     view = memoryview(data)
     while view:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import struct
 import sys
 import zlib
@@ -30,6 +29,8 @@ from reprlib import repr as short
 from typing import Any, TypeGuard
 
 import msgpack as msgpack_library
+
+from fitloop._storage.durable import open_regular, write_all
 
 msgpack: Any = msgpack_library  # it has no types
 
@@ -49,8 +50,6 @@ _FIRST_READ = 64 * 2**10
 _CRC_TAG = b"\xacheader_crc32\xce"
 _CRC_STEP = 16 * 2**20
 
-_MAX_VECTORS = 1024  # IOV_MAX of Linux, macOS and the BSDs
-_MAX_WRITE = 2**30
 _MIN_THREADED_SIZE = 2**20
 _UNKNOWN_CRC = 2**32 - 1  # any value that packs into five bytes
 _CANNOT_ALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
@@ -347,26 +346,14 @@ def read_file_header(
 
     Raises `LayoutError` if it is no fitloop file, and OSError.
     """
-    # Not blocking: the path may be a pipe.
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    descriptor = os.open(path, flags)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise LayoutError("it is no file")
-        size = status.st_size
+    with open(open_regular(path), "rb") as file:
 
         def read(offset: int, length: int) -> bytes:
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            data = b""
-            while len(data) < length and (more := os.read(descriptor, length - len(data))):
-                data += more
-            return data
+            file.seek(offset)
+            return file.read(length)
 
+        size = os.fstat(file.fileno()).st_size
         header, entries, _spans, _end = read_layout(read, size)
-    finally:
-        with suppress(OSError):
-            os.close(descriptor)
     return header, entries, size
 
 
@@ -392,14 +379,14 @@ def write_layout(
     _allocate(descriptor, size)
     if size < _MIN_THREADED_SIZE:
         _set_checksums(header, crc_offsets, [_checksum(payload) for payload in payloads])
-        _write_all(descriptor, [memoryview(header), *pieces])
+        _write_pieces(descriptor, [memoryview(header), *pieces])
         return size
     with ThreadPoolExecutor(1, thread_name_prefix="fitloop checksums") as pool:
         checksums = pool.submit(lambda: [_checksum(payload) for payload in payloads])
-        _write_all(descriptor, [memoryview(header), *pieces])
+        _write_pieces(descriptor, [memoryview(header), *pieces])
         _set_checksums(header, crc_offsets, checksums.result())
     os.lseek(descriptor, 0, os.SEEK_SET)
-    _write_all(descriptor, [memoryview(header)])
+    write_all(descriptor, header)
     return size
 
 
@@ -471,25 +458,6 @@ def _allocate(descriptor: int, size: int) -> None:
             raise
 
 
-def _write_all(descriptor: int, pieces: Iterable[memoryview]) -> None:
-    """Write all pieces, several at a time, although the system may write less."""
-    group: list[memoryview] = []
-    length = 0
+def _write_pieces(descriptor: int, pieces: Iterable[memoryview]) -> None:
     for piece in pieces:
-        for start in range(0, len(piece), _MAX_WRITE):
-            group.append(piece[start : start + _MAX_WRITE])
-            length += len(group[-1])
-            if len(group) == _MAX_VECTORS or length >= _MAX_WRITE:
-                _write_group(descriptor, group)
-                group, length = [], 0
-    _write_group(descriptor, group)
-
-
-def _write_group(descriptor: int, group: list[memoryview]) -> None:
-    while group:
-        write_vector = hasattr(os, "writev")  # not on Windows
-        written = os.writev(descriptor, group) if write_vector else os.write(descriptor, group[0])
-        while group and written >= len(group[0]):
-            written -= len(group.pop(0))
-        if written:
-            group[0] = group[0][written:]
+        write_all(descriptor, piece)

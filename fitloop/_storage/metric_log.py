@@ -87,14 +87,8 @@ class MetricLog:
 
 def read_progress(directory: Path) -> bytes:
     """Return the content of the progress file; empty if there is none, or it cannot be read."""
-    with suppress(OSError):
-        # Not blocking: the file may be a pipe.
-        flags = os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0)
-        descriptor = os.open(directory / PROGRESS_NAME, flags)
-        try:
-            return os.read(descriptor, _LARGEST_PROGRESS)
-        finally:
-            os.close(descriptor)
+    with suppress(OSError), open(open_regular(directory / PROGRESS_NAME), "rb") as file:
+        return file.read(_LARGEST_PROGRESS)
     return b""
 
 

@@ -69,7 +69,7 @@ class Disk:
 
 FAULTS = {
     "allocate": ("posix_fallocate", FULL),
-    "write": ("writev", FULL),
+    "write": ("write", FULL),
     "fsync": ("fsync", OSError(errno.EIO, "Input/output error")),
     "rename": ("replace", OSError(errno.EIO, "Input/output error")),
     "open": ("open", OSError(errno.EROFS, "Read-only file system")),
@@ -198,7 +198,7 @@ def test_fit_when_the_whole_disk_is_full_then_it_does_as_it_is_told(
 ) -> None:
     """The log of metrics, too."""
     full, had_room_again = [False], list[bool]()
-    for name in ("writev", "write", "posix_fallocate"):
+    for name in ("write", "posix_fallocate"):
         real = getattr(os, name)
 
         def call(where: int, *args: Any, real: Any = real) -> Any:
