@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol, TypeVar, cast
 
 import anyio
@@ -170,9 +170,16 @@ class _StepThread:
     """The thread of a task, and its outcome."""
 
     def __init__(
-        self, task: ThreadTask, control: RunControl, portal: LoopPortal, name: str, grace: float
+        self,
+        make_task: Callable[[], ThreadTask],
+        control: RunControl,
+        portal: LoopPortal,
+        name: str,
+        grace: float,
     ) -> None:
-        self._task, self._control, self._portal, self._name = task, control, portal, name
+        self._make_task: Callable[[], ThreadTask] | None = make_task
+        self._task: ThreadTask | None = None
+        self._control, self._portal, self._name = control, portal, name
         self._state = TaskState.of_caller()
         self._grace = grace
         self._threads: list[threading.Thread] = []
@@ -200,6 +207,8 @@ class _StepThread:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
+            assert self._make_task is not None
+            self._task = self._make_task()
             self._task.execute()
         except Abandoned:
             return
@@ -213,10 +222,13 @@ class _StepThread:
 
     def _finish(self, error: BaseException | None) -> None:
         try:
-            self.result = self._task.finish(error)
+            if self._task is not None:
+                self.result = self._task.finish(error)
+            elif error is not None:  # of making the task
+                raise error
         except BaseException as raised:  # raised again in the awaiting task
             self.error = raised
-        self._task = cast("ThreadTask", None)  # the thread ends a moment after the run
+        self._task = self._make_task = None  # the thread ends a moment after the run
         self._portal.finish()
 
     def is_running(self) -> bool:
@@ -296,7 +308,7 @@ Code that holds a lock which the thread may need sets a scope that releases the 
 
 
 async def supervise(
-    task: ThreadTask,
+    make_task: Callable[[], ThreadTask],
     control: RunControl,
     portal: LoopPortal,
     *,
@@ -305,10 +317,10 @@ async def supervise(
     background_tasks: Sequence[Callable[[], Awaitable[None]]] = (),
     end_background_tasks: Callable[[], None] = lambda: None,
 ) -> Any:
-    """Run ``task`` in a new thread, inside `wait_scope`, and return the result of its ``finish``.
+    """Run a task in a new thread, inside `wait_scope`, and return the result of its ``finish``.
 
     Args:
-        task: the work of the thread.
+        make_task: returns the work of the thread; called on the thread, since it may take long.
         control: the flags that stop or cancel the task.
         portal: the task's way to the event loop.
         name: of the trainer, for messages and the name of the thread.
@@ -323,7 +335,7 @@ async def supervise(
     left behind, with a `LoaderHungWarning`.
     """
     async with wait_scope.get()():
-        thread = _StepThread(task, control, portal, name, grace)
+        thread = _StepThread(make_task, control, portal, name, grace)
         return await _supervise(
             thread, control, portal, name, grace, background_tasks, end_background_tasks
         )
@@ -408,8 +420,8 @@ async def run_in_thread(
     """
     await anyio.lowlevel.checkpoint_if_cancelled()
     control = control or RunControl()
-    task, portal = FunctionTask(function), LoopPortal(control)
-    result: T = await supervise(task, control, portal, name=name, grace=0.0)
+    make_task, portal = partial(FunctionTask, function), LoopPortal(control)
+    result: T = await supervise(make_task, control, portal, name=name, grace=0.0)
     return result
 
 

@@ -79,7 +79,7 @@ async def launch(
             state.control = control
             try:
                 return await supervise(
-                    _LateTask(partial(make_task, context)),
+                    partial(make_task, context),
                     control,
                     portal,
                     name=config.name,
@@ -102,29 +102,6 @@ def _warn_of_short_epoch(state: TrainerState, plan: RunPlan) -> None:
             f"has only these, since no step has batches of two epochs. Give accumulate={batches}",
             OptimizerWarning,
         )
-
-
-class _LateTask:
-    """A `ThreadTask` that is made on the step thread, since making it may take long."""
-
-    def __init__(self, make: Callable[[], ThreadTask]) -> None:
-        self._make = make
-        self._task: ThreadTask | None = None
-
-    def execute(self) -> None:
-        """Make the task and execute it."""
-        self._task = self._make()
-        self._task.execute()
-
-    def finish(self, error: BaseException | None) -> Any:
-        """Finish the task, or raise the error of making it."""
-        if self._task is not None:
-            return self._task.finish(error)
-        assert error is not None
-        try:
-            raise error
-        finally:
-            del error
 
 
 async def run_exclusively_in_thread(state: TrainerState, call: str, function: Callable[[], T]) -> T:

@@ -139,7 +139,7 @@ class WorkerClient:
             with interruptible():
                 async with self._callbacks:
                     result: TrainingResult = await supervise(
-                        self,
+                        lambda: self,
                         self._control,
                         self._portal,
                         name=self._spec.name,
