@@ -6,7 +6,7 @@ all that the snapshot does not hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -73,6 +73,21 @@ def check_fits(
         )
 
 
+def make_schedulers(trainer: TrainerState, snapshot: Snapshot) -> Callable[[], None]:
+    """Make the schedulers that functions make, as they were in a snapshot; return what undoes it.
+
+    Raises CheckpointError for a number of steps that is none.
+    """
+    steps = snapshot.trainer.get("schedule_steps")
+    if steps is not None and (type(steps) is not int or steps < 0):
+        raise CheckpointError(
+            f"{snapshot.path} cannot be read: it has a schedule of {steps!r:.40} steps"
+        )
+    undo = trainer.planned_schedulers.make(steps)
+    trainer.given.begin_call()
+    return undo
+
+
 def _last_bits(
     trainer: TrainerState, snapshot: Snapshot, position: RunPosition | None
 ) -> list[str]:
@@ -126,11 +141,14 @@ def _other_steps(
     saved = snapshot.trainer.get("step_arguments", {})
     if position is None or position.finished:
         return []
+    was, steps = snapshot.trainer.get("schedule_steps"), trainer.planned_schedulers.steps
     differing = [
         f"{name} was {printable(str(saved[name])):.60} and is {value!s:.60}"
         for name, value in step_arguments(trainer.config).items()
         if name in saved and saved[name] != value
     ]
+    if isinstance(was, int) and was != steps:
+        differing.append(f"the number of steps for lr_scheduler was {was} and is {steps}")
     return (
         [f"{', '.join(differing)}: the run goes on with the arguments given now"]
         if differing

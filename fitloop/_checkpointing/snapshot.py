@@ -171,6 +171,7 @@ def _trainer_fields(trainer: TrainerState, loaders: Mapping[Phase, Any]) -> dict
         "criteria": None if criteria is None else [criteria.name, criteria.direction],
         "given": trainer.given.facts,
         "step_arguments": step_arguments(config),
+        "schedule_steps": trainer.planned_schedulers.steps,
         "loaders": {
             str(phase): loader_facts(loader)
             for phase, loader in loaders.items()

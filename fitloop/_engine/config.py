@@ -67,13 +67,16 @@ def _expect(fits: bool, name: str, value: object, expected: str) -> None:
         raise ConfigurationError(f"{name} is {value!r:.80}; expected {expected}")
 
 
-def check_callable(name: str, function: object, argument: str) -> None:
+def check_callable(name: str, function: object, argument: str, *, arguments: int = 1) -> None:
     """Check that a function can be called with one positional argument, described by ``argument``.
+
+    With ``arguments=2``, with two.
 
     Raises:
         StageSignatureError: the function is no callable, or needs other arguments.
     """
-    expected = f"a function that can be called with one argument, {argument}"
+    number = "one argument" if arguments == 1 else f"{arguments} arguments"
+    expected = f"a function that can be called with {number}, {argument}"
     if isinstance(function, type):
         raise StageSignatureError(name, function, f"{expected}; this is a class, give an instance")
     if not callable(function):
@@ -83,7 +86,7 @@ def check_callable(name: str, function: object, argument: str) -> None:
     except (TypeError, ValueError):  # some built-in functions have none
         return
     try:
-        signature.bind(object())
+        signature.bind(*[object()] * arguments)
     except TypeError:
         signature_text = f"{getattr(function, '__name__', function)}{signature}"
         raise StageSignatureError(name, signature_text, expected) from None
@@ -399,39 +402,49 @@ class TrainerConfig:
             check_callable("on_continue", self.on_continue, "the PromptAsked event")
 
     def _check_schedulers(self) -> None:
+        given, intervals = as_list(self.lr_scheduler), as_list(self.scheduler_interval)
+        for scheduler in given:
+            if is_scheduler_function(scheduler):
+                what = "the optimizer and the number of steps"
+                check_callable("lr_scheduler", scheduler, what, arguments=2)
+                check_plain("lr_scheduler", scheduler)
+            else:
+                self.check_scheduler(scheduler)
+        for interval in intervals:
+            expected = "'step', 'batch', 'epoch' or 'valid'"
+            _expect(interval in INTERVALS, "scheduler_interval", interval, expected)
+        if intervals and not given:
+            raise ConfigurationError(
+                f"scheduler_interval is {self.scheduler_interval!r} and there is no lr_scheduler; "
+                "give lr_scheduler=, or leave it out"
+            )
+        if len(intervals) > 1 and len(intervals) != len(given):
+            raise ConfigurationError(
+                f"scheduler_interval has {len(intervals)} entries for "
+                f"{len(given)} schedulers; expected one for all, or one for each"
+            )
+
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Raise ConfigurationError if this cannot be a scheduler of the trainer."""
         optimizer_ids = {
             id(item)
             for each in self.optimizers
             for item in (each, *getattr(each, "__dict__", {}).values())
         }
-        for scheduler in self.lr_schedulers:
-            other = getattr(scheduler, "optimizer", None)
-            if isinstance(other, Optimizer) and id(other) not in optimizer_ids:
-                raise ConfigurationError(
-                    f"lr_scheduler is a {type(scheduler).__name__} of another optimizer than the "
-                    "trainer's; build it from the one that is given as optimizer="
-                )
-            has_step = callable(getattr(scheduler, "step", None))
-            _expect(
-                has_step and not isinstance(scheduler, type),
-                "lr_scheduler",
-                scheduler,
-                "an object with step(), as in torch.optim.lr_scheduler, or a list of them",
-            )
-        intervals = as_list(self.scheduler_interval)
-        for interval in intervals:
-            expected = "'step', 'batch', 'epoch' or 'valid'"
-            _expect(interval in INTERVALS, "scheduler_interval", interval, expected)
-        if intervals and not self.lr_schedulers:
+        other = getattr(scheduler, "optimizer", None)
+        if isinstance(other, Optimizer) and id(other) not in optimizer_ids:
             raise ConfigurationError(
-                f"scheduler_interval is {self.scheduler_interval!r} and there is no lr_scheduler; "
-                "give lr_scheduler=, or leave it out"
+                f"lr_scheduler is a {type(scheduler).__name__} of another optimizer than the "
+                "trainer's; build it from the one that is given as optimizer="
             )
-        if len(intervals) > 1 and len(intervals) != len(self.lr_schedulers):
-            raise ConfigurationError(
-                f"scheduler_interval has {len(intervals)} entries for "
-                f"{len(self.lr_schedulers)} schedulers; expected one for all, or one for each"
-            )
+        has_step = callable(getattr(scheduler, "step", None))
+        _expect(
+            has_step and not isinstance(scheduler, type),
+            "lr_scheduler",
+            scheduler,
+            "an object with step(), as in torch.optim.lr_scheduler, a function of the optimizer "
+            "and the number of steps that returns one, or a list of these",
+        )
 
     def _check_values(self) -> None:
         _expect(
@@ -494,12 +507,34 @@ class TrainerConfig:
         return as_list(self.optimizer)
 
     @cached_property
+    def scheduler_slots(self) -> list[Any]:
+        """What is now in the place of each item of ``lr_scheduler``, a list to be changed.
+
+        For a function this is the scheduler that it has made, or None.
+        """
+        given = as_list(self.lr_scheduler)
+        return [None if is_scheduler_function(item) else item for item in given]
+
+    @property
     def lr_schedulers(self) -> list[Any]:
-        """The list of all schedulers."""
-        return as_list(self.lr_scheduler)
+        """The list of all schedulers that there are now."""
+        return [scheduler for scheduler in self.scheduler_slots if scheduler is not None]
+
+    @property
+    def present_lr_scheduler(self) -> Any:
+        """The scheduler of now, or the list of them, in the form of ``lr_scheduler``."""
+        schedulers = self.lr_schedulers
+        if isinstance(self.lr_scheduler, (list, tuple)):
+            return schedulers
+        return schedulers[0] if schedulers else None
 
 
 CONFIG_NAMES = {"optimizers", "lr_schedulers", *(field.name for field in fields(TrainerConfig))}
+
+
+def is_scheduler_function(item: Any) -> bool:
+    """Return whether this is a function that makes a scheduler."""
+    return callable(item) and not isinstance(item, type) and not hasattr(item, "step")
 
 
 def needs_closure(optimizer: Any) -> bool:

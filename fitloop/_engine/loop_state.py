@@ -125,7 +125,7 @@ class LoopState:
         self.model = config.called_model
         self.optimizer = config.optimizer
         self.loss_function = config.loss_function
-        self.lr_scheduler = config.lr_scheduler
+        self.lr_scheduler = config.present_lr_scheduler
         self.scaler = config.scaler
 
     def _set_batch_size(self, size: Any) -> None:

@@ -62,6 +62,7 @@ async def launch(
         in_use(config.name, plan.call, state, config.model),
         checked_modes(plan.call, trains=trains),
         interruptible(),
+        state.planned_schedulers.made_for(plan),
         state.event_bus.run(plan.call, state.step_counts.made),
     ):
         async with user_callbacks:

@@ -25,7 +25,7 @@ from fitloop._engine.plan import EngineDeps, RunPlan
 from fitloop._errors import RestoreWarning, add_note_safely, one_line, warn_user
 from fitloop._rng.guard import RngGuard
 from fitloop._rng.trainer_rng import TrainerRng
-from fitloop._training.schedulers import SchedulerSteps
+from fitloop._training.schedulers import SchedulerSteps, check_modes
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
@@ -202,6 +202,7 @@ def scheduler_steps(state: TrainerState, plan: RunPlan) -> SchedulerSteps | None
 
     Raises ConfigurationError if a scheduler cannot be stepped in this run.
     """
+    check_modes(state.config, state.criteria)  # of those that a function has made
     phases = [phase for phase, _loader in plan.phases]
     if Phase.TRAIN not in phases:
         return None

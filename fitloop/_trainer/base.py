@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +12,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fitloop._arguments import checked_arguments
-from fitloop._data.inspection import length_of
 from fitloop._engine.config import (
     PRETRAINED,
     Interval,
@@ -31,6 +29,7 @@ from fitloop._run.prompts import Ask
 from fitloop._training.averaging import EMA, SWA
 from fitloop._training.best_models import BestModel
 from fitloop._training.layers import configure_optimizer as default_configure_optimizer
+from fitloop._training.planned_schedulers import planned_steps
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Loader, LossFunction, Phase, StageFunction
 from fitloop.callbacks.callback import Callback
@@ -119,22 +118,24 @@ class TrainerBase:
         """Return the optimizer steps of a `fit` with these arguments, for a schedule by steps.
 
         That is one step for ``accumulate`` batches, and one for those that are left of an epoch.
+        A loader without a length gives ``steps`` batches. ``lr_scheduler`` may also be a function
+        of this number, which each `fit` calls.
 
         Raises:
             MissingLoaderError: there is no ``train_dl``.
-            ConfigurationError: the loader has no length, or an argument cannot work.
+            ConfigurationError: the loader has no length and there are no ``steps``, or an argument
+                cannot work.
         """
         loader = self.train_dl if train_dl is None else train_dl
         if loader is None:
             raise MissingLoaderError(Phase.TRAIN, "planned_steps")
-        batches = length_of(loader)
-        if batches is None:
+        planned = planned_steps(loader, epochs, steps, self._state.config.accumulate)
+        if planned is None:
             raise ConfigurationError(
-                "planned_steps() needs the batches of an epoch, and train_dl has no length; count "
-                "them once, and divide by accumulate"
+                "planned_steps() needs the batches of an epoch, and train_dl has no length; give "
+                "steps=, or count them once"
             )
-        batches = batches if steps is None else min(batches, steps)
-        return epochs * math.ceil(batches / self._state.config.accumulate)
+        return planned
 
     def events(self) -> EventStream:
         """Return the events of the trainer, for any task: ``async with ... as events``."""
@@ -252,8 +253,11 @@ class TrainerBase:
 
     @property
     def lr_scheduler(self) -> Any:
-        """The ``lr_scheduler`` of the constructor: a scheduler, a list or None."""
-        return self._state.config.lr_scheduler
+        """The scheduler, or the list of them, or None.
+
+        One that a function makes is there from the first `fit` on.
+        """
+        return self._state.config.present_lr_scheduler
 
     @property
     def lr_schedulers(self) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 
 from fitloop._arguments import checked_arguments
 from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
-from fitloop._checkpointing.comparison import check_fits
+from fitloop._checkpointing.comparison import check_fits, make_schedulers
 from fitloop._checkpointing.run_files import FileOptions
 from fitloop._checkpointing.snapshot import (
     apply_snapshot,
@@ -97,7 +97,13 @@ class FitLoop(TrainerBase):
         valid_epoch_start, valid_step, valid_epoch_end: stage functions of the validation.
         test_epoch_start, test_step, test_epoch_end: stage functions of the test.
         preloop, postloop: called with the trainer before the first and after the last epoch.
-        lr_scheduler: a learning-rate scheduler, or a list of schedulers.
+        lr_scheduler: a learning-rate scheduler, or a list of schedulers. Each may also be a
+            function of ``optimizer``, as given, and of the number of optimizer steps that a `fit`
+            plans. It returns a scheduler of this length: ``lambda optimizer, steps:
+            OneCycleLR(optimizer, 0.1, total_steps=steps)``. Each `fit` calls it for a new schedule,
+            which begins with the rates that the groups had before the last one, or that you have
+            set since; a resumed fit continues its own. It is there from the first fit on, and
+            stepped after each optimizer step by default.
         scheduler_interval: when to step the schedulers: ``"step"`` (after each step that their own
             optimizer has made), ``"batch"``, ``"epoch"`` or ``"valid"`` (after validation, with the
             criteria); one for all, or a list. Default with the default ``train_step``: per step for
@@ -683,10 +689,15 @@ class FitLoop(TrainerBase):
 
         def read() -> None:
             snapshot = read_snapshot(source, device)
-            check_fits(self._state, snapshot, self._state.loaders_of({}))
-            self._state.move_to_device()
-            self._state.save_pretrained()
-            apply_snapshot(self._state, snapshot)
+            undo = make_schedulers(self._state, snapshot)
+            try:
+                check_fits(self._state, snapshot, self._state.loaders_of({}))
+                self._state.move_to_device()
+                self._state.save_pretrained()
+                apply_snapshot(self._state, snapshot)
+            except BaseException:
+                undo()
+                raise
             self._state.best_models.training = ""  # files of later epochs there stay
             self._state.metric_log = None  # it does not hold the history any more
 

@@ -17,21 +17,25 @@ from fitloop._types import Phase
 _PER_STEP = (kinds.OneCycleLR, kinds.CyclicLR)
 
 
-def intervals_of(config: TrainerConfig) -> list[Interval | None]:
-    """Return the interval of each scheduler; None if the user's ``train_step`` steps it."""
-    intervals = as_list(config.scheduler_interval)
-    schedulers = config.lr_schedulers
-    if intervals:
-        return intervals * len(schedulers) if len(intervals) == 1 else intervals
-    if config.train_step is not None:
-        return [None] * len(schedulers)
-    return [_natural_interval(scheduler) for scheduler in schedulers]
+def schedulers_of(config: TrainerConfig) -> list[tuple[Any, Interval | None]]:
+    """Return each scheduler with its interval; None if the user's ``train_step`` steps it."""
+    given, intervals = as_list(config.lr_scheduler), as_list(config.scheduler_interval)
+    if not intervals:
+        is_own = config.train_step is not None
+        intervals = [
+            None if is_own else _natural_interval(scheduler, is_planned=scheduler is not item)
+            for item, scheduler in zip(given, config.scheduler_slots, strict=True)
+        ]
+    elif len(intervals) == 1:
+        intervals = intervals * len(given)
+    pairs = zip(config.scheduler_slots, intervals, strict=True)
+    return [pair for pair in pairs if pair[0] is not None]
 
 
-def _natural_interval(scheduler: object) -> Interval:
+def _natural_interval(scheduler: object, *, is_planned: bool) -> Interval:
     if isinstance(scheduler, kinds.ReduceLROnPlateau):
         return "valid"
-    per_step = any(isinstance(inner, _PER_STEP) for inner in parts_of(scheduler))
+    per_step = is_planned or any(isinstance(inner, _PER_STEP) for inner in parts_of(scheduler))
     return "step" if per_step else "epoch"
 
 
@@ -43,7 +47,7 @@ def check_modes(config: TrainerConfig, criteria: Criteria | None) -> None:
     """
     if criteria is None or criteria.is_default:
         return
-    for scheduler, interval in zip(config.lr_schedulers, intervals_of(config), strict=True):
+    for scheduler, interval in schedulers_of(config):
         if interval is not None and isinstance(scheduler, kinds.ReduceLROnPlateau):
             _check_mode(scheduler, criteria)
 
@@ -96,7 +100,7 @@ class SchedulerSteps:
         self._criteria = criteria
         self._score: float | None = None
         self._metric_names: tuple[str, ...] = ()
-        pairs = list(zip(config.lr_schedulers, intervals_of(config), strict=True)) if steps else []
+        pairs = schedulers_of(config) if steps else []
         self._pairs, self._warns = pairs, warns and bool(pairs)
         self._epochs, self._accumulate = 0, config.accumulate
         self._has_scaler = config.scaler is not None

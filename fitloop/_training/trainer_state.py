@@ -66,6 +66,7 @@ from fitloop._training.parts import (
     named_parts,
     saved_tensors,
 )
+from fitloop._training.planned_schedulers import PlannedSchedulers
 from fitloop._training.schedulers import check_modes
 from fitloop._types import Phase
 
@@ -133,6 +134,7 @@ class TrainerState:
             steps = self.step_counts.made
             self.average = AveragedWeights(config.average, config.model, steps)
             self.parts["average"] = self.average
+        self.planned_schedulers = PlannedSchedulers(config)
         self.given = GivenSettings(config)
         self._watches: dict[Phase, tuple[Any, AttributeWatch]] = {}
         """loaders, with their attributes before their first run"""
@@ -332,6 +334,7 @@ class TrainerState:
         except BaseException:
             undo.restore()
             raise
+        self.planned_schedulers.make(None)
         self.history.clear()
         self.metric_log = None  # the next run starts a new one
         self.epoch_num = 0
