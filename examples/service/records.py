@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,21 @@ class Records:
         """Remove the record of a training that was not started."""
         await to_thread.run_sync((self.directory_of(number) / NAME).unlink)
 
-    async def read_all(self) -> list[tuple[int, dict[str, Any]]]:
-        """Return numbers and records in order; an unreadable record is logged and left out."""
-        return await to_thread.run_sync(lambda: sorted(self._read_all(), key=lambda pair: pair[0]))
+    async def read_all(self) -> list[tuple[int, dict[str, Any] | None]]:
+        """Return numbers and records in order; None, and a line in the log, for a damaged one."""
+        return await to_thread.run_sync(self._read_all)
 
-    def _read_all(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for path in self._directory.glob(f"*/{NAME}"):
-            try:
-                yield int(path.parent.name), dict(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError) as error:
-                log.warning("%s cannot be read, so its training is left out: %s", path, error)
+    def _read_all(self) -> list[tuple[int, dict[str, Any] | None]]:
+        numbers = [int(path.name) for path in self._directory.iterdir() if path.name.isdecimal()]
+        return [(number, _read(self.directory_of(number) / NAME)) for number in sorted(numbers)]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        log.warning("%s cannot be read, so its training is left out: %s", path, error)
+        return None
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

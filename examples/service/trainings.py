@@ -78,7 +78,9 @@ class Trainings:
     async def load(self) -> None:
         """List the trainings of earlier services, and continue those that were not over."""
         for number, record in await self._records.read_all():
-            self._trainings = number
+            self._trainings = number  # also of a damaged one: its files must not become another's
+            if record is None:
+                continue
             try:
                 training = Training.restore(number, record, Feed(self.feed.service))
             except (KeyError, BadRequestError) as error:
@@ -198,7 +200,7 @@ class Trainings:
             elif isinstance(event, PERMANENT):
                 self._send(training, event.as_dict())
             elif isinstance(event, BatchProgress):
-                self._send_replaceable(training, event.as_dict())
+                self._send(training, event.as_dict(), replaceable=True)
 
     async def _ask(self, training: Training, event: PromptAsked) -> bool:
         """Wait for the answer of a client; the ``on_continue`` of every training.
@@ -253,22 +255,15 @@ class Trainings:
         training.over.set()
         training.feed.end()
 
-    def _send(self, training: Training, data: dict[str, Any]) -> None:
-        """Send every reader a message."""
+    def _send(self, training: Training, data: dict[str, Any], *, replaceable: bool = False) -> None:
+        """Send a message to every reader, or until a newer one replaces it."""
         self._messages += 1
+        number, service = self._messages, self.feed.service
         data = {**data, "training": training.number}
-        text = permanent_text(self.feed.service, self._messages, data)
-        message = Message(self._messages, training.number, text)
-        training.feed.add(message)
-        self.feed.add(message)
-
-    def _send_replaceable(self, training: Training, data: dict[str, Any]) -> None:
-        """Send readers a message that a newer one replaces if they have not read it yet."""
-        self._messages += 1
-        text = replaceable_text({**data, "training": training.number})
-        message = Message(self._messages, training.number, text)
-        training.feed.show(message)
-        self.feed.show(message)
+        text = replaceable_text(data) if replaceable else permanent_text(service, number, data)
+        for feed in (training.feed, self.feed):
+            send = feed.show if replaceable else feed.add
+            send(Message(number, training.number, text))
 
     def _forget_oldest(self) -> bool:
         """Drop the oldest training that is over, and say whether there was one. Files stay."""

@@ -253,24 +253,27 @@ async def test_restart_when_some_were_not_over_then_they_go_on_to_the_same_value
 
 
 async def test_restart_when_a_record_is_damaged_then_the_others_are_there(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with run_service(save_path=tmp_path) as service:
         for number in (1, 2, 3):
             await service.start(epochs=1)
             await service.everything(number)
-    (tmp_path / "1" / "training.json").write_text("{")
+    (tmp_path / "1" / "weights.msgpack").write_bytes(b"")
     (tmp_path / "2" / "training.json").write_text('{"settings": {"lr": "fast"}}')
-    (tmp_path / "3" / "weights.msgpack").write_bytes(b"")
+    (tmp_path / "3" / "training.json").write_text("{")
     async with run_service(save_path=tmp_path) as service:
-        assert [one["id"] for one in await service.get("/trainings")] == [3]
-        assert (await service.client.get("/trainings/3/weights")).status_code == 404
+        assert [one["id"] for one in await service.get("/trainings")] == [1]
+        assert (await service.client.get("/trainings/1/weights")).status_code == 404
         assert (await service.start(epochs=1))["id"] == 4
+    printed = capsys.readouterr().err
+    assert "training 2 is left out" in printed
+    assert "training.json cannot be read" in printed
 
 
 async def test_start_when_the_disk_takes_nothing_then_it_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "1").write_text("a file, where the directory of the training has to be")
     async with run_service(save_path=tmp_path) as service:
+        (tmp_path / "1").write_text("a file, where the directory of the training has to be")
         answer = await service.client.post("/trainings", json={})
         assert (answer.status_code, await service.get("/trainings")) == (507, [])
         assert (await service.start(epochs=1))["id"] == 2
