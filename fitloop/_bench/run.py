@@ -29,7 +29,7 @@ from fitloop._bench.figures import (
     Variant,
 )
 from fitloop._bench.loader_access import BenchLoaders, LoaderAccess, tensor_bytes
-from fitloop._bench.timing import BareLoop, PassTimer, scheduler_hook
+from fitloop._bench.timing import BareLoop, PassTimer
 from fitloop._concurrency.control import Cancelled
 from fitloop._data.inspection import length_of, loader_label
 from fitloop._data.loaders import LoadingOptions
@@ -213,7 +213,7 @@ class BenchRun:
 
     def _engine_pass(self, loaders: BenchLoaders, loader: Any, limit: int) -> PassTimer:
         timer = PassTimer(self.clock, self._config.device)
-        time_slice, schedulers = self._session.time_slice, scheduler_hook(self._context)
+        time_slice, schedulers = self._session.time_slice, self._session.step_per_batch()
         after_batch = [*([schedulers] if schedulers else []), time_slice.after_batch]
         engine = self._session.engine(
             replace(

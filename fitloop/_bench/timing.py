@@ -26,7 +26,7 @@ from fitloop._engine.plan import Instrumentation
 from fitloop._engine.precision import autocast_block
 from fitloop._engine.stages import Stages
 from fitloop._errors import UnknownMetricError
-from fitloop._run.session import RunContext, RunSession
+from fitloop._run.session import RunSession
 from fitloop._types import Phase, Stage
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -124,7 +124,7 @@ class BareLoop:
         self._limit = limit
         self._move = DeviceTransfer(config.device, config.dtype, cast=plan.cast).move
         self._steps = session.steps
-        self._after_batch = scheduler_hook(context)
+        self._after_batch = session.step_per_batch()
 
     def read(self, iterable: Any) -> PassTiming:
         """Read and move batches without steps."""
@@ -210,12 +210,6 @@ class BareLoop:
             if control.current_loader is not None:  # the loader raised
                 control.leave_loader(failed=True)
         timer.end(fetched_at)
-
-
-def scheduler_hook(context: RunContext) -> Callable[[], None] | None:
-    """Return the function that steps the per-batch schedulers; None if there are none."""
-    schedulers = context.schedulers
-    return schedulers.after_batch if schedulers and schedulers.per_batch else None
 
 
 class ListedValues(dict[str, list[Any]]):

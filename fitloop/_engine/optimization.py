@@ -110,6 +110,10 @@ class OptimizerSteps:
         self._accumulate, self._scaler = config.accumulate, config.scaler
         self._handles: list[Any] = []
         self._nested: list[_NestedHooks] = []
+        self.after_window: Hook | None = None
+        """called where it turns out whether a step came after an `is_undecided` batch"""
+        self.is_undecided = False
+        """the last batch may be that of an incomplete window; only the end of the pass tells"""
         self._has_optimized = self._is_in_batch = self._is_stepping = False
         self._defines_all = False
         self._needs_optimize = self._accumulate > 1 or config.precision == "fp16"
@@ -223,7 +227,9 @@ class OptimizerSteps:
         resets: list[Hook] = [hooks.reset for hooks in self._nested]
         checks: list[Hook] = [self.guard.check_sometimes] if self.guard.is_delayed else []
         if self._needs_optimize:
-            return [*resets, self._begin_batch], [partial(self._end_batch, state, control), *checks]
+            decide = [] if self.after_window is None else [self.after_window]
+            end_batch = partial(self._end_batch, state, control)
+            return [*resets, *decide, self._begin_batch], [end_batch, *checks]
         zeroes = () if defines_all else [window.optimizer.zero_grad for window in self.windows]
         return [*resets, *zeroes], checks
 
@@ -240,11 +246,19 @@ class OptimizerSteps:
             raise ConfigurationError(
                 "train_step has not called state.optimize() for the first batch, " + self._remedy()
             )
-        if state.batch_num == state.batches or (control.halted and not control.cancelled):
-            self.flush()
+        is_last = state.batch_num == state.batches or (control.halted and not control.cancelled)
+        self.is_undecided = state.batches is None and self.is_open and not is_last
+        if is_last:
+            self._end_windows()
 
     def flush(self) -> None:
         """Make the steps of incomplete windows, at the end of a pass."""
+        self._end_windows()
+        self.is_undecided = False
+        if self.after_window is not None:
+            self.after_window()
+
+    def _end_windows(self) -> None:
         windows = [window for window in self.windows if window.count]
         if windows:
             self._step(windows)

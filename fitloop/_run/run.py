@@ -79,6 +79,8 @@ class Run:
             stack.callback(self._session.close)
             self._plan = self._session.plan
             self._parts["window"] = self._session.steps
+            if context.schedulers is not None:
+                self._parts["schedulers"] = context.schedulers
             config = state.config
             if config.metrics:
                 self._parts["metrics"] = MetricStates(
@@ -136,8 +138,7 @@ class Run:
         if schedulers is not None:
             if self._resumption is not None:
                 schedulers.skip_checks()
-            after_batch = schedulers.after_batch if schedulers.per_batch else None
-            observers.append(Observer(schedulers.observe, after_batch))
+            observers.append(Observer(schedulers.observe, self._session.step_per_batch()))
         if self._average is not None:
             observers.append(Observer(self._average.observe, self._average.after_batch))
         # It may wait for other runs, with the generators released, so before the checkpointer.

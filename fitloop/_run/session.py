@@ -132,6 +132,19 @@ class RunSession:
             self.close: Callable[[], None] = stack.pop_all().close
             """leaves the CUDA stream, and releases intra-op threads and time slice"""
 
+    def step_per_batch(self) -> Callable[[], None] | None:
+        """Return the function that steps the schedulers of interval ``"batch"``; None if none.
+
+        In a pass without a length it may wait for the end of the pass, with an optimizer step.
+        """
+        schedulers, steps = self.context.schedulers, self.steps
+        if schedulers is None or not schedulers.per_batch:
+            return None
+        if self.context.state.config.accumulate == 1:
+            return schedulers.after_batch
+        steps.after_window = schedulers.catch_up
+        return lambda: schedulers.after_batch(is_undecided=steps.is_undecided)
+
     def engine(self, plan: RunPlan | None = None, **deps: Any) -> Engine:
         """Return an engine for a plan; ``deps`` replaces fields of `EngineDeps`.
 

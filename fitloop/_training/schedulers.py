@@ -114,6 +114,8 @@ class SchedulerSteps:
         ]
         """pairs of an optimizer and the step of a scheduler of interval ``"step"``"""
         self.per_batch = [scheduler for scheduler, interval in pairs if interval == "batch"]
+        self._is_late = False
+        """the schedulers per batch have not followed the last batch yet"""
         self._per_epoch = [scheduler for scheduler, interval in pairs if interval == "epoch"]
         self._per_valid = [scheduler for scheduler, interval in pairs if interval == "valid"]
         if self._per_valid and not validates:
@@ -138,10 +140,28 @@ class SchedulerSteps:
                 f"no {missing}; give {missing}=, or step it in a train_step of your own"
             )
 
-    def after_batch(self) -> None:
-        """Step the schedulers of interval ``"batch"``."""
-        for scheduler in self.per_batch:
-            scheduler.step()
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether schedulers must still follow the last batch; nothing if not."""
+        return {"late": True} if self._is_late else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a state of `state_dict`."""
+        self._is_late = state.get("late") is True
+
+    def after_batch(self, *, is_undecided: bool = False) -> None:
+        """Step the schedulers of interval ``"batch"``.
+
+        If it is undecided whether an optimizer step comes first, `catch_up` does it.
+        """
+        self._is_late = is_undecided
+        if not is_undecided:
+            for scheduler in self.per_batch:
+                scheduler.step()
+
+    def catch_up(self) -> None:
+        """Step the schedulers that have not followed the last batch yet."""
+        if self._is_late:
+            self.after_batch()
 
     def observe(self, event: Event) -> None:
         """Step the schedulers of interval ``"epoch"`` or ``"valid"``."""

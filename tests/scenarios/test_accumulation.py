@@ -209,6 +209,41 @@ def test_stop_when_in_a_window_then_its_batches_make_a_step(stop_at: int, sized:
     assert bits(trained(case).model) == bits(by_hand(case)[0])
 
 
+@pytest.mark.parametrize("sized", [True, False], ids=["sized", "without a length"])
+def test_schedulers_per_batch_when_the_last_window_is_short_then_follow_its_step(
+    sized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_snapshots_at_once(monkeypatch)
+    hand, epochs = mlp(), 2
+    optimizer = optimizer_of(hand)
+    scheduler = rates(optimizer)
+    optimizer._opt_called = True  # type: ignore[attr-defined] # no warning of a step before it
+    for _epoch in range(epochs):
+        for number, (inputs, targets) in enumerate(data(7), 1):
+            (cross_entropy(hand(inputs), targets) * len(targets)).backward()  # type: ignore[no-untyped-call]
+            if number in (3, 6, 7):
+                count = {3: 3 * SIZE, 6: 3 * SIZE, 7: LAST}[number]
+                torch._foreach_div_(
+                    [p.grad for p in hand.parameters() if p.grad is not None], count
+                )
+                optimizer.step()
+                optimizer.zero_grad()
+            scheduler.step()
+    final = []
+
+    def setup() -> TrainingSetup:
+        model = mlp()
+        optimizer = optimizer_of(model)
+        final.append(model)
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        given = {"model": model, "optimizer": optimizer, "lr_scheduler": rates(optimizer)}
+        given |= {"scheduler_interval": "batch", "accumulate": 3, "valid_dl": None}
+        return TrainingSetup(trainer={**given, "train_dl": data(7) if sized else Unsized(data(7))})
+
+    check_resumed_training(setup, tmp_path, (1, 1, 6, 4), epochs=epochs, replays=not sized)
+    assert bits(final[0]) == bits(final[-1]) == bits(hand)
+
+
 @pytest.mark.filterwarnings("ignore:accumulate is")
 @pytest.mark.parametrize("weight", ["default", "tokens"])
 def test_window_when_weighted_then_is_one_big_batch(weight: str) -> None:
