@@ -22,7 +22,9 @@ function drawFigure(figure, training) {
   const lines = PHASES.map((phase) => [phase, training.metrics[phase]?.[metric] || []]);
   const known = lines.flatMap(([, values]) => values).filter((value) => value != null);
   const width = Math.max(260, figure.clientWidth), epochs = Math.max(training.epochs, 2);
-  const ticks = metric === "accuracy" ? ticksOf(Math.min(0.8, ...known), 1) : ticksOf(0, known.length ? Math.max(...known) : 1);
+  const ticks = metric === "accuracy"
+    ? ticksOf(Math.min(0.8, ...known), 1)
+    : ticksOf(0, known.length ? Math.max(...known) : 1);
   const low = ticks[0], high = ticks.at(-1);
   const x = (epoch) => LEFT + ((epoch - 1) / (epochs - 1)) * (width - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - ((value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
@@ -30,7 +32,7 @@ function drawFigure(figure, training) {
     "aria-label": `${metric} of train and valid over the epochs` });
   drawAxes(svg, { x, y, width, epochs, ticks });
   if (!known.length)
-    svg.append(drawn("text", { x: (LEFT + width - RIGHT) / 2, y: (HEIGHT - BOTTOM + TOP) / 2 + 4, class: "said", "text-anchor": "middle" },
+    svg.append(drawn("text", { x: (LEFT + width - RIGHT) / 2, y: (HEIGHT - BOTTOM + TOP) / 2 + 4, class: "said" },
       isOver(training) ? "no epoch was finished" : "after the first epoch"));
   for (const [phase, values] of lines) drawLine(svg, phase, values, x, y);
   const best = training.best && lines[1][1][training.best.epoch - 1];

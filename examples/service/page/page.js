@@ -86,7 +86,9 @@ function forgetProblems() {  // the service is there again
 // -- what is shown -----------------------------------------------------------------------------
 
 let isDrawing = false;
-const isLoading = () => chosenId() && Date.now() < connection.openedAt + 1000;  // it follows soon
+
+// The service tells its trainings one after the other, so the chosen one may come in a moment.
+const isLoading = () => chosenId() && Date.now() < connection.openedAt + 1000;
 
 function draw() {  // at most once a frame, however fast events come
   if (isDrawing) return;
@@ -107,13 +109,17 @@ function draw() {  // at most once a frame, however fast events come
 }
 
 function drawNothing() {
-  const texts = connection.state === "lost"
-    ? ["The service does not answer", "This page tries again every second or so, and goes on by itself."]
-    : chosenId() ? [`There is no training ${chosenId()}`, "Choose another one in the list, or start one."]
-    : trainings.size ? ["No training is chosen", "Choose one in the list, or start one."]
-    : ["No training yet", "Choose a model and a learning rate, and start one. Its curves are drawn here while it trains."];
-  say($("nothing-title"), texts[0]);
-  say($("nothing-text"), texts[1]);
+  const [title, text] = nothingIsShownBecause();
+  say($("nothing-title"), title);
+  say($("nothing-text"), text);
+}
+
+function nothingIsShownBecause() {
+  if (connection.state === "lost")
+    return ["The service does not answer", "This page tries again every second or so, and goes on by itself."];
+  if (chosenId()) return [`There is no training ${chosenId()}`, "Choose another one in the list, or start one."];
+  if (trainings.size) return ["No training is chosen", "Choose one in the list, or start one."];
+  return ["No training yet", "Choose a model and a learning rate, and start one. Its curves are drawn here."];
 }
 
 function stateOf(training) {  // class and text of the badge
@@ -199,12 +205,17 @@ function whereIs(training) {
 
 function waitsFor(training) {
   const all = [...trainings.values()];
-  const running = all.filter((one) => one.status === "running").map((one) => {
-    const left = secondsLeft(one);
-    return `#${one.id} ${one.name}${one.question ? " (asks whether to go on)" : left === null ? "" : ` (about ${duration(left)} left)`}`;
-  });
-  const before = all.filter((one) => one.status === "waiting" && one.id < training.id).length;
-  return `waits until one of these ends: ${running.join(", ")}${before ? `; ${counted(before, "other")} before it` : ""}`;
+  const running = all.filter((one) => one.status === "running");
+  const before = all.filter((one) => one.status === "waiting" && one.id < training.id);
+  if (!running.length) return "starts soon";
+  const text = `waits until one of these ends: ${running.map(nameAndTime).join(", ")}`;
+  return before.length ? `${text}; ${counted(before.length, "other")} before it` : text;
+}
+
+function nameAndTime(training) {
+  const name = `#${training.id} ${training.name}`, left = secondsLeft(training);
+  if (training.question) return `${name} (asks whether to go on)`;
+  return left === null ? name : `${name} (about ${duration(left)} left)`;
 }
 
 const REASONS = { completed: "all epochs trained", prompt: "ended at the question", stopped: "stopped" };
@@ -214,7 +225,7 @@ function factsOf(training) {
   if (result) facts.push(["Result", REASONS[result.stop_reason] || result.stop_reason]);
   if (best)
     facts.push([result ? "Best accuracy" : "Best accuracy so far", `${percent(best.score)} in epoch ${best.epoch}`]);
-  if (live && !isOver(training)) {
+  if (live && training.status === "running" && !training.question) {
     if (live.metrics.loss != null) facts.push([`Train loss in epoch ${live.epoch}`, rounded(live.metrics.loss)]);
     const rates = Object.values(live.learning_rates);
     if (rates.length) facts.push(["Learning rate", rates.map(rounded).join(", ")]);
