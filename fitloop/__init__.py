@@ -78,9 +78,9 @@ if TYPE_CHECKING:
     from fitloop._run.prediction import Predictions as Predictions
     from fitloop._runner.jobs import Job as Job
     from fitloop._runner.jobs import Outcome as Outcome
-    from fitloop._runner.outcomes import Record as Record
-    from fitloop._runner.outcomes import Results as Results
-    from fitloop._runner.outcomes import read_results as read_results
+    from fitloop._runner.records import Record as Record
+    from fitloop._runner.results import Results as Results
+    from fitloop._runner.results import read_results as read_results
     from fitloop._runner.runner import Runner as Runner
     from fitloop._storage.metric_log import read_metrics as read_metrics
     from fitloop._storage.transfer import LoadedWeights as LoadedWeights
@@ -105,6 +105,8 @@ if TYPE_CHECKING:
     from fitloop.backends.process.backend import ProcessBackend as ProcessBackend
     from fitloop.callbacks.callback import Callback as Callback
     from fitloop.callbacks.plotting import live_plot as live_plot
+
+__version__ = "1.0.0a1"
 
 _NAMES_OF_MODULES = {
     "fitloop._bench.benchmark": "benchmark",
@@ -133,7 +135,8 @@ _NAMES_OF_MODULES = {
     "fitloop._run.lr_search": "LRCurve",
     "fitloop._run.prediction": "Predictions",
     "fitloop._runner.jobs": "Job Outcome",
-    "fitloop._runner.outcomes": "Record Results read_results",
+    "fitloop._runner.records": "Record",
+    "fitloop._runner.results": "Results read_results",
     "fitloop._runner.runner": "Runner",
     "fitloop._storage.metric_log": "read_metrics",
     "fitloop._storage.transfer": "LoadedWeights",

@@ -62,6 +62,7 @@ class RunLog:
 
         ``epochs_before`` is the number of epochs that the run completed before it was resumed.
         """
+        criteria = self._trainer.criteria
         self._facts = RunInfo(
             call=started.call,
             epochs=started.epochs,
@@ -70,6 +71,9 @@ class RunLog:
             began=self._clock(),
             step=started.step,
             resumed=started.resumed,
+            criteria=None
+            if criteria is None
+            else (criteria.name, criteria.direction, criteria.is_default),
         )
         self._write_head()
 

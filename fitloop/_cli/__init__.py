@@ -2,9 +2,10 @@
 
 A command is a module with `ABOUT`, `EXAMPLES`, `add_arguments(parser)` and `run(options)`, which
 returns the exit status, and a line in `main.COMMANDS`. Only the module of the command that runs is
-imported: `watch`, `plot`, `inspect` and ``--help`` must not import torch.
+imported: `watch`, `plot`, `inspect`, `results` and ``--help`` must not import torch.
 
 - `main`: the table of commands, and the exit status of each kind of failure.
 - `common`: shared by the commands.
-- `inspect`, `export`, `watch`, `plot`, `bench`: the commands.
+- `files`: what a file is, in a few words.
+- `inspect`, `results`, `export`, `watch`, `plot`, `bench`: the commands.
 """

@@ -9,6 +9,7 @@ from typing import Any
 
 from fitloop._errors import CheckpointError
 from fitloop._format import printable
+from fitloop._runner.records import job_name
 from fitloop._storage.durable import reason
 from fitloop._storage.layout import LayoutError, TensorEntry, read_file_header
 from fitloop._storage.metric_log import LOG_NAME
@@ -46,9 +47,17 @@ def _has_log(directory: Path) -> bool:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each path: as many of its last parts as tell it from the others."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    """Return a name for each path: as many of its last parts as tell it from the others.
+
+    The last part of the directory of a job is the name of the job.
+    """
+    parts = [_named_parts(Path(os.path.abspath(path))) for path in paths]
     return [_short_name(path, [other for other in parts if other != path]) for path in parts]
+
+
+def _named_parts(path: Path) -> tuple[str, ...]:
+    *parents, name = path.parts or ("",)
+    return *parents, job_name(path) or name
 
 
 def _short_name(parts: tuple[str, ...], other_paths: Sequence[tuple[str, ...]]) -> str:

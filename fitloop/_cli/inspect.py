@@ -1,4 +1,7 @@
-"""``fitloop inspect``: shows the contents of a file of fitloop, without reading a tensor."""
+"""``fitloop inspect``: shows the contents of a file or directory of fitloop.
+
+Reads no tensor of a ``.msgpack`` or ``.safetensors``, and imports torch only for a ``.pt``.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from fitloop._cli.common import print_line, read_header
+from fitloop._cli.files import (
+    OTHER_WEIGHTS,
+    count,
+    describe_file,
+    file_size,
+    files_in,
+    position_text,
+    safetensors_entries,
+)
 from fitloop._errors import CheckpointError, FitLoopError
-from fitloop._format import format_metrics, format_number, json_ready, printable
-from fitloop._storage.durable import open_regular
+from fitloop._format import format_duration, format_metrics, format_number, json_ready, printable
+from fitloop._metrics.history import History
+from fitloop._runner.records import Record, read_outcome, read_record
+from fitloop._runner.results import Results, read_results
+from fitloop._storage.durable import LOCK_NAME, is_locked, open_regular
+from fitloop._storage.job_files import OUTCOME_NAME
 from fitloop._storage.layout import TensorEntry
-from fitloop._storage.metric_log import LOG_NAME, read_metrics
+from fitloop._storage.log_records import iter_records
+from fitloop._storage.metric_log import LOG_NAME, PROGRESS_NAME, read_log, read_progress
 from fitloop._types import Phase
 
 SNAPSHOT = "snapshot"
 """the kind of file that `_checkpointing.snapshot` writes; importing its name would import torch"""
-
-OUTCOME_NAME = "outcome.msgpack"
-"""the file of a job, see `_runner.outcomes`; importing that would import torch"""
-OTHER_WEIGHTS = {".safetensors", ".pt", ".pth"}
 LOG_MARK = b"\x92"
 """first byte of a log of metrics; no other file of fitloop begins with it"""
 
@@ -34,19 +47,20 @@ HIDDEN_KEYS = {"format", "tensors", "header_crc32", "state", "modules"}
 """keys of a header that say nothing to a person"""
 
 ABOUT = """\
-Print the contents of a snapshot, a weights file or a log of metrics: the training it comes from,
-how far that training was, its metrics and its tensors; or the jobs of a Runner, of its save_path.
-No tensor of a .msgpack is read, so it is quick for a file of any size."""
+Print the contents of a file or a directory that fitloop wrote: the jobs in the save_path of a
+Runner; the progress, metrics and files of a training; or of one file the training it comes from,
+how far that was, and its tensors. It is quick for files of any size."""
 
 EXAMPLES = """\
+  fitloop inspect runs                             the jobs of a sweep
+  fitloop inspect runs/a                           one training, even while it goes on
   fitloop inspect runs/a/snapshots/snapshot-000012.msgpack
-  fitloop inspect runs/a                           the last metrics of a run, even while it trains
   fitloop inspect model.msgpack --json | jq .nbytes"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("file", type=Path, help="the file, or the save_path of a trainer")
+    parser.add_argument("file", type=Path, help="a file, or the save_path of a trainer or Runner")
     parser.add_argument("--all", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON, with every tensor")
 
@@ -67,12 +81,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _print_any(path: Path, options: argparse.Namespace) -> None:
     """Print what is at a path. A forged file may raise anything."""
-    if path.is_dir() and not os.path.lexists(path / LOG_NAME):
-        _print_jobs(path, as_json=options.json)
-    elif path.is_dir() or path.name == LOG_NAME or _first_byte(path) == LOG_MARK:
-        _print_log(path, as_json=options.json)
+    if path.is_dir():
+        _print_directory(path, as_json=options.json)
+    elif path.name in (LOCK_NAME, PROGRESS_NAME) and path.is_file():
+        _print_small_file(path, as_json=options.json)
     elif path.name == OUTCOME_NAME and os.path.lexists(path):
-        _print_jobs(path.parent, as_json=options.json)
+        _print_outcome(path, as_json=options.json)
+    elif path.name == LOG_NAME or _first_byte(path) == LOG_MARK:
+        _print_log(path, as_json=options.json)
     elif path.suffix.lower() in OTHER_WEIGHTS:
         _print_weights(path, options)
     else:
@@ -93,19 +109,159 @@ def _print_json(values: dict[str, Any]) -> None:
     print_line(json.dumps(json_ready(values), indent=1))
 
 
+# -- directories -----------------------------------------------------------------------------------
+
+
+def _print_directory(path: Path, *, as_json: bool) -> None:
+    record = read_record(path)
+    jobs = Results([]) if record is not None else read_results(path)
+    files = files_in(path)
+    if record is not None:
+        _print_training(path, record, files, as_json=as_json)
+    elif jobs:
+        _print_jobs(path, jobs, as_json=as_json)
+    elif files:
+        _print_files(path, files, as_json=as_json)
+    else:
+        raise CheckpointError(
+            f"{path} holds no file of fitloop; expected a file of fitloop, or the save_path of a "
+            "trainer or a Runner"
+        )
+
+
+def _print_jobs(path: Path, results: Results[Record], *, as_json: bool) -> None:
+    """Print the jobs of a Runner's directory."""
+    if as_json:
+        _print_json({"kind": "jobs", "jobs": results.sorted().rows()})
+        return
+    print_line(f"{path}: {count(len(results), 'job')}")
+    print_line(str(results))
+
+
+def _print_training(path: Path, record: Record, files: list[Path], *, as_json: bool) -> None:
+    """Print the training whose ``save_path`` is a directory."""
+    if as_json:
+        names = [str(file.relative_to(path)) for file in files]
+        _print_json({"kind": "training", **Results([record]).rows()[0], "files": names})
+        return
+    log = read_log(path) if os.path.lexists(path / LOG_NAME) else None
+    is_job = log is None or os.path.lexists(path / OUTCOME_NAME)
+    name = record.name if log is None or is_job else log.trainer
+    print_line(f"{path}: training of {name!r}, {count(len(files), 'file')}")
+    lines = _record_lines(record)
+    if log is not None and log.run is not None and log.run.call != "fit":
+        reason = log.ended.stop_reason if log.ended is not None else record.status
+        lines = [f"  status     {log.run.call} {reason}"]
+    print_line("\n".join([*lines, *([] if log is None else _metrics_lines(log.history))]))
+    _print_file_list(path, files)
+
+
+def _print_files(path: Path, files: list[Path], *, as_json: bool) -> None:
+    if as_json:
+        names = [str(file.relative_to(path)) for file in files]
+        _print_json({"kind": "files", "files": names})
+        return
+    print_line(f"{path}: {count(len(files), 'file')}")
+    _print_file_list(path, files)
+
+
+def _print_file_list(path: Path, files: list[Path]) -> None:
+    names = [printable(str(file.relative_to(path))) for file in files]
+    width = max(map(len, names), default=0)
+    for name, file in zip(names, files, strict=True):
+        print_line(f"    {name:{width}}  {describe_file(file)}")
+
+
+# -- trainings -------------------------------------------------------------------------------------
+
+
+def _print_outcome(path: Path, *, as_json: bool) -> None:
+    record = read_outcome(path.parent)
+    assert record is not None
+    if as_json:
+        _print_json({"kind": "outcome", **Results([record]).rows()[0]})
+        return
+    print_line(f"{path}: outcome of job {record.name!r}")
+    print_line("\n".join(_record_lines(record)))
+
+
+def _record_lines(record: Record) -> list[str]:
+    fit = record.result if record.result is not None else record.progress
+    lines = []
+    if record.arguments:
+        lines.append(f"  arguments  {', '.join(f'{k}={v}' for k, v in record.arguments.items())}")
+    status = record.status
+    if fit is not None and status != "failed":
+        status = fit.stop_reason
+    done = "" if fit is None else f" after {fit.epochs} of {count(record.epochs, 'epoch')}"
+    time = f", {format_duration(record.seconds)}" if record.seconds else ""
+    lines.append(f"  status     {status}{done}{time}")
+    if record.error is not None:
+        lines.append(f"  error      {record.error.splitlines()[0]}")
+    if fit is not None and fit.best_score is not None:
+        criteria = fit.criteria or "score"
+        best = f"{criteria} {format_number(fit.best_score)} in epoch {fit.best_epoch}"
+        lines.append(f"  best       {best}")
+    return lines
+
+
+def _print_log(path: Path, *, as_json: bool) -> None:
+    log = read_log(path)
+    if as_json:
+        _print_json({"kind": "metrics", "trainer": log.trainer, "last": _last(log.history)})
+        return
+    train, test = log.history.train_runs, log.history.test_runs
+    runs = f"{count(train, 'run')} of fit" + (f", {test} of test" if test else "")
+    print_line(f"{path}: log of the metrics of {log.trainer!r}, {runs}")
+    print_line("\n".join(_metrics_lines(log.history)))
+
+
+def _last(history: History) -> dict[str, dict[str, float]]:
+    """Return the metrics of the last epoch by phase; values of batches are no results."""
+    return {
+        str(phase): {n: s.last for n, s in getattr(history, phase).epoch_end.items()}
+        for phase in Phase
+    }
+
+
+def _metrics_lines(history: History) -> list[str]:
+    return [
+        f"  {phase:10} {format_metrics(metrics, None)}"
+        for phase, metrics in _last(history).items()
+        if metrics
+    ]
+
+
+def _print_small_file(path: Path, *, as_json: bool) -> None:
+    """Print the lock of a directory, or the progress of the present phase."""
+    if path.name == LOCK_NAME:
+        state = {True: "in use", False: "free", None: "unknown"}[is_locked(path.parent)]
+        values: dict[str, Any] = {"kind": "lock of the directory", "state": state}
+    else:
+        records = [record for record, _end in iter_records(read_progress(path.parent))]
+        progress = records[0] if records else {}
+        values = {"kind": "progress of a phase"} | {
+            key: progress[key]
+            for key in ("phase", "epoch", "batch", "batches", "samples")
+            if key in progress
+        }
+    if as_json:
+        _print_json(values)
+        return
+    kind, *others = values.items()
+    print_line(f"{path}: {kind[1]}, " + ", ".join(f"{key} {value}" for key, value in others))
+
+
+# -- files with tensors ----------------------------------------------------------------------------
+
+
 def _print_file(path: Path, options: argparse.Namespace) -> None:
     header, entries, size = read_header(path)
     fields = {key: value for key, value in header.items() if key not in HIDDEN_KEYS}
     if options.json:
-        fields["tensors"] = [
-            {"name": e.name, "same_as": e.same_as}
-            if e.same_as is not None
-            else {"name": e.name, "dtype": e.dtype, "shape": e.shape, "nbytes": e.nbytes}
-            for e in entries
-        ]
-        _print_json({**fields, "nbytes": size})
+        _print_json({**fields, "tensors": _tensors_json(entries), "nbytes": size})
         return
-    lines = [f"{path}: {header['kind']}, {_size(size)}"]
+    lines = [f"{path}: {describe_file(path)}"]
     if header["kind"] == SNAPSHOT:
         lines += _snapshot_lines(fields)
     print_line("\n".join(map(printable, lines)))
@@ -113,64 +269,31 @@ def _print_file(path: Path, options: argparse.Namespace) -> None:
 
 
 def _print_weights(path: Path, options: argparse.Namespace) -> None:
-    """Print the tensors of a file of safetensors or torch, whose format needs all of it read."""
-    from fitloop._storage.weight_files import read_weights
+    """Print the tensors of a file of safetensors, or of torch, which must read all of it."""
+    if path.suffix.lower() == ".safetensors":
+        entries = safetensors_entries(path)
+    else:
+        from fitloop._storage.weight_files import read_weights
 
-    weights = read_weights(path)
-    entries = [
-        TensorEntry(name, None, str(value.dtype)[6:], tuple(value.shape), value.nbytes, 0)
-        for name, value in weights.items()
-    ]
+        entries = [
+            TensorEntry(name, None, str(value.dtype)[6:], tuple(value.shape), value.nbytes, 0)
+            for name, value in read_weights(path).items()
+        ]
     size = path.stat().st_size
     if options.json:
-        tensors = [
-            {"name": e.name, "dtype": e.dtype, "shape": e.shape, "nbytes": e.nbytes}
-            for e in entries
-        ]
-        _print_json({"kind": "weights", "tensors": tensors, "nbytes": size})
+        _print_json({"kind": "weights", "tensors": _tensors_json(entries), "nbytes": size})
         return
-    print_line(f"{path}: weights, {_size(size)}")
+    print_line(f"{path}: weights, {file_size(size)}")
     _print_tensors(entries, everything=options.all)
 
 
-def _print_jobs(path: Path, *, as_json: bool) -> None:
-    """Print the jobs of a Runner's directory, or the job whose directory it is."""
-    from fitloop._runner.outcomes import Results, read_outcome, read_results
-
-    one = read_outcome(path)
-    results = Results([one]) if one is not None else read_results(path)
-    if not results:
-        raise CheckpointError(
-            f"{path} holds no log of metrics and no jobs of a Runner; expected a file of fitloop, "
-            "or the save_path of a trainer or a Runner"
-        )
-    if as_json:
-        fields = ("name", "status", "epochs", "error", "seconds")
-        jobs = [{name: getattr(record, name) for name in fields} for record in results]
-        _print_json({"kind": "jobs", "jobs": jobs})
-        return
-    print_line(f"{path}: {_count(len(results), 'job')}")
-    print_line(str(results))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _print_log(path: Path, *, as_json: bool) -> None:
-    history = read_metrics(path)
-    last = {
-        str(phase): {name: series.last for name, series in getattr(history, phase).items()}
-        for phase in Phase
-    }
-    if as_json:
-        _print_json({"kind": "metrics", "last": last})
-        return
-    runs = f"{_count(history.train_runs, 'run')} of fit, {history.test_runs} of test"
-    print_line(f"{path}: metrics, {runs}")
-    for phase, metrics in last.items():
-        if metrics:
-            print_line(f"  {phase}: {format_metrics(metrics, None)}")
+def _tensors_json(entries: list[TensorEntry]) -> list[dict[str, Any]]:
+    return [
+        {"name": e.name, "same_as": e.same_as}
+        if e.same_as is not None
+        else {"name": e.name, "dtype": e.dtype, "shape": e.shape, "nbytes": e.nbytes}
+        for e in entries
+    ]
 
 
 def _snapshot_lines(header: dict[str, Any]) -> list[str]:
@@ -180,9 +303,9 @@ def _snapshot_lines(header: dict[str, Any]) -> list[str]:
     seed = "no seed" if trainer["seed"] is None else f"seed {trainer['seed']}"
     lines.append(
         f"  trainer    {trainer['name']!r} of {trainer['model']}, {trainer['device']}, "
-        f"{trainer['dtype']}, {seed}, {_count(trainer['num_threads'], 'thread')}"
+        f"{trainer['dtype']}, {seed}, {count(trainer['num_threads'], 'thread')}"
     )
-    lines.append(f"  position   {_position(trainer, position)}")
+    lines.append(f"  position   {position_text(trainer, position)}")
     if trainer["best_score"] is not None:
         best = f"{trainer['criteria'][0]} {format_number(trainer['best_score'])}"
         lines.append(f"  best       {best} in epoch {trainer['best_epoch']}")
@@ -192,20 +315,9 @@ def _snapshot_lines(header: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _position(trainer: dict[str, Any], position: dict[str, Any]) -> str:
-    if not position:
-        return f"after epoch {trainer['epoch_num']}, between two runs"
-    epochs = _count(position["epochs"], "epoch")
-    progress = f"{position['epochs_done']} of {epochs} of fit {position['fit']}"
-    if position["finished"]:
-        return f"{progress} done, {position['stop_reason']}"
-    batch = f", in epoch {position['epoch']} after batch {position['batch']}"
-    return f"{progress} done{batch if position['batch'] else ''}"
-
-
 def _print_tensors(entries: list[TensorEntry], *, everything: bool) -> None:
     total = sum(entry.nbytes for entry in entries)
-    print_line(f"  tensors    {len(entries)}, {_size(total)}")
+    print_line(f"  tensors    {len(entries)}, {file_size(total)}")
     entries = [replace(entry, name=printable(entry.name)) for entry in entries]
     listed = entries if everything else entries[:MAX_TENSORS]
     width = max((len(entry.name) for entry in listed), default=0)
@@ -215,15 +327,7 @@ def _print_tensors(entries: list[TensorEntry], *, everything: bool) -> None:
             continue
         shape = "x".join(map(str, entry.shape)) or "scalar"
         print_line(
-            f"    {entry.name:{width}}  {entry.dtype:9} {shape:>16}  {_size(entry.nbytes):>10}"
+            f"    {entry.name:{width}}  {entry.dtype:9} {shape:>16}  {file_size(entry.nbytes):>10}"
         )
     if len(listed) < len(entries):
         print_line(f"    ... and {len(entries) - len(listed)} more, see --all")
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from fitloop import __version__
 from fitloop._errors import FitLoopError
 from fitloop._format import printable
 from fitloop._storage.durable import reason
@@ -17,9 +18,10 @@ INTERRUPTED = 130
 
 COMMANDS = {
     "watch": "follow runs live from another terminal",
+    "results": "show the jobs of a sweep as a table, the best first",
     "plot": "draw a metric of one run, or of several to compare them",
     "bench": "time a trainer's loop and loader, and advise changes",
-    "inspect": "show the contents of a snapshot, a weights file or a log of metrics",
+    "inspect": "show the contents of a directory or file that fitloop wrote",
     "export": "write the weights of a snapshot or a weights file to another file",
 }
 """the name of each command, which is its module in this package, and its line in ``--help``"""
@@ -27,6 +29,7 @@ COMMANDS = {
 _EXAMPLES = """\
 examples:
   fitloop watch runs                               follow all runs in runs/ as they train
+  fitloop results runs                             the table of their results
   fitloop plot runs accuracy -o accuracy.png       compare them
   fitloop inspect runs/a                           the last metrics of one
   fitloop bench train.py:make_trainer              the cost of its loop and its loader
@@ -74,6 +77,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"fitloop {__version__}")
     parser.set_defaults(command=None)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in COMMANDS.items():

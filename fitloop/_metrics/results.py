@@ -35,9 +35,10 @@ class FitResult:
     an epoch without a value"""
     seconds: float
     """wall-clock time of the run"""
-
     criteria: str | None = None
     """name of the metric that is the score; None if no criteria is tracked"""
+    criteria_direction: int | None = None
+    """1 if more of it is better, -1 if less is"""
     first_epoch: int = 1
     """number of this run's first epoch over the trainer's life"""
 

@@ -381,6 +381,7 @@ class Run:
         return self._context.control.stop_reason or str(StopReason.COMPLETED)
 
     def _result(self) -> FitResult:
+        criteria = self._state.criteria
         return FitResult(
             epochs=self._engine.epochs_completed,
             stop_reason=self._stop_reason(None),
@@ -388,6 +389,7 @@ class Run:
             best_epoch=self._state.best_epoch,
             metrics=self._metrics.arrays(),
             seconds=self._seconds(),
-            criteria=None if self._state.criteria is None else self._state.criteria.name,
+            criteria=None if criteria is None else criteria.name,
+            criteria_direction=None if criteria is None else criteria.direction,
             first_epoch=self._plan.first_epoch,
         )

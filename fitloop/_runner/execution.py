@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import Event
-from fitloop._runner.jobs import Outcome, clear_frames
+from fitloop._runner.jobs import Outcome, clear_frames, new_outcome
 from fitloop._runner.outcomes import load_done_outcome, write_outcome
 from fitloop._system import accelerator, available_cores
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
@@ -71,13 +72,10 @@ class JobExecutor:
         Cancellation: the training ends at a batch boundary, and the cancellation is raised again.
         """
         start = time.perf_counter()
-        outcome = Outcome(name=spec.name, status="failed", directory=spec.directory)
+        outcome = new_outcome(spec)
         try:
             if spec.directory is not None:
-                directory = spec.directory
-                done = await run_in_thread(
-                    spec.name, lambda: load_done_outcome(directory, spec.name, spec.epochs)
-                )
+                done = await run_in_thread(spec.name, partial(_begin, outcome, spec.directory))
                 if done is not None:
                     return done
             outcome = await self._train(spec, outcome)
@@ -91,7 +89,7 @@ class JobExecutor:
         if spec.directory is not None:
             with anyio.CancelScope(shield=True):  # the file must agree with the outcome
                 try:
-                    await run_in_thread(spec.name, lambda: write_outcome(outcome, spec.epochs))
+                    await run_in_thread(spec.name, partial(write_outcome, outcome))
                 except anyio.get_cancelled_exc_class():
                     pass  # a native cancellation passes the shield; the file is written
                 except Exception as error:
@@ -126,7 +124,15 @@ class JobExecutor:
         add_note_safely(error, f"in job {outcome.name!r}")
         if not self.keep_trainers:  # the local variables of the frames would keep the trainer
             clear_frames(error)
-        return replace(outcome, error=error)
+        return replace(outcome, status="failed", error=error)
+
+
+def _begin(outcome: Outcome, directory: Path) -> Outcome | None:
+    """Return the saved outcome of a job; if it must run, write that it begins, and return None."""
+    done = load_done_outcome(directory, outcome.name, outcome.epochs)
+    if done is None:
+        write_outcome(outcome)  # a killed sweep shows the job's name and arguments too
+    return done
 
 
 def is_job_error(error: BaseException) -> bool:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import re
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
-from hashlib import blake2s
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +22,10 @@ from fitloop._format import format_duration, printable
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._run.fit_options import fit_option
+from fitloop._runner.arguments import Plain
 from fitloop._trainer.fitloop import FitLoop
 from fitloop.backends.base import JobSpec
 
-MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 120, 200
-"""of a job's directory, without the digest; file systems take 255 bytes"""
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
@@ -39,6 +36,10 @@ class Outcome:
 
     name: str
     status: Literal["done", "failed", "cancelled"]
+    arguments: Mapping[str, Plain] = field(default_factory=dict)
+    """the arguments of the function that makes the trainer, see `Record.arguments`"""
+    epochs: int = 0
+    """epochs that the job was submitted with"""
     result: FitResult | None = None
     """result of ``fit``, if the job is done"""
     error: BaseException | None = None
@@ -138,7 +139,28 @@ class Job:
 
 def cancelled_outcome(job: Job, seconds: float = 0.0) -> Outcome:
     """Return the outcome of a job that was cancelled after ``seconds``."""
-    return Outcome(name=job.name, status="cancelled", seconds=seconds, directory=job.spec.directory)
+    return replace(new_outcome(job.spec), seconds=seconds)
+
+
+def new_outcome(spec: JobSpec) -> Outcome:
+    """Return the outcome of a job that has not run: cancelled."""
+    return Outcome(
+        name=spec.name,
+        status="cancelled",
+        arguments=spec.arguments,
+        epochs=spec.epochs,
+        directory=spec.directory,
+    )
+
+
+def bind(name: str, target: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return a function with keyword arguments bound; refuse a target that takes none."""
+    if not callable(target):
+        raise ConfigurationError(
+            f"job {name!r}: {target!r:.80} was submitted with kwargs={dict(kwargs)!r:.80}; "
+            "expected none, they are for a function that makes a trainer"
+        )
+    return partial(target, **kwargs)
 
 
 def check_options(name: str, target: Any, options: Mapping[str, Any]) -> None:
@@ -153,13 +175,25 @@ def check_options(name: str, target: Any, options: Mapping[str, Any]) -> None:
     arguments = _arguments(trainer_type.fit)
     for option, value in options.items():
         if arguments is not None and option not in arguments:
+            if option in _parameters(target):
+                raise TypeError(
+                    f"job {name!r}: fit() has no argument {option!r}; give that of the function "
+                    f"that makes the trainer in kwargs={{{option!r}: ...}}"
+                )
             message = unknown_argument("fit()", option, arguments)
             raise TypeError(
                 f"job {name!r}: {message}{'' if message.endswith('?') else '.'} Arguments of the "
-                "function that makes the trainer are given in order, or bound with "
-                "functools.partial"
+                "function that makes the trainer are given in order, or in kwargs={...}"
             )
         fit_option(option, value)
+
+
+def _parameters(target: Any) -> Collection[str]:
+    """Return the names of the parameters of a function; none if it does not tell them."""
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return ()
 
 
 @cache
@@ -222,23 +256,3 @@ def clear_frames(error: BaseException) -> None:
         todo += [current.__cause__, current.__context__]
         if isinstance(current, BaseExceptionGroup):
             todo += current.exceptions
-
-
-def directory_name(name: str) -> str:
-    """Return the name of a job's directory.
-
-    Characters that file systems or shells do not take become ``_``, and a long name is cut. A
-    changed name ends with a digest of the original, so that no other job has that directory.
-
-    Raises:
-        ConfigurationError: the name has no usable character.
-    """
-    safe = re.sub(r"[^\w.=+,@-]", "_", name)
-    if not safe.strip("._"):
-        raise ConfigurationError(f"name is {name!r}; expected one that a directory can have")
-    if safe.startswith("."):
-        safe = f"_{safe[1:]}"
-    if safe == name and len(name) <= MAX_NAME_CHARACTERS and len(name.encode()) <= MAX_NAME_BYTES:
-        return safe
-    short = safe[:MAX_NAME_CHARACTERS].encode()[:MAX_NAME_BYTES].decode(errors="ignore")
-    return f"{short}-{blake2s(name.encode(), digest_size=8).hexdigest()}"

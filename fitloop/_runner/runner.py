@@ -11,12 +11,12 @@ import multiprocessing
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, TypeAlias, Unpack
 
 import anyio
 
@@ -34,20 +34,27 @@ from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
 from fitloop._public import public
 from fitloop._run.fit_options import FitOptions, fit_option
+from fitloop._runner.arguments import named_arguments
 from fitloop._runner.execution import JobExecutor, ResourceAllocator, is_job_error
 from fitloop._runner.jobs import (
     CompletedJobs,
     Job,
     Outcome,
+    bind,
     cancelled_outcome,
     check_options,
-    directory_name,
 )
+from fitloop._runner.results import Results
 from fitloop._storage.durable import DirectoryLock
+from fitloop._storage.job_files import directory_name
 from fitloop._system import available_cores
+from fitloop._trainer.fitloop import FitLoop
+from fitloop._trainer.sync import SyncFitLoop
 from fitloop.backends.base import Backend, JobSpec
 from fitloop.backends.process.backend import resolve_backend
 from fitloop.callbacks.callback import Callback
+
+Made: TypeAlias = FitLoop | SyncFitLoop
 
 
 def _refuse_while_importing() -> None:
@@ -243,8 +250,9 @@ class Runner:
 
     def submit(
         self,
-        target: Any,
+        target: Callable[..., Made | Awaitable[Made]] | Made,
         *args: Any,
+        kwargs: Mapping[str, Any] | None = None,
         name: str | None = None,
         epochs: int = 1,
         **options: Unpack[FitOptions],
@@ -255,8 +263,10 @@ class Runner:
             target: a function, plain or async, that returns a `FitLoop`. Plain functions are called
                 in a thread, one at a time. With the thread backend also a trainer; with a
                 ``save_path``, its own ``save_path`` must be the directory of its job.
-            args: positional arguments of the function; `functools.partial` binds keyword arguments.
-                They are used when the job starts: give each job objects of its own.
+            args: positional arguments of the function. They are used when the job starts: give each
+                job objects of its own. Results tables have a column for each, by the name of the
+                parameter.
+            kwargs: keyword arguments of the function, such as ``{"lr": 0.1}``.
             name: name of the job, and of a trainer without one; by default the function's name and
                 a number. With ``save_path`` also the name of the job's directory.
             epochs: epochs of ``fit``.
@@ -291,11 +301,12 @@ class Runner:
         check_options(name, target, options)
         spec = JobSpec(
             name=name,
-            target=target,
+            target=bind(name, target, kwargs) if kwargs else target,
             args=args,
             epochs=fit_option("epochs", epochs),
             options=options,
             directory=directory,
+            arguments=named_arguments(target, args, kwargs or {}),
         )
         self._backend.check(spec)
         job = self._jobs[name] = Job(
@@ -355,9 +366,12 @@ class Runner:
         ):
             yield outcome
 
-    async def results(self) -> list[Outcome]:
-        """Wait for all jobs that were submitted so far; return outcomes in order of submission."""
-        return [await job.outcome() for job in self.jobs]
+    async def results(self) -> Results[Outcome]:
+        """Wait for all jobs that were submitted so far; return their outcomes.
+
+        They are in order of submission, and print as a table, best score first.
+        """
+        return Results([await job.outcome() for job in self.jobs])
 
     def events(self) -> EventStream:
         """Return a stream of the events of all jobs: ``async with runner.events() as events``.

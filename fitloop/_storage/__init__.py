@@ -11,6 +11,7 @@ know trainers or event loops.
 - `weight_store`: weights under a name, in memory or on disk.
 - `transfer`: a part of the weights of a file, perhaps under other names, loaded into a model.
 - `log_records`: the records of the metric log, as bytes and back.
+- `job_files`: the names of the files of a job of a `Runner`.
 - `metric_log`: the metric log: its writer, and `read_metrics`.
 - `log_follower`: the events of a run in another process, read from its log.
 """

@@ -78,6 +78,9 @@ class RunInfo(NamedTuple):
     step: int = 0
     """optimizer steps before the run, or before it was resumed"""
     resumed: bool = False
+    criteria: tuple[str, int, bool] | None = None
+    """name, direction (1 or -1), and whether it is the default, which the first validation may
+    change; None if no criteria is tracked, or an earlier fitloop wrote the log"""
 
 
 # -- to bytes ----------------------------------------------------------------------------------
@@ -214,6 +217,7 @@ def decode_run(head: Any) -> tuple[RunInfo, RunStarted]:
         began=_seconds(values["began"]),
         step=_int(values.get("step", 0)),  # earlier versions have neither
         resumed=_bool(values.get("resumed", False)),
+        criteria=_or_none(_criteria)(values.get("criteria")),
     )
     started = RunStarted(
         trainer=_str(head["trainer"]),
@@ -293,6 +297,13 @@ def _bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{value!r:.40} is neither true nor false")
     return value
+
+
+def _criteria(value: Any) -> tuple[str, int, bool]:
+    name, direction, is_default = value
+    if direction not in (1, -1):
+        raise TypeError(f"{direction!r:.40} is no direction")
+    return _str(name), direction, _bool(is_default)
 
 
 def _or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:

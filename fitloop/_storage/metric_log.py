@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fitloop._errors import CheckpointError
-from fitloop._events import PhaseEnded
+from fitloop._events import EpochEnded, PhaseEnded, RunEnded, WentBack
 from fitloop._metrics.history import History, restore_history
 from fitloop._public import public
 from fitloop._storage.durable import open_regular, reason, write_all, write_bytes
 from fitloop._storage.layout import LayoutError
 from fitloop._storage.log_records import (
+    RunInfo,
     check_head,
     decode_batch_metrics,
+    decode_event,
+    decode_run,
     event_kind,
     iter_file_records,
 )
@@ -107,27 +111,59 @@ def read_metrics(path: str | os.PathLike[str]) -> History:
     Raises:
         CheckpointError: there is no log, or the file is no log.
     """
+    return read_log(path).history
+
+
+@dataclass
+class LoggedRun:
+    """The contents of a metric log: the history of the trainer, and the state of its last run."""
+
+    trainer: str
+    history: History
+    run: RunInfo | None
+    """None in a log of an early version of fitloop"""
+    epochs_done: int
+    """completed epochs of the run"""
+    seconds: float = 0.0
+    """time from the start of the run in its process to the last record"""
+    ended: RunEnded | None = None
+    """the end of the run; None if it goes on or its process died"""
+
+
+def read_log(path: str | os.PathLike[str]) -> LoggedRun:
+    """Read a metric log, or that in a directory; as `read_metrics`."""
     path = Path(path)
     path = path / LOG_NAME if path.is_dir() else path
-    history = History()
     try:
         with open(open_regular(path), "rb") as file:
-            _read_into(history, file)
+            return _read(file)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # a forged record may raise anything
         raise unreadable(path, error) from error
-    return history
 
 
-def _read_into(history: History, file: BinaryIO) -> None:
+def _read(file: BinaryIO) -> LoggedRun:
     records = iter_file_records(file.read)
     head: Any = next(records, (None, 0))[0]
     check_head(head)
-    restore_history(history, head["history"])
+    run = decode_run(head)[0] if head.get("run") is not None else None
+    log = LoggedRun(head["trainer"], History(), run, 0 if run is None else run.epochs_done)
+    restore_history(log.history, head["history"])
     for record, _end in records:
-        if event_kind(record) == PhaseEnded.kind:
-            history.observe(_phase_ended(record))
+        kind = event_kind(record)
+        if kind == PhaseEnded.kind:
+            log.history.observe(_phase_ended(record))
+        elif kind == EpochEnded.kind:
+            log.epochs_done += record["complete"] is True
+        elif kind == WentBack.kind:
+            log.epochs_done = record["epoch_in_run"]
+        elif kind == RunEnded.kind:
+            event, _at = decode_event(record, "", "fit", {})
+            log.ended = event if isinstance(event, RunEnded) else None
+        if run is not None:
+            log.seconds = max(log.seconds, record["at"] - run.began)
+    return log
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:

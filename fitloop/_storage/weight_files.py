@@ -80,6 +80,8 @@ def write_weights(
     if fields is not None:
         write = partial(_write_msgpack, fields=fields)
     _check_tensors(state)
+    if suffix_of(path.name) == ".safetensors":
+        _safetensors(path)  # now, to name this file and not a temporary one
     try:
         write_file(path, lambda temporary, file: write(temporary, file, state), overwrite=overwrite)
     except (OSError, LayoutError, ValueError, RuntimeError) as error:

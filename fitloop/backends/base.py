@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,11 +12,6 @@ from fitloop._events import Event
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._trainer.fitloop import FitLoop
-
-WEIGHTS_NAME = "weights.msgpack"
-"""file in the directory of a job: the weights of the model after the training"""
-OUTCOME_NAME = "outcome.msgpack"
-"""file in the directory of a job: its outcome"""
 
 
 @public
@@ -34,6 +29,8 @@ class JobSpec:
     """keyword arguments of ``fit``"""
     directory: Path | None
     """directory for the files of the job; None if it keeps none"""
+    arguments: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
+    """the arguments of ``target`` by name, as plain values for people and loggers"""
 
 
 @dataclass(frozen=True, kw_only=True)

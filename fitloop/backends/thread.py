@@ -13,10 +13,11 @@ from fitloop._defaults import TRAINER_DEFAULTS, TrainerDefaults
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._rng.exclusive import exclusive_rng
+from fitloop._storage.job_files import OUTCOME_NAME, WEIGHTS_NAME
 from fitloop._storage.weight_files import are_one_file
 from fitloop._trainer.fitloop import FitLoop
 from fitloop._trainer.sync import SyncFitLoop
-from fitloop.backends.base import OUTCOME_NAME, WEIGHTS_NAME, JobSpec, TrainingResult
+from fitloop.backends.base import JobSpec, TrainingResult
 
 
 class ThreadBackend:

@@ -22,15 +22,18 @@ from support.made_up_runs import (
     fake_run,
     phase_ended,
     phase_started,
+    progress,
     run_ended,
 )
 from support.models import sync_trainer
 from support.programs import ROOT, run_program
 from support.pseudo_terminal import environment
 
-from fitloop import FitResult, Outcome, Phase, read_metrics, read_results
+import fitloop
+from fitloop import Checkpoint, FitResult, Outcome, Phase, read_metrics, read_results
 from fitloop._cli.main import main
 from fitloop._runner.outcomes import write_outcome
+from fitloop._storage.job_files import directory_name
 from fitloop._storage.layout import Payload, write_layout
 
 Out = pytest.CaptureFixture[str]
@@ -85,11 +88,11 @@ def test_command_when_none_is_given_then_all_are_named_and_the_status_is_2(capsy
     assert main([]) == 2
     printed, said = capsys.readouterr()
     assert printed == ""
-    for command in ("watch", "plot", "bench", "inspect", "export"):
+    for command in ("watch", "results", "plot", "bench", "inspect", "export"):
         assert f"\n    {command} " in said
 
 
-@pytest.mark.parametrize("command", ["watch", "plot", "bench", "inspect", "export"])
+@pytest.mark.parametrize("command", ["watch", "results", "plot", "bench", "inspect", "export"])
 def test_help_when_asked_for_then_explains_with_examples(capsys: Out, command: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
@@ -105,6 +108,13 @@ def test_usage_when_wrong_then_is_shown_and_the_status_is_2(
     capsys: Out, arguments: list[str]
 ) -> None:
     assert "usage: fitloop" in usage(capsys, *arguments)
+
+
+def test_version_when_asked_for_then_is_that_of_the_package(capsys: Out) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"fitloop {fitloop.__version__}\n"
 
 
 @pytest.mark.slow
@@ -129,6 +139,8 @@ def test_command_when_it_only_reads_files_then_torch_is_not_imported(
         ["--help"],
         ["inspect", str(run)],
         ["inspect", str(weights)],
+        ["inspect", str(run.parent)],
+        ["results", str(run.parent), "--csv"],
         ["watch", str(run)],
         ["plot", str(run), "loss", "-o", str(tmp_path / "loss.png")],
     ]
@@ -331,15 +343,73 @@ def test_directory_when_it_cannot_be_listed_then_says_why(
     assert f"{run} cannot be read: Permission denied" in refusal(capsys, "plot", run, "loss")
 
 
+def test_commands_when_a_directory_is_of_a_job_then_have_its_name(
+    tmp_path: Path, capsys: Out
+) -> None:
+    for name in ("lr=1/2", "lr=2/2"):
+        directory = tmp_path / directory_name(name)
+        with fake_run(directory) as made:
+            made.observe(*epoch_events(1), run_ended(1))
+        write_outcome(Outcome(name=name, status="cancelled", directory=directory))
+    assert main(["watch", str(tmp_path)]) == 0
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "lr=1/2",
+        "lr=2/2",
+    ]
+    image = tmp_path / "loss.svg"
+    assert main(["plot", str(tmp_path), "loss", "-o", str(image)]) == 0
+    assert capsys.readouterr().out == f"{image}: loss of lr=1/2, lr=2/2\n"
+    assert "<!-- lr=1/2 -->" in image.read_text(encoding="utf-8")
+
+
 # -- inspect and export ----------------------------------------------------------------------------
 
 
 def test_inspect_when_of_a_run_then_has_its_last_metrics(run: Path, capsys: Out) -> None:
     assert main(["inspect", str(run)]) == 0
-    assert "train: loss: 0.3333 | accuracy: 0.5000" in capsys.readouterr().out
+    first, second, *others = capsys.readouterr().out.splitlines()
+    assert first == f"{run}: training of 't', 1 file"
+    assert second.startswith("  status     completed after 3 of 3 epochs, ")
+    assert others[0] == "  train      loss: 0.3333 | accuracy: 0.5000"
+    assert others[1].startswith("    metrics.msgpack  log of metrics, ")
     assert main(["inspect", str(run), "--json"]) == 0
     actual = json.loads(capsys.readouterr().out)
-    assert actual["last"]["train"]["accuracy"] == 0.5
+    assert actual["train accuracy"] == 0.5
+    assert actual["files"] == ["metrics.msgpack"]
+    assert main(["inspect", str(run / "metrics.msgpack"), "--json"]) == 0
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["last"]["train"] == {"loss": 1 / 3, "accuracy": 0.5}
+
+
+def test_inspect_when_of_anything_that_a_training_wrote_then_says_what_it_is(
+    tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fitloop._checkpointing.run_log.PROGRESS_SECONDS", 0.0)
+    trained = sync_trainer(save_path=tmp_path, save_to_disk=True)
+    trained.fit(2, checkpoint=Checkpoint(keep_best=1), verbose=False)
+    trained.test(verbose=False)
+    trained.save()
+    for suffix in ("msgpack", "safetensors", "pt"):
+        trained.save_model(f"model.{suffix}")
+    (tmp_path / "notes.txt").touch()
+    with fake_run(tmp_path / "going") as going:
+        going.observe(*epoch_events(1), epoch_started(2), phase_started(2), progress(2, 7))
+        paths = [tmp_path, *tmp_path.rglob("*")]
+        for path in paths:
+            if path.name == "notes.txt":
+                continue
+            assert main(["inspect", str(path)]) == 0, capsys.readouterr()
+            assert main(["inspect", str(path), "--json"]) == 0
+    printed = capsys.readouterr().out
+    for says in (
+        *("training of 'Sequential', 10 files", "status     test completed", "snapshots: "),
+        *("model.safetensors: weights, ", ", score ", "2 of 2 epochs done, completed"),
+        *(".fitloop.lock: lock of the directory, state in use", "state free"),
+        ".fitloop.progress: progress of a phase, phase train, epoch 2, batch 7",
+    ):
+        assert says in printed
+    assert "notes.txt" not in printed
+    assert "running_loss:" not in printed  # a value of the last batch is no result
 
 
 def test_inspect_when_of_jobs_then_has_a_row_for_each(tmp_path: Path, capsys: Out) -> None:
@@ -348,17 +418,22 @@ def test_inspect_when_of_jobs_then_has_a_row_for_each(tmp_path: Path, capsys: Ou
     )
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        outcome = Outcome(name=name, status="done", result=result, directory=tmp_path / name)
-        write_outcome(outcome, 1)
+        outcome = Outcome(
+            name=name, status="done", epochs=1, result=result, directory=tmp_path / name
+        )
+        write_outcome(outcome)
     assert main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert f"{tmp_path}: 2 jobs\n" in printed
     assert "\none  completed       1" in printed
-    for path in (tmp_path / "two", tmp_path / "two" / "outcome.msgpack"):
+    for path, what in (
+        (tmp_path / "two", "training"),
+        (tmp_path / "two" / "outcome.msgpack", "outcome"),
+    ):
         assert main(["inspect", str(path)]) == 0
-        assert f"{tmp_path / 'two'}: 1 job\n" in capsys.readouterr().out
+        assert f"{path}: {what} of " in capsys.readouterr().out
     assert main(["inspect", str(tmp_path), "--json"]) == 0
-    assert [job["name"] for job in json.loads(capsys.readouterr().out)["jobs"]] == ["one", "two"]
+    assert [job["job"] for job in json.loads(capsys.readouterr().out)["jobs"]] == ["one", "two"]
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".msgpack"])
@@ -425,7 +500,7 @@ def test_names_when_they_have_escape_sequences_then_these_are_not_printed(
     (tmp_path / "a" / "b").mkdir()
     error = ValueError(f"boom {evil}")
     outcome = Outcome(name=f"b{evil}", status="failed", error=error, directory=tmp_path / "a" / "b")
-    write_outcome(outcome, 1)
+    write_outcome(outcome)
     weights = write_named(tmp_path / "w.msgpack", f"weight{evil}")
     for path in (tmp_path / "a", weights, tmp_path / "a" / "b"):
         assert main(["inspect", str(path)]) == 0

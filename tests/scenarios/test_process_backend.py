@@ -222,7 +222,7 @@ async def test_submit_when_it_cannot_go_to_a_process_then_is_refused() -> None:
             (7, (), "expected a function that"),
         ]:
             with pytest.raises(ConfigurationError, match=what):
-                runner.submit(target, *args, name="x")
+                runner.submit(target, *args, name="x")  # type: ignore[arg-type]
         for options, what in wrong:
             with pytest.raises(ConfigurationError, match=what):
                 runner.submit(make_trainer, name="x", **options)

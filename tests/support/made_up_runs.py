@@ -26,6 +26,7 @@ from fitloop._checkpointing.run_log import RunLog
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._engine.event_bus import EventBus
 from fitloop._storage.durable import DirectoryLock
+from fitloop._training.best import Criteria
 
 TRAINER_NAME = "t"
 BATCHES = 200
@@ -117,7 +118,12 @@ class FakeRun:
         event_bus.set_observers([self.told.append])
         config = SimpleNamespace(save_path=directory, name=TRAINER_NAME)
         self.core: Any = SimpleNamespace(
-            config=config, history=self.history, event_bus=event_bus, metric_log=None, epoch_num=0
+            config=config,
+            history=self.history,
+            event_bus=event_bus,
+            metric_log=None,
+            epoch_num=0,
+            criteria=Criteria("accuracy", 1, is_default=True),
         )
         self.writer = BackgroundWriter(TRAINER_NAME)
         self._options: dict[str, Any] = {"raises": raises, "clock": clock}

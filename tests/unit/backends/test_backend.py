@@ -25,7 +25,7 @@ def example() -> type[Backend]:
 async def test_backend_when_written_as_documented_then_a_runner_uses_it() -> None:
     async with Runner(2, backend=example()(), keep_trainers=True) as runner:
         runner.submit(trainer, name="short", epochs=2, verbose=False)
-        runner.submit(lambda: 1 / 0, name="fails")
+        runner.submit(lambda: trainer(device=1 / 0), name="fails")
         with pytest.raises(ConfigurationError, match="a live FitLoop"):  # worker processes cannot
             runner.submit(trainer(), name="long", epochs=11)
         short, failed = await runner.results()
