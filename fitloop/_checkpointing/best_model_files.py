@@ -218,7 +218,7 @@ def _model_in(path: Path, training: str) -> BestModel | None:
 
 
 def _free(path: Path) -> Path:
-    """Return the path, or one with a number if a file of the user has it."""
+    """Return the path; with a number if a file of the user is there already."""
     number, free = 2, path
     while free.exists():
         free = path.with_name(f"{path.stem}-{number}{path.suffix}")

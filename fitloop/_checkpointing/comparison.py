@@ -23,8 +23,8 @@ from fitloop._data.carried_state import missing_states
 from fitloop._data.inspection import ORDER_FACTS, loader_facts, loader_label
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
 from fitloop._format import printable
-from fitloop._training.given import differences, differences_of_facts
 from fitloop._training.trainer_state import TrainerState
+from fitloop._training.user_settings import differences, differences_of_facts
 from fitloop._types import Phase
 
 _ORDER_GENERATORS = ("generator", "sampler", "batch_sampler")
@@ -84,7 +84,7 @@ def make_schedulers(trainer: TrainerState, snapshot: Snapshot) -> Callable[[], N
             f"{snapshot.path} cannot be read: it has a schedule of {steps!r:.40} steps"
         )
     undo = trainer.planned_schedulers.make(steps)
-    trainer.given.begin_call()
+    trainer.user_settings.begin_call()
     return undo
 
 
@@ -126,9 +126,9 @@ def _overruled(trainer: TrainerState, snapshot: Snapshot) -> list[str]:
             f"trainer has {criteria.name!r} with {criteria.direction}: best score and best weights "
             "begin anew"
         )
-    given, facts = saved.get("given"), trainer.given.facts
-    if given is not None and facts is not None:
-        differing = differences_of_facts(given, facts)
+    saved_facts, facts = saved.get("given"), trainer.user_settings.facts
+    if saved_facts is not None and facts is not None:
+        differing = differences_of_facts(saved_facts, facts)
         if differing:
             findings.append(f"{'; '.join(differing)}: the settings of the snapshot are used")
     return findings

@@ -48,8 +48,8 @@ class RollbackPoint:
         ]
         if tracker is not None:
             self._restores.append(partial(setattr, tracker, "tracked", tracker.tracked))
-        for part in parts.values():
-            self._restores.append(partial(part.load_state_dict, copy_values(part.state_dict())))
+        for item in parts.values():
+            self._restores.append(partial(item.load_state_dict, copy_values(item.state_dict())))
         for _phase, loader in loaders:
             self._restores.append(partial(set_carried_states, loader, carried_states(loader)))
             if is_stateful(loader) and not isinstance(loader, DataLoader):

@@ -120,7 +120,7 @@ class RunPosition:
             seconds=tree["seconds"],
             loaders=tree["loaders"],
             train_pass=None if tree["pass"] is None else _pass_position(tree["pass"], rng_state),
-            parts={name: part for name, part in tree.items() if name not in _KEYS},
+            parts={name: state for name, state in tree.items() if name not in _KEYS},
         )
 
 

@@ -169,7 +169,7 @@ def _trainer_fields(trainer: TrainerState, loaders: Mapping[Phase, Any]) -> dict
         "best_score": trainer.best_score,
         "best_epoch": trainer.best_epoch,
         "criteria": None if criteria is None else [criteria.name, criteria.direction],
-        "given": trainer.given.facts,
+        "given": trainer.user_settings.facts,
         "step_arguments": step_arguments(config),
         "schedule_steps": trainer.planned_schedulers.steps,
         "loaders": {
@@ -360,7 +360,7 @@ def _save_best(trainer: TrainerState, state: dict[str, Any]) -> Callable[[], Non
     with suppress(CheckpointError):  # a damaged file counts as none
         before = trainer.borrow_best()
     weights = module_weights({"weights": best, "versions": state["best_modules"]})
-    check_weights(trainer.config.model, weights, own=True)
+    check_weights(trainer.config.model, weights, same_model=True)
     is_default = trainer.config.configure_optimizer is configure_optimizer
     optimizers = on_cpu(state["best_optimizers"]) if is_default else []
     trainer.put_best(BestState(weights, state["best_extra"], optimizers))

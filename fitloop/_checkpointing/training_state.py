@@ -90,8 +90,8 @@ def apply_training(trainer: TrainerState, state: Any, parts: Mapping[str, Any]) 
 
 def load_parts(parts: Mapping[str, StatePart], states: Mapping[str, Any]) -> None:
     """Load the states of `states_of`, whose tensors are copied."""
-    for name, part in parts.items():
-        part.load_state_dict(clone_tensors(states.get(name, {})))
+    for name, item in parts.items():
+        item.load_state_dict(clone_tensors(states.get(name, {})))
 
 
 def _module_state(module: nn.Module) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def check_training(config: TrainerConfig, state: Any) -> None:
         _check_kinds(config, state)
         _check_contents(config, state)
         for module, saved in zip(modules_of(config), state["modules"], strict=True):
-            check_weights(module, saved["weights"], own=True)
+            check_weights(module, saved["weights"], same_model=True)
     except CheckpointError:
         raise
     except Exception as error:  # any error that a forged tree causes
@@ -218,7 +218,7 @@ def _apply(config: TrainerConfig, state: Any) -> None:
     for module, buffers in zip(modules_of(config), state.get("buffers", ()), strict=False):
         set_unsaved_buffers(module, buffers)
     for module, saved in reversed(list(zip(modules_of(config), state["modules"], strict=True))):
-        apply_weights(module, module_weights(saved), own=True)
+        apply_weights(module, module_weights(saved), same_model=True)
 
 
 def _gradient_of(parameter: Tensor, value: Tensor) -> Tensor:

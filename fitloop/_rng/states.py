@@ -25,7 +25,7 @@ class RngState(NamedTuple):
 
     torch: Tensor
     devices: dict[str, Tensor]
-    """those of accelerators, by the names of `device_generators`"""
+    """states of accelerators, by the names of `device_generators`"""
     python: PythonState
     bits: bytes | dict[str, Any]
     """numpy's bit generator: the memory of an MT19937, or the state of another kind."""

@@ -114,11 +114,11 @@ async def run_exclusively_in_thread(state: TrainerState, call: str, function: Ca
     with in_use(state.config.name, call, state, state.config.model):
 
         def call_function() -> T:
-            state.given.begin_call()
+            state.user_settings.begin_call()
             try:
                 return function()
             finally:
-                state.given.end_call()
+                state.user_settings.end_call()
 
         return await run_in_thread(state.config.name, call_function)
 

@@ -68,7 +68,7 @@ class Run:
         self._fit = state.completed_fits
         self._parts: dict[str, StatePart] = {}
         """parts of the state of this run, by their key in snapshots"""
-        state.given.begin_call()
+        state.user_settings.begin_call()
         with ExitStack() as stack:
             self._files = None
             if options.files is not None:
@@ -333,7 +333,7 @@ class Run:
         self._close()
         self._state.forget_loaders()
         result = self._result()
-        self._state.given.end_call()
+        self._state.user_settings.end_call()
         vars(self).clear()  # or references in a circle would keep the model in memory
         return ending.result(result)  # type: ignore[no-any-return]
 

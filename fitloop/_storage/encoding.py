@@ -108,7 +108,7 @@ class Encoder:
                 str(tensor.layout).removeprefix("torch."),
                 list(tensor.shape),
                 is_coalesced,
-                [{"!tensor": self._add(part, f"{path}/{i}")} for i, part in enumerate(parts)],
+                [{"!tensor": self._add(values, f"{path}/{i}")} for i, values in enumerate(parts)],
             ]
         }
 
@@ -280,7 +280,7 @@ class Decoder:
         return self._tensors[index]
 
     def _sparse(self, layout: str, shape: list[int], is_coalesced: bool, parts: Any) -> Tensor:
-        tensors = [self._tensor(part["!tensor"]) for part in parts]
+        tensors = [self._tensor(item["!tensor"]) for item in parts]
         if _LAYOUTS[layout] == torch.sparse_coo:
             indices, values = tensors
             return torch.sparse_coo_tensor(

@@ -94,7 +94,7 @@ def transfer_weights(
         )
     loaded = [name for name in target if name in chosen]
     memories = {memory_key(target[name]) for name in loaded if isinstance(target[name], Tensor)}
-    kept = [
+    unchanged = [
         name
         for name, value in target.items()
         if name not in chosen
@@ -104,7 +104,7 @@ def transfer_weights(
         chosen |= {name: present for name, present in target.items() if not selects(name)}
     set_metadata(chosen, getattr(state, "_metadata", None))
     apply_weights(model, chosen, strict=strict is True)
-    report = LoadedWeights(tuple(loaded), tuple(kept), unused)
+    report = LoadedWeights(tuple(loaded), tuple(unchanged), unused)
     if strict == "shapes":
         _warn_of_others(report, selects)
     return report
@@ -129,10 +129,10 @@ def _reason_not_to_load(
 
 def _warn_of_others(report: LoadedWeights, selects: Callable[[str], bool]) -> None:
     """Warn of selected weights that were not loaded."""
-    kept = tuple(name for name in report.kept if selects(name))
+    unchanged = tuple(name for name in report.kept if selects(name))
     unused = {name: why for name, why in report.unused.items() if selects(name)}
-    if kept or unused:
-        warn_user(str(LoadedWeights(report.loaded, kept, unused)), WeightsWarning)
+    if unchanged or unused:
+        warn_user(str(LoadedWeights(report.loaded, unchanged, unused)), WeightsWarning)
 
 
 def _selection(only: object, state: StateDict) -> Callable[[str], bool]:

@@ -180,18 +180,18 @@ def plain_weights(state: StateDict, target: Mapping[str, object]) -> StateDict:
 
 
 def apply_weights(
-    model: nn.Module, state: StateDict, *, strict: bool = True, own: bool = False
+    model: nn.Module, state: StateDict, *, strict: bool = True, same_model: bool = False
 ) -> None:
     """Copy ``state`` into the parameters and buffers of a model, which stay the same objects.
 
     Wrapped and compiled models take the weights of plain ones, and the other way round. With
-    ``strict=False``, entries that only the model or only ``state`` has are ignored. ``own`` says
-    that the model itself had these weights before: its buffers then get their shapes again, and
-    those that it has had since are removed.
+    ``strict=False``, entries that only the model or only ``state`` has are ignored. ``same_model``
+    says that the model itself had these weights before: its buffers then get their shapes again,
+    and those that it has had since are removed.
 
     Raises `CheckpointError`, and changes nothing, if the weights do not fit the model.
     """
-    undo = _match_buffers(model, state) if own else []
+    undo = _match_buffers(model, state) if same_model else []
     try:
         check_weights(model, state, strict=strict)
         _copy_weights(plain_model(model), state, strict=strict)
@@ -248,16 +248,18 @@ def _match_buffers(
 
 
 def check_weights(
-    model: nn.Module, state: StateDict, *, strict: bool = True, own: bool = False
+    model: nn.Module, state: StateDict, *, strict: bool = True, same_model: bool = False
 ) -> None:
     """Raise `CheckpointError`, with a list of the differences, if weights do not fit a model.
 
-    With ``own``, buffers may have other shapes: `apply_weights` restores them.
+    With ``same_model``, buffers may have other shapes: `apply_weights` restores them.
     """
     target = weights_of(model)
     buffers = [plain_name(name) for name, _buffer in plain_model(model).named_buffers()]
     resized = {
-        name for name in buffers if own and _shape(state.get(name)) != _shape(target.get(name))
+        name
+        for name in buffers
+        if same_model and _shape(state.get(name)) != _shape(target.get(name))
     }
     state = plain_weights(state, target)
     misfits = [

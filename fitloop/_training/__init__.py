@@ -7,7 +7,7 @@ terminals or runs.
 - `parts`: the parts of a training state, and weights beside the model's.
 - `capture`: exact copies of model, optimizers and schedulers, restored in place.
 - `tensor_copy`: the copy of one tensor in it.
-- `given`: settings of optimizers and schedulers, as the user gave them.
+- `user_settings`: settings of optimizers and schedulers, as the user gave them.
 - `object_state`: what changed in attributes of users' objects, and generators that they hold.
 - `best`: finds the best epoch.
 - `best_optimizers`: the states of the optimizers in that epoch.

@@ -45,7 +45,7 @@ class StatePart(Protocol):
 
 def states_of(parts: Mapping[str, StatePart]) -> dict[str, Any]:
     """Return the states of all parts that are not at their beginning."""
-    return {name: state for name, part in parts.items() if (state := part.state_dict())}
+    return {name: state for name, item in parts.items() if (state := item.state_dict())}
 
 
 def modules_of(config: TrainerConfig) -> list[nn.Module]:

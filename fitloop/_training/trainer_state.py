@@ -54,7 +54,6 @@ from fitloop._training.best import BestTracker, Criteria
 from fitloop._training.best_models import BestModels
 from fitloop._training.best_optimizers import optimizer_states, restore_optimizers
 from fitloop._training.capture import Capture
-from fitloop._training.given import GivenSettings
 from fitloop._training.object_state import AttributeWatch, ObjectState
 from fitloop._training.parts import (
     StatePart,
@@ -68,6 +67,7 @@ from fitloop._training.parts import (
 )
 from fitloop._training.planned_schedulers import PlannedSchedulers
 from fitloop._training.schedulers import check_modes
+from fitloop._training.user_settings import UserSettings
 from fitloop._types import Phase
 
 _STATISTICS = ("running_mean", "running_var")
@@ -135,7 +135,7 @@ class TrainerState:
             self.average = AveragedWeights(config.average, config.model, steps)
             self.parts["average"] = self.average
         self.planned_schedulers = PlannedSchedulers(config)
-        self.given = GivenSettings(config)
+        self.user_settings = UserSettings(config)
         self._watches: dict[Phase, tuple[Any, AttributeWatch]] = {}
         """loaders, with their attributes before their first run"""
         self.rng = TrainerRng(config.seed, generator_names(config.device))
@@ -272,7 +272,7 @@ class TrainerState:
         weights, extra = self.store.load(name), extra_name(name)
         extra_weights = self.store.load(extra) if self.store.exists(extra) else {}
         check_extra_weights(self.config, extra_weights)
-        apply_weights(self.config.model, weights, own=True)
+        apply_weights(self.config.model, weights, same_model=True)
         apply_extra_weights(self.config, extra_weights)
         self.configure_optimizer(trainer)
         try:
@@ -330,7 +330,7 @@ class TrainerState:
             if self._initial is not None:
                 self._initial.restore()
             if weights is not None:
-                apply_weights(self.config.model, weights, own=True)
+                apply_weights(self.config.model, weights, same_model=True)
         except BaseException:
             undo.restore()
             raise

@@ -17,7 +17,7 @@ from fitloop._training.capture import attributes_of
 _PLAIN = (bool, int, float, str)
 
 
-def given_facts(config: TrainerConfig) -> dict[str, list[Any]]:
+def settings_facts(config: TrainerConfig) -> dict[str, list[Any]]:
     """Return the settings of optimizers, group by group, and of schedulers, by name."""
     return {
         "optimizers": [
@@ -33,7 +33,7 @@ def given_facts(config: TrainerConfig) -> dict[str, list[Any]]:
     }
 
 
-class GivenSettings:
+class UserSettings:
     """The settings of a trainer's optimizers and schedulers, as code outside it last set them.
 
     A schedule, or layers that a callback unfreezes, change none of them.
@@ -47,30 +47,30 @@ class GivenSettings:
 
     def begin_call(self) -> None:
         """Note the settings that a call of the trainer finds, if they changed since the last."""
-        present = given_facts(self._config)
+        present = settings_facts(self._config)
         if present != self._left:
             self.facts = present
 
     def end_call(self) -> None:
         """Note the settings that a call ends with."""
-        self._left = given_facts(self._config)
+        self._left = settings_facts(self._config)
 
 
-def differences_of_facts(given: Any, present: Mapping[str, list[Any]]) -> list[str]:
+def differences_of_facts(saved: Any, present: Mapping[str, list[Any]]) -> list[str]:
     """Say how the facts in a snapshot differ from the present ones.
 
-    Raises TypeError, KeyError and others for facts that `given_facts` does not return.
+    Raises TypeError, KeyError and others for facts that `settings_facts` does not return.
     """
     findings: list[str] = []
-    for name, saved, groups in _pairs("optimizer", given["optimizers"], present["optimizers"]):
-        if len(saved) != len(groups):
-            findings.append(f"{name} had {len(saved)} param groups and is given {len(groups)}")
+    for name, before, groups in _pairs("optimizer", saved["optimizers"], present["optimizers"]):
+        if len(before) != len(groups):
+            findings.append(f"{name} had {len(before)} param groups and is given {len(groups)}")
             continue
-        for number, (was, now) in enumerate(zip(saved, groups, strict=True)):
+        for number, (was, now) in enumerate(zip(before, groups, strict=True)):
             name_of_group = name if len(groups) == 1 else f"group {number} of {name}"
             findings += differences(name_of_group, was, now)
-    for name, saved, values in _pairs("lr_scheduler", given["schedulers"], present["schedulers"]):
-        findings += differences(name, saved, values)
+    for name, before, values in _pairs("lr_scheduler", saved["schedulers"], present["schedulers"]):
+        findings += differences(name, before, values)
     return findings
 
 
