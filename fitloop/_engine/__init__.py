@@ -13,6 +13,7 @@ or figures, and reaches the event loop only through a `LoopPortal`.
 - `loop_state`: `LoopState`, the argument of every stage function, and its writer.
 - `optimization`: the order of one optimizer step, and the batches that it is made of.
 - `gradients`: clips gradients, and looks whether they are finite.
+- `step_log`: emits metrics and learning rates of every so many optimizer steps.
 - `plan`: the plan of a run, and the dependencies of the engine.
 - `loop`: the loop.
 - `event_bus`: passes events to observers and event streams.

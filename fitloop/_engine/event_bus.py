@@ -22,7 +22,7 @@ from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_functi
 from fitloop._concurrency.event_loops import ThreadsafeEvent
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._errors import add_note_safely
-from fitloop._events import AnyEvent, BatchProgress, Event, RunEnded
+from fitloop._events import AnyEvent, BatchProgress, Event, MetricsLogged, RunEnded
 from fitloop._public import public
 
 STREAM_LIMIT = 1024
@@ -38,7 +38,8 @@ class EventStream:
     Iteration ends after the `RunEnded` of a trainer's run, and with a runner; the next
     ``async for`` reads the next run. A slow reader does not slow the training: a newer
     `BatchProgress` replaces an unread older one, and beyond ``limit`` events the oldest are
-    dropped. A cancelled reader loses no event: the next ``async for`` continues with it.
+    dropped, `MetricsLogged` before others. A cancelled reader loses no event: the next ``async
+    for`` continues with it.
 
     A stream that is opened after a run has ended first gives the `RunEnded` of that run, so that a
     late reader does not wait for a run that is over; unless another run begins within half a
@@ -119,13 +120,20 @@ class EventStream:
                 self._drop_older(event)
             self._events.append(event)
             if self._limit is not None and len(self._events) > self._limit:
-                self._events.popleft()
+                del self._events[self._first_logged()]
                 self.dropped += 1
+
+    def _first_logged(self) -> int:
+        """Return the position of the oldest `MetricsLogged`, or 0 if there is none."""
+        events = enumerate(self._events)
+        return next((i for i, event in events if isinstance(event, MetricsLogged)), 0)
 
     def _drop_older(self, event: BatchProgress) -> None:
         """Drop an older progress event of the same trainer at the end of the queue."""
         for index in range(len(self._events) - 1, -1, -1):
             older = self._events[index]
+            if isinstance(older, MetricsLogged):
+                continue
             if not isinstance(older, BatchProgress):
                 return
             if older.trainer == event.trainer:
@@ -158,6 +166,11 @@ class EventStreams:
     def remove_stream(self, stream: EventStream) -> None:
         """Pass no more events to ``stream``."""
         self._streams = [each for each in self._streams if each is not stream]
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether a stream is open."""
+        return bool(self._streams)
 
     def push(self, event: Event) -> None:
         """Pass an event to every stream; never blocks."""

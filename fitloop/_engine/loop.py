@@ -32,6 +32,7 @@ from fitloop._engine.optimization import Hook
 from fitloop._engine.plan import EngineDeps, PassPosition, RunPlan
 from fitloop._engine.precision import autocast_block
 from fitloop._engine.stages import Stages, default_batch_step, default_epoch_end
+from fitloop._engine.step_log import learning_rates
 from fitloop._errors import ConfigurationError, MetricError, add_note_safely, one_line, quoted_list
 from fitloop._events import (
     BatchProgress,
@@ -79,6 +80,7 @@ class Engine:
                         batch_step(state)                              its values are collected
                         the optimizer step of an incomplete window     train, in the last batch
                         EngineDeps.after_batch                         train only
+                        MetricsLogged                                  train only, ``log_every``
                         BatchProgress                                  at most ten times a second
                     epoch_end(state)
                     PhaseEnded
@@ -273,11 +275,17 @@ class Engine:
 
     def _pass(self, writer: StateWriter, source: Source) -> bool:
         """Run the batches of a phase; return whether it was complete."""
-        complete, state = self._batches(writer, source), writer.state
+        deps, state = self._deps, writer.state
+        log = deps.step_log if state.is_train else None
+        if log is not None:
+            log.begin_phase(writer)
+        complete = self._batches(writer, source)
         if state.is_train and not self._control.cancelled:  # else the run is resumed in the window
             self.activity = f"{state.phase}, epoch {state.epoch_num}, the last optimizer step"
-            self._deps.steps.flush()
-            self._deps.steps.guard.check()
+            deps.steps.flush()
+            deps.steps.guard.check()
+            if log is not None:
+                deps.guard.outside(log.end_phase)
         return complete
 
     def _close_after(self, error: BaseException, source: Source, loader: Any) -> None:
@@ -374,6 +382,8 @@ class Engine:
                 batches=state.batches,
                 samples=writer.samples,
                 seconds=seconds,
+                metrics=writer.running_means(),
+                learning_rates=learning_rates(state.optimizers) if state.is_train else {},
             )
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from operator import attrgetter, index
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from fitloop._engine.config import CONFIG_NAMES, TrainerConfig
 from fitloop._engine.optimization import OptimizerSteps
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._metrics.batch_values import BatchValues
+from fitloop._metrics.means import Means
 from fitloop._public import public
 from fitloop._types import Phase, Stage
 
@@ -311,7 +313,7 @@ class StateWriter:
     optimizer steps of the run.
     """
 
-    __slots__ = ("_loader_size", "_samples", "_size_of", "state", "values")
+    __slots__ = ("_counted", "_loader_size", "_means", "_samples", "_size_of", "state", "values")
 
     def __init__(
         self,
@@ -329,12 +331,32 @@ class StateWriter:
         """samples in each full batch of a DataLoader"""
         self._samples = 0
         """samples in a pass over this DataLoader"""
+        self._means, self._counted = Means(), 0
+        """of `running_means`, and the number of batches in them"""
 
     @property
     def samples(self) -> int | None:
         """Samples read so far; None if the size of a batch is not known."""
         sizes = self.state._sizes
         return sizes.samples(self.state.batch_num) if sizes.are_known else None
+
+    @property
+    def arrived(self) -> int:
+        """Number of batches whose values have all come from the device."""
+        num: int = self.values.arrived(self.state.batch_num)
+        return num
+
+    def add_to(self, means: Means, first: int, last: int) -> None:
+        """Add the values after batch ``first`` to batch ``last``, which have arrived."""
+        means.add(self.values.between(first, last), self.state._sizes.between(first, last))
+
+    def running_means(self) -> dict[str, float]:
+        """Return the means of the batches so far whose values have arrived; does not wait."""
+        self.values.collect()
+        arrived = self.arrived
+        self.add_to(self._means, self._counted, arrived)
+        self._counted = arrived
+        return self._means.result()
 
     def begin(
         self, batches: int | None, samples: int | None, loader_size: int | None = None
@@ -484,6 +506,17 @@ class _BatchSizes:
         """Return an array with the size of each of the first ``batches`` batches."""
         lengths = np.diff(np.array([*self._batch_nums, batches + 1]))
         return np.repeat(np.array(self._sizes, np.int64), lengths)
+
+    def between(self, first: int, last: int) -> list[int]:
+        """Return the sizes of the batches after number ``first`` to ``last``."""
+        sizes: list[int] = []
+        change = bisect_right(self._batch_nums, first + 1)
+        while first < last:
+            end = last if change == len(self._batch_nums) else self._batch_nums[change] - 1
+            end = min(end, last)
+            sizes += [self._sizes[change - 1]] * (end - first)
+            first, change = end, change + 1
+        return sizes
 
 
 def _checked_size(size: Any, origin: str) -> int:

@@ -8,7 +8,7 @@
     at the last batch of a window:     the gradients are unscaled, and divided by the sum of weights
                                        GradientGuard.prepare: clip, look whether all are finite
                                        optimizer.step()
-                                           after it: OptimizerSteps.after_step, count
+                                           after it: count, OptimizerSteps.after_step
                                        scaler.update()
 
 The guard, and what comes after ``optimizer.step()``, are in hooks of torch's optimizers, which are
@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,16 @@ class Window:
     def has_gradients(self) -> bool:
         """Whether each loss of the window was finite, as far as it was looked at."""
         return not (isinstance(self.weight, float) and math.isnan(self.weight))
+
+
+class StepWatch(Protocol):
+    """Waits for a number of optimizer steps."""
+
+    due: float
+    """the number of steps of one optimizer"""
+
+    def note_step(self) -> None:
+        """Is called after the step of an optimizer with this or a larger number."""
 
 
 class StepCounts:
@@ -106,6 +116,8 @@ class OptimizerSteps:
         self.after_step = after_step
         self.on_loss: Callable[[Any, Any], object] | None = None
         """called with each loss that `optimize` gets, and its weight"""
+        self.watch: StepWatch | None = None
+        """told when the number of steps is reached that it waits for; set before `register`"""
         self._config = config
         self._accumulate, self._scaler = config.accumulate, config.scaler
         self._handles: list[Any] = []
@@ -170,7 +182,9 @@ class OptimizerSteps:
             if self._config.precision is not None:
                 # Otherwise a later forward pass of the same batch uses casts of the old weights.
                 calls.append(torch.clear_autocast_cache)
-            count = _counter(self._counts.made, number) if number < len(counted) else None
+            count = None
+            if number < len(counted):
+                count = _counter(self._counts.made, number, self.watch)
             self._register(optimizer, calls, count)
 
     def _register(self, optimizer: Optimizer, calls: list[Hook], count: Any) -> None:
@@ -411,11 +425,19 @@ def _checked_counts(name: str, state: dict[str, Any], length: int) -> list[int]:
     return list(counts)
 
 
-def _counter(counts: list[int], number: int) -> Callable[..., None]:
+def _counter(counts: list[int], number: int, watch: StepWatch | None) -> Callable[..., None]:
     def count(_optimizer: Any, _arguments: Any, _keywords: Any) -> None:
         counts[number] += 1
 
-    return count
+    if watch is None:
+        return count
+
+    def count_watched(_optimizer: Any, _arguments: Any, _keywords: Any) -> None:
+        counts[number] = made = counts[number] + 1
+        if made >= watch.due:
+            watch.note_step()
+
+    return count_watched
 
 
 class _NestedHooks:
@@ -448,10 +470,10 @@ class _NestedHooks:
         self._depth -= 1
         if self._depth or self._is_left_out(optimizer):
             return
-        for call in self._calls:
-            call()
         if self._count is not None:
             self._count(optimizer, arguments, keywords)
+        for call in self._calls:
+            call()
 
 
 def _checked_weight(weight: Any) -> Any:

@@ -15,6 +15,7 @@ from fitloop._data.resumption import ResumePosition
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.modes import Modes
 from fitloop._engine.optimization import OptimizerSteps
+from fitloop._engine.step_log import StepLog
 from fitloop._events import Event
 from fitloop._rng.guard import RngGuard
 from fitloop._types import Phase
@@ -93,6 +94,8 @@ class EngineDeps:
     after_batch: Sequence[Callable[[], object]] = ()
     """called after each step of the train phase"""
     instrumentation: Instrumentation = field(default_factory=Instrumentation)
+    step_log: StepLog | None = None
+    """logs the train phases; None if the run does not"""
     validation: Callable[[], AbstractContextManager[object]] = nullcontext
     """a block around each validation of a training"""
     restore_position: Callable[[], None] = lambda: None

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +16,7 @@ from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.metric_objects import update_metrics
 from fitloop._errors import ConfigurationError, FitLoopError, MetricError, add_note_safely
+from fitloop._metrics.means import CORRECT, Means
 from fitloop._public import public
 from fitloop._types import Phase, Stage
 
@@ -275,37 +274,18 @@ def default_epoch_end(state: LoopState) -> dict[str, float]:
     columns = state._values.columns()
     if not columns:
         return {}
-    metrics: dict[str, float] = {}
-    sizes = np.asarray(state.batch_sizes, dtype=np.float64)
-    counts, counted = columns.pop("running_count", (np.empty(0), np.empty(0, np.int64)))
-    weights = sizes.copy()
-    weights[counted] = counts
-    for name, (values, batches) in columns.items():
-        if name == "running_loss":
-            metrics["loss"] = _ratio(values, sizes[batches])
-        elif name == "running_corr":
-            metrics["accuracy"] = _ratio(values, weights[batches])
-        else:
-            metrics[name] = _ratio(values * sizes[batches], sizes[batches])
-    if metrics.get("accuracy", 0.0) > 1 and "running_corr" in columns:
-        correct, samples = columns["running_corr"][0].sum(), weights.sum()
+    means = Means()
+    means.add({k: (v.tolist(), b.tolist()) for k, (v, b) in columns.items()}, state.batch_sizes)
+    metrics = means.result()
+    if metrics.get("accuracy", 0.0) > 1 and CORRECT in columns:
         raise MetricError(
             f"accuracy is {metrics['accuracy']:.4g}, above 1: the sum of running_corr is "
-            f"{correct:g}, and the batches have {samples:g} samples. Return the number of correct "
-            "samples as running_corr, and give batch_size_of= or set state.batch_size in "
+            f"{means.sums['accuracy']:g}, and the batches have {means.weights['accuracy']:g} "
+            "samples. Return the number of correct samples as running_corr, and give "
+            "batch_size_of= or set state.batch_size in "
             f"{state.phase}_step if the number of samples is wrong"
         )
     return metrics
-
-
-def _ratio(values: Any, weights: Any) -> float:
-    total = _sum(weights)
-    return _sum(values) / total if total else math.nan
-
-
-def _sum(values: Any) -> float:
-    # In the order of a hand-written loop: the pairwise sum of numpy rounds differently.
-    return float(np.add.accumulate(values)[-1])
 
 
 _DEFAULTS: dict[Stage, Callable[[LoopState], Any]] = {

@@ -8,8 +8,9 @@ the device. Knows no history.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,7 @@ class BatchValues:
         if on_device is not None:
             for name, _value in on_device:
                 self._check_kind(name, self._tensors)
-            self._device.put(on_device)
+            self._device.put(on_device, batch_num)
             for name, _value in on_device:
                 self._append.pop(name, None)  # a number must wait for those on the device
                 if name not in self._first:
@@ -214,6 +215,40 @@ class BatchValues:
             for name, values in numbers.items()
         }
 
+    def collect(self) -> None:
+        """Copy values from a CUDA device to the host without waiting: some come with a later call.
+
+        Other devices would have to be waited for; their values come in blocks of `CHUNK`.
+        """
+        if self._device.names:
+            self._device.collect()
+
+    def drain(self) -> None:
+        """Wait for all values on a device."""
+        self._device.drain()
+
+    def arrived(self, batches: int) -> int:
+        """Return how many of the first ``batches`` batches have all their values on the host."""
+        pending = self._device.first_pending
+        return batches if pending is None else pending - 1
+
+    def between(self, first: int, last: int) -> dict[str, tuple[array[float], Sequence[int]]]:
+        """Return the values of the batches after number ``first`` to ``last``, which have arrived.
+
+        Beside them are the indices of their batches, 0 for the first. Only of numbers and tensors
+        without dimensions.
+        """
+        columns: dict[str, tuple[array[float], Sequence[int]]] = {}
+        for name, column in self._numbers.items():
+            nums = self._batch_nums.get(name)
+            if nums is None:
+                columns[name] = column[first:last], range(last - first)
+            else:
+                begin, end = bisect_right(nums, first), bisect_right(nums, last)
+                if end > begin:
+                    columns[name] = column[begin:end], [n - first - 1 for n in nums[begin:end]]
+        return columns
+
     def scalars(self, batches: int) -> dict[str, array[float]]:
         """Return the numbers of the first ``batches`` batches; NaN for a batch without a value."""
         if not self._tensors and not self._batch_nums:
@@ -278,10 +313,19 @@ class _DeviceScalars:
         self._rows: dict[torch.dtype, list[Tensor]] = {}
         """one row for each batch"""
         self._num_rows = 0
-        self._blocks: deque[tuple[tuple[str, ...], Tensor, torch.cuda.Event | None]] = deque()
-        """copies to the host that may not be complete yet, with names and event"""
+        self._first_row = 0
+        """number of the batch of the first row"""
+        self._blocks: deque[tuple[tuple[str, ...], Tensor, torch.cuda.Event | None, int]] = deque()
+        """copies to the host that may not be complete yet, with names, event and first batch"""
 
-    def put(self, values: list[tuple[str, Tensor]]) -> None:
+    @property
+    def first_pending(self) -> int | None:
+        """Number of the first batch whose values have not all been passed on; None without one."""
+        if self._blocks:
+            return self._blocks[0][3]
+        return self._first_row if self._num_rows else None
+
+    def put(self, values: list[tuple[str, Tensor]], batch_num: int) -> None:
         groups: dict[torch.dtype, dict[str, Tensor]] = {}
         for name, value in values:
             groups.setdefault(value.dtype, {})[name] = value
@@ -291,14 +335,21 @@ class _DeviceScalars:
             self._names_by_dtype = names_by_dtype
             self._rows = {dtype: [] for dtype in groups}
             self.names = frozenset(name for name, _value in values)
+        if not self._num_rows:
+            self._first_row = batch_num
         for dtype, group in groups.items():
             # Stacking copies the values: the step may reuse its tensors, and the graph is freed.
             self._rows[dtype].append(torch.stack([value.detach() for value in group.values()]))
         self._num_rows += 1
         if self._num_rows >= CHUNK:
             self._copy_to_host()
-            while self._blocks and self._is_complete(self._blocks[0][2]):
-                self._pass_on()
+            self._pass_on_complete()
+
+    def collect(self) -> None:
+        """Begin to copy what is on a CUDA device, and pass on what has come; never wait."""
+        if self._num_rows and next(rows[0].is_cuda for rows in self._rows.values()):
+            self._copy_to_host()
+        self._pass_on_complete()
 
     def _copy_to_host(self) -> None:
         for dtype, rows in self._rows.items():
@@ -313,15 +364,19 @@ class _DeviceScalars:
                 event = torch.cuda.current_stream(block.device).record_event()
             else:
                 host = block.cpu()
-            self._blocks.append((self._names_by_dtype[dtype], host, event))
+            self._blocks.append((self._names_by_dtype[dtype], host, event, self._first_row))
         self._num_rows = 0
 
     @staticmethod
     def _is_complete(event: torch.cuda.Event | None) -> bool:
         return event is None or bool(event.query())  # type: ignore[no-untyped-call]
 
+    def _pass_on_complete(self) -> None:
+        while self._blocks and self._is_complete(self._blocks[0][2]):
+            self._pass_on()
+
     def _pass_on(self) -> None:
-        names, host, event = self._blocks.popleft()
+        names, host, event, _first = self._blocks.popleft()
         if event is not None:
             event.synchronize()
         for column, name in enumerate(names):

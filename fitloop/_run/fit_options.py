@@ -46,6 +46,7 @@ class FitOptions(TypedDict, total=False):
     continue_default: bool
     continue_while_asking: bool
     early_stop: int | EarlyStop | None
+    log_every: int | None
     checkpoint: Checkpoint | None
     resume: bool
 
@@ -104,6 +105,10 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "callbacks": lambda _name, value: check_callbacks(value),
     "on_continue": _on_continue,
     "continue_timeout": check_seconds,
+    "log_every": lambda name, value: (
+        check_optional(name, value, 0, meaning="optimizer steps from one MetricsLogged to the next")
+        or None
+    ),
     "early_stop": lambda _name, value: check_early_stop(value),
     "checkpoint": lambda _name, value: check_checkpoint(value, resume=False),
 }

@@ -19,6 +19,7 @@ from fitloop._checkpointing.run_position import RunPosition, loader_tree
 from fitloop._concurrency.control import Cancelled
 from fitloop._engine.metric_objects import MetricStates
 from fitloop._engine.plan import Instrumentation
+from fitloop._engine.step_log import StepLog
 from fitloop._errors import CheckpointError, RestoreWarning, one_line, warn_user
 from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._metrics.results import EpochMetricsRecorder, FitResult
@@ -40,6 +41,8 @@ class RunOptions:
     """how the run asks whether to go on; None if it never does"""
     load_best: bool = False
     early_stop: EarlyStop | None = None
+    log_every: int | None = None
+    """optimizer steps from one `MetricsLogged` to the next; None for none"""
     dry: bool = False
     """restore everything afterwards, and leave the history as it is"""
     instrumentation: Instrumentation = field(default_factory=Instrumentation)
@@ -98,11 +101,13 @@ class Run:
             self._average = None if self._context.schedulers is None else state.average
             if self._average is not None:
                 self._average.begin()
+            self._step_log = self._make_step_log()
             self._checkpointer = self._make_checkpointer()
             self._prompts = self._make_prompts()
             observers = self._observers()
             self._engine = self._session.engine(
                 emit=state.event_bus.emit,
+                step_log=self._step_log,
                 ask=self._ask,
                 after_batch=[o.after_batch for o in observers if o.after_batch is not None],
                 instrumentation=options.instrumentation,
@@ -141,6 +146,8 @@ class Run:
             observers.append(Observer(schedulers.observe, self._session.step_per_batch()))
         if self._average is not None:
             observers.append(Observer(self._average.observe, self._average.after_batch))
+        if self._step_log is not None:
+            observers.append(Observer(after_batch=self._step_log.after_batch))
         # It may wait for other runs, with the generators released, so before the checkpointer.
         time_slice = self._session.time_slice
         observers.append(Observer(time_slice.observe, time_slice.after_batch))
@@ -178,6 +185,21 @@ class Run:
             emit=self._state.event_bus.emit,
         )
         return stopper
+
+    def _make_step_log(self) -> StepLog | None:
+        state, options = self._state, self._options
+        if options.log_every is None:
+            return None
+        log = self._parts["step_log"] = StepLog(
+            options.log_every,
+            state.config,
+            state.step_counts,
+            emit=state.event_bus.emit,
+            outside=self._session.guard.outside,
+            is_heard=lambda: bool(self._context.callbacks) or state.event_bus.has_streams,
+        )
+        self._session.steps.watch = log
+        return log
 
     def _make_checkpointer(self) -> Checkpointer | None:
         if self._files is None or self._files.checkpoint is None:
@@ -281,6 +303,8 @@ class Run:
 
     def _position(self, finished: bool) -> RunPosition:
         """Return the present position of the run, for a snapshot."""
+        if self._step_log is not None:  # a resumed run must not emit them again
+            self._step_log.flush()
         plan, train_pass = self._plan, self._engine.position()
         is_reading = train_pass is not None
         return RunPosition(

@@ -222,6 +222,7 @@ class FitLoop(TrainerBase):
         continue_default: bool = True,
         continue_while_asking: bool = False,
         early_stop: int | EarlyStop | None = None,
+        log_every: int | None = 50,
         checkpoint: Checkpoint | None = None,
         resume: bool = False,
     ) -> FitResult:
@@ -301,6 +302,12 @@ class FitLoop(TrainerBase):
             early_stop: end the run after this number of validations in which the criteria did not
                 improve, or as an `EarlyStop` says. The epoch is completed, and ``stop_reason`` is
                 ``"early_stop"``. Each ``fit`` counts anew.
+            log_every: optimizer steps from one `MetricsLogged` event to the next; None or 0 for
+                none. Each is emitted when the number of steps in the trainer's life has reached a
+                multiple of it, and has the means since the last one, also over the end of an epoch.
+                Values on a CUDA device come some batches later, since nothing waits for them, but
+                before `PhaseEnded` and before a snapshot. Steps of optimizers that are not of torch
+                are not counted.
             checkpoint: when to write snapshots of the whole training to ``save_path``.
             resume: continue the unfinished run in ``save_path``, to the same bits as without an
                 interruption, or else start a run. It implies ``checkpoint=Checkpoint()``. A
@@ -360,6 +367,7 @@ class FitLoop(TrainerBase):
                 observers=[display.observe],
                 load_best=load_best,
                 early_stop=stopping,
+                log_every=log_every,
                 prompt=prompt,
                 files=files,
             )

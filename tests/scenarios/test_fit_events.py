@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.models import BATCHES, batches, bits, mlp, scores, sync_trainer, trainer
+from support.resumed_trainings import write_snapshots_at_once
 from torch.optim import SGD
 
 import fitloop._events
@@ -276,7 +277,11 @@ def test_events_when_of_several_optimizers_then_count_those_of_the_busiest() -> 
     assert told[-1].step == BATCHES
 
 
-def test_events_when_of_a_resumed_run_then_go_on_with_its_steps(tmp_path: Path) -> None:
+def test_events_when_of_a_resumed_run_then_go_on_with_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_snapshots_at_once(monkeypatch)
+
     def stop(event: Event) -> None:
         if isinstance(event, SnapshotWritten) and event.batch == 2:
             raise ZeroDivisionError

@@ -51,6 +51,7 @@ def fitting(
     unknown: bool = False,
     looks: bool = True,
     features: Mapping[str, Any] | None = None,
+    log_every: int | None = None,
 ) -> Fit:
     async def fit(number: int) -> None:
         torch.manual_seed(0)
@@ -68,7 +69,7 @@ def fitting(
             prefetch=0,
             **(features or {}),
         )
-        await trainer.fit(1, verbose=False, progress=False)
+        await trainer.fit(1, verbose=False, progress=False, log_every=log_every)
 
     return fit
 
@@ -77,6 +78,7 @@ def fitting(
     ("fit", "opcodes", "calls"),
     [
         pytest.param(fitting(keep=True), 524, 16, id="metrics"),
+        pytest.param(fitting(keep=True, log_every=50), 552, 16, id="metrics, logged"),
         pytest.param(fitting(keep=False), 329, 6, id="none"),
         pytest.param(fitting(keep=False, looks=False), 273, 4, id="none, unguarded"),
         pytest.param(fitting(keep=True, seed=0), 524, 16, id="seeded"),

@@ -221,10 +221,12 @@ class Rows:
 
     def __init__(self) -> None:
         self.out: dict[str, list[float]] = {}
+        self.count = 0
         self.rows = _DeviceScalars(lambda name, value: self.out.setdefault(name, []).append(value))
 
     def put(self, **values: Tensor) -> Rows:
-        self.rows.put(list(values.items()))
+        self.count += 1
+        self.rows.put(list(values.items()), self.count)
         return self
 
     def drained(self) -> dict[str, list[float]]:
