@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -53,6 +53,7 @@ def with_fitloop(
     idle: bool = False,
     all_features: bool = False,
     prefetch: int | None = None,
+    loading: Literal["process"] | None = None,
 ) -> Means | None:
     """Train by fitloop; with ``keep_metrics``, with the default step, which returns metrics.
 
@@ -72,6 +73,7 @@ def with_fitloop(
         num_threads=1,
         seed=seed,
         prefetch=prefetch,
+        loading=loading,
         **(ALL_FEATURES if all_features else {}),
     )
     result = asyncio.run(trainer.fit(epochs, verbose=False, progress=False))

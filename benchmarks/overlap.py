@@ -280,6 +280,10 @@ def contenders(cell: Cell) -> list[Contender]:
     in_house[f"{BARE}, a thread reads ahead"] = loops.bare, ReadAhead
     ahead = partial(with_fitloop, prefetch=2)
     in_house["fitloop"] = ahead, plain
+    in_process = partial(with_fitloop, loading="process")
+    in_house["fitloop, in a process"] = in_process, plain
+    in_house["fitloop, seeded"] = partial(with_fitloop, prefetch=2, seed=1), plain
+    in_house["fitloop, seeded, in a process"] = partial(in_process, seed=1), plain
     if cell.kind == "waits":
         in_house["fitloop, async loader"] = ahead, AsyncLoads
     return [

@@ -7,6 +7,9 @@ the training loop, events or files.
 - `carried_state`: random generators, and other state, in the objects of users.
 - `loaders`: opens a pass over a loader.
 - `sources`: reads batches inline or in a thread ahead of the steps.
+- `process_source`: reads loaders in a process of their own, and `loader_process` is that process.
+- `process_messages`: what both sides tell each other, and batches on their way.
+- `shared_slots`: memory for the values of batches, which both sides share.
 - `async_source`: reads an async iterable on the event loop.
 - `prefetch_tuner`: measures whether reading ahead is faster.
 - `resumption`: goes to the k-th batch of a pass.

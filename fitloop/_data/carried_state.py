@@ -251,6 +251,57 @@ def _by_path(loader: Any, holders: dict[str, Any], states: CarriedStates) -> dic
     return dict(zip(names, states, strict=True))
 
 
+# -- plain attributes ------------------------------------------------------------------------------
+
+
+def plain_attributes(loader: object) -> dict[str, dict[str, Any]]:
+    """Return the attributes of the objects in a loader that are numbers, texts or None, by path.
+
+    Random generators are among them: an object may make one when it needs it.
+    """
+    found = StateSearch({"": loader}).objects
+    plain = {
+        path: {
+            name: value
+            for name, value in attributes(item).items()
+            if type(value) in _ATOMS or is_generator(value)
+        }
+        for path, item in found.items()
+    }
+    return {path: values for path, values in plain.items() if values}
+
+
+def changed_attributes(
+    before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return those of the `plain_attributes` that are new or have changed."""
+    missing = object()
+    changed = {
+        path: {
+            name: value
+            for name, value in values.items()
+            if (old := before.get(path, {}).get(name, missing)) is not value
+            and (type(old) is not type(value) or (old != value and not is_generator(value)))
+        }
+        for path, values in after.items()
+    }
+    return {path: values for path, values in changed.items() if values}
+
+
+def set_plain_attributes(loader: object, values: dict[str, dict[str, Any]]) -> None:
+    """Set `plain_attributes`, except those of objects that this loader does not have.
+
+    A generator does not replace another one: its state is one of the `carried_states`.
+    """
+    if values:
+        found = StateSearch({"": loader}).objects
+        for path in values.keys() & found.keys():
+            present = vars(found[path])  # a DataLoader refuses to set some of its attributes
+            for name, value in values[path].items():
+                if not is_generator(present.get(name)):  # others may use the same generator
+                    present[name] = value
+
+
 def check_states(states: Any) -> CarriedStates:
     """Return `carried_states` of a snapshot, which may be forged.
 

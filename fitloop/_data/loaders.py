@@ -10,8 +10,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from fitloop._concurrency.supervisor import LoopPortal
@@ -20,12 +23,10 @@ from fitloop._data.carried_state import (
     CarriedStates,
     carried_states,
     holders_of,
-    set_carried_states,
     set_state,
     state_of,
 )
 from fitloop._data.inspection import (
-    can_skip_by_index,
     detached,
     has_live_workers,
     is_iterable,
@@ -37,7 +38,12 @@ from fitloop._data.inspection import (
 )
 from fitloop._data.prefetch_tuner import MeasuredSource, PrefetchTuner
 from fitloop._data.pushback import PushbackIterator, pushback_iterator_of
-from fitloop._data.resumption import PassStart, ResumePosition, iterate_from, warn_of_replay
+from fitloop._data.resumption import (
+    PassStart,
+    ResumePosition,
+    resumed_iterator,
+    warn_of_replay,
+)
 from fitloop._data.sources import (
     InlineSource,
     LoadContext,
@@ -45,12 +51,20 @@ from fitloop._data.sources import (
     Source,
     note_of_thread,
 )
-from fitloop._errors import CheckpointError
+from fitloop._errors import CheckpointError, ConfigurationError
+from fitloop._rng.guard import LoaderRng
 from fitloop._rng.states import RngState
+from fitloop._rng.streams import Stream
 from fitloop._types import Phase
 
+if TYPE_CHECKING:
+    from fitloop._data.process_messages import RngReports
+    from fitloop._data.process_source import ReaderProcess
+
 DEFAULT_DEPTH = 2
-"""batches read ahead if the trainer has no ``prefetch`` and reading ahead is faster"""
+"""batches read ahead if the trainer has no ``prefetch``"""
+Loading = Literal["thread", "process", "inline"]
+"""where loaders are read"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +74,19 @@ class LoadingOptions:
     prefetch: int | None = None
     """batches to read ahead; 0 for none, None to measure whether reading ahead is faster for a
     DataLoader with worker processes, and to read ahead of no other loader"""
+    loading: Loading | None = None
+    """where loaders are read; None: in a thread or inline, as ``prefetch`` says"""
     randomness: Literal["global", "own"] = "global"
     """"own": the loaders use no random numbers of the global generators"""
+    model: nn.Module | None = None
+    """the model that is trained, which a loader in another process must not have"""
+
+    @property
+    def depth(self) -> int | None:
+        """Batches to read ahead; None to measure whether that is faster."""
+        if self.prefetch is not None or self.loading is None:
+            return self.prefetch
+        return 0 if self.loading == "inline" else DEFAULT_DEPTH
 
 
 class Loaders:
@@ -79,8 +104,10 @@ class Loaders:
         """what holds a state in the loaders of a dry run, with the state before"""
         self.tracks_positions = False
         """whether `pass_position` will be called in the middle of a pass"""
-        self._passes: dict[Phase, tuple[Any, PassStart]] = {}
-        """iterable and start of the current pass, if positions are tracked"""
+        self._positions: dict[Phase, Callable[[], tuple[PassStart, CarriedStates, Any]]] = {}
+        """the position in the current pass, if positions are tracked"""
+        self._process: ReaderProcess | None = None
+        """reads the loaders of the present run, with ``loading="process"``"""
         self._read_before: dict[Phase, int] = {}
         """batches that the uninterrupted run had read from a one-shot loader"""
 
@@ -98,19 +125,21 @@ class Loaders:
 
         ``limit`` is the most batches of the pass, including those before ``resume_from``.
         """
+        if self._options.loading == "process" and not _has_workers(loader):
+            return self._open_in_process(loader, phase, context, limit, resume_from)
         rng = context.rng
         rng_state = rng.state() if self.tracks_positions else None
         if resume_from is not None:
             limit = None if limit is None else max(0, limit - resume_from.batches)
             rng.set_state(resume_from.pass_start.rng_state)
         no_rng_in_reads = self._options.randomness == "own" or uses_rng_only_at_start(loader)
-        forks = isinstance(loader, DataLoader) and loader.num_workers > 0
+        forks = _has_workers(loader)
         # Starting a loader may use random numbers.
         with rng.installed(forks=forks), _inside_loader(context):
             iterable = self._iterable(loader, context.epoch)
             if rng_state is not None:
                 start = resume_from.pass_start if resume_from else _start_of(iterable, rng_state)
-                self._passes[phase] = (iterable, start)
+                self._positions[phase] = partial(_position, iterable, start)
             is_async = hasattr(iterable, "__aiter__")
             if not is_async:
                 iterator = self._iterator(loader, iterable, phase, context.label, resume_from)
@@ -129,7 +158,7 @@ class Loaders:
             reuses_memory=not makes_new_batches(iterable),
         )
         if is_async:
-            depth = self._options.prefetch or 0
+            depth = self._options.depth or 0
             skip = self._batches_to_skip(phase, iterable, resume_from)
             warn_of_replay(context.label, skip)
             return AsyncSource(iterable, context, portal, depth=depth, limit=limit, skip=skip)
@@ -147,7 +176,67 @@ class Loaders:
             if one_shot.is_exhausted():
                 del self._one_shots[id(loader)]
 
+    def end_process(self, timeout: float) -> None:
+        """End the process that reads loaders, if there is one; at the end of a run.
+
+        It is killed if it is still inside a loader after ``timeout`` seconds.
+        """
+        process, self._process = self._process, None
+        if process is not None:
+            process.close(timeout)
+
     # -- opening ---------------------------------------------------------------------------------
+
+    def _open_in_process(
+        self,
+        loader: Any,
+        phase: Phase,
+        context: LoadContext,
+        limit: int | None,
+        resume_from: ResumePosition | None,
+    ) -> Source:
+        """Start a pass in the process, which is started for the first pass of a run."""
+        if pushback_iterator_of(loader) is not None:
+            raise ConfigurationError(
+                f"loading is 'process', and {context.label} can be read only once, which a process "
+                "would do with a copy of it; expected a function that makes such an iterator"
+            )
+        from fitloop._data.process_source import PassPlan, ReaderProcess
+
+        rng = context.rng
+        if resume_from is not None:
+            rng.set_state(resume_from.pass_start.rng_state)
+            limit = None if limit is None else max(0, limit - resume_from.batches)
+        start = state = rng.state()
+        draws_alone = self._options.randomness == "own" or uses_rng_only_at_start(loader)
+        reports: RngReports = "first" if draws_alone else "all"
+        rereads = False
+        if not rng.has_stream and not draws_alone:
+            # What it draws between the steps cannot be that of an inline loader.
+            state, reports, rereads = _own_state(rng), "none", True
+        if resume_from is not None:
+            rng.set_state(resume_from.rng_state)
+            if reports == "first" and resume_from.batches:
+                reports = "none"
+        self._note_carried(loader)
+        if self._process is not None and not self._process.is_idle:
+            self.end_process(context.close_timeout)
+        if self._process is None:
+            self._process = ReaderProcess(self._options.model)
+        plan = PassPlan(
+            limit=limit,
+            ahead=self._options.depth or DEFAULT_DEPTH,
+            rng_state=state,
+            rng_reports=reports,
+            resume_from=resume_from,
+            rereads=rereads,
+            start=start if self.tracks_positions else None,
+            is_dry_run=self._dry_run_reads is not None,
+        )
+        source = self._process.open(loader, context, plan)
+        if self.tracks_positions:
+            self._positions[phase] = source.position
+        return source
 
     def _iterable(self, loader: Any, epoch: int) -> Any:
         """Return the object to iterate; in a dry run, also remember how to restore it."""
@@ -191,14 +280,7 @@ class Loaders:
             return iterator
         if resume_from is None:
             return iter(iterable)
-        set_carried_states(iterable, resume_from.pass_start.carried)
-        # What the skipped batches would change can only be set afterwards if it is known.
-        is_known = isinstance(resume_from.carried, dict)
-        by_index = can_skip_by_index(loader) and (is_known or not holders_of(loader.dataset))
-        iterator = iterate_from(iterable, resume_from, label, by_index=by_index)
-        if resume_from.carried is not None:
-            set_carried_states(iterable, resume_from.carried)
-        return iterator
+        return resumed_iterator(loader, iterable, resume_from, label)
 
     def _batches_to_skip(
         self, phase: Phase, iterable: Any, resume_from: ResumePosition | None
@@ -224,7 +306,7 @@ class Loaders:
     ) -> Source:
         if self.tracks_positions and is_stateful(loader):
             return InlineSource(context, read)  # read ahead, its position would be too far
-        depth = self._options.prefetch
+        depth = self._options.depth
         if depth is not None:
             return PrefetchSource(context, read, depth) if depth else InlineSource(context, read)
         # Beside the steps, other loaders could see or use what the steps change.
@@ -252,9 +334,7 @@ class Loaders:
 
     def pass_position(self, phase: Phase) -> tuple[PassStart, CarriedStates, Any]:
         """Return the start of the phase's pass, what the loader carries, and its own state."""
-        iterable, start = self._passes[phase]
-        state = iterable.state_dict() if is_stateful(iterable) else None
-        return start, carried_states(iterable), state
+        return self._positions[phase]()
 
     def batches_read(self, loader: Any) -> int:
         """Return the number of batches read from a one-shot loader; 0 for other loaders."""
@@ -269,7 +349,7 @@ class Loaders:
     def stop_tracking_positions(self) -> None:
         """Undo `tracks_positions` and `skip_in_next_pass` at the end of a run."""
         self.tracks_positions = False
-        self._passes.clear()
+        self._positions.clear()
         self._read_before.clear()
 
     # -- dry runs --------------------------------------------------------------------------------
@@ -303,6 +383,22 @@ def _inside_loader(context: LoadContext) -> Iterator[None]:
         note_of_thread(error)
         raise
     control.leave_loader()
+
+
+def _has_workers(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and loader.num_workers > 0
+
+
+def _own_state(rng: LoaderRng) -> RngState:
+    """Draw a seed, as a DataLoader does for its workers; return the random state of the seed."""
+    with rng.installed():
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+    return Stream(seed).state()
+
+
+def _position(iterable: Any, start: PassStart) -> tuple[PassStart, CarriedStates, Any]:
+    state = iterable.state_dict() if is_stateful(iterable) else None
+    return start, carried_states(iterable), state
 
 
 def _start_of(iterable: Any, rng_state: RngState) -> PassStart:

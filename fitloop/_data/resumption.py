@@ -16,8 +16,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from fitloop._data.carried_state import CarriedStates, carried_states, set_carried_states
-from fitloop._data.inspection import is_stateful
+from fitloop._data.carried_state import (
+    CarriedStates,
+    carried_states,
+    holders_of,
+    set_carried_states,
+)
+from fitloop._data.inspection import can_skip_by_index, is_stateful
 from fitloop._errors import ResumeWarning, warn_user
 from fitloop._rng.global_state import save_global_state
 from fitloop._rng.states import RngState
@@ -74,6 +79,24 @@ def iterate_from(
     iterator: Iterator[Any] = iter(iterable)
     for _ in itertools.islice(iterator, position.batches):
         pass
+    return iterator
+
+
+def resumed_iterator(
+    loader: Any, iterable: Any, position: ResumePosition, label: str, *, rereads: bool = False
+) -> Iterator[Any]:
+    """Return an iterator over ``iterable``, the pass of a ``loader``, from a position on.
+
+    Its random generators, and what else it carries, get the states of the position. With
+    ``rereads`` all batches before it are read again, unless the loader has a state of its own.
+    """
+    set_carried_states(iterable, position.pass_start.carried)
+    # What the skipped batches would change can only be set afterwards if it is known.
+    is_known = isinstance(position.carried, dict)
+    by_index = can_skip_by_index(loader) and (is_known or not holders_of(loader.dataset))
+    iterator = iterate_from(iterable, position, label, by_index=by_index and not rereads)
+    if position.carried is not None:
+        set_carried_states(iterable, position.carried)
     return iterator
 
 

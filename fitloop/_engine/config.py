@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_function
 from fitloop._data.inspection import check_loader
+from fitloop._data.loaders import Loading, LoadingOptions
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._engine.class_losses import loss_setting
 from fitloop._engine.compilation import check_compile, compiled_model, owned_model
@@ -229,6 +230,7 @@ class TrainerConfig:
     seed: int | None
     num_threads: int | None
     prefetch: int | None
+    loading: Loading | None
     loader_randomness: Literal["global", "own"]
     loader_grace: float
     callbacks: tuple[Callable[[Any], object], ...]
@@ -316,6 +318,16 @@ class TrainerConfig:
                 check_loader(f"{phase}_dl", loader)
         self._check_schedulers()
         self._check_values()
+
+    @property
+    def loading_options(self) -> LoadingOptions:
+        """How the loaders are read."""
+        return LoadingOptions(
+            prefetch=self.prefetch,
+            loading=self.loading,
+            randomness=self.loader_randomness,
+            model=self.model,
+        )
 
     def _check_materialized(self) -> None:
         modules = {"model": self.model, "loss_function": self.loss_function, **self.stateful}
@@ -464,6 +476,7 @@ class TrainerConfig:
         _expect(self.seed is None or self.seed < 2**64, "seed", self.seed, "less than 2**64")
         is_choice = self.loader_randomness in ("global", "own")
         _expect(is_choice, "loader_randomness", self.loader_randomness, "'global' or 'own'")
+        self._check_loading()
         is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         _expect(is_float, "dtype", dtype, "a floating torch.dtype such as torch.float32")
         for key, name in {"best_model_name": self.best_model_name, "name": self.name}.items():
@@ -477,6 +490,23 @@ class TrainerConfig:
             raise ConfigurationError("scaler is given twice: as scaler= and in stateful=")
         is_number = isinstance(grace, (int, float)) and not isinstance(grace, bool)
         _expect(is_number and grace >= 0, "loader_grace", grace, "seconds, 0 or more")
+
+    def _check_loading(self) -> None:
+        loading, prefetch = self.loading, self.prefetch
+        is_choice = loading in (None, "thread", "process", "inline")
+        _expect(is_choice, "loading", loading, "'thread', 'process', 'inline' or None")
+        if (
+            loading is not None
+            and prefetch is not None
+            and (prefetch == 0) != (loading == "inline")
+        ):
+            expected = "prefetch=0 or None, or another loading"
+            if loading != "inline":
+                expected = "prefetch of 1 or more, or None for 2; or loading='inline'"
+            raise ConfigurationError(
+                f"loading is {loading!r} and prefetch is {prefetch}, which contradict each other; "
+                f"expected {expected}"
+            )
 
     def _check_clipping(self) -> None:
         clip = self.clip_grad

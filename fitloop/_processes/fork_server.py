@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from functools import cache
 from multiprocessing import (
@@ -197,7 +198,7 @@ def _request(descriptors: list[int]) -> None:
                 return
         if _server is not None:
             _server.retire()
-        _server = _ForkServer(inherited)
+        _server = _ForkServer.start(inherited)
         _server.fork(descriptors)
 
 
@@ -217,14 +218,21 @@ def _inherited_state() -> list[Any]:
 
 
 class _ForkServer:
-    """A fork server. It ends with this process, and its workers with it."""
+    """A fork server. It ends with the process that has started it, and all workers with it."""
 
     _retired: ClassVar[set[int]] = set()
     """process ids of servers that end by themselves"""
 
-    def __init__(self, inherited: list[Any]) -> None:
-        self.inherited = inherited
-        self.connection, theirs = socket.socketpair()
+    def __init__(self, inherited: list[Any], connection: socket.socket) -> None:
+        self.inherited, self.connection = inherited, connection
+        self._pid: int | None = None
+        """None in a worker, which has not started the server"""
+
+    @classmethod
+    def start(cls, inherited: list[Any]) -> _ForkServer:
+        """Start a server."""
+        ours, theirs = socket.socketpair()
+        server = cls(inherited, ours)
         paths = spawn.get_preparation_data("fork server")["sys_path"]
         arguments = f"{theirs.fileno()}, {os.getpid()}"
         program = (  # imports take a quarter less time without the garbage collector
@@ -236,10 +244,11 @@ class _ForkServer:
         # The server keeps them blocked, a worker until it is ready for them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
         try:
-            self._pid = util.spawnv_passfds(command[0], command, [theirs.fileno()])
+            server._pid = util.spawnv_passfds(command[0], command, [theirs.fileno()])
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
+        return server
 
     def fork(self, descriptors: list[int]) -> None:
         """Ask for a worker. Raises OSError if the server has ended."""
@@ -249,7 +258,8 @@ class _ForkServer:
         """Let the server end after its workers, if it has not ended."""
         with self.connection, suppress(OSError):
             self.connection.sendall(_RETIRE)
-        self._retired.add(self._pid)
+        if self._pid is not None:
+            self._retired.add(self._pid)
         for pid in list(self._retired):
             try:
                 ended_pid, _ = os.waitpid(pid, os.WNOHANG)
@@ -263,6 +273,13 @@ class _ForkServer:
 def _register_hooks() -> None:
     atexit.register(_forget_server)
     os.register_at_fork(after_in_child=_forget_server)
+
+
+def _use_server(server: _ForkServer) -> None:
+    """Let a new worker ask the same server for workers of its own, such as readers of loaders."""
+    global _server
+    _server = server
+    _register_hooks()
 
 
 def _forget_server() -> None:
@@ -287,7 +304,7 @@ def main(descriptor: int, parent: int) -> None:
         os.dup2(null, stream)
     _close(descriptor, null) if descriptor > 2 else _close(null)
     gc.freeze()  # objects of now are not looked at again, and so their memory stays shared
-    descriptors = _serve(socket.socket(fileno=number), parent)
+    descriptors = _Server(socket.socket(fileno=number), parent).serve()
     if descriptors:
         _become_worker(descriptors)
 
@@ -296,46 +313,95 @@ _received: list[int] = []
 """descriptors that the program has sent to this process"""
 
 
-def _serve(control: socket.socket, parent: int) -> list[int]:
-    """Fork workers until the program is gone; return the descriptors of a request in its worker."""
-    program_end = _end_of(parent)
-    wakeup, writing = os.pipe()
-    for end in (wakeup, writing):
-        os.set_blocking(end, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(writing)
-    statuses: dict[int, int] = {}
-    """process id of a worker -> descriptor for its exit code"""
-    sources, own_pid = [control.fileno(), wakeup, *program_end], os.getpid()
-    while control.fileno() in sources or statuses:
-        ready, _, _ = select.select(sources, [], [])
-        if wakeup in ready:
-            os.read(wakeup, 4096)
-            _report_ended(statuses)
-        request, descriptors = b"", list[int]()
-        if control.fileno() in ready:
-            request, descriptors, _, _ = socket.recv_fds(control, 1, MAX_DESCRIPTORS)
-        if request == _RETIRE:
-            sources.remove(control.fileno())
-        elif request == _FORK:
-            status = descriptors.pop(0)
-            with warnings.catch_warnings():  # of threads, such as those of a mathematics library
-                warnings.simplefilter("ignore")
-                worker = os.fork()
-            if worker == 0:
-                die_with_parent(own_pid)
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                control.close()
-                _close(wakeup, writing, status, *program_end, *statuses.values())
-                return descriptors
-            _close(*descriptors)
-            statuses[worker] = status
-        elif not {control.fileno(), *program_end}.isdisjoint(ready):  # the program has ended
-            for worker in statuses:
-                os.kill(worker, signal.SIGKILL)
-            return []
-    return []
+class _Server:
+    """Forks workers for its clients: the program, and the workers themselves.
+
+    Args:
+        control: the connection to the program.
+        parent: process id of the program.
+    """
+
+    def __init__(self, control: socket.socket, parent: int) -> None:
+        self._control = control
+        self._program_end = _end_of(parent)
+        self._inherited = _inherited_state()
+        self._clients = {control.fileno(): control}
+        self._workers: dict[int, tuple[int, int]] = {}
+        """process id of a worker -> descriptor for its exit code, and that of its client"""
+        self._wakeup, self._writing = os.pipe()
+
+    def serve(self) -> list[int]:
+        """Serve until the program is gone; in a worker, return the descriptors of its request."""
+        for end in (self._wakeup, self._writing):
+            os.set_blocking(end, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._writing)
+        clients, control = self._clients, self._control
+        while control.fileno() in clients or self._workers:
+            ready, _, _ = select.select([self._wakeup, *self._program_end, *clients], [], [])
+            if self._wakeup in ready:
+                os.read(self._wakeup, 4096)
+                self._report_ended()
+            if not set(self._program_end).isdisjoint(ready):
+                self._kill(self._workers)
+                return []
+            for client in clients.keys() & ready:
+                request, descriptors, _, _ = socket.recv_fds(clients[client], 1, MAX_DESCRIPTORS)
+                if request == _FORK:
+                    if self._fork(client, descriptors):
+                        return descriptors[1:]
+                elif request == _RETIRE:
+                    del clients[client]
+                elif clients[client] is control:  # the program has ended
+                    self._kill(self._workers)
+                    return []
+                else:
+                    clients.pop(client).close()
+                    workers = self._workers.items()
+                    self._kill([pid for pid, (_, owner) in workers if owner == client])
+        return []
+
+    def _fork(self, client: int, descriptors: list[int]) -> bool:
+        """Fork a worker; return whether this process is the worker."""
+        own_pid, (ours, theirs) = os.getpid(), socket.socketpair()
+        with warnings.catch_warnings():  # of threads, such as those of a mathematics library
+            warnings.simplefilter("ignore")
+            worker = os.fork()
+        if worker == 0:
+            die_with_parent(own_pid)
+            ours.close()
+            self._leave(descriptors[0])
+            _use_server(_ForkServer(self._inherited, theirs))
+            return True
+        theirs.close()
+        self._clients[ours.fileno()] = ours
+        status, *others = descriptors
+        _close(*others)
+        self._workers[worker] = status, client
+        return False
+
+    def _leave(self, status: int) -> None:
+        """Close what belongs to the server, in a new worker."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for client in (self._control, *self._clients.values()):
+            client.close()
+        statuses = [other for other, _ in self._workers.values()]
+        _close(self._wakeup, self._writing, status, *self._program_end, *statuses)
+
+    def _report_ended(self) -> None:
+        """Send the exit codes of workers that have ended."""
+        for worker in list(self._workers):
+            ended_pid, code = os.waitpid(worker, os.WNOHANG)
+            if ended_pid:
+                status, _ = self._workers.pop(worker)
+                with suppress(BrokenPipeError):
+                    os.write(status, _NUMBER.pack(os.waitstatus_to_exitcode(code)))
+                os.close(status)
+
+    def _kill(self, workers: Iterable[int]) -> None:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
 
 
 def _end_of(process: int) -> list[int]:
@@ -346,17 +412,6 @@ def _end_of(process: int) -> list[int]:
     with suppress(AttributeError, OSError):
         return [os.pidfd_open(process)]
     return []
-
-
-def _report_ended(statuses: dict[int, int]) -> None:
-    """Send the exit codes of workers that have ended."""
-    for worker in list(statuses):
-        ended_pid, code = os.waitpid(worker, os.WNOHANG)
-        if ended_pid:
-            status = statuses.pop(worker)
-            with suppress(BrokenPipeError):
-                os.write(status, _NUMBER.pack(os.waitstatus_to_exitcode(code)))
-            os.close(status)
 
 
 def _become_worker(descriptors: list[int]) -> None:

@@ -6,6 +6,7 @@ value, such as one of a script, of a notebook or inside another function.
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,23 +39,34 @@ def pickled(value: object) -> bytes:
     return data
 
 
+def pickled_message(value: object) -> bytes:
+    """Return the pickle of plain values, tensors and arrays, which is faster than torch's own."""
+    file = io.BytesIO()
+    write_pickle(value, file, None)
+    return file.getvalue()
+
+
 def write_pickle(
     value: object,
     file: Any,
-    keep_values: Callable[[pickle.PickleBuffer], object],
+    keep_values: Callable[[pickle.PickleBuffer], object] | None,
     override: Callable[[Any], Any] = lambda _value: NotImplemented,
 ) -> None:
     """Write the pickle of a value to a file; pass the values of arrays and tensors to a function.
 
-    ``override`` is asked for each object: it returns what ``__reduce__`` would, or NotImplemented.
+    Without a function they are a part of the pickle. ``override`` is asked for each object: it
+    returns what ``__reduce__`` would, or NotImplemented.
     Raises any error of the pickling.
     """
 
     def keep(buffer: pickle.PickleBuffer) -> None:
+        assert keep_values is not None
         keep_values(buffer)  # returns None: the values are not in the pickle
 
     pickler = _pickler_class(stores_code=has_cloudpickle())(
-        file, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=keep
+        file,
+        protocol=pickle.HIGHEST_PROTOCOL,
+        buffer_callback=None if keep_values is None else keep,
     )
     pickler.override = override
     pickler.dump(value)
@@ -81,7 +93,7 @@ def _pickler_class(*, stores_code: bool) -> Any:
 
 def _reduced_tensor(tensor: Tensor) -> Any:
     """Return a tensor as a buffer of its values, without the rest of the memory it is a part of."""
-    if not tensor.is_leaf or not _is_plain(tensor):
+    if not tensor.is_leaf or not is_plain(tensor):
         return NotImplemented
     source, stride = tensor.detach(), None
     if not source.is_contiguous():
@@ -90,12 +102,17 @@ def _reduced_tensor(tensor: Tensor) -> Any:
         dense = source.permute(order)
         if dense.is_contiguous():
             source, stride = dense, tensor.stride()
-    values: Any = source.reshape(-1).view(torch.uint8).numpy()
-    buffer = pickle.PickleBuffer(values)
+    buffer = pickle.PickleBuffer(values_of(source))
     return tensor_of, (buffer, tensor.dtype, tensor.shape, stride, tensor.requires_grad)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def values_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a plain tensor, or that of a contiguous copy."""
+    flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def is_plain(tensor: Tensor) -> bool:
     """Return whether a tensor is its values, dtype and shape, and nothing else."""
     return (
         tensor.is_cpu
@@ -109,9 +126,9 @@ def _is_plain(tensor: Tensor) -> bool:
 def tensor_of(
     values: Any,
     dtype: torch.dtype,
-    shape: torch.Size,
-    stride: tuple[int, ...] | None,
-    requires_grad: bool,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...] | None = None,
+    requires_grad: bool = False,
 ) -> Tensor:
     """Return the tensor of a buffer, which it keeps and can write to."""
     flat = torch.from_numpy(np.frombuffer(values, np.uint8)).view(dtype)

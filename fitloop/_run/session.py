@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
@@ -188,14 +189,17 @@ class RunSession:
         """Restore the random generators and the modes; after a dry run, also the training."""
         self._cuda_stream.enter()  # this may be another thread than the step thread
         ending.attempt("putting back the random generators", self.guard.close)
-        for function in (
+        grace = self.context.state.config.loader_grace
+        functions: list[Callable[[], object]] = [
             self.steps.remove,
             self._end_validation,
             self._restore_modes,
+            partial(self._loaders.end_process, grace),
             self._loaders.restore,
             self.restore_training,
             *self.on_restore,
-        ):
+        ]
+        for function in functions:
             ending.attempt("putting back", function)
 
     def _end_validation(self) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fitloop._arguments import checked_arguments
+from fitloop._data.loaders import Loading
 from fitloop._engine.config import (
     PRETRAINED,
     Interval,
@@ -78,6 +79,7 @@ class TrainerBase:
         seed: int | None = None,
         num_threads: int | None = None,
         prefetch: int | None = None,
+        loading: Loading | None = None,
         loader_randomness: Literal["global", "own"] = "global",
         loader_grace: float = 5.0,
         callbacks: Sequence[Callback] = (),

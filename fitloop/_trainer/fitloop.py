@@ -140,6 +140,12 @@ class FitLoop(TrainerBase):
             memory again. Default: a DataLoader with worker processes is read 2 batches ahead where
             measurements of earlier passes show that it is faster; all other loaders are read
             between the steps, in their thread.
+        loading: where the loaders are read. ``"inline"``: between the steps, in their thread.
+            ``"thread"``: ahead of the steps, in a thread. ``"process"``: ahead of the steps, in a
+            process, which is for loaders that compute in Python; it has a copy of each loader, and
+            a DataLoader with worker processes is read as by default. The last two read ``prefetch``
+            batches ahead, 2 by default. With a seed all give the same bits. Default: None, as
+            ``prefetch`` says. See ``docs/loading.md``.
         loader_randomness: ``"own"`` promises that the loaders do not use the global random
             generators, so that a seeded run can load during its steps. Default: ``"global"``.
         loader_grace: seconds that an ending run waits for a loader that does not return.

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from fitloop._concurrency.control import RunControl
 from fitloop._data.inspection import is_stateful, reads_all_samples
-from fitloop._data.loaders import Loaders, LoadingOptions
+from fitloop._data.loaders import Loaders
 from fitloop._engine.config import (
     BEST_MODELS,
     PRETRAINED,
@@ -92,9 +92,7 @@ class TrainerState:
         self.config = config
         self.history = History()
         self.event_bus = EventBus()
-        self.loaders = Loaders(
-            LoadingOptions(prefetch=config.prefetch, randomness=config.loader_randomness),
-        )
+        self.loaders = Loaders(config.loading_options)
         self.store: WeightsStore = (
             DiskStore(config.save_path) if config.save_to_disk else MemoryStore()
         )

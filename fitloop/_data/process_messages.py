@@ -1,0 +1,263 @@
+"""What a run and the process that reads its loaders tell each other, and how batches are sent.
+
+A batch is a pickle, without the values of its arrays and tensors, which lie in a shared slot.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fitloop._data.resumption import ResumePosition
+from fitloop._data.shared_slots import HAS_SLOTS, Placement, SlotReader, SlotWriter
+from fitloop._processes.errors import SerializedError
+from fitloop._processes.pickling import (
+    ValueBuffer,
+    is_plain,
+    pickled,
+    tensor_of,
+    values_of,
+    write_pickle,
+)
+from fitloop._rng.states import RngState
+
+LARGE_PICKLE = 16384
+"""bytes of a pickle that goes through shared memory too: the pipe has little room"""
+
+RngReports = Literal["none", "first", "all"]
+"""after which batches the state of the generators is sent"""
+
+
+# -- to the process --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TorchSettings:
+    """Settings of torch in the thread that would read the loader."""
+
+    num_threads: int
+    dtype: torch.dtype
+    grad: bool
+
+    @classmethod
+    def of_this_thread(cls) -> TorchSettings:
+        """Return the present settings."""
+        return cls(torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
+
+    def apply(self) -> None:
+        """Set them."""
+        torch.set_num_threads(self.num_threads)
+        torch.set_default_dtype(self.dtype)
+        torch.set_grad_enabled(self.grad)
+
+
+@dataclass(frozen=True)
+class SentLoader:
+    """The pickle of a loader, and the values of its arrays and tensors."""
+
+    pickle: ValueBuffer
+    values: list[ValueBuffer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenPass:
+    """Begin a pass over a loader. The answer is `Opened`; then batches come."""
+
+    number: int
+    """of the loader"""
+    contents: SentLoader | None
+    """the loader, with its first pass"""
+    label: str
+    epoch: int
+    """counted from 0"""
+    limit: int | None
+    """the most batches of this pass; without those before ``resume_from``"""
+    ahead: int
+    """batches that may be read before the first `BatchTaken`"""
+    rng_state: RngState
+    rng_reports: RngReports
+    resume_from: ResumePosition | None
+    rereads: bool
+    """a resumed pass reads the batches before the position again, for their random numbers"""
+    states: dict[str, Any] | None
+    """states that the loader carries, if they have changed here"""
+    attributes: dict[str, dict[str, Any]]
+    """plain attributes that have changed here"""
+    tracks_positions: bool
+    settings: TorchSettings
+
+
+@dataclass(frozen=True)
+class BatchTaken:
+    """One more batch may be read. These slots have become free."""
+
+    released: list[int]
+
+
+# -- from the process ------------------------------------------------------------------------------
+
+PlainForm = tuple[type, list[tuple[str, tuple[int, ...]]]]
+"""``tuple`` or ``list``, and the dtype and shape of each of its tensors"""
+SentWarning = tuple[bytes, str, str, int]
+"""pickle of the category, text, file and line"""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The pass has begun."""
+
+    states: dict[str, Any]
+    """what the loader carries at its beginning, if positions are tracked"""
+
+
+class SentBatch(NamedTuple):
+    """A batch without its values."""
+
+    form: bytes | PlainForm
+    """the pickle, or of a plain batch its form; empty if the pickle is the first value"""
+    placement: Placement | None
+    """None if the batch has no values, or if they are in ``values``"""
+    values: list[ValueBuffer]
+    classes: list[bytes]
+    """pickles of classes of the user that are in a batch for the first time"""
+
+
+class LoaderStates(NamedTuple):
+    """States after a batch, or at the end of the pass; None where nothing is known or needed."""
+
+    rng: RngState | None = None
+    carried: dict[str, Any] | None = None
+    own: Any = None
+    """the ``state_dict`` of the loader"""
+
+
+NO_STATES = LoaderStates()
+
+
+@dataclass(frozen=True)
+class PassEnded:
+    """There are no more batches."""
+
+    attributes: dict[str, dict[str, Any]]
+    """all plain attributes of the loader"""
+
+
+class Answer(NamedTuple):
+    """One message of the process."""
+
+    content: Opened | SentBatch | PassEnded | SerializedError
+    states: LoaderStates
+    warnings: list[SentWarning]
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+class BatchSender:
+    """Makes messages of batches, in the process. ``key`` is that of the `BatchReceiver`."""
+
+    def __init__(self, key: int) -> None:
+        self._key = key
+        self.slots = SlotWriter()
+        self._classes: dict[type, int] = {}
+        self._new_classes: list[bytes] = []
+
+    def message(self, batch: Any) -> SentBatch:
+        """Return a message of a batch. Raises any error of its pickling, or OSError."""
+        form: bytes | PlainForm
+        if (plain := _plain_form(batch)) is not None:
+            form, values = plain
+            self._new_classes = []
+        else:
+            form, values = self._pickled(batch)
+        if not HAS_SLOTS:
+            return SentBatch(
+                form,
+                None,
+                [pickle.PickleBuffer(bytearray(value)) for value in values],
+                self._new_classes,
+            )
+        placement = self.slots.write(values) if values else None
+        return SentBatch(form, placement, [], self._new_classes)
+
+    def _pickled(self, batch: Any) -> tuple[bytes, list[memoryview]]:
+        file, buffers, self._new_classes = io.BytesIO(), list[pickle.PickleBuffer](), []
+        write_pickle(batch, file, buffers.append, self._reduce)
+        data, values = file.getvalue(), [buffer.raw() for buffer in buffers]
+        return (b"", [memoryview(data), *values]) if len(data) > LARGE_PICKLE else (data, values)
+
+    def _reduce(self, value: Any) -> Any:
+        """Send classes that are not found by name once, and refer to them by number later."""
+        is_local = isinstance(value, type) and (
+            value.__module__ == "__main__" or "<locals>" in value.__qualname__
+        )
+        if not is_local:
+            return NotImplemented
+        number = self._classes.get(value)
+        if number is None:
+            number = self._classes[value] = len(self._classes)
+            self._new_classes.append(pickled(value))
+        return _class_of, (self._key, number)
+
+
+_classes: dict[int, list[type]] = {}
+"""key of a `BatchReceiver` -> the classes that it has received"""
+
+
+def _class_of(key: int, number: int) -> type:
+    return _classes[key][number]
+
+
+def _plain_form(batch: Any) -> tuple[PlainForm, list[memoryview]] | None:
+    """Return form and values of the usual (inputs, targets), which needs no pickle; else None."""
+    kind = type(batch)
+    if not (kind is tuple or kind is list) or len({id(item) for item in batch}) != len(batch):
+        return None
+    parts, values = list[tuple[str, tuple[int, ...]]](), list[memoryview]()
+    for item in batch:
+        if type(item) is not Tensor or item.requires_grad or not item.is_contiguous():
+            return None
+        if not is_plain(item):
+            return None
+        values.append(values_of(item))
+        parts.append((str(item.dtype)[6:], tuple(item.shape)))
+    return (kind, parts), values
+
+
+class BatchReceiver:
+    """Makes batches of messages."""
+
+    _last_key = 0
+
+    def __init__(self) -> None:
+        BatchReceiver._last_key += 1
+        self.key = BatchReceiver._last_key
+        self.slots = SlotReader()
+        _classes[self.key] = []
+
+    def batch(self, message: SentBatch) -> Any:
+        """Return the batch of a message. Raises any error of unpickling."""
+        if message.classes:
+            _classes[self.key] += [pickle.loads(data) for data in message.classes]
+        values: list[Any] = list(message.values)
+        if message.placement is not None:
+            values = self.slots.values(message.placement)
+        form: Any = message.form
+        if type(form) is tuple:
+            kind, parts = form
+            return kind(
+                tensor_of(value, getattr(torch, dtype), shape)
+                for value, (dtype, shape) in zip(values, parts, strict=True)
+            )
+        if not form:
+            form, *values = values
+        return pickle.loads(form, buffers=values)
+
+    def close(self) -> None:
+        """Forget the classes."""
+        _classes.pop(self.key, None)

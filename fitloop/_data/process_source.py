@@ -1,0 +1,410 @@
+"""Reads the loaders of a run in a process of their own, and gives the batches to the steps.
+
+The process is started for a run and ends with it. It gets a copy of each loader before its first
+pass. What a loader carries is kept in step at the beginning and at the end of each pass: random
+generators, objects with a ``state_dict``, and attributes that are numbers, texts or None. So
+everything else in fitloop finds in the loader of this process what it looks for, such as the state
+for a snapshot. The other side is `fitloop._data.loader_process`.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing import reduction
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from fitloop._concurrency.control import Cancelled
+from fitloop._data.carried_state import (
+    CarriedStates,
+    carried_states,
+    changed_attributes,
+    plain_attributes,
+    set_carried_states,
+    set_plain_attributes,
+)
+from fitloop._data.inspection import is_iterable
+from fitloop._data.loader_process import main
+from fitloop._data.process_messages import (
+    Answer,
+    BatchReceiver,
+    BatchTaken,
+    LoaderStates,
+    Opened,
+    OpenPass,
+    PassEnded,
+    RngReports,
+    SentBatch,
+    SentLoader,
+    TorchSettings,
+)
+from fitloop._data.resumption import PassStart, ResumePosition
+from fitloop._data.sources import END, LoadContext
+from fitloop._errors import ConfigurationError, WorkerDiedError, one_line
+from fitloop._processes.child import ChildProcess, check_start_method
+from fitloop._processes.connection import send_message, waiter
+from fitloop._processes.errors import SerializedError, deserialize_error
+from fitloop._processes.pickling import has_cloudpickle, pickled_message, write_pickle
+from fitloop._rng.states import RngState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassPlan:
+    """How a pass is read. See `OpenPass` for the fields that have no description."""
+
+    limit: int | None
+    ahead: int
+    rng_state: RngState
+    """of the generators of the process at the beginning"""
+    rng_reports: RngReports
+    resume_from: ResumePosition | None
+    rereads: bool
+    start: RngState | None
+    """the random state of `PassStart`; None if positions are not tracked"""
+    is_dry_run: bool
+
+
+class ReaderProcess:
+    """The process that reads the loaders of one run, and the connection to it.
+
+    Args:
+        model: the one that is trained. A loader must not have it, or a part of it.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = model
+        self._copies: dict[int, _Copy] = {}
+        self.receiver = BatchReceiver()
+        self.is_idle = True
+        """whether a pass can be opened"""
+        self._has_answered = False
+        self._registries: dict[str, dict[Any, Any]] = {}
+        arguments = self.receiver.key, multiprocessing.get_start_method(allow_none=True)
+        self._child = ChildProcess(main, arguments, check_start_method(None), "fitloop loader")
+        self._wait = waiter(self._child.connection)
+
+    def open(self, loader: Any, context: LoadContext, plan: PassPlan) -> ProcessSource:
+        """Begin a pass. Raises what the loader raises, or ConfigurationError."""
+        copy, contents = self._copies.get(id(loader)), None
+        if copy is None:
+            contents = _pickled(loader, self._model, context.label)
+            copy = self._copies[id(loader)] = _Copy(loader, len(self._copies))
+        states, attributes = copy.changes()
+        copy.note()
+        position = plan.resume_from
+        request = OpenPass(
+            number=copy.number,
+            contents=contents,
+            label=context.label,
+            epoch=context.epoch,
+            limit=plan.limit,
+            ahead=plan.ahead,
+            rng_state=_without_devices(plan.rng_state),
+            rng_reports=plan.rng_reports,
+            resume_from=position
+            and replace(
+                position,
+                rng_state=_without_devices(position.rng_state),
+                pass_start=replace(position.pass_start, rng_state=_without_devices(plan.rng_state)),
+            ),
+            rereads=plan.rereads,
+            states=states,
+            attributes=attributes,
+            tracks_positions=plan.start is not None,
+            settings=TorchSettings.of_this_thread(),
+        )
+        self.is_idle = False
+        with suppress(OSError):  # it has ended: `receive` tells why
+            send_message(self._child.connection, request)
+        return ProcessSource(self, copy, context, plan)
+
+    def allow(self) -> None:
+        """Let the process read one more batch."""
+        with suppress(OSError):
+            send_message(self._child.connection, BatchTaken(self.receiver.slots.take_released()))
+
+    def receive(self, context: LoadContext) -> Answer | None:
+        """Wait for the next message; return None if the run was stopped.
+
+        Raises:
+            Cancelled: the run was cancelled.
+            WorkerDiedError: the process has ended.
+            Exception: of the loader, with the traceback of the process as a note.
+        """
+        connection, control = self._child.connection, context.control
+        if not self._wait(False):
+            began = time.perf_counter()
+            with context.rng.waiting():
+                self._wait(True)
+                control.wait_seconds += time.perf_counter() - began
+                if control.cancelled:
+                    raise Cancelled
+        if control.halted:
+            if control.cancelled:
+                raise Cancelled
+            return None
+        try:
+            answer: Answer = pickle.loads(connection.recv_bytes())
+            content = answer.content
+            if isinstance(content, SentBatch) and content.placement and content.placement.is_new:
+                place, descriptor = content.placement, reduction.recv_handle(connection)
+                self.receiver.slots.add(place.slot, descriptor, place.size)
+        except (EOFError, OSError):
+            raise self._death(context) from None
+        self._has_answered = True
+        for category, text, file, line in answer.warnings:
+            registry = self._registries.setdefault(file, {})
+            warnings.warn_explicit(text, pickle.loads(category), file, line, registry=registry)
+        if isinstance(content, SerializedError):
+            raise deserialize_error(content, f"the process that reads {context.label}")
+        return answer
+
+    def interrupt(self) -> None:
+        """End a wait of `receive`, since nothing more is to be read; any thread, never blocks."""
+        if os.name == "nt":
+            self._child.kill()
+            return
+        with suppress(OSError):
+            descriptor = os.dup(self._child.connection.fileno())
+            with socket.socket(fileno=descriptor) as end:
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self, timeout: float) -> None:
+        """End the process; kill it if it is still inside a loader after ``timeout`` seconds."""
+        self._child.join(timeout)
+        self._child.close()
+        self.receiver.close()
+        self._copies.clear()
+
+    def _death(self, context: LoadContext) -> WorkerDiedError:
+        code = self._child.join()
+        message = f"the process that reads {context.label} {self._child.describe_exit()}"
+        if not self._has_answered:
+            message += (
+                " before it could begin; why is on the stderr of this process. It imports the "
+                "script: a file, with `if __name__ == '__main__':` around what it runs"
+            )
+        return WorkerDiedError(message, code)
+
+
+class ProcessSource:
+    """One pass over a loader in another process: a `Source`."""
+
+    reads_ahead = False  # the states after each batch come with it
+
+    def __init__(
+        self, process: ReaderProcess, copy: _Copy, context: LoadContext, plan: PassPlan
+    ) -> None:
+        self._process, self._copy, self._context, self._plan = process, copy, context, plan
+        self.rng_state_after: RngState | None = None
+        if context.rng.has_stream:
+            position = plan.resume_from
+            self.rng_state_after = plan.rng_state if position is None else position.rng_state
+        self._states = LoaderStates()
+        self._end: PassEnded | None = None
+        self._count = 0
+        wrap, read = context.read_wrapper, self._next
+        self._read = read if wrap is None else wrap(read)
+        self._forget = context.control.on_halt(process.interrupt)
+        try:
+            opened = self._receive(Opened)
+        except BaseException:
+            self._forget()
+            raise
+        self._start_states = {} if opened is None else opened.states
+
+    def fetch(self) -> Any:
+        """See `Source`."""
+        try:
+            batch = self._read()
+        except StopIteration:
+            return END
+        context = self._context
+        moved = context.start_transfer(batch)
+        return moved if context.finish_transfer is None else context.finish_transfer(moved)
+
+    def _next(self) -> Any:
+        message = self._receive(SentBatch)
+        if message is None:
+            raise StopIteration
+        self._count += 1
+        self._process.allow()
+        return self._process.receiver.batch(message)
+
+    def _receive(self, kind: type[T]) -> T | None:
+        """Return the next message of this kind; None at the end of the pass, or of the run."""
+        if self._end is not None:
+            return None
+        answer = self._process.receive(self._context)
+        if answer is None:
+            return None
+        content = answer.content
+        if isinstance(content, PassEnded):
+            self._end = content
+        self._take(answer.states)
+        return content if isinstance(content, kind) else None
+
+    def _take(self, states: LoaderStates) -> None:
+        rng, plan, context = states.rng, self._plan, self._context
+        if rng is not None and context.rng.has_stream:
+            self.rng_state_after = rng._replace(devices=plan.rng_state.devices)
+        elif rng is not None and plan.rng_reports == "first":
+            # Without a seed: all that the loader draws was drawn at its beginning.
+            context.rng.set_state(rng)
+        self._states = states
+
+    def position(self) -> tuple[PassStart, CarriedStates, Any]:
+        """Return the start of the pass, and the states of the loader after the last batch."""
+        position = self._plan.resume_from
+        if position is not None:
+            start = position.pass_start
+        else:
+            assert self._plan.start is not None
+            start = PassStart(rng_state=self._plan.start, carried=self._start_states)
+        carried = self._states.carried
+        if carried is None:
+            carried = {} if self._count else self._start_states
+        return start, carried, self._states.own
+
+    def close(self) -> list[Any]:
+        """See `Source`. The loader here gets the states after the last batch that was fetched."""
+        self._forget()
+        loader, states, end = self._copy.loader, self._states, self._end
+        if self.rng_state_after is not None:
+            self._context.rng.set_state(self.rng_state_after)
+        # What a function has made is not the loader; at the end, the states are of the function.
+        if states.carried is not None and (end is not None or is_iterable(loader)):
+            set_carried_states(loader, states.carried)
+        if end is not None:
+            if not self._plan.is_dry_run:
+                set_plain_attributes(loader, end.attributes)
+                if states.own is not None:
+                    loader.load_state_dict(states.own)
+            self._copy.note()
+            self._process.is_idle = True
+        return []
+
+
+class _Copy:
+    """A loader that the process has a copy of, and what both had in common last."""
+
+    def __init__(self, loader: Any, number: int) -> None:
+        self.loader = loader
+        self.number = number
+        self.note()
+
+    def note(self) -> None:
+        """Note that the loader here and its copy are alike now."""
+        self._states = pickled_message(carried_states(self.loader))
+        self._attributes = plain_attributes(self.loader)
+
+    def changes(self) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+        """Return the states, if they have changed here, and the attributes that have."""
+        states, attributes = carried_states(self.loader), plain_attributes(self.loader)
+        changed = changed_attributes(self._attributes, attributes)
+        return None if pickled_message(states) == self._states else states, changed
+
+
+def _without_devices(state: RngState) -> RngState:
+    return state._replace(devices={})  # the process does not use them
+
+
+# -- sending a loader ------------------------------------------------------------------------------
+
+
+def _pickled(loader: Any, model: nn.Module | None, label: str) -> SentLoader:
+    """Return a loader as bytes.
+
+    Raises:
+        ConfigurationError: it, or something in it, cannot be pickled; or it has the model.
+    """
+    file, values = io.BytesIO(), list[pickle.PickleBuffer | bytes]()
+    refusal = _Refusal(model, label)
+    try:
+        write_pickle(loader, file, values.append, refusal.check)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # a __reduce__ may raise anything
+        hint = (
+            ""
+            if has_cloudpickle()
+            else (
+                ". Functions and classes of a script are sent with cloudpickle: "
+                "`pip install fitloop[process]`"
+            )
+        )
+        raise ConfigurationError(
+            f"loading is 'process', and {_culprit(loader, label)} cannot be sent to a process "
+            f"({one_line(error)}); expected a loader that can be pickled, which opens files and "
+            f"the like in its __iter__, or a function that makes the loader{hint}"
+        ) from error
+    return SentLoader(pickle.PickleBuffer(file.getbuffer()), values)
+
+
+class _Refusal:
+    """Refuses a loader that has the model, of which the process would have an untrained copy."""
+
+    def __init__(self, model: nn.Module | None, label: str) -> None:
+        self._label = label
+        modules = [] if model is None else list(model.modules())
+        tensors = [] if model is None else [*model.parameters(), *model.buffers()]
+        parts = [module for module in modules if any(True for _ in module.parameters())]
+        self._parts = {id(part) for part in (*parts, *tensors)}
+        self._memory = {_memory(tensor) for tensor in tensors} - {0}
+
+    def check(self, value: Any) -> Any:
+        """Raise ConfigurationError for the model or a part of it."""
+        is_tensor = isinstance(value, Tensor)
+        if not is_tensor and not isinstance(value, nn.Module):
+            return NotImplemented
+        if id(value) in self._parts or (is_tensor and _memory(value) in self._memory):
+            raise ConfigurationError(
+                f"loading is 'process', and {self._label} has a {type(value).__name__} of the "
+                "model that is trained, of which its process would have an untrained copy; "
+                "expected loading='inline', which reads it between the steps"
+            )
+        return NotImplemented
+
+
+def _memory(tensor: Tensor) -> int:
+    with suppress(Exception):  # some kinds have no memory
+        return tensor.untyped_storage().data_ptr()
+    return 0
+
+
+def _culprit(value: Any, path: str, depth: int = 8) -> str:
+    """Return the path and the type of what cannot be pickled inside of a value."""
+    for name, item in _parts_of(value) if depth else ():
+        try:
+            write_pickle(item, io.BytesIO(), lambda _buffer: None)
+        except Exception:
+            return _culprit(item, f"{path}{name}", depth - 1)
+    return f"{path} ({type(value).__name__})" if depth < 8 else path
+
+
+def _parts_of(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        for name, cell in cells:
+            with suppress(ValueError):  # an empty cell
+                yield f", closure {name}", cell.cell_contents
+    elif isinstance(value, dict):
+        yield from ((f"[{key!r}]", item) for key, item in itertools.islice(value.items(), 100))
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"[{index}]", item) for index, item in enumerate(value[:100]))
+    else:
+        yield from ((f".{name}", item) for name, item in getattr(value, "__dict__", {}).items())
