@@ -306,6 +306,9 @@ class RunEnded(Event):
     seconds: float
     error: str | None = None
     """type and message of the exception that ended the run"""
+    restored_epoch: int | None = None
+    """the epoch whose weights were put back into the model at the end, over all runs; None if the
+    model keeps those that it had"""
 
 
 @public

@@ -233,6 +233,8 @@ class NotebookView:
         if end is None:
             return ""
         reason = end.stop_reason
+        if reason == "cancelled" and end.call == "fit":
+            return self._run.cancelled_text(end)
         if reason == "failed" and end.error is not None:
             reason = f"failed with {end.error}"
         if end.call != "fit":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from fitloop._display.console import colored, write_output
+from fitloop._display.run_group import RUN_GROUP
 from fitloop._display.status import RunStatus, best_of
 from fitloop._events import (
     BestImproved,
@@ -28,6 +30,7 @@ from fitloop._format import (
     printable,
     run_summary,
 )
+from fitloop._types import StopReason
 
 PrintStyle = Literal["block", "line"]
 MAX_LABEL = 30
@@ -85,12 +88,17 @@ class EpochPrinter:
         self._names = names
         self._style = style
         self._color = "green" if color else ""
+        self._group = RUN_GROUP.get()
+        if self._group is not None and every:
+            self._group.prints = True
         self._epoch = ""
         self._width = 0
         self._is_best = False
         self._early_stop = ""
         self._had_company = False
         """several runs have printed at a time"""
+        self.printed_at = 0.0
+        """time of the last printed line, by `time.monotonic`"""
 
     @property
     def label(self) -> str:
@@ -99,7 +107,7 @@ class EpochPrinter:
         return f"{printable(self._run.label)} " if named else ""
 
     @property
-    def _lead(self) -> str:
+    def lead(self) -> str:
         """The label, as wide as the longest one of the runs that print."""
         label = self.label
         return label and label + " " * (self._others.label_width() + 1 - display_width(label))
@@ -121,14 +129,18 @@ class EpochPrinter:
             case EpochEnded():
                 self._print_epoch(event)
             case WentBack() if self._every:
-                write_output(f"{self._lead}went back to epoch {event.epoch_in_run}\n")
-            case RunEnded() if event.call == "fit" and self._every and event.error is None:
-                self._print_end(event)
+                write_output(f"{self.lead}went back to epoch {event.epoch_in_run}\n")
+            case RunEnded() if event.call == "fit" and self._every:
+                if event.stop_reason == StopReason.CANCELLED:
+                    self._print_cancelled(event)
+                elif event.error is None:
+                    self._print_end(event)
 
     def _print_epoch(self, event: EpochEnded) -> None:
         if not self._every or (event.epoch_in_run > 1 and event.epoch_in_run % self._every):
             return
-        lead = self._lead
+        self.printed_at = time.monotonic()
+        lead = self.lead
         if "test" in event.metrics and len(event.metrics) == 1:
             write_output(f"{lead}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
         elif self._style == "line":
@@ -139,7 +151,7 @@ class EpochPrinter:
             self._print_block(event)
 
     def _print_block(self, event: EpochEnded) -> None:
-        head = f"{self._lead}{self._epoch:>{self._width}} - "
+        head = f"{self.lead}{self._epoch:>{self._width}} - "
         indent = " " * display_width(head)
         lines: list[str] = []
         for phase, metrics in event.metrics.items():
@@ -157,7 +169,7 @@ class EpochPrinter:
             words = "" if best is None else run.best_text(*best)
             text = run_summary(event.epochs, run.epochs, event.seconds, event.stop_reason, words)
             early = f"; {self._early_stop}" if self._early_stop else ""
-            write_output(f"{self._lead}{printable(text + early)}\n")
+            write_output(f"{self.lead}{printable(text + early)}\n")
             return
         label = self.label
         lines = [f"{label}{'-' * self._width}\n"]
@@ -170,6 +182,14 @@ class EpochPrinter:
             where = f"{name}{epoch_words(epoch, run.first_epoch)}"
             lines.append(f"{label}best score: {format_number(score)} ({where})\n")
         write_output("".join(lines))
+
+    def _print_cancelled(self, event: RunEnded) -> None:
+        if self._group is not None and self._group.is_ending:
+            self._group.cancelled += 1
+            return
+        word, _, rest = self._run.cancelled_text(event).partition(" ")
+        word = colored(word, self._color and "yellow")
+        write_output(f"{self.lead}{word} {rest}\n")
 
 
 class EpochTable:

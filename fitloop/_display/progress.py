@@ -20,6 +20,7 @@ from fitloop._display.console import (
 from fitloop._display.jupyter import prints_to_notebook
 from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._display.printed import EpochPrinter, PrintingRuns, PrintStyle
+from fitloop._display.progress_lines import ProgressLines
 from fitloop._display.status import RunStatus
 from fitloop._display.status_lines import ASCII_BARS, BarStyle, status_lines
 from fitloop._events import (
@@ -69,13 +70,18 @@ class ProgressView:
         """Whether several runs print, so that each line must begin with a label."""
         return len(self._runs) > 1
 
-    def show(self, run: RunStatus) -> None:
-        """Show the bars of ``run``, if the output is a terminal that can redraw lines."""
+    def show(self, run: RunStatus) -> bool:
+        """Show the bars of ``run`` if the output is a terminal that can redraw lines.
+
+        Returns whether they are shown.
+        """
+        if not (is_interactive() and can_draw()):
+            return False
         with self._lock:
-            if is_interactive() and can_draw():
-                self._visible = [r for r in self._runs if r in self._visible or r is run]
-                if len(self._visible) == 1:
-                    LIVE_AREA.show(self._render)
+            self._visible = [r for r in self._runs if r in self._visible or r is run]
+            if len(self._visible) == 1:
+                LIVE_AREA.show(self._render)
+        return True
 
     def hide(self, run: RunStatus, *, wait: bool = False) -> None:
         """Hide the bars of ``run``; with ``wait``, return when they are gone from the terminal."""
@@ -122,6 +128,8 @@ class RunDisplay:
         )
         self._names, self._every = names, every
         self._live = live and every > 0
+        self._lines = ProgressLines(self.status, PROGRESS_VIEW.printing, self.printer)
+        self._is_drawn = False
         self._page: NotebookView | None = None
         if self._live and prints_to_notebook():
             from fitloop._display.notebook_view import NotebookView
@@ -150,4 +158,6 @@ class RunDisplay:
             PROGRESS_VIEW.hide(self.status, wait=True)
         self.printer.observe(event)
         if isinstance(event, RunStarted) and self._live:
-            PROGRESS_VIEW.show(self.status)
+            self._is_drawn = PROGRESS_VIEW.show(self.status)
+        if self._live and not self._is_drawn:
+            self._lines.observe(event)

@@ -19,15 +19,18 @@ from fitloop._events import (
     PromptAsked,
     RunEnded,
     RunStarted,
+    SnapshotWritten,
     WentBack,
 )
 from fitloop._format import (
     best_words,
+    epoch_words,
     format_duration,
     format_metrics,
     format_number,
     format_rates,
     format_time_left,
+    printable,
 )
 
 RATE_SECONDS = 3.0
@@ -63,6 +66,8 @@ class RunStatus:
         """name of the metric that compares epochs, once it is known"""
         self.best: tuple[int, float] | None = None
         """epoch over all fits, and score, of the best validation of this run"""
+        self.has_snapshot = False
+        """the run has written a snapshot, from which it can go on"""
         self.is_asking = False
         """the run waits for the answer to a question"""
         self.start_time = self._epoch_start = self._phase_start = time.monotonic()
@@ -100,6 +105,8 @@ class RunStatus:
                 self.best = None
             case EpochEnded():
                 self.epochs_done, self._epoch_seconds = event.epoch_in_run, event.seconds
+            case SnapshotWritten():
+                self.has_snapshot = True
             case PromptAsked() | PromptAnswered():
                 self.is_asking = isinstance(event, PromptAsked)
 
@@ -202,6 +209,22 @@ class RunStatus:
     def best_text(self, epoch: int, score: float) -> str:
         """Return the best score and its epoch: ``best accuracy 0.8713 in epoch 3``."""
         return best_words(self.criteria, score, epoch, self.first_epoch)
+
+    def cancelled_text(self, event: RunEnded) -> str:
+        """Return where a cancelled run ended, what is in the model, and how to go on."""
+        where = "before the first epoch"
+        if self.epoch_in_run:
+            is_between = self.epochs_done >= self.epoch_in_run
+            where = f"{'after' if is_between else 'in'} epoch {self.epoch_in_run} of {self.epochs}"
+        parts = [f"cancelled {where}, {format_duration(event.seconds)} after the start"]
+        best = best_of(event)
+        if event.restored_epoch is not None and best is not None:
+            name = f"{printable(self.criteria) or 'score'} {format_number(best[1])}"
+            words = epoch_words(event.restored_epoch, self.first_epoch)
+            parts.append(f"the model has the best weights, of {words} ({name})")
+        if self.has_snapshot:
+            parts.append("fit(..., resume=True) goes on from there")
+        return "; ".join(parts)
 
 
 def best_of(event: RunEnded) -> tuple[int, float] | None:

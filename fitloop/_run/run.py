@@ -68,6 +68,7 @@ class Run:
         state = context.state
         self._context, self._state, self._options = context, state, options
         self._start = time.perf_counter()
+        self._restored_epoch: int | None = None
         self._fit = state.completed_fits
         self._parts: dict[str, StatePart] = {}
         """parts of the state of this run, by their key in snapshots"""
@@ -367,6 +368,7 @@ class Run:
             return
         try:
             self._state.restore_best(self._context.trainer)
+            self._restored_epoch = self._state.best_epoch
         except CheckpointError as error:  # the training itself is whole
             warn_user(
                 f"the best weights, of epoch {self._state.best_epoch}, were not restored, and the "
@@ -392,6 +394,7 @@ class Run:
             best_epoch=state.best_epoch,
             seconds=self._seconds(),
             error=None if error is None else one_line(error),
+            restored_epoch=self._restored_epoch,
         )
         self._session.guard.outside(state.event_bus.emit, event)
 

@@ -21,6 +21,7 @@ import torch
 from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled
 from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
+from fitloop._display.run_group import RUN_GROUP, RunGroup
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import Event
 from fitloop._runner.jobs import Outcome, clear_frames, new_outcome
@@ -65,6 +66,7 @@ class JobExecutor:
     keep_trainers: bool
     emit: Callable[[Event], None]
     """passes an event on to the Runner; any thread"""
+    group: RunGroup
 
     async def execute(self, spec: JobSpec, scope: CancelOnceScope) -> Outcome:
         """Execute a job, which ``scope`` cancels, and return its outcome. Never raises its error.
@@ -105,6 +107,7 @@ class JobExecutor:
         defaults = self.allocator.allocate(spec.name, spec.directory)
         callbacks = [*spec.options.get("callbacks", ()), *self.callbacks]
         spec = replace(spec, options={**spec.options, "callbacks": callbacks})
+        RUN_GROUP.set(self.group)  # of the job's own task
         run: Any = self.backend.run(spec, defaults, emit)
         training = await run if isawaitable(run) else run
         if not isinstance(training, TrainingResult):

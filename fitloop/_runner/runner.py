@@ -28,6 +28,8 @@ from fitloop._concurrency.event_loops import (
     loop_scheduler,
 )
 from fitloop._concurrency.supervisor import run_in_thread, wait_scope
+from fitloop._display.console import write_output
+from fitloop._display.run_group import RunGroup
 from fitloop._engine.config import check_callbacks, check_flag, check_optional, check_path
 from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
@@ -139,6 +141,7 @@ class Runner:
         self._checkpoint = check_checkpoint(checkpoint, resume=False)
         self._fail_fast = check_flag("fail_fast", fail_fast)
         self._event_streams = EventStreams()
+        self._group = RunGroup()
         self._executor = JobExecutor(
             backend=self._backend,
             allocator=ResourceAllocator(
@@ -147,6 +150,7 @@ class Runner:
             callbacks=check_callbacks(callbacks),
             keep_trainers=check_flag("keep_trainers", keep_trainers),
             emit=self._event_streams.push,
+            group=self._group,
         )
         self._jobs: dict[str, Job] = {}
         self._waiting: OrderedDict[str, Job] = OrderedDict()
@@ -245,6 +249,20 @@ class Runner:
         with anyio.CancelScope(shield=True):
             await self._backend.close()
             await self._stack.aclose()
+            if self._group.is_ending and self._group.prints:
+                text = self._cancelled_text()
+                await run_in_thread("runner", lambda: write_output(text))
+
+    def _cancelled_text(self) -> str:
+        """Return a line on all jobs, whose trainings print none when all are cancelled."""
+        counts = Counter(job.status for job in self._jobs.values())
+        interrupted = self._group.cancelled
+        waiting = counts["cancelled"] - interrupted
+        parts = [f"{counts['done']} done", f"{interrupted} interrupted"]
+        parts += [f"{counts['failed']} failed"] if counts["failed"] else []
+        parts += [f"{waiting} not started"] if waiting > 0 else []
+        way = "" if self._save_path is None else ". Started again, the program goes on with them"
+        return f"cancelled; of {len(self._jobs)} trainings: {', '.join(parts)}{way}\n"
 
     # -- jobs ----------------------------------------------------------------------------------
 
@@ -445,6 +463,7 @@ class Runner:
             self._complete(job, cancelled_outcome(job))
 
     def _cancel_jobs(self) -> None:
+        self._group.is_ending = True
         self._cancel_waiting()
         for job in self._jobs.values():
             self._cancel_job(job)

@@ -15,10 +15,14 @@ import pytest
 from support.models import scores, trainer
 
 from fitloop import (
+    AnyEvent,
+    Checkpoint,
     ConfigurationError,
+    Event,
     LoopState,
     OutputWarning,
     PromptAsked,
+    Runner,
     UnknownMetricWarning,
 )
 
@@ -224,6 +228,86 @@ async def test_sanity_check_when_run_then_prints_nothing(
 ) -> None:
     await trainer().run_sanity_check()
     assert capsys.readouterr() == ("", "")
+
+
+# -- cancellations ---------------------------------------------------------------------------------
+
+
+def best_in_the_first(state: LoopState) -> dict[str, float]:
+    return {"loss": 0.5, "score": 1.0 if state.epoch_num == 1 else 0.0}
+
+
+@pytest.mark.parametrize("keeps_snapshots", [False, True])
+async def test_fit_when_cancelled_then_a_line_says_where_it_is_and_how_to_go_on(
+    keeps_snapshots: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    fitted = trainer(valid_epoch_end=best_in_the_first, criteria="score", save_path=tmp_path)
+    options: dict[str, Any] = {"checkpoint": Checkpoint()} if keeps_snapshots else {}
+    with anyio.CancelScope() as scope:
+
+        async def cancel(event: Event) -> None:
+            if event.kind == "epoch_ended":
+                scope.cancel()
+
+        await fitted.fit(10**6, callbacks=[cancel], **options)
+    line = capsys.readouterr().out.splitlines()[-1]
+    expected = (
+        r"cancelled (in|after) epoch \d+ of 1000000, .* m?s after the start"
+        r"(; the model has the best weights, of epoch 1 \(score 1\.0000\))?"
+    )
+    way = "; fit(..., resume=True) goes on from there"
+    assert re.fullmatch(expected, line.removesuffix(way)), line
+    assert line.endswith(way) is keeps_snapshots
+
+
+async def test_fit_when_cancelled_later_then_the_line_tells_which_weights_are_in_the_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fitted = trainer(valid_epoch_end=best_in_the_first, criteria="score")
+    with anyio.CancelScope() as scope:
+
+        async def cancel(event: AnyEvent) -> None:
+            if event.kind == "epoch_started" and event.epoch == 3:
+                scope.cancel()
+
+        await fitted.fit(10**6, callbacks=[cancel])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith("; the model has the best weights, of epoch 1 (score 1.0000)")
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+async def test_runner_when_cancelled_then_one_line_counts_all_trainings(
+    verbose: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with anyio.CancelScope() as scope:
+        async with Runner(2, save_path=tmp_path) as runner:
+            for name in "abc":
+                runner.submit(trainer, name=name, epochs=10**6, verbose=verbose)
+            seen = set()
+            async with runner.events() as events:
+                async for event in events:
+                    if event.kind == "epoch_ended":
+                        seen.add(event.trainer)
+                    if len(seen) == 2:
+                        scope.cancel()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cancelled" in line]
+    end = "0 done, 2 interrupted, 1 not started. Started again, the program goes on with them"
+    assert lines == [f"cancelled; of 3 trainings: {end}"] * verbose
+
+
+async def test_runner_when_one_job_is_cancelled_then_its_own_line_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with Runner(1) as runner:
+        job = runner.submit(trainer, name="a", epochs=10**6)
+        runner.submit(trainer, name="b", epochs=1)
+        async with runner.events() as events:
+            async for event in events:
+                if event.kind == "epoch_ended":
+                    break
+        job.cancel()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cancelled" in line]
+    assert [line[:12] for line in lines] == ["a cancelled "]
 
 
 # -- the question ----------------------------------------------------------------------------------

@@ -241,6 +241,9 @@ except KeyboardInterrupt:
         terminal.until("interrupted 1")
         assert terminal.end() == 0
         assert is_clean(terminal)
+        assert re.match(
+            r"cancelled in epoch 1 of 2, .* after the start\ninterrupted", terminal.text
+        )
 
 
 CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"

@@ -1,0 +1,21 @@
+"""The runs of one `Runner`, whose cancellation is told in one line for all of them."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+
+class RunGroup:
+    """Counts the runs that end because all are cancelled; they print no line of their own."""
+
+    def __init__(self) -> None:
+        self.prints = False
+        """whether a run of the group prints"""
+        self.is_ending = False
+        """whether all runs are being cancelled"""
+        self.cancelled = 0
+        """runs that were cancelled by this while they trained"""
+
+
+RUN_GROUP: ContextVar[RunGroup | None] = ContextVar("fitloop run group", default=None)
+"""the group of the runs that begin in this context"""
