@@ -344,9 +344,12 @@ def test_page_when_the_last_epoch_was_cut_short_then_its_row_says_so() -> None:
 @pytest.mark.parametrize(
     ("reason", "error", "told"),
     [
-        ("early_stop", None, "stopped early"),
-        ("cancelled", "Cancelled", "cancelled"),
-        ("failed", "ValueError: <oh>", "failed with ValueError: &lt;oh&gt;"),
+        ("early_stop", None, "1 of 3 epochs in 2.5 s, stopped early"),
+        ("cancelled", "Cancelled", "cancelled in epoch 2 of 3, 2.5 s after the start"),
+        (
+            *("failed", "ValueError: <oh>"),
+            "1 of 3 epochs in 2.5 s, failed with ValueError: &lt;oh&gt;",
+        ),
     ],
 )
 def test_page_when_a_run_ends_early_then_says_how(
@@ -357,7 +360,7 @@ def test_page_when_a_run_ends_early_then_says_how(
     page.epoch(1)
     page.begin(2)
     html = page.end(1, reason, error=error)["text/html"]
-    assert f"<strong>net</strong>: 1 of 3 epochs in 2.5 s, {told}<" in html
+    assert f"<strong>net</strong>: {told}<" in html
     assert html.count("<tr>") == 2  # the epoch that has no metrics yet is left out
 
 
@@ -379,7 +382,7 @@ def test_label_when_it_has_markup_then_is_escaped() -> None:
     page.start()
     content = page.end(0, "cancelled")
     assert "<strong>&lt;b&gt;</strong>" in content["text/html"]
-    assert content["text/plain"] == "<b>: 0 of 1 epoch in 2.5 s, cancelled"
+    assert content["text/plain"] == "<b>: cancelled before the first epoch, 2.5 s after the start"
 
 
 # -- how it is shown -------------------------------------------------------------------------------
