@@ -278,8 +278,8 @@ class LockWarning(RuntimeWarning):
 class NonFiniteWarning(RuntimeWarning):
     """Weights, or the gradients of a step, are NaN or infinite.
 
-    Such weights are never kept as the best, and never in a snapshot that a run writes. Such steps
-    were left out, with ``nonfinite="skip"``.
+    Such weights are never kept as the best, and never in a snapshot. Such steps were left out, with
+    ``nonfinite="skip"``.
     """
 
 

@@ -21,7 +21,7 @@ AT_ONCE = ("cpu",)
 """types of devices whose values are read without a wait"""
 CHECK_EVERY = 256
 """steps after which what a device has found is read"""
-_MOST_NAMES = 4
+_MOST_NAMES, _MOST_BATCHES = 4, 8
 
 
 class GradientGuard:
@@ -48,7 +48,11 @@ class GradientGuard:
         self._one = torch.ones((), device="cpu")
         self.num_left_out = 0
         """steps that were left out in the run, as far as it is known"""
-        self._has_warned = False
+        self.left_out: list[int] = []
+        """the batch of each step that was left out in the train phase; 0 if it is not known"""
+        self._bad_batch = 0
+        """the batch of a loss that was not finite, for the step that it belongs to"""
+        self._is_pass_over = False
         self._attached: list[Any] = []
         self._emptied: Any = None
         """the optimizer whose gradients were removed for the present step"""
@@ -57,8 +61,42 @@ class GradientGuard:
         """number of the batch of `LoopState.grad_norm`"""
 
     def begin_pass(self, state: Any) -> None:
-        """Begin a train phase with this `LoopState`."""
+        """Begin a train phase with this `LoopState`, or go on with it in a resumed run."""
         self._state, self._norm_batch = state, 0
+        if self._is_pass_over:
+            self._is_pass_over, self.left_out = False, []
+
+    def end_pass(self) -> None:
+        """End a train phase: tell which steps were left out.
+
+        Raises `NonFiniteError`.
+        """
+        self.check()
+        state, count = self._state, len(self.left_out)
+        self._is_pass_over = True
+        if state is None or not count:
+            return
+        batches = sorted(set(self.left_out) - {0})
+        words = f"{count} optimizer step{'s were' if count > 1 else ' was'} left out"
+        if batches:
+            more = f" and {len(batches) - _MOST_BATCHES} more" * (len(batches) > _MOST_BATCHES)
+            words += f", of batch {', '.join(map(str, batches[:_MOST_BATCHES]))}{more}"
+        warn_user(
+            f"in epoch {state.epoch_num} of {self._config.name!r} {words}, since the loss or a "
+            "gradient was not finite",
+            NonFiniteWarning,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps that were left out in the train phase that goes on."""
+        return {"left_out": self.left_out} if self.left_out and not self._is_pass_over else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a state of `state_dict`; raise ValueError if it is none."""
+        batches = state.get("left_out", [])
+        if not isinstance(batches, list) or not all(type(batch) is int for batch in batches):
+            raise ValueError(f"the steps that were left out are {batches!r:.60}")
+        self.left_out, self._is_pass_over = list(batches), False
 
     @property
     def is_delayed(self) -> bool:
@@ -83,10 +121,16 @@ class GradientGuard:
             self._counter.losses.append(loss.detach())
             return False
         value = loss.item() if isinstance(loss, Tensor) else float(loss)
-        return not math.isfinite(value) and self._leave_out(f"the loss is {value}")
+        if math.isfinite(value):
+            return False
+        if self._reaction != "skip":
+            raise self._error(f"the loss is {value}", self._state.batch_num)
+        self._bad_batch = self._state.batch_num
+        return True
 
     def forget_losses(self) -> None:
-        """Forget the losses on a device, after all optimizers were prepared for their step."""
+        """Forget the losses, after all optimizers were prepared for their step."""
+        self._bad_batch = 0
         if self._counter is not None:
             self._counter.losses.clear()
 
@@ -167,15 +211,22 @@ class GradientGuard:
         has_scaler = hasattr(optimizer, "found_inf") and optimizer not in self._attached
         gradients = [] if self._is_scaled or has_scaler else gradients_of(optimizer)
         if self._counter is not None:
-            return self._counter.count(
+            is_bad = self._counter.count(
                 gradients if norm is None or self._is_scaled else [norm],
                 self._state.batch_num,
                 is_read=self.leaves_out and optimizer not in self._attached,
             )
+            if is_bad:
+                self.note_left_out()
+            return is_bad
         if not gradients or self._are_finite(gradients):
             return False
-        names = self._names(optimizer)
-        return self._leave_out(f"the gradient of {_listed(names)} is not finite", names)
+        if self._reaction != "skip":
+            names = self._names(optimizer)
+            reason = f"the gradient of {_listed(names)} is not finite"
+            raise self._error(reason, self._state.batch_num, names)
+        self.note_left_out()
+        return True
 
     def _are_finite(self, gradients: list[Tensor]) -> bool:
         self._is_bad.zero_()
@@ -186,12 +237,10 @@ class GradientGuard:
             return all(map(_is_finite, gradients))
         return not self._is_bad.item()
 
-    def _leave_out(self, reason: str, names: Iterable[str] = ()) -> bool:
-        """Return True if the step is left out, or raise `NonFiniteError`."""
-        if self._reaction == "skip":
-            self.num_left_out += 1
-            return True
-        raise self._error(reason, self._state.batch_num, names)
+    def note_left_out(self) -> None:
+        """Note that the present step of an optimizer is left out."""
+        self.num_left_out += 1
+        self.left_out.append(self._bad_batch or self._state.batch_num)
 
     def _error(self, reason: str, batch: int, names: Iterable[str] = ()) -> NonFiniteError:
         state, is_certain = self._state, self._counter is None
@@ -289,14 +338,7 @@ class GradientGuard:
             if bad_steps and self._reaction == "raise":
                 raise self._error("the loss or a gradient is not finite", first_bad)
             self.num_left_out += bad_steps
-        if self.num_left_out and not self._has_warned:
-            state, self._has_warned = self._state, True
-            warn_user(
-                f"optimizer steps of {self._config.name!r} were left out, since the loss or a "
-                f"gradient was not finite: {self.num_left_out} up to batch {state.batch_num} of "
-                f"epoch {state.epoch_num}; later ones are not told in this run",
-                NonFiniteWarning,
-            )
+            self.left_out += [0] * bad_steps
 
 
 class _DeviceCounter:
@@ -317,7 +359,10 @@ class _DeviceCounter:
         """number of the batch of each step since the last `read`"""
 
     def count(self, tensors: list[Tensor], batch: int, *, is_read: bool) -> bool:
-        """Count a step with these gradients or norms; with ``is_read``, return if it is bad."""
+        """Count a step with these gradients or norms; with ``is_read``, return whether it is bad.
+
+        `read` then does not know it.
+        """
         if self._starts_anew:
             self.is_bad.zero_()
         groups: dict[Any, list[Tensor]] = defaultdict(list)
@@ -330,9 +375,11 @@ class _DeviceCounter:
             is_bad, one = torch.zeros((), device=device), torch.ones((), device=device)
             _check_finite(group, is_bad, one)
             self.is_bad.copy_(torch.maximum(self.is_bad, is_bad.to(self.is_bad.device)))
+        if is_read:
+            return bool(self.is_bad.item())
         self._bad_steps.add_(self.is_bad)
         self.batches.append(batch)
-        return is_read and bool(self.is_bad.item())
+        return False
 
     def read(self) -> tuple[int, int]:
         """Return the number of bad steps since the last call, and the batch of the first one.

@@ -283,7 +283,7 @@ class Engine:
         if state.is_train and not self._control.cancelled:  # else the run is resumed in the window
             self.activity = f"{state.phase}, epoch {state.epoch_num}, the last optimizer step"
             deps.steps.flush()
-            deps.steps.guard.check()
+            deps.steps.guard.end_pass()
             if log is not None:
                 deps.guard.outside(log.end_phase)
         return complete

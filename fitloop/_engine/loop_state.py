@@ -237,6 +237,14 @@ class LoopState:
         return self._steps is not None and self._steps.guard.has_new_norm
 
     @property
+    def left_out(self) -> int:
+        """Optimizer steps of this phase that were left out, with ``nonfinite="skip"``.
+
+        On a device that is not the CPU some are known at ``epoch_end`` only.
+        """
+        return 0 if self._steps is None else len(self._steps.guard.left_out)
+
+    @property
     def window(self) -> int:
         """Calls of `optimize` whose gradients wait for the next optimizer step; 0 after a step.
 
@@ -547,6 +555,6 @@ def add_attribute_hint(error: BaseException) -> None:
         add_note_safely(
             error,
             "LoopState has the arguments of FitLoop and: phase, batch, batch_size, batch_sizes, "
-            "batch_num, epoch_num, size, batches, is_train, is_test, window, grad_norm, "
-            "optimize(), names(), stop()",
+            "batch_num, epoch_num, size, batches, is_train, is_test, window, left_out, "
+            "grad_norm, optimize(), names(), stop()",
         )

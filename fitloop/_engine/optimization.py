@@ -152,14 +152,16 @@ class OptimizerSteps:
         return any(window.count for window in self.windows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ``count`` and ``weight`` of each window; nothing if no gradients wait."""
-        if not self.is_open:
-            return {}
-        windows = self.windows
-        return {"count": [w.count for w in windows], "weight": [w.weight for w in windows]}
+        """Return ``count`` and ``weight`` of each window where gradients wait, and ``left_out``."""
+        state, windows = self.guard.state_dict(), self.windows
+        if self.is_open:
+            state["count"] = [window.count for window in windows]
+            state["weight"] = [window.weight for window in windows]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state of `state_dict`; raise ValueError if it is none."""
+        self.guard.load_state_dict(state)
         counts = _checked_counts("count", state, len(self.windows))
         weights = state.get("weight", counts)
         for window, count, weight in zip(self.windows, counts, weights, strict=True):
@@ -378,6 +380,7 @@ class OptimizerSteps:
         has_gradients = window.has_gradients
         window.count, window.weight = 0, 0
         if not has_gradients:  # a loss was not finite
+            self.guard.note_left_out()
             return False
         if self._scaler is not None and (self.guard.clips or not _is_one(weight)):
             self._scaler.unscale_(window.optimizer)

@@ -268,10 +268,15 @@ def default_epoch_end(state: LoopState) -> dict[str, float]:
     the batch steps gives its mean, weighted by batch size. Each is a mean over the batches that
     returned the value. A tensor of one element is a number.
 
+    With ``nonfinite="skip"``, batches of a train phase whose ``running_loss`` is not finite are in
+    none of these means.
+
     Raises MetricError for an accuracy above 1, and ConfigurationError if the size of a batch is not
     known.
     """
     columns = state._values.columns()
+    if state.is_train and state.nonfinite == "skip":
+        columns = _finite_batches(columns)
     if not columns:
         return {}
     means = Means()
@@ -286,6 +291,19 @@ def default_epoch_end(state: LoopState) -> dict[str, float]:
             f"{state.phase}_step if the number of samples is wrong"
         )
     return metrics
+
+
+def _finite_batches(columns: dict[str, Any]) -> dict[str, Any]:
+    """Return columns without the batches whose loss is not finite."""
+    losses, batches = columns.get("running_loss", (np.empty(0), np.empty(0, np.int64)))
+    skipped = batches[~np.isfinite(losses)]
+    if not len(skipped):
+        return columns
+    kept = {name: ~np.isin(numbers, skipped) for name, (_values, numbers) in columns.items()}
+    return {
+        name: (values[kept[name]], numbers[kept[name]])
+        for name, (values, numbers) in columns.items()
+    }
 
 
 _DEFAULTS: dict[Stage, Callable[[LoopState], Any]] = {

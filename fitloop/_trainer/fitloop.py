@@ -166,8 +166,10 @@ class FitLoop(TrainerBase):
             `LoopState.grad_norm`.
         nonfinite: what a loss or gradient in the train phase does that is NaN or infinite.
             ``"raise"``, the default: it raises `NonFiniteError` before the step. ``"skip"``: the
-            step is left out, and a `NonFiniteWarning` tells the first ones; what its forward pass
-            changed stays, such as running statistics. ``"ignore"``: nothing.
+            step is left out, and a `NonFiniteWarning` at the end of the epoch names the batches;
+            see `LoopState.left_out`. The default ``train_epoch_end`` leaves batches whose loss is
+            not finite out of its means; what their forward pass changed stays, such as running
+            statistics. ``"ignore"``: nothing.
             Steps of your own show their loss by ``state.optimize``, otherwise only their gradients.
             On a device that is not the CPU, it is noticed later, without a wait for the device:
             within 256 steps, and before a snapshot is written or the best weights are kept.
@@ -664,11 +666,19 @@ class FitLoop(TrainerBase):
         Raises:
             BusyError: the trainer is busy.
             CheckpointError: the file exists and ``overwrite`` is False, it cannot be written, or
-                a value of the state cannot be saved; the message names it.
+                a value of the state cannot be saved, or is a weight that is NaN or infinite; the
+                message names it.
         """
         target = self._new_file(name, path, (DEFAULT_SUFFIX,))
 
         def write() -> Path:
+            weight = self._state.non_finite_weight()
+            if weight is not None:
+                raise CheckpointError(
+                    f"{target} was not written, since the weight {weight!r} of the model is not "
+                    "finite, so that no training can go on from it; save_model() writes the "
+                    "weights as they are, load_best() restores the best ones"
+                )
             snapshot = take_snapshot(self._state, SnapshotBuffers())
             try:
                 snapshot.write(target, overwrite=overwrite)

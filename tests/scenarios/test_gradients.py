@@ -26,11 +26,13 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from fitloop import (
     Checkpoint,
+    CheckpointError,
     ConfigurationError,
     LoopState,
     NonFiniteError,
     NonFiniteWarning,
     SyncFitLoop,
+    default_epoch_end,
 )
 from fitloop._engine import gradients
 
@@ -409,13 +411,45 @@ def test_poison_when_skipped_then_equals_the_loop_without_the_batches(
     fitted = fitting(
         twin, kind, loss_function=loss, train_step=step, clip_grad=clip, nonfinite="skip"
     )
-    with pytest.warns(NonFiniteWarning, match=r": [24] up to batch 4 of epoch 1"):
+    with pytest.warns(NonFiniteWarning) as caught:
         fitted.fit(2, **QUIET)
+    for epoch, words in ((1, "1, 2"), (2, "3, 4")):
+        message = str(caught[epoch - 1].message)
+        assert message.startswith(f"in epoch {epoch} of 'Sequential' ")
+        assert f"optimizer steps were left out, of batch {words}, since" in message
     assert bits(twin) == bits(model)
     assert internals(fitted).step_counts.made == [2 * BATCHES - len(skips)] * len(optimizers)
     states = [optimizer.state_dict()["state"] for optimizer in optimizers]
     mine = [optimizer.state_dict()["state"] for optimizer in fitted.optimizers]
     assert repr(mine) == repr(states)
+
+
+@pytest.mark.filterwarnings("ignore::fitloop.NonFiniteWarning")
+@pytest.mark.parametrize("delays", [False, True], ids=["cpu", "device"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loss_when_batches_are_skipped_then_is_the_mean_of_the_others(
+    accumulate: int, delays: bool, request: pytest.FixtureRequest
+) -> None:
+    if delays:
+        request.getfixturevalue("delayed")
+    left_out = []
+
+    def epoch_end(state: LoopState) -> dict[str, float]:
+        left_out.append(state.left_out)
+        kept = state["running_loss"].isfinite()
+        sizes = torch.tensor(state.batch_sizes, dtype=torch.float64)[kept]
+        found = default_epoch_end(state)
+        assert math.isclose(found["loss"], state["running_loss"][kept].sum() / sizes.sum())
+        return found
+
+    loss = PoisonedLoss((2, BATCHES + 1, BATCHES + 2), "nan")
+    options = {"nonfinite": "skip", "accumulate": accumulate, "train_epoch_end": epoch_end}
+    fitted = fitting(mlp(), "sgd", loss_function=loss, **options)
+    fitted.fit(3, **QUIET)
+    assert left_out == [1, 2 // accumulate, 0]
+    all_bad = PoisonedLoss(range(1, BATCHES + 1), "nan")
+    fitted = fitting(mlp(), "sgd", loss_function=all_bad, nonfinite="skip")
+    assert math.isnan(fitted.fit(1, **QUIET).metrics["train"]["loss"][0])
 
 
 def test_poison_when_ignored_then_equals_the_loop() -> None:
@@ -583,6 +617,14 @@ def test_snapshot_when_weights_are_not_finite_then_is_not_written(
         make().fit(3, checkpoint=checkpoint, **QUIET)
     assert len(list((tmp_path / "snapshots").glob("*.msgpack"))) == 1
     fitted = make()
+    with torch.no_grad():
+        fitted.model.get_parameter("3.weight")[0, 0] = NAN
+    with pytest.raises(
+        CheckpointError, match=r"since the weight '3\.weight' .* save_model\(\) writes"
+    ):
+        fitted.save()
+    assert not (tmp_path / "state.msgpack").exists()
+    fitted.save_model()
     fitted.load(path=tmp_path / "snapshots", name=next((tmp_path / "snapshots").iterdir()).name)
     assert fitted.epoch_num == 1
     assert all(parameter.isfinite().all() for parameter in fitted.model.parameters())
