@@ -104,6 +104,11 @@ class GradientGuard:
         return self._counter is not None
 
     @property
+    def batch(self) -> int:
+        """Number of the present batch of the train phase."""
+        return int(self._state.batch_num)
+
+    @property
     def has_new_norm(self) -> bool:
         """Whether the present batch has made a step whose norm is in ``state.grad_norm``."""
         return self.clips and self._norm_batch == self._state.batch_num

@@ -168,6 +168,8 @@ class Engine:
                 complete = False
                 break
             self.activity = f"{phase}, epoch {epoch}, beginning"
+            if phase is Phase.VALID:  # the averages may use its numbers
+                deps.guard.enter_phase(phase)
             with deps.validation() if phase is Phase.VALID else nullcontext():
                 result = self._phase(phase, loader, epoch, epoch_in_run)
             if result is None:

@@ -283,7 +283,9 @@ class OptimizerSteps:
 
     def optimize(self, loss: Any, weight: Any, optimizer: Any, batch: int) -> None:
         """See `LoopState.optimize`; ``batch`` is the number of the batch."""
-        self._has_optimized = True
+        if not self._has_optimized:
+            self._has_optimized = True
+            self._refuse_second_steps()
         windows = self.windows if optimizer is None else [self._window_of(optimizer)]
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
@@ -304,6 +306,21 @@ class OptimizerSteps:
             self._optimize(loss, weight, windows, is_all=optimizer is None)
         finally:
             torch.set_autocast_enabled(device, autocast)
+
+    def _refuse_second_steps(self) -> None:
+        """Refuse that code of the user steps an optimizer that has optimized the same batch."""
+        for window in () if self._needs_optimize else self.windows:
+            optimizer = hooked_optimizer(window.optimizer)
+            if optimizer is not None:
+                hook = partial(self._check_second_step, window)
+                self._handles.append(optimizer.register_step_pre_hook(hook))
+
+    def _check_second_step(self, window: Window, *_arguments: Any) -> None:
+        if not self._is_stepping and window.batch == self.guard.batch:
+            raise ConfigurationError(
+                f"train_step calls {type(window.optimizer).__name__}.step() after state.optimize() "
+                "of the same batch, which has made the step already; leave the call out"
+            )
 
     def _optimize(self, loss: Any, weight: Any, windows: Sequence[Window], *, is_all: bool) -> None:
         if self.guard.look_at_loss(loss):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.metric_objects import update_metrics
 from fitloop._errors import ConfigurationError, FitLoopError, MetricError, add_note_safely
-from fitloop._metrics.means import CORRECT, Means
+from fitloop._metrics.means import CORRECT, LOSS, Means
 from fitloop._public import public
 from fitloop._types import Phase, Stage
 
@@ -295,14 +296,19 @@ def default_epoch_end(state: LoopState) -> dict[str, float]:
 
 def _finite_batches(columns: dict[str, Any]) -> dict[str, Any]:
     """Return columns without the batches whose loss is not finite."""
-    losses, batches = columns.get("running_loss", (np.empty(0), np.empty(0, np.int64)))
-    skipped = batches[~np.isfinite(losses)]
-    if not len(skipped):
+    losses, batches = columns.get(LOSS, ((), ()))
+    skipped = {
+        batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)
+    }
+    if not skipped:
         return columns
-    kept = {name: ~np.isin(numbers, skipped) for name, (_values, numbers) in columns.items()}
+    kept = {
+        name: [index not in skipped for index in indices]
+        for name, (_values, indices) in columns.items()
+    }
     return {
-        name: (values[kept[name]], numbers[kept[name]])
-        for name, (values, numbers) in columns.items()
+        name: (values[kept[name]], indices[kept[name]])
+        for name, (values, indices) in columns.items()
     }
 
 

@@ -104,6 +104,17 @@ class RngGuard:
         self._is_closed = True
 
 
+@contextmanager
+def copied_numbers(rng: TrainerRng, phase: Phase) -> Iterator[None]:
+    """Use a copy of the random numbers of a phase in a block outside of runs.
+
+    The numbers of the trainer and the global generators are afterwards as before.
+    """
+    with closing(GeneratorLease(devices=rng.devices)) as lease:
+        lease.begin_pass(rng.fork().steps(phase))
+        yield
+
+
 class NullGuard(RngGuard):
     """A guard that touches no generator and waits for nothing, for tests of engine and sources."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from fitloop._engine.profiler import ProfileReport, SpanRecorder
 from fitloop._errors import CheckpointError, ConfigurationError, NonFiniteError
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
+from fitloop._rng.guard import copied_numbers
 from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import (
     criteria_check,
@@ -752,8 +753,11 @@ class FitLoop(TrainerBase):
         target, state = self._new_file(name, path), self._state
 
         def write() -> Path:
-            call = "save_model(average=True)"
-            with state.checked_average(call).applied() if average else nullcontext():
+            with ExitStack() as stack:
+                if average:
+                    averaged = state.checked_average("save_model(average=True)")
+                    stack.enter_context(copied_numbers(state.rng, Phase.VALID))
+                    stack.enter_context(averaged.applied())
                 write_weights(target, weights_of(self.model), overwrite=overwrite)
             return target
 

@@ -70,8 +70,8 @@ class SWA:
 
         SWA(start_epoch=8, prepare=functools.partial(torch.optim.swa_utils.update_bn, train_dl))
 
-    It reads the loader once more before each validation, on the thread of the steps. A cancellation
-    waits for it.
+    It reads the loader once more before each validation, on the thread of the steps, with the
+    random numbers of the validation. A cancellation waits for it.
 
     Raises ConfigurationError for values that cannot work.
     """
@@ -142,8 +142,8 @@ class AveragedWeights:
         self._present: list[nn.Parameter] = []
         """the parameters that `_pairs` was made of"""
         self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []
-        self._exchange: object = None
-        """the block of `applied` in which the parameters have the averages"""
+        self._leave_block: Callable[[], None] | None = None
+        """undoes what `applied` has done; None outside of its block"""
 
     @property
     def has_begun(self) -> bool:
@@ -153,7 +153,7 @@ class AveragedWeights:
     def restart(self) -> None:
         """Begin anew with the present weights, since others were put into the model."""
         self._averages, self._updates, self._batches = {}, 0, 0
-        self._present, self._exchange = [], None
+        self._present, self._leave_block = [], None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and their counts; nothing before the first batch."""
@@ -263,24 +263,28 @@ class AveragedWeights:
         buffers: Sequence[Tensor] = list(self._model.buffers()) if prepare is not None else ()
         with torch.no_grad():
             before = [buffer.clone() for buffer in buffers]
+
+        def leave_block() -> None:
+            self._swap()
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+
         self._swap()
-        block = self._exchange = object()
+        self._leave_block = leave_block
         try:
             if prepare is not None:
                 prepare(self._model)
             yield
         finally:
-            if self._exchange is block:  # `end_block` may have done it, for a thread that hangs
+            if self._leave_block is leave_block:  # else another thread has done it
                 self.end_block()
-                with torch.no_grad():
-                    for buffer, value in zip(buffers, before, strict=True):
-                        buffer.copy_(value)
 
     def end_block(self) -> None:
-        """Give the model its present weights back if a block of `applied` was left open."""
-        if self._exchange is not None:
-            self._exchange = None
-            self._swap()
+        """Undo a block of `applied` that was left open, such as that of a thread that hangs."""
+        leave_block, self._leave_block = self._leave_block, None
+        if leave_block is not None:
+            leave_block()
 
     def move_into_model(self) -> None:
         """Put the averages into the model in place of the present weights, and begin anew."""

@@ -130,10 +130,14 @@ def _interval_words(interval: Interval) -> str:
 class UnsteppedCheck:
     """Warns, after the first epoch of a fit, of schedulers that were not stepped in it.
 
-    These are schedulers that the user's code steps, or that follow the steps of an optimizer.
+    These are schedulers that the user's code steps, or that follow the steps of an optimizer. With
+    ``may_skip`` such a step may have been left out.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Any, Interval | None]]) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple[Any, Interval | None]], *, may_skip: bool = False
+    ) -> None:
+        self._may_skip = may_skip
         self._before = [
             (scheduler, interval, _position(scheduler)) for scheduler, interval in pairs
         ]
@@ -156,7 +160,11 @@ class UnsteppedCheck:
                     "trainer steps it"
                 )
             else:
-                reason = "it follows the steps of its optimizer, which has made none"
+                reason = "it follows the steps of its optimizer, and there was none" + (
+                    ": nonfinite='skip' has left them out, or train_step makes none"
+                    if self._may_skip
+                    else ""
+                )
             warn_user(
                 f"nothing has stepped the {kind} of lr_scheduler= in the first epoch: {reason}",
                 ScheduleWarning,

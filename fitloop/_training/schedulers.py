@@ -103,7 +103,7 @@ class SchedulerSteps:
         pairs = schedulers_of(config) if steps else []
         self._pairs, self._warns = pairs, warns and bool(pairs)
         self._epochs, self._accumulate = 0, config.accumulate
-        self._has_scaler = config.scaler is not None
+        self._has_scaler, self._may_skip = config.scaler is not None, config.nonfinite == "skip"
         self._unstepped: UnsteppedCheck | None = None
         self._has_ended = False
         """The first epoch was complete."""
@@ -187,7 +187,8 @@ class SchedulerSteps:
             self._epochs = event.epochs - event.epoch_in_run + 1
             # A scaler may skip all steps of a short epoch.
             watched = (None,) if self._has_scaler else (None, "step")
-            self._unstepped = UnsteppedCheck([pair for pair in self._pairs if pair[1] in watched])
+            pairs = [pair for pair in self._pairs if pair[1] in watched]
+            self._unstepped = UnsteppedCheck(pairs, may_skip=self._may_skip)
         elif isinstance(event, PhaseStarted) and event.phase is Phase.TRAIN and self._epochs:
             epochs, self._epochs = self._epochs, 0
             warn_of_lengths(self._pairs, epochs, event.batches or 0, self._accumulate)

@@ -38,6 +38,7 @@ from fitloop._errors import (
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
 from fitloop._rng.device_generators import generator_names
+from fitloop._rng.guard import copied_numbers
 from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._storage.metric_log import LOG_NAME, MetricLog
 from fitloop._storage.weight_files import StateDict, are_one_file
@@ -302,7 +303,9 @@ class TrainerState:
 
     def load_average(self, trainer: Any) -> None:
         """Move the averaged weights into the model, and call ``configure_optimizer``."""
-        self.checked_average("load_average()").move_into_model()
+        averaged = self.checked_average("load_average()")
+        with copied_numbers(self.rng, Phase.VALID):
+            averaged.move_into_model()
         self.configure_optimizer(trainer)
 
     def configure_optimizer(self, trainer: Any) -> None:

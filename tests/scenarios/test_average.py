@@ -27,6 +27,7 @@ from fitloop import (
     default_batch_step,
 )
 from fitloop._storage.weight_files import read_weights
+from fitloop._training.averaging import AveragedWeights
 
 QUIET: dict[str, Any] = {"print_every": 0, "progress": False}
 ema_function: Any = swa_utils.get_ema_multi_avg_fn
@@ -335,6 +336,52 @@ def test_training_when_interrupted_then_goes_on_to_the_same_averages(
         )
 
     check_resumed_training(make, tmp_path)
+
+
+def test_prepare_when_it_uses_random_numbers_then_the_training_has_its_own(tmp_path: Path) -> None:
+    used = []
+
+    def prepare(_model: nn.Module) -> None:
+        used.append(torch.rand(1).item())
+
+    def train(average: Any) -> SyncFitLoop:
+        model = mlp(dropout=0.5)
+        trainer = SyncFitLoop(
+            **valid_arguments(model, SGD(model.parameters(), lr=0.1), average=average),
+            seed=3,
+            save_path=tmp_path,
+        )
+        trainer.fit(2, load_best=False, **QUIET)
+        return trainer
+
+    trained = train(EMA(0.9, prepare=prepare))
+    assert bits(trained.model) == bits(train(EMA(0.9)).model)
+    assert len(used) == 2
+    before = torch.get_rng_state()
+    for _ in range(2):
+        trained.save_model(average=True, overwrite=True)
+    trained.load_average()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert used[2] == used[3] == used[4] not in used[:2]
+
+
+def test_prepare_when_another_thread_ends_the_block_then_buffers_are_restored() -> None:
+    model = batch_norm_model()
+    average = AveragedWeights(EMA(0.9, prepare=partial(update_bn, batches())), model, steps := [0])
+    average.begin()
+    steps[0] = 1
+    average.after_batch()
+    with torch.no_grad():
+        model[0].weight.add_(1)  # type: ignore[index]
+    before = bits(model)
+    with average.applied():
+        assert bits(model) != before
+        average.end_block()
+        assert bits(model) == before
+        with torch.no_grad():
+            model[0].weight.add_(1)  # type: ignore[index]
+        later = bits(model)
+    assert bits(model) == later
 
 
 def test_average_when_saved_and_loaded_then_is_in_the_files(tmp_path: Path) -> None:

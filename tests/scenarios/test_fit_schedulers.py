@@ -30,6 +30,7 @@ from fitloop import (
     Event,
     FitLoop,
     LoopState,
+    NonFiniteWarning,
     PhaseEnded,
     ScheduleWarning,
     default_batch_step,
@@ -444,7 +445,30 @@ async def test_scheduler_when_its_optimizer_makes_no_step_then_says_so() -> None
         train_step=step,
         valid_dl=None,
     )
-    with pytest.warns(ScheduleWarning, match="follows the steps of its optimizer, which has made"):
+    with pytest.warns(
+        ScheduleWarning, match="follows the steps of its optimizer, and there was none$"
+    ):
+        await fitted.fit(1, **QUIET)
+
+
+async def test_scheduler_when_all_steps_are_skipped_then_the_warning_says_so() -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    fitted = trainer(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=StepLR(optimizer, 100),
+        scheduler_interval="step",
+        loss_function=lambda outputs, _targets: outputs.sum() * float("nan"),
+        valid_dl=None,
+        nonfinite="skip",
+    )
+    with (
+        pytest.warns(ScheduleWarning, match="there was none: nonfinite='skip' has left them out"),
+        pytest.warns(
+            NonFiniteWarning, match="4 optimizer steps were left out, of batch 1, 2, 3, 4"
+        ),
+    ):
         await fitted.fit(1, **QUIET)
 
 

@@ -488,6 +488,38 @@ def test_poison_when_accumulating_then_the_whole_step_is_left_out(number: int, p
     assert bits(twin) == bits(model)
 
 
+@pytest.mark.parametrize("options", [{}, {"clip_grad": 1.0}, {"nonfinite": "ignore"}])
+def test_step_when_optimize_has_made_it_then_a_second_one_is_refused(options: Any) -> None:
+    def step(state: LoopState) -> None:
+        for optimizer in state.optimizers:
+            loss = state.loss_function(state.model(state.batch[0]), state.batch[1])
+            state.optimize(loss, optimizer=optimizer)
+        if state.batch_num == 2:
+            state.optimizers[0].step()
+
+    fitted = fitting(mlp(), "two", train_step=step, **options)
+    with pytest.raises(
+        ConfigurationError, match=r"SGD\.step\(\) after state\.optimize\(\) of the same"
+    ):
+        fitted.fit(1, **QUIET)
+    assert internals(fitted).step_counts.made == [2, 2]
+
+
+def test_step_when_optimize_is_for_another_optimizer_then_both_are_made() -> None:
+    def step(state: LoopState) -> None:
+        loss = state.loss_function(state.model(state.batch[0]), state.batch[1])
+        if state.batch_num % 2:
+            state.optimize(loss, optimizer=state.optimizers[0])
+        else:
+            loss.backward()
+            state.optimizers[0].step()
+        state.optimizers[1].step()
+
+    fitted = fitting(mlp(), "two", train_step=step)
+    fitted.fit(1, **QUIET)
+    assert internals(fitted).step_counts.made == [BATCHES, BATCHES]
+
+
 def test_closure_when_its_loss_is_not_finite_then_raises_before_the_step() -> None:
     def step(state: LoopState) -> None:
         inputs, targets = state.batch
