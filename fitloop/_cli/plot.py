@@ -16,20 +16,22 @@ from fitloop._errors import CheckpointError, ConfigurationError, quoted_list
 from fitloop._metrics.history import History
 from fitloop._plotting.draw import new_figure, plot_selections
 from fitloop._plotting.selection import RunSelection
+from fitloop._runner.records import best_runs
 from fitloop._storage.durable import reason, write_file
-from fitloop._storage.metric_log import LOG_NAME, read_metrics
+from fitloop._storage.metric_log import LOG_NAME, read_log, read_metrics
 
 MAX_DOTS = 10_000
 """of a side; more takes gigabytes of memory, and matplotlib refuses 65536 or more"""
 
 ABOUT = """\
 Draw a metric of runs that keep a log (fit(checkpoint=...) or save_to_disk=True), even while they
-train. One run is drawn with train and valid; several are compared, named by their directories.
-A directory with many runs in it stands for all of them."""
+train. One run is drawn with train and valid; several are compared, named by their jobs or
+directories. A directory with many runs in it stands for all of them."""
 
 EXAMPLES = """\
   fitloop plot runs/a loss                         writes loss.png
   fitloop plot runs/a runs/b accuracy -o both.svg
+  fitloop plot runs loss --phase valid --top 5     the validations of the five best jobs
   fitloop plot runs accuracy --title "learning rates" --size 10x4"""
 
 
@@ -58,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which fit of each trainer, counted from 0, -1 for the last; or 'all', joined end to "
         "end (default the last)",
     )
+    parser.add_argument("--phase", choices=("train", "valid"), help="draw only one phase")
+    parser.add_argument(
+        "--top",
+        type=_count,
+        metavar="N",
+        help="draw only the N runs with the best scores, the best first",
+    )
     parser.add_argument("--title", help="text above the plot")
     parser.add_argument(
         "--size", type=_size, default=(8.0, 5.0), metavar="WxH", help="in inches (default 8x5)"
@@ -72,6 +81,12 @@ def _run_number(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a number or 'all'") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number from 1")
+    return int(text)
 
 
 def _size(text: str) -> tuple[float, float]:
@@ -103,15 +118,15 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError(
             f"{out} has the suffix {out.suffix!r}; expected one of {quoted_list(suffixes)}"
         )
-    histories = _histories(options.directories)
+    histories = _histories(options.directories, options.top)
     try:
-        if len(histories) == 1:
+        if len(histories) == 1 and options.phase is None:
             next(iter(histories.values())).plot(options.metric, options.run, ax=ax)
         else:
             selections = [
                 RunSelection(label, history, options.run) for label, history in histories.items()
             ]
-            plot_selections(selections, options.metric, ax=ax)
+            plot_selections(selections, options.metric, phase=options.phase, ax=ax)
     except IndexError as error:
         raise ConfigurationError(f"--run is {options.run}: {error}") from error
     if options.title:
@@ -121,8 +136,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _histories(paths: list[Path]) -> dict[str, History]:
-    """Return the history of each run by a short name of its directory."""
+def _histories(paths: list[Path], top: int | None) -> dict[str, History]:
+    """Return the history of each run by its name; only of the ``top`` best ones, best first."""
     logs: dict[str, Path] = {}
     """by their real path, since a run may be given twice, in two ways"""
     for path in paths:
@@ -137,7 +152,10 @@ def _histories(paths: list[Path]) -> dict[str, History]:
     # A log that is given as a file has the name of its directory.
     directories = [log.parent if log.name == LOG_NAME else log for log in logs.values()]
     named = zip(short_names(directories), logs.values(), strict=True)
-    return {name: read_metrics(log) for name, log in named}
+    if top is None:
+        return {name: read_metrics(log) for name, log in named}
+    runs = [(name, read_log(log)) for name, log in named]
+    return {name: run.history for name, run in best_runs(runs)[:top]}
 
 
 def _write(figure: Any, out: Path, dpi: int) -> None:

@@ -42,7 +42,7 @@ MAX_RUNS = 10**7
 _Runs: TypeAlias = "dict[int, array[float]]"  # by run number; a run without values has no entry
 # Arrays only grow, so an array and its length at some time give its content at that time.
 _Entries: TypeAlias = "list[tuple[Stage, str, int, array[float], int]]"
-_StoreMark: TypeAlias = "tuple[int, int, _Entries, dict[Stage, int]]"
+_StoreMark: TypeAlias = "tuple[int, int, _Entries, dict[Stage, int], dict[int, list[int]]]"
 
 
 @dataclass(slots=True)
@@ -61,6 +61,8 @@ class _Store:
     )
     lengths: dict[Stage, int] = field(default_factory=lambda: dict.fromkeys(Stage, 0))
     """number of values in the last run of a name that every epoch, or batch, had"""
+    batches: dict[int, list[int]] = field(default_factory=dict)
+    """by run, the number of batches of each epoch; histories of earlier versions have none"""
 
     def append(self, values: Mapping[Stage, Mapping[str, array[float]]]) -> None:
         """Add the values of an epoch, after NaN for the epochs before it that had no value."""
@@ -68,6 +70,8 @@ class _Store:
         for stage, columns in values.items():
             batches = max(map(len, columns.values()), default=0)
             before = self.lengths[stage]
+            if stage is Stage.BATCH_STEP:
+                self.batches.setdefault(self.runs - 1, []).append(batches)
             self.lengths[stage] += batches if stage is Stage.BATCH_STEP else 1
             recorded = self.recorded[stage]
             for name, column in columns.items():
@@ -103,12 +107,19 @@ class _Store:
             for name, runs in names.items()
             for run, values in runs.items()
         ]
-        return self.runs, self.epochs, entries, dict(self.lengths)
+        batches = {run: list(counts) for run, counts in self.batches.items()}
+        return self.runs, self.epochs, entries, dict(self.lengths), batches
 
     def restore(
-        self, runs: int, epochs: int, entries: _Entries, lengths: Mapping[Stage, int]
+        self,
+        runs: int,
+        epochs: int,
+        entries: _Entries,
+        lengths: Mapping[Stage, int],
+        batches: Mapping[int, Sequence[int]],
     ) -> None:
         self.runs, self.epochs = runs, epochs
+        self.batches = {run: list(counts) for run, counts in batches.items()}
         self.lengths = {stage: lengths.get(stage, 0) for stage in Stage}
         self.recorded = {stage: {} for stage in Stage}
         for stage, name, run, values, length in entries:
@@ -237,6 +248,15 @@ class PhaseHistory(Mapping[str, MetricSeries]):
         """Runs so far: of ``fit`` for train and valid, of ``test`` for test."""
         return self._store.runs
 
+    def batch_counts(self, run: SupportsIndex) -> list[int]:
+        """Return the number of batches with values in each epoch of a run that has ended.
+
+        It is empty for a run that an earlier version of fitloop has recorded. Raises IndexError if
+        there is no such run.
+        """
+        with self._store.lock:
+            return list(self._store.batches.get(self._store.resolve(run), ()))
+
     def stage(self, stage: Stage | str) -> StageHistory:
         """Return the history of a stage by its name, such as ``"batch_step"``.
 
@@ -351,7 +371,7 @@ class History:
         """Delete all runs and values; later values of a current run form a new run 0."""
         with self._lock:
             for store in self._stores.values():
-                store.restore(0, 0, [], {})
+                store.restore(0, 0, [], {}, {})
 
     def mark(self) -> HistoryMark:
         """Return a mark of the present state, for `rollback`; copies no values."""
@@ -465,7 +485,8 @@ def export_history(history: History) -> dict[str, Any]:
     """Return a copy of a history as a tree of arrays, for `restore_history`.
 
     The tree is
-    ``{phase: {runs, epochs, lengths: {stage: n}, values: {stage: {name: [[run, array], ...]}}}}``.
+    ``{phase: {runs, epochs, lengths: {stage: n}, batches: [[run, [n, ...]], ...],
+    values: {stage: {name: [[run, array], ...]}}}}``.
     """
     with history._lock:
         return {
@@ -473,6 +494,7 @@ def export_history(history: History) -> dict[str, Any]:
                 "runs": store.runs,
                 "epochs": store.epochs,
                 "lengths": {str(stage): length for stage, length in store.lengths.items()},
+                "batches": [[run, list(counts)] for run, counts in store.batches.items()],
                 "values": {
                     str(stage): {
                         name: [[run, store.copy(stage, name, run)] for run in runs]
@@ -503,6 +525,11 @@ def restore_history(history: History, state: Any) -> None:
         lengths = {stage: int(lengths_by_name.get(str(stage), 0)) for stage in Stage}
         if not all(0 <= length <= MAX_RUNS for length in lengths.values()):
             raise ValueError(f"lengths of {lengths} are not possible")
+        batches = {
+            int(run): [int(n) for n in counts] for run, counts in phase_state.get("batches", ())
+        }
+        if not all(0 <= n <= MAX_RUNS for counts in batches.values() for n in counts):
+            raise ValueError("its numbers of batches are not possible")
         for stage in Stage:
             for name, runs in phase_state["values"][str(stage)].items():
                 for run, values in runs:
@@ -514,7 +541,7 @@ def restore_history(history: History, state: Any) -> None:
                     entries.append((stage, str(name), int(run), column, len(column)))
                     if run == num_runs - 1:
                         lengths[stage] = max(lengths[stage], len(column))
-        contents[phase] = (num_runs, num_epochs, entries, lengths)
+        contents[phase] = (num_runs, num_epochs, entries, lengths, batches)
     with history._lock:
         for phase, content in contents.items():
             history._stores[phase].restore(*content)

@@ -19,6 +19,7 @@ from fitloop._plotting.selection import (
     RecordedMetrics,
     RecordedPhase,
     RunSelection,
+    batch_points,
     isolated_points,
     line_points,
     locate_best,
@@ -28,7 +29,9 @@ from fitloop._plotting.selection import (
     select_common,
 )
 from fitloop._plotting.style import (
+    MAX_COLORS,
     dashed,
+    marked,
     mean_options,
     pale_options,
     phase_options,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_IN_TIME = " (of train and valid, in the order of time)"
 _THINNED = f" (thinned to {MAX_POINTS} points)"
 _MAX_INSIDE = 9
 """largest number of names in a legend inside the Axes"""
@@ -187,18 +191,28 @@ def _draw(
     first_epoch: int = 1,
 ) -> tuple[list[Any], str]:
     """Draw the lines; return an artist of each, and a remark for the label of the x axis."""
-    artists, remark = [], ""
-    for line, line_options in zip(lines, options, strict=True):
-        # The epochs of train and valid have the same numbers, so their runs are aligned. Batches
-        # have not: there are fewer in valid.
-        batches = stage is Stage.BATCH_STEP
-        x, y = line_points(line, [line] if batches else lines, 1 if batches else first_epoch)
+    artists: list[Any] = []
+    points, remark = _points(stage, lines, first_epoch)
+    for (x, y), line_options in zip(points, options, strict=True):
         if len(y) > MAX_POINTS:
-            remark = _THINNED
+            remark = remark.removesuffix(_THINNED) + _THINNED
             artists.append(_draw_long(ax, stage, x, y, line_options))
         else:
             artists.append(_draw_line(ax, x, y, line_options))
     return artists, remark
+
+
+def _points(
+    stage: Stage, lines: Sequence[Curve], first_epoch: int
+) -> tuple[list[tuple[Any, NDArray[np.float64]]], str]:
+    """Return x and y of the lines of one history, and a remark for the label of the x axis."""
+    if stage is not Stage.BATCH_STEP:
+        # The epochs of train and valid have the same numbers, so their runs are aligned.
+        return [line_points(line, lines, first_epoch) for line in lines], ""
+    points = batch_points(lines)
+    if points is not None:
+        return list(points), _IN_TIME
+    return [line_points(line, [line]) for line in lines], ""
 
 
 def _draw_line(ax: Axes, x: Any, y: NDArray[np.float64], options: Mapping[str, Any]) -> Any:
@@ -227,7 +241,13 @@ def _draw_long(
     window = window_size(len(y))
     text = f"mean of {window:,} {_unit(stage)}"
     positions, means = running_mean(y, window)
-    ax.plot(x[0] + positions, means, **mean_options(options, values.get_color(), text))
+    ax.plot(_at(x, positions), means, **mean_options(options, values.get_color(), text))
+    return values
+
+
+def _at(x: NDArray[Any], positions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return x at positions that may be halfway between two indices."""
+    values: NDArray[np.float64] = np.interp(positions, np.arange(len(x)), x)
     return values
 
 
@@ -239,7 +259,9 @@ def _set_labels(ax: Axes, stage: Stage, name: str, remark: str) -> None:
     if before.startswith(f"{x_label} ("):  # the remark of an earlier call remains true
         remark = before.removeprefix(x_label) + ("" if remark in before else remark)
     ax.set_xlabel(x_label + remark)
-    ax.set_ylabel(plain_text(name))
+    # The values of batches that the default epoch_end divides by the number of samples.
+    is_sum = stage is Stage.BATCH_STEP and name.split(" ")[-1].startswith("running_")
+    ax.set_ylabel(plain_text(name) + " (sum of a batch)" * is_sum)
     if ax.get_xscale() == "linear":
         ax.xaxis.set_major_locator(
             MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
@@ -301,9 +323,17 @@ def _mark_best(
 
 
 def plot_selections(
-    selections: Sequence[RunSelection], name: str, *, ax: Axes | None = None, **kwargs: Any
+    selections: Sequence[RunSelection],
+    name: str,
+    *,
+    phase: Phase | str | None = None,
+    ax: Axes | None = None,
+    **kwargs: Any,
 ) -> Axes:
     """Draw a metric of several runs: a color each, train solid and valid dashed.
+
+    With ``phase``, ``"train"`` or ``"valid"``, only its lines are drawn, all of them solid. More
+    than ten runs have different markers too.
 
     The stage is one of ``epoch_end``, ``batch_step`` and ``epoch_start`` that all of them have. Of
     a line with more than `MAX_POINTS` values only the running mean is drawn, and the label of the x
@@ -322,30 +352,45 @@ def plot_selections(
         raise ConfigurationError(
             f"label is {kwargs['label']!r}; expected none: what is compared is labelled by its name"
         )
-    stage, curves = select_common(selections, name)
+    if phase not in (None, Phase.TRAIN, Phase.VALID):
+        raise ConfigurationError(f"phase is {phase!r}; expected 'train', 'valid', or None for both")
+    only = None if phase is None else Phase(phase)
+    stage, curves = select_common(selections, name, only)
     ax = _current(ax)
     entries: list[tuple[Any, str]] = list(zip(*ax.get_legend_handles_labels(), strict=True))
     phases: dict[Phase, Any] = {}
     window = 0
-    batches = stage is Stage.BATCH_STEP
+    remark = _epochs_remark(selections) if stage is not Stage.BATCH_STEP else ""
     for index, (item, lines) in enumerate(zip(selections, curves, strict=True)):
         options = selection_options(kwargs, index, len(selections))
         label = _as_label(item.label)
-        for line in lines:
-            x, y = line_points(
-                line, [line] if batches else lines, 1 if batches else item.first_epoch
-            )
+        points, in_time = _points(stage, lines, item.first_epoch)
+        remark = remark or in_time
+        for line, (x, y) in zip(lines, points, strict=True):
             if len(y) > MAX_POINTS:  # the values of several lines would hide one another
                 window = max(window, window_size(len(y)))
                 positions, y = running_mean(y, window_size(len(y)))
-                x = x[0] + positions
-            line_options = {**dashed(options, line.phase), "label": f"{label} {line.phase}"}
+                x = _at(x, positions)
+            line_options = dict(options) if only else dashed(options, line.phase)
+            line_options |= {"label": f"{label} {line.phase}"}
+            if len(selections) > MAX_COLORS:
+                line_options = marked(line_options, index, y)
             phases[line.phase] = _draw_line(ax, x, y, line_options)
         entries.append((phases[lines[0].phase], label))
-    remark = f" (running means of up to {window:,} {_unit(stage)})" if window else ""
-    _set_labels(ax, stage, name, remark)
-    _draw_comparison_legend(ax, entries, phases)
+    remark += f" (running means of up to {window:,} {_unit(stage)})" if window else ""
+    _set_labels(ax, stage, name if only is None else f"{only} {name}", remark)
+    _draw_comparison_legend(ax, entries, {} if only else phases)
     return ax
+
+
+def _epochs_remark(selections: Sequence[RunSelection]) -> str:
+    """Return what the x axis counts from, if a trainer has several fits."""
+    if all(item.history.train.runs <= 1 for item in selections):
+        return ""
+    runs = {item.run for item in selections}
+    if runs == {"all"}:
+        return " (over all fits)"
+    return " (of the last fit of each)" if runs == {None} else " (of the fit)"
 
 
 def plain_text(text: str) -> str:

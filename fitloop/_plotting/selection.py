@@ -8,7 +8,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -29,6 +30,9 @@ class RecordedPhase(Protocol):
     @property
     def runs(self) -> int:
         """The number of recorded runs."""
+
+    def batch_counts(self, run: int) -> list[int]:
+        """Return the number of batches of each epoch of a run; empty if it is not known."""
 
     def stage(self, stage: Stage | str) -> Mapping[str, Sequence[NDArray[np.float64]]]:
         """Return the metrics of a stage by name; each has one array for each run."""
@@ -52,6 +56,8 @@ class Curve:
 
     phase: Phase
     runs: Sequence[NDArray[np.float64]]
+    batch_counts: Sequence[Sequence[int]] = ()
+    """for each run the number of batches of each epoch; empty where it is not known"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,22 +128,27 @@ def curves(
     for phase in phases:
         series = phase.stage(stage).get(name)
         if series is not None:
-            runs = series[:] if number is None else [series[number]]
+            numbers = range(len(series)) if number is None else [number]
+            runs = [series[n] for n in numbers]
             if any(len(values) for values in runs):
-                result.append(Curve(phase.phase, runs))
+                counts = [phase.batch_counts(n) for n in numbers]
+                result.append(Curve(phase.phase, runs, counts))
     return result
 
 
-def select_common(selections: Sequence[RunSelection], name: str) -> tuple[Stage, list[list[Curve]]]:
+def select_common(
+    selections: Sequence[RunSelection], name: str, phase: Phase | None = None
+) -> tuple[Stage, list[list[Curve]]]:
     """Return a stage that all selections have, and its curves for each of them.
 
-    Of several such stages it is the one with the most curves, or else the earliest. Errors are
+    With ``phase`` only the curves of that phase. Of several such stages it is the one with the most
+    curves, or else the earliest. Errors are
     those of `select`, and name the selection.
     """
     curves_by_stage = []
     for item in selections:
         number = run_number(item.run)
-        phases = (item.history.train, item.history.valid)
+        phases = _phases(item.history, phase)
         try:
             select(phases, name, number, LOOKUP_ORDER)
         except UnknownMetricError as error:
@@ -156,12 +167,17 @@ def select_common(selections: Sequence[RunSelection], name: str) -> tuple[Stage,
     stage = max(LOOKUP_ORDER, key=rank)
     for item, by_stage in zip(selections, curves_by_stage, strict=True):
         if not by_stage[stage]:
-            phases = (item.history.train, item.history.valid)
+            phases = _phases(item.history, phase)
             recorded = {metric for phase in phases for metric in phase.stage(stage)}
             raise UnknownMetricError(
                 name, sorted(recorded), f"{stage} of {item.label!r}, where others recorded it"
             )
     return stage, [by_stage[stage] for by_stage in curves_by_stage]
+
+
+def _phases(history: RecordedMetrics, phase: Phase | None) -> tuple[RecordedPhase, ...]:
+    phases = (history.train, history.valid)
+    return phases if phase is None else tuple(one for one in phases if one.phase is phase)
 
 
 def locate_best(history: RecordedMetrics, best: BestEpoch) -> tuple[int, int] | None:
@@ -201,6 +217,36 @@ def line_points(
         y.append(padded)
         first_x += length
     return np.concatenate(x), np.concatenate(y)
+
+
+def batch_points(
+    lines: Sequence[Curve],
+) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]] | None:
+    """Return x and y of train and valid on one axis, which counts the batches of both in time.
+
+    The batches of a validation come after those of its epoch, so each line has gaps. None if the
+    numbers of batches are not known, or there are not two lines: each then has an axis of its own.
+    """
+    if len(lines) != 2:
+        return None
+    parts: list[tuple[list[Any], list[Any]]] = [([], []), ([], [])]
+    start = 1
+    for run in range(len(lines[0].runs)):
+        used = [0, 0]
+        for counts in zip_longest(*(line.batch_counts[run] for line in lines), fillvalue=0):
+            for index, (line, count) in enumerate(zip(lines, counts, strict=True)):
+                if not count:
+                    continue
+                values = line.runs[run][used[index] : used[index] + count]
+                x, y = parts[index]
+                # The NaN leaves a gap in the line, where the batches of the other phase are.
+                x.append(np.arange(start, start + len(values) + 1))
+                y.append(np.append(values, np.nan))
+                used[index] += len(values)
+                start += count
+        if used != [len(line.runs[run]) for line in lines]:
+            return None
+    return [(np.concatenate(x), np.concatenate(y)) for x, y in parts]
 
 
 def isolated_points(values: NDArray[np.float64]) -> NDArray[np.int64]:

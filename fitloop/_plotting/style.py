@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fitloop._plotting.selection import isolated_points
 from fitloop._types import Phase
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _COLORS = ("color", "c")
 _LINESTYLES = ("linestyle", "ls")
 _WIDTHS = ("linewidth", "lw")
 _MARKERS = ("marker", "markevery", "markersize", "ms")
+_SHAPES = "os^Dv*P<X>hp"
+MAX_COLORS = 10
+"""number of colors that are easily told apart"""
 _NO_LINE = ("", " ", "none", "None")
 _PALE = 0.3
 """opacity of the values below a running mean"""
@@ -80,9 +88,19 @@ def dashed(options: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
     return {**options, "linestyle": "--" if phase is Phase.VALID else "-"}
 
 
+def marked(options: Mapping[str, Any], index: int, values: NDArray[np.float64]) -> dict[str, Any]:
+    """Return ``options`` with a marker on some values, which tells lines of like colors apart."""
+    if any(key in options for key in _MARKERS):
+        return dict(options)
+    step = max(1, len(values) // 8)
+    places = {*range(index * 3 % step, len(values), step), *isolated_points(values).tolist()}
+    marker = _SHAPES[index % len(_SHAPES)]
+    return {**options, "marker": marker, "markersize": 5, "markevery": sorted(places)}
+
+
 def _color(index: int, count: int) -> Any:
     """Return one of ``count`` colors that are as different as possible."""
-    if count <= 10:
+    if count <= MAX_COLORS:
         return f"C{index}"
     # Neighbours differ in lightness too: there are fewer than twenty distinct hues.
     hue = index / count

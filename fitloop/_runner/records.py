@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import traceback as traceback_module
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -170,6 +170,28 @@ def _progress(log: LoggedRun, *, is_running: bool) -> FitResult:
         metrics={phase: columns for phase, columns in metrics.items() if columns},
         seconds=max(log.seconds, time.time() - run.began) if is_running else log.seconds,
     )
+
+
+def best_runs(runs: Sequence[tuple[str, LoggedRun]]) -> list[tuple[str, LoggedRun]]:
+    """Return logged runs with names, the one with the best score first.
+
+    Raises:
+        ConfigurationError: the log of a run tells no score, or the criteria are different.
+    """
+    ranked = []
+    for name, log in runs:
+        progress = None if log.run is None else _progress(log, is_running=False)
+        if progress is None or progress.best_score is None or progress.criteria_direction is None:
+            continue  # it has not validated yet
+        score = -progress.criteria_direction * progress.best_score
+        ranked.append((score, progress.criteria, name, log))
+    criteria = sorted({str(one[1]) for one in ranked})
+    if len(criteria) != 1:
+        raise ConfigurationError(
+            f"the best runs were asked for, and the criteria of these are "
+            f"{', '.join(criteria) or 'not known'}; expected runs with one criteria"
+        )
+    return [(name, log) for _score, _name, name, log in sorted(ranked, key=lambda one: one[0])]
 
 
 def _best(

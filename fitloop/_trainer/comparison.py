@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fitloop._errors import ConfigurationError
 from fitloop._metrics.history import History
@@ -27,6 +27,7 @@ def compare_metrics(
     name: str,
     run: RunChoice = None,
     *,
+    phase: Literal["train", "valid"] | None = None,
     ax: Axes | None = None,
     **kwargs: Any,
 ) -> Axes:
@@ -42,7 +43,9 @@ def compare_metrics(
             label or in a sequence. In a sequence the labels are the names of the trainers, or the
             paths. For a single one, all of its runs that recorded the metric are compared.
         name: the metric. All must have it in a common stage.
-        run: the number of a run, ``"all"`` for all runs end to end, or None for the last run.
+        run: the number of a run, ``"all"`` for all runs end to end, or None for the last run. The
+            x axis says so where a trainer has several.
+        phase: draw only the lines of this phase.
         ax: the Axes to draw on, by default the current Axes of pyplot.
         kwargs: passed on to ``Axes.plot``. ``color`` can be a list with a color for each.
 
@@ -70,7 +73,7 @@ def compare_metrics(
         selections = [RunSelection(*pair, run) for pair in zip(labels, histories, strict=True)]
     else:
         raise ConfigurationError(f"runs is {runs!r}; expected {_EXPECTED}, or several of them")
-    return plot_selections(selections, name, ax=ax, **kwargs)
+    return plot_selections(selections, name, phase=phase, ax=ax, **kwargs)
 
 
 _EXPECTED = "a trainer, its M (a History), or the path of a metric log"

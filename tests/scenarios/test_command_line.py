@@ -184,6 +184,22 @@ def test_plot_when_of_several_then_names_each_once(
     assert "<!-- b -->" in image
 
 
+def test_plot_when_of_the_best_then_names_them_in_their_order(tmp_path: Path, capsys: Out) -> None:
+    for name, accuracy in (("a", 0.5), ("b", 0.9), ("c", 0.7)):
+        with fake_run(tmp_path / name) as made:
+            valid = replace(phase_ended(1, Phase.VALID), metrics={"accuracy": accuracy})
+            made.observe(*epoch_events(1)[:3], valid, epoch_ended(1))
+    with fake_run(tmp_path / "not validated"):
+        pass
+    out = tmp_path / "x.svg"
+    options = ["accuracy", "--phase", "valid", "--top", "2", "-o", str(out)]
+    assert main(["plot", str(tmp_path), *options]) == 0
+    assert capsys.readouterr().out == f"{out}: accuracy of b, c\n"
+    assert "<!-- valid accuracy -->" in out.read_text(encoding="utf-8")
+    said = refusal(capsys, "plot", tmp_path / "not validated", "accuracy", "--top", "1")
+    assert "the criteria of these are not known" in said
+
+
 def test_plot_when_two_have_one_name_then_tells_them_apart(
     tmp_path: Path, run: Path, capsys: Out
 ) -> None:
@@ -270,7 +286,8 @@ def test_plot_when_there_is_no_log_then_says_what_would_have_one(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--size", "8"], ["--size", "0x4"], ["--dpi", "9"], ["--run", "last"]]
+    "arguments",
+    [["--size", "8"], ["--size", "0x4"], ["--dpi", "9"], ["--run", "last"], ["--top", "0"]],
 )
 def test_plot_when_an_option_is_wrong_then_says_what_is_expected(
     run: Path, capsys: Out, arguments: list[str]

@@ -27,6 +27,7 @@ from fitloop import (
     UnknownMetricError,
     compare_metrics,
 )
+from fitloop._metrics.history import export_history, restore_history
 from fitloop._plotting.downsampling import MAX_POINTS, downsample, running_mean, window_size
 from fitloop._plotting.draw import plot_history, plot_selections
 from fitloop._plotting.selection import BestEpoch, RunSelection
@@ -155,10 +156,33 @@ def test_plot_all_marks_points_that_stand_alone(ax: Axes) -> None:
 
 
 def test_plot_all_of_batch_metrics_joins_each_line_end_to_end(history: History, ax: Axes) -> None:
-    history.plot("running_loss", "all", ax=ax)
+    history.train.plot("running_loss", "all", ax=ax)
     lines = drawn(ax)
     assert [x for x, _ in lines["train"]] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert lines["train"][:3] == [(1, 4.0), (2, 5.0), (3, 3.0)]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("batch", "running_loss (sum of a batch)")
+
+
+def test_plot_of_batches_puts_validations_where_they_were_in_time(ax: Axes) -> None:
+    history = history_of(([4.0, 3.0, 2.0], [9.0, 8.0]), ([1.0], [7.0]), batches=2)
+    history.plot("running_loss", "all", ax=ax)
+    batches = {name: [(x, y) for x, y in line if y == y] for name, line in drawn(ax).items()}
+    assert [x for x, _ in batches["train"]] == [1, 2, 5, 6, 9, 10, 11, 12]
+    assert [x for x, _ in batches["valid"]] == [3, 4, 7, 8, 13, 14]
+    assert len(drawn(ax)["valid"]) == 6 + 3  # with a gap after each validation
+    assert ax.get_xlabel() == "batch (of train and valid, in the order of time)"
+
+
+def test_plot_of_batches_when_an_earlier_version_recorded_them_then_each_has_its_own_axis(
+    ax: Axes,
+) -> None:
+    tree = export_history(history_of(([4.0, 3.0], [9.0, 8.0]), batches=2))
+    for phase in tree.values():
+        del phase["batches"]
+    history = History()
+    restore_history(history, tree)
+    history.plot("running_loss", ax=ax)
+    assert [x for x, _ in drawn(ax)["valid"]] == [1, 2, 3, 4]
     assert ax.get_xlabel() == "batch"
 
 
@@ -180,7 +204,8 @@ def test_plot_prefers_a_stage_that_both_phases_have(ax: Axes) -> None:
             )
         )
     history.plot("loss", ax=ax)
-    assert drawn(ax) == {"train": [(1, 2.0), (2, 2.5)], "valid": [(1, 2.0), (2, 2.5)]}
+    batches = {name: line[:2] for name, line in drawn(ax).items()}
+    assert batches == {"train": [(1, 2.0), (2, 2.5)], "valid": [(3, 2.0), (4, 2.5)]}
 
 
 def test_phase_plot_draws_one_line_with_the_callers_keywords(history: History, ax: Axes) -> None:
@@ -542,6 +567,30 @@ def test_comparison_when_drawn_then_has_a_color_each_and_dashes_for_valid(ax: Ax
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "loss")
 
 
+def test_comparison_when_of_one_phase_then_its_lines_are_solid_and_the_axis_names_it(
+    ax: Axes,
+) -> None:
+    histories = {"a": history_of(([2.0], [3.0])), "b": history_of(([4.0], [5.0]))}
+    compare_metrics(histories, "loss", phase="valid", ax=ax)
+    assert [line.get_linestyle() for line in ax.get_lines()] == ["-", "-"]
+    assert list(drawn(ax)) == ["a valid", "b valid"]
+    assert legend(ax) == ["a", "b"]
+    assert ax.get_ylabel() == "valid loss"
+    with pytest.raises(ConfigurationError, match=r"phase is 'test'; expected 'train', 'valid'"):
+        compare_metrics(histories, "loss", phase="test", ax=ax)  # type: ignore[arg-type]
+
+
+def test_comparison_when_trainers_have_several_fits_then_the_axis_says_what_it_counts(
+    ax: Axes,
+) -> None:
+    histories = {"a": history_of(([2.0, 1.0], []), ([1.5], [])), "b": history_of(([4.0], []))}
+    plot_comparison(histories, "loss", ax=ax)
+    assert ax.get_xlabel() == "epoch (of the last fit of each)"
+    ax.clear()
+    plot_comparison(histories, "loss", "all", ax=ax)
+    assert ax.get_xlabel() == "epoch (over all fits)"
+
+
 def test_comparison_when_one_lacks_the_metric_then_the_error_names_it(ax: Axes) -> None:
     other = History()
     add_run(other, [1.0], name="score")
@@ -593,6 +642,7 @@ def test_comparison_when_there_are_twenty_then_all_are_named_beside_the_axes(
     assert named[:2] == ["trial 0", "trial 1"]
     assert len(named) == 21
     assert len({line.get_color() for line in ax.get_lines()}) == 20
+    assert len({line.get_marker() for line in ax.get_lines()}) == 12
     figure.draw_without_rendering()
     box = ax.get_legend()
     assert box is not None
