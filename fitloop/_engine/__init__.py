@@ -17,5 +17,6 @@ or figures, and reaches the event loop only through a `LoopPortal`.
 - `plan`: the plan of a run, and the dependencies of the engine.
 - `loop`: the loop.
 - `event_bus`: passes events to observers and event streams.
+- `backlog`: past events for a late reader.
 - `profiler`: measures where the time of a run goes.
 """

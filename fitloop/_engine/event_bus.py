@@ -21,6 +21,7 @@ from fitloop._concurrency.control import Cancelled
 from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_function
 from fitloop._concurrency.event_loops import ThreadsafeEvent
 from fitloop._concurrency.supervisor import LoopPortal
+from fitloop._engine.backlog import Backlog
 from fitloop._errors import add_note_safely
 from fitloop._events import AnyEvent, BatchProgress, Event, MetricsLogged, RunEnded
 from fitloop._public import public
@@ -41,9 +42,13 @@ class EventStream:
     dropped, `MetricsLogged` before others. A cancelled reader loses no event: the next ``async
     for`` continues with it.
 
+    A stream that is opened while a run goes on first gives the events of that run so far: all but
+    `MetricsLogged`, of `BatchProgress` only the last one, and each `PhaseEnded` without
+    ``batch_metrics``. Of a long run the oldest of them are dropped, but not its `RunStarted`.
+
     A stream that is opened after a run has ended first gives the `RunEnded` of that run, so that a
     late reader does not wait for a run that is over; unless another run begins within half a
-    second of the first read.
+    second of the first read. A stream of a runner gives of each job that is over its `JobEnded`.
     """
 
     def __init__(
@@ -71,6 +76,12 @@ class EventStream:
         self._late_end = self._streams.last_end if self._ends_with_run else None
         self._streams.add_stream(self)
         return self
+
+    def begin(self, past: Iterable[Event], dropped: int) -> None:
+        """Begin with past events, of which some were dropped."""
+        for event in past:
+            self._add(event)
+        self.dropped += dropped
 
     async def __aexit__(
         self,
@@ -153,19 +164,29 @@ class EventStreams:
 
     def __init__(self) -> None:
         self._streams: list[EventStream] = []
+        self._lock = threading.Lock()
+        self._backlog = Backlog(STREAM_LIMIT // 2)
         self._is_ended = False
         self.last_end: RunEnded | None = None
         """the end of the last run of a trainer; None while a run goes on, and before the first"""
 
     def add_stream(self, stream: EventStream) -> None:
-        """Pass every event from now on to ``stream``."""
-        self._streams = [*self._streams, stream]
+        """Pass the backlog, and every event from now on, to ``stream``."""
+        with self._lock:
+            stream.begin(self._backlog.events(), self._backlog.dropped)
+            self._streams = [*self._streams, stream]
         if self._is_ended:
             stream.end()
 
     def remove_stream(self, stream: EventStream) -> None:
         """Pass no more events to ``stream``."""
-        self._streams = [each for each in self._streams if each is not stream]
+        with self._lock:
+            self._streams = [each for each in self._streams if each is not stream]
+
+    def forget(self, trainer: str) -> None:
+        """Drop a job that is over from the backlog."""
+        with self._lock:
+            self._backlog.forget(trainer)
 
     @property
     def has_streams(self) -> bool:
@@ -174,7 +195,10 @@ class EventStreams:
 
     def push(self, event: Event) -> None:
         """Pass an event to every stream; never blocks."""
-        for stream in self._streams:
+        with self._lock:
+            self._backlog.note(event)
+            streams = self._streams
+        for stream in streams:
             stream.push(event)
 
     def end(self) -> None:
@@ -194,22 +218,30 @@ class EventBus(EventStreams):
         self._emitting = False
         self._call = ""
         self._made: Sequence[int] = ()
+        self._is_told = True
+        """whether the events go to the streams"""
+
+    def _clear_backlog(self) -> None:
+        with self._lock:
+            self._backlog.clear()
 
     @contextmanager
     def run(self, call: str, made: Sequence[int]) -> Iterator[None]:
         """Mark a block in which a run goes on; one without events leaves `last_end` as it was.
 
         The events of the block get this ``call``, and a ``step``: the largest number in ``made``,
-        which changes in place. Those that have one keep it.
+        which changes in place. Those that have one keep it. Streams are told of ``"fit"`` and
+        ``"test"`` only, since other calls leave no trace.
         """
         before, self.last_end = self.last_end, None
-        self._call, self._made = call, made
+        self._call, self._made, self._is_told = call, made, call in ("fit", "test")
         try:
             yield
         finally:
             self.set_observers(())
             self.last_end = self.last_end or before
-            self._call, self._made = "", ()
+            self._call, self._made, self._is_told = "", (), True
+            self._clear_backlog()
 
     def _stamp(self, event: Event) -> None:
         # In place, since nobody has seen the event yet: a changed copy would cost more.
@@ -237,9 +269,11 @@ class EventBus(EventStreams):
         try:
             while self._queue:
                 current = self._queue.popleft()
-                if isinstance(current, RunEnded):
+                if isinstance(current, RunEnded) and self._is_told:
                     self.last_end = current
-                self.push(current)  # first, since observers can raise an error
+                    self._clear_backlog()
+                if self._is_told:
+                    self.push(current)  # first, since observers can raise an error
                 for observe in self._observers:
                     observe(current)
         finally:

@@ -369,6 +369,7 @@ class Runner:
             raise RuntimeError(f"job {name!r} is {job.status}; cancel it, and await its outcome")
         del self._jobs[name]
         self._completed.forget(name)
+        self._event_streams.forget(name)
 
     def cancel_all(self) -> None:
         """Cancel every job that is not over, from any thread; more may be submitted."""

@@ -140,7 +140,10 @@ class TrainerBase:
         return planned
 
     def events(self) -> EventStream:
-        """Return the events of the trainer, for any task: ``async with ... as events``."""
+        """Return the events of the trainer, for any task: ``async with ... as events``.
+
+        A reader that comes while a run goes on gets what it has missed; see `EventStream`.
+        """
         return EventStream(self._state.event_bus)
 
     def plot(

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import typing
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,12 @@ import anyio
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.gates import Gate
 from support.models import BATCHES, batches, bits, mlp, scores, sync_trainer, trainer
 from support.resumed_trainings import write_snapshots_at_once
 from torch.optim import SGD
 
+import fitloop._engine.loop
 import fitloop._events
 from fitloop import (
     AnyEvent,
@@ -28,9 +31,11 @@ from fitloop import (
     Checkpoint,
     ConfigurationError,
     EpochEnded,
+    EpochStarted,
     Event,
     FitLoop,
     LoopState,
+    MetricsLogged,
     Phase,
     PhaseEnded,
     PhaseStarted,
@@ -39,6 +44,7 @@ from fitloop import (
     SnapshotWritten,
     default_batch_step,
 )
+from fitloop._engine.backlog import Backlog
 
 QUIET: dict[str, Any] = {"verbose": False}
 
@@ -49,7 +55,7 @@ def named(event: Event) -> str:
     return " ".join(str(getattr(event, name)) for name in told if hasattr(event, name))
 
 
-def names(events: list[Event]) -> list[str]:
+def names(events: Sequence[Event]) -> list[str]:
     return [named(event) for event in events if not isinstance(event, BatchProgress)]
 
 
@@ -328,6 +334,60 @@ def test_events_when_listed_then_the_union_has_each_class() -> None:
     events = {item for item in classes if issubclass(item, Event) and item is not Event}
     assert events == set(typing.get_args(AnyEvent))
     assert len({event.kind for event in events}) == len(events)
+
+
+def phases(events: Sequence[Event]) -> list[str]:
+    """Return the names of the events without those of single batches."""
+    return [name for name in names(events) if not name.startswith("metrics_logged")]
+
+
+async def test_events_when_opened_during_a_run_then_begin_with_what_was_missed(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitloop._engine.loop, "PROGRESS_SECONDS", 0.0)
+    told: list[Event] = []
+
+    def wait(event: Event) -> None:
+        if isinstance(event, BatchProgress) and (event.epoch, event.batch) == (2, 3):
+            gate.wait_in_thread()
+
+    fitted = trainer(callbacks=[told.append, wait])
+    with Gate() as gate:
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(fitted.fit, 2, log_every=1, **QUIET))
+            await gate.reached.wait()
+            async with fitted.events() as events:
+                gate.open()
+                late = [event async for event in events]
+    begin = next(i for i, e in enumerate(told) if isinstance(e, BatchProgress) and e.epoch == 2)
+    missed = [e for e in told[:begin] if not isinstance(e, BatchProgress | MetricsLogged)]
+    assert late[: len(missed)] == missed
+    progress = late[len(missed)]
+    assert isinstance(progress, BatchProgress)
+    assert progress.batch >= 3
+    assert not any(e.batch_metrics for e in late[: len(missed)] if isinstance(e, PhaseEnded))
+    assert phases(late) == phases(told)
+    async with fitted.events() as events:
+        assert [event.kind async for event in events] == ["run_ended"]
+
+
+async def test_events_when_of_a_dry_run_then_streams_are_not_told() -> None:
+    fitted = trainer()
+    async with fitted.events() as events:
+        await fitted.run_sanity_check()
+        await fitted.find_lr(steps=3)
+        await fitted.fit(1, **QUIET)
+        assert {event.call async for event in events} == {"fit"}
+
+
+def test_backlog_when_a_run_is_long_then_its_start_stays() -> None:
+    backlog = Backlog(4)
+    backlog.note(RunStarted(trainer="t", epochs=9, first_epoch=1))
+    for epoch in range(1, 10):
+        backlog.note(EpochStarted(trainer="t", epoch=epoch, epoch_in_run=epoch, epochs=9))
+    kinds = [event.kind for event in backlog.events()]
+    assert kinds == ["run_started", *["epoch_started"] * 3]
+    assert backlog.dropped == 6
 
 
 def test_events_when_hashed_then_are_values_of_a_set() -> None:

@@ -15,6 +15,7 @@ import anyio
 import numpy as np
 import pytest
 import torch
+from support import gates
 from support.models import arguments, bits, mlp, sync_trainer, trainer
 from support.state_comparison import assert_same_state, trainer_state
 from torch import nn
@@ -24,6 +25,7 @@ from fitloop import (
     BusyError,
     CheckpointError,
     ConfigurationError,
+    EpochEnded,
     Event,
     FitLoop,
     JobEnded,
@@ -420,6 +422,32 @@ async def test_events_when_read_then_are_those_of_all_and_end_with_the_runner() 
         for name in ("one", "two"):
             own = [event for event in told if event.trainer == name]
             assert (type(own[0]), type(own[-1])) == around
+
+
+async def test_events_when_opened_late_then_tell_of_the_jobs_so_far() -> None:
+    def wait(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            gate.wait_in_thread()
+
+    seen: list[Event] = []
+    with gates.Gate() as gate, anyio.fail_after(SOON):
+        async with Runner(1) as runner:
+            runner.submit(make, name="over", **QUIET)
+            runner.submit(make, name="runs", callbacks=[wait], **QUIET)
+            runner.submit(make, name="forgotten", **QUIET).cancel()
+            await gate.reached.wait()
+            runner.forget("forgotten")
+            async with runner.events() as events:
+                gate.open()
+                async for event in events:
+                    seen.append(event)
+                    if isinstance(event, JobEnded) and event.trainer == "runs":
+                        break
+    over, runs = ([e.kind for e in seen if e.trainer == name] for name in ("over", "runs"))
+    assert over == ["job_ended"]
+    assert runs[:3] == ["job_started", "run_started", "epoch_started"]
+    assert runs[-3:] == ["epoch_ended", "run_ended", "job_ended"]
+    assert {event.trainer for event in seen} == {"over", "runs"}
 
 
 async def test_events_when_nobody_reads_then_only_the_newest_progress_of_each_is_kept() -> None:
@@ -834,12 +862,12 @@ async def test_job_when_it_is_forgotten_then_its_name_is_free_and_nothing_of_it_
             assert completed == ["other", "again"]
 
 
-async def test_events_when_asked_for_after_the_end_then_there_are_none() -> None:
+async def test_events_when_asked_for_after_the_end_then_are_the_ends_of_the_jobs() -> None:
     async with Runner(1) as runner:
         await runner.submit(made_otherwise, name="one", **QUIET).outcome()
     with anyio.fail_after(SOON):
         async with runner.events() as events:
-            assert [event async for event in events] == []
+            assert [event.kind async for event in events] == ["job_ended"]
 
 
 async def test_names_when_jobs_were_forgotten_then_are_new_ones() -> None:
