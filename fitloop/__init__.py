@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fitloop._errors import NonFiniteWarning as NonFiniteWarning
     from fitloop._errors import OptimizerWarning as OptimizerWarning
     from fitloop._errors import OutputWarning as OutputWarning
+    from fitloop._errors import RanksWarning as RanksWarning
     from fitloop._errors import RemoteError as RemoteError
     from fitloop._errors import RestoreError as RestoreError
     from fitloop._errors import RestoreWarning as RestoreWarning
@@ -120,9 +121,9 @@ _NAMES_OF_MODULES = {
     "fitloop._errors": (
         "BusyError CheckpointError CompileWarning ConfigurationError FitLoopError "
         "LoaderHungWarning LockWarning MetricError MissingCriteriaError MissingLoaderError "
-        "NonFiniteError NonFiniteWarning OptimizerWarning OutputWarning RemoteError RestoreError "
-        "RestoreWarning ResumeWarning ScheduleWarning StageSignatureError SyncInAsyncError "
-        "ThreadModeWarning UnknownMetricError UnknownMetricWarning WeightsWarning "
+        "NonFiniteError NonFiniteWarning OptimizerWarning OutputWarning RanksWarning RemoteError "
+        "RestoreError RestoreWarning ResumeWarning ScheduleWarning StageSignatureError "
+        "SyncInAsyncError ThreadModeWarning UnknownMetricError UnknownMetricWarning WeightsWarning "
         "WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (

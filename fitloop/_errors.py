@@ -302,6 +302,14 @@ class OutputWarning(RuntimeWarning):
 
 
 @public
+class RanksWarning(RuntimeWarning):
+    """Several processes that were started together, as by ``torchrun``, train models of their own.
+
+    Each sees all the data, and their weights are never compared.
+    """
+
+
+@public
 class RestoreWarning(RuntimeWarning):
     """An object of the model, optimizer or scheduler changed and was not put back.
 

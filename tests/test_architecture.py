@@ -19,6 +19,7 @@ ORDER = [
     "_concurrency",
     "_processes",
     "_rng",
+    "_ranks",
     "_plotting",
     "_metrics",
     "_storage",

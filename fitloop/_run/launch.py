@@ -51,6 +51,7 @@ async def launch(
         check_distinct({f"{phase}_dl": loader for phase, loader in plan.phases})
     config, defaults = state.config, TRAINER_DEFAULTS.get()
     note_call_site()
+    state.warn_of_ranks()
     if plan.call == "fit":
         warn_of_compilation(config.model, config.compile, plan.phases, plan.steps)
     trains = any(phase is Phase.TRAIN for phase, _loader in plan.phases)

@@ -31,12 +31,14 @@ from fitloop._engine.optimization import StepCounts
 from fitloop._errors import (
     CheckpointError,
     ConfigurationError,
+    RanksWarning,
     RestoreWarning,
     one_line,
     warn_user,
 )
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
+from fitloop._ranks.launcher import launched_size
 from fitloop._rng.device_generators import generator_names
 from fitloop._rng.guard import copied_numbers
 from fitloop._rng.trainer_rng import TrainerRng
@@ -146,6 +148,21 @@ class TrainerState:
         self._initial: Capture | None = None
         """everything but the weights of the model, as it was before the first run"""
         self._has_pretrained = False
+        self._has_looked_for_ranks = False
+
+    def warn_of_ranks(self) -> None:
+        """Warn once if other processes train models of their own beside this one."""
+        if self._has_looked_for_ranks:
+            return
+        self._has_looked_for_ranks = True
+        size = launched_size()
+        if size > 1:
+            warn_user(
+                f"{size} processes were started together, as torchrun does, and each trains a "
+                f"model {self.config.name!r} of its own on all the data it is given; one training "
+                "in several processes is not there yet. Start one process",
+                RanksWarning,
+            )
 
     def move_to_device(self) -> None:
         """Move the model, the loss function and the states of the optimizers to the device."""
