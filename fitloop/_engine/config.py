@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -557,9 +557,6 @@ class TrainerConfig:
         if isinstance(self.lr_scheduler, (list, tuple)):
             return schedulers
         return schedulers[0] if schedulers else None
-
-
-CONFIG_NAMES = {"optimizers", "lr_schedulers", *(field.name for field in fields(TrainerConfig))}
 
 
 def is_scheduler_function(item: Any) -> bool:

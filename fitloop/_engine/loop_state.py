@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from fitloop._data.batch_sizes import describe, possible_sizes
 from fitloop._engine.class_losses import ignored_class
-from fitloop._engine.config import CONFIG_NAMES, TrainerConfig
+from fitloop._engine.config import TrainerConfig
+from fitloop._engine.given_arguments import GivenArguments
 from fitloop._engine.optimization import OptimizerSteps
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._metrics.batch_values import BatchValues
@@ -28,7 +29,7 @@ UNKNOWN = -1
 
 
 @public
-class LoopState:
+class LoopState(GivenArguments):
     """The state of one phase, passed to each of its stage functions.
 
     They only read it; a batch step may also set ``batch_size``. It also has every argument of the
@@ -207,11 +208,6 @@ class LoopState:
     def batches(self) -> int | None:
         """Batches in this phase; None during a phase whose loader has no length."""
         return self._batches
-
-    if TYPE_CHECKING:  # The constructor's arguments are added as properties below. A real
-        # __getattr__ would slow down the lookup of every attribute.
-
-        def __getattr__(self, name: str) -> Any: ...
 
     # Any: the type depends on the values, and a union would need a cast at each use.
     def __getitem__(self, name: str) -> Any:
@@ -535,18 +531,6 @@ def _checked_size(size: Any, origin: str) -> int:
     if number < 0:
         raise ConfigurationError(f"{origin} {size!r:.80}; expected a number of samples, an integer")
     return number
-
-
-def _config_property(name: str) -> property:
-    def get(state: LoopState) -> Any:
-        return getattr(state._config, name)
-
-    get.__doc__ = f"The checked argument ``{name}`` of the trainer's constructor."
-    return property(get)
-
-
-for _name in sorted(CONFIG_NAMES - vars(LoopState).keys()):
-    setattr(LoopState, _name, _config_property(_name))
 
 
 def add_attribute_hint(error: BaseException) -> None:

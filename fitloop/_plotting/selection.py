@@ -142,8 +142,7 @@ def select_common(
     """Return a stage that all selections have, and its curves for each of them.
 
     With ``phase`` only the curves of that phase. Of several such stages it is the one with the most
-    curves, or else the earliest. Errors are
-    those of `select`, and name the selection.
+    curves, or else the earliest. Errors are those of `select`, and name the selection.
     """
     curves_by_stage = []
     for item in selections:

@@ -34,6 +34,11 @@ def train_epoch_end(state: LoopState) -> dict[str, float]:
     }
 
 
+def misspelt(state: LoopState) -> None:
+    state.bacth  # type: ignore[attr-defined]  # noqa: B018
+    state.device.typ  # type: ignore[attr-defined]  # noqa: B018
+
+
 def stop_when_good(event: Event) -> None:
     if isinstance(event, EpochEnded) and event.metrics["valid"]["accuracy"] > 0.9:
         trainer.stop()
@@ -64,6 +69,11 @@ async def sweep(runner: Runner) -> None:
     runner.submit(make_trainer, 0.1, name="lr=0.1", epochs=10)
     runner.submit(make_trainer, 0.1, verbos=False)  # type: ignore[call-arg]
     runner.submit(make_trainer, 0.1, load_best="no")  # type: ignore[arg-type]
+    runner.submit(make_trainer, kwargs={"lr": 0.1})
+    runner.submit(train_step)  # type: ignore[arg-type]
+    runner.submit(trainer.fit)  # type: ignore[arg-type]
+    results = await runner.results()
+    assert results[0].arguments == results["lr=0.1"].arguments
     async for outcome in runner.as_completed():
         assert outcome.result is None or outcome.result.epochs == 10
 

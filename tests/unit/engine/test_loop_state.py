@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from support.models import arguments
 from torch.nn.utils.rnn import pack_sequence
 
-from fitloop import ConfigurationError, FitLoop, Phase
+from fitloop import ConfigurationError, FitLoop, LoopState, Phase
 from fitloop._engine.loop_state import StateWriter
 
 SIZES = st.lists(st.integers(0, 3), max_size=30)
@@ -46,6 +47,19 @@ def test_batch_sizes_when_exported_and_restored_in_the_middle_are_those_of_all_b
     assert second.state.batch_sizes == before + after
     assert second.state.batch_num == len(before + after)
     assert second.state.size == sum(before + after)
+
+
+def test_state_when_made_then_has_the_arguments_of_the_constructor_each_with_a_text() -> None:
+    state = new_writer().state
+    texts = []
+    for name in inspect.signature(FitLoop).parameters:
+        getattr(state, name)
+        member = inspect.getattr_static(LoopState, name)
+        if isinstance(member, property):
+            texts.append(member.__doc__)
+    assert len(set(texts)) == len(texts) > 30
+    assert None not in texts
+    assert not hasattr(state, "cast_model")  # no argument
 
 
 def test_batch_sizes_when_most_are_equal_then_take_little_memory() -> None:
