@@ -30,6 +30,11 @@ METRICS = r"loss: \d+\.\d{4} \| accuracy: [01]\.\d{4}"
 TIME = r"(?:\d+ ms|\d\d s \d{3} ms)(?: \(best so far\))?"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _first_optimizer() -> None:
+    trainer()  # torch imports for seconds at its first optimizer; asyncio would print that
+
+
 def epoch_lines(head: str, train: str = METRICS, valid: str = METRICS) -> str:
     indent = " " * len(head)
     return (

@@ -483,7 +483,7 @@ def test_follower_when_a_record_is_forged_then_refuses_it(
     refused(log)
 
 
-NEWER_FIELDS = {"call", "step", "error"}
+NEWER_FIELDS = {"call", "step", "error", "restored_epoch"}
 """fields that have a default, since records of earlier versions lack them"""
 
 
