@@ -2,7 +2,8 @@
 
 `FitLoop` is the trainer, `SyncFitLoop` its blocking twin for plain scripts. `LoopState` is the
 argument of stage functions, `Checkpoint` says when snapshots are written, and `Runner` carries out
-many trainings. `fitloop.callbacks` and `fitloop.backends` hold the parts that users can add to.
+many trainings. `fitloop.callbacks`, `fitloop.loggers` and `fitloop.backends` hold the parts that
+users can add to.
 
 Each name is imported when it is first used, so that ``import fitloop`` imports no torch.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fitloop import backends as backends
     from fitloop import callbacks as callbacks
+    from fitloop import loggers as loggers
     from fitloop._bench.benchmark import benchmark as benchmark
     from fitloop._bench.report import BenchReport as BenchReport
     from fitloop._checkpointing.checkpointer import Checkpoint as Checkpoint
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from fitloop._errors import FitLoopError as FitLoopError
     from fitloop._errors import LoaderHungWarning as LoaderHungWarning
     from fitloop._errors import LockWarning as LockWarning
+    from fitloop._errors import LoggerWarning as LoggerWarning
     from fitloop._errors import MetricError as MetricError
     from fitloop._errors import MissingCriteriaError as MissingCriteriaError
     from fitloop._errors import MissingLoaderError as MissingLoaderError
@@ -120,11 +123,11 @@ _NAMES_OF_MODULES = {
     "fitloop._engine.stages": "default_batch_step default_epoch_end",
     "fitloop._errors": (
         "BusyError CheckpointError CompileWarning ConfigurationError FitLoopError "
-        "LoaderHungWarning LockWarning MetricError MissingCriteriaError MissingLoaderError "
-        "NonFiniteError NonFiniteWarning OptimizerWarning OutputWarning RanksWarning RemoteError "
-        "RestoreError RestoreWarning ResumeWarning ScheduleWarning StageSignatureError "
-        "SyncInAsyncError ThreadModeWarning UnknownMetricError UnknownMetricWarning WeightsWarning "
-        "WorkerDiedError WorkerDiedWarning"
+        "LoaderHungWarning LockWarning LoggerWarning MetricError MissingCriteriaError "
+        "MissingLoaderError NonFiniteError NonFiniteWarning OptimizerWarning OutputWarning "
+        "RanksWarning RemoteError RestoreError RestoreWarning ResumeWarning ScheduleWarning "
+        "StageSignatureError SyncInAsyncError ThreadModeWarning UnknownMetricError "
+        "UnknownMetricWarning WeightsWarning WorkerDiedError WorkerDiedWarning"
     ),
     "fitloop._events": (
         "AnyEvent BatchProgress BestImproved EarlyStopped EpochEnded EpochStarted Event JobEnded "
@@ -156,7 +159,7 @@ _NAMES_OF_MODULES = {
     "fitloop.callbacks.plotting": "live_plot",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names.split()}
-_SUBPACKAGES = ("backends", "callbacks")
+_SUBPACKAGES = ("backends", "callbacks", "loggers")
 
 __all__ = sorted(_MODULE_OF)
 

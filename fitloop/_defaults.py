@@ -6,9 +6,10 @@ threads of the job. Outside of a `Runner` there are none.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +28,10 @@ class TrainerDefaults:
     """use a separate CUDA stream for each run"""
     name: str | None = None
     save_path: Path | None = None
+    sweep: str | None = None
+    """name that all jobs of the Runner have in common"""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """arguments of the function that makes the trainer"""
 
 
 TRAINER_DEFAULTS: ContextVar[TrainerDefaults] = ContextVar(

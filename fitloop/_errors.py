@@ -18,6 +18,7 @@
     CompileWarning           (RuntimeWarning) a model is compiled too often, or not at all
     LoaderHungWarning        (RuntimeWarning) a run ended although its loader had not returned
     LockWarning              (RuntimeWarning) the file system of a save_path has no locks
+    LoggerWarning            (RuntimeWarning) a logger failed, or was too slow
     NonFiniteWarning         (RuntimeWarning) weights or gradients are NaN or infinite
     OptimizerWarning         (RuntimeWarning) a part of the model is probably not trained
     OutputWarning            (RuntimeWarning) nothing can be printed any more
@@ -271,6 +272,14 @@ class LockWarning(RuntimeWarning):
     """The file system of a ``save_path`` has no locks, so that two trainers may both use it.
 
     The training goes on. There is one warning for each file system.
+    """
+
+
+@public
+class LoggerWarning(RuntimeWarning):
+    """A logger of `fitloop.loggers` could not write rows, or was too slow for all of them.
+
+    The training goes on. The message says what is missing.
     """
 
 

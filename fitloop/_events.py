@@ -78,6 +78,17 @@ class RunStarted(Event):
     """number of its first epoch over all runs, counted from 1"""
     resumed: bool = False
     """whether it goes on with an interrupted run; then ``step`` is that of the snapshot"""
+    run_id: str = ""
+    """identifies the training, for loggers: the same in all runs of a trainer until ``reset`` or
+    ``load``, and when the training is interrupted and resumed"""
+    save_path: str = ""
+    """directory of the trainer's files"""
+    sweep: str | None = None
+    """name that the trainings of a `Runner` have in common: that of its ``save_path``, or a random
+    one; None without a `Runner`"""
+    parameters: Mapping[str, str | float | bool | None] = field(default_factory=dict, hash=False)
+    """settings of the training: the arguments that a job was submitted with, and epochs, learning
+    rate and others by the names of their arguments"""
 
 
 @public

@@ -29,6 +29,7 @@ ORDER = [
     "_training",
     "_checkpointing",
     "callbacks",
+    "loggers",
     "_run",
     "_trainer",
     "backends",

@@ -34,7 +34,7 @@ def test_all_when_read_then_is_sorted_and_without_doubles() -> None:
 
 def test_all_when_compared_with_the_module_then_is_complete() -> None:
     public = {name for name in dir(fitloop) if not name.startswith("_")}
-    assert public - {"backends", "callbacks"} == set(NAMES)
+    assert public - {"backends", "callbacks", "loggers"} == set(NAMES)
 
 
 def test_reference_of_the_documentation_when_read_then_has_all_names() -> None:

@@ -17,9 +17,13 @@ from typing import Any
 from fitloop._checkpointing.snapshot import KIND, Snapshot, read_snapshot
 from fitloop._engine.config import SNAPSHOTS
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
-from fitloop._storage.durable import reason, remove_leftovers, sync_directory
+from fitloop._storage.durable import reason, remove_leftovers, sync_directory, write_bytes
 from fitloop._storage.layout import LayoutError, read_file_header
+from fitloop._training.trainer_state import new_run_id
 
+_ID = re.compile(r"[0-9a-f]{8,32}")
+_ID_NAME = "run_id"
+"""file with the `RunStarted.run_id` of the training"""
 _NAME = re.compile(r"snapshot-(\d{6,})\.msgpack")
 
 
@@ -56,6 +60,22 @@ class Archive:
     def is_empty(self) -> bool:
         """Return whether there is no file of a snapshot."""
         return not any(True for _ in self._files())
+
+    def identify(self, present: str, *, resume: bool) -> str:
+        """Return the id of the training, and keep it in a file.
+
+        That is the one in the file if the training is resumed, else the ``present`` one, or a new
+        one if that is empty. An id that cannot be written is told by nobody: neither can snapshots.
+        """
+        path, kept = self.directory / _ID_NAME, ""
+        with suppress(OSError):
+            kept = path.read_bytes().decode("ascii", "replace").strip()
+        if resume and _ID.fullmatch(kept):
+            return kept
+        run_id = present or new_run_id()
+        with suppress(OSError):
+            write_bytes(path, f"{run_id}\n".encode())
+        return run_id
 
     def find(self, fit: int, epochs: int) -> Snapshot | None:
         """Return the newest readable snapshot of a fit; None if the fit has not begun.
@@ -108,6 +128,8 @@ class Archive:
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be removed: {reason(error)}") from error
         self._entries = []
+        with suppress(OSError):
+            (self.directory / _ID_NAME).unlink()
 
     def _files(self) -> Iterator[tuple[int, Path]]:
         try:

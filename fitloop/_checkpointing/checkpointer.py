@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +79,7 @@ class Checkpointer:
         outside: calls a function while no random stream of the trainer is in use.
         control: of the run. A cancelled run takes one more snapshot.
         check: called before each snapshot; raises an error if none must be taken.
+        before_writing: called on the writer thread before each snapshot is written.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Checkpointer:
         outside: Callable[[Callable[[], None]], object],
         control: RunControl,
         check: Callable[[], object] = lambda: None,
+        before_writing: Sequence[Callable[[], object]] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._policy = policy
@@ -104,6 +106,7 @@ class Checkpointer:
         self._outside = outside
         self._control = control
         self._check_state = check
+        self._before_writing = before_writing
         self._clock = clock
         self._buffers = SnapshotBuffers()
         self._outcomes: deque[Event] = deque()
@@ -219,6 +222,8 @@ class Checkpointer:
         """Write the snapshot to disk; on the writer thread."""
         started = self._clock()
         try:
+            for call in self._before_writing:
+                call()
             size = prepared.write(path, overwrite=True)
             self._archive.add(
                 path, position.fit, finished=position.finished, keep=self._policy.keep

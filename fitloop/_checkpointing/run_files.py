@@ -83,6 +83,7 @@ class RunFiles:
             archive.clear()
             remove_best_models(trainer.best_models.directory)
             trainer.best_models.forget()
+        trainer.run_id = archive.identify(trainer.run_id, resume=options.resume)
         trainer.owns_archive = True
         trainer.loaders.tracks_positions = True
         return None if snapshot is None else Resumption(trainer, snapshot, plan)

@@ -256,6 +256,20 @@ class EventBus(EventStreams):
         self._queue.clear()
         self._emitting = False
 
+    def _end(self, event: RunEnded) -> None:
+        """Pass on the last event to all observers: they may have to clean up.
+
+        Raises the first error of an observer, after the others were called.
+        """
+        first: BaseException | None = None
+        for observe in self._observers:
+            try:
+                observe(event)
+            except BaseException as error:
+                first = first or error
+        if first is not None:
+            raise first
+
     def emit(self, event: Event) -> None:
         """Pass on an event, on the step thread; raise the error of an observer.
 
@@ -274,8 +288,11 @@ class EventBus(EventStreams):
                     self._clear_backlog()
                 if self._is_told:
                     self.push(current)  # first, since observers can raise an error
-                for observe in self._observers:
-                    observe(current)
+                if isinstance(current, RunEnded):
+                    self._end(current)
+                else:
+                    for observe in self._observers:
+                        observe(current)
         finally:
             self._emitting = False
 
@@ -295,7 +312,12 @@ class UserCallbacks:
         self._streams = streams
         self._readers: list[tuple[EventStream, Callable[[Any], object]]] = []
         self.plain: list[Callable[[Any], object]] = []
+        self.before_snapshot: list[Callable[[], object]] = []
+        """methods of this name, see `Callback`"""
         for callback in callbacks:
+            before_snapshot = getattr(callback, "before_snapshot", None)
+            if callable(before_snapshot):
+                self.before_snapshot.append(before_snapshot)
             if is_coroutine_function(callback):
                 self._readers.append((EventStream(streams, None), callback))
             else:

@@ -77,6 +77,8 @@ async def launch(
                 callbacks=user_callbacks.plain,
                 num_threads=config.num_threads or defaults.num_threads or torch.get_num_threads(),
                 own_cuda_stream=defaults.cuda_stream,
+                defaults=defaults,
+                before_snapshot=user_callbacks.before_snapshot,
             )
             state.control = control
             try:

@@ -23,10 +23,12 @@ from fitloop._engine.step_log import StepLog
 from fitloop._errors import CheckpointError, RestoreWarning, one_line, warn_user
 from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._metrics.results import EpochMetricsRecorder, FitResult
+from fitloop._run.parameters import run_parameters
 from fitloop._run.prompts import BackgroundPrompts, PromptOptions, Prompts
 from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._training.parts import StatePart, states_of
+from fitloop._training.trainer_state import new_run_id
 from fitloop._training.untrained_check import UntrainedCheck
 from fitloop._types import Phase, StopReason
 
@@ -82,6 +84,8 @@ class Run:
             self._session = self._open_session()
             stack.callback(self._session.close)
             self._plan = self._session.plan
+            if not options.dry:
+                state.run_id = state.run_id or new_run_id()
             self._parts["window"] = self._session.steps
             if context.schedulers is not None:
                 self._parts["schedulers"] = context.schedulers
@@ -215,6 +219,7 @@ class Run:
             outside=self._session.guard.outside,
             control=self._context.control,
             check=self._session.steps.guard.check,
+            before_writing=self._context.before_snapshot,
         )
 
     def _make_prompts(self) -> Prompts | None:
@@ -253,6 +258,10 @@ class Run:
             first_epoch=plan.first_epoch,
             step=0 if resumption is None else resumption.step,
             resumed=resumption is not None,
+            run_id=self._state.run_id,
+            save_path=str(config.save_path),
+            sweep=self._context.defaults.sweep,
+            parameters=run_parameters(config, plan, self._context.defaults),
         )
         outside(self._state.event_bus.emit, started)
         if self._was_finished:

@@ -17,6 +17,7 @@ from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._concurrency.time_slices import TimeSliceHook
 from fitloop._concurrency.torch_threads import intra_op_threads
 from fitloop._data.cuda_stream import CudaStreamScope, NullStreamScope
+from fitloop._defaults import TrainerDefaults
 from fitloop._engine.config import STAGE_NAMES
 from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import add_attribute_hint
@@ -49,6 +50,10 @@ class RunContext:
     """intra-op threads of the step thread"""
     own_cuda_stream: bool
     """whether the kernels of this run overlap with those of other runs"""
+    defaults: TrainerDefaults
+    """those of the job of a `Runner`"""
+    before_snapshot: Sequence[Callable[[], object]] = ()
+    """methods of callbacks that are called before a snapshot is written"""
 
 
 class RunSession:

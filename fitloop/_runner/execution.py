@@ -34,7 +34,10 @@ from fitloop.callbacks.callback import Callback
 class ResourceAllocator:
     """Divides the cores among the jobs that run at a time, and assigns the accelerators in turn."""
 
-    def __init__(self, max_concurrent: int, *, cuda_streams: bool = False) -> None:
+    def __init__(
+        self, max_concurrent: int, sweep: str | None = None, *, cuda_streams: bool = False
+    ) -> None:
+        self._sweep = sweep
         self._cuda_streams = cuda_streams
         self._num_threads = max(1, available_cores() // max_concurrent)
         self._allocations = 0
@@ -53,6 +56,7 @@ class ResourceAllocator:
             cuda_stream=self._cuda_streams,
             name=name,
             save_path=save_path,
+            sweep=self._sweep,
         )
 
 

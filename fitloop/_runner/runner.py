@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -145,7 +146,9 @@ class Runner:
         self._executor = JobExecutor(
             backend=self._backend,
             allocator=ResourceAllocator(
-                self._max_concurrent, cuda_streams=check_flag("cuda_streams", cuda_streams)
+                self._max_concurrent,
+                self._save_path.name if self._save_path else f"sweep-{secrets.token_hex(3)}",
+                cuda_streams=check_flag("cuda_streams", cuda_streams),
             ),
             callbacks=check_callbacks(callbacks),
             keep_trainers=check_flag("keep_trainers", keep_trainers),

@@ -725,6 +725,7 @@ class FitLoop(TrainerBase):
                 raise
             self._state.best_models.training = ""  # files of later epochs there stay
             self._state.metric_log = None  # it does not hold the history any more
+            self._state.run_id = ""
 
         await run_exclusively_in_thread(self._state, "load", read)
 

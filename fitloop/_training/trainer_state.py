@@ -6,6 +6,7 @@ another. Its methods run in the thread of a run or of a file operation.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import PureWindowsPath
@@ -76,6 +77,11 @@ from fitloop._types import Phase
 _STATISTICS = ("running_mean", "running_var")
 
 
+def new_run_id() -> str:
+    """Return a random id of a training, which is part of names of files and of W&B."""
+    return secrets.token_hex(5)
+
+
 class BestState(NamedTuple):
     """The weights of the best epoch, and the states of the optimizers in it."""
 
@@ -89,6 +95,9 @@ class BestState(NamedTuple):
 
 class TrainerState:
     """The changing state of one trainer."""
+
+    run_id = ""
+    """identifies the training in events; empty before the first run"""
 
     def __init__(self, config: TrainerConfig) -> None:
         _check_best_name(config.best_model_name)
@@ -356,6 +365,7 @@ class TrainerState:
         self.history.clear()
         self.metric_log = None  # the next run starts a new one
         self.epoch_num = 0
+        self.run_id = ""
         self._clear_best_score()
         self.rng.reset()
         self.configure_optimizer(trainer)

@@ -52,6 +52,11 @@ class Callback(Protocol):
     An exception from a callback ends the run as failed, and ``fit`` raises the same exception
     object with notes that name the callback, the event and the trainer.
 
+    A method ``before_snapshot()`` of a callback is called before a snapshot of the run is written,
+    on another thread, and the snapshot waits for it. A callback that passes events on elsewhere can
+    return from it when all events so far are safe, so that none is missing if the training is
+    killed and resumed. An exception is one of the writing, see `Checkpoint`.
+
     A cancellation does not interrupt a plain callback, and every plain callback gets the `RunEnded`
     of the cancelled run. It cancels an ``async def`` callback in its present ``await``; later
     events do not reach that callback.

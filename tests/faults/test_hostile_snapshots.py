@@ -475,7 +475,7 @@ def test_resume_when_the_newest_snapshot_is_damaged_then_the_older_one_is_taken(
     tmp_path: Path, how: str
 ) -> None:
     expected = interrupted(tmp_path)
-    kept = sorted((tmp_path / "torn" / "snapshots").iterdir())
+    kept = sorted((tmp_path / "torn" / "snapshots").glob("*.msgpack"))
     assert len(kept) >= 2
     damage(kept[-1], how)
     again = sync_trainer(save_path=tmp_path / "torn", seed=2)
@@ -489,7 +489,7 @@ def test_resume_when_the_newest_snapshot_is_damaged_then_the_older_one_is_taken(
 
 def test_resume_when_every_snapshot_is_damaged_then_it_warns_and_begins(tmp_path: Path) -> None:
     expected = interrupted(tmp_path)
-    for path in (tmp_path / "torn" / "snapshots").iterdir():
+    for path in (tmp_path / "torn" / "snapshots").glob("*.msgpack"):
         damage(path, "payload")
     again = sync_trainer(save_path=tmp_path / "torn", seed=2)
     with pytest.warns(ResumeWarning, match="left out"):

@@ -657,7 +657,9 @@ def test_snapshot_when_weights_are_not_finite_then_is_not_written(
         fitted.save()
     assert not (tmp_path / "state.msgpack").exists()
     fitted.save_model()
-    fitted.load(path=tmp_path / "snapshots", name=next((tmp_path / "snapshots").iterdir()).name)
+    fitted.load(
+        path=tmp_path / "snapshots", name=next((tmp_path / "snapshots").glob("*.msgpack")).name
+    )
     assert fitted.epoch_num == 1
     assert all(parameter.isfinite().all() for parameter in fitted.model.parameters())
 

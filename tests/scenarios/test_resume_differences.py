@@ -113,7 +113,7 @@ def test_resume_when_the_loader_is_another_one_between_epochs_then_warns_once(
 
 def test_resume_when_the_refused_state_is_loaded_then_an_epoch_begins_anew(tmp_path: Path) -> None:
     begin(tmp_path / "a", train_dl=loader())
-    newest = max((tmp_path / "a" / "snapshots").iterdir())
+    newest = max((tmp_path / "a" / "snapshots").glob("*.msgpack"))
     trainer = sync_trainer(save_path=tmp_path / "b", seed=1, train_dl=loader(batch_size=4))
     with pytest.warns(ResumeWarning, match="batch_size was 8 and is 4"):
         trainer.load(newest.name, newest.parent)

@@ -73,7 +73,7 @@ def _write_files() -> dict[str, bytes]:
         unseeded = sync_trainer(save_path=parent / "other")
         unseeded.fit(1, verbose=False)
         unseeded.save("unseeded.msgpack", parent)
-        snapshots = sorted((parent / "snapshots").iterdir())
+        snapshots = sorted((parent / "snapshots").glob("*.msgpack"))
         return {
             **{path.name: path.read_bytes() for path in parent.glob("*.msgpack")},
             "running.msgpack": snapshots[0].read_bytes(),
