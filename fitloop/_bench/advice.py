@@ -24,7 +24,8 @@ class Advice:
     """One change to make, or one fact that makes a change needless."""
 
     about: str
-    """``"noise"``, ``"loader"``, ``"prefetch"``, ``"start"``, ``"overhead"`` or ``"nothing"``"""
+    """``"noise"``, ``"loader"``, ``"loading"``, ``"prefetch"``, ``"start"``, ``"overhead"`` or
+    ``"nothing"``"""
     text: str
     change: bool = True
     """whether the user should change something"""
@@ -54,7 +55,7 @@ def _loader(conditions: Conditions, figures: Figures) -> list[Advice]:
     starved = figures.starved
     waits = f"{starved.median:.0%} of the time"
     if starved.is_below(STARVED):
-        ahead = ", since batches are loaded ahead" * (conditions.loads == "ahead")
+        ahead = ", since batches are loaded ahead" * (conditions.loads != "inline")
         text = f"The loader keeps up: the step waits for it {waits}{ahead}."
         return [Advice("loader", f"{text} A faster loader would gain nothing.", change=False)]
     if not starved.is_above(STARVED):
@@ -66,7 +67,8 @@ def _loader(conditions: Conditions, figures: Figures) -> list[Advice]:
         return [Advice("loader", text)]
     advice = _load_ahead(conditions, figures)
     load, step = figures.seconds(Variant.LOAD), figures.seconds(Variant.STEP)
-    now = figures.seconds(Variant.AHEAD if advice else Variant.FITLOOP)
+    best_way = _ADVISED_WAYS[advice[0].about] if advice else Variant.FITLOOP
+    now = figures.seconds(best_way)
     workers = _useful_workers(conditions, load, step)
     best = max(load * max(1, conditions.num_workers or 0) / workers, step)
     times = f"load {text_of(load)}, step {text_of(step)} a batch; the step waits {waits}"
@@ -114,7 +116,12 @@ def _faster(figures: Figures, slow: Variant, fast: Variant) -> tuple[str, str] |
     return text_of(figures.seconds(slow)), text_of(figures.seconds(fast))
 
 
+_ADVISED_WAYS = {"prefetch": Variant.AHEAD, "loading": Variant.PROCESS}
+
+
 def _load_ahead(conditions: Conditions, figures: Figures) -> list[Advice]:
+    if advice := _load_in_process(conditions, figures):
+        return advice
     times = _faster(figures, Variant.FITLOOP, Variant.AHEAD)
     if conditions.loads != "inline" or times is None:
         return []
@@ -125,6 +132,21 @@ def _load_ahead(conditions: Conditions, figures: Figures) -> list[Advice]:
     condition = 'If the dataset uses no random numbers, give loader_randomness="own" and'
     reason = "With seed=, a loader that may use them is not read during a step."
     return [Advice("prefetch", f"{condition} {text} {reason}")]
+
+
+def _load_in_process(conditions: Conditions, figures: Figures) -> list[Advice]:
+    times = _faster(figures, Variant.FITLOOP, Variant.PROCESS)
+    against_thread = figures.saving(Variant.AHEAD, Variant.PROCESS)
+    if conditions.loads == "in a process" or times is None or against_thread is None:
+        return []
+    # With a seed, a thread needs a promise about the loader, and a process needs none.
+    if not against_thread.is_above(-GAIN if conditions.takes_turns else GAIN):
+        return []
+    text = (
+        f'Give loading="process": a batch took {times[0]} as it is set up, and {times[1]} with '
+        "the loader in a process. It then has a copy of the loader: see docs/loading.md."
+    )
+    return [Advice("loading", text)]
 
 
 def _load_inline(conditions: Conditions, figures: Figures) -> list[Advice]:

@@ -25,6 +25,7 @@ class Variant(StrEnum):
     FITLOOP = "fitloop"
     INLINE = "prefetch_0"
     AHEAD = "prefetch_2"
+    PROCESS = "loading_process"
 
 
 LABELS = {
@@ -35,6 +36,7 @@ LABELS = {
     Variant.FITLOOP: "fitloop",
     Variant.INLINE: "fitloop, prefetch=0",
     Variant.AHEAD: "fitloop, prefetch=2",
+    Variant.PROCESS: 'fitloop, loading="process"',
 }
 
 
@@ -108,7 +110,7 @@ class Conditions:
     """processor cores that the process may use"""
     processor: str
     loads: str
-    """how fitloop loads: ``"inline"`` or ``"ahead"``"""
+    """how fitloop loads: ``"inline"``, ``"ahead"`` or ``"in a process"``"""
     prefetch: int | None
     num_workers: int | None = None
     persistent_workers: bool = False

@@ -12,7 +12,7 @@ from fitloop._data.device import map_tensors
 from fitloop._data.inspection import detached, is_iterable, uses_rng_only_at_start
 from fitloop._data.loaders import Loaders
 from fitloop._data.prefetch_tuner import MeasuredSource
-from fitloop._data.sources import LoadContext, PrefetchSource, Source
+from fitloop._data.sources import InlineSource, LoadContext, PrefetchSource, Source
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import ConfigurationError
 
@@ -86,7 +86,9 @@ class BenchLoaders(Loaders):
         source = self.last_source
         if isinstance(source, MeasuredSource):
             source = source.source
-        return "ahead" if isinstance(source, PrefetchSource) else "inline"
+        if isinstance(source, PrefetchSource):
+            return "ahead"
+        return "inline" if isinstance(source, InlineSource) else "in a process"
 
     @property
     def has_chosen(self) -> bool:

@@ -43,6 +43,8 @@ WARM_UP_PASSES, WARM_UP_BATCHES = 4, 20
 """limits of the passes in which fitloop finds out how to load"""
 MAX_STORED, MAX_BYTES = 64, 256 << 20
 """limits of the batches in memory"""
+PROCESS_LOAD = 0.5e-3
+"""least seconds of a load for which a process is tried"""
 ESTIMATE_SHARE = 0.05
 """share of the time for the first estimate"""
 
@@ -71,6 +73,8 @@ class BenchRun:
         self._loaders: dict[Variant, BenchLoaders] = {}
         self._memory: list[Any] = []
         self._budget = BenchBudget()
+        self._process_start = 0.0
+        """seconds, which are long for the first process of a program and do not count"""
         self._measurement: Measurement | None = None
 
     def execute(self) -> None:
@@ -104,16 +108,24 @@ class BenchRun:
         access = self._access = LoaderAccess(self._loader, config)
         self._session.on_restore.append(access.close)
         self._loader = access.loader
-        options = LoadingOptions(prefetch=config.prefetch, randomness=config.loader_randomness)
-        randomness = "own" if access.takes_turns else config.loader_randomness
+        options, randomness = config.loading_options, config.loader_randomness
+        in_process = replace(options, prefetch=None, loading="process")
+        if options.loading == "process":
+            in_memory = replace(options, prefetch=0, loading=None)
+        else:
+            in_memory = options
+        alone = "own" if access.takes_turns else randomness
         self._loaders = {
-            Variant.FITLOOP_IN_MEMORY: BenchLoaders(options),
+            Variant.FITLOOP_IN_MEMORY: BenchLoaders(in_memory),
             Variant.FITLOOP: BenchLoaders(options),
-            Variant.INLINE: BenchLoaders(replace(options, prefetch=0)),
-            Variant.AHEAD: BenchLoaders(LoadingOptions(prefetch=2, randomness=randomness)),
+            Variant.INLINE: BenchLoaders(LoadingOptions(prefetch=0, randomness=randomness)),
+            Variant.AHEAD: BenchLoaders(LoadingOptions(prefetch=2, randomness=alone)),
+            Variant.PROCESS: BenchLoaders(in_process),
         }
 
     def _clear(self) -> None:
+        for loaders in self._loaders.values():
+            loaders.end_process(self._config.loader_grace)
         self._loaders.clear()
         self._memory.clear()
 
@@ -133,7 +145,7 @@ class BenchRun:
             self._warm_up(variants)
             while len(rounds) < self._budget.rounds:
                 enough = self._request.rounds is None and len(rounds) >= MIN_ROUNDS
-                if enough and self.clock() - started > self._request.seconds:
+                if enough and self.clock() - started > self._request.seconds + self._process_start:
                     break
                 rounds.append(self._round(variants, len(rounds)))
         except _StoppedError:
@@ -177,18 +189,38 @@ class BenchRun:
         return timer.estimate(self._access.buffered)
 
     def _variants(self, estimate: FirstEstimate) -> list[Variant]:
-        if estimate.loading_matters and self._access.kind != "list":
-            return list(Variant)
-        return [v for v in Variant if v not in (Variant.INLINE, Variant.AHEAD)]
+        left_out = set[Variant]()
+        if not estimate.loading_matters or self._access.kind == "list":
+            left_out = {Variant.INLINE, Variant.AHEAD, Variant.PROCESS}
+        elif self._access.num_workers or estimate.load < PROCESS_LOAD:
+            left_out = {Variant.PROCESS}
+        return [variant for variant in Variant if variant not in left_out]
 
-    def _warm_up(self, variants: Sequence[Variant]) -> None:
+    def _warm_up(self, variants: list[Variant]) -> None:
         """Run each variant once; fitloop more often, until it has chosen how to load."""
-        for variant in variants:
+        for variant in list(variants):
             self._show(f"warming up: {LABELS[variant]}")
+            if variant is Variant.PROCESS and not self._can_use_process():
+                variants.remove(variant)
+                continue
             for _ in range(WARM_UP_PASSES):
                 self._pass(variant, WARM_UP_BATCHES)
                 if variant is not Variant.FITLOOP or self._loaders[variant].has_chosen:
                     break
+
+    def _can_use_process(self) -> bool:
+        """Return whether the loader can be read in a process: not all can be sent there."""
+        started = self.clock()
+        try:
+            self._pass(Variant.PROCESS, 1)
+        except Exception:
+            self._check_control()
+            if self._config.loading == "process":
+                raise
+            return False
+        finally:
+            self._process_start = self.clock() - started
+        return True
 
     # -- passes, on the step thread --------------------------------------------------------------
 

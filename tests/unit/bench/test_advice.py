@@ -87,6 +87,20 @@ def test_advice_when_loading_ahead_was_faster_then_is_prefetch() -> None:
     assert 'loader_randomness="own"' in text
 
 
+def test_advice_when_a_process_was_faster_than_a_thread_then_is_loading() -> None:
+    times: Any = {"load": 0.008, "step": 0.005, "prefetch_0": 0.013, "prefetch_2": 0.012}
+    times["loading_process"] = 0.0082
+    texts = advice_texts(measurement(**times))
+    assert texts["loading"].startswith('Give loading="process": a batch took 13.0 ms as it is set')
+    assert "instead of 8.2 ms a batch" in texts["loader"]
+    assert "prefetch" not in texts
+    equal = {**times, "prefetch_2": 0.0082}
+    assert "prefetch" in advice_texts(measurement(**equal))
+    seeded = advice_texts(measurement(**equal, conditions=with_conditions(takes_turns=True)))
+    assert "prefetch" not in seeded
+    assert "loading" in seeded
+
+
 def test_advice_when_loading_ahead_costs_then_is_to_load_inline() -> None:
     ahead = with_conditions(loads="ahead", prefetch=2)
     measured = measurement(

@@ -23,6 +23,7 @@ from support.models import (
     trainer,
 )
 from support.state_comparison import assert_same_state, trainer_state
+from support.worker_processes import worker_processes
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -37,6 +38,8 @@ from fitloop import (
     LoopState,
     MissingLoaderError,
 )
+from fitloop._bench import run as bench_run
+from fitloop._bench.budget import FirstEstimate
 from fitloop._bench.run import BenchRun
 from fitloop._run.session import RunSession
 
@@ -45,6 +48,12 @@ ONE_LOOP = pytest.mark.parametrize(
     "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True
 )
 SHORT: dict[str, Any] = {"batches": 3, "rounds": 2}
+
+
+@pytest.fixture(autouse=True)
+def _loaders_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start no process, which would have a copy of a loader that a test looks at."""
+    monkeypatch.setattr(bench_run, "PROCESS_LOAD", float("inf"))
 
 
 @pytest.fixture
@@ -102,6 +111,25 @@ async def test_benchmark_when_time_passes_in_loader_and_step_then_each_variant_h
     assert report.figures.overlap.median == 5 / 3
     assert (report.conditions.batches, report.conditions.rounds) == (3, 2)
     assert (report.conditions.kind, report.conditions.loads) == ("iterable", "inline")
+
+
+@ONE_LOOP
+async def test_benchmark_when_loads_take_long_then_a_process_is_tried_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_run, "PROCESS_LOAD", 0.0)
+    monkeypatch.setattr(FirstEstimate, "loading_matters", True)
+    lock = threading.Lock()
+
+    def locked() -> Iterator[Any]:
+        with lock:
+            yield from batches()
+
+    data = DataLoader(Augmented(blobs()), 8)
+    for train_dl, expected in ((data, True), (locked, False)):
+        report = await bench(small(train_dl=train_dl))
+        assert ("loading_process" in medians(report)) is expected
+    assert worker_processes() == []
 
 
 @ONE_LOOP
