@@ -8,7 +8,9 @@ There are three kinds of loaders: they wait for something outside, decompress wi
 interpreter's lock, or compute in Python, holding it. Every contender gets the same `DataLoader`,
 with 0 workers unless the row names a number, so that all overlap within one process is the work of
 the trainer. fitloop is given ``prefetch=2``, since by default it reads such a loader between the
-steps. A cell is named load/step in ms, as intended; 32 batches are timed, after 16 in which loaders
+steps; "in a process" is ``loading="process"``. "Seeded" has ``seed=1``, with which a thread reads
+no loader that may draw beside a step. A cell is named load/step in ms, as intended; 32 batches are
+timed, after 16 in which loaders
 fill up. The last column is the ratio
 to the bare loop with 0 workers. That column and "all cells" show the median of the cells, with the
 best and the worst cell.
