@@ -68,6 +68,7 @@ def checked_arguments(check: Callable[[str, Any], Any] = _keep) -> Callable[[F],
 
             @wraps(method)
             async def call(*args: Any, **options: Any) -> Any:
+                __tracebackhide__ = True  # IPython leaves out this frame
                 try:
                     return await method(*checked(args, options), **options)
                 except BaseException as error:

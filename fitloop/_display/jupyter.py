@@ -47,6 +47,8 @@ def interruptible() -> Iterator[None]:
     To interrupt a cell, a kernel cancels its task by a callback on the event loop, but does not
     wake the loop (https://github.com/ipython/ipykernel/issues/881). A loop that only waits for a
     run would sleep until the run ends, so the block wakes it every `INTERRUPT_SECONDS`.
+
+    The cancellation is then shown in one line instead of a traceback: it tells what the person did.
     """
     if not in_notebook():
         yield
@@ -66,6 +68,10 @@ def interruptible() -> Iterator[None]:
     wake()
     try:
         yield
+    except asyncio.CancelledError as error:
+        line = "CancelledError: the run was interrupted; it ended after a whole batch"
+        setattr(error, "_render_traceback_", lambda: [line])  # noqa: B010 - IPython asks for it
+        raise
     finally:
         timer.cancel()
 

@@ -41,6 +41,7 @@ def _blocking(verb: Callable[Concatenate[FitLoop, P], Awaitable[R]]) -> _Method[
     """Return a method that runs a coroutine of FitLoop to its end."""
 
     def call(self: SyncFitLoop, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        __tracebackhide__ = True  # IPython leaves out this frame
         _refuse_in_event_loop(verb.__name__)
 
         async def run() -> R:

@@ -62,6 +62,7 @@ def test_fit_when_an_earlier_cell_made_its_task_then_is_shown_there(jupyter: Ker
 def test_kernel_when_interrupted_then_fit_ends_whole_and_can_go_on(jupyter: Kernel) -> None:
     cell = jupyter.run("fitted = trainer()\nawait fitted.fit(10**7)", interrupt=True)
     assert (cell.status, cell.error) == ("error", "CancelledError")
+    assert cell.traceback == "CancelledError: the run was interrupted; it ended after a whole batch"
     (page,) = cell.pages.values()
     assert re.match(r"Sequential: cancelled (in|after) epoch \d+ of 10000000, ", page["text/plain"])
     assert "<progress" not in page["text/html"]
@@ -146,6 +147,9 @@ def test_fit_when_a_stage_raises_then_the_display_says_so(jupyter: Kernel) -> No
         "def bad(state):\n    raise ValueError('<oh>')\nawait trainer(valid_step=bad).fit(3)"
     )
     assert (cell.status, cell.error) == ("error", "ValueError")
+    assert "fitloop/" not in cell.traceback
+    assert re.search(r"-> 2 +raise ValueError\('<oh>'\)", cell.traceback)
+    assert "in trainer 'Sequential': valid, epoch 1" in cell.traceback
     (page,) = cell.pages.values()
     assert "failed with ValueError: &lt;oh&gt;" in page["text/html"]
 

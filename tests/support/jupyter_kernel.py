@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class Cell:
     status: str = ""
     error: str = ""
     """name of the exception that it raised"""
+    traceback: str = ""
+    """the text that shows it"""
     shows: list[str] = field(default_factory=list)
     """HTML of each display of the cell when it was made"""
     updates: list[tuple[str, str]] = field(default_factory=list)
@@ -56,6 +59,7 @@ class Cell:
                 self.result = content["data"]
             case "error":
                 self.error = content["ename"]
+                self.traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(content["traceback"]))
 
 
 class Kernel:
