@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fitloop import loggers as loggers
     from fitloop._bench.benchmark import benchmark as benchmark
     from fitloop._bench.report import BenchReport as BenchReport
-    from fitloop._checkpointing.checkpointer import Checkpoint as Checkpoint
+    from fitloop._checkpointing.policy import Checkpoint as Checkpoint
     from fitloop._engine.event_bus import EventStream as EventStream
     from fitloop._engine.loop_state import LoopState as LoopState
     from fitloop._engine.profiler import PhaseProfile as PhaseProfile
@@ -115,7 +115,7 @@ __version__ = "1.0.0a1"
 _NAMES_OF_MODULES = {
     "fitloop._bench.benchmark": "benchmark",
     "fitloop._bench.report": "BenchReport",
-    "fitloop._checkpointing.checkpointer": "Checkpoint",
+    "fitloop._checkpointing.policy": "Checkpoint",
     "fitloop._training.averaging": "EMA SWA",
     "fitloop._engine.event_bus": "EventStream",
     "fitloop._engine.loop_state": "LoopState",

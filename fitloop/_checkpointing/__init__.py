@@ -9,7 +9,8 @@ engine's loop, terminals or event loops.
 - `snapshot`: both in one file.
 - `comparison`: compares a snapshot with the trainer that is to take it.
 - `archive`: the snapshots in a directory.
-- `checkpointer`: `Checkpoint`, and when a snapshot is taken.
+- `policy`: `Checkpoint`, what a user asks for.
+- `checkpointer`: takes the snapshots of a run.
 - `best_model_files`: the weights files of the best validations.
 - `rollback`: a copy in memory, for a no to the continue question.
 - `run_files`, `run_log`: the files of one run.

@@ -1,4 +1,4 @@
-"""`Checkpoint`, the policy of a run for its snapshots, and `Checkpointer`, which carries it out.
+"""`Checkpointer`, which takes the snapshots of a run as its `Checkpoint` says.
 
 A `Checkpointer` observes a run. If a snapshot is due, it copies the state of the trainer on the
 step thread; the writer thread writes it. Knows neither the engine nor the format of the file.
@@ -9,66 +9,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fitloop._checkpointing.archive import Archive
 from fitloop._checkpointing.best_model_files import BestModelFiles
+from fitloop._checkpointing.policy import Checkpoint
 from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.snapshot import PreparedSnapshot, take_snapshot
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._concurrency.control import RunControl
-from fitloop._engine.config import check_flag, check_optional, check_seconds
-from fitloop._errors import CheckpointError, ConfigurationError, NonFiniteWarning, warn_user
+from fitloop._errors import CheckpointError, NonFiniteWarning, warn_user
 from fitloop._events import EpochEnded, Event, SnapshotFailed, SnapshotWritten
-from fitloop._public import public
 from fitloop._storage.durable import reason
 from fitloop._storage.tensors import SnapshotBuffers
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
-
-
-@public
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """The policy of ``fit`` for snapshots: when one is taken, and how many are kept.
-
-    A snapshot is due when any of the intervals is over, and when the run ends. Training waits
-    while its state is copied in memory; a thread writes the copy to ``save_path/snapshots``. A
-    snapshot that becomes due during a write is taken at the first batch boundary after it.
-
-    Raises ConfigurationError for values that cannot work.
-    """
-
-    every_epochs: int | None = 1
-    every_batches: int | None = None
-    """interval in train batches"""
-    every_seconds: float | None = None
-    """interval in wall-clock time"""
-    keep: int | None = 2
-    """snapshots of the running fit to keep; None keeps all. The last of each fit always stays"""
-    keep_best: int | None = None
-    """number of weights files of the best validations to keep in ``save_path/best_models``, written
-    as by ``save_model``; None keeps none. `FitLoop.best_models` lists them. They are compared by
-    the criteria over all fits of the trainer; the later of equal ones is the better. Files that
-    this training has not written are never removed"""
-    on_error: Literal["raise", "warn"] = "raise"
-    """"raise": a snapshot that cannot be written ends the run with a CheckpointError at the next
-    batch boundary; "warn": it causes a `SnapshotFailed` event, and training goes on"""
-    overwrite: bool = False
-    """whether a run that is not resumed removes the snapshots and the best models of an earlier
-    training; otherwise snapshots cause a CheckpointError"""
-
-    def __post_init__(self) -> None:
-        for name in ("every_epochs", "every_batches", "keep", "keep_best"):
-            check_optional(f"Checkpoint({name}=)", getattr(self, name), 1)
-        check_flag("Checkpoint(overwrite=)", self.overwrite)
-        check_seconds("Checkpoint(every_seconds=)", self.every_seconds)
-        if self.on_error not in ("raise", "warn"):
-            raise ConfigurationError(
-                f"Checkpoint(on_error=) is {self.on_error!r}; expected 'raise' or 'warn'"
-            )
 
 
 class Checkpointer:
@@ -273,18 +229,3 @@ class Checkpointer:
                     f"{event.path} cannot be written: {event.error}; the older snapshots are "
                     "still there. Checkpoint(on_error='warn') trains on instead"
                 )
-
-
-def check_checkpoint(checkpoint: object, *, resume: bool) -> Checkpoint | None:
-    """Return the policy of a run; None if it takes no snapshots.
-
-    Raises ConfigurationError if ``checkpoint`` is not a `Checkpoint`.
-    """
-    if checkpoint is None:
-        return Checkpoint() if resume else None
-    if not isinstance(checkpoint, Checkpoint):
-        raise ConfigurationError(
-            f"checkpoint is {checkpoint!r:.60}; expected a fitloop.Checkpoint, such as "
-            "Checkpoint(every_epochs=1)"
-        )
-    return checkpoint

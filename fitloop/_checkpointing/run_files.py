@@ -6,15 +6,15 @@ Brings together the archive, the metric log and the writer thread. Knows no engi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from fitloop._checkpointing.archive import Archive
 from fitloop._checkpointing.best_model_files import remove_best_models
-from fitloop._checkpointing.checkpointer import Checkpoint
 from fitloop._checkpointing.comparison import check_fits
+from fitloop._checkpointing.policy import FileOptions
 from fitloop._checkpointing.run_log import RunLog
 from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.snapshot import Snapshot, apply_snapshot
@@ -35,14 +35,6 @@ from fitloop._storage.durable import DirectoryLock
 from fitloop._training.parts import StatePart
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileOptions:
-    """The files of a run: always the metric log, and snapshots if there is a ``checkpoint``."""
-
-    checkpoint: Checkpoint | None = None
-    resume: bool = False
 
 
 class RunFiles:

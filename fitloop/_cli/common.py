@@ -10,9 +10,8 @@ from typing import Any
 from fitloop._errors import CheckpointError
 from fitloop._format import printable
 from fitloop._runner.records import job_name
-from fitloop._storage.durable import reason
+from fitloop._storage.durable import LOG_NAME, reason
 from fitloop._storage.layout import LayoutError, TensorEntry, read_file_header
-from fitloop._storage.metric_log import LOG_NAME
 
 
 def print_line(text: str) -> None:

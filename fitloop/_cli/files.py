@@ -10,10 +10,10 @@ from typing import Any
 
 from fitloop._errors import CheckpointError
 from fitloop._format import format_number
-from fitloop._storage.durable import LOCK_NAME, open_regular, reason
+from fitloop._storage.durable import LOCK_NAME, LOG_NAME, open_regular, reason
 from fitloop._storage.job_files import OUTCOME_NAME
 from fitloop._storage.layout import LayoutError, TensorEntry, read_file_header
-from fitloop._storage.metric_log import LOG_NAME, PROGRESS_NAME
+from fitloop._storage.metric_log import PROGRESS_NAME
 
 OTHER_WEIGHTS = {".safetensors", ".pt", ".pth"}
 _FOLDERS = ("snapshots", "best_models")

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,11 @@ from fitloop._format import format_duration, format_metrics, format_number, json
 from fitloop._metrics.history import History
 from fitloop._runner.records import Record, read_outcome, read_record
 from fitloop._runner.results import Results, read_results
-from fitloop._storage.durable import LOCK_NAME, is_locked, open_regular
+from fitloop._storage.durable import LOCK_NAME, LOG_NAME, is_locked, open_regular
 from fitloop._storage.job_files import OUTCOME_NAME
 from fitloop._storage.layout import TensorEntry
 from fitloop._storage.log_records import iter_records
-from fitloop._storage.metric_log import LOG_NAME, PROGRESS_NAME, read_log, read_progress
+from fitloop._storage.metric_log import PROGRESS_NAME, read_log, read_progress
 from fitloop._types import Phase
 
 SNAPSHOT = "snapshot"
@@ -318,7 +317,7 @@ def _snapshot_lines(header: dict[str, Any]) -> list[str]:
 def _print_tensors(entries: list[TensorEntry], *, everything: bool) -> None:
     total = sum(entry.nbytes for entry in entries)
     print_line(f"  tensors    {len(entries)}, {file_size(total)}")
-    entries = [replace(entry, name=printable(entry.name)) for entry in entries]
+    entries = [entry._replace(name=printable(entry.name)) for entry in entries]
     listed = entries if everything else entries[:MAX_TENSORS]
     width = max((len(entry.name) for entry in listed), default=0)
     for entry in listed:

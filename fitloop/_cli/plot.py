@@ -17,8 +17,8 @@ from fitloop._metrics.history import History
 from fitloop._plotting.draw import new_figure, plot_selections
 from fitloop._plotting.selection import RunSelection
 from fitloop._runner.records import best_runs
-from fitloop._storage.durable import reason, write_file
-from fitloop._storage.metric_log import LOG_NAME, read_log, read_metrics
+from fitloop._storage.durable import LOG_NAME, reason, write_file
+from fitloop._storage.metric_log import read_log, read_metrics
 
 MAX_DOTS = 10_000
 """of a side; more takes gigabytes of memory, and matplotlib refuses 65536 or more"""

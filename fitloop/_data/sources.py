@@ -59,7 +59,7 @@ class Source(Protocol):
         """Stop reading and return the batches that were read but not fetched, as read."""
 
 
-@dataclass(slots=True)
+@dataclass
 class LoadContext:
     """The connections of a source to its run."""
 

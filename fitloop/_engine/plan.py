@@ -74,7 +74,7 @@ class Instrumentation:
         return None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class EngineDeps:
     """The dependencies of the engine."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
-from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
+from fitloop._checkpointing.policy import Checkpoint, check_checkpoint
 from fitloop._data.inspection import check_loader
 from fitloop._display.printed import PRINT_STYLES, PrintStyle
 from fitloop._engine.config import (

@@ -11,11 +11,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
-from fitloop._checkpointing.checkpointer import Checkpointer
-from fitloop._checkpointing.rollback import RollbackPoint
-from fitloop._checkpointing.run_files import FileOptions, RunFiles
-from fitloop._checkpointing.run_position import RunPosition, loader_tree
+from fitloop._checkpointing.policy import FileOptions
 from fitloop._concurrency.control import Cancelled
 from fitloop._engine.metric_objects import MetricStates
 from fitloop._engine.plan import Instrumentation
@@ -31,6 +29,11 @@ from fitloop._training.parts import StatePart, states_of
 from fitloop._training.trainer_state import new_run_id
 from fitloop._training.untrained_check import UntrainedCheck
 from fitloop._types import Phase, StopReason
+
+if TYPE_CHECKING:  # only runs with snapshots need these modules
+    from fitloop._checkpointing.checkpointer import Checkpointer
+    from fitloop._checkpointing.run_files import RunFiles
+    from fitloop._checkpointing.run_position import RunPosition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,7 @@ class RunOptions:
     """the files that the run writes; None if it writes none"""
 
 
-@dataclass(frozen=True)
-class Observer:
+class Observer(NamedTuple):
     """A part of a run that reacts to its events, to each train batch, or to both."""
 
     on_event: Callable[[Event], object] | None = None
@@ -76,8 +78,10 @@ class Run:
         """parts of the state of this run, by their key in snapshots"""
         state.user_settings.begin_call()
         with ExitStack() as stack:
-            self._files = None
+            self._files: RunFiles | None = None
             if options.files is not None:
+                from fitloop._checkpointing.run_files import RunFiles
+
                 self._files = RunFiles(state, options.files, context.plan)
                 stack.callback(self._files.close)
             self._resumption = None if self._files is None else self._files.resumption
@@ -209,6 +213,8 @@ class Run:
     def _make_checkpointer(self) -> Checkpointer | None:
         if self._files is None or self._files.checkpoint is None:
             return None
+        from fitloop._checkpointing.checkpointer import Checkpointer
+
         return Checkpointer(
             self._files.checkpoint,
             self._state,
@@ -228,6 +234,8 @@ class Run:
             return None
         if not options.in_background:
             return Prompts(options, self._session)
+        from fitloop._checkpointing.rollback import RollbackPoint
+
         self._state.capture().check("fit(continue_while_asking=True)")
         mark = partial(
             RollbackPoint,
@@ -313,6 +321,8 @@ class Run:
 
     def _position(self, finished: bool) -> RunPosition:
         """Return the present position of the run, for a snapshot."""
+        from fitloop._checkpointing.run_position import RunPosition, loader_tree
+
         if self._step_log is not None:  # a resumed run must not emit them again
             self._step_log.flush()
         plan, train_pass = self._plan, self._engine.position()

@@ -21,10 +21,10 @@ from fitloop._format import printable
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._runner.arguments import Plain, plain_value
-from fitloop._storage.durable import is_locked, open_regular, reason
+from fitloop._storage.durable import LOG_NAME, is_locked, open_regular, reason
 from fitloop._storage.job_files import OUTCOME_NAME, directory_name
 from fitloop._storage.layout import FORMAT, VERSIONS, LayoutError, check_format, unpack
-from fitloop._storage.metric_log import LOG_NAME, LoggedRun, read_log
+from fitloop._storage.metric_log import LoggedRun, read_log
 from fitloop._training.best import Criteria
 from fitloop._types import Phase
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias, Unpack
 import anyio
 
 from fitloop._arguments import checked_arguments
-from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
+from fitloop._checkpointing.policy import Checkpoint, check_checkpoint
 from fitloop._concurrency.event_loops import (
     CancelOnceScope,
     is_scope_cancelled,

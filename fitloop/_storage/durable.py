@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import socket
 import stat
 from collections.abc import Callable
@@ -33,6 +32,8 @@ TEMPORARY_PREFIX = ".fitloop-"
 PART_SUFFIX = ".part"
 """suffix of a second temporary file, which a library writes; removed with the first one"""
 LOCK_NAME = ".fitloop.lock"
+LOG_NAME = "metrics.msgpack"
+"""file of a trainer's metrics, in its ``save_path``"""
 PROBE_SECONDS = 0.1
 """longer than `is_locked` ever holds a lock"""
 
@@ -114,7 +115,7 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
 def _temporary_in(directory: Path) -> tuple[Path, int]:
     """Create and lock an empty file; return its path and descriptor."""
     while True:
-        path = directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
+        path = directory / f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}.tmp"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags, 0o666)
         if fcntl is None:

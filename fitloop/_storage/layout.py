@@ -23,10 +23,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
 from reprlib import repr as short
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import msgpack as msgpack_library
 
@@ -85,8 +84,7 @@ class LayoutError(Exception):
     """Raised for bytes that are no valid file, and for a value that no file can hold."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """An item of the header's list of tensors; an alias has only ``name`` and ``same_as``."""
 
     name: str
@@ -97,8 +95,7 @@ class TensorEntry:
     crc32: int
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(NamedTuple):
     """A tensor to be written: the values for the header, and the bytes."""
 
     name: str
@@ -107,8 +104,7 @@ class Payload:
     data: memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class TensorAlias:
+class TensorAlias(NamedTuple):
     """A tensor to be written that shares its memory with an earlier one."""
 
     name: str

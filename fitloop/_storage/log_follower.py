@@ -22,7 +22,7 @@ from fitloop._events import (
     RunEnded,
     WentBack,
 )
-from fitloop._storage.durable import open_regular, reason
+from fitloop._storage.durable import LOG_NAME, open_regular, reason
 from fitloop._storage.log_records import (
     RunInfo,
     check_head,
@@ -31,7 +31,7 @@ from fitloop._storage.log_records import (
     decode_run,
     iter_file_records,
 )
-from fitloop._storage.metric_log import LOG_NAME, read_progress, unreadable
+from fitloop._storage.metric_log import read_progress, unreadable
 from fitloop._types import Phase
 
 _HEAD_BYTES = 16

@@ -18,7 +18,7 @@ from fitloop._errors import CheckpointError
 from fitloop._events import EpochEnded, PhaseEnded, RunEnded, WentBack
 from fitloop._metrics.history import History, restore_history
 from fitloop._public import public
-from fitloop._storage.durable import open_regular, reason, write_all, write_bytes
+from fitloop._storage.durable import LOG_NAME, open_regular, reason, write_all, write_bytes
 from fitloop._storage.layout import LayoutError
 from fitloop._storage.log_records import (
     RunInfo,
@@ -31,7 +31,6 @@ from fitloop._storage.log_records import (
 )
 from fitloop._types import Phase
 
-LOG_NAME = "metrics.msgpack"
 PROGRESS_NAME = ".fitloop.progress"
 
 _LARGEST_PROGRESS = 2**20  # bytes; a record takes 300, and some for each metric and rate

@@ -11,15 +11,7 @@ from typing import Any, Literal
 import torch
 
 from fitloop._arguments import checked_arguments
-from fitloop._checkpointing.checkpointer import Checkpoint, check_checkpoint
-from fitloop._checkpointing.comparison import check_fits, make_schedulers
-from fitloop._checkpointing.run_files import FileOptions
-from fitloop._checkpointing.snapshot import (
-    apply_snapshot,
-    read_model_weights,
-    read_snapshot,
-    take_snapshot,
-)
+from fitloop._checkpointing.policy import Checkpoint, FileOptions, check_checkpoint
 from fitloop._display.console import write_output
 from fitloop._display.printed import PrintStyle
 from fitloop._display.progress import RunDisplay
@@ -44,8 +36,7 @@ from fitloop._run.lr_search import LRCurve, LRSearch
 from fitloop._run.prediction import Predictions, predict_step
 from fitloop._run.prompts import Ask, PromptOptions
 from fitloop._run.run import Run, RunOptions
-from fitloop._storage.durable import reason
-from fitloop._storage.metric_log import LOG_NAME
+from fitloop._storage.durable import LOG_NAME, reason
 from fitloop._storage.tensors import SnapshotBuffers
 from fitloop._storage.transfer import LoadedWeights, Rename, check_strict, transfer_weights
 from fitloop._storage.weight_files import (
@@ -673,6 +664,8 @@ class FitLoop(TrainerBase):
         target = self._new_file(name, path, (DEFAULT_SUFFIX,))
 
         def write() -> Path:
+            from fitloop._checkpointing.snapshot import take_snapshot
+
             weight = self._state.non_finite_weight()
             if weight is not None:
                 raise CheckpointError(
@@ -713,6 +706,9 @@ class FitLoop(TrainerBase):
         device = as_device(map_location)
 
         def read() -> None:
+            from fitloop._checkpointing.comparison import check_fits, make_schedulers
+            from fitloop._checkpointing.snapshot import apply_snapshot, read_snapshot
+
             snapshot = read_snapshot(source, device)
             undo = make_schedulers(self._state, snapshot)
             try:
@@ -810,6 +806,8 @@ class FitLoop(TrainerBase):
         device = as_device(map_location)
 
         def read() -> LoadedWeights:
+            from fitloop._checkpointing.snapshot import read_model_weights
+
             weights = read_model_weights(source, device, best=best)
             report = transfer_weights(self.model, weights, strict=strict, only=only, rename=rename)
             self._state.configure_optimizer(self)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ class BestModels:
 
     def identify(self) -> None:
         """Give the training an identification, if it has none."""
-        self.training = self.training or secrets.token_hex(8)
+        self.training = self.training or os.urandom(8).hex()
 
     def forget(self) -> None:
         """Begin anew. The files stay, and are those of another training from now on."""

@@ -240,7 +240,7 @@ def _start_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
 _Entry: TypeAlias = "tuple[int, list[Tensor], float | None]"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class _Plan:  # the new groups of one optimizer
     optimizer: Optimizer
     scope: str  # the part of the model, for messages

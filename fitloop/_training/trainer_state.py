@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import PureWindowsPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ from fitloop._ranks.launcher import launched_size
 from fitloop._rng.device_generators import generator_names
 from fitloop._rng.guard import copied_numbers
 from fitloop._rng.trainer_rng import TrainerRng
-from fitloop._storage.metric_log import LOG_NAME, MetricLog
+from fitloop._storage.durable import LOG_NAME
 from fitloop._storage.weight_files import StateDict, are_one_file
 from fitloop._storage.weight_store import (
     DiskStore,
@@ -73,6 +73,9 @@ from fitloop._training.planned_schedulers import PlannedSchedulers
 from fitloop._training.schedulers import check_modes
 from fitloop._training.user_settings import UserSettings
 from fitloop._types import Phase
+
+if TYPE_CHECKING:
+    from fitloop._storage.metric_log import MetricLog
 
 _STATISTICS = ("running_mean", "running_var")
 

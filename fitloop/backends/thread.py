@@ -6,7 +6,7 @@ from collections.abc import Callable
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any
 
-from fitloop._checkpointing.checkpointer import Checkpoint
+from fitloop._checkpointing.policy import Checkpoint
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TRAINER_DEFAULTS, TrainerDefaults

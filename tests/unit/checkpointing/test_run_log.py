@@ -35,8 +35,9 @@ from fitloop import (
     read_metrics,
 )
 from fitloop._checkpointing.run_log import PROGRESS_SECONDS
+from fitloop._storage.durable import LOG_NAME
 from fitloop._storage.log_follower import LogFollower, TimedEvent
-from fitloop._storage.metric_log import LOG_NAME, PROGRESS_NAME
+from fitloop._storage.metric_log import PROGRESS_NAME
 
 ASKED = PromptAsked(
     **IN_FIT, epoch=1, epoch_in_run=1, epochs=3, question="go on?", timeout=None, trains_on=True

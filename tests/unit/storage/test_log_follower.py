@@ -29,10 +29,11 @@ from support.made_up_runs import (
 )
 
 from fitloop import BatchProgress, CheckpointError, Event, History, Phase, PromptAsked, WentBack
+from fitloop._storage.durable import LOG_NAME
 from fitloop._storage.layout import crc32, pack, unpack
 from fitloop._storage.log_follower import LogFollower, TimedEvent
 from fitloop._storage.log_records import RunInfo, encode_event, encode_head, encode_progress
-from fitloop._storage.metric_log import LOG_NAME, PROGRESS_NAME, MetricLog
+from fitloop._storage.metric_log import PROGRESS_NAME, MetricLog
 
 ASKED = PromptAsked(**IN_FIT, epoch=1, epoch_in_run=1, epochs=3, question="go on?")
 WENT_BACK = WentBack(**IN_FIT, epoch=1, epoch_in_run=1)

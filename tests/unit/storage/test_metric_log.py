@@ -28,9 +28,10 @@ from fitloop import (
     Stage,
     read_metrics,
 )
+from fitloop._storage.durable import LOG_NAME
 from fitloop._storage.layout import crc32, pack, unpack
 from fitloop._storage.log_records import encode_event, encode_head
-from fitloop._storage.metric_log import LOG_NAME, MetricLog
+from fitloop._storage.metric_log import MetricLog
 
 QUIET: dict[str, Any] = {"verbose": False}
 
