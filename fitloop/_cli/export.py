@@ -21,8 +21,8 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("file", type=Path, help="a snapshot or a weights file")
-    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a snapshot or a weights file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the file to write")
     parser.add_argument("--best", action="store_true", help="the best weights of a snapshot")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 

@@ -59,7 +59,9 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("file", type=Path, help="a file, or the save_path of a trainer or Runner")
+    parser.add_argument(
+        "file", type=Path, metavar="PATH", help="a file, or the save_path of a trainer or Runner"
+    )
     parser.add_argument("--all", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON, with every tensor")
 

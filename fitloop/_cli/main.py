@@ -31,7 +31,7 @@ examples:
   fitloop watch runs                               follow all runs in runs/ as they train
   fitloop results runs                             the table of their results
   fitloop plot runs accuracy -o accuracy.png       compare them
-  fitloop inspect runs/a                           the last metrics of one
+  fitloop inspect runs/a                           the progress and the files of one
   fitloop bench train.py:make_trainer              the cost of its loop and its loader
   fitloop export snapshot-000012.msgpack model.safetensors
 

@@ -87,7 +87,9 @@ def _text(value: Any) -> str:
         # Arrays and tables of data: their values would be much text, or wait for a device.
         shape = getattr(value, "shape", None)
         sizes = "x".join(map(str, shape)) if isinstance(shape, tuple) else None
-        text = f"{type(value).__name__} {sizes}" if sizes is not None else _short.repr(value)
+        text = (
+            f"{type(value).__name__} {sizes}".strip() if sizes is not None else _short.repr(value)
+        )
     except Exception:
         text = type(value).__name__
     text = printable(text)

@@ -66,7 +66,7 @@ class Record:
     traceback: str | None = None
     """traceback of that error, with its notes"""
     seconds: float = 0.0
-    """duration of the job"""
+    """duration of the job since it was last started"""
 
     def covers(self, epochs: int) -> bool:
         """Return whether the job is done, so that a new job with ``epochs`` need not run."""
