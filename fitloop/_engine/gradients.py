@@ -139,7 +139,7 @@ class GradientGuard:
         if self._counter is not None:
             self._counter.losses.clear()
 
-    def prepare(self, optimizer: Any) -> bool:
+    def prepare(self, optimizer: Any, gradients: list[Tensor]) -> bool:
         """Clip and look at the gradients of an optimizer; return whether to leave its step out.
 
         Raises `NonFiniteError`.
@@ -147,17 +147,22 @@ class GradientGuard:
         if self._is_scaled or self._attached:  # the optimizer itself may leave the step out
             _begin_momentum(optimizer)
         if self._clip is None:
-            return self.checks_finite and self._are_bad(optimizer)
+            return self.checks_finite and self._are_bad(optimizer, gradients)
         self._refuse_scaled(optimizer)
-        parameters = parameters_of(optimizer)
         if callable(self._clip):
-            self._keep_norm(self._clip(parameters))
-            return self.checks_finite and self._are_bad(optimizer)
-        norm = get_total_norm(gradients_of(optimizer))
+            self._keep_norm(self._clip(parameters_of(optimizer)))
+            return self.checks_finite and self._are_bad(optimizer, gradients_of(optimizer))
+        norm = get_total_norm(gradients)
         # Looked at before clipping, which would make all gradients NaN.
-        if self.checks_finite and self._are_bad(optimizer, norm):
+        if self.checks_finite and self._are_bad(optimizer, gradients, norm):
             return True
-        clip_grads_with_norm_(parameters, self._clip, norm)
+        if (
+            gradients and self._config.device.type == "cpu"
+        ):  # the same without grouping them by device
+            with torch.no_grad():
+                torch._foreach_mul_(gradients, torch.clamp(self._clip / (norm + 1e-6), max=1.0))
+        else:
+            clip_grads_with_norm_(parameters_of(optimizer), self._clip, norm)
         self._keep_norm(norm)
         return False
 
@@ -169,7 +174,7 @@ class GradientGuard:
         closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
         if closure is not None:
             return (arguments[0], self._checked_closure(optimizer, closure)), {}
-        is_left_out = self.prepare(optimizer)
+        is_left_out = self.prepare(optimizer, gradients_of(optimizer))
         self.forget_losses()
         if is_left_out:
             for parameter in parameters_of(optimizer):
@@ -209,12 +214,13 @@ class GradientGuard:
 
         return look
 
-    def _are_bad(self, optimizer: Any, norm: Tensor | None = None) -> bool:
+    def _are_bad(self, optimizer: Any, gradients: list[Tensor], norm: Tensor | None = None) -> bool:
         if norm is not None and self._counter is None and math.isfinite(norm.item()):
             return False
         # A scaler that the trainer does not know sets this for a fused optimizer.
         has_scaler = hasattr(optimizer, "found_inf") and optimizer not in self._attached
-        gradients = [] if self._is_scaled or has_scaler else gradients_of(optimizer)
+        if self._is_scaled or has_scaler:
+            gradients = []
         if self._counter is not None:
             is_bad = self._counter.count(
                 gradients if norm is None or self._is_scaled else [norm],
@@ -305,7 +311,7 @@ class GradientGuard:
             if is_first and self.checks_finite:
                 is_first = False
                 self.look_at_loss(loss)
-                self._are_bad(optimizer)
+                self._are_bad(optimizer, gradients_of(optimizer))
             return loss
 
         return checked
@@ -411,6 +417,15 @@ def parameters_of(optimizer: Any) -> list[Any]:
 def gradients_of(optimizer: Any) -> list[Tensor]:
     """Return the gradients of the parameters of an optimizer that have one."""
     return [grad for p in parameters_of(optimizer) if (grad := p.grad) is not None]
+
+
+def has_gradients(optimizer: Any) -> bool:
+    """Return whether a parameter of an optimizer has a gradient."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                return True
+    return False
 
 
 def _begin_momentum(optimizer: Any) -> None:

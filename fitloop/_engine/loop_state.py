@@ -47,6 +47,7 @@ class LoopState(GivenArguments):
         "_ignored_class",
         "_is_plain",
         "_look_at_loss",
+        "_optimize",
         "_phase",
         "_sizes",
         "_steps",
@@ -105,6 +106,7 @@ class LoopState(GivenArguments):
         self._steps = steps if phase is Phase.TRAIN else None
         self._is_plain = steps is None or steps.is_plain
         self._look_at_loss: Any = None if steps is None else steps.guard.look_at_loss
+        self._optimize: Any = None if steps is None else steps.optimize
         self.grad_norm = None
         self._phase = phase
         self._epoch_num = epoch

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from fitloop._concurrency.control import RunControl
 from fitloop._engine.config import TrainerConfig, needs_closure
-from fitloop._engine.gradients import GradientGuard, gradients_of, parameters_of
+from fitloop._engine.gradients import GradientGuard, gradients_of, has_gradients, parameters_of
 from fitloop._errors import ConfigurationError
 
 Hook = Callable[[], object]
@@ -120,6 +120,7 @@ class OptimizerSteps:
         """told when the number of steps is reached that it waits for; set before `register`"""
         self._config = config
         self._accumulate, self._scaler = config.accumulate, config.scaler
+        self._device = config.device.type
         self._handles: list[Any] = []
         self._nested: list[_NestedHooks] = []
         self.after_window: Hook | None = None
@@ -281,13 +282,18 @@ class OptimizerSteps:
 
     # -- state.optimize ----------------------------------------------------------------------------
 
-    def optimize(self, loss: Any, weight: Any, optimizer: Any, batch: int) -> None:
-        """See `LoopState.optimize`; ``batch`` is the number of the batch."""
+    def optimize(
+        self, loss: Any, weight: Any, optimizer: Any, batch: int, value: float | None = None
+    ) -> None:
+        """See `LoopState.optimize`; ``batch`` is the number of the batch.
+
+        ``value`` is the number in the loss, where reading it has not waited for a device.
+        """
         if not self._has_optimized:
             self._has_optimized = True
             self._refuse_second_steps()
         windows = self.windows if optimizer is None else [self._window_of(optimizer)]
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+        if value is None and (not isinstance(loss, Tensor) or loss.numel() != 1):
             given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
             raise ConfigurationError(
                 f"the loss of state.optimize() is a {type(loss).__name__}, {given}; expected a "
@@ -298,14 +304,16 @@ class OptimizerSteps:
             self.on_loss(loss, weight)
         for window in windows:
             self._begin(window, batch)
+        is_all, device = optimizer is None, self._device
+        if not torch.is_autocast_enabled(device):
+            self._optimize(loss, weight, windows, value, is_all=is_all)
+            return
         # Autocast is for the forward pass: autograd uses its dtypes.
-        device = self._config.device.type
-        autocast = torch.is_autocast_enabled(device)
         torch.set_autocast_enabled(device, False)
         try:
-            self._optimize(loss, weight, windows, is_all=optimizer is None)
+            self._optimize(loss, weight, windows, value, is_all=is_all)
         finally:
-            torch.set_autocast_enabled(device, autocast)
+            torch.set_autocast_enabled(device, True)
 
     def _refuse_second_steps(self) -> None:
         """Refuse that code of the user steps an optimizer that has optimized the same batch."""
@@ -322,8 +330,17 @@ class OptimizerSteps:
                 "of the same batch, which has made the step already; leave the call out"
             )
 
-    def _optimize(self, loss: Any, weight: Any, windows: Sequence[Window], *, is_all: bool) -> None:
-        if self.guard.look_at_loss(loss):
+    def _optimize(
+        self,
+        loss: Any,
+        weight: Any,
+        windows: Sequence[Window],
+        value: float | None,
+        *,
+        is_all: bool,
+    ) -> None:
+        is_finite = value is not None and value - value == 0
+        if not is_finite and self.guard.look_at_loss(loss):
             weight = math.nan  # so is the sum of the window: its step is left out
         else:
             self._add_gradients(loss, weight, None if is_all else windows[0])
@@ -355,7 +372,7 @@ class OptimizerSteps:
         if not window.count:
             if self._defines_all or window.batch == batch:
                 window.optimizer.zero_grad()
-        elif window.has_gradients and not gradients_of(window.optimizer):
+        elif window.has_gradients and not has_gradients(window.optimizer):
             raise ConfigurationError(
                 "the gradients of earlier batches were removed before their optimizer step; with "
                 f"accumulate={self._accumulate} train_step must not call zero_grad(), which "
@@ -401,10 +418,11 @@ class OptimizerSteps:
             return False
         if self._scaler is not None and (self.guard.clips or not _is_one(weight)):
             self._scaler.unscale_(window.optimizer)
+        gradients = gradients_of(window.optimizer)
         if not _is_one(weight):
             with torch.no_grad():
-                torch._foreach_div_(gradients_of(window.optimizer), weight)
-        return not self.guard.prepare(window.optimizer)
+                torch._foreach_div_(gradients, weight)
+        return not self.guard.prepare(window.optimizer, gradients)
 
     def _window_of(self, optimizer: Any) -> Window:
         for window in self.windows:

@@ -78,12 +78,11 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
                 loss.backward()
                 for optimizer in state.optimizers:
                     optimizer.step()
-            elif state.accumulate == 1:
-                state.optimize(loss)
             else:
-                state.optimize(
-                    loss, _mean_over(state, predictions, targets, all_count=bool(all_count))
-                )
+                weight = None
+                if state.accumulate > 1:
+                    weight = _mean_over(state, predictions, targets, all_count=bool(all_count))
+                state._optimize(loss, weight, None, state.batch_num, value if on_cpu else None)
     except Exception as error:
         _explain(error, state)
         raise

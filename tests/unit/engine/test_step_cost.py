@@ -82,7 +82,7 @@ def fitting(
         pytest.param(fitting(keep=False), 333, 6, id="none"),
         pytest.param(fitting(keep=False, looks=False), 273, 4, id="none, unguarded"),
         pytest.param(fitting(keep=True, seed=0), 526, 16, id="seeded"),
-        pytest.param(fitting(keep=True, features=FEATURES), 1200, 34, id="all features"),
+        pytest.param(fitting(keep=True, features=FEATURES), 1110, 29, id="all features"),
         pytest.param(fitting(keep=True, seed=0, unknown=True), 957, 22, id="seeded, uses rng"),
     ],
 )
