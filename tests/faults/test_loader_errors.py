@@ -9,7 +9,7 @@ import anyio
 import pytest
 import torch
 from support.checked_trainer import CheckedTrainer
-from support.event_loops import HANG_TIMEOUT, asyncio_loops
+from support.event_loops import HANG_TIMEOUT
 from support.models import Batch, batches
 from support.raising_code import ErrorInjector, InjectedError
 from torch.utils.data import DataLoader, Dataset
@@ -102,9 +102,12 @@ async def test_dataset_when_it_raises_is_told(anyio_backend: Any, prefetch: int)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
-@asyncio_loops
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_dataset_when_it_raises_in_a_worker_process_is_told(prefetch: int) -> None:
-    """The object cannot be the same: it comes from another process."""
+    """The object cannot be the same: it comes from another process.
+
+    On one event loop: torch takes 5 seconds to end the worker of a loader that has failed.
+    """
     injector = ErrorInjector()
     checked = injector.checked_trainer(
         train_dl=DataLoader(StrikingDataset(injector), 2, num_workers=1), prefetch=prefetch

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.made_up_runs import phase_ended
 from support.models import arguments, bits, scores, sync_trainer, trainer
 from support.resumed_trainings import (
     EVERY_BATCH,
@@ -26,11 +28,14 @@ from fitloop import (
     FitLoop,
     LoopState,
     MissingCriteriaError,
+    Phase,
     PromptAsked,
     Runner,
     SyncFitLoop,
     UnknownMetricError,
 )
+from fitloop._training.best import Criteria
+from fitloop._training.early_stop import EarlyStopper
 
 INF, NAN = float("inf"), float("nan")
 
@@ -86,8 +91,16 @@ def test_a_run_ends_like_a_loop_written_by_hand(values: list[float], patience: i
         best, bad = (value, 0) if value > best else (best, bad + 1)
         if bad == patience:
             break
-    run = scored(values).fit(len(values), early_stop=patience, **QUIET)
-    assert (run.epochs, run.stop_reason == "early_stop") == (expected, bad == patience)
+    reasons: list[str] = []
+    stopper = EarlyStopper(
+        EarlyStop(patience), Criteria("score", 1), trainer="made up", stop=reasons.append
+    )
+    epochs = 0
+    for epoch, value in enumerate(values, 1):
+        if not reasons:
+            epochs = epoch
+            stopper.observe(replace(phase_ended(epoch, Phase.VALID), metrics={"score": value}))
+    assert (epochs, reasons) == (expected, ["early_stop"] * (bad == patience))
 
 
 def test_a_second_fit_counts_anew_and_the_best_weights_come_back() -> None:
