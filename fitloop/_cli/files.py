@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from fitloop._cli.logger_files import SUFFIXES
 from fitloop._errors import CheckpointError
 from fitloop._format import format_number
 from fitloop._storage.durable import LOCK_NAME, LOG_NAME, open_regular, reason
@@ -16,12 +17,16 @@ from fitloop._storage.layout import LayoutError, TensorEntry, read_file_header
 from fitloop._storage.metric_log import PROGRESS_NAME
 
 OTHER_WEIGHTS = {".safetensors", ".pt", ".pth"}
+RUN_ID_NAME = "run_id"
+"""the file of `_checkpointing.archive`, whose import would import torch"""
 _FOLDERS = ("snapshots", "best_models")
 _NAMED = {
     LOG_NAME: "log of metrics",
     OUTCOME_NAME: "outcome of a job",
     PROGRESS_NAME: "progress of the present phase",
     LOCK_NAME: "lock of a running training",
+    RUN_ID_NAME: "id of the training for loggers",
+    **{f"metrics{suffix}": text for suffix, text in SUFFIXES.items()},
 }
 _DTYPES = {
     **{"BOOL": "bool", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},

@@ -15,6 +15,7 @@ from typing import Any
 from fitloop._cli.common import print_line, read_header
 from fitloop._cli.files import (
     OTHER_WEIGHTS,
+    RUN_ID_NAME,
     count,
     describe_file,
     file_size,
@@ -22,6 +23,7 @@ from fitloop._cli.files import (
     position_text,
     safetensors_entries,
 )
+from fitloop._cli.logger_files import SUFFIXES, last_rows, row_text
 from fitloop._errors import CheckpointError, FitLoopError
 from fitloop._format import format_duration, format_metrics, format_number, json_ready, printable
 from fitloop._metrics.history import History
@@ -84,23 +86,25 @@ def _print_any(path: Path, options: argparse.Namespace) -> None:
     """Print what is at a path. A forged file may raise anything."""
     if path.is_dir():
         _print_directory(path, as_json=options.json)
-    elif path.name in (LOCK_NAME, PROGRESS_NAME) and path.is_file():
+    elif path.name in (LOCK_NAME, PROGRESS_NAME, RUN_ID_NAME) and path.is_file():
         _print_small_file(path, as_json=options.json)
     elif path.name == OUTCOME_NAME and os.path.lexists(path):
         _print_outcome(path, as_json=options.json)
-    elif path.name == LOG_NAME or _first_byte(path) == LOG_MARK:
+    elif path.name == LOG_NAME or _first_bytes(path, 1) == LOG_MARK:
         _print_log(path, as_json=options.json)
     elif path.suffix.lower() in OTHER_WEIGHTS:
         _print_weights(path, options)
+    elif path.suffix.lower() in SUFFIXES:
+        _print_logged(path, as_json=options.json)
     else:
         _print_file(path, options)
 
 
-def _first_byte(path: Path) -> bytes:
+def _first_bytes(path: Path, count: int) -> bytes:
     with suppress(OSError):
         descriptor = open_regular(path)
         try:
-            return os.read(descriptor, 1)
+            return os.read(descriptor, count)
         finally:
             os.close(descriptor)
     return b""
@@ -234,10 +238,15 @@ def _metrics_lines(history: History) -> list[str]:
 
 
 def _print_small_file(path: Path, *, as_json: bool) -> None:
-    """Print the lock of a directory, or the progress of the present phase."""
+    """Print the lock of a directory, the progress of the present phase, or the id of a training."""
     if path.name == LOCK_NAME:
         state = {True: "in use", False: "free", None: "unknown"}[is_locked(path.parent)]
         values: dict[str, Any] = {"kind": "lock of the directory", "state": state}
+    elif path.name == RUN_ID_NAME:
+        values = {
+            "kind": "id of the training for loggers",
+            "id": _first_bytes(path, 100).decode(errors="replace").strip(),
+        }
     else:
         records = [record for record, _end in iter_records(read_progress(path.parent))]
         progress = records[0] if records else {}
@@ -251,6 +260,17 @@ def _print_small_file(path: Path, *, as_json: bool) -> None:
         return
     kind, *others = values.items()
     print_line(f"{path}: {kind[1]}, " + ", ".join(f"{key} {value}" for key, value in others))
+
+
+def _print_logged(path: Path, *, as_json: bool) -> None:
+    """Print the last metrics of the newest training in the file of a logger."""
+    rows = last_rows(path)
+    if as_json:
+        _print_json({"kind": "logged", "last": rows})
+        return
+    print_line(f"{path}: {SUFFIXES[path.suffix.lower()]}, training of {rows[-1]['trainer']!r}")
+    for row in rows:
+        print_line(f"  {row['phase']:10} {row_text(row)}")
 
 
 # -- files with tensors ----------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from fitloop._cli.main import main
 from fitloop._runner.outcomes import write_outcome
 from fitloop._storage.job_files import directory_name
 from fitloop._storage.layout import Payload, write_layout
+from fitloop.loggers import CSV, JSONLines
 
 Out = pytest.CaptureFixture[str]
 
@@ -402,7 +403,8 @@ def test_inspect_when_of_anything_that_a_training_wrote_then_says_what_it_is(
     tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fitloop._checkpointing.run_log.PROGRESS_SECONDS", 0.0)
-    trained = sync_trainer(save_path=tmp_path, save_to_disk=True)
+    loggers = [JSONLines(), CSV()]
+    trained = sync_trainer(save_path=tmp_path, save_to_disk=True, callbacks=loggers)
     trained.fit(2, checkpoint=Checkpoint(keep_best=1), verbose=False)
     trained.test(verbose=False)
     trained.save()
@@ -419,7 +421,12 @@ def test_inspect_when_of_anything_that_a_training_wrote_then_says_what_it_is(
             assert main(["inspect", str(path), "--json"]) == 0
     printed = capsys.readouterr().out
     for says in (
-        *("training of 'Sequential', 10 files", "status     test completed", "snapshots: "),
+        *("training of 'Sequential', 13 files", "status     test completed", "snapshots: "),
+        *(
+            "metrics.jsonl: lines of JSON of a logger, training of 'Sequential'",
+            "table of a logger",
+        ),
+        "  test       epoch 2, step ",
         *("model.safetensors: weights, ", ", score ", "2 of 2 epochs done, completed"),
         *(".fitloop.lock: lock of the directory, state in use", "state free"),
         ".fitloop.progress: progress of a phase, phase train, epoch 2, batch 7",
@@ -486,7 +493,9 @@ def test_inspect_when_a_header_is_forged_then_says_so(
 @pytest.mark.parametrize(
     "kind", ["pipe", "device", "directory", "sparse", "text", "nothing", "long"]
 )
-@pytest.mark.parametrize("name", ["metrics.msgpack", "outcome.msgpack", "w.msgpack", "w.pt", "x"])
+@pytest.mark.parametrize(
+    "name", ["metrics.msgpack", "outcome.msgpack", "w.msgpack", "w.pt", "x.jsonl", "x"]
+)
 def test_commands_when_the_file_is_something_else_then_say_so_in_a_line(
     tmp_path: Path, capsys: Out, kind: str, name: str
 ) -> None:
