@@ -10,7 +10,7 @@ TOGETHER := -n 2 --dist worksteal
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-fast test-transformers test-peers docs bench pictures clean
+.PHONY: help .venv demo test test-fast test-transformers test-loggers test-peers docs bench pictures clean
 
 help:
 	@echo "make .venv      create $(VENV) with $(PYTHON) and everything that the tests need"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-transformers  run the example that needs transformers, which is large"
 	@echo "make test-peers  run the programs of the documentation that are of other libraries"
 	@echo "make docs       build the site of the documentation in build/site"
+	@echo "make test-loggers  run the tests that need TensorBoard, MLflow and Weights & Biases"
 	@echo "make bench      measure what fitloop costs and gains (python -m benchmarks)"
 	@echo "make pictures   draw the pictures of the README (docs/pictures.py)"
 	@echo "make clean      remove $(VENV), caches and build output"
@@ -59,6 +60,16 @@ $(TRANSFORMERS)/.installed: $(STAMP)
 
 test-transformers: $(TRANSFORMERS)/.installed
 	PYTHONPATH=$(TRANSFORMERS) $(BIN)/python -m pytest tests/examples/test_finetune.py
+
+# So have the tools of loggers. MLflow is the small package, with what a database in a file needs.
+LOGGERS := $(VENV)/loggers
+$(LOGGERS)/.installed: $(STAMP)
+	$(BIN)/python -m pip install -q --upgrade --target $(LOGGERS) tensorboard mlflow-skinny sqlalchemy alembic sqlparse \
+		wandb -c constraints.txt
+	@touch $@
+
+test-loggers: $(LOGGERS)/.installed
+	PYTHONPATH=$(LOGGERS) $(BIN)/python -m pytest tests/loggers
 
 # The other trainers see everything in $(VENV), torch too, and nothing there sees them.
 PEERS := $(VENV)/peers

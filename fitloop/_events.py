@@ -86,7 +86,9 @@ class RunStarted(Event):
     sweep: str | None = None
     """name that the trainings of a `Runner` have in common: that of its ``save_path``, or a random
     one; None without a `Runner`"""
-    parameters: Mapping[str, str | float | bool | None] = field(default_factory=dict, hash=False)
+    parameters: Mapping[str, str | int | float | bool | None] = field(
+        default_factory=dict, hash=False
+    )
     """settings of the training: the arguments that a job was submitted with, and epochs, learning
     rate and others by the names of their arguments"""
 

@@ -63,6 +63,7 @@ def _blocking_calls() -> Iterator[BlockBuster]:
             # They ask for the current directory, which the system knows without a disk.
             function.can_block_in("fitloop/_engine/config.py", {"check_path"})
             function.can_block_in("fitloop/backends/thread.py", {"check_save_path"})
+            function.can_block_in("fitloop/loggers/logger.py", {"absolute_path"})
             function.can_block_in("fitloop/_trainer/fitloop.py", {"_directory"})
         yield buster
 

@@ -8,7 +8,7 @@ from fitloop._defaults import TrainerDefaults
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.plan import RunPlan
 
-Parameter = str | float | bool | None
+Parameter = str | int | float | bool | None
 
 
 def run_parameters(

@@ -109,6 +109,7 @@ class JobExecutor:
             self.emit(event if event.trainer == spec.name else replace(event, trainer=spec.name))
 
         defaults = self.allocator.allocate(spec.name, spec.directory)
+        defaults = replace(defaults, parameters=spec.arguments)
         callbacks = [*spec.options.get("callbacks", ()), *self.callbacks]
         spec = replace(spec, options={**spec.options, "callbacks": callbacks})
         RUN_GROUP.set(self.group)  # of the job's own task

@@ -6,10 +6,24 @@ expects. Must not know how a run is made. A library of a service is imported whe
 - `logger`: `Logger`, the base class: rows, queue, thread, failures. Has an example.
 - `line_file`: a file to which several processes append lines.
 - `json_lines`, `csv`: files.
+- `tensorboard`, `mlflow`, `wandb`: services.
 """
 
 from fitloop.loggers.csv import CSV
 from fitloop.loggers.json_lines import JSONLines
 from fitloop.loggers.logger import LoggedRun, Logger, Row, RowKey
+from fitloop.loggers.mlflow import MLflow
+from fitloop.loggers.tensorboard import TensorBoard
+from fitloop.loggers.wandb import WandB
 
-__all__ = ["CSV", "JSONLines", "LoggedRun", "Logger", "Row", "RowKey"]
+__all__ = [
+    "CSV",
+    "JSONLines",
+    "LoggedRun",
+    "Logger",
+    "MLflow",
+    "Row",
+    "RowKey",
+    "TensorBoard",
+    "WandB",
+]

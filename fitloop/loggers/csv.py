@@ -13,7 +13,7 @@ from typing import Any
 from fitloop._errors import ConfigurationError
 from fitloop._format import printable
 from fitloop.loggers.line_file import LineFile
-from fitloop.loggers.logger import LoggedRun, Logger, Row, RowKey
+from fitloop.loggers.logger import LoggedRun, Logger, Row, RowKey, absolute_path
 
 FIRST_COLUMNS = ["run", "trainer", "kind", "phase", "epoch", "step", "time"]
 
@@ -37,7 +37,7 @@ class CSV(Logger):
 
     def __init__(self, path: str | os.PathLike[str] | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self._path = None if path is None else Path(path).absolute()  # a run may change directory
+        self._path = absolute_path(path)
 
     def _file(self, run: LoggedRun) -> LineFile:
         return LineFile(self._path or run.save_path / "metrics.csv", _is_torn)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from fitloop._format import json_ready
 from fitloop.loggers.line_file import LineFile
-from fitloop.loggers.logger import LoggedRun, Logger, Row, RowKey
+from fitloop.loggers.logger import LoggedRun, Logger, Row, RowKey, absolute_path
 
 
 class JSONLines(Logger):
@@ -32,7 +31,7 @@ class JSONLines(Logger):
 
     def __init__(self, path: str | os.PathLike[str] | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self._path = None if path is None else Path(path).absolute()  # a run may change directory
+        self._path = absolute_path(path)
 
     def _file(self, run: LoggedRun) -> LineFile:
         return LineFile(self._path or run.save_path / "metrics.jsonl", _is_torn)

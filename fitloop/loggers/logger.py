@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import importlib.util
 import math
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -571,6 +572,11 @@ def _row(event: MetricsLogged | PhaseEnded) -> Row:
         return Row(kind="phase", metrics=metrics, **common)
     rates = event.learning_rates
     return Row(kind="steps", metrics=event.metrics, learning_rates=rates, **common)
+
+
+def absolute_path(path: str | os.PathLike[str] | None) -> Path | None:
+    """Return the path of a logger, which stays the same if a run changes the directory."""
+    return None if path is None else Path(path).absolute()
 
 
 def check_installed(library: str) -> None:

@@ -1,0 +1,99 @@
+"""`WandB`: metrics as runs of Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fitloop._errors import ConfigurationError
+from fitloop._events import RunEnded
+from fitloop.loggers.logger import LoggedRun, Logger, Row, check_installed
+
+STEP = "optimizer_step"
+"""the x axis in a run that the caller has made, whose own steps fitloop does not know"""
+
+
+class WandB(Logger):
+    """A logger that writes to Weights & Biases; needs the package ``wandb``.
+
+    Each training is a run, named after its trainer, whose step is the optimizer step. It has
+    metrics with names such as ``train/loss``, and the hyper-parameters as its config. The trainings
+    of a `Runner` are a group.
+
+    A resumed training goes on with its run. W&B takes no step that is smaller than the last one:
+    the points that the killed training had written after its snapshot stay.
+
+    Args:
+        run: a run that ``wandb.init`` has returned, for one trainer. It is not finished at the end.
+            Its x axis is the metric ``optimizer_step``.
+        on_error, end_seconds, parameters: as in `Logger`.
+        init: arguments of ``wandb.init`` without a ``run``, such as ``project`` and ``mode``.
+
+    Raises:
+        ConfigurationError: the package is not installed, or an argument is invalid.
+    """
+
+    def __init__(
+        self,
+        run: Any = None,
+        *,
+        on_error: Any = "warn",
+        end_seconds: float = 30.0,
+        parameters: Any = None,
+        **init: Any,
+    ) -> None:
+        check_installed("wandb")
+        super().__init__(on_error=on_error, end_seconds=end_seconds, parameters=parameters)
+        if run is not None and init:
+            raise ConfigurationError(
+                f"WandB() got a run and {', '.join(init)}=; expected one of both, since the "
+                "arguments are for wandb.init"
+            )
+        self._given, self._init = run, init
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._given is not None:
+            raise ConfigurationError(
+                "WandB(run) cannot be sent to another process; give WandB the arguments of "
+                "wandb.init instead"
+            )
+        return super().__getstate__()
+
+    def start(self, run: LoggedRun) -> None:
+        """Start the run, or go on with it."""
+        import wandb
+
+        first_step = 0
+        if self._given is not None:
+            of_wandb = self._given
+            of_wandb.define_metric("*", step_metric=STEP)
+        else:
+            arguments: dict[str, Any] = {
+                **{"id": run.id, "name": run.name, "group": run.sweep},
+                # Other runs of this process, of other trainers, go on.
+                **{"resume": "allow", "reinit": "create_new"},
+            }
+            of_wandb = wandb.init(**{**arguments, **self._init})
+            first_step = of_wandb.step if of_wandb.resumed else 0
+        of_wandb.config.update(dict(run.parameters), allow_val_change=True)
+        self.opened[run.id] = of_wandb, first_step
+
+    def write(self, run: LoggedRun, rows: Sequence[Row]) -> None:
+        """Log the metrics of rows, with their epochs."""
+        of_wandb, first_step = self.opened[run.id]
+        for row in rows:
+            values = {**row.named(), "epoch": row.epoch}
+            if self._given is not None:
+                of_wandb.log({**values, STEP: row.step})
+            elif row.step >= first_step:
+                of_wandb.log(values, step=row.step)
+
+    def end(self, run: LoggedRun, event: RunEnded) -> None:
+        """Add the best score to the summary, and finish the run, which uploads the rest."""
+        of_wandb, _first_step = self.opened.pop(run.id)
+        if event.best_score is not None:
+            of_wandb.summary.update(
+                {"best_score": event.best_score, "best_epoch": event.best_epoch}
+            )
+        if self._given is None:
+            of_wandb.finish(exit_code=1 if event.stop_reason == "failed" else 0)
