@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing import reduction, util
 from multiprocessing.connection import Connection
 from typing import Any
@@ -59,13 +60,19 @@ class _Disconnected(BaseException):
     """The run has closed the connection, or has died. No code of the user can catch it."""
 
 
-def main(parent: int | None, connection: Connection, key: int, start_method: str | None) -> None:
+def main(
+    parent: int | None,
+    connection: Connection,
+    key: int,
+    shares_memory: bool,
+    start_method: str | None,
+) -> None:
     """Read loaders until the run is done; the whole life of the process.
 
     Args:
         parent: the argument of `die_with_parent`; None if that was called before.
         connection: to the run.
-        key: of the `BatchReceiver` of the run.
+        key, shares_memory: see `BatchSender`.
         start_method: of processes in the run's process, for loaders that start some.
     """
     if parent is not None:
@@ -74,7 +81,7 @@ def main(parent: int | None, connection: Connection, key: int, start_method: str
     multiprocessing.set_start_method(start_method, force=True)
     with warnings.catch_warnings(record=True) as caught, suppress(_Disconnected):
         warnings.simplefilter("default")
-        LoaderServer(_Channel(connection, caught), BatchSender(key)).serve()
+        LoaderServer(_Channel(connection, caught), BatchSender(key, shares_memory)).serve()
     _exit()
 
 
@@ -103,7 +110,7 @@ class _Channel:
         """Send a message, and then a file descriptor."""
         caught, self._caught[:] = [_sent_warning(one) for one in self._caught], []
         # torch's own pickles of tensors are slow.
-        dump = pickle.dumps if states is NO_STATES else pickled_message
+        dump = partial(pickle.dumps, protocol=5) if states is NO_STATES else pickled_message
         message = dump(Answer(content, states, caught))
         try:
             self._connection.send_bytes(message)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fitloop._data.resumption import ResumePosition
-from fitloop._data.shared_slots import HAS_SLOTS, Placement, SlotReader, SlotWriter
+from fitloop._data.shared_slots import Placement, SlotReader, SlotWriter
 from fitloop._processes.errors import SerializedError
 from fitloop._processes.pickling import (
     ValueBuffer,
@@ -159,10 +159,15 @@ class Answer(NamedTuple):
 
 
 class BatchSender:
-    """Makes messages of batches, in the process. ``key`` is that of the `BatchReceiver`."""
+    """Makes messages of batches, in the process.
 
-    def __init__(self, key: int) -> None:
-        self._key = key
+    Args:
+        key: of the `BatchReceiver`.
+        shares_memory: whether values go through shared slots, or else over the pipe.
+    """
+
+    def __init__(self, key: int, shares_memory: bool) -> None:
+        self._key, self._shares_memory = key, shares_memory
         self.slots = SlotWriter()
         self._classes: dict[type, int] = {}
         self._new_classes: list[bytes] = []
@@ -175,7 +180,7 @@ class BatchSender:
             self._new_classes = []
         else:
             form, values = self._pickled(batch)
-        if not HAS_SLOTS:
+        if not self._shares_memory:
             return SentBatch(
                 form,
                 None,

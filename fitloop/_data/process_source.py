@@ -51,6 +51,7 @@ from fitloop._data.process_messages import (
     TorchSettings,
 )
 from fitloop._data.resumption import PassStart, ResumePosition
+from fitloop._data.shared_slots import HAS_SLOTS
 from fitloop._data.sources import END, LoadContext
 from fitloop._errors import ConfigurationError, WorkerDiedError, one_line
 from fitloop._processes.child import ChildProcess, check_start_method
@@ -93,7 +94,8 @@ class ReaderProcess:
         """whether a pass can be opened"""
         self._has_answered = False
         self._registries: dict[str, dict[Any, Any]] = {}
-        arguments = self.receiver.key, multiprocessing.get_start_method(allow_none=True)
+        start_method = multiprocessing.get_start_method(allow_none=True)
+        arguments = self.receiver.key, HAS_SLOTS, start_method
         self._child = ChildProcess(main, arguments, check_start_method(None), "fitloop loader")
         self._wait = waiter(self._child.connection)
 

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from fitloop import ConfigurationError, FitLoop, LoopState, Runner, default_batch_step
+from fitloop._data import process_source
 
 QUIET: Any = {"verbose": False, "progress": False}
 
@@ -187,7 +188,12 @@ def of_all_kinds() -> Iterator[Any]:
         }
 
 
-def test_batch_when_it_has_all_kinds_of_values_then_arrives_as_it_is() -> None:
+@pytest.mark.parametrize("shares_memory", [True, False], ids=["slots", "pipe"])
+def test_batch_when_it_has_all_kinds_of_values_then_arrives_as_it_is(
+    shares_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not shares_memory:
+        monkeypatch.setattr(process_source, "HAS_SLOTS", False)
     got: list[Any] = []
 
     def step(state: LoopState) -> None:
