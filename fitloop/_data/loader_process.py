@@ -142,6 +142,7 @@ class LoaderServer:
     def __init__(self, channel: _Channel, sender: BatchSender) -> None:
         self._channel, self._sender = channel, sender
         self._loaders: dict[int, Any] = {}
+        self._rng = _Generators()
 
     def serve(self) -> None:
         """Serve until the connection is closed."""
@@ -160,7 +161,8 @@ class LoaderServer:
                 self._loaders[request.number] = loader
             request.settings.apply()
             loader = self._loaders[request.number]
-            one_pass = _Pass(request, loader, self._channel, self._sender)
+            self._rng.begin_pass(request.rng_reports)
+            one_pass = _Pass(request, loader, self._channel, self._sender, self._rng)
             one_pass.begin()
             one_pass.read()
         except BaseException as error:  # of the user's code; the run raises it
@@ -173,16 +175,20 @@ class _Pass:
     """One pass over a loader."""
 
     def __init__(
-        self, request: OpenPass, loader: Any, channel: _Channel, sender: BatchSender
+        self,
+        request: OpenPass,
+        loader: Any,
+        channel: _Channel,
+        sender: BatchSender,
+        rng: _Generators,
     ) -> None:
         self._request, self._loader = request, loader
-        self._channel, self._sender = channel, sender
+        self._channel, self._sender, self._rng = channel, sender, rng
         self._allowed = request.ahead
         """batches that may be read now"""
         self._sent = 0
         self._iterable: Any = None
         self._holders: dict[str, Any] = {}
-        self._rng = _Generators(request.rng_reports)
 
     def begin(self) -> None:
         """Prepare the loader as a run does before a pass, and answer."""
@@ -310,18 +316,29 @@ class _Pass:
 
 
 class _Generators:
-    """The global generators, which the loader has to itself in this process."""
+    """The global generators, which the loaders have to themselves in this process."""
 
-    def __init__(self, reports: RngReports) -> None:
-        self._reports = reports
+    def __init__(self) -> None:
         self._stream: Stream | None = None
+        self._kind: str | None = None
+        """of numpy's bit generator, if it is not the usual one"""
+        self._reports: RngReports = "none"
         self._last: RngState | None = None
+
+    def begin_pass(self, reports: RngReports) -> None:
+        """Begin to report states of a new pass."""
+        self._reports, self._last = reports, None
 
     def install(self, state: RngState) -> None:
         """Put the generators into a state."""
-        restore_global_state(state)
-        self._stream = Stream.of_process()
-        self._stream.install()  # `Stream` reads quickly only what it has installed
+        kind = None if isinstance(state.bits, bytes) else state.bits["bit_generator"]
+        if self._stream is None or kind is not None or self._kind is not None:
+            self._kind = kind
+            restore_global_state(state)
+            self._stream = Stream.of_process()
+        else:
+            self._stream.set_state(state)
+        self._stream.install()  # a `Stream` reads quickly only what it has installed
 
     def report(self, batches: int) -> RngState | None:
         """Return the state, if it is wanted after this number of batches and has changed."""

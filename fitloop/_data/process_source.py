@@ -102,11 +102,13 @@ class ReaderProcess:
     def open(self, loader: Any, context: LoadContext, plan: PassPlan) -> ProcessSource:
         """Begin a pass. Raises what the loader raises, or ConfigurationError."""
         copy, contents = self._copies.get(id(loader)), None
+        states: dict[str, Any] | None = None
+        attributes: dict[str, dict[str, Any]] = {}
         if copy is None:
             contents = _pickled(loader, self._model, context.label)
             copy = self._copies[id(loader)] = _Copy(loader, len(self._copies))
-        states, attributes = copy.changes()
-        copy.note()
+        else:
+            states, attributes = copy.take_changes()
         position = plan.resume_from
         request = OpenPass(
             number=copy.number,
@@ -296,7 +298,7 @@ class ProcessSource:
                 set_plain_attributes(loader, end.attributes)
                 if states.own is not None:
                     loader.load_state_dict(states.own)
-            self._copy.note()
+            self._copy.take_changes()
             self._process.is_idle = True
         return []
 
@@ -307,18 +309,19 @@ class _Copy:
     def __init__(self, loader: Any, number: int) -> None:
         self.loader = loader
         self.number = number
-        self.note()
+        self._states, self._attributes = b"", dict[str, dict[str, Any]]()
+        self.take_changes()
 
-    def note(self) -> None:
-        """Note that the loader here and its copy are alike now."""
-        self._states = pickled_message(carried_states(self.loader))
-        self._attributes = plain_attributes(self.loader)
+    def take_changes(self) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+        """Return what has changed in the loader here: its states, if they have, and attributes.
 
-    def changes(self) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
-        """Return the states, if they have changed here, and the attributes that have."""
+        The two are alike afterwards.
+        """
         states, attributes = carried_states(self.loader), plain_attributes(self.loader)
+        before, self._states = self._states, pickled_message(states)
         changed = changed_attributes(self._attributes, attributes)
-        return None if pickled_message(states) == self._states else states, changed
+        self._attributes = attributes
+        return None if self._states == before else states, changed
 
 
 def _without_devices(state: RngState) -> RngState:
