@@ -7,6 +7,7 @@ changed is a state.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections import deque
@@ -118,6 +119,8 @@ class ObjectState:
         self._watch: AttributeWatch | None = None
         self._marks: dict[str, object] = {}
         """`_marks_now` before the first run"""
+        self._left_out: Collection[str] = ()
+        """the roots whose attributes do not count"""
 
     def begin(self) -> AttributeWatch:
         """Note the attributes before the first run; later calls do nothing."""
@@ -181,12 +184,18 @@ class ObjectState:
         saved = (*state.get("generators", ()), *state.get("attributes", ()))
         return [path for path in saved if path not in search.holders and path not in search.objects]
 
-    def without_stages(self) -> DryRunObjects:
-        """Return the part of it that dry runs restore."""
-        return DryRunObjects(self)
+    def without_stages(self) -> ObjectState:
+        """Return the part of it that dry runs restore: without attributes of objects of stages.
 
-    def state_dict(self, *, stages: bool = True) -> dict[str, Any]:
-        """See `StatePart`. Without ``stages``, leave out attributes of the objects of stages."""
+        Users record there what they see in a sanity check.
+        """
+        self.begin()
+        part = copy.copy(self)
+        part._left_out = _STAGES
+        return part
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `StatePart`."""
         watch = self.begin()
         state = {
             "generators": {
@@ -197,17 +206,17 @@ class ObjectState:
             "attributes": {
                 path: changed
                 for path, _item, changed, _lost in watch.changes()
-                if changed and (stages or not _is_of_stage(path))
+                if changed and not self._is_left_out(path)
             },
         }
         return {name: item for name, item in state.items() if item}
 
-    def load_state_dict(self, state: dict[str, Any], /, *, stages: bool = True) -> None:
-        """See `StatePart`, and `state_dict`."""
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """See `StatePart`."""
         watch = self.begin()
         saved: dict[str, dict[str, Any]] = state.get("attributes", {})
         for path, item, changed, _lost in watch.changes():
-            if not stages and _is_of_stage(path):
+            if self._is_left_out(path):
                 continue
             for name in changed.keys() - saved.get(path, {}).keys():
                 watch.put_back(path, item, name)
@@ -220,27 +229,8 @@ class ObjectState:
             if is_generator(search.holders.get(path)):
                 set_generator_state(search.holders[path], generator)
 
-
-class DryRunObjects:
-    """An `ObjectState` without attributes of the objects of stages.
-
-    Users record there what they see in a sanity check.
-    """
-
-    def __init__(self, objects: ObjectState) -> None:
-        self._objects = objects
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `StatePart`."""
-        return self._objects.state_dict(stages=False)
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """See `StatePart`."""
-        self._objects.load_state_dict(state, stages=False)
-
-
-def _is_of_stage(path: str) -> bool:
-    return path.partition(".")[0] in _STAGES
+    def _is_left_out(self, path: str) -> bool:
+        return path.partition(".")[0] in self._left_out
 
 
 @functools.cache
