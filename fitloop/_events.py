@@ -230,6 +230,8 @@ class EpochEnded(Event):
     complete: bool
     """False if the run stopped within the epoch"""
     seconds: float
+    learning_rates: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """rates after the train phase, with the names of `MetricsLogged`; none in `FitLoop.test`"""
 
 
 @public

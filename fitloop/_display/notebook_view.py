@@ -57,7 +57,7 @@ class _Row:
     """by ``print_every``; the row of the best epoch is shown in any case"""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     rates: str = ""
-    """the learning rate at the end of the epoch"""
+    """the learning rates of the epoch"""
     time: str = ""
 
 
@@ -123,8 +123,8 @@ class NotebookView:
             case EpochEnded() if row is not None:
                 stopped = "" if event.complete else " (stopped)"
                 row.time = f"{format_duration(event.seconds)}{stopped}"
-                rates = self._run.learning_rates
-                row.rates = format_rates(rates) if rates else ""
+                if event.learning_rates:
+                    row.rates = format_rates(event.learning_rates)
             case WentBack():
                 self._rows = [each for each in self._rows if each.epoch <= event.epoch]
             case RunEnded():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from fitloop._display.console import colored, write_output
@@ -144,9 +144,8 @@ class EpochPrinter:
         if "test" in event.metrics and len(event.metrics) == 1:
             write_output(f"{lead}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
         elif self._style == "line":
-            rates, table = self._run.learning_rates, self._others.table
             best = colored("best", self._color) if self._is_best else ""
-            write_output(table.lines(lead, event, rates, self._names, best))
+            write_output(self._others.table.lines(lead, event, self._names, best))
         else:
             self._print_block(event)
 
@@ -204,7 +203,6 @@ class EpochTable:
         self,
         lead: str,
         event: EpochEnded,
-        rates: Mapping[str, float],
         names: Sequence[str] | None,
         best: str,
     ) -> str:
@@ -215,8 +213,8 @@ class EpochTable:
             for name in (metrics if names is None else names)
             if name in metrics
         }
-        if rates:
-            cells["", "lr"] = format_rates(rates)
+        if event.learning_rates:
+            cells["", "lr"] = format_rates(event.learning_rates)
         cells["", "time"] = format_duration(event.seconds)
         total = str(event.epochs)
         width = max(5, 2 * len(total) + 1)

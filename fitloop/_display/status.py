@@ -105,6 +105,7 @@ class RunStatus:
                 self.best = None
             case EpochEnded():
                 self.epochs_done, self._epoch_seconds = event.epoch_in_run, event.seconds
+                self.learning_rates = event.learning_rates or self.learning_rates
             case SnapshotWritten():
                 self.has_snapshot = True
             case PromptAsked() | PromptAnswered():

@@ -162,6 +162,7 @@ class Engine:
         self.activity = f"beginning epoch {epoch}"
         self._emit(EpochStarted(trainer=trainer, **numbers))
         metrics: dict[str, dict[str, float]] = {}
+        rates: dict[str, float] = {}
         complete = True
         for phase, loader in plan.phases:
             if self._control.halted:
@@ -177,6 +178,8 @@ class Engine:
                 complete = False
                 break
             metrics[phase], is_complete = result
+            if phase is Phase.TRAIN:  # those of an epoch's schedulers come later
+                rates = learning_rates(deps.config.optimizers)
             complete = complete and is_complete
         if not metrics:  # stopped before any phase had a result
             return
@@ -190,6 +193,7 @@ class Engine:
                 metrics=metrics,
                 complete=complete,
                 seconds=deps.clock() - started_at,
+                learning_rates=rates,
             )
         )
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import anyio
 import pytest
-from support.models import scores, trainer
+import torch
+from support.models import mlp, scores, trainer
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from fitloop import (
     AnyEvent,
@@ -88,10 +90,10 @@ async def test_print_style_when_line_then_each_epoch_is_a_row_of_one_table(
     await trainer().fit(10, print_style="line", print_every=5)
     phases, names, *rows, end = capsys.readouterr().out.splitlines()
     assert phases.split() == ["train", "valid"]
-    assert names.split() == ["epoch", "loss", "accuracy", "loss", "accuracy", "time"]
+    assert names.split() == ["epoch", "loss", "accuracy", "loss", "accuracy", "lr", "time"]
     assert [row.split()[0] for row in rows] == ["1/10", "5/10", "10/10"]
     for row in rows:
-        assert re.fullmatch(r" *\d+/10( +\d\.\d{4}){4} +\d+ ms(  best)?", row)
+        assert re.fullmatch(r" *\d+/10( +\d\.\d{4}){4} +0\.1 +\d+ ms(  best)?", row)
         for name in ("loss", "accuracy", "loss", "accuracy"):
             assert row[names.index(name) + len(name) - 1].isdigit()
     assert re.fullmatch(r"10 epochs in \d.* m?s, best accuracy [01]\.\d{4} in epoch \d+", end)
@@ -107,10 +109,26 @@ async def test_print_style_when_line_and_metrics_change_then_the_head_is_printed
     await fitted.fit(4, print_style="line")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if "loss" in line] == [
-        ["epoch", "loss", "time"],
-        ["epoch", "loss", "map", "time"],
+        ["epoch", "loss", "lr", "time"],
+        ["epoch", "loss", "map", "lr", "time"],
     ]
     assert sum("12346" in line for line in lines) == 4
+
+
+@pytest.mark.parametrize("interval", ["epoch", "valid"])
+async def test_print_style_when_line_and_a_schedule_runs_then_has_the_rate_of_each_epoch(
+    interval: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule: Any = StepLR(optimizer, 1)
+    if interval == "valid":
+        schedule = ReduceLROnPlateau(optimizer, "max", patience=0, threshold=1e9)
+    fitted = trainer(model=model, optimizer=optimizer, lr_scheduler=schedule)
+    await fitted.fit(3, print_style="line")
+    rows = capsys.readouterr().out.splitlines()[2:5]
+    expected = ["0.1", "0.01", "0.001"] if interval == "epoch" else ["0.1", "0.1", "0.01"]
+    assert [row.split()[5] for row in rows] == expected
 
 
 async def test_print_style_when_unknown_then_is_refused() -> None:

@@ -105,7 +105,14 @@ class Page:
             )
         )
 
-    def epoch(self, number: int, *, best: bool = False, complete: bool = True) -> None:
+    def epoch(
+        self,
+        number: int,
+        *,
+        best: bool = False,
+        complete: bool = True,
+        rates: dict[str, float] | None = None,
+    ) -> None:
         self.begin(number)
         self.phase(number, Phase.TRAIN, 1 / number)
         self.phase(number, Phase.VALID, 2 / number)
@@ -121,6 +128,7 @@ class Page:
                 metrics={"train": {"loss": 1 / number}, "valid": {"loss": 2 / number}},
                 complete=complete,
                 seconds=1.25,
+                learning_rates=rates or {},
             )
         )
 
@@ -247,10 +255,8 @@ def test_every_when_another_epoch_is_the_best_then_it_has_a_row_too() -> None:
 def test_table_when_learning_rates_are_known_then_has_them() -> None:
     page = Page(2)
     page.start()
-    page.status.learning_rates = {"lr": 1e-5}
-    page.epoch(1)
-    page.status.learning_rates = {"lr": 0.1}
-    page.epoch(2)
+    page.epoch(1, rates={"lr": 1e-5})
+    page.epoch(2, rates={"lr": 0.1})
     lines = page.end(2)["text/plain"].splitlines()
     assert lines[1].split()[-2:] == ["lr", "time"]
     assert [line.split()[-3] for line in lines[2:]] == ["1e-05", "0.1"]
