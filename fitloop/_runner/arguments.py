@@ -35,20 +35,20 @@ def named_arguments(
     while isinstance(target, partial):
         args, kwargs = (*target.args, *args), {**target.keywords, **kwargs}
         target = target.func
-    named = _bound(target, args, kwargs)
-    if named is None:  # a call that will fail, or a function without a signature
+    try:
+        named = _bound(target, args, kwargs)
+    except TypeError:  # the call will fail
+        named = kwargs
+    except ValueError:  # some functions in C have no signature
         named = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
     return {str(name): plain_value(value) for name, value in named.items()}
 
 
 def _bound(
     target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
-    try:
-        signature = inspect.signature(target)
-        bound = signature.bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):
-        return None
+) -> dict[str, Any]:
+    signature = inspect.signature(target)
+    bound = signature.bind(*args, **kwargs).arguments
     named: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
         if name not in bound:

@@ -165,7 +165,7 @@ class Results(list[J], Generic[J]):
         """Return the names of the arguments that differ, and the texts of the others."""
         differing, constant = [], {}
         for name in self._argument_names():
-            texts = {_text(job.arguments[name]) for job in self if name in job.arguments}
+            texts = {_text(job.arguments.get(name, "")) for job in self if job.arguments}
             if len(texts) > 1:
                 differing.append(name)
             else:

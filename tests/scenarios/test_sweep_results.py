@@ -129,6 +129,13 @@ def test_table_when_printed_then_the_best_is_first_and_differing_arguments_are_c
     assert "same for all: width=8" in html
 
 
+def test_argument_when_only_some_jobs_have_it_then_is_a_column() -> None:
+    jobs = [done("a", 0.5, arguments={"lr": 0.1}), done("b", 0.4, arguments={"lr": 0.1, "w": 3})]
+    table = Results(jobs)
+    assert str(table).splitlines()[0].split()[:3] == ["job", "w", "status"]
+    assert table.notes() == ["same for all: lr=0.1"]
+
+
 def test_scores_when_less_is_better_then_the_least_is_first() -> None:
     results = Results(
         [
