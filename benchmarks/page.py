@@ -1,4 +1,4 @@
-"""Writes ``docs/benchmarks.md``, and the figures and the chart of the README.
+"""Writes ``docs/benchmarks.md``, the figures of `docs/costs.md`, and the chart of the README.
 
 ``python -m benchmarks.page`` writes them from the stored reports; they are not edited by hand.
 """
@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import BENCHMARKS
-from benchmarks.readme import with_figures
+from benchmarks.costs_page import with_figures
 from benchmarks.report import Report, Table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-README = ROOT / "README.md"
+COSTS = ROOT / "docs" / "costs.md"
 CHART = ROOT / "docs" / "benchmarks.png"
 INTRODUCTION = """# Benchmarks
 
@@ -36,7 +36,7 @@ def write_page() -> None:
     """Write page and figures, then the chart. Raises ImportError without matplotlib."""
     reports = stored_reports()
     PAGE.write_text(page(reports), encoding="utf-8")
-    README.write_text(with_figures(README.read_text(encoding="utf-8"), reports), encoding="utf-8")
+    COSTS.write_text(with_figures(COSTS.read_text(encoding="utf-8"), reports), encoding="utf-8")
     from benchmarks.chart import draw  # imported here, as only the chart needs it
 
     for report in reports:

@@ -3,13 +3,13 @@
     make pictures                    (or: python docs/pictures.py)
 
 All are of real trainings on scikit-learn's digits. The terminal is one that is emulated, of 96
-columns; the picture is drawn when the question is shown. That of the web service is a screenshot
-by Chromium.
+columns, and its picture moves. That of the web service is a screenshot by Chromium.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -26,18 +26,21 @@ import pexpect
 import pyte
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 COLUMNS, ROWS = 96, 19
 WAIT = 120
+FRAMES_PER_SECOND, READING_SECONDS = 8, 2.5
 COLORS = {"default": "#d8dee4", "cyan": "#39c5cf"}
 BACKGROUND, PALE = "#0d1117", "#3d444d"
 
 
 async def train_three() -> None:
-    """Train three models at once; the smallest asks after two epochs."""
+    """Train three models at once; one asks after four epochs."""
     import digits
 
     def trainer(name: str, lr: float) -> Any:
@@ -56,19 +59,17 @@ async def train_three() -> None:
 
     torch.set_num_threads(1)
     await asyncio.gather(
-        trainer("lr=0.01", 1e-2).fit(8, continue_loop=2),
+        trainer("lr=0.01", 1e-2).fit(8, continue_loop=4),
         trainer("lr=0.003", 3e-3).fit(8),
         trainer("lr=0.0003", 3e-4).fit(8),
     )
 
 
-def screen_of_three() -> pyte.Screen:
-    """Return the terminal as it is when the question is shown."""
-    screen = pyte.Screen(COLUMNS, ROWS)
-    stream = pyte.Stream(screen)
+def _training_program() -> Any:
+    """Start this program in a terminal that is emulated, where it trains the three."""
     environment = {**os.environ, "TERM": "xterm-256color"}
     environment.pop("CI", None)
-    child: Any = pexpect.spawn(  # type: ignore[no-untyped-call]
+    return pexpect.spawn(  # type: ignore[no-untyped-call]
         sys.executable,
         [__file__, "--train"],
         env=environment,
@@ -76,33 +77,56 @@ def screen_of_three() -> pyte.Screen:
         encoding="utf-8",
         timeout=WAIT,
     )
-    while not any("continue loop" in line for line in screen.display) or not all(
-        f"lr={lr} " in screen.display[row] for row, lr in ((-2, "0.003"), (-1, "0.0003"))
-    ):
-        stream.feed(child.read_nonblocking(4096, timeout=WAIT))
-    child.close(force=True)
-    return screen
 
 
-def draw_screen(screen: pyte.Screen, path: Path) -> None:
+def frames_of_three() -> list[Image.Image]:
+    """Return pictures of the terminal while the three train; the question is answered."""
+    screen = pyte.Screen(COLUMNS, ROWS)
+    stream = pyte.Stream(screen)
+    child = _training_program()
+    frames: list[Image.Image] = []
+    begin, asked = time.monotonic(), 0.0
+    while True:
+        with contextlib.suppress(pexpect.TIMEOUT):
+            try:
+                stream.feed(child.read_nonblocking(4096, timeout=0.02))
+            except pexpect.EOF:
+                break
+        now = time.monotonic()
+        if not asked and any("continue loop" in line for line in screen.display):
+            asked = now
+        if asked and now > asked + READING_SECONDS:
+            asked = float("inf")
+            child.send("y\r")
+        if now - begin >= len(frames) / FRAMES_PER_SECOND:
+            frames.append(draw_screen(screen))
+    return [*frames, *[draw_screen(screen)] * int(FRAMES_PER_SECOND * READING_SECONDS)]
+
+
+def draw_screen(screen: pyte.Screen) -> Image.Image:
     """Draw a screen, character by character."""
-    width, height = 0.085, 0.19
-    figure = Figure(figsize=(COLUMNS * width + 0.3, ROWS * height + 0.3), facecolor=BACKGROUND)
+    font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 15)
+    width, height, margin = 9, 19, 14
+    size = (COLUMNS * width + 2 * margin, ROWS * height + 2 * margin)
+    image = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(image)
     for row in range(ROWS):
         for column in range(COLUMNS):
             cell = screen.buffer[row][column]
-            if not cell.data.strip():
-                continue
-            pale = cell.data == "─"
-            figure.text(
-                (column * width + 0.15) / figure.get_figwidth(),
-                1 - ((row + 0.8) * height + 0.15) / figure.get_figheight(),
-                cell.data,
-                family="DejaVu Sans Mono",
-                fontsize=10.2,
-                color=PALE if pale else COLORS.get(cell.fg, COLORS["default"]),
-            )
-    figure.savefig(path, dpi=110)
+            if cell.data.strip():
+                pale = cell.data == "\u2500"
+                color = PALE if pale else COLORS.get(cell.fg, COLORS["default"])
+                place = (margin + column * width, margin + row * height)
+                draw.text(place, cell.data, color, font)
+    return image
+
+
+def save_moving(frames: list[Image.Image], path: Path) -> None:
+    """Write pictures as one that moves."""
+    palette = frames[-1].quantize(32)
+    few = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    duration = round(1000 / FRAMES_PER_SECOND)
+    few[0].save(path, save_all=True, append_images=few[1:], duration=duration, loop=0)
 
 
 def draw_curves(path: Path) -> None:
@@ -159,6 +183,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--train"]:
         asyncio.run(train_three())
     else:
-        draw_screen(screen_of_three(), HERE / "terminal.png")
+        save_moving(frames_of_three(), HERE / "terminal.gif")
         draw_curves(HERE / "curves.png")
         draw_service(HERE / "service.png")

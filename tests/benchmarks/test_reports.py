@@ -21,6 +21,7 @@ import pytest
 from benchmarks import BENCHMARKS, many, overhead, overlap
 from benchmarks.__main__ import main
 from benchmarks.chart import draw, picture
+from benchmarks.costs_page import with_figures
 from benchmarks.harness import (
     Contender,
     Measurements,
@@ -31,8 +32,7 @@ from benchmarks.harness import (
     skipped_in_all,
     skipped_only_in,
 )
-from benchmarks.page import PAGE, README, RESULTS, ROOT, page, stored_reports
-from benchmarks.readme import with_figures
+from benchmarks.page import COSTS, PAGE, RESULTS, ROOT, page, stored_reports
 from benchmarks.report import ABSENT, Column, Report, Row, Spread, Table, method_of
 from fitloop._processes.fork_server import ForkedProcess
 
@@ -159,8 +159,8 @@ def test_page_when_made_then_tables_are_markdown_and_ours_are_bold() -> None:
 def test_page_in_the_repository_when_made_anew_then_is_the_same() -> None:
     """``python -m benchmarks.page`` writes it; figures are not written by hand."""
     assert PAGE.read_text(encoding="utf-8") == page(stored_reports())
-    readme = README.read_text(encoding="utf-8")
-    assert readme == with_figures(readme, stored_reports())
+    costs = COSTS.read_text(encoding="utf-8")
+    assert costs == with_figures(costs, stored_reports())
 
 
 def test_chart_when_drawn_then_nothing_runs_out_of_the_picture() -> None:

@@ -1,12 +1,13 @@
-"""The functions of the README with the types that a user would write, for ``mypy --strict``.
+"""The functions of README and guides with the types that a user would write, for ``mypy --strict``.
 
-A test compares them with those of the README. Nothing calls them.
+A test compares them with those there. Nothing calls them.
 """
 
 from __future__ import annotations
 
 import asyncio
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -16,21 +17,31 @@ trainer = FitLoop(nn.Linear(2, 2), Adam(nn.Linear(2, 2).parameters()), nn.CrossE
 
 
 def train_step(state: LoopState) -> dict[str, Tensor]:
-    X, y = state.batch  # noqa: N806 - as in the README
-    y_ = state.model(X)
-    loss = state.loss_function(y_, y)
-    loss.backward()
-    state.optimizer.step()
-    return {
-        "running_loss": loss.detach() * state.batch_size,
-        "running_corr": (y_.argmax(dim=1) == y).sum(),
-    }
+    inputs, targets = state.batch
+    outputs = state.model(inputs)
+    loss = state.loss_function(outputs, targets)
+    state.optimize(loss)
+    return {"running_loss": loss.detach() * state.batch_size}
 
 
 def train_epoch_end(state: LoopState) -> dict[str, float]:
+    return {"loss": float(state["running_loss"].sum() / state.size)}
+
+
+def step(state: LoopState) -> dict[str, Tensor]:
+    inputs, targets = state.batch
+    outputs = state.model(inputs)
+    loss = state.loss_function(outputs, targets)
+    if state.is_train:
+        state.optimize(loss)
+    return {"running_loss": loss.detach() * state.batch_size, "outputs": outputs.detach()}
+
+
+def epoch_end(state: LoopState) -> dict[str, float]:
+    scores = torch.cat(state["outputs"])
     return {
-        "loss": state["running_loss"].sum().item() / state.size,
-        "accuracy": state["running_corr"].sum().item() / state.size,
+        "loss": float(state["running_loss"].sum() / state.size),
+        "confidence": float(scores.softmax(1).amax(1).mean()),
     }
 
 
@@ -40,7 +51,11 @@ def misspelt(state: LoopState) -> None:
 
 
 def stop_when_good(event: Event) -> None:
-    if isinstance(event, EpochEnded) and event.metrics["valid"]["accuracy"] > 0.9:
+    if (
+        isinstance(event, EpochEnded)
+        and event.call == "fit"
+        and event.metrics["valid"]["accuracy"] > 0.9
+    ):
         trainer.stop()
 
 

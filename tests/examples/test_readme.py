@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.documents import ROOT, blocks_of, run_blocks
 from support.models import trainer
 
 from fitloop import FitLoop
 from fitloop._run.fit_options import FitOptions
 
-ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
-)
+README = ROOT / "README.md"
+BLOCKS = blocks_of(README)
 ANNOTATED = (Path(__file__).parent / "annotated_readme.py").read_text(encoding="utf-8")
 
 
@@ -27,17 +25,24 @@ def test_readme_when_its_programs_are_run_one_after_the_other_then_all_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"make_trainer": lambda lr: trainer()}
-    assert len(BLOCKS) >= 6
-    for block in BLOCKS:
-        code = compile(block, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        result = eval(code, names)
-        if inspect.iscoroutine(result):
-            asyncio.run(result)
+    run_blocks(BLOCKS, "README.md", names)
     printed = capsys.readouterr().out
-    assert " [1/20] - train :: loss: 0." in printed
-    assert "test  :: loss: 0." in printed
-    assert "lr=0.001 10 epochs in " in printed
-    assert {path.name for path in tmp_path.iterdir()} == {"fitloop_state", "runs"}
+    shown = re.search(r"^```\n +train.*?^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    assert shown is not None
+    for line in shown[0].splitlines():  # the table that the README shows, without times
+        numbers = re.match(r" *\d+/50(?: +[\d.]+){5}", line)
+        if numbers is not None:
+            assert numbers[0] in printed
+    assert "10 of 50 epochs in " in printed
+    assert "best accuracy 0.9500 in epoch 7" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+
+
+def test_readme_when_read_then_is_short_and_its_links_lead_to_files() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    for target in re.findall(r"\]\((?!https:)(.*?)\)", text):
+        assert (ROOT / target).exists(), target
 
 
 class _WithoutAnnotations(ast.NodeTransformer):
@@ -57,8 +62,9 @@ def functions_of(source: str) -> dict[str, str]:
 
 def test_annotated_functions_when_compared_with_the_readme_then_are_its_functions() -> None:
     of_readme: dict[str, str] = {}
-    for block in BLOCKS:
-        of_readme |= functions_of(block)
+    guides = (ROOT / "docs" / "guides" / name for name in ("steps.md", "early-stopping.md"))
+    for block in [*BLOCKS, *(block for guide in guides for block in blocks_of(guide))]:
+        of_readme |= functions_of(block.source)
     annotated = functions_of(ANNOTATED)
     assert {"train_step", "train_epoch_end", "stop_when_good"} <= of_readme.keys()
     for name, text in of_readme.items():

@@ -1,4 +1,4 @@
-"""Writes the figures of the README from the stored reports: one line for each question."""
+"""Writes the figures of `docs/costs.md` from the stored reports: one line for each question."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def at_once(question: str, *ours: str) -> Line:
 AHEAD = "bare loop, a thread reads ahead"
 LIGHTNING = ("Lightning Fabric", "Lightning")
 LINES = [
-    overhead("added to a batch of a small MLP, loss and accuracy kept", 0, *LIGHTNING),
-    overhead("the same, nothing kept", 1, *LIGHTNING),
-    close("the same, in turns with the bare loop in one process, loss and accuracy kept", 4),
-    close("the same, nothing kept", 5),
-    close("the same, steps that compute nothing, two numbers kept", 8),
+    close("in turns with a bare loop in one process: added to a batch of a small MLP", 4),
+    close("the same, without loss and accuracy", 5),
+    close("the same, steps that compute nothing", 8),
+    overhead("whole programs, each in a process: added to a batch of a small MLP", 0, *LIGHTNING),
+    overhead("the same, without loss and accuracy", 1, *LIGHTNING),
     overhead(
         "a batch of a CNN, loss and accuracy kept, divided by the bare loop's",
         2,
@@ -104,7 +104,7 @@ LINES = [
 
 
 def figures(reports: Sequence[Report]) -> str:
-    """Return the block of the README, from `BEGIN` to `END`."""
+    """Return the block of the page, from `BEGIN` to `END`."""
     by_name = {report.name: report for report in reports}
     lines = [BEGIN, "| | fitloop | compared with |", "|---|---|---|"]
     for line in LINES:
@@ -117,9 +117,9 @@ def figures(reports: Sequence[Report]) -> str:
     return "\n".join([*lines, END])
 
 
-def with_figures(readme: str, reports: Sequence[Report]) -> str:
-    """Return the README with a new block."""
-    before, _, block_on = readme.partition(BEGIN)
+def with_figures(costs: str, reports: Sequence[Report]) -> str:
+    """Return the page with a new block."""
+    before, _, block_on = costs.partition(BEGIN)
     _block, _, after = block_on.partition(END)
     return before + figures(reports) + after
 
