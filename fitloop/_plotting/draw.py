@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_IN_TIME = " (of train and valid, in the order of time)"
+_IN_TIME = " (train and valid, by time)"
 _THINNED = f" (thinned to {MAX_POINTS} points)"
 _MAX_INSIDE = 9
 """largest number of names in a legend inside the Axes"""

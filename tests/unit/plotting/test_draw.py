@@ -170,7 +170,7 @@ def test_plot_of_batches_puts_validations_where_they_were_in_time(ax: Axes) -> N
     assert [x for x, _ in batches["train"]] == [1, 2, 5, 6, 9, 10, 11, 12]
     assert [x for x, _ in batches["valid"]] == [3, 4, 7, 8, 13, 14]
     assert len(drawn(ax)["valid"]) == 6 + 3  # with a gap after each validation
-    assert ax.get_xlabel() == "batch (of train and valid, in the order of time)"
+    assert ax.get_xlabel() == "batch (train and valid, by time)"
 
 
 def test_plot_of_batches_when_an_earlier_version_recorded_them_then_each_has_its_own_axis(
