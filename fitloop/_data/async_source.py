@@ -19,7 +19,6 @@ from fitloop._concurrency.event_loops import (
 )
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.sources import END, LoadContext
-from fitloop._rng.states import RngState
 
 
 class AsyncSource:
@@ -30,7 +29,7 @@ class AsyncSource:
     first ``skip`` batches are discarded; ``limit`` is the most that are read after them.
     """
 
-    rng_state_after: RngState | None = None
+    rng_state_after = None
 
     def __init__(
         self,

@@ -7,7 +7,6 @@ Other packages use these:
 
 - `trainer_rng`: the random numbers of a trainer over its life.
 - `guard`: the random numbers of a run, of a pass over a loader, and of a thread that reads ahead.
-- `device_generators`: the default generators of accelerators.
 - `states`: the state of generators, as a value and as a tree for a snapshot.
 - `generators`: random generators that objects of users hold.
 - `global_state`: the state of the global generators.
@@ -15,6 +14,7 @@ Other packages use these:
 
 These are private to this package:
 
+- `device_generators`: the default generators of accelerators.
 - `lease`: the right of one thread to use the global generators; says who waits for whom.
 - `waits`: waits of a run's code for other trainings, which use the generators meanwhile.
 - `streams`: sequences of random numbers, which are installed in the global generators.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
 import numpy as np
+import torch
 
+from fitloop._rng.device_generators import generator_names
 from fitloop._rng.global_state import check_same_generator, global_state, restore_global_state
 from fitloop._rng.lease import global_generators
 from fitloop._rng.states import RngState
@@ -20,6 +22,7 @@ STREAM_INDEX: Final = {
     for loader in (False, True)
 }
 """The streams of a trainer: phase and whether the loader uses it -> number, mixed into the seed."""
+_CPU = torch.device("cpu")
 _GLOBAL = "process"
 """Name in a snapshot of the state of the global generators."""
 
@@ -29,11 +32,13 @@ class TrainerRng:
 
     With a seed there are two streams for each phase, one for the steps and one for the loader. So
     validating, testing or loading ahead does not change the numbers of the training. Without a
-    seed the trainer uses the global generators, also those of the ``devices``.
+    seed the trainer uses the global generators, also that of its ``device``.
     """
 
-    def __init__(self, seed: int | None, devices: Iterable[str] = ()) -> None:
-        self.devices = tuple(devices)
+    def __init__(self, seed: int | None, device: torch.device = _CPU) -> None:
+        self._device = device
+        self.devices = generator_names(device)
+        """names of the accelerators whose generators the trainer uses"""
         self._seed = seed
         self._streams: dict[tuple[Phase, bool], Stream] = {}
         """Made at first use, since seeding one takes a while."""
@@ -70,7 +75,7 @@ class TrainerRng:
 
         Without a seed all phases share one stream, a copy of the global generators.
         """
-        twin = TrainerRng(self._seed, self.devices)
+        twin = TrainerRng(self._seed, self._device)
         if self.has_streams:
             twin._streams = {key: stream.copy() for key, stream in self._streams.items()}
         else:

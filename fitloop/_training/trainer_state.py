@@ -40,7 +40,6 @@ from fitloop._errors import (
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
 from fitloop._ranks.launcher import launched_size
-from fitloop._rng.device_generators import generator_names
 from fitloop._rng.guard import copied_numbers
 from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._storage.durable import LOG_NAME
@@ -151,7 +150,7 @@ class TrainerState:
         self.user_settings = UserSettings(config)
         self._watches: dict[Phase, tuple[Any, AttributeWatch]] = {}
         """loaders, with their attributes before their first run"""
-        self.rng = TrainerRng(config.seed, generator_names(config.device))
+        self.rng = TrainerRng(config.seed, config.device)
         """random numbers of the trainer"""
         self._best_optimizers: list[Any] = []
         """the `optimizer_states` of the best epoch, which are replaced and never changed"""

@@ -15,13 +15,12 @@ from torch import Tensor
 from fitloop import Checkpoint, CheckpointError, FitLoop, LoopState, SyncFitLoop
 from fitloop._checkpointing.snapshot import read_snapshot
 from fitloop._data.device import DeviceTransfer
-from fitloop._rng import device_generators
+from fitloop._rng import device_generators, trainer_rng
 from fitloop._rng.generators import is_generator
 from fitloop._rng.global_state import global_state
 from fitloop._rng.states import RngState
 from fitloop._runner.execution import ResourceAllocator
 from fitloop._storage.tensors import _copy_all
-from fitloop._training import trainer_state
 
 QUIET: dict[str, Any] = {"verbose": False}
 DEVICE = "hpu:1"
@@ -56,7 +55,7 @@ def hpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     device_generators.default_generator.cache_clear()
-    monkeypatch.setattr(trainer_state, "generator_names", lambda device: (DEVICE,))
+    monkeypatch.setattr(trainer_rng, "generator_names", lambda device: (DEVICE,))
     return MODULE
 
 
