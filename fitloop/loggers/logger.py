@@ -342,7 +342,8 @@ class _Queue:
                 run.steps_rows += 1
                 if run.steps_rows > QUEUE_LIMIT:
                     self._drop_oldest(run)
-            self._changed.notify_all()
+            if len(run.rows) == 1:  # else the thread writes, or waits for the time to do so
+                self._changed.notify_all()
 
     def _drop_oldest(self, run: _OpenRun) -> None:
         for index, row in enumerate(run.rows):
