@@ -120,7 +120,7 @@ class TensorBoard(Logger):
         self.opened[run.id] = file
         events = [Event(wall_time=time.time(), file_version="brain.Event:2")]
         if is_new:
-            events += _hyper_parameters(run)
+            events += _hyper_parameters(run, folder.name)
         _write_records(file, events)
         return file
 
@@ -155,7 +155,7 @@ def _cut_file(file: IO[bytes], size: int) -> None:
         os.truncate(file.name, size)
 
 
-def _hyper_parameters(run: LoggedRun) -> list[Any]:
+def _hyper_parameters(run: LoggedRun, label: str) -> list[Any]:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
@@ -166,5 +166,5 @@ def _hyper_parameters(run: LoggedRun) -> list[Any]:
     }
     if not values:
         return []
-    summary = hparams_pb(values, trial_id=run.id)
+    summary = hparams_pb(values, trial_id=label)
     return [Event(wall_time=time.time(), summary=summary)]
