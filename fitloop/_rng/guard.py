@@ -216,8 +216,13 @@ class ReaderRng:
         lease, stream = self._lease, self._stream
         if stream is None:
             return read
+        allows_waits = False
 
         def read_with_lease() -> T:
+            nonlocal allows_waits
+            if not allows_waits:  # in the context of the reading thread
+                wait_scope.set(PlainWaits(lease).scope)
+                allows_waits = True
             lease.acquire(stream)
             try:
                 return read()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ TWO_BACKENDS = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 
 
 @pytest.fixture(autouse=True)
-async def _restored_generators() -> AsyncIterator[None]:
+def _restored_generators() -> Iterator[None]:
     with restored_generators():
         yield
 
@@ -132,6 +132,30 @@ async def test_hook_when_it_trains_another_model_then_both_have_the_bits_of_sepa
         if seed is not None or inner_seed is not None:  # else they share the numbers
             assert found == expected
             assert bits(inner.model) == expected_inner
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_loader_when_it_trains_another_model_then_both_have_the_bits_of_separate_runs(
+    prefetch: int,
+) -> None:
+    for seed, inner_seed in SEEDS[:3]:
+
+        def train(inner: SyncFitLoop | None) -> dict[str, bytes]:
+            def loader() -> Iterator[Any]:
+                for number, batch in enumerate(batches()):
+                    yield batch[0] + random.random(), batch[1]
+                    if number == 1 and inner is not None and not inner.epoch_num:
+                        inner.fit(2, **QUIET)
+
+            seed_process(9)
+            model = mlp()
+            outer = sync_trainer(model=model, train_dl=loader, seed=seed, prefetch=prefetch)  # noqa: B023
+            outer.fit(2, **QUIET)
+            return bits(model)
+
+        inner = sync_trainer(**inner_arguments(inner_seed))
+        assert train(inner) == train(None)
+        assert inner.epoch_num == 2
 
 
 @TWO_BACKENDS
