@@ -10,6 +10,7 @@ import pickle
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -190,11 +191,14 @@ class BatchSender:
         placement = self.slots.write(values) if values else None
         return SentBatch(form, placement, [], self._new_classes)
 
-    def _pickled(self, batch: Any) -> tuple[bytes, list[memoryview]]:
+    def _pickled(self, batch: Any) -> tuple[bytes, list[Any]]:
         file, buffers, self._new_classes = io.BytesIO(), list[pickle.PickleBuffer](), []
         write_pickle(batch, file, buffers.append, self._reduce)
-        data, values = file.getvalue(), [buffer.raw() for buffer in buffers]
-        return (b"", [memoryview(data), *values]) if len(data) > LARGE_PICKLE else (data, values)
+        data = file.getvalue()
+        values = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+        if len(data) <= LARGE_PICKLE:
+            return data, values
+        return b"", [np.frombuffer(data, np.uint8), *values]
 
     def _reduce(self, value: Any) -> Any:
         """Send classes that are not found by name once, and refer to them by number later."""
@@ -218,12 +222,12 @@ def _class_of(key: int, number: int) -> type:
     return _classes[key][number]
 
 
-def _plain_form(batch: Any) -> tuple[PlainForm, list[memoryview]] | None:
+def _plain_form(batch: Any) -> tuple[PlainForm, list[Any]] | None:
     """Return form and values of the usual (inputs, targets), which needs no pickle; else None."""
     kind = type(batch)
     if not (kind is tuple or kind is list) or len({id(item) for item in batch}) != len(batch):
         return None
-    parts, values = list[tuple[str, tuple[int, ...]]](), list[memoryview]()
+    parts, values = list[tuple[str, tuple[int, ...]]](), list[Any]()
     for item in batch:
         if type(item) is not Tensor or item.requires_grad or not item.is_contiguous():
             return None

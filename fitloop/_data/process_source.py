@@ -357,7 +357,7 @@ def _pickled(loader: Any, model: nn.Module | None, label: str) -> SentLoader:
             f"({one_line(error)}); expected a loader that can be pickled, which opens files and "
             f"the like in its __iter__, or a function that makes the loader{hint}"
         ) from error
-    return SentLoader(pickle.PickleBuffer(file.getbuffer()), values)
+    return SentLoader(pickle.PickleBuffer(file.getvalue()), values)
 
 
 class _Refusal:

@@ -68,7 +68,7 @@ class SlotWriter:
         os.close(self.descriptor)
         self.descriptor = -1
 
-    def write(self, values: Sequence[memoryview]) -> Placement:
+    def write(self, values: Sequence[Any]) -> Placement:
         """Write the values of a batch into a free slot, or into a new one.
 
         Raises OSError if there is no memory for it.

@@ -106,10 +106,13 @@ def _reduced_tensor(tensor: Tensor) -> Any:
     return tensor_of, (buffer, tensor.dtype, tensor.shape, stride, tensor.requires_grad)
 
 
-def values_of(tensor: Tensor) -> memoryview:
-    """Return the memory of a plain tensor, or that of a contiguous copy."""
-    flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
+def values_of(tensor: Tensor) -> Any:
+    """Return the memory of a plain tensor, or that of a contiguous copy, as an array of bytes.
+
+    No memoryview: the garbage collector of CPython crashes on a PickleBuffer over one.
+    """
+    flat: Any = tensor.detach().reshape(-1).view(torch.uint8)
+    return flat.numpy()
 
 
 def is_plain(tensor: Tensor) -> bool:
