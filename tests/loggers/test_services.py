@@ -251,6 +251,10 @@ def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def wandb_files(directory: Path) -> list[Path]:
+    """Return the files of offline runs, when W&B's own process has written them."""
+    import wandb
+
+    wandb.teardown()
     return sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
 
 
