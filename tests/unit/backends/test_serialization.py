@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import pickle
 import threading
 from typing import Any
@@ -13,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from fitloop import ConfigurationError, RemoteError
 from fitloop._processes.errors import SerializedError, deserialize_error, serialize_error
+from fitloop._processes.pickling import write_pickle
 from fitloop.backends.remote.serialization import (
     check_serializable,
     deserialize_job,
@@ -147,3 +150,13 @@ def test_check_when_values_are_large_then_does_not_read_them() -> None:
     check_serializable("x", (Long(), threading.Lock()))
     with pytest.raises(ConfigurationError, match="cannot be pickled"):
         check_serializable("x", (torch.ones(10**6), np.ones(10**6), threading.Lock()))
+
+
+def test_buffers_when_collected_in_a_circle_then_python_goes_on() -> None:
+    """It crashes on buffers of memoryviews, which an error's traceback may hold."""
+    for _ in range(3):
+        values: list[Any] = []
+        write_pickle([torch.ones(3), np.ones(3)], io.BytesIO(), values.append)
+        values.append(values)
+        del values
+        gc.collect()
