@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fitloop._errors import NonFiniteWarning as NonFiniteWarning
     from fitloop._errors import OptimizerWarning as OptimizerWarning
     from fitloop._errors import OutputWarning as OutputWarning
+    from fitloop._errors import RanksError as RanksError
     from fitloop._errors import RanksWarning as RanksWarning
     from fitloop._errors import RemoteError as RemoteError
     from fitloop._errors import RestoreError as RestoreError
@@ -78,6 +79,8 @@ if TYPE_CHECKING:
     from fitloop._metrics.history import MetricSeries as MetricSeries
     from fitloop._metrics.history import PhaseHistory as PhaseHistory
     from fitloop._metrics.results import FitResult as FitResult
+    from fitloop._ranks.world import World as World
+    from fitloop._ranks.world import world as world
     from fitloop._run.lr_search import LRCurve as LRCurve
     from fitloop._run.prediction import Predictions as Predictions
     from fitloop._runner.jobs import Job as Job
@@ -125,7 +128,8 @@ _NAMES_OF_MODULES = {
         "BusyError CheckpointError CompileWarning ConfigurationError FitLoopError "
         "LoaderHungWarning LockWarning LoggerWarning MetricError MissingCriteriaError "
         "MissingLoaderError NonFiniteError NonFiniteWarning OptimizerWarning OutputWarning "
-        "RanksWarning RemoteError RestoreError RestoreWarning ResumeWarning ScheduleWarning "
+        "RanksError RanksWarning RemoteError RestoreError RestoreWarning ResumeWarning "
+        "ScheduleWarning "
         "StageSignatureError SyncInAsyncError ThreadModeWarning UnknownMetricError "
         "UnknownMetricWarning WeightsWarning WorkerDiedError WorkerDiedWarning"
     ),
@@ -136,6 +140,7 @@ _NAMES_OF_MODULES = {
     ),
     "fitloop._metrics.history": "History MetricSeries PhaseHistory",
     "fitloop._metrics.results": "FitResult",
+    "fitloop._ranks.world": "World world",
     "fitloop._run.lr_search": "LRCurve",
     "fitloop._run.prediction": "Predictions",
     "fitloop._runner.jobs": "Job Outcome",

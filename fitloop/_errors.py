@@ -237,6 +237,11 @@ class SyncInAsyncError(FitLoopError, RuntimeError):
 
 
 @public
+class RanksError(FitLoopError, RuntimeError):
+    """The ranks of one training are not alike any more, or not connected."""
+
+
+@public
 class RemoteError(FitLoopError, RuntimeError):
     """Stands for an exception of a worker process that cannot be pickled or unpickled.
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
-from support import programs
+from support import programs, ranks
 from support.leaks import no_descriptors_left, no_threads_left, without_tasks_left
 
 # No example fails because the machine is busy.
@@ -48,6 +48,12 @@ def fork_server() -> Iterator[None]:
     """Start the server that forks programs before the first test that needs it begins."""
     with programs.fork_server_running():
         yield
+
+
+@pytest.fixture(scope="session")
+def rank_store() -> None:
+    """Open a first store of ranks, whose files stay, before a test that needs one begins."""
+    ranks.new_store()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.snapshot import PreparedSnapshot, take_snapshot
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._concurrency.control import RunControl
+from fitloop._engine.parallel import ParallelRun
 from fitloop._errors import CheckpointError, NonFiniteWarning, warn_user
 from fitloop._events import EpochEnded, Event, SnapshotFailed, SnapshotWritten
 from fitloop._storage.durable import reason
@@ -51,6 +53,7 @@ class Checkpointer:
         control: RunControl,
         check: Callable[[], object] = lambda: None,
         before_writing: Sequence[Callable[[], object]] = (),
+        parallel: ParallelRun | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._policy = policy
@@ -63,6 +66,10 @@ class Checkpointer:
         self._control = control
         self._check_state = check
         self._before_writing = before_writing
+        self._parallel = parallel
+        self._is_first = parallel is None or parallel.is_first
+        self._has_wished = False
+        """rank 0 has told the others that a snapshot is due"""
         self._clock = clock
         self._buffers = SnapshotBuffers()
         self._outcomes: deque[Event] = deque()
@@ -73,7 +80,7 @@ class Checkpointer:
         self._is_due = False
         self._last_taken = clock()
         self._best: BestModelFiles | None = None
-        if policy.keep_best is not None:
+        if policy.keep_best is not None and self._is_first:
             self._best = BestModelFiles(policy.keep_best, trainer, writer, self._note_best_failure)
 
     def begin(self) -> None:
@@ -83,7 +90,7 @@ class Checkpointer:
         """
         if self._best is not None:
             self._best.begin()
-        if self._policy.on_error == "raise":
+        if self._policy.on_error == "raise" and self._is_first:
             take_snapshot(self._trainer, self._buffers, self._position(False), self._loaders)
 
     def after_batch(self) -> None:
@@ -96,8 +103,17 @@ class Checkpointer:
             self._is_due = True
         elif policy.every_seconds is not None and not self._is_due:
             self._is_due = self._clock() - self._last_taken >= policy.every_seconds
-        if (self._is_due or self._control.cancelled) and not self._is_writing:
+        takes = (self._is_due or self._control.cancelled) and not self._is_writing
+        if takes if self._parallel is None else self._agrees(self._parallel, wishes=takes):
             self._outside(self._take)
+
+    def _agrees(self, parallel: ParallelRun, *, wishes: bool) -> bool:
+        """Return whether all ranks take a snapshot at this batch boundary, which rank 0 wishes."""
+        if self._control.cancelled:
+            return bool(parallel.world.broadcast(wishes))
+        if wishes and self._is_first and not self._has_wished:
+            parallel.votes.wishes_snapshot = self._has_wished = True
+        return parallel.votes.snapshot_is_due
 
     def observe(self, event: Event) -> None:
         """Take a snapshot at the end of an epoch if one is due; keep the best models."""
@@ -113,16 +129,23 @@ class Checkpointer:
         if event.epoch_in_run == event.epochs:
             # A later fit with more epochs resumes here, before the best weights are restored.
             self._is_due = True
-            self._writer.close()
-        if self._is_due and not self._is_writing and event.complete:
+            self._drain()
+        takes = self._is_due and not self._is_writing and event.complete
+        if self._parallel is not None:
+            takes = self._parallel.world.broadcast(takes)
+        if takes:
             self._take()
+
+    def _drain(self) -> None:
+        if self._is_first:
+            self._writer.close()
 
     def finish(self, *, finished: bool) -> None:
         """Take the last snapshot of a finished run, and return when all are durable.
 
         Raises `CheckpointError` if one could not be written and the policy says "raise".
         """
-        self._writer.close()
+        self._drain()
         if self._best is not None:
             self._best.settle()
         try:
@@ -130,7 +153,7 @@ class Checkpointer:
         finally:
             if finished:
                 self._take(finished=True)
-                self._writer.close()
+                self._drain()
                 self._emit_outcomes()
             if self._best is not None:
                 self._best.finish()
@@ -141,11 +164,15 @@ class Checkpointer:
         self._epochs = self._batches = 0
         self._last_taken = self._clock()
         self._check_state()
+        position, step = self._position(finished), self._trainer.step_counts.step
         name = self._trainer.non_finite_weight()
+        if self._parallel is not None:
+            name, position = self._gathered(self._parallel, name, position)
         if name is not None:
             self._warn_once(name)
             return
-        position, step = self._position(finished), self._trainer.step_counts.step
+        if not self._is_first:
+            return
         path = self._archive.next_path()
         try:
             prepared = take_snapshot(self._trainer, self._buffers, position, self._loaders)
@@ -161,6 +188,19 @@ class Checkpointer:
         except BaseException:
             self._is_writing = False
             raise
+
+    def _gathered(
+        self, parallel: ParallelRun, name: str | None, position: RunPosition
+    ) -> tuple[str | None, RunPosition]:
+        """Return the first weight that is not finite on any rank, and the position of all ranks."""
+        self._has_wished = parallel.votes.snapshot_is_due = False
+        if self._is_writing:
+            self._drain()
+        random = self._trainer.rng.state_tree(position.loader_rng)
+        gathered = parallel.world.gather((name, position.rank_tree(random)))
+        names = [name for name, _tree in gathered if name is not None]
+        trees = [tree for _name, tree in gathered]
+        return (names[0] if names else None), replace(position, ranks=trees)
 
     def _warn_once(self, weight: str) -> None:
         if not self._has_warned:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -15,9 +16,10 @@ from fitloop._checkpointing.archive import Archive
 from fitloop._checkpointing.best_model_files import remove_best_models
 from fitloop._checkpointing.comparison import check_fits
 from fitloop._checkpointing.policy import FileOptions
+from fitloop._checkpointing.rank_parts import rank_part
 from fitloop._checkpointing.run_log import RunLog
 from fitloop._checkpointing.run_position import RunPosition
-from fitloop._checkpointing.snapshot import Snapshot, apply_snapshot
+from fitloop._checkpointing.snapshot import Snapshot, apply_snapshot, read_snapshot
 from fitloop._checkpointing.training_state import load_parts
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._data.carried_state import set_carried_states
@@ -28,13 +30,24 @@ from fitloop._data.inspection import (
 )
 from fitloop._data.resumption import start_workers
 from fitloop._engine.optimization import StepCounts
+from fitloop._engine.parallel import ParallelRun
 from fitloop._engine.plan import RunPlan
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
+from fitloop._events import Event, RunStarted
 from fitloop._rng.trainer_rng import loader_state
 from fitloop._storage.durable import DirectoryLock
 from fitloop._training.parts import StatePart
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
+
+
+def open_files(
+    trainer: TrainerState, options: FileOptions, plan: RunPlan, parallel: ParallelRun | None
+) -> RunFiles:
+    """Return the open files of a run; a rank that is not the first one writes none."""
+    if parallel is None or parallel.is_first:
+        return RunFiles(trainer, options, plan, parallel)
+    return FollowingFiles(trainer, options, plan, parallel)
 
 
 class RunFiles:
@@ -44,8 +57,14 @@ class RunFiles:
     another training, or if the run cannot be resumed from its snapshot.
     """
 
-    def __init__(self, trainer: TrainerState, options: FileOptions, plan: RunPlan) -> None:
-        self._trainer = trainer
+    def __init__(
+        self,
+        trainer: TrainerState,
+        options: FileOptions,
+        plan: RunPlan,
+        parallel: ParallelRun | None = None,
+    ) -> None:
+        self._trainer, self._parallel = trainer, parallel
         self.checkpoint = options.checkpoint
         self._lock = DirectoryLock(trainer.config.save_path)
         self.writer = BackgroundWriter(trainer.config.name)
@@ -78,7 +97,25 @@ class RunFiles:
         trainer.run_id = archive.identify(trainer.run_id, resume=options.resume)
         trainer.owns_archive = True
         trainer.loaders.tracks_positions = True
-        return None if snapshot is None else Resumption(trainer, snapshot, plan)
+        if self._parallel is not None:
+            path = None if snapshot is None else str(snapshot.path)
+            self._parallel.world.broadcast((path, trainer.run_id))
+        return self._resumption(snapshot, plan)
+
+    def _resumption(self, snapshot: Snapshot | None, plan: RunPlan) -> Resumption | None:
+        if snapshot is None:
+            return None
+        world = None if self._parallel is None else self._parallel.world
+        rank, size = (0, 1) if world is None else (world.rank, world.size)
+        return Resumption(self._trainer, rank_part(snapshot, self._trainer, rank, size), plan)
+
+    def begin_log(self, started: RunStarted, epochs_before: int) -> None:
+        """Begin the log of metrics; see `RunLog.begin`."""
+        self.log.begin(started, epochs_before)
+
+    def observe(self, event: Event) -> None:
+        """Write an event to the log of metrics."""
+        self.log.observe(event)
 
     def flush(self) -> None:
         """Return when everything is durable. Raises `CheckpointError` if the log is not."""
@@ -89,6 +126,37 @@ class RunFiles:
         """Release the directory."""
         self._trainer.loaders.stop_tracking_positions()
         self._lock.release()
+
+
+class FollowingFiles(RunFiles):
+    """The files of a run on a rank that is not the first one: it reads, and writes nothing."""
+
+    def __init__(
+        self, trainer: TrainerState, options: FileOptions, plan: RunPlan, parallel: ParallelRun
+    ) -> None:
+        self._trainer, self._parallel = trainer, parallel
+        self.checkpoint = options.checkpoint
+        # They are not used: nothing is written.
+        self.writer = BackgroundWriter(trainer.config.name)
+        self.archive = Archive(trainer.config.save_path)
+        self.resumption = None
+        if options.checkpoint is not None:
+            path, trainer.run_id = parallel.world.broadcast(None)
+            trainer.loaders.tracks_positions = True
+            self.resumption = self._resumption(path and read_snapshot(Path(path)), plan)
+
+    def begin_log(self, started: RunStarted, epochs_before: int) -> None:
+        """Do nothing: rank 0 writes the log."""
+
+    def observe(self, event: Event) -> None:
+        """Do nothing: rank 0 writes the log."""
+
+    def flush(self) -> None:
+        """Do nothing: rank 0 writes."""
+
+    def close(self) -> None:
+        """Stop to note positions."""
+        self._trainer.loaders.stop_tracking_positions()
 
 
 class Resumption:

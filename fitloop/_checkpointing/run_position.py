@@ -47,6 +47,8 @@ class RunPosition:
     """position in the train phase of the next epoch; None outside a train phase"""
     parts: Mapping[str, Any]
     """states of other parts of the run, by their key"""
+    ranks: list[dict[str, Any]] | None = None
+    """the trees of `rank_tree` of all ranks, if there are several"""
     has_gradients: bool = False
     """whether the gradients are part of the snapshot"""
 
@@ -89,7 +91,13 @@ class RunPosition:
             "loaders": self.loaders,
             "pass": None if self.train_pass is None else _pass_tree(self.train_pass),
             **self.parts,
+            **({} if self.ranks is None else {"ranks": self.ranks}),
         }
+
+    def rank_tree(self, random: dict[str, Any]) -> dict[str, Any]:
+        """Return what only this rank knows; ``random`` are the states of its random streams."""
+        train_pass = None if self.train_pass is None else _pass_tree(self.train_pass)
+        return {"random": random, "pass": train_pass, "parts": dict(self.parts)}
 
     @classmethod
     def from_trees(cls, header: Mapping[str, Any], tree: Any, rng_state: RngState) -> RunPosition:
@@ -124,7 +132,7 @@ class RunPosition:
         )
 
 
-_KEYS = frozenset({"log", "tracked", "seconds", "loaders", "pass"})
+_KEYS = frozenset({"log", "tracked", "seconds", "loaders", "pass", "ranks"})
 
 
 def loader_tree(loaders: Loaders, loader: Any, *, in_pass: bool) -> dict[str, Any]:

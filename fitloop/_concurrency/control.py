@@ -48,6 +48,11 @@ class RunControl:
         self._end_claimed = False
         self._wakers: list[Callable[[], None]] = []
 
+    @property
+    def is_of_others(self) -> bool:
+        """Whether other ranks of the training were cancelled, and this one ends with them."""
+        return False
+
     def stop(self, reason: str = StopReason.STOPPED) -> None:
         """End the run after the present batch, from any thread. The first reason stays."""
         with self.changed:
@@ -85,6 +90,14 @@ class RunControl:
                     self._wakers.remove(wake)
 
         return remove
+
+    def on_wish(self, wake: Callable[[], None]) -> Callable[[], None]:
+        """Register ``wake`` as `on_halt`; it is called also while ranks have not agreed yet."""
+        return self.on_halt(wake)
+
+    def cancel_alone(self) -> None:
+        """Cancel the run even if other ranks have not agreed."""
+        self.cancel()
 
     def wait_for(self, ready: Callable[[], bool], *, obey_stop: bool) -> bool:
         """Block until ``ready()``, and return True; return False if the run is cancelled before.

@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import anyio
 import anyio.lowlevel
+from anyio.abc import TaskGroup
 
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._concurrency.event_loops import (
@@ -365,6 +366,8 @@ async def _supervise(
             except BaseException as raised:
                 interruption = raised
                 control.cancel()
+                if not (control.cancelled or isinstance(raised, GeneratorExit)):
+                    await _serve_until_agreed(group, control, portal, grace)
                 portal.close()
                 if isinstance(raised, GeneratorExit):  # the event loop has ended
                     portal.cancel_requests()
@@ -388,6 +391,32 @@ async def _supervise(
     for loader in control.hung_loaders:
         _warn_hung(loader, name, grace)
     return _outcome(thread, control, interruption)
+
+
+async def _serve_until_agreed(
+    group: TaskGroup, control: RunControl, portal: LoopPortal, grace: float
+) -> None:
+    """Serve the thread of a run on several ranks until all have agreed on its end.
+
+    A thread that is inside a loader after ``grace`` seconds is cancelled alone.
+    """
+    forget = control.on_halt(portal.wake)
+    deadline = anyio.current_time() + grace
+    try:
+        while not (control.cancelled or portal.finished or control.failure):
+            try:
+                with anyio.CancelScope(shield=True, deadline=deadline):
+                    await portal.wait()
+            except (anyio.get_cancelled_exc_class(), KeyboardInterrupt):
+                pass  # a native Task.cancel() passes the shield; the first one is raised
+            for request in portal.take_requests():
+                group.start_soon(portal.serve, request)
+            if anyio.current_time() >= deadline:
+                if control.current_loader is not None:
+                    control.cancel_alone()
+                deadline = anyio.current_time() + grace
+    finally:
+        forget()
 
 
 class FunctionTask:

@@ -6,6 +6,7 @@ the training loop, events or files.
 - `inspection`: answers questions about a loader: length, kind, workers.
 - `carried_state`: random generators, and other state, in the objects of users.
 - `loaders`: opens a pass over a loader.
+- `sharing`: shares the batches of a loader out to several processes.
 - `sources`: reads batches inline or in a thread ahead of the steps.
 - `process_source`: reads loaders in a process of their own, and `loader_process` is that process.
 - `process_messages`: what both sides tell each other, and batches on their way.

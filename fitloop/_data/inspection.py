@@ -33,6 +33,10 @@ _SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRand
 """samplers that use random numbers at the start of an iteration only, or their own generator"""
 
 
+GIVEN_SAMPLER = "given_batch_sampler"
+"""attribute of a DataLoader that is the share of one rank: the batch sampler of the whole"""
+
+
 def check_loader(name: str, loader: object) -> None:
     """Check that a loader can give batches.
 
@@ -119,13 +123,16 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         return {"type": "function"}
     facts: dict[str, Any] = {"type": type(loader).__name__, "batches": length_of(loader)}
     if isinstance(loader, DataLoader):
-        batches: Any = loader.batch_sampler
+        batches, ranks = _given_batches(loader), 1
+        if batches is not loader.batch_sampler:
+            ranks = loader.batch_sampler.size  # type: ignore[union-attr]
         sampler = loader.sampler if batches is None else batches
         if type(batches) is BatchSampler:
             sampler = batches.sampler
         tensors = loader.collate_fn is default_collate and _only_tensors(loader.dataset)
+        size = getattr(batches, "batch_size", None)
         facts |= {
-            "batch_size": getattr(batches, "batch_size", None),
+            "batch_size": size * ranks if isinstance(size, int) else None,
             "drop_last": getattr(batches, "drop_last", None),
             "sampler": type(sampler).__name__,
             "dataset": type(loader.dataset).__name__,
@@ -143,6 +150,8 @@ def sample_counts(loader: object, steps: int | None) -> tuple[int | None, int | 
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return None, None
     batches, samples = length_of(loader), length_of(loader.sampler)
+    if hasattr(loader, GIVEN_SAMPLER):
+        samples = loader.batch_sampler.samples  # type: ignore[union-attr]
     if batches is None or samples is None:
         return None, None
     limit = batches if steps is None else min(steps, batches)
@@ -221,10 +230,15 @@ def is_iterable(loader: object) -> bool:
 
 
 def _known_sampler(loader: DataLoader[Any]) -> bool:
-    batches = loader.batch_sampler
+    batches = _given_batches(loader)
     if batches is not None and type(batches) is not BatchSampler:
         return False
     return type(loader.sampler) in _SAMPLERS
+
+
+def _given_batches(loader: DataLoader[Any]) -> Any:
+    """Return the batch sampler of a DataLoader, or of the one that it is a share of."""
+    return getattr(loader, GIVEN_SAMPLER, loader.batch_sampler)
 
 
 def _only_tensors(dataset: Dataset[Any]) -> bool:

@@ -6,6 +6,8 @@ or figures, and reaches the event loop only through a `LoopPortal`.
 - `config`: the checked arguments of a trainer.
 - `given_arguments`: these arguments as attributes of a `LoopState`.
 - `compilation`: compiled models.
+- `wrapping`: the model that exchanges gradients with other ranks.
+- `parallel`: what a run on several ranks shares with them.
 - `precision`: mixed precision.
 - `modes`: train and eval modes.
 - `stages`: the nine stage functions and their defaults.

@@ -27,6 +27,7 @@ from fitloop._engine.class_losses import loss_setting
 from fitloop._engine.compilation import check_compile, compiled_model, owned_model
 from fitloop._engine.metric_objects import check_metrics
 from fitloop._engine.precision import Precision, check_precision, make_scaler
+from fitloop._engine.wrapping import check_parallel
 from fitloop._errors import (
     ConfigurationError,
     OptimizerWarning,
@@ -243,6 +244,8 @@ class TrainerConfig:
     average: Any
     compile: dict[str, Any] | None
     """arguments of ``torch.compile``; None if the model is called as it was given"""
+    parallel: Any
+    """``"ddp"``, or a function that wraps the model; None if the ranks train models of their own"""
     given_model: nn.Module
     """the model as it was given, perhaps compiled"""
     stateful: dict[str, Any]
@@ -263,6 +266,7 @@ class TrainerConfig:
             "model": model,
             "given_model": given_model,
             "compile": check_compile(arguments["compile"], given_model),
+            "parallel": check_parallel(arguments["parallel"]),
             "device": device,
             "dtype": dtype,
             "scaler": scaler,
@@ -523,6 +527,25 @@ class TrainerConfig:
     def loader(self, phase: Phase) -> Any:
         """Return the loader of ``phase``, or None."""
         return getattr(self, f"{phase}_dl")
+
+    @property
+    def wrapper(self) -> Any:
+        """The model that train steps call in a run on several ranks; None outside such a run."""
+        return vars(self).get("_wrapper")
+
+    def set_wrapper(self, wrapper: Any) -> None:
+        """Set `wrapper`."""
+        vars(self)["_wrapper"] = wrapper
+
+    def adopt_seed(self, seed: int) -> None:
+        """Set the seed of a trainer that was given none, which all ranks must have."""
+        vars(self).update(seed=seed, has_adopted_seed=True)
+
+    @property
+    def may_adopt_seed(self) -> bool:
+        """Whether the trainer was given no seed, and may be trained on several ranks."""
+        has_none = self.seed is None or "has_adopted_seed" in vars(self)
+        return has_none and self.parallel is not None
 
     @cached_property
     def called_model(self) -> nn.Module:

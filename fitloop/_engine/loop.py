@@ -94,11 +94,13 @@ class Engine:
         if plan.epochs_before and plan.position is None:  # the question may have been open
             self._ask_after(plan.epochs_before)
         for epoch_in_run in range(plan.epochs_before + 1, plan.epochs + 1):
+            self._agree()
             self._check_cancelled()
             if self._control.halted:
                 return
             self._epoch(plan.first_epoch + epoch_in_run - 1, epoch_in_run)
             self._ask_after(epoch_in_run)
+        self._agree()
         self._check_cancelled()
 
     def _ask_after(self, epoch_in_run: int) -> None:
@@ -165,6 +167,7 @@ class Engine:
         rates: dict[str, float] = {}
         complete = True
         for phase, loader in plan.phases:
+            self._agree()
             if self._control.halted:
                 complete = False
                 break
@@ -207,6 +210,7 @@ class Engine:
         """
         deps, plan = self._deps, self._plan
         started_at = deps.clock()
+        batches = self._expected_batches(phase, loader, epoch)
         writer = StateWriter(deps.config, phase, epoch, self._control.stop, steps=deps.steps)
         state = writer.state
         self._enter(phase)
@@ -224,7 +228,6 @@ class Engine:
         if phase is Phase.TRAIN:
             self._train_pass = writer, source, start
         try:
-            batches = _at_most(length_of(loader), plan.steps)
             writer.begin(batches, *sample_counts(loader, plan.steps))
             self.activity = f"{phase}, epoch {epoch}, beginning"
             self._emit(
@@ -238,13 +241,8 @@ class Engine:
         self.activity = f"{phase}, epoch {epoch}, closing {loader_label(phase, loader)}"
         deps.loaders.close(source, loader)
         self._check_cancelled()
+        complete = self._gather(writer, loader, complete=complete)
         count = state.batch_num
-        if count == 0 and complete:
-            raise ConfigurationError(
-                f"{loader_label(phase, loader)} gave no batches in epoch {epoch}; expected at "
-                "least one. An iterator can be read only once: pass a list, a DataLoader, or a "
-                "function that makes a new iterator"
-            )
         if not complete and (count == 0 or phase is not Phase.TRAIN):
             return None
         writer.end()
@@ -266,6 +264,31 @@ class Engine:
         )
         return metrics, complete
 
+    def _expected_batches(self, phase: Phase, loader: Any, epoch: int) -> int | None:
+        """Return the batches of a pass; None if they are not known. Several ranks compare them."""
+        batches, parallel = _at_most(length_of(loader), self._plan.steps), self._deps.parallel
+        if parallel is None:
+            return batches
+        self.activity = f"{phase}, epoch {epoch}, comparing the ranks"
+        return parallel.begin_pass(phase, batches)
+
+    def _gather(self, writer: StateWriter, loader: Any, *, complete: bool) -> bool:
+        """Gather the values of all ranks after a pass; return whether all have completed it.
+
+        Raises ConfigurationError if there were no batches.
+        """
+        state, parallel = writer.state, self._deps.parallel
+        if parallel is not None:
+            self.activity = f"{state.phase}, epoch {state.epoch_num}, gathering the values of ranks"
+            complete = parallel.end_pass(writer, complete=complete)
+        if state.batch_num == 0 and complete:
+            raise ConfigurationError(
+                f"{loader_label(state.phase, loader)} gave no batches in epoch {state.epoch_num}; "
+                "expected at least one. An iterator can be read only once: pass a list, a "
+                "DataLoader, or a function that makes a new iterator"
+            )
+        return complete
+
     def _epoch_metrics(self, state: LoopState) -> dict[str, float]:
         """Return the metrics of ``epoch_end`` and of the metric objects."""
         metrics = self._call(state, Stage.EPOCH_END)
@@ -286,6 +309,7 @@ class Engine:
         if log is not None:
             log.begin_phase(writer)
         complete = self._batches(writer, source)
+        self._agree()
         if state.is_train and not self._control.cancelled:  # else the run is resumed in the window
             self.activity = f"{state.phase}, epoch {state.epoch_num}, the last optimizer step"
             deps.steps.flush()
@@ -319,6 +343,9 @@ class Engine:
                 state, control, defines_all=self._defines_all(phase)
             )
             reactions = [*flush, *deps.after_batch]
+        if deps.parallel is not None:
+            fetch = deps.parallel.fetch(state, fetch)
+            reactions = [deps.parallel.boundary(state), *reactions]
         begin, end_of_batch, clock = writer.next_batch, deps.guard.end_of_batch, deps.clock
         started_at = clock()
         report_at = started_at + PROGRESS_SECONDS
@@ -429,6 +456,8 @@ class Engine:
             read_wrapper=deps.instrumentation.read_wrapper(phase),
         )
         limit = self._plan.steps
+        if deps.parallel is not None and resume_from is None:
+            deps.parallel.share_order(loader, context.rng)
         return deps.loaders.open(
             loader, phase, context, deps.portal, limit=limit, resume_from=resume_from
         )
@@ -459,6 +488,11 @@ class Engine:
 
     def _emit(self, event: Event) -> None:
         self._deps.guard.outside(self._deps.emit, event)
+
+    def _agree(self) -> None:
+        """Let all ranks stop or be cancelled here together."""
+        if self._deps.parallel is not None:
+            self._deps.parallel.votes.agree()
 
     def _check_cancelled(self) -> None:
         if self._control.cancelled:

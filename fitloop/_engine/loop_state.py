@@ -46,6 +46,7 @@ class LoopState(GivenArguments):
         "_expected_size",
         "_ignored_class",
         "_is_plain",
+        "_is_weighted",
         "_look_at_loss",
         "_optimize",
         "_phase",
@@ -105,6 +106,7 @@ class LoopState(GivenArguments):
         self._config = config
         self._steps = steps if phase is Phase.TRAIN else None
         self._is_plain = steps is None or steps.is_plain
+        self._is_weighted = steps is not None and steps.is_weighted
         self._look_at_loss: Any = None if steps is None else steps.guard.look_at_loss
         self._optimize: Any = None if steps is None else steps.optimize
         self.grad_norm = None
@@ -127,7 +129,7 @@ class LoopState(GivenArguments):
         self._counts_quickly = ignores_none and is_given and on_cpu and not config.metrics
         self.is_train = phase is Phase.TRAIN
         self.optimizers = config.optimizers
-        self.model = config.called_model
+        self.model = (config.wrapper if self.is_train else None) or config.called_model
         self.optimizer = config.optimizer
         self.loss_function = config.loss_function
         self.lr_scheduler = config.present_lr_scheduler

@@ -19,7 +19,7 @@ itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -56,6 +56,22 @@ class Window:
     def has_gradients(self) -> bool:
         """Whether each loss of the window was finite, as far as it was looked at."""
         return not (isinstance(self.weight, float) and math.isnan(self.weight))
+
+
+class GradientRanks(Protocol):
+    """The other ranks of a training, which exchange gradients in backward passes."""
+
+    def reduce_in_backward(self, *, reduces: bool) -> None:
+        """Set whether the next backward pass exchanges gradients."""
+
+    def reduces_in_backward(self) -> bool:
+        """Return whether the last backward pass has exchanged gradients."""
+
+    def average(self, parameters: Iterable[Any]) -> None:
+        """Replace gradients by their means over all ranks."""
+
+    def mean_weights(self, weights: Sequence[Any]) -> list[Any]:
+        """Return the means of weights over all ranks."""
 
 
 class StepWatch(Protocol):
@@ -99,6 +115,7 @@ class OptimizerSteps:
         counts: of the trainer.
         after_step: pairs of an optimizer and a function to call after each of its steps.
         checks_finite: False to ignore losses and gradients that are not finite.
+        ranks: the other ranks of the training; None if there are none.
     """
 
     def __init__(
@@ -108,8 +125,11 @@ class OptimizerSteps:
         after_step: Sequence[tuple[Any, Hook]] = (),
         *,
         checks_finite: bool = True,
+        ranks: GradientRanks | None = None,
     ) -> None:
-        self._counts = counts
+        self._counts, self._ranks = counts, ranks
+        self.is_weighted = config.accumulate > 1 or ranks is not None
+        """whether a step divides its gradients by the sum of the weights of its losses"""
         self.windows = [Window(optimizer) for optimizer in config.optimizers]
         self.guard = GradientGuard(config, config.nonfinite if checks_finite else "ignore")
         """clips gradients, and reacts to those that are not finite"""
@@ -140,7 +160,7 @@ class OptimizerSteps:
             len(self.windows) == 1 and hooked_optimizer(self.windows[0].optimizer) is not None
         )
         return (
-            self._accumulate == 1
+            not self.is_weighted
             and self._scaler is None
             and self._config.precision is None
             and not (self.guard.clips or self.guard.leaves_out)
@@ -246,12 +266,17 @@ class OptimizerSteps:
         if self._needs_optimize:
             decide = [] if self.after_window is None else [self.after_window]
             end_batch = partial(self._end_batch, state, control)
-            return [*resets, *decide, self._begin_batch], [end_batch, *checks]
+            begin_batch = partial(self._begin_batch, state)
+            return [*resets, *decide, begin_batch], [end_batch, *checks]
         zeroes = () if defines_all else [window.optimizer.zero_grad for window in self.windows]
         return [*resets, *zeroes], checks
 
-    def _begin_batch(self) -> None:
+    def _begin_batch(self, state: Any) -> None:
         self._is_in_batch = True
+        if self._ranks is not None and self._accumulate > 1:
+            most = max(window.count for window in self.windows)
+            is_last = most + 1 >= self._accumulate or state.batch_num == state.batches
+            self._ranks.reduce_in_backward(reduces=is_last)
         if not self._defines_all:
             for window in self.windows:
                 if not window.count:
@@ -340,9 +365,10 @@ class OptimizerSteps:
         is_all: bool,
     ) -> None:
         is_finite = value is not None and value - value == 0
-        if not is_finite and self.guard.look_at_loss(loss):
+        is_bad = not is_finite and self.guard.look_at_loss(loss)
+        if is_bad:
             weight = math.nan  # so is the sum of the window: its step is left out
-        else:
+        if not is_bad or self._ranks is not None:  # other ranks wait for the gradients
             self._add_gradients(loss, weight, None if is_all else windows[0])
         for window in windows:
             window.count += 1
@@ -353,12 +379,17 @@ class OptimizerSteps:
 
     def _add_gradients(self, loss: Any, weight: Any, window: Window | None) -> None:
         total = loss
-        if self._accumulate > 1 and not _is_one(weight):
+        if self.is_weighted and not _is_one(weight):
             total = loss * weight
         if self._scaler is not None:
             total = self._scaler.scale(total)
         if window is None:
             total.backward()
+        elif self._ranks is not None:
+            raise ConfigurationError(
+                "state.optimize(optimizer=) was called in a training with parallel=, whose "
+                "gradients are exchanged for all parameters at once; use one loss and optimizer"
+            )
         else:
             total.backward(inputs=[p for p in parameters_of(window.optimizer) if p.requires_grad])
 
@@ -383,6 +414,8 @@ class OptimizerSteps:
     def _step(self, windows: Sequence[Window]) -> None:
         """Make a step of optimizers: the end of their windows."""
         scaler = self._scaler
+        if self._ranks is not None:
+            self._meet(self._ranks, windows)
         # All are looked at before the first one steps, so that an error leaves the weights whole.
         ready = [window for window in windows if self._is_ready(window)]
         self.guard.forget_losses()
@@ -398,6 +431,23 @@ class OptimizerSteps:
         if scaler is not None:
             self._update_scale()
 
+    @staticmethod
+    def _meet(ranks: GradientRanks, windows: Sequence[Window]) -> None:
+        """Give windows the weights of all ranks; exchange gradients that are not exchanged yet."""
+        if not ranks.reduces_in_backward():
+            for window in windows:
+                ranks.average(parameters_of(window.optimizer))
+            ranks.reduce_in_backward(reduces=True)
+        weights = ranks.mean_weights([window.weight for window in windows])
+        for window, weight in zip(windows, weights, strict=True):
+            window.weight = weight
+
+    def settle(self) -> None:
+        """Exchange the gradients of open windows, so that all ranks have the same ones."""
+        if self._ranks is not None and self.is_open and not self._ranks.reduces_in_backward():
+            for window in self.windows:
+                self._ranks.average(parameters_of(window.optimizer))
+
     def _update_scale(self) -> None:
         """Update the scale after a step; gradients that wait for another step get the new scale."""
         waiting = [grads for w in self.windows if w.count and (grads := gradients_of(w.optimizer))]
@@ -410,7 +460,7 @@ class OptimizerSteps:
 
     def _is_ready(self, window: Window) -> bool:
         """End a window; return whether its step is made, with its gradients as they are now."""
-        weight = window.weight if self._accumulate > 1 else 1
+        weight = window.weight if self.is_weighted else 1
         has_gradients = window.has_gradients
         window.count, window.weight = 0, 0
         if not has_gradients:  # a loss was not finite

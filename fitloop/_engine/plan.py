@@ -15,6 +15,7 @@ from fitloop._data.resumption import ResumePosition
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.modes import Modes
 from fitloop._engine.optimization import OptimizerSteps
+from fitloop._engine.parallel import ParallelRun
 from fitloop._engine.step_log import StepLog
 from fitloop._events import Event
 from fitloop._rng.guard import RngGuard
@@ -94,6 +95,8 @@ class EngineDeps:
     after_batch: Sequence[Callable[[], object]] = ()
     """called after each step of the train phase"""
     instrumentation: Instrumentation = field(default_factory=Instrumentation)
+    parallel: ParallelRun | None = None
+    """the other ranks of the training; None if there are none"""
     step_log: StepLog | None = None
     """logs the train phases; None if the run does not"""
     validation: Callable[[], AbstractContextManager[object]] = nullcontext

@@ -80,7 +80,7 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
                     optimizer.step()
             else:
                 weight = None
-                if state.accumulate > 1:
+                if state._is_weighted:
                     weight = _mean_over(state, predictions, targets, all_count=bool(all_count))
                 state._optimize(loss, weight, None, state.batch_num, value if on_cpu else None)
     except Exception as error:

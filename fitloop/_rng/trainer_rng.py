@@ -39,7 +39,7 @@ class TrainerRng:
         self._device = device
         self.devices = generator_names(device)
         """names of the accelerators whose generators the trainer uses"""
-        self._seed = seed
+        self._seed, self._rank = seed, 0
         self._streams: dict[tuple[Phase, bool], Stream] = {}
         """Made at first use, since seeding one takes a while."""
 
@@ -61,10 +61,24 @@ class TrainerRng:
         if stream is None:
             assert self._seed is not None
             seed, index = self._seed, STREAM_INDEX[key]
-            if index:  # the train steps have the seed itself, for comparing with a plain loop
-                seed = int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
+            if self._rank and not key[1]:  # the loaders of all ranks draw the same order
+                seed = _mixed(seed, index, self._rank)
+            elif index:  # the train steps have the seed itself, for comparing with a plain loop
+                seed = _mixed(seed, index)
             stream = self._streams[key] = Stream(seed, self.devices)
         return stream
+
+    def adopt_rank(self, rank: int) -> None:
+        """Let the steps have the streams of one rank of a training; they begin anew."""
+        if rank != self._rank:
+            self._rank = rank
+            self._streams.clear()
+
+    def with_seed(self, seed: int) -> TrainerRng:
+        """Return the random numbers of the same rank with another seed."""
+        other = TrainerRng(seed, self._device)
+        other._rank = self._rank
+        return other
 
     def reset(self) -> None:
         """Start all streams again from the seed."""
@@ -76,6 +90,7 @@ class TrainerRng:
         Without a seed all phases share one stream, a copy of the global generators.
         """
         twin = TrainerRng(self._seed, self._device)
+        twin._rank = self._rank
         if self.has_streams:
             twin._streams = {key: stream.copy() for key, stream in self._streams.items()}
         else:
@@ -125,6 +140,10 @@ class TrainerRng:
 def loader_state(states: Mapping[str, RngState], phase: Phase) -> RngState:
     """Return the state in a snapshot that the loader of a phase continues from."""
     return states.get(_GLOBAL) or states[_name(phase, True)]
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _name(phase: Phase, loader: bool) -> str:

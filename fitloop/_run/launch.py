@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import anyio.lowlevel
 import torch
 
-from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.in_use import in_use
 from fitloop._concurrency.supervisor import LoopPortal, ThreadTask, run_in_thread, supervise
 from fitloop._data.inspection import check_distinct, length_of
@@ -23,6 +22,7 @@ from fitloop._errors import MissingLoaderError, OptimizerWarning, note_call_site
 from fitloop._events import Event, PhaseEnded
 from fitloop._run.mode_checks import checked_modes
 from fitloop._run.prediction import leave_predictions
+from fitloop._run.ranks import control_of, heard_callbacks, meet, shared_plan, together
 from fitloop._run.session import RunContext, scheduler_steps
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._training.trainer_state import TrainerState
@@ -47,6 +47,7 @@ async def launch(
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # before a thread is started
     await leave_predictions(state)
+    plan = shared_plan(state, plan)
     if plan.steps is None:  # an endless iterator may serve all phases, some batches for each
         check_distinct({f"{phase}_dl": loader for phase, loader in plan.phases})
     config, defaults = state.config, TRAINER_DEFAULTS.get()
@@ -55,12 +56,13 @@ async def launch(
     if plan.call == "fit":
         warn_of_compilation(config.model, config.compile, plan.phases, plan.steps)
     trains = any(phase is Phase.TRAIN for phase, _loader in plan.phases)
-    control = RunControl()
+    control, parallel = control_of(state, plan)
     portal = LoopPortal(control)
-    user_callbacks = UserCallbacks(state.event_bus, callbacks, portal)
+    user_callbacks = UserCallbacks(state.event_bus, heard_callbacks(state, callbacks), portal)
     _warn_of_short_epoch(state, plan)
     with (
         in_use(config.name, plan.call, state, config.model),
+        together(state, plan, parallel),
         checked_modes(plan.call, trains=trains),
         interruptible(),
         state.planned_schedulers.made_for(plan),
@@ -73,6 +75,7 @@ async def launch(
                 plan=plan,
                 schedulers=scheduler_steps(state, plan),
                 control=control,
+                parallel=parallel,
                 portal=portal,
                 callbacks=user_callbacks.plain,
                 num_threads=config.num_threads or defaults.num_threads or torch.get_num_threads(),
@@ -83,7 +86,7 @@ async def launch(
             state.control = control
             try:
                 return await supervise(
-                    partial(make_task, context),
+                    partial(_make, make_task, context),
                     control,
                     portal,
                     name=config.name,
@@ -93,6 +96,13 @@ async def launch(
                 )
             finally:
                 state.control = None
+
+
+def _make(make_task: Callable[[RunContext], ThreadTask], context: RunContext) -> ThreadTask:
+    """Return the task of a run, on its step thread, after all ranks have compared their plans."""
+    if context.parallel is not None:
+        meet(context.parallel, context.plan)
+    return make_task(context)
 
 
 def _warn_of_short_epoch(state: TrainerState, plan: RunPlan) -> None:

@@ -219,7 +219,7 @@ async def _ask_until_stopped(ask: Ask, question: PromptAsked, control: RunContro
     """Ask, on the event loop; return `_STOPPED` if the run is stopped meanwhile."""
     schedule = loop_scheduler()
     with CancelOnceScope() as scope:
-        forget = control.on_halt(lambda: schedule(scope.cancel))
+        forget = control.on_wish(lambda: schedule(scope.cancel))
         try:
             answer: Any = ask(question)
             return await answer if isawaitable(answer) else answer

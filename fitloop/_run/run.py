@@ -80,9 +80,9 @@ class Run:
         with ExitStack() as stack:
             self._files: RunFiles | None = None
             if options.files is not None:
-                from fitloop._checkpointing.run_files import RunFiles
+                from fitloop._checkpointing.run_files import open_files
 
-                self._files = RunFiles(state, options.files, context.plan)
+                self._files = open_files(state, options.files, context.plan, context.parallel)
                 stack.callback(self._files.close)
             self._resumption = None if self._files is None else self._files.resumption
             self._session = self._open_session()
@@ -175,7 +175,7 @@ class Run:
         observers += [Observer(observe) for observe in options.observers]
         observers += [Observer(callback) for callback in self._context.callbacks]
         if self._files is not None:
-            observers.append(Observer(self._files.log.observe))
+            observers.append(Observer(self._files.observe))
         if self._checkpointer is not None:
             checkpointer = self._checkpointer
             observers.append(Observer(checkpointer.observe, checkpointer.after_batch))
@@ -224,6 +224,7 @@ class Run:
             loaders=dict(self._plan.phases),
             outside=self._session.guard.outside,
             control=self._context.control,
+            parallel=self._context.parallel,
             check=self._session.steps.guard.check,
             before_writing=self._context.before_snapshot,
         )
@@ -291,7 +292,11 @@ class Run:
             self._engine.call_hook("postloop", config.postloop, self._context.trainer)
 
     def _ask(self, epoch: int, epoch_in_run: int) -> bool:
-        return self._prompts is None or self._prompts.ask_after(epoch, epoch_in_run)
+        prompts, parallel = self._prompts, self._context.parallel
+        if prompts is None:
+            return True
+        ask = partial(prompts.ask_after, epoch, epoch_in_run)
+        return ask() if parallel is None else parallel.answer(ask)
 
     @property
     def _was_finished(self) -> bool:
@@ -311,7 +316,7 @@ class Run:
             if resumption.position.train_pass is None:
                 resumption.release_snapshot()
         if self._files is not None:
-            self._files.log.begin(started, self._plan.epochs_before)
+            self._files.begin_log(started, self._plan.epochs_before)
 
     def _restore_position(self) -> None:
         """Restore once more, after ``epoch_start`` of a resumed epoch."""
@@ -325,6 +330,7 @@ class Run:
 
         if self._step_log is not None:  # a resumed run must not emit them again
             self._step_log.flush()
+        self._session.steps.settle()
         plan, train_pass = self._plan, self._engine.position()
         is_reading = train_pass is not None
         return RunPosition(

@@ -23,6 +23,7 @@ from fitloop._engine.loop import Engine
 from fitloop._engine.loop_state import add_attribute_hint
 from fitloop._engine.modes import Modes
 from fitloop._engine.optimization import OptimizerSteps
+from fitloop._engine.parallel import ParallelRun
 from fitloop._engine.plan import EngineDeps, RunPlan
 from fitloop._errors import RestoreWarning, add_note_safely, one_line, warn_user
 from fitloop._rng.guard import RngGuard
@@ -42,6 +43,8 @@ class RunContext:
     plan: RunPlan
     schedulers: SchedulerSteps | None
     """None if the plan has no train phase"""
+    parallel: ParallelRun | None = None
+    """the other ranks of the training; None if there are none"""
     control: RunControl
     portal: LoopPortal
     callbacks: Sequence[Callable[[Any], object]]
@@ -98,11 +101,12 @@ class RunSession:
                 self._cuda_stream = CudaStreamScope(config.device)
             self._cuda_stream.enter()
             stack.callback(self._cuda_stream.leave)
+            self._wrap_model(stack)
             self._modes = [(module, module.training) for module in config.model.modules()]
             self._is_dry = dry
             if rng is None:
                 rng = state.rng.fork() if dry else state.rng
-            stages = [getattr(config, name) for name in STAGE_NAMES.values()]
+            stages = (getattr(config, name) for name in STAGE_NAMES.values())
             all_code = [config.called_model, config.loss_function, *stages, *code]
             self.guard = RngGuard(rng, context.control, all_code)
             stack.callback(self.guard.close)
@@ -118,10 +122,10 @@ class RunSession:
             stack.callback(self.time_slice.close)
             schedulers = context.schedulers
             after_step = () if schedulers is None else schedulers.after_step
-            # The search for a learning rate ends where the loss is not finite.
-            checks_finite = self.plan.call != "find_lr"
+            looks = self.plan.call != "find_lr"  # which ends where the loss is not finite
+            ranks, counts = context.parallel, state.step_counts
             self.steps = OptimizerSteps(
-                config, state.step_counts, after_step, checks_finite=checks_finite
+                config, counts, after_step, checks_finite=looks, ranks=ranks
             )
             """the optimizer steps; `restore` removes their hooks"""
             self._deps = EngineDeps(
@@ -132,11 +136,19 @@ class RunSession:
                 modes=Modes(config.model, config.optimizers),
                 guard=self.guard,
                 steps=self.steps,
+                parallel=ranks,
                 validation=nullcontext if context.schedulers is None else state.validation,
             )
             self._engine = Engine(self.plan, self._deps)
             self.close: Callable[[], None] = stack.pop_all().close
             """leaves the CUDA stream, and releases intra-op threads and time slice"""
+
+    def _wrap_model(self, stack: ExitStack) -> None:
+        """Let the model exchange gradients with other ranks, until ``stack`` is closed."""
+        parallel = self.context.parallel
+        if parallel is not None and self.context.schedulers is not None:
+            stack.callback(parallel.end)
+            parallel.wrap()
 
     def step_per_batch(self) -> Callable[[], None] | None:
         """Return the function that steps the schedulers of interval ``"batch"``; None if none.
@@ -241,7 +253,7 @@ class RunEnding:
     """The end of a run: all its steps are attempted, and the first error is kept."""
 
     def __init__(self, name: str, control: RunControl, error: BaseException | None) -> None:
-        self._name = name
+        self._name, self._is_of_others = name, control.is_of_others
         if error is None and control.cancelled:
             error = Cancelled()
         if isinstance(error, Cancelled) and control.failure is not None:
@@ -268,6 +280,8 @@ class RunEnding:
         """Return ``value``, or raise the error; the last call."""
         error, self.error = self.error, None  # a raised error refers to this frame
         try:
+            if isinstance(error, Cancelled) and self._is_of_others:
+                return value
             if isinstance(error, StopIteration):
                 # Python itself would make this of it in a coroutine, without the notes.
                 wrapped = RuntimeError("the code of a run raised StopIteration")

@@ -22,6 +22,7 @@ from fitloop._engine.config import (
 )
 from fitloop._engine.event_bus import EventStream
 from fitloop._engine.precision import Precision
+from fitloop._engine.wrapping import Parallel
 from fitloop._errors import ConfigurationError, MissingLoaderError
 from fitloop._format import format_number, printable
 from fitloop._metrics.history import History, PhaseHistory
@@ -91,6 +92,7 @@ class TrainerBase:
         accumulate: int = 1,
         average: EMA | SWA | None = None,
         compile: bool | Mapping[str, Any] = False,
+        parallel: Parallel = None,
         stateful: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> None:

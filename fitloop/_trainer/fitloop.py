@@ -35,6 +35,7 @@ from fitloop._run.launch import (
 from fitloop._run.lr_search import LRCurve, LRSearch
 from fitloop._run.prediction import Predictions, predict_step
 from fitloop._run.prompts import Ask, PromptOptions
+from fitloop._run.ranks import world_of, writes_files
 from fitloop._run.run import Run, RunOptions
 from fitloop._storage.durable import LOG_NAME, reason
 from fitloop._storage.tensors import SnapshotBuffers
@@ -181,6 +182,11 @@ class FitLoop(TrainerBase):
             compiled, and files have its names, so that a training can go on with or without it.
             The first batches take longer; torch compiles one model at a time in a process. Default:
             False.
+        parallel: ``"ddp"``: the processes that ``torchrun`` has started train one model, in a block
+            of `fitloop.world`, each on its part of the batches; in one process nothing changes. Or
+            a function of the model that returns it in a ``DistributedDataParallel``. The
+            ``batch_size`` of a DataLoader is that of one process. See the guide to many devices.
+            Default: None, each process trains a model of its own.
         stateful: more objects with ``state_dict`` and ``load_state_dict``, by name. Snapshots hold
             their states and dry runs restore them.
         metrics: objects by name with ``update``, ``compute`` and ``reset``, as in torchmetrics.
@@ -351,13 +357,25 @@ class FitLoop(TrainerBase):
         policy = check_checkpoint(checkpoint, resume=resume)
         if policy is not None and policy.keep_best is not None:
             self._check_compares("Checkpoint(keep_best=)", plan.phases)
+        if continue_while_asking and world_of(state) is not None:
+            raise ConfigurationError(
+                "continue_while_asking does not work on several ranks; leave it out, and all ranks "
+                "wait for the answer"
+            )
         files = None
-        if policy is not None or state.config.save_to_disk or state.metric_log is not None:
+        if policy is not None or (
+            (state.config.save_to_disk or state.metric_log is not None) and writes_files(state)
+        ):
             files = FileOptions(checkpoint=policy, resume=resume)
         every = print_every if verbose else 0
         with self._display(every, display_metrics, progress, print_style) as display:
             prompt = PromptOptions(
-                ask=self._ask(on_continue, continue_timeout, display, needed=continue_loop > 0),
+                ask=self._ask(
+                    on_continue,
+                    continue_timeout,
+                    display,
+                    needed=continue_loop > 0 and writes_files(state),
+                ),
                 question=QUESTION,
                 timeout=continue_timeout,
                 default=continue_default,
@@ -622,12 +640,13 @@ class FitLoop(TrainerBase):
         live: bool,
         style: PrintStyle = "block",
     ) -> RunDisplay:
+        shows = writes_files(self._state)
         return RunDisplay(
             self._state.config.name,
             named=self._state.config.named,
-            every=print_every,
+            every=print_every if shows else 0,
             names=display_metrics,
-            live=live,
+            live=live and shows,
             style=style,
         )
 
@@ -662,6 +681,9 @@ class FitLoop(TrainerBase):
                 message names it.
         """
         target = self._new_file(name, path, (DEFAULT_SUFFIX,))
+
+        if not writes_files(self._state):
+            return target
 
         def write() -> Path:
             from fitloop._checkpointing.snapshot import take_snapshot
@@ -748,6 +770,8 @@ class FitLoop(TrainerBase):
             ConfigurationError: ``average=True``, and there is no average.
         """
         target, state = self._new_file(name, path), self._state
+        if not writes_files(state):
+            return target
 
         def write() -> Path:
             with ExitStack() as stack:

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from fitloop._concurrency.control import RunControl
 from fitloop._data.inspection import is_stateful, reads_all_samples
 from fitloop._data.loaders import Loaders
+from fitloop._data.sharing import Shares
 from fitloop._engine.config import (
     BEST_MODELS,
     PRETRAINED,
@@ -106,6 +107,8 @@ class TrainerState:
         self.config = config
         self.history = History()
         self.event_bus = EventBus()
+        self.shares = Shares()
+        """of this rank in the loaders, if several ranks train together"""
         self.loaders = Loaders(config.loading_options)
         self.store: WeightsStore = (
             DiskStore(config.save_path) if config.save_to_disk else MemoryStore()
@@ -166,14 +169,28 @@ class TrainerState:
         if self._has_looked_for_ranks:
             return
         self._has_looked_for_ranks = True
-        size = launched_size()
+        size = launched_size() if self.config.parallel is None else 1
         if size > 1:
             warn_user(
                 f"{size} processes were started together, as torchrun does, and each trains a "
-                f"model {self.config.name!r} of its own on all the data it is given; one training "
-                "in several processes is not there yet. Start one process",
+                f"model {self.config.name!r} of its own on all the data it is given; give "
+                "parallel='ddp' inside `async with fitloop.world():` for one training, or start "
+                "one process",
                 RanksWarning,
             )
+
+    def adopt_rank(self, rank: int, seed: int) -> None:
+        """Take the random numbers of one rank; ``seed`` is for a trainer that has none."""
+        if self.config.seed is None:
+            self.adopt_seed(seed)
+        self.rng.adopt_rank(rank)
+        if rank and isinstance(self.store, DiskStore):  # rank 0 writes the files
+            self.store = MemoryStore()
+
+    def adopt_seed(self, seed: int) -> None:
+        """Use a seed in place of the global generators, or of a seed that was adopted before."""
+        self.config.adopt_seed(seed)
+        self.rng = self.rng.with_seed(seed)
 
     def move_to_device(self) -> None:
         """Move the model, the loss function and the states of the optimizers to the device."""

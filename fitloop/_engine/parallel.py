@@ -1,0 +1,251 @@
+"""One training on several ranks: the model that reduces gradients, and what all ranks share.
+
+The loop and the optimizer steps call a `ParallelRun` where they would go on alone otherwise. It
+reaches the other ranks through a `World`, and wraps the model in DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fitloop._concurrency.control import Cancelled
+from fitloop._data.carried_state import carried_states, set_carried_states
+from fitloop._data.inspection import GIVEN_SAMPLER
+from fitloop._data.sources import END
+from fitloop._engine.config import TrainerConfig
+from fitloop._engine.loop_state import LoopState, StateWriter
+from fitloop._engine.wrapping import unwrap, wrapped
+from fitloop._errors import RanksError
+from fitloop._metrics.merging import merged
+from fitloop._ranks.control import SharedControl
+from fitloop._ranks.votes import Votes
+from fitloop._ranks.world import World
+from fitloop._types import Phase
+
+
+class ParallelRun:
+    """A run on one rank, and its meetings with the others; for its step thread."""
+
+    def __init__(self, config: TrainerConfig, world: World, control: SharedControl) -> None:
+        self._config, self.world, self.control = config, world, control
+        self.votes = Votes(world, control)
+        self._limit: int | None = None
+        """batches of the present pass that all ranks have; None if it is not known"""
+        self._are_alike = True
+        """whether all ranks have as many batches in the present pass"""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.world.is_first
+
+    # -- the model ---------------------------------------------------------------------------------
+
+    def meet(self, call: str, facts: dict[str, Any]) -> None:
+        """Compare the facts of a call on all ranks; raise `RanksError` if they differ."""
+        config = self._config
+        shapes = [(name, tuple(p.shape)) for name, p in config.model.named_parameters()]
+        more = {"seed": config.seed, "accumulate": config.accumulate, "parameters": shapes}
+        self._compare(f"beginning {call}()", {"call": call, **facts, **more})
+
+    def wrap(self) -> None:
+        """Wrap the model for a run that trains; all ranks then have the weights of rank 0."""
+        self.end()
+        config = self._config
+        config.set_wrapper(wrapped(config))
+        self._share_buffers()
+
+    def end(self) -> None:
+        """Drop the wrapped model, whose hooks would go on to reduce gradients."""
+        wrapper = self._config.wrapper
+        self._config.set_wrapper(None)
+        unwrap(wrapper)
+
+    def _share_buffers(self) -> None:
+        for buffer in self._config.model.buffers():
+            if buffer.numel():
+                self.world.copy_from_first(buffer.data)
+
+    def answer(self, ask: Callable[[], bool]) -> bool:
+        """Return the answer to a question, which rank 0 asks."""
+        control = self.control
+
+        def is_cancelled() -> bool:
+            if control.wished_cancel:  # the answer is not waited for
+                control.cancel_alone()
+            return control.cancelled
+
+        answer = self.world.answer(ask if self.is_first else None, is_cancelled)
+        if answer is None:
+            raise Cancelled
+        return bool(answer)
+
+    # -- gradients ---------------------------------------------------------------------------------
+
+    def reduce_in_backward(self, *, reduces: bool) -> None:
+        """Set whether the next backward pass exchanges gradients."""
+        if isinstance(self._config.wrapper, DistributedDataParallel):
+            self._config.wrapper.require_backward_grad_sync = reduces
+
+    def reduces_in_backward(self) -> bool:
+        """Return whether the last backward pass has exchanged gradients."""
+        return bool(getattr(self._config.wrapper, "require_backward_grad_sync", True))
+
+    def average(self, parameters: Iterable[Any]) -> None:
+        """Replace gradients by their means over all ranks."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                self.world.add(parameter.grad)
+                parameter.grad /= self.world.size
+
+    def mean_weights(self, weights: Sequence[Any]) -> list[Any]:
+        """Return the means of weights over all ranks, since gradients are means over all ranks.
+
+        On the CPU they are numbers, else tensors on the device, which are not waited for.
+        """
+        device = self._config.device
+        values = [
+            weight.to(device, torch.float64).reshape(())
+            if isinstance(weight, Tensor)
+            else torch.tensor(float(weight), dtype=torch.float64, device=device)
+            for weight in weights
+        ]
+        sums = torch.stack(values)
+        self.world.add(sums)
+        sums /= self.world.size
+        return list(sums) if device.type != "cpu" else list(sums.tolist())
+
+    # -- a pass ------------------------------------------------------------------------------------
+
+    def begin_pass(self, phase: Phase, batches: int | None) -> int | None:
+        """Compare the ranks before a pass, and return its number of batches on this rank.
+
+        Raises `RanksError` if they are not alike before a train phase.
+        """
+        lengths = self.world.gather(batches)
+        known = [length for length in lengths if length is not None]
+        self._limit = min(known) if len(known) == len(lengths) else None
+        self._are_alike = len(set(lengths)) == 1 and self._limit is not None
+        if phase is not Phase.TRAIN:
+            return batches
+        config = self._config
+        if set(_trained(config.model)) != set(_trained_by(config.wrapper, config.model)):
+            self.wrap()  # parameters were frozen or unfrozen
+        groups = [group for optimizer in config.optimizers for group in optimizer.param_groups]
+        facts = {
+            "trained parameters": _trained(config.model),
+            "learning rates": [float(group["lr"]) for group in groups],
+            "weights": checksum(config.model),
+        }
+        self._compare("beginning a train phase", facts)
+        return self._limit
+
+    def share_order(self, loader: Any, rng: Any) -> None:
+        """Give the random numbers of rank 0 to a loader that is shared out, before a pass."""
+        if hasattr(loader, GIVEN_SAMPLER):
+            state, carried = self.world.broadcast((rng.state(), carried_states(loader)))
+            if not self.is_first:
+                rng.set_state(state)
+                set_carried_states(loader, carried)
+
+    def fetch(self, state: LoopState, fetch: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a function that reads a batch as long as all ranks have one, in a train phase."""
+        if not state.is_train or self._are_alike:
+            return fetch
+        limit, world = self._limit, self.world
+
+        def fetch_some() -> Any:
+            return END if state.batch_num >= limit else fetch()  # type: ignore[operator]
+
+        def fetch_together() -> Any:
+            batch = fetch()
+            ended = torch.tensor([int(batch is END)], device="cpu")
+            world.post(ended).wait()
+            return END if ended.item() else batch
+
+        return fetch_together if limit is None else fetch_some
+
+    def boundary(self, state: LoopState) -> Callable[[], object]:
+        """Return what is called after each batch of a pass: a vote, where all ranks have one."""
+        votes, limit = self.votes, self._limit
+        if state.is_train:
+            return votes.boundary
+
+        def vote() -> None:
+            if limit is not None and state.batch_num <= limit:
+                votes.boundary()
+
+        return vote
+
+    def end_pass(self, writer: StateWriter, *, complete: bool) -> bool:
+        """Give all ranks the values of all; return whether the pass was complete on all.
+
+        Raises `RanksError` if their weights are not alike after a train phase.
+        """
+        state, config = writer.state, self._config
+        export = writer.export()
+        tensors = export["values"]["tensors"]
+        export["values"]["tensors"] = {
+            name: [value.cpu() for value in values] for name, values in tensors.items()
+        }
+        if state.is_train:
+            self._share_buffers()
+            self._compare(
+                f"after the train phase of epoch {state.epoch_num}",
+                {"weights": checksum(config.model)},
+            )
+        gathered = self.world.gather((complete, export))
+        together = merged([one for _complete, one in gathered])
+        together["values"]["tensors"] = {
+            name: [value.to(config.device) for value in values]
+            for name, values in together["values"]["tensors"].items()
+        }
+        writer.restore(together)
+        return all(is_complete for is_complete, _export in gathered)
+
+    def _compare(self, moment: str, facts: dict[str, Any]) -> None:
+        """Raise `RanksError`, on all ranks, if a fact is another one on a rank."""
+        gathered = self.world.gather(facts)
+        for name, value in gathered[0].items():
+            for rank, other in enumerate(gathered):
+                if other[name] != value:
+                    values = f": {value!r:.60} and {other[name]!r:.60}" if name != "weights" else ""
+                    raise RanksError(
+                        f"{moment}, {name} of rank 0 and of rank {rank} differ{values}. All ranks "
+                        "must do the same: a callback that changes the training needs the "
+                        "attribute every_rank = True, and a step must call state.model, not "
+                        "trainer.model"
+                    )
+
+
+def checksum(model: nn.Module) -> list[int]:
+    """Return a sum of the bits of the parameters, by dtype; equal weights have equal sums."""
+    sums: dict[torch.dtype, Any] = {}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            kind = _INTEGERS.get(parameter.element_size())
+            bits = parameter.detach().contiguous()
+            bits = bits.view(kind) if kind is not None and not bits.is_complex() else bits.abs()
+            total = bits.sum(dtype=None if kind is None else torch.int64)
+            sums[parameter.dtype] = sums.get(parameter.dtype, 0) + total
+    return [value.item() for value in sums.values()]
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _trained(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _trained_by(wrapper: Any, model: nn.Module) -> list[str]:
+    """Return the parameters that were trained when the model was wrapped."""
+    names: list[str] = getattr(wrapper, "fitloop_trained", _trained(model))
+    return names

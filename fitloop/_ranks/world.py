@@ -1,0 +1,316 @@
+"""`world`: the processes of one training, for the time of a block."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import anyio
+import torch
+from torch import Tensor
+
+from fitloop._concurrency.event_loops import loop_scheduler
+from fitloop._errors import ConfigurationError, RanksError, add_note_safely
+from fitloop._public import public
+from fitloop._ranks.launcher import launched_size
+
+TERMINATED = 128 + signal.SIGTERM
+"""exit status of a program that SIGTERM has ended"""
+ANSWER_SECONDS = 0.2
+"""between two looks for the answer to a question that rank 0 asks a person"""
+_FAILURE = "fitloop/failure"
+"""key of the first failure in the store"""
+
+_lock = threading.Lock()
+_worlds: list[World] = []
+"""the open blocks of this process; the last one counts"""
+
+
+@public
+class World:
+    """The processes of one training, as one of them sees them. `fitloop.world` returns it.
+
+    It is an async context manager, and for `SyncFitLoop` a plain one.
+    """
+
+    rank: int
+    """number of this process, counted from 0; on all machines together"""
+    size: int
+    """number of processes; 1 without a launcher"""
+
+    def __init__(self, timeout: float) -> None:
+        self.rank, self.size = 0, 1
+        self.seed = 0
+        """seed of trainers that have none of their own; the same on all ranks"""
+        self.user: str | None = None
+        """the run that uses the connections now"""
+        self._timeout = timedelta(seconds=timeout)
+        self._owns_group = self._is_broken = self._is_terminated = False
+        self._side: Any = None
+        """process group of gloo, for small messages on the CPU"""
+        self._main: Any = None
+        self._questions = 0
+        self._scope: anyio.CancelScope | None = None
+        self._put_back: Callable[[], object] = lambda: None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which prints, asks and writes files."""
+        return self.rank == 0
+
+    def __repr__(self) -> str:
+        return f"<World rank {self.rank} of {self.size}>"
+
+    # -- the block ---------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        # A process that is missing is waited for; a cancellation leaves the thread behind.
+        await anyio.to_thread.run_sync(self._open, abandon_on_cancel=True)
+        self._enter()
+        scope = self._scope = anyio.CancelScope()
+        schedule = loop_scheduler()
+
+        def cancel(_number: int, _frame: FrameType | None) -> None:
+            self._is_terminated = True
+            schedule(scope.cancel)
+
+        self._handle_termination(cancel)
+        scope.__enter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        assert self._scope is not None
+        try:
+            is_handled = self._scope.__exit__(kind, error, traceback)
+        finally:
+            self._leave()
+        if self._is_terminated and (error is None or is_handled):
+            raise SystemExit(TERMINATED)
+        return is_handled
+
+    def __enter__(self) -> Self:
+        self._open()
+        self._enter()
+
+        def interrupt(_number: int, _frame: FrameType | None) -> None:
+            self._is_terminated = True
+            signal.raise_signal(signal.SIGINT)  # a run ends as with Ctrl-C
+
+        self._handle_termination(interrupt)
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._leave()
+        if self._is_terminated and isinstance(error, KeyboardInterrupt | None):
+            raise SystemExit(TERMINATED) from None
+
+    def _open(self) -> None:
+        if launched_size() == 1:
+            return
+        distributed: Any = torch.distributed
+        if not distributed.is_initialized():
+            has_cuda = torch.cuda.is_available()
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=self._timeout
+            )
+            self._owns_group = True
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self._main = distributed.group.WORLD
+        self._side = distributed.new_group(backend="gloo", timeout=self._timeout)
+        # A program that sets no seed has torch's own, so that it is the same in each of its runs.
+        self.seed = self.broadcast(torch.initial_seed() % 2**63)
+
+    def _enter(self) -> None:
+        local_rank = os.environ.get("LOCAL_RANK", "")
+        if self.size > 1 and local_rank.isdecimal() and torch.cuda.is_available():
+            before = torch.cuda.current_device()
+            torch.cuda.set_device(int(local_rank) % torch.cuda.device_count())
+            self._put_back = lambda: torch.cuda.set_device(before)
+        with _lock:
+            _worlds.append(self)
+
+    def _handle_termination(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        if self.size == 1 or threading.current_thread() is not threading.main_thread():
+            return
+        before, put_back = signal.signal(signal.SIGTERM, handler), self._put_back
+
+        def restore() -> None:
+            put_back()
+            signal.signal(signal.SIGTERM, before)
+
+        self._put_back = restore
+
+    def _leave(self) -> None:
+        with _lock:
+            _worlds.remove(self)
+        self._put_back()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Give up the connections; other ranks that wait for this one get an error."""
+        side, self._side, self._main = self._side, None, None
+        if side is None:
+            return
+        distributed: Any = torch.distributed
+        with suppress(Exception):  # the connection may be broken
+            if self._owns_group:
+                distributed.destroy_process_group()
+            else:
+                distributed.destroy_process_group(side)
+
+    # -- messages, on the step thread of a run -----------------------------------------------------
+
+    def _check(self) -> None:
+        if self._side is None:
+            raise RanksError(
+                "the ranks are not connected any more, since one of them has failed or has left "
+                "`async with fitloop.world()`; start all of them again, fit(resume=True) goes on"
+            )
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in the order of the ranks. They are pickled."""
+        self._check()
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self._side)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the value of rank 0."""
+        self._check()
+        values = [value if self.is_first else None]
+        torch.distributed.broadcast_object_list(values, src=0, group=self._side)
+        return values[0]
+
+    def post(self, numbers: Tensor) -> Any:
+        """Begin to replace numbers by the largest ones of all ranks; return what to wait for."""
+        self._check()
+        distributed: Any = torch.distributed
+        return distributed.all_reduce(
+            numbers, distributed.ReduceOp.MAX, group=self._side, async_op=True
+        )
+
+    def add(self, tensor: Tensor) -> None:
+        """Replace a tensor by the sum over all ranks. On a device nothing is waited for."""
+        self._check()
+        torch.distributed.all_reduce(tensor, group=self._main)
+
+    def copy_from_first(self, tensor: Tensor) -> None:
+        """Replace a tensor by that of rank 0."""
+        self._check()
+        torch.distributed.broadcast(tensor, src=0, group=self._main)
+
+    def answer(self, ask: Callable[[], Any] | None, is_over: Callable[[], bool]) -> Any:
+        """Return what ``ask`` returns on rank 0, which alone calls it.
+
+        The others wait for it without a timeout; None if ``is_over`` returns true meanwhile.
+        """
+        self._check()
+        key = f"fitloop/answer/{self._questions}"
+        self._questions += 1
+        store = _store()
+        if self.is_first:
+            assert ask is not None
+            answer = ask()
+            store.set(key, pickle.dumps(answer))
+            return answer
+        while not store.check([key]):
+            if is_over():
+                return None
+            time.sleep(ANSWER_SECONDS)
+        return pickle.loads(store.get(key))
+
+    # -- failures ----------------------------------------------------------------------------------
+
+    def fail(self, reason: str) -> None:
+        """Tell the other ranks why this one has ended its run alone, and disconnect from them."""
+        if self._side is None:
+            return
+        with suppress(Exception):
+            _store().compare_set(_FAILURE, "", f"{self.rank}:{reason}")
+        self._is_broken = True
+        self._disconnect()
+
+    def explain(self, error: BaseException) -> None:
+        """Note on an error of this rank which other one has failed first."""
+        failure = ""
+        with suppress(Exception):  # the store may have ended with rank 0
+            store = _store()
+            if store.check([_FAILURE]):
+                failure = store.get(_FAILURE).decode()
+        rank, _, reason = failure.partition(":")
+        if failure and int(rank) != self.rank:
+            add_note_safely(error, f"rank {rank} failed first: {reason}")
+        elif not failure and _is_of_connection(error):
+            add_note_safely(
+                error,
+                "another rank has ended, or the connection to it is broken; its own output may say "
+                "why",
+            )
+
+
+@public
+def world(*, timeout: float = 600.0) -> World:
+    """Connect the processes that ``torchrun`` has started, for the time of a block.
+
+    ::
+
+        async def main():
+            async with fitloop.world() as world:
+                trainer = FitLoop(model, optimizer, loss, train_dl=train_dl, parallel="ddp")
+                await trainer.fit(10)
+
+        asyncio.run(main())        # torchrun --nproc-per-node 4 train.py
+
+    Without a launcher there is one process, and the same program runs as without this block. The
+    processes exchange tensors by NCCL on CUDA and by gloo elsewhere. A process group that is there
+    already is used, and stays.
+
+    With several processes SIGTERM cancels the block, so that a run in it ends on all ranks at one
+    batch boundary; the program then ends with status 143.
+
+    ``timeout`` is the time in seconds after which a rank that does not answer is an error, at the
+    start and in each exchange.
+
+    Cancellation: at the start, the block is left at once.
+
+    Raises ConfigurationError if ``timeout`` is no number above 0, and what torch raises if not all
+    processes are there in time.
+    """
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise ConfigurationError(f"timeout is {timeout!r}; expected seconds above 0")
+    return World(timeout)
+
+
+def current_world() -> World | None:
+    """Return the world of the block around; None without one."""
+    with _lock:
+        return _worlds[-1] if _worlds else None
+
+
+def _store() -> Any:
+    """Return the store that torch has for the process group; any rank can write into it."""
+    return sys.modules["torch.distributed.distributed_c10d"]._get_default_store()
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    text = f"{type(error).__name__}: {error}".lower()
+    return any(word in text for word in ("gloo", "nccl", "connection", "distributed"))

@@ -1,0 +1,65 @@
+"""A training on two ranks ends on both, whatever one of them does, and says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("fork_server", "rank_store")
+PHASES = ("train", "valid")
+
+
+def ended(how: str, rank: int, phase: str, path: Path) -> list[dict[str, Any]]:
+    """Return the reports of the rank that ended the training, and of the other one."""
+    reports = run_ranks("support.rank_ends", how, str(rank), phase, path)
+    return [reports[rank], reports[1 - rank]]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_stop_when_called_on_one_rank_then_both_end_at_one_batch(
+    phase: str, tmp_path: Path
+) -> None:
+    one, other = ended("stop", 1, phase, tmp_path)
+    assert (one["stop_reason"], other["stop_reason"]) == ("stopped", "stopped"), (one, other)
+    assert one["seen"] == other["seen"]
+    assert one["weights"] == other["weights"]
+    assert one["status"] == other["status"] == 0
+
+
+@pytest.mark.parametrize(("how", "status"), [("cancel", 1), ("SIGTERM", 143)])
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_cancellation_when_of_one_rank_then_both_end_at_one_batch(
+    how: str, status: int, phase: str, rank: int, tmp_path: Path
+) -> None:
+    one, other = ended(how, rank, phase, tmp_path)
+    assert one["error"].startswith("CancelledError"), (one, other)
+    assert one["status"] == status
+    assert (other["stop_reason"], other["status"]) == ("cancelled", 0)
+    assert one["seen"] == other["seen"]
+    assert one["weights"] == other["weights"]
+    assert list(tmp_path.glob("snapshots/*"))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_exception_when_on_one_rank_then_the_other_names_it(
+    phase: str, rank: int, tmp_path: Path
+) -> None:
+    one, other = ended("fail", rank, phase, tmp_path)
+    assert one["error"] == "ValueError: a bad sample", (one, other)
+    assert one["status"] == other["status"] == 1
+    notes = "\n".join(other["notes"])
+    assert f"rank {rank} failed first: ValueError: a bad sample" in notes
+    assert f"{phase}, epoch 2, batch_step of batch 2" in notes
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_when_killed_then_the_other_one_fails(rank: int, tmp_path: Path) -> None:
+    one, other = ended("SIGKILL", rank, "train", tmp_path)
+    assert one["status"] == -9
+    assert other["status"] == 1
+    assert "another rank has ended" in "\n".join(other["notes"]), other

@@ -1,0 +1,91 @@
+"""A program for ranks: one of them ends a training in some way, and each reports how it ended.
+
+Arguments: how, the rank that does it, the phase, and a directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import fitloop
+from fitloop import Checkpoint, FitLoop, LoopState
+from support.models import blobs, loader, mlp
+from support.ranks import report
+
+EPOCH, BATCH = 2, 2
+"""of the end"""
+
+
+def ends(how: str, cancel: Callable[[], object]) -> Callable[[LoopState], object]:
+    """Return what the rank does."""
+
+    def fail(_state: LoopState) -> None:
+        raise ValueError("a bad sample")
+
+    return {
+        "stop": lambda state: state.stop(),
+        "cancel": lambda _state: cancel(),
+        "SIGTERM": lambda _state: os.kill(os.getpid(), signal.SIGTERM),
+        "SIGKILL": lambda _state: os.kill(os.getpid(), signal.SIGKILL),
+        "fail": fail,
+    }[how]
+
+
+async def fit(world: fitloop.World, how: str, rank: str, phase: str, path: str) -> None:
+    event_loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    seen = {"train": 0, "valid": 0}
+    end = ends(how, lambda: event_loop.call_soon_threadsafe(task.cancel))
+
+    def step(state: LoopState) -> Any:
+        seen[state.phase] += 1
+        if (state.phase, state.epoch_num, state.batch_num) == (phase, EPOCH, BATCH) and (
+            world.rank == int(rank)
+        ):
+            end(state)
+        return fitloop.default_batch_step(state)
+
+    torch.manual_seed(0)
+    model = mlp()
+    trainer = FitLoop(
+        model,
+        torch.optim.Adam(model.parameters()),
+        nn.CrossEntropyLoss(),
+        train_dl=loader(blobs(64), shuffle=True),
+        valid_dl=loader(blobs(64)),
+        train_step=step,
+        valid_step=step,
+        parallel="ddp",
+        save_path=path,
+        seed=1,
+    )
+    values: dict[str, Any] = {}
+    try:
+        result = await trainer.fit(
+            10**6, checkpoint=Checkpoint(every_epochs=1), verbose=False, progress=False
+        )
+        values["stop_reason"] = result.stop_reason
+    except BaseException as error:
+        values["error"] = f"{type(error).__name__}: {error}"
+        values["notes"] = getattr(error, "__notes__", [])
+        raise
+    finally:
+        weights = sum(p.double().sum().item() for p in model.parameters())
+        report(**values, seen=seen, epochs=trainer.epoch_num, weights=weights)
+
+
+async def main(*arguments: str) -> None:
+    async with fitloop.world(timeout=30) as world:
+        await fit(world, *arguments)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

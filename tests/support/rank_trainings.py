@@ -1,0 +1,126 @@
+"""Trainings for one or several ranks, which report what they have trained.
+
+Arguments: the name of a function here, and its arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fitloop
+from fitloop import Checkpoint, FitLoop, LoopState, RunStarted, World
+from fitloop._ranks import votes
+from support.models import FEATURES, blobs
+from support.ranks import report
+
+QUIET: dict[str, Any] = {"verbose": False, "progress": False}
+
+
+def model(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(FEATURES, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3)
+    ).double()
+
+
+def loader(samples: int, size: int, *, shuffle: bool = False) -> DataLoader[Any]:
+    inputs, targets = blobs(samples)
+    return DataLoader(TensorDataset(inputs.double(), targets), size, shuffle=shuffle)
+
+
+def facts(trainer: FitLoop) -> dict[str, Any]:
+    """Return weights, metrics and the best score, to be compared."""
+    return {
+        "weights": [p.tolist() for p in trainer.model.parameters()],
+        "metrics": {
+            phase: {n: s.values.tolist() for n, s in getattr(trainer.M, phase).epoch_end.items()}
+            for phase in ("train", "valid", "test")
+        },
+        "best": trainer.best_score,
+    }
+
+
+def share_sum(state: LoopState) -> dict[str, float]:
+    """An ``epoch_end`` of a user, which sums what all ranks have returned."""
+    return {
+        "loss": float(state["running_loss"].sum() / state.size),
+        "score": float(state["running_corr"].sum()) / sum(state.batch_sizes),
+    }
+
+
+async def equal(world: World, accumulate: str, nonfinite: str) -> None:
+    """Train with batches of 12 in all: 46 samples leave 10 for the last one."""
+    net = model()
+    weights = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    train = loader(46, 12 // world.size, shuffle=True)
+    if nonfinite == "skip":  # one bad sample, in a batch of one rank
+        train.dataset.tensors[0][7] = float("nan")  # type: ignore[attr-defined]
+    trainer = FitLoop(
+        net,
+        torch.optim.Adam(net.parameters(), 0.01),
+        nn.CrossEntropyLoss(weight=weights, ignore_index=2),
+        train_dl=train,
+        valid_dl=loader(29, 12 // world.size),
+        valid_epoch_end=share_sum,
+        criteria="score",
+        accumulate=int(accumulate),
+        clip_grad=0.5,
+        nonfinite=nonfinite,  # type: ignore[arg-type]
+        parallel="ddp",
+        seed=1,
+    )
+    heard: list[str] = []
+    result = await trainer.fit(3, early_stop=2, callbacks=[lambda e: heard.append(e.kind)])
+    await trainer.test(loader(13, 5))
+    step = trainer._state.step_counts.step
+    report(**facts(trainer), epochs=result.epochs, step=step, heard=len(heard))
+
+
+async def resumed(world: World, path: str, cancelled: str) -> None:
+    """Train with dropout, perhaps cancelled in the middle of epoch 2, or resumed from there."""
+    votes.SHARE = 1.0  # a vote at nearly each batch
+    net = model(dropout=0.5)
+    event_loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def step(state: LoopState) -> Any:
+        is_moment = cancelled == "True" and state.epoch_num == 2 and state.batch_num == 20
+        if is_moment and world.rank == 1:
+            event_loop.call_soon_threadsafe(task.cancel)
+        return fitloop.default_batch_step(state)
+
+    trainer = FitLoop(
+        net,
+        torch.optim.Adam(net.parameters(), 0.01),
+        nn.CrossEntropyLoss(),
+        train_dl=loader(401, 4 // world.size, shuffle=True),
+        valid_dl=loader(15, 4),
+        train_step=step,
+        accumulate=3,
+        parallel="ddp",
+        seed=1,
+        save_path=path,
+    )
+    first: list[Any] = []
+    with suppress(asyncio.CancelledError):
+        await trainer.fit(
+            3, resume=True, checkpoint=Checkpoint(keep=None), callbacks=[first.append], **QUIET
+        )
+    steps = [event.step for event in first if isinstance(event, RunStarted)]
+    report(**facts(trainer), began=steps)
+
+
+async def main(name: str, *arguments: str) -> None:
+    async with fitloop.world(timeout=30) as world:
+        await globals()[name](world, *arguments)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
