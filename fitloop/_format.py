@@ -41,9 +41,9 @@ def _two_units(seconds: int) -> str:
         ("min", 60, "s", 1),
     ):
         if seconds >= size:
-            count, rest = divmod(seconds, size)
-            rest //= next_size
-            return f"{count} {unit} {rest} {next_unit}" if rest else f"{count} {unit}"
+            count, remainder = divmod(seconds, size)
+            remainder //= next_size
+            return f"{count} {unit} {remainder} {next_unit}" if remainder else f"{count} {unit}"
     return f"{seconds} s"
 
 

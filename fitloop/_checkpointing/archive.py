@@ -67,11 +67,11 @@ class Archive:
         That is the one in the file if the training is resumed, else the ``present`` one, or a new
         one if that is empty. An id that cannot be written is told by nobody: neither can snapshots.
         """
-        path, kept = self.directory / _ID_NAME, ""
+        path, stored_id = self.directory / _ID_NAME, ""
         with suppress(OSError):
-            kept = path.read_bytes().decode("ascii", "replace").strip()
-        if resume and _ID.fullmatch(kept):
-            return kept
+            stored_id = path.read_bytes().decode("ascii", "replace").strip()
+        if resume and _ID.fullmatch(stored_id):
+            return stored_id
         run_id = present or new_run_id()
         with suppress(OSError):
             write_bytes(path, f"{run_id}\n".encode())

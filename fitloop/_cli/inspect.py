@@ -155,7 +155,7 @@ def _print_training(path: Path, record: Record, files: list[Path], *, as_json: b
     print_line(f"{path}: training of {name!r}, {count(len(files), 'file')}")
     lines = _record_lines(record)
     if log is not None and log.run is not None and log.run.call != "fit":
-        reason = log.ended.stop_reason if log.ended is not None else record.status
+        reason = log.end.stop_reason if log.end is not None else record.status
         lines = [f"  status     {log.run.call} {reason}"]
     print_line("\n".join([*lines, *([] if log is None else _metrics_lines(log.history))]))
     _print_file_list(path, files)
@@ -258,8 +258,8 @@ def _print_small_file(path: Path, *, as_json: bool) -> None:
     if as_json:
         _print_json(values)
         return
-    kind, *others = values.items()
-    print_line(f"{path}: {kind[1]}, " + ", ".join(f"{key} {value}" for key, value in others))
+    kind, *fields = values.items()
+    print_line(f"{path}: {kind[1]}, " + ", ".join(f"{key} {value}" for key, value in fields))
 
 
 def _print_logged(path: Path, *, as_json: bool) -> None:

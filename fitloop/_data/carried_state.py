@@ -259,14 +259,14 @@ def plain_attributes(loader: object) -> dict[str, dict[str, Any]]:
 
     Random generators are among them: an object may make one when it needs it.
     """
-    found = StateSearch({"": loader}).objects
+    objects = StateSearch({"": loader}).objects
     plain = {
         path: {
             name: value
             for name, value in attributes(item).items()
             if type(value) in _ATOMS or is_generator(value)
         }
-        for path, item in found.items()
+        for path, item in objects.items()
     }
     return {path: values for path, values in plain.items() if values}
 
@@ -294,9 +294,9 @@ def set_plain_attributes(loader: object, values: dict[str, dict[str, Any]]) -> N
     A generator does not replace another one: its state is one of the `carried_states`.
     """
     if values:
-        found = StateSearch({"": loader}).objects
-        for path in values.keys() & found.keys():
-            present = vars(found[path])  # a DataLoader refuses to set some of its attributes
+        objects = StateSearch({"": loader}).objects
+        for path in values.keys() & objects.keys():
+            present = vars(objects[path])  # a DataLoader refuses to set some of its attributes
             for name, value in values[path].items():
                 if not is_generator(present.get(name)):  # others may use the same generator
                     present[name] = value

@@ -232,10 +232,10 @@ class _Pass:
                 del batch
                 self._wait_for_permission()
         carried = {path: state_of(each) for path, each in holders_of(self._loader).items()}
-        own = None
+        loader_state = None
         if is_stateful(self._loader) and not isinstance(self._loader, DataLoader):
-            own = self._loader.state_dict()
-        states = LoaderStates(self._rng.report(self._sent), carried, own)
+            loader_state = self._loader.state_dict()
+        states = LoaderStates(self._rng.report(self._sent), carried, loader_state)
         self._channel.send(PassEnded(plain_attributes(self._loader)), states)
 
     async def _read_async(self) -> None:
@@ -296,11 +296,13 @@ class _Pass:
             # Generators are quick to read; of other objects only a snapshot needs the state.
             items = self._holders.items()
             carried = {path: state_of(each) for path, each in items if tracks or is_generator(each)}
-        own = self._iterable.state_dict() if tracks and is_stateful(self._iterable) else None
+        loader_state = (
+            self._iterable.state_dict() if tracks and is_stateful(self._iterable) else None
+        )
         rng = self._rng.report(self._sent)
-        if rng is None and carried is None and own is None:
+        if rng is None and carried is None and loader_state is None:
             return NO_STATES
-        return LoaderStates(rng, carried, own)
+        return LoaderStates(rng, carried, loader_state)
 
     def _wait_for_permission(self) -> None:
         """Take all messages, and wait until one more batch may be read."""

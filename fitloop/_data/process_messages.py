@@ -133,7 +133,7 @@ class LoaderStates(NamedTuple):
 
     rng: RngState | None = None
     carried: dict[str, Any] | None = None
-    own: Any = None
+    loader_state: Any = None
     """the ``state_dict`` of the loader"""
 
 

@@ -165,8 +165,8 @@ class ReaderProcess:
             answer: Answer = pickle.loads(connection.recv_bytes())
             content = answer.content
             if isinstance(content, SentBatch) and content.placement and content.placement.is_new:
-                place, descriptor = content.placement, reduction.recv_handle(connection)
-                self.receiver.slots.add(place.slot, descriptor, place.size)
+                placement, descriptor = content.placement, reduction.recv_handle(connection)
+                self.receiver.slots.add(placement.slot, descriptor, placement.size)
         except (EOFError, OSError):
             raise self._death(context) from None
         self._has_answered = True
@@ -282,7 +282,7 @@ class ProcessSource:
         carried = self._states.carried
         if carried is None:
             carried = {} if self._count else self._start_states
-        return start, carried, self._states.own
+        return start, carried, self._states.loader_state
 
     def close(self) -> list[Any]:
         """See `Source`. The loader here gets the states after the last batch that was fetched."""
@@ -296,8 +296,8 @@ class ProcessSource:
         if end is not None:
             if not self._plan.is_dry_run:
                 set_plain_attributes(loader, end.attributes)
-                if states.own is not None:
-                    loader.load_state_dict(states.own)
+                if states.loader_state is not None:
+                    loader.load_state_dict(states.loader_state)
             self._copy.take_changes()
             self._process.is_idle = True
         return []
@@ -368,7 +368,7 @@ class _Refusal:
         modules = [] if model is None else list(model.modules())
         tensors = [] if model is None else [*model.parameters(), *model.buffers()]
         parts = [module for module in modules if any(True for _ in module.parameters())]
-        self._parts = {id(part) for part in (*parts, *tensors)}
+        self._parts = {id(item) for item in (*parts, *tensors)}
         self._memory = {_memory(tensor) for tensor in tensors} - {0}
 
     def check(self, value: Any) -> Any:

@@ -65,7 +65,7 @@ class EpochPrinter:
     Args:
         run: status of the run, which observes each event first. Lines begin with its label if the
             trainer has a name or if several runs print.
-        others: all runs that print, with this one.
+        printing: all runs that print, with this one.
         every: epochs between two that are printed; 0 prints nothing.
         names: the metrics to show; None for all.
         style: ``"block"``, some lines for an epoch; or ``"line"``, a table with a line for each.
@@ -75,7 +75,7 @@ class EpochPrinter:
     def __init__(
         self,
         run: RunStatus,
-        others: PrintingRuns,
+        printing: PrintingRuns,
         *,
         every: int = 1,
         names: Sequence[str] | None = None,
@@ -83,7 +83,7 @@ class EpochPrinter:
         color: bool = False,
     ) -> None:
         self._run = run
-        self._others = others
+        self._printing = printing
         self._every = every
         self._names = names
         self._style = style
@@ -110,15 +110,15 @@ class EpochPrinter:
     def lead(self) -> str:
         """The label, as wide as the longest one of the runs that print."""
         label = self.label
-        return label and label + " " * (self._others.label_width() + 1 - display_width(label))
+        return label and label + " " * (self._printing.label_width() + 1 - display_width(label))
 
     def observe(self, event: Event) -> None:
         """Print the lines of an event."""
-        self._had_company = self._had_company or len(self._others.runs) > 1
+        self._had_company = self._had_company or len(self._printing.runs) > 1
         match event:
             case RunStarted():
                 self._width = len(str(event.epochs)) * 2 + 3
-                self._others.begin()
+                self._printing.begin()
             case EpochStarted():
                 self._epoch = f"[{event.epoch_in_run}/{event.epochs}]"
                 self._is_best = False
@@ -145,7 +145,7 @@ class EpochPrinter:
             write_output(f"{lead}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
         elif self._style == "line":
             best = colored("best", self._color) if self._is_best else ""
-            write_output(self._others.table.lines(lead, event, self._names, best))
+            write_output(self._printing.table.lines(lead, event, self._names, best))
         else:
             self._print_block(event)
 
@@ -186,9 +186,9 @@ class EpochPrinter:
         if self._group is not None and self._group.is_ending:
             self._group.cancelled += 1
             return
-        word, _, rest = self._run.cancelled_text(event).partition(" ")
+        word, _, details = self._run.cancelled_text(event).partition(" ")
         word = colored(word, self._color and "yellow")
-        write_output(f"{self.lead}{word} {rest}\n")
+        write_output(f"{self.lead}{word} {details}\n")
 
 
 class EpochTable:

@@ -26,18 +26,18 @@ class ProgressLines:
 
     Args:
         run: status of the run, which observes each event first.
-        others: all runs that print, with this one.
+        printing: all runs that print, with this one.
         printer: prints the other lines of the run.
     """
 
     def __init__(
         self,
         run: RunStatus,
-        others: PrintingRuns,
+        printing: PrintingRuns,
         printer: EpochPrinter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run, self._others, self._printer, self._clock = run, others, printer, clock
+        self._run, self._printing, self._printer, self._clock = run, printing, printer, clock
         self._started_at = self._printed_at = 0.0
 
     def observe(self, event: Event) -> None:
@@ -48,7 +48,7 @@ class ProgressLines:
         elif isinstance(event, BatchProgress):
             last = max(self._printed_at, self._printer.printed_at)
             interval = max(FIRST_SECONDS, min(LAST_SECONDS, SHARE * (now - self._started_at)))
-            if now - last >= interval * max(1, len(self._others.runs)):
+            if now - last >= interval * max(1, len(self._printing.runs)):
                 self._printed_at = now
                 write_output(f"{self._printer.lead}{printable(self._text(now))}\n")
 

@@ -57,7 +57,7 @@ class RunStatus:
         self.phase = ""
         self.batches: tuple[int, int | None] = (0, None)
         """completed batches of the phase, and their total; None if unknown"""
-        self.ended: tuple[str, Mapping[str, float]] = ("", {})
+        self.last_phase: tuple[str, Mapping[str, float]] = ("", {})
         """the phase that ended last, and its metrics"""
         self.running: Mapping[str, float] = {}
         """means over the batches of the phase so far"""
@@ -98,7 +98,7 @@ class RunStatus:
                 self._observe_progress(event)
             case PhaseEnded():
                 self.batches, self.running = (event.batches, self.batches[1]), {}
-                self.ended = str(event.phase), event.metrics
+                self.last_phase = str(event.phase), event.metrics
             case BestImproved():
                 self.criteria, self.best = event.criteria, (event.epoch, event.score)
             case WentBack() if self.best is not None and self.best[0] > event.epoch:
@@ -165,7 +165,7 @@ class RunStatus:
     @property
     def ended_text(self) -> str:
         """The metrics of the phase that ended last: ``valid loss: 0.3796 | accuracy: 0.8583``."""
-        phase, metrics = self.ended
+        phase, metrics = self.last_phase
         return f"{phase} {format_metrics(metrics, self.display_metrics)}" if phase else ""
 
     def metric_texts(self) -> dict[str, str]:
@@ -174,7 +174,7 @@ class RunStatus:
         They are the running means of the phase, or the metrics of the phase that ended last, as
         ``valid loss 0.3796``, until there are any.
         """
-        phase, metrics = ("", self.running) if self.running else self.ended
+        phase, metrics = ("", self.running) if self.running else self.last_phase
         names = self.display_metrics
         chosen = metrics if names is None else [name for name in names if name in metrics]
         head = f"{phase} " if phase else ""

@@ -49,8 +49,8 @@ class Backlog:
             event = replace(event, batch_metrics={})  # they would take much memory
         self._events.append(event)
         if len(self._events) > self._limit:
-            kept = (i for i, one in enumerate(self._events) if not isinstance(one, _LANDMARKS))
-            del self._events[next(kept, 0)]
+            removable = (i for i, one in enumerate(self._events) if not isinstance(one, _LANDMARKS))
+            del self._events[next(removable, 0)]
             self.dropped += 1
 
     def forget(self, trainer: str, *, but: type[Event] | tuple[type[Event], ...] = ()) -> None:

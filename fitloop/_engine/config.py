@@ -418,8 +418,8 @@ class TrainerConfig:
             check_callable("on_continue", self.on_continue, "the PromptAsked event")
 
     def _check_schedulers(self) -> None:
-        given, intervals = as_list(self.lr_scheduler), as_list(self.scheduler_interval)
-        for scheduler in given:
+        schedulers, intervals = as_list(self.lr_scheduler), as_list(self.scheduler_interval)
+        for scheduler in schedulers:
             if is_scheduler_function(scheduler):
                 what = "the optimizer and the number of steps"
                 check_callable("lr_scheduler", scheduler, what, arguments=2)
@@ -429,15 +429,15 @@ class TrainerConfig:
         for interval in intervals:
             expected = "'step', 'batch', 'epoch' or 'valid'"
             _expect(interval in INTERVALS, "scheduler_interval", interval, expected)
-        if intervals and not given:
+        if intervals and not schedulers:
             raise ConfigurationError(
                 f"scheduler_interval is {self.scheduler_interval!r} and there is no lr_scheduler; "
                 "give lr_scheduler=, or leave it out"
             )
-        if len(intervals) > 1 and len(intervals) != len(given):
+        if len(intervals) > 1 and len(intervals) != len(schedulers):
             raise ConfigurationError(
                 f"scheduler_interval has {len(intervals)} entries for "
-                f"{len(given)} schedulers; expected one for all, or one for each"
+                f"{len(schedulers)} schedulers; expected one for all, or one for each"
             )
 
     def check_scheduler(self, scheduler: Any) -> None:
@@ -565,8 +565,8 @@ class TrainerConfig:
 
         For a function this is the scheduler that it has made, or None.
         """
-        given = as_list(self.lr_scheduler)
-        return [None if is_scheduler_function(item) else item for item in given]
+        items = as_list(self.lr_scheduler)
+        return [None if is_scheduler_function(item) else item for item in items]
 
     @property
     def lr_schedulers(self) -> list[Any]:

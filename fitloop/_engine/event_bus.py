@@ -217,8 +217,8 @@ class EventBus(EventStreams):
         self._queue: deque[Event] = deque()
         self._emitting = False
         self._call = ""
-        self._made: Sequence[int] = ()
-        self._is_told = True
+        self._step_counts: Sequence[int] = ()
+        self._is_streamed = True
         """whether the events go to the streams"""
 
     def _clear_backlog(self) -> None:
@@ -226,21 +226,25 @@ class EventBus(EventStreams):
             self._backlog.clear()
 
     @contextmanager
-    def run(self, call: str, made: Sequence[int]) -> Iterator[None]:
+    def run(self, call: str, step_counts: Sequence[int]) -> Iterator[None]:
         """Mark a block in which a run goes on; one without events leaves `last_end` as it was.
 
-        The events of the block get this ``call``, and a ``step``: the largest number in ``made``,
-        which changes in place. Those that have one keep it. Streams are told of ``"fit"`` and
-        ``"test"`` only, since other calls leave no trace.
+        The events of the block get this ``call``, and a ``step``: the largest of ``step_counts``,
+        a list that changes in place. Events that have a call or a step keep it. Streams get the
+        events of ``"fit"`` and ``"test"`` only, since other calls leave no trace.
         """
         before, self.last_end = self.last_end, None
-        self._call, self._made, self._is_told = call, made, call in ("fit", "test")
+        self._call, self._step_counts, self._is_streamed = (
+            call,
+            step_counts,
+            call in ("fit", "test"),
+        )
         try:
             yield
         finally:
             self.set_observers(())
             self.last_end = self.last_end or before
-            self._call, self._made, self._is_told = "", (), True
+            self._call, self._step_counts, self._is_streamed = "", (), True
             self._clear_backlog()
 
     def _stamp(self, event: Event) -> None:
@@ -248,7 +252,7 @@ class EventBus(EventStreams):
         if not event.call:
             object.__setattr__(event, "call", self._call)
         if not event.step:
-            object.__setattr__(event, "step", max(self._made, default=0))
+            object.__setattr__(event, "step", max(self._step_counts, default=0))
 
     def set_observers(self, observers: Iterable[Callable[[Event], object]]) -> None:
         """Set the observers of the next run."""
@@ -283,10 +287,10 @@ class EventBus(EventStreams):
         try:
             while self._queue:
                 current = self._queue.popleft()
-                if isinstance(current, RunEnded) and self._is_told:
+                if isinstance(current, RunEnded) and self._is_streamed:
                     self.last_end = current
                     self._clear_backlog()
-                if self._is_told:
+                if self._is_streamed:
                     self.push(current)  # first, since observers can raise an error
                 if isinstance(current, RunEnded):
                     self._end(current)

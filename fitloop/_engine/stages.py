@@ -301,12 +301,12 @@ def _finite_batches(columns: dict[str, Any]) -> dict[str, Any]:
     }
     if not skipped:
         return columns
-    kept = {
+    is_kept = {
         name: [index not in skipped for index in indices]
         for name, (_values, indices) in columns.items()
     }
     return {
-        name: (values[kept[name]], indices[kept[name]])
+        name: (values[is_kept[name]], indices[is_kept[name]])
         for name, (values, indices) in columns.items()
     }
 

@@ -48,7 +48,7 @@ def serialize_error(error: BaseException) -> SerializedError:
     indices = {id(one): index for index, one in enumerate(errors)}
     lines = traceback.TracebackException.from_exception(error)
     lines.__notes__ = None  # they are sent with the error
-    return SerializedError([_part(one, indices) for one in errors], "".join(lines.format()))
+    return SerializedError([_error_part(one, indices) for one in errors], "".join(lines.format()))
 
 
 def _linked_errors(error: BaseException) -> list[BaseException]:
@@ -62,7 +62,7 @@ def _linked_errors(error: BaseException) -> list[BaseException]:
     return chain[:MAX_ERROR_PARTS]
 
 
-def _part(error: BaseException, indices: dict[int, int]) -> _ErrorPart:
+def _error_part(error: BaseException, indices: dict[int, int]) -> _ErrorPart:
     notes = [str(note) for note in getattr(error, "__notes__", None) or ()]
     group = None
     if isinstance(error, BaseExceptionGroup):
@@ -105,33 +105,33 @@ def deserialize_error(serialized: SerializedError, where: str = "a worker proces
 
     def build(index: int) -> Exception:
         if index not in errors:
-            part = parts[index]
-            members = [] if part.group is None else [build(one) for one in part.group[1]]
-            errors[index] = _exception_of(part, members)
+            group = parts[index].group
+            members = [] if group is None else [build(member) for member in group[1]]
+            errors[index] = _exception_of(parts[index], members)
         return errors[index]
 
     for index in range(len(parts)):
         build(index)
-    for index, part in enumerate(parts):
+    for index, error_part in enumerate(parts):
         error = errors[index]
         with suppress(Exception):
-            if part.notes and not isinstance(error, RemoteError):
-                error.__notes__ = list(part.notes)
-            error.__cause__ = None if part.cause is None else errors[part.cause]
-            error.__context__ = None if part.context is None else errors[part.context]
-            error.__suppress_context__ = part.suppress_context
+            if error_part.notes and not isinstance(error, RemoteError):
+                error.__notes__ = list(error_part.notes)
+            error.__cause__ = None if error_part.cause is None else errors[error_part.cause]
+            error.__context__ = None if error_part.context is None else errors[error_part.context]
+            error.__suppress_context__ = error_part.suppress_context
     add_note_safely(errors[0], f"in {where}:\n{serialized.traceback.rstrip()}")
     return errors[0]
 
 
-def _exception_of(part: _ErrorPart, members: list[Exception]) -> Exception:
+def _exception_of(error_part: _ErrorPart, members: list[Exception]) -> Exception:
     """Return the exception of a part; that of a group with its ``members``."""
-    for data in part.pickles:
+    for data in error_part.pickles:
         with suppress(Exception):
             return _unpickle_error(data, members)
-    if part.group is not None and members:
-        return ExceptionGroup(part.group[0], members)
-    return RemoteError(part.description)
+    if error_part.group is not None and members:
+        return ExceptionGroup(error_part.group[0], members)
+    return RemoteError(error_part.description)
 
 
 def _unpickle_error(data: bytes, members: list[Exception]) -> Exception:

@@ -375,8 +375,8 @@ class _Server:
             return True
         theirs.close()
         self._clients[ours.fileno()] = ours
-        status, *others = descriptors
-        _close(*others)
+        status, *worker_descriptors = descriptors
+        _close(*worker_descriptors)
         self._workers[worker] = status, client
         return False
 

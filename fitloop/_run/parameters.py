@@ -18,7 +18,7 @@ def run_parameters(
 
     The arguments of a job come first, and hide settings of the same name.
     """
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         **_optimizer_parameters(config.optimizers[0]),
         "epochs": plan.epochs if plan.call == "fit" else None,
         "batch_size": getattr(plan.phases[0][1], "batch_size", None),
@@ -29,7 +29,7 @@ def run_parameters(
     }
     settings = {
         name: value
-        for name, value in found.items()
+        for name, value in values.items()
         if value is not None and isinstance(value, Parameter)
     }
     return {**defaults.parameters, **settings, **defaults.parameters}

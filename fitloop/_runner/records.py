@@ -24,7 +24,7 @@ from fitloop._runner.arguments import Plain, plain_value
 from fitloop._storage.durable import LOG_NAME, is_locked, open_regular, reason
 from fitloop._storage.job_files import OUTCOME_NAME, directory_name
 from fitloop._storage.layout import FORMAT, VERSIONS, LayoutError, check_format, unpack
-from fitloop._storage.metric_log import LoggedRun, read_log
+from fitloop._storage.metric_log import LogContents, read_log
 from fitloop._training.best import Criteria
 from fitloop._types import Phase
 
@@ -141,7 +141,7 @@ def _is_done(record: Record | None) -> bool:
     return record is not None and record.status == "done"
 
 
-def _progress(log: LoggedRun, *, is_running: bool) -> FitResult:
+def _progress(log: LogContents, *, is_running: bool) -> FitResult:
     """Return the result so far of a logged run."""
     run, history = log.run, log.history
     assert run is not None
@@ -158,7 +158,7 @@ def _progress(log: LoggedRun, *, is_running: bool) -> FitResult:
         name, direction, is_default = run.criteria
         criteria = Criteria(name, direction, is_default=is_default)
         score, best_epoch = _best(criteria, metrics["valid"], run.first_epoch)
-    reason = "unfinished" if log.ended is None else log.ended.stop_reason
+    reason = "unfinished" if log.end is None else log.end.stop_reason
     return FitResult(
         epochs=log.epochs_done,
         stop_reason="running" if is_running else reason,
@@ -172,7 +172,7 @@ def _progress(log: LoggedRun, *, is_running: bool) -> FitResult:
     )
 
 
-def best_runs(runs: Sequence[tuple[str, LoggedRun]]) -> list[tuple[str, LoggedRun]]:
+def best_runs(runs: Sequence[tuple[str, LogContents]]) -> list[tuple[str, LogContents]]:
     """Return logged runs with names, the one with the best score first.
 
     Raises:

@@ -236,8 +236,8 @@ def _row(job: JobState) -> dict[str, Any]:
         "seconds": job.seconds,
         "error": None if job.error is None else _error_text(job),
     }
-    taken = {"job", *fixed}
-    row |= {f"{k} (argument)" if k in taken else k: v for k, v in job.arguments.items()}
+    fixed_names = {"job", *fixed}
+    row |= {f"{k} (argument)" if k in fixed_names else k: v for k, v in job.arguments.items()}
     row |= fixed
     for phase, metrics in {} if fit is None else fit.metrics.items():
         row |= {f"{phase} {k}": float(v[-1]) for k, v in metrics.items() if len(v)}

@@ -114,7 +114,7 @@ def read_metrics(path: str | os.PathLike[str]) -> History:
 
 
 @dataclass
-class LoggedRun:
+class LogContents:
     """The contents of a metric log: the history of the trainer, and the state of its last run."""
 
     trainer: str
@@ -125,11 +125,11 @@ class LoggedRun:
     """completed epochs of the run"""
     seconds: float = 0.0
     """time from the start of the run in its process to the last record"""
-    ended: RunEnded | None = None
+    end: RunEnded | None = None
     """the end of the run; None if it goes on or its process died"""
 
 
-def read_log(path: str | os.PathLike[str]) -> LoggedRun:
+def read_log(path: str | os.PathLike[str]) -> LogContents:
     """Read a metric log, or that in a directory; as `read_metrics`."""
     path = Path(path)
     path = path / LOG_NAME if path.is_dir() else path
@@ -142,12 +142,12 @@ def read_log(path: str | os.PathLike[str]) -> LoggedRun:
         raise unreadable(path, error) from error
 
 
-def _read(file: BinaryIO) -> LoggedRun:
+def _read(file: BinaryIO) -> LogContents:
     records = iter_file_records(file.read)
     head: Any = next(records, (None, 0))[0]
     check_head(head)
     run = decode_run(head)[0] if head.get("run") is not None else None
-    log = LoggedRun(head["trainer"], History(), run, 0 if run is None else run.epochs_done)
+    log = LogContents(head["trainer"], History(), run, 0 if run is None else run.epochs_done)
     restore_history(log.history, head["history"])
     for record, _end in records:
         kind = event_kind(record)
@@ -159,7 +159,7 @@ def _read(file: BinaryIO) -> LoggedRun:
             log.epochs_done = record["epoch_in_run"]
         elif kind == RunEnded.kind:
             event, _at = decode_event(record, "", "fit", {})
-            log.ended = event if isinstance(event, RunEnded) else None
+            log.end = event if isinstance(event, RunEnded) else None
         if run is not None:
             log.seconds = max(log.seconds, record["at"] - run.began)
     return log

@@ -190,9 +190,9 @@ class ObjectState:
         Users record there what they see in a sanity check.
         """
         self.begin()
-        part = copy.copy(self)
-        part._left_out = _STAGES
-        return part
+        copied = copy.copy(self)
+        copied._left_out = _STAGES
+        return copied
 
     def state_dict(self) -> dict[str, Any]:
         """See `StatePart`."""

@@ -38,7 +38,7 @@ class PlannedSchedulers:
         self._config = config
         slots = zip(as_list(config.lr_scheduler), config.scheduler_slots, strict=True)
         self._functions = {
-            number: given for number, (given, made) in enumerate(slots) if made is None
+            number: item for number, (item, scheduler) in enumerate(slots) if scheduler is None
         }
         self.steps: int | None = None
         """the steps that the schedulers of now were made for; None if there are none"""
@@ -109,12 +109,12 @@ class PlannedSchedulers:
         if self.steps is None:
             return
         config = self._config
-        made = [config.scheduler_slots[number] for number in self._functions]
-        others = [item for item in config.lr_schedulers if item not in made]
+        planned = [config.scheduler_slots[number] for number in self._functions]
+        unplanned = [item for item in config.lr_schedulers if item not in planned]
         for optimizer in config.optimizers:
-            if any(getattr(item, "optimizer", None) is optimizer for item in others):
+            if any(getattr(item, "optimizer", None) is optimizer for item in unplanned):
                 continue
-            last = next((s._last_lr for s in made if _follows(s, optimizer)), None)
+            last = next((s._last_lr for s in planned if _follows(s, optimizer)), None)
             for number, group in enumerate(optimizer.param_groups):
                 is_set = last is not None and (
                     number >= len(last) or float(last[number]) != float(group["lr"])

@@ -19,15 +19,15 @@ _PER_STEP = (kinds.OneCycleLR, kinds.CyclicLR)
 
 def schedulers_of(config: TrainerConfig) -> list[tuple[Any, Interval | None]]:
     """Return each scheduler with its interval; None if the user's ``train_step`` steps it."""
-    given, intervals = as_list(config.lr_scheduler), as_list(config.scheduler_interval)
+    items, intervals = as_list(config.lr_scheduler), as_list(config.scheduler_interval)
     if not intervals:
         is_own = config.train_step is not None
         intervals = [
             None if is_own else _natural_interval(scheduler, is_planned=scheduler is not item)
-            for item, scheduler in zip(given, config.scheduler_slots, strict=True)
+            for item, scheduler in zip(items, config.scheduler_slots, strict=True)
         ]
     elif len(intervals) == 1:
-        intervals = intervals * len(given)
+        intervals = intervals * len(items)
     pairs = zip(config.scheduler_slots, intervals, strict=True)
     return [pair for pair in pairs if pair[0] is not None]
 

@@ -89,9 +89,9 @@ class _MissingColumnsError(Exception):
 
 
 def _cells(run: LoggedRun, row: Row) -> dict[str, Any]:
-    own = [run.id, printable(run.name), row.kind, row.phase, row.epoch, row.step, row.time]
+    first_cells = [run.id, printable(run.name), row.kind, row.phase, row.epoch, row.step, row.time]
     named = {printable(name): value for name, value in row.named().items()}
-    return dict(zip(FIRST_COLUMNS, own, strict=True)) | named
+    return dict(zip(FIRST_COLUMNS, first_cells, strict=True)) | named
 
 
 def _line(cells: Sequence[Any]) -> bytes:

@@ -41,8 +41,8 @@ class JSONLines(Logger):
         file = self._file(run)
         if file.has(f'{{"run": "{run.id}"'.encode()):
             return
-        known = {"sweep": run.sweep, "parameters": run.parameters}
-        line = _encoded({"run": run.id, "trainer": run.name, "kind": "start", **known})
+        settings = {"sweep": run.sweep, "parameters": run.parameters}
+        line = _encoded({"run": run.id, "trainer": run.name, "kind": "start", **settings})
         file.append(lambda _first: line)
 
     def written(self, run: LoggedRun) -> Iterable[RowKey]:

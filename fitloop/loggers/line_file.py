@@ -91,15 +91,15 @@ class LineFile:
         length = min(size, _BLOCK)
         while size:
             tail = _read(descriptor, size - length, length)
-            rest = tail[tail.rfind(b"\n") + 1 :]
-            if not rest:
+            last_line = tail[tail.rfind(b"\n") + 1 :]
+            if not last_line:
                 break
-            if len(rest) < length or length == size:
-                if not self._is_torn(rest):
+            if len(last_line) < length or length == size:
+                if not self._is_torn(last_line):
                     write_all(descriptor, b"\n")
                     return size + 1
-                os.ftruncate(descriptor, size - len(rest))
-                return size - len(rest)
+                os.ftruncate(descriptor, size - len(last_line))
+                return size - len(last_line)
             length = min(size, length * 2)
         return size
 
@@ -135,7 +135,7 @@ def _read(descriptor: int, start: int, length: int) -> bytes:
 def _first_line(descriptor: int) -> bytes:
     length = _BLOCK
     while True:
-        line, end, _rest = _read(descriptor, 0, length).partition(b"\n")
+        line, end, _ = _read(descriptor, 0, length).partition(b"\n")
         if end or len(line) < length:
             return line
         length *= 2

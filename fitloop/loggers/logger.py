@@ -125,9 +125,9 @@ class _OpenRun:
     dropped: int = 0
     cut: int | None = None
     """step beyond which the rows of the run are to be removed"""
-    known: Counter[RowKey] = field(default_factory=Counter)
+    written: Counter[RowKey] = field(default_factory=Counter)
     """rows that were written before the run was resumed, until they come again"""
-    ended: RunEnded | None = None
+    end: RunEnded | None = None
     cut_at_epoch: bool = False
     """the first epoch that starts tells where the run goes on"""
     was_resumed: bool = False
@@ -270,7 +270,7 @@ class _Queue:
         self._changed = threading.Condition()
         self._runs: dict[str, _OpenRun] = {}
         """the runs that go on, by name of the trainer"""
-        self._ended: deque[_OpenRun] = deque()
+        self._ending: deque[_OpenRun] = deque()
         """runs whose end is not written yet"""
         self._written: dict[str, int] = {}
         """id of each run -> its largest step that was written in this process"""
@@ -335,7 +335,7 @@ class _Queue:
             run = self._runs.get(event.trainer)
             if run is None or run.is_given_up:
                 return
-            if _is_known(row, run.known):
+            if _was_written(row, run.written):
                 return
             run.rows.append(row)
             if row.kind == "steps":
@@ -370,14 +370,14 @@ class _Queue:
             run = self._runs.pop(event.trainer, None)
             if run is None:
                 return
-            run.ended = event
-            self._ended.append(run)
+            run.end = event
+            self._ending.append(run)
             self._changed.notify_all()
             limit, thread = self._logger._end_seconds, self._thread
             self._changed.wait_for(lambda: run.is_closed, limit)
             if not run.is_closed:
                 run.is_closed = True  # the thread drops it when it returns
-                self._ended.remove(run)
+                self._ending.remove(run)
                 self._warnings.append(
                     f"{self._label} has not written the last rows of {run.info.name!r} "
                     f"{limit:g} s after the end of the run, and is left behind; "
@@ -436,7 +436,7 @@ class _Queue:
 
     def _work(self) -> None:
         while (run := self._next()) is not None:
-            is_last_attempt = run.ended is not None
+            is_last_attempt = run.end is not None
             try:
                 self._serve(run)
             except BaseException as error:  # also an exit, which would only end this thread
@@ -446,9 +446,9 @@ class _Queue:
     def _next(self) -> _OpenRun | None:
         """Wait for a run that has something to do; None if all runs are over."""
         with self._changed:
-            while self._runs or self._ended:
-                if self._ended:
-                    return self._ended[0]
+            while self._runs or self._ending:
+                if self._ending:
+                    return self._ending[0]
                 now = self._clock()
                 busy = [run for run in self._runs.values() if _has_work(run)]
                 for run in busy:
@@ -474,15 +474,15 @@ class _Queue:
         if flushes and run.is_open:
             logger.sync(info)
         with self._changed:  # a run that is closed already did not wait for more
-            ended = run.ended if run.is_closed or not run.rows else None
-        if ended is not None and run.is_open:
+            end = run.end if run.is_closed or not run.rows else None
+        if end is not None and run.is_open:
             run.is_open = False
-            logger.end(info, ended)
+            logger.end(info, end)
         with self._changed:
             run.error, run.attempts, run.not_before = None, 0, self._clock() + PAUSE
             run.flushes -= flushes
             self._is_behind = False
-            if ended is not None:
+            if end is not None:
                 self._close(run)
             self._changed.notify_all()
 
@@ -493,17 +493,17 @@ class _Queue:
         run.is_open = True
         if info.id in self._written and not run.was_resumed:  # the rows so far do not come again
             return
-        known = Counter(logger.written(info))
-        last, cut = max((key.step for key in known), default=-1), run.cut
+        written = Counter(logger.written(info))
+        last, cut = max((key.step for key in written), default=-1), run.cut
         if cut is not None and last > cut and logger.cut(info, cut):
             last = cut
-            known = Counter({key: count for key, count in known.items() if key.step <= cut})
+            written = Counter({key: count for key, count in written.items() if key.step <= cut})
         with self._changed:
             self._written[info.id] = last
-            run.known, rows = known, list(run.rows)
+            run.written, rows = written, list(run.rows)
             if run.cut == cut:
                 run.cut = None
-            self._set_rows(run, [row for row in rows if not _is_known(row, known)])
+            self._set_rows(run, [row for row in rows if not _was_written(row, written)])
 
     def _cut(self, run: _OpenRun, step: int) -> None:
         """Remove the rows of a part of the training that was undone."""
@@ -528,9 +528,9 @@ class _Queue:
 
     def _fail(self, run: _OpenRun, error: BaseException, is_last_attempt: bool) -> None:
         """Note a failure; try again later, unless the run has ended."""
-        if is_last_attempt and run.ended is not None and run.is_open:
+        if is_last_attempt and run.end is not None and run.is_open:
             with suppress(Exception):
-                self._logger.end(run.info, run.ended)
+                self._logger.end(run.info, run.end)
         with self._changed:
             run.error = error
             run.attempts += 1
@@ -558,7 +558,7 @@ class _Queue:
         """Let the end of a run return. The caller holds the lock."""
         if not run.is_closed:
             run.is_closed = True
-            self._ended.remove(run)
+            self._ending.remove(run)
 
 
 def _row(event: MetricsLogged | PhaseEnded) -> Row:
@@ -590,11 +590,11 @@ def check_installed(library: str) -> None:
         )
 
 
-def _is_known(row: Row, known: Counter[RowKey]) -> bool:
+def _was_written(row: Row, written: Counter[RowKey]) -> bool:
     """Return whether an earlier process has written a row, for each time that it has."""
-    if known[row.key] <= 0:
+    if written[row.key] <= 0:
         return False
-    known[row.key] -= 1
+    written[row.key] -= 1
     return True
 
 

@@ -57,15 +57,15 @@ class MLflow(Logger):
         """Find or create the run, and add the hyper-parameters that it does not have."""
         client = self._client()
         experiment = _experiment_id(client, self._experiment)
-        found = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
-        if found:
-            of_mlflow = found[0]
-            client.update_run(of_mlflow.info.run_id, status="RUNNING")
+        runs = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
+        if runs:
+            mlflow_run = runs[0]
+            client.update_run(mlflow_run.info.run_id, status="RUNNING")
         else:
             tags = {RUN_TAG: run.id} | ({} if run.sweep is None else {SWEEP_TAG: run.sweep})
-            of_mlflow = client.create_run(experiment, run_name=run.name, tags=tags)
-        self.opened[run.id] = of_mlflow.info.run_id
-        _log_parameters(client, of_mlflow, run)
+            mlflow_run = client.create_run(experiment, run_name=run.name, tags=tags)
+        self.opened[run.id] = mlflow_run.info.run_id
+        _log_parameters(client, mlflow_run, run)
 
     def written(self, run: LoggedRun) -> Iterable[RowKey]:
         """Return the keys of the points that the run has."""
@@ -112,14 +112,14 @@ def _experiment_id(client: Any, name: str) -> str:
     return str(experiment.experiment_id)
 
 
-def _log_parameters(client: Any, of_mlflow: Any, run: LoggedRun) -> None:
+def _log_parameters(client: Any, mlflow_run: Any, run: LoggedRun) -> None:
     from mlflow.entities import Param
 
     # MLflow refuses another value of a parameter, such as the epochs of a second fit.
     new = {_allowed(name): str(value) for name, value in run.parameters.items()}
-    params = [Param(n, value) for n, value in new.items() if n not in of_mlflow.data.params]
+    params = [Param(n, value) for n, value in new.items() if n not in mlflow_run.data.params]
     for first in range(0, len(params), 100):
-        client.log_batch(of_mlflow.info.run_id, params=params[first : first + 100])
+        client.log_batch(mlflow_run.info.run_id, params=params[first : first + 100])
 
 
 def _allowed(name: str) -> str:

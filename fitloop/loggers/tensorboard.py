@@ -63,8 +63,8 @@ class TensorBoard(Logger):
             for event in EventFileLoader(str(path)).Load():
                 if event.session_log.status == SessionLog.START:
                     keys = {key for key in keys if key.step < event.step}
-                found = (key_of_name(value.tag, event.step) for value in event.summary.value)
-                keys.update(key for key in found if key is not None)
+                found_keys = (key_of_name(value.tag, event.step) for value in event.summary.value)
+                keys.update(key for key in found_keys if key is not None)
         return keys
 
     def cut(self, run: LoggedRun, step: int) -> bool:

@@ -49,10 +49,10 @@ class WandB(Logger):
                 f"WandB() got a run and {', '.join(init)}=; expected one of both, since the "
                 "arguments are for wandb.init"
             )
-        self._given, self._init = run, init
+        self._run, self._init = run, init
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._given is not None:
+        if self._run is not None:
             raise ConfigurationError(
                 "WandB(run) cannot be sent to another process; give WandB the arguments of "
                 "wandb.init instead"
@@ -64,36 +64,36 @@ class WandB(Logger):
         import wandb
 
         first_step = 0
-        if self._given is not None:
-            of_wandb = self._given
-            of_wandb.define_metric("*", step_metric=STEP)
+        if self._run is not None:
+            wandb_run = self._run
+            wandb_run.define_metric("*", step_metric=STEP)
         else:
             arguments: dict[str, Any] = {
                 **{"id": run.id, "name": run.name, "group": run.sweep},
                 # Other runs of this process, of other trainers, go on.
                 **{"resume": "allow", "reinit": "create_new"},
             }
-            of_wandb = wandb.init(**{**arguments, **self._init})
-            first_step = of_wandb.step if of_wandb.resumed else 0
-        of_wandb.config.update(dict(run.parameters), allow_val_change=True)
-        self.opened[run.id] = of_wandb, first_step
+            wandb_run = wandb.init(**{**arguments, **self._init})
+            first_step = wandb_run.step if wandb_run.resumed else 0
+        wandb_run.config.update(dict(run.parameters), allow_val_change=True)
+        self.opened[run.id] = wandb_run, first_step
 
     def write(self, run: LoggedRun, rows: Sequence[Row]) -> None:
         """Log the metrics of rows, with their epochs."""
-        of_wandb, first_step = self.opened[run.id]
+        wandb_run, first_step = self.opened[run.id]
         for row in rows:
             values = {**row.named(), "epoch": row.epoch}
-            if self._given is not None:
-                of_wandb.log({**values, STEP: row.step})
+            if self._run is not None:
+                wandb_run.log({**values, STEP: row.step})
             elif row.step >= first_step:
-                of_wandb.log(values, step=row.step)
+                wandb_run.log(values, step=row.step)
 
     def end(self, run: LoggedRun, event: RunEnded) -> None:
         """Add the best score to the summary, and finish the run, which uploads the rest."""
-        of_wandb, _first_step = self.opened.pop(run.id)
+        wandb_run, _first_step = self.opened.pop(run.id)
         if event.best_score is not None:
-            of_wandb.summary.update(
+            wandb_run.summary.update(
                 {"best_score": event.best_score, "best_epoch": event.best_epoch}
             )
-        if self._given is None:
-            of_wandb.finish(exit_code=1 if event.stop_reason == "failed" else 0)
+        if self._run is None:
+            wandb_run.finish(exit_code=1 if event.stop_reason == "failed" else 0)

@@ -40,9 +40,9 @@ STARTED: list[Event] = [
 def times_of_lines(capsys: pytest.CaptureFixture[str], end: int, *, runs: int = 1) -> list[int]:
     """Return the seconds at which lines are printed, with one batch in a second."""
     now, times = 0, []
-    status, others = RunStatus("net"), PrintingRuns()
-    others.runs = [status] * runs
-    lines = ProgressLines(status, others, EpochPrinter(status, others), clock=lambda: now)
+    status, printing = RunStatus("net"), PrintingRuns()
+    printing.runs = [status] * runs
+    lines = ProgressLines(status, printing, EpochPrinter(status, printing), clock=lambda: now)
     for event in STARTED:
         lines.observe(event)
     for now in range(1, end + 1):
@@ -87,8 +87,8 @@ def test_display_when_an_epoch_was_just_printed_then_there_is_no_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     now = 100.0
-    status, others = RunStatus("net"), PrintingRuns()
-    printer = EpochPrinter(status, others)
+    status, printing = RunStatus("net"), PrintingRuns()
+    printer = EpochPrinter(status, printing)
     printer.observe(
         EpochEnded(
             trainer="t",
@@ -100,7 +100,7 @@ def test_display_when_an_epoch_was_just_printed_then_there_is_no_line(
             seconds=1.0,
         )
     )
-    lines = ProgressLines(status, others, printer, clock=lambda: now)
+    lines = ProgressLines(status, printing, printer, clock=lambda: now)
     lines.observe(STARTED[0])
     printer.printed_at = 109.0
     now = 112.0
