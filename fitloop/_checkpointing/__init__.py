@@ -10,7 +10,7 @@ engine's loop, terminals or event loops.
 - `snapshot`: both in one file.
 - `comparison`: compares a snapshot with the trainer that is to take it.
 - `archive`: the snapshots in a directory.
-- `policy`: `Checkpoint`, what a user asks for.
+- `policy`: `Checkpoint`, the argument of `fit`: how often snapshots are written, and how many stay.
 - `checkpointer`: takes the snapshots of a run.
 - `best_model_files`: the weights files of the best validations.
 - `rollback`: a copy in memory, for a no to the continue question.

@@ -62,10 +62,11 @@ class Archive:
         return not any(True for _ in self._files())
 
     def identify(self, present: str, *, resume: bool) -> str:
-        """Return the id of the training, and keep it in a file.
+        """Return the id of the training, and write it to a file of the directory.
 
-        That is the one in the file if the training is resumed, else the ``present`` one, or a new
-        one if that is empty. An id that cannot be written is told by nobody: neither can snapshots.
+        A resumed training has the id in the file. Any other has the ``present`` id, or a new one if
+        that is empty. If the file cannot be written, nothing is raised: the first snapshot cannot
+        be written either, and is reported.
         """
         path, stored_id = self.directory / _ID_NAME, ""
         with suppress(OSError):

@@ -1,7 +1,7 @@
 """Compares a snapshot with the trainer that is to take it, once for each resume or load.
 
-An error is raised for what cannot go on; one warning names all that differs and is overruled, and
-all that the snapshot does not hold.
+A difference with which the training cannot go on raises an error. One warning names the differences
+that the snapshot overrules, and the states that it does not have.
 """
 
 from __future__ import annotations

@@ -7,6 +7,6 @@ imported: `watch`, `plot`, `inspect`, `results` and ``--help`` must not import t
 - `main`: the table of commands, and the exit status of each kind of failure.
 - `common`: shared by the commands.
 - `logger_files`: the files of the loggers.
-- `files`: what a file is, in a few words.
+- `files`: a description of each kind of file, in a few words.
 - `inspect`, `results`, `export`, `watch`, `plot`, `bench`: the commands.
 """

@@ -1,4 +1,4 @@
-"""What files of fitloop are, in a few words, for `fitloop inspect`."""
+"""A description of each kind of file of fitloop, in a few words, for `fitloop inspect`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fitloop._storage.metric_log import PROGRESS_NAME
 
 OTHER_WEIGHTS = {".safetensors", ".pt", ".pth"}
 RUN_ID_NAME = "run_id"
-"""the file of `_checkpointing.archive`, whose import would import torch"""
+"""as in `_checkpointing.archive`, which is not imported since it imports torch"""
 _FOLDERS = ("snapshots", "best_models")
 _NAMED = {
     LOG_NAME: "log of metrics",

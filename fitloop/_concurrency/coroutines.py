@@ -18,8 +18,8 @@ Step = Callable[[Callable[[Any], Any], Any], Any]
 class SteppedAwaitable:
     """An awaitable that executes each step of another awaitable by a function.
 
-    It returns or raises the same as the other one. ``prepare`` is called before each step; what it
-    returns is awaited first, unless it is None.
+    It returns or raises the same as the other one. ``prepare`` is called before each step; if it
+    returns an awaitable, that is awaited first.
     """
 
     def __init__(

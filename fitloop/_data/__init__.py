@@ -9,7 +9,7 @@ the training loop, events or files.
 - `sharing`: shares the batches of a loader out to several processes.
 - `sources`: reads batches inline or in a thread ahead of the steps.
 - `process_source`: reads loaders in a process of their own, and `loader_process` is that process.
-- `process_messages`: what both sides tell each other, and batches on their way.
+- `process_messages`: the messages between both sides, and the form of a batch in them.
 - `shared_slots`: memory for the values of batches, which both sides share.
 - `async_source`: reads an async iterable on the event loop.
 - `prefetch_tuner`: measures whether reading ahead is faster.

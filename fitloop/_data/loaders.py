@@ -101,7 +101,7 @@ class Loaders:
         self._dry_run_reads: list[PushbackIterator] | None = None
         """one-shot loaders that this dry run reads; None if this is no dry run"""
         self._carried: dict[int, tuple[Any, Any]] = {}
-        """what holds a state in the loaders of a dry run, with the state before"""
+        """objects in the loaders of a dry run that have a state, with the state before, by `id`"""
         self.tracks_positions = False
         """whether `pass_position` will be called in the middle of a pass"""
         self._positions: dict[Phase, Callable[[], tuple[PassStart, CarriedStates, Any]]] = {}
@@ -333,7 +333,7 @@ class Loaders:
     # -- positions, for snapshots ----------------------------------------------------------------
 
     def pass_position(self, phase: Phase) -> tuple[PassStart, CarriedStates, Any]:
-        """Return the start of the phase's pass, what the loader carries, and its own state."""
+        """Return the start of a phase's pass, the `carried_states`, and the loader's own state."""
         return self._positions[phase]()
 
     def batches_read(self, loader: Any) -> int:

@@ -93,7 +93,7 @@ class PrefetchTuner:
 
 
 class MeasuredSource:
-    """Another source, whose times of one pass are given to a `PrefetchTuner`."""
+    """Another source during one pass; passes the times of its batches to a `PrefetchTuner`."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class MeasuredSource:
         self._tuner = tuner
         self._clock, self._cpu_clock = clock, cpu_clock
         self._last_fetch_at: float | None = None
-        """None before the first batch, whose time includes the start of the loader"""
+        """None before the first batch; its time is not used, since the loader starts in it"""
 
     def fetch(self) -> Any:
         """See `Source`."""

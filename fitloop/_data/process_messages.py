@@ -1,6 +1,6 @@
-"""What a run and the process that reads its loaders tell each other, and how batches are sent.
+"""Messages between a run and the process that reads its loaders, and the form of batches in them.
 
-A batch is a pickle, without the values of its arrays and tensors, which lie in a shared slot.
+A batch is sent as a pickle without the values of its arrays and tensors: they lie in a shared slot.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Opened:
     """The pass has begun."""
 
     states: dict[str, Any]
-    """what the loader carries at its beginning, if positions are tracked"""
+    """the `carried_states` of the loader at its beginning, if positions are tracked"""
 
 
 class SentBatch(NamedTuple):

@@ -1,10 +1,10 @@
 """Reads the loaders of a run in a process of their own, and gives the batches to the steps.
 
 The process is started for a run and ends with it. It gets a copy of each loader before its first
-pass. What a loader carries is kept in step at the beginning and at the end of each pass: random
-generators, objects with a ``state_dict``, and attributes that are numbers, texts or None. So
-everything else in fitloop finds in the loader of this process what it looks for, such as the state
-for a snapshot. The other side is `fitloop._data.loader_process`.
+pass. At the beginning of each pass, and at its end, changes of one loader are made in the other:
+to random generators, objects with a ``state_dict``, and attributes that are numbers, texts or None.
+So the loader in this process has the state that the rest of fitloop reads, for a snapshot for
+instance. The other side is `fitloop._data.loader_process`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class ReaderProcess:
     """The process that reads the loaders of one run, and the connection to it.
 
     Args:
-        model: the one that is trained. A loader must not have it, or a part of it.
+        model: the model that is trained. A loader with a reference to it, or to one of its
+            parts, is refused.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -100,7 +101,7 @@ class ReaderProcess:
         self._wait = waiter(self._child.connection)
 
     def open(self, loader: Any, context: LoadContext, plan: PassPlan) -> ProcessSource:
-        """Begin a pass. Raises what the loader raises, or ConfigurationError."""
+        """Begin a pass. Raises errors of the loader, or ConfigurationError."""
         copy, contents = self._copies.get(id(loader)), None
         states: dict[str, Any] | None = None
         attributes: dict[str, dict[str, Any]] = {}
@@ -304,7 +305,7 @@ class ProcessSource:
 
 
 class _Copy:
-    """A loader that the process has a copy of, and what both had in common last."""
+    """A loader of which the process has a copy, and the state that both had when last compared."""
 
     def __init__(self, loader: Any, number: int) -> None:
         self.loader = loader
@@ -313,9 +314,9 @@ class _Copy:
         self.take_changes()
 
     def take_changes(self) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
-        """Return what has changed in the loader here: its states, if they have, and attributes.
+        """Return the states of the loader here, None if they are the same, and changed attributes.
 
-        The two are alike afterwards.
+        The caller makes these changes in the copy, or has made them: both are alike afterwards.
         """
         states, attributes = carried_states(self.loader), plain_attributes(self.loader)
         before, self._states = self._states, pickled_message(states)
@@ -392,7 +393,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _culprit(value: Any, path: str, depth: int = 8) -> str:
-    """Return the path and the type of what cannot be pickled inside of a value."""
+    """Return the path and the type of the object inside of a value that cannot be pickled."""
     for name, item in _parts_of(value) if depth else ():
         try:
             write_pickle(item, io.BytesIO(), lambda _buffer: None)

@@ -87,7 +87,7 @@ def resumed_iterator(
 ) -> Iterator[Any]:
     """Return an iterator over ``iterable``, the pass of a ``loader``, from a position on.
 
-    Its random generators, and what else it carries, get the states of the position. With
+    Its random generators, and other objects with a state, get the states of the position. With
     ``rereads`` all batches before it are read again, unless the loader has a state of its own.
     """
     set_carried_states(iterable, position.pass_start.carried)

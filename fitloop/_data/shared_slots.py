@@ -2,8 +2,8 @@
 
 A *slot* is a block of memory that both have mapped. The sender writes the values of one batch into
 a free slot. The arrays and tensors of the receiver lie in the slot itself, without a copy; when the
-last of them is gone, the slot is free again. A receiver that keeps its batches has them in slots of
-their own.
+last of them is gone, the slot is free again. If the receiver keeps its batches, the sender makes
+more slots.
 
 The memory has no name (``memfd_create``): the system frees it with the last process that uses it,
 however that ends. Where the system has no such memory, values go over the pipe.

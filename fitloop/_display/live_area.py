@@ -73,7 +73,7 @@ class LiveArea:
         """unfinished lines by stream and thread: ``print`` writes a line in parts, and those of
         other threads must not come between"""
         self._bars: set[tuple[TextIO, int]] = set()
-        """those of them that were drawn with a carriage return, as progress bars are"""
+        """the unfinished lines that were drawn with a carriage return, as progress bars are"""
         self.has_several_runs = False
         """whether unfinished lines of several threads may belong to different runs"""
         self._frame = ""
@@ -338,7 +338,7 @@ class _ReplacedWrite(NamedTuple):
     replacement: Write
     original: Write
     was_attribute: bool
-    """other code had set ``write`` on the stream object before"""
+    """whether other code had set ``write`` on the stream object before"""
 
 
 def _living_threads() -> set[int | None]:

@@ -39,7 +39,7 @@ PRINT_STYLES: tuple[PrintStyle, ...] = ("block", "line")
 
 
 class PrintingRuns:
-    """The runs that print at present: what makes the lines of all of them fit together."""
+    """The runs that print at present, with the widths and the table that their lines share."""
 
     def __init__(self) -> None:
         self.runs: Sequence[RunStatus] = ()
@@ -196,7 +196,7 @@ class EpochTable:
 
     def __init__(self) -> None:
         self._printed: tuple[str, int, list[tuple[str, str]]] = ("", 0, [])
-        """what the head that was printed last depends on"""
+        """the values that decide the head, of the head that was printed last"""
         self._widths: list[int] = []
 
     def lines(

@@ -1,4 +1,4 @@
-"""The runs of one `Runner`, whose cancellation is told in one line for all of them."""
+"""The runs of one `Runner`: if all are cancelled, one line is printed for all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextvars import ContextVar
 
 
 class RunGroup:
-    """Counts the runs that end because all are cancelled; they print no line of their own."""
+    """Counts the runs that end since all are cancelled; such a run prints no line of its own."""
 
     def __init__(self) -> None:
         self.prints = False

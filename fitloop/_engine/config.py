@@ -561,9 +561,9 @@ class TrainerConfig:
 
     @cached_property
     def scheduler_slots(self) -> list[Any]:
-        """What is now in the place of each item of ``lr_scheduler``, a list to be changed.
+        """The present scheduler for each item of ``lr_scheduler``; a list that changes in place.
 
-        For a function this is the scheduler that it has made, or None.
+        For a function it is the scheduler that the function has made; None if there is none yet.
         """
         items = as_list(self.lr_scheduler)
         return [None if is_scheduler_function(item) else item for item in items]

@@ -93,9 +93,9 @@ class BatchValues:
         self._tensors: dict[str, list[Tensor]] = {}
         self._device = _DeviceScalars(self._append_number)
         self._first: tuple[str, ...] = ()
-        """names that the first batch had; every batch has them until there are gaps"""
+        """names in the first batch; until there are gaps, every batch has the same"""
         self._num_names = 0
-        """number of these names; -1 if the present batch, or an earlier one, has others"""
+        """number of these names; -1 since the first batch that has other names"""
         self._batch_nums: dict[str, array[int]] = {}
         """numbers of the batches that had a name, of all names; empty as long as there are no gaps
         """

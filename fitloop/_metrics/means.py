@@ -25,7 +25,7 @@ class Means:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.weights: dict[str, float] = {}
-        """what each sum is divided by"""
+        """the divisor of each sum"""
         self._is_weighted = True
 
     def add(

@@ -1,4 +1,4 @@
-"""Exceptions on their way from one process to another: themselves, or what can be told of them."""
+"""Sends exceptions from one process to another: as they are, or as a description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ends a process of fitloop: the end of its parent, and no signal that the parent gets too."""
+"""Ends a process of fitloop with its parent; leaves the signals of a program to the parent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Have Linux kill this process when the process that started it, whose id is given, ends.
+    """Have Linux kill this process when its parent, the process with the id ``parent``, ends.
 
     Elsewhere this process ends when it reads the end of the connection. Code that keeps the
     interpreter's lock, such as a long call of a C extension, delays that.

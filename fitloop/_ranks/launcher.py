@@ -8,7 +8,7 @@ from typing import Any
 
 
 def launched_size() -> int:
-    """Return the number of processes that a launcher started together; 1 for this one alone.
+    """Return the number of processes that a launcher started together; 1 if there was no launcher.
 
     That is the size of the process group of torch, or what the environment says before there is a
     group.

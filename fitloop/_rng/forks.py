@@ -22,7 +22,7 @@ import torch
 from fitloop._rng.streams import get_bits
 
 LOCK_TIMEOUT = 1.0
-"""seconds to wait for each lock; a fork that cannot have it goes on as without this module"""
+"""seconds to wait for each lock; after that the fork goes on without the lock"""
 SWITCH_INTERVAL = 0.1
 """of the interpreter during a fork; a thread that begins to wait meanwhile may wait for so long"""
 _FREE_SECONDS = 50e-6

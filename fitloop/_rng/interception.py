@@ -30,7 +30,7 @@ class RngListener(Protocol):
         """Do the same before a use of Python's generator."""
 
     def after_python_use(self) -> None:
-        """Be told that the use of Python's generator has ended."""
+        """Is called when a use of Python's generator has ended."""
 
 
 _local = threading.local()

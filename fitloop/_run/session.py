@@ -54,7 +54,7 @@ class RunContext:
     own_cuda_stream: bool
     """whether the kernels of this run overlap with those of other runs"""
     defaults: TrainerDefaults
-    """those of the job of a `Runner`"""
+    """defaults of the job of a `Runner`"""
     before_snapshot: Sequence[Callable[[], object]] = ()
     """methods of callbacks that are called before a snapshot is written"""
 

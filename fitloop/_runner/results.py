@@ -30,7 +30,7 @@ SORT_KEYS = ("score", "name", "status", "epochs", "time")
 
 
 class JobState(Protocol):
-    """What a table needs of a job: a `Record`, or an `Outcome`."""
+    """The attributes of a job that a table reads; a `Record` and an `Outcome` have them."""
 
     @property
     def name(self) -> str:

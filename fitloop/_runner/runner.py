@@ -257,7 +257,7 @@ class Runner:
                 await run_in_thread("runner", lambda: write_output(text))
 
     def _cancelled_text(self) -> str:
-        """Return a line on all jobs, whose trainings print none when all are cancelled."""
+        """Return the line for a `Runner` that was cancelled: its trainings print no lines then."""
         counts = Counter(job.status for job in self._jobs.values())
         interrupted = self._group.cancelled
         waiting = counts["cancelled"] - interrupted

@@ -8,7 +8,7 @@ terminals or runs.
 - `capture`: exact copies of model, optimizers and schedulers, restored in place.
 - `tensor_copy`: the copy of one tensor in it.
 - `user_settings`: settings of optimizers and schedulers, as the user gave them.
-- `object_state`: what changed in attributes of users' objects, and generators that they hold.
+- `object_state`: changed attributes of users' objects, and the generators in them.
 - `best`: finds the best epoch.
 - `best_optimizers`: the states of the optimizers in that epoch.
 - `best_models`: the list of the weights files of the best validations.

@@ -122,7 +122,7 @@ class AveragedWeights:
 
     Args:
         policy: the argument of the trainer.
-        model: whose parameters are averaged.
+        model: the model with the parameters.
         steps: the steps that each optimizer has made, changed in place.
     """
 
@@ -140,10 +140,10 @@ class AveragedWeights:
         self._updates = 0
         self._averages: dict[str, Tensor] = {}
         self._present: list[nn.Parameter] = []
-        """the parameters that `_pairs` was made of"""
+        """the parameters in `_pairs`"""
         self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []
         self._leave_block: Callable[[], None] | None = None
-        """undoes what `applied` has done; None outside of its block"""
+        """ends the block of `applied`; None outside of it"""
 
     @property
     def has_begun(self) -> bool:

@@ -31,7 +31,7 @@ def planned_steps(loader: Any, epochs: int, steps: int | None, accumulate: int) 
 class PlannedSchedulers:
     """The functions among the schedulers of a trainer: each fit calls them anew.
 
-    What they return is in ``config.scheduler_slots`` until the next fit.
+    The schedulers that they return are in ``config.scheduler_slots`` until the next fit.
     """
 
     def __init__(self, config: TrainerConfig) -> None:
@@ -72,7 +72,8 @@ class PlannedSchedulers:
         """Make schedulers for a number of steps, and return a function that undoes it.
 
         The rates begin where the user has set them, and not where an earlier schedule has ended.
-        With None, drop the schedulers, and restore the groups as before the first ones.
+        If ``steps`` is None, drop the schedulers, and restore the param groups as they were before
+        the first schedulers.
         """
         if not self._functions:
             return lambda: None

@@ -1,7 +1,7 @@
 """Checks of learning-rate schedulers that are legal, but probably not as the user meant them.
 
-Each finding is a `ScheduleWarning`: a scheduler that nobody steps, or a schedule whose length fits
-neither the epochs nor the batches of the fit.
+Each finding is a `ScheduleWarning`: a scheduler that is never stepped, or a schedule whose length
+fits neither the epochs nor the batches of the fit.
 """
 
 from __future__ import annotations

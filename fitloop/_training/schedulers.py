@@ -66,7 +66,7 @@ def _check_mode(scheduler: kinds.ReduceLROnPlateau, criteria: Criteria) -> None:
 def _optimizer_of(scheduler: Any, config: TrainerConfig) -> Any:
     """Return the optimizer whose steps a scheduler follows.
 
-    Raises ConfigurationError if it cannot be told, or does not tell of its steps.
+    Raises ConfigurationError if it is not known, or is not of torch, which calls hooks at steps.
     """
     optimizer = getattr(scheduler, "optimizer", None)
     if optimizer is None and len(config.optimizers) == 1:

@@ -1,6 +1,6 @@
-"""Facts about what a user gave a trainer: param groups and schedulers, as plain values.
+"""Settings of the optimizers and schedulers that a user gave a trainer, as plain values.
 
-A snapshot has them, so that a resumed training can say which of them it overrules.
+A snapshot has them, so that a resumed training can name the settings that it overrules.
 """
 
 from __future__ import annotations

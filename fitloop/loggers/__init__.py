@@ -1,7 +1,7 @@
 """Loggers: callbacks that write the metrics of trainings into files and to tracking services.
 
-Owns the conversion of events into rows, the queue and thread of a logger, and what each service
-expects. Must not know how a run is made. A library of a service is imported when it is used.
+Owns the conversion of events into rows, the queue and thread of a logger, and the calls of each
+service. Must not know how a run is made. The library of a service is imported when it is used.
 
 - `logger`: `Logger`, the base class: rows, queue, thread, failures. Has an example.
 - `line_file`: a file to which several processes append lines.

@@ -1,6 +1,6 @@
 """`LineFile`: a text file of lines to which several threads and processes append.
 
-Owns the locking and the integrity of such a file. Knows nothing of what the lines mean.
+Owns the locking and the integrity of such a file. Must not know the meaning of the lines.
 """
 
 from __future__ import annotations

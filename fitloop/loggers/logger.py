@@ -1,7 +1,7 @@
-"""`Logger`: the base of all loggers, with its queue, its thread, and what happens on failures.
+"""`Logger`: the base of all loggers, with its queue, its thread, and the handling of failures.
 
-Owns what a logger has to do in common: the events become rows, rows wait in a bounded queue, and a
-thread of the logger passes them on. A subclass owns the place where rows are written.
+Owns the work that all loggers share: events become rows, rows wait in a bounded queue, and a thread
+of the logger passes them to `Logger.write`. A subclass owns the place where rows are written.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RowKind = Literal["steps", "phase"]
 
 
 class RowKey(NamedTuple):
-    """What identifies a row in its run."""
+    """The kind, phase and step of a row: they identify it in its run."""
 
     kind: str
     phase: str
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def key(self) -> RowKey:
-        """What identifies the row in its run."""
+        """The key that identifies the row in its run."""
         return RowKey(self.kind, self.phase, self.step)
 
     def named(self) -> dict[str, float]:
@@ -124,7 +124,7 @@ class _OpenRun:
     """number of ``rows`` that may be dropped"""
     dropped: int = 0
     cut: int | None = None
-    """step beyond which the rows of the run are to be removed"""
+    """rows with a larger step are to be removed; None if none are"""
     written: Counter[RowKey] = field(default_factory=Counter)
     """rows that were written before the run was resumed, until they come again"""
     end: RunEnded | None = None
@@ -200,7 +200,7 @@ class Logger:
         self._end_seconds = min(float(end_seconds), threading.TIMEOUT_MAX)
         self._parameters = dict(parameters or {})
         self.opened: dict[str, Any] = {}
-        """for a subclass: what it keeps open for each run, by the id of the run"""
+        """for a subclass: an open file or connection for each run, by the id of the run"""
         self._queue = _Queue(self)
 
     # -- for subclasses ---------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class Logger:
     # -- a callback -------------------------------------------------------------------------------
 
     def __call__(self, event: Event) -> None:
-        """Put what an event has for this logger into the queue; at the end of a run, wait for it.
+        """Put the row of an event into the queue; at the end of a run, wait until all are written.
 
         Raises the error of a method, with ``on_error="raise"``.
         """
@@ -276,7 +276,7 @@ class _Queue:
         """id of each run -> its largest step that was written in this process"""
         self._warnings: deque[str] = deque()
         self._warned: set[str] = set()
-        """ids of the runs whose failure was told"""
+        """ids of the runs with a failure that was warned of"""
         self._error: BaseException | None = None
         self._is_behind = False
         """`flush` has waited in vain, and nothing was written since then"""
@@ -365,7 +365,7 @@ class _Queue:
             self._changed.notify_all()
 
     def _end(self, event: RunEnded) -> None:
-        """Wait until the run is closed; warn of what is missing."""
+        """Wait until the run is closed; warn of missing rows."""
         with self._changed:
             run = self._runs.pop(event.trainer, None)
             if run is None:
@@ -460,7 +460,7 @@ class _Queue:
             return None
 
     def _serve(self, run: _OpenRun) -> None:
-        """Do everything that a run waits for. Raises the error of a method of the logger."""
+        """Do all waiting work of a run. Raises the error of a method of the logger."""
         logger, info = self._logger, run.info
         if not run.is_open and run.rows:  # a run that has nothing to tell is not begun
             self._open(run)
@@ -519,7 +519,7 @@ class _Queue:
         run.steps_rows = sum(row.kind == "steps" for row in run.rows)
 
     def _forget_written(self, run: _OpenRun, rows: list[Row]) -> None:
-        """Remove from the queue what is written; the oldest may have been dropped meanwhile."""
+        """Remove written rows from the queue; the oldest may have been dropped meanwhile."""
         written = {id(row) for row in rows}
         with self._changed:
             self._set_rows(run, [row for row in run.rows if id(row) not in written])

@@ -19,7 +19,7 @@ from fitloop.loggers.logger import (
 
 RUN_TAG, SWEEP_TAG = "fitloop.run", "fitloop.sweep"
 _MOST_METRICS = 1000
-"""that MLflow takes in one request"""
+"""the largest number in one request to MLflow"""
 _STATUS = {"cancelled": "KILLED", "failed": "FAILED"}
 
 

@@ -10,7 +10,7 @@ from fitloop._events import RunEnded
 from fitloop.loggers.logger import LoggedRun, Logger, Row, check_installed
 
 STEP = "optimizer_step"
-"""the x axis in a run that the caller has made, whose own steps fitloop does not know"""
+"""the x axis in a run that the caller has made; fitloop does not know the steps of that run"""
 
 
 class WandB(Logger):
