@@ -37,9 +37,9 @@ class StepLog:
 
     Args:
         every: optimizer steps.
-        emit: emits an event; called outside of the random streams of the run.
-        outside: calls a function there.
-        is_heard: whether anyone would receive an event; otherwise none is made.
+        emit: emits an event; called without the random streams of the run.
+        outside: calls a function without these streams.
+        is_heard: returns whether an event would have a receiver; otherwise none is made.
     """
 
     def __init__(

@@ -61,9 +61,9 @@ class ChildProcess:
     """A process of fitloop and the pipe to it, `connection`.
 
     Args:
-        main: main function of the process; called with the id of the process that must have
-            started it if that is this one, its end of the pipe, and ``arguments``.
-        arguments: are pickled, by ``multiprocessing``.
+        main: main function of the process. It is called with the id of this process, or None if
+            the fork server is the parent; with its end of the pipe; and with ``arguments``.
+        arguments: more arguments of ``main``, which ``multiprocessing`` pickles.
         start_method: ``"forkserver"`` or ``"spawn"``.
         name: of the process.
     """

@@ -1,8 +1,8 @@
 """Waits of a run's code for other trainings, which use the global generators meanwhile.
 
-A stage function holds the lock on the generators. If it trains another model, that run may need the
-lock, and would never end. So `supervise` enters a scope of this module while it waits: it releases
-the lease of the stage. Afterwards the stage has the same stream again, where it was.
+A stage function holds the lock on the generators. If it trains another model, that run may wait
+for the lock without end. So `supervise` enters a scope of this module while it waits: the scope
+releases the lease of the stage. Afterwards the stage has the same stream again, at the same number.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class JobState(Protocol):
 
     @property
     def status(self) -> str:
-        """How the job is."""
+        """The status of the job, such as ``"done"``."""
 
     @property
     def arguments(self) -> Any:

@@ -27,15 +27,15 @@ _FILES = "*tfevents*"
 class TensorBoard(Logger):
     """A logger that writes event files of TensorBoard; needs the package ``tensorboard``.
 
-    Each training has a folder, named after its trainer and its ``run``: ``<directory>/<trainer>-
-    <run>``. Its curves have names such as ``train/loss``, over the optimizer steps. The hyper-
-    parameters of trainings, also those of a `Runner`, are on the page HPARAMS.
+    Each training has a folder in ``directory``, named after its trainer and its id. Its curves have
+    names such as ``train/loss``, over the optimizer steps. The settings of trainings, also those of
+    a `Runner`, are on the page HPARAMS.
 
     When a training is resumed, TensorBoard does not show the points after the snapshot any more.
 
     Args:
-        directory: to be given to ``tensorboard --logdir``. By default the folder ``tensorboard`` in
-            the ``save_path`` of the trainer.
+        directory: the argument for ``tensorboard --logdir``. By default the folder
+            ``tensorboard`` in the ``save_path`` of the trainer.
         options: arguments of `Logger`.
 
     Raises:
