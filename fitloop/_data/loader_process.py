@@ -95,7 +95,7 @@ def _exit() -> None:
 
 
 class _Channel:
-    """The connection, which also takes along the warnings since the last message."""
+    """The connection; each message has the warnings since the one before."""
 
     def __init__(self, connection: Connection, caught: list[warnings.WarningMessage]) -> None:
         self._connection, self._caught = connection, caught
@@ -137,7 +137,7 @@ def _sent_warning(caught: warnings.WarningMessage) -> SentWarning:
 
 
 class LoaderServer:
-    """Does one pass after the other."""
+    """Carries out one pass after the other."""
 
     def __init__(self, channel: _Channel, sender: BatchSender) -> None:
         self._channel, self._sender = channel, sender
@@ -261,7 +261,7 @@ class _Pass:
                 await close()
 
     def _go_to_position(self) -> None:
-        """After the batches before the position: go to the random state that they left."""
+        """Install the random state of the position, unless earlier batches were read again."""
         assert self._request.resume_from is not None
         if not self._request.rereads:
             self._rng.install(self._request.resume_from.rng_state)
@@ -318,12 +318,12 @@ class _Pass:
 
 
 class _Generators:
-    """The global generators, which the loaders have to themselves in this process."""
+    """The global generators of this process, which only the loaders use."""
 
     def __init__(self) -> None:
         self._stream: Stream | None = None
         self._kind: str | None = None
-        """of numpy's bit generator, if it is not the usual one"""
+        """kind of numpy's bit generator, if it is not the usual one"""
         self._reports: RngReports = "none"
         self._last: RngState | None = None
 

@@ -70,9 +70,9 @@ class OpenPass:
     """Begin a pass over a loader. The answer is `Opened`; then batches come."""
 
     number: int
-    """of the loader"""
+    """number of the loader"""
     contents: SentLoader | None
-    """the loader, with its first pass"""
+    """the loader; None after its first pass"""
     label: str
     epoch: int
     """counted from 0"""
@@ -86,7 +86,7 @@ class OpenPass:
     rereads: bool
     """a resumed pass reads the batches before the position again, for their random numbers"""
     states: dict[str, Any] | None
-    """states that the loader carries, if they have changed here"""
+    """the `carried_states` of the loader; None if they have not changed here"""
     attributes: dict[str, dict[str, Any]]
     """plain attributes that have changed here"""
     tracks_positions: bool

@@ -70,7 +70,7 @@ class PassPlan:
     limit: int | None
     ahead: int
     rng_state: RngState
-    """of the generators of the process at the beginning"""
+    """state of the generators of the process at the beginning"""
     rng_reports: RngReports
     resume_from: ResumePosition | None
     rereads: bool

@@ -24,7 +24,7 @@ from torch import Tensor
 
 HAS_SLOTS = hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd")
 ALIGNMENT = 64
-"""bytes; that of torch's own allocator on the CPU"""
+"""bytes; as in torch's own allocator on the CPU"""
 SPARE_SLOTS = 4
 """free slots that are kept; more are there only after the receiver has kept batches"""
 
@@ -57,7 +57,7 @@ class SlotWriter:
         self._free: list[int] = []
         self._last = 0
         self.descriptor = -1
-        """of the new slot of the last `write`, until `close_descriptor`"""
+        """file descriptor of the new slot of the last `write`, until `close_descriptor`"""
 
     def release(self, slots: Iterable[int]) -> None:
         """Note that the receiver has no value in these slots any more."""

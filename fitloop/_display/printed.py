@@ -96,7 +96,7 @@ class EpochPrinter:
         self._is_best = False
         self._early_stop = ""
         self._had_company = False
-        """several runs have printed at a time"""
+        """whether several runs have printed at the same time"""
         self.printed_at = 0.0
         """time of the last printed line, by `time.monotonic`"""
 

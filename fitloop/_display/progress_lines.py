@@ -1,4 +1,4 @@
-"""Plain lines that show now and then that a run goes on, where nothing can be drawn."""
+"""Plain lines at growing intervals that show the progress of a run, where nothing can be drawn."""
 
 from __future__ import annotations
 

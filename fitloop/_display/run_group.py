@@ -14,7 +14,7 @@ class RunGroup:
         self.is_ending = False
         """whether all runs are being cancelled"""
         self.cancelled = 0
-        """runs that were cancelled by this while they trained"""
+        """number of trainings that this cancellation has interrupted"""
 
 
 RUN_GROUP: ContextVar[RunGroup | None] = ContextVar("fitloop run group", default=None)

@@ -15,11 +15,11 @@ from fitloop._events import (
 )
 
 _LANDMARKS = (JobStarted, JobEnded, RunStarted)
-"""kept as long as possible"""
+"""events that are dropped last"""
 
 
 class Backlog:
-    """The events of the runs that go on, without those of single batches but the last progress.
+    """The events of the runs that go on. Of single batches it has only the last progress.
 
     Of a job that is over there is its `JobEnded` only. Beyond ``limit`` events the oldest of phases
     and epochs are dropped. Not thread-safe.
@@ -29,7 +29,7 @@ class Backlog:
         self._limit = limit
         self._events: list[Event] = []
         self._progress: dict[str, BatchProgress] = {}
-        """by name of the trainer, in the present phase"""
+        """the last progress of the present phase, by name of the trainer"""
         self.dropped = 0
         """number of events that were dropped"""
 

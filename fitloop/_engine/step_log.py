@@ -1,4 +1,4 @@
-"""`StepLog`: a `MetricsLogged` event for every so many optimizer steps of a run.
+"""`StepLog`: a `MetricsLogged` event after each ``log_every`` optimizer steps of a run.
 
 It collects nothing itself: the values of the batch steps are those of the phase, and are read when
 they have come from the device. Knows neither loggers nor schedulers.
@@ -57,13 +57,13 @@ class StepLog:
         self.due: float = math.inf
         """number of steps of an optimizer with which `note_step` must be called"""
         self._writer: StateWriter | None = None
-        """of the present train phase"""
+        """writer of the present train phase"""
         self._learning_rates: dict[str, float] | None = None
-        """of the step that ends the window, in the batch that makes it; else None"""
+        """rates of the step that ends the window, until the end of its batch; else None"""
         self._windows: deque[_Window] = deque()
         """windows that have ended and are not emitted yet"""
         self._means = Means()
-        """of the present window, in earlier phases"""
+        """means over the batches of the present window that are in earlier phases"""
         self._begin = 0
         """number of the last batch of this phase before the first of `_windows`"""
 

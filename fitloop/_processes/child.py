@@ -58,7 +58,7 @@ def _close_connections() -> None:
 
 
 class ChildProcess:
-    """A process of fitloop and the pipe to it, `connection`.
+    """A process of fitloop and the pipe to it, the attribute ``connection``.
 
     Args:
         main: main function of the process. It is called with the id of this process, or None if
@@ -132,7 +132,7 @@ class ChildProcess:
 
 
 def check_start_method(value: Any) -> StartMethod:
-    """Return how worker processes are started; raise if that is not possible here."""
+    """Return the start method of processes; ConfigurationError if it is not possible here."""
     possible = [one for one in START_METHODS if one in multiprocessing.get_all_start_methods()]
     if value is None:
         # Elsewhere, the system's own libraries may not work after a fork. A frozen program has no

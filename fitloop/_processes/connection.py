@@ -34,9 +34,9 @@ def receive_message(connection: Connection) -> Any:
 
 
 def waiter(connection: Connection) -> Callable[[bool], bool]:
-    """Return a function that tells whether there is a message, or waits until there is one.
+    """Return a function that returns whether there is a message, or waits until there is one.
 
-    It tells so too if the other end is closed. It is ten times as fast as ``connection.poll``.
+    It returns true too if the other end is closed. It is ten times as fast as ``connection.poll``.
     """
     if not hasattr(select, "poll"):
         return lambda is_blocking: connection.poll(None if is_blocking else 0)

@@ -10,8 +10,7 @@ from typing import Any
 def launched_size() -> int:
     """Return the number of processes that a launcher started together; 1 if there was no launcher.
 
-    That is the size of the process group of torch, or what the environment says before there is a
-    group.
+    That is the size of the process group of torch or, before there is one, that in the environment.
     """
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -194,7 +194,7 @@ class CoroutineWaits(_LeaseWaits):
             self._has_ended = True
 
     def go_on(self) -> None:
-        """Have the lease again on the waiting thread, as before the coroutine."""
+        """Take the lease back on the waiting thread, as before the coroutine."""
         if self._lease.stream is None and self._stream is not None:
             self._lease.acquire(self._stream)
         self._lease.install()

@@ -1,4 +1,4 @@
-"""The settings of a training that its `RunStarted` tells, for the pages of loggers."""
+"""The settings of a training in its `RunStarted`, which loggers show."""
 
 from __future__ import annotations
 

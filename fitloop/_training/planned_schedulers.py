@@ -1,4 +1,4 @@
-"""Learning-rate schedulers that functions of the user make, when the steps of a fit are known."""
+"""Learning-rate schedulers that functions of the user make for the number of steps of a fit."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class PlannedSchedulers:
             number: item for number, (item, scheduler) in enumerate(slots) if scheduler is None
         }
         self.steps: int | None = None
-        """the steps that the schedulers of now were made for; None if there are none"""
+        """the steps for which the present schedulers were made; None if there are none"""
         self._undo_first: Callable[[], None] = lambda: None
 
     @contextmanager
     def made_for(self, plan: RunPlan) -> Iterator[None]:
-        """Make the schedulers of a run; those of a run that restores everything are dropped.
+        """Make the schedulers of a run for a block; after a dry run they are dropped.
 
         Raises ConfigurationError if the number of its steps is not known.
         """

@@ -128,7 +128,7 @@ def _is_torn(line: bytes) -> bool:
 
 
 def _key(line: bytes, run: LoggedRun) -> RowKey | None:
-    """Return the key of a line; None if it is none of this run."""
+    """Return the key of a line; None for a line of another run."""
     if not line.startswith(run.id.encode() + b","):
         return None
     cells = _parsed(line)

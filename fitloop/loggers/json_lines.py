@@ -100,7 +100,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def _key(line: bytes, run: LoggedRun) -> RowKey | None:
-    """Return the key of a line; None if it is none of this run."""
+    """Return the key of a line; None for a line of another run."""
     if run.id.encode() not in line:  # quicker than to read each line of a large file
         return None
     values = _object(line)

@@ -91,7 +91,7 @@ class Row:
 
 
 def key_of_name(name: str, step: int) -> RowKey | None:
-    """Return the key of the row that has a number of this name; None if it tells no phase."""
+    """Return the key of the row with a number of this name; None for a name without a phase."""
     phase, _, metric = name.partition("/")
     if phase not in ("train", "valid", "test"):
         return None
@@ -126,20 +126,20 @@ class _OpenRun:
     cut: int | None = None
     """rows with a larger step are to be removed; None if none are"""
     written: Counter[RowKey] = field(default_factory=Counter)
-    """rows that were written before the run was resumed, until they come again"""
+    """number of rows, by key, of an earlier process; without those that have come again"""
     end: RunEnded | None = None
     cut_at_epoch: bool = False
-    """the first epoch that starts tells where the run goes on"""
+    """`cut` is not known before the first `EpochStarted`, which has the step"""
     was_resumed: bool = False
     is_open: bool = False
     """`Logger.start` has returned"""
     is_given_up: bool = False
-    """after an error that cannot go away"""
+    """an error will not go away; nothing more is written"""
     flushes: int = 0
     """number of calls of `Logger.before_snapshot` that wait"""
     is_closed: bool = False
     error: BaseException | None = None
-    """of the last attempt; None after a success"""
+    """error of the last attempt; None after a success"""
     attempts: int = 0
     """attempts that have failed since the last success"""
     not_before: float = 0.0
@@ -160,10 +160,10 @@ class Logger:
 
         FitLoop(..., callbacks=[PrintLogger()])
 
-    All of its methods except the constructor are called on a thread of the logger, one at a time.
-    The thread starts with the first run and ends with the last. Training never waits for it: rows
-    wait in a queue. When there are more than 10,000 rows of `MetricsLogged`, the oldest of these
-    are dropped, and a `LoggerWarning` tells how many; rows of phases are never dropped.
+    The methods of a subclass are called on a thread of the logger, one at a time. The thread starts
+    with the first run and ends with the last. Training never waits for it: rows wait in a queue. If
+    there are more than 10,000 rows of `MetricsLogged`, the oldest of these are dropped, and a
+    `LoggerWarning` tells how many; rows of phases are never dropped.
 
     A method that raises is called again with the same rows, after a pause that grows from 1 to 60
     seconds, and once more at the end of the run. The first failure of a run causes a
@@ -209,7 +209,7 @@ class Logger:
         """Prepare for the rows of a fit or test; called before the first one."""
 
     def written(self, run: LoggedRun) -> Iterable[RowKey]:
-        """Return the keys of the rows that the run has already, of an earlier process.
+        """Return the keys of the rows of a run that an earlier process has written.
 
         It is called after `start`, unless this process has begun the run. A row that comes again
         after a resumption is left out if its key is among them. The default returns none.
@@ -219,9 +219,9 @@ class Logger:
     def cut(self, run: LoggedRun, step: int) -> bool:
         """Remove the rows of a run with a larger step: the training goes on from this one.
 
-        It is called only for a run that has such rows: it was killed after its last snapshot, or
-        training was undone. Returns whether they are gone. If not, as in the default, those of
-        ``written`` are left out when they come again.
+        It is called only if there are such rows: the training was killed after its last snapshot,
+        or a part of it was undone. Returns whether the rows are gone. If not, as in the default,
+        the rows whose keys `written` returns are left out when they come again.
         """
         return False
 
@@ -506,7 +506,7 @@ class _Queue:
             self._set_rows(run, [row for row in rows if not _was_written(row, written)])
 
     def _cut(self, run: _OpenRun, step: int) -> None:
-        """Remove the rows of a part of the training that was undone."""
+        """Remove the rows of the undone part of a training, those beyond ``step``."""
         if self._written.get(run.info.id, -1) > step and self._logger.cut(run.info, step):
             self._written[run.info.id] = step
         with self._changed:
@@ -591,7 +591,7 @@ def check_installed(library: str) -> None:
 
 
 def _was_written(row: Row, written: Counter[RowKey]) -> bool:
-    """Return whether an earlier process has written a row, for each time that it has."""
+    """Return whether an earlier process has written a row; remove one such row from ``written``."""
     if written[row.key] <= 0:
         return False
     written[row.key] -= 1
