@@ -2,7 +2,7 @@
 
     make pictures                    (or: python docs/pictures.py)
 
-All are of real trainings on scikit-learn's digits. The terminal is one that is emulated, of 96
+All are of real trainings on scikit-learn's digits. The terminal is one that is emulated, of 104
 columns, and its picture moves. That of the web service is a screenshot by Chromium.
 """
 
@@ -32,10 +32,10 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
-COLUMNS, ROWS = 96, 19
+COLUMNS, ROWS = 104, 19
 WAIT = 120
 FRAMES_PER_SECOND, READING_SECONDS = 8, 2.5
-COLORS = {"default": "#d8dee4", "cyan": "#39c5cf"}
+COLORS = {"default": "#d8dee4", "cyan": "#39c5cf", "green": "#56d364"}
 BACKGROUND, PALE = "#0d1117", "#3d444d"
 
 
@@ -59,9 +59,9 @@ async def train_three() -> None:
 
     torch.set_num_threads(1)
     await asyncio.gather(
-        trainer("lr=0.01", 1e-2).fit(8, continue_loop=4),
-        trainer("lr=0.003", 3e-3).fit(8),
-        trainer("lr=0.0003", 3e-4).fit(8),
+        trainer("lr=0.01", 1e-2).fit(8, continue_loop=4, print_style="line"),
+        trainer("lr=0.003", 3e-3).fit(8, print_style="line"),
+        trainer("lr=0.0003", 3e-4).fit(8, print_style="line"),
     )
 
 

@@ -15,6 +15,7 @@ MAX_BAR = 40
 MAX_SHORT_BAR = 20
 """columns of a bar in the line of one of several runs"""
 MIN_BAR = 8
+MIN_SHORT_BAR = 5
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class _Cell:
 def _value_cells(run: RunStatus) -> dict[str, _Cell]:
     """Return what is known of the phase, in the order of the line: metrics, lr and speed."""
     if run.is_asking:
-        return {"asks": _Cell("waits for the answer", 1)}
+        return {}
     cells = {}
     for position, (name, text) in enumerate(run.metric_texts().items()):
         cells[f"metric {name}"] = _Cell(text, (1, 3)[position] if position < 2 else 5 + position)
@@ -102,6 +103,8 @@ def _two_lines(run: RunStatus, width: int, style: BarStyle, now: float) -> list[
     ]
     room = width - lead - numbers - 4
     cells = _value_cells(run)
+    if run.is_asking:
+        cells = {"asks": _Cell("waits for the answer", 1)}
     widths = {key: display_width(cell.text) for key, cell in cells.items()}
     keys = _chosen(widths, {key: cell.rank for key, cell in cells.items()}, room)
     tails = [run.times_text(now), "  ".join(cells[key].text for key in keys)]
@@ -140,7 +143,7 @@ def _aligned_lines(runs: Sequence[RunStatus], width: int, style: BarStyle, now: 
         for key in keys:
             text = row[key].text if key in row else ""
             parts.append(text + " " * (widths[key] - display_width(text)))
-            if key == "count" and bar >= MIN_BAR:
+            if key == "count" and bar >= MIN_SHORT_BAR:
                 parts.append(" " * bar if run.fraction is None else style.bar(run.fraction, bar))
         lines.append("  ".join(parts).rstrip() if keys else fit_width(row["name"].text, width))
     return lines

@@ -156,6 +156,15 @@ def test_several_runs_when_narrow_then_bars_go_first(
     assert [text for text in left_out if text in first] == []
 
 
+def test_several_runs_when_one_asks_then_it_takes_no_room_of_the_others() -> None:
+    asking = running("a")
+    asking.observe(PromptAsked(trainer="t", epoch=1, epoch_in_run=1, epochs=10, question="?"))
+    first, second = lines(asking, running("b"), width=119)
+    assert re.match(r"a   1/10  asks ", first)
+    assert "loss" not in first
+    assert second == lines(running("a"), running("b"), width=119)[1]
+
+
 @pytest.mark.parametrize("width", [1, 2, 5, 9, 18, 25])
 def test_lines_when_there_is_hardly_room_then_still_fit(width: int) -> None:
     lines(running(), width=width)
