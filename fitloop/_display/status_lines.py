@@ -160,6 +160,7 @@ def _row(run: RunStatus, width: int, now: float) -> dict[str, _Cell]:
         "epoch": _Cell(numbers, -3),
         "phase": _Cell("asks" if run.is_asking else run.phase or "...", -2),
         "count": _Cell(count, 0),
-        **_value_cells(run),
+        # Those of an ended phase have its name in each cell, and would widen the columns of all.
+        **{k: v for k, v in _value_cells(run).items() if run.running or not k.startswith("metric")},
         "left": _Cell(run.time_left_text(now), -1),
     }
