@@ -5,7 +5,7 @@ service. Must not know how a run is made. The library of a service is imported w
 
 - `logger`: `Logger`, the base class: rows, queue, thread, failures. Has an example.
 - `line_file`: a file to which several processes append lines.
-- `json_lines`, `csv`: files.
+- `file_logger`: the base of `json_lines` and `csv`: lines in a file.
 - `tensorboard`, `mlflow`, `wandb`: services.
 """
 

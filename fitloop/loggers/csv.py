@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fitloop._errors import ConfigurationError
 from fitloop._format import printable
-from fitloop.loggers.line_file import LineFile
-from fitloop.loggers.logger import LoggedRun, Logger, Row, RowKey, absolute_path
+from fitloop.loggers.file_logger import FileLogger
+from fitloop.loggers.logger import LoggedRun, Row, RowKey
 
 FIRST_COLUMNS = ["run", "trainer", "kind", "phase", "epoch", "step", "time"]
 
 
-class CSV(Logger):
+class CSV(FileLogger):
     """A logger that appends a line for each row to a table, which ``pandas.read_csv`` reads.
 
     The columns are ``run`` (the id of the training), ``trainer``, ``kind`` (``"phase"`` or
@@ -35,34 +34,11 @@ class CSV(Logger):
         options: arguments of `Logger`.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self._path = absolute_path(path)
-
-    def _file(self, run: LoggedRun) -> LineFile:
-        return LineFile(self._path or run.save_path / "metrics.csv", _is_torn)
-
-    def written(self, run: LoggedRun) -> Iterable[RowKey]:
-        """Return the keys of the lines of a run."""
-        lines = self._file(run).lines()
-        return [key for line in lines if (key := _key(line, run)) is not None]
-
-    def cut(self, run: LoggedRun, step: int) -> bool:
-        """Remove the lines of a run with a larger step; the file is replaced by one without them.
-
-        Lines of other runs stay.
-        """
-
-        def stays(line: bytes) -> bool:
-            key = _key(line, run)
-            return key is None or key.step <= step
-
-        self._file(run).rewrite(lambda lines: list(filter(stays, lines)))
-        return True
+    file_name = "metrics.csv"
 
     def write(self, run: LoggedRun, rows: Sequence[Row]) -> None:
         """Append a line for each row, and the columns that it needs."""
-        file, cells = self._file(run), [_cells(run, row) for row in rows]
+        file, cells = self.file(run), [_cells(run, row) for row in rows]
         names = list(dict.fromkeys(name for row in cells for name in row))
 
         def lines(header: bytes) -> bytes:
@@ -79,9 +55,22 @@ class CSV(Logger):
             file.rewrite(lambda lines: _widened(file.path, lines, names))
             file.append(lines)
 
-    def sync(self, run: LoggedRun) -> None:
-        """Make the lines durable."""
-        self._file(run).sync()
+    @staticmethod
+    def is_torn(line: bytes) -> bool:
+        """See `LineFile`."""
+        header = ",".join(FIRST_COLUMNS).encode()
+        is_header = line[: len(header)] == header[: len(line)]
+        return is_header or re.match(rb"[0-9a-f]+(,|$)", line) is not None
+
+    @staticmethod
+    def key_of_line(line: bytes, run: LoggedRun) -> RowKey | None:
+        """See `FileLogger`."""
+        if not line.startswith(run.id.encode() + b","):
+            return None
+        cells = _parsed(line)
+        if len(cells) < len(FIRST_COLUMNS) or not cells[5].isdecimal():
+            return None
+        return RowKey(cells[2], cells[3], int(cells[5]))
 
 
 class _MissingColumnsError(Exception):
@@ -119,19 +108,3 @@ def _widened(path: Path, lines: list[bytes], names: list[str]) -> list[bytes]:
     columns += [name for name in names if name not in columns]
     header = _line(columns).rstrip(b"\n")
     return [header, *(line + b"," * (len(columns) - len(_parsed(line))) for line in lines[1:])]
-
-
-def _is_torn(line: bytes) -> bool:
-    header = ",".join(FIRST_COLUMNS).encode()
-    is_header = line[: len(header)] == header[: len(line)]
-    return is_header or re.match(rb"[0-9a-f]+(,|$)", line) is not None
-
-
-def _key(line: bytes, run: LoggedRun) -> RowKey | None:
-    """Return the key of a line; None for a line of another run."""
-    if not line.startswith(run.id.encode() + b","):
-        return None
-    cells = _parsed(line)
-    if len(cells) < len(FIRST_COLUMNS) or not cells[5].isdecimal():
-        return None
-    return RowKey(cells[2], cells[3], int(cells[5]))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fitloop._format import json_ready
-from fitloop.loggers.line_file import LineFile
-from fitloop.loggers.logger import LoggedRun, Logger, Row, RowKey, absolute_path
+from fitloop.loggers.file_logger import FileLogger
+from fitloop.loggers.logger import LoggedRun, Row, RowKey
 
 
-class JSONLines(Logger):
+class JSONLines(FileLogger):
     """A logger that appends a line of JSON for each row to a file.
 
     A line has ``run`` (the id of the training), ``trainer``, ``kind`` (``"phase"`` or ``"steps"``),
@@ -29,47 +28,38 @@ class JSONLines(Logger):
         options: arguments of `Logger`.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self._path = absolute_path(path)
-
-    def _file(self, run: LoggedRun) -> LineFile:
-        return LineFile(self._path or run.save_path / "metrics.jsonl", _is_torn)
+    file_name = "metrics.jsonl"
 
     def start(self, run: LoggedRun) -> None:
         """Write the first line of a new run."""
-        file = self._file(run)
+        file = self.file(run)
         if file.has(f'{{"run": "{run.id}"'.encode()):
             return
         settings = {"sweep": run.sweep, "parameters": run.parameters}
         line = _encoded({"run": run.id, "trainer": run.name, "kind": "start", **settings})
         file.append(lambda _first: line)
 
-    def written(self, run: LoggedRun) -> Iterable[RowKey]:
-        """Return the keys of the lines of a run."""
-        return [key for line in self._file(run).lines() if (key := _key(line, run)) is not None]
-
-    def cut(self, run: LoggedRun, step: int) -> bool:
-        """Remove the lines of a run with a larger step; the file is replaced by one without them.
-
-        Lines of other runs, and those that are no JSON, stay.
-        """
-
-        def stays(line: bytes) -> bool:
-            key = _key(line, run)
-            return key is None or key.step <= step
-
-        self._file(run).rewrite(lambda lines: list(filter(stays, lines)))
-        return True
-
     def write(self, run: LoggedRun, rows: Sequence[Row]) -> None:
         """Append a line for each row."""
         lines = b"".join(_line(run, row) for row in rows)
-        self._file(run).append(lambda _first: lines)
+        self.file(run).append(lambda _first: lines)
 
-    def sync(self, run: LoggedRun) -> None:
-        """Make the lines durable."""
-        self._file(run).sync()
+    @staticmethod
+    def is_torn(line: bytes) -> bool:
+        """See `LineFile`."""
+        beginning = b'{"run": '
+        is_ours = line[: len(beginning)] == beginning[: len(line)]
+        return is_ours and _object(line) is None
+
+    @staticmethod
+    def key_of_line(line: bytes, run: LoggedRun) -> RowKey | None:
+        """See `FileLogger`."""
+        if run.id.encode() not in line:  # quicker than to read each line of a large file
+            return None
+        values = _object(line)
+        if values is None or values.get("run") != run.id or not isinstance(values.get("step"), int):
+            return None
+        return RowKey(str(values.get("kind")), str(values.get("phase")), values["step"])
 
 
 def _line(run: LoggedRun, row: Row) -> bytes:
@@ -85,25 +75,9 @@ def _encoded(values: dict[str, Any]) -> bytes:
     return json.dumps(json_ready(values), allow_nan=False, default=str).encode() + b"\n"
 
 
-def _is_torn(line: bytes) -> bool:
-    beginning = b'{"run": '
-    is_ours = line[: len(beginning)] == beginning[: len(line)]
-    return is_ours and _object(line) is None
-
-
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def _key(line: bytes, run: LoggedRun) -> RowKey | None:
-    """Return the key of a line; None for a line of another run."""
-    if run.id.encode() not in line:  # quicker than to read each line of a large file
-        return None
-    values = _object(line)
-    if values is None or values.get("run") != run.id or not isinstance(values.get("step"), int):
-        return None
-    return RowKey(str(values.get("kind")), str(values.get("phase")), values["step"])
