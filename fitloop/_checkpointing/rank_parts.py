@@ -1,7 +1,7 @@
 """The part of one rank in a snapshot of a training on several ranks.
 
-Rank 0 writes the file. What only a rank knows is in its list ``ranks``: the random streams of its
-steps, its position in its loader and the values that it has collected.
+Rank 0 writes the file. The list ``ranks`` in it has an entry for each rank: the random streams of
+its steps, its position in its loader, and the values that it has collected.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def rank_part(snapshot: Snapshot, trainer: TrainerState, rank: int, size: int) -
         trainer.adopt_seed(seed)
     run = dict(run)
     parts = run.pop("ranks", [{}])
-    whole = replace(snapshot, state={**snapshot.state, "run": run})
+    shared = replace(snapshot, state={**snapshot.state, "run": run})
     try:
         if len(parts) != size:
-            return _on_other_ranks(whole, trainer, len(parts), rank, size)
-        part = parts[rank]
-        run.update(part["parts"], **{"pass": part["pass"]})
-        return replace(whole, random=_states(part["random"]))
+            return _on_other_ranks(shared, trainer, len(parts), rank, size)
+        rank_state = parts[rank]
+        run.update(rank_state["parts"], **{"pass": rank_state["pass"]})
+        return replace(shared, random=_states(rank_state["random"]))
     except CheckpointError:
         raise
     except Exception as error:  # any error that a forged tree causes
@@ -62,8 +62,8 @@ def _on_other_ranks(
         )
     if rank == 0:
         return snapshot
-    own = trainer.rng.state_tree()
-    steps: dict[str, Any] = {name: tree for name, tree in own.items() if name.endswith(" steps")}
+    trees = trainer.rng.state_tree().items()
+    steps: dict[str, Any] = {name: tree for name, tree in trees if name.endswith(" steps")}
     return replace(snapshot, random={**snapshot.random, **_states(steps)})
 
 

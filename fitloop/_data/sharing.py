@@ -22,9 +22,9 @@ from fitloop._errors import ConfigurationError
 class SharedBatches:
     """A batch sampler that gives the part of one rank of each batch of the whole training.
 
-    A last group that is not full is shared out evenly, the first ranks get one sample more. With
-    ``drops_short`` it is left out if a rank would get none, and so it is if the sampler leaves out
-    batches that are not full. Batches of a sampler that is not torch's stay as they are.
+    A last group that is not full is shared out evenly: some ranks get one sample more than others.
+    It is left out if the sampler has ``drop_last``, or with ``drops_short`` if a rank would get no
+    sample. Batches of a sampler that is not torch's stay as they are.
     """
 
     def __init__(self, sampler: Any, rank: int, size: int, *, drops_short: bool) -> None:
@@ -39,20 +39,20 @@ class SharedBatches:
             is_full = len(group) == self.size
             if self._has_samples and not (is_full and len(group[-1]) == len(group[0])):
                 indices = list(itertools.chain.from_iterable(group))
-                begin, end = self._part(len(indices))
+                begin, end = self._range(len(indices))
                 if end > begin:
                     yield indices[begin:end]
             elif is_full or (self.rank < len(group) and not self.drops_short):
                 yield group[self.rank]
 
-    def _part(self, samples: int) -> tuple[int, int]:
-        """Return which of the samples of a group that is not full are for this rank."""
+    def _range(self, samples: int) -> tuple[int, int]:
+        """Return the range of this rank in the samples of a group that is not full."""
         drops_last = bool(getattr(self.sampler, "drop_last", False))
         if drops_last or (self.drops_short and samples < self.size):
             return 0, 0
-        part, rest = divmod(samples, self.size)
-        begin = self.rank * part + min(self.rank, rest)
-        return begin, begin + part + (self.rank < rest)
+        share, remainder = divmod(samples, self.size)
+        begin = self.rank * share + min(self.rank, remainder)
+        return begin, begin + share + (self.rank < remainder)
 
     def __len__(self) -> int:
         full, begin, end = self._counts()
@@ -68,14 +68,14 @@ class SharedBatches:
         return full * size + end - begin
 
     def _counts(self) -> tuple[int, int, int]:
-        """Return the full groups of a pass, and the part of this rank in the last group."""
+        """Return the full groups of a pass, and the range of this rank in the last group."""
         sampler = self.sampler
         if self._has_samples:
             samples = len(sampler.sampler)
-            full, rest = divmod(samples, sampler.batch_size * self.size)
-            return full, *self._part(rest)
-        full, rest = divmod(len(sampler), self.size)
-        return full, 0, int(self.rank < rest and not self.drops_short)
+            full, remainder = divmod(samples, sampler.batch_size * self.size)
+            return full, *self._range(remainder)
+        full, remainder = divmod(len(sampler), self.size)
+        return full, 0, int(self.rank < remainder and not self.drops_short)
 
 
 class Shares:

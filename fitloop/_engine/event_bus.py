@@ -248,7 +248,7 @@ class EventBus(EventStreams):
             self._clear_backlog()
 
     def _stamp(self, event: Event) -> None:
-        # In place, since nobody has seen the event yet: a changed copy would cost more.
+        # In place, since the event has no other user yet: a changed copy would cost more.
         if not event.call:
             object.__setattr__(event, "call", self._call)
         if not event.step:

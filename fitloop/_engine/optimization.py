@@ -319,9 +319,9 @@ class OptimizerSteps:
             self._refuse_second_steps()
         windows = self.windows if optimizer is None else [self._window_of(optimizer)]
         if value is None and (not isinstance(loss, Tensor) or loss.numel() != 1):
-            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
+            text = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
             raise ConfigurationError(
-                f"the loss of state.optimize() is a {type(loss).__name__}, {given}; expected a "
+                f"the loss of state.optimize() is a {type(loss).__name__}, {text}; expected a "
                 "tensor of one element, such as the mean of the losses of the samples"
             )
         weight = 1 if weight is None else _checked_weight(weight)

@@ -1,7 +1,7 @@
-"""One training on several ranks: the model that reduces gradients, and what all ranks share.
+"""One run on several ranks: the wrapped model, and the exchanges of the ranks.
 
-The loop and the optimizer steps call a `ParallelRun` where they would go on alone otherwise. It
-reaches the other ranks through a `World`, and wraps the model in DistributedDataParallel.
+The loop and the optimizer steps call a `ParallelRun` where the ranks exchange values. It reaches
+the other ranks through a `World`, and wraps the model in DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ParallelRun:
         self._share_buffers()
 
     def end(self) -> None:
-        """Drop the wrapped model, whose hooks would go on to reduce gradients."""
+        """Drop the wrapped model; otherwise its hooks would go on to reduce gradients."""
         wrapper = self._config.wrapper
         self._config.set_wrapper(None)
         unwrap(wrapper)
@@ -130,8 +130,7 @@ class ParallelRun:
         Raises `RanksError` if they are not alike before a train phase.
         """
         lengths = self.world.gather(batches)
-        known = [length for length in lengths if length is not None]
-        self._limit = min(known) if len(known) == len(lengths) else None
+        self._limit = None if None in lengths else min(lengths)
         self._are_alike = len(set(lengths)) == 1 and self._limit is not None
         if phase is not Phase.TRAIN:
             return batches
@@ -166,14 +165,14 @@ class ParallelRun:
 
         def fetch_together() -> Any:
             batch = fetch()
-            ended = torch.tensor([int(batch is END)], device="cpu")
-            world.post(ended).wait()
-            return END if ended.item() else batch
+            has_ended = torch.tensor([int(batch is END)], device="cpu")
+            world.post(has_ended).wait()
+            return END if has_ended.item() else batch
 
         return fetch_together if limit is None else fetch_some
 
     def boundary(self, state: LoopState) -> Callable[[], object]:
-        """Return what is called after each batch of a pass: a vote, where all ranks have one."""
+        """Return a function to call after each batch: it votes while all ranks have a batch."""
         votes, limit = self.votes, self._limit
         if state.is_train:
             return votes.boundary
@@ -185,7 +184,7 @@ class ParallelRun:
         return vote
 
     def end_pass(self, writer: StateWriter, *, complete: bool) -> bool:
-        """Give all ranks the values of all; return whether the pass was complete on all.
+        """Merge the values of all ranks on each; return whether the pass was complete on all.
 
         Raises `RanksError` if their weights are not alike after a train phase.
         """
@@ -211,7 +210,7 @@ class ParallelRun:
         return all(is_complete for is_complete, _export in gathered)
 
     def _compare(self, moment: str, facts: dict[str, Any]) -> None:
-        """Raise `RanksError`, on all ranks, if a fact is another one on a rank."""
+        """Raise `RanksError` on all ranks if a fact differs between them."""
         gathered = self.world.gather(facts)
         for name, value in gathered[0].items():
             for rank, other in enumerate(gathered):

@@ -13,11 +13,11 @@ def merged(exports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     They have the form of ``StateWriter.export``, with the sizes of the batches as ``sizes``.
     """
-    places = sorted(
+    positions = sorted(
         (batch, rank) for rank, one in enumerate(exports) for batch in range(len(one["sizes"]))
     )
-    numbers = {place: number for number, place in enumerate(places, 1)}
-    sizes = np.array([exports[rank]["sizes"][batch] for batch, rank in places], np.int64)
+    numbers = {position: number for number, position in enumerate(positions, 1)}
+    sizes = np.array([exports[rank]["sizes"][batch] for batch, rank in positions], np.int64)
     merged_values: dict[str, Any] = {"numbers": {}, "tensors": {}, "batches": {}}
     for kind in ("numbers", "tensors"):
         names = dict.fromkeys(name for one in exports for name in one["values"][kind])
@@ -30,10 +30,10 @@ def merged(exports: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 ),
                 key=lambda pair: numbers[pair[0]],
             )
-            values = [value for _place, value in pairs]
+            values = [value for _position, value in pairs]
             merged_values[kind][name] = np.array(values) if kind == "numbers" else values
             merged_values["batches"][name] = np.array([numbers[p] for p, _v in pairs], np.int64)
-    if all(len(column) == len(places) for column in merged_values["batches"].values()):
+    if all(len(column) == len(positions) for column in merged_values["batches"].values()):
         merged_values["batches"] = {}
     return {"sizes": sizes, "values": merged_values}
 

@@ -1,8 +1,8 @@
 """One training in several processes, its ranks.
 
-Owns all that processes agree on. Must not know models, loaders or files.
+Owns everything on which processes agree. Must not know models, loaders or files.
 
-- `world`: the processes, connected for the time of a block, and what they tell each other.
+- `world`: the processes, connected for the time of a block, and their messages.
 - `votes`: stops, cancellations and snapshots, on which all ranks agree at a batch boundary.
 - `control`: the flags of a run, which change when the ranks have agreed.
 - `launcher`: whether a launcher such as ``torchrun`` has started this process with others.

@@ -35,7 +35,7 @@ class Votes:
         """numbers of the vote that is going on, and the work to wait for"""
         self._interval, self._batches = 1, 0
         self._seconds, self._began = 0.0, clock()
-        """seconds that votes at boundaries have taken since a time"""
+        """seconds that votes at boundaries have taken, since a time of the clock"""
         self._num_votes = 0
         self.wishes_snapshot = False
         """whether rank 0 wishes a snapshot"""
@@ -43,7 +43,7 @@ class Votes:
         """whether all ranks take part in a snapshot at this boundary"""
 
     def boundary(self) -> None:
-        """Vote after a batch, if it is time to; all ranks must have trained as many."""
+        """Vote after a batch, if a vote is due; all ranks must be at the same batch."""
         self._batches += 1
         if self._batches < self._interval:
             return

@@ -201,7 +201,7 @@ class World:
         return values[0]
 
     def post(self, numbers: Tensor) -> Any:
-        """Begin to replace numbers by the largest ones of all ranks; return what to wait for."""
+        """Begin to replace numbers by the largest ones of all ranks; return the work."""
         self._check()
         distributed: Any = torch.distributed
         return distributed.all_reduce(
@@ -292,7 +292,7 @@ def world(*, timeout: float = 600.0) -> World:
 
     Cancellation: at the start, the block is left at once.
 
-    Raises ConfigurationError if ``timeout`` is no number above 0, and what torch raises if not all
+    Raises ConfigurationError if ``timeout`` is no number above 0, and errors of torch if not all
     processes are there in time.
     """
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:

@@ -1,7 +1,7 @@
 """Locks that are held around each fork of this process, so that the child can seed its generators.
 
 A process with threads may be forked while another thread is inside a generator. The child inherits
-the lock of that generator, which nobody releases there: a worker process of a DataLoader, which
+the lock of that generator, which is never released there: a worker process of a DataLoader, which
 seeds the generators first, would wait for ever.
 
 A child of ``fork`` has only the thread that forked. So this thread acquires the locks before, and

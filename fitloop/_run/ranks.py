@@ -71,7 +71,7 @@ def control_of(state: TrainerState, plan: RunPlan) -> tuple[RunControl, Parallel
 
 
 def shared_plan(state: TrainerState, plan: RunPlan) -> RunPlan:
-    """Return the plan of this rank, whose loaders give its part of each batch."""
+    """Return the plan of this rank: its loaders give the share of the rank in each batch."""
     world = world_of(state)
     if world is None or plan.call not in SHARED_CALLS:
         return plan

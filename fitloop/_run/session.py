@@ -114,7 +114,7 @@ class RunSession:
             self._loaders = state.loaders.for_dry_run() if dry else state.loaders
             self._before = state.capture(stages=False) if dry else None
             self._marks: dict[str, object] = {}
-            """of objects that a dry run cannot restore"""
+            """marks of objects that a dry run cannot restore"""
             if self._before is not None:
                 self._before.check(f"{self.plan.call}()")
                 self._marks = state.objects.marks()
@@ -122,10 +122,11 @@ class RunSession:
             stack.callback(self.time_slice.close)
             schedulers = context.schedulers
             after_step = () if schedulers is None else schedulers.after_step
-            looks = self.plan.call != "find_lr"  # which ends where the loss is not finite
+            # The search for a rate goes on until the loss is not finite.
+            checks_finite = self.plan.call != "find_lr"
             ranks, counts = context.parallel, state.step_counts
             self.steps = OptimizerSteps(
-                config, counts, after_step, checks_finite=looks, ranks=ranks
+                config, counts, after_step, checks_finite=checks_finite, ranks=ranks
             )
             """the optimizer steps; `restore` removes their hooks"""
             self._deps = EngineDeps(

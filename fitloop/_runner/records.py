@@ -243,7 +243,7 @@ def job_name(directory: Path) -> str | None:
             trainer = read_log(directory).trainer
             return trainer if _is_name_of(trainer, directory) else None
     except CheckpointError:
-        pass  # whoever reads the contents will say so
+        pass  # reading the contents raises it again
     return None
 
 

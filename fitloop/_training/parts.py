@@ -108,7 +108,7 @@ def load_optimizer(optimizer: Any, state: Any) -> None:
     """Call ``load_state_dict``, after which param groups and state are the same objects as before.
 
     Torch replaces them, so that a scheduler or a wrapper that holds them would change objects that
-    nobody uses. An optimizer in an attribute of a wrapper is treated in the same way.
+    are not used any more. An optimizer in an attribute of a wrapper is treated in the same way.
     """
     inner = (item for item in vars(optimizer).values() if isinstance(item, Optimizer))
     before = [

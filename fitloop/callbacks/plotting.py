@@ -217,7 +217,7 @@ class LivePlot:
         if alive.get(event.trainer, thread) is not thread:
             self._ignored.add(thread)
             raise ConfigurationError(
-                f"live_plot() is told of two trainers named {event.trainer!r} at once; give them "
+                f"live_plot() got two trainers named {event.trainer!r} at once; give them "
                 "a name= each, or a live_plot() each"
             )
         alive.pop(event.trainer, None)

@@ -317,7 +317,7 @@ class _Queue:
             other = self._runs.get(event.trainer)
             if other is not None and other.info.id != info.id:
                 self._warnings.append(
-                    f"{self._label} is told of two trainers named {event.trainer!r} at once, and "
+                    f"{self._label} got two trainers named {event.trainer!r} at once, and "
                     "logs only the first; give each a name= of its own, or a logger of its own"
                 )
                 return
