@@ -270,7 +270,7 @@ class _Pass:
         label, sender = self._request.label, self._sender
         self._sent += 1
         self._allowed -= 1
-        if self._sent == 1:  # some make their generators when they need them
+        if self._sent == 1:  # some loaders make generators when they need them
             self._holders = holders_of(self._iterable)
         try:
             message = sender.message(batch)

@@ -212,7 +212,7 @@ class Loaders:
         reports: RngReports = "first" if draws_alone else "all"
         rereads = False
         if not rng.has_stream and not draws_alone:
-            # What it draws between the steps cannot be that of an inline loader.
+            # Between the steps it cannot get the random numbers that it would get inline.
             state, reports, rereads = _own_state(rng), "none", True
         if resume_from is not None:
             rng.set_state(resume_from.rng_state)

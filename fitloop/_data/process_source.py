@@ -268,7 +268,7 @@ class ProcessSource:
         if rng is not None and context.rng.has_stream:
             self.rng_state_after = rng._replace(devices=plan.rng_state.devices)
         elif rng is not None and plan.rng_reports == "first":
-            # Without a seed: all that the loader draws was drawn at its beginning.
+            # Without a seed: the loader has used random numbers at its beginning only.
             context.rng.set_state(rng)
         self._states = states
 
@@ -291,7 +291,7 @@ class ProcessSource:
         loader, states, end = self._copy.loader, self._states, self._end
         if self.rng_state_after is not None:
             self._context.rng.set_state(self.rng_state_after)
-        # What a function has made is not the loader; at the end, the states are of the function.
+        # During a pass over the result of a function, the states are not those of the function.
         if states.carried is not None and (end is not None or is_iterable(loader)):
             set_carried_states(loader, states.carried)
         if end is not None:

@@ -91,7 +91,7 @@ def resumed_iterator(
     ``rereads`` all batches before it are read again, unless the loader has a state of its own.
     """
     set_carried_states(iterable, position.pass_start.carried)
-    # What the skipped batches would change can only be set afterwards if it is known.
+    # State that the skipped batches would change is set afterwards, if the position has it.
     is_known = isinstance(position.carried, dict)
     by_index = can_skip_by_index(loader) and (is_known or not holders_of(loader.dataset))
     iterator = iterate_from(iterable, position, label, by_index=by_index and not rereads)

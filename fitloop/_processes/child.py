@@ -108,7 +108,7 @@ class ChildProcess:
 
         The process is killed after ``timeout`` seconds.
         """
-        self.connection.close()  # upon that the process ends itself
+        self.connection.close()  # then the process ends by itself
         killer = threading.Timer(timeout, self.process.kill)
         killer.start()
         while self.process.exitcode is None:  # another thread may reap it during the join

@@ -73,7 +73,7 @@ class World:
     # -- the block ---------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        # A process that is missing is waited for; a cancellation leaves the thread behind.
+        # This waits for all processes to start; a cancellation leaves the thread behind.
         await anyio.to_thread.run_sync(self._open, abandon_on_cancel=True)
         self._enter()
         scope = self._scope = anyio.CancelScope()
@@ -136,7 +136,7 @@ class World:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self._main = distributed.group.WORLD
         self._side = distributed.new_group(backend="gloo", timeout=self._timeout)
-        # A program that sets no seed has torch's own, so that it is the same in each of its runs.
+        # Without a seed of the program this is torch's default, the same at each start.
         self.seed = self.broadcast(torch.initial_seed() % 2**63)
 
     def _enter(self) -> None:
