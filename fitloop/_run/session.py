@@ -122,8 +122,7 @@ class RunSession:
             stack.callback(self.time_slice.close)
             schedulers = context.schedulers
             after_step = () if schedulers is None else schedulers.after_step
-            # The search for a rate goes on until the loss is not finite.
-            checks_finite = self.plan.call != "find_lr"
+            checks_finite = self.plan.call != "find_lr"  # which ends at a loss that is not
             ranks, counts = context.parallel, state.step_counts
             self.steps = OptimizerSteps(
                 config, counts, after_step, checks_finite=checks_finite, ranks=ranks
