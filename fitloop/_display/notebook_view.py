@@ -41,7 +41,7 @@ FIRST_ROWS = 3
 LAST_ROWS = 7
 """a longer table shows only the first epochs, the best one and the last ones"""
 MAX_ROWS = 1000
-"""of the table of all epochs, which a click shows after the end of a run"""
+"""rows in the table of all epochs, which a click shows after the end of a run"""
 
 GAP = "..."
 
@@ -54,7 +54,7 @@ class _Row:
     """counted over all runs of the trainer"""
     epoch_in_run: int
     is_wanted: bool
-    """by ``print_every``; the row of the best epoch is shown in any case"""
+    """whether ``print_every`` asks for it; the row of the best epoch is always shown"""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     rates: str = ""
     """the learning rates of the epoch"""
