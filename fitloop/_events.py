@@ -161,7 +161,8 @@ class MetricsLogged(Event):
     metrics: EpochMetrics = field(hash=False)
     """means of the numbers that the batch steps returned since the last event of this kind in the
     phase. Names and weights are those of the default ``epoch_end``: ``loss`` is the mean of
-    ``running_loss`` over samples, ``accuracy`` that of ``running_corr``; others keep their name"""
+    ``running_loss`` over samples, ``accuracy`` that of ``running_corr``; others keep their name.
+    With ``nonfinite="skip"``, batches whose loss is not finite are left out"""
     learning_rates: Mapping[str, float] = field(hash=False)
     """the rates of this step: ``lr`` if there is one parameter group. Of several groups, those of
     all optimizers in their order: ``lr/`` and the ``"name"`` of the group, or else its number from

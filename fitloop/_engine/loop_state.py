@@ -19,7 +19,7 @@ from fitloop._engine.given_arguments import GivenArguments
 from fitloop._engine.optimization import OptimizerSteps
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._metrics.batch_values import BatchValues
-from fitloop._metrics.means import Means
+from fitloop._metrics.means import Columns, Means, without_skipped
 from fitloop._public import public
 from fitloop._types import Phase, Stage
 
@@ -355,8 +355,14 @@ class StateWriter:
         return num
 
     def add_to(self, means: Means, first: int, last: int) -> None:
-        """Add the values after batch ``first`` to batch ``last``, which have arrived."""
-        means.add(self.values.between(first, last), self.state._sizes.between(first, last))
+        """Add the values after batch ``first`` to batch ``last``, which have arrived.
+
+        With ``nonfinite="skip"``, train batches whose loss is not finite are left out.
+        """
+        columns: Columns = self.values.between(first, last)
+        if self.state.is_train and self.state.nonfinite == "skip":
+            columns = {n: c for n, c in without_skipped(columns).items() if len(c[0])}
+        means.add(columns, self.state._sizes.between(first, last))
 
     def running_means(self) -> dict[str, float]:
         """Return the means of the batches so far whose values have arrived; does not wait."""

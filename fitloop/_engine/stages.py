@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from fitloop._engine.config import STAGE_NAMES, TrainerConfig
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.metric_objects import update_metrics
 from fitloop._errors import ConfigurationError, FitLoopError, MetricError, add_note_safely
-from fitloop._metrics.means import CORRECT, LOSS, Means
+from fitloop._metrics.means import CORRECT, Columns, Means, without_skipped
 from fitloop._public import public
 from fitloop._types import Phase, Stage
 
@@ -274,13 +273,14 @@ def default_epoch_end(state: LoopState) -> dict[str, float]:
     Raises MetricError for an accuracy above 1, and ConfigurationError if the size of a batch is not
     known.
     """
-    columns = state._values.columns()
-    if state.is_train and state.nonfinite == "skip":
-        columns = _finite_batches(columns)
-    if not columns:
+    arrays = state._values.columns()
+    if not arrays:
         return {}
+    columns: Columns = {name: (v.tolist(), b.tolist()) for name, (v, b) in arrays.items()}
+    if state.is_train and state.nonfinite == "skip":
+        columns = without_skipped(columns)
     means = Means()
-    means.add({k: (v.tolist(), b.tolist()) for k, (v, b) in columns.items()}, state.batch_sizes)
+    means.add(columns, state.batch_sizes)
     metrics = means.result()
     if metrics.get("accuracy", 0.0) > 1 and CORRECT in columns:
         raise MetricError(
@@ -291,24 +291,6 @@ def default_epoch_end(state: LoopState) -> dict[str, float]:
             f"{state.phase}_step if the number of samples is wrong"
         )
     return metrics
-
-
-def _finite_batches(columns: dict[str, Any]) -> dict[str, Any]:
-    """Return columns without the batches whose loss is not finite."""
-    losses, batches = columns.get(LOSS, ((), ()))
-    skipped = {
-        batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)
-    }
-    if not skipped:
-        return columns
-    is_kept = {
-        name: [index not in skipped for index in indices]
-        for name, (_values, indices) in columns.items()
-    }
-    return {
-        name: (values[is_kept[name]], indices[is_kept[name]])
-        for name, (values, indices) in columns.items()
-    }
 
 
 _DEFAULTS: dict[Stage, Callable[[LoopState], Any]] = {

@@ -6,9 +6,25 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add, mul
-from typing import Any
+from typing import Any, TypeAlias
 
 LOSS, CORRECT, COUNT = "running_loss", "running_corr", "running_count"
+
+Columns: TypeAlias = Mapping[str, tuple[Sequence[float], Sequence[int]]]
+"""the values of each name, and the indices of their batches"""
+
+
+def without_skipped(columns: Columns) -> Columns:
+    """Return columns without the batches whose loss is not finite."""
+    losses, batches = columns.get(LOSS, ((), ()))
+    if all(map(math.isfinite, losses)):
+        return columns
+    skipped = {b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)}
+    kept = {}
+    for name, column in columns.items():
+        pairs = [(value, b) for value, b in zip(*column, strict=True) if b not in skipped]
+        kept[name] = [value for value, _b in pairs], [b for _value, b in pairs]
+    return kept
 
 
 class Means:
@@ -28,9 +44,7 @@ class Means:
         """the divisor of each sum"""
         self._is_weighted = True
 
-    def add(
-        self, columns: Mapping[str, tuple[Sequence[float], Sequence[int]]], sizes: Sequence[int]
-    ) -> None:
+    def add(self, columns: Columns, sizes: Sequence[int]) -> None:
         """Add batches.
 
         ``sizes`` are their sizes, -1 for one that is not known. ``columns`` has for each name the

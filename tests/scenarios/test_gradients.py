@@ -28,7 +28,9 @@ from fitloop import (
     Checkpoint,
     CheckpointError,
     ConfigurationError,
+    Event,
     LoopState,
+    MetricsLogged,
     NonFiniteError,
     NonFiniteWarning,
     SyncFitLoop,
@@ -433,20 +435,32 @@ def test_loss_when_batches_are_skipped_then_is_the_mean_of_the_others(
     if delays:
         request.getfixturevalue("delayed")
     left_out = []
+    means: list[float] = []
+    logged: list[float] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, MetricsLogged):
+            logged.append(event.metrics["loss"])
 
     def epoch_end(state: LoopState) -> dict[str, float]:
         left_out.append(state.left_out)
         kept = state["running_loss"].isfinite()
         sizes = torch.tensor(state.batch_sizes, dtype=torch.float64)[kept]
+        if accumulate == 1:
+            means.extend((state["running_loss"][kept] / sizes).tolist())
         found = default_epoch_end(state)
         assert math.isclose(found["loss"], state["running_loss"][kept].sum() / sizes.sum())
         return found
 
     loss = PoisonedLoss((2, BATCHES + 1, BATCHES + 2), "nan")
     options = {"nonfinite": "skip", "accumulate": accumulate, "train_epoch_end": epoch_end}
-    fitted = fitting(mlp(), "sgd", loss_function=loss, **options)
-    fitted.fit(3, **QUIET)
+    fitted = fitting(mlp(), "sgd", loss_function=loss, callbacks=[hear], **options)
+    fitted.fit(3, log_every=1, **QUIET)
     assert left_out == [1, 2 // accumulate, 0]
+    assert logged
+    assert all(map(math.isfinite, logged))
+    if accumulate == 1:
+        assert logged == pytest.approx(means)
     all_bad = PoisonedLoss(range(1, BATCHES + 1), "nan")
     fitted = fitting(mlp(), "sgd", loss_function=all_bad, nonfinite="skip")
     assert math.isnan(fitted.fit(1, **QUIET).metrics["train"]["loss"][0])
