@@ -10,7 +10,7 @@ TOGETHER := -n 2 --dist worksteal
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-fast test-transformers test-loggers test-peers docs bench pictures clean
+.PHONY: help .venv demo test test-fast test-transformers test-loggers test-peers test-ray docs bench pictures clean
 
 help:
 	@echo "make .venv      create $(VENV) with $(PYTHON) and everything that the tests need"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-fast  run the quick tests only"
 	@echo "make test-transformers  run the example that needs transformers, which is large"
 	@echo "make test-peers  run the programs of the documentation that are of other libraries"
+	@echo "make test-ray  run the tests that need Ray, on a cluster of this machine"
 	@echo "make docs       build the site of the documentation in build/site"
 	@echo "make test-loggers  run the tests that need TensorBoard, MLflow and Weights & Biases"
 	@echo "make bench      measure what fitloop costs and gains (python -m benchmarks)"
@@ -83,6 +84,19 @@ $(PEERS)/.installed: $(STAMP)
 
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/examples/test_coming_from.py tests/benchmarks/test_peers.py
+
+# Ray has an environment of its own, as the peers have: its workers find everything there.
+RAY := $(VENV)/ray
+$(RAY)/.installed: $(STAMP)
+	rm -rf $(RAY)
+	$(PYTHON) -m venv $(RAY)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fitloop.pth"
+	$(RAY)/bin/python -m pip install -q 'ray==2.60.0' -c constraints.txt
+	@touch $@
+
+test-ray: $(RAY)/.installed
+	PYTHONPATH=$(CURDIR) $(RAY)/bin/python -m pytest tests/ray
 
 docs: .venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

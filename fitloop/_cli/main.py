@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "time a trainer's loop and loader, and advise changes",
     "inspect": "show the contents of a directory or file that fitloop wrote",
     "export": "write the weights of a snapshot or a weights file to another file",
+    "worker": "train one job of a program on another machine; started by launchers",
 }
 """the name of each command, which is its module in this package, and its line in ``--help``"""
 

@@ -44,6 +44,15 @@ def _register_exit_hooks() -> None:
         os.register_at_fork(after_in_child=_close_connections)
 
 
+def close_in_forks(connection: Any) -> None:
+    """Close a connection in each process that is forked from now on.
+
+    The process at its other end sees the end of this process only when all copies are closed.
+    """
+    _register_exit_hooks()
+    _connections.add(connection)
+
+
 def _kill_children() -> None:
     for child in list(_children):
         child.kill()
@@ -77,7 +86,8 @@ class ChildProcess:
     ) -> None:
         _register_exit_hooks()
         self.connection, theirs = multiprocessing.Pipe()
-        _connections.update((self.connection, theirs))
+        close_in_forks(self.connection)
+        close_in_forks(theirs)
         forked = start_method == "forkserver"
         # Not a daemon: a loader may have processes of its own.
         self.process = _process_class(start_method)(
@@ -128,7 +138,7 @@ class ChildProcess:
 
     def describe_exit(self) -> str:
         """Return how the process has ended, after `join`: its id, and its exit code or signal."""
-        return f"(pid {self.process.pid}) {_describe_exit(self.process.exitcode)}"
+        return f"(pid {self.process.pid}) {describe_exit(self.process.exitcode)}"
 
 
 def check_start_method(value: Any) -> StartMethod:
@@ -183,7 +193,8 @@ def _start_on_thread(process: BaseProcess) -> threading.Thread:
     return thread
 
 
-def _describe_exit(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
+    """Return how a process has ended, from its exit code."""
     if code is None or code >= 0:
         return f"ended by itself, with exit code {code}"
     name = f"signal {-code}"

@@ -43,6 +43,8 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """errors of ``flock`` on a file system without locks, such as some of NFS, SMB, Lustre and FUSE"""
 _file_systems_without_locks: set[int] = set()
 """device numbers of those that were warned of"""
+_check_commit: Callable[[], None] = lambda: None  # noqa: E731
+"""called before a complete file gets its name"""
 
 
 def reason(error: BaseException) -> str:
@@ -89,6 +91,7 @@ def write_file(path: Path, write: Callable[[Path, int], T], *, overwrite: bool) 
         if fcntl is None:  # Windows does not move an open file
             os.close(descriptor)
             descriptor = -1
+        _check_commit()
         _move(temporary, path, overwrite)
     finally:
         for leftover in (temporary, temporary.with_suffix(PART_SUFFIX)):
@@ -98,6 +101,12 @@ def write_file(path: Path, write: Callable[[Path, int], T], *, overwrite: bool) 
             os.close(descriptor)  # last: it unlocks the file, which others may then remove
     sync_directory(path.parent)
     return result
+
+
+def set_commit_check(check: Callable[[], None]) -> None:
+    """Have `write_file` call a function in this process before a complete file gets its name."""
+    global _check_commit
+    _check_commit = check
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -115,7 +115,7 @@ async def test_worker_when_killed_then_its_job_is_tried_again_and_no_other_is_to
             runner.submit(
                 make_killed_trainer,
                 often,
-                2,
+                1,  # before there is a snapshot
                 signal.SIGABRT,
                 name="often",
                 callbacks=[seen],
@@ -143,7 +143,7 @@ async def test_worker_when_killed_then_its_job_is_tried_again_and_no_other_is_to
     assert len(told) == 2
     assert "job 'often'" in told[0]
     assert "was killed by signal 9 (SIGKILL)" in told[1]
-    assert told[1].endswith("It goes on from its last snapshot, try 2 of 2")
+    assert told[1].endswith("It goes on from its last snapshot, as try 2")
     assert [type(event) for event in seen.events if isinstance(event, RunStarted | RunEnded)] == [
         RunStarted,
         RunEnded,

@@ -31,7 +31,7 @@ from support.pseudo_terminal import environment
 
 import fitloop
 from fitloop import Checkpoint, FitResult, Outcome, Phase, read_metrics, read_results
-from fitloop._cli.main import main
+from fitloop._cli.main import COMMANDS, main
 from fitloop._runner.outcomes import write_outcome
 from fitloop._storage.job_files import directory_name
 from fitloop._storage.layout import Payload, write_layout
@@ -89,11 +89,11 @@ def test_command_when_none_is_given_then_all_are_named_and_the_status_is_2(capsy
     assert main([]) == 2
     printed, said = capsys.readouterr()
     assert printed == ""
-    for command in ("watch", "results", "plot", "bench", "inspect", "export"):
+    for command in COMMANDS:
         assert f"\n    {command} " in said
 
 
-@pytest.mark.parametrize("command", ["watch", "results", "plot", "bench", "inspect", "export"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_when_asked_for_then_explains_with_examples(capsys: Out, command: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
@@ -563,3 +563,16 @@ def test_export_when_the_file_is_there_then_is_refused_unless_it_may_be_replaced
     assert "holds no best weights" in refusal(capsys, "export", weights, other, "--best")
     assert "is no snapshot" in refusal(capsys, "export", out, other, "--best")
     assert not other.exists()
+
+
+def test_worker_when_it_has_no_program_to_connect_to_then_says_what_is_missing(
+    capsys: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FITLOOP_WORKER_KEY", raising=False)
+    assert "there is no key; expected" in refusal(capsys, "worker", "127.0.0.1:1")
+    key = tmp_path / "key"
+    key.write_text("k" * 64)
+    assert "expected HOST:PORT" in refusal(capsys, "worker", "node", "--key-file", key)
+    said = refusal(capsys, "worker", "127.0.0.1:1", "--key-file", key)
+    assert "cannot connect to the program at 127.0.0.1:1: Connection refused" in said
+    assert "k" * 64 not in said

@@ -13,12 +13,10 @@ from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._processes.child import StartMethod, check_start_method
 from fitloop._public import public
-from fitloop._run.mode_checks import warn_of_process
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
 from fitloop.backends.process.worker import serve
 from fitloop.backends.process.worker_process import WorkerProcess
-from fitloop.backends.remote.client import options_for_worker, run_remotely
-from fitloop.backends.remote.serialization import check_serializable
+from fitloop.backends.remote.client import check_remote_job, run_remotely
 from fitloop.backends.thread import ThreadBackend
 
 MAX_NICE = 19
@@ -91,8 +89,9 @@ class ProcessBackend:
     to do, and cancels their jobs.
 
     Args:
-        retries: further attempts for a job whose worker died, each from its last snapshot and with
-            a `WorkerDiedWarning`; only if the Runner has a ``save_path``.
+        retries: further tries for a job whose worker died, each from its last snapshot and with a
+            `WorkerDiedWarning`. A try that wrote a snapshot does not count. Only if the Runner has
+            a ``save_path``.
         grace: seconds for a cancelled training to end; then its worker is killed, with a
             `WorkerDiedWarning`.
         nice: number added to the niceness of this process for the workers (0 to 19; not on
@@ -122,9 +121,7 @@ class ProcessBackend:
 
     def check(self, spec: JobSpec) -> None:
         """Refuse a job that cannot be sent to another process; see `Backend.check`."""
-        check_serializable(spec.name, (spec.target, spec.args, options_for_worker(spec)))
-        ThreadBackend().check(spec)
-        warn_of_process(spec.name)
+        check_remote_job(spec)
 
     async def run(
         self, spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]

@@ -39,6 +39,11 @@ def serve(
     leave_signals_to_parent()
     multiprocessing.set_start_method(start_method, force=True)  # the parent's, for loaders
     _redirect(log_path)
+    serve_connection(connection)
+
+
+def serve_connection(connection: Connection) -> None:
+    """Do the job that comes over the connection; end this process when that is closed."""
     send = SerializedCall(connection.send)
     server = JobServer(send, partial(receive_message, connection))
     outputs = OutputForwarder("stdout", 1, send), OutputForwarder("stderr", 2, send)

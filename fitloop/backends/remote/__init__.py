@@ -6,7 +6,7 @@
 - `server`: `JobServer` does the training, in the worker.
 - `serialization`: jobs and errors as bytes.
 
-Knows no process and no connection. A backend for a cluster gives `run_remotely` a `Launcher` of
+Knows no process and no connection. A backend for a cluster gives `run_remotely` a function of
 its own, and runs a `JobServer` in each of its workers; `fitloop.backends.process` does the same
 with ``multiprocessing``.
 """

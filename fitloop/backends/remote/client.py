@@ -6,6 +6,7 @@ of the training appear in this process as if it trained here.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import warnings
@@ -32,16 +33,22 @@ from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import PromptWithTimeout, TerminalPrompt
 from fitloop._engine.event_bus import EventBus, UserCallbacks
 from fitloop._errors import WorkerDiedError, WorkerDiedWarning, add_note_safely
-from fitloop._events import Event, PromptAsked, RunEnded, RunStarted
+from fitloop._events import Event, PromptAsked, RunEnded, RunStarted, SnapshotWritten
 from fitloop._processes.errors import deserialize_error
 from fitloop._run.fit_options import fit_option
+from fitloop._run.mode_checks import warn_of_process
 from fitloop._run.prompts import Ask, check_answer
 from fitloop._types import StopReason
 from fitloop.backends.base import JobSpec, TrainingResult
 from fitloop.backends.remote import messages
 from fitloop.backends.remote.messages import Answer, Printed, WorkerMessage
-from fitloop.backends.remote.serialization import SerializedJob, serialize_job
-from fitloop.backends.remote.transport import Launcher, Transport
+from fitloop.backends.remote.serialization import (
+    SerializedJob,
+    check_serializable,
+    serialize_job,
+)
+from fitloop.backends.remote.transport import LaunchWorker, Transport
+from fitloop.backends.thread import ThreadBackend
 
 LAST_LINES = 20
 """lines of a dead worker's output in the message of its error"""
@@ -53,7 +60,7 @@ CLIENT_OPTIONS = {
 
 
 async def run_remotely(
-    launch_worker: Launcher,
+    launch_worker: LaunchWorker,
     spec: JobSpec,
     defaults: TrainerDefaults,
     emit: Callable[[Event], None],
@@ -65,29 +72,45 @@ async def run_remotely(
 
     Args:
         launch_worker: starts the worker.
-        retries: further attempts after the death of a worker, from the last snapshot of the job,
-            each with a `WorkerDiedWarning`. Without a directory there are no snapshots, and so no
-            further attempts.
+        retries: further tries after the death of a worker, from the last snapshot of the job,
+            each with a `WorkerDiedWarning`. A try that wrote a snapshot does not count. Without a
+            directory there are no snapshots, and so no further tries.
         grace: seconds for a cancelled training to end; then its worker is killed, with a
             `WorkerDiedWarning`.
 
     Raises the error of the training, with the worker's traceback as a note, or `WorkerDiedError`.
     """
-    attempts = 1 + (retries if spec.directory is not None else 0)
-    for attempt in range(1, attempts + 1):
+    tries_left = retries if spec.directory is not None else 0
+    made_snapshot, can_retry = False, tries_left > 0
+
+    def watch(event: Event) -> None:
+        nonlocal made_snapshot
+        made_snapshot |= isinstance(event, SnapshotWritten)
+        emit(event)
+
+    for number in itertools.count(1):
+        made_snapshot = False
         try:
-            return await WorkerClient(launch_worker, spec, defaults, emit, grace).run()
+            return await WorkerClient(launch_worker, spec, defaults, watch, grace).run()
         except WorkerDiedError as error:
-            if attempt == attempts:
-                if attempt > 1:
-                    add_note_safely(error, f"it was tried {attempt} times")
+            tries_left -= not made_snapshot
+            if not can_retry or tries_left < 0:
+                if number > 1:
+                    add_note_safely(error, f"it was tried {number} times")
                 raise
             warnings.warn(
-                f"{error}\nIt goes on from its last snapshot, try {attempt + 1} of {attempts}",
+                f"{error}\nIt goes on from its last snapshot, as try {number + 1}",
                 WorkerDiedWarning,
                 stacklevel=2,
             )
     raise AssertionError
+
+
+def check_remote_job(spec: JobSpec) -> None:
+    """Refuse a job that cannot be sent to a worker; the whole of `Backend.check`."""
+    check_serializable(spec.name, (spec.target, spec.args, options_for_worker(spec)))
+    ThreadBackend().check(spec)
+    warn_of_process(spec.name)
 
 
 def options_for_worker(spec: JobSpec) -> dict[str, Any]:
@@ -100,7 +123,7 @@ class WorkerClient:
 
     def __init__(
         self,
-        launch_worker: Launcher,
+        launch_worker: LaunchWorker,
         spec: JobSpec,
         defaults: TrainerDefaults,
         emit: Callable[[Event], None],

@@ -23,7 +23,10 @@ class Transport(Protocol):
     """whether the worker has sent `Ready`; set by the client"""
 
     def send(self, message: ClientMessage) -> None:
-        """Send a message; any thread. Raises OSError if the worker is gone."""
+        """Send a message; any thread. Raises EOFError or OSError if the worker is gone.
+
+        The first one may wait until the worker has started, or is killed.
+        """
 
     def receive(self) -> WorkerMessage:
         """Wait for the next message. Raises EOFError or OSError if the worker is gone."""
@@ -41,5 +44,5 @@ class Transport(Protocol):
         """End the worker and free all resources; blocks."""
 
 
-Launcher = Callable[[], Transport]
-"""Starts a worker. Called from any thread, and may block."""
+LaunchWorker = Callable[[], Transport]
+"""Starts a worker. Called from any thread, and may block for some seconds."""

@@ -1,0 +1,46 @@
+"""``fitloop worker``: trains one job of a program on another machine; launchers start it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from fitloop._errors import ConfigurationError
+from fitloop._processes.signals import die_with_parent
+from fitloop.backends.launched.launcher import KEY_VARIABLE
+from fitloop.backends.launched.worker import serve_program
+
+ABOUT = f"""\
+Connect to the program at ADDRESS, train one job for it, and end with the connection. A
+Launcher of fitloop.backends starts this command. The key with which worker and program
+recognize each other is in the environment variable {KEY_VARIABLE}, or in a file."""
+
+EXAMPLES = """\
+  fitloop worker node1:45123 --key-file key.txt
+  ssh node7 fitloop worker node1:45123 --key-file - < key.txt"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("address", metavar="ADDRESS", help="HOST:PORT of the program")
+    parser.add_argument("--key-file", metavar="FILE", help="file with the key; - is the input")
+    parser.add_argument("--parent", type=int, metavar="PID", help="end with this parent process")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train the job; return the exit status."""
+    if options.parent is not None:
+        die_with_parent(options.parent)
+    key = os.environ.pop(KEY_VARIABLE, "")  # not for the processes of the training
+    if options.key_file == "-":
+        key = sys.stdin.read()
+    elif options.key_file is not None:
+        key = Path(options.key_file).read_text(encoding="utf-8")
+    if not key.strip():
+        raise ConfigurationError(
+            f"there is no key; expected one in the variable {KEY_VARIABLE} or in --key-file"
+        )
+    serve_program(options.address, key.strip())
+    return 0

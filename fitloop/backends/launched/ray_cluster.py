@@ -1,0 +1,155 @@
+"""`RayBackend`: the trainings of a `Runner` on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from typing import Any
+
+from fitloop._engine.config import check_number
+from fitloop._errors import ConfigurationError
+from fitloop._processes.child import describe_exit
+from fitloop.backends.launched.backend import LauncherBackend
+from fitloop.backends.launched.launcher import WorkerOrder
+from fitloop.backends.remote.transport import WorkerExit
+
+TAIL_BYTES, TAIL_LINES = 16384, 30
+
+
+class RayBackend(LauncherBackend):
+    """Trainings on a Ray cluster: each is a process of its own, with resources that Ray gives it.
+
+    ::
+
+        backend = RayBackend(num_cpus=2, num_gpus=0.5, retries=3)
+        async with Runner(8, backend=backend, save_path="/shared/runs") as runner:
+            ...
+
+    A training waits until Ray has the resources. Everything else is as with a `LauncherBackend`:
+    the network, the ``save_path`` that all nodes share, and what comes back.
+
+    The program must run on a node of the cluster, not as a Ray Client (``ray://``). If it has not
+    called ``ray.init``, that is done with the first job; the cluster is that of ``RAY_ADDRESS``.
+    Ray is an optional package: ``pip install ray``.
+
+    Args:
+        num_cpus: logical processors of each training, and its number of intra-op threads.
+        num_gpus: GPUs of each training, such as 0.5 for a half. A training without one sees none.
+        retries: further tries, see `LauncherBackend`.
+        grace: seconds for a cancelled training, see `LauncherBackend`.
+        options: further options of Ray actors: ``resources``, ``memory``, ``runtime_env``,
+            ``scheduling_strategy``.
+
+    Raises:
+        ConfigurationError: an argument is invalid, or Ray is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_cpus: float = 1,
+        num_gpus: float = 0,
+        retries: int = 1,
+        grace: float = 10.0,
+        **options: Any,
+    ) -> None:
+        launcher = RayLauncher(num_cpus=num_cpus, num_gpus=num_gpus, **options)
+        super().__init__(launcher, retries=retries, grace=grace)
+
+
+class RayLauncher:
+    """Starts each worker as the child process of a Ray actor, which holds its resources.
+
+    The arguments are those of `RayBackend`.
+    """
+
+    def __init__(self, *, num_cpus: float, num_gpus: float, **options: Any) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise ConfigurationError(
+                "RayBackend needs Ray; install it with `pip install ray`"
+            ) from None
+        for name, value in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ConfigurationError(f"{name} is {value!r:.60}; expected a number from 0 on")
+        self._ray: Any = ray
+        self._sees_gpus = num_gpus > 0
+        self.threads = check_number("num_cpus", max(1, int(num_cpus)), 1)
+        self._options = {
+            **options,
+            **{"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": 0},
+        }
+
+    @property
+    def host(self) -> str:
+        """The address of this node in the cluster; joins the cluster first."""
+        ray = self._ray
+        if not ray.is_initialized():
+            ray.init()
+        return str(ray.util.get_node_ip_address())
+
+    def start(self, order: WorkerOrder) -> RayWorker:
+        """Make an actor; Ray starts it when it has the resources."""
+        environment = order.environment()
+        if not self._sees_gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        actor = self._ray.remote(WorkerActor).options(**self._options).remote()
+        return RayWorker(self._ray, actor, actor.run.remote(order.arguments(), environment))
+
+
+class WorkerActor:
+    """Runs a worker in a child process of a Ray actor, which does not import torch."""
+
+    def run(self, arguments: list[str], environment: dict[str, str]) -> tuple[str, int, list[str]]:
+        """Run the worker to its end; return how it ended, its exit code, and its last lines."""
+        command = [sys.executable, *arguments, "--parent", str(os.getpid())]
+        with tempfile.TemporaryFile() as log:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+            code = process.wait()
+            log.seek(max(0, log.seek(0, 2) - TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+        return f"(pid {process.pid} on {os.uname().nodename}) {describe_exit(code)}", code, lines
+
+
+class RayWorker:
+    """The actor of a worker: a `LaunchedWorker`."""
+
+    def __init__(self, ray: Any, actor: Any, running: Any) -> None:
+        self._ray, self._actor, self._running = ray, actor, running
+        self._lines: list[str] = []
+
+    def poll(self) -> WorkerExit | None:
+        """Return None while the actor waits or runs, then how its worker has ended."""
+        ended, _ = self._ray.wait([self._running], timeout=0)
+        if not ended:
+            return None
+        try:
+            description, code, self._lines = self._ray.get(self._running)
+        except Exception as error:  # such as RayActorError: killed, out of memory, node lost
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            said = " ".join(lines)[:1000] or type(error).__name__
+            return WorkerExit(f"(a Ray actor) ended: {said}", None)
+        return WorkerExit(description, code)
+
+    def kill(self) -> None:
+        """Kill the actor, and with it the worker."""
+        with suppress(Exception):  # it has ended, or Ray has
+            self._ray.kill(self._actor, no_restart=True)
+
+    def log_tail(self) -> list[str]:
+        """Return the last lines of the worker, unless its actor was killed."""
+        return self._lines
+
+    def close(self) -> None:
+        """End the actor, so that Ray has its resources for the next one."""
+        self.kill()

@@ -1,0 +1,150 @@
+"""A launched worker and the connection to it, as a `Transport`."""
+
+from __future__ import annotations
+
+import select
+import socket
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from secrets import token_hex
+
+from fitloop import __version__
+from fitloop._processes.child import close_in_forks
+from fitloop._processes.connection import send_message
+from fitloop.backends.base import JobSpec
+from fitloop.backends.launched.claim import write_claim
+from fitloop.backends.launched.launcher import Launcher, WorkerOrder
+from fitloop.backends.launched.listener import accept_worker, open_listener, shut_down
+from fitloop.backends.launched.worker import Welcome
+from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
+from fitloop.backends.remote.transport import WorkerExit
+
+EXIT_SECONDS = 20.0
+"""for a worker without a connection to end, and for its launcher to notice"""
+SHORTEST_WAIT, LONGEST_WAIT = 0.02, 10.0
+"""seconds between two questions to a launcher whether a worker has ended; each wait is twice as
+long as the one before"""
+
+
+class WorkerConnection:
+    """A worker of a launcher and the connection to it: a `Transport`.
+
+    The worker may wait in a queue for hours. `send` waits for it, until it connects, ends or is
+    killed.
+    """
+
+    def __init__(self, launcher: Launcher, spec: JobSpec) -> None:
+        self.ready = False
+        self.is_lost = False
+        """the worker may run on: nothing says that it has ended"""
+        self._key, self._claim = token_hex(32), token_hex(16)
+        self._directory = None if spec.directory is None else spec.directory.absolute()
+        if self._directory is not None:
+            write_claim(self._directory, self._claim)
+        self._send_lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._killed = threading.Event()
+        self._wakeup, self._waking = socket.socketpair()
+        self._exit: WorkerExit | None = None
+        self._listener = open_listener(launcher.host)
+        try:
+            address = f"{launcher.host}:{self._listener.getsockname()[1]}"
+            self._worker = launcher.start(WorkerOrder(spec.name, address, self._key))
+        except BaseException:
+            self._close_sockets()
+            raise
+
+    def send(self, message: ClientMessage) -> None:
+        """Send a message; the first one waits for the worker. Raises EOFError if there is none."""
+        with self._send_lock:
+            if self._connection is None:
+                self._connection = self._wait_for_connection()
+                send_message(self._connection, self._welcome())
+            send_message(self._connection, message)
+
+    def receive(self) -> WorkerMessage:
+        """Wait for the next message."""
+        assert self._connection is not None, "the first message is sent before"
+        message: WorkerMessage = self._connection.recv()
+        return message
+
+    def kill(self) -> None:
+        """End the worker at once, or stop waiting for it."""
+        self._killed.set()
+        self._waking.send(b"k")
+        self._worker.kill()
+        if self._connection is not None:  # a machine that is lost does not close it
+            shut_down(self._connection)
+
+    def wait_for_exit(self) -> WorkerExit:
+        """Disconnect, and wait until the launcher says how the worker has ended."""
+        if self._connection is not None:
+            self._connection.close()
+        ended = self._wait_until_ended()
+        if ended is None:
+            self.is_lost = True
+            self._worker.kill()
+            return WorkerExit(
+                "was lost: the connection to it broke, and its launcher does not say that it has "
+                "ended",
+                None,
+            )
+        if not self.ready:
+            ended = ended._replace(description=f"{ended.description} before it could begin")
+        return ended
+
+    def log_tail(self) -> list[str]:
+        """Return the last lines of the worker's log."""
+        return self._worker.log_tail()
+
+    def close(self) -> None:
+        """End the worker, which does so by itself without a connection, and free all resources."""
+        self._close_sockets()
+        if self._connection is None or self.is_lost or self._wait_until_ended() is None:
+            self._worker.kill()
+        self._worker.close()
+
+    def _wait_for_connection(self) -> Connection:
+        seconds = SHORTEST_WAIT
+        while True:
+            ready, _, _ = select.select([self._listener, self._wakeup], [], [], seconds)
+            if self._killed.is_set():
+                raise EOFError
+            if self._listener in ready:
+                connection = accept_worker(self._listener, self._key.encode())
+                if connection is not None:
+                    close_in_forks(connection)
+                    self._listener.close()
+                    return connection
+            elif (ended := self._worker.poll()) is not None:
+                self._exit = ended
+                raise EOFError
+            seconds = min(2 * seconds, LONGEST_WAIT)
+
+    def _welcome(self) -> Welcome:
+        directory = None if self._directory is None else str(self._directory)
+        return {
+            "version": __version__,
+            "path": [entry for entry in sys.path if entry],
+            "directory": directory,
+            "claim": self._claim,
+        }
+
+    def _wait_until_ended(self) -> WorkerExit | None:
+        """Return how the worker has ended; None if that is not known after `EXIT_SECONDS`."""
+        deadline, seconds = time.monotonic() + EXIT_SECONDS, SHORTEST_WAIT
+        while self._exit is None:
+            self._exit = self._worker.poll()
+            if self._exit is None:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(seconds)
+                seconds = min(2 * seconds, 1.0)
+        return self._exit
+
+    def _close_sockets(self) -> None:
+        for one in (self._listener, self._wakeup, self._waking, self._connection):
+            if one is not None:
+                one.close()
