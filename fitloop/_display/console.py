@@ -77,7 +77,7 @@ def has_color() -> bool:
     return not os.environ.get("NO_COLOR")
 
 
-_COLORS = {"green": 32, "yellow": 33, "cyan": 36}
+_COLORS = {"red": 31, "green": 32, "yellow": 33, "cyan": 36}
 
 
 def colored(text: str, color: str) -> str:

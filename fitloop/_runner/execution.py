@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import isawaitable
@@ -21,9 +22,11 @@ import torch
 from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled
 from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
+from fitloop._display.console import colored, write_output
 from fitloop._display.run_group import RUN_GROUP, RunGroup
-from fitloop._errors import ConfigurationError, add_note_safely
+from fitloop._errors import ConfigurationError, add_note_safely, one_line
 from fitloop._events import Event
+from fitloop._format import format_duration, printable
 from fitloop._runner.jobs import Outcome, clear_frames, new_outcome
 from fitloop._runner.outcomes import load_done_outcome, write_outcome
 from fitloop._system import accelerator, available_cores
@@ -92,6 +95,10 @@ class JobExecutor:
         except BaseException as error:
             outcome = self._failed(outcome, error)
         outcome = replace(outcome, seconds=time.perf_counter() - start)
+        if outcome.status == "failed" and _prints(spec):
+            self.group.prints = True
+            with anyio.CancelScope(shield=True), suppress(anyio.get_cancelled_exc_class()):
+                await run_in_thread(spec.name, partial(write_output, _failed_text(outcome)))
         if spec.directory is not None:
             with anyio.CancelScope(shield=True):  # the file must agree with the outcome
                 try:
@@ -141,6 +148,21 @@ def _begin(outcome: Outcome, directory: Path) -> Outcome | None:
     if done is None:
         write_outcome(outcome)  # a killed sweep shows the job's name and arguments too
     return done
+
+
+def _prints(spec: JobSpec) -> bool:
+    """Return whether the run of a job prints, by its arguments."""
+    return bool(spec.options.get("verbose", True) and spec.options.get("print_every", 1))
+
+
+def _failed_text(outcome: Outcome) -> str:
+    """Return the line that tells of a failed job, whose outcome may never be looked at."""
+    assert outcome.error is not None
+    failed = colored("failed", "red")
+    reason = printable(one_line(outcome.error))
+    return (
+        f"{printable(outcome.name)} {failed} after {format_duration(outcome.seconds)}: {reason}\n"
+    )
 
 
 def is_job_error(error: BaseException) -> bool:

@@ -944,3 +944,16 @@ async def test_outcome_when_it_is_being_written_as_all_are_cancelled_then_is_wha
     assert isinstance(outcome.error, ValueError)
     results = await anyio.to_thread.run_sync(read_results, tmp_path)
     assert results["bad"].status == "failed"
+
+
+async def test_job_when_it_fails_then_a_line_says_so_unless_it_is_quiet(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(reason: str) -> FitLoop:
+        raise ValueError(reason)
+
+    async with Runner() as runner:
+        runner.submit(fail, "no data", name="loud")
+        runner.submit(fail, "told to nobody", name="quiet", **QUIET)
+    words = r"loud failed after [0-9.]+ m?s: ValueError: no data\n"
+    assert re.fullmatch(words, capsys.readouterr().out)
