@@ -114,6 +114,7 @@ class WorkerActor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,  # Ctrl-C is for the program, which cancels the job
             )
             code = process.wait()
             log.seek(max(0, log.seek(0, 2) - TAIL_BYTES))
