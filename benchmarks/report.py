@@ -24,6 +24,10 @@ def method_of(docstring: str | None) -> str:
     return " ".join((docstring or "").split("\n\n", 1)[1].split())
 
 
+OUTDATED = "to be measured again"
+"""name of the note of a stored report that says how the benchmark has changed since"""
+
+
 @dataclass(frozen=True)
 class Spread:
     """The median of the rounds, with the smallest and the largest value."""
