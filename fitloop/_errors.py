@@ -317,9 +317,10 @@ class OutputWarning(RuntimeWarning):
 
 @public
 class RanksWarning(RuntimeWarning):
-    """Several processes that were started together, as by ``torchrun``, train models of their own.
+    """Several processes that were started together, as by ``torchrun``, train on the same data.
 
-    Each sees all the data, and their weights are never compared.
+    Each trains a model of its own, since ``parallel`` is not given; or they train one model, and
+    are given the same batches.
     """
 
 

@@ -92,6 +92,7 @@ class Shares:
         Raises ConfigurationError for a loader whose batches cannot be shared out.
         """
         if not is_shareable(loader):
+            _check_samplers(name, loader, rank, size)
             return loader
         _check(name, loader, size, trains=trains)
         shares = self._shares.setdefault(loader, {})
@@ -111,8 +112,26 @@ def is_shareable(loader: Any) -> bool:
     """Return whether a loader is a DataLoader of samples that no sampler of the user shares out."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False
-    samplers = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", 0)]
-    return not any(hasattr(sampler, "num_replicas") for sampler in samplers)
+    return not _sharing_samplers(loader)
+
+
+def _sharing_samplers(loader: Any) -> list[Any]:
+    """Return the samplers of a DataLoader that share out samples, as a DistributedSampler."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = [getattr(loader, "sampler", None), batch_sampler]
+    samplers.append(getattr(batch_sampler, "sampler", None))
+    return [sampler for sampler in samplers if hasattr(sampler, "num_replicas")]
+
+
+def _check_samplers(name: str, loader: Any, rank: int, size: int) -> None:
+    for sampler in _sharing_samplers(loader) if isinstance(loader, DataLoader) else []:
+        given = sampler.num_replicas, getattr(sampler, "rank", rank)
+        if given != (size, rank):
+            raise ConfigurationError(
+                f"the {type(sampler).__name__} of {name} is for rank {given[1]} of {given[0]}, and "
+                f"this is rank {rank} of {size}; leave num_replicas and rank out, or the sampler: "
+                "a DataLoader is shared out without one"
+            )
 
 
 def _check(name: str, loader: DataLoader[Any], size: int, *, trains: bool) -> None:

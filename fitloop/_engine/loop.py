@@ -270,7 +270,7 @@ class Engine:
         if parallel is None:
             return batches
         self.activity = f"{phase}, epoch {epoch}, comparing the ranks"
-        return parallel.begin_pass(phase, batches)
+        return parallel.begin_pass(phase, loader, batches)
 
     def _gather(self, writer: StateWriter, loader: Any, *, complete: bool) -> bool:
         """Gather the values of all ranks after a pass; return whether all have completed it.

@@ -67,6 +67,9 @@ class GradientRanks(Protocol):
     def reduces_in_backward(self) -> bool:
         """Return whether the last backward pass has exchanged gradients."""
 
+    def check_gradients(self) -> None:
+        """Raise ConfigurationError if the last backward pass cannot have exchanged them all."""
+
     def average(self, parameters: Iterable[Any]) -> None:
         """Replace gradients by their means over all ranks."""
 
@@ -438,6 +441,8 @@ class OptimizerSteps:
             for window in windows:
                 ranks.average(parameters_of(window.optimizer))
             ranks.reduce_in_backward(reduces=True)
+        else:
+            ranks.check_gradients()
         weights = ranks.mean_weights([window.weight for window in windows])
         for window, weight in zip(windows, weights, strict=True):
             window.weight = weight

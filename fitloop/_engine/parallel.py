@@ -6,7 +6,9 @@ the other ranks through a `World`, and wraps the model in DistributedDataParalle
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fitloop._concurrency.control import Cancelled
 from fitloop._data.carried_state import carried_states, set_carried_states
+from fitloop._data.device import map_tensors
 from fitloop._data.inspection import GIVEN_SAMPLER
 from fitloop._data.sources import END
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.loop_state import LoopState, StateWriter
 from fitloop._engine.wrapping import unwrap, wrapped
-from fitloop._errors import RanksError
+from fitloop._errors import ConfigurationError, RanksError, RanksWarning, warn_user
 from fitloop._metrics.merging import merged
 from fitloop._ranks.control import SharedControl
 from fitloop._ranks.votes import Votes
@@ -38,6 +41,7 @@ class ParallelRun:
         """batches of the present pass that all ranks have; None if it is not known"""
         self._are_alike = True
         """whether all ranks have as many batches in the present pass"""
+        self._compares_batch = self._has_compared = False
 
     @property
     def is_first(self) -> bool:
@@ -80,7 +84,16 @@ class ParallelRun:
                 control.cancel_alone()
             return control.cancelled
 
-        answer = self.world.answer(ask if self.is_first else None, is_cancelled)
+        def ask_here() -> bool:
+            try:
+                return ask()
+            except Cancelled:
+                if control.failure is not None:
+                    raise
+                control.cancel()  # the other ranks learn it in the next vote
+                return False
+
+        answer = self.world.answer(ask_here if self.is_first else None, is_cancelled)
         if answer is None:
             raise Cancelled
         return bool(answer)
@@ -95,6 +108,23 @@ class ParallelRun:
     def reduces_in_backward(self) -> bool:
         """Return whether the last backward pass has exchanged gradients."""
         return bool(getattr(self._config.wrapper, "require_backward_grad_sync", True))
+
+    def check_gradients(self) -> None:
+        """Raise ConfigurationError if the last backward pass cannot have exchanged all gradients.
+
+        The ranks would wait for a gradient that does not come.
+        """
+        wrapper: Any = self._config.wrapper
+        if getattr(wrapper, "find_unused_parameters", True) or wrapper.static_graph:
+            return
+        for name, parameter in self._config.model.named_parameters():
+            if parameter.grad is None and parameter.requires_grad:
+                raise ConfigurationError(
+                    f"the loss of this batch does not depend on the parameter {name!r}, and "
+                    "parallel='ddp' exchanges the gradients of all parameters in each batch; give "
+                    "parallel=lambda model: DistributedDataParallel(model, "
+                    "find_unused_parameters=True), or freeze the parameter"
+                )
 
     def average(self, parameters: Iterable[Any]) -> None:
         """Replace gradients by their means over all ranks."""
@@ -124,15 +154,19 @@ class ParallelRun:
 
     # -- a pass ------------------------------------------------------------------------------------
 
-    def begin_pass(self, phase: Phase, batches: int | None) -> int | None:
+    def begin_pass(self, phase: Phase, loader: Any, batches: int | None) -> int | None:
         """Compare the ranks before a pass, and return its number of batches on this rank.
 
         Raises `RanksError` if they are not alike before a train phase.
         """
+        self._compares_batch = (
+            phase is Phase.TRAIN and not self._has_compared and not hasattr(loader, GIVEN_SAMPLER)
+        )
         lengths = self.world.gather(batches)
         self._limit = None if None in lengths else min(lengths)
         self._are_alike = len(set(lengths)) == 1 and self._limit is not None
         if phase is not Phase.TRAIN:
+            self._share_buffers()  # those of an average are computed by each rank
             return batches
         config = self._config
         if set(_trained(config.model)) != set(_trained_by(config.wrapper, config.model)):
@@ -156,7 +190,13 @@ class ParallelRun:
 
     def fetch(self, state: LoopState, fetch: Callable[[], Any]) -> Callable[[], Any]:
         """Return a function that reads a batch as long as all ranks have one, in a train phase."""
-        if not state.is_train or self._are_alike:
+        if not state.is_train:
+            return fetch
+        fetch = self._ended_together(state, fetch)
+        return partial(self._compared, fetch) if self._compares_batch else fetch
+
+    def _ended_together(self, state: LoopState, fetch: Callable[[], Any]) -> Callable[[], Any]:
+        if self._are_alike:
             return fetch
         limit, world = self._limit, self.world
 
@@ -170,6 +210,26 @@ class ParallelRun:
             return END if has_ended.item() else batch
 
         return fetch_together if limit is None else fetch_some
+
+    def _compared(self, fetch: Callable[[], Any]) -> Any:
+        """Read a batch; warn if the first one of a run is the same on two ranks."""
+        batch = fetch()
+        if self._has_compared:
+            return batch
+        self._has_compared = True
+        ranks: dict[Any, int] = {}
+        for rank, bits in enumerate(self.world.gather(None if batch is END else _bits(batch))):
+            other = ranks.setdefault(bits, rank)
+            if bits and other != rank and self.is_first:
+                warn_user(
+                    f"the first train batches of rank {other} and of rank {rank} are the same: a "
+                    "loader that is no DataLoader of samples is not shared out, and every rank "
+                    "reads all that it is given. Give each its part, such as "
+                    "batches[world.rank::world.size]",
+                    RanksWarning,
+                )
+                break
+        return batch
 
     def boundary(self, state: LoopState) -> Callable[[], object]:
         """Return a function to call after each batch: it votes while all ranks have a batch."""
@@ -235,6 +295,20 @@ def checksum(model: nn.Module) -> list[int]:
             total = bits.sum(dtype=None if kind is None else torch.int64)
             sums[parameter.dtype] = sums.get(parameter.dtype, 0) + total
     return [value.item() for value in sums.values()]
+
+
+def _bits(batch: Any) -> tuple[Any, ...]:
+    """Return a checksum of each tensor of a batch that has elements."""
+    sums: list[Any] = []
+
+    def add(item: Any) -> Any:
+        if isinstance(item, Tensor) and item.layout is torch.strided and item.numel():
+            values = item.detach().cpu().contiguous().flatten()
+            sums.append((tuple(item.shape), zlib.crc32(bytes(values.view(torch.uint8).numpy()))))
+        return item
+
+    map_tensors(batch, add)
+    return tuple(sums)
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fitloop._concurrency.event_loops import loop_scheduler
-from fitloop._errors import ConfigurationError, RanksError, add_note_safely
+from fitloop._errors import ConfigurationError, FitLoopError, RanksError, add_note_safely
 from fitloop._public import public
 from fitloop._ranks.launcher import launched_size
 
@@ -221,7 +221,8 @@ class World:
     def answer(self, ask: Callable[[], Any] | None, is_over: Callable[[], bool]) -> Any:
         """Return what ``ask`` returns on rank 0, which alone calls it.
 
-        The others wait for it without a timeout; None if ``is_over`` returns true meanwhile.
+        The others wait for it without a timeout; None if ``is_over`` returns true meanwhile. Raises
+        RanksError if a rank fails meanwhile.
         """
         self._check()
         key = f"fitloop/answer/{self._questions}"
@@ -235,6 +236,8 @@ class World:
         while not store.check([key]):
             if is_over():
                 return None
+            if store.check([_FAILURE]):
+                raise RanksError("another rank has failed while rank 0 was asking whether to go on")
             time.sleep(ANSWER_SECONDS)
         return pickle.loads(store.get(key))
 
@@ -312,5 +315,7 @@ def _store() -> Any:
 
 
 def _is_of_connection(error: BaseException) -> bool:
+    if isinstance(error, FitLoopError):
+        return False
     text = f"{type(error).__name__}: {error}".lower()
     return any(word in text for word in ("gloo", "nccl", "connection", "distributed"))

@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 
 from fitloop._concurrency.control import RunControl
+from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._engine.parallel import ParallelRun
 from fitloop._engine.plan import RunPlan
 from fitloop._errors import BusyError, ConfigurationError, one_line
@@ -26,11 +27,17 @@ SHARED_CALLS = ("fit", "test", "run_sanity_check", "run_profiler")
 def world_of(state: TrainerState) -> World | None:
     """Return the ranks that train a trainer together; None if this process trains it alone.
 
-    Raises ConfigurationError if several processes were started and are not connected.
+    Raises ConfigurationError if several processes were started and are not connected, or in a job
+    of a `Runner`.
     """
     if state.config.parallel is None:
         return None
     world, launched = current_world(), launched_size()
+    if launched > 1 and TRAINER_DEFAULTS.get().sweep is not None:
+        raise ConfigurationError(
+            f"parallel is {state.config.parallel!r:.60} in a job of a Runner, whose jobs have no "
+            "order that all ranks share; call fit() of the trainer without a Runner"
+        )
     if world is None and launched > 1:
         raise ConfigurationError(
             f"parallel is {state.config.parallel!r:.60}, and {launched} processes were started "

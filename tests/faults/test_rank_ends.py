@@ -9,7 +9,6 @@ import pytest
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("fork_server", "rank_store")
-PHASES = ("train", "valid")
 
 
 def ended(how: str, rank: int, phase: str, path: Path) -> list[dict[str, Any]]:
@@ -18,7 +17,7 @@ def ended(how: str, rank: int, phase: str, path: Path) -> list[dict[str, Any]]:
     return [reports[rank], reports[1 - rank]]
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", ["train", "valid"])
 def test_stop_when_called_on_one_rank_then_both_end_at_one_batch(
     phase: str, tmp_path: Path
 ) -> None:
@@ -29,9 +28,15 @@ def test_stop_when_called_on_one_rank_then_both_end_at_one_batch(
     assert one["status"] == other["status"] == 0
 
 
-@pytest.mark.parametrize(("how", "status"), [("cancel", 1), ("SIGTERM", 143)])
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "status", "phase", "rank"),
+    [
+        ("cancel", 1, "train", 0),
+        ("cancel", 1, "valid", 1),
+        ("SIGTERM", 143, "train", 1),
+        ("SIGTERM", 143, "valid", 0),
+    ],
+)
 def test_cancellation_when_of_one_rank_then_both_end_at_one_batch(
     how: str, status: int, phase: str, rank: int, tmp_path: Path
 ) -> None:
@@ -44,8 +49,7 @@ def test_cancellation_when_of_one_rank_then_both_end_at_one_batch(
     assert list(tmp_path.glob("snapshots/*"))
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("phase", "rank"), [("train", 0), ("valid", 1)])
 def test_exception_when_on_one_rank_then_the_other_names_it(
     phase: str, rank: int, tmp_path: Path
 ) -> None:
@@ -57,9 +61,9 @@ def test_exception_when_on_one_rank_then_the_other_names_it(
     assert f"{phase}, epoch 2, batch_step of batch 2" in notes
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_rank_when_killed_then_the_other_one_fails(rank: int, tmp_path: Path) -> None:
-    one, other = ended("SIGKILL", rank, "train", tmp_path)
+@pytest.mark.parametrize(("phase", "rank"), [("train", 0), ("valid", 1)])
+def test_rank_when_killed_then_the_other_one_fails(phase: str, rank: int, tmp_path: Path) -> None:
+    one, other = ended("SIGKILL", rank, phase, tmp_path)
     assert one["status"] == -9
     assert other["status"] == 1
     assert "another rank has ended" in "\n".join(other["notes"]), other

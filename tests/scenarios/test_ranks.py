@@ -12,10 +12,29 @@ from support.ranks import run_ranks
 pytestmark = pytest.mark.usefixtures("fork_server", "rank_store")
 
 
+WARNED = ["the first train batches of rank 0 and of rank 1 are the same"]
+REFUSED = {
+    "runner": "parallel is 'ddp' in a job of a Runner",
+    "wrong_sampler": "the DistributedSampler of train_dl is for rank 0 of 3, and this is rank 0 of",
+}
+
+
 def check_close(left: Any, right: Any) -> None:
     """Check that two nested lists of numbers are equal within 1e-6."""
     for one, other in zip(left, right, strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-6, atol=1e-6)
+
+
+def check_alike(left: Any, right: Any) -> None:
+    """Check nested dicts and lists: equal, and numbers within 1e-6."""
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        left, right = list(left.values()), list(right.values())
+    if isinstance(left, list):
+        for one, other in zip(left, right, strict=True):
+            check_alike(one, other)
+    else:
+        assert left == (pytest.approx(right, abs=1e-6) if isinstance(left, float) else right)
 
 
 @pytest.mark.parametrize(
@@ -43,14 +62,41 @@ def test_two_ranks_when_trained_then_equal_one_process_with_larger_batches(
 
 
 def test_training_when_cancelled_in_an_epoch_then_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    def train(path: Path, cancelled: bool) -> list[dict[str, Any]]:
-        return run_ranks("support.rank_trainings", "resumed", path, str(cancelled))
+    def train(path: Path, cancelled: bool, epochs: int = 3, size: int = 2) -> list[dict[str, Any]]:
+        arguments = ("resumed", path, str(cancelled), str(epochs))
+        return run_ranks("support.rank_trainings", *arguments, size=size)
 
     whole = train(tmp_path / "whole", False)
     train(tmp_path / "parts", True)
+    [refused] = train(tmp_path / "parts", False, size=1)
+    assert "is in the middle of an epoch of 2 ranks, and there are 1 now" in refused["errors"]
     parts = train(tmp_path / "parts", False)
     began = parts[0]["began"][0]
     assert 101 // 3 + 1 < began < 2 * (101 // 3 + 1), (began, parts[0]["errors"])
     assert parts[0]["weights"] == whole[0]["weights"]
     assert parts[0]["metrics"] == whole[0]["metrics"]
     assert parts[1]["weights"] == whole[1]["weights"]
+    [more] = train(tmp_path / "parts", False, epochs=4, size=1)
+    assert more["status"] == 0, more["errors"]
+    assert more["began"] == [3 * (101 // 3 + 1)]
+    assert "ResumeWarning: resuming:" in more["errors"]
+
+
+@pytest.mark.parametrize("group", ["FEATURES", "LOADERS"])
+def test_features_when_on_two_ranks_then_equal_one_process(group: str, tmp_path: Path) -> None:
+    [alone] = run_ranks("support.rank_paths", group, tmp_path / "1", size=1)
+    first, second = run_ranks("support.rank_paths", group, tmp_path / "2")
+    assert (first["status"], second["status"]) == (0, 0), first["errors"] + second["errors"]
+    for name in ("lines", "status", "errors"):
+        del first[name]
+    for name, values in first.items():
+        expected = WARNED if name == "whole_list" else []
+        assert [text[: len(WARNED[0])] for text in values.pop("warnings")] == expected, name
+        message = REFUSED.get(name)
+        if message is not None:
+            assert message in values.pop("refusal")
+        for key, value in values.items():
+            assert second[name][key] == value, (name, key)  # to the bit
+            # Each rank has its own statistics of a batch, and rounds to bf16 by itself.
+            if name not in ("batch_norm", "swa", "bf16"):
+                check_alike(value, alone[name][key])

@@ -83,7 +83,7 @@ async def equal(world: World, accumulate: str, nonfinite: str) -> None:
     report(**facts(trainer), epochs=result.epochs, step=step, heard=len(heard))
 
 
-async def resumed(world: World, path: str, cancelled: str) -> None:
+async def resumed(world: World, path: str, cancelled: str, epochs: str) -> None:
     """Train with dropout, perhaps cancelled in the middle of epoch 2, or resumed from there."""
     votes.SHARE = 1.0  # a vote at nearly each batch
     net = model(dropout=0.5)
@@ -111,7 +111,11 @@ async def resumed(world: World, path: str, cancelled: str) -> None:
     first: list[Any] = []
     with suppress(asyncio.CancelledError):
         await trainer.fit(
-            3, resume=True, checkpoint=Checkpoint(keep=None), callbacks=[first.append], **QUIET
+            int(epochs),
+            resume=True,
+            checkpoint=Checkpoint(keep=None),
+            callbacks=[first.append],
+            **QUIET,
         )
     steps = [event.step for event in first if isinstance(event, RunStarted)]
     report(**facts(trainer), began=steps)
