@@ -92,15 +92,16 @@ def comma_list(names: Iterable[str]) -> str:
 
 
 def format_number(value: float) -> str:
-    """Return a number with four decimals, or four significant digits where these tell more.
+    """Return a number with four decimals below ten, and with four significant digits elsewhere.
 
-    ``0.5280``, ``0.0100`` and ``12.3457`` have decimals; ``0.001234``, ``1e-05`` and ``2.853e+28``
-    have significant digits. Numbers from ten thousand to ten million are rounded to whole ones.
+    ``0.5280`` and ``0.0100`` have decimals; ``12.35``, ``0.001234``, ``1e-05`` and ``2.853e+28``
+    have significant digits. Numbers from a thousand to ten million are rounded to whole ones.
     """
     size = abs(value)
-    if 1e4 <= size < 1e7:
-        return f"{value:.0f}"
-    return f"{value:.4f}" if 0.01 <= size < 1e4 or value == 0 else short_number(value)
+    if 0.01 <= size < 1e7 or value == 0:
+        decimals = 4 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0
+        return f"{value:.{decimals}f}"
+    return short_number(value)
 
 
 def short_number(value: float) -> str:

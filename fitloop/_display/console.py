@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import weakref
 from contextlib import suppress
@@ -70,6 +71,13 @@ def can_draw() -> bool:
     if os.name == "nt":  # older consoles of Windows do not
         return "WT_SESSION" in os.environ or "TERM" in os.environ
     return os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+
+
+def printed_width() -> int | None:
+    """Return the columns of the terminal that prints go to; None if they go elsewhere."""
+    if not is_interactive():
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def has_color() -> bool:

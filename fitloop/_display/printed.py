@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from fitloop._display.console import colored, write_output
+from fitloop._display.console import colored, printed_width, write_output
 from fitloop._display.run_group import RUN_GROUP
 from fitloop._display.status import RunStatus, best_of
 from fitloop._events import (
@@ -206,7 +206,10 @@ class EpochTable:
         names: Sequence[str] | None,
         best: str,
     ) -> str:
-        """Return the line of an epoch, after the two lines of the head if the columns are new."""
+        """Return the line of an epoch, after the two lines of the head if the columns are new.
+
+        On a narrow terminal it has no rates, and no time either if that is not enough.
+        """
         cells = {
             (phase, name): format_number(metrics[name])
             for phase, metrics in event.metrics.items()
@@ -218,6 +221,11 @@ class EpochTable:
         cells["", "time"] = format_duration(event.seconds)
         total = str(event.epochs)
         width = max(5, 2 * len(total) + 1)
+        if (columns := printed_width()) is not None:
+            room = columns - display_width(lead) - width - len("  stopped")
+            for column in (("", "lr"), ("", "time")):
+                if sum(2 + max(len(name), 6) for _phase, name in cells) > room:
+                    cells.pop(column, None)
         number = f"{f'{event.epoch_in_run}/{total}':>{width}}"
         head = self._head(lead, width, list(cells))
         self._widths = [
@@ -235,7 +243,7 @@ class EpochTable:
             return ""
         self._printed = room, width, columns
         names = [printable(name) for _phase, name in columns]
-        # A wider cell, such as 12.3457, widens its column from its row on.
+        # A wider cell, such as 2.853e+28, widens its column from its row on.
         self._widths = [max(len(name), 6) for name in names]
         phases, before = list[str](), ""
         for phase, _name in columns:
