@@ -96,7 +96,7 @@ $(RAY)/.installed: $(STAMP)
 	@touch $@
 
 test-ray: $(RAY)/.installed
-	PYTHONPATH=$(CURDIR) $(RAY)/bin/python -m pytest tests/ray
+	PYTHONPATH=$(CURDIR) $(RAY)/bin/python -m pytest tests/ray_cluster
 
 docs: .venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

@@ -61,7 +61,11 @@ async def test_result_when_completed_then_tells_of_this_run_only() -> None:
     assert result.best_epoch == fitted.best_epoch
     assert result.seconds > 0
     assert str(result).startswith("3 epochs in ")
-    assert repr(result) == f"<FitResult completed: 3 epochs, best {result.best_score:.4f}>"
+    assert result.best_epoch is not None
+    best = f"best accuracy {result.best_score:.4f} in epoch {result.best_epoch - 2} of this fit"
+    assert repr(result) == (
+        f"<FitResult completed: 3 epochs, {best}, {result.best_epoch} over all fits>"
+    )
 
 
 async def test_fit_when_epochs_is_zero_then_only_pre_and_postloop_run() -> None:

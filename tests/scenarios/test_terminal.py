@@ -321,6 +321,7 @@ asyncio.run(main())
 def test_question_when_answered_then_run_does_so(keys: str, shows: str, reason: str) -> None:
     with run_in_terminal(ASKS) as terminal:
         terminal.until(rf"{epoch(1, 4)}{epoch(2, 4)}{QUESTION}\n.*\n.*waits for the answer")
+        terminal.wait_until_keys_are_read()
         terminal.type(keys)
         terminal.until(reason)
         assert terminal.end() == 0

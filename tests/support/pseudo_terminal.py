@@ -9,6 +9,7 @@ import re
 import select
 import struct
 import termios
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -114,6 +115,13 @@ class Terminal:
         self.raw += text
         self._stream.feed(text)
         return bool(data)
+
+    def wait_until_keys_are_read(self) -> None:
+        """Wait until the program reads each key; until then, Ctrl-D is nothing to the terminal."""
+        deadline = time.monotonic() + TIMEOUT
+        while termios.tcgetattr(self._master)[3] & termios.ICANON:
+            assert time.monotonic() < deadline, "the program does not read keys"
+            time.sleep(0.01)  # the terminal tells nobody about its mode
 
     def type(self, keys: str) -> None:
         """Press keys."""
