@@ -33,6 +33,7 @@ from fitloop import (
 )
 from fitloop.backends import RayBackend
 
+pytest.importorskip("ray.actor")  # a folder without modules may have the name ray
 ray: Any = pytest.importorskip("ray")
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 150
