@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fitloop._display.console import colored, printed_width, write_output
-from fitloop._display.run_group import RUN_GROUP
+from fitloop._display.run_group import JOB_RUNS
 from fitloop._display.status import RunStatus, best_of
 from fitloop._events import (
     BestImproved,
@@ -88,9 +88,9 @@ class EpochPrinter:
         self._names = names
         self._style = style
         self._color = "green" if color else ""
-        self._group = RUN_GROUP.get()
-        if self._group is not None and every:
-            self._group.prints = True
+        self._job_runs = JOB_RUNS.get()
+        if self._job_runs is not None and every:
+            self._job_runs.group.prints = True
         self._epoch = ""
         self._width = 0
         self._is_best = False
@@ -183,9 +183,8 @@ class EpochPrinter:
         write_output("".join(lines))
 
     def _print_cancelled(self, event: RunEnded) -> None:
-        if self._group is not None and self._group.is_ending:
-            self._group.cancelled += 1
-            return
+        if self._job_runs is not None and not self._job_runs.is_cancelled_alone():
+            return  # the Runner prints one line for all
         word, _, details = self._run.cancelled_text(event).partition(" ")
         word = colored(word, self._color and "yellow")
         write_output(f"{self.lead}{word} {details}\n")

@@ -23,7 +23,7 @@ from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled
 from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
 from fitloop._display.console import colored, write_output
-from fitloop._display.run_group import RUN_GROUP, RunGroup
+from fitloop._display.run_group import JOB_RUNS, JobRuns, RunGroup
 from fitloop._errors import ConfigurationError, add_note_safely, one_line
 from fitloop._events import Event
 from fitloop._format import format_duration, printable
@@ -87,6 +87,7 @@ class JobExecutor:
                 done = await run_in_thread(spec.name, partial(_begin, outcome, spec.directory))
                 if done is not None:
                     return done
+            JOB_RUNS.set(JobRuns(self.group, lambda: scope.cancel_called))  # of the job's own task
             outcome = await self._train(spec, outcome)
         except anyio.get_cancelled_exc_class() as error:
             if scope.cancel_called or is_scope_cancelled():
@@ -119,7 +120,6 @@ class JobExecutor:
         defaults = replace(defaults, parameters=spec.arguments)
         callbacks = [*spec.options.get("callbacks", ()), *self.callbacks]
         spec = replace(spec, options={**spec.options, "callbacks": callbacks})
-        RUN_GROUP.set(self.group)  # of the job's own task
         run: Any = self.backend.run(spec, defaults, emit)
         training = await run if isawaitable(run) else run
         if not isinstance(training, TrainingResult):

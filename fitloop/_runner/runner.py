@@ -143,6 +143,8 @@ class Runner:
         self._fail_fast = check_flag("fail_fast", fail_fast)
         self._event_streams = EventStreams()
         self._group = RunGroup()
+        self._interrupted = 0
+        """number of jobs that ran when all were cancelled"""
         self._executor = JobExecutor(
             backend=self._backend,
             allocator=ResourceAllocator(
@@ -259,9 +261,8 @@ class Runner:
     def _cancelled_text(self) -> str:
         """Return the line for a `Runner` that was cancelled: its trainings print no lines then."""
         counts = Counter(job.status for job in self._jobs.values())
-        interrupted = self._group.cancelled
-        waiting = counts["cancelled"] - interrupted
-        parts = [f"{counts['done']} done", f"{interrupted} interrupted"]
+        waiting = counts["cancelled"] - self._interrupted
+        parts = [f"{counts['done']} done", f"{self._interrupted} interrupted"]
         parts += [f"{counts['failed']} failed"] if counts["failed"] else []
         parts += [f"{waiting} not started"] if waiting > 0 else []
         way = "" if self._save_path is None else ". Started again, the program goes on with them"
@@ -415,12 +416,13 @@ class Runner:
             self._task_group.start_soon(self._run, job, scope)
 
     async def _run(self, job: Job, scope: CancelOnceScope) -> None:
-        start, outcome = time.perf_counter(), None
+        start, outcome, has_begun = time.perf_counter(), None, False
         try:
             await anyio.lowlevel.checkpoint_if_cancelled()
             if scope.cancel_called:
                 return
             with scope:
+                has_begun = True
                 self._event_streams.push(JobStarted(trainer=job.name))
                 assert job.state is not None
                 execute = partial(self._executor.execute, job.spec, scope)
@@ -429,6 +431,10 @@ class Runner:
             self._running -= 1
             if outcome is None:
                 outcome = cancelled_outcome(job, time.perf_counter() - start)
+                if not scope.cancel_called:  # a scope around the Runner is cancelled
+                    self._group.is_ending = True
+                if has_begun and self._group.is_ending:
+                    self._interrupted += 1
             if outcome.error is not None and not is_job_error(outcome.error):
                 self._fail(outcome.error)
             self._complete(job, outcome)

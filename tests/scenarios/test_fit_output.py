@@ -320,6 +320,27 @@ async def test_runner_when_cancelled_then_one_line_counts_all_trainings(
     assert lines == [f"cancelled; of 3 trainings: {end}"] * verbose
 
 
+async def test_runner_when_its_runs_end_before_it_is_cancelled_then_one_line_counts_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with anyio.CancelScope() as scope:
+        async with Runner(2) as runner:
+            jobs = [runner.submit(trainer, name=name, epochs=10**6) for name in "abc"]
+            seen = set()
+            async with runner.events() as events:
+                async for event in events:
+                    if event.kind == "epoch_ended":
+                        seen.add(event.trainer)
+                    if len(seen) == 2:
+                        break
+            scope.cancel()
+            with anyio.CancelScope(shield=True):
+                for job in jobs:
+                    await job.outcome()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cancelled" in line]
+    assert lines == ["cancelled; of 3 trainings: 0 done, 2 interrupted, 1 not started"]
+
+
 async def test_runner_when_one_job_is_cancelled_then_its_own_line_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
