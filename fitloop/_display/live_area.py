@@ -26,7 +26,8 @@ REDRAW_SECONDS = 0.1
 """time between two drawings without a `LiveArea.refresh`"""
 
 PAUSE_SECONDS = 1.0
-"""time without a drawing after which the process was stopped, so the terminal may show anything"""
+"""time without a drawing after which the process may have been stopped by Ctrl-Z, so that the
+terminal shows something else above the cursor"""
 
 _REDRAW = re.compile(r"\r(?!\n)")
 """a carriage return that draws over the present line"""
@@ -247,14 +248,16 @@ class LiveArea:
             wake.wait(REDRAW_SECONDS)
             wake.clear()
             now = time.monotonic()
-            if now - last_drawing > PAUSE_SECONDS:  # Ctrl-Z
-                self._frame, self._cursor_row = "", 0
+            was_paused = now - last_drawing > PAUSE_SECONDS
             last_drawing = now
             with self._lock:
                 waiting, self._waiting = self._waiting, []
                 ends = not self._renderers
             try:
                 with self._terminal:
+                    if was_paused:  # or the machine was busy: then the lines begin at the cursor
+                        self._cursor_row = 0
+                        self._erase()
                     if ends:
                         self._leave()
                     else:

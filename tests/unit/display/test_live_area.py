@@ -12,7 +12,9 @@ import pyte
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.event_loops import HANG_TIMEOUT
 
+from fitloop._display import live_area
 from fitloop._display.console import fit_width
 from fitloop._display.live_area import Frame, LiveArea
 from fitloop._format import display_width
@@ -100,6 +102,17 @@ def test_lines_when_shown_then_stay_below_what_is_printed(out: FakeTerminal) -> 
     area.hide(bars)
     assert out.lines == ["printed", "and more"]
     assert out.screen.cursor.x == 0
+
+
+def test_lines_when_the_drawing_thread_was_held_up_then_nothing_of_them_is_left(
+    out: FakeTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_area, "PAUSE_SECONDS", -1.0)  # each wait was too long
+    area, bars = Area(out), paint("bar 1", "bar 2")
+    area.live.show(bars)
+    area.draw()
+    area.hide(bars)
+    assert out.lines == [""]
 
 
 def test_stream_when_nothing_is_shown_any_more_then_is_as_it_was_found(out: FakeTerminal) -> None:
@@ -337,12 +350,12 @@ def test_renderer_when_the_terminal_does_not_read_then_show_and_hide_do_not_wait
 
     def write(text: str) -> int:
         stuck.set()
-        assert free.wait(20)
+        assert free.wait(HANG_TIMEOUT)
         return FakeTerminal.write(out, text)
 
     setattr(out, "write", write)  # noqa: B010
     area.live.show(bars)
-    assert stuck.wait(20)
+    assert stuck.wait(HANG_TIMEOUT)
     area.live.show(more, first=True)
     area.live.print_above("said")
     area.live.hide(more)
