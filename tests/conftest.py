@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import inspect
+import logging
 import os
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -20,6 +21,9 @@ from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
 from support import programs, ranks
 from support.leaks import no_descriptors_left, no_threads_left, without_tasks_left
+
+# asyncio's debug mode writes a warning of each callback that takes long to stderr.
+logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 # No example fails because the machine is busy.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])

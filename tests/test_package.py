@@ -17,7 +17,7 @@ from zipfile import ZipFile
 import pytest
 from support.documents import ROOT, blocks_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow]
 
 
 class Package(NamedTuple):

@@ -299,7 +299,6 @@ def test_command_when_keep_and_quick_are_given_then_is_refused(
 
 @pytest.mark.usefixtures("forked_contenders")
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_overhead_when_two_loops_are_measured_then_each_case_has_a_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -327,7 +326,6 @@ def test_overhead_when_two_loops_are_measured_then_each_case_has_a_table(
 
 @pytest.mark.usefixtures("forked_contenders")
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_overlap_when_one_cell_is_measured_then_each_kind_of_loader_has_a_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,7 +12,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("fork_server")
 def test_demo_when_run_then_reaches_its_accuracy_and_saves_its_curves(tmp_path: Path) -> None:
     out = tmp_path / "curves.png"

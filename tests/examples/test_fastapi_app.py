@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from support.event_loops import HANG_TIMEOUT
 from support.example_service import EXAMPLES  # finds the example, too
 
 # isort: split
@@ -45,7 +46,7 @@ async def client_of_app() -> AsyncIterator[httpx.AsyncClient]:
         await server.has_started.wait()
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        async with httpx.AsyncClient(base_url=url, timeout=40, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=HANG_TIMEOUT, trust_env=False) as client:
             yield client
     finally:
         server.should_exit = True

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.timeout(300)
 def test_finetune_when_run_then_ends_early_with_its_accuracy(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "finetune.py")],

@@ -82,7 +82,6 @@ CHECKS = {"Basic Usage": check_basic, "Usage": check_usage}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_notebooks_when_executed_then_show_what_they_say(tmp_path: Path) -> None:
     # In a process of its own, since the client keeps an event loop open for the next notebook.
     script = str(ROOT / "tests" / "support" / "notebooks.py")

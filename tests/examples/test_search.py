@@ -14,7 +14,7 @@ from support.programs import run_program, started
 SCRIPT = Path(__file__).parents[2] / "examples" / "search.py"
 ROW = re.compile(r"^ +(\d+)  (complete|pruned)  ", re.MULTILINE)
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fork_server"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fork_server")]
 
 
 def command(*options: str) -> list[str]:

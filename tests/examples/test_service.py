@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import psutil
 import pytest
+from support.event_loops import HANG_TIMEOUT
 from support.example_service import (  # finds the example, too
     EXAMPLES,
     EventData,
@@ -596,7 +597,6 @@ async def test_server_when_it_ends_then_streams_and_trainings_end_whole() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(
@@ -622,11 +622,10 @@ async def test_program_when_signalled_then_it_ends_whole_with_a_stream_open(
     assert rest[-1]["status"] == "interrupted"
     assert "Finished server process" in printed
     assert "Traceback" not in printed
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert not psutil.wait_procs(children, timeout=HANG_TIMEOUT)[1]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 @pytest.mark.usefixtures("fork_server")
 async def test_program_when_killed_and_started_again_then_its_training_goes_on(
     tmp_path: Path,
@@ -650,7 +649,6 @@ async def test_program_when_killed_and_started_again_then_its_training_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 async def test_process_backend_when_used_then_question_cancel_and_error_cross() -> None:
     async with run_service("process", max_concurrent=1) as service:
         await service.start(epochs=2, ask_every=1)

@@ -10,7 +10,7 @@ from support.programs import run_program
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fork_server")]
 
 
 def test_gan_when_run_then_its_points_come_near_the_real_ones(tmp_path: Path) -> None:

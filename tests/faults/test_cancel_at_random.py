@@ -103,7 +103,6 @@ def _checked_trainer(wire: Tripwire, luck: random.Random) -> CheckedTrainer:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 async def test_cancel_when_at_two_hundred_random_points_leaves_nothing_and_trains_on(
     anyio_backend_name: str,
 ) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from support.event_loops import HANG_TIMEOUT
 from support.programs import Program, started
 
 pytestmark = [
@@ -15,8 +16,6 @@ pytestmark = [
     pytest.mark.usefixtures("fork_server"),
     pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send"),
 ]
-END_TIMEOUT = 45.0
-"""seconds in which a program that was interrupted must end"""
 
 
 HEAD = """
@@ -203,7 +202,7 @@ class Script:
         """Return the rest of its output, its errors, and its exit code."""
         self._process.stdin.close()
         output, errors = self._process.stdout.read(), self._process.stderr.read()
-        return output, errors, self._process.wait(END_TIMEOUT)
+        return output, errors, self._process.wait(HANG_TIMEOUT)
 
 
 @contextmanager

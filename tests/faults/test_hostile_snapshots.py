@@ -513,11 +513,11 @@ def test_resume_when_a_snapshot_is_a_pipe_then_it_is_not_waited_for(tmp_path: Pa
 
     thread = threading.Thread(target=fit)
     thread.start()
-    thread.join(2)
+    thread.join(HANG_TIMEOUT)
     waited = thread.is_alive()
     if waited:
         os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
-    thread.join(HANG_TIMEOUT)
+        thread.join()
     assert not waited
     assert ended
 

@@ -164,7 +164,7 @@ def test_program_when_killed_then_no_process_of_its_loaders_is_left(tmp_path: Pa
         children = psutil.Process(program.pid).children(recursive=True)
         assert any(is_worker(child) for child in children)
         program.kill()
-    _gone, left = psutil.wait_procs(children, timeout=20)
+    _gone, left = psutil.wait_procs(children, timeout=HANG_TIMEOUT)
     assert left == []
 
 

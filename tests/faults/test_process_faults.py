@@ -16,6 +16,7 @@ import anyio
 import psutil
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.programs import ROOT, Program
 from support.worker_processes import (
     CustomInitError,
@@ -48,7 +49,6 @@ from fitloop import (
 from fitloop._system import available_cores
 
 QUIET: dict[str, Any] = {"verbose": False}
-SOON = 50
 
 both_start_methods = pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
 
@@ -68,7 +68,7 @@ async def test_job_when_it_raises_in_a_worker_then_the_error_comes_across() -> N
     def exits() -> FitLoop:
         sys.exit(3)
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend="process") as runner:
             for how in ("factory", "step", "lock"):
                 runner.submit(make_failing_trainer, how, name=how, **QUIET)
@@ -123,7 +123,7 @@ async def test_worker_when_killed_then_its_job_is_tried_again_and_no_other_is_to
             )
         return await runner.results()
 
-    with anyio.fail_after(SOON), pytest.warns(WorkerDiedWarning) as warned:
+    with anyio.fail_after(HANG_TIMEOUT), pytest.warns(WorkerDiedWarning) as warned:
         once, ended = await both()
     assert once.error is None
     assert once.result is not None
@@ -178,7 +178,7 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
             await asyncio.wait([task], timeout=0.1)
             task.cancel()
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         task = asyncio.create_task(both())
         await wait_for_file(tmp_path / "0")
         await wait_for_file(tmp_path / "1")
@@ -240,7 +240,7 @@ def test_parent_when_killed_then_a_worker_that_keeps_the_interpreter_ends(
     with begun(tmp_path, DEAF, str(tmp_path), start_method) as parent:
         worker = psutil.Process(int(anyio.run(wait_for_file, tmp_path / "works")))
         parent.kill()
-    _gone, left = psutil.wait_procs([worker], timeout=20)
+    _gone, left = psutil.wait_procs([worker], timeout=HANG_TIMEOUT)
     assert left == []
 
 
@@ -275,7 +275,7 @@ def test_group_when_it_gets_sigterm_then_the_worker_takes_its_last_snapshot(
     with begun(tmp_path, SIGNALLED, str(tmp_path), start_method) as parent:
         anyio.run(wait_for_file, tmp_path / "works")
         os.killpg(parent.pid, signal.SIGTERM)
-        assert parent.wait(SOON) == 0
+        assert parent.wait(HANG_TIMEOUT) == 0
     assert list((tmp_path / "a" / "snapshots").glob("*.msgpack"))
 
 
@@ -307,7 +307,7 @@ def test_script_when_it_has_no_guard_then_a_worker_says_what_is_missing(
             tmp_path, UNGUARDED, start_method, stdout=printing.fileno(), stderr=telling.fileno()
         ) as parent,
     ):
-        parent.wait(SOON)
+        parent.wait(HANG_TIMEOUT)
     printed, told = (tmp_path / "printed").read_text(), (tmp_path / "told").read_text()
     assert printed.count("the body runs") == 2
     assert printed.count("error: the worker process of job 'a'") == 1
@@ -325,7 +325,7 @@ def test_parent_when_killed_then_no_worker_is_left_though_a_fork_of_it_lives(
         ours = [child for child in children if is_worker(child) or is_fork_server(child)]
         assert len(ours) == (2 if start_method == "forkserver" else 1)
         parent.kill()
-    _gone, left = psutil.wait_procs(ours, timeout=20)
+    _gone, left = psutil.wait_procs(ours, timeout=HANG_TIMEOUT)
     for other in set(children) - set(ours):
         with suppress(psutil.NoSuchProcess):
             other.kill()
@@ -358,7 +358,7 @@ def test_jobs_when_the_program_has_no_stdout_then_are_done(
     tmp_path: Path, start_method: str
 ) -> None:
     with begun(tmp_path, NO_OUTPUT, str(tmp_path), start_method) as parent:
-        assert parent.wait(SOON) == 0
+        assert parent.wait(HANG_TIMEOUT) == 0
     assert (tmp_path / "done").exists()
 
 
@@ -372,7 +372,7 @@ def begun(place: Path, text: str, *arguments: str, **streams: Any) -> Program:
 
 
 async def _both_written(place: Path) -> None:
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         await wait_for_file(place / "ready")
         await wait_for_file(place / "works")
 
@@ -403,7 +403,7 @@ async def test_worker_when_it_starts_then_is_as_the_program_at_that_time(
     mask = os.umask(0o022)
     os.umask(mask)
     try:
-        with anyio.fail_after(SOON):
+        with anyio.fail_after(HANG_TIMEOUT):
             backend = ProcessBackend(start_method=start_method)
             async with Runner(1, backend=backend) as runner:
                 for number in ("1", "2"):
@@ -429,7 +429,7 @@ async def test_worker_when_it_starts_then_is_as_the_program_at_that_time(
             "bad fork": False,
         }
     if start_method == "forkserver":  # a new one has the new environment
-        _gone, left = psutil.wait_procs(servers, timeout=20)
+        _gone, left = psutil.wait_procs(servers, timeout=HANG_TIMEOUT)
         assert left == []
         assert [server.num_threads() for server in fork_servers()] == [1]
 
@@ -437,7 +437,7 @@ async def test_worker_when_it_starts_then_is_as_the_program_at_that_time(
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no fork server")
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_fork_server_when_killed_then_its_jobs_fail_and_later_ones_have_another() -> None:
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend="process") as runner:
             async with runner.events() as events:
                 job = runner.submit(make_trainer, name="dies", epochs=10**6, **QUIET)

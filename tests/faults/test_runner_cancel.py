@@ -10,12 +10,12 @@ from typing import Any
 
 import anyio
 import pytest
+from support.event_loops import HANG_TIMEOUT
 from support.models import trainer
 
 from fitloop import FitLoop, LoopState, Runner, default_batch_step
 
 QUIET: dict[str, Any] = {"verbose": False}
-SOON = 15
 
 
 class Endless:
@@ -61,7 +61,7 @@ def submit(runner: Runner, made: Endless, number: int) -> list[Any]:
 
 async def test_job_when_cancelled_then_ends_and_the_others_go_on() -> None:
     made = endless(2)
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(2) as runner:
             one, two, three = submit(runner, made, 3)
             await made.wait()
@@ -76,7 +76,7 @@ async def test_job_when_cancelled_then_ends_and_the_others_go_on() -> None:
 
 async def test_block_when_a_scope_around_it_is_cancelled_then_all_end() -> None:
     made = endless(2)
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         with anyio.CancelScope() as scope:
             async with Runner(2) as runner:
                 submit(runner, made, 4)
@@ -90,7 +90,7 @@ async def test_block_when_a_scope_around_it_is_cancelled_then_all_end() -> None:
 
 async def test_leaving_when_cancelled_while_it_waits_then_all_end() -> None:
     made = endless(2)
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
 
@@ -115,7 +115,7 @@ async def test_block_when_its_task_is_cancelled_natively_then_all_end(where: str
             runners.append(runner)
             submit(runner, made, 4)
             if where == "in the block":
-                await asyncio.sleep(SOON)
+                await asyncio.sleep(HANG_TIMEOUT)
 
     task = asyncio.create_task(work())
     await made.wait()
@@ -139,7 +139,7 @@ async def test_block_when_its_time_is_up_then_all_end() -> None:
 
 async def test_block_when_it_raises_then_all_end_and_it_is_raised_as_it_is() -> None:
     made, error = endless(2), ZeroDivisionError("mine")
-    with pytest.raises(ZeroDivisionError) as caught, anyio.fail_after(SOON):  # noqa: PT012
+    with pytest.raises(ZeroDivisionError) as caught, anyio.fail_after(HANG_TIMEOUT):  # noqa: PT012
         async with Runner(2) as runner:
             submit(runner, made, 4)
             await made.wait()
@@ -159,13 +159,13 @@ async def test_fail_fast_when_one_fails_then_the_others_end_and_its_error_is_rai
         await made.wait()
         raise error
 
-    with pytest.raises(ZeroDivisionError) as caught, anyio.fail_after(SOON):  # noqa: PT012
+    with pytest.raises(ZeroDivisionError) as caught, anyio.fail_after(HANG_TIMEOUT):  # noqa: PT012
         async with Runner(2, fail_fast=True) as runner:
             submit(runner, made, 1)
             runner.submit(broken, name="broken")
             runner.submit(made.make, name="waits", epochs=10**6, **QUIET)
             if where == "in the block":
-                await anyio.sleep(SOON)
+                await anyio.sleep(HANG_TIMEOUT)
     assert caught.value is error
     statuses = [outcome.status for outcome in await runner.results()]
     assert statuses == ["cancelled", "failed", "cancelled"]
@@ -174,7 +174,7 @@ async def test_fail_fast_when_one_fails_then_the_others_end_and_its_error_is_rai
 
 async def test_cancel_all_when_called_then_more_may_be_submitted() -> None:
     made = endless(2)
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(2) as runner:
             submit(runner, made, 3)
             await made.wait()
@@ -190,7 +190,7 @@ async def test_entering_when_cancelled_anywhere_then_the_save_path_is_free(tmp_p
     async def use() -> None:
         async with Runner(1, save_path=tmp_path):
             entered.set()
-            await asyncio.sleep(SOON)
+            await asyncio.sleep(HANG_TIMEOUT)
 
     entered, steps = asyncio.Event(), 0
     while not entered.is_set():
@@ -210,7 +210,7 @@ async def test_cancel_when_called_in_another_thread_then_is_as_in_the_event_loop
     which: str,
 ) -> None:
     made = endless(1)
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1) as runner:
             running, waiting = submit(runner, made, 2)
             await made.wait()
@@ -245,7 +245,7 @@ async def test_block_when_cancelled_then_no_waiting_factory_is_called(where: str
             for number in range(20):
                 runner.submit(count, number, **QUIET)
             if where == "in the block":
-                await asyncio.sleep(SOON)
+                await asyncio.sleep(HANG_TIMEOUT)
 
     task = asyncio.create_task(work())
     await made.wait()
@@ -263,7 +263,7 @@ async def test_factory_when_it_trains_by_itself_then_does_not_wait_for_itself() 
         pretrained.fit(1, **QUIET)
         return trainer(model=pretrained.model)
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(2) as runner:
             runner.submit(trained, **QUIET)
             runner.submit(trained, **QUIET)
@@ -273,7 +273,7 @@ async def test_factory_when_it_trains_by_itself_then_does_not_wait_for_itself() 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_job_when_it_awaits_what_was_cancelled_then_fails_alone() -> None:
     async def broken() -> FitLoop:
-        task = asyncio.create_task(asyncio.sleep(SOON))
+        task = asyncio.create_task(asyncio.sleep(HANG_TIMEOUT))
         task.cancel()
         await task
         raise AssertionError
@@ -293,7 +293,7 @@ async def test_exit_when_a_job_asks_for_it_then_all_end_and_the_block_raises_it(
         await made.wait()
         raise SystemExit(3)
 
-    with pytest.raises(SystemExit) as caught, anyio.fail_after(SOON):  # noqa: PT012
+    with pytest.raises(SystemExit) as caught, anyio.fail_after(HANG_TIMEOUT):  # noqa: PT012
         async with Runner(2) as runner:
             submit(runner, made, 1)
             runner.submit(leave, name="leave")
@@ -413,5 +413,5 @@ async def test_question_when_it_is_ended_then_is_cancelled_once(
 
 async def test_question_when_it_is_plain_then_may_have_a_timeout(anyio_backend: Any) -> None:
     fitted = trainer(on_continue=lambda event: event.epoch < 2)
-    result = await fitted.fit(5, continue_loop=1, continue_timeout=SOON, **QUIET)
+    result = await fitted.fit(5, continue_loop=1, continue_timeout=HANG_TIMEOUT, **QUIET)
     assert (result.epochs, result.stop_reason) == (2, "prompt")

@@ -32,7 +32,6 @@ pytestmark = [
         reason="make test-loggers runs it",
     ),
     pytest.mark.filterwarnings("default"),  # the tools have warnings of their own
-    pytest.mark.timeout(300),
 ]
 Points = Counter[tuple[str, int, float]]
 """name, step and value of each point; a doubled one is counted twice"""

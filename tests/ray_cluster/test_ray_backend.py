@@ -39,7 +39,6 @@ QUIET: dict[str, Any] = {"verbose": False}
 SOON = 150
 
 pytestmark = [
-    pytest.mark.timeout(300),
     pytest.mark.parametrize("anyio_backend", ["asyncio"]),
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning"),
 ]

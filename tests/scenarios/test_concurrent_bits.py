@@ -16,6 +16,7 @@ import anyio.to_thread
 import numpy as np
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.models import (
     Augmented,
     blobs,
@@ -41,8 +42,6 @@ from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
 
 QUIET: dict[str, Any] = {"verbose": False, "load_best": False}
-GUARD = 20.0
-"""seconds after which a wait that should have ended long ago fails the test"""
 
 SAMPLES = 40
 
@@ -416,7 +415,7 @@ def batches_of(count: int) -> list[Any]:
 async def test_trainer_when_the_others_have_ended_then_is_exclusive_again() -> None:
     observed: list[bool] = []
     short_over = threading.Event()
-    deadline = time.monotonic() + GUARD
+    deadline = time.monotonic() + HANG_TIMEOUT
 
     def long_loss(state: LoopState) -> torch.Tensor:
         assert time.monotonic() < deadline
@@ -464,13 +463,13 @@ def test_callback_when_another_lease_is_exclusive_then_has_the_numbers_of_the_pr
     thread = threading.Thread(target=train)
     thread.start()
     try:
-        assert is_exclusive.wait(GUARD)
+        assert is_exclusive.wait(HANG_TIMEOUT)
         numbers = [random.random(), np.random.rand(), torch.rand(1).item()]
     finally:
         is_done.set()
         lease.restore(state)  # the callback keeps the lock after its first use of random numbers
         lease.close()
-        thread.join(GUARD)
+        thread.join(HANG_TIMEOUT)
     assert not thread.is_alive()
     assert numbers == expected
     assert others.state().python == untouched.state().python
@@ -509,7 +508,7 @@ async def test_trainers_when_callbacks_use_numbers_under_a_lock_then_none_waits_
     def made(number: int) -> FitLoop:
         return seeded(number, train_dl=batches_of(6), valid_dl=batches_of(6), callbacks=[draw])
 
-    with anyio.fail_after(GUARD):
+    with anyio.fail_after(HANG_TIMEOUT):
         for _ in range(5):
             async with anyio.create_task_group() as group:
                 for number in range(4):
@@ -574,7 +573,7 @@ async def test_factory_when_a_callback_uses_numbers_then_builds_the_same_model()
     first = seeded(2, seed=None, model=mlp(), train_dl=batches_of(2), valid_dl=None)
     async with Runner(max_concurrent=2) as runner:
         runner.submit(first, callbacks=[use_numbers], **QUIET)
-        await anyio.to_thread.run_sync(is_in_callback.wait, GUARD)
+        await anyio.to_thread.run_sync(is_in_callback.wait, HANG_TIMEOUT)
         runner.submit(build, **QUIET)
     assert len(built) == 2
     assert built[0] == built[1]

@@ -13,6 +13,7 @@ import anyio
 import numpy as np
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.models import (
     Augmented,
     batches,
@@ -41,7 +42,6 @@ from fitloop import (
     default_batch_step,
 )
 
-GUARD = 30.0
 ONE_LOOP = pytest.mark.parametrize(
     "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True
 )
@@ -143,7 +143,7 @@ def draws_of(rng: Any) -> list[object]:
 async def dry(made: FitLoop, call: str, **more: Any) -> Any:
     if call == "run_profiler":
         more = {"steps": 3, "verbose": False, **more}
-    with anyio.fail_after(GUARD):
+    with anyio.fail_after(HANG_TIMEOUT):
         return await getattr(made, call)(**more)
 
 
@@ -208,7 +208,7 @@ async def test_dry_run_when_cancelled_then_everything_is_as_before(
         state.optimizer.step()
         if armed and state.batch_num == 2:
             reached.set()
-            assert go_on.wait(GUARD)
+            assert go_on.wait(HANG_TIMEOUT)
         return {"loss": 1.0}
 
     changes = {"train_step": step, "scheduler_interval": "batch"}
@@ -217,7 +217,7 @@ async def test_dry_run_when_cancelled_then_everything_is_as_before(
     before, armed = world.state(), True
     async with anyio.create_task_group() as group:
         group.start_soon(dry, world.trainer, call)
-        assert await anyio.to_thread.run_sync(reached.wait, GUARD)
+        assert await anyio.to_thread.run_sync(reached.wait, HANG_TIMEOUT)
         group.cancel_scope.cancel()
         go_on.set()
     assert world.state() == before

@@ -18,6 +18,7 @@ import anyio
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.event_loops import HANG_TIMEOUT
 from support.gates import Gate
 from support.models import BATCHES, batches, bits, mlp, scores, sync_trainer, trainer
 from support.resumed_trainings import write_snapshots_at_once
@@ -190,7 +191,7 @@ async def test_callback_when_it_raises_then_fit_raises_it_and_readers_see_the_en
     async with fitted.events() as events:
         with pytest.raises(ZeroDivisionError) as caught:
             await fitted.fit(3, **QUIET)
-        with anyio.fail_after(20):
+        with anyio.fail_after(HANG_TIMEOUT):
             async for event in events:
                 seen.append(event)  # noqa: PERF401 - no comprehension survives a failing guard
     assert caught.value is error
@@ -202,7 +203,7 @@ async def test_callback_when_it_raises_then_fit_raises_it_and_readers_see_the_en
 async def test_events_when_nobody_reads_them_then_training_does_not_wait() -> None:
     fitted = trainer()
     async with fitted.events():
-        with anyio.fail_after(20):
+        with anyio.fail_after(HANG_TIMEOUT):
             await fitted.fit(200, steps=1, **QUIET)
     assert fitted.epoch_num == 200
 
@@ -221,7 +222,7 @@ async def test_events_when_opened_after_a_run_then_give_its_end(anyio_backend: A
     await fitted.fit(1, **QUIET)
     await fitted.run_sanity_check()  # is not told to readers
     async with fitted.events() as events:
-        with anyio.fail_after(20):
+        with anyio.fail_after(HANG_TIMEOUT):
             assert [event.kind async for event in events] == ["run_ended"]
         await fitted.fit(1, **QUIET)
         kinds = [event.kind async for event in events]

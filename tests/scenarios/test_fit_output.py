@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.models import mlp, scores, trainer
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
@@ -401,7 +402,7 @@ async def test_on_continue_when_stopped_while_it_is_open_then_is_withdrawn() -> 
         raise AssertionError
 
     fitted = trainer(on_continue=never)
-    with anyio.fail_after(20):
+    with anyio.fail_after(HANG_TIMEOUT):
         result = await fitted.fit(6, continue_loop=1, verbose=False)
     assert (result.epochs, result.stop_reason, withdrawn) == (1, "stopped", [True])
 

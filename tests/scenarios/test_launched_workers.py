@@ -13,6 +13,7 @@ import anyio
 import numpy as np
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.launched_workers import ForkedWorker, ForkLauncher, make_held_up_trainer
 from support.worker_processes import (
     EventRecorder,
@@ -46,7 +47,6 @@ from fitloop.backends.launched.claim import CLAIM_NAME, FENCED
 from fitloop.backends.launched.listener import accept_worker, open_listener
 
 QUIET: dict[str, Any] = {"verbose": False}
-SOON = 50
 
 pytestmark = [
     pytest.mark.slow,
@@ -79,7 +79,7 @@ async def test_jobs_when_on_launched_workers_then_are_as_in_this_process(
         return make_trainer(seed)
 
     backend = LauncherBackend(ForkLauncher())
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(2, backend=backend, save_path=tmp_path / "runs") as runner:
             options: dict[str, Any] = {"continue_loop": 2, "on_continue": ask, **QUIET}
             runner.submit(chatty, 5, name="asks", epochs=3, callbacks=[seen], **options)
@@ -109,7 +109,7 @@ async def test_launched_worker_when_killed_then_its_job_goes_on_to_the_same_bits
     marks.mkdir()
     (marks / "mark").touch()
     backend = LauncherBackend(ForkLauncher())
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend=backend, save_path=tmp_path / "runs") as runner:
             job = runner.submit(make_killed_trainer, str(marks), 3, name="a", epochs=4, **QUIET)
             with pytest.warns(WorkerDiedWarning, match="as try 2"):
@@ -128,7 +128,7 @@ async def test_worker_when_given_up_but_alive_then_a_later_one_has_its_job_and_i
     os.mkfifo(pipe)
     launcher = ForkLauncher(relays=True)
     runs = tmp_path / "runs"
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend=LauncherBackend(launcher), save_path=runs) as runner:
             held_up = str(mark), str(pipe)
             job = runner.submit(make_held_up_trainer, *held_up, name="a", epochs=4, **QUIET)
@@ -168,7 +168,7 @@ async def test_job_when_the_worker_sees_another_directory_then_is_refused(tmp_pa
             (tmp_path / "a" / CLAIM_NAME).unlink()
             return super().start(order)
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(
             1, backend=LauncherBackend(ElsewhereLauncher()), save_path=tmp_path
         ) as runner:
@@ -205,7 +205,7 @@ class Queued:
 
 async def test_job_when_cancelled_in_the_queue_of_a_cluster_then_ends_at_once() -> None:
     queue = Queued()
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend=LauncherBackend(queue)) as runner:
             job = runner.submit(make_trainer, **QUIET)
             while not queue.orders:  # noqa: ASYNC110
@@ -220,7 +220,7 @@ async def test_job_when_cancelled_in_the_queue_of_a_cluster_then_ends_at_once() 
 async def test_worker_when_its_command_fails_then_the_error_has_its_output() -> None:
     program = "import sys; print('no module'); sys.exit(3)"
     backend = LauncherBackend(CommandLauncher([sys.executable, "-c", program]))
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend=backend) as runner:
             outcome = await runner.submit(make_trainer, **QUIET).outcome()
     assert isinstance(outcome.error, WorkerDiedError)
@@ -269,7 +269,7 @@ async def test_jobs_when_on_slurm_then_are_submitted_with_sbatch(
     with pytest.raises(ConfigurationError, match=r"options is '--time=1'; expected a list"):
         SlurmLauncher("--time=1")
     launcher = SlurmLauncher(["--gres=gpu:1"], log_directory=tmp_path, host="127.0.0.1")
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend=LauncherBackend(launcher)) as runner:
             outcome = await runner.submit(make_trainer, name="a job", epochs=1, **QUIET).outcome()
     assert outcome.error is None, (tmp_path / "fitloop-worker-42.log").read_text()
@@ -278,7 +278,7 @@ async def test_jobs_when_on_slurm_then_are_submitted_with_sbatch(
     assert "--job-name=fitloop-a_job" in submitted
     assert "--gres=gpu:1" in submitted
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2; exit 1\n")
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend=LauncherBackend(launcher)) as runner:
             outcome = await runner.submit(make_trainer, **QUIET).outcome()
     assert "sbatch refused job" in str(outcome.error)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.models import Batch, arguments, batches, blobs, sync_trainer, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -20,8 +21,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from fitloop import ConfigurationError, LoopState
 from fitloop._data.prefetch_tuner import PrefetchTuner
 
-GUARD = 20.0
-"""seconds after which a wait that should have ended long ago fails the test"""
 QUIET: Any = {"verbose": False, "progress": False}
 ONE_LOOP = pytest.mark.parametrize(
     "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True
@@ -188,7 +187,7 @@ class Reusing:
             yield batch
 
     def wait_for_later(self, number: int) -> None:
-        assert self.read[min(number + 2, self.COUNT - 1)].wait(GUARD)
+        assert self.read[min(number + 2, self.COUNT - 1)].wait(HANG_TIMEOUT)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +248,7 @@ def test_prefetch_when_a_data_loader_reuses_memory_then_steps_see_the_batch_as_i
     seen: list[list[float]] = []
 
     def step(state: LoopState) -> None:
-        assert dataset.read[min(len(seen) + 2, 7)].wait(GUARD)
+        assert dataset.read[min(len(seen) + 2, 7)].wait(HANG_TIMEOUT)
         seen.append(state.batch.unique().tolist())
 
     made = sync_trainer(

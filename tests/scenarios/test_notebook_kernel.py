@@ -75,7 +75,7 @@ def test_kernel_when_interrupted_then_fit_ends_whole_and_can_go_on(jupyter: Kern
         "result = await fitted.fit(epochs=2)\n"
         "assert (result.epochs, fitted.epoch_num) == (2, before + 2)"
     )
-    assert (state.status, state.error) == ("ok", "")
+    assert (state.status, state.traceback) == ("ok", "")
     assert [epochs_in(page["text/html"]) for page in state.pages.values()] == [2]
 
 

@@ -11,6 +11,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.models import (
     Augmented,
     arguments,
@@ -230,7 +231,7 @@ async def test_a_cancellation_while_an_output_is_awaited() -> None:
             if state.batch_num == 2:
                 entered.set()
                 schedule(scope.cancel)
-                leave.wait(10)
+                leave.wait(HANG_TIMEOUT)
             return state.model(state.batch[0])
 
         async with anyio.create_task_group() as group:
@@ -274,7 +275,7 @@ async def test_two_tasks_cannot_share_an_iterator() -> None:
     gate = threading.Event()
 
     def step(state: LoopState) -> Any:
-        gate.wait(10)
+        gate.wait(HANG_TIMEOUT)
         return state.batch_num
 
     training = trainer()

@@ -15,6 +15,7 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.models import BATCHES, Augmented, blobs, mlp, sync_trainer, trainer
 from support.worker_processes import (
     EventRecorder,
@@ -42,7 +43,6 @@ from fitloop import (
 from fitloop._system import available_cores
 
 QUIET: dict[str, Any] = {"verbose": False}
-SOON = 50
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +66,7 @@ async def test_job_when_in_a_process_then_everything_is_as_in_this_one(
         print("half a line", end="")  # noqa: T201
         return make_trainer(seed)
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(2, backend="process", save_path=tmp_path, callbacks=[seen]) as runner:
             streamed = []
             async with runner.events() as events:
@@ -136,14 +136,14 @@ async def test_question_when_asked_in_a_worker_then_is_answered_here() -> None:
         raise ZeroDivisionError("asking")
 
     options: dict[str, Any] = {"epochs": 4, "continue_loop": 1, "callbacks": [seen], **QUIET}
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend="process") as runner:
             for trains_on in (False, True):
                 runner.submit(
                     make_trainer,
                     name=f"asks {trains_on}",
                     on_continue=ask,
-                    continue_timeout=SOON,
+                    continue_timeout=HANG_TIMEOUT,
                     continue_while_asking=trains_on,
                     **options,
                 )
@@ -156,7 +156,7 @@ async def test_question_when_asked_in_a_worker_then_is_answered_here() -> None:
         assert (outcome.result.epochs, outcome.result.stop_reason) == (2, "prompt")
         assert outcome.weights is None
     assert [event.epoch for event in asked] == [1, 2, 1, 2]
-    assert asked[0].timeout == SOON
+    assert asked[0].timeout == HANG_TIMEOUT
     answers = [event.go_on for event in seen.events if isinstance(event, PromptAnswered)]
     assert answers == [True, False, True, False, False]
     assert third.result is not None
@@ -167,7 +167,7 @@ async def test_question_when_asked_in_a_worker_then_is_answered_here() -> None:
 
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})])
 async def test_jobs_when_cancelled_then_end_and_the_others_go_on(tmp_path: Path) -> None:
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(2, backend="process") as runner:
             jobs = [
                 runner.submit(
@@ -238,7 +238,7 @@ async def test_jobs_when_one_after_the_other_then_each_has_a_process_and_random_
         (tmp_path / name).write_text(json.dumps([os.getpid(), *numbers]))
         return make_trainer()
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend="process") as runner:
             for name in ("0", "1"):
                 outcome = await runner.submit(note, name, **QUIET).outcome()
@@ -258,7 +258,7 @@ async def test_worker_when_it_is_to_be_nice_then_has_that_on_top_of_this_process
         return make_trainer()
 
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, backend=ProcessBackend(nice=3)) as runner:
             outcome = await runner.submit(note, epochs=1, **QUIET).outcome()
             assert outcome.status == "done"

@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.models import (
     Augmented,
     batches,
@@ -218,7 +219,7 @@ async def test_fit_when_cancelled_while_it_waits_for_its_slice_then_takes_a_last
     data = batches(200, 2)
     fitted = trainer(save_path=tmp_path, train_dl=data, valid_dl=None, seed=seed)
     try:
-        with anyio.fail_after(20):
+        with anyio.fail_after(HANG_TIMEOUT):
             async with anyio.create_task_group() as group:
                 group.start_soon(partial(fitted.fit, 2, **QUIET, checkpoint=Checkpoint()))
                 await anyio.to_thread.run_sync(line.joined.wait, 20)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support import gates
+from support.event_loops import HANG_TIMEOUT
 from support.models import arguments, bits, mlp, sync_trainer, trainer
 from support.state_comparison import assert_same_state, trainer_state
 from torch import nn
@@ -46,7 +47,6 @@ from fitloop._storage.job_files import directory_name
 from fitloop._system import available_cores
 
 QUIET: dict[str, Any] = {"verbose": False}
-SOON = 30
 
 
 class Gate:
@@ -63,7 +63,7 @@ class Gate:
             with self._lock:
                 self.inside.add(name)
                 self.most = max(self.most, len(self.inside))
-            assert self.open.wait(SOON)
+            assert self.open.wait(HANG_TIMEOUT)
             with self._lock:
                 self.inside.discard(name)
             return default_batch_step(state)
@@ -83,7 +83,7 @@ async def test_jobs_when_they_end_then_outcomes_come_in_that_order_and_results_a
     def held(place: int) -> FitLoop:
         return trainer(train_step=gates[place].step("step"))
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(3) as runner:
             jobs = [runner.submit(held, k, name=f"job {k}", **QUIET) for k in range(3)]
             assert [job.status for job in jobs] == ["running"] * 3
@@ -110,7 +110,7 @@ async def test_max_concurrent_when_more_are_submitted_then_the_rest_waits() -> N
     def held(name: str) -> FitLoop:
         return trainer(train_step=gate.step(name))
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(2) as runner:
             jobs = [runner.submit(held, f"{k}", name=f"{k}", **QUIET) for k in range(6)]
             assert [job.status for job in jobs] == ["running"] * 2 + ["waiting"] * 4
@@ -187,7 +187,7 @@ async def test_factory_when_async_or_of_the_blocking_kind_then_serves_as_well() 
 
 async def test_model_when_in_two_jobs_then_the_second_is_busy() -> None:
     model, gate = mlp(), Gate()
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(2) as runner:
             first = runner.submit(
                 trainer(model=model, train_step=gate.step("first")), name="first", **QUIET
@@ -364,7 +364,7 @@ async def test_submit_when_there_are_ten_thousand_then_nothing_is_made_for_those
         made.append(number)
         return trainer(train_step=gate.step(f"{number}"))
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1) as runner:
             before = threading.active_count()
             jobs = [runner.submit(count, k, **QUIET) for k in range(10_000)]
@@ -409,7 +409,7 @@ async def test_events_when_read_then_are_those_of_all_and_end_with_the_runner() 
     async def read() -> None:
         seen.extend([event async for event in events])
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with (
             anyio.create_task_group() as group,
             Runner(2, callbacks=[called.append]) as runner,
@@ -430,7 +430,7 @@ async def test_events_when_opened_late_then_tell_of_the_jobs_so_far() -> None:
             gate.wait_in_thread()
 
     seen: list[Event] = []
-    with gates.Gate() as gate, anyio.fail_after(SOON):
+    with gates.Gate() as gate, anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1) as runner:
             runner.submit(make, name="over", **QUIET)
             runner.submit(make, name="runs", callbacks=[wait], **QUIET)
@@ -542,7 +542,7 @@ async def test_factory_when_others_draw_then_makes_what_it_makes_alone_and_distu
 
     expected = {seed: bits(many_layers(seed)) for seed in range(6)}
     plain = seeded()
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         await plain.fit(20, **QUIET)
         async with Runner(4, keep_trainers=True) as runner:
             beside = runner.submit(seeded, epochs=20, **QUIET)
@@ -785,7 +785,7 @@ def mute() -> FitLoop:
 
 
 async def test_events_when_read_then_each_job_has_a_first_and_a_last_one_under_its_name() -> None:
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1) as runner, runner.events() as events:
             runner.submit(made_otherwise, name="good", **QUIET)
             runner.submit(cannot_make, name="bad", **QUIET)
@@ -835,7 +835,7 @@ async def test_job_when_it_is_forgotten_then_its_name_is_free_and_nothing_of_it_
     def held() -> FitLoop:
         return trainer(train_step=gate.step("held"))
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, save_path=tmp_path) as runner:
             job = runner.submit(held, name="again", **QUIET)
             with pytest.raises(RuntimeError, match=r"job 'again' is running; cancel it, and await"):
@@ -865,7 +865,7 @@ async def test_job_when_it_is_forgotten_then_its_name_is_free_and_nothing_of_it_
 async def test_events_when_asked_for_after_the_end_then_are_the_ends_of_the_jobs() -> None:
     async with Runner(1) as runner:
         await runner.submit(made_otherwise, name="one", **QUIET).outcome()
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with runner.events() as events:
             assert [event.kind async for event in events] == ["job_ended"]
 
@@ -886,7 +886,7 @@ async def test_cancel_when_it_comes_too_late_then_a_new_job_of_that_name_is_left
     def held() -> FitLoop:
         return trainer(train_step=gate.step("held"))
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1) as runner:
             old = runner.submit(made_otherwise, name="same", **QUIET)
             await old.outcome()
@@ -902,7 +902,7 @@ async def test_cancel_when_it_comes_too_late_then_a_new_job_of_that_name_is_left
 
 async def test_job_when_cancelled_after_it_ran_then_its_seconds_are_told() -> None:
     gate = Gate()
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1) as runner, runner.events() as events:
             job = runner.submit(
                 lambda: trainer(train_step=gate.step("held")), name="held", epochs=50, **QUIET
@@ -929,14 +929,14 @@ async def test_outcome_when_it_is_being_written_as_all_are_cancelled_then_is_wha
     def held(*args: Any) -> None:
         if args[0].error is not None:  # not at the beginning of the job
             writing.set()
-            assert go_on.wait(SOON)
+            assert go_on.wait(HANG_TIMEOUT)
         write_outcome(*args)
 
     monkeypatch.setattr(execution, "write_outcome", held)
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with Runner(1, save_path=tmp_path) as runner:
             job = runner.submit(cannot_make, name="bad", **QUIET)
-            await anyio.to_thread.run_sync(writing.wait, SOON)
+            await anyio.to_thread.run_sync(writing.wait, HANG_TIMEOUT)
             runner.cancel_all()
             go_on.set()
             outcome = await job.outcome()

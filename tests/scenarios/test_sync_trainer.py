@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from support.event_loops import HANG_TIMEOUT
 from support.models import Batch, batches, sync_trainer
 
 from fitloop import BusyError, LoopState
@@ -133,13 +134,13 @@ def test_fit_when_called_in_another_thread_then_the_loader_goes_on() -> None:
 def test_fit_when_another_thread_uses_the_trainer_then_it_is_busy() -> None:
     def step(state: LoopState) -> None:
         reached.set()
-        assert go_on.wait(30)
+        assert go_on.wait(HANG_TIMEOUT)
 
     reached, go_on = threading.Event(), threading.Event()
     fitted = sync_trainer(train_dl=Seen().stream(), train_step=step)
     thread = threading.Thread(target=lambda: fitted.fit(1, **QUIET))
     thread.start()
-    assert reached.wait(30)
+    assert reached.wait(HANG_TIMEOUT)
     with pytest.raises(BusyError):
         fitted.fit(1, **QUIET)
     go_on.set()

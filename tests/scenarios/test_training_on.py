@@ -13,7 +13,7 @@ import anyio.to_thread
 import pytest
 import torch
 from blockbuster import BlockBuster
-from support.event_loops import threadsafe_scheduler
+from support.event_loops import HANG_TIMEOUT, threadsafe_scheduler
 from support.models import (
     BATCHES,
     Augmented,
@@ -48,8 +48,6 @@ from fitloop._concurrency.event_loops import ThreadsafeEvent, loop_scheduler
 
 Make = Callable[..., FitLoop]
 QUIET: dict[str, Any] = {"verbose": False}
-GUARD = 30.0
-"""seconds after which a wait that should have ended long ago fails the test"""
 
 
 class Late:
@@ -151,7 +149,7 @@ async def expected(make: Make, **options: Any) -> tuple[FitLoop, FitResult]:
 async def test_no_when_trained_on_then_everything_is_as_when_it_asked(
     make: Make, further: int, load_best: bool
 ) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         right, right_result = await expected(make, load_best=load_best)
         right_state = trainer_state(right)
         right_after = await right.fit(2, **QUIET)
@@ -172,7 +170,7 @@ async def test_yes_when_trained_on_then_nothing_is_lost_or_done_twice() -> None:
     late = Late(True, 3)
     fitted = seeded(train_step=late.step)
     plain = seeded(train_step=default_batch_step)
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         result = await fitted.fit(
             6, continue_loop=2, continue_while_asking=True, on_continue=late, **QUIET
         )
@@ -190,7 +188,7 @@ async def test_second_question_when_declined_then_goes_back_to_the_second() -> N
             return await super().__call__(question)
 
     late = Twice(False, 3)
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         actual, result = await declined(seeded, late)
     assert (result.epochs, actual.epoch_num, len(actual.M.train["loss"][0])) == (4, 4, 4)
 
@@ -199,7 +197,7 @@ async def test_events_when_declined_then_say_so_in_order() -> None:
     events: list[Event] = []
     late = Late(False, 5)
     fitted = seeded(train_step=late.step, callbacks=[events.append])
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         await fitted.fit(6, continue_loop=2, continue_while_asking=True, on_continue=late, **QUIET)
     told = [e for e in events if isinstance(e, (PromptAsked, PromptAnswered, WentBack, RunEnded))]
     assert [event.kind for event in told] == [
@@ -226,7 +224,7 @@ async def test_answer_when_the_next_question_waits_for_a_no_then_is_told_once() 
         return False
 
     fitted = seeded(callbacks=[callback])
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         await fitted.fit(
             6, continue_loop=2, continue_while_asking=True, on_continue=answer, **QUIET
         )
@@ -239,7 +237,7 @@ async def test_answer_when_it_comes_then_is_told_before_the_epoch_ends() -> None
 
     def step(state: LoopState) -> Any:
         if state.epoch_num == 3 and state.batch_num == 3:
-            assert answered.wait(20)
+            assert answered.wait(HANG_TIMEOUT)
         return late.step(state)
 
     async def answer(question: PromptAsked) -> bool:
@@ -248,7 +246,7 @@ async def test_answer_when_it_comes_then_is_told_before_the_epoch_ends() -> None
         return given
 
     fitted = seeded(train_step=step, callbacks=[events.append])
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         await fitted.fit(
             4, continue_loop=2, continue_while_asking=True, on_continue=answer, **QUIET
         )
@@ -271,12 +269,12 @@ async def test_stop_when_a_question_is_open_then_it_is_withdrawn_and_the_trainin
 
     def step(state: LoopState) -> Any:
         if state.epoch_num == 3 and state.batch_num == 2:
-            assert asked.wait(20)
+            assert asked.wait(HANG_TIMEOUT)
             fitted.stop()
         return default_batch_step(state)
 
     fitted = seeded(train_step=step)
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         result = await fitted.fit(
             6, continue_loop=2, continue_while_asking=True, on_continue=never, **QUIET
         )
@@ -297,7 +295,7 @@ async def test_cancel_when_a_question_is_open_then_nothing_is_left_waiting() -> 
         raise AssertionError
 
     fitted = seeded()
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with anyio.create_task_group() as group:
 
             async def run() -> None:
@@ -323,7 +321,7 @@ async def test_question_when_it_raises_meanwhile_then_the_run_ends_with_that() -
         raise error
 
     fitted = seeded()
-    with pytest.raises(ZeroDivisionError) as caught, anyio.fail_after(30):
+    with pytest.raises(ZeroDivisionError) as caught, anyio.fail_after(HANG_TIMEOUT):
         await fitted.fit(6, continue_loop=2, continue_while_asking=True, on_continue=broken)
     assert caught.value is error
     assert (await fitted.fit(1, **QUIET)).epochs == 1
@@ -343,7 +341,7 @@ async def test_question_when_what_it_awaits_is_cancelled_then_the_run_ends_with_
         return await future
 
     fitted = seeded()
-    with pytest.raises(asyncio.CancelledError) as caught, anyio.fail_after(GUARD):
+    with pytest.raises(asyncio.CancelledError) as caught, anyio.fail_after(HANG_TIMEOUT):
         await fitted.fit(
             9, continue_loop=2, continue_while_asking=trains_on, on_continue=dropped, **QUIET
         )
@@ -362,7 +360,7 @@ async def test_stage_when_it_raises_with_a_question_open_then_the_question_is_wi
         return default_batch_step(state)
 
     fitted = seeded(train_step=step)
-    with pytest.raises(ZeroDivisionError), anyio.fail_after(30):
+    with pytest.raises(ZeroDivisionError), anyio.fail_after(HANG_TIMEOUT):
         await fitted.fit(6, continue_loop=2, continue_while_asking=True, on_continue=never)
 
 
@@ -373,7 +371,7 @@ async def test_files_when_declined_then_log_and_snapshots_are_of_what_it_went_ba
         return seeded(save_path=tmp_path, **changes)
 
     policy = Checkpoint(every_batches=1)
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         actual, result = await declined(make, Late(False, 7), checkpoint=policy)
         logged = await anyio.to_thread.run_sync(read_metrics, tmp_path)
         assert len(logged.train["loss"][0]) == 2
@@ -391,7 +389,7 @@ async def test_best_on_disk_when_declined_then_the_file_is_of_the_best_before(
         kind = "right" if changes["train_step"] is default_batch_step else "found"
         return seeded(save_to_disk=True, save_path=tmp_path / kind, **changes)
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         right, _ = await expected(on_disk)
         actual, result = await declined(on_disk, Late(False, 7))
     assert result.best_epoch == 2
@@ -415,7 +413,7 @@ async def test_continue_timeout_when_on_continue_takes_longer_then_the_default_i
         await anyio.sleep_forever()
         raise AssertionError
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANG_TIMEOUT):
         result = await trainer(train_dl=batches()).fit(
             2,
             continue_loop=1,
@@ -447,9 +445,9 @@ async def test_question_when_it_is_open_then_other_seeded_trainers_train(trains_
         options: dict[str, Any] = {"on_continue": answer, "continue_while_asking": trains_on}
         await drawing(1, callbacks=[observe]).fit(2, continue_loop=1, **options, **QUIET)
 
-    with anyio.fail_after(GUARD):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with anyio.create_task_group() as group:
             group.start_soon(ask)
-            assert await anyio.to_thread.run_sync(waits.wait, GUARD)
+            assert await anyio.to_thread.run_sync(waits.wait, HANG_TIMEOUT)
             await drawing(2).fit(3, **QUIET)
             over.set()

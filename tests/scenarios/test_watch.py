@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.event_loops import HANG_TIMEOUT
 from support.made_up_runs import (
     BATCHES,
     IN_FIT,
@@ -25,7 +26,7 @@ from support.made_up_runs import (
     run_ended,
 )
 from support.programs import Program, started
-from support.pseudo_terminal import PRELUDE, TIMEOUT, Terminal, environment
+from support.pseudo_terminal import PRELUDE, Terminal, environment
 
 from fitloop import Phase, PromptAnswered, PromptAsked
 
@@ -81,8 +82,12 @@ def is_clean(terminal: Terminal) -> bool:
 
 def test_watch_when_begun_before_the_runs_then_shows_all_of_them_and_ends(tmp_path: Path) -> None:
     program = """
+def hold(state):
+    if state.is_train and state.epoch_num == 1 and state.batch_num == 100:
+        sys.stdin.readline()
+
 async def main():
-    t = trainer(batches=200, hold=slowly(), save_path=path, save_to_disk=True)
+    t = trainer(batches=200, hold=hold, save_path=path, save_to_disk=True)
     await t.fit(2, verbose=False)
     await t.fit(1, verbose=False)
     await t.test([(torch.randn(8, 4), torch.zeros(8).long())], verbose=False)
@@ -92,8 +97,10 @@ asyncio.run(main())
     run = tmp_path / "a"
     with watching(run) as terminal:
         terminal.until("waiting for a run in")
-        with training(run, program):
-            terminal.until(rf"epochs +0/2 +{BAR}+  \d s.*\ntrain +\d+/200 +{BAR}")
+        with training(run, program) as process:
+            terminal.until(rf"epochs +0/2 +{BAR}+  \d+ s.*\ntrain +\d+/200 +{BAR}")
+            process.stdin.write("\n")
+            process.stdin.flush()
             terminal.until(r"\[1/2\] - train(?s:.*)\[2/2\] - train(?s:.*)best score")
             assert terminal.end() == 0
         seen = terminal.transcript
@@ -251,6 +258,6 @@ def test_watch_when_piped_then_every_line_comes_at_once_and_is_plain(tmp_path: P
         with fake_run(tmp_path / "a") as run:
             run.observe(*epoch_events(1), *epoch_events(2), *epoch_events(3), run_ended())
         said = process.stdout.read()
-        assert process.wait(TIMEOUT) == 0
+        assert process.wait(HANG_TIMEOUT) == 0
     ending = r"-----\ntotal time: [^\n]+\nbest score: 0.5000 \(epoch 1\)\n"
     assert re.fullmatch(lines(1) + lines(2) + ending, said)

@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import httpx
 
+from support.event_loops import HANG_TIMEOUT
 from support.programs import Program
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -24,8 +25,6 @@ sys.path.insert(0, str(EXAMPLES))
 from service.server import Server, make_server  # noqa: E402
 from service.trainings import BackendName, Options  # noqa: E402
 
-ANSWER_TIMEOUT = 40.0
-"""seconds after which a client that waits for an answer fails"""
 EventData = dict[str, Any]
 
 
@@ -190,5 +189,5 @@ async def connect_to_service(port: int) -> AsyncIterator[Service]:
 
 def _client(port: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_TIMEOUT, trust_env=False
+        base_url=f"http://127.0.0.1:{port}", timeout=HANG_TIMEOUT, trust_env=False
     )

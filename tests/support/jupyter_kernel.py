@@ -10,10 +10,8 @@ from typing import Any
 
 from jupyter_client.manager import KernelManager
 
+from support.event_loops import HANG_TIMEOUT
 from support.notebooks import ROOT, kernel_environment
-
-MESSAGE_TIMEOUT = 60
-"""seconds within which a message must come"""
 
 SETUP = f"""
 import sys
@@ -62,6 +60,11 @@ class Cell:
                 self.traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(content["traceback"]))
 
 
+def shows_an_epoch(content: dict[str, Any]) -> bool:
+    html: str = content["data"]["text/html"]
+    return html.count("<tr>") > 1  # below the names of the columns
+
+
 class Kernel:
     """Runs cells one after the other."""
 
@@ -70,16 +73,16 @@ class Kernel:
         self._cells: dict[str, Cell] = {}
 
     def run(self, code: str, *, interrupt: bool = False) -> Cell:
-        """Run a cell to its end; with ``interrupt``, interrupt it when a display is updated."""
+        """Run a cell to its end; with ``interrupt``, interrupt it when an epoch is displayed."""
         identity = self._client.execute(code)
         cell = self._cells[identity] = Cell()
         while True:
-            message = self._client.get_iopub_msg(timeout=MESSAGE_TIMEOUT)
+            message = self._client.get_iopub_msg(timeout=HANG_TIMEOUT)
             kind, content = message["msg_type"], message["content"]
             parent = message["parent_header"].get("msg_id")
             if parent in self._cells:
                 self._cells[parent].add_message(kind, content)
-            if interrupt and kind == "update_display_data":
+            if interrupt and kind == "update_display_data" and shows_an_epoch(content):
                 self._manager.interrupt_kernel()
                 interrupt = False
             if parent == identity and kind == "status" and content["execution_state"] == "idle":
@@ -90,7 +93,7 @@ class Kernel:
     def _reply(self, identity: str) -> Any:
         """Return the reply to a request; a busy kernel may first reply to earlier requests."""
         while True:
-            message = self._client.get_shell_msg(timeout=MESSAGE_TIMEOUT)
+            message = self._client.get_shell_msg(timeout=HANG_TIMEOUT)
             if message["parent_header"].get("msg_id") == identity:
                 return message["content"]
 
@@ -103,7 +106,7 @@ def start_kernel() -> Iterator[Kernel]:
     client = manager.client()
     try:
         client.start_channels()
-        client.wait_for_ready(timeout=MESSAGE_TIMEOUT)
+        client.wait_for_ready(timeout=HANG_TIMEOUT)
         kernel = Kernel(manager, client)
         assert kernel.run(SETUP).error == ""
         yield kernel

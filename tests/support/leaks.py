@@ -26,7 +26,7 @@ LASTING_THREADS = (
 )
 LASTING_TARGETS = ("/dev/", "/proc/", "/sys/")
 """files that drivers and libraries open once and keep open"""
-GRACE = 2.0
+GRACE = 20.0
 """seconds in which a thread must end and a descriptor must be closed"""
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
+from support.event_loops import HANG_TIMEOUT
+
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
 NAMES = ("Basic Usage", "Usage")
@@ -55,7 +57,7 @@ def execute_notebook(notebook: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder, _environment(kernel_environment()):
         client = NotebookClient(
             notebook,
-            timeout=120,
+            timeout=int(HANG_TIMEOUT),
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
             record_timing=False,

@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import psutil
 import pyte
 
+from support.event_loops import HANG_TIMEOUT
 from support.programs import ROOT, Program
-
-TIMEOUT = 40
-"""seconds after which a test that waits for output fails"""
 
 PRELUDE = """
 import asyncio, logging, signal, sys, threading
@@ -51,6 +50,10 @@ def slowly(seconds=0.003):
 """
 
 
+_END_OF_DRAWING = re.compile(r"\x1b\[J(\x1b\[\d+A)?\r(?!\n)(\x1b\[\d+C)?")
+"""the end of what `LiveArea` writes when it draws its lines"""
+
+
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a program that a person starts in a terminal."""
     own = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -70,7 +73,8 @@ class Terminal:
         self._stream = pyte.Stream(self.screen)
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.raw = ""
-        """everything that the program wrote"""
+        """everything that the program wrote and the screen shows or has shown"""
+        self._to_show = ""
         self._master, slave = os.openpty()
         self._set_size(*size)
         self._program = Program(
@@ -104,21 +108,31 @@ class Terminal:
         return self.text
 
     def _read(self) -> bool:
-        """Read what there is, or wait for it; return whether the program still writes."""
-        readable, _, _ = select.select([self._master], [], [], TIMEOUT)
-        assert readable, f"the program wrote nothing for {TIMEOUT} s:\n{self.transcript}"
-        try:
-            data = os.read(self._master, 65536)
-        except OSError:  # on Linux, once no process has the terminal open
-            return False
-        text = self._decoder.decode(data)
+        """Show what comes next, and wait for it; return whether the program still writes.
+
+        Each drawing of the bars is shown by itself, however many have come at once: a condition
+        must not miss one of them because this process was slow.
+        """
+        if not self._to_show:
+            readable, _, _ = select.select([self._master], [], [], HANG_TIMEOUT)
+            assert readable, f"the program wrote nothing for {HANG_TIMEOUT} s:\n{self.transcript}"
+            try:
+                data = os.read(self._master, 65536)
+            except OSError:  # on Linux, once no process has the terminal open
+                return False
+            if not data:
+                return False
+            self._to_show = self._decoder.decode(data)
+        drawing = _END_OF_DRAWING.search(self._to_show)
+        end = len(self._to_show) if drawing is None else drawing.end()
+        text, self._to_show = self._to_show[:end], self._to_show[end:]
         self.raw += text
         self._stream.feed(text)
-        return bool(data)
+        return True
 
     def wait_until_keys_are_read(self) -> None:
         """Wait until the program reads each key; until then, Ctrl-D is nothing to the terminal."""
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + HANG_TIMEOUT
         while termios.tcgetattr(self._master)[3] & termios.ICANON:
             assert time.monotonic() < deadline, "the program does not read keys"
             time.sleep(0.01)  # the terminal tells nobody about its mode
@@ -132,15 +146,22 @@ class Terminal:
         self._program.send_signal(number)
 
     def resize(self, columns: int, rows: int) -> None:
-        """Change the size of the window."""
+        """Change the size of the window, when all that was drawn for the old size is shown."""
+        program = psutil.Process(self._program.pid)
+        program.suspend()
+        while program.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)  # the system tells only its parent
+        while self._to_show or select.select([self._master], [], [], 0)[0]:
+            self._read()
         self.screen.resize(rows, columns)
         self._set_size(columns, rows)
+        program.resume()
 
     def end(self) -> int | None:
         """Read until the program has ended; return its exit code, or None if a signal ended it."""
         while self._read():
             pass
-        code = self._program.wait(TIMEOUT)
+        code = self._program.wait(HANG_TIMEOUT)
         return None if code < 0 else code
 
     def close(self) -> None:

@@ -83,7 +83,7 @@ async def fit(world: fitloop.World, how: str, rank: str, phase: str, path: str) 
 
 
 async def main(*arguments: str) -> None:
-    async with fitloop.world(timeout=30) as world:
+    async with fitloop.world(timeout=150) as world:
         await fit(world, *arguments)
 
 

@@ -326,7 +326,7 @@ LOADERS = [
 
 async def main(group: str, path: str) -> None:
     reports: dict[str, Any] = {}
-    async with fitloop.world(timeout=60) as world:
+    async with fitloop.world(timeout=150) as world:
         for function in globals()[group]:
             name = function.__name__
             sys.stderr.write(f"{name}\n")

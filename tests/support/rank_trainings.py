@@ -122,7 +122,7 @@ async def resumed(world: World, path: str, cancelled: str, epochs: str) -> None:
 
 
 async def main(name: str, *arguments: str) -> None:
-    async with fitloop.world(timeout=30) as world:
+    async with fitloop.world(timeout=150) as world:
         await globals()[name](world, *arguments)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
+from support.event_loops import HANG_TIMEOUT
 from support.models import trainer
 
 from fitloop import (
@@ -39,7 +40,6 @@ from fitloop.backends.remote.messages import (
 )
 from fitloop.backends.remote.transport import WorkerExit
 
-SOON = 20
 RESULT = FitResult(
     epochs=1, stop_reason="completed", best_score=None, best_epoch=None, metrics={}, seconds=0.1
 )
@@ -119,7 +119,7 @@ async def test_job_when_done_over_any_transport_then_gives_events_prints_answers
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     transport, events = FakeTransport(completes), list[Event]()
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         result = await run([transport], events, directory=tmp_path)
     assert result.result is RESULT
     assert result.weights == tmp_path / "weights.msgpack"
@@ -133,7 +133,7 @@ async def test_worker_when_it_dies_then_the_job_is_tried_again_and_its_error_say
 ) -> None:
     transports, events = [FakeTransport(dies), FakeTransport(dies)], list[Event]()
     with (
-        anyio.fail_after(SOON),
+        anyio.fail_after(HANG_TIMEOUT),
         pytest.warns(WorkerDiedWarning, match="as try 2"),
         pytest.raises(WorkerDiedError, match=r"job 'job' on node 7 was lost") as caught,
     ):
@@ -167,7 +167,7 @@ async def test_job_when_cancelled_then_the_worker_ends_it_or_is_killed(obeys: bo
             with pytest.warns(WorkerDiedWarning, match=r"had not ended 0.1 s"):
                 await run([transport], Events())
 
-    with anyio.fail_after(SOON):
+    with anyio.fail_after(HANG_TIMEOUT):
         async with anyio.create_task_group() as group:
             group.start_soon(train)
             await started.wait()

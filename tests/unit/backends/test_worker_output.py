@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.event_loops import HANG_TIMEOUT
 
 from fitloop.backends.process.worker_output import OutputForwarder, SerializedCall
 from fitloop.backends.remote.messages import Printed, WorkerMessage
@@ -53,13 +54,13 @@ def test_call_when_within_itself_then_comes_after_and_other_threads_wait() -> No
         if argument == "outer":
             call("inner")
             entered.set()
-            assert leave.wait(20)
+            assert leave.wait(HANG_TIMEOUT)
             calls.append("outer ends")
 
     call = SerializedCall(record)
     threads = [threading.Thread(target=call, args=["outer"])]
     threads[0].start()
-    assert entered.wait(20)
+    assert entered.wait(HANG_TIMEOUT)
     threads.append(threading.Thread(target=call, args=["other"]))
     threads[1].start()
     leave.set()

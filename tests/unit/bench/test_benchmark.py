@@ -11,6 +11,7 @@ import anyio
 import pytest
 import torch
 from support.clocks import FakeClock
+from support.event_loops import HANG_TIMEOUT
 from support.models import (
     Augmented,
     batches,
@@ -43,7 +44,6 @@ from fitloop._bench.budget import FirstEstimate
 from fitloop._bench.run import BenchRun
 from fitloop._run.session import RunSession
 
-GUARD = 30.0
 ONE_LOOP = pytest.mark.parametrize(
     "anyio_backend", [pytest.param(("asyncio", {}), id="asyncio")], indirect=True
 )
@@ -69,7 +69,7 @@ def small(**changes: Any) -> FitLoop:
 
 
 async def bench(target: Any, **changes: Any) -> BenchReport:
-    with anyio.fail_after(GUARD):
+    with anyio.fail_after(HANG_TIMEOUT):
         return await fitloop.benchmark(target, **{**SHORT, **changes})
 
 
@@ -279,7 +279,7 @@ async def test_benchmark_when_cancelled_then_everything_is_as_before(
         state.optimizer.step()
         if armed and current == activity and state.batch_num == 2:
             reached.set()
-            assert go_on.wait(GUARD)
+            assert go_on.wait(HANG_TIMEOUT)
         return {"loss": 1.0}
 
     current = ""
@@ -295,7 +295,7 @@ async def test_benchmark_when_cancelled_then_everything_is_as_before(
     before, armed = everything(fitted), True
     async with anyio.create_task_group() as group:
         group.start_soon(bench, fitted)
-        assert await anyio.to_thread.run_sync(reached.wait, GUARD)
+        assert await anyio.to_thread.run_sync(reached.wait, HANG_TIMEOUT)
         group.cancel_scope.cancel()
         go_on.set()
     assert_same_state(everything(fitted), before)
@@ -490,12 +490,12 @@ async def test_benchmark_when_the_trainer_is_busy_then_says_so() -> None:
 
     def step(state: LoopState) -> None:
         reached.set()
-        assert go_on.wait(GUARD)
+        assert go_on.wait(HANG_TIMEOUT)
 
     fitted = small(train_step=step)
     async with anyio.create_task_group() as group:
         group.start_soon(functools.partial(bench, fitted, rounds=1))
-        assert await anyio.to_thread.run_sync(reached.wait, GUARD)
+        assert await anyio.to_thread.run_sync(reached.wait, HANG_TIMEOUT)
         with pytest.raises(BusyError, match=r"benchmark\(\)"):
             await fitted.fit(1)
         go_on.set()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from support.event_loops import HANG_TIMEOUT
 from support.programs import run_program
 
 from fitloop import (
@@ -36,8 +37,6 @@ from fitloop.callbacks.plotting import MAX_PANELS, LivePlot
 # ``import ... as`` would give the function of the same name, which the package exports.
 liveplot: Any = import_module("fitloop.callbacks.plotting")
 HOUR = 3600.0
-SOON = 20.0
-"""seconds to wait for another thread"""
 
 
 class RecordingSink:
@@ -57,7 +56,7 @@ class RecordingSink:
 
     def show(self, picture: Any) -> None:
         self.drawing.set()
-        assert self.may_show.wait(SOON)
+        assert self.may_show.wait(HANG_TIMEOUT)
         if self.error is not None:
             raise self.error
         self.figures.append(picture)
@@ -164,7 +163,7 @@ def test_pictures_when_phases_end_often_then_are_the_first_and_the_last(
     plot = plot_on(sink, "loss")
     begin(plot)
     phase(plot, 5.0)
-    assert sink.was_shown.acquire(timeout=SOON)
+    assert sink.was_shown.acquire(timeout=HANG_TIMEOUT)
     for epoch in range(2, 30):
         phase(plot, 1.0, epoch)
     end(plot)
@@ -179,7 +178,7 @@ def test_pictures_when_no_pause_is_asked_for_then_each_phase_has_one(sink: Recor
     begin(plot)
     for epoch in range(1, 4):
         phase(plot, 1.0, epoch)
-        assert sink.was_shown.acquire(timeout=SOON)
+        assert sink.was_shown.acquire(timeout=HANG_TIMEOUT)
     end(plot)
     assert len(sink.figures) == 4  # the last one says that the run has ended
 
@@ -200,7 +199,7 @@ def test_training_when_a_picture_takes_long_then_goes_on(sink: RecordingSink) ->
     plot = plot_on(sink, "loss", every_seconds=0.0)
     begin(plot)
     phase(plot, 1.0)
-    assert sink.drawing.wait(SOON)
+    assert sink.drawing.wait(HANG_TIMEOUT)
     for epoch in range(2, 9):
         phase(plot, 1.0, epoch)
     assert sink.figures == []
@@ -221,7 +220,7 @@ def test_pause_when_drawing_took_long_then_is_longer_than_asked_for(sink: Record
     plot = plot_on(sink, "loss", every_seconds=5.0, clock=lambda: now[0])
     begin(plot)
     phase(plot, 1.0)
-    assert sink.was_shown.acquire(timeout=SOON)
+    assert sink.was_shown.acquire(timeout=HANG_TIMEOUT)
     end(plot)
     assert plot._next_drawing == 104.0 + 18.0
 
@@ -234,7 +233,7 @@ def test_error_of_a_picture_when_the_next_event_comes_then_is_raised_once(
     begin(plot)
     phase(plot, 1.0)
     for thread in drawing_threads():
-        thread.join(SOON)
+        thread.join(HANG_TIMEOUT)
     with pytest.raises(OSError, match="disk full"):
         end_epoch(plot)
     phase(plot, 1.0, 2)
@@ -252,7 +251,7 @@ def test_error_of_the_last_picture_when_the_run_ends_then_is_raised(sink: Record
     plot = plot_on(sink, "loss")
     begin(plot)
     phase(plot, 1.0)
-    assert sink.was_shown.acquire(timeout=SOON)
+    assert sink.was_shown.acquire(timeout=HANG_TIMEOUT)
     sink.error = OSError("disk full")
     with pytest.raises(OSError, match="disk full"):
         end(plot)
@@ -395,7 +394,7 @@ def test_trainers_when_they_run_at_once_under_one_name_then_the_second_is_refuse
             begin(plot)
         end(plot)
 
-    in_thread(other).join(SOON)
+    in_thread(other).join(HANG_TIMEOUT)
     assert set(plot._running) == {"net"}
     phase(plot, 1.0)
     end(plot)
@@ -406,7 +405,7 @@ def test_run_when_the_one_before_could_not_tell_its_end_then_is_drawn(
     sink: RecordingSink,
 ) -> None:
     plot = plot_on(sink, "loss")
-    in_thread(lambda: begin(plot)).join(SOON)
+    in_thread(lambda: begin(plot)).join(HANG_TIMEOUT)
     begin(plot)
     phase(plot, 1.0)
     end(plot)
@@ -487,7 +486,7 @@ def test_notebook_when_pictures_come_then_one_output_a_run_is_updated_in_place(
     for _ in range(2):
         begin(plot)
         phase(plot, 1.0)
-        assert there.acquire(timeout=SOON)
+        assert there.acquire(timeout=HANG_TIMEOUT)
         end(plot)
     content = {"image/png": "cGljdHVyZQ=="}
     assert calls == [f"display {content}", f"update {content}"] * 2

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from queue import Queue
 
 import pytest
+from support.event_loops import HANG_TIMEOUT
 
 from fitloop import BatchProgress, EpochStarted, Phase
 from fitloop._concurrency.control import RunControl
@@ -18,8 +19,6 @@ from fitloop._concurrency.time_slices import (
     TimeSliceHook,
     TimeSlices,
 )
-
-SOON = 20
 
 
 class ObservedQueue(deque[TimeSliceHook]):
@@ -34,7 +33,7 @@ class ObservedQueue(deque[TimeSliceHook]):
         self._joined.put(hook)
 
     def wait_for(self, run: Run) -> None:
-        while self._joined.get(timeout=SOON) is not run.hook:
+        while self._joined.get(timeout=HANG_TIMEOUT) is not run.hook:
             pass
 
 
@@ -134,12 +133,12 @@ def test_slice_when_it_was_renewed_for_long_then_is_not_taken_in_the_middle() ->
     with slices.lock:
         assert slices.owner is one.hook
     one.hook.close()
-    thread.join(SOON)
+    thread.join(HANG_TIMEOUT)
     assert slices.owner is two.hook
 
 
 def test_slice_when_another_run_waits_then_is_handed_on() -> None:
-    slices = TimeSlices(patience=SOON)
+    slices = TimeSlices(patience=HANG_TIMEOUT)
     queue = slices.queue = ObservedQueue()
     one, two = Run(slices), Run(slices)
     one.batches(MIN_BATCHES, 0.0003)
@@ -148,10 +147,10 @@ def test_slice_when_another_run_waits_then_is_handed_on() -> None:
     queue.wait_for(two)
     back = threading.Thread(target=one.batches, args=(int(SLICE_SECONDS / 0.0003) + 2, 0.0003))
     back.start()
-    thread.join(SOON)
+    thread.join(HANG_TIMEOUT)
     assert slices.owner is two.hook
     two.hook.observe(EpochStarted(trainer="", epoch=1, epoch_in_run=1, epochs=1))
-    back.join(SOON)
+    back.join(HANG_TIMEOUT)
     assert slices.owner is one.hook
 
 
@@ -185,17 +184,17 @@ def test_slice_when_several_wait_then_patience_is_with_each_holder_anew() -> Non
         queue.wait_for(run)
     now = 0.09
     one.hook.close()
-    threads[0].join(SOON)
+    threads[0].join(HANG_TIMEOUT)
     assert slices.owner is two.hook
     now = 0.15  # the third has waited longer than that, but not for the second
     looked.clear()
     three.hook.wake()
-    assert looked.wait(SOON)
+    assert looked.wait(HANG_TIMEOUT)
     with slices.lock:
         assert slices.owner is two.hook
         now = 0.2
     three.hook.wake()
-    threads[1].join(SOON)
+    threads[1].join(HANG_TIMEOUT)
     assert slices.owner is three.hook
 
 

@@ -9,17 +9,16 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from torch import nn
 
 from fitloop import FitLoop
 
-GUARD = 20.0
-"""seconds after which a wait that should have ended long ago fails the test"""
 PREFETCH = [pytest.param(n, id=f"prefetch-{n}") for n in (None, 0, 2)]
 
 
 def wait_for(event: threading.Event) -> None:
-    assert event.wait(GUARD), "nobody set the event"
+    assert event.wait(HANG_TIMEOUT), "nobody set the event"
 
 
 def batch_of(number: int) -> torch.Tensor:
@@ -49,7 +48,7 @@ class Recorder:
         return {"loss": 0.0}
 
     async def fit(self, epochs: int = 1, **more: Any) -> None:
-        with anyio.fail_after(GUARD):
+        with anyio.fail_after(HANG_TIMEOUT):
             await self.trainer.fit(epochs, verbose=False, **more)
 
 

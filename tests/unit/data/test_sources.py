@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.models import Augmented, batches, blobs, sync_trainer
 from torch.utils.data import DataLoader
 
@@ -18,9 +19,6 @@ from fitloop._data.sources import END, InlineSource, LoadContext, PrefetchSource
 from fitloop._rng.guard import LoaderRng
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
-
-GUARD = 20.0
-"""seconds after which a wait that should have ended long ago fails the test"""
 
 Make = Callable[[LoadContext, Callable[[], Any]], Source]
 
@@ -54,7 +52,7 @@ def drain(source: Source) -> list[Any]:
 
 
 def wait_for(event: threading.Event) -> None:
-    assert event.wait(GUARD), "nobody set the event"
+    assert event.wait(HANG_TIMEOUT), "nobody set the event"
 
 
 class Blocking:
@@ -237,7 +235,7 @@ def test_ahead_source_when_halted_then_wakes_waiting_step_thread(halt: str) -> N
                 source.fetch()
     finally:
         loader.release.set()
-        helper.join(GUARD)
+        helper.join(HANG_TIMEOUT)
         source.close()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from support.event_loops import HANG_TIMEOUT
 from support.programs import run_program
 
 from fitloop import (
@@ -438,7 +439,7 @@ def test_view_when_closed_before_its_end_then_its_thread_ends() -> None:
     page.view.close()
     thread = page.view._thread
     assert thread is not None
-    thread.join(20)
+    thread.join(HANG_TIMEOUT)
     assert not thread.is_alive()
     assert "<progress" not in page.display.shown[-1]["text/html"]
 

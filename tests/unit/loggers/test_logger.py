@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
+from support.event_loops import HANG_TIMEOUT
 from support.logged_events import Training, brief
 
 from fitloop import ConfigurationError, LoggerWarning, Phase, RunEnded
@@ -17,8 +18,6 @@ from fitloop.loggers import LoggedRun, Logger, Row, RowKey
 from fitloop.loggers.logger import check_installed
 
 module: Any = importlib.import_module("fitloop.loggers.logger")
-SOON = 20.0
-"""seconds to wait for another thread"""
 
 
 class Recorder(Logger):
@@ -53,7 +52,7 @@ class Recorder(Logger):
     def write(self, run: LoggedRun, rows: Sequence[Row]) -> None:
         self.threads.add(threading.current_thread())
         self.is_writing.set()
-        assert self.may_write.wait(SOON)
+        assert self.may_write.wait(HANG_TIMEOUT)
         if self.error is not None:
             raise self.error
         self.rows += rows
@@ -115,7 +114,7 @@ def test_logger_when_it_is_slow_then_drops_rows_of_steps_only(
     logger = Recorder()
     logger.may_write.clear()
     training = Training(logger).start().steps(1)
-    assert logger.is_writing.wait(SOON)
+    assert logger.is_writing.wait(HANG_TIMEOUT)
     training.steps(2)
     for step in range(3, 10):
         training.steps(step).phase(step)
@@ -137,12 +136,12 @@ def test_logger_when_it_hangs_then_the_run_ends_with_a_warning() -> None:
     logger = Recorder(end_seconds=0.0)
     logger.may_write.clear()
     training = Training(logger).start().phase(4)
-    assert logger.is_writing.wait(SOON)
+    assert logger.is_writing.wait(HANG_TIMEOUT)
     with pytest.warns(LoggerWarning, match="has not written the last rows of 'net' 0 s after"):
         training.end()
     logger.may_write.set()
     for thread in logger.threads:
-        thread.join(SOON)
+        thread.join(HANG_TIMEOUT)
     assert logger.calls[-1] == "end completed"
 
 
@@ -150,7 +149,7 @@ def test_logger_when_it_fails_then_warns_once_and_tells_what_is_missing() -> Non
     logger = Recorder()
     logger.error = OSError(28, "No space left on device")
     training = Training(logger).start().phase(4)
-    assert logger.is_writing.wait(SOON)
+    assert logger.is_writing.wait(HANG_TIMEOUT)
     with pytest.warns(LoggerWarning) as told:
         training.phase(8).end()
     messages = [str(one.message) for one in told]
@@ -170,7 +169,7 @@ def test_logger_when_it_recovers_then_every_row_is_written_once() -> None:
     logger = Recorder()
     logger.error = ConnectionError("no server")
     training = Training(logger).start().phase(4)
-    assert logger.is_writing.wait(SOON)
+    assert logger.is_writing.wait(HANG_TIMEOUT)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LoggerWarning)
         logger.error = None

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.event_loops import HANG_TIMEOUT
 
 from fitloop import (
     ConfigurationError,
@@ -313,7 +314,7 @@ def test_readers_in_another_thread_see_whole_events_only() -> None:
 
     def append() -> None:
         try:
-            reading.wait(30)
+            reading.wait(HANG_TIMEOUT)
             for number in range(num_events):
                 values = [float(number * size + offset) for offset in range(size)]
                 history.observe(phase_ended("train", {"loss": float(number)}, {"loss": values}))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.event_loops import HANG_TIMEOUT
 from torch import Tensor
 
 from fitloop._ranks.control import SharedControl
@@ -40,7 +41,7 @@ class Work:
         self._meeting, self._number, self._numbers = meeting, number, numbers
 
     def wait(self) -> None:
-        self._meeting.barrier.wait(30)
+        self._meeting.barrier.wait(HANG_TIMEOUT)
         self._numbers.copy_(torch.stack(self._meeting.rounds[self._number]).amax(dim=0))
 
 
@@ -73,7 +74,7 @@ def test_wishes_when_at_any_batches_of_any_ranks_then_all_end_at_one_batch(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(HANG_TIMEOUT)
     assert len(set(ends.values())) == 1
     batch, reason, cancelled = ends[0]
     assert batch > min(*stops.values(), *cancels.values())

@@ -8,13 +8,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 from support.models import seed_process
 
 from fitloop._rng.global_lock import CallbacksInFlight
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
-
-GUARD = 20.0
 
 
 def never() -> bool:
@@ -23,7 +22,7 @@ def never() -> bool:
 
 @pytest.fixture(autouse=True)
 def in_flight(monkeypatch: pytest.MonkeyPatch) -> CallbacksInFlight:
-    in_flight = CallbacksInFlight(timeout=GUARD)
+    in_flight = CallbacksInFlight(timeout=HANG_TIMEOUT)
     monkeypatch.setattr("fitloop._rng.lease.CALLBACKS_IN_FLIGHT", in_flight)
     return in_flight
 
@@ -49,12 +48,12 @@ def test_begin_when_another_is_in_a_callback_then_waits_and_keeps_its_numbers() 
     state = in_callback.enter_callback()
     thread = threading.Thread(target=train)
     thread.start()
-    assert waits.wait(GUARD)
+    assert waits.wait(HANG_TIMEOUT)
     numbers = [random.random(), np.random.rand(), torch.rand(1).item()]
     assert not has_begun.is_set()
     in_callback.leave_callback(state)
-    assert has_begun.wait(GUARD)
-    thread.join(GUARD)
+    assert has_begun.wait(HANG_TIMEOUT)
+    thread.join(HANG_TIMEOUT)
     in_callback.close()
     assert numbers == expected
     assert stream.state().python == untouched.state().python
@@ -81,7 +80,7 @@ def test_wait_when_a_callback_goes_on_then_has_an_end() -> None:
 
 
 def test_wait_when_cancelled_then_ends() -> None:
-    in_flight, callback = CallbacksInFlight(timeout=GUARD), object()
+    in_flight, callback = CallbacksInFlight(timeout=HANG_TIMEOUT), object()
     is_cancelled, asked = threading.Event(), threading.Event()
 
     def cancelled() -> bool:
@@ -91,15 +90,15 @@ def test_wait_when_cancelled_then_ends() -> None:
     in_flight.add(callback)
     thread = threading.Thread(target=in_flight.wait, args=(cancelled,))
     thread.start()
-    assert asked.wait(GUARD)
+    assert asked.wait(HANG_TIMEOUT)
     is_cancelled.set()
     in_flight.notify_all()
-    thread.join(GUARD / 2)
+    thread.join(HANG_TIMEOUT / 2)
     assert not thread.is_alive()
 
 
 def test_wait_when_a_callback_begins_later_then_is_not_for_that_one() -> None:
-    in_flight, first, second = CallbacksInFlight(timeout=GUARD), object(), object()
+    in_flight, first, second = CallbacksInFlight(timeout=HANG_TIMEOUT), object(), object()
     asked = threading.Event()
 
     def cancelled() -> bool:
@@ -109,8 +108,8 @@ def test_wait_when_a_callback_begins_later_then_is_not_for_that_one() -> None:
     in_flight.add(first)
     thread = threading.Thread(target=in_flight.wait, args=(cancelled,))
     thread.start()
-    assert asked.wait(GUARD)
+    assert asked.wait(HANG_TIMEOUT)
     in_flight.add(second)
     in_flight.discard(first)
-    thread.join(GUARD / 2)
+    thread.join(HANG_TIMEOUT / 2)
     assert not thread.is_alive()

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from support.event_loops import HANG_TIMEOUT
 
 from fitloop._rng.forks import protect_forks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-JOIN_TIMEOUT = 30.0
 
 
 def _draw_with_torch() -> None:
@@ -56,7 +56,7 @@ def test_fork_when_another_thread_uses_a_generator_then_the_child_can_seed_it(
         for _fork in range(5):
             child = multiprocessing.get_context("fork").Process(target=_seed_all)
             child.start()
-            child.join(JOIN_TIMEOUT)
+            child.join(HANG_TIMEOUT)
             hangs = child.is_alive()
             child.kill()
             child.join()
@@ -72,7 +72,7 @@ def test_fork_when_there_was_one_then_the_locks_are_free(capfd: pytest.CaptureFi
     protect_forks()
     child = multiprocessing.get_context("fork").Process(target=_seed_all)
     child.start()
-    child.join(JOIN_TIMEOUT)
+    child.join(HANG_TIMEOUT)
     assert child.exitcode == 0
     child.close()
     _seed_all()

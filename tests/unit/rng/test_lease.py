@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.event_loops import HANG_TIMEOUT
 from support.global_generators import (
     BIT_GENERATORS,
     USES,
@@ -25,9 +26,6 @@ from fitloop._concurrency.control import Cancelled
 from fitloop._rng.global_lock import FairSharedLock
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
-
-GUARD = 20.0
-"""Seconds after which a wait that should have ended long ago fails the test."""
 
 uses = st.lists(st.sampled_from(sorted(USES)), max_size=4)
 
@@ -104,7 +102,7 @@ class Waiter:
     def queue(self) -> Waiter:
         """Start, and return when it waits."""
         self._thread.start()
-        assert self._waits.wait(GUARD)
+        assert self._waits.wait(HANG_TIMEOUT)
         return self
 
     def _run(self) -> None:
@@ -116,7 +114,7 @@ class Waiter:
             self.error = error
 
     def join(self) -> None:
-        self._thread.join(GUARD)
+        self._thread.join(HANG_TIMEOUT)
         assert not self._thread.is_alive()
 
 
@@ -244,6 +242,6 @@ def test_lease_when_threads_share_the_generators_then_each_has_its_numbers() -> 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(GUARD)
+        thread.join(HANG_TIMEOUT)
     for seed in (1, 2, 3):
         assert drawn[seed] == numbers_of(seed, names)

@@ -348,11 +348,11 @@ def test_log_when_it_is_a_pipe_then_it_is_refused_and_not_waited_for(tmp_path: P
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    thread.join(0.5)
+    thread.join(HANG_TIMEOUT)
     waited = thread.is_alive()
     if waited:  # it is let go, with nothing to read
         os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
-        thread.join(HANG_TIMEOUT)
+        thread.join()
     assert not waited
     assert "no file" in str(raised[0])
 
