@@ -90,7 +90,8 @@ class RunStarted(Event):
         default_factory=dict, hash=False
     )
     """settings of the training: the arguments that a job was submitted with, and epochs, learning
-    rate and others by the names of their arguments"""
+    rate and others by the names of their arguments. A setting that differs between the parameter
+    groups of the optimizers has a name for each group, as the rates of `MetricsLogged` have"""
 
 
 @public

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fitloop._engine.config import TrainerConfig
@@ -157,14 +157,27 @@ def learning_rates(optimizers: list[Any]) -> dict[str, float]:
     """Return the learning rate of each parameter group; `MetricsLogged` describes the names."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates: dict[str, float] = {}
-    for number, group in enumerate(groups):
+    for suffix, group in zip(group_suffixes(groups), groups, strict=True):
         rate = group.get("lr")
         if rate is None or (getattr(rate, "is_cpu", True) is False):
             continue  # a tensor on a device would have to be waited for
-        name = "lr"
-        if len(groups) > 1:
-            name = f"lr/{group.get('name', number)}"
-            if name in rates:
-                name = f"lr/{number}"
-        rates[name] = float(rate)
+        rates[f"lr{suffix}"] = float(rate)
     return rates
+
+
+def group_suffixes(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the end of a setting's name for each group: ``/`` and the group's name or number.
+
+    It is empty if there is one group.
+    """
+    if len(groups) == 1:
+        return [""]
+    suffixes: list[str] = []
+    for number, group in enumerate(groups):
+        suffix = f"/{group.get('name', number)}"
+        if suffix in suffixes:
+            suffix = f"/{number}"
+        while suffix in suffixes:  # the name of another group is this number
+            suffix += "_"
+        suffixes.append(suffix)
+    return suffixes

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from fitloop._defaults import TrainerDefaults
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.plan import RunPlan
+from fitloop._engine.step_log import group_suffixes
 
 Parameter = str | int | float | bool | None
 
@@ -19,7 +23,7 @@ def run_parameters(
     The arguments of a job come first, and hide settings of the same name.
     """
     values: dict[str, Any] = {
-        **_optimizer_parameters(config.optimizers[0]),
+        **_optimizer_parameters(config.optimizers),
         "epochs": plan.epochs if plan.call == "fit" else None,
         "batch_size": getattr(plan.phases[0][1], "batch_size", None),
         "accumulate": config.accumulate if config.accumulate > 1 else None,
@@ -35,12 +39,32 @@ def run_parameters(
     return {**defaults.parameters, **settings, **defaults.parameters}
 
 
-def _optimizer_parameters(optimizer: Any) -> dict[str, Any]:
-    """Return the class and the settings of an optimizer, as it was built."""
-    group = optimizer.param_groups[0]
+def _optimizer_parameters(optimizers: Sequence[Any]) -> dict[str, Any]:
+    """Return the classes and settings of optimizers, as they were built.
+
+    What all parameter groups have in common has one name, such as ``momentum``; what differs has
+    the names ``lr/0`` and ``lr/1``, or those of the groups, as in `MetricsLogged`.
+    """
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    settings = [_group_settings(optimizer, group) for optimizer, group in groups]
+    suffixes = group_suffixes([group for _optimizer, group in groups])
+    values: dict[str, Any] = {}
+    for name, first in settings[0].items():
+        if all(each[name] == first for each in settings):
+            values[name] = first
+        else:
+            values |= {
+                f"{name}{suffix}": each[name]
+                for suffix, each in zip(suffixes, settings, strict=True)
+            }
+    return values
+
+
+def _group_settings(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+    rate = group.get("initial_lr", group.get("lr"))
     return {
         "optimizer": type(optimizer).__name__,
-        "lr": group.get("initial_lr", group.get("lr")),
+        "lr": rate.item() if isinstance(rate, Tensor) else rate,
         "momentum": group.get("momentum") or None,
         "weight_decay": group.get("weight_decay") or None,
     }

@@ -14,7 +14,7 @@ import torch
 from support.models import arguments, batches, bits, internals, mlp, sync_trainer, trainer
 from support.resumed_trainings import InterruptionError, write_snapshots_at_once
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
 from fitloop import (
@@ -28,10 +28,12 @@ from fitloop import (
     MetricsLogged,
     Phase,
     PhaseEnded,
+    RunStarted,
     SnapshotWritten,
     default_batch_step,
 )
 from fitloop._engine import loop
+from fitloop._engine.step_log import group_suffixes
 
 QUIET: dict[str, Any] = {"verbose": False, "progress": False}
 
@@ -175,6 +177,53 @@ def test_learning_rates_when_of_several_groups_then_have_their_names() -> None:
     [event] = logged(told)
     assert event.learning_rates == {"lr/first": 0.1, "lr/1": 0.25, "lr/2": 0.5}
     assert event.step == 4
+
+
+def test_parameters_when_optimizers_and_groups_differ_then_tell_all_of_them() -> None:
+    model = mlp()
+    groups: list[Any] = [
+        {"params": model[0].weight, "name": "first"},
+        {"params": model[0].bias, "lr": torch.tensor(0.25)},
+    ]
+    optimizers = [
+        SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.5),
+        Adam(model[3].parameters(), lr=0.5, weight_decay=0.5),
+    ]
+    told: list[AnyEvent] = []
+    fitted = sync_trainer(model=model, optimizer=optimizers, valid_dl=None)
+    fitted.fit(1, callbacks=[told.append], **QUIET)
+    assert isinstance(told[0], RunStarted)
+    parameters = dict(told[0].parameters)
+    assert parameters.pop("epochs") == 1
+    parameters.pop("seed", None)
+    parameters.pop("batch_size", None)
+    assert parameters == {
+        "optimizer/first": "SGD",
+        "optimizer/1": "SGD",
+        "optimizer/2": "Adam",
+        "lr/first": 0.1,
+        "lr/1": 0.25,
+        "lr/2": 0.5,
+        "momentum/first": 0.9,
+        "momentum/1": 0.9,
+        "weight_decay": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a"], [""]),
+        ([None, None], ["/0", "/1"]),
+        (["a", "a"], ["/a", "/1"]),
+        (["1", None], ["/1", "/1_"]),
+    ],
+)
+def test_suffixes_when_groups_have_names_then_each_is_another(
+    names: list[str | None], expected: list[str]
+) -> None:
+    groups = [{} if name is None else {"name": name} for name in names]
+    assert group_suffixes(groups) == expected
 
 
 def test_events_when_values_are_nan_then_are_null_in_json() -> None:
