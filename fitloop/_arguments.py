@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import Any, TypeVar
 
-from fitloop._errors import user_traceback
+from fitloop._errors import leave_user_frames
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,26 +40,32 @@ def _keep(_name: str, value: Any) -> Any:
     return value
 
 
-def checked_arguments(check: Callable[[str, Any], Any] = _keep) -> Callable[[F], F]:
+def checked_arguments(
+    check: Callable[[str, Any], Any] = _keep, *, passed_on: Iterable[str] = ()
+) -> Callable[[F], F]:
     """Return a decorator for methods: it refuses unknown keywords and checks all given arguments.
 
     ``check`` takes the name and the value of an argument and returns the value for the method, or
-    raises an error. Defaults are not checked. An error of a coroutine has no frames of fitloop
-    before those of the user's code.
+    raises an error. Defaults are not checked. ``passed_on`` are the names of a method's
+    ``**options``. An error of a coroutine has no frames of fitloop before those of the user's code.
     """
 
     def decorate(method: F) -> F:
-        names = tuple(inspect.signature(method).parameters)[1:]
+        parameters = list(inspect.signature(method).parameters.values())[1:]
+        own_names = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+        names = (*own_names, *passed_on)
         # Errors name the class that users know, also those of Python about missing arguments.
         method.__qualname__ = method.__qualname__.replace("TrainerBase", "FitLoop")
         owner, _, name = method.__qualname__.rpartition(".")
         call_name = f"{owner if name == '__init__' else name}()"
-        _CALLS[call_name] = names
+        if not passed_on:
+            _CALLS[call_name] = names
 
         def checked(args: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
             for option in options:
                 if option not in names:
-                    raise TypeError(unknown_argument(call_name, option, names))
+                    shown = _class_call(args[0], call) if name == "__init__" else call_name
+                    raise TypeError(unknown_argument(shown, option, names))
             options.update((option, check(option, value)) for option, value in options.items())
             positional = [check(*pair) for pair in zip(names, args[1:], strict=False)]
             return [args[0], *positional, *args[1 + len(positional) :]]
@@ -72,7 +78,8 @@ def checked_arguments(check: Callable[[str, Any], Any] = _keep) -> Callable[[F],
                 try:
                     return await method(*checked(args, options), **options)
                 except BaseException as error:
-                    raise error.with_traceback(user_traceback(error))  # noqa: B904 - the same
+                    leave_user_frames(error)
+                    raise
 
         else:
 
@@ -83,6 +90,13 @@ def checked_arguments(check: Callable[[str, Any], Any] = _keep) -> Callable[[F],
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def _class_call(instance: object, constructor: object) -> str:
+    """Return the call of the class that inherits a constructor, such as ``CSV()``."""
+    classes = type(instance).__mro__
+    kind = next(each for each in classes if getattr(each, "__init__") is constructor)  # noqa: B009
+    return f"{kind.__name__}()"
 
 
 def unknown_argument(call: str, name: str, expected: Iterable[str]) -> str:

@@ -41,7 +41,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from contextvars import ContextVar
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from fitloop._public import public
@@ -87,16 +87,18 @@ def warn_user(message: str, category: type[Warning], *, of_run: bool = False) ->
     warnings.warn_explicit(message, category, file, line, registry=registry)
 
 
-def user_traceback(error: BaseException) -> TracebackType | None:
-    """Return the traceback of an error without the frames of fitloop before the user's code.
+def leave_user_frames(error: BaseException) -> None:
+    """Remove the frames of fitloop before the user's code from the traceback of an error.
 
-    A cancellation without code of the user has no traceback then. Another error that has none
-    keeps its traceback, since it is of interest where fitloop raised it.
+    Then a bare ``raise`` in the ``except`` block adds no frame, while ``raise error`` adds one. A
+    cancellation without code of the user has no traceback then. Another error that has none keeps
+    its traceback, since it is of interest where fitloop raised it.
     """
     entry = error.__traceback__
     while entry is not None and _is_internal(entry.tb_frame):
         entry = entry.tb_next
-    return error.__traceback__ if entry is None and isinstance(error, Exception) else entry
+    if entry is not None or not isinstance(error, Exception):
+        error.__traceback__ = entry
 
 
 def _is_internal(frame: FrameType) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 import anyio
 
 from fitloop._engine.loop_state import LoopState
-from fitloop._errors import SyncInAsyncError, user_traceback
+from fitloop._errors import SyncInAsyncError, leave_user_frames
 from fitloop._public import public
 from fitloop._run.prediction import Predictions
 from fitloop._trainer.base import TrainerBase
@@ -50,10 +50,11 @@ def _blocking(verb: Callable[Concatenate[FitLoop, P], Awaitable[R]]) -> _Method[
         arguments = (*vars(self._state.config).values(), *args, *kwargs.values())
         try:
             return self._event_loop.run(run) if any(map(_is_async, arguments)) else anyio.run(run)
-        except KeyboardInterrupt as error:  # its context is the cancellation of the event loop
-            raise error.with_traceback(user_traceback(error)) from None
         except BaseException as error:
-            raise error.with_traceback(user_traceback(error))  # noqa: B904 - the same error
+            leave_user_frames(error)
+            if isinstance(error, KeyboardInterrupt):  # its context is that of the event loop
+                error.__suppress_context__ = True
+            raise
 
     update_wrapper(call, verb)
     call.__module__, call.__qualname__ = __name__, f"SyncFitLoop.{verb.__name__}"

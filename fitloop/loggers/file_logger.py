@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack
 
+from fitloop._arguments import checked_arguments
+from fitloop._errors import ConfigurationError
 from fitloop.loggers.line_file import LineFile
-from fitloop.loggers.logger import LoggedRun, Logger, RowKey, absolute_path
+from fitloop.loggers.logger import LoggedRun, Logger, LoggerOptions, RowKey, absolute_path
 
 
 class FileLogger(Logger):
@@ -22,9 +24,21 @@ class FileLogger(Logger):
 
     file_name: ClassVar[str]
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, **options: Any) -> None:
+    @checked_arguments(passed_on=LoggerOptions.__annotations__)
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, **options: Unpack[LoggerOptions]
+    ) -> None:
         super().__init__(**options)
-        self._path = absolute_path(path)
+        self._path = absolute_path("path", path)
+
+    def start(self, run: LoggedRun) -> None:
+        """Refuse a directory, which no attempt can write to."""
+        path = self.file(run).path
+        if path.is_dir():
+            raise ConfigurationError(
+                f"{path} is a directory; expected the path of a file, such as "
+                f"{path / self.file_name}"
+            )
 
     @staticmethod
     def is_torn(line: bytes) -> bool:

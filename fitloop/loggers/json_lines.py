@@ -32,6 +32,7 @@ class JSONLines(FileLogger):
 
     def start(self, run: LoggedRun) -> None:
         """Write the first line of a new run."""
+        super().start(run)
         file = self.file(run)
         if file.has(f'{{"run": "{run.id}"'.encode()):
             return

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
+from fitloop._arguments import checked_arguments
 from fitloop._errors import (
     ConfigurationError,
     LoggerWarning,
@@ -114,6 +115,14 @@ class LoggedRun:
     """settings of the training as plain values, by name"""
 
 
+class LoggerOptions(TypedDict, total=False):
+    """The arguments of `Logger`."""
+
+    on_error: Literal["warn", "raise"]
+    end_seconds: float
+    parameters: Mapping[str, Any] | None
+
+
 @dataclass(eq=False)
 class _OpenRun:
     """A run between its `RunStarted` and the moment when its end is written."""
@@ -183,6 +192,7 @@ class Logger:
         ConfigurationError: an argument is invalid.
     """
 
+    @checked_arguments()
     def __init__(
         self,
         *,
@@ -198,6 +208,11 @@ class Logger:
             raise ConfigurationError(f"end_seconds is {end_seconds!r}; expected 0 or more seconds")
         self._on_error = on_error
         self._end_seconds = min(float(end_seconds), threading.TIMEOUT_MAX)
+        is_mapping = isinstance(parameters, Mapping) and all(isinstance(n, str) for n in parameters)
+        if parameters is not None and not is_mapping:
+            raise ConfigurationError(
+                f"parameters is {parameters!r:.80}; expected a dict of values by name, or None"
+            )
         self._parameters = dict(parameters or {})
         self.opened: dict[str, Any] = {}
         """for a subclass: an open file or connection for each run, by the id of the run"""
@@ -541,8 +556,9 @@ class _Queue:
                 run.is_given_up = True
                 run.rows.clear()
             if self._logger._on_error == "raise":
-                add_note_safely(error, f"in {self._label}, for {run.info.name!r}")
-                self._error = self._error or error
+                if self._error is None:
+                    add_note_safely(error, f"in {self._label}, for {run.info.name!r}")
+                    self._error = error
             elif run.info.id not in self._warned:
                 self._warned.add(run.info.id)
                 later = "nothing more is logged" if is_final else "it tries again"
@@ -575,9 +591,16 @@ def _row(event: MetricsLogged | PhaseEnded) -> Row:
     return Row(kind="steps", metrics=event.metrics, learning_rates=rates, **common)
 
 
-def absolute_path(path: str | os.PathLike[str] | None) -> Path | None:
-    """Return the path of a logger, which stays the same if a run changes the directory."""
-    return None if path is None else Path(path).absolute()
+def absolute_path(name: str, path: str | os.PathLike[str] | None) -> Path | None:
+    """Return the path of a logger, which stays the same if a run changes the directory.
+
+    Raises:
+        ConfigurationError: it is no path.
+    """
+    try:
+        return None if path is None else Path(path).absolute()
+    except TypeError:
+        raise ConfigurationError(f"{name} is {path!r:.80}; expected a path, or None") from None
 
 
 def check_installed(library: str) -> None:

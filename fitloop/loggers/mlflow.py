@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
+from fitloop._arguments import checked_arguments
+from fitloop._errors import ConfigurationError
 from fitloop._events import RunEnded
 from fitloop.loggers.logger import (
     LoggedRun,
     Logger,
+    LoggerOptions,
     Row,
     RowKey,
     check_installed,
@@ -43,9 +46,19 @@ class MLflow(Logger):
         ConfigurationError: the package is not installed, or an argument is invalid.
     """
 
-    def __init__(self, uri: str | None = None, experiment: str = "fitloop", **options: Any) -> None:
+    @checked_arguments(passed_on=LoggerOptions.__annotations__)
+    def __init__(
+        self,
+        uri: str | None = None,
+        experiment: str = "fitloop",
+        **options: Unpack[LoggerOptions],
+    ) -> None:
         check_installed("mlflow")
         super().__init__(**options)
+        if not isinstance(uri, str | None):
+            raise ConfigurationError(f"uri is {uri!r:.80}; expected a text, or None")
+        if not isinstance(experiment, str) or not experiment:
+            raise ConfigurationError(f"experiment is {experiment!r:.80}; expected a name")
         self._uri, self._experiment = uri, experiment
 
     def _client(self) -> Any:

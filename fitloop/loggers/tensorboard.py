@@ -8,12 +8,14 @@ import socket
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Unpack
 
+from fitloop._arguments import checked_arguments
 from fitloop._events import RunEnded
 from fitloop.loggers.logger import (
     LoggedRun,
     Logger,
+    LoggerOptions,
     Row,
     RowKey,
     absolute_path,
@@ -42,10 +44,13 @@ class TensorBoard(Logger):
         ConfigurationError: the package is not installed, or an argument is invalid.
     """
 
-    def __init__(self, directory: str | os.PathLike[str] | None = None, **options: Any) -> None:
+    @checked_arguments(passed_on=LoggerOptions.__annotations__)
+    def __init__(
+        self, directory: str | os.PathLike[str] | None = None, **options: Unpack[LoggerOptions]
+    ) -> None:
         check_installed("tensorboard")
         super().__init__(**options)
-        self._directory = absolute_path(directory)
+        self._directory = absolute_path("directory", directory)
 
     def folder(self, run: LoggedRun) -> Path:
         """Return the folder of a run."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fitloop._arguments import unknown_argument
 from fitloop._errors import ConfigurationError
 from fitloop._events import RunEnded
-from fitloop.loggers.logger import LoggedRun, Logger, Row, check_installed
+from fitloop.loggers.logger import LoggedRun, Logger, LoggerOptions, Row, check_installed
 
 STEP = "optimizer_step"
 """the x axis in a run that the caller has made; fitloop does not know the steps of that run"""
@@ -44,6 +46,12 @@ class WandB(Logger):
     ) -> None:
         check_installed("wandb")
         super().__init__(on_error=on_error, end_seconds=end_seconds, parameters=parameters)
+        if init:
+            _check_names(init)
+        if run is not None and not hasattr(run, "define_metric"):
+            raise ConfigurationError(
+                f"run is {run!r:.80}; expected what wandb.init has returned, or None"
+            )
         if run is not None and init:
             raise ConfigurationError(
                 f"WandB() got a run and {', '.join(init)}=; expected one of both, since the "
@@ -97,3 +105,13 @@ class WandB(Logger):
             )
         if self._run is None:
             wandb_run.finish(exit_code=1 if event.stop_reason == "failed" else 0)
+
+
+def _check_names(init: Iterable[str]) -> None:
+    """Refuse an argument that ``wandb.init`` does not have."""
+    import wandb
+
+    expected = [*inspect.signature(wandb.init).parameters, "run", *LoggerOptions.__annotations__]
+    for name in init:
+        if name not in expected:
+            raise TypeError(unknown_argument("WandB()", name, expected))

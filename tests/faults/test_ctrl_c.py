@@ -6,16 +6,20 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from support.event_loops import HANG_TIMEOUT
 from support.programs import Program, started
+
+import fitloop
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("fork_server"),
     pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send"),
 ]
+PACKAGE = Path(fitloop.__file__).parent
 
 
 HEAD = """
@@ -225,6 +229,7 @@ def test_process_when_interrupted_ends_by_keyboard_interrupt_and_could_train_on(
         output, errors, code = script.end()
     assert output == "cancelled [] False\ntrained on True\n"
     assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert str(PACKAGE) not in errors, "the traceback has frames of fitloop"
     assert code == -signal.SIGINT
 
 

@@ -21,7 +21,7 @@ import pytest
 from support.logged_events import Training
 from support.models import BATCHES, sync_trainer, trainer
 
-from fitloop import Checkpoint, FitLoop, Runner, SnapshotWritten
+from fitloop import Checkpoint, ConfigurationError, FitLoop, Runner, SnapshotWritten
 from fitloop.loggers import JSONLines, Logger, MLflow, TensorBoard, WandB
 
 TOOLS = ("tensorboard", "mlflow", "wandb")
@@ -346,3 +346,23 @@ def test_wandb_when_given_a_run_then_it_is_not_finished(tmp_path: Path) -> None:
     names = [{i.key or "/".join(i.nested_key) for i in row.item} for row in rows]
     assert any({"valid/loss", "optimizer_step"} <= row for row in names)
     assert sum("mine" in row for row in names) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "said"),
+    [
+        (WandB, {"projct": "a"}, TypeError, "'projct'; did you mean 'project'"),
+        (WandB, {"on_eror": "warn"}, TypeError, "'on_eror'; did you mean 'on_error'"),
+        (WandB, {"run": "a"}, ConfigurationError, "run is 'a'; expected what wandb.init"),
+        (MLflow, {"uri": 3}, ConfigurationError, "uri is 3; expected a text, or None"),
+        (MLflow, {"experiment": 3}, ConfigurationError, "experiment is 3; expected a name"),
+        (MLflow, {"url": "a"}, TypeError, r"MLflow\(\) has no argument 'url'; expected .* uri, "),
+        (TensorBoard, {"directory": 3}, ConfigurationError, "directory is 3; expected a path, or"),
+        (TensorBoard, {"logdir": "a"}, TypeError, r"TensorBoard\(\) has no argument 'logdir'"),
+    ],
+)
+def test_argument_when_it_cannot_work_then_is_refused_at_once(
+    kind: Any, options: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        kind(**options)

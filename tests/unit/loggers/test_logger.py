@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from support.event_loops import HANG_TIMEOUT
 from support.logged_events import Training, brief
 
 from fitloop import ConfigurationError, LoggerWarning, Phase, RunEnded
-from fitloop.loggers import LoggedRun, Logger, Row, RowKey
+from fitloop.loggers import CSV, JSONLines, LoggedRun, Logger, Row, RowKey
 from fitloop.loggers.logger import check_installed
 
 module: Any = importlib.import_module("fitloop.loggers.logger")
@@ -298,11 +299,38 @@ class Plain(Logger):
 
 
 @pytest.mark.parametrize(
-    "options", [{"on_error": "ignore"}, {"end_seconds": -1}, {"end_seconds": True}]
+    ("kind", "options", "said"),
+    [
+        (Plain, {"on_error": "ignore"}, "on_error is 'ignore'; expected 'warn' or 'raise'"),
+        (Plain, {"end_seconds": -1}, "end_seconds is -1; expected 0 or more"),
+        (Plain, {"end_seconds": True}, "end_seconds is True; expected a number"),
+        (Plain, {"parameters": 3}, "parameters is 3; expected a dict of values by name, or None"),
+        (JSONLines, {"parameters": {1: 2}}, "parameters is {1: 2}; expected a dict"),
+        (JSONLines, {"path": 3}, "path is 3; expected a path, or None"),
+        (CSV, {"path": b"logs"}, "path is b'logs'; expected a path, or None"),
+    ],
 )
-def test_option_when_it_cannot_work_then_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match=next(iter(options))):
-        Plain(**options)
+def test_option_when_it_cannot_work_then_is_refused(
+    kind: Any, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        kind(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "said"),
+    [
+        (CSV, "pth", "CSV() has no argument 'pth'; did you mean 'path'?"),
+        (JSONLines, "on_eror", "JSONLines() has no argument 'on_eror'; did you mean 'on_error'?"),
+        (Plain, "on_eror", "Plain() has no argument 'on_eror'; did you mean 'on_error'?"),
+        (CSV, "zzz", "CSV() has no argument 'zzz'; expected one of path, on_error, end_seconds"),
+    ],
+)
+def test_option_when_unknown_then_the_error_names_the_one_that_is_meant(
+    kind: Any, option: str, said: str
+) -> None:
+    with pytest.raises(TypeError, match=re.escape(said)):
+        kind(**{option: 1})
 
 
 def test_library_when_missing_then_the_error_says_what_to_type() -> None:
