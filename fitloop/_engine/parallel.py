@@ -78,11 +78,12 @@ class ParallelRun:
     def answer(self, ask: Callable[[], bool]) -> bool:
         """Return the answer to a question, which rank 0 asks."""
         control = self.control
+        control.question_is_withdrawn = False
 
-        def is_cancelled() -> bool:
-            if control.wished_cancel:  # the answer is not waited for
-                control.cancel_alone()
-            return control.cancelled
+        def wishes_end() -> bool:
+            if control.cancelled:  # this rank has failed
+                raise Cancelled
+            return control.wished_cancel or control.wished_reason > 0
 
         def ask_here() -> bool:
             try:
@@ -93,10 +94,7 @@ class ParallelRun:
                 control.cancel()  # the other ranks learn it in the next vote
                 return False
 
-        answer = self.world.answer(ask_here if self.is_first else None, is_cancelled)
-        if answer is None:
-            raise Cancelled
-        return bool(answer)
+        return self.world.answer(ask_here, control.withdraw_question, wishes_end)
 
     # -- gradients ---------------------------------------------------------------------------------
 

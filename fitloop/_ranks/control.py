@@ -26,6 +26,8 @@ class SharedControl(RunControl):
         """whether this rank was cancelled"""
         self.is_agreed = False
         """whether all ranks have agreed on the cancellation"""
+        self.question_is_withdrawn = False
+        """whether other ranks wish an end while this one asks a person"""
         self._wish_wakers: list[Callable[[], None]] = []
 
     def stop(self, reason: str = StopReason.STOPPED) -> None:
@@ -52,6 +54,12 @@ class SharedControl(RunControl):
         """Cancel this rank at once, without the others."""
         super().cancel()
 
+    def withdraw_question(self) -> None:
+        """End the question of this rank, since others wish an end; any thread."""
+        with self.changed:
+            self.question_is_withdrawn = True
+            self._wake_wishes()
+
     def apply(self, reason: int, cancel: int) -> None:
         """Set the flags that all ranks have agreed on."""
         if cancel and not self.cancelled:
@@ -63,11 +71,11 @@ class SharedControl(RunControl):
             super().stop(_REASONS[reason - 1])
 
     def on_wish(self, wake: Callable[[], None]) -> Callable[[], None]:
-        """Register ``wake`` as `on_halt`, to be called also when this rank wishes an end."""
+        """Register ``wake`` as `on_halt`, to be called also when a rank wishes an end."""
         remove_other = self.on_halt(wake)
         with self.changed:
             self._wish_wakers.append(wake)
-            if self.wished_cancel or self.wished_reason:
+            if self.wished_cancel or self.wished_reason or self.question_is_withdrawn:
                 wake()
 
         def remove() -> None:

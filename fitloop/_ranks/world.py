@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import pickle
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -27,12 +28,14 @@ TERMINATED = 128 + signal.SIGTERM
 """exit status of a program that SIGTERM has ended"""
 ANSWER_SECONDS = 0.2
 """between two looks for the answer to a question that rank 0 asks a person"""
-_FAILURE = "fitloop/failure"
+_FAILURE = "failure"
 """key of the first failure in the store"""
 
 _lock = threading.Lock()
 _worlds: list[World] = []
 """the open blocks of this process; the last one counts"""
+_numbers = itertools.count()
+"""numbers of the blocks that this process has connected; all ranks open the same ones"""
 
 
 @public
@@ -58,6 +61,8 @@ class World:
         self._side: Any = None
         """process group of gloo, for small messages on the CPU"""
         self._main: Any = None
+        self._store: Any = None
+        """the store of torch, with keys for this block alone; any rank can write into it"""
         self._questions = 0
         self._scope: anyio.CancelScope | None = None
         self._put_back: Callable[[], object] = lambda: None
@@ -127,10 +132,19 @@ class World:
         if launched_size() == 1:
             return
         distributed: Any = torch.distributed
-        if not distributed.is_initialized():
-            has_cuda = torch.cuda.is_available()
+        # Another block may have left keys in the store, such as addresses that nobody is at.
+        prefix = f"fitloop/{next(_numbers)}"
+        if distributed.is_initialized():
+            self._store = distributed.PrefixStore(prefix, _group_store())
+        else:
+            store, rank, size = _rendezvous(self._timeout)
+            self._store = distributed.PrefixStore(prefix, store)
             distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=self._timeout
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                store=self._store,
+                rank=rank,
+                world_size=size,
+                timeout=self._timeout,
             )
             self._owns_group = True
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
@@ -218,28 +232,62 @@ class World:
         self._check()
         torch.distributed.broadcast(tensor, src=0, group=self._main)
 
-    def answer(self, ask: Callable[[], Any] | None, is_over: Callable[[], bool]) -> Any:
+    def answer(
+        self,
+        ask: Callable[[], bool],
+        withdraw: Callable[[], object],
+        wishes_end: Callable[[], bool],
+    ) -> bool:
         """Return what ``ask`` returns on rank 0, which alone calls it.
 
-        The others wait for it without a timeout; None if ``is_over`` returns true meanwhile. Raises
-        RanksError if a rank fails meanwhile.
+        The others wait for it without a timeout. When ``wishes_end`` returns True on one of them,
+        rank 0 calls ``withdraw`` in another thread, upon which ``ask`` must return. The same
+        happens if another rank fails; then RanksError is raised.
         """
         self._check()
-        key = f"fitloop/answer/{self._questions}"
+        key, withdrawn = (f"{kind}/{self._questions}" for kind in ("answer", "withdrawn"))
         self._questions += 1
-        store = _store()
+        store = self._store
         if self.is_first:
-            assert ask is not None
-            answer = ask()
-            store.set(key, pickle.dumps(answer))
-            return answer
+            with self._watched([withdrawn, _FAILURE], withdraw):
+                answer = ask()
+            store.set(key, "yes" if answer else "no")
+        is_told = False
         while not store.check([key]):
-            if is_over():
-                return None
             if store.check([_FAILURE]):
-                raise RanksError("another rank has failed while rank 0 was asking whether to go on")
+                break
+            if wishes_end() and not is_told:
+                store.set(withdrawn, "")
+                is_told = True
             time.sleep(ANSWER_SECONDS)
-        return pickle.loads(store.get(key))
+        if store.check([_FAILURE]):
+            raise RanksError("another rank has failed while rank 0 was asking whether to go on")
+        return bool(store.get(key) == b"yes")
+
+    @contextmanager
+    def _watched(self, keys: list[str], call: Callable[[], object]) -> Iterator[None]:
+        """Call a function, in another thread, if one of the keys appears during a block."""
+        ended, store = threading.Event(), self._store
+
+        def has_come() -> bool:
+            try:
+                return any(store.check([key]) for key in keys)
+            except Exception:  # the store is gone, and with it the other ranks
+                return True
+
+        def watch() -> None:
+            while not ended.wait(ANSWER_SECONDS):
+                if has_come():
+                    call()
+                    return
+
+        thread = threading.Thread(target=watch, name="fitloop ranks", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     # -- failures ----------------------------------------------------------------------------------
 
@@ -248,7 +296,7 @@ class World:
         if self._side is None:
             return
         with suppress(Exception):
-            _store().compare_set(_FAILURE, "", f"{self.rank}:{reason}")
+            self._store.compare_set(_FAILURE, "", f"{self.rank}:{reason}")
         self._is_broken = True
         self._disconnect()
 
@@ -256,9 +304,8 @@ class World:
         """Note on an error of this rank which other one has failed first."""
         failure = ""
         with suppress(Exception):  # the store may have ended with rank 0
-            store = _store()
-            if store.check([_FAILURE]):
-                failure = store.get(_FAILURE).decode()
+            if self._store.check([_FAILURE]):
+                failure = self._store.get(_FAILURE).decode()
         rank, _, reason = failure.partition(":")
         if failure and int(rank) != self.rank:
             add_note_safely(error, f"rank {rank} failed first: {reason}")
@@ -309,9 +356,20 @@ def current_world() -> World | None:
         return _worlds[-1] if _worlds else None
 
 
-def _store() -> Any:
-    """Return the store that torch has for the process group; any rank can write into it."""
+def _group_store() -> Any:
+    """Return the store that torch has for the process group."""
     return sys.modules["torch.distributed.distributed_c10d"]._get_default_store()
+
+
+@cache
+def _rendezvous(timeout: timedelta) -> tuple[Any, int, int]:
+    """Return the store of this process and its launcher, the rank, and the number of ranks.
+
+    It stays open, since other ranks use it: rank 0 may have the server, and leave a block first.
+    """
+    distributed: Any = torch.distributed
+    store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
+    return store, rank, size
 
 
 def _is_of_connection(error: BaseException) -> bool:

@@ -49,6 +49,22 @@ def test_cancellation_when_of_one_rank_then_both_end_at_one_batch(
     assert list(tmp_path.glob("snapshots/*"))
 
 
+@pytest.mark.parametrize(("how", "rank"), [("cancel", 0), ("cancel", 1), ("stop", 1)])
+def test_end_when_rank_0_asks_then_the_question_is_withdrawn_and_both_end(
+    how: str, rank: int, tmp_path: Path
+) -> None:
+    one, other = ended(how, rank, "question", tmp_path)
+    assert (tmp_path / "asked").exists()
+    if how == "stop":
+        assert (one["stop_reason"], other["stop_reason"]) == ("stopped", "stopped"), (one, other)
+    else:
+        assert one["error"].startswith("CancelledError"), (one, other)
+        assert (other["stop_reason"], other["status"]) == ("cancelled", 0)
+    assert one["seen"] == other["seen"]
+    assert one["epochs"] == other["epochs"] == 2
+    assert one["weights"] == other["weights"]
+
+
 @pytest.mark.parametrize(("phase", "rank"), [("train", 0), ("valid", 1)])
 def test_exception_when_on_one_rank_then_the_other_names_it(
     phase: str, rank: int, tmp_path: Path

@@ -61,6 +61,13 @@ def test_two_ranks_when_trained_then_equal_one_process_with_larger_batches(
     assert first["heard"] > 0
 
 
+def test_blocks_when_many_in_one_program_then_each_trains_as_the_first() -> None:
+    first, second = run_ranks("support.rank_trainings", "blocks", "8")
+    assert (first["status"], second["status"]) == (0, 0), first["errors"] + second["errors"]
+    assert len(first["weights"]) == 8
+    assert all(one == first["weights"][0] for one in first["weights"] + second["weights"])
+
+
 def test_training_when_cancelled_in_an_epoch_then_resumes_to_the_same_bits(tmp_path: Path) -> None:
     def train(path: Path, cancelled: bool, epochs: int = 3, size: int = 2) -> list[dict[str, Any]]:
         arguments = ("resumed", path, str(cancelled), str(epochs))

@@ -1,6 +1,7 @@
 """A program for ranks: one of them ends a training in some way, and each reports how it ended.
 
-Arguments: how, the rank that does it, the phase, and a directory.
+Arguments: how, the rank that does it, the phase, and a directory. With the phase "question", rank 0
+asks a question that nobody answers, and the rank does it meanwhile.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import anyio
 import torch
 from torch import nn
 
 import fitloop
-from fitloop import Checkpoint, FitLoop, LoopState
+from fitloop import Checkpoint, FitLoop, LoopState, PromptAsked
 from support.models import blobs, loader, mlp
 from support.ranks import report
+from support.worker_processes import wait_for_file
 
 EPOCH, BATCH = 2, 2
 """of the end"""
@@ -53,6 +57,16 @@ async def fit(world: fitloop.World, how: str, rank: str, phase: str, path: str) 
             end(state)
         return fitloop.default_batch_step(state)
 
+    async def ask(_question: PromptAsked) -> bool:
+        (Path(path) / "asked").touch()
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def end_in_question() -> None:
+        if phase == "question" and world.rank == int(rank):
+            await wait_for_file(Path(path) / "asked")
+            trainer.stop() if how == "stop" else task.cancel()
+
     torch.manual_seed(0)
     model = mlp()
     trainer = FitLoop(
@@ -68,9 +82,13 @@ async def fit(world: fitloop.World, how: str, rank: str, phase: str, path: str) 
         seed=1,
     )
     values: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if phase == "question":
+        options = {"continue_loop": EPOCH, "on_continue": ask}
+    ending = asyncio.create_task(end_in_question())
     try:
         result = await trainer.fit(
-            10**6, checkpoint=Checkpoint(every_epochs=1), verbose=False, progress=False
+            10**6, checkpoint=Checkpoint(every_epochs=1), verbose=False, progress=False, **options
         )
         values["stop_reason"] = result.stop_reason
     except BaseException as error:
@@ -78,6 +96,7 @@ async def fit(world: fitloop.World, how: str, rank: str, phase: str, path: str) 
         values["notes"] = getattr(error, "__notes__", [])
         raise
     finally:
+        ending.cancel()
         weights = sum(p.double().sum().item() for p in model.parameters())
         report(**values, seen=seen, epochs=trainer.epoch_num, weights=weights)
 

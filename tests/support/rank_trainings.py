@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fitloop
-from fitloop import Checkpoint, FitLoop, LoopState, RunStarted, World
+from fitloop import Checkpoint, FitLoop, LoopState, PromptAsked, RunStarted, World
 from fitloop._ranks import votes
 from support.models import FEATURES, blobs
 from support.ranks import report
@@ -121,7 +121,33 @@ async def resumed(world: World, path: str, cancelled: str, epochs: str) -> None:
     report(**facts(trainer), began=steps)
 
 
+async def one_block_after_the_other(count: int) -> None:
+    """Train in many blocks of `world`, with an exchange of the ranks in each."""
+    weights: list[Any] = []
+    for _ in range(count):
+        async with fitloop.world(timeout=150) as world:
+            net = model()
+            trainer = FitLoop(
+                net,
+                torch.optim.SGD(net.parameters(), 0.1),
+                nn.CrossEntropyLoss(),
+                train_dl=loader(24, 12 // world.size),
+                parallel="ddp",
+                seed=1,
+            )
+            await trainer.fit(2, continue_loop=1, on_continue=go_on, **QUIET)
+            weights.append([p.tolist() for p in net.parameters()])
+    report(weights=weights)
+
+
+async def go_on(_question: PromptAsked) -> bool:
+    return True
+
+
 async def main(name: str, *arguments: str) -> None:
+    if name == "blocks":
+        await one_block_after_the_other(int(arguments[0]))
+        return
     async with fitloop.world(timeout=150) as world:
         await globals()[name](world, *arguments)
 
