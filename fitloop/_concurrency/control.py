@@ -38,7 +38,8 @@ class RunControl:
         self.failure: BaseException | None = None
         """the exception of an async callback"""
         self.current_loader: str | None = None
-        """description of the loader that the step thread is now inside; None outside of loaders"""
+        """description of the loader that the step thread is now inside; None outside of loaders. A
+        client of a worker, which loads nothing, describes the callbacks that it is inside"""
         self.abandoned = False
         """the step thread was left inside a loader"""
         self.wait_seconds = 0.0

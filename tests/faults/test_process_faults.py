@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,31 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
     assert statuses == {"cancelled"}
     assert not (tmp_path / "2").exists()
     assert worker_processes() == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_fail_fast_when_a_callback_never_returns_then_ends_without_it() -> None:
+    reached, let_go = threading.Event(), threading.Event()
+
+    def hang(event: Event) -> None:
+        reached.set()
+        assert let_go.wait(HANG_TIMEOUT)
+
+    async def fail() -> None:
+        backend = ProcessBackend(grace=0.5)
+        async with Runner(2, backend=backend, fail_fast=True) as runner:
+            runner.submit(make_trainer, name="hangs", callbacks=[hang], **QUIET)
+            assert await anyio.to_thread.run_sync(reached.wait, HANG_TIMEOUT)
+            runner.submit(make_failing_trainer, "factory", name="fails", **QUIET)
+
+    with (
+        anyio.fail_after(HANG_TIMEOUT),
+        pytest.warns(WorkerDiedWarning, match="hangs: .* a callback, at RunStarted, has not"),
+        pytest.raises(CustomInitError),
+    ):
+        await fail()
+    assert worker_processes() == []
+    let_go.set()
 
 
 PARENT = """

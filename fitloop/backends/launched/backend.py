@@ -41,7 +41,8 @@ class LauncherBackend:
             `WorkerDiedWarning`. A try that wrote a snapshot does not count, so that a machine may
             be taken away any number of times. Only if the Runner has a ``save_path``.
         grace: seconds for a cancelled training to end; then its worker is killed, with a
-            `WorkerDiedWarning`.
+            `WorkerDiedWarning`. A callback in this process that has not returned by then is left
+            behind in its thread.
 
     Raises:
         ConfigurationError: an argument is invalid, or this is Windows.

@@ -93,7 +93,8 @@ class ProcessBackend:
             `WorkerDiedWarning`. A try that wrote a snapshot does not count. Only if the Runner has
             a ``save_path``.
         grace: seconds for a cancelled training to end; then its worker is killed, with a
-            `WorkerDiedWarning`.
+            `WorkerDiedWarning`. A callback in this process that has not returned by then is left
+            behind in its thread.
         nice: number added to the niceness of this process for the workers (0 to 19; not on
             Windows). Above 0, this process and its event loop go first when cores are short, and
             so does everything else on the machine.

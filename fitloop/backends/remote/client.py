@@ -76,7 +76,7 @@ async def run_remotely(
             each with a `WorkerDiedWarning`. A try that wrote a snapshot does not count. Without a
             directory there are no snapshots, and so no further tries.
         grace: seconds for a cancelled training to end; then its worker is killed, with a
-            `WorkerDiedWarning`.
+            `WorkerDiedWarning`. A callback that has not returned by then is left behind.
 
     Raises the error of the training, with the worker's traceback as a note, or `WorkerDiedError`.
     """
@@ -148,11 +148,15 @@ class WorkerClient:
             self._fail,
         )
         self._canceller = _JobCanceller(spec.name, grace)
+        self._open = ExitStack()
+        """what the end of the job closes"""
         self._grace = grace
         self._run_started: RunStarted | None = None
         """first event of the run that is now going on"""
         self._step = 0
         """of the last event"""
+        self._hung_callback = ""
+        """what had not returned when the job was to end"""
         self._result: TrainingResult | None = None
         self._error: Exception | None = None
 
@@ -166,19 +170,24 @@ class WorkerClient:
                         self._control,
                         self._portal,
                         name=self._spec.name,
-                        grace=0.0,
+                        grace=self._grace,
                         background_tasks=self._callbacks.tasks,
                         end_background_tasks=self._callbacks.end,
                     )
                     return result
         finally:
             if self._canceller.has_killed:
-                warnings.warn(
-                    f"{self._spec.name}: the training had not ended {self._grace:g} s after it "
-                    "was cancelled; its worker process was killed. Give grace= to wait longer",
-                    WorkerDiedWarning,
-                    stacklevel=2,
-                )
+                self._warn_killed()
+
+    def _warn_killed(self) -> None:
+        what = f"the training had not ended {self._grace:g} s after it was cancelled"
+        if self._hung_callback:
+            what += f", for {self._hung_callback} has not returned and is left behind"
+        warnings.warn(
+            f"{self._spec.name}: {what}; its worker process was killed. Give grace= to wait longer",
+            WorkerDiedWarning,
+            stacklevel=3,
+        )
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -186,18 +195,19 @@ class WorkerClient:
         """Do the job on a worker."""
         job = serialize_job(self._spec.name, self._remote_job())
         self._transport = self._canceller.transport = self._launch_worker()
-        remove_hook = self._control.on_halt(self._canceller.start)
-        try:
-            with ExitStack() as stack:
-                self._do_job(job, stack)
-        finally:
-            remove_hook()
-            self._canceller.close()
-            self._questions.withdraw_all()
-            self._transport.close()
+        with self._open as stack:
+            stack.callback(self._transport.close)
+            stack.callback(self._questions.withdraw_all)
+            stack.callback(self._canceller.close)
+            stack.callback(self._control.on_halt(self._canceller.start))
+            self._do_job(job)
 
     def finish(self, error: BaseException | None) -> TrainingResult:
         """Return the result or raise the error of the job."""
+        if self._control.abandoned:  # `execute` is still in a callback
+            self._hung_callback = self._control.hung_loaders.pop()
+            self._canceller.kill()
+            self._open.pop_all().close()
         error, self._error = error or self._error, None
         if error is not None:
             raise error
@@ -214,7 +224,7 @@ class WorkerClient:
             asks_client=spec.options.get("on_continue") is not None,
         )
 
-    def _do_job(self, job: SerializedJob, stack: ExitStack) -> None:
+    def _do_job(self, job: SerializedJob) -> None:
         """Send the job and handle messages until it is over. Raises if the worker dies."""
         transport = self._transport
         try:
@@ -228,14 +238,14 @@ class WorkerClient:
                         self._set_outcome(over)
                         return
                     case message:
-                        self._handle(message, stack)
+                        self._handle(message)
         except (EOFError, OSError):
             self._raise_death()
 
-    def _handle(self, message: WorkerMessage, stack: ExitStack) -> None:
+    def _handle(self, message: WorkerMessage) -> None:
         match message:
             case messages.TrainerBuilt(name, named):
-                display = stack.enter_context(_display(self._spec, name, named))
+                display = self._open.enter_context(_display(self._spec, name, named))
                 self._questions.label = lambda: display.printer.label
                 self._event_bus.set_observers([self._emit, display.observe, *self._callbacks.plain])
             case Printed():
@@ -293,6 +303,7 @@ class WorkerClient:
         if self._control.failure is not None:
             self._emit(event)
             return
+        self._control.current_loader = f"a callback, at {type(event).__name__},"
         try:
             self._event_bus.emit(event)
         except Exception as error:  # of a callback, or an unknown metric
@@ -300,6 +311,8 @@ class WorkerClient:
                 error, f"in job {self._spec.name!r}: at {type(event).__name__}, in this process"
             )
             self._fail(error)
+        finally:
+            self._control.leave_loader(failed=True)
 
     def _print(self, printed: Printed) -> None:
         if printed.is_partial:
@@ -424,8 +437,13 @@ class _JobCanceller:
         with suppress(OSError):
             transport.send(messages.CancelJob())
         if not self.job_over.wait(self._grace):
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill the worker, once."""
+        if not self.has_killed:
             self.has_killed = True
-            transport.kill()
+            self.transport.kill()
 
     def close(self) -> None:
         """Wait for the thread, if there is one: the job is over."""

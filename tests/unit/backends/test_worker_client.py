@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,34 @@ async def test_job_when_cancelled_then_the_worker_ends_it_or_is_killed(obeys: bo
             group.cancel_scope.cancel()
     assert isinstance(transport.sent[-1], CancelJob)
     assert transport.ended == (["closed"] if obeys else ["killed", "closed"])
+
+
+async def test_callback_when_it_never_returns_then_a_cancelled_job_ends_without_it() -> None:
+    schedule, reached, let_go = loop_scheduler(), anyio.Event(), threading.Event()
+
+    def hang(event: Event) -> None:
+        schedule(reached.set)
+        assert let_go.wait(HANG_TIMEOUT)
+
+    def react(message: ClientMessage) -> list[WorkerMessage | None]:
+        return [TrainerBuilt("job", named=True), STARTED, STARTED]
+
+    transport, events = FakeTransport(react), list[Event]()
+
+    async def train() -> None:
+        left_behind = r"0.1 s after .*, for a callback, at RunStarted, has not returned and is left"
+        with pytest.warns(WorkerDiedWarning, match=left_behind):
+            await run([transport], events, options={"callbacks": [hang], "print_every": 0})
+
+    with anyio.fail_after(HANG_TIMEOUT):
+        async with anyio.create_task_group() as group:
+            group.start_soon(train)
+            await reached.wait()
+            group.cancel_scope.cancel()
+    before = threading.enumerate()
+    let_go.set()
+    for thread in before:
+        if thread.name == "fitloop job":
+            thread.join(HANG_TIMEOUT)
+    assert events == [STARTED]
+    assert transport.ended == ["killed", "closed"]
