@@ -6,6 +6,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -184,8 +185,9 @@ async def test_block_when_cancelled_natively_then_a_worker_that_is_deaf_is_kille
         await wait_for_file(tmp_path / "0")
         await wait_for_file(tmp_path / "1")
         task.cancel()
-        with pytest.warns(WorkerDiedWarning, match=r"0: .* had not ended 0.5 s after"):
+        with pytest.warns(WorkerDiedWarning) as warned:  # on a busy machine also of job 1
             await cancelled_often(task)
+        assert any(re.match(r"0: .* had not ended 0.5 s after", str(w.message)) for w in warned)
         assert task.cancelled()
         ends = [event for event in seen.events if isinstance(event, RunEnded)]
         assert [event.stop_reason for event in ends] == ["cancelled"]

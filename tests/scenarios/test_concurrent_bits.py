@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from fitloop import Event, FitLoop, LoopState, PhaseStarted, Runner
+from fitloop._rng.global_lock import CALLBACKS_IN_FLIGHT
 from fitloop._rng.interception import RNG_PATCHES
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
@@ -44,6 +45,12 @@ from fitloop._rng.streams import Stream
 QUIET: dict[str, Any] = {"verbose": False, "load_best": False}
 
 SAMPLES = 40
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for callbacks to their end, which on a busy machine may take more than a second."""
+    monkeypatch.setattr(CALLBACKS_IN_FLIGHT, "_timeout", HANG_TIMEOUT)
 
 
 def step_with(loss_of: Callable[[LoopState], torch.Tensor]) -> Callable[[LoopState], Any]:
@@ -478,6 +485,7 @@ def test_callback_when_another_lease_is_exclusive_then_has_the_numbers_of_the_pr
     assert not RNG_PATCHES.has_users
 
 
+@pytest.mark.usefixtures("patience")
 async def test_trainers_when_small_and_callbacks_use_numbers_then_bits_are_of_separate_runs() -> (
     None
 ):
@@ -545,6 +553,7 @@ async def test_callback_when_a_thread_reads_ahead_with_a_stream_then_is_observed
         )
 
 
+@pytest.mark.usefixtures("patience")
 async def test_factory_when_a_callback_uses_numbers_then_builds_the_same_model() -> None:
     """The callbacks of an only trainer use the global generators without a lock."""
     is_in_callback, is_building = threading.Event(), threading.Event()

@@ -106,14 +106,19 @@ def dies(message: ClientMessage) -> list[WorkerMessage | None]:
 
 
 async def run(
-    transports: list[FakeTransport], events: list[Event], **changes: Any
+    transports: list[FakeTransport],
+    events: list[Event],
+    *,
+    grace: float = HANG_TIMEOUT,
+    **changes: Any,
 ) -> TrainingResult:
     """Do a job; each worker that is launched is the next of the transports."""
     launch = iter(transports).__next__
     values = {"name": "job", "target": trainer, "args": (), "epochs": 1, "directory": None}
     values["options"] = {"on_continue": lambda event: True, "print_every": 0}
     spec = JobSpec(**{**values, **changes})
-    return await run_remotely(launch, spec, TrainerDefaults(), events.append, retries=1, grace=0.1)
+    defaults = TrainerDefaults()
+    return await run_remotely(launch, spec, defaults, events.append, retries=1, grace=grace)
 
 
 async def test_job_when_done_over_any_transport_then_gives_events_prints_answers_and_result(
@@ -166,7 +171,7 @@ async def test_job_when_cancelled_then_the_worker_ends_it_or_is_killed(obeys: bo
             await run([transport], Events())
         else:
             with pytest.warns(WorkerDiedWarning, match=r"had not ended 0.1 s"):
-                await run([transport], Events())
+                await run([transport], Events(), grace=0.1)
 
     with anyio.fail_after(HANG_TIMEOUT):
         async with anyio.create_task_group() as group:
@@ -191,8 +196,9 @@ async def test_callback_when_it_never_returns_then_a_cancelled_job_ends_without_
 
     async def train() -> None:
         left_behind = r"0.1 s after .*, for a callback, at RunStarted, has not returned and is left"
+        options = {"callbacks": [hang], "print_every": 0}
         with pytest.warns(WorkerDiedWarning, match=left_behind):
-            await run([transport], events, options={"callbacks": [hang], "print_every": 0})
+            await run([transport], events, grace=0.1, options=options)
 
     with anyio.fail_after(HANG_TIMEOUT):
         async with anyio.create_task_group() as group:
