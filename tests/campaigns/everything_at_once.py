@@ -82,9 +82,11 @@ def _make_trainer(choose: random.Random, path: Path | None = None, **changes: An
     options: dict[str, Any] = {
         "model": cnn() if convolutional else mlp(dropout=0.2),
         "seed": choose.choice((None, choose.randrange(1000))),
-        "prefetch": choose.choice((None, None, 0, 2)),
+        "loading": choose.choice((None, None, "inline", "thread", "process")),
         "save_path": path,
     }
+    if options["loading"] is None:
+        options["prefetch"] = choose.choice((None, 0, 2))
     if convolutional:
         options |= {
             name: DataLoader(TensorDataset(*images()), 8) for name in ("train_dl", "test_dl")

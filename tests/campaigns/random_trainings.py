@@ -3,10 +3,10 @@
     python tests/campaigns/random_trainings.py [--count 2000] [--first 0]
 
 Each training is made from one number: model, loss, optimizers, schedulers, averages, loaders, stage
-functions plain and async, an early stop, and the places where random numbers are drawn. It runs
-alone, beside others, interrupted and resumed with new objects, or while a person is asked who then
-says no. A training that differs is printed with its number; ``--first NUMBER --count 1`` repeats
-it.
+functions plain and async, an early stop, and the places where loaders are read and random numbers
+are drawn. It runs alone, beside others, interrupted and resumed with new objects, or while a person
+is asked who then says no. A training that differs is printed with its number; ``--first NUMBER
+--count 1`` repeats it.
 """
 
 from __future__ import annotations

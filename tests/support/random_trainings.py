@@ -79,6 +79,10 @@ STEP_DRAWS = ("none", "none", "noise", "mixup", "python", "checkpoint", "backwar
 AVERAGES = (None, None, EMA(0.9), EMA(0.5, start=1, every=2), SWA(start_epoch=2))
 PRECISIONS: tuple[Literal["bf16", "fp16"] | None, ...] = (None, None, "bf16", "fp16")
 STEPS = ("default", "plain", "async", "own_scheduler")
+PLACES: tuple[Literal["inline", "thread", "process"] | None, ...] = (
+    *(None, None, None),
+    *("inline", "thread", "process"),
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class Recipe:
     average: EMA | SWA | None
     patience: int | None
     """validations without an improvement that end a fit"""
+    loading: Literal["inline", "thread", "process"] | None
 
     @classmethod
     def of(cls, number: int) -> Recipe:
@@ -157,6 +162,7 @@ class Recipe:
             clip=choose.choice((None, None, 0.5, 0.05)),
             average=choose.choice(AVERAGES),
             patience=choose.choice((None, 1)),
+            loading=choose.choice(PLACES),
         )
         return recipe._without_conflicts()
 
@@ -174,9 +180,7 @@ class Recipe:
         loaders = {self.train_loader, self.valid_loader}
         if "async" in loaders:
             changes["draws"] = "none"
-        # A loader that is read ahead must not use what the steps change.
-        if loaders & {"reused_buffer", "reads_weights"} or (self.seed is None and self.prefetch):
-            changes["prefetch"] = None
+        changes |= self._without_conflicts_of_loading(loaders)
         if self.step == "default":
             changes["mapping"] = False
         if self.way in ("interrupted", "runner", "asked"):
@@ -198,6 +202,22 @@ class Recipe:
         if self.dtype is torch.float64:
             changes["precision"] = None
         return replace(self, **changes)
+
+    def _without_conflicts_of_loading(self, loaders: set[str | None]) -> dict[str, Any]:
+        loading, prefetch = self.loading, self.prefetch
+        # A loader that is read ahead must not use what the steps change.
+        uses_steps = "reads_weights" in loaders or (
+            "reused_buffer" in loaders and loading != "process"
+        )
+        # The order in which loader and steps draw from generators that they share is not kept.
+        is_shared = self.seed is None and (loading != "process" or self.draws != "none")
+        if loading in ("thread", "process") and (uses_steps or is_shared):
+            loading = None
+        if loading is None and (uses_steps or (self.seed is None and prefetch)):
+            prefetch = None
+        if (loading == "inline" and prefetch) or (loading is not None and prefetch == 0):
+            prefetch = None
+        return {"loading": loading, "prefetch": prefetch}
 
     def __str__(self) -> str:
         """Return the recipe as a line."""
@@ -398,14 +418,14 @@ class Batches:
 
     def __init__(self, loader: Iterable[Batch], kind: str, model: nn.Module) -> None:
         self._loader, self._kind = loader, kind
-        self._weight = next(iter(model.parameters()))
+        self._weight = next(iter(model.parameters())) if kind == "reads_weights" else None
 
     def __iter__(self) -> Iterator[Batch]:
         buffer = torch.empty(BATCH_SIZE, FEATURES)
         for inputs, targets in self._loader:
             if self._kind == "reused_buffer":
                 yield buffer[: len(inputs)].copy_(inputs), targets
-            elif self._kind == "reads_weights":
+            elif self._weight is not None:
                 yield inputs + float(self._weight.detach().abs().mean()), targets
             else:
                 yield inputs, targets
@@ -896,6 +916,7 @@ def make_trainer(parts: Parts, path: Path | None = None, **changes: Any) -> FitL
         average=recipe.average,
         nonfinite="ignore" if recipe.loss == "regression" else "raise",  # some diverge
         prefetch=recipe.prefetch,
+        loading=recipe.loading,
         name=f"training {recipe.number}",
         save_path=path,
         **_steps_of(recipe),
