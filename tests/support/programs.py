@@ -122,8 +122,10 @@ class Program:
     def __enter__(self) -> Program:
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, kind: object = None, *_error: object) -> None:
         try:
+            if kind is not None:  # nobody will end it
+                self.kill()
             self.wait()
         finally:
             self._files.close()
