@@ -10,6 +10,10 @@ from collections import deque
 from collections.abc import Callable
 
 from fitloop._concurrency.control import Cancelled
+from fitloop._errors import warn_user
+
+PATIENCE = 120.0
+"""seconds without a change of the lock after which a thread that waits warns"""
 
 
 class FairSharedLock:
@@ -22,6 +26,8 @@ class FairSharedLock:
         self._queue: deque[object] = deque()
         self._holders: list[object] = []
         self._is_shared = False
+        self._holding_thread = ""
+        """name of the thread that acquired the lock last"""
         self._when_free: list[Callable[[], None]] = []
 
     def acquire(
@@ -36,9 +42,12 @@ class FairSharedLock:
 
         With ``overtakes``, a shared holder joins others at once, whoever waits.
 
+        A thread that waits long for another one warns: that one may wait for this thread.
+
         Raises:
             Cancelled: ``cancelled`` returned true first.
         """
+        patience: float | None = PATIENCE
         with self._changed:
             self._queue.append(holder)
             try:
@@ -46,14 +55,26 @@ class FairSharedLock:
                     self.has_waiters = True
                     if cancelled():
                         raise Cancelled
-                    self._changed.wait()
+                    if not self._changed.wait(patience):
+                        patience = None
+                        self._warn_of_long_wait()
                 self._holders.append(holder)
                 self._is_shared = shared
+                self._holding_thread = threading.current_thread().name
             finally:
                 self._queue.remove(holder)
                 self.has_waiters = bool(self._queue)
                 if self._queue:
                     self._changed.notify_all()
+
+    def _warn_of_long_wait(self) -> None:
+        warn_user(
+            f"the thread {threading.current_thread().name!r} has waited {PATIENCE:g} s for the "
+            f"random generators, which a step in the thread {self._holding_thread!r} uses. If that "
+            "step waits for the training of this thread, both wait for ever: let the step await "
+            "the training itself, as docs/randomness.md says under 'Training in a training'",
+            RuntimeWarning,
+        )
 
     def _is_free_for(self, holder: object, shared: bool, overtakes: bool) -> bool:
         is_first = self._queue[0] is holder

@@ -23,6 +23,7 @@ from support.global_generators import (
 from support.models import seed_process
 
 from fitloop._concurrency.control import Cancelled
+from fitloop._rng import global_lock
 from fitloop._rng.global_lock import FairSharedLock
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
@@ -116,6 +117,29 @@ class Waiter:
     def join(self) -> None:
         self._thread.join(HANG_TIMEOUT)
         assert not self._thread.is_alive()
+
+
+def test_lock_when_nothing_changes_for_long_then_the_thread_that_waits_warns_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told, has_told = list[str](), threading.Event()
+
+    def warn(message: str, _category: type[Warning]) -> None:
+        told.append(message)
+        has_told.set()
+
+    monkeypatch.setattr(global_lock, "PATIENCE", 0.01)
+    monkeypatch.setattr(global_lock, "warn_user", warn)
+    lock, log = FairSharedLock(), list[str]()
+    holder = GeneratorLease(lock=lock)
+    holder.acquire(Stream(0))
+    waiter = Waiter(lock, "waits", log).queue()
+    assert has_told.wait(HANG_TIMEOUT)
+    holder.release()
+    waiter.join()
+    (message,) = told
+    assert f"which a step in the thread {threading.current_thread().name!r} uses" in message
+    assert log == ["waits"]
 
 
 def test_lock_when_several_threads_wait_then_first_come_first_served() -> None:
