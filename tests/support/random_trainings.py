@@ -210,7 +210,9 @@ class Recipe:
             "reused_buffer" in loaders and loading != "process"
         )
         # The order in which loader and steps draw from generators that they share is not kept.
-        is_shared = self.seed is None and (loading != "process" or self.draws != "none")
+        # It is not known of loaders of mappings that they draw at the beginning of a pass only.
+        draws_later = self.draws != "none" or self.mapping
+        is_shared = self.seed is None and (loading != "process" or draws_later)
         if loading in ("thread", "process") and (uses_steps or is_shared):
             loading = None
         if loading is None and (uses_steps or (self.seed is None and prefetch)):
