@@ -11,7 +11,9 @@ import re
 import subprocess
 import sys
 import typing
+from functools import cached_property
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import cloudpickle
@@ -20,6 +22,8 @@ import pytest
 import fitloop
 
 NAMES = fitloop.__all__
+
+DOCUMENTED = (FunctionType, property, cached_property, classmethod, staticmethod)
 
 # What API.md, section 1, calls by name.
 PROMISED = {
@@ -105,23 +109,22 @@ def test_events_when_listed_then_all_are_public() -> None:
     assert below(fitloop.Event) <= set(NAMES)
 
 
-def members() -> list[Any]:
-    found: list[Any] = []
-    for name in NAMES:
-        value = getattr(fitloop, name)
-        found.append(pytest.param(value, id=name))
-        if not isinstance(value, type):
+@pytest.mark.parametrize(
+    "item",
+    [
+        pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
+        for module in (fitloop, fitloop.backends, fitloop.callbacks, fitloop.loggers)
+        for name in module.__all__
+    ],
+)
+def test_public_item_when_read_then_it_and_its_members_have_docstrings(item: Any) -> None:
+    assert (item.__doc__ or "").strip()
+    for kind in item.__mro__ if isinstance(item, type) else ():
+        if not kind.__module__.startswith("fitloop"):
             continue
-        for member, given in vars(value).items():
-            plain = given.fget if isinstance(given, property) else given
-            if not member.startswith("_") and inspect.isfunction(plain):
-                found.append(pytest.param(plain, id=f"{name}.{member}"))
-    return found
-
-
-@pytest.mark.parametrize("member", members())
-def test_public_member_when_read_then_has_a_docstring(member: Any) -> None:
-    assert (member.__doc__ or "").strip()
+        for name, member in vars(kind).items():  # attributes without a value have none
+            if not name.startswith("_") and isinstance(member, DOCUMENTED):
+                assert (member.__doc__ or "").strip(), f"{kind.__name__}.{name}"
 
 
 @pytest.mark.parametrize("verb", ["fit", "test", "run_sanity_check", "run_profiler"])

@@ -94,7 +94,7 @@ class EpochPrinter:
         self._epoch = ""
         self._width = 0
         self._is_best = False
-        self._early_stop = ""
+        self._early_stop: EarlyStopped | None = None
         self._had_company = False
         """whether several runs have printed at the same time"""
         self.printed_at = 0.0
@@ -125,7 +125,7 @@ class EpochPrinter:
             case BestImproved():
                 self._is_best = True
             case EarlyStopped():
-                self._early_stop = event.message
+                self._early_stop = event
             case EpochEnded():
                 self._print_epoch(event)
             case WentBack() if self._every:
@@ -167,13 +167,15 @@ class EpochPrinter:
         if self._had_company or self._style == "line":
             words = "" if best is None else run.best_text(*best)
             text = run_summary(event.epochs, run.epochs, event.seconds, event.stop_reason, words)
-            early = f"; {self._early_stop}" if self._early_stop else ""
-            write_output(f"{self.lead}{printable(text + early)}\n")
+            early = self._early_stop
+            if early is not None and early.metric != run.criteria:  # else the best score says it
+                text += f"; {early.message}"
+            write_output(f"{self.lead}{printable(text)}\n")
             return
         label = self.label
         lines = [f"{label}{'-' * self._width}\n"]
-        if self._early_stop:
-            lines.append(f"{label}early stop: {printable(self._early_stop)}\n")
+        if self._early_stop is not None:
+            lines.append(f"{label}early stop: {printable(self._early_stop.message)}\n")
         lines.append(f"{label}total time: {format_clock_parts(event.seconds)}\n")
         if best is not None:
             epoch, score = best

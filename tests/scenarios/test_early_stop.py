@@ -136,6 +136,23 @@ def test_another_metric_than_the_criteria(capsys: pytest.CaptureFixture[str]) ->
     assert kinds[kinds.index("early_stopped") :] == ["early_stopped", "epoch_ended", "run_ended"]
 
 
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_line_when_an_early_stop_is_printed_then_it_names_a_metric_that_is_not_the_criteria(
+    metric: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = sync_trainer(
+        valid_epoch_end=lambda state: {"loss": state.epoch_num, "accuracy": 0.5},
+        criteria="accuracy",
+    )
+    training.fit(
+        3, early_stop=EarlyStop(1, metric=metric, direction=-1), print_style="line", progress=False
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "2 of 3 epochs in " in last
+    assert ("; no better loss than " in last) == (metric == "loss")
+    assert last.count("accuracy") == 1
+
+
 def test_the_default_criteria_may_become_the_loss() -> None:
     training = sync_trainer(loss_function=lambda predictions, targets: predictions.sum() * 0)
     result = training.fit(9, early_stop=2, **QUIET)
