@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._errors import CheckpointError
@@ -15,12 +15,15 @@ from fitloop._events import Event, PhaseEnded, PromptAnswered, PromptAsked, Went
 from fitloop._storage.durable import sync_directory
 from fitloop._storage.layout import LayoutError, read_file_header
 from fitloop._storage.weight_files import StateDict, write_weights
-from fitloop._storage.weight_store import copied_weights, weights_of
 from fitloop._training.best_models import BestModel
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
 HEADER_KEY = "best_model"
+
+
+class _Weights(Protocol):
+    def __call__(self, *, wanted: bool) -> StateDict | None: ...
 
 
 class BestModelFiles:
@@ -34,6 +37,8 @@ class BestModelFiles:
 
     Args:
         keep: number of files.
+        weights: called at each validation; returns a copy of the weights if they are ``wanted``,
+            or None if one of them is not finite.
         on_failure: called with the epoch, the path and the error of a file that could not be
             written.
     """
@@ -43,12 +48,14 @@ class BestModelFiles:
         keep: int,
         trainer: TrainerState,
         writer: BackgroundWriter,
+        weights: _Weights,
         on_failure: Callable[[int, Path, Exception], object],
     ) -> None:
         self._keep = keep
         self._trainer = trainer
         self._list = trainer.best_models
         self._writer = writer
+        self._weights = weights
         self._on_failure = on_failure
         self._files: list[BestModel] = []
         """files of this training that are on disk, or will be"""
@@ -74,7 +81,7 @@ class BestModelFiles:
     def observe(self, event: Event) -> None:
         """Keep the weights of a validation that is among the best."""
         self.settle()
-        if isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
+        if is_of_validation(event):
             self._add(event)
         elif isinstance(event, PromptAsked) and event.trains_on:
             self._may_go_back = True
@@ -102,20 +109,22 @@ class BestModelFiles:
         self._writer.close()
 
     def _add(self, event: PhaseEnded) -> None:
-        trainer, best = self._trainer, self._list
-        criteria = trainer.criteria
+        best = self._list
+        ranked: tuple[BestModel, ...] = ()
+        criteria = self._trainer.criteria
         score = None if criteria is None else criteria.score(event.metrics)
-        if criteria is None or score is None or math.isnan(score):
-            return
-        path = best.directory / f"best-{event.epoch:04d}-{score:.4g}.msgpack"
-        model = BestModel(score, event.epoch, _free(path))
-        ranked = best.ranked([*best.models, model], criteria.direction)[: self._keep]
-        if model not in ranked or trainer.non_finite_weight() is not None:
-            return
-        if self._is_writing:  # so that the memory has one copy at a time
+        model = None
+        if criteria is not None and score is not None and not math.isnan(score):
+            path = best.directory / f"best-{event.epoch:04d}-{score:.4g}.msgpack"
+            model = BestModel(score, event.epoch, _free(path))
+            ranked = best.ranked([*best.models, model], criteria.direction)[: self._keep]
+        is_wanted = model in ranked
+        if is_wanted and self._is_writing:  # so that the memory has one copy at a time
             self._writer.close()
             self.settle()
-        weights = copied_weights(weights_of(trainer.config.model))
+        weights = self._weights(wanted=is_wanted)
+        if model is None or weights is None:
+            return
         best.models = ranked
         self._files.append(model)
         self._write(model, weights)
@@ -166,6 +175,11 @@ class BestModelFiles:
         self._files = [model for model in self._files if model in needed]
         training = self._list.training
         self._writer.submit(lambda: _remove(surplus, training))
+
+
+def is_of_validation(event: Event) -> TypeGuard[PhaseEnded]:
+    """Return whether an event has the metrics of a validation."""
+    return isinstance(event, PhaseEnded) and event.phase is Phase.VALID
 
 
 def remove_best_models(directory: Path) -> None:

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from fitloop._checkpointing.archive import Archive
-from fitloop._checkpointing.best_model_files import BestModelFiles
+from fitloop._checkpointing.best_model_files import BestModelFiles, is_of_validation
 from fitloop._checkpointing.policy import Checkpoint
 from fitloop._checkpointing.run_position import RunPosition
-from fitloop._checkpointing.snapshot import PreparedSnapshot, take_snapshot
+from fitloop._checkpointing.snapshot import (
+    PreparedSnapshot,
+    take_shared_snapshot,
+    take_snapshot,
+)
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._concurrency.control import RunControl
 from fitloop._engine.parallel import ParallelRun
@@ -25,6 +29,8 @@ from fitloop._errors import CheckpointError, NonFiniteWarning, warn_user
 from fitloop._events import EpochEnded, Event, SnapshotFailed, SnapshotWritten
 from fitloop._storage.durable import reason
 from fitloop._storage.tensors import SnapshotBuffers
+from fitloop._storage.weight_files import StateDict
+from fitloop._storage.weight_store import copied_weights, weights_of, whole_weights
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
@@ -81,7 +87,9 @@ class Checkpointer:
         self._last_taken = clock()
         self._best: BestModelFiles | None = None
         if policy.keep_best is not None and self._is_first:
-            self._best = BestModelFiles(policy.keep_best, trainer, writer, self._note_best_failure)
+            self._best = BestModelFiles(
+                policy.keep_best, trainer, writer, self._best_weights, self._note_best_failure
+            )
 
     def begin(self) -> None:
         """Prepare the files, before the first epoch.
@@ -90,8 +98,8 @@ class Checkpointer:
         """
         if self._best is not None:
             self._best.begin()
-        if self._policy.on_error == "raise" and self._is_first:
-            take_snapshot(self._trainer, self._buffers, self._position(False), self._loaders)
+        if self._policy.on_error == "raise":
+            self._snapshot(self._position(False))
 
     def after_batch(self) -> None:
         """Take a snapshot if one is due; called after each train batch."""
@@ -119,6 +127,8 @@ class Checkpointer:
         """Take a snapshot at the end of an epoch if one is due; keep the best models."""
         if self._best is not None:
             self._best.observe(event)
+        elif self._policy.keep_best is not None and is_of_validation(event):
+            self._best_weights(wanted=False)  # rank 0 may want them
         if not isinstance(event, EpochEnded):
             return
         self._emit_outcomes()
@@ -171,14 +181,15 @@ class Checkpointer:
         if name is not None:
             self._warn_once(name)
             return
-        if not self._is_first:
-            return
-        path = self._archive.next_path()
+        path = self._archive.next_path() if self._is_first else Path()
         try:
-            prepared = take_snapshot(self._trainer, self._buffers, position, self._loaders)
+            prepared = self._snapshot(position)
         except CheckpointError as error:
-            self._outcomes.append(self._failure(path, position, step, error))
-            self._emit_outcomes()
+            if self._is_first:
+                self._outcomes.append(self._failure(path, position, step, error))
+                self._emit_outcomes()
+            return
+        if prepared is None:
             return
         if self._best is not None:
             self._best.note_snapshot(path)
@@ -188,6 +199,14 @@ class Checkpointer:
         except BaseException:
             self._is_writing = False
             raise
+
+    def _snapshot(self, position: RunPosition) -> PreparedSnapshot | None:
+        """Copy the state; None on other ranks than the first one."""
+        trainer, buffers, loaders = self._trainer, self._buffers, self._loaders
+        if self._parallel is not None and self._parallel.is_sharded:
+            world = self._parallel.world
+            return take_shared_snapshot(trainer, buffers, world, position, loaders)
+        return take_snapshot(trainer, buffers, position, loaders) if self._is_first else None
 
     def _gathered(
         self, parallel: ParallelRun, name: str | None, position: RunPosition
@@ -251,6 +270,17 @@ class Checkpointer:
             path=str(path),
             error=reason(error),
         )
+
+    def _best_weights(self, *, wanted: bool) -> StateDict | None:
+        """Return a copy of the weights of a validation, if rank 0 wants it and they are finite."""
+        trainer, parallel = self._trainer, self._parallel
+        is_sharded = parallel is not None and parallel.is_sharded
+        if parallel is not None and is_sharded:
+            wanted = parallel.world.broadcast(wanted)
+        if not wanted or trainer.non_finite_weight() is not None:
+            return None
+        weights = weights_of(trainer.config.model)
+        return whole_weights(weights) if is_sharded else copied_weights(weights)
 
     def _note_best_failure(self, epoch: int, path: Path, error: Exception) -> None:
         name, text = self._trainer.config.name, reason(error)

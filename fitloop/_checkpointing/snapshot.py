@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +31,8 @@ from fitloop._data.inspection import loader_facts
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError
 from fitloop._metrics.history import History, export_history, restore_history
+from fitloop._ranks.shards import is_shard, whole
+from fitloop._ranks.world import World
 from fitloop._rng.states import RngState
 from fitloop._storage.durable import reason, write_file
 from fitloop._storage.encoding import Decoder, Encoder
@@ -102,7 +104,48 @@ def take_snapshot(
 
     Raises `CheckpointError`, naming its path in the tree, for a value that cannot be encoded.
     """
-    config, all_loaders = trainer.config, trainer.loaders_of(loaders or {})
+    fields, tensors = _encoded(trainer, position, loaders or {})
+    return _copied(trainer, buffers, fields, tensors, frozenset())
+
+
+def take_shared_snapshot(
+    trainer: TrainerState,
+    buffers: SnapshotBuffers,
+    world: World,
+    position: RunPosition | None = None,
+    loaders: Mapping[Phase, Any] | None = None,
+) -> PreparedSnapshot | None:
+    """Do the same for a model whose parameters are split over the ranks; all ranks meet.
+
+    Rank 0 gathers one tensor after the other into new CPU memory, and returns the copy; the others
+    return None. Raises `CheckpointError` on all ranks if one cannot encode its state.
+    """
+    fields: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    problem = None
+    try:
+        fields, tensors = _encoded(trainer, position, loaders or {})
+    except CheckpointError as error:
+        problem = str(error)
+    problems = [each for each in world.gather(problem) if each is not None]
+    if problems:
+        raise CheckpointError(problems[0])
+    gathered = set()
+    for name, tensor in tensors.items():
+        is_on_disk = trainer.config.save_to_disk and name.startswith("state/best/")
+        if is_shard(tensor) and not is_on_disk:  # rank 0 has it in the file
+            values = whole(tensor)
+            if world.is_first:
+                tensors[name] = values.to("cpu")
+                gathered.add(name)
+    return _copied(trainer, buffers, fields, tensors, gathered) if world.is_first else None
+
+
+def _encoded(
+    trainer: TrainerState, position: RunPosition | None, loaders: Mapping[Phase, Any]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the fields of a snapshot, and its tensors, which are not copied."""
+    config, all_loaders = trainer.config, trainer.loaders_of(loaders)
     state_of_best = None if trainer.best_score is None else trainer.borrow_best()
     best, extra, optimizers = state_of_best or (None, {}, [])
     versions = getattr(best, "_metadata", None)
@@ -123,12 +166,8 @@ def take_snapshot(
     encoder = Encoder()
     try:
         state = encoder.encode(tree, "state")
-        tensors = encoder.tensors
-        # What belongs to the best epoch is replaced, and never changed.
-        constant = {name for name in tensors if name.startswith(_CONSTANT)}
-        payloads = buffers.copy(tensors, constant)
     except LayoutError as error:
-        raise CheckpointError(f"the state of {config.name!r} cannot be kept: {error}") from error
+        raise _refusal(trainer, error) from error
     fields = {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
@@ -141,7 +180,27 @@ def take_snapshot(
         "position": {} if position is None else position.header(),
         "state": state,
     }
-    return PreparedSnapshot(fields, payloads)
+    return fields, encoder.tensors
+
+
+def _copied(
+    trainer: TrainerState,
+    buffers: SnapshotBuffers,
+    fields: dict[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    new: Set[str],
+) -> PreparedSnapshot:
+    """Return the snapshot of fields and tensors; those that are ``new`` are not copied."""
+    # What belongs to the best epoch is replaced, and never changed.
+    constant = {name for name in tensors if name.startswith(_CONSTANT)}
+    try:
+        return PreparedSnapshot(fields, buffers.copy(tensors, constant | new))
+    except LayoutError as error:
+        raise _refusal(trainer, error) from error
+
+
+def _refusal(trainer: TrainerState, error: LayoutError) -> CheckpointError:
+    return CheckpointError(f"the state of {trainer.config.name!r} cannot be kept: {error}")
 
 
 def step_arguments(config: TrainerConfig) -> dict[str, Any]:

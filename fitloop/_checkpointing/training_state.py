@@ -18,6 +18,7 @@ from fitloop._checkpointing.scheduler_state import load_scheduler, scheduler_sta
 from fitloop._data.carried_state import has_own_state_dict
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import CheckpointError, quoted_list
+from fitloop._ranks.shards import split_like
 from fitloop._storage.weight_files import check_module_versions, set_metadata
 from fitloop._storage.weight_store import (
     apply_weights,
@@ -225,7 +226,7 @@ def _gradient_of(parameter: Tensor, value: Tensor) -> Tensor:
     """Return a gradient with a value, in the memory format that autograd gives it."""
     if value.layout is not torch.strided:
         return value.clone().to(parameter.device)
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(split_like(parameter, value))
 
 
 def _load_optimizer(

@@ -7,6 +7,7 @@ or figures, and reaches the event loop only through a `LoopPortal`.
 - `given_arguments`: these arguments as attributes of a `LoopState`.
 - `compilation`: compiled models.
 - `wrapping`: the model that exchanges gradients with other ranks.
+- `sharding`: the model whose parameters are split over the ranks.
 - `parallel`: what a run on several ranks shares with them.
 - `precision`: mixed precision.
 - `modes`: train and eval modes.

@@ -27,6 +27,7 @@ from fitloop._engine.class_losses import loss_setting
 from fitloop._engine.compilation import check_compile, compiled_model, owned_model
 from fitloop._engine.metric_objects import check_metrics
 from fitloop._engine.precision import Precision, check_precision, make_scaler
+from fitloop._engine.sharding import check_splittable
 from fitloop._engine.wrapping import check_parallel
 from fitloop._errors import (
     ConfigurationError,
@@ -315,6 +316,9 @@ class TrainerConfig:
             )
         self._check_materialized()
         self._check_optimizers()
+        if self.parallel == "fsdp":
+            self.check_sharding()
+            check_splittable(self.model)
         self._check_functions()
         for phase in Phase:
             loader = self.loader(phase)
@@ -400,6 +404,23 @@ class TrainerConfig:
                 f"{kind}.step() needs a closure, which the default train_step does not give it; "
                 "write train_step= that calls optimizer.step(closure)"
             )
+
+    def check_sharding(self) -> None:
+        """Refuse arguments that do not work with parameters that are split over the ranks."""
+        refused = {
+            "compile is given": self.compile is not None,
+            "precision is 'fp16'": self.precision == "fp16",
+            "scaler is given": self.scaler is not None,
+        }
+        for optimizer in self.optimizers:
+            kind = type(optimizer).__name__
+            refused[f"{kind}.step() needs a closure"] = needs_closure(optimizer)
+        for what, is_given in refused.items():
+            if is_given:
+                raise ConfigurationError(
+                    f"{what}, which does not work with parallel='fsdp'; use parallel='ddp', with "
+                    "which each rank has the whole model, or leave it out. precision='bf16' works"
+                )
 
     def _check_functions(self) -> None:
         for name in STAGE_NAMES.values():

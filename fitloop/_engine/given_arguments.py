@@ -64,7 +64,8 @@ class GivenArguments:
     lr_schedulers: list[Any] = _argument("lr_schedulers", "The schedulers, always as a list.")
     name: str = _argument("name", "The name of the trainer.")
     parallel: Any = _argument(
-        "parallel", '``"ddp"`` or a function of the model, in several processes; None in one.'
+        "parallel",
+        '``"ddp"``, ``"fsdp"`` or a function of the model, in several processes; None in one.',
     )
     nonfinite: Reaction = _argument("nonfinite", "What a loss or gradient that is not finite does.")
     num_threads: int | None = _argument(

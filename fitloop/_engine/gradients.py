@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fitloop._engine.config import Reaction, TrainerConfig
 from fitloop._errors import ConfigurationError, NonFiniteError, NonFiniteWarning, warn_user
+from fitloop._ranks.shards import whole
 
 AT_ONCE = ("cpu",)
 """types of devices whose values are read without a wait"""
@@ -152,7 +153,7 @@ class GradientGuard:
         if callable(self._clip):
             self._keep_norm(self._clip(parameters_of(optimizer)))
             return self.checks_finite and self._are_bad(optimizer, gradients_of(optimizer))
-        norm = get_total_norm(gradients)
+        norm = whole(get_total_norm(gradients))
         # Looked at before clipping, which would make all gradients NaN.
         if self.checks_finite and self._are_bad(optimizer, gradients, norm):
             return True
@@ -286,7 +287,9 @@ class GradientGuard:
         if norm is None:  # of a function that does not compute one
             return
         state = self._state
-        norm = norm.detach() if isinstance(norm, Tensor) else torch.tensor(norm, device="cpu")
+        norm = (
+            whole(norm.detach()) if isinstance(norm, Tensor) else torch.tensor(norm, device="cpu")
+        )
         if self._norm_batch == state.batch_num:
             norm = torch.hypot(norm, state.grad_norm.to(norm))
         state.grad_norm, self._norm_batch = norm, state.batch_num
@@ -449,7 +452,7 @@ def _begin_momentum(optimizer: Any) -> None:
 
 def _is_finite(gradient: Tensor) -> bool:
     values = gradient._values() if gradient.is_sparse else gradient
-    return bool(values.isfinite().all())
+    return bool(whole(values.isfinite().all()))
 
 
 def _listed(names: list[str]) -> str:

@@ -1,7 +1,8 @@
 """One run on several ranks: the wrapped model, and the exchanges of the ranks.
 
 The loop and the optimizer steps call a `ParallelRun` where the ranks exchange values. It reaches
-the other ranks through a `World`, and wraps the model in DistributedDataParallel.
+the other ranks through a `World`, and wraps the model in DistributedDataParallel, or has torch
+split its parameters (FSDP): then torch exchanges parameters in each forward pass.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fitloop._data.inspection import GIVEN_SAMPLER
 from fitloop._data.sources import END
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.loop_state import LoopState, StateWriter
+from fitloop._engine.sharding import gather_parameters, is_sharded, reshard
 from fitloop._engine.wrapping import unwrap, wrapped
 from fitloop._errors import ConfigurationError, RanksError, RanksWarning, warn_user
 from fitloop._metrics.merging import merged
@@ -42,6 +44,7 @@ class ParallelRun:
         self._are_alike = True
         """whether all ranks have as many batches in the present pass"""
         self._compares_batch = self._has_compared = False
+        self._release_parameters: Callable[[], object] = lambda: None
 
     @property
     def is_first(self) -> bool:
@@ -58,14 +61,21 @@ class ParallelRun:
         self._compare(f"beginning {call}()", {"call": call, **facts, **more})
 
     def wrap(self) -> None:
-        """Wrap the model for a run that trains; all ranks then have the weights of rank 0."""
+        """Wrap the model for a run that trains, or split its parameters.
+
+        All ranks then have the weights of rank 0.
+        """
         self.end()
         config = self._config
-        config.set_wrapper(wrapped(config))
+        config.set_wrapper(wrapped(config, self.world))
         self._share_buffers()
 
     def end(self) -> None:
-        """Drop the wrapped model; otherwise its hooks would go on to reduce gradients."""
+        """Drop the wrapped model; otherwise its hooks would go on to reduce gradients.
+
+        Leave this rank its part of the parameters.
+        """
+        self._release_parameters()
         wrapper = self._config.wrapper
         self._config.set_wrapper(None)
         unwrap(wrapper)
@@ -74,6 +84,14 @@ class ParallelRun:
         for buffer in self._config.model.buffers():
             if buffer.numel():
                 self.world.copy_from_first(buffer.data)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has only a part of the parameters."""
+        return is_sharded(self._config.model)
+
+    def _checksum(self) -> list[int]:
+        return [] if self.is_sharded else checksum(self._config.model)
 
     def answer(self, ask: Callable[[], bool]) -> bool:
         """Return the answer to a question, which rank 0 asks."""
@@ -163,17 +181,22 @@ class ParallelRun:
         lengths = self.world.gather(batches)
         self._limit = None if None in lengths else min(lengths)
         self._are_alike = len(set(lengths)) == 1 and self._limit is not None
+        config = self._config
         if phase is not Phase.TRAIN:
             self._share_buffers()  # those of an average are computed by each rank
+            if self.is_sharded and not self._are_alike:
+                # Some ranks have more forward passes than others.
+                self._release_parameters = gather_parameters(config.model)
             return batches
-        config = self._config
-        if set(_trained(config.model)) != set(_trained_by(config.wrapper, config.model)):
+        if not self.is_sharded and set(_trained(config.model)) != set(
+            _trained_by(config.wrapper, config.model)
+        ):
             self.wrap()  # parameters were frozen or unfrozen
         groups = [group for optimizer in config.optimizers for group in optimizer.param_groups]
         facts = {
             "trained parameters": _trained(config.model),
             "learning rates": [float(group["lr"]) for group in groups],
-            "weights": checksum(config.model),
+            "weights": self._checksum(),
         }
         self._compare("beginning a train phase", facts)
         return self._limit
@@ -233,13 +256,18 @@ class ParallelRun:
         """Return a function to call after each batch: it votes while all ranks have a batch."""
         votes, limit = self.votes, self._limit
         if state.is_train:
-            return votes.boundary
+            return self._boundary_of_shards if self.is_sharded else votes.boundary
 
         def vote() -> None:
             if limit is not None and state.batch_num <= limit:
                 votes.boundary()
 
         return vote
+
+    def _boundary_of_shards(self) -> None:
+        # A forward pass without a backward pass may have left whole parameters.
+        reshard(self._config.model)
+        self.votes.boundary()
 
     def end_pass(self, writer: StateWriter, *, complete: bool) -> bool:
         """Merge the values of all ranks on each; return whether the pass was complete on all.
@@ -256,8 +284,10 @@ class ParallelRun:
             self._share_buffers()
             self._compare(
                 f"after the train phase of epoch {state.epoch_num}",
-                {"weights": checksum(config.model)},
+                {"weights": self._checksum()},
             )
+        reshard(config.model)
+        self._release_parameters()
         gathered = self.world.gather((complete, export))
         together = merged([one for _complete, one in gathered])
         together["values"]["tensors"] = {

@@ -9,33 +9,66 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fitloop._engine.sharding import check_shards, is_sharded, shard, shard_with
 from fitloop._errors import ConfigurationError
+from fitloop._ranks.world import World
 
-Parallel = Literal["ddp"] | Callable[[nn.Module], nn.Module] | None
+Parallel = Literal["ddp", "fsdp"] | Callable[[nn.Module], nn.Module] | None
 
 
 def check_parallel(value: object) -> Any:
     """Return the checked argument ``parallel``; raise ConfigurationError for another value."""
-    if value == "fsdp":
-        raise ConfigurationError(
-            "parallel is 'fsdp', which is not there yet; give parallel='ddp', with which each rank "
-            "has the whole model"
-        )
     is_function = callable(value) and not isinstance(value, type)
-    if value is not None and value != "ddp" and not is_function:
+    if value is not None and value not in ("ddp", "fsdp") and not is_function:
         raise ConfigurationError(
-            f"parallel is {value!r:.80}; expected None, 'ddp', or a function of the model that "
-            "returns it in a torch DistributedDataParallel"
+            f"parallel is {value!r:.80}; expected None, 'ddp', 'fsdp', or a function of the model "
+            "that returns it in a torch DistributedDataParallel, or calls fully_shard and returns "
+            "it"
         )
     return value
 
 
-def wrapped(config: Any) -> DistributedDataParallel:
+def wrapped(config: Any, world: World) -> DistributedDataParallel | None:
     """Return the model of a `TrainerConfig` in a DistributedDataParallel; a meeting of all ranks.
 
-    Raises ConfigurationError if gradients of some weights would not be exchanged.
+    With FSDP, split the parameters of the model instead, if they are not split yet, and return
+    None. Raises ConfigurationError if gradients of some weights would not be exchanged.
     """
     model, parallel, device = config.called_model, config.parallel, config.device
+    _check_inside(config)
+    if is_sharded(config.model):
+        if parallel == "ddp":
+            raise ConfigurationError(
+                "parallel is 'ddp', and fully_shard was called for the model; give parallel='fsdp'"
+            )
+        config.check_sharding()
+        check_shards(config, world)
+        return None
+    if parallel == "fsdp":
+        shard(config, world)
+        return None
+    trained = [name for name, p in config.model.named_parameters() if p.requires_grad]
+    wrapper: Any
+    if callable(parallel):
+        wrapper = shard_with(config, world, parallel)
+        if wrapper is model and is_sharded(model):
+            config.check_sharding()
+            check_shards(config, world)
+            return None
+        if not isinstance(wrapper, DistributedDataParallel) or wrapper.module is not model:
+            raise ConfigurationError(
+                f"the function parallel= returned a {type(wrapper).__name__}; expected a torch "
+                "DistributedDataParallel of the model that it was called with, or this model "
+                "itself, after fully_shard(model)"
+            )
+    else:
+        ids = None if device.type == "cpu" else [device]
+        wrapper = DistributedDataParallel(model, device_ids=ids)
+    wrapper.fitloop_trained = trained
+    return wrapper  # type: ignore[no-any-return]
+
+
+def _check_inside(config: Any) -> None:
     inside = {id(parameter) for parameter in config.model.parameters()}
     for optimizer in config.optimizers:
         for group in optimizer.param_groups:
@@ -43,23 +76,8 @@ def wrapped(config: Any) -> DistributedDataParallel:
                 raise ConfigurationError(
                     "an optimizer holds parameters that are not the model's, such as those of a "
                     "loss function, and parallel= exchanges only gradients of the model; make them "
-                    "part of the model"
+                    "part of the model. If fully_shard was called, build the optimizer after it"
                 )
-    trained = [name for name, p in config.model.named_parameters() if p.requires_grad]
-    wrapper: Any
-    if callable(parallel):
-        wrapper = parallel(model)
-        if not isinstance(wrapper, DistributedDataParallel) or wrapper.module is not model:
-            raise ConfigurationError(
-                f"the function parallel= returned a {type(wrapper).__name__}; expected a torch "
-                "DistributedDataParallel of the model that it was called with. FSDP is not there "
-                "yet"
-            )
-    else:
-        ids = None if device.type == "cpu" else [device]
-        wrapper = DistributedDataParallel(model, device_ids=ids)
-    wrapper.fitloop_trained = trained
-    return wrapper  # type: ignore[no-any-return]
 
 
 def unwrap(wrapper: Any) -> None:

@@ -21,6 +21,7 @@ from fitloop._concurrency.supervisor import wait_scope
 from fitloop._data.batch_sizes import describe
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.plan import Instrumentation
+from fitloop._engine.sharding import gather_parameters
 from fitloop._errors import ConfigurationError, one_line, warn_user
 from fitloop._public import public
 from fitloop._run.session import RunContext, RunEnding, RunSession
@@ -135,6 +136,7 @@ class PredictionRun(Instrumentation):
             metrics={},
         )
         self._engine = self._session.engine(config=config, instrumentation=self)
+        self._release_parameters: Callable[[], object] = lambda: None
 
     def wrap(self, phase: Phase, name: str, function: F) -> F:
         """Return a function that hands over what the step returned, instead of recording it."""
@@ -146,12 +148,16 @@ class PredictionRun(Instrumentation):
     def execute(self) -> None:
         """Read the loader and compute the outputs."""
         with self._session.error_notes():
+            config = self._context.state.config
+            if config.parallel is not None:  # each rank computes by itself
+                self._release_parameters = gather_parameters(config.model)
             self._engine.run()
 
     def finish(self, error: BaseException | None) -> None:
         """Restore modes and random generators; raise the first error."""
         ending = RunEnding(self._context.state.config.name, self._context.control, error)
         del error  # its traceback refers to this frame
+        ending.attempt("splitting the parameters", self._release_parameters)
         self._session.restore(ending)
         self._session.close()
         ending.result(None)

@@ -13,6 +13,8 @@ from fitloop._concurrency.control import RunControl
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._engine.parallel import ParallelRun
 from fitloop._engine.plan import RunPlan
+from fitloop._engine.sharding import is_sharded
+from fitloop._engine.wrapping import unwrap, wrapped
 from fitloop._errors import BusyError, ConfigurationError, one_line
 from fitloop._ranks.control import SharedControl
 from fitloop._ranks.launcher import launched_size
@@ -50,6 +52,22 @@ def writes_files(state: TrainerState) -> bool:
     """Return whether this process prints, asks and writes the files of a trainer."""
     world = world_of(state)
     return world is None or world.is_first
+
+
+def sharing_world(state: TrainerState) -> World | None:
+    """Return the ranks over which the parameters of a trainer are split now; None if they are not.
+
+    They must meet to put the parameters together.
+    """
+    world = world_of(state)
+    return world if world is not None and is_sharded(state.config.model) else None
+
+
+def share_model(state: TrainerState) -> None:
+    """Split the parameters of a trainer over the ranks, if a run would; all ranks meet."""
+    world, config = world_of(state), state.config
+    if world is not None and config.parallel != "ddp":
+        unwrap(wrapped(config, world))
 
 
 def control_of(state: TrainerState, plan: RunPlan) -> tuple[RunControl, ParallelRun | None]:

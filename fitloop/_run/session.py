@@ -25,6 +25,7 @@ from fitloop._engine.modes import Modes
 from fitloop._engine.optimization import OptimizerSteps
 from fitloop._engine.parallel import ParallelRun
 from fitloop._engine.plan import EngineDeps, RunPlan
+from fitloop._engine.sharding import reshard
 from fitloop._errors import RestoreWarning, add_note_safely, one_line, warn_user
 from fitloop._rng.guard import RngGuard
 from fitloop._rng.trainer_rng import TrainerRng
@@ -146,8 +147,9 @@ class RunSession:
     def _wrap_model(self, stack: ExitStack) -> None:
         """Let the model exchange gradients with other ranks, until ``stack`` is closed."""
         parallel = self.context.parallel
-        if parallel is not None and self.context.schedulers is not None:
+        if parallel is not None:
             stack.callback(parallel.end)
+        if parallel is not None and self.context.schedulers is not None:
             parallel.wrap()
 
     def step_per_batch(self) -> Callable[[], None] | None:
@@ -209,6 +211,7 @@ class RunSession:
         grace = self.context.state.config.loader_grace
         functions: list[Callable[[], object]] = [
             self.steps.remove,
+            partial(reshard, self.context.state.config.model),
             self._end_validation,
             self._restore_modes,
             partial(self._loaders.end_process, grace),

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fitloop._errors import CheckpointError, quoted_list
+from fitloop._ranks.shards import is_shard, split_like, whole_copy
 from fitloop._storage.durable import reason
 from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import (
@@ -206,7 +207,7 @@ def _copy_weights(model: nn.Module, state: StateDict, *, strict: bool) -> None:
     names = [*target, *(f"{name}." for name, _module in model.named_modules())]
     own_names = {plain_name(name): name for name in names}
     state = plain_weights(state, own_names)
-    values = _renamed(state, lambda name: own_names.get(name, name))
+    values = split_weights(_renamed(state, lambda name: own_names.get(name, name)), target)
     # Tensors that cannot be written to have these values already: `check_weights` was passed.
     read_only = {name for name in values if _read_only(target.get(name))}
     writable = OrderedDict((name, value) for name, value in values.items() if name not in read_only)
@@ -225,6 +226,27 @@ def _copy_weights(model: nn.Module, state: StateDict, *, strict: bool) -> None:
                 del before[name]
             model.load_state_dict(before, strict=not is_partial)
         raise CheckpointError(f"the model did not take the weights: {error}") from error
+
+
+def split_weights(state: StateDict, target: StateDict) -> StateDict:
+    """Return weights split over the ranks of a training where those of the target are."""
+    if not any(map(is_shard, target.values())):
+        return state
+    split = OrderedDict((k, split_like(target.get(k), value)) for k, value in state.items())
+    set_metadata(split, getattr(state, "_metadata", None))
+    return split
+
+
+def whole_weights(state: StateDict) -> OrderedDict[str, Any]:
+    """Return a copy of ``state`` on the CPU with the values of all ranks; a meeting of all ranks.
+
+    One tensor at a time is gathered, so that a device needs memory for one.
+    """
+    gathered = OrderedDict(
+        (key, whole_copy(value) if is_shard(value) else value) for key, value in state.items()
+    )
+    set_metadata(gathered, getattr(state, "_metadata", None))
+    return copied_weights(gathered)
 
 
 def _match_buffers(

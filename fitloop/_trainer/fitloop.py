@@ -35,7 +35,7 @@ from fitloop._run.launch import (
 from fitloop._run.lr_search import LRCurve, LRSearch
 from fitloop._run.prediction import Predictions, predict_step
 from fitloop._run.prompts import Ask, PromptOptions
-from fitloop._run.ranks import world_of, writes_files
+from fitloop._run.ranks import share_model, sharing_world, world_of, writes_files
 from fitloop._run.run import Run, RunOptions
 from fitloop._storage.durable import LOG_NAME, reason
 from fitloop._storage.tensors import SnapshotBuffers
@@ -46,7 +46,7 @@ from fitloop._storage.weight_files import (
     with_suffix,
     write_weights,
 )
-from fitloop._storage.weight_store import DiskStore, weights_of
+from fitloop._storage.weight_store import DiskStore, weights_of, whole_weights
 from fitloop._trainer.base import TrainerBase
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._types import Loader, Phase
@@ -185,7 +185,10 @@ class FitLoop(TrainerBase):
         parallel: ``"ddp"``: the processes that ``torchrun`` has started train one model, in a block
             of `fitloop.world`, each on its part of the batches; in one process nothing changes. Or
             a function of the model that returns it in a ``DistributedDataParallel``. The
-            ``batch_size`` of a DataLoader is that of one process. See the guide to many devices.
+            ``batch_size`` of a DataLoader is that of one process. ``"fsdp"``: each process has a
+            part of the parameters, gradients and optimizer states, by torch's ``fully_shard``; or
+            a function that calls it for the model and returns the model. See the guide to many
+            devices.
             Default: None, each process trains a model of its own.
         stateful: more objects with ``state_dict`` and ``load_state_dict``, by name. Snapshots hold
             their states and dry runs restore them.
@@ -681,12 +684,12 @@ class FitLoop(TrainerBase):
                 message names it.
         """
         target = self._new_file(name, path, (DEFAULT_SUFFIX,))
-
-        if not writes_files(self._state):
+        world = sharing_world(self._state)
+        if world is None and not writes_files(self._state):
             return target
 
         def write() -> Path:
-            from fitloop._checkpointing.snapshot import take_snapshot
+            from fitloop._checkpointing.snapshot import take_shared_snapshot, take_snapshot
 
             weight = self._state.non_finite_weight()
             if weight is not None:
@@ -695,9 +698,14 @@ class FitLoop(TrainerBase):
                     "finite, so that no training can go on from it; save_model() writes the "
                     "weights as they are, load_best() restores the best ones"
                 )
-            snapshot = take_snapshot(self._state, SnapshotBuffers())
+            snapshot = (
+                take_snapshot(self._state, SnapshotBuffers())
+                if world is None
+                else take_shared_snapshot(self._state, SnapshotBuffers(), world)
+            )
             try:
-                snapshot.write(target, overwrite=overwrite)
+                if snapshot is not None:
+                    snapshot.write(target, overwrite=overwrite)
             except OSError as error:
                 raise CheckpointError(f"{target} cannot be written: {reason(error)}") from error
             return target
@@ -736,6 +744,7 @@ class FitLoop(TrainerBase):
             try:
                 check_fits(self._state, snapshot, self._state.loaders_of({}))
                 self._state.move_to_device()
+                share_model(self._state)
                 self._state.save_pretrained()
                 apply_snapshot(self._state, snapshot)
             except BaseException:
@@ -770,7 +779,8 @@ class FitLoop(TrainerBase):
             ConfigurationError: ``average=True``, and there is no average.
         """
         target, state = self._new_file(name, path), self._state
-        if not writes_files(state):
+        world = sharing_world(state)
+        if world is None and not writes_files(state):
             return target
 
         def write() -> Path:
@@ -779,7 +789,11 @@ class FitLoop(TrainerBase):
                     averaged = state.checked_average("save_model(average=True)")
                     stack.enter_context(copied_numbers(state.rng, Phase.VALID))
                     stack.enter_context(averaged.applied())
-                write_weights(target, weights_of(self.model), overwrite=overwrite)
+                weights = weights_of(self.model)
+                if world is not None:
+                    weights = whole_weights(weights)
+                if world is None or world.is_first:
+                    write_weights(target, weights, overwrite=overwrite)
             return target
 
         return await run_exclusively_in_thread(self._state, "save_model", write)

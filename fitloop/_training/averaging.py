@@ -21,6 +21,7 @@ from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event, PhaseEnded
 from fitloop._public import public
+from fitloop._ranks.shards import split_like
 from fitloop._storage.weight_store import plain_model, plain_name
 from fitloop._types import Phase
 
@@ -180,7 +181,7 @@ class AveragedWeights:
                 raise ValueError(f"the average of {name!r} has another shape")
         self._batches, self._updates = counts
         self._averages = {
-            name: weights[name].to(parameter.device, parameter.dtype)
+            name: split_like(parameter, weights[name]).to(parameter.device, parameter.dtype)
             for name, parameter in parameters.items()
         }
 

@@ -17,6 +17,7 @@ from fitloop._data.carried_state import has_own_state_dict
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.metric_objects import StatefulMetric, has_metric_state
 from fitloop._errors import CheckpointError
+from fitloop._ranks.shards import is_shard, split_like
 from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import suffix_of
 from fitloop._storage.weight_store import plain_model, plain_name
@@ -116,6 +117,8 @@ def load_optimizer(optimizer: Any, state: Any) -> None:
         for item in (optimizer, *inner)
     ]
     optimizer.load_state_dict(state)
+    for item in {id(each): each for each, *_ in before}.values():
+        _split_state(item)
     for item, groups, content, states in before:
         if item.param_groups is not groups:
             loaded = [dict(group) for group in item.param_groups]
@@ -129,6 +132,14 @@ def load_optimizer(optimizer: Any, state: Any) -> None:
             states.clear()
             states.update(loaded_states)
             item.state = states
+
+
+def _split_state(optimizer: Any) -> None:
+    """Split the state of an optimizer over the ranks of a training as its parameters are."""
+    states = getattr(optimizer, "state", {})
+    for parameter in [p for p in states if is_shard(p)]:
+        state = states[parameter]
+        states[parameter] = {name: split_like(parameter, value) for name, value in state.items()}
 
 
 def load_optimizer_state(
@@ -153,7 +164,8 @@ def load_optimizer_state(
             before = (dtypes or {}).get(parameter, parameter.dtype)
             is_cast = value.dtype == before != parameter.dtype
             if now.dtype != value.dtype and not is_cast:
-                optimizer.state[parameter][key] = value.to(now.device)
+                moved = split_like(parameter, value.to(now.device))
+                optimizer.state[parameter][key] = moved
 
 
 def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:

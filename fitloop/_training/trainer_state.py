@@ -30,6 +30,7 @@ from fitloop._engine.config import (
 from fitloop._engine.event_bus import EventBus
 from fitloop._engine.metric_objects import move_metrics
 from fitloop._engine.optimization import StepCounts
+from fitloop._engine.sharding import is_sharded
 from fitloop._errors import (
     CheckpointError,
     ConfigurationError,
@@ -41,6 +42,7 @@ from fitloop._errors import (
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
 from fitloop._ranks.launcher import launched_size
+from fitloop._ranks.shards import split_like, whole
 from fitloop._rng.guard import copied_numbers
 from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._storage.durable import LOG_NAME
@@ -51,7 +53,9 @@ from fitloop._storage.weight_store import (
     WeightsStore,
     apply_weights,
     plain_model,
+    split_weights,
     weights_of,
+    whole_weights,
 )
 from fitloop._training.averaging import AveragedWeights, check_average
 from fitloop._training.best import BestTracker, Criteria
@@ -220,7 +224,7 @@ class TrainerState:
         if resuming and self.store.exists(PRETRAINED):
             self._has_pretrained = True
         if not self._has_pretrained:
-            self.store.save(PRETRAINED, weights_of(self.config.model))
+            self.store.save(PRETRAINED, self._kept_weights())
             self._has_pretrained = True
 
     def save_best(self) -> None:
@@ -228,8 +232,16 @@ class TrainerState:
         config = self.config
         self._best_optimizers = []  # first, to free the memory for the copy
         states = optimizer_states(config)
-        self.put_best(BestState(weights_of(config.model), extra_weights(config), states))
+        self.put_best(BestState(self._kept_weights(), extra_weights(config), states))
         self.best_is_stale = False
+
+    def _kept_weights(self) -> StateDict:
+        """Return the weights of the model, to be stored; whole ones if rank 0 writes a file."""
+        weights = weights_of(self.config.model)
+        if not (self.config.save_to_disk and is_sharded(self.config.model)):
+            return weights
+        gathered = whole_weights(weights)  # a meeting of all ranks
+        return gathered if isinstance(self.store, DiskStore) else weights
 
     def non_finite_weight(self) -> str | None:
         """Return the name of a trained weight that is not finite, or None.
@@ -243,7 +255,7 @@ class TrainerState:
         for name, tensor in (*parameters, *buffers):
             values = tensor.detach()
             is_checked = values.layout is torch.strided and values.is_floating_point()
-            if is_checked and not is_lazy(tensor) and not bool(values.isfinite().all()):
+            if is_checked and not is_lazy(tensor) and not bool(whole(values.isfinite().all())):
                 return name
         return None
 
@@ -251,7 +263,7 @@ class TrainerState:
         """Return whether the model has the best weights, bit for bit."""
         best = self.borrow_best()
         present = (weights_of(self.config.model), extra_weights(self.config))
-        return best is not None and all(map(_are_equal, best[:2], present))
+        return best is not None and all(map(_are_equal, present, best[:2]))
 
     def compare_only_with(self, valid_loader: Any) -> None:
         """Forget the best score and models if they are of a validation with other data.
@@ -290,6 +302,8 @@ class TrainerState:
         """
         name = self.config.best_model_name
         weights, extra, self._best_optimizers = BestState({}, {}, []) if best is None else best
+        if is_sharded(self.config.model) and isinstance(self.store, MemoryStore):
+            weights = split_weights(weights, weights_of(self.config.model))
         for key, state in ((extra_name(name), extra), (name, weights)):
             if state or (best is not None and key == name):
                 self.store.save(key, state)
@@ -473,7 +487,7 @@ def _is_equal(value: Any, other: Any) -> bool:
     if value.shape != other.shape or value.dtype != other.dtype:
         return False
     try:
-        return torch.equal(value, other.detach().to(value.device))
+        return torch.equal(value, split_like(value, other.detach()).to(value.device))
     except (RuntimeError, NotImplementedError):  # such as sparse tensors
         return False
 

@@ -9,12 +9,17 @@ import pytest
 import torch
 from support.ranks import run_ranks
 
-pytestmark = pytest.mark.usefixtures("fork_server", "rank_store")
+from fitloop._cli.main import main
 
+pytestmark = [
+    pytest.mark.usefixtures("fork_server", "rank_store"),
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+]
 
 WARNED = ["the first train batches of rank 0 and of rank 1 are the same"]
 REFUSED = {
-    "runner": "parallel is 'ddp' in a job of a Runner",
+    "runner": " in a job of a Runner, whose jobs have no order",
     "wrong_sampler": "the DistributedSampler of train_dl is for rank 0 of 3, and this is rank 0 of",
 }
 
@@ -38,12 +43,20 @@ def check_alike(left: Any, right: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "nonfinite"), [("1", "raise"), ("3", "raise"), ("1", "skip")]
+    ("parallel", "accumulate", "nonfinite"),
+    [
+        ("ddp", "1", "raise"),
+        ("ddp", "3", "raise"),
+        ("ddp", "1", "skip"),
+        ("fsdp", "1", "raise"),
+        ("fsdp", "3", "raise"),
+        ("fsdp", "1", "skip"),
+    ],
 )
 def test_two_ranks_when_trained_then_equal_one_process_with_larger_batches(
-    accumulate: str, nonfinite: str
+    parallel: str, accumulate: str, nonfinite: str
 ) -> None:
-    arguments = ("support.rank_trainings", "equal", accumulate, nonfinite)
+    arguments = ("support.rank_trainings", "equal", parallel, accumulate, nonfinite)
     [alone] = run_ranks(*arguments, size=1)
     first, second = run_ranks(*arguments)
     assert (first["status"], second["status"]) == (0, 0), first["errors"] + second["errors"]
@@ -68,9 +81,12 @@ def test_blocks_when_many_in_one_program_then_each_trains_as_the_first() -> None
     assert all(one == first["weights"][0] for one in first["weights"] + second["weights"])
 
 
-def test_training_when_cancelled_in_an_epoch_then_resumes_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_training_when_cancelled_in_an_epoch_then_resumes_to_the_same_bits(
+    parallel: str, tmp_path: Path
+) -> None:
     def train(path: Path, cancelled: bool, epochs: int = 3, size: int = 2) -> list[dict[str, Any]]:
-        arguments = ("resumed", path, str(cancelled), str(epochs))
+        arguments = ("resumed", parallel, path, str(cancelled), str(epochs))
         return run_ranks("support.rank_trainings", *arguments, size=size)
 
     whole = train(tmp_path / "whole", False)
@@ -89,10 +105,14 @@ def test_training_when_cancelled_in_an_epoch_then_resumes_to_the_same_bits(tmp_p
     assert "ResumeWarning: resuming:" in more["errors"]
 
 
-@pytest.mark.parametrize("group", ["FEATURES", "LOADERS"])
-def test_features_when_on_two_ranks_then_equal_one_process(group: str, tmp_path: Path) -> None:
-    [alone] = run_ranks("support.rank_paths", group, tmp_path / "1", size=1)
-    first, second = run_ranks("support.rank_paths", group, tmp_path / "2")
+@pytest.mark.parametrize(
+    ("parallel", "group"), [("ddp", "FEATURES"), ("ddp", "LOADERS"), ("fsdp", "SPLIT")]
+)
+def test_features_when_on_two_ranks_then_equal_one_process(
+    parallel: str, group: str, tmp_path: Path
+) -> None:
+    [alone] = run_ranks("support.rank_paths", parallel, group, tmp_path / "1", size=1)
+    first, second = run_ranks("support.rank_paths", parallel, group, tmp_path / "2")
     assert (first["status"], second["status"]) == (0, 0), first["errors"] + second["errors"]
     for name in ("lines", "status", "errors"):
         del first[name]
@@ -107,3 +127,41 @@ def test_features_when_on_two_ranks_then_equal_one_process(group: str, tmp_path:
             # Each rank has its own statistics of a batch, and rounds to bf16 by itself.
             if name not in ("batch_norm", "swa", "bf16"):
                 check_alike(value, alone[name][key])
+
+
+def test_split_model_when_on_two_ranks_then_equals_one_process(tmp_path: Path) -> None:
+    [alone] = run_ranks("support.rank_shards", tmp_path / "1", size=1)
+    first, second = run_ranks("support.rank_shards", tmp_path / "2")
+    assert (first["status"], second["status"]) == (0, 0), first["errors"] + second["errors"]
+    for name in ("lines", "status", "errors"):
+        del first[name]
+    for name, values in first.items():
+        assert second[name] == values, name  # to the bit
+        check_alike(values, alone[name])
+
+
+def test_function_when_it_splits_a_part_of_the_model_then_is_refused(tmp_path: Path) -> None:
+    for report in run_ranks("support.rank_shards", tmp_path, "refused"):
+        message = report["refused"]["error"]
+        assert "its parameter '2.bias' is not split over all 2 ranks" in message
+
+
+def test_snapshot_of_a_split_model_when_read_elsewhere_then_is_that_of_one_process(
+    tmp_path: Path,
+) -> None:
+    def train(parallel: str, epochs: int, size: int) -> list[dict[str, Any]]:
+        arguments = (parallel, tmp_path / "run", "False", str(epochs))
+        return run_ranks("support.rank_trainings", "resumed", *arguments, size=size)
+
+    [whole, _other] = train("fsdp", 1, 2)
+    *_older, snapshot = sorted((tmp_path / "run" / "snapshots").glob("snapshot-*"))
+    assert main(["export", str(snapshot), str(tmp_path / "model.pt")]) == 0
+    exported = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert [type(value) for value in exported.values()] == [torch.Tensor] * len(exported)
+    check_close([value.tolist() for value in exported.values()], whole["weights"])
+    for number, (parallel, size) in enumerate([("fsdp", 1), ("ddp", 2), ("fsdp", 2)]):
+        reports = train(parallel, number + 2, size)
+        assert reports[0]["began"] == [(number + 1) * (101 // 3 + 1)]
+        for report in reports:
+            assert report["status"] == 0, report["errors"]
+            assert report["weights"] == reports[0]["weights"]

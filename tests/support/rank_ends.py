@@ -1,7 +1,7 @@
 """A program for ranks: one of them ends a training in some way, and each reports how it ended.
 
-Arguments: how, the rank that does it, the phase, and a directory. With the phase "question", rank 0
-asks a question that nobody answers, and the rank does it meanwhile.
+Arguments: what ``parallel`` is, how, the rank that does it, the phase, and a directory. With the
+phase "question", rank 0 asks a question that nobody answers, and the rank does it meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import torch
@@ -20,12 +20,19 @@ from torch import nn
 
 import fitloop
 from fitloop import Checkpoint, FitLoop, LoopState, PromptAsked
+from fitloop._ranks.shards import is_shard
 from support.models import blobs, loader, mlp
 from support.ranks import report
 from support.worker_processes import wait_for_file
 
 EPOCH, BATCH = 2, 2
 """of the end"""
+
+
+def local(parameter: Any) -> torch.Tensor:
+    """Return what this rank has of a parameter."""
+    part: torch.Tensor = parameter.to_local() if is_shard(parameter) else parameter
+    return part
 
 
 def ends(how: str, cancel: Callable[[], object]) -> Callable[[LoopState], object]:
@@ -43,7 +50,14 @@ def ends(how: str, cancel: Callable[[], object]) -> Callable[[LoopState], object
     }[how]
 
 
-async def fit(world: fitloop.World, how: str, rank: str, phase: str, path: str) -> None:
+async def fit(
+    world: fitloop.World,
+    parallel: Literal["ddp", "fsdp"],
+    how: str,
+    rank: str,
+    phase: str,
+    path: str,
+) -> None:
     event_loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     seen = {"train": 0, "valid": 0}
@@ -77,7 +91,7 @@ async def fit(world: fitloop.World, how: str, rank: str, phase: str, path: str) 
         valid_dl=loader(blobs(64)),
         train_step=step,
         valid_step=step,
-        parallel="ddp",
+        parallel=parallel,
         save_path=path,
         seed=1,
     )
@@ -97,13 +111,13 @@ async def fit(world: fitloop.World, how: str, rank: str, phase: str, path: str) 
         raise
     finally:
         ending.cancel()
-        weights = sum(p.double().sum().item() for p in model.parameters())
+        weights = sum(local(p).double().sum().item() for p in model.parameters())
         report(**values, seen=seen, epochs=trainer.epoch_num, weights=weights)
 
 
-async def main(*arguments: str) -> None:
+async def main(parallel: Any, *arguments: str) -> None:
     async with fitloop.world(timeout=150) as world:
-        await fit(world, *arguments)
+        await fit(world, parallel, *arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Many short trainings for one or several ranks, one after the other in the same processes.
 
-Arguments: the name of a list here, and a directory.
+Arguments: what ``parallel`` is, the name of a list here, and a directory.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 import fitloop
 from fitloop import EMA, SWA, Checkpoint, FitLoop, LoopState, Runner, World
+from fitloop._ranks.shards import whole
 from support.models import FEATURES as INPUTS
 from support.models import blobs
 from support.ranks import report
 
 QUIET: dict[str, Any] = {"verbose": False, "progress": False}
+PARALLEL: dict[str, Any] = {"parallel": "ddp"}
 WHOLE = 12
 """samples of a batch of all ranks"""
 
@@ -56,7 +58,7 @@ def trainer(world: World, model: nn.Module | None = None, **options: Any) -> Fit
         "train_dl": DataLoader(data(), size, shuffle=True),
         "valid_dl": DataLoader(data(20), size),
         "seed": 1,
-        "parallel": "ddp",
+        **PARALLEL,
     }
     return FitLoop(model, optimizer, nn.CrossEntropyLoss(), **{**defaults, **options})
 
@@ -69,7 +71,7 @@ def facts(trained: FitLoop) -> dict[str, Any]:
         for phase in ("train", "valid")
     }
     return {
-        "weights": [p.tolist() for p in model.parameters()],
+        "weights": [whole(p).tolist() for p in model.parameters()],
         "buffers": [b.tolist() for b in model.buffers()],
         "metrics": epoch_end,
         "best": [trained.best_score, trained.best_epoch],
@@ -318,13 +320,19 @@ FEATURES = [
     *(own_step, batch_norm, ema, swa, bf16, early_stop, keep_best, torch_metrics, async_stages),
     *(answer_no, cancelled_question, runner),
 ]
+SPLIT = [
+    *(own_step, batch_norm, ema, swa, bf16, early_stop, keep_best, torch_metrics, no_length),
+    cancelled_question,
+]
+"""where a model whose parameters are split may differ"""
 LOADERS = [
     *(async_loader, no_length, own_list, iterable_dataset, distributed_sampler, workers),
     *(loader_process, whole_list, wrong_sampler),
 ]
 
 
-async def main(group: str, path: str) -> None:
+async def main(parallel: str, group: str, path: str) -> None:
+    PARALLEL["parallel"] = parallel
     reports: dict[str, Any] = {}
     async with fitloop.world(timeout=150) as world:
         for function in globals()[group]:

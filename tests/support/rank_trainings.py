@@ -1,6 +1,6 @@
 """Trainings for one or several ranks, which report what they have trained.
 
-Arguments: the name of a function here, and its arguments.
+Arguments: the name of a function here, what ``parallel`` is, and the function's arguments.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,8 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import fitloop
 from fitloop import Checkpoint, FitLoop, LoopState, PromptAsked, RunStarted, World
 from fitloop._ranks import votes
+from fitloop._ranks.shards import whole
 from support.models import FEATURES, blobs
 from support.ranks import report
+
+Parallel = Literal["ddp", "fsdp"]
 
 QUIET: dict[str, Any] = {"verbose": False, "progress": False}
 
@@ -38,7 +41,7 @@ def loader(samples: int, size: int, *, shuffle: bool = False) -> DataLoader[Any]
 def facts(trainer: FitLoop) -> dict[str, Any]:
     """Return weights, metrics and the best score, to be compared."""
     return {
-        "weights": [p.tolist() for p in trainer.model.parameters()],
+        "weights": [whole(p).tolist() for p in trainer.model.parameters()],
         "metrics": {
             phase: {n: s.values.tolist() for n, s in getattr(trainer.M, phase).epoch_end.items()}
             for phase in ("train", "valid", "test")
@@ -55,7 +58,7 @@ def share_sum(state: LoopState) -> dict[str, float]:
     }
 
 
-async def equal(world: World, accumulate: str, nonfinite: str) -> None:
+async def equal(world: World, parallel: Parallel, accumulate: str, nonfinite: str) -> None:
     """Train with batches of 12 in all: 46 samples leave 10 for the last one."""
     net = model()
     weights = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
@@ -73,7 +76,7 @@ async def equal(world: World, accumulate: str, nonfinite: str) -> None:
         accumulate=int(accumulate),
         clip_grad=0.5,
         nonfinite=nonfinite,  # type: ignore[arg-type]
-        parallel="ddp",
+        parallel=parallel,
         seed=1,
     )
     heard: list[str] = []
@@ -83,7 +86,7 @@ async def equal(world: World, accumulate: str, nonfinite: str) -> None:
     report(**facts(trainer), epochs=result.epochs, step=step, heard=len(heard))
 
 
-async def resumed(world: World, path: str, cancelled: str, epochs: str) -> None:
+async def resumed(world: World, parallel: Parallel, path: str, cancelled: str, epochs: str) -> None:
     """Train with dropout, perhaps cancelled in the middle of epoch 2, or resumed from there."""
     votes.SHARE = 1.0  # a vote at nearly each batch
     net = model(dropout=0.5)
@@ -104,7 +107,7 @@ async def resumed(world: World, path: str, cancelled: str, epochs: str) -> None:
         valid_dl=loader(15, 4),
         train_step=step,
         accumulate=3,
-        parallel="ddp",
+        parallel=parallel,
         seed=1,
         save_path=path,
     )
