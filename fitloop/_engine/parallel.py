@@ -90,6 +90,12 @@ class ParallelRun:
         """Whether each rank has only a part of the parameters."""
         return is_sharded(self._config.model)
 
+    @property
+    def cannot_meet(self) -> bool:
+        """Whether this rank was cancelled alone, and has only a part of the parameters."""
+        control = self.control
+        return self.is_sharded and control.cancelled and not control.is_agreed
+
     def _checksum(self) -> list[int]:
         return [] if self.is_sharded else checksum(self._config.model)
 

@@ -388,6 +388,9 @@ class Run:
         return ending.result(result)  # type: ignore[no-any-return]
 
     def _load_best(self) -> None:
+        parallel = self._context.parallel
+        if parallel is not None and parallel.cannot_meet:
+            return
         tracked = self._tracker is not None and self._tracker.tracked and not self._was_finished
         if not tracked or self._state.best_score is None or self._state.has_best_weights():
             return
