@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fitloop._data.batch_sizes import describe, possible_sizes
-from fitloop._engine.class_losses import ignored_class
+from fitloop._engine.class_losses import ignored_class, loss_setting
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.given_arguments import GivenArguments
 from fitloop._engine.optimization import OptimizerSteps
@@ -44,6 +44,7 @@ class LoopState(GivenArguments):
         "_counts_quickly",
         "_epoch_num",
         "_expected_size",
+        "_has_loss_sum",
         "_ignored_class",
         "_is_plain",
         "_is_weighted",
@@ -126,7 +127,9 @@ class LoopState(GivenArguments):
         ignores_none = self._ignored_class is not None and self._ignored_class < 0
         is_given = config.loss_function is not None
         on_cpu, self.metrics = config.device.type == "cpu", config.metrics
-        self._counts_quickly = ignores_none and is_given and on_cpu and not config.metrics
+        self._has_loss_sum = loss_setting(config.loss_function, "reduction") == "sum"
+        quick = ignores_none and is_given and on_cpu and not config.metrics
+        self._counts_quickly = quick and not self._has_loss_sum
         self.is_train = phase is Phase.TRAIN
         self.optimizers = config.optimizers
         self.model = (config.wrapper if self.is_train else None) or config.called_model

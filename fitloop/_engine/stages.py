@@ -38,13 +38,14 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
     The loss is then ``loss_function(output, batch)``, or that of the output: ``output.loss``,
     ``output["loss"]``, the first item of a tuple, or the output itself, if it is one number.
 
-    Returns ``running_loss``, the loss times the batch size. If the loss function is a class of
-    torch for class scores (CrossEntropyLoss, NLLLoss, MultiMarginLoss) or its function, and the
-    targets are classes, returns also ``running_corr``, the number of targets that are the largest
-    output along dimension 1. Targets that the loss ignores do not count: ``running_count`` is the
-    number of the others. It is left out if each sample has one target and none is ignored. If
-    ``loss_function`` is None, both are returned only if the output has ``logits`` of the shape
-    (samples, classes) and the batch has ``labels`` of the shape (samples); -100 does not count.
+    Returns ``running_loss``, the loss times the batch size, or the loss itself if the loss function
+    has ``reduction="sum"``. If the loss function is a class of torch for class scores
+    (CrossEntropyLoss, NLLLoss, MultiMarginLoss) or its function, and the targets are classes,
+    returns also ``running_corr``, the number of targets that are the largest output along
+    dimension 1. Targets that the loss ignores do not count: ``running_count`` is the number of the
+    others. It is left out if each sample has one target and none is ignored. If ``loss_function``
+    is None, both are returned only if the output has ``logits`` of the shape (samples, classes) and
+    the batch has ``labels`` of the shape (samples); -100 does not count.
 
     Updates the objects of ``metrics=`` with predictions and targets.
 
@@ -91,7 +92,8 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
             "running_corr": (predictions.argmax(dim=1) == targets).sum().item(),
         }
     else:
-        values = {"running_loss": value * size, **_count_correct(state, predictions, targets)}
+        total = value if state._has_loss_sum else value * size
+        values = {"running_loss": total, **_count_correct(state, predictions, targets)}
         if state.metrics:
             update_metrics(state.metrics, predictions, targets, f"{state.phase}_step")
     if not state._is_plain and state._has_new_norm:

@@ -170,6 +170,22 @@ async def test_accuracy_when_targets_are_classes_then_is_over_those_that_the_los
     assert result.metrics["valid"]["accuracy"][0] == pytest.approx(right[counts].double().mean())
 
 
+@pytest.mark.parametrize(
+    "loss_function",
+    [nn.CrossEntropyLoss(reduction="sum"), partial(F.cross_entropy, reduction="sum")],
+    ids=["class", "function"],
+)
+async def test_loss_when_it_is_a_sum_then_the_metric_is_still_the_mean_over_samples(
+    loss_function: Any,
+) -> None:
+    one = trainer(loss_function=loss_function, valid_dl=batches())
+    await one.fit(1, load_best=False, **QUIET)
+    inputs, targets = blobs()
+    with torch.no_grad():
+        expected = F.cross_entropy(one.model.eval()(inputs), targets).item()
+    assert one.M.valid["loss"][-1] == pytest.approx(expected, rel=1e-4)
+
+
 async def test_accuracy_when_words_are_padded_then_is_over_the_words_that_count() -> None:
     generator = torch.Generator().manual_seed(0)
     data = []
