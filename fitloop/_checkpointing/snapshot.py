@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.training_state import (
@@ -211,7 +212,24 @@ def step_arguments(config: TrainerConfig) -> dict[str, Any]:
         "precision": config.precision,
         "clip_grad": getattr(clip, "__qualname__", type(clip).__name__) if callable(clip) else clip,
         "nonfinite": config.nonfinite,
+        **_loss_facts(config.loss_function),
     }
+
+
+def _loss_facts(loss_function: Any) -> dict[str, Any]:
+    """Return the name of a loss, and the settings of one of torch."""
+    while isinstance(loss_function, partial):
+        loss_function = loss_function.func
+    kind = type(loss_function)
+    facts = {"loss_function": getattr(loss_function, "__qualname__", kind.__qualname__)}
+    if kind.__module__.startswith("torch.nn.") and isinstance(loss_function, nn.Module):
+        settings = vars(loss_function).items()
+        facts |= {
+            f"loss_function.{name}": value
+            for name, value in settings
+            if isinstance(value, (int, float, str)) and name not in ("training", "call_super_init")
+        }
+    return facts
 
 
 def _trainer_fields(trainer: TrainerState, loaders: Mapping[Phase, Any]) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from support.models import BATCH_SIZE, Batch, batches, bits, blobs, internals, mlp, sync_trainer
 from support.resumed_trainings import (
     EVERY_BATCH,
@@ -232,6 +234,26 @@ def test_resume_when_optimizer_steps_are_others_then_warns(stop: int, tmp_path: 
     )
     assert "goes on with the arguments given now" in message
     assert internals(resumed).step_counts.made[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("loss_function", "match"),
+    [
+        (nn.MultiMarginLoss(), "loss_function was CrossEntropyLoss and is MultiMarginLoss"),
+        (
+            nn.CrossEntropyLoss(label_smoothing=0.1),
+            "loss_function.label_smoothing was 0.0 and is 0.1: the run goes on",
+        ),
+        (partial(F.cross_entropy, reduction="mean"), "CrossEntropyLoss and is cross_entropy"),
+    ],
+)
+def test_resume_when_the_loss_is_another_one_then_warns(
+    loss_function: Any, match: str, tmp_path: Path
+) -> None:
+    begin(tmp_path, BETWEEN, loss_function=nn.CrossEntropyLoss())
+    _trainer, told = resume(tmp_path, loss_function=loss_function)
+    assert len(told) == 1
+    assert match in told[0]
 
 
 def test_resume_when_the_script_is_the_same_then_warns_of_nothing(tmp_path: Path) -> None:
