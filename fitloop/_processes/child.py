@@ -44,13 +44,15 @@ def _register_exit_hooks() -> None:
         os.register_at_fork(after_in_child=_close_connections)
 
 
-def close_in_forks(connection: Any) -> None:
-    """Close a connection in each process that is forked from now on.
+def close_in_children(connection: Any) -> None:
+    """Close a connection in each process that is forked or started from now on.
 
     The process at its other end sees the end of this process only when all copies are closed.
     """
     _register_exit_hooks()
     _connections.add(connection)
+    if os.name != "nt":  # it is inherited by no process there
+        os.set_inheritable(connection.fileno(), False)
 
 
 def _kill_children() -> None:
@@ -86,8 +88,8 @@ class ChildProcess:
     ) -> None:
         _register_exit_hooks()
         self.connection, theirs = multiprocessing.Pipe()
-        close_in_forks(self.connection)
-        close_in_forks(theirs)
+        close_in_children(self.connection)
+        close_in_children(theirs)
         forked = start_method == "forkserver"
         # Not a daemon: a loader may have processes of its own.
         self.process = _process_class(start_method)(

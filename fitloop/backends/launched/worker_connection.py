@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from secrets import token_hex
 
 from fitloop import __version__
-from fitloop._processes.child import close_in_forks
+from fitloop._processes.child import close_in_children
 from fitloop._processes.connection import send_message
 from fitloop.backends.base import JobSpec
 from fitloop.backends.launched.claim import write_claim
@@ -115,7 +115,7 @@ class WorkerConnection:
             if self._listener in ready:
                 connection = accept_worker(self._listener, self._key.encode())
                 if connection is not None:
-                    close_in_forks(connection)
+                    close_in_children(connection)
                     self._listener.close()
                     return connection
             elif (ended := self._worker.poll()) is not None:

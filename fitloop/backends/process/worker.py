@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 
+from fitloop._processes.child import close_in_children
 from fitloop._processes.connection import receive_message
 from fitloop._processes.signals import die_with_parent, leave_signals_to_parent
 from fitloop.backends.process.worker_output import OutputForwarder, SerializedCall
@@ -48,8 +49,8 @@ def serve_connection(connection: Connection) -> None:
     server = JobServer(send, partial(receive_message, connection))
     outputs = OutputForwarder("stdout", 1, send), OutputForwarder("stderr", 2, send)
     sys.stdout, sys.stderr = (output.text_stream() for output in outputs)
-    if hasattr(os, "register_at_fork"):  # the workers of a loader must not use the connection
-        os.register_at_fork(after_in_child=connection.close)
+    close_in_children(connection)  # such as the workers of a loader, which may outlive this process
+    if hasattr(os, "register_at_fork"):
         for output in outputs:
             os.register_at_fork(after_in_child=output.write_to_log)
     receiver = threading.Thread(
