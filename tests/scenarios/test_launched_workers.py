@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
-from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +42,6 @@ from fitloop.backends import (
 )
 from fitloop.backends.launched import worker_connection
 from fitloop.backends.launched.claim import CLAIM_NAME, FENCED
-from fitloop.backends.launched.listener import accept_worker, open_listener
 
 QUIET: dict[str, Any] = {"verbose": False}
 
@@ -228,19 +225,6 @@ async def test_worker_when_its_command_fails_then_the_error_has_its_output() -> 
     assert "with exit code 3 before it could begin; its last lines:\n  no module" in str(
         outcome.error
     )
-
-
-async def test_stranger_when_it_connects_then_is_turned_away() -> None:
-    with open_listener("127.0.0.1") as listener:
-
-        def stranger() -> None:
-            with suppress(Exception):
-                Client(listener.getsockname(), authkey=b"another key").close()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(anyio.to_thread.run_sync, stranger)
-            accepted = await anyio.to_thread.run_sync(accept_worker, listener, b"key")
-        assert accepted is None
 
 
 SBATCH = """\

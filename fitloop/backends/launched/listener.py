@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
 CONNECT_SECONDS = 60.0
 """for a worker to reach the program"""
 HANDSHAKE_SECONDS = 10
-"""for each answer of the other side while it proves that it knows the key"""
+"""for the other side to prove that it knows the key"""
+MAX_HANDSHAKES = 32
+"""connections at a time that have not proved it yet; of more, the oldest are turned away"""
 IDLE_SECONDS, PROBE_SECONDS, PROBES = 10, 5, 4
 """of the keepalive of TCP: a machine that is lost is noticed after 30 seconds of silence"""
 
@@ -22,25 +26,85 @@ _TIMEOUT = struct.Struct("ll")
 """a ``timeval``, for a socket option"""
 
 
-def open_listener(host: str) -> socket.socket:
-    """Return a socket that listens at a free port of the address of ``host``. Raises OSError."""
-    return socket.create_server((host, 0))
+class WorkerListener:
+    """Listens for the one worker that knows a key, at a free port of the address of ``host``.
+
+    Any number of others may connect, and say nothing or anything: each connection proves that it
+    knows the key in a thread of its own, and has `HANDSHAKE_SECONDS` for that.
+
+    Args:
+        wake: called by a thread when a connection has proved it, or has failed.
+
+    Raises OSError.
+    """
+
+    def __init__(self, host: str, key: bytes, wake: Callable[[], None]) -> None:
+        self.socket = socket.create_server((host, 0))
+        """can be read when somebody has connected"""
+        self.socket.setblocking(False)
+        self.port: int = self.socket.getsockname()[1]
+        self._key, self._wake = key, wake
+        self._handshakes: list[_Handshake] = []
+
+    def accept(self) -> Connection | None:
+        """Take what has connected; return the connection of the worker, once it is known."""
+        with suppress(OSError):  # nobody waits
+            for _ in range(MAX_HANDSHAKES):
+                accepted, _address = self.socket.accept()
+                self._handshakes.append(_Handshake(accepted, self._key, self._wake))
+        kept, now = list[_Handshake](), time.monotonic()
+        for handshake in self._handshakes:
+            if handshake.is_known:
+                self._handshakes.remove(handshake)
+                return handshake.result()
+            if handshake.is_over or handshake.deadline < now:
+                handshake.close()
+            else:
+                kept.append(handshake)
+        for handshake in kept[:-MAX_HANDSHAKES]:
+            handshake.close()
+        self._handshakes = kept[-MAX_HANDSHAKES:]
+        return None
+
+    def close(self) -> None:
+        """Listen no more, and turn away everybody who has connected."""
+        self.socket.close()
+        for handshake in self._handshakes:
+            handshake.close()
+        self._handshakes.clear()
 
 
-def accept_worker(listener: socket.socket, key: bytes) -> Connection | None:
-    """Return the connection that waits; None for one that does not know the key."""
-    with suppress(OSError, EOFError, AuthenticationError):
-        accepted, _ = listener.accept()
-        connection = _prepare(accepted)
-        try:
-            deliver_challenge(connection, key)
-            answer_challenge(connection, key)
-            _set_timeout(connection, 0)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-    return None
+class _Handshake:
+    """A connection that proves in a thread of its own that it knows the key."""
+
+    def __init__(self, accepted: socket.socket, key: bytes, wake: Callable[[], None]) -> None:
+        self.connection = _prepare(accepted)
+        self.deadline = time.monotonic() + HANDSHAKE_SECONDS
+        self.is_known = self.is_over = False
+        self._thread = threading.Thread(
+            target=self._prove, args=(key, wake), name="fitloop handshake", daemon=True
+        )
+        self._thread.start()
+
+    def _prove(self, key: bytes, wake: Callable[[], None]) -> None:
+        with suppress(Exception):  # whatever a stranger sends
+            deliver_challenge(self.connection, key)
+            answer_challenge(self.connection, key)
+            _set_timeout(self.connection, 0)
+            self.is_known = True
+        self.is_over = True
+        wake()
+
+    def result(self) -> Connection:
+        """Return the connection of somebody who knows the key."""
+        self._thread.join()
+        return self.connection
+
+    def close(self) -> None:
+        """End the connection and the thread."""
+        shut_down(self.connection)
+        self._thread.join()
+        self.connection.close()
 
 
 def connect(host: str, port: int, key: bytes) -> Connection:
@@ -79,7 +143,7 @@ def _prepare(connected: socket.socket) -> Connection:
         if hasattr(socket, name):
             connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     connection = Connection(connected.detach())
-    # A stranger that connects and says nothing must not hold up the program.
+    # So that no side waits for ever for another one that says nothing.
     _set_timeout(connection, HANDSHAKE_SECONDS)
     return connection
 

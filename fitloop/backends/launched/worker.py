@@ -45,7 +45,7 @@ def serve_program(address: str, key: str) -> None:
         raise ConfigurationError(f"ADDRESS is {address!r}; expected HOST:PORT")
     try:
         connection = connect(host, int(port), key.encode())
-    except (OSError, EOFError, OverflowError, AuthenticationError) as error:
+    except (OSError, EOFError, OverflowError, AuthenticationError, AssertionError) as error:
         raise ConfigurationError(
             f"{socket.gethostname()} cannot connect to the program at {address}: "
             f"{reason(error)}. Has the program ended, or given this worker up? Else its launcher "

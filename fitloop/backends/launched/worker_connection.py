@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import select
 import socket
 import sys
 import threading
 import time
-from multiprocessing.connection import Connection
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from secrets import token_hex
 
 from fitloop import __version__
@@ -16,7 +16,7 @@ from fitloop._processes.connection import send_message
 from fitloop.backends.base import JobSpec
 from fitloop.backends.launched.claim import write_claim
 from fitloop.backends.launched.launcher import Launcher, WorkerOrder
-from fitloop.backends.launched.listener import accept_worker, open_listener, shut_down
+from fitloop.backends.launched.listener import WorkerListener, shut_down
 from fitloop.backends.launched.worker import Welcome
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
 from fitloop.backends.remote.transport import WorkerExit
@@ -47,10 +47,11 @@ class WorkerConnection:
         self._connection: Connection | None = None
         self._killed = threading.Event()
         self._wakeup, self._waking = socket.socketpair()
+        self._waking.setblocking(False)
         self._exit: WorkerExit | None = None
-        self._listener = open_listener(launcher.host)
+        self._listener = WorkerListener(launcher.host, self._key.encode(), self._wake)
         try:
-            address = f"{launcher.host}:{self._listener.getsockname()[1]}"
+            address = f"{launcher.host}:{self._listener.port}"
             self._worker = launcher.start(WorkerOrder(spec.name, address, self._key))
         except BaseException:
             self._close_sockets()
@@ -73,7 +74,7 @@ class WorkerConnection:
     def kill(self) -> None:
         """End the worker at once, or stop waiting for it."""
         self._killed.set()
-        self._waking.send(b"k")
+        self._wake()
         self._worker.kill()
         if self._connection is not None:  # a machine that is lost does not close it
             shut_down(self._connection)
@@ -107,21 +108,29 @@ class WorkerConnection:
         self._worker.close()
 
     def _wait_for_connection(self) -> Connection:
-        seconds = SHORTEST_WAIT
+        seconds, asked = SHORTEST_WAIT, time.monotonic()
         while True:
-            ready, _, _ = select.select([self._listener, self._wakeup], [], [], seconds)
+            ready = wait([self._listener.socket, self._wakeup], seconds)
             if self._killed.is_set():
                 raise EOFError
-            if self._listener in ready:
-                connection = accept_worker(self._listener, self._key.encode())
-                if connection is not None:
-                    close_in_children(connection)
-                    self._listener.close()
-                    return connection
-            elif (ended := self._worker.poll()) is not None:
-                self._exit = ended
+            if self._wakeup in ready:
+                self._wakeup.recv(4096)
+            connection = self._listener.accept()
+            if connection is not None:
+                close_in_children(connection)
+                self._listener.close()
+                return connection
+            if ready and time.monotonic() < asked + seconds:
+                continue
+            asked, self._exit = time.monotonic(), self._worker.poll()
+            if self._exit is not None:
                 raise EOFError
             seconds = min(2 * seconds, LONGEST_WAIT)
+
+    def _wake(self) -> None:
+        """End a wait of `_wait_for_connection`; any thread, never blocks."""
+        with suppress(OSError):  # it is full of such bytes, or closed
+            self._waking.send(b"w")
 
     def _welcome(self) -> Welcome:
         directory = None if self._directory is None else str(self._directory)
