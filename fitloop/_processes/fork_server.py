@@ -14,6 +14,7 @@ and the standard streams of its beginning.
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import gc
 import importlib
@@ -53,6 +54,8 @@ MAX_DESCRIPTORS = 16
 """file descriptors that come with a request"""
 _FORK, _RETIRE = b"f", b"r"
 """requests to the server"""
+_STDERR = 5
+"""index of the worker's standard error in the file descriptors of a request"""
 _NUMBER = struct.Struct("!q")
 _INHERITED = ("Umask", "Uid", "Gid", "Groups", "CapEff", "Cpus_allowed", "Mems_allowed")
 """fields of ``/proc/self/status`` that a process has from its parent"""
@@ -346,8 +349,12 @@ class _Server:
                 self._kill(self._workers)
                 return []
             for client in clients.keys() & ready:
-                request, descriptors, _, _ = socket.recv_fds(clients[client], 1, MAX_DESCRIPTORS)
-                if request == _FORK:
+                request, descriptors, flags, _ = socket.recv_fds(
+                    clients[client], 1, MAX_DESCRIPTORS
+                )
+                if request == _FORK and flags & socket.MSG_CTRUNC:  # some did not come
+                    _refuse(descriptors, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+                elif request == _FORK:
                     if self._fork(client, descriptors):
                         return descriptors[1:]
                 elif request == _RETIRE:
@@ -363,10 +370,12 @@ class _Server:
 
     def _fork(self, client: int, descriptors: list[int]) -> bool:
         """Fork a worker; return whether this process is the worker."""
-        own_pid, (ours, theirs) = os.getpid(), socket.socketpair()
-        with warnings.catch_warnings():  # of threads, such as those of a mathematics library
-            warnings.simplefilter("ignore")
-            worker = os.fork()
+        own_pid = os.getpid()
+        try:
+            worker, ours, theirs = _fork_with_sockets()
+        except OSError as error:  # too many processes: those that run go on
+            _refuse(descriptors, error)
+            return False
         if worker == 0:
             die_with_parent(own_pid)
             ours.close()
@@ -404,6 +413,32 @@ class _Server:
             os.kill(worker, signal.SIGKILL)
 
 
+def _fork_with_sockets() -> tuple[int, socket.socket, socket.socket]:
+    """Fork; return the process id, and the ends of a connection for the server and the worker."""
+    ours, theirs = socket.socketpair()
+    try:
+        with warnings.catch_warnings():  # of threads, such as those of a mathematics library
+            warnings.simplefilter("ignore")
+            return os.fork(), ours, theirs
+    except OSError:
+        ours.close()
+        theirs.close()
+        raise
+
+
+def _refuse(descriptors: list[int], error: OSError) -> None:
+    """Answer a request by a failure: exit code 1, and why on the standard error of the worker."""
+    if len(descriptors) > _STDERR:
+        text = f"fitloop: the system starts no further process: {error}\n"
+        for descriptor, data in (
+            (descriptors[_STDERR], text.encode()),
+            (descriptors[0], _NUMBER.pack(1)),
+        ):
+            with suppress(OSError):
+                os.write(descriptor, data)
+    _close(*descriptors)
+
+
 def _end_of(process: int) -> list[int]:
     """Return a descriptor that can be read when a process has ended, where the system has that.
 
@@ -425,5 +460,7 @@ def _become_worker(descriptors: list[int]) -> None:
         os.close(descriptor)
     resource_tracker._resource_tracker._fd = tracker  # type: ignore[attr-defined]
     _received.extend(passed)
+    for descriptor in (contents, tracker, *passed):  # programs that this process starts get none
+        os.set_inheritable(descriptor, False)
     # The copy tells `multiprocessing.parent_process` when the program ends.
     sys.exit(spawn._main(contents, os.dup(contents)))
