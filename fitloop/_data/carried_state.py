@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import sys
 import types
 from collections import deque
@@ -32,6 +33,8 @@ MAX_ITEMS = 100
 """items of a container that are looked at"""
 MAX_OBJECTS = 2000
 """objects that one search looks at"""
+MAX_COMPARED = 10_000
+"""items of containers and arrays, all together, whose changes in place are noticed"""
 
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _METHODS = (types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
@@ -286,6 +289,42 @@ def changed_attributes(
         for path, values in after.items()
     }
     return {path: values for path, values in changed.items() if values}
+
+
+def other_contents(loader: object) -> list[tuple[str, object]]:
+    """Return the other attributes of the objects in a loader, and items of those that hold few.
+
+    To be compared with `are_same`.
+    """
+    contents, left = list[tuple[str, object]](), MAX_COMPARED
+    for path, item in StateSearch({"": loader}).objects.items():
+        for name, value in attributes(item).items():
+            if type(value) in _ATOMS or is_generator(value):
+                continue
+            place = f"{path}.{name}"
+            contents.append((place, value))
+            if isinstance(value, _CONTAINERS) and len(value) <= left:
+                left -= len(value)
+                items = (
+                    itertools.chain.from_iterable(value.items())
+                    if isinstance(value, dict)
+                    else value
+                )
+                contents += [(place, each) for each in items]
+            elif isinstance(value, np.ndarray) and value.size <= left and not value.dtype.hasobject:
+                left -= value.size
+                contents.append((place, value.tobytes()))
+            elif isinstance(value, Tensor) and not value.is_inference():
+                contents.append((place, value._version))
+    return contents
+
+
+def are_same(contents: list[tuple[str, object]], others: list[tuple[str, object]]) -> bool:
+    """Return whether two `other_contents` have the same objects."""
+    return len(contents) == len(others) and all(
+        place == other_place and (value is other or (type(value) in _ATOMS and value == other))
+        for (place, value), (other_place, other) in zip(contents, others, strict=True)
+    )
 
 
 def set_plain_attributes(loader: object, values: dict[str, dict[str, Any]]) -> None:

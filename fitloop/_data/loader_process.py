@@ -46,6 +46,7 @@ from fitloop._data.process_messages import (
 )
 from fitloop._data.resumption import resumed_iterator, warn_of_replay
 from fitloop._errors import ConfigurationError, one_line
+from fitloop._processes.child import close_in_children
 from fitloop._processes.connection import receive_message, waiter
 from fitloop._processes.errors import SerializedError, serialize_error
 from fitloop._processes.pickling import pickled, pickled_message
@@ -78,6 +79,7 @@ def main(
     if parent is not None:
         die_with_parent(parent)
     leave_signals_to_parent()
+    close_in_children(connection)  # a process that a loader has started may outlive this one
     multiprocessing.set_start_method(start_method, force=True)
     with warnings.catch_warnings(record=True) as caught, suppress(_Disconnected):
         warnings.simplefilter("default")

@@ -6,6 +6,7 @@ A batch is sent as a pickle without the values of its arrays and tensors: they l
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -229,9 +230,9 @@ def _plain_form(batch: Any) -> tuple[PlainForm, list[Any]] | None:
         return None
     parts, values = list[tuple[str, tuple[int, ...]]](), list[Any]()
     for item in batch:
-        if type(item) is not Tensor or item.requires_grad or not item.is_contiguous():
+        if type(item) is not Tensor or not is_plain(item):
             return None
-        if not is_plain(item):
+        if item.requires_grad or not item.is_contiguous():
             return None
         values.append(values_of(item))
         parts.append((str(item.dtype)[6:], tuple(item.shape)))
@@ -241,11 +242,10 @@ def _plain_form(batch: Any) -> tuple[PlainForm, list[Any]] | None:
 class BatchReceiver:
     """Makes batches of messages."""
 
-    _last_key = 0
+    _keys = itertools.count(1)
 
     def __init__(self) -> None:
-        BatchReceiver._last_key += 1
-        self.key = BatchReceiver._last_key
+        self.key = next(BatchReceiver._keys)  # a call that no other thread interrupts
         self.slots = SlotReader()
         _classes[self.key] = []
 

@@ -3,6 +3,7 @@
 The process is started for a run and ends with it. It gets a copy of each loader before its first
 pass. At the beginning of each pass, and at its end, changes of one loader are made in the other:
 to random generators, objects with a ``state_dict``, and attributes that are numbers, texts or None.
+If something else has changed in the loader of this process, the other one gets a new copy.
 So the loader in this process has the state that the rest of fitloop reads, for a snapshot for
 instance. The other side is `fitloop._data.loader_process`.
 """
@@ -18,7 +19,7 @@ import socket
 import time
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import reduction
@@ -29,8 +30,10 @@ from torch import Tensor, nn
 from fitloop._concurrency.control import Cancelled
 from fitloop._data.carried_state import (
     CarriedStates,
+    are_same,
     carried_states,
     changed_attributes,
+    other_contents,
     plain_attributes,
     set_carried_states,
     set_plain_attributes,
@@ -105,9 +108,10 @@ class ReaderProcess:
         copy, contents = self._copies.get(id(loader)), None
         states: dict[str, Any] | None = None
         attributes: dict[str, dict[str, Any]] = {}
-        if copy is None:
+        if copy is None or copy.is_outdated():
             contents = _pickled(loader, self._model, context.label)
-            copy = self._copies[id(loader)] = _Copy(loader, len(self._copies))
+            number = len(self._copies) if copy is None else copy.number
+            copy = self._copies[id(loader)] = _Copy(loader, number)
         else:
             states, attributes = copy.take_changes()
         position = plan.resume_from
@@ -133,9 +137,15 @@ class ReaderProcess:
             settings=TorchSettings.of_this_thread(),
         )
         self.is_idle = False
-        with suppress(OSError):  # it has ended: `receive` tells why
-            send_message(self._child.connection, request)
-        return ProcessSource(self, copy, context, plan)
+        # Before the loader is sent, which takes as long as the process takes to begin.
+        forget = context.control.on_halt(self.interrupt)
+        try:
+            with suppress(OSError):  # it has ended: `receive` tells why
+                send_message(self._child.connection, request)
+            return ProcessSource(self, copy, context, plan, forget)
+        except BaseException:
+            forget()
+            raise
 
     def allow(self) -> None:
         """Let the process read one more batch."""
@@ -150,7 +160,7 @@ class ReaderProcess:
             WorkerDiedError: the process has ended.
             Exception: of the loader, with the traceback of the process as a note.
         """
-        connection, control = self._child.connection, context.control
+        control = context.control
         if not self._wait(False):
             began = time.perf_counter()
             with context.rng.waiting():
@@ -158,24 +168,32 @@ class ReaderProcess:
                 control.wait_seconds += time.perf_counter() - began
                 if control.cancelled:
                     raise Cancelled
-        if control.halted:
+        answer: Answer | None = None
+        if not control.halted:
+            try:
+                answer = self._next_answer()
+            except (EOFError, OSError):
+                if not control.halted:  # else it is `interrupt` that has ended the connection
+                    raise self._death(context) from None
+        if answer is None:
             if control.cancelled:
                 raise Cancelled
             return None
-        try:
-            answer: Answer = pickle.loads(connection.recv_bytes())
-            content = answer.content
-            if isinstance(content, SentBatch) and content.placement and content.placement.is_new:
-                placement, descriptor = content.placement, reduction.recv_handle(connection)
-                self.receiver.slots.add(placement.slot, descriptor, placement.size)
-        except (EOFError, OSError):
-            raise self._death(context) from None
         self._has_answered = True
         for category, text, file, line in answer.warnings:
             registry = self._registries.setdefault(file, {})
             warnings.warn_explicit(text, pickle.loads(category), file, line, registry=registry)
-        if isinstance(content, SerializedError):
-            raise deserialize_error(content, f"the process that reads {context.label}")
+        if isinstance(answer.content, SerializedError):
+            raise deserialize_error(answer.content, f"the process that reads {context.label}")
+        return answer
+
+    def _next_answer(self) -> Answer:
+        answer: Answer = pickle.loads(self._child.connection.recv_bytes())
+        content = answer.content
+        if isinstance(content, SentBatch) and content.placement and content.placement.is_new:
+            placement = content.placement
+            descriptor = reduction.recv_handle(self._child.connection)
+            self.receiver.slots.add(placement.slot, descriptor, placement.size)
         return answer
 
     def interrupt(self) -> None:
@@ -212,9 +230,15 @@ class ProcessSource:
     reads_ahead = False  # the states after each batch come with it
 
     def __init__(
-        self, process: ReaderProcess, copy: _Copy, context: LoadContext, plan: PassPlan
+        self,
+        process: ReaderProcess,
+        copy: _Copy,
+        context: LoadContext,
+        plan: PassPlan,
+        forget: Callable[[], None],
     ) -> None:
         self._process, self._copy, self._context, self._plan = process, copy, context, plan
+        self._forget = forget
         self.rng_state_after: RngState | None = None
         if context.rng.has_stream:
             position = plan.resume_from
@@ -224,12 +248,7 @@ class ProcessSource:
         self._count = 0
         wrap, read = context.read_wrapper, self._next
         self._read = read if wrap is None else wrap(read)
-        self._forget = context.control.on_halt(process.interrupt)
-        try:
-            opened = self._receive(Opened)
-        except BaseException:
-            self._forget()
-            raise
+        opened = self._receive(Opened)
         self._start_states = {} if opened is None else opened.states
 
     def fetch(self) -> Any:
@@ -311,7 +330,12 @@ class _Copy:
         self.loader = loader
         self.number = number
         self._states, self._attributes = b"", dict[str, dict[str, Any]]()
+        self._others = list[tuple[str, object]]()
         self.take_changes()
+
+    def is_outdated(self) -> bool:
+        """Return whether something else than states and plain attributes has changed here."""
+        return not are_same(self._others, other_contents(self.loader))
 
     def take_changes(self) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
         """Return the states of the loader here, None if they are the same, and changed attributes.
@@ -321,7 +345,7 @@ class _Copy:
         states, attributes = carried_states(self.loader), plain_attributes(self.loader)
         before, self._states = self._states, pickled_message(states)
         changed = changed_attributes(self._attributes, attributes)
-        self._attributes = attributes
+        self._attributes, self._others = attributes, other_contents(self.loader)
         return None if self._states == before else states, changed
 
 

@@ -103,8 +103,8 @@ class SlotWriter:
         return chosen, dropped
 
     def _new_slot(self, size: int) -> int:
-        # Somewhat larger, since the next batch may be.
-        size = -(-(size + size // 8) // mmap.PAGESIZE) * mmap.PAGESIZE
+        # Somewhat larger, since the next batch may be; and not empty, if all arrays are.
+        size = -(-max(size + size // 8, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.descriptor = os.memfd_create("fitloop batches")
         try:
             os.posix_fallocate(self.descriptor, 0, size)  # an error now, instead of SIGBUS later
@@ -136,7 +136,7 @@ class SlotReader:
     def values(self, placement: Placement) -> list[Any]:
         """Return the values of a batch as arrays of bytes, which lie in its slot."""
         for slot in placement.dropped:
-            del self._slots[slot]
+            del self._slots[slot], self._uses[slot]
         slot, released = placement.slot, self._released
         memory = self._slots[slot].numpy()  # a new array, which lives as long as the values
         # Any thread, or the garbage collector, may drop the last value: no lock, no message.

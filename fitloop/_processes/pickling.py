@@ -111,7 +111,8 @@ def values_of(tensor: Tensor) -> Any:
 
     No memoryview: the garbage collector of CPython crashes on a PickleBuffer over one.
     """
-    flat: Any = tensor.detach().reshape(-1).view(torch.uint8)
+    # `reshape` alone may return a view with gaps.
+    flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy()
 
 
@@ -120,6 +121,7 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         tensor.is_cpu
         and tensor.layout is torch.strided
+        and not tensor.is_nested
         and tensor.numel() > 0
         and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or vars(tensor))
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

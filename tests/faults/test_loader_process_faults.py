@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
 import anyio
 import psutil
 import pytest
+import torch
 from support.event_loops import HANG_TIMEOUT, asyncio_loops, plain_asyncio
 from support.models import Batch, batches, bits, sync_trainer, trainer
 from support.programs import started
@@ -25,6 +28,9 @@ from support.worker_processes import (
 )
 
 from fitloop import LoopState, RemoteError, WorkerDiedError, default_batch_step
+from fitloop._concurrency.event_loops import loop_scheduler
+from fitloop._data import process_source
+from fitloop._processes.connection import send_message
 
 pytestmark = [
     pytest.mark.slow,
@@ -129,6 +135,110 @@ async def test_run_when_stopped_while_the_loader_hangs_then_ends_with_its_batche
             result = await one.fit(1, **QUIET)
     assert result is not None
     assert result.stop_reason == "stopped"
+    assert worker_processes() == []
+
+
+class Leaving:
+    """Starts a process that waits for a writer of a pipe, and is killed at its third batch."""
+
+    def __init__(self, pipe: Path) -> None:
+        self.pipe = pipe
+
+    def __iter__(self) -> Iterator[Batch]:
+        multiprocessing.get_context("fork").Process(target=open, args=(self.pipe,)).start()
+        yield from Failing("killed")
+
+
+@plain_asyncio
+async def test_process_when_killed_and_a_process_of_its_loader_goes_on_then_the_run_ends(
+    anyio_backend: Any, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    one = trainer(train_dl=Leaving(tmp_path / "pipe"), valid_dl=None, loading="process")
+    try:
+        with anyio.fail_after(HANG_TIMEOUT), pytest.raises(WorkerDiedError, match="SIGKILL"):
+            await one.fit(1, **QUIET)
+    finally:
+        os.close(os.open(tmp_path / "pipe", os.O_RDWR))
+
+
+def inherited() -> Iterator[Any]:
+    """Give the descriptors that a program which the loader starts would have."""
+    numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+    yield [number for number in numbers if number > 2 and is_inherited(number)]
+
+
+def is_inherited(descriptor: int) -> bool:
+    try:
+        return os.get_inheritable(descriptor)
+    except OSError:  # that of the listing
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_process_when_its_loader_starts_a_program_then_that_has_no_connection() -> None:
+    got: list[Any] = []
+
+    def step(state: LoopState) -> None:
+        got.append(state.batch)
+
+    sync_trainer(train_dl=inherited, valid_dl=None, train_step=step, loading="process").fit(
+        1, **QUIET
+    )
+    assert got == [[]]
+
+
+@plain_asyncio
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["stopped", "cancelled"])
+async def test_run_when_ended_between_a_batch_and_its_memory_then_no_process_has_died(
+    anyio_backend: Any, is_cancelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(valid_dl=None, loading="process")
+    schedule, receive_handle = loop_scheduler(), reduction.recv_handle
+
+    def end(connection: Any) -> int:
+        os.close(receive_handle(connection))
+        schedule(tasks.cancel_scope.cancel if is_cancelled else one.stop)
+        while True:  # until the connection is closed
+            connection.recv_bytes()
+
+    monkeypatch.setattr(reduction, "recv_handle", end)
+    with anyio.fail_after(HANG_TIMEOUT):
+        async with anyio.create_task_group() as tasks:
+            result = await one.fit(1, **QUIET)
+            assert result is not None
+            assert result.stop_reason == "stopped"
+    assert tasks.cancel_scope.cancelled_caught == is_cancelled
+
+
+def hang_at_start(*arguments: Any) -> None:
+    """Be a process that imports a script for ever: the main function."""
+    threading.Event().wait()
+
+
+@asyncio_loops
+async def test_run_when_cancelled_while_its_process_begins_then_ends(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_source, "main", hang_at_start)
+    sent, schedule = anyio.Event(), loop_scheduler()
+
+    def send_and_tell(*arguments: Any) -> None:
+        schedule(sent.set)
+        send_message(*arguments)
+
+    monkeypatch.setattr(process_source, "send_message", send_and_tell)
+    train_dl = [(torch.zeros(2**20, 6), torch.zeros(2**20, dtype=torch.long))]
+    one = trainer(train_dl=train_dl, valid_dl=None, loading="process", loader_grace=0.05)
+    with anyio.fail_after(HANG_TIMEOUT):
+        async with anyio.create_task_group() as tasks:
+
+            async def fit() -> None:
+                await one.fit(1, **QUIET)
+
+            tasks.start_soon(fit)
+            await sent.wait()
+            tasks.cancel_scope.cancel()
     assert worker_processes() == []
 
 

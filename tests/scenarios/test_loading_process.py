@@ -39,7 +39,7 @@ from support.worker_processes import make_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from fitloop import ConfigurationError, FitLoop, LoopState, Runner, default_batch_step
+from fitloop import ConfigurationError, EpochEnded, FitLoop, LoopState, Runner, default_batch_step
 from fitloop._data import process_source
 
 QUIET: Any = {"verbose": False, "progress": False}
@@ -132,6 +132,62 @@ def test_process_when_a_callback_changes_the_loader_then_the_next_pass_sees_it()
     assert weights("process") == weights("inline")
 
 
+class Selected:
+    """Gives chosen batches, changed by what callbacks set."""
+
+    def __init__(self) -> None:
+        self.chosen = [0, 1]
+        self.weights = {"noise": 1.0}
+        self.shift = np.zeros(6, np.float32)
+        self.scale = torch.ones(6)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in self.chosen:
+            inputs, targets = batches()[number]
+            inputs = inputs * self.scale * self.weights["noise"] + torch.from_numpy(self.shift)
+            yield inputs, targets
+
+
+def add_to_list(loader: Selected) -> None:
+    loader.chosen.append(2)
+
+
+def set_list(loader: Selected) -> None:
+    loader.chosen = [3, 2]
+
+
+def set_item(loader: Selected) -> None:
+    loader.weights["noise"] = 2.0
+
+
+def write_array(loader: Selected) -> None:
+    loader.shift += 1
+
+
+def write_tensor(loader: Selected) -> None:
+    loader.scale.mul_(3)
+
+
+@pytest.mark.parametrize(
+    "change", [add_to_list, set_list, set_item, write_array, write_tensor], ids=lambda f: f.__name__
+)
+def test_process_when_a_callback_changes_lists_or_arrays_of_the_loader_then_the_next_pass_sees_it(
+    change: Callable[[Selected], None],
+) -> None:
+    def weights(loading: Any) -> Any:
+        train_dl = Selected()
+
+        def react(event: Any) -> None:
+            if isinstance(event, EpochEnded) and event.epoch == 1:
+                change(train_dl)
+
+        one = sync_trainer(train_dl=train_dl, seed=1, loading=loading, callbacks=[react])
+        one.fit(2, **QUIET)
+        return bits(one.model)
+
+    assert weights("process") == weights("inline")
+
+
 def test_process_when_the_run_is_stopped_then_the_loader_is_where_training_was() -> None:
     def weights(loading: Any) -> Any:
         data = Augmented(blobs())
@@ -165,6 +221,13 @@ class Pair(NamedTuple):
     two: Any
 
 
+def of_new_layouts() -> dict[str, Tensor]:
+    with warnings.catch_warnings():  # torch says once that they may change
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        return {"rows": torch.eye(3).to_sparse_csr(), "nested": nested}
+
+
 def of_all_kinds() -> Iterator[Any]:
     """Give batches whose sizes grow and shrink; the memory of some is used again."""
     array, buffer = np.arange(6.0).reshape(2, 3), torch.zeros(5)
@@ -185,6 +248,10 @@ def of_all_kinds() -> Iterator[Any]:
             "wants": torch.ones(2, requires_grad=True),
             "none": None,
             "sparse": torch.eye(3).to_sparse(),
+            **of_new_layouts(),
+            "gaps": torch.arange(12.0)[::2],
+            "expanded": torch.ones(1).expand(5),
+            "empty": np.zeros((0, 3)),
         }
 
 
@@ -218,8 +285,28 @@ def test_batch_when_it_has_all_kinds_of_values_then_arrives_as_it_is(
         assert type(sent["pair"]) is Pair
         assert sent["pair"].one is sent["pair"].two
         assert sent["sparse"].is_sparse
+        assert torch.equal(sent["rows"].to_dense(), torch.eye(3))
+        for name in ("gaps", "expanded"):
+            assert torch.equal(sent[name], plain[name]), name
+        assert [part.numel() for part in sent["nested"].unbind()] == [2, 3]
+        assert sent["empty"].shape == (0, 3)
         sent["grows"].add_(1)  # it can be written to
     assert [sent["sample"].values[0].item() for sent in got[5:]] == [1, 2, 3, 4, 5]
+
+
+def only_empty() -> Iterator[Any]:
+    yield {"inputs": np.zeros((0, 3), np.float32)}
+
+
+def test_batch_when_it_has_only_empty_arrays_then_arrives() -> None:
+    got: list[Any] = []
+
+    def step(state: LoopState) -> None:
+        got.append(state.batch["inputs"].shape)
+
+    one = sync_trainer(train_dl=only_empty, valid_dl=None, train_step=step, loading="process")
+    one.fit(1, **QUIET)
+    assert got == [(0, 3)]
 
 
 # -- resuming --------------------------------------------------------------------------------------
