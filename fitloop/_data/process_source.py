@@ -56,7 +56,7 @@ from fitloop._data.process_messages import (
 from fitloop._data.resumption import PassStart, ResumePosition
 from fitloop._data.shared_slots import HAS_SLOTS
 from fitloop._data.sources import END, LoadContext
-from fitloop._errors import ConfigurationError, WorkerDiedError, one_line
+from fitloop._errors import ConfigurationError, WorkerDiedError, one_line, warn_user
 from fitloop._processes.child import ChildProcess, check_start_method
 from fitloop._processes.connection import send_message, waiter
 from fitloop._processes.errors import SerializedError, deserialize_error
@@ -105,11 +105,11 @@ class ReaderProcess:
 
     def open(self, loader: Any, context: LoadContext, plan: PassPlan) -> ProcessSource:
         """Begin a pass. Raises errors of the loader, or ConfigurationError."""
-        copy, contents = self._copies.get(id(loader)), None
+        copy = self._copies.get(id(loader))
         states: dict[str, Any] | None = None
         attributes: dict[str, dict[str, Any]] = {}
-        if copy is None or copy.is_outdated():
-            contents = _pickled(loader, self._model, context.label)
+        contents = self._contents(loader, copy, context.label)
+        if copy is None or contents is not None:
             number = len(self._copies) if copy is None else copy.number
             copy = self._copies[id(loader)] = _Copy(loader, number)
         else:
@@ -146,6 +146,22 @@ class ReaderProcess:
         except BaseException:
             forget()
             raise
+
+    def _contents(self, loader: Any, copy: _Copy | None, label: str) -> SentLoader | None:
+        """Return the loader as bytes; None if the process goes on with its copy."""
+        if copy is not None and not copy.is_outdated():
+            return None
+        try:
+            return _pickled(loader, self._model, label)
+        except ConfigurationError as error:
+            if copy is None or error.__cause__ is None:  # it has the model
+                raise
+            warn_user(
+                f"{error}. It has changed since the process got its copy, with which the process "
+                "goes on",
+                RuntimeWarning,
+            )
+            return None
 
     def allow(self) -> None:
         """Let the process read one more batch."""

@@ -436,6 +436,24 @@ def test_process_when_loader_cannot_be_sent_then_names_what(tmp_path: Path) -> N
         one.fit(1, **QUIET)
 
 
+def test_process_when_a_changed_loader_cannot_be_sent_then_warns_and_goes_on(
+    tmp_path: Path,
+) -> None:
+    train_dl = Holding(None)
+
+    def react(event: Any) -> None:
+        if isinstance(event, EpochEnded) and event.epoch == 1:
+            train_dl.parts.append(file)
+
+    one = sync_trainer(train_dl=train_dl, loading="process", callbacks=[react])
+    with (
+        (tmp_path / "data").open("w") as file,
+        pytest.warns(RuntimeWarning, match=r"parts\[1\] \(TextIOWrapper\) .* goes on") as told,
+    ):
+        assert one.fit(3, **QUIET).epochs == 3
+    assert len(told) == 1
+
+
 def unsendable() -> Iterator[Any]:
     yield batches()[0]
     yield (batch for batch in batches())  # a generator
