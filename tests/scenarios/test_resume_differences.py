@@ -237,21 +237,31 @@ def test_resume_when_optimizer_steps_are_others_then_warns(stop: int, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("loss_function", "match"),
+    ("before", "after", "match"),
     [
-        (nn.MultiMarginLoss(), "loss_function was CrossEntropyLoss and is MultiMarginLoss"),
         (
+            nn.CrossEntropyLoss(),
+            nn.MultiMarginLoss(),
+            "loss_function was CrossEntropyLoss and is MultiMarginLoss",
+        ),
+        (
+            nn.CrossEntropyLoss(),
             nn.CrossEntropyLoss(label_smoothing=0.1),
             "loss_function.label_smoothing was 0.0 and is 0.1: the run goes on",
         ),
-        (partial(F.cross_entropy, reduction="mean"), "CrossEntropyLoss and is cross_entropy"),
+        (
+            F.cross_entropy,
+            partial(F.multi_margin_loss, margin=0.5),
+            "loss_function was cross_entropy and is multi_margin_loss",
+        ),
     ],
+    ids=["class", "setting", "function"],
 )
 def test_resume_when_the_loss_is_another_one_then_warns(
-    loss_function: Any, match: str, tmp_path: Path
+    before: Any, after: Any, match: str, tmp_path: Path
 ) -> None:
-    begin(tmp_path, BETWEEN, loss_function=nn.CrossEntropyLoss())
-    _trainer, told = resume(tmp_path, loss_function=loss_function)
+    begin(tmp_path, BETWEEN, loss_function=before)
+    _trainer, told = resume(tmp_path, loss_function=after)
     assert len(told) == 1
     assert match in told[0]
 
