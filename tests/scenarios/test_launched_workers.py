@@ -267,3 +267,28 @@ async def test_jobs_when_on_slurm_then_are_submitted_with_sbatch(
             outcome = await runner.submit(make_trainer, **QUIET).outcome()
     assert "sbatch refused job" in str(outcome.error)
     assert "invalid partition" in str(outcome.error)
+
+
+async def test_job_when_slurm_ends_it_in_the_queue_then_the_error_has_its_number_and_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, asked = tmp_path / "state", tmp_path / "asked"
+    state.write_text("PENDING")
+    scripts = {"sbatch": "echo 42", "squeue": f"cat {state}; touch {asked}", "scancel": "true"}
+    for name, script in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    launcher = SlurmLauncher(log_directory=tmp_path, host="127.0.0.1")
+    with anyio.fail_after(HANG_TIMEOUT):
+        async with Runner(1, backend=LauncherBackend(launcher)) as runner:
+            job = runner.submit(make_trainer, name="a job", **QUIET)
+            await wait_for_file(asked)
+            (tmp_path / "new").write_text("OUT_OF_MEMORY")
+            os.replace(tmp_path / "new", state)
+            outcome = await job.outcome()
+    assert isinstance(outcome.error, WorkerDiedError)
+    assert (
+        "the worker process of job 'a job' (Slurm job 42) ended as OUT_OF_MEMORY (it needs more "
+        "memory, see --mem) before it could begin" in str(outcome.error)
+    )

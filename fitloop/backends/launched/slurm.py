@@ -25,6 +25,15 @@ ENDED = {
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 }
 """states of a job that never runs again; it is not requeued"""
+HINTS = {
+    "TIMEOUT": "its time was up, see --time",
+    "OUT_OF_MEMORY": "it needs more memory, see --mem",
+    "CANCELLED": "by scancel, or by an administrator",
+    "PREEMPTED": "for a job of higher priority",
+    "NODE_FAIL": "its node has failed",
+    "DEADLINE": "it could not end before its --deadline",
+}
+"""what a state means, for an error"""
 
 
 class SlurmLauncher:
@@ -110,12 +119,24 @@ class SlurmWorker:
             done = _call(command)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        state = done.stdout.strip()
+        state = _first_word(done.stdout)
         if done.returncode != 0 and "Invalid job id" not in done.stderr:
             return None  # the controller cannot be reached now
         if state and state not in ENDED:
             return None
-        return WorkerExit(f"(Slurm job {self._number}) ended as {state or 'unknown'}", None)
+        # Minutes after the end of a job the controller forgets it.
+        state = state or self._recorded_state()
+        hint = f" ({HINTS[state]})" if state in HINTS else ""
+        description = f"ended as {state}{hint}" if state else "has ended, Slurm does not say how"
+        return WorkerExit(f"(Slurm job {self._number}) {description}", None)
+
+    def _recorded_state(self) -> str:
+        """Return the last state of the job in Slurm's accounting; empty if there is none."""
+        command = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State"]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            state = _first_word(_call([*command, f"--jobs={self._number}"]).stdout)
+            return state if state in ENDED else ""
+        return ""
 
     def kill(self) -> None:
         """Cancel the job."""
@@ -130,6 +151,11 @@ class SlurmWorker:
 
     def close(self) -> None:
         """Do nothing: the log stays."""
+
+
+def _first_word(output: str) -> str:
+    """Return the state in an output of Slurm, which may be ``CANCELLED by 1000``."""
+    return next(iter(output.split()), "")
 
 
 def own_address() -> str:
