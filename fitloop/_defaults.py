@@ -28,6 +28,8 @@ class TrainerDefaults:
     """use a separate CUDA stream for each run"""
     name: str | None = None
     save_path: Path | None = None
+    ranks: int = 1
+    """processes that a backend has connected for the training"""
     sweep: str | None = None
     """name that all jobs of the Runner have in common"""
     parameters: Mapping[str, Any] = field(default_factory=dict)

@@ -50,13 +50,15 @@ class World:
     size: int
     """number of processes; 1 without a launcher"""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, *, handles_termination: bool = True) -> None:
         self.rank, self.size = 0, 1
         self.seed = 0
         """seed of trainers that have none of their own; the same on all ranks"""
         self.user: str | None = None
         """the run that uses the connections now"""
-        self._timeout = timedelta(seconds=timeout)
+        self.is_ended_by_others = False
+        """whether a run of this rank has failed because another rank had"""
+        self._timeout, self._handles_termination = timedelta(seconds=timeout), handles_termination
         self._owns_group = self._is_broken = self._is_terminated = False
         self._side: Any = None
         """process group of gloo, for small messages on the CPU"""
@@ -163,7 +165,9 @@ class World:
             _worlds.append(self)
 
     def _handle_termination(self, handler: Callable[[int, FrameType | None], None]) -> None:
-        if self.size == 1 or threading.current_thread() is not threading.main_thread():
+        if not self._handles_termination or self.size == 1:
+            return
+        if threading.current_thread() is not threading.main_thread():
             return
         before, put_back = signal.signal(signal.SIGTERM, handler), self._put_back
 
@@ -307,9 +311,11 @@ class World:
             if self._store.check([_FAILURE]):
                 failure = self._store.get(_FAILURE).decode()
         rank, _, reason = failure.partition(":")
+        is_connection = not failure and _is_of_connection(error)
+        self.is_ended_by_others |= is_connection or bool(failure and int(rank) != self.rank)
         if failure and int(rank) != self.rank:
             add_note_safely(error, f"rank {rank} failed first: {reason}")
-        elif not failure and _is_of_connection(error):
+        elif is_connection:
             add_note_safely(
                 error,
                 "another rank has ended, or the connection to it is broken; its own output may say "

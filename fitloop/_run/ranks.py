@@ -30,15 +30,17 @@ def world_of(state: TrainerState) -> World | None:
     """Return the ranks that train a trainer together; None if this process trains it alone.
 
     Raises ConfigurationError if several processes were started and are not connected, or in a job
-    of a `Runner`.
+    of a `Runner` that several processes have.
     """
     if state.config.parallel is None:
         return None
     world, launched = current_world(), launched_size()
-    if launched > 1 and TRAINER_DEFAULTS.get().sweep is not None:
+    defaults = TRAINER_DEFAULTS.get()
+    if launched > 1 and defaults.sweep is not None and defaults.ranks == 1:
         raise ConfigurationError(
             f"parallel is {state.config.parallel!r:.60} in a job of a Runner, whose jobs have no "
-            "order that all ranks share; call fit() of the trainer without a Runner"
+            "order that all ranks share; start the program as one process, and give its backend "
+            "the ranks: Runner(backend=ProcessBackend(ranks=2))"
         )
     if world is None and launched > 1:
         raise ConfigurationError(

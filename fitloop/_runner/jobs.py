@@ -175,6 +175,11 @@ def check_options(name: str, target: Any, options: Mapping[str, Any]) -> None:
     arguments = _arguments(trainer_type.fit)
     for option, value in options.items():
         if arguments is not None and option not in arguments:
+            if option == "ranks":
+                raise TypeError(
+                    f"job {name!r}: fit() has no argument 'ranks'; give it to the backend, as in "
+                    f"Runner(backend=ProcessBackend(ranks={value!r:.20}))"
+                )
             if option in _parameters(target):
                 raise TypeError(
                     f"job {name!r}: fit() has no argument {option!r}; give that of the function "

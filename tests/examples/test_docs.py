@@ -33,6 +33,7 @@ def _name(page: Path) -> str:
     return page.relative_to(DOCS).as_posix()
 
 
+@pytest.mark.usefixtures("rank_store")
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_page_when_its_programs_are_run_one_after_the_other_then_all_work(
     page: Path,

@@ -12,6 +12,7 @@ import anyio
 import psutil
 import pytest
 import torch
+from support.ranked_jobs import make_killed_rank, make_ranked_trainer
 from support.worker_processes import (
     EventRecorder,
     make_endless_trainer,
@@ -36,7 +37,7 @@ from fitloop.backends import RayBackend
 pytest.importorskip("ray.actor")  # a folder without modules may have the name ray
 ray: Any = pytest.importorskip("ray")
 QUIET: dict[str, Any] = {"verbose": False}
-SOON = 150
+SOON = 250
 
 pytestmark = [
     pytest.mark.parametrize("anyio_backend", ["asyncio"]),
@@ -123,6 +124,33 @@ async def test_job_when_ray_kills_its_actor_then_the_error_says_so_and_no_proces
     assert "(a Ray actor) ended: " in str(outcome.error)
 
 
+async def test_job_of_two_ranks_when_one_is_killed_then_goes_on_as_in_one_process(
+    tmp_path: Path,
+) -> None:
+    alone, mark = make_ranked_trainer(12), tmp_path / "mark"
+    await alone.fit(3, **QUIET)
+    mark.touch()
+    backend = RayBackend(ranks=2)
+    with anyio.fail_after(SOON):
+        async with Runner(2, backend=backend, save_path=tmp_path / "runs") as runner:
+            # Each training needs all of the cluster: one waits for the other.
+            killed = runner.submit(make_killed_rank, 1, str(mark), 0.0, name="a", epochs=3, **QUIET)
+            other = runner.submit(make_ranked_trainer, 6, name="b", epochs=3, **QUIET)
+            with pytest.warns(WorkerDiedWarning, match=r"on rank 1 .*SIGKILL(.|\n)*as try 2"):
+                outcomes = [await killed.outcome(), await other.outcome()]
+    assert [outcome.status for outcome in outcomes] == ["done", "done"], outcomes
+    for name in ("a", "b"):
+        loaded = make_ranked_trainer(12)
+        await loaded.load_model("weights.msgpack", tmp_path / "runs" / name)
+        for key, value in alone.model.state_dict().items():
+            torch.testing.assert_close(loaded.model.state_dict()[key], value, rtol=1e-6, atol=1e-6)
+    assert ray.util.placement_group_table() == {} or all(
+        group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()
+    )
+
+
 def test_resources_when_wrong_then_are_refused(anyio_backend: str) -> None:
     with pytest.raises(ConfigurationError, match=r"num_gpus is -1; expected a number"):
         RayBackend(num_gpus=-1)
+    with pytest.raises(ConfigurationError, match="scheduling_strategy is given, and ranks"):
+        RayBackend(ranks=2, scheduling_strategy="SPREAD")

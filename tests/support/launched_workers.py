@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ class ForkLauncher:
         worker = ForkedWorker(relay.address if relay else order.address, order.key, relay)
         self.workers.append(worker)
         return worker
+
+    def start_ranks(self, orders: Sequence[WorkerOrder]) -> list[ForkedWorker]:
+        """Start the workers of one training."""
+        return [self.start(order) for order in orders]
 
 
 class ForkedWorker(ChildProcess):

@@ -12,9 +12,11 @@ from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop.backends.base import JobSpec, TrainingResult
 from fitloop.backends.launched.claim import free_lock
-from fitloop.backends.launched.launcher import Launcher
-from fitloop.backends.launched.worker_connection import WorkerConnection
+from fitloop.backends.launched.launcher import Launcher, RanksLauncher
+from fitloop.backends.launched.worker_connection import WorkerConnection, launch_workers
 from fitloop.backends.remote.client import check_remote_job, run_remotely
+from fitloop.backends.remote.ranks import WorkerRanks
+from fitloop.backends.remote.transport import Transport
 
 
 class LauncherBackend:
@@ -43,12 +45,16 @@ class LauncherBackend:
         grace: seconds for a cancelled training to end; then its worker is killed, with a
             `WorkerDiedWarning`. A callback in this process that has not returned by then is left
             behind in its thread.
+        ranks: number of workers for each training, see `ProcessBackend`. A rank reaches the others
+            by the name of its machine (GLOO_SOCKET_IFNAME chooses the network interface).
 
     Raises:
         ConfigurationError: an argument is invalid, or this is Windows.
     """
 
-    def __init__(self, launcher: Launcher, *, retries: int = 1, grace: float = 10.0) -> None:
+    def __init__(
+        self, launcher: Launcher, *, retries: int = 1, grace: float = 10.0, ranks: int = 1
+    ) -> None:
         if not callable(getattr(launcher, "start", None)) or isinstance(launcher, type):
             raise ConfigurationError(
                 f"launcher is {launcher!r:.80}; expected a Launcher, such as SlurmLauncher()"
@@ -58,6 +64,13 @@ class LauncherBackend:
         self._launcher = launcher
         self._retries = check_number("retries", retries, 0)
         self._grace = check_seconds("grace", grace) or 0.0
+        self._ranks = check_number("ranks", ranks, 1)
+        if self._ranks > 1 and not isinstance(launcher, RanksLauncher):
+            raise ConfigurationError(
+                f"ranks is {ranks}, and a {type(launcher).__name__} starts one worker for each "
+                "training; expected a launcher with a method start_ranks, such as that of a "
+                "RayBackend"
+            )
 
     def check(self, spec: JobSpec) -> None:
         """Refuse a job that cannot be sent to another process; see `Backend.check`."""
@@ -69,13 +82,14 @@ class LauncherBackend:
         """Do the training on a new worker; see `Backend.run`."""
         earlier: list[WorkerConnection] = []
 
-        def launch() -> WorkerConnection:
-            if spec.directory is not None and earlier and earlier[-1].is_lost:
+        def launch() -> Transport:
+            if spec.directory is not None and any(worker.is_lost for worker in earlier):
                 free_lock(spec.directory)
-            earlier.append(WorkerConnection(self._launcher, spec))
-            return earlier[-1]
+            earlier[:] = launch_workers(self._launcher, spec, self._ranks)
+            return earlier[0] if self._ranks == 1 else WorkerRanks(earlier, self._launcher.host)
 
-        there = replace(defaults, device=None, num_threads=self._launcher.threads)
+        threads = self._launcher.threads
+        there = replace(defaults, device=None, num_threads=threads, ranks=self._ranks)
         return await run_remotely(
             launch, spec, there, emit, retries=self._retries, grace=self._grace
         )

@@ -56,6 +56,18 @@ class CommandLauncher:
         """Start a worker. Raises OSError if there is no such command."""
         return CommandWorker([*self._python, *order.arguments(), "--key-file", "-"], order.key)
 
+    def start_ranks(self, orders: Sequence[WorkerOrder]) -> list[CommandWorker]:
+        """Start the workers of one training."""
+        workers: list[CommandWorker] = []
+        try:
+            workers += (self.start(order) for order in orders)
+        except BaseException:
+            for worker in workers:
+                worker.kill()
+                worker.close()
+            raise
+        return workers
+
 
 class CommandWorker:
     """A worker that is a child process: a `LaunchedWorker`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fitloop.backends.remote.transport import WorkerExit
 
@@ -107,4 +108,16 @@ class Launcher(Protocol):
         """Start a worker or put it into a queue; do not wait until it runs. Any thread.
 
         Any error that it raises fails the job.
+        """
+
+
+@runtime_checkable
+class RanksLauncher(Protocol):
+    """A `Launcher` that can also start the workers of one training with several ranks."""
+
+    def start_ranks(self, orders: Sequence[WorkerOrder]) -> Sequence[LaunchedWorker]:
+        """Start a worker for each order, all or none; else as `Launcher.start`.
+
+        On a cluster they must get their places together: two trainings that have half of their
+        workers each would wait for ever.
         """

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -36,8 +37,10 @@ class RayBackend(LauncherBackend):
     Ray is an optional package: ``pip install ray``.
 
     Args:
-        num_cpus: logical processors of each training, and its number of intra-op threads.
-        num_gpus: GPUs of each training, such as 0.5 for a half. A training without one sees none.
+        num_cpus: logical processors of each rank of a training, and its number of intra-op threads.
+        num_gpus: GPUs of each rank, such as 0.5 for a half. A training without one sees none.
+        ranks: number of workers for each training, see `LauncherBackend`. Ray gives them their
+            resources together, as a placement group.
         retries: further tries, see `LauncherBackend`.
         grace: seconds for a cancelled training, see `LauncherBackend`.
         options: further options of Ray actors: ``resources``, ``memory``, ``runtime_env``,
@@ -54,10 +57,16 @@ class RayBackend(LauncherBackend):
         num_gpus: float = 0,
         retries: int = 1,
         grace: float = 10.0,
+        ranks: int = 1,
         **options: Any,
     ) -> None:
         launcher = RayLauncher(num_cpus=num_cpus, num_gpus=num_gpus, **options)
-        super().__init__(launcher, retries=retries, grace=grace)
+        super().__init__(launcher, retries=retries, grace=grace, ranks=ranks)
+        if self._ranks > 1 and "scheduling_strategy" in options:
+            raise ConfigurationError(
+                "scheduling_strategy is given, and ranks, whose placement group is the strategy; "
+                "expected one of them"
+            )
 
 
 class RayLauncher:
@@ -94,10 +103,33 @@ class RayLauncher:
 
     def start(self, order: WorkerOrder) -> RayWorker:
         """Make an actor; Ray starts it when it has the resources."""
+        return self._start(order, {})
+
+    def start_ranks(self, orders: Sequence[WorkerOrder]) -> list[RayWorker]:
+        """Make an actor for each rank; Ray starts them when it has the resources of all."""
+        amounts = {
+            "CPU": self._options["num_cpus"],
+            "GPU": self._options["num_gpus"],
+            "memory": self._options.get("memory", 0),
+            **self._options.get("resources", {}),
+        }
+        bundle = {name: amount for name, amount in amounts.items() if amount}
+        util = self._ray.util
+        group = util.placement_group([bundle or {"CPU": 0.001}] * len(orders))
+        strategy = util.scheduling_strategies.PlacementGroupSchedulingStrategy
+        places = [strategy(group, placement_group_bundle_index=i) for i in range(len(orders))]
+        workers = [
+            self._start(order, {"scheduling_strategy": place})
+            for order, place in zip(orders, places, strict=True)
+        ]
+        workers[-1].free = lambda: util.remove_placement_group(group)  # it is closed last
+        return workers
+
+    def _start(self, order: WorkerOrder, options: dict[str, Any]) -> RayWorker:
         environment = order.environment()
         if not self._sees_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        actor = self._ray.remote(WorkerActor).options(**self._options).remote()
+        actor = self._ray.remote(WorkerActor).options(**self._options, **options).remote()
         return RayWorker(self._ray, actor, actor.run.remote(order.arguments(), environment))
 
 
@@ -128,6 +160,8 @@ class RayWorker:
     def __init__(self, ray: Any, actor: Any, running: Any) -> None:
         self._ray, self._actor, self._running = ray, actor, running
         self._lines: list[str] = []
+        self.free: Callable[[], object] = lambda: None
+        """frees what the workers of a training have in common"""
 
     def poll(self) -> WorkerExit | None:
         """Return None while the actor waits or runs, then how its worker has ended."""
@@ -154,3 +188,5 @@ class RayWorker:
     def close(self) -> None:
         """End the actor, so that Ray has its resources for the next one."""
         self.kill()
+        with suppress(Exception):  # Ray has ended
+            self.free()

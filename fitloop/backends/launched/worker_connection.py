@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from secrets import token_hex
 
 from fitloop import __version__
@@ -15,7 +16,12 @@ from fitloop._processes.child import close_in_children
 from fitloop._processes.connection import send_message
 from fitloop.backends.base import JobSpec
 from fitloop.backends.launched.claim import write_claim
-from fitloop.backends.launched.launcher import Launcher, WorkerOrder
+from fitloop.backends.launched.launcher import (
+    LaunchedWorker,
+    Launcher,
+    RanksLauncher,
+    WorkerOrder,
+)
 from fitloop.backends.launched.listener import WorkerListener, shut_down
 from fitloop.backends.launched.worker import Welcome
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
@@ -35,27 +41,22 @@ class WorkerConnection:
     killed.
     """
 
-    def __init__(self, launcher: Launcher, spec: JobSpec) -> None:
+    worker: LaunchedWorker
+
+    def __init__(self, host: str, job: str, directory: Path | None, claim: str) -> None:
         self.ready = False
         self.is_lost = False
         """the worker may run on: nothing says that it has ended"""
-        self._key, self._claim = token_hex(32), token_hex(16)
-        self._directory = None if spec.directory is None else spec.directory.absolute()
-        if self._directory is not None:
-            write_claim(self._directory, self._claim)
+        self._key, self._claim, self._directory = token_hex(32), claim, directory
         self._send_lock = threading.Lock()
         self._connection: Connection | None = None
         self._killed = threading.Event()
         self._wakeup, self._waking = socket.socketpair()
         self._waking.setblocking(False)
         self._exit: WorkerExit | None = None
-        self._listener = WorkerListener(launcher.host, self._key.encode(), self._wake)
-        try:
-            address = f"{launcher.host}:{self._listener.port}"
-            self._worker = launcher.start(WorkerOrder(spec.name, address, self._key))
-        except BaseException:
-            self._close_sockets()
-            raise
+        self._listener = WorkerListener(host, self._key.encode(), self._wake)
+        self.order = WorkerOrder(job, f"{host}:{self._listener.port}", self._key)
+        """for the launcher, which starts the `worker`"""
 
     def send(self, message: ClientMessage) -> None:
         """Send a message; the first one waits for the worker. Raises EOFError if there is none."""
@@ -75,7 +76,7 @@ class WorkerConnection:
         """End the worker at once, or stop waiting for it."""
         self._killed.set()
         self._wake()
-        self._worker.kill()
+        self.worker.kill()
         if self._connection is not None:  # a machine that is lost does not close it
             shut_down(self._connection)
 
@@ -86,7 +87,7 @@ class WorkerConnection:
         ended = self._wait_until_ended()
         if ended is None:
             self.is_lost = True
-            self._worker.kill()
+            self.worker.kill()
             return WorkerExit(
                 "was lost: the connection to it broke, and its launcher does not say that it has "
                 "ended",
@@ -98,14 +99,15 @@ class WorkerConnection:
 
     def log_tail(self) -> list[str]:
         """Return the last lines of the worker's log."""
-        return self._worker.log_tail()
+        return self.worker.log_tail()
 
     def close(self) -> None:
         """End the worker, which does so by itself without a connection, and free all resources."""
-        self._close_sockets()
-        if self._connection is None or self.is_lost or self._wait_until_ended() is None:
-            self._worker.kill()
-        self._worker.close()
+        self.close_sockets()
+        self.is_lost |= self._connection is not None and self._wait_until_ended() is None
+        if self._connection is None or self.is_lost:
+            self.worker.kill()
+        self.worker.close()
 
     def _wait_for_connection(self) -> Connection:
         seconds, asked = SHORTEST_WAIT, time.monotonic()
@@ -122,7 +124,7 @@ class WorkerConnection:
                 return connection
             if ready and time.monotonic() < asked + seconds:
                 continue
-            asked, self._exit = time.monotonic(), self._worker.poll()
+            asked, self._exit = time.monotonic(), self.worker.poll()
             if self._exit is not None:
                 raise EOFError
             seconds = min(2 * seconds, LONGEST_WAIT)
@@ -145,7 +147,7 @@ class WorkerConnection:
         """Return how the worker has ended; None if that is not known after `EXIT_SECONDS`."""
         deadline, seconds = time.monotonic() + EXIT_SECONDS, SHORTEST_WAIT
         while self._exit is None:
-            self._exit = self._worker.poll()
+            self._exit = self.worker.poll()
             if self._exit is None:
                 if time.monotonic() > deadline:
                     break
@@ -153,7 +155,33 @@ class WorkerConnection:
                 seconds = min(2 * seconds, 1.0)
         return self._exit
 
-    def _close_sockets(self) -> None:
+    def close_sockets(self) -> None:
+        """Close the connection, and the ways to make one."""
         for one in (self._listener, self._wakeup, self._waking, self._connection):
             if one is not None:
                 one.close()
+
+
+def launch_workers(launcher: Launcher, spec: JobSpec, ranks: int) -> list[WorkerConnection]:
+    """Start the workers of a job, one for each rank; only they may write to its directory."""
+    claim = token_hex(16)
+    directory = None if spec.directory is None else spec.directory.absolute()
+    if directory is not None:
+        write_claim(directory, claim)
+    connections: list[WorkerConnection] = []
+    try:
+        host = launcher.host
+        connections += (WorkerConnection(host, spec.name, directory, claim) for _ in range(ranks))
+        orders = [connection.order for connection in connections]
+        if ranks == 1:
+            workers = [launcher.start(orders[0])]
+        else:
+            assert isinstance(launcher, RanksLauncher)
+            workers = list(launcher.start_ranks(orders))
+        for connection, worker in zip(connections, workers, strict=True):
+            connection.worker = worker
+    except BaseException:
+        for connection in connections:
+            connection.close_sockets()
+        raise
+    return connections

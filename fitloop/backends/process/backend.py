@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,8 @@ from fitloop.backends.base import Backend, JobSpec, TrainingResult
 from fitloop.backends.process.worker import serve
 from fitloop.backends.process.worker_process import WorkerProcess
 from fitloop.backends.remote.client import check_remote_job, run_remotely
+from fitloop.backends.remote.ranks import WorkerRanks
+from fitloop.backends.remote.transport import LaunchWorker, Transport
 from fitloop.backends.thread import ThreadBackend
 
 MAX_NICE = 19
@@ -95,6 +98,10 @@ class ProcessBackend:
         grace: seconds for a cancelled training to end; then its worker is killed, with a
             `WorkerDiedWarning`. A callback in this process that has not returned by then is left
             behind in its thread.
+        ranks: number of worker processes for each training, its ranks, which train one model:
+            `FitLoop` needs ``parallel="ddp"``. They find each other without a launcher, and prints,
+            events, questions and files are those of rank 0. If one of them fails or dies, so does
+            the job, and a further try starts all of them. They share the threads of the job.
         nice: number added to the niceness of this process for the workers (0 to 19; not on
             Windows). Above 0, this process and its event loop go first when cores are short, and
             so does everything else on the machine.
@@ -111,11 +118,13 @@ class ProcessBackend:
         *,
         retries: int = 1,
         grace: float = 10.0,
+        ranks: int = 1,
         nice: int = 0,
         start_method: StartMethod | None = None,
     ) -> None:
         self._retries = check_number("retries", retries, 0)
         self._grace = check_seconds("grace", grace) or 0.0
+        self._ranks = check_number("ranks", ranks, 1)
         self._launch_worker = partial(
             WorkerProcess, partial(serve, check_nice(nice)), check_start_method(start_method)
         )
@@ -131,9 +140,28 @@ class ProcessBackend:
 
         The error of a training has the worker's traceback as a note.
         """
+        ranks, device = self._ranks, defaults.device
+        launch: LaunchWorker = self._launch_worker
+        if ranks > 1:
+            first = ranks * (device.index or 0) if device is not None else 0
+            launch = partial(_launch_ranks, self._launch_worker, ranks, first)
+            threads = max(1, (defaults.num_threads or 1) // ranks)
+            defaults = replace(defaults, num_threads=threads, ranks=ranks)
         return await run_remotely(
-            self._launch_worker, spec, defaults, emit, retries=self._retries, grace=self._grace
+            launch, spec, defaults, emit, retries=self._retries, grace=self._grace
         )
 
     async def close(self) -> None:
         """Do nothing: each worker has ended with its job."""
+
+
+def _launch_ranks(launch: LaunchWorker, ranks: int, first_device: int) -> WorkerRanks:
+    """Start the workers of a training with several ranks."""
+    workers: list[Transport] = []
+    try:
+        workers += (launch() for _ in range(ranks))
+        return WorkerRanks(workers, "127.0.0.1", first_device)
+    except BaseException:
+        for worker in workers:
+            worker.close()
+        raise

@@ -1,6 +1,7 @@
 """Trainings outside of this process: the code that does not depend on the kind of connection.
 
 - `transport`: the protocol of a connection to a worker.
+- `ranks`: the workers of one training with several ranks, as one connection.
 - `messages`: the messages that it carries.
 - `client`: `run_remotely` has a new worker do a training, with questions, retries and cancellation.
 - `server`: `JobServer` does the training, in the worker.

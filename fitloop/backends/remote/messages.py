@@ -28,10 +28,35 @@ class RemoteJob:
 
 
 @dataclass(frozen=True)
+class RankPlace:
+    """The place of a worker among those of one training with several ranks."""
+
+    rank: int
+    size: int
+    device: int
+    """number of its device on its machine, if that has several"""
+    host: str
+    port: int
+    """of the store in which the ranks find each other"""
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that a launcher such as ``torchrun`` sets."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.device),
+            "MASTER_ADDR": self.host,
+            "MASTER_PORT": str(self.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank has the store
+        }
+
+
+@dataclass(frozen=True)
 class StartJob:
-    """From the client: do the training of a serialized `RemoteJob`."""
+    """From the client: do the training of a serialized `RemoteJob`, perhaps with other workers."""
 
     job: SerializedJob
+    place: RankPlace | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +119,8 @@ class JobOver:
     result: FitResult | None = None
     weights: Path | None = None
     error: SerializedError | None = None
+    blames_others: bool = False
+    """whether the error comes from the end of another rank"""
 
 
 ClientMessage = StartJob | CancelJob | Answer

@@ -6,9 +6,11 @@ themselves are those of `fitloop.backends.thread.run_job`.
 
 from __future__ import annotations
 
+import os
 import queue
 import random
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import NoReturn
 
@@ -17,14 +19,26 @@ import numpy as np
 import torch
 
 from fitloop._concurrency.event_loops import CancelOnceScope, ThreadsafeEvent, loop_scheduler
-from fitloop._defaults import TRAINER_DEFAULTS
+from fitloop._defaults import TRAINER_DEFAULTS, TrainerDefaults
+from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import PromptAsked
 from fitloop._processes.errors import serialize_error
+from fitloop._ranks.world import World
 from fitloop.backends.base import TrainingResult
 from fitloop.backends.remote import messages
-from fitloop.backends.remote.messages import ClientMessage, JobOver, RemoteJob, WorkerMessage
-from fitloop.backends.remote.serialization import SerializedJob, deserialize_job
+from fitloop.backends.remote.messages import (
+    ClientMessage,
+    JobOver,
+    RankPlace,
+    RemoteJob,
+    StartJob,
+    WorkerMessage,
+)
+from fitloop.backends.remote.serialization import deserialize_job
 from fitloop.backends.thread import build_trainer, run_job
+
+RANK_SECONDS = 600.0
+"""for another rank of the training to answer"""
 
 
 class JobServer:
@@ -39,8 +53,10 @@ class JobServer:
         self, send: Callable[[WorkerMessage], None], receive: Callable[[], ClientMessage]
     ) -> None:
         self._send, self._receive = send, receive
-        self._jobs: queue.SimpleQueue[SerializedJob] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[StartJob] = queue.SimpleQueue()
         """the job, when it has come"""
+        self._world: World | None = None
+        """the ranks of the training, if there are several"""
         self._cancelled = False
         self._cancel: Callable[[], None] = lambda: None
         self._answer_handlers: dict[int, Callable[[bool], None]] = {}
@@ -51,8 +67,8 @@ class JobServer:
         """Take messages until the client is gone. Raises the error of ``receive``."""
         while True:
             match self._receive():
-                case messages.StartJob(job):
-                    self._jobs.put(job)
+                case StartJob() as start:
+                    self._jobs.put(start)
                 case messages.CancelJob():
                     self._cancelled = True
                     self._cancel()
@@ -74,37 +90,59 @@ class JobServer:
 
     def _train_and_report(self) -> JobOver:
         try:
-            contents: RemoteJob = deserialize_job(self._jobs.get())
+            start = self._jobs.get()
+            if start.place is not None:
+                os.environ.update(start.place.environment())
+            contents: RemoteJob = deserialize_job(start.job)
             if contents.defaults.num_threads is not None:
                 torch.set_num_threads(contents.defaults.num_threads)
-            training = anyio.run(self._train, contents)
+            training = anyio.run(self._train, contents, start.place)
         except BaseException as error:  # sent to the client
-            return JobOver(error=serialize_error(error))
+            world = self._world
+            if world is None:
+                return JobOver(error=serialize_error(error))
+            add_note_safely(error, f"on rank {world.rank} of {world.size}")
+            return JobOver(error=serialize_error(error), blames_others=world.is_ended_by_others)
         return JobOver() if training is None else JobOver(training.result, training.weights)
 
-    async def _train(self, contents: RemoteJob) -> TrainingResult | None:
+    async def _train(self, contents: RemoteJob, place: RankPlace | None) -> TrainingResult | None:
         """Do a training; None if it was cancelled."""
-        spec, defaults = contents.spec, contents.defaults
         schedule = loop_scheduler()
         with CancelOnceScope() as scope:
             self._cancel = lambda: schedule(scope.cancel)
             if self._cancelled:  # when there was no scope yet
                 return None
-            token = TRAINER_DEFAULTS.set(defaults)
-            try:
-                trainer = await build_trainer(spec)
-            finally:
-                TRAINER_DEFAULTS.reset(token)
-            config = trainer._state.config
-            self._send(messages.TrainerBuilt(config.name, config.named))
-            options = dict(spec.options)
-            if contents.asks_client or config.on_continue is None:
-                options["on_continue"] = self._ask
-                # The client counts it, from the moment when the question is displayed.
-                options.pop("continue_timeout", None)
-            spec = replace(spec, target=trainer, args=(), options=options)
-            return await run_job(spec, defaults, self._send)
+            async with AsyncExitStack() as stack:
+                if place is not None:
+                    # The program decides what a SIGTERM does.
+                    world = World(RANK_SECONDS, handles_termination=False)
+                    self._world = await stack.enter_async_context(world)
+                    contents = replace(contents, defaults=_on_device(contents.defaults, place))
+                return await self._build_and_train(contents)
         return None
+
+    async def _build_and_train(self, contents: RemoteJob) -> TrainingResult:
+        spec, defaults = contents.spec, contents.defaults
+        token = TRAINER_DEFAULTS.set(defaults)
+        try:
+            trainer = await build_trainer(spec)
+        finally:
+            TRAINER_DEFAULTS.reset(token)
+        config = trainer._state.config
+        if self._world is not None and config.parallel is None:
+            raise ConfigurationError(
+                f"job {spec.name!r}: the backend has ranks={self._world.size}, and the trainer no "
+                "parallel=, so that each rank would train a model of its own; make it with "
+                "FitLoop(parallel='ddp')"
+            )
+        self._send(messages.TrainerBuilt(config.name, config.named))
+        options = dict(spec.options)
+        if contents.asks_client or config.on_continue is None:
+            options["on_continue"] = self._ask
+            # The client counts it, from the moment when the question is displayed.
+            options.pop("continue_timeout", None)
+        spec = replace(spec, target=trainer, args=(), options=options)
+        return await run_job(spec, defaults, self._send)
 
     async def _ask(self, event: PromptAsked) -> bool:
         """Ask the client, and return its answer."""
@@ -125,6 +163,14 @@ class JobServer:
             if self._answer_handlers.pop(number, None) is not None:
                 self._send(messages.QuestionWithdrawn(number))
         return answers[0]
+
+
+def _on_device(defaults: TrainerDefaults, place: RankPlace) -> TrainerDefaults:
+    """Return the defaults with the device of a rank, if its machine has several."""
+    if not torch.cuda.is_available():
+        return defaults
+    index = place.device % torch.cuda.device_count()
+    return replace(defaults, device=torch.device("cuda", index))
 
 
 def _seed_anew() -> None:
