@@ -11,6 +11,8 @@ BENCHMARKS = (
     "concurrency",
     "many",
     "workers",
+    "ranks",
+    "ray",
     "service_latency",
     "snapshots",
     "terminal",

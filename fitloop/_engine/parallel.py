@@ -184,9 +184,10 @@ class ParallelRun:
         self._compares_batch = (
             phase is Phase.TRAIN and not self._has_compared and not hasattr(loader, GIVEN_SAMPLER)
         )
-        lengths = self.world.gather(batches)
-        self._limit = None if None in lengths else min(lengths)
-        self._are_alike = len(set(lengths)) == 1 and self._limit is not None
+        number = batches or 0
+        most, least, has_unknown = self.world.largest(number, -number, batches is None)
+        self._limit = None if has_unknown else -least
+        self._are_alike = most == -least and not has_unknown
         config = self._config
         if phase is not Phase.TRAIN:
             self._share_buffers()  # those of an average are computed by each rank
@@ -305,6 +306,8 @@ class ParallelRun:
 
     def _compare(self, moment: str, facts: dict[str, Any]) -> None:
         """Raise `RanksError` on all ranks if a fact differs between them."""
+        if self.world.is_same(facts):  # usual, and of one size for any number of ranks
+            return
         gathered = self.world.gather(facts)
         for name, value in gathered[0].items():
             for rank, other in enumerate(gathered):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def merged(exports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -13,35 +14,36 @@ def merged(exports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     They have the form of ``StateWriter.export``, with the sizes of the batches as ``sizes``.
     """
-    positions = sorted(
-        (batch, rank) for rank, one in enumerate(exports) for batch in range(len(one["sizes"]))
-    )
-    numbers = {position: number for number, position in enumerate(positions, 1)}
-    sizes = np.array([exports[rank]["sizes"][batch] for batch, rank in positions], np.int64)
+    counts = [len(one["sizes"]) for one in exports]
+    batches = np.concatenate([np.arange(count) for count in counts])
+    order = np.lexsort((np.repeat(np.arange(len(exports)), counts), batches))
+    numbers = np.empty(len(order), np.int64)
+    numbers[order] = np.arange(1, len(order) + 1)
+    numbers_of_ranks = np.split(numbers, np.cumsum(counts)[:-1])
+    sizes = np.concatenate([np.asarray(one["sizes"], np.int64) for one in exports])[order]
     merged_values: dict[str, Any] = {"numbers": {}, "tensors": {}, "batches": {}}
     for kind in ("numbers", "tensors"):
         names = dict.fromkeys(name for one in exports for name in one["values"][kind])
         for name in names:
-            pairs = sorted(
-                (
-                    pair
-                    for rank, one in enumerate(exports)
-                    for pair in _pairs(one, name, rank, kind)
-                ),
-                key=lambda pair: numbers[pair[0]],
-            )
-            values = [value for _position, value in pairs]
-            merged_values[kind][name] = np.array(values) if kind == "numbers" else values
-            merged_values["batches"][name] = np.array([numbers[p] for p, _v in pairs], np.int64)
-    if all(len(column) == len(positions) for column in merged_values["batches"].values()):
+            columns, places = [], []
+            for one, of_rank in zip(exports, numbers_of_ranks, strict=True):
+                if name in one["values"][kind]:
+                    columns.append(one["values"][kind][name])
+                    places.append(_places(one, name, of_rank))
+            where = np.concatenate(places)
+            by_number = np.argsort(where)
+            if kind == "numbers":
+                merged_values[kind][name] = np.concatenate(columns)[by_number]
+            else:
+                values = [value for column in columns for value in column]
+                merged_values[kind][name] = [values[index] for index in by_number]
+            merged_values["batches"][name] = where[by_number]
+    if all(len(column) == len(order) for column in merged_values["batches"].values()):
         merged_values["batches"] = {}
     return {"sizes": sizes, "values": merged_values}
 
 
-def _pairs(
-    export: dict[str, Any], name: str, rank: int, kind: str
-) -> list[tuple[tuple[int, int], Any]]:
-    """Return the values of a name of one rank, each with its batch, from 0, and the rank."""
-    values = export["values"][kind].get(name, ())
-    batches = export["values"]["batches"].get(name, range(1, len(values) + 1))
-    return [((int(batch) - 1, rank), value) for batch, value in zip(batches, values, strict=True)]
+def _places(export: dict[str, Any], name: str, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the number in the merged pass of each value of a name of one rank."""
+    batches = export["values"]["batches"].get(name)
+    return numbers if batches is None else numbers[np.asarray(batches, np.int64) - 1]

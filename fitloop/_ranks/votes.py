@@ -33,10 +33,14 @@ class Votes:
         self._world, self._control, self._clock = world, control, clock
         self._posted: tuple[Tensor, Any] | None = None
         """numbers of the vote that is going on, and the work to wait for"""
-        self._interval, self._batches = 1, 0
+        self._interval, self._wished_interval = 1, 1
+        """batches from one vote to the next: now, and as this rank wishes it"""
+        self._batches, self._all_batches = 0, 0
+        """since the last vote, and before it"""
         self._seconds, self._began = 0.0, clock()
         """seconds that votes at boundaries have taken, since a time of the clock"""
-        self._num_votes = 0
+        self._post_seconds = 0.0
+        """to post the last vote"""
         self.wishes_snapshot = False
         """whether rank 0 wishes a snapshot"""
         self.snapshot_is_due = False
@@ -47,19 +51,25 @@ class Votes:
         self._batches += 1
         if self._batches < self._interval:
             return
-        self._batches = 0
-        began = self._clock()
+        self._count()
+        interval, began = self._interval, self._clock()
         self._read()
+        has_read = self._clock()
+        self._adapt(interval, has_read - began + self._post_seconds)
         self._post()
-        self._seconds += self._clock() - began
-        self._num_votes += 1
+        ended = self._clock()
+        self._post_seconds = ended - has_read
+        self._seconds += ended - began
 
     def agree(self) -> None:
         """Vote now, and wait for the result."""
         self._read()
         self._post()
         self._read()
-        self._batches = 0
+        self._count()
+
+    def _count(self) -> None:
+        self._all_batches, self._batches = self._all_batches + self._batches, 0
 
     def _post(self) -> None:
         control = self._control
@@ -68,7 +78,7 @@ class Votes:
                 control.wished_reason,
                 control.wished_cancel,
                 self.wishes_snapshot,
-                self._next_interval() if self._world.is_first else 0,
+                self._wished_interval if self._world.is_first else 0,
             ],
             dtype=torch.int64,
             device="cpu",
@@ -85,12 +95,18 @@ class Votes:
         self.snapshot_is_due = self.snapshot_is_due or bool(snapshot)
         self._control.apply(reason, cancel)
 
-    def _next_interval(self) -> int:
-        """Return the batches from one vote to the next with which votes take their share."""
+    def _adapt(self, interval: int, seconds: float) -> None:
+        """Choose the interval, after a vote of ``interval`` batches that took so many seconds.
+
+        A vote of many ranks lasts longer than a batch. It costs nothing if the interval is longer
+        still, so this looks for the shortest such interval: it doubles after a vote that took more
+        than its share, and tries the half while all votes have taken less than half of theirs.
+        """
         elapsed = self._clock() - self._began
-        if not self._num_votes or elapsed <= 0:
-            return 1
-        batches = self._num_votes * self._interval
-        by_batch = (elapsed - self._seconds) / batches
-        interval = self._seconds / self._num_votes / max(SHARE * by_batch, 1e-9)
-        return max(1, min(round(interval), MOST_BATCHES))
+        by_batch = (elapsed - self._seconds - seconds) / max(1, self._all_batches)
+        if seconds > SHARE * interval * by_batch:
+            self._wished_interval = min(2 * interval, MOST_BATCHES)
+        elif self._seconds < SHARE / 2 * elapsed:
+            self._wished_interval = max(1, interval // 2)
+        else:
+            self._wished_interval = interval

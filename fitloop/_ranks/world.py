@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import signal
@@ -225,6 +226,19 @@ class World:
         return distributed.all_reduce(
             numbers, distributed.ReduceOp.MAX, group=self._side, async_op=True
         )
+
+    def largest(self, *numbers: int) -> list[int]:
+        """Return the largest of each number over all ranks: a small exchange for any size."""
+        largest = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        self.post(largest).wait()
+        return [int(number) for number in largest.tolist()]
+
+    def is_same(self, value: Any) -> bool:
+        """Return whether all ranks have a value with the same text."""
+        digest = hashlib.blake2b(repr(value).encode(), digest_size=7).digest()
+        number = int.from_bytes(digest)
+        largest, smallest = self.largest(number, -number)
+        return largest == -smallest
 
     def add(self, tensor: Tensor) -> None:
         """Replace a tensor by the sum over all ranks. On a device nothing is waited for."""
