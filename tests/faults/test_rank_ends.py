@@ -11,7 +11,6 @@ from support.ranks import run_ranks
 pytestmark = [
     pytest.mark.usefixtures("fork_server", "rank_store"),
     pytest.mark.slow,
-    pytest.mark.timeout(400),
 ]
 
 BOTH = pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

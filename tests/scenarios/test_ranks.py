@@ -14,7 +14,6 @@ from fitloop._cli.main import main
 pytestmark = [
     pytest.mark.usefixtures("fork_server", "rank_store"),
     pytest.mark.slow,
-    pytest.mark.timeout(400),
 ]
 
 WARNED = ["the first train batches of rank 0 and of rank 1 are the same"]

@@ -243,7 +243,7 @@ CASES = [
 
 async def main(path: str, *names: str) -> None:
     reports: dict[str, Any] = {}
-    async with fitloop.world(timeout=60) as world:
+    async with fitloop.world(timeout=150) as world:
         for case in [globals()[name] for name in names] or CASES:
             sys.stderr.write(f"{case.__name__}\n")
             reports[case.__name__] = await case(world, Path(path) / case.__name__)
