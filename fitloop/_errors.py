@@ -91,13 +91,13 @@ def leave_user_frames(error: BaseException) -> None:
     """Remove the frames of fitloop before the user's code from the traceback of an error.
 
     Then a bare ``raise`` in the ``except`` block adds no frame, while ``raise error`` adds one. A
-    cancellation without code of the user has no traceback then. Another error that has none keeps
-    its traceback, since it is of interest where fitloop raised it.
+    cancellation or an error of fitloop without code of the user has no traceback then. Another
+    error that has none keeps its traceback, since it is of interest where it was raised.
     """
     entry = error.__traceback__
     while entry is not None and _is_internal(entry.tb_frame):
         entry = entry.tb_next
-    if entry is not None or not isinstance(error, Exception):
+    if entry is not None or isinstance(error, FitLoopError) or not isinstance(error, Exception):
         error.__traceback__ = entry
 
 

@@ -7,14 +7,16 @@ import json
 from pathlib import Path
 
 from fitloop._cli.common import print_line
+from fitloop._display.console import printed_width
 from fitloop._errors import CheckpointError, ConfigurationError, quoted_list
 from fitloop._format import json_ready
 from fitloop._runner.results import read_results
 
 ABOUT = """\
 Print a table of the jobs of a Runner: their arguments, status, epochs and best score, the best job
-first. RUNS is the save_path of the Runner. The command only reads files, so it also shows a sweep
-that goes on, or that was killed."""
+first. RUNS is the save_path of the Runner. The time is that of the training, since it was last
+started. On a terminal that is too narrow for all arguments, the last ones are left out. The command
+only reads files, so it also shows a sweep that goes on, or that was killed."""
 
 EXAMPLES = """\
   fitloop results runs
@@ -54,5 +56,5 @@ def run(options: argparse.Namespace) -> int:
     elif options.json:
         print_line(json.dumps(json_ready(results.rows()), indent=1))
     else:
-        print_line(results.text())
+        print_line(results.text(printed_width(), sort=options.sort))
     return 0

@@ -249,10 +249,9 @@ class NotebookView:
         run, now = self._run, time.monotonic()
         bars = []
         if run.call != "test":
-            epochs = f"{run.epochs_done}/{run.epochs}"
             best = "" if run.best is None else f", {run.best_text(*run.best)}"
             times = f"{run.times_text(now)}{best}"
-            bars.append(_bar("epochs", run.epochs_done / max(1, run.epochs), epochs, times))
+            bars.append(_bar("epoch", run.epochs_done / max(1, run.epochs), run.epoch_count, times))
         texts = [*run.metric_texts().values(), run.learning_rate_text, run.rate_text]
         values = ", ".join(filter(None, texts))
         asking = "waits for the answer" if run.is_asking else ""

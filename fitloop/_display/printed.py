@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -46,11 +47,20 @@ class PrintingRuns:
         self.table = EpochTable()
         """the table of style ``"line"``"""
         self._width = 0
+        self._cancelled: set[RunStatus] = set()
+        self._lock = threading.Lock()
 
     def begin(self) -> None:
         """Begin a new table for the first of several runs."""
         if len(self.runs) <= 1:
             self.table, self._width = EpochTable(), 0
+            self._cancelled.clear()
+
+    def is_last_cancelled(self, run: RunStatus) -> bool:
+        """Return whether a run that was cancelled is the last of those that print."""
+        with self._lock:  # of several that end at the same time, one is the last
+            self._cancelled.add(run)
+            return self._cancelled.issuperset(self.runs)
 
     def label_width(self) -> int:
         """Return the columns of the longest label so far, without very long ones."""
@@ -187,9 +197,13 @@ class EpochPrinter:
     def _print_cancelled(self, event: RunEnded) -> None:
         if self._job_runs is not None and not self._job_runs.is_cancelled_alone():
             return  # the Runner prints one line for all
-        word, _, details = self._run.cancelled_text(event).partition(" ")
+        text = self._run.cancelled_text(event, short=self._had_company)
+        word, _, details = text.partition(" ")
         word = colored(word, self._color and "yellow")
         write_output(f"{self.lead}{word} {details}\n")
+        is_last = self._printing.is_last_cancelled(self._run)
+        if is_last and self._had_company and self._run.has_snapshot:
+            write_output("fit(..., resume=True) goes on from there\n")
 
 
 class EpochTable:

@@ -157,6 +157,12 @@ class RunStatus:
     # -- words -------------------------------------------------------------------------------------
 
     @property
+    def epoch_count(self) -> str:
+        """The present epoch of the run, or the last one, and their total, such as ``3/10``."""
+        present = max(self.epoch_in_run, self.epochs_done)  # a resumed one has not started another
+        return f"{present:>{len(str(self.epochs))}}/{self.epochs}"
+
+    @property
     def batch_count(self) -> str:
         """Completed batches of the phase, and their total if it is known, such as ``12/40``."""
         done, total = self.batches
@@ -211,19 +217,25 @@ class RunStatus:
         """Return the best score and its epoch: ``best accuracy 0.8713 in epoch 3``."""
         return best_words(self.criteria, score, epoch, self.first_epoch)
 
-    def cancelled_text(self, event: RunEnded) -> str:
-        """Return where a cancelled run ended, what is in the model, and how to go on."""
+    def cancelled_text(self, event: RunEnded, *, short: bool = False) -> str:
+        """Return where a cancelled run ended, what is in the model, and how to go on.
+
+        The ``short`` text, for one of several runs, leaves out how to go on.
+        """
         where = "before the first epoch"
         if self.epoch_in_run:
             is_between = self.epochs_done >= self.epoch_in_run
             where = f"{'after' if is_between else 'in'} epoch {self.epoch_in_run} of {self.epochs}"
-        parts = [f"cancelled {where}, {format_duration(event.seconds)} after the start"]
+        after = "" if short else f", {format_duration(event.seconds)} after the start"
+        parts = [f"cancelled {where}{after}"]
         best = best_of(event)
         if event.restored_epoch is not None and best is not None:
             name = f"{printable(self.criteria) or 'score'} {format_number(best[1])}"
-            words = epoch_words(event.restored_epoch, self.first_epoch)
-            parts.append(f"the model has the best weights, of {words} ({name})")
-        if self.has_snapshot:
+            words = f"of {epoch_words(event.restored_epoch, self.first_epoch)} ({name})"
+            parts.append(
+                f"best weights {words}" if short else f"the model has the best weights, {words}"
+            )
+        if self.has_snapshot and not short:
             parts.append("fit(..., resume=True) goes on from there")
         return "; ".join(parts)
 

@@ -92,13 +92,13 @@ def _chosen(widths: dict[str, int], ranks: dict[str, int], room: int) -> list[st
 
 
 def _two_lines(run: RunStatus, width: int, style: BarStyle, now: float) -> list[str]:
-    epochs, batches = f"{run.epochs_done}/{run.epochs}", run.batch_count
-    numbers = max(len(epochs), len(batches))
-    first = fit_width(run.label, max(6, width // 4)) if run.named else "epochs"
-    lead = max(6, display_width(first))
+    epoch, batches = run.epoch_count, run.batch_count
+    numbers = max(len(epoch), len(batches))
+    first = fit_width(run.label, max(5, width // 4)) if run.named else "epoch"
+    lead = max(5, display_width(first))
     first += " " * (lead - display_width(first))
     heads = [
-        f"{first}  {epochs:>{numbers}}",
+        f"{first}  {epoch:>{numbers}}",
         f"{run.phase or '...':{lead}}  {batches:>{numbers}}",
     ]
     room = width - lead - numbers - 4
@@ -129,7 +129,8 @@ def _aligned_lines(runs: Sequence[RunStatus], width: int, style: BarStyle, now: 
     """Return one line for each run, with as many aligned columns as fit."""
     rows = [_row(run, width, now) for run in runs]
     heads = ["name", "epoch", "phase", "count"]
-    values = dict.fromkeys(key for row in rows for key in row if key not in (*heads, "left"))
+    names = dict.fromkeys(key for row in rows for key in row if key not in (*heads, "left"))
+    values = sorted(names, key=lambda key: not key.startswith("metric"))  # of a first row too
     ranks, widths = dict[str, int](), dict[str, int]()
     for key in (*heads, *values, "left"):
         cells = [row[key] for row in rows if key in row]
@@ -151,13 +152,12 @@ def _aligned_lines(runs: Sequence[RunStatus], width: int, style: BarStyle, now: 
 
 def _row(run: RunStatus, width: int, now: float) -> dict[str, _Cell]:
     """Return the cells of one of several runs; the first four are never without a text."""
-    numbers = f"{run.epoch_in_run:>{len(str(run.epochs))}}/{run.epochs}"
     count, total = run.batch_count, run.batches[1]
     if total is not None:
         count = f"{count:>{2 * len(str(total)) + 1}}"
     return {
         "name": _Cell(fit_width(run.label, max(4, width // 4)), -4),
-        "epoch": _Cell(numbers, -3),
+        "epoch": _Cell(run.epoch_count, -3),
         "phase": _Cell("asks" if run.is_asking else run.phase or "...", -2),
         "count": _Cell(count, 0),
         # Those of an ended phase have its name in each cell, and would widen the columns of all.

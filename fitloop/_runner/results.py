@@ -10,13 +10,20 @@ import io
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, SupportsIndex, TypeVar, overload
 
 from fitloop._errors import CheckpointError, ConfigurationError, one_line, quoted_list
-from fitloop._format import Table, format_duration, format_number, html_block, printable
+from fitloop._format import (
+    Table,
+    display_width,
+    format_duration,
+    format_number,
+    html_block,
+    printable,
+)
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._runner.records import Record, read_record
@@ -111,9 +118,12 @@ class Results(list[J], Generic[J]):
         """Return a dict for each job: its columns, and the last value of every metric."""
         return [_row(job) for job in self]
 
-    def table(self) -> Table:
-        """Return a table with a row for each job, in the order of the list."""
-        differing, _constant = self._arguments()
+    def table(self, hidden: Collection[str] = ()) -> Table:
+        """Return a table with a row for each job, in the order of the list.
+
+        It has no columns for the arguments that are ``hidden``.
+        """
+        differing = [name for name in self._arguments()[0] if name not in hidden]
         fits = [fit for job in self if (fit := _fit(job)) is not None]
         names = {fit.criteria for fit in fits if fit.best_score is not None}
         score = f"best {names.pop() or 'score'}" if len(names) == 1 else "best score"
@@ -172,9 +182,20 @@ class Results(list[J], Generic[J]):
                 constant[name] = texts.pop()
         return differing, constant
 
-    def text(self) -> str:
-        """Return the table and its notes as text, in the order of the list."""
-        return "\n".join([self.table().text(), *self.notes()])
+    def text(self, width: int | None = None, *, sort: str = "") -> str:
+        """Return the table and its notes as text, in the order of the list.
+
+        In ``width`` columns, the last arguments have no place if there are many, and a line below
+        the table names them. The one that the list is sorted by, ``sort``, stays.
+        """
+        shown = [name for name in self._arguments()[0] if name != sort]
+        hidden: list[str] = []
+        text = self.table().text()
+        while width is not None and shown and _width(text) > width:
+            hidden.insert(0, shown.pop())
+            text = self.table(hidden).text()
+        note = f"no room for: {', '.join(map(printable, hidden))}"
+        return "\n".join([text, *[note] * bool(hidden), *self.notes()])
 
     def __str__(self) -> str:
         return self.sorted().text()
@@ -188,9 +209,22 @@ class Results(list[J], Generic[J]):
         return f"<Results {', '.join(f'{n} {status}' for status, n in counts.items()) or 'none'}>"
 
 
+def _width(text: str) -> int:
+    return max(map(display_width, text.splitlines()))
+
+
 def _fit(job: JobState) -> FitResult | None:
     """Return the result of a job, or its result so far."""
     return job.result if job.result is not None else getattr(job, "progress", None)
+
+
+def _seconds(job: JobState) -> float:
+    """Return the duration of the training since it last started, as a run tells it.
+
+    A job that has not come so far has its own duration.
+    """
+    fit = _fit(job)
+    return job.seconds if fit is None else fit.seconds
 
 
 def _status(job: JobState) -> str:
@@ -218,7 +252,8 @@ def _cells(job: JobState, arguments: Sequence[str]) -> list[str]:
         score = "" if fit.best_score is None else format_number(fit.best_score)
         epoch = "" if fit.best_epoch is None else str(fit.best_epoch)
     values = [_text(job.arguments.get(name, "")) for name in arguments]
-    time = format_duration(job.seconds) if job.seconds else ""
+    seconds = _seconds(job)
+    time = format_duration(seconds) if seconds else ""
     return [job.name, *values, _status(job), epochs, score, epoch, time]
 
 
@@ -233,7 +268,7 @@ def _row(job: JobState) -> dict[str, Any]:
         "criteria": None if fit is None else fit.criteria,
         "best_score": None if fit is None else fit.best_score,
         "best_epoch": None if fit is None else fit.best_epoch,
-        "seconds": job.seconds,
+        "seconds": _seconds(job),
         "error": None if job.error is None else _error_text(job),
     }
     fixed_names = {"job", *fixed}
@@ -252,7 +287,7 @@ def _sort_key(job: JobState, by: str) -> tuple[Any, ...]:
         direction = fit.criteria_direction or 1
         return False, fit.criteria or "", -direction * fit.best_score, job.name
     fixed = {"name": job.name, "status": _status(job), "epochs": 0 if fit is None else fit.epochs}
-    fixed["time"] = job.seconds
+    fixed["time"] = _seconds(job)
     value = job.arguments.get(by) if by in job.arguments else fixed.get(by)
     # Numbers before texts before nothing, so that values of different types can be compared.
     if isinstance(value, bool | int | float) and not math.isnan(value):

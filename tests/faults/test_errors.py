@@ -79,6 +79,21 @@ def test_traceback_of_a_stage_when_shown_then_goes_from_the_call_to_the_users_co
     assert not [module for module in modules if module.startswith("fitloop")]
 
 
+@pytest.mark.parametrize("kind", [FitLoop, SyncFitLoop])
+def test_traceback_of_an_error_of_fitloop_when_shown_then_ends_at_the_call(kind: Any) -> None:
+    fitted = kind(**arguments())
+
+    def fit() -> None:
+        result = fitted.fit(-1)
+        if kind is FitLoop:
+            asyncio.run(result)
+
+    with pytest.raises(ConfigurationError, match="expected an integer of at least 0") as caught:
+        fit()
+    modules = [entry.frame.f_globals["__name__"] for entry in caught.traceback]
+    assert not [module for module in modules if module.startswith("fitloop")]
+
+
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 @pytest.mark.parametrize("name", ["preloop", "postloop"])
 async def test_preloop_or_postloop_when_it_raises_is_told(

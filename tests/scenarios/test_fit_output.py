@@ -508,3 +508,37 @@ async def test_fit_when_a_name_has_wide_characters_then_lines_are_aligned_by_col
     train, valid, *_rest = capsys.readouterr().out.splitlines()
     assert train.startswith("模型 [1/1] - train ::")
     assert valid.index("valid") == train.index("train") + len("模型")
+
+
+async def test_fits_when_cancelled_together_then_each_has_a_short_line_and_the_way_on_is_told_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    names = ["a", "a-longer-name", "b"]
+    arrived: set[str] = set()
+    with anyio.CancelScope() as scope:
+
+        async def cancel(event: AnyEvent) -> None:
+            if event.kind == "epoch_started" and event.epoch == 3:
+                arrived.add(event.trainer)
+                if len(arrived) == len(names):
+                    scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            for name in names:
+                fitted = trainer(
+                    valid_epoch_end=best_in_the_first,
+                    criteria="score",
+                    name=name,
+                    save_path=tmp_path / name,
+                )
+                fit = partial(fitted.fit, callbacks=[cancel], checkpoint=Checkpoint())
+                tasks.start_soon(fit, 10**6)
+    *lines, last = capsys.readouterr().out.splitlines()[-len(names) - 1 :]
+    assert last == "fit(..., resume=True) goes on from there"
+    expected = (
+        r"(a|a-longer-name|b) +cancelled (?:in|after) epoch \d+ of 1000000; "
+        r"best weights of epoch 1 \(score 1\.0000\)"
+    )
+    matches = [re.fullmatch(expected, line) for line in lines]
+    assert sorted(match[1] for match in matches if match is not None) == names
+    assert {line.index("cancelled") for line in lines} == {len("a-longer-name ")}

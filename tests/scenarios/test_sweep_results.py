@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -105,6 +106,24 @@ async def test_kwargs_when_the_target_takes_none_then_are_refused() -> None:
 
 
 # -- tables ----------------------------------------------------------------------------------------
+
+
+def test_table_when_the_terminal_is_narrow_then_the_last_arguments_are_named_below_it() -> None:
+    arguments = {f"argument{number}": number for number in range(9)}
+    other = dict.fromkeys(arguments, 100)
+    results = Results([done("a", 0.5, arguments=arguments), done("b", 0.4, arguments=other)])
+    table = results.text(80, sort="argument8").splitlines()
+    assert table[0].split()[:4] == ["job", "argument0", "argument8", "status"]
+    assert table[3] == f"no room for: {', '.join(f'argument{n}' for n in range(1, 8))}"
+    assert max(map(len, table[:3])) <= 80
+    assert results.text(200) == results.text() == str(results)
+
+
+def test_time_when_a_job_is_done_then_is_that_of_its_training_as_the_run_told_it() -> None:
+    job = done("a", 0.5)  # the training took a second
+    job = dataclasses.replace(job, seconds=5.0)
+    assert str(Results([job])).splitlines()[1].endswith(" 1 s")
+    assert Results([job]).rows()[0]["seconds"] == 1.0
 
 
 def test_table_when_printed_then_the_best_is_first_and_differing_arguments_are_columns() -> None:

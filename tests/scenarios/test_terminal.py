@@ -53,13 +53,13 @@ print("after")
 """
     with run_in_terminal(program) as terminal:
         first = terminal.until(
-            rf"epochs +0/2 +{BAR}+  \d[^\n]* s, \d[^\n]* s left\ntrain +\d+/200 +{BAR}+ .*\d+/s"
+            rf"epoch +1/2 +{BAR}+  \d[^\n]* s, \d[^\n]* s left\ntrain +\d+/200 +{BAR}+ .*\d+/s"
         )
         done = re.search(r"train +(\d+)/200", first)
         assert done is not None
         begun = int(done[1])
         terminal.until(lambda: _batch(terminal) > begun or "[1/2]" in terminal.text)
-        terminal.until(rf"{epoch(1, 2)}epochs +1/2 +{BAR}+.*\ntrain +\d+/200")
+        terminal.until(rf"{epoch(1, 2)}epoch +2/2 +{BAR}+.*\ntrain +\d+/200")
         terminal.until("after")
         assert re.fullmatch(epoch(1, 2) + epoch(2, 2) + ending() + "after", terminal.text)
         assert terminal.end() == 0
@@ -121,7 +121,7 @@ async def main():
 asyncio.run(main())
 """
     with run_in_terminal(program) as terminal:
-        terminal.until(rf"print \d+ ends\n(.*\n)*epochs +0/1 +{BAR}")
+        terminal.until(rf"print \d+ ends\n(.*\n)*epoch +1/1 +{BAR}")
         assert terminal.end() == 0
         lines = terminal.transcript.split("\n")
         for kind in ("log", "print"):
@@ -180,7 +180,7 @@ asyncio.run(main())
 
 def _fits(terminal: Terminal, columns: int) -> bool:
     """Return whether the lines have been drawn for this width."""
-    lines = [line for line in terminal.text.split("\n") if re.match("epochs|train", line)]
+    lines = [line for line in terminal.text.split("\n") if re.match("epoch|train", line)]
     bar = re.search(rf"{BAR}+", "".join(lines))
     width = 0 if bar is None else len(bar[0])
     expected = {60: 8 <= width < 40, 120: width == 40, 18: width == 0}[columns]
@@ -453,7 +453,7 @@ async def main():
 asyncio.run(main())
 """
     with run_in_terminal(program, size=(100, 40)) as terminal:
-        terminal.until(rf"\[4/100\](?s:.*){QUESTION}\n.*epochs|\[4/100\](?s:.*){QUESTION}")
+        terminal.until(rf"\[4/100\](?s:.*){QUESTION}\n.*epoch|\[4/100\](?s:.*){QUESTION}")
         terminal.type("n\r")
         terminal.until("went back to epoch 2")
         terminal.until("prompt 2 2 2")

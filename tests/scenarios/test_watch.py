@@ -98,7 +98,7 @@ asyncio.run(main())
     with watching(run) as terminal:
         terminal.until("waiting for a run in")
         with training(run, program) as process:
-            terminal.until(rf"epochs +0/2 +{BAR}+  \d+ s.*\ntrain +\d+/200 +{BAR}")
+            terminal.until(rf"epoch +1/2 +{BAR}+  \d+ s.*\ntrain +\d+/200 +{BAR}")
             process.stdin.write("\n")
             process.stdin.flush()
             terminal.until(r"\[1/2\] - train(?s:.*)\[2/2\] - train(?s:.*)best score")
@@ -120,7 +120,7 @@ asyncio.run(t.fit(3, checkpoint=Checkpoint(), resume=True, verbose=False, callba
 """
     with watching(tmp_path, "--forever") as terminal:
         with training(tmp_path, program.format(batches=10, last=2)) as process:
-            terminal.until(r"\[1/3\](?s:.*)epochs +1/3")
+            terminal.until(r"\[1/3\](?s:.*)epoch +\d/3")
             terminal.until(lambda: any(tmp_path.glob("snapshots/snapshot-*.msgpack")))
             process.send_signal(signal.SIGKILL)
             terminal.until(r"fit is no longer running after 1 of 3 epochs: its process died or")
@@ -162,7 +162,7 @@ def test_watch_when_begun_in_the_middle_then_tells_where_it_is_and_numbers_what_
         run.observe(*epoch_events(1), *epoch_events(2), epoch_started(3), phase_started(3))
         with watching(tmp_path) as terminal:
             terminal.until(
-                rf"fit, 2 of 3 epochs done, began [^\n]* ago\n{lines(2)}epochs +2/3 +{BAR}+[^\n]*\n"
+                rf"fit, 2 of 3 epochs done, began [^\n]* ago\n{lines(2)}epoch +3/3 +{BAR}+[^\n]*\n"
                 rf"train +0/{BATCHES}"
             )
             run.observe(phase_ended(3), epoch_ended(3), run_ended())

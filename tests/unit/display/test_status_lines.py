@@ -57,11 +57,11 @@ def lines(*runs: RunStatus, width: int, height: int = 20) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize(("width", "bar"), [(119, 40), (79, 14), (73, 8)])
+@pytest.mark.parametrize(("width", "bar"), [(119, 40), (79, 15), (72, 8)])
 def test_one_run_when_there_is_room_then_numbers_come_before_bars(width: int, bar: int) -> None:
     epochs, batches = lines(running(), width=width)
-    assert re.fullmatch(rf"epochs     0/10  ({BAR}+)  3\d s, \d+ min left", epochs)
-    assert batches.startswith("train   234/938  ")
+    assert re.fullmatch(rf"epoch     1/10  ({BAR}+)  3\d s, \d+ min left", epochs)
+    assert batches.startswith("train  234/938  ")
     assert batches.endswith(VALUES)
     assert [len(re.findall(BAR, line)) for line in (epochs, batches)] == [bar, bar]
 
@@ -69,15 +69,15 @@ def test_one_run_when_there_is_room_then_numbers_come_before_bars(width: int, ba
 @pytest.mark.parametrize(
     ("width", "values"),
     [
-        (63, VALUES),
-        (59, "loss 0.4123  accuracy 0.8732  lr 0.001"),
-        (39, "loss 0.4123  lr 0.001"),
-        (30, "loss 0.4123"),
+        (62, VALUES),
+        (58, "loss 0.4123  accuracy 0.8732  lr 0.001"),
+        (38, "loss 0.4123  lr 0.001"),
+        (29, "loss 0.4123"),
     ],
 )
 def test_one_run_when_narrow_then_the_least_important_numbers_go(width: int, values: str) -> None:
     _epochs, batches = lines(running(), width=width)
-    assert batches == f"train   234/938  {values}"
+    assert batches == f"train  234/938  {values}"
 
 
 def test_one_run_when_loss_diverges_then_it_is_short() -> None:
@@ -137,6 +137,15 @@ def test_several_runs_when_names_and_numbers_differ_then_columns_are_aligned() -
         assert places[0] == places[1] or word == "/"
     assert len(re.findall(BAR, first)) == len(re.findall(BAR, second)) == 20
     assert re.search(r"min left$", first)
+
+
+def test_several_runs_when_the_first_has_no_values_yet_then_the_loss_is_still_before_the_rate() -> (
+    None
+):
+    first = running("a")
+    first.observe(PhaseStarted(trainer="t", epoch=2, phase=Phase.TRAIN, batches=938))
+    _first, second = lines(first, running("b"), width=119)
+    assert second.index("loss") < second.index("lr")
 
 
 @pytest.mark.parametrize(
