@@ -16,16 +16,13 @@ from functools import partial
 from inspect import isclass, signature
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anyio
-
-from fitloop._bench.benchmark import benchmark
-from fitloop._bench.report import BenchReport
 from fitloop._cli.common import print_line
 from fitloop._errors import ConfigurationError, quoted_list
-from fitloop._trainer.fitloop import FitLoop
-from fitloop._trainer.sync import SyncFitLoop
+
+if TYPE_CHECKING:
+    from fitloop._bench.report import BenchReport
 
 ABOUT = """\
 Time the train phase of your own trainer, and advise changes. The report shows the cost of
@@ -83,6 +80,10 @@ def _argument(text: str) -> tuple[str, Any]:
 
 def run(options: argparse.Namespace) -> int:
     """Run the benchmark and print its report; return the exit status."""
+    import anyio
+
+    from fitloop._bench.benchmark import benchmark  # --help needs no torch
+
     # Prints of the script go to stderr, so that the output is JSON and nothing else.
     prints = redirect_stdout(sys.stderr) if options.json else nullcontext()
     with prints, _import_path(options.target) as (module, name):
@@ -131,6 +132,8 @@ def _factory(module_name: str, name: str, arguments: dict[str, Any]) -> Callable
         ConfigurationError: the function does not exist, or takes other arguments.
         Exception: raised by the module, and left as it is.
     """
+    from fitloop import FitLoop, SyncFitLoop
+
     module = _import_module(module_name)
     value: Any = module
     for attribute in name.split("."):

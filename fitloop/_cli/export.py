@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fitloop._checkpointing.snapshot import read_model_weights
 from fitloop._cli.common import print_line
 from fitloop._errors import CheckpointError
-from fitloop._storage.weight_files import write_weights
 
 ABOUT = """\
 Write the weights of a snapshot or of a weights file to OUT. Its suffix sets the format:
@@ -29,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the weights; return the exit status."""
+    from fitloop._checkpointing.snapshot import read_model_weights  # --help needs no torch
+    from fitloop._storage.weight_files import write_weights
+
     path, out = options.file, options.out
     if out.exists() and not options.overwrite:
         raise CheckpointError(f"{out} exists already; give --overwrite to replace it")

@@ -9,13 +9,11 @@ from pathlib import Path
 
 from fitloop._errors import ConfigurationError
 from fitloop._processes.signals import die_with_parent
-from fitloop.backends.launched.launcher import KEY_VARIABLE
-from fitloop.backends.launched.worker import serve_program
 
-ABOUT = f"""\
+ABOUT = """\
 Connect to the program at ADDRESS, train one job for it, and end with the connection. A
 Launcher of fitloop.backends starts this command. The key with which worker and program
-recognize each other is in the environment variable {KEY_VARIABLE}, or in a file."""
+recognize each other is in the environment variable FITLOOP_WORKER_KEY, or in a file."""
 
 EXAMPLES = """\
   fitloop worker node1:45123 --key-file key.txt
@@ -31,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train the job; return the exit status."""
+    from fitloop.backends.launched.launcher import KEY_VARIABLE  # --help needs no torch
+    from fitloop.backends.launched.worker import serve_program
+
     if options.parent is not None:
         die_with_parent(options.parent)
     key = os.environ.pop(KEY_VARIABLE, "")  # not for the processes of the training

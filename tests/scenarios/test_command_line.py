@@ -31,10 +31,12 @@ from support.pseudo_terminal import environment
 
 import fitloop
 from fitloop import Checkpoint, FitResult, Outcome, Phase, read_metrics, read_results
+from fitloop._cli import worker
 from fitloop._cli.main import COMMANDS, main
 from fitloop._runner.outcomes import write_outcome
 from fitloop._storage.job_files import directory_name
 from fitloop._storage.layout import Payload, write_layout
+from fitloop.backends.launched.launcher import KEY_VARIABLE
 from fitloop.loggers import CSV, JSONLines
 
 Out = pytest.CaptureFixture[str]
@@ -131,6 +133,10 @@ def test_module_when_run_then_its_status_is_that_of_the_command(run: Path) -> No
     assert status("plot", str(run), "nothing") == 1
 
 
+def test_help_of_worker_when_read_then_names_the_variable_with_the_key() -> None:
+    assert KEY_VARIABLE in worker.ABOUT
+
+
 @pytest.mark.slow
 def test_command_when_it_only_reads_files_then_torch_is_not_imported(
     run: Path, tmp_path: Path
@@ -138,6 +144,7 @@ def test_command_when_it_only_reads_files_then_torch_is_not_imported(
     weights = sync_trainer(save_path=tmp_path).save("model")
     commands = [
         ["--help"],
+        *([command, "--help"] for command in COMMANDS),
         ["inspect", str(run)],
         ["inspect", str(weights)],
         ["inspect", str(run.parent)],
