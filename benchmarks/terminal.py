@@ -1,9 +1,10 @@
-"""The cost of progress on a terminal, and the delay of a key at the continue question.
+"""The cost of progress on a terminal and of a logger, and the delay of a key at the question.
 
 A program runs in a pseudo-terminal that the benchmark reads like a terminal. Cost: the program
-trains the same small batches with and without progress, in turns; a fit ends after its lines are
-drawn. Keys: two trainers train while a third asks whether to continue. A key is pressed, and the
-time is measured until the program writes it to the terminal.
+trains the same small batches with nothing shown, with progress, and with progress and a CSV logger,
+in turns; a fit ends after its lines are drawn and its rows are written. Keys: two trainers train
+while a third asks whether to continue. A key is pressed, and the time is measured until the program
+writes it to the terminal.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,9 +31,17 @@ from benchmarks.machine import UnsupportedMachineError, machine
 from benchmarks.report import Column, Report, Row, Spread, Table, method_of
 from benchmarks.workloads import DESCRIPTIONS, Batch, make_batches, make_model, make_optimizer
 from fitloop import FitLoop
+from fitloop.loggers import CSV
 
 ROOT = Path(__file__).parents[1]
-SILENT, SHOWN = "progress=False", "fitloop, progress shown"
+SILENT, SHOWN = "verbose=False, log_every=None", "fitloop, progress shown"
+LOGGED = "fitloop, progress shown, CSV, log_every=50"
+SETTINGS: dict[str, dict[str, Any]] = {
+    SILENT: {"verbose": False, "progress": False, "log_every": None},
+    SHOWN: {"log_every": None},
+    LOGGED: {"log_every": 50},
+}
+"""the arguments of each fit; `LOGGED` also has a logger"""
 Seconds = dict[str, list[float]]
 
 
@@ -50,15 +60,17 @@ def make_trainer(batches: list[Batch], name: str | None = None) -> FitLoop:
 # -- in the terminal -------------------------------------------------------------------------------
 
 
-async def compare(rounds: int, count: int) -> Seconds:
-    """Train with and without progress, in turns; the first round warms up."""
+async def compare(rounds: int, count: int, directory: Path) -> Seconds:
+    """Train with each of the `SETTINGS`, in turns; the first round warms up."""
     batches = make_batches("mlp", count)
-    seconds: Seconds = {SILENT: [], SHOWN: []}
+    seconds: Seconds = {name: [] for name in SETTINGS}
     for round_number in range(rounds + 1):
-        for name in (SILENT, SHOWN) if round_number % 2 else (SHOWN, SILENT):
+        names = list(SETTINGS)
+        for name in names if round_number % 2 else reversed(names):
             trainer = make_trainer(batches)
+            callbacks = [CSV(directory / f"{round_number}.csv")] if name == LOGGED else []
             start = time.perf_counter()
-            await trainer.fit(1, progress=name == SHOWN)
+            await trainer.fit(1, callbacks=callbacks, **SETTINGS[name])
             seconds[name].append(time.perf_counter() - start)
     return {name: values[1:] for name, values in seconds.items()}
 
@@ -81,7 +93,8 @@ def run_in_terminal(arguments: list[str]) -> None:
         asyncio.run(ask_beside())
     else:
         rounds, count, out = arguments[1:]
-        Path(out).write_text(json.dumps(asyncio.run(compare(int(rounds), int(count)))))
+        seconds = asyncio.run(compare(int(rounds), int(count), Path(out).parent))
+        Path(out).write_text(json.dumps(seconds))
 
 
 # -- outside the terminal --------------------------------------------------------------------------
@@ -178,24 +191,17 @@ def seconds_until_shown(terminal: int, key: bytes) -> float:
 
 
 def progress_table(seconds: Seconds, count: int) -> Table:
-    pairs = zip(seconds[SHOWN], seconds[SILENT], strict=True)
-    times = {
-        name: Spread.of([each / count * 1e6 for each in values]) for name, values in seconds.items()
-    }
+    rows = []
+    for name, values in seconds.items():
+        figures = {"time": Spread.of([each / count * 1e6 for each in values])}
+        if name != SILENT:
+            pairs = zip(values, seconds[SILENT], strict=True)
+            figures["ratio"] = Spread.of([shown / silent for shown, silent in pairs])
+        rows.append(Row(name=name, figures=figures, ours=name != SILENT))
     return Table(
-        title=f"progress on a terminal; {DESCRIPTIONS['mlp']}",
+        title=f"progress on a terminal, and a logger; {DESCRIPTIONS['mlp']}",
         columns=[Column(name="time", unit="us a batch"), Column(name="ratio", unit="", digits=3)],
-        rows=[
-            Row(name=SILENT, figures={"time": times[SILENT]}),
-            Row(
-                name=SHOWN,
-                figures={
-                    "time": times[SHOWN],
-                    "ratio": Spread.of([shown / silent for shown, silent in pairs]),
-                },
-                ours=True,
-            ),
-        ],
+        rows=rows,
     )
 
 
@@ -216,14 +222,14 @@ def measure(quick: bool = False) -> Report:
     if sys.platform == "win32":
         raise UnsupportedMachineError("there are no pseudo-terminals on Windows")
     count = 1000 if quick else 10_000
-    show_status("with and without progress")
+    show_status("with and without progress and a logger")
     progress = progress_table(progress_times(3 if quick else 15, count), count)
     show_status("keys at the question")
     keys = key_table([key_times(10 if quick else 60) for _ in range(1 if quick else 3)])
     show_status("")
     return Report(
         name="terminal",
-        question="what do progress and the continue question cost?",
+        question="what do progress, a logger and the continue question cost?",
         method=method_of(__doc__),
         tables=[progress, keys],
         machine=machine("prompt_toolkit"),
