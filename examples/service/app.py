@@ -6,6 +6,7 @@
     POST   /trainings               start one: name, model, lr, epochs, ask_every, all optional
     GET    /trainings/{id}          one, with its metrics so far
     DELETE /trainings/{id}          cancel it; it ends at a batch boundary
+    POST   /trainings/{id}/resume   continue it, when it was cancelled or has failed
     POST   /trainings/{id}/answer   {"epoch": 4, "go_on": true}, to the question after that epoch
     GET    /trainings/{id}/weights  its weights as a file, when it is done
     GET    /trainings/{id}/events   its events from the first to the last, as server-sent events
@@ -69,6 +70,7 @@ def make_app(options: Options, hosts: Sequence[str] = ()) -> Starlette:
             Route("/trainings", start, methods=["POST"]),
             Route("/trainings/{id}", show),
             Route("/trainings/{id}", cancel, methods=["DELETE"]),
+            Route("/trainings/{id}/resume", resume, methods=["POST"]),
             Route("/trainings/{id}/answer", answer, methods=["POST"]),
             Route("/trainings/{id}/weights", weights),
             Route("/trainings/{id}/events", events),
@@ -105,6 +107,11 @@ async def cancel(request: Request) -> Response:
     trainings = trainings_of(request)
     training = trainings.get(request.path_params["id"])
     trainings.cancel(training)
+    return JSONResponse(training.as_dict(), 202)
+
+
+async def resume(request: Request) -> Response:
+    training = await trainings_of(request).resume(request.path_params["id"])
     return JSONResponse(training.as_dict(), 202)
 
 

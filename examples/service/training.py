@@ -22,6 +22,7 @@ from service.feed import Feed, json_ready
 from service.settings import Settings, read_settings
 
 OVER = ("done", "failed", "cancelled")
+RESUMABLE = ("failed", "cancelled")
 KEPT = ("status", "epoch", "metrics", "best", "result", "error", "seconds", "weights")
 """the attributes in a record, besides the settings"""
 

@@ -33,7 +33,7 @@ from service.feed import Feed, Message, permanent_text, replaceable_text
 from service.records import Records, log, read_epochs
 from service.settings import BadRequestError, Settings, as_text, refusal
 from service.trainers import export_weights, make_trainer
-from service.training import OVER, Question, Training
+from service.training import OVER, RESUMABLE, Question, Training
 
 NICE = 10
 """niceness of worker processes: requests come first when all cores train"""
@@ -126,15 +126,18 @@ class Trainings:
             self._trainings += 1
             number = self._trainings
             training = Training(number=number, settings=settings, feed=Feed(self.feed.service))
-            try:
-                await self._records.write(number, training.record())
-            except OSError as error:
-                raise refusal(507, f"the training cannot be kept on disk: {error}") from error
+            await self._keep(training)
             if self._closing:
                 await self._records.remove(number)
             self._refuse_at_the_end()
             self._start(training)
         return training
+
+    async def _keep(self, training: Training) -> None:
+        try:
+            await self._records.write(training.number, training.record())
+        except OSError as error:
+            raise refusal(507, f"the training cannot be kept on disk: {error}") from error
 
     def answer(self, training: Training, epoch: int, go_on: bool) -> None:
         """Answer the open question. Raises BadRequestError if it is not open (any more)."""
@@ -159,6 +162,31 @@ class Trainings:
         training.is_cancelled = True
         self._send(training, {"kind": "cancelling"})
         training.job.cancel()
+
+    async def resume(self, number: str) -> Training:
+        """Continue a training that was cancelled or has failed, from its last snapshot.
+
+        Raises:
+            BadRequestError: it goes on, or is done, or cannot be kept.
+        """
+        async with self._submitting:
+            self._refuse_at_the_end()
+            old = self.get(number)
+            if old.status not in RESUMABLE or not old.over.is_set():
+                raise refusal(
+                    409,
+                    f"training {old.number} is {old.status}; expected one that was cancelled or "
+                    "has failed",
+                )
+            feed = Feed(self.feed.service)
+            training = Training(number=old.number, settings=old.settings, feed=feed)
+            training.resume(await read_epochs(self._records.directory_of(old.number)))
+            await self._keep(training)
+            if old.job is not None:  # of this service
+                self._runner.forget(old.job.name)
+            self.feed.forget(old.number)
+            self._start(training)
+        return training
 
     async def weights(self, training: Training) -> Path:
         """Return a file with the weights of a training.

@@ -160,6 +160,28 @@ async def test_cancel_when_a_question_is_open_then_the_question_is_closed() -> N
     assert (over["status"], over["question"]) == ("cancelled", None)
 
 
+async def test_resume_when_cancelled_then_it_goes_on_to_the_values_of_one_that_was_not() -> None:
+    async with run_service(max_concurrent=1) as service:
+        await service.start(epochs=3)
+        await service.everything(1)
+        await service.start(epochs=3, ask_every=2)
+        await service.until(2, "prompt_asked")
+        refused = await service.client.post("/trainings/2/resume")
+        await service.client.delete("/trainings/2")
+        assert (await service.everything(2))[-1]["status"] == "cancelled"
+        resumed = await service.client.post("/trainings/2/resume")
+        await service.until(2, "prompt_asked")
+        await service.answer(2, 2, True)
+        messages = await service.everything(2)
+        done = await service.client.post("/trainings/2/resume")
+        first, second = [await service.get(f"/trainings/{number}") for number in (1, 2)]
+    assert (refused.status_code, done.status_code) == (409, 409)
+    assert "is running; expected one that was cancelled" in refused.text
+    assert (resumed.status_code, resumed.json()["epoch"]) == (202, 2)
+    assert messages[-1]["status"] == second["status"] == "done"
+    assert second["metrics"] == first["metrics"]
+
+
 async def test_training_when_it_diverges_then_it_failed_and_says_why() -> None:
     async with run_service() as service:
         await service.start(lr=900, model="medium")

@@ -58,7 +58,7 @@ async function act(training, method, path, body) {
   const told = await send(method, `/trainings/${training.id}${path}`, body);
   if (told.problems) {
     training.problem = told.problems.map((problem) => problem.message).join(" ");
-    training.answered = training.cancelling = false;
+    training.answered = training.cancelling = training.resuming = false;
   }
   draw();
 }
@@ -76,6 +76,12 @@ $("cancel").onclick = () => {
   const training = chosen();
   training.cancelling = true;
   act(training, "DELETE", "");
+};
+
+$("resume").onclick = () => {
+  const training = chosen();
+  training.resuming = true;  // until the service tells it anew
+  act(training, "POST", "/resume");
 };
 
 function forgetProblems() {  // the service is there again
@@ -167,6 +173,8 @@ function drawDetail(training) {
   $("cancel").hidden = isOver(training);
   $("cancel").disabled = Boolean(training.cancelling);
   $("cancel").textContent = training.cancelling ? "Cancelling…" : "Cancel";
+  $("resume").hidden = !["cancelled", "failed"].includes(training.status);
+  $("resume").disabled = Boolean(training.resuming);
   $("weights").hidden = !training.weights;
   $("weights").href = training.weights || "";
   say($("at"), whereIs(training));
