@@ -151,9 +151,12 @@ class GradientGuard:
             return self.checks_finite and self._are_bad(optimizer, gradients)
         self._refuse_scaled(optimizer)
         if callable(self._clip):
-            self._keep_norm(self._clip(parameters_of(optimizer)))
+            norm = self._clip(parameters_of(optimizer))
+            self._keep_norm(norm if type(norm) is Tensor else whole(norm))
             return self.checks_finite and self._are_bad(optimizer, gradients_of(optimizer))
-        norm = whole(get_total_norm(gradients))
+        norm = get_total_norm(gradients)
+        if type(norm) is not Tensor:  # of gradients that are split over the ranks
+            norm = whole(norm)
         # Looked at before clipping, which would make all gradients NaN.
         if self.checks_finite and self._are_bad(optimizer, gradients, norm):
             return True
@@ -287,9 +290,7 @@ class GradientGuard:
         if norm is None:  # of a function that does not compute one
             return
         state = self._state
-        norm = (
-            whole(norm.detach()) if isinstance(norm, Tensor) else torch.tensor(norm, device="cpu")
-        )
+        norm = norm.detach() if isinstance(norm, Tensor) else torch.tensor(norm, device="cpu")
         if self._norm_batch == state.batch_num:
             norm = torch.hypot(norm, state.grad_norm.to(norm))
         state.grad_norm, self._norm_batch = norm, state.batch_num

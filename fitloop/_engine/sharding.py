@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +18,9 @@ from torch.optim import Optimizer
 from fitloop._errors import ConfigurationError, one_line
 from fitloop._ranks.shards import split_like
 from fitloop._ranks.world import World
+
+_worlds: WeakKeyDictionary[nn.Module, World] = WeakKeyDictionary()
+"""the block in which each model was split"""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -86,7 +90,13 @@ def shard_with(config: Any, world: World, split: Callable[[Any], Any]) -> Any:
 
 
 def check_shards(config: Any, world: World) -> None:
-    """Raise ConfigurationError unless all parameters are split over all ranks."""
+    """Raise ConfigurationError unless all parameters are split over all ranks of this block."""
+    if _worlds.setdefault(config.model, world) is not world:
+        raise ConfigurationError(
+            "the parameters of the model were split over the ranks in an earlier block of world(), "
+            "whose connections have ended; build model, optimizer and trainer anew in this block, "
+            "and load() or fit(resume=True) the state"
+        )
     for name, parameter in config.model.named_parameters():
         mesh = getattr(parameter, "device_mesh", None)
         if mesh is None or mesh.size() != world.size:

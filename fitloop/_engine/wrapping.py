@@ -46,6 +46,7 @@ def wrapped(config: Any, world: World) -> DistributedDataParallel | None:
         return None
     if parallel == "fsdp":
         shard(config, world)
+        check_shards(config, world)
         return None
     trained = [name for name, p in config.model.named_parameters() if p.requires_grad]
     wrapper: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from support.models import FEATURES, mlp
 from torch import nn
 
-from fitloop import ConfigurationError, FitLoop
-from fitloop._engine.sharding import _blocks
+from fitloop import ConfigurationError, FitLoop, World
+from fitloop._engine.sharding import _blocks, check_shards
 
 
 class Scaled(nn.Module):
@@ -69,6 +70,14 @@ def test_parallel_when_unknown_then_the_choices_are_named() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     with pytest.raises(ConfigurationError, match="'tp'; expected None, 'ddp', 'fsdp', or a func"):
         FitLoop(model, optimizer, parallel="tp")  # type: ignore[arg-type]
+
+
+def test_split_model_when_in_a_second_world_then_is_refused() -> None:
+    config, world = SimpleNamespace(model=nn.Tanh()), World(1.0)
+    check_shards(config, world)
+    check_shards(config, world)
+    with pytest.raises(ConfigurationError, match=r"in an earlier block of world\(\)"):
+        check_shards(config, World(1.0))
 
 
 def test_blocks_when_in_lists_then_are_the_outermost_with_parameters() -> None:
