@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, Self, SupportsIndex
@@ -611,9 +611,14 @@ def is_scheduler_function(item: Any) -> bool:
 def needs_closure(optimizer: Any) -> bool:
     """Return whether ``step()`` of an optimizer needs a closure, as that of LBFGS does."""
     step = getattr(type(optimizer), "step", None)  # a scheduler replaces that of the instance
+    return step is not None and _needs_argument(step)
+
+
+@lru_cache
+def _needs_argument(method: Any) -> bool:
+    """Return whether a method needs an argument besides ``self``."""
     try:
-        if step is not None:
-            inspect.signature(step).bind(optimizer)
+        inspect.signature(method).bind(None)
     except TypeError:
         return True
     except ValueError:  # a built-in function that has no signature

@@ -146,6 +146,10 @@ def _names(code: CodeType) -> set[str]:
     return names
 
 
+_CODE = (torch.jit.ScriptFunction, nn.Module, functools.partial, MethodType, FunctionType)
+"""what `CodeTraits` looks at"""
+
+
 class CodeTraits:
     """Properties of the code of a run that decide whether its steps can be intercepted.
 
@@ -172,10 +176,10 @@ class CodeTraits:
         return any(not (train and module.training) for module in self._watching)
 
     def _visit(self, item: object) -> None:
-        if id(item) in self._visited or self.is_opaque:
+        kind: Any = type(item)  # isinstance would run code of the user's proxies
+        if not issubclass(kind, _CODE) or id(item) in self._visited or self.is_opaque:
             return
         self._visited.add(id(item))
-        kind: Any = type(item)  # isinstance would run code of the user's proxies
         value: Any = item
         if issubclass(kind, torch.jit.ScriptFunction):
             self.is_opaque = True

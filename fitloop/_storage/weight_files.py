@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -41,6 +41,7 @@ def are_one_file(name: str, other: str) -> bool:
     return _comparable(name) == _comparable(other)
 
 
+@lru_cache
 def _comparable(name: str) -> str:
     return normalize("NFC", str(Path(with_suffix(name)))).casefold()
 

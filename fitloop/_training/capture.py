@@ -42,6 +42,8 @@ STATELESS = (
 )
 """objects that have no state of a training, and may change"""
 _ATOMS = frozenset(_CONSTANTS)
+_CONTAINERS = frozenset((dict, OrderedDict, list, deque, set, tuple, frozenset))
+_CLEARABLE: Any = _CONTAINERS - {tuple, frozenset}
 _MAX_WATCHED_DEPTH, _MAX_WATCHED_ITEMS = 3, 100
 
 
@@ -70,9 +72,12 @@ class Capture:
         self._restores: list[tuple[str, Restore]] = []
         self._loads: list[tuple[str, Restore]] = []
         """restorations by ``load_state_dict``, which may replace the objects in attributes"""
+        self._empty: list[Any] = []
+        """containers without content, such as most of the hooks of a module"""
         self._watched: list[tuple[str, object, object]] = []
         self._roots = {id(root) for root in roots.values()}
         self._walk(list(roots.items()))
+        self._restores.append(("an empty container", partial(_clear_all, self._empty)))
 
     def check(self, call: str) -> None:
         """Raise `RestoreError`, for a ``call`` that changed nothing yet, if there are problems."""
@@ -118,8 +123,11 @@ class Capture:
             self._visited[id(value)] = value
             is_covered = covered.get(id(value), False)
             try:
-                is_covered |= self._capture_state_dict(path, value)
-                children = self._capture(path, value, is_covered)
+                if type(value) in _CONTAINERS:
+                    children = self._capture_container(path, value)
+                else:
+                    is_covered |= self._capture_state_dict(path, value)
+                    children = self._capture(path, value, is_covered)
             except Exception as error:
                 self.problems.append(f"{path}, a {_kind(value)} ({one_line(error)})")
                 continue
@@ -158,11 +166,19 @@ class Capture:
         if isinstance(value, dict):
             pairs = list(value.items())
             self._restores.append((path, lambda: set_pairs(value, pairs)))
-            return [(f"{path}.{_key(k)}", v) for k, v in pairs if type(v) not in _ATOMS]
+            return [(f"{path}.{_key(k)}", v) for k, v in pairs if self._has_content(v)]
         items = list(value)
         if not isinstance(value, (tuple, frozenset)):
             self._restores.append((path, lambda: set_items(value, items)))
-        return [(f"{path}[{i}]", v) for i, v in enumerate(items) if type(v) not in _ATOMS]
+        return [(f"{path}[{i}]", v) for i, v in enumerate(items) if self._has_content(v)]
+
+    def _has_content(self, value: Any) -> bool:
+        """Return whether an object must be captured by itself; note it if it is only empty."""
+        kind = type(value)
+        if kind in _CLEARABLE and not value:
+            self._empty.append(value)
+            return False
+        return kind not in _ATOMS
 
     def _capture_generator(self, path: str, value: Any) -> bool:
         """Capture a random generator; return whether ``value`` is one."""
@@ -274,6 +290,11 @@ def copy_values(
         copied = deque((copy_values(item, copy_tensor, memo) for item in value), value.maxlen)
     memo[id(value)] = copied
     return copied
+
+
+def _clear_all(containers: list[Any]) -> None:
+    for container in containers:
+        container.clear()
 
 
 def set_pairs(mapping: Any, pairs: list[tuple[Any, Any]]) -> None:

@@ -50,19 +50,21 @@ class AttributeWatch:
     """Finds the attributes that changed in the objects that can be reached from ``roots``.
 
     Compared are numbers, text and containers of them. With ``saved_memory``, which returns that of
-    tensors that are part of the state already, also other tensors and arrays.
+    tensors that are part of the state already, also other tensors and arrays. A ``search`` that was
+    made just now, of the same roots, is not repeated.
     """
 
     def __init__(
         self,
         roots: Mapping[str, object],
         saved_memory: Callable[[], Collection[object]] | None = None,
+        search: StateSearch | None = None,
     ) -> None:
         self._roots, self._saved_memory = roots, saved_memory
         memory = saved_memory and saved_memory()
         self._before = {
             (path, name): (_frozen(value, memory), _copied(value))
-            for path, item in self._compared()
+            for path, item in self._compared(search or self.search())
             for name, value in _watched(item)
         }
 
@@ -70,24 +72,26 @@ class AttributeWatch:
         """Search again, since the objects may be others now."""
         return StateSearch(self._roots)
 
-    def _compared(self) -> list[tuple[str, Any]]:
+    def _compared(self, search: StateSearch) -> list[tuple[str, Any]]:
         """Return the roots, modules, and objects of the user's own code, with their paths."""
         return [
             (path, item)
-            for path, item in self.search().objects.items()
+            for path, item in search.objects.items()
             if path in self._roots
             or isinstance(item, nn.Module)
             or not _is_installed(type(item).__module__)
         ]
 
-    def changes(self) -> Iterator[tuple[str, Any, dict[str, Any], list[str]]]:
+    def changes(
+        self, search: StateSearch | None = None
+    ) -> Iterator[tuple[str, Any, dict[str, Any], list[str]]]:
         """Yield path and object, its attributes that changed, and the names of lost ones.
 
         Lost are containers that have become too large. Objects in attributes are not: those of the
         user's own code are compared by themselves.
         """
         saved_memory = self._saved_memory and self._saved_memory()
-        for path, item in self._compared():
+        for path, item in self._compared(search or self.search()):
             changed, lost = {}, []
             for name, value in _watched(item):
                 before = self._before.get((path, name), (_MISSING, None))[0]
@@ -134,8 +138,9 @@ class ObjectState:
             stages = {name: getattr(config, name) for name in STAGE_NAMES.values()}
             roots |= {name: stage for name, stage in stages.items() if stage is not None}
             # Without a reference to this object, which the collector would have to find.
-            self._watch = AttributeWatch(roots, functools.partial(_saved_memory, config))
-            self._marks = self._marks_now(self._watch.search())
+            memory, search = functools.partial(_saved_memory, config), StateSearch(roots)
+            self._watch = AttributeWatch(roots, memory, search)
+            self._marks = self._marks_now(search)
         return self._watch
 
     def _marks_now(self, search: StateSearch) -> dict[str, object]:
@@ -172,9 +177,10 @@ class ObjectState:
     def lost(self) -> list[str]:
         """Return the names of states that changed and cannot be restored."""
         watch = self.begin()
-        marks, before = self._marks_now(watch.search()), self._marks
+        search = watch.search()
+        marks, before = self._marks_now(search), self._marks
         return [
-            *(f"{path}.{name}" for path, _item, _, lost in watch.changes() for name in lost),
+            *(f"{path}.{name}" for path, _item, _, lost in watch.changes(search) for name in lost),
             *(path for path, mark in marks.items() if mark != before.get(path)),
         ]
 
@@ -197,15 +203,16 @@ class ObjectState:
     def state_dict(self) -> dict[str, Any]:
         """See `StatePart`."""
         watch = self.begin()
+        search = watch.search()
         state = {
             "generators": {
                 path: generator_state(holder)
-                for path, holder in watch.search().holders.items()
+                for path, holder in search.holders.items()
                 if is_generator(holder)
             },
             "attributes": {
                 path: changed
-                for path, _item, changed, _lost in watch.changes()
+                for path, _item, changed, _lost in watch.changes(search)
                 if changed and not self._is_left_out(path)
             },
         }
