@@ -31,6 +31,8 @@ from fitloop import FitLoop, Runner
 
 Make = Callable[[], FitLoop]
 EPOCHS = 2
+SHORT = 200
+"""batches of an epoch of a training that is not much longer than the start of its worker"""
 _rounds = itertools.count()
 """counts the rounds of this process, to alternate their order"""
 
@@ -163,6 +165,7 @@ def compare(workload: Workload) -> Figures:
 def workloads(quick: bool) -> list[Workload]:
     cnn = partial(network, "cnn", 15 if quick else 40)
     small = partial(network, "mlp", 300 if quick else 1500)
+    short = partial(network, "mlp", SHORT)
     waits = partial(waiting_trainer, 20 if quick else 40, 0.02)
     waits_less = partial(waiting_trainer, 40 if quick else 100, 0.005)
     return [
@@ -180,6 +183,7 @@ def workloads(quick: bool) -> list[Workload]:
         Workload(name="two small", make=small, aim=0.95),
         Workload(name="two small, seeded", make=partial(small, seed=0), in_quick_run=False),
         Workload(name="two small, in processes", make=small, in_processes=True, aim=1.5),
+        Workload(name="two small and short, in processes", make=short, in_processes=True, aim=1.8),
         Workload(name="four small", make=small, number=4),
     ]
 

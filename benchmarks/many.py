@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import machine
-from benchmarks.report import Column, Report, Row, Spread, Table, method_of
+from benchmarks.report import Aim, Column, Report, Row, Spread, Table, method_of
 from fitloop import FitLoop, Runner
 
 LENGTHS = (8, 200)
 """batches of a training"""
+AIMS = {8: ("added", 1.0), 200: ("ratio", 1.05)}
+"""column and limit of the aim for each length, one training at a time"""
 
 
 @cache
@@ -155,6 +157,7 @@ def cost_table(batches: int, times: Times) -> Table:
             figures["added"] = Spread.of([runner - bare for runner, bare in pairs])
             figures["ratio"] = Spread.of([runner / bare for runner, bare in pairs])
         rows.append(Row(name=name, figures=figures, ours=name != "bare loop"))
+    column, limit = AIMS[batches]
     return Table(
         title=f"a training of {batches} batches, with its model and optimizer",
         columns=[
@@ -165,6 +168,7 @@ def cost_table(batches: int, times: Times) -> Table:
         ],
         rows=rows,
         chart="processor",
+        aims=[Aim(row="one at a time", column=column, limit=limit)],
     )
 
 

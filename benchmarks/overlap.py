@@ -48,7 +48,7 @@ from benchmarks.harness import (
 from benchmarks.harness import measure as in_turns
 from benchmarks.machine import machine
 from benchmarks.peers import PEERS, Train
-from benchmarks.report import Column, Report, Row, Spread, Table, method_of
+from benchmarks.report import Aim, Column, Report, Row, Spread, Table, method_of
 from benchmarks.workloads import CLASSES, Batch, make_optimizer
 
 Kind = Literal["waits", "decompresses", "computes in Python"]
@@ -317,6 +317,12 @@ def ideal_ratio(measured: Measurements, name: str) -> Spread:
     return Spread.of([time / longer for time, longer in pairs])
 
 
+AIMS: dict[Kind, list[Aim]] = {
+    "decompresses": [Aim(row="fitloop", column="all cells", limit=1.03)],
+    "computes in Python": [Aim(row="fitloop, in a process", column="all cells", limit=1.1)],
+}
+
+
 def table(kind: Kind, cells: dict[Cell, Measurements], skipped: Mapping[str, str]) -> Table:
     """Return the ratios of all cells of a kind, for the contenders that have all of them."""
     common = set.intersection(*(set(measured.rounds) for measured in cells.values()))
@@ -345,6 +351,7 @@ def table(kind: Kind, cells: dict[Cell, Measurements], skipped: Mapping[str, str
         ],
         rows=rows,
         heat=[cell.name for cell in cells],
+        aims=AIMS.get(kind, []),
         notes=[
             _alone_note(cells, LOAD_ALONE, "load"),
             _alone_note(cells, STEP_ALONE, "step"),

@@ -70,7 +70,7 @@ def markdown(table: Table) -> str:
         cells = [f"**{row.name}**" if row.ours else row.name]
         cells += [cell.replace("  ", " ") for cell in table.cells(row)]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *table.notes])
+    return "\n".join([*lines, "", *table.remarks])
 
 
 if __name__ == "__main__":

@@ -78,6 +78,16 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aim:
+    """The limit that the median of one figure is to keep."""
+
+    row: str
+    column: str
+    limit: float
+    """the largest value, or the smallest where more is better"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """Contenders that were measured in the same rounds."""
 
@@ -89,11 +99,28 @@ class Table:
     heat: list[str] = field(default_factory=list)
     """names of the columns that are drawn as a map of coloured cells; 1 is the ideal"""
     notes: list[str] = field(default_factory=list)
+    aims: list[Aim] = field(default_factory=list)
+
+    @property
+    def remarks(self) -> list[str]:
+        """The notes, and for each aim a line that says whether it was reached."""
+        return [*self.notes, *map(self._judgement, self.aims)]
+
+    def _judgement(self, aim: Aim) -> str:
+        column = next(column for column in self.columns if column.name == aim.column)
+        bound = "at least" if column.better == "more" else "at most"
+        text = f"Aim for {aim.row}, {aim.column}: {bound} {aim.limit:g} {column.unit}".rstrip()
+        for row in self.rows:
+            if row.name == aim.row:
+                difference = row.figures[aim.column].median - aim.limit
+                is_missed = difference < 0 if column.better == "more" else difference > 0
+                return f"{text}; {'missed' if is_missed else 'reached'}."
+        return f"{text}; not measured."
 
     def text(self) -> str:
         heads = ["", *(column.head for column in self.columns)]
         rows = [[row.name, *self.cells(row)] for row in self.rows]
-        return "\n".join([self.title, TextTable(heads, rows).text(), *self.notes])
+        return "\n".join([self.title, TextTable(heads, rows).text(), *self.remarks])
 
     def cells(self, row: Row) -> list[str]:
         """Return the figures of a row as text; a missing figure is an empty text."""
@@ -155,4 +182,5 @@ def _table(data: dict[str, Any]) -> Table:
         )
         for row in data["rows"]
     ]
-    return Table(**{**data, "columns": columns, "rows": rows})
+    aims = [Aim(**aim) for aim in data.get("aims", ())]
+    return Table(**{**data, "columns": columns, "rows": rows, "aims": aims})

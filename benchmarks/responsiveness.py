@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from benchmarks.harness import Contender, Figures
 from benchmarks.harness import measure as in_turns
 from benchmarks.heartbeat import LAG_COLUMNS, lag_figures, measure_lags
 from benchmarks.machine import machine
-from benchmarks.report import Column, Report, Row, Table, method_of
+from benchmarks.report import Aim, Column, Report, Row, Table, method_of
 from benchmarks.snapshots import make_trainer, state_to_save
 from benchmarks.workloads import (
     DESCRIPTIONS,
@@ -40,6 +40,9 @@ from fitloop import FitLoop, LoopState, Runner, default_batch_step
 
 IDLE = "idle loop"
 STRAIGHT = "straight on the loop"
+FOUR = "fitloop, four in a Runner"
+AIM = Aim(row=FOUR, column="p99", limit=2)
+"""beside four trainings of the small MLP"""
 BUSY = 20_000
 """iterations of Python code in a step that keeps the interpreter busy for about a millisecond"""
 
@@ -210,7 +213,11 @@ TableAndSkipped = tuple[Table, dict[str, str]]
 
 
 def table(
-    title: str, contenders: list[Contender], rounds: int, columns: list[Column]
+    title: str,
+    contenders: list[Contender],
+    rounds: int,
+    columns: list[Column],
+    aims: Sequence[Aim] = (),
 ) -> TableAndSkipped:
     measured = in_turns(contenders, rounds)
     names = [contender.name for contender in contenders]
@@ -223,7 +230,8 @@ def table(
         for name, rounds in ((name, measured.rounds.get(name)) for name in names)
         if rounds
     ]
-    return Table(title=title, columns=columns, rows=rows, chart="p99"), measured.skipped
+    table = Table(title=title, columns=columns, rows=rows, chart="p99", aims=list(aims))
+    return table, measured.skipped
 
 
 def one_training(title: str, kind: Kind, python: bool, count: int, rounds: int) -> TableAndSkipped:
@@ -246,7 +254,7 @@ def one_training(title: str, kind: Kind, python: bool, count: int, rounds: int) 
 
 def four_trainings(kind: Kind, count: int, rounds: int) -> TableAndSkipped:
     trainings: dict[str, Four] = {
-        "fitloop, four in a Runner": four_with_a_runner,
+        FOUR: four_with_a_runner,
         "by hand, four in to_thread": four_in_threads,
     }
     contenders = [
@@ -254,7 +262,8 @@ def four_trainings(kind: Kind, count: int, rounds: int) -> TableAndSkipped:
         for name, train in trainings.items()
     ]
     title = f"beside four trainings at once; {DESCRIPTIONS[kind]}"
-    return table(title, contenders, rounds, [*LAG_COLUMNS, TIME])
+    aims = [AIM] if kind == "mlp" else []
+    return table(title, contenders, rounds, [*LAG_COLUMNS, TIME], aims)
 
 
 def saving(megabytes: int, rounds: int) -> TableAndSkipped:

@@ -33,7 +33,17 @@ from benchmarks.harness import (
     skipped_only_in,
 )
 from benchmarks.page import COSTS, PAGE, RESULTS, ROOT, page, stored_reports
-from benchmarks.report import ABSENT, OUTDATED, Column, Report, Row, Spread, Table, method_of
+from benchmarks.report import (
+    ABSENT,
+    OUTDATED,
+    Aim,
+    Column,
+    Report,
+    Row,
+    Spread,
+    Table,
+    method_of,
+)
 from fitloop._processes.fork_server import ForkedProcess
 
 MACHINE = {"processor": "made up", "cores": 2}
@@ -72,6 +82,11 @@ def sample_report() -> Report:
         ],
         chart="time",
         notes=["Not in this table: other, it cannot."],
+        aims=[
+            Aim(row="fitloop", column="ratio", limit=1.05),
+            Aim(row="fitloop", column="time", limit=1200),
+            Aim(row="absent", column="time", limit=1000.5),
+        ],
     )
     cells = Table(
         title="grid",
@@ -122,8 +137,22 @@ def test_report_when_as_text_then_has_all_figures_and_notes() -> None:
     assert lines[4] == "bare     1,200  (1,100 to 1,300)"
     assert lines[5] == "fitloop                    1,250  1.04  (1.00 to 1.10)"
     assert lines[6] == "Not in this table: other, it cannot."
-    assert lines[10] == "bare  1.50  1.50  (1.40 to 1.60)"
+    assert lines[7] == "Aim for fitloop, ratio: at most 1.05; reached."
+    assert lines[8] == "Aim for fitloop, time: at most 1200 us; missed."
+    assert lines[9] == "Aim for absent, time: at most 1000.5 us; not measured."
+    assert lines[13] == "bare  1.50  1.50  (1.40 to 1.60)"
     assert lines[-1] == "skipped: absent (other is not installed)"
+
+
+@pytest.mark.parametrize(("speed", "judgement"), [(1.7, "missed"), (1.8, "reached")])
+def test_aim_when_more_is_better_then_less_misses_it(speed: float, judgement: str) -> None:
+    table = Table(
+        title="at once",
+        columns=[Column(name="speed-up", unit="x", better="more")],
+        rows=[Row(name="two", figures={"speed-up": Spread.of([speed])})],
+        aims=[Aim(row="two", column="speed-up", limit=1.8)],
+    )
+    assert table.remarks == [f"Aim for two, speed-up: at least 1.8 x; {judgement}."]
 
 
 def test_report_when_several_were_skipped_then_one_paragraph_groups_them() -> None:
@@ -155,6 +184,7 @@ def test_page_when_made_then_tables_are_markdown_and_ours_are_bold() -> None:
     assert "|  | time, us | ratio |" in lines
     assert "| bare | 1,200 (1,100 to 1,300) |  |" in lines
     assert "| **fitloop** | 1,250 | 1.04 (1.00 to 1.10) |" in lines
+    assert "Aim for fitloop, ratio: at most 1.05; reached." in lines
     assert "- fitloop: is ours." in lines
     assert "- Not measured: absent, other is not installed." in lines
     assert "Measured on: processor made up, cores 2." in lines

@@ -311,6 +311,21 @@ def references(item: Any) -> list[int]:
     return [id(getattr(item, name)) for name in names if hasattr(item, name)]
 
 
+@pytest.mark.parametrize("kind", [dict, OrderedDict, list, set, deque])
+def test_restore_when_an_empty_container_was_filled_then_is_the_same_and_empty(kind: Any) -> None:
+    container = kind()
+    module = holder(own=container, inside={"deep": [container]})
+    capture = Capture({"model": module})
+    module.register_forward_hook(lambda *_: None)
+    for _repeated in range(2):
+        container.update({1: 2}) if hasattr(container, "update") else container.append(1)
+        assert container
+        capture.restore()
+        assert module.own is module.inside["deep"][0] is container
+        assert not container
+        assert not module._forward_hooks
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_restore_when_a_scheduler_stepped_then_its_rates_are_those_without(name: str) -> None:
     def rates(check: bool) -> list[float]:
