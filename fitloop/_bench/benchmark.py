@@ -45,7 +45,9 @@ async def benchmark(
         print(await fitloop.benchmark(trainer))
 
     A hand-written loop and fitloop run the same steps, on the trainer's loader and on batches in
-    memory. The variants take turns, round after round. ``docs/bench.md`` explains each figure.
+    memory. The variants take turns, round after round. ``docs/bench.md`` explains each figure. One
+    of them reads the loader in a process, which imports a script that calls this: put the call
+    below ``if __name__ == "__main__":``.
 
     Afterwards everything is as before, as after `FitLoop.run_profiler`, also after an error or a
     cancellation. ``preloop`` and ``postloop`` are called once, ``train_epoch_start`` in every pass.
