@@ -17,6 +17,7 @@ from fitloop._display.console import can_draw
 from fitloop._engine.config import check_optional, check_seconds
 from fitloop._errors import ConfigurationError
 from fitloop._format import printable
+from fitloop._processes.child import refuse_while_importing
 from fitloop._public import public
 from fitloop._run.fit_options import fit_option
 from fitloop._run.launch import dry_plan, launch
@@ -75,8 +76,10 @@ async def benchmark(
         ConfigurationError: an argument cannot work, or the loader can be read only once.
         MissingLoaderError: there is no ``train_dl``.
         FitLoopError: the benchmark was stopped before its first round had ended.
+        RuntimeError: this process is a new one that only imports the program's script.
         Exception: raised by a stage function or loader; the same object, with a note.
     """
+    refuse_while_importing("benchmark() was called")
     request = BenchRequest(
         batches=check_optional("batches", batches, 2, meaning="of each variant in a round"),
         rounds=check_optional("rounds", rounds, 1),

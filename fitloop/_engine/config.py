@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
@@ -251,6 +251,8 @@ class TrainerConfig:
     """the model as it was given, perhaps compiled"""
     stateful: dict[str, Any]
     metrics: dict[str, Any]
+    untrained: set[str] = field(default_factory=set, init=False)
+    """names of the parameters that a warning has said to be of no optimizer"""
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> Self:
@@ -361,6 +363,14 @@ class TrainerConfig:
             has_groups = isinstance(getattr(optimizer, "param_groups", None), list)
             _expect(has_groups, "optimizer", optimizer, "a torch optimizer or a list of them")
             self._check_closure(optimizer)
+        self.check_parameters()
+
+    def check_parameters(self) -> None:
+        """Compare the parameters of the optimizers with the model's, which a user may replace.
+
+        Raises:
+            ConfigurationError: the optimizers hold none of the model's parameters.
+        """
         named = dict(self.model.named_parameters())
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         optimized = {id(parameter) for group in groups for parameter in group["params"]}
@@ -372,7 +382,8 @@ class TrainerConfig:
         modules = (self.model, self.loss_function, *self.stateful.values())
         in_modules = {id(p) for m in modules if isinstance(m, nn.Module) for p in m.parameters()}
         left_out = [name for name, p in named.items() if p.requires_grad and id(p) not in optimized]
-        if left_out and optimized - in_modules:
+        if optimized - in_modules and not self.untrained.issuperset(left_out):
+            self.untrained.update(left_out)
             warn_user(
                 f"no optimizer holds the parameters {quoted_list(left_out[:4])}"
                 f"{' ...' if len(left_out) > 4 else ''} of the model, which stay as they are, and "

@@ -36,6 +36,16 @@ _connections: weakref.WeakSet[Any] = weakref.WeakSet()
 """ends of pipes that this process has open"""
 
 
+def refuse_while_importing(what: str) -> None:
+    """Raise RuntimeError in a new process that is only importing the program's script."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            f"{what} while a new process imported the program's script, as each process of fitloop "
+            "does: the script would train everything in each of them. Put what the script runs "
+            "into `if __name__ == '__main__':`"
+        )
+
+
 @cache
 def _register_exit_hooks() -> None:
     """Make processes end with this one; called before the first one starts."""

@@ -54,6 +54,7 @@ async def launch(
     note_call_site()
     state.warn_of_ranks()
     if plan.call == "fit":
+        config.check_parameters()
         warn_of_compilation(config.model, config.compile, plan.phases, plan.steps)
     trains = any(phase is Phase.TRAIN for phase, _loader in plan.phases)
     control, parallel = control_of(state, plan)

@@ -7,7 +7,6 @@ business of the backend.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import secrets
 import threading
 import time
@@ -35,6 +34,7 @@ from fitloop._engine.config import check_callbacks, check_flag, check_optional, 
 from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
+from fitloop._processes.child import refuse_while_importing
 from fitloop._public import public
 from fitloop._run.fit_options import FitOptions, fit_option
 from fitloop._runner.arguments import named_arguments
@@ -58,16 +58,6 @@ from fitloop.backends.process.backend import resolve_backend
 from fitloop.callbacks.callback import Callback
 
 Made: TypeAlias = FitLoop | SyncFitLoop
-
-
-def _refuse_while_importing() -> None:
-    """Refuse to train in a new process that is only importing the program's script."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError(
-            "a Runner was opened while a new process imported the program's script, as each worker "
-            "process does: the script would train everything in each of them. Put what the script "
-            "runs into `if __name__ == '__main__':`"
-        )
 
 
 @public
@@ -183,7 +173,7 @@ class Runner:
             RuntimeError: the Runner was used before, or this process is a new one that only imports
                 the program's script.
         """
-        _refuse_while_importing()
+        refuse_while_importing("a Runner was opened")
         if self._task_group is not None:
             raise RuntimeError("this Runner was used before; make another one")
         if self._save_path is not None:  # the program may change its directory

@@ -209,6 +209,18 @@ def test_optimizer_when_a_layer_is_replaced_after_it_was_built_then_warns() -> N
     trainer(model=model, optimizer=optimizer)
 
 
+async def test_model_when_a_layer_is_replaced_after_the_trainer_was_made_then_fit_warns() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 7))
+    fitted = trainer(model=model, optimizer=SGD(model.parameters(), lr=0.1))
+    model[1] = nn.Linear(4, 7)
+    with pytest.warns(OptimizerWarning, match=r"holds the parameters '1\.weight', '1\.bias' of"):
+        await fitted.fit(1, **QUIET)
+    await fitted.fit(1, **QUIET)  # and says it once
+    model[0] = nn.Linear(6, 4)
+    with pytest.raises(ConfigurationError, match="holds none of the model's parameters"):
+        await fitted.fit(1, **QUIET)
+
+
 @pytest.mark.parametrize("trains", [False, True])
 async def test_step_when_it_trains_nothing_in_the_first_epoch_then_warns_once(trains: bool) -> None:
     def step(state: LoopState) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -507,3 +508,11 @@ async def test_benchmark_when_there_is_no_terminal_then_shows_nothing(
 ) -> None:
     await bench(small())
     assert capsys.readouterr() == ("", "")
+
+
+async def test_benchmark_when_a_new_process_imports_the_script_then_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(RuntimeError, match=r"benchmark\(\) was called while .* `if __name__"):
+        await fitloop.benchmark(trainer(), progress=False)
