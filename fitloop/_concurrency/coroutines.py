@@ -19,7 +19,7 @@ class SteppedAwaitable:
     """An awaitable that executes each step of another awaitable by a function.
 
     It returns or raises the same as the other one. ``prepare`` is called before each step; if it
-    returns an awaitable, that is awaited first.
+    returns an awaitable, that is awaited first, and ``prepare`` is called again.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class SteppedAwaitable:
         value: Any = None
         while True:
             try:
-                if (preparation := self._prepare()) is not None:
+                while (preparation := self._prepare()) is not None:
                     yield from preparation.__await__()
             except GeneratorExit:
                 self._step(lambda _: self._coroutine.close(), None)

@@ -131,15 +131,19 @@ class CoroutineWaits(_LeaseWaits):
         self._stream = lease.stream
         self._own_waits = self._other_waits = 0
         self._is_in_step = self._has_ended = False
+        self._is_ready = False
+        """The next step begins with the lease, which nobody may release before it."""
 
     def _is_over(self) -> bool:
         return self._has_ended
 
     def prepare_step(self) -> Coroutine[Any, Any, None] | None:
-        """Return what must be awaited before the next step; None if nothing."""
-        if self._own_waits or self._stream is None or self._lease.stream is not None:
+        """Return what must be awaited before the next step. None: the step must follow now."""
+        if self._own_waits or self._stream is None:
             return None
-        return self._acquire()
+        with self._mutex:
+            self._is_ready = self._lease.stream is not None
+        return None if self._is_ready else self._acquire()
 
     def step(self, method: Callable[[Any], Any], value: Any) -> Any:
         """Execute one step of the coroutine, with the stream installed."""
@@ -149,10 +153,14 @@ class CoroutineWaits(_LeaseWaits):
             try:
                 return method(value)
             finally:
-                self._is_in_step = False
+                self._is_in_step = self._is_ready = False
                 self._lease.uninstall()
                 if self._other_waits:
                     self._release()
+
+    def _release(self) -> None:
+        if self._lease.stream is not None:
+            super()._release()
 
     @asynccontextmanager
     async def scope(self) -> AsyncIterator[None]:
@@ -166,7 +174,8 @@ class CoroutineWaits(_LeaseWaits):
                 self._release()
             else:
                 self._other_waits += 1
-                self._release()
+                if not self._is_ready:
+                    self._release()
         try:
             yield
         except GeneratorExit:  # the event loop has ended
@@ -181,7 +190,8 @@ class CoroutineWaits(_LeaseWaits):
             self._other_waits -= 1
             return
         try:
-            if self._own_waits == 1:
+            # A wait of another task may release it again, between the steps of this coroutine.
+            while self._own_waits == 1 and self._lease.stream is None and self._stream is not None:
                 await self._acquire()
         finally:
             self._own_waits -= 1

@@ -222,10 +222,24 @@ def _safetensors(path: Path) -> Any:
 
 
 def _write_pt(_path: Path, descriptor: int, state: StateDict) -> None:
-    plain = OrderedDict((key, value.detach()) for key, value in state.items())
+    copies: dict[Any, Tensor] = {}
+    plain = OrderedDict((key, _compact(value.detach(), copies)) for key, value in state.items())
     set_metadata(plain, getattr(state, "_metadata", None))
     with open(descriptor, "wb", closefd=False) as file:  # torch would store the name of a path
         torch.save(plain, file)
+
+
+def _compact(value: Tensor, copies: dict[Any, Tensor]) -> Tensor:
+    """Return a tensor that is no part of a larger storage, which torch would write whole.
+
+    ``copies`` has those made before: tensors that share memory go on sharing it.
+    """
+    if value.layout is not torch.strided or value.untyped_storage().nbytes() == value.nbytes:
+        return value
+    place = (value.data_ptr(), value.dtype, value.shape, value.stride())
+    if place not in copies:
+        copies[place] = value.clone()
+    return copies[place]
 
 
 def _read_pt(path: Path, device: torch.device) -> dict[str, Any]:

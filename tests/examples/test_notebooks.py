@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -84,8 +85,9 @@ CHECKS = {"Basic Usage": check_basic, "Usage": check_usage}
 @pytest.mark.slow
 def test_notebooks_when_executed_then_show_what_they_say(tmp_path: Path) -> None:
     # In a process of its own, since the client keeps an event loop open for the next notebook.
-    script = str(ROOT / "tests" / "support" / "notebooks.py")
-    subprocess.run([sys.executable, script, str(tmp_path)], check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-m", "support.notebooks", str(tmp_path)]
+    subprocess.run(command, check=True, env=environment)
     for name in NAMES:
         CHECKS[name](read_notebook(name, tmp_path))
 

@@ -620,7 +620,9 @@ def test_poison_when_found_late_then_no_snapshot_has_it(
         assert bits(model) == bits(healthy)
     assert not hasattr(fitted.optimizer, "found_inf")
     twin = mlp()
-    resumed = fitting(twin, kind, save_path=tmp_path, valid_dl=batches())
+    resumed = fitting(
+        twin, kind, loss_function=PoisonedLoss([], poison), save_path=tmp_path, valid_dl=batches()
+    )
     resumed.fit(3, checkpoint=checkpoint, resume=True, **QUIET)
     whole = mlp()
     hand_loop(whole, optimizers_of(kind, whole), batches(), 3)

@@ -2,7 +2,7 @@
 
 ::
 
-    python tests/support/notebooks.py [DIRECTORY]       default: examples/ itself
+    PYTHONPATH=tests python -m support.notebooks [DIRECTORY]       default: examples/ itself
 """
 
 from __future__ import annotations

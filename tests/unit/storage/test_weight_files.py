@@ -40,6 +40,24 @@ def test_tied_weights_are_written_and_load_into_a_tied_model(tmp_path: Path, suf
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_parts_of_a_larger_buffer_are_written_alone_and_may_be_tied(
+    tmp_path: Path, suffix: str
+) -> None:
+    # As a snapshot is read. The size of the buffer is no multiple of that of an element.
+    buffer = torch.zeros(4 * 2**20 + 4, dtype=torch.uint8)
+    part = buffer[64:128].view(torch.float64)
+    part.copy_(torch.arange(8))
+    state = {"a": part, "b": buffer[128:136].view(torch.float32), "tied": part.view(8)}
+    path = tmp_path / f"w{suffix}"
+    write_weights(path, state)
+    assert path.stat().st_size < 2**14
+    found = read_weights(path)
+    assert_same_tensors(found, state)
+    if suffix == ".pt":
+        assert found["a"].data_ptr() == found["tied"].data_ptr()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_format_round_trips_a_model(tmp_path: Path, suffix: str) -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     path = tmp_path / "new" / "folder" / f"w{suffix}"
