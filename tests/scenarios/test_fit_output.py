@@ -140,9 +140,18 @@ async def test_print_style_when_unknown_then_is_refused() -> None:
 async def test_fit_when_several_print_then_lines_are_aligned_and_an_end_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    both_begun = {epoch: anyio.Event() for epoch in (1, 2)}
+    begun: list[int] = []
+
+    async def together(state: LoopState) -> None:  # none ends before the other has begun
+        begun.append(state.epoch_num)
+        if begun.count(state.epoch_num) == 2:
+            both_begun[state.epoch_num].set()
+        await both_begun[state.epoch_num].wait()
+
     async with anyio.create_task_group() as group:
         for name in ("a", "a longer name"):
-            group.start_soon(partial(trainer(name=name).fit, 2))
+            group.start_soon(partial(trainer(name=name, train_epoch_start=together).fit, 2))
     lines = capsys.readouterr().out.splitlines()
     both = next(number for number, line in enumerate(lines) if line.startswith("a longer name"))
     epochs = [line for line in lines[both:] if "[" in line]  # one may print before both print
