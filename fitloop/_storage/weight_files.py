@@ -234,7 +234,7 @@ def _compact(value: Tensor, copies: dict[Any, Tensor]) -> Tensor:
 
     ``copies`` has those made before: tensors that share memory go on sharing it.
     """
-    if value.layout is not torch.strided or value.untyped_storage().nbytes() == value.nbytes:
+    if value.layout is not torch.strided or value.untyped_storage().nbytes() <= value.nbytes:
         return value
     place = (value.data_ptr(), value.dtype, value.shape, value.stride())
     if place not in copies:

@@ -310,6 +310,17 @@ async def test_fit_when_cancelled_later_then_the_line_tells_which_weights_are_in
     assert line.endswith("; the model has the best weights, of epoch 1 (score 1.0000)")
 
 
+async def two_have_trained(runner: Runner) -> None:
+    """Wait until two jobs have trained an epoch."""
+    seen = set()
+    async with runner.events() as events:
+        async for event in events:
+            if event.kind == "epoch_ended":
+                seen.add(event.trainer)
+            if len(seen) == 2:
+                return
+
+
 @pytest.mark.parametrize("verbose", [True, False])
 async def test_runner_when_cancelled_then_one_line_counts_all_trainings(
     verbose: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -318,13 +329,9 @@ async def test_runner_when_cancelled_then_one_line_counts_all_trainings(
         async with Runner(2, save_path=tmp_path) as runner:
             for name in "abc":
                 runner.submit(trainer, name=name, epochs=10**6, verbose=verbose)
-            seen = set()
-            async with runner.events() as events:
-                async for event in events:
-                    if event.kind == "epoch_ended":
-                        seen.add(event.trainer)
-                    if len(seen) == 2:
-                        scope.cancel()
+            await two_have_trained(runner)
+            scope.cancel()
+            await anyio.sleep_forever()
     lines = [line for line in capsys.readouterr().out.splitlines() if "cancelled" in line]
     end = "0 done, 2 interrupted, 1 not started. Started again, the program goes on with them"
     assert lines == [f"cancelled; of 3 trainings: {end}"] * verbose
@@ -336,13 +343,7 @@ async def test_runner_when_its_runs_end_before_it_is_cancelled_then_one_line_cou
     with anyio.CancelScope() as scope:
         async with Runner(2) as runner:
             jobs = [runner.submit(trainer, name=name, epochs=10**6) for name in "abc"]
-            seen = set()
-            async with runner.events() as events:
-                async for event in events:
-                    if event.kind == "epoch_ended":
-                        seen.add(event.trainer)
-                    if len(seen) == 2:
-                        break
+            await two_have_trained(runner)
             scope.cancel()
             with anyio.CancelScope(shield=True):
                 for job in jobs:
