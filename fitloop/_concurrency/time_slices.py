@@ -25,8 +25,11 @@ SLICE_SECONDS = 0.05
 """Length of a slice. Changing the owner costs about 2 ms, for a cold cache."""
 PATIENCE_SECONDS = 0.2
 """Time after which a slice is taken from an owner that does not end it."""
-CHECK_SECONDS = 0.25
-"""Time between two checks whether a run is to take part."""
+TRIAL_SECONDS = 0.01
+"""Length of the part of a slice after which a run that has just joined is looked at."""
+CHECK_SECONDS, MAX_CHECK_SECONDS = 0.25, 8.0
+"""Time between two checks whether a run is to take part; four times as long, up to the second one,
+after each slice in which the run was idle."""
 SMALL_STEP_SECONDS = 0.002
 """Processor time of a batch up to which a run takes part."""
 LOADER_SHARE = 0.3
@@ -125,6 +128,9 @@ class TimeSliceHook:
         """The run has acquired the slice; another run may have taken it since."""
         self._was_interrupted = False
         """An event ended the slice."""
+        self._is_on_trial = True
+        """The run has not yet shown that it computes in its slice."""
+        self._check_seconds = CHECK_SECONDS
         self._start_period(0.0)
         with slices.lock:
             slices.runs += 1
@@ -163,8 +169,10 @@ class TimeSliceHook:
         elif self._batches < MIN_BATCHES and not self._has_slice:
             return
         elif not self._takes_part(now):
-            self._release()
-            self._start_period(CHECK_SECONDS)
+            self._leave()
+        elif self._has_slice and self._is_on_trial:
+            self._is_on_trial, self._check_seconds = False, CHECK_SECONDS
+            self._period_ends = self._started + SLICE_SECONDS
         elif self._has_slice and self._slices.renew(self):
             self._start_period(SLICE_SECONDS)
         else:
@@ -188,7 +196,15 @@ class TimeSliceHook:
         self._was_interrupted = False
         self._wait(lambda: self._slices.acquire(self, lambda: self._control.halted))
         self._has_slice = True
-        self._start_period(SLICE_SECONDS)
+        self._start_period(TRIAL_SECONDS if self._is_on_trial else SLICE_SECONDS)
+
+    def _leave(self) -> None:
+        """Take no part until the next check."""
+        if self._has_slice and self._is_on_trial:  # its loader or step waits, so it will again
+            self._check_seconds = min(4 * self._check_seconds, MAX_CHECK_SECONDS)
+        self._is_on_trial = True
+        self._release()
+        self._start_period(self._check_seconds)
 
     def _release(self) -> None:
         if self._has_slice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -111,6 +112,30 @@ def test_run_when_it_is_idle_in_its_slice_then_takes_no_part_for_a_while(
     assert slices.owner is None
     run.batches(int(CHECK_SECONDS / 0.005) - 2, 0.005, computed=0.05)
     assert slices.owner is None
+
+
+def test_run_when_its_loader_waits_in_the_step_thread_then_it_tries_ever_more_rarely(
+    slices: TimeSlices,
+) -> None:
+    run, _other = Run(slices), Run(slices)
+    tries: list[float] = []
+    held = 0.0
+    while run.now < 60.0:
+        had_slice, began = slices.owner is run.hook, run.now
+        run.batches(1, 0.02, computed=0.05)  # as of a loader that sleeps between small steps
+        held += (run.now - began) * had_slice
+        if slices.owner is run.hook:
+            tries.append(run.now)
+    pauses = [later - one for one, later in itertools.pairwise(tries)]
+    assert pauses == pytest.approx([1, 4, *[8] * (len(pauses) - 2)], abs=0.05)
+    assert held == pytest.approx(0.02 * len(tries))  # one batch is enough to see it
+    run.batches(int(8 / 0.0003), 0.0003)  # it computes from now on
+    run.batches(int(1 / 0.0003), 0.0003)
+    assert slices.owner is run.hook
+    run.batches(6, 0.02, computed=0.05)  # and waits again: a check comes soon
+    assert slices.owner is None
+    run.batches(int(CHECK_SECONDS / 0.0003) + 2, 0.0003)
+    assert slices.owner is run.hook
 
 
 def test_run_when_it_waits_for_its_loader_then_never_queues(slices: TimeSlices) -> None:
