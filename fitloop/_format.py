@@ -86,6 +86,12 @@ def last_redraw(line: str) -> str:
     return next(filter(None, reversed(line.split("\r"))), "")
 
 
+def natural_key(text: str) -> list[str | float]:
+    """Return a key that sorts texts by the numbers in them: ``w=16``, ``w=64``, ``w=256``."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
+    return [float(part) if index % 2 else part for index, part in enumerate(parts)]
+
+
 def comma_list(names: Iterable[str]) -> str:
     """Return names in one line, ``none`` for no names."""
     return ", ".join(map(printable, names)) or "none"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fitloop._errors import CheckpointError
-from fitloop._format import printable
+from fitloop._format import natural_key, printable
 from fitloop._runner.records import job_name
 from fitloop._storage.durable import LOG_NAME, reason
 from fitloop._storage.layout import LayoutError, TensorEntry, read_file_header
@@ -33,7 +33,7 @@ def run_directories(path: Path) -> list[Path]:
     directories = [path] if _has_log(path) else []
     try:
         with os.scandir(path) as entries:
-            inner = sorted(Path(entry) for entry in entries)
+            inner = sorted(map(Path, entries), key=lambda entry: natural_key(entry.name))
     except (FileNotFoundError, NotADirectoryError):
         return directories
     except OSError as error:

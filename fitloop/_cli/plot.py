@@ -14,7 +14,7 @@ from typing import Any
 from fitloop._cli.common import print_line, run_directories, short_names
 from fitloop._errors import CheckpointError, ConfigurationError, quoted_list
 from fitloop._metrics.history import History
-from fitloop._plotting.draw import new_figure, plot_selections
+from fitloop._plotting.draw import new_figure, plain_text, plot_selections
 from fitloop._plotting.selection import RunSelection
 from fitloop._runner.records import best_runs
 from fitloop._storage.durable import LOG_NAME, reason, write_file
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draw only the N runs with the best scores, the best first",
     )
-    parser.add_argument("--title", help="text above the plot")
+    parser.add_argument("--title", help="text above the plot (default: the name of a single run)")
     parser.add_argument(
         "--size", type=_size, default=(8.0, 5.0), metavar="WxH", help="in inches (default 8x5)"
     )
@@ -129,8 +129,8 @@ def run(options: argparse.Namespace) -> int:
             plot_selections(selections, options.metric, phase=options.phase, ax=ax)
     except IndexError as error:
         raise ConfigurationError(f"--run is {options.run}: {error}") from error
-    if options.title:
-        ax.set_title(options.title)
+    name = next(iter(histories)) if len(histories) == 1 else ""
+    ax.set_title(options.title or plain_text(name))
     _write(figure, out, options.dpi)
     print_line(f"{out}: {options.metric} of {', '.join(histories)}")
     return 0

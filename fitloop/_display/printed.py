@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -180,7 +181,7 @@ class EpochPrinter:
             early = self._early_stop
             if early is not None and early.metric != run.criteria:  # else the best score says it
                 text += f"; {early.message}"
-            write_output(f"{self.lead}{printable(text)}\n")
+            write_output(folded(self.lead, printable(text)))
             return
         label = self.label
         lines = [f"{label}{'-' * self._width}\n"]
@@ -198,12 +199,27 @@ class EpochPrinter:
         if self._job_runs is not None and not self._job_runs.is_cancelled_alone():
             return  # the Runner prints one line for all
         text = self._run.cancelled_text(event, short=self._had_company)
-        word, _, details = text.partition(" ")
+        word, _, details = folded(self.lead, text).removeprefix(self.lead).partition(" ")
         word = colored(word, self._color and "yellow")
-        write_output(f"{self.lead}{word} {details}\n")
+        write_output(f"{self.lead}{word} {details}")
         is_last = self._printing.is_last_cancelled(self._run)
         if is_last and self._had_company and self._run.has_snapshot:
             write_output("fit(..., resume=True) goes on from there\n")
+
+
+def folded(lead: str, text: str) -> str:
+    """Return ``lead`` and a text as lines that fit the terminal, broken after a comma or semicolon.
+
+    Further lines are indented by the width of ``lead``, and by two columns more.
+    """
+    columns = printed_width()
+    lines = [lead]
+    for part in re.findall(r".+?(?:[,;] |$)", text):
+        is_long = columns is not None and display_width(lines[-1] + part.rstrip()) > columns
+        if is_long and lines[-1] != lead:
+            lines.append(" " * (display_width(lead) + 2))
+        lines[-1] += part
+    return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 class EpochTable:

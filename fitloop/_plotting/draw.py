@@ -29,7 +29,7 @@ from fitloop._plotting.selection import (
     select_common,
 )
 from fitloop._plotting.style import (
-    MAX_COLORS,
+    MAX_PLAIN,
     dashed,
     marked,
     mean_options,
@@ -332,8 +332,8 @@ def plot_selections(
 ) -> Axes:
     """Draw a metric of several runs: a color each, train solid and valid dashed.
 
-    With ``phase``, ``"train"`` or ``"valid"``, only its lines are drawn, all of them solid. More
-    than ten runs have different markers too.
+    With ``phase``, ``"train"`` or ``"valid"``, only its lines are drawn, all of them solid. Three
+    or more runs have different markers too, so that no line is known by its color alone.
 
     The stage is one of ``epoch_end``, ``batch_step`` and ``epoch_start`` that all of them have. Of
     a line with more than `MAX_POINTS` values only the running mean is drawn, and the label of the x
@@ -373,7 +373,7 @@ def plot_selections(
                 x = _at(x, positions)
             line_options = dict(options) if only else dashed(options, line.phase)
             line_options |= {"label": f"{label} {line.phase}"}
-            if len(selections) > MAX_COLORS:
+            if len(selections) > MAX_PLAIN:
                 line_options = marked(line_options, index, y)
             phases[line.phase] = _draw_line(ax, x, y, line_options)
         entries.append((phases[lines[0].phase], label))

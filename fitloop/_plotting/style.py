@@ -22,7 +22,9 @@ _WIDTHS = ("linewidth", "lw")
 _MARKERS = ("marker", "markevery", "markersize", "ms")
 _SHAPES = "os^Dv*P<X>hp"
 MAX_COLORS = 10
-"""number of colors that are easily told apart"""
+"""number of colors of the cycle of matplotlib"""
+MAX_PLAIN = 2
+"""number of lines whose colors everybody tells apart; more have markers too"""
 _NO_LINE = ("", " ", "none", "None")
 _PALE = 0.3
 """opacity of the values below a running mean"""
@@ -89,7 +91,7 @@ def dashed(options: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
 
 
 def marked(options: Mapping[str, Any], index: int, values: NDArray[np.float64]) -> dict[str, Any]:
-    """Return ``options`` with a marker on some values, which tells lines of like colors apart."""
+    """Return ``options`` with a marker on some values, which tells lines apart without colors."""
     if any(key in options for key in _MARKERS):
         return dict(options)
     step = max(1, len(values) // 8)

@@ -22,6 +22,7 @@ from fitloop._format import (
     format_duration,
     format_number,
     html_block,
+    natural_key,
     printable,
 )
 from fitloop._metrics.results import FitResult
@@ -292,7 +293,7 @@ def _sort_key(job: JobState, by: str) -> tuple[Any, ...]:
     # Numbers before texts before nothing, so that values of different types can be compared.
     if isinstance(value, bool | int | float) and not math.isnan(value):
         return 0, value, "", job.name
-    return (2 if value is None else 1), 0, str(value), job.name
+    return (2 if value is None else 1), 0, natural_key(str(value)), job.name
 
 
 @public
@@ -307,8 +308,8 @@ def read_results(path: str | os.PathLike[str]) -> Results[Record]:
     """
     try:
         with os.scandir(path) as entries:
-            directories = sorted(Path(entry.path) for entry in entries if entry.is_dir())
+            names = sorted((e.name for e in entries if e.is_dir()), key=natural_key)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
-    records = map(read_record, directories)
+    records = (read_record(Path(path, name)) for name in names)
     return Results(record for record in records if record is not None)

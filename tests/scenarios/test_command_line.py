@@ -192,6 +192,23 @@ def test_plot_when_of_several_then_names_each_once(
     assert "<!-- b -->" in image
 
 
+def test_plot_when_of_one_run_then_its_name_is_the_title(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.svg"
+    assert main(["plot", str(run), "loss", "-o", str(out)]) == 0
+    assert "<!-- a -->" in out.read_text(encoding="utf-8")
+
+
+def test_plot_when_names_have_numbers_then_the_legend_is_in_their_order(
+    tmp_path: Path, capsys: Out
+) -> None:
+    for name in ("w=256", "w=16", "w=64"):
+        with fake_run(tmp_path / name) as made:
+            made.observe(*epoch_events(1))
+    out = tmp_path / "x.svg"
+    assert main(["plot", str(tmp_path), "loss", "-o", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: loss of w=16, w=64, w=256\n"
+
+
 def test_plot_when_of_the_best_then_names_them_in_their_order(tmp_path: Path, capsys: Out) -> None:
     for name, accuracy in (("a", 0.5), ("b", 0.9), ("c", 0.7)):
         with fake_run(tmp_path / name) as made:

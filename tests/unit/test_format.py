@@ -15,6 +15,7 @@ from fitloop._format import (
     format_rates,
     format_time_left,
     html_block,
+    natural_key,
     run_summary,
 )
 
@@ -148,3 +149,23 @@ def test_summary_when_a_run_ended_early_then_says_why_and_of_how_many_epochs() -
     assert run_summary(3, 3, 1.4, "completed", "best") == "3 epochs in 1.4 s, best"
     assert run_summary(2, 3, 1.4, "prompt") == "2 of 3 epochs in 1.4 s, ended at the question"
     assert run_summary(1, 1, 0.5, "my_reason") == "1 epoch in 500 ms, my reason"
+
+
+def test_natural_key_sorts_by_numbers_then_by_letters() -> None:
+    names = ["lr=0.01_w=64", "lr=0.003_w=256", "lr=0.003_w=64", "lr=1e-4_w=8", "10", "9", "a", ""]
+    assert sorted(names, key=natural_key) == [
+        "",
+        "9",
+        "10",
+        "a",
+        "lr=1e-4_w=8",
+        "lr=0.003_w=64",
+        "lr=0.003_w=256",
+        "lr=0.01_w=64",
+    ]
+
+
+@given(st.lists(st.text()))
+def test_natural_key_of_any_text_can_be_compared(names: list[str]) -> None:
+    ordered = sorted(names, key=natural_key)
+    assert sorted(ordered, key=natural_key) == ordered

@@ -650,6 +650,20 @@ def test_comparison_when_there_are_twenty_then_all_are_named_beside_the_axes(
     assert box.get_window_extent().x1 <= figure.bbox.x1
 
 
+@pytest.mark.parametrize(("count", "markers"), [(2, 1), (3, 3), (8, 8)])
+def test_comparison_of_three_or_more_then_lines_differ_in_more_than_color(
+    ax: Axes, count: int, markers: int
+) -> None:
+    plot_comparison(
+        {f"trial {n}": history_of(([1.0 + n, 2.0], [3.0, 4.0])) for n in range(count)},
+        "loss",
+        ax=ax,
+    )
+    assert len({line.get_marker() for line in ax.get_lines()}) == markers
+    styles = {(line.get_marker(), line.get_linestyle()) for line in ax.get_lines()}
+    assert len(styles) == (2 * count if count > 2 else 2)
+
+
 def test_comparison_when_lines_are_long_then_means_are_drawn_and_the_axis_says_so(
     ax: Axes,
 ) -> None:
