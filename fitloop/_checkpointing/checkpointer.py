@@ -118,7 +118,7 @@ class Checkpointer:
     def _agrees(self, parallel: ParallelRun, *, wishes: bool) -> bool:
         """Return whether all ranks take a snapshot at this batch boundary, which rank 0 wishes."""
         if self._control.cancelled:
-            return bool(parallel.world.broadcast(wishes))
+            return not parallel.cannot_meet and bool(parallel.world.broadcast(wishes))
         if wishes and self._is_first and not self._has_wished:
             parallel.votes.wishes_snapshot = self._has_wished = True
         return parallel.votes.snapshot_is_due

@@ -351,6 +351,7 @@ class Engine:
         report_at = started_at + PROGRESS_SECONDS
         epoch = f"{phase}, epoch {state.epoch_num}"
         if control.halted:
+            self._check_cancelled()
             return False
         while True:
             try:

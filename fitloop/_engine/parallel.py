@@ -92,9 +92,8 @@ class ParallelRun:
 
     @property
     def cannot_meet(self) -> bool:
-        """Whether this rank was cancelled alone, and has only a part of the parameters."""
-        control = self.control
-        return self.is_sharded and control.cancelled and not control.is_agreed
+        """Whether this rank was cancelled alone: the others are elsewhere in the run."""
+        return self.control.cancelled and not self.control.is_agreed
 
     def _checksum(self) -> list[int]:
         return [] if self.is_sharded else checksum(self._config.model)

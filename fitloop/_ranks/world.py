@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from fitloop._concurrency.event_loops import loop_scheduler
-from fitloop._errors import ConfigurationError, FitLoopError, RanksError, add_note_safely
+from fitloop._errors import (
+    ConfigurationError,
+    FitLoopError,
+    RanksError,
+    add_note_safely,
+    one_line,
+)
 from fitloop._public import public
 from fitloop._ranks.launcher import launched_size
 
@@ -29,6 +35,8 @@ TERMINATED = 128 + signal.SIGTERM
 """exit status of a program that SIGTERM has ended"""
 ANSWER_SECONDS = 0.2
 """between two looks for the answer to a question that rank 0 asks a person"""
+_QUESTION_KEYS = "answer", "withdrawn", "asking"
+"""beginnings of the keys of a question in the store; the last one rises while rank 0 asks"""
 _FAILURE = "failure"
 """key of the first failure in the store"""
 
@@ -60,7 +68,7 @@ class World:
         self.is_ended_by_others = False
         """whether a run of this rank has failed because another rank had"""
         self._timeout, self._handles_termination = timedelta(seconds=timeout), handles_termination
-        self._owns_group = self._is_broken = self._is_terminated = False
+        self._owns_group = self._is_terminated = False
         self._side: Any = None
         """process group of gloo, for small messages on the CPU"""
         self._main: Any = None
@@ -102,10 +110,11 @@ class World:
         traceback: TracebackType | None,
     ) -> bool | None:
         assert self._scope is not None
+        is_handled: bool | None = False
         try:
             is_handled = self._scope.__exit__(kind, error, traceback)
         finally:
-            self._leave()
+            self._leave(None if is_handled else error)
         if self._is_terminated and (error is None or is_handled):
             raise SystemExit(TERMINATED)
         return is_handled
@@ -127,13 +136,21 @@ class World:
         error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        self._leave()
+        self._leave(error)
         if self._is_terminated and isinstance(error, KeyboardInterrupt | None):
             raise SystemExit(TERMINATED) from None
 
     def _open(self) -> None:
         if launched_size() == 1:
             return
+        try:
+            self._connect()
+        except BaseException as error:
+            self.explain(error)
+            self._disconnect()
+            raise
+
+    def _connect(self) -> None:
         distributed: Any = torch.distributed
         # Another block may have left keys in the store, such as addresses that nobody is at.
         prefix = f"fitloop/{next(_numbers)}"
@@ -178,22 +195,23 @@ class World:
 
         self._put_back = restore
 
-    def _leave(self) -> None:
+    def _leave(self, error: BaseException | None) -> None:
         with _lock:
             _worlds.remove(self)
         self._put_back()
+        if error is not None:
+            self.fail(one_line(error))
         self._disconnect()
 
     def _disconnect(self) -> None:
         """Give up the connections; other ranks that wait for this one get an error."""
         side, self._side, self._main = self._side, None, None
-        if side is None:
-            return
+        owns_group, self._owns_group = self._owns_group, False
         distributed: Any = torch.distributed
         with suppress(Exception):  # the connection may be broken
-            if self._owns_group:
+            if owns_group:
                 distributed.destroy_process_group()
-            else:
+            elif side is not None:
                 distributed.destroy_process_group(side)
 
     # -- messages, on the step thread of a run -----------------------------------------------------
@@ -258,37 +276,51 @@ class World:
     ) -> bool:
         """Return what ``ask`` returns on rank 0, which alone calls it.
 
-        The others wait for it without a timeout. When ``wishes_end`` returns True on one of them,
-        rank 0 calls ``withdraw`` in another thread, upon which ``ask`` must return. The same
-        happens if another rank fails; then RanksError is raised.
+        The others wait for it as long as rank 0 asks. When ``wishes_end`` returns True on one of
+        them, rank 0 calls ``withdraw`` in another thread, upon which ``ask`` must return. The same
+        happens if another rank fails; then RanksError is raised, as it is when nothing is heard of
+        rank 0 for the time of the timeout.
         """
         self._check()
-        key, withdrawn = (f"{kind}/{self._questions}" for kind in ("answer", "withdrawn"))
+        key, withdrawn, asking = (f"{name}/{self._questions}" for name in _QUESTION_KEYS)
         self._questions += 1
         store = self._store
         if self.is_first:
-            with self._watched([withdrawn, _FAILURE], withdraw):
+            with self._watched([withdrawn, _FAILURE], withdraw, asking):
                 answer = ask()
             store.set(key, "yes" if answer else "no")
         is_told = False
+        count, heard = 0, time.monotonic()
         while not store.check([key]):
             if store.check([_FAILURE]):
                 break
             if wishes_end() and not is_told:
                 store.set(withdrawn, "")
                 is_told = True
+            before, count = count, store.add(asking, 0)
+            if count != before:
+                heard = time.monotonic()
+            elif time.monotonic() > heard + self._timeout.total_seconds():
+                raise RanksError(
+                    f"nothing was heard of rank 0 for {self._timeout.total_seconds():g} s while it "
+                    "was asking whether to go on; world(timeout=) is the limit"
+                )
             time.sleep(ANSWER_SECONDS)
         if store.check([_FAILURE]):
             raise RanksError("another rank has failed while rank 0 was asking whether to go on")
         return bool(store.get(key) == b"yes")
 
     @contextmanager
-    def _watched(self, keys: list[str], call: Callable[[], object]) -> Iterator[None]:
-        """Call a function, in another thread, if one of the keys appears during a block."""
+    def _watched(self, keys: list[str], call: Callable[[], object], count: str) -> Iterator[None]:
+        """Call a function, in another thread, if one of the keys appears during a block.
+
+        ``count`` is a key whose number rises meanwhile.
+        """
         ended, store = threading.Event(), self._store
 
         def has_come() -> bool:
             try:
+                store.add(count, 1)
                 return any(store.check([key]) for key in keys)
             except Exception:  # the store is gone, and with it the other ranks
                 return True
@@ -315,7 +347,6 @@ class World:
             return
         with suppress(Exception):
             self._store.compare_set(_FAILURE, "", f"{self.rank}:{reason}")
-        self._is_broken = True
         self._disconnect()
 
     def explain(self, error: BaseException) -> None:
@@ -395,5 +426,7 @@ def _rendezvous(timeout: timedelta) -> tuple[Any, int, int]:
 def _is_of_connection(error: BaseException) -> bool:
     if isinstance(error, FitLoopError):
         return False
+    if isinstance(error, torch.distributed.DistError):
+        return True
     text = f"{type(error).__name__}: {error}".lower()
     return any(word in text for word in ("gloo", "nccl", "connection", "distributed"))

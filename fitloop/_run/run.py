@@ -389,7 +389,7 @@ class Run:
 
     def _load_best(self) -> None:
         parallel = self._context.parallel
-        if parallel is not None and parallel.cannot_meet:
+        if parallel is not None and parallel.is_sharded and parallel.cannot_meet:
             return
         tracked = self._tracker is not None and self._tracker.tracked and not self._was_finished
         if not tracked or self._state.best_score is None or self._state.has_best_weights():

@@ -87,6 +87,26 @@ def test_exception_when_on_one_rank_then_the_other_names_it(
     assert f"{phase}, epoch 2, batch_step of batch 2" in notes
 
 
+@pytest.mark.parametrize(
+    ("parallel", "phase", "rank"),
+    [("ddp", "train", 0), ("ddp", "valid", 1), ("fsdp", "train", 1)],
+)
+def test_async_callback_when_it_fails_on_one_rank_then_the_other_names_it(
+    parallel: str, phase: str, rank: int, tmp_path: Path
+) -> None:
+    one, other = ended(parallel, "callback", rank, phase, tmp_path)
+    assert one["error"] == "ValueError: a bad callback", (one, other)
+    assert f"rank {rank} failed first: ValueError: a bad callback" in "\n".join(other["notes"])
+
+
+def test_rank_when_it_fails_before_its_trainer_is_made_then_the_other_names_it(
+    tmp_path: Path,
+) -> None:
+    one, other = ended("ddp", "fail", 1, "constructor", tmp_path)
+    assert one["error"] == "ValueError: a bad path", (one, other)
+    assert "rank 1 failed first: ValueError: a bad path" in "\n".join(other["notes"])
+
+
 @BOTH
 @pytest.mark.parametrize(("phase", "rank"), [("train", 0), ("valid", 1)])
 def test_rank_when_killed_then_the_other_one_fails(

@@ -1,7 +1,8 @@
 """A program for ranks: one of them ends a training in some way, and each reports how it ended.
 
 Arguments: what ``parallel`` is, how, the rank that does it, the phase, and a directory. With the
-phase "question", rank 0 asks a question that nobody answers, and the rank does it meanwhile.
+phase "question", rank 0 asks a question that nobody answers, and the rank does it meanwhile. With
+"constructor", the rank fails before it has a trainer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 import fitloop
-from fitloop import Checkpoint, FitLoop, LoopState, PromptAsked
+from fitloop import Checkpoint, Event, FitLoop, LoopState, PhaseStarted, PromptAsked
 from fitloop._ranks.shards import is_shard
 from support.models import blobs, loader, mlp
 from support.ranks import report
@@ -35,13 +36,16 @@ def local(parameter: Any) -> torch.Tensor:
     return part
 
 
-def ends(how: str, cancel: Callable[[], object]) -> Callable[[LoopState], object]:
+def ends(
+    how: str, cancel: Callable[[], object], wait_for_end: Callable[[], object]
+) -> Callable[[LoopState], object]:
     """Return what the rank does."""
 
     def fail(_state: LoopState) -> None:
         raise ValueError("a bad sample")
 
     return {
+        "callback": lambda _state: wait_for_end(),
         "stop": lambda state: state.stop(),
         "cancel": lambda _state: cancel(),
         "SIGTERM": lambda _state: os.kill(os.getpid(), signal.SIGTERM),
@@ -61,7 +65,12 @@ async def fit(
     event_loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     seen = {"train": 0, "valid": 0}
-    end = ends(how, lambda: event_loop.call_soon_threadsafe(task.cancel))
+
+    def wait_for_end() -> None:
+        control: Any = trainer._state.control
+        control.wait_for(lambda: False, obey_stop=False)  # until a callback has failed
+
+    end = ends(how, lambda: event_loop.call_soon_threadsafe(task.cancel), wait_for_end)
 
     def step(state: LoopState) -> Any:
         seen[state.phase] += 1
@@ -76,11 +85,17 @@ async def fit(
         await anyio.sleep_forever()
         raise AssertionError
 
+    async def fail_in_callback(event: Event) -> None:
+        if isinstance(event, PhaseStarted) and (event.phase, event.epoch) == (phase, EPOCH):
+            raise ValueError("a bad callback")
+
     async def end_in_question() -> None:
         if phase == "question" and world.rank == int(rank):
             await wait_for_file(Path(path) / "asked")
             trainer.stop() if how == "stop" else task.cancel()
 
+    if phase == "constructor" and world.rank == int(rank):
+        raise ValueError("a bad path")
     torch.manual_seed(0)
     model = mlp()
     trainer = FitLoop(
@@ -99,6 +114,9 @@ async def fit(
     options: dict[str, Any] = {}
     if phase == "question":
         options = {"continue_loop": EPOCH, "on_continue": ask}
+    if how == "callback" and world.rank == int(rank):
+        fail_in_callback.every_rank = True  # type: ignore[attr-defined]
+        options = {"callbacks": [fail_in_callback]}
     ending = asyncio.create_task(end_in_question())
     try:
         result = await trainer.fit(
@@ -116,8 +134,13 @@ async def fit(
 
 
 async def main(parallel: Any, *arguments: str) -> None:
-    async with fitloop.world(timeout=150) as world:
-        await fit(world, parallel, *arguments)
+    try:
+        async with fitloop.world(timeout=150) as world:
+            await fit(world, parallel, *arguments)
+    except Exception as error:
+        if "constructor" in arguments and world.rank == int(arguments[1]):
+            report(error=f"{type(error).__name__}: {error}")
+        raise
 
 
 if __name__ == "__main__":

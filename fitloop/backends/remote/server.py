@@ -89,8 +89,8 @@ class JobServer:
         self._send(last_message)
 
     def _train_and_report(self) -> JobOver:
+        start = self._jobs.get()
         try:
-            start = self._jobs.get()
             if start.place is not None:
                 os.environ.update(start.place.environment())
             contents: RemoteJob = deserialize_job(start.job)
@@ -98,10 +98,10 @@ class JobServer:
                 torch.set_num_threads(contents.defaults.num_threads)
             training = anyio.run(self._train, contents, start.place)
         except BaseException as error:  # sent to the client
-            world = self._world
-            if world is None:
+            world, place = self._world, start.place
+            if world is None or place is None:
                 return JobOver(error=serialize_error(error))
-            add_note_safely(error, f"on rank {world.rank} of {world.size}")
+            add_note_safely(error, f"on rank {place.rank} of {place.size}")
             return JobOver(error=serialize_error(error), blames_others=world.is_ended_by_others)
         return JobOver() if training is None else JobOver(training.result, training.weights)
 
@@ -115,8 +115,8 @@ class JobServer:
             async with AsyncExitStack() as stack:
                 if place is not None:
                     # The program decides what a SIGTERM does.
-                    world = World(RANK_SECONDS, handles_termination=False)
-                    self._world = await stack.enter_async_context(world)
+                    self._world = World(RANK_SECONDS, handles_termination=False)
+                    await stack.enter_async_context(self._world)
                     contents = replace(contents, defaults=_on_device(contents.defaults, place))
                 return await self._build_and_train(contents)
         return None
