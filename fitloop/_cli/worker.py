@@ -22,7 +22,12 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("address", metavar="ADDRESS", help="HOST:PORT of the program")
+    parser.add_argument(
+        "addresses",
+        nargs="+",
+        metavar="ADDRESS",
+        help="HOST:PORT of the program; of several, each task of a Slurm job takes its own",
+    )
     parser.add_argument("--key-file", metavar="FILE", help="file with the key; - is the input")
     parser.add_argument("--parent", type=int, metavar="PID", help="end with this parent process")
 
@@ -43,5 +48,22 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError(
             f"there is no key; expected one in the variable {KEY_VARIABLE} or in --key-file"
         )
-    serve_program(options.address, key.strip())
+    keys, addresses = key.split(), options.addresses
+    if len(keys) != len(addresses):
+        raise ConfigurationError(
+            f"there are {len(addresses)} addresses and {len(keys)} keys; expected a key for each"
+        )
+    number = _task_number(len(addresses)) if len(addresses) > 1 else 0
+    serve_program(addresses[number], keys[number])
     return 0
+
+
+def _task_number(tasks: int) -> int:
+    """Return the number of this process among those that ``srun`` has started."""
+    number = os.environ.get("SLURM_PROCID", "")
+    if not number.isdecimal() or int(number) >= tasks:
+        raise ConfigurationError(
+            f"there are {tasks} addresses, and SLURM_PROCID is {number!r}; expected the number of "
+            f"a task from 0 to {tasks - 1}, which srun sets"
+        )
+    return int(number)

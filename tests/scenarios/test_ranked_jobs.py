@@ -16,14 +16,17 @@ from support.ranked_jobs import (
     make_chatty_trainer,
     make_failing_rank,
     make_killed_rank,
+    make_rank_killed_in_snapshot,
     make_ranked_trainer,
 )
+from support.ranks import run_ranks
 from support.worker_processes import EventRecorder, make_trainer, wait_for_file, worker_processes
 
 from fitloop import (
     ConfigurationError,
     EpochEnded,
     FitLoop,
+    Outcome,
     ProcessBackend,
     PromptAsked,
     RunEnded,
@@ -32,7 +35,15 @@ from fitloop import (
     WorkerDiedError,
     WorkerDiedWarning,
 )
-from fitloop.backends import LauncherBackend, SlurmLauncher
+from fitloop._checkpointing.snapshot import read_snapshot
+from fitloop._cli.main import main
+from fitloop.backends import (
+    CommandLauncher,
+    LaunchedWorker,
+    LauncherBackend,
+    SlurmLauncher,
+    WorkerOrder,
+)
 
 QUIET: dict[str, Any] = {"verbose": False}
 SOON = 250
@@ -59,9 +70,50 @@ async def check_same_bits(one: Path, other: Path) -> None:
         assert torch.equal(value, expected[name])
 
 
-@pytest.mark.parametrize("backend", ["process", "launched"])
+SBATCH = """\
+#!/bin/sh
+for last; do :; done
+echo "$@" > {folder}/submitted
+case "$*" in *"${{FITLOOP_WORKER_KEY%% *}}"*) exit 1;; esac
+export SLURM_NTASKS=2 SLURM_CPUS_PER_TASK=3
+setsid sh -c "${{last#--wrap=}}" > {folder}/fitloop-worker-42.log 2>&1 &
+echo $! > {folder}/pid
+echo 42
+"""
+SRUN = """\
+#!/bin/sh
+echo "$@" > {folder}/started
+shift 3
+tasks=0
+while [ $tasks -lt $SLURM_NTASKS ]; do
+    SLURM_PROCID=$tasks "$@" &
+    tasks=$((tasks + 1))
+done
+wait
+"""
+SQUEUE = """\
+#!/bin/sh
+kill -0 $(cat {folder}/pid) 2>/dev/null && echo RUNNING || echo COMPLETED
+"""
+
+
+def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> SlurmLauncher:
+    """Return a launcher, with programs that stand for those of Slurm."""
+    monkeypatch.setattr("fitloop.backends.launched.slurm.SHARED_SECONDS", 0.0)
+    scripts = {"sbatch": SBATCH, "srun": SRUN, "squeue": SQUEUE, "scancel": "#!/bin/sh\nexit 1\n"}
+    for name, script in scripts.items():
+        (folder / name).write_text(script.format(folder=folder))
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return SlurmLauncher(log_directory=folder, host="127.0.0.1", threads=1)
+
+
+@pytest.mark.parametrize("backend", ["process", "launched", "slurm"])
 async def test_job_when_on_two_ranks_then_is_as_in_one_process(
-    backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    backend: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     alone = make_ranked_trainer(12)
     expected = await alone.fit(3, **QUIET)
@@ -71,11 +123,10 @@ async def test_job_when_on_two_ranks_then_is_as_in_one_process(
         asked.append(event)
         return True
 
-    chosen: Any = (
-        ProcessBackend(ranks=2)
-        if backend == "process"
-        else LauncherBackend(ForkLauncher(), ranks=2)
-    )
+    chosen: Any = ProcessBackend(ranks=2)
+    if backend != "process":
+        launcher = slurm(tmp_path, monkeypatch) if backend == "slurm" else ForkLauncher()
+        chosen = LauncherBackend(launcher, ranks=2)
     with anyio.fail_after(SOON):
         async with Runner(1, backend=chosen, save_path=tmp_path / "runs") as runner:
             options: dict[str, Any] = {"continue_loop": 2, "on_continue": ask, **QUIET}
@@ -98,20 +149,73 @@ async def test_job_when_on_two_ranks_then_is_as_in_one_process(
     assert "made on rank 0\n" in printed
     assert "rank 1" not in printed
     assert worker_processes() == []
+    if backend == "slurm":
+        submitted, started = ((tmp_path / n).read_text() for n in ("submitted", "started"))
+        assert "--job-name=fitloop-a " in submitted
+        assert "--ntasks=2" in submitted
+        assert started.startswith("--kill-on-bad-exit=1 --label --cpus-per-task=3 /")
 
 
-async def test_rank_when_killed_then_all_start_again_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["process", "command"])
+async def test_rank_when_killed_then_all_start_again_to_the_same_bits(
+    backend: str, tmp_path: Path
+) -> None:
     mark, runs = tmp_path / "mark", tmp_path / "runs"
     mark.touch()
+    process = ProcessBackend(ranks=2)
+    command = LauncherBackend(CommandLauncher(threads=1), ranks=2)
+    chosen: Any = process if backend == "process" else command
+    options: dict[str, Any] = {"epochs": 3, **QUIET}
     with anyio.fail_after(SOON):
-        async with Runner(1, backend=ProcessBackend(ranks=2), save_path=runs) as runner:
-            options: dict[str, Any] = {"epochs": 3, **QUIET}
+        async with Runner(1, backend=chosen, save_path=runs) as runner:
             killed = runner.submit(make_killed_rank, 1, str(mark), name="killed", **options)
             with pytest.warns(WorkerDiedWarning, match=r"on rank 1 .*SIGKILL(.|\n)*as try 2"):
                 assert (await killed.outcome()).status == "done"
+        async with Runner(1, backend=process, save_path=runs) as runner:
             whole = runner.submit(make_killed_rank, 1, str(mark), name="whole", **options)
             assert (await whole.outcome()).status == "done"
     await check_same_bits(runs / "killed", runs / "whole")
+    assert worker_processes() == []
+
+
+@pytest.mark.usefixtures("fork_server")
+async def test_split_model_when_a_rank_is_killed_in_a_snapshot_then_it_is_whole_or_absent(
+    tmp_path: Path,
+) -> None:
+    mark, runs = tmp_path / "mark", tmp_path / "runs"
+
+    async def train(name: str, rank: int) -> Outcome:
+        backend = ProcessBackend(ranks=2, retries=0)
+        async with Runner(1, backend=backend, save_path=runs) as runner:
+            options: dict[str, Any] = {"name": name, "epochs": 3, **QUIET}
+            job = runner.submit(make_rank_killed_in_snapshot, rank, str(mark), **options)
+            outcome = await job.outcome()
+        return outcome
+
+    with anyio.fail_after(SOON):
+        for rank, name in enumerate(("first", "second")):
+            mark.touch()
+            killed = await train(name, rank)
+            assert f"on rank {rank} " in str(killed.error)
+            (path,) = (runs / name / "snapshots").glob("*snapshot-*")
+            snapshot = await anyio.to_thread.run_sync(read_snapshot, path)
+            assert snapshot.trainer["epoch_num"] == 1
+            assert (await train(name, rank)).status == "done"
+        whole = await train("whole", 0)
+        reports = await anyio.to_thread.run_sync(
+            run_ranks, "support.rank_trainings", "job", tmp_path / "launched"
+        )
+    assert whole.result is not None
+    for name in ("first", "second"):
+        await check_same_bits(runs / name, runs / "whole")
+    weights = [value.tolist() for value in (await trained_weights(runs / "whole")).values()]
+    for report in reports:
+        assert report["weights"] == weights, report["errors"]
+        assert report["best_epoch"] == whole.result.best_epoch
+        for phase in ("train", "valid"):
+            for name, values in whole.result.metrics[phase].items():
+                assert report["metrics"][phase][name] == values.tolist()
+    assert await anyio.to_thread.run_sync(exported_best, runs / "whole") == weights
 
 
 async def test_rank_when_killed_without_retries_then_the_error_names_it(tmp_path: Path) -> None:
@@ -159,6 +263,14 @@ async def test_job_of_ranks_when_cancelled_then_goes_on_to_the_same_bits(tmp_pat
     await check_same_bits(runs / "parts", runs / "whole")
 
 
+def exported_best(directory: Path) -> list[Any]:
+    """Return the best weights in the last snapshot of a job, which the command line exports."""
+    *_older, path = sorted((directory / "snapshots").glob("snapshot-*"))
+    assert main(["export", "--best", str(path), str(directory / "best.pt")]) == 0
+    exported = torch.load(directory / "best.pt", weights_only=True)
+    return [value.tolist() for value in exported.values()]
+
+
 def make_uncancelled_ranks(_pid: str) -> FitLoop:
     return make_ranked_trainer(6, 0.3)
 
@@ -173,9 +285,15 @@ async def test_trainer_when_made_for_one_process_then_is_refused_on_ranks() -> N
     assert "the backend has ranks=2, and the trainer no parallel=" in str(outcome.error)
 
 
-def test_ranks_when_impossible_then_are_refused(anyio_backend: str, tmp_path: Path) -> None:
+def test_ranks_when_impossible_then_are_refused(anyio_backend: str) -> None:
     with pytest.raises(ConfigurationError, match="ranks is 0"):
         ProcessBackend(ranks=0)
-    launcher = SlurmLauncher(log_directory=tmp_path, host=os.uname().nodename)
-    with pytest.raises(ConfigurationError, match="a SlurmLauncher starts one worker for each"):
-        LauncherBackend(launcher, ranks=2)
+
+    class OneLauncher:
+        host, threads = "127.0.0.1", 1
+
+        def start(self, order: WorkerOrder) -> LaunchedWorker:
+            raise AssertionError
+
+    with pytest.raises(ConfigurationError, match="a OneLauncher starts one worker for each"):
+        LauncherBackend(OneLauncher(), ranks=2)

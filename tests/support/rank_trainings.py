@@ -19,6 +19,7 @@ from fitloop import Checkpoint, FitLoop, LoopState, PromptAsked, RunStarted, Wor
 from fitloop._ranks import votes
 from fitloop._ranks.shards import whole
 from support.models import FEATURES, blobs
+from support.ranked_jobs import make_ranked_trainer
 from support.ranks import report
 
 Parallel = Literal["ddp", "fsdp"]
@@ -122,6 +123,13 @@ async def resumed(world: World, parallel: Parallel, path: str, cancelled: str, e
         )
     steps = [event.step for event in first if isinstance(event, RunStarted)]
     report(**facts(trainer), began=steps)
+
+
+async def job(_world: World, path: str) -> None:
+    """Do the training of a job of several ranks."""
+    trainer = make_ranked_trainer(6, 0.3, parallel="fsdp", save_path=path)
+    result = await trainer.fit(3, checkpoint=Checkpoint(), **QUIET)
+    report(**facts(trainer), best_epoch=result.best_epoch)
 
 
 async def one_block_after_the_other(count: int) -> None:

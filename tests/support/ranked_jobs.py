@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fitloop import FitLoop, LoopState, default_batch_step
+from fitloop._checkpointing import snapshot
 from fitloop._ranks.control import SharedControl
 from support.models import FEATURES, blobs
 from support.worker_processes import write_pid
@@ -73,6 +74,30 @@ def make_killed_rank(rank: int, mark: str, dropout: float = 0.3) -> FitLoop:
             threading.Event().wait()
 
     return make_ranked_trainer(6, dropout, act)
+
+
+def make_rank_killed_in_snapshot(rank: int, mark: str) -> FitLoop:
+    """Return a trainer whose model is split over the ranks.
+
+    One rank is killed, once, if it finds the file ``mark``: while rank 0 gathers the tensors of the
+    snapshot of `EPOCH`.
+    """
+    module: Any = snapshot
+    whole, gathered = module.whole, 0
+
+    def killed(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal gathered
+        gathered += trainer.epoch_num == EPOCH
+        if gathered == 3 and is_rank(rank) and Path(mark).exists():
+            Path(mark).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+            threading.Event().wait()
+        part: torch.Tensor = whole(tensor)
+        return part
+
+    module.whole = killed
+    trainer = make_ranked_trainer(6, 0.3, parallel="fsdp")
+    return trainer
 
 
 def make_failing_rank(rank: int) -> FitLoop:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
-from fitloop.backends.launched.launcher import WorkerOrder
+from fitloop.backends.launched.launcher import KEY_VARIABLE, WorkerOrder
 from fitloop.backends.remote.transport import WorkerExit
 
 COMMAND_SECONDS = 60.0
 """for a command of Slurm, whose controller may be busy"""
+SHARED_SECONDS = 5.0
+"""for which all ranks of a job use one answer of Slurm"""
+# srun does not take over --cpus-per-task from sbatch.
+SRUN = (
+    "srun --kill-on-bad-exit=1 --label ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"
+)
 TAIL_LINES = 30
 ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
@@ -44,6 +53,9 @@ class SlurmLauncher:
     (``max_concurrent``) are in the queue of Slurm at the same time. A batch job of Slurm costs
     seconds, so trainings should take minutes. Keep the program alive on a login node or in a job of
     its own: when it ends, its workers do.
+
+    The ``ranks`` of a training are the tasks of one job, which ``srun`` starts. So resources may be
+    given for a task: ``["--gpus-per-task=1", "--cpus-per-task=8", "--ntasks-per-node=4"]``.
 
     A job whose time is up, or that is pre-empted, is started anew from its last snapshot, see
     ``retries`` of `LauncherBackend`.
@@ -85,35 +97,63 @@ class SlurmLauncher:
         Raises:
             ConfigurationError: there is no log_directory or ``sbatch``, or it refuses the job.
         """
+        command = shlex.join([self._python, *order.arguments()])
+        return self._submit(order.job, command, order.environment())
+
+    def start_ranks(self, orders: Sequence[WorkerOrder]) -> list[SlurmWorker]:
+        """Submit one job with a task for each rank, which ``srun`` starts; as `start`."""
+        addresses = [order.address for order in orders]
+        command = shlex.join([self._python, *orders[0].arguments()[:-1], *addresses])
+        keys = {KEY_VARIABLE: " ".join(order.key for order in orders)}
+        job = self._submit(orders[0].job, f"{SRUN} {command}", keys, f"--ntasks={len(orders)}")
+        job.shared_seconds = SHARED_SECONDS
+        return [job] * len(orders)
+
+    def _submit(
+        self, job: str, command: str, environment: dict[str, str], *options: str
+    ) -> SlurmWorker:
         if not self._logs.is_dir():
             raise ConfigurationError(f"log_directory is {self._logs}; expected a directory")
-        command = shlex.join([self._python, *order.arguments()])
-        name = re.sub(r"[^\w.-]", "_", f"fitloop-{order.job}")
+        name = re.sub(r"[^\w.-]", "_", f"fitloop-{job}")
         arguments = [
             *("sbatch", "--parsable", "--export=ALL", "--no-requeue", f"--job-name={name}"),
             f"--output={self._logs / 'fitloop-worker-%j.log'}",
             *self._options,
+            *options,
             f"--wrap=exec {command}",
         ]
         try:
-            done = _call(arguments, {**os.environ, **order.environment()})
+            done = _call(arguments, {**os.environ, **environment})
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ConfigurationError(f"sbatch cannot be run: {error}") from error
         number = done.stdout.strip().partition(";")[0]
         if done.returncode != 0 or not number.isdecimal():
             said = (done.stderr or done.stdout).strip()
-            raise ConfigurationError(f"sbatch refused job {order.job!r}: {said:.1000}")
+            raise ConfigurationError(f"sbatch refused job {job!r}: {said:.1000}")
         return SlurmWorker(number, self._logs / f"fitloop-worker-{number}.log")
 
 
 class SlurmWorker:
-    """A batch job of Slurm: a `LaunchedWorker`."""
+    """A batch job of Slurm: a `LaunchedWorker`, also for several ranks at a time."""
+
+    shared_seconds = 0.0
+    """for which an answer of Slurm is used again"""
 
     def __init__(self, number: str, log: Path) -> None:
         self._number, self._log = number, log
+        self._lock = threading.Lock()
+        self._exit: WorkerExit | None = None
+        self._asked = -math.inf
+        self._is_cancelled = False
 
     def poll(self) -> WorkerExit | None:
         """Return None until Slurm says that the job has ended, or does not know it any more."""
+        with self._lock:
+            if self._exit is None and time.monotonic() >= self._asked + self.shared_seconds:
+                self._exit, self._asked = self._ask(), time.monotonic()
+            return self._exit
+
+    def _ask(self) -> WorkerExit | None:
         command = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={self._number}"]
         try:
             done = _call(command)
@@ -127,6 +167,8 @@ class SlurmWorker:
         # Minutes after the end of a job the controller forgets it.
         state = state or self._recorded_state()
         hint = f" ({HINTS[state]})" if state in HINTS else ""
+        if self._is_cancelled and state == "CANCELLED":
+            hint = " (by this program)"
         description = f"ended as {state}{hint}" if state else "has ended, Slurm does not say how"
         return WorkerExit(f"(Slurm job {self._number}) {description}", None)
 
@@ -139,9 +181,11 @@ class SlurmWorker:
         return ""
 
     def kill(self) -> None:
-        """Cancel the job."""
-        with suppress(OSError, subprocess.TimeoutExpired):
-            _call(["scancel", self._number])
+        """Cancel the job, with all its ranks."""
+        if not self._is_cancelled:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                self._is_cancelled = _call(["scancel", self._number]).returncode == 0
+        self._asked = -math.inf
 
     def log_tail(self) -> list[str]:
         """Return the last lines of the job's output."""

@@ -103,7 +103,7 @@ class WorkerConnection:
 
     def close(self) -> None:
         """End the worker, which does so by itself without a connection, and free all resources."""
-        self.close_sockets()
+        self.disconnect()
         self.is_lost |= self._connection is not None and self._wait_until_ended() is None
         if self._connection is None or self.is_lost:
             self.worker.kill()
@@ -155,7 +155,7 @@ class WorkerConnection:
                 seconds = min(2 * seconds, 1.0)
         return self._exit
 
-    def close_sockets(self) -> None:
+    def disconnect(self) -> None:
         """Close the connection, and the ways to make one."""
         for one in (self._listener, self._wakeup, self._waking, self._connection):
             if one is not None:
@@ -182,6 +182,6 @@ def launch_workers(launcher: Launcher, spec: JobSpec, ranks: int) -> list[Worker
             connection.worker = worker
     except BaseException:
         for connection in connections:
-            connection.close_sockets()
+            connection.disconnect()
         raise
     return connections

@@ -160,8 +160,8 @@ def _launch_ranks(launch: LaunchWorker, ranks: int, first_device: int) -> Worker
     workers: list[Transport] = []
     try:
         workers += (launch() for _ in range(ranks))
-        return WorkerRanks(workers, "127.0.0.1", first_device)
     except BaseException:
         for worker in workers:
             worker.close()
         raise
+    return WorkerRanks(workers, "127.0.0.1", first_device)

@@ -60,6 +60,10 @@ class WorkerProcess(ChildProcess):
             )
         return WorkerExit(description, code)
 
+    def disconnect(self) -> None:
+        """Close the pipe; the process then ends by itself."""
+        self.connection.close()
+
     def log_tail(self) -> list[str]:
         """Return the last lines of the log: output that bypassed Python."""
         size = self._log.seek(0, os.SEEK_END)

@@ -32,7 +32,7 @@ from fitloop._display.jupyter import interruptible
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import PromptWithTimeout, TerminalPrompt
 from fitloop._engine.event_bus import EventBus, UserCallbacks
-from fitloop._errors import WorkerDiedError, WorkerDiedWarning, add_note_safely
+from fitloop._errors import WorkerDiedError, WorkerDiedWarning, add_note_safely, one_line
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted, SnapshotWritten
 from fitloop._processes.errors import deserialize_error
 from fitloop._run.fit_options import fit_option
@@ -260,6 +260,7 @@ class WorkerClient:
     def _set_outcome(self, over: messages.JobOver) -> None:
         if over.error is not None:
             self._error = deserialize_error(over.error)
+            self._end_run(one_line(self._error))  # of rank 0, if another one has failed
         elif over.result is not None:
             weights, directory = over.weights, self._spec.directory
             if weights is not None and directory is not None:
@@ -268,30 +269,36 @@ class WorkerClient:
 
     def _raise_death(self) -> None:
         """End the run of a worker that died, and raise its error."""
-        transport, started = self._transport, self._run_started
+        transport = self._transport
         self._canceller.job_over.set()
         end = transport.wait_for_exit()
         message = f"the worker process of job {self._spec.name!r} {end.description}"
         cancelled = self._control.cancelled
-        if started is not None:  # the worker could not send the end of its run
-            run_ended = RunEnded(
-                trainer=started.trainer,
-                call=started.call,
-                step=self._step,
-                stop_reason=StopReason.CANCELLED if cancelled else StopReason.FAILED,
-                epochs=0,
-                best_score=None,
-                best_epoch=None,
-                seconds=0.0,
-                error=None if cancelled else f"WorkerDiedError: {message}",
-            )
-            self._relay(run_ended)
+        self._end_run(None if cancelled else f"WorkerDiedError: {message}")
         if cancelled:
             raise Cancelled
         lines = [*self._last_lines, *self._partial_lines.values(), *transport.log_tail()]
         if lines:
             message += "; its last lines:\n  " + "\n  ".join(lines)
         raise WorkerDiedError(message, end.code)
+
+    def _end_run(self, error: str | None) -> None:
+        """Emit the end of a run whose worker could not send it; without an error a cancellation."""
+        started = self._run_started
+        if started is None:
+            return
+        run_ended = RunEnded(
+            trainer=started.trainer,
+            call=started.call,
+            step=self._step,
+            stop_reason=StopReason.CANCELLED if error is None else StopReason.FAILED,
+            epochs=0,
+            best_score=None,
+            best_epoch=None,
+            seconds=0.0,
+            error=error,
+        )
+        self._relay(run_ended)
 
     # -- events ----------------------------------------------------------------------------------
 

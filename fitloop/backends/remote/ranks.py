@@ -39,7 +39,7 @@ class WorkerRanks:
     as under ``torchrun``.
 
     Args:
-        workers: one for each rank.
+        workers: one for each rank; they are closed if the store cannot be opened.
         host: name or IPv4 address of this machine for the workers.
         first_device: number of the device of rank 0 on its machine.
     """
@@ -57,23 +57,20 @@ class WorkerRanks:
         self._dead = 0
         """rank whose worker has died"""
         self._lines = [deque[str](maxlen=LAST_LINES) for _ in workers]
-        with socket.create_server((host, 0)) as listener:  # TCPStore would listen everywhere
-            self._port = int(listener.getsockname()[1])
-            self._store: Any = TCPStore(
-                host,
-                self._port,
-                is_master=True,
-                wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-            )
+        try:
+            self._store, self._port = _new_store(host)
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, message: ClientMessage) -> None:
-        """Send a message: an answer to rank 0, others to all ranks."""
+        """Send a message: an answer to rank 0, others to all ranks.
+
+        Waits for no worker: they may start in any order, and `receive` tells if one is gone.
+        """
         if isinstance(message, StartJob):
-            for rank, worker in enumerate(self._workers):
-                self._dead = rank  # if it is gone
-                worker.send(replace(message, place=self._place(rank)))
-                self._listen(rank)
+            for rank in range(len(self._workers)):
+                self._converse(rank, replace(message, place=self._place(rank)))
             return
         for worker in self._workers[:1] if isinstance(message, Answer) else self._workers:
             with suppress(EOFError, OSError):  # `receive` tells it
@@ -118,6 +115,11 @@ class WorkerRanks:
         end = self._workers[self._dead].wait_for_exit()
         return end._replace(description=f"on rank {self._dead} {end.description}")
 
+    def disconnect(self) -> None:
+        """Close the connections to all workers."""
+        for worker in self._workers:
+            worker.disconnect()
+
     def log_tail(self) -> list[str]:
         """Return the last lines of the worker that has died."""
         return [*self._lines[self._dead], *self._workers[self._dead].log_tail()]
@@ -129,6 +131,7 @@ class WorkerRanks:
                 worker.kill()
         for thread in self._threads:
             thread.join()
+        self.disconnect()  # from all, which may end together
         for worker in self._workers:
             worker.close()
         self._store = None
@@ -137,21 +140,22 @@ class WorkerRanks:
         size = len(self._workers)
         return RankPlace(rank, size, self._first_device + rank, self._host, self._port)
 
-    def _listen(self, rank: int) -> None:
-        """Receive the messages of a rank in a thread, up to its last one."""
+    def _converse(self, rank: int, start: StartJob) -> None:
+        """Send a rank its job, and receive its messages up to the last one, in a thread."""
         worker = self._workers[rank]
 
-        def listen() -> None:
-            message: WorkerMessage | Exception | None = None
-            while not isinstance(message, JobOver | Exception):
-                try:
+        def converse() -> None:
+            message: WorkerMessage | None = None
+            try:
+                worker.send(start)
+                while not isinstance(message, JobOver):
                     message = worker.receive()
-                except Exception as error:  # raised by `receive`
-                    message = error
-                self._messages.put((rank, message))
+                    self._messages.put((rank, message))
+            except Exception as error:  # raised by `receive`
+                self._messages.put((rank, error))
 
         name = f"fitloop rank {rank} channel"
-        self._threads.append(threading.Thread(target=listen, name=name, daemon=True))
+        self._threads.append(threading.Thread(target=converse, name=name, daemon=True))
         self._threads[-1].start()
 
     def _outcome(self) -> JobOver:
@@ -163,3 +167,13 @@ class WorkerRanks:
             return 1 if over.result is None else 3
 
         return min((self._overs[rank] for rank in sorted(self._overs)), key=order)
+
+
+def _new_store(host: str) -> tuple[Any, int]:
+    """Return a store in which ranks find each other, and its port."""
+    with socket.create_server((host, 0)) as listener:  # TCPStore would listen everywhere
+        port = int(listener.getsockname()[1])
+        descriptor = listener.detach()
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor
+    ), port

@@ -37,6 +37,9 @@ class Transport(Protocol):
     def wait_for_exit(self) -> WorkerExit:
         """Disconnect, wait until the worker has ended, and describe how; blocks."""
 
+    def disconnect(self) -> None:
+        """Close the connection, so that the worker ends by itself; `close` comes after it."""
+
     def log_tail(self) -> list[str]:
         """Return the last lines of the worker's log, such as a crash report."""
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from fitloop import ConfigurationError
+from fitloop._cli.main import main
 from fitloop.backends import LaunchedWorker, SlurmLauncher, WorkerOrder
 
 ORDER = WorkerOrder("a job", "127.0.0.1:1", "a key")
+RANKS = [WorkerOrder("a job", f"127.0.0.1:{n}", f"key{n}") for n in (1, 2)]
 FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 
 
@@ -81,6 +83,47 @@ def test_job_when_the_controller_has_forgotten_it_then_the_accounting_is_asked(
     ended = started(programs).poll()
     assert ended is not None
     assert ended.description == f"(Slurm job 42) {told}"
+
+
+def test_job_of_ranks_when_cancelled_then_slurm_is_asked_once_for_all_of_them(
+    programs: Path,
+) -> None:
+    write(programs, "sbatch", f"echo $FITLOOP_WORKER_KEY > {programs}/keys; echo 42")
+    write(programs, "squeue", f"echo >> {programs}/asked; echo RUNNING")
+    write(programs, "scancel", f"echo $1 >> {programs}/cancelled")
+    launcher = SlurmLauncher(log_directory=programs, host="127.0.0.1")
+    workers = launcher.start_ranks(RANKS)
+    assert (programs / "keys").read_text() == "key1 key2\n"
+    assert [worker.poll() for worker in workers] == [None, None]
+    assert (programs / "asked").read_text() == "\n"
+    write(programs, "squeue", "echo CANCELLED")
+    for worker in workers:
+        worker.kill()
+    assert (programs / "cancelled").read_text() == "42\n"
+    for ended in [worker.poll() for worker in workers]:
+        assert ended is not None
+        assert ended.description == "(Slurm job 42) ended as CANCELLED (by this program)"
+
+
+@pytest.mark.parametrize(
+    ("keys", "number", "message"),
+    [
+        ("key1", "0", "there are 2 addresses and 1 keys; expected a key for each"),
+        ("key1 key2", "2", "SLURM_PROCID is '2'; expected the number of a task from 0 to 1"),
+        ("key1 key2", "", "SLURM_PROCID is ''; expected the number of a task from 0 to 1"),
+    ],
+)
+def test_worker_when_its_task_has_no_address_then_says_so(
+    keys: str,
+    number: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FITLOOP_WORKER_KEY", keys)
+    monkeypatch.setenv("SLURM_PROCID", number)
+    assert main(["worker", *(order.address for order in RANKS)]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_job_when_the_controller_cannot_be_reached_then_has_not_ended(programs: Path) -> None:

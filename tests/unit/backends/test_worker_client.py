@@ -80,6 +80,9 @@ class FakeTransport:
     def wait_for_exit(self) -> WorkerExit:
         return WorkerExit("on node 7 was lost", None)
 
+    def disconnect(self) -> None:
+        raise AssertionError
+
     def log_tail(self) -> list[str]:
         return ["a line of the log"]
 
