@@ -76,6 +76,9 @@ class GradientRanks(Protocol):
     def mean_weights(self, weights: Sequence[Any]) -> list[Any]:
         """Return the means of weights over all ranks."""
 
+    def is_on_any(self, fact: bool) -> bool:
+        """Return whether a fact holds on any rank."""
+
 
 class StepWatch(Protocol):
     """Waits for a number of optimizer steps."""
@@ -154,6 +157,11 @@ class OptimizerSteps:
         self._defines_all = False
         self._needs_optimize = self._accumulate > 1 or config.precision == "fp16"
         """whether steps are made by ``state.optimize`` only"""
+        self._has_weight = False
+        """whether a weight was given to `optimize`"""
+        must_exchange = self._accumulate > 1 or self.guard.leaves_out
+        self._exchanges_weights = True if must_exchange else None
+        """whether ranks exchange weights in each step; None until they have met in the first one"""
 
     @property
     def is_plain(self) -> bool:
@@ -327,7 +335,10 @@ class OptimizerSteps:
                 f"the loss of state.optimize() is a {type(loss).__name__}, {text}; expected a "
                 "tensor of one element, such as the mean of the losses of the samples"
             )
-        weight = 1 if weight is None else _checked_weight(weight)
+        if weight is None:
+            weight = 1
+        else:
+            weight, self._has_weight = _checked_weight(weight), True
         if self.on_loss is not None:
             self.on_loss(loss, weight)
         for window in windows:
@@ -434,15 +445,27 @@ class OptimizerSteps:
         if scaler is not None:
             self._update_scale()
 
-    @staticmethod
-    def _meet(ranks: GradientRanks, windows: Sequence[Window]) -> None:
-        """Give windows the weights of all ranks; exchange gradients that are not exchanged yet."""
+    def _meet(self, ranks: GradientRanks, windows: Sequence[Window]) -> None:
+        """Give windows the weights of all ranks; exchange gradients that are not exchanged yet.
+
+        The weights of a window are not exchanged where each is that of one batch without a weight:
+        a further exchange costs more than all else here.
+        """
         if not ranks.reduces_in_backward():
             for window in windows:
                 ranks.average(parameters_of(window.optimizer))
             ranks.reduce_in_backward(reduces=True)
         else:
             ranks.check_gradients()
+        if self._exchanges_weights is None:
+            self._exchanges_weights = ranks.is_on_any(self._has_weight)
+        if not self._exchanges_weights:
+            if self._has_weight:
+                raise ConfigurationError(
+                    "state.optimize(weight=) was called in a training with parallel=, and the "
+                    "first step of the run had no weight on any rank; give a weight in each call"
+                )
+            return
         weights = ranks.mean_weights([window.weight for window in windows])
         for window, weight in zip(windows, weights, strict=True):
             window.weight = weight

@@ -138,7 +138,7 @@ class ParallelRun:
         wrapper: Any = self._config.wrapper
         if getattr(wrapper, "find_unused_parameters", True) or wrapper.static_graph:
             return
-        for name, parameter in self._config.model.named_parameters():
+        for name, parameter in wrapper.fitloop_trained.items():
             if parameter.grad is None and parameter.requires_grad:
                 raise ConfigurationError(
                     f"the loss of this batch does not depend on the parameter {name!r}, and "
@@ -172,6 +172,10 @@ class ParallelRun:
         self.world.add(sums)
         sums /= self.world.size
         return list(sums) if device.type != "cpu" else list(sums.tolist())
+
+    def is_on_any(self, fact: bool) -> bool:
+        """Return whether a fact holds on any rank."""
+        return self.world.largest(fact) == [1]
 
     # -- a pass ------------------------------------------------------------------------------------
 
@@ -356,5 +360,4 @@ def _trained(model: nn.Module) -> list[str]:
 
 def _trained_by(wrapper: Any, model: nn.Module) -> list[str]:
     """Return the parameters that were trained when the model was wrapped."""
-    names: list[str] = getattr(wrapper, "fitloop_trained", _trained(model))
-    return names
+    return list(getattr(wrapper, "fitloop_trained", _trained(model)))

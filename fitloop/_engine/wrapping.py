@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -48,7 +47,7 @@ def wrapped(config: Any, world: World) -> DistributedDataParallel | None:
         shard(config, world)
         check_shards(config, world)
         return None
-    trained = [name for name, p in config.model.named_parameters() if p.requires_grad]
+    trained = {name: p for name, p in config.model.named_parameters() if p.requires_grad}
     wrapper: Any
     if callable(parallel):
         wrapper = shard_with(config, world, parallel)
@@ -88,4 +87,3 @@ def unwrap(wrapper: Any) -> None:
     # The reducer removes its hooks when it is destroyed, and an exception may keep the wrapper.
     for name in ("reducer", "logger", "process_group"):
         vars(wrapper).pop(name, None)
-    gc.collect()
