@@ -28,6 +28,7 @@ from fitloop._storage.weight_store import (
 )
 from fitloop._training.parts import (
     StatePart,
+    inner_optimizers,
     load_optimizer_state,
     modules_of,
     outside_parameters,
@@ -127,6 +128,7 @@ def _optimizer_state(optimizer: Optimizer, names: dict[Tensor, str]) -> dict[str
         "state": optimizer.state_dict(),
         # Otherwise torch warns that a scheduler was stepped before its optimizer.
         "stepped": bool(getattr(optimizer, "_opt_called", False)),
+        "inner": [inner.state_dict() for inner in inner_optimizers(optimizer)],
     }
 
 
@@ -251,6 +253,9 @@ def _load_optimizer(
         first = {key: value for key, value in groups[0].items() if key != "params"}
         groups[:] = [{**first, "params": [parameters[name] for name in group]} for group in names]
     load_optimizer_state(optimizer, state, dtypes)
+    inner_states = saved.get("inner", ())  # files of earlier versions have none
+    for inner, inner_state in zip(inner_optimizers(optimizer), inner_states, strict=False):
+        load_optimizer_state(inner, inner_state, dtypes)
     if saved["stepped"]:
         optimizer._opt_called = True  # type: ignore[attr-defined]
 

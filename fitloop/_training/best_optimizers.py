@@ -15,7 +15,7 @@ from fitloop._data.carried_state import has_own_state_dict
 from fitloop._engine.config import TrainerConfig
 from fitloop._training.capture import copy_values
 from fitloop._training.layers import configure_optimizer
-from fitloop._training.parts import load_optimizer_state, parameter_names
+from fitloop._training.parts import inner_optimizers, load_optimizer_state, parameter_names
 
 _SETTINGS = frozenset(
     (
@@ -36,7 +36,7 @@ def optimizer_states(config: TrainerConfig) -> list[Any]:
         return []
     names = parameter_names(config)
     states = []
-    for optimizer in config.optimizers:
+    for optimizer in _with_inner(config):
         try:
             state = on_cpu(optimizer.state_dict())
         except Exception:  # the training does not need it
@@ -52,7 +52,7 @@ def restore_optimizers(config: TrainerConfig, saved: list[Any]) -> None:
     Raises any error for states that do not fit, with some of them perhaps restored.
     """
     names = parameter_names(config)
-    for optimizer, each in zip(config.optimizers, saved, strict=True):
+    for optimizer, each in zip(_with_inner(config), saved, strict=True):
         setting_names = _SETTINGS.union(getattr(optimizer, "defaults", ()))
         settings = [
             {key: value for key, value in group.items() if key in setting_names}
@@ -64,6 +64,10 @@ def restore_optimizers(config: TrainerConfig, saved: list[Any]) -> None:
         load_optimizer_state(optimizer, on_cpu(state))
         for group, values in zip(optimizer.param_groups, settings, strict=False):
             group.update(values)
+
+
+def _with_inner(config: TrainerConfig) -> list[Any]:
+    return [each for item in config.optimizers for each in (item, *inner_optimizers(item))]
 
 
 def _with_present_groups(

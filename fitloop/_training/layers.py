@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fitloop._errors import ConfigurationError
 from fitloop._public import public
+from fitloop._training.parts import inner_optimizers
 
 Rates: TypeAlias = float | slice | Sequence[float] | np.ndarray[Any, Any]
 """One rate for all layers, a rate for each, or ``slice(low, high)`` for `spread_lrs`."""
@@ -197,7 +198,8 @@ def configure_optimizer(
     model = trainer.model
     if lr is None and unlock is None:
         for optimizer in trainer.optimizers:
-            _clear_state(optimizer, model)
+            for each in (optimizer, *inner_optimizers(optimizer)):
+                _clear_state(each, model)
         return
     plans = _plan_optimizers(model, trainer.optimizers)
     trainable = {p for p in model.parameters() if p.requires_grad}

@@ -105,6 +105,18 @@ def named_parts(config: TrainerConfig) -> dict[str, Any]:
     return parts if config.scaler is None else {**parts, "scaler": config.scaler}
 
 
+def inner_optimizers(optimizer: Any) -> list[Optimizer]:
+    """Return the optimizers in attributes of a wrapper that its ``state_dict`` leaves out.
+
+    Such a wrapper, as SAM is, has the ``state_dict`` of torch's class. One of its own is trusted.
+    """
+    if has_own_state_dict(optimizer):
+        return []
+    own = getattr(optimizer, "state", None)
+    inner = [item for item in vars(optimizer).values() if isinstance(item, Optimizer)]
+    return [item for item in inner if item is not optimizer and item.state is not own]
+
+
 def load_optimizer(optimizer: Any, state: Any) -> None:
     """Call ``load_state_dict``, after which param groups and state are the same objects as before.
 
@@ -119,7 +131,8 @@ def load_optimizer(optimizer: Any, state: Any) -> None:
     optimizer.load_state_dict(state)
     for item in {id(each): each for each, *_ in before}.values():
         _split_state(item)
-    for item, groups, content, states in before:
+    # The inner ones first: a wrapper may give their attributes by properties.
+    for item, groups, content, states in reversed(before):
         if item.param_groups is not groups:
             loaded = [dict(group) for group in item.param_groups]
             groups[:] = [*content[: len(loaded)], *item.param_groups[len(content) :]]

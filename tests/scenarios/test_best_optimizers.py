@@ -53,6 +53,30 @@ def counting(model: nn.Module) -> list[Optimizer]:
     return [Counting(model.parameters(), lr=0.3)]
 
 
+class Halving(Optimizer):
+    """Lets another optimizer step with half of the gradients; its ``state_dict`` is torch's."""
+
+    def __init__(self, parameters: Any, base: Callable[..., Optimizer], **settings: Any) -> None:
+        super().__init__(parameters, settings)
+        self.base = base(self.param_groups, **settings)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["last"] = parameter.grad.mul_(0.5).clone()
+        self.base.step()
+
+
+def halving(model: nn.Module) -> list[Optimizer]:
+    return [Halving(model.parameters(), SGD, lr=0.2, momentum=0.9)]
+
+
+def with_inner(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
+    inner = [each.base for each in optimizers if isinstance(each, Halving)]
+    return [*inner, *optimizers]
+
+
 def train(model: nn.Module, optimizers: Sequence[Optimizer], epochs: int = 1) -> None:
     model.train()
     for _ in range(epochs):
@@ -76,16 +100,19 @@ def hand_written(
     for epoch in range(1, epochs + 1):
         train(model, optimizers)
         if epoch == best:
-            states = [each.state_dict() for each in optimizers]
+            states = [each.state_dict() for each in with_inner(optimizers)]
             kept = copy.deepcopy((model.state_dict(), states))
         for scheduler in schedulers:
             scheduler.step()
     model.load_state_dict(kept[0])
-    for optimizer, state in zip(optimizers, kept[1], strict=True):
+    for optimizer, state in zip(with_inner(optimizers), kept[1], strict=True):
         rates = [group["lr"] for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+    for optimizer in optimizers:
+        if isinstance(optimizer, Halving):
+            optimizer.base.param_groups = optimizer.param_groups
     for _ in range(more):
         train(model, optimizers)
         for scheduler in schedulers:
@@ -109,7 +136,7 @@ def fitted(make: MakeOptimizers, values: Sequence[float], **changes: Any) -> Fit
     )
 
 
-each_optimizer = pytest.mark.parametrize("make", [adam, momentum, two, counting])
+each_optimizer = pytest.mark.parametrize("make", [adam, momentum, two, counting, halving])
 RISING = [5.0, 6.0, 7.0, 8.0]
 VALUES = [1, 3, 2, *RISING]
 """the best of the first three epochs is the second"""

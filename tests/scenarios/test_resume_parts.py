@@ -435,10 +435,76 @@ class Lookahead:
         self.slow, self.steps = state["slow"], state["steps"]
 
 
-def test_resume_when_optimizer_wraps_another_then_equals_one_run(tmp_path: Path) -> None:
+class LookaheadOfProperties(Lookahead):
+    """Gives the groups and the state of the other optimizer by properties, which cannot be set."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.steps = optimizer, 0
+        self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+
+class Reaching(Optimizer):
+    """Takes gradients at a place farther up, as SAM does; another optimizer makes the step.
+
+    It has torch's ``state_dict``, without the momentum of the other one.
+    """
+
+    def __init__(self, parameters: Any, base: Callable[..., Optimizer], **settings: Any) -> None:
+        super().__init__(parameters, settings)
+        self.base = base(self.param_groups, **settings)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def climb(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["place"] = parameter.clone()
+            parameter.add_(parameter.grad, alpha=0.05)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.copy_(self.state[parameter]["place"])
+        self.base.step()
+
+
+def step_of_two_passes(state: LoopState) -> dict[str, Any]:
+    inputs, targets = state.batch
+    loss = state.loss_function(state.model(inputs), targets)
+    loss.backward()
+    state.optimizer.climb()
+    state.loss_function(state.model(inputs), targets).backward()
+    state.optimizer.step()
+    return {"running_loss": loss.item() * state.batch_size}
+
+
+def test_resume_when_state_dict_leaves_an_inner_optimizer_out_then_equals_one_run(
+    tmp_path: Path,
+) -> None:
     def make() -> TrainingSetup:
         model = mlp()
-        optimizer = Lookahead(Adam(model.parameters(), lr=0.05))
+        optimizer = Reaching(model.parameters(), SGD, lr=0.1, momentum=0.9)
+        options = {"model": model, "optimizer": optimizer, "train_step": step_of_two_passes}
+        return TrainingSetup(trainer=options, extra_state=optimizer.base.state_dict)
+
+    check_resumed_training(make, tmp_path, stops=(6, 2, 2))
+
+
+@pytest.mark.parametrize("kind", [Lookahead, LookaheadOfProperties])
+def test_resume_when_optimizer_wraps_another_then_equals_one_run(
+    kind: type[Lookahead], tmp_path: Path
+) -> None:
+    def make() -> TrainingSetup:
+        model = mlp()
+        optimizer = kind(Adam(model.parameters(), lr=0.05))
         return TrainingSetup(trainer={"model": model, "optimizer": optimizer})
 
     check_resumed_training(make, tmp_path)
