@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fitloop._errors import LoaderHungWarning as LoaderHungWarning
     from fitloop._errors import LockWarning as LockWarning
     from fitloop._errors import LoggerWarning as LoggerWarning
+    from fitloop._errors import LossWarning as LossWarning
     from fitloop._errors import MetricError as MetricError
     from fitloop._errors import MissingCriteriaError as MissingCriteriaError
     from fitloop._errors import MissingLoaderError as MissingLoaderError
@@ -126,7 +127,7 @@ _NAMES_OF_MODULES = {
     "fitloop._engine.stages": "default_batch_step default_epoch_end",
     "fitloop._errors": (
         "BusyError CheckpointError CompileWarning ConfigurationError FitLoopError "
-        "LoaderHungWarning LockWarning LoggerWarning MetricError MissingCriteriaError "
+        "LoaderHungWarning LockWarning LoggerWarning LossWarning MetricError MissingCriteriaError "
         "MissingLoaderError NonFiniteError NonFiniteWarning OptimizerWarning OutputWarning "
         "RanksError RanksWarning RemoteError RestoreError RestoreWarning ResumeWarning "
         "ScheduleWarning "

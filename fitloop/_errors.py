@@ -291,6 +291,15 @@ class LoggerWarning(RuntimeWarning):
 
 
 @public
+class LossWarning(RuntimeWarning):
+    """The outputs of the model are not what the loss function takes.
+
+    For example, the model ends in a softmax, which CrossEntropyLoss applies itself. The default
+    steps look at the first batch of the first epoch. The training goes on.
+    """
+
+
+@public
 class NonFiniteWarning(RuntimeWarning):
     """Weights, or the gradients of a step, are NaN or infinite.
 

@@ -13,6 +13,7 @@ or figures, and reaches the event loop only through a `LoopPortal`.
 - `modes`: train and eval modes.
 - `stages`: the nine stage functions and their defaults.
 - `class_losses`: the losses that take class scores.
+- `loss_checks`: whether the first outputs of a model suit the loss.
 - `metric_objects`: the objects of ``metrics=``.
 - `loop_state`: `LoopState`, the argument of every stage function, and its writer.
 - `optimization`: the order of one optimizer step, and the batches that it is made of.

@@ -24,7 +24,7 @@ def ignored_class(loss_function: Any) -> int | None:
     """
     if loss_function is None:
         return _IGNORED
-    if _function(loss_function) not in (*_FORWARDS, *_FUNCTIONS):
+    if torch_function(loss_function) not in (*_FORWARDS, *_FUNCTIONS):
         return None
     ignored = loss_setting(loss_function, "ignore_index")
     return _IGNORED if ignored is None else int(ignored)
@@ -33,7 +33,7 @@ def ignored_class(loss_function: Any) -> int | None:
 def class_weights(loss_function: Any) -> Any:
     """Return the tensor of class weights whose sum a loss divides by; None if it has none."""
     weights = loss_setting(loss_function, "weight")
-    if weights is None or _function(loss_function) not in (*_FORWARDS[:2], *_FUNCTIONS[:2]):
+    if weights is None or torch_function(loss_function) not in (*_FORWARDS[:2], *_FUNCTIONS[:2]):
         return None  # MultiMarginLoss divides by the number of targets
     return weights
 
@@ -47,8 +47,11 @@ def loss_setting(loss_function: Any, name: str) -> Any:
     return getattr(loss_function, name, None)
 
 
-def _function(loss_function: Any) -> Any:
-    """Return the function that computes a loss; None if a ``partial`` gives it arguments."""
+def torch_function(loss_function: Any) -> Any:
+    """Return the function that computes a loss: that of torch, or ``forward`` of a module's class.
+
+    None if a ``partial`` gives it arguments.
+    """
     while isinstance(loss_function, partial):
         if loss_function.args:
             return None

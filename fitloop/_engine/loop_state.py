@@ -16,6 +16,7 @@ from fitloop._data.batch_sizes import describe, possible_sizes
 from fitloop._engine.class_losses import ignored_class, loss_setting
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.given_arguments import GivenArguments
+from fitloop._engine.loss_checks import checked_loss
 from fitloop._engine.optimization import OptimizerSteps
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._metrics.batch_values import BatchValues
@@ -49,6 +50,7 @@ class LoopState(GivenArguments):
         "_is_plain",
         "_is_weighted",
         "_look_at_loss",
+        "_loss",
         "_optimize",
         "_phase",
         "_sizes",
@@ -135,6 +137,7 @@ class LoopState(GivenArguments):
         self.model = (config.wrapper if self.is_train else None) or config.called_model
         self.optimizer = config.optimizer
         self.loss_function = config.loss_function
+        self._loss: Any = self._first_loss
         self.lr_scheduler = config.present_lr_scheduler
         self.scaler = config.scaler
 
@@ -286,6 +289,12 @@ class LoopState(GivenArguments):
                 "in train_step, or if state.is_train"
             )
         self._steps.optimize(loss, weight, optimizer, self.batch_num)
+
+    def _first_loss(self, predictions: Any, targets: Any) -> Any:
+        """Compute the loss of the first batch for the default step, with `checked_loss`."""
+        self._loss = self.loss_function
+        is_new = self._epoch_num <= 1  # the values of later epochs are not looked at
+        return checked_loss(self.loss_function, predictions, targets, looks_at_values=is_new)
 
     def _on_loss(self, function: Callable[[Any, Any], object]) -> None:
         """Let a function be called with each loss and weight that `optimize` gets."""
@@ -448,6 +457,7 @@ class StateWriter:
         """End the phase: its size is now the number of samples that were read."""
         state = self.state
         state.batch = None
+        state._loss = None  # it may refer to the state
         state._batches = state.batch_num
         state._expected_size = 0
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from fitloop._data.batch_sizes import describe
 from fitloop._engine.class_losses import class_weights
@@ -21,11 +20,6 @@ from fitloop._public import public
 from fitloop._types import Phase, Stage
 
 _SEQUENCES = frozenset((list, tuple))
-_ELEMENTWISE = [
-    *(kind.forward for kind in (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)),
-    *(functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss),
-]
-"""the losses of torch that compare two tensors of one shape, and only warn of other shapes"""
 
 
 @public
@@ -51,7 +45,13 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
 
     With ``clip_grad`` returns also ``grad_norm``, if the batch makes an optimizer step.
 
-    Raises ConfigurationError for other batches. Other errors have a note with the batch.
+    At the first batch of a phase it looks whether the loss suits the outputs of the model. In the
+    first epoch it gives a LossWarning for probabilities that CrossEntropyLoss or BCEWithLogitsLoss
+    would make probabilities again, and for scores that NLLLoss or KLDivLoss take for
+    log-probabilities.
+
+    Raises ConfigurationError for other batches, and if the loss would compare each output with the
+    targets of other samples. Other errors have a note with the batch.
     """
     batch = state.batch
     try:
@@ -61,7 +61,7 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
         else:
             inputs, targets = batch
             predictions = state.model(inputs)
-            loss = state.loss_function(predictions, targets)
+            loss = state._loss(predictions, targets)  # the loss function, and a check at first
         on_cpu = loss.is_cpu  # reading a value from a device would wait for it
         value = loss.item() if on_cpu else loss.detach().reshape(())
         all_count = (
@@ -124,30 +124,12 @@ def _count_correct(state: LoopState, predictions: Any, targets: Any) -> dict[str
     """Return the number of correct targets, and the number of targets that the loss counts."""
     ignored = state._ignored_class
     if ignored is None:
-        if state.batch_num == 1:  # later batches have shapes alike
-            _check_shapes(state.loss_function, predictions, targets)
         return {}
     if targets is None or targets.is_floating_point() or predictions.ndim < 2:
         return {}  # no classes, but probabilities for example, or one sample
     counted = targets != ignored
     correct = (predictions.argmax(dim=1) == targets) & counted
     return {"running_corr": correct.sum(), "running_count": counted.sum()}
-
-
-def _check_shapes(loss_function: Any, predictions: Any, targets: Any) -> None:
-    """Raise ConfigurationError if a loss compares each prediction with the targets of others.
-
-    Torch only warns of it. The first batch has been trained already.
-    """
-    kind = type(loss_function)
-    is_elementwise = getattr(kind, "forward", loss_function) in _ELEMENTWISE
-    if is_elementwise and isinstance(targets, Tensor) and predictions.shape != targets.shape:
-        name = getattr(loss_function, "__name__", kind.__name__)
-        raise ConfigurationError(
-            f"the model returns {describe(predictions)} for targets {describe(targets)}, and "
-            f"{name} would compare each prediction with all targets; give both the same shape, "
-            "such as targets.unsqueeze(1) for (samples, 1), or write train_step="
-        )
 
 
 def _forward(state: LoopState) -> tuple[Any, Any, Any]:
@@ -159,7 +141,7 @@ def _forward(state: LoopState) -> tuple[Any, Any, Any]:
     if not _holds_arguments(state):
         inputs, targets = _pair(batch)
         predictions = state.model(inputs)
-        return predictions, targets, loss_function(predictions, targets)
+        return predictions, targets, state._loss(predictions, targets)
     output = state.model(**batch)
     if loss_function is not None:
         return None, None, loss_function(output, batch)
@@ -264,10 +246,12 @@ def _fits(state: LoopState) -> bool:
 def default_epoch_end(state: LoopState) -> dict[str, float]:
     """Return means over the samples of the epoch.
 
-    The sum of ``running_loss``, divided by the samples, is ``loss``. The sum of ``running_corr``,
-    divided by the samples or by the sum of ``running_count``, is ``accuracy``. Any other number of
-    the batch steps gives its mean, weighted by batch size. Each is a mean over the batches that
-    returned the value. A tensor of one element is a number.
+    The sum of ``running_loss``, divided by the samples, is ``loss``: the mean of the losses of the
+    batches, weighted by batch size. Where targets are ignored or classes have weights, this is not
+    exactly the mean over all targets that count, since the loss of a batch is a mean over fewer of
+    them. The sum of ``running_corr``, divided by the samples or by the sum of ``running_count``, is
+    ``accuracy``. Any other number of the batch steps gives its mean, weighted by batch size. Each
+    is a mean over the batches that returned the value. A tensor of one element is a number.
 
     With ``nonfinite="skip"``, batches of a train phase whose ``running_loss`` is not finite are in
     none of these means.

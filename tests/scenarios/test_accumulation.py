@@ -276,7 +276,8 @@ def test_window_when_classes_have_weights_then_is_one_big_batch(kind: str) -> No
     big = [tuple(torch.cat(parts) for parts in zip(*small, strict=True))]
     models = []
     for train_dl, accumulate in ((small, 3), (big, 1)):
-        models.append(model := mlp())
+        last = nn.LogSoftmax(1) if kind == "nll" else nn.Identity()
+        models.append(model := nn.Sequential(mlp(), last))
         sync_trainer(
             model=model,
             optimizer=SGD(model.parameters(), lr=0.5),

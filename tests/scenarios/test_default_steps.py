@@ -23,6 +23,7 @@ from fitloop import (
     FitLoop,
     FitLoopError,
     LoopState,
+    LossWarning,
     MetricError,
     StageSignatureError,
 )
@@ -162,7 +163,8 @@ async def test_accuracy_when_targets_are_classes_then_is_over_those_that_the_los
     data = batches()
     if ignored == -1:
         data = with_targets(lambda t: torch.where(t == 1, -1, t))
-    fitted = trainer(loss_function=loss, train_dl=data, valid_dl=data)
+    model = ending_in(nn.LogSoftmax(1)) if isinstance(loss, nn.NLLLoss) else mlp()
+    fitted = trainer(model=model, loss_function=loss, train_dl=data, valid_dl=data)
     result = await fitted.fit(1, load_best=False, **QUIET)
     inputs, targets = (torch.cat(column) for column in zip(*data, strict=True))
     counts = torch.ones(len(targets), dtype=torch.bool) if ignored is None else targets != ignored
@@ -357,6 +359,205 @@ async def test_regression_when_targets_are_broadcast_then_says_both_shapes(
     for call in (fitted.run_sanity_check, fitted.fit):
         with pytest.raises(ConfigurationError, match=pattern):
             await call(1)
+
+
+class Pinball(nn.Module):
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        rest = targets.float() - outputs
+        return torch.max(0.7 * rest, -0.3 * rest).mean()
+
+
+def focal(outputs: Tensor, targets: Tensor) -> Tensor:
+    p = outputs.sigmoid()
+    return -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+
+
+def dice(outputs: Tensor, targets: Tensor) -> Tensor:
+    masks = torch.sigmoid(outputs)
+    return 1 - 2 * (masks * targets).sum() / (masks.sum() + targets.sum())
+
+
+def ranking(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Compare all samples of a batch with each other, on purpose."""
+    signs = torch.sign(targets[:, None] - targets)
+    return F.relu(1 - signs * (outputs - outputs.squeeze(1))).mean()
+
+
+def energy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Compare two distributions: all outputs with all targets, on purpose."""
+    return (outputs - targets.unsqueeze(0)).abs().mean() - (outputs - outputs.T).abs().mean() / 2
+
+
+def shapes_trainer(loss: Any, shape: tuple[int, ...], target_shape: tuple[int, ...]) -> FitLoop:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Conv2d(2, 1, 1) if len(shape) == 4 else nn.Linear(2, 1)
+    channels = (*shape[:1], 2, *shape[2:])
+    data = [
+        (
+            torch.randn(channels, generator=generator),
+            (torch.rand(target_shape, generator=generator) > 0.5).float(),
+        )
+        for _ in range(2)
+    ]
+    options = {"model": model, "optimizer": SGD(model.parameters(), lr=0.1), "test_dl": None}
+    return trainer(**options, loss_function=loss, train_dl=data, valid_dl=data)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize(
+    ("loss", "shape", "target_shape"),
+    [
+        pytest.param(lambda p, t: ((p - t) ** 2).mean(), (4, 1), (4,), id="square"),
+        pytest.param(lambda p, t: ((t - p) ** 2).mean(), (4, 1), (4,), id="square, turned"),
+        pytest.param(Pinball(), (4, 1), (4,), id="module"),
+        pytest.param(focal, (4, 1), (4,), id="focal"),
+        pytest.param(lambda p, t: F.mse_loss(p, t).sqrt(), (4, 1), (4,), id="function of torch"),
+        pytest.param(partial(F.mse_loss, reduction="sum"), (4, 1), (4,), id="partial"),
+        pytest.param(nn.PoissonNLLLoss(), (4, 1), (4,), id="Poisson"),
+        pytest.param(nn.HingeEmbeddingLoss(), (4, 1), (4,), id="hinge"),
+        pytest.param(dice, (3, 1, 5, 5), (3, 5, 5), id="masks"),
+    ],
+)
+async def test_loss_when_it_compares_each_output_with_all_targets_then_nothing_was_trained(
+    loss: Any, shape: tuple[int, ...], target_shape: tuple[int, ...]
+) -> None:
+    fitted = shapes_trainer(loss, shape, target_shape)
+    before = bits(fitted.model)
+    with pytest.raises(ConfigurationError) as caught:
+        await fitted.fit(1, **QUIET)
+    assert f"float32 {shape} for targets float32 {target_shape}, and " in str(caught.value)
+    assert "would compare each prediction with all targets; give both the same" in str(caught.value)
+    assert bits(fitted.model) == before
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "target_shape"),
+    [
+        pytest.param(lambda p, t: ((p.squeeze(1) - t) ** 2).mean(), (4, 1), (4,), id="squeezed"),
+        pytest.param(lambda p, t: ((p - t.view_as(p)) ** 2).mean(), (4, 1), (4,), id="view"),
+        pytest.param(
+            lambda p, t: dice(p.flatten(), t.flatten()), (3, 1, 5, 5), (3, 5, 5), id="mask"
+        ),
+        pytest.param(ranking, (4, 1), (4,), id="ranking"),
+        pytest.param(energy, (4, 1), (4,), id="distributions"),
+        pytest.param(lambda p, t: (p.mean() - t.mean()) ** 2, (4, 1), (4,), id="means"),
+        pytest.param(lambda p, t: ((p - t) ** 2).mean(), (1, 1), (1,), id="one sample"),
+        pytest.param(dice, (3, 1, 5, 5), (3, 1, 5, 5), id="same shape"),
+    ],
+)
+async def test_loss_when_it_gives_both_one_shape_then_bits_are_those_of_a_loop(
+    loss: Any, shape: tuple[int, ...], target_shape: tuple[int, ...]
+) -> None:
+    fitted = shapes_trainer(loss, shape, target_shape)
+    by_hand = shapes_trainer(loss, shape, target_shape)
+    by_hand.model.load_state_dict(fitted.model.state_dict())
+    await fitted.fit(2, load_best=False, **QUIET)
+    for _ in range(2):
+        for inputs, targets in by_hand.train_dl:
+            by_hand.optimizer.zero_grad()
+            loss(by_hand.model(inputs), targets).backward()
+            by_hand.optimizer.step()
+    assert bits(fitted.model) == bits(by_hand.model)
+
+
+def ending_in(*last: nn.Module, outputs: int = CLASSES) -> nn.Sequential:
+    return nn.Sequential(mlp(outputs=outputs), *last)
+
+
+BINARY = [(inputs, (targets > 0).float()) for inputs, targets in batches()]
+SHARES = with_targets(lambda t: F.one_hot(t, CLASSES).float())
+
+
+@pytest.mark.parametrize(
+    ("loss", "model", "data", "text"),
+    [
+        pytest.param(
+            nn.CrossEntropyLoss(),
+            ending_in(nn.Softmax(1)),
+            batches(),
+            r"CrossEntropyLoss .* applies softmax itself, .* leave the softmax out of the model",
+            id="softmax",
+        ),
+        pytest.param(
+            partial(F.cross_entropy, label_smoothing=0.1),
+            ending_in(nn.Softmax(1)),
+            SHARES,
+            "leave the softmax out of the model",
+            id="softmax, function",
+        ),
+        pytest.param(
+            nn.BCEWithLogitsLoss(),
+            ending_in(nn.Sigmoid(), nn.Flatten(0), outputs=1),
+            BINARY,
+            "BCEWithLogitsLoss .* applies sigmoid itself, .* or use BCELoss",
+            id="sigmoid",
+        ),
+        pytest.param(
+            nn.NLLLoss(),
+            mlp(),
+            batches(),
+            r"NLLLoss takes log-probabilities, .* model returns \d.* log_softmax\(scores, dim=1\)",
+            id="scores",
+        ),
+        pytest.param(
+            F.nll_loss, ending_in(nn.Softmax(1)), batches(), "log_softmax", id="not of logarithms"
+        ),
+        pytest.param(
+            nn.KLDivLoss(reduction="batchmean"), mlp(), SHARES, "KLDivLoss takes log-", id="KL"
+        ),
+    ],
+)
+async def test_outputs_when_the_loss_takes_others_then_a_warning_says_which(
+    loss: Any, model: nn.Module, data: Any, text: str
+) -> None:
+    given = {"model": model, "loss_function": loss, "train_dl": data, "valid_dl": None}
+    fitted = trainer(**given, optimizer=SGD(model.parameters(), lr=0.01))
+    with pytest.warns(LossWarning, match=text) as caught:
+        await fitted.fit(2, **QUIET)
+    assert len(caught) == 1
+
+
+async def test_outputs_when_only_those_of_eval_mode_are_probabilities_then_a_warning() -> None:
+    class Classifying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            scores: Tensor = self.inner(inputs)
+            return scores if self.training else scores.softmax(1)
+
+    with pytest.warns(LossWarning, match="leave the softmax out"):
+        await trainer(model=Classifying()).fit(1, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("loss", "model", "data"),
+    [
+        pytest.param(nn.CrossEntropyLoss(), ending_in(nn.Sigmoid()), batches(), id="gates"),
+        pytest.param(nn.CrossEntropyLoss(), ending_in(nn.LogSoftmax(1)), batches(), id="log"),
+        pytest.param(nn.NLLLoss(), ending_in(nn.LogSoftmax(1)), batches(), id="NLL"),
+        pytest.param(
+            nn.BCELoss(), ending_in(nn.Sigmoid(), nn.Flatten(0), outputs=1), BINARY, id="p"
+        ),
+        pytest.param(
+            nn.BCEWithLogitsLoss(), ending_in(nn.Flatten(0), outputs=1), BINARY, id="logits"
+        ),
+        pytest.param(nn.MSELoss(), ending_in(nn.Softmax(1)), SHARES, id="Brier"),
+    ],
+)
+async def test_outputs_when_the_loss_takes_them_then_no_warning(
+    loss: Any, model: nn.Module, data: Any
+) -> None:
+    options = {"model": model, "optimizer": SGD(model.parameters(), lr=0.01), "train_dl": data}
+    await trainer(**options, valid_dl=data, loss_function=loss).fit(1, **QUIET)
+
+
+async def test_outputs_when_BCELoss_gets_scores_then_error_says_what_to_use() -> None:  # noqa: N802
+    model = ending_in(nn.Flatten(0), outputs=1)
+    options = {"model": model, "optimizer": SGD(model.parameters(), lr=0.01), "train_dl": BINARY}
+    with pytest.raises(ConfigurationError, match=r"returns -\d.* to .*; .* use BCEWithLogitsLoss"):
+        await trainer(**options, valid_dl=None, loss_function=nn.BCELoss()).fit(1, **QUIET)
 
 
 async def test_optimizer_when_it_needs_a_closure_then_default_step_is_refused() -> None:

@@ -443,11 +443,11 @@ class LookaheadOfProperties(Lookahead):
         self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
 
     @property
-    def param_groups(self) -> Any:
+    def param_groups(self) -> Any:  # type: ignore[override]
         return self.optimizer.param_groups
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Any:  # type: ignore[override]
         return self.optimizer.state
 
 
