@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
-from fitloop._errors import leave_user_frames
+from fitloop._errors import ConfigurationError, leave_user_frames
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -90,6 +92,28 @@ def checked_arguments(
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def absolute_path(name: str, value: Any, expected: str = "a path") -> Path:
+    """Return a path that stays the same when the program changes its working directory.
+
+    If the working directory was removed, a relative path stays relative: the file system refuses it
+    when it is used.
+
+    Raises:
+        ConfigurationError: it is no path, or has characters that no path can have.
+    """
+    try:
+        path = Path(value)
+        is_possible = b"\0" not in os.fsencode(path)
+    except (TypeError, UnicodeEncodeError):
+        is_possible = False
+    if not is_possible:
+        raise ConfigurationError(f"{name} is {value!r:.80}; expected {expected}")
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        return path
 
 
 def _class_call(instance: object, constructor: object) -> str:

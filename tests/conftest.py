@@ -70,11 +70,8 @@ def _blocking_calls() -> Iterator[BlockBuster]:
             function.can_block_in("linecache.py", {"checkcache", "updatecache"})
             # At most half a millisecond, while a thread of fitloop ends.
             function.can_block_in("fitloop/_concurrency/supervisor.py", {"is_alive"})
-            # They ask for the current directory, which the system knows without a disk.
-            function.can_block_in("fitloop/_engine/config.py", {"check_path"})
-            function.can_block_in("fitloop/backends/thread.py", {"check_save_path"})
-            function.can_block_in("fitloop/loggers/logger.py", {"absolute_path"})
-            function.can_block_in("fitloop/_trainer/fitloop.py", {"_directory"})
+            # It asks for the working directory, which the system knows without a disk.
+            function.can_block_in("fitloop/_arguments.py", {"absolute_path"})
         yield buster
 
 

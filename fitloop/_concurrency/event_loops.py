@@ -44,6 +44,14 @@ def loop_scheduler() -> Callable[[Callable[[], object]], None]:
     return schedule_asyncio
 
 
+def loop_end_check() -> Callable[[], bool]:
+    """Return a function that tells any thread whether the running event loop is closed by then."""
+    try:
+        return asyncio.get_running_loop().is_closed
+    except RuntimeError:
+        return lambda: False  # trio ends its tasks first
+
+
 _started: set[asyncio.Task[None]] = set()
 """tasks of `start_task`, since an event loop keeps only weak references"""
 

@@ -30,6 +30,7 @@ from fitloop._concurrency.event_loops import (
     LoopTasks,
     ThreadsafeEvent,
     is_scope_cancelled,
+    loop_end_check,
     raise_in_scope,
 )
 from fitloop._concurrency.task_state import TaskState, lend_state
@@ -61,8 +62,14 @@ class LoopPortal:
         self._wake_event = ThreadsafeEvent()
         self._requests: deque[_Request] = deque()
         self._open_requests: set[_Request] = set()
+        self._is_loop_closed = loop_end_check()
         self._closed = False
         self.finished = False
+
+    def cancel_without_loop(self) -> None:
+        """Cancel the run if its event loop was closed: nothing awaits or cancels it any more."""
+        if self._is_loop_closed():
+            self._control.cancel()
 
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """Run ``function`` on the event loop, block until it ends, and return its result.
@@ -91,8 +98,9 @@ class LoopPortal:
 
     def _post(self, function: Callable[[], Awaitable[Any]]) -> _Request:
         request = _Request(function)
+        self.cancel_without_loop()
         with self._control.changed:
-            if self._closed:
+            if self._closed or self._is_loop_closed():
                 raise Cancelled
             self._requests.append(request)
             self._open_requests.add(request)

@@ -150,7 +150,7 @@ def _inline(
 
 def note_of_thread(error: BaseException) -> None:
     """Add a note on the thread in which loaders are read, if the error speaks of threads."""
-    if "thread" in str(error).lower():
+    if "thread" in one_line(error).lower():
         add_note_safely(
             error,
             "each call of the trainer reads its loaders in a new thread (with prefetch= in one "

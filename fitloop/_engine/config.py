@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from fitloop._arguments import absolute_path
 from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_function
 from fitloop._data.inspection import check_loader
 from fitloop._data.loaders import Loading, LoadingOptions
@@ -120,21 +121,6 @@ def check_not_awaitable(name: str, returned: object) -> None:
             f"{name} returned {returned!r:.80}, which nothing awaits: its code did not run; "
             "expected a plain function"
         )
-
-
-def check_path(path: Any) -> Path:
-    """Return ``save_path`` as an absolute Path, or raise ConfigurationError.
-
-    An absolute path stays the same when the program changes its working directory during a run.
-    """
-    try:
-        return Path(path).absolute()
-    except TypeError:
-        raise ConfigurationError(
-            f"save_path is {path!r}; expected the path of a directory"
-        ) from None
-    except FileNotFoundError:  # The working directory was removed: a trainer in memory needs none.
-        return Path(path)
 
 
 def check_number(
@@ -277,8 +263,10 @@ class TrainerConfig:
             "criteria_direction": _check_direction(
                 **{key: arguments[key] for key in ("criteria", "criteria_direction")}
             ),
-            "save_path": check_path(
-                _first(arguments["save_path"], defaults.save_path, DEFAULT_SAVE_PATH)
+            "save_path": absolute_path(
+                "save_path",
+                _first(arguments["save_path"], defaults.save_path, DEFAULT_SAVE_PATH),
+                "the path of a directory",
             ),
             "name": _first(name, defaults.name, type(model).__name__),
             "named": name is not None or defaults.name is not None,

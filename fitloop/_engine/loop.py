@@ -167,6 +167,7 @@ class Engine:
         rates: dict[str, float] = {}
         complete = True
         for phase, loader in plan.phases:
+            deps.portal.cancel_without_loop()
             self._agree()
             if self._control.halted:
                 complete = False

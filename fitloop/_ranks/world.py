@@ -428,5 +428,5 @@ def _is_of_connection(error: BaseException) -> bool:
         return False
     if isinstance(error, torch.distributed.DistError):
         return True
-    text = f"{type(error).__name__}: {error}".lower()
+    text = one_line(error).lower()
     return any(word in text for word in ("gloo", "nccl", "connection", "distributed"))

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, Unpack
 
 import anyio
 
-from fitloop._arguments import checked_arguments
+from fitloop._arguments import absolute_path, checked_arguments
 from fitloop._checkpointing.policy import Checkpoint, check_checkpoint
 from fitloop._concurrency.event_loops import (
     CancelOnceScope,
@@ -30,7 +30,7 @@ from fitloop._concurrency.event_loops import (
 from fitloop._concurrency.supervisor import run_in_thread, wait_scope
 from fitloop._display.console import write_output
 from fitloop._display.run_group import RunGroup
-from fitloop._engine.config import check_callbacks, check_flag, check_optional, check_path
+from fitloop._engine.config import check_callbacks, check_flag, check_optional
 from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
 from fitloop._events import JobStarted
@@ -124,7 +124,9 @@ class Runner:
             or available_cores()
         )
         self._backend = resolve_backend(backend)
-        self._save_path = None if save_path is None else check_path(save_path)
+        self._save_path = None
+        if save_path is not None:
+            self._save_path = absolute_path("save_path", save_path, "the path of a directory")
         if checkpoint is not None and save_path is None:
             raise ConfigurationError(
                 "checkpoint is given, and no save_path to keep snapshots in; give save_path="
@@ -176,8 +178,7 @@ class Runner:
         refuse_while_importing("a Runner was opened")
         if self._task_group is not None:
             raise RuntimeError("this Runner was used before; make another one")
-        if self._save_path is not None:  # the program may change its directory
-            self._save_path = await run_in_thread("runner", self._save_path.absolute)
+        if self._save_path is not None:
             lock = DirectoryLock(self._save_path)
             self._stack.push_async_callback(run_in_thread, "runner", lock.release)
             try:

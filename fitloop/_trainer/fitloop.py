@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from fitloop._arguments import checked_arguments
+from fitloop._arguments import absolute_path, checked_arguments
 from fitloop._checkpointing.policy import Checkpoint, FileOptions, check_checkpoint
 from fitloop._display.console import write_output
 from fitloop._display.printed import PrintStyle
@@ -930,8 +930,7 @@ class FitLoop(TrainerBase):
         return file
 
     def _directory(self, path: str | Path | None) -> Path:
-        """Return an absolute path, since the working directory may change before it is used."""
-        return self.save_path if path is None else Path(path).absolute()
+        return self.save_path if path is None else absolute_path("path", path)
 
     def _file(
         self, name: object, path: str | Path | None, suffixes: tuple[str, ...] | None = None

@@ -82,7 +82,7 @@ async def run_job(
 
 def check_save_path(spec: JobSpec, trainer: FitLoop | SyncFitLoop) -> None:
     """Refuse a trainer whose files are not in the directory of its job: it could not be resumed."""
-    if spec.directory is None or trainer.save_path.absolute() == spec.directory:
+    if spec.directory is None or trainer.save_path == spec.directory:
         return
     raise ConfigurationError(
         f"job {spec.name!r}: the trainer keeps its files in {trainer.save_path}; expected "

@@ -58,8 +58,10 @@ class Callback(Protocol):
     killed and resumed. An exception is one of the writing, see `Checkpoint`.
 
     A cancellation does not interrupt a plain callback, and every plain callback gets the `RunEnded`
-    of the cancelled run. It cancels an ``async def`` callback in its present ``await``; later
-    events do not reach that callback.
+    of the cancelled run. A plain callback that hangs holds up the end of its run without a limit,
+    like a step, since it may be using the model: give what it waits for a time limit, or make it
+    ``async def``. An ``async def`` callback is cancelled in its present ``await``; later events do
+    not reach it.
     """
 
     def __call__(self, event: AnyEvent, /) -> object:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from fitloop._arguments import absolute_path
 from fitloop._display.jupyter import Handle, display, in_notebook
 from fitloop._errors import ConfigurationError, UnknownMetricError, add_note_safely
 from fitloop._events import (
@@ -447,7 +448,7 @@ def image_sink(path: str | os.PathLike[str] | None) -> ImageSink:
     Raises ConfigurationError if there is no notebook, or the format of the file is not supported.
     """
     if path is not None:
-        absolute = Path(path).absolute()  # a run may change the working directory
+        absolute = absolute_path("path", path)
         if absolute.suffix.lower() not in _FORMATS:
             raise ConfigurationError(
                 f"path is {str(path)!r}; expected one that ends in {', '.join(_FORMATS)}"

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable
 from typing import ClassVar, Unpack
 
-from fitloop._arguments import checked_arguments
+from fitloop._arguments import absolute_path, checked_arguments
 from fitloop._errors import ConfigurationError
 from fitloop.loggers.line_file import LineFile
-from fitloop.loggers.logger import LoggedRun, Logger, LoggerOptions, RowKey, absolute_path
+from fitloop.loggers.logger import LoggedRun, Logger, LoggerOptions, RowKey
 
 
 class FileLogger(Logger):
@@ -29,7 +29,7 @@ class FileLogger(Logger):
         self, path: str | os.PathLike[str] | None = None, **options: Unpack[LoggerOptions]
     ) -> None:
         super().__init__(**options)
-        self._path = absolute_path("path", path)
+        self._path = None if path is None else absolute_path("path", path, "a path, or None")
 
     def start(self, run: LoggedRun) -> None:
         """Refuse a directory, which no attempt can write to."""

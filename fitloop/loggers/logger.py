@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextvars
 import importlib.util
 import math
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -589,18 +588,6 @@ def _row(event: MetricsLogged | PhaseEnded) -> Row:
         return Row(kind="phase", metrics=metrics, **common)
     rates = event.learning_rates
     return Row(kind="steps", metrics=event.metrics, learning_rates=rates, **common)
-
-
-def absolute_path(name: str, path: str | os.PathLike[str] | None) -> Path | None:
-    """Return the path of a logger, which stays the same if a run changes the directory.
-
-    Raises:
-        ConfigurationError: it is no path.
-    """
-    try:
-        return None if path is None else Path(path).absolute()
-    except TypeError:
-        raise ConfigurationError(f"{name} is {path!r:.80}; expected a path, or None") from None
 
 
 def check_installed(library: str) -> None:

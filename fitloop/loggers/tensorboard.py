@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, Unpack
 
-from fitloop._arguments import checked_arguments
+from fitloop._arguments import absolute_path, checked_arguments
 from fitloop._events import RunEnded
 from fitloop.loggers.logger import (
     LoggedRun,
@@ -18,7 +18,6 @@ from fitloop.loggers.logger import (
     LoggerOptions,
     Row,
     RowKey,
-    absolute_path,
     check_installed,
     key_of_name,
 )
@@ -50,7 +49,9 @@ class TensorBoard(Logger):
     ) -> None:
         check_installed("tensorboard")
         super().__init__(**options)
-        self._directory = absolute_path("directory", directory)
+        self._directory = (
+            None if directory is None else absolute_path("directory", directory, "a path, or None")
+        )
 
     def folder(self, run: LoggedRun) -> Path:
         """Return the folder of a run."""

@@ -49,6 +49,25 @@ class AsyncStrikingLoader(StrikingLoader):
             yield batch
 
 
+class UnprintableError(Exception):
+    """An error that cannot be shown."""
+
+    def __str__(self) -> str:
+        raise KeyError("in __str__")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("prefetch", [0, 2], ids=["inline", "ahead"])
+@pytest.mark.parametrize("kind", [StrikingLoader, AsyncStrikingLoader])
+async def test_loader_when_its_error_cannot_be_shown_is_told(
+    anyio_backend: Any, kind: type[StrikingLoader], prefetch: int
+) -> None:
+    injector = ErrorInjector(UnprintableError())
+    checked = injector.checked_trainer(train_dl=kind(injector, at_iter=False), prefetch=prefetch)
+    await injector.check(checked.fit, "train", "epoch 1", "batch 3")
+
+
 @pytest.mark.parametrize("prefetch", [None, 0, 2], ids=["found_out", "inline", "ahead"])
 @pytest.mark.parametrize("at_iter", [True, False], ids=["iter", "next"])
 @pytest.mark.parametrize("kind", [StrikingLoader, AsyncStrikingLoader])

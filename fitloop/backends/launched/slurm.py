@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fitloop._arguments import absolute_path
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
 from fitloop.backends.launched.launcher import KEY_VARIABLE, WorkerOrder
@@ -89,7 +90,7 @@ class SlurmLauncher:
         self.host = own_address() if host is None else host
         self.threads = None if threads is None else check_number("threads", threads, 1)
         self._options, self._python = list(options), python or sys.executable
-        self._logs = Path(log_directory).absolute()
+        self._logs = absolute_path("log_directory", log_directory)
 
     def start(self, order: WorkerOrder) -> SlurmWorker:
         """Submit a job to Slurm.
