@@ -17,13 +17,21 @@ from typing import Any
 from fitloop._checkpointing.snapshot import KIND, Snapshot, read_snapshot
 from fitloop._engine.config import SNAPSHOTS
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
-from fitloop._storage.durable import reason, remove_leftovers, sync_directory, write_bytes
+from fitloop._storage.durable import (
+    read_file,
+    reason,
+    remove_leftovers,
+    sync_directory,
+    write_bytes,
+)
 from fitloop._storage.layout import LayoutError, read_file_header
 from fitloop._training.trainer_state import new_run_id
 
 _ID = re.compile(r"[0-9a-f]{8,32}")
 _ID_NAME = "run_id"
 """file with the `RunStarted.run_id` of the training"""
+_ID_BYTES = 100
+"""read of that file, more than an id has"""
 _NAME = re.compile(r"snapshot-(\d{6,})\.msgpack")
 
 
@@ -70,7 +78,7 @@ class Archive:
         """
         path, stored_id = self.directory / _ID_NAME, ""
         with suppress(OSError):
-            stored_id = path.read_bytes().decode("ascii", "replace").strip()
+            stored_id = read_file(path, _ID_BYTES).decode("ascii", "replace").strip()
         if resume and _ID.fullmatch(stored_id):
             return stored_id
         run_id = present or new_run_id()

@@ -56,17 +56,26 @@ def _file_exists(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} exists already; pass overwrite=True to replace it")
 
 
-def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a file for reading and return its descriptor; never wait, as for a pipe.
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """Open a file, by default for reading, and return its descriptor; never wait, as for a pipe.
 
     Raises OSError, also for something that is no regular file: a directory, a pipe, a device.
     """
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    descriptor = os.open(path, flags)
+    flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no file", os.fspath(path))
     return descriptor
+
+
+def read_file(path: Path, limit: int = -1) -> bytes:
+    """Return the content of a file, or its first ``limit`` bytes.
+
+    Raises OSError, also for something that is no regular file.
+    """
+    with open(open_regular(path), "rb") as file:
+        return file.read(limit)
 
 
 def write_file(path: Path, write: Callable[[Path, int], T], *, overwrite: bool) -> T:

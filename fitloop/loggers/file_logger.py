@@ -32,13 +32,15 @@ class FileLogger(Logger):
         self._path = None if path is None else absolute_path("path", path, "a path, or None")
 
     def start(self, run: LoggedRun) -> None:
-        """Refuse a directory, which no attempt can write to."""
+        """Refuse a directory, a pipe or a device, to which no attempt can write a table."""
         path = self.file(run).path
         if path.is_dir():
             raise ConfigurationError(
                 f"{path} is a directory; expected the path of a file, such as "
                 f"{path / self.file_name}"
             )
+        if path.exists() and not path.is_file():
+            raise ConfigurationError(f"{path} is a pipe or a device; expected the path of a file")
 
     @staticmethod
     def is_torn(line: bytes) -> bool:

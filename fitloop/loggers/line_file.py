@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fitloop._storage.durable import make_directory, write_all, write_bytes
+from fitloop._storage.durable import (
+    make_directory,
+    open_regular,
+    read_file,
+    write_all,
+    write_bytes,
+)
 
 try:
     import fcntl
@@ -42,7 +48,7 @@ class LineFile:
     def lines(self) -> list[bytes]:
         """Return all complete lines, without their ends; none if there is no file."""
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            lines = read_file(self.path).split(b"\n")
         except FileNotFoundError:
             return []
         last = lines.pop()
@@ -51,7 +57,7 @@ class LineFile:
     def has(self, text: bytes) -> bool:
         """Return whether some text is anywhere in the file."""
         try:
-            return text in self.path.read_bytes()
+            return text in read_file(self.path)
         except FileNotFoundError:
             return False
 
@@ -107,12 +113,12 @@ class LineFile:
     def _locked(self) -> Iterator[int]:
         """Open and lock the file, also against other threads; yield its descriptor."""
         while True:
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
             try:
-                descriptor = os.open(self.path, flags, 0o666)
+                descriptor = open_regular(self.path, flags)
             except FileNotFoundError:
                 make_directory(self.path.parent)
-                descriptor = os.open(self.path, flags, 0o666)
+                descriptor = open_regular(self.path, flags)
             try:
                 if fcntl is not None:
                     with suppress(OSError):  # a file system without locks

@@ -163,6 +163,28 @@ def test_file_when_it_cannot_be_made_then_the_training_is_told(
 
 
 @KINDS
+def test_file_when_it_is_a_pipe_then_nothing_waits_for_it(
+    kind: Callable[..., Logger], path: Path
+) -> None:
+    path.parent.mkdir()
+    os.mkfifo(path)
+    with pytest.warns(LoggerWarning, match="is a pipe or a device; .* nothing more is logged"):
+        Training(kind(path)).start(resumed=True).phase(4).end()
+
+
+@KINDS
+def test_file_when_a_pipe_takes_its_place_then_nothing_waits_for_it(
+    kind: Callable[..., Logger], path: Path
+) -> None:
+    training = Training(kind(path)).start().phase(4)
+    training.logger.before_snapshot()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.warns(LoggerWarning, match="it is no file"):
+        training.phase(8).end()
+
+
+@KINDS
 def test_file_when_many_write_to_it_then_every_row_is_whole(
     kind: Callable[..., Logger], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
