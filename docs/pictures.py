@@ -93,6 +93,9 @@ def frames_of_three() -> list[Image.Image]:
             except pexpect.EOF:
                 break
         now = time.monotonic()
+        if not any(map(str.strip, screen.display)):  # a still picture shows the first frame
+            begin = now
+            continue
         if not asked and any("continue loop" in line for line in screen.display):
             asked = now
         if asked and now > asked + READING_SECONDS:

@@ -66,8 +66,8 @@ def checked_arguments(
         def checked(args: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
             for option in options:
                 if option not in names:
-                    shown = _class_call(args[0], call) if name == "__init__" else call_name
-                    raise TypeError(unknown_argument(shown, option, names))
+                    call_text = _class_call(args[0], call) if name == "__init__" else call_name
+                    raise TypeError(unknown_argument(call_text, option, names))
             options.update((option, check(option, value)) for option, value in options.items())
             positional = [check(*pair) for pair in zip(names, args[1:], strict=False)]
             return [args[0], *positional, *args[1 + len(positional) :]]

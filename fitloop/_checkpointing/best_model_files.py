@@ -23,7 +23,7 @@ HEADER_KEY = "best_model"
 
 
 class _Weights(Protocol):
-    def __call__(self, *, wanted: bool) -> StateDict | None: ...
+    def __call__(self, *, is_needed: bool) -> StateDict | None: ...
 
 
 class BestModelFiles:
@@ -37,7 +37,7 @@ class BestModelFiles:
 
     Args:
         keep: number of files.
-        weights: called at each validation; returns a copy of the weights if they are ``wanted``,
+        weights: called at each validation; returns a copy of the weights if ``is_needed``,
             or None if one of them is not finite.
         on_failure: called with the epoch, the path and the error of a file that could not be
             written.
@@ -118,11 +118,11 @@ class BestModelFiles:
             path = best.directory / f"best-{event.epoch:04d}-{score:.4g}.msgpack"
             model = BestModel(score, event.epoch, _free(path))
             ranked = best.ranked([*best.models, model], criteria.direction)[: self._keep]
-        is_wanted = model in ranked
-        if is_wanted and self._is_writing:  # so that the memory has one copy at a time
+        is_needed = model in ranked
+        if is_needed and self._is_writing:  # so that the memory has one copy at a time
             self._writer.close()
             self.settle()
-        weights = self._weights(wanted=is_wanted)
+        weights = self._weights(is_needed=is_needed)
         if model is None or weights is None:
             return
         best.models = ranked

@@ -128,7 +128,7 @@ class Checkpointer:
         if self._best is not None:
             self._best.observe(event)
         elif self._policy.keep_best is not None and is_of_validation(event):
-            self._best_weights(wanted=False)  # rank 0 may want them
+            self._best_weights(is_needed=False)  # rank 0 may want them
         if not isinstance(event, EpochEnded):
             return
         self._emit_outcomes()
@@ -271,13 +271,13 @@ class Checkpointer:
             error=reason(error),
         )
 
-    def _best_weights(self, *, wanted: bool) -> StateDict | None:
+    def _best_weights(self, *, is_needed: bool) -> StateDict | None:
         """Return a copy of the weights of a validation, if rank 0 wants it and they are finite."""
         trainer, parallel = self._trainer, self._parallel
         is_sharded = parallel is not None and parallel.is_sharded
         if parallel is not None and is_sharded:
-            wanted = parallel.world.broadcast(wanted)
-        if not wanted or trainer.non_finite_weight() is not None:
+            is_needed = parallel.world.broadcast(is_needed)
+        if not is_needed or trainer.non_finite_weight() is not None:
             return None
         weights = weights_of(trainer.config.model)
         return whole_weights(weights) if is_sharded else copied_weights(weights)

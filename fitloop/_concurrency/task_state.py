@@ -261,7 +261,7 @@ _thread = threading.local()
 
 @contextmanager
 def lend_state() -> Iterator[TaskState]:
-    """Lend the state of this thread in a block; afterwards the thread has it as it is then.
+    """Lend the state of this thread in a block; the thread has its changes afterwards.
 
     A context cannot be entered in two threads at a time, so this thread leaves it for the block.
     """

@@ -301,8 +301,8 @@ def other_contents(loader: object) -> list[tuple[str, object]]:
         for name, value in attributes(item).items():
             if type(value) in _ATOMS or is_generator(value):
                 continue
-            place = f"{path}.{name}"
-            contents.append((place, value))
+            key = f"{path}.{name}"
+            contents.append((key, value))
             if isinstance(value, _CONTAINERS) and len(value) <= left:
                 left -= len(value)
                 items = (
@@ -310,20 +310,20 @@ def other_contents(loader: object) -> list[tuple[str, object]]:
                     if isinstance(value, dict)
                     else value
                 )
-                contents += [(place, each) for each in items]
+                contents += [(key, each) for each in items]
             elif isinstance(value, np.ndarray) and value.size <= left and not value.dtype.hasobject:
                 left -= value.size
-                contents.append((place, value.tobytes()))
+                contents.append((key, value.tobytes()))
             elif isinstance(value, Tensor) and not value.is_inference():
-                contents.append((place, value._version))
+                contents.append((key, value._version))
     return contents
 
 
-def are_same(contents: list[tuple[str, object]], others: list[tuple[str, object]]) -> bool:
+def are_same(before: list[tuple[str, object]], after: list[tuple[str, object]]) -> bool:
     """Return whether two `other_contents` have the same objects."""
-    return len(contents) == len(others) and all(
-        place == other_place and (value is other or (type(value) in _ATOMS and value == other))
-        for (place, value), (other_place, other) in zip(contents, others, strict=True)
+    return len(before) == len(after) and all(
+        old_key == key and (old is new or (type(old) in _ATOMS and old == new))
+        for (old_key, old), (key, new) in zip(before, after, strict=True)
     )
 
 

@@ -346,12 +346,12 @@ class _Copy:
         self.loader = loader
         self.number = number
         self._states, self._attributes = b"", dict[str, dict[str, Any]]()
-        self._others = list[tuple[str, object]]()
+        self._contents = list[tuple[str, object]]()
         self.take_changes()
 
     def is_outdated(self) -> bool:
         """Return whether something else than states and plain attributes has changed here."""
-        return not are_same(self._others, other_contents(self.loader))
+        return not are_same(self._contents, other_contents(self.loader))
 
     def take_changes(self) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
         """Return the states of the loader here, None if they are the same, and changed attributes.
@@ -361,7 +361,7 @@ class _Copy:
         states, attributes = carried_states(self.loader), plain_attributes(self.loader)
         before, self._states = self._states, pickled_message(states)
         changed = changed_attributes(self._attributes, attributes)
-        self._attributes, self._others = attributes, other_contents(self.loader)
+        self._attributes, self._contents = attributes, other_contents(self.loader)
         return None if self._states == before else states, changed
 
 

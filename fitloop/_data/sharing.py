@@ -125,12 +125,12 @@ def _sharing_samplers(loader: Any) -> list[Any]:
 
 def _check_samplers(name: str, loader: Any, rank: int, size: int) -> None:
     for sampler in _sharing_samplers(loader) if isinstance(loader, DataLoader) else []:
-        given = sampler.num_replicas, getattr(sampler, "rank", rank)
-        if given != (size, rank):
+        replicas, sampler_rank = sampler.num_replicas, getattr(sampler, "rank", rank)
+        if (replicas, sampler_rank) != (size, rank):
             raise ConfigurationError(
-                f"the {type(sampler).__name__} of {name} is for rank {given[1]} of {given[0]}, and "
-                f"this is rank {rank} of {size}; leave num_replicas and rank out, or the sampler: "
-                "a DataLoader is shared out without one"
+                f"the {type(sampler).__name__} of {name} is for rank {sampler_rank} of {replicas}, "
+                f"and this is rank {rank} of {size}; leave num_replicas and rank out, or the "
+                "sampler: a DataLoader is shared out without one"
             )
 
 

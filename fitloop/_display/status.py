@@ -218,7 +218,7 @@ class RunStatus:
         return best_words(self.criteria, score, epoch, self.first_epoch)
 
     def cancelled_text(self, event: RunEnded, *, short: bool = False) -> str:
-        """Return where a cancelled run ended, what is in the model, and how to go on.
+        """Return where a cancelled run ended, which weights the model has, and how to go on.
 
         The ``short`` text, for one of several runs, leaves out how to go on.
         """

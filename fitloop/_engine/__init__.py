@@ -8,7 +8,7 @@ or figures, and reaches the event loop only through a `LoopPortal`.
 - `compilation`: compiled models.
 - `wrapping`: the model that exchanges gradients with other ranks.
 - `sharding`: the model whose parameters are split over the ranks.
-- `parallel`: what a run on several ranks shares with them.
+- `parallel`: the exchanges of a run with the other ranks.
 - `precision`: mixed precision.
 - `modes`: train and eval modes.
 - `stages`: the nine stage functions and their defaults.
@@ -16,8 +16,8 @@ or figures, and reaches the event loop only through a `LoopPortal`.
 - `loss_checks`: whether the first outputs of a model suit the loss.
 - `metric_objects`: the objects of ``metrics=``.
 - `loop_state`: `LoopState`, the argument of every stage function, and its writer.
-- `optimization`: the order of one optimizer step, and the batches that it is made of.
-- `gradients`: clips gradients, and looks whether they are finite.
+- `optimization`: the order of one optimizer step, and the batches of its gradients.
+- `gradients`: clips gradients, and checks whether they are finite.
 - `step_log`: emits metrics and learning rates of every so many optimizer steps.
 - `plan`: the plan of a run, and the dependencies of the engine.
 - `loop`: the loop.

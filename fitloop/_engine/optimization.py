@@ -3,7 +3,7 @@
 ::
 
     at the first batch of a window:    optimizer.zero_grad()
-    at each batch, state.optimize():   the loss is looked at: is it finite?
+    at each batch, state.optimize():   the loss is checked: is it finite?
                                        (loss * weight) is scaled, and its gradients are added
     at the last batch of a window:     the gradients are unscaled, and divided by the sum of weights
                                        GradientGuard.prepare: clip, look whether all are finite
@@ -11,7 +11,7 @@
                                            after it: count, OptimizerSteps.after_step
                                        scaler.update()
 
-The guard, and what comes after ``optimizer.step()``, are in hooks of torch's optimizers, which are
+The guard, and the calls after ``optimizer.step()``, are in hooks of torch's optimizers, which are
 registered for the time of a run. So they work too if a step of the user calls ``optimizer.step()``
 itself.
 """
@@ -94,21 +94,21 @@ class StepCounts:
     """The steps that each optimizer has made in the life of a trainer."""
 
     def __init__(self, optimizers: int) -> None:
-        self.made = [0] * optimizers
+        self.per_optimizer = [0] * optimizers
         """one number for each optimizer; changed in place"""
 
     @property
     def step(self) -> int:
         """The ``step`` of events: the largest of the numbers."""
-        return max(self.made, default=0)
+        return max(self.per_optimizer, default=0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers as ``made``; nothing if there were no steps."""
-        return {"made": list(self.made)} if any(self.made) else {}
+        return {"made": list(self.per_optimizer)} if any(self.per_optimizer) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state of `state_dict`; raise ValueError if it is none."""
-        self.made[:] = _checked_counts("made", state, len(self.made))
+        self.per_optimizer[:] = _checked_counts("made", state, len(self.per_optimizer))
 
 
 class OptimizerSteps:
@@ -218,7 +218,7 @@ class OptimizerSteps:
                 calls.append(torch.clear_autocast_cache)
             count = None
             if number < len(counted):
-                count = _counter(self._counts.made, number, self.watch)
+                count = _counter(self._counts.per_optimizer, number, self.watch)
             self._register(optimizer, calls, count)
 
     def _register(self, optimizer: Optimizer, calls: list[Hook], count: Any) -> None:
@@ -549,8 +549,8 @@ def _counter(counts: list[int], number: int, watch: StepWatch | None) -> Callabl
         return count
 
     def count_watched(_optimizer: Any, _arguments: Any, _keywords: Any) -> None:
-        counts[number] = made = counts[number] + 1
-        if made >= watch.due:
+        counts[number] = steps = counts[number] + 1
+        if steps >= watch.due:
             watch.note_step()
 
     return count_watched

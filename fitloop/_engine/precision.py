@@ -23,7 +23,7 @@ def check_precision(
     """Check the argument ``precision`` of a trainer, and return it.
 
     Raises:
-        ConfigurationError: it is unknown, the device does not have it, or it has no effect on
+        ConfigurationError: it is unknown, the device does not support it, or it has no effect on
             weights of this dtype.
     """
     if precision is None:

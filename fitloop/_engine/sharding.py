@@ -113,28 +113,28 @@ def gather_parameters(model: nn.Module) -> Callable[[], None]:
     whose parameters are not split.
     """
     parts = _sharded_parts(model)
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    for module in parts:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
 
     def release() -> None:
-        for part in parts:
-            part.reshard()
+        for module in parts:
+            module.reshard()
             # As torch does by itself: the outermost module is needed first in the backward pass.
-            part.set_reshard_after_forward(part is not model, recurse=False)
+            module.set_reshard_after_forward(module is not model, recurse=False)
 
     return release
 
 
 def reshard(model: nn.Module) -> None:
     """Leave each rank its part of the parameters, if forward passes have left the whole ones."""
-    for part in _sharded_parts(model):
-        part.reshard()
+    for module in _sharded_parts(model):
+        module.reshard()
 
 
 def _sharded_parts(model: nn.Module) -> list[Any]:
     """Return the modules of a model that ``fully_shard`` was called for."""
-    return [part for part in model.modules() if is_sharded(part)] if is_sharded(model) else []
+    return [module for module in model.modules() if is_sharded(module)] if is_sharded(model) else []
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

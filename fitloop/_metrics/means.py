@@ -20,11 +20,11 @@ def without_skipped(columns: Columns) -> Columns:
     if all(map(math.isfinite, losses)):
         return columns
     skipped = {b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)}
-    kept = {}
+    finite = {}
     for name, column in columns.items():
         pairs = [(value, b) for value, b in zip(*column, strict=True) if b not in skipped]
-        kept[name] = [value for value, _b in pairs], [b for _value, b in pairs]
-    return kept
+        finite[name] = [value for value, _b in pairs], [b for _value, b in pairs]
+    return finite
 
 
 class Means:
@@ -32,7 +32,7 @@ class Means:
 
     The sum of ``running_loss``, divided by the samples, is ``loss``. The sum of ``running_corr``,
     divided by the samples or by the sum of ``running_count``, is ``accuracy``. Any other value
-    keeps its name and is weighted by batch size. Each is a mean over the batches that have it.
+    keeps its name and is weighted by batch size. Each is a mean over the batches with such a value.
 
     If the size of a batch is not known, all batches count the same, and all names stay. Means of
     both kinds are not mixed: with the first batch of the other kind they begin anew.

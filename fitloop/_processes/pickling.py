@@ -54,7 +54,7 @@ def write_pickle(
 ) -> None:
     """Write the pickle of a value to a file; pass the values of arrays and tensors to a function.
 
-    Without a function they are a part of the pickle. ``override`` is asked for each object: it
+    Without a function they are a part of the pickle. ``override`` is called with each object: it
     returns what ``__reduce__`` would, or NotImplemented.
     Raises any error of the pickling.
     """

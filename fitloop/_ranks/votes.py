@@ -57,9 +57,9 @@ class Votes:
         has_read = self._clock()
         self._adapt(interval, has_read - began + self._post_seconds)
         self._post()
-        ended = self._clock()
-        self._post_seconds = ended - has_read
-        self._seconds += ended - began
+        end = self._clock()
+        self._post_seconds = end - has_read
+        self._seconds += end - began
 
     def agree(self) -> None:
         """Vote now, and wait for the result."""

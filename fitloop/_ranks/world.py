@@ -316,7 +316,7 @@ class World:
 
         ``count`` is a key whose number rises meanwhile.
         """
-        ended, store = threading.Event(), self._store
+        end, store = threading.Event(), self._store
 
         def has_come() -> bool:
             try:
@@ -326,7 +326,7 @@ class World:
                 return True
 
         def watch() -> None:
-            while not ended.wait(ANSWER_SECONDS):
+            while not end.wait(ANSWER_SECONDS):
                 if has_come():
                     call()
                     return
@@ -336,7 +336,7 @@ class World:
         try:
             yield
         finally:
-            ended.set()
+            end.set()
             thread.join()
 
     # -- failures ----------------------------------------------------------------------------------

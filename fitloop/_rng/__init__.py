@@ -15,7 +15,7 @@ Other packages use these:
 These are private to this package:
 
 - `device_generators`: the default generators of accelerators.
-- `lease`: the right of one thread to use the global generators; says who waits for whom.
+- `lease`: the right of one thread to use the global generators, and the order of those that wait.
 - `waits`: waits of a run's code for other trainings, which use the generators meanwhile.
 - `streams`: sequences of random numbers, which are installed in the global generators.
 - `global_lock`: the lock on the global generators, and callbacks that run without it.

@@ -38,9 +38,9 @@ class FairSharedLock:
         shared: bool = False,
         overtakes: bool = False,
     ) -> None:
-        """Wait for the lock; ``cancelled`` is asked at each change whether to give up.
+        """Wait for the lock; ``cancelled`` is called at each change, and ends the wait with true.
 
-        With ``overtakes``, a shared holder joins others at once, whoever waits.
+        With ``overtakes``, a shared holder joins others at once, even if threads wait.
 
         A thread that waits long for another one warns: that one may wait for this thread.
 

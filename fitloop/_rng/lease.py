@@ -1,10 +1,10 @@
 """A lease is the right of one thread to use the global random generators.
 
-What is locked: `GLOBAL_RNG_LOCK` protects the global generators of Python, numpy and torch. A lease
+The lock: `GLOBAL_RNG_LOCK` protects the global generators of Python, numpy and torch. A lease
 with a stream holds it exclusively, because it installs the stream. Leases on the generators' own
 state (`GLOBAL_STREAM`, of trainers without a seed) share it.
 
-When it is held: a lease is in one of three modes.
+Modes: a lease is in one of three modes.
 
 - *Exclusive*: from batch to batch. A pass begins so, and stays so while no other thread waits.
 - *Observed*: after two steps at whose end others waited. Steps begin without the lock; each torch
@@ -12,7 +12,7 @@ When it is held: a lease is in one of three modes.
 - *Pinned*: code of an observed step has used Python's or numpy's generators, or torch's generator
   state (`GlobalRngPatches`). The thread holds the lock from then to the end of the step.
 
-Who waits: a run at the beginning of a phase, and at the end of a step if others wait; an observed
+Waits: a run waits at the beginning of a phase, and at the end of a step if others wait; an observed
 step before it uses random numbers; a thread that reads ahead before each batch. First come, first
 served. A wait in the middle of a step is not cancelled, since each step is finished.
 

@@ -147,7 +147,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 _CODE = (torch.jit.ScriptFunction, nn.Module, functools.partial, MethodType, FunctionType)
-"""what `CodeTraits` looks at"""
+"""the code that `CodeTraits` looks at"""
 
 
 class CodeTraits:

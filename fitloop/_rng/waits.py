@@ -132,7 +132,7 @@ class CoroutineWaits(_LeaseWaits):
         self._own_waits = self._other_waits = 0
         self._is_in_step = self._has_ended = False
         self._is_ready = False
-        """The next step begins with the lease, which nobody may release before it."""
+        """The next step begins with the lease, which no other thread may release before it."""
 
     def _is_over(self) -> bool:
         return self._has_ended

@@ -67,7 +67,7 @@ async def launch(
         checked_modes(plan.call, trains=trains),
         interruptible(),
         state.planned_schedulers.made_for(plan),
-        state.event_bus.run(plan.call, state.step_counts.made),
+        state.event_bus.run(plan.call, state.step_counts.per_optimizer),
     ):
         async with user_callbacks:
             context = RunContext(

@@ -42,8 +42,8 @@ def run_parameters(
 def _optimizer_parameters(optimizers: Sequence[Any]) -> dict[str, Any]:
     """Return the classes and settings of optimizers, as they were built.
 
-    What all parameter groups have in common has one name, such as ``momentum``; what differs has
-    the names ``lr/0`` and ``lr/1``, or those of the groups, as in `MetricsLogged`.
+    A setting that all parameter groups have in common has one name, such as ``momentum``. One that
+    differs has the names ``lr/0`` and ``lr/1``, or those of the groups, as in `MetricsLogged`.
     """
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     settings = [_group_settings(optimizer, group) for optimizer, group in groups]

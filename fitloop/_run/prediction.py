@@ -1,7 +1,8 @@
 """``predict``: the outputs of a model for the batches of a loader, one at a time.
 
-`PredictionRun` computes an output on the step thread when it is asked for. `Predictions` is the
-iterator of the user. Between them is a `Channel`, and a task on the event loop that awaits the run.
+`PredictionRun` computes an output on the step thread when the user takes the next one.
+`Predictions` is the iterator of the user. Between them is a `Channel`, and a task on the event loop
+that awaits the run.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class Predictions:
         async for output in trainer.predict(loader):
             ...
 
-    An output is computed when it is asked for, so that no more than one is in memory. The trainer
+    An output is computed when the loop takes it, so that no more than one is in memory. The trainer
     is in use from the first output to the end of the loop. Leaving the loop early ends the run. If
     you keep the iterator, ``async with`` or `aclose` ends it.
 

@@ -156,7 +156,7 @@ def _prints(spec: JobSpec) -> bool:
 
 
 def _failed_text(outcome: Outcome) -> str:
-    """Return the line that tells of a failed job, whose outcome may never be looked at."""
+    """Return the line about a failed job: the program may never read its outcome."""
     assert outcome.error is not None
     failed = colored("failed", "red")
     reason = printable(one_line(outcome.error))

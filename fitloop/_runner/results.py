@@ -38,7 +38,7 @@ SORT_KEYS = ("score", "name", "status", "epochs", "time")
 
 
 class JobState(Protocol):
-    """The attributes of a job that a table reads; a `Record` and an `Outcome` have them."""
+    """The attributes of a job that a table reads, such as those of a `Record` or an `Outcome`."""
 
     @property
     def name(self) -> str:
@@ -189,11 +189,11 @@ class Results(list[J], Generic[J]):
         In ``width`` columns, the last arguments have no place if there are many, and a line below
         the table names them. The one that the list is sorted by, ``sort``, stays.
         """
-        shown = [name for name in self._arguments()[0] if name != sort]
+        columns = [name for name in self._arguments()[0] if name != sort]
         hidden: list[str] = []
         text = self.table().text()
-        while width is not None and shown and _width(text) > width:
-            hidden.insert(0, shown.pop())
+        while width is not None and columns and _width(text) > width:
+            hidden.insert(0, columns.pop())
             text = self.table(hidden).text()
         note = f"no room for: {', '.join(map(printable, hidden))}"
         return "\n".join([text, *[note] * bool(hidden), *self.notes()])

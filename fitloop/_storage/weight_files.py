@@ -236,10 +236,10 @@ def _compact(value: Tensor, copies: dict[Any, Tensor]) -> Tensor:
     """
     if value.layout is not torch.strided or value.untyped_storage().nbytes() <= value.nbytes:
         return value
-    place = (value.data_ptr(), value.dtype, value.shape, value.stride())
-    if place not in copies:
-        copies[place] = value.clone()
-    return copies[place]
+    memory = (value.data_ptr(), value.dtype, value.shape, value.stride())
+    if memory not in copies:
+        copies[memory] = value.clone()
+    return copies[memory]
 
 
 def _read_pt(path: Path, device: torch.device) -> dict[str, Any]:

@@ -157,11 +157,11 @@ class FitLoop(TrainerBase):
             an optimizer, clips their gradients and returns their norm, or None. It is done before
             each step, also in steps that call ``optimizer.step()`` themselves. See
             `LoopState.grad_norm`.
-        nonfinite: what a loss or gradient in the train phase does that is NaN or infinite.
+        nonfinite: the effect of a loss or gradient of the train phase that is NaN or infinite.
             ``"raise"``, the default: it raises `NonFiniteError` before the step. ``"skip"``: the
             step is left out, and a `NonFiniteWarning` at the end of the epoch names the batches;
             see `LoopState.left_out`. The default ``train_epoch_end`` leaves batches whose loss is
-            not finite out of its means; what their forward pass changed stays, such as running
+            not finite out of its means; changes by their forward pass stay, such as of running
             statistics. ``"ignore"``: nothing.
             Steps of your own show their loss by ``state.optimize``, otherwise only their gradients.
             On a device that is not the CPU, it is noticed later, without a wait for the device:
@@ -600,7 +600,7 @@ class FitLoop(TrainerBase):
         as many passes over the train loader as are needed. The parameter group with the largest
         rate gets the rate of the step; other groups keep their ratio to it. The search ends early
         when the smoothed loss is 4 times its smallest value, when a loss is not finite, and after
-        ``stop()``. The loss is what ``train_step`` gives to ``state.optimize``, or
+        ``stop()``. The loss is that which ``train_step`` gives to ``state.optimize``, or
         ``running_loss`` divided by the batch size; each one is waited for. Schedulers are not
         stepped. Everything is undone as after `run_sanity_check`, with the same errors; also after
         an error or a cancellation.
@@ -726,7 +726,7 @@ class FitLoop(TrainerBase):
         without a seed, the global generators are set. The position in an epoch is ignored.
 
         One `ResumeWarning` names what this trainer was given and the snapshot overrules, such as
-        learning rates, how the loaders differ, and what the snapshot could not hold.
+        learning rates, how the loaders differ, and the state that the snapshot could not hold.
 
         Raises:
             BusyError: the trainer is busy.
@@ -829,7 +829,7 @@ class FitLoop(TrainerBase):
                 "backbone")``, where ``""`` adds or removes a beginning; or a function of a name.
             best: take the weights of the best epoch in a snapshot; default: those at its time.
 
-        Returns what was loaded and what was not, as a `LoadedWeights`.
+        Returns a `LoadedWeights`: the names of the weights that were loaded, and of the others.
 
         Raises:
             BusyError: the trainer is busy.

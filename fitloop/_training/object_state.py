@@ -1,8 +1,8 @@
 """The state of a training in the attributes of users' objects, which no ``state_dict`` has.
 
 A counter in a model, a random generator of a train_step, or an average that an optimizer keeps
-decide what a training computes. Attributes are compared with those before the first run: what
-changed is a state.
+decide what a training computes. Attributes are compared with those before the first run: the
+changed ones are state.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def _watched(item: Any) -> list[tuple[str, Any]]:
 def _frozen(value: Any, saved: Collection[object] | None, depth: int = 0) -> Any:
     """Return a value for a comparison; it differs from the earlier one if the attribute changed.
 
-    It is `_NO_STATE` for what belongs to a batch or to the data, `_OBJECT` for other objects, and
+    It is `_NO_STATE` for a value of a batch or of the data, `_OBJECT` for other objects, and
     `_LARGE` for a container that is too large to be compared.
     """
     kind = type(value)

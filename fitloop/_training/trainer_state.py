@@ -150,7 +150,7 @@ class TrainerState:
         """the averaged weights, with ``average=``"""
         check_average(config.average, config.model)
         if config.average is not None:
-            steps = self.step_counts.made
+            steps = self.step_counts.per_optimizer
             self.average = AveragedWeights(config.average, config.model, steps)
             self.parts["average"] = self.average
         self.planned_schedulers = PlannedSchedulers(config)

@@ -44,4 +44,5 @@ class UntrainedCheck:
 
     def _state(self) -> tuple[list[int], list[int]]:
         parameters = self._config.model.parameters()
-        return list(self._counts.made), [p._version for p in parameters if not p.is_inference()]
+        versions = [p._version for p in parameters if not p.is_inference()]
+        return list(self._counts.per_optimizer), versions

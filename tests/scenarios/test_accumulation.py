@@ -199,7 +199,7 @@ def test_windows_when_trained_then_equal_the_loop(case: Case) -> None:
     fitted = trained(case)
     model, made = by_hand(case)
     assert bits(fitted.model) == bits(model)
-    assert internals(fitted).step_counts.made == [made]
+    assert internals(fitted).step_counts.per_optimizer == [made]
 
 
 @pytest.mark.parametrize("sized", [True, False], ids=["sized", "without a length"])
@@ -361,13 +361,13 @@ def test_dry_run_when_it_accumulates_then_leaves_no_trace() -> None:
     fitted.run_sanity_check(steps=2)
     fitted.run_profiler(steps=4, verbose=False)
     assert not any(hooks)
-    assert internals(fitted).step_counts.made == [0]
+    assert internals(fitted).step_counts.per_optimizer == [0]
     fitted.fit(3, **QUIET)
     assert bits(model) == bits(by_hand(case)[0])
     assert not any(hooks)
     assert all(window.grad is not None for window in model.parameters())
     fitted.reset()
-    assert internals(fitted).step_counts.made == [0]
+    assert internals(fitted).step_counts.per_optimizer == [0]
 
 
 # -- several optimizers ----------------------------------------------------------------------------
@@ -456,7 +456,7 @@ def test_optimizers_when_each_has_its_loss_then_equal_the_loop(
     )
     fitted.fit(2, **QUIET)
     assert bits(twin) == bits(game)
-    made = internals(fitted).step_counts.made
+    made = internals(fitted).step_counts.per_optimizer
     assert made == [2 * math.ceil(7 * n / accumulate) for n in (critic_steps, 1)]
 
 
@@ -530,7 +530,7 @@ def test_steps_when_optimizer_is_unusual_then_are_counted_once(kind: str, accumu
     )
     fitted.fit(2, **QUIET)
     steps = 2 * math.ceil(7 / accumulate)
-    assert internals(fitted).step_counts.made == [steps]
+    assert internals(fitted).step_counts.per_optimizer == [steps]
     assert scheduler.last_epoch == steps
 
 
@@ -589,7 +589,7 @@ def test_scheduler_when_the_scaler_skips_a_step_then_waits(accumulate: int, fuse
     assert bits(twin) == bits(model)
     assert other_scaler.state_dict() == scaler.state_dict()
     assert rates_of_other.state_dict() == scheduler.state_dict()
-    assert internals(fitted).step_counts.made == [10 - skipped]
+    assert internals(fitted).step_counts.per_optimizer == [10 - skipped]
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -699,7 +699,7 @@ def test_planned_steps_when_fitted_then_are_the_steps_that_were_made() -> None:
     assert fitted.planned_steps(4, steps=5) == 8
     assert fitted.planned_steps(2, train_dl=data(9)) == 6
     fitted.fit(2, **QUIET)
-    assert internals(fitted).step_counts.made == [fitted.planned_steps(2)]
+    assert internals(fitted).step_counts.per_optimizer == [fitted.planned_steps(2)]
     with pytest.raises(ConfigurationError, match="train_dl has no length"):
         fitted.planned_steps(train_dl=Unsized(data(7)))
     with pytest.raises(MissingLoaderError, match="planned_steps"):
@@ -768,7 +768,7 @@ async def test_cancellation_when_in_a_window_then_its_batches_wait_for_the_resum
     fitted = trainer(**options(), train_step=cancelling)
     with anyio.CancelScope() as scope:
         await fitted.fit(2, resume=True, **QUIET)
-    made = internals(fitted).step_counts.made
+    made = internals(fitted).step_counts.per_optimizer
     assert made == [at // 3 + (at == 7)]
     resumed = trainer(**options())
     await resumed.fit(2, resume=True, **QUIET)

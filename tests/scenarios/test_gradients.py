@@ -263,7 +263,7 @@ def test_fp16_when_gradients_overflow_then_only_real_steps_count(kind: str, clip
         assert bits(twin) == bits(model)
     assert scalers[1].state_dict() == scalers[0].state_dict()
     assert fitted.lr_scheduler.state_dict() == scheduler.state_dict()
-    steps = internals(fitted).step_counts.made
+    steps = internals(fitted).step_counts.per_optimizer
     assert steps[0] == scheduler.last_epoch
     assert all(0 < number < 6 for number in steps)
 
@@ -420,7 +420,9 @@ def test_poison_when_skipped_then_equals_the_loop_without_the_batches(
         assert message.startswith(f"in epoch {epoch} of 'Sequential' ")
         assert f"optimizer steps were left out, of batch {words}, since" in message
     assert bits(twin) == bits(model)
-    assert internals(fitted).step_counts.made == [2 * BATCHES - len(skips)] * len(optimizers)
+    assert internals(fitted).step_counts.per_optimizer == [2 * BATCHES - len(skips)] * len(
+        optimizers
+    )
     states = [optimizer.state_dict()["state"] for optimizer in optimizers]
     mine = [optimizer.state_dict()["state"] for optimizer in fitted.optimizers]
     assert repr(mine) == repr(states)
@@ -516,7 +518,7 @@ def test_step_when_optimize_has_made_it_then_a_second_one_is_refused(options: An
         ConfigurationError, match=r"SGD\.step\(\) after state\.optimize\(\) of the same"
     ):
         fitted.fit(1, **QUIET)
-    assert internals(fitted).step_counts.made == [2, 2]
+    assert internals(fitted).step_counts.per_optimizer == [2, 2]
 
 
 def test_step_when_optimize_is_for_another_optimizer_then_both_are_made() -> None:
@@ -531,7 +533,7 @@ def test_step_when_optimize_is_for_another_optimizer_then_both_are_made() -> Non
 
     fitted = fitting(mlp(), "two", train_step=step)
     fitted.fit(1, **QUIET)
-    assert internals(fitted).step_counts.made == [BATCHES, BATCHES]
+    assert internals(fitted).step_counts.per_optimizer == [BATCHES, BATCHES]
 
 
 def test_closure_when_its_loss_is_not_finite_then_raises_before_the_step() -> None:
@@ -765,7 +767,7 @@ def test_dry_run_when_gradients_are_scaled_and_clipped_then_leaves_no_trace(kind
             (len(each._optimizer_step_pre_hooks), len(each._optimizer_step_post_hooks))
             for each in fitted.optimizers
         ]
-        counts = list(internals(fitted).step_counts.made)
+        counts = list(internals(fitted).step_counts.per_optimizer)
         return (
             comparable([fitted.model.state_dict(), optimizers, scaler.state_dict()]),
             hooks,

@@ -233,7 +233,7 @@ def test_resume_when_optimizer_steps_are_others_then_warns(stop: int, tmp_path: 
         "accumulate was 2 and is 4, clip_grad was 1.0 and is None, nonfinite was raise" in message
     )
     assert "goes on with the arguments given now" in message
-    assert internals(resumed).step_counts.made[0] > 0
+    assert internals(resumed).step_counts.per_optimizer[0] > 0
 
 
 @pytest.mark.parametrize(

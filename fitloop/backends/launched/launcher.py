@@ -14,7 +14,7 @@ KEY_VARIABLE = "FITLOOP_WORKER_KEY"
 
 @dataclass(frozen=True)
 class WorkerOrder:
-    """What a launcher needs to know of the worker that it starts."""
+    """A worker that a launcher is to start: its job, and how it connects to the program."""
 
     job: str
     """name of the job, for people"""
@@ -25,7 +25,7 @@ class WorkerOrder:
     worker, and never to be put on a command line, which all users of a machine can read"""
 
     def arguments(self) -> list[str]:
-        """Return what comes after the interpreter in the command of the worker."""
+        """Return the command of the worker, without the interpreter."""
         return ["-m", "fitloop", "worker", self.address]
 
     def environment(self) -> dict[str, str]:

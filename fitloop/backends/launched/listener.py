@@ -40,7 +40,7 @@ class WorkerListener:
 
     def __init__(self, host: str, key: bytes, wake: Callable[[], None]) -> None:
         self.socket = socket.create_server((host, 0))
-        """can be read when somebody has connected"""
+        """is readable when a program has connected"""
         self.socket.setblocking(False)
         self.port: int = self.socket.getsockname()[1]
         self._key, self._wake = key, wake
@@ -52,7 +52,7 @@ class WorkerListener:
             for _ in range(MAX_HANDSHAKES):
                 accepted, _address = self.socket.accept()
                 self._handshakes.append(_Handshake(accepted, self._key, self._wake))
-        kept, now = list[_Handshake](), time.monotonic()
+        waiting, now = list[_Handshake](), time.monotonic()
         for handshake in self._handshakes:
             if handshake.is_known:
                 self._handshakes.remove(handshake)
@@ -60,10 +60,10 @@ class WorkerListener:
             if handshake.is_over or handshake.deadline < now:
                 handshake.close()
             else:
-                kept.append(handshake)
-        for handshake in kept[:-MAX_HANDSHAKES]:
+                waiting.append(handshake)
+        for handshake in waiting[:-MAX_HANDSHAKES]:
             handshake.close()
-        self._handshakes = kept[-MAX_HANDSHAKES:]
+        self._handshakes = waiting[-MAX_HANDSHAKES:]
         return None
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class _Handshake:
         wake()
 
     def result(self) -> Connection:
-        """Return the connection of somebody who knows the key."""
+        """Return the connection of the worker, which knows the key."""
         self._thread.join()
         return self.connection
 

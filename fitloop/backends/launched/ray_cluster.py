@@ -117,10 +117,10 @@ class RayLauncher:
         util = self._ray.util
         group = util.placement_group([bundle or {"CPU": 0.001}] * len(orders))
         strategy = util.scheduling_strategies.PlacementGroupSchedulingStrategy
-        places = [strategy(group, placement_group_bundle_index=i) for i in range(len(orders))]
+        placements = [strategy(group, placement_group_bundle_index=i) for i in range(len(orders))]
         workers = [
-            self._start(order, {"scheduling_strategy": place})
-            for order, place in zip(orders, places, strict=True)
+            self._start(order, {"scheduling_strategy": placement})
+            for order, placement in zip(orders, placements, strict=True)
         ]
         workers[-1].free = lambda: util.remove_placement_group(group)  # it is closed last
         return workers
@@ -165,15 +165,15 @@ class RayWorker:
 
     def poll(self) -> WorkerExit | None:
         """Return None while the actor waits or runs, then how its worker has ended."""
-        ended, _ = self._ray.wait([self._running], timeout=0)
-        if not ended:
+        finished, _ = self._ray.wait([self._running], timeout=0)
+        if not finished:
             return None
         try:
             description, code, self._lines = self._ray.get(self._running)
         except Exception as error:  # such as RayActorError: killed, out of memory, node lost
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            said = " ".join(lines)[:1000] or type(error).__name__
-            return WorkerExit(f"(a Ray actor) ended: {said}", None)
+            text = " ".join(lines)[:1000] or type(error).__name__
+            return WorkerExit(f"(a Ray actor) ended: {text}", None)
         return WorkerExit(description, code)
 
     def kill(self) -> None:

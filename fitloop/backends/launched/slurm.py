@@ -43,7 +43,7 @@ HINTS = {
     "NODE_FAIL": "its node has failed",
     "DEADLINE": "it could not end before its --deadline",
 }
-"""what a state means, for an error"""
+"""the meaning of a state, for an error"""
 
 
 class SlurmLauncher:
@@ -129,8 +129,8 @@ class SlurmLauncher:
             raise ConfigurationError(f"sbatch cannot be run: {error}") from error
         number = done.stdout.strip().partition(";")[0]
         if done.returncode != 0 or not number.isdecimal():
-            said = (done.stderr or done.stdout).strip()
-            raise ConfigurationError(f"sbatch refused job {job!r}: {said:.1000}")
+            answer = (done.stderr or done.stdout).strip()
+            raise ConfigurationError(f"sbatch refused job {job!r}: {answer:.1000}")
         return SlurmWorker(number, self._logs / f"fitloop-worker-{number}.log")
 
 

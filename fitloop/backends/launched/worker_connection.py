@@ -84,8 +84,8 @@ class WorkerConnection:
         """Disconnect, and wait until the launcher says how the worker has ended."""
         if self._connection is not None:
             self._connection.close()
-        ended = self._wait_until_ended()
-        if ended is None:
+        worker_exit = self._wait_until_ended()
+        if worker_exit is None:
             self.is_lost = True
             self.worker.kill()
             return WorkerExit(
@@ -94,8 +94,10 @@ class WorkerConnection:
                 None,
             )
         if not self.ready:
-            ended = ended._replace(description=f"{ended.description} before it could begin")
-        return ended
+            worker_exit = worker_exit._replace(
+                description=f"{worker_exit.description} before it could begin"
+            )
+        return worker_exit
 
     def log_tail(self) -> list[str]:
         """Return the last lines of the worker's log."""

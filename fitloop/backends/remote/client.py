@@ -149,14 +149,14 @@ class WorkerClient:
         )
         self._canceller = _JobCanceller(spec.name, grace)
         self._open = ExitStack()
-        """what the end of the job closes"""
+        """resources that the end of the job closes"""
         self._grace = grace
         self._run_started: RunStarted | None = None
         """first event of the run that is now going on"""
         self._step = 0
         """of the last event"""
         self._hung_callback = ""
-        """what had not returned when the job was to end"""
+        """name of a callback that had not returned when the job was to end"""
         self._result: TrainingResult | None = None
         self._error: Exception | None = None
 
