@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio.constants
 import gc
-import importlib.util
+import importlib
 import inspect
 import logging
 import os
@@ -15,33 +16,25 @@ os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
 # wait for work keep a core busy, which a second test at the same time needs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Not torch, which takes seconds: pytest-xdist loads this file also where no test runs.
 import pytest
-import torch
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
-from support import programs, ranks
+from support import programs
+from support.event_loops import EVENT_LOOPS
 from support.leaks import no_descriptors_left, no_threads_left, without_tasks_left
 
 # asyncio's debug mode writes a warning of each callback that takes long to stderr.
 logging.getLogger("asyncio").setLevel(logging.ERROR)
+# It also notes the stack of each call of `call_soon`: one frame takes a tenth of the time of ten.
+asyncio.constants.DEBUG_STACK_DEPTH = 1  # type: ignore[misc]
 
 # No example fails because the machine is busy.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
 
-def _needs(module: str) -> pytest.MarkDecorator:
-    missing = importlib.util.find_spec(module) is None
-    return pytest.mark.skipif(missing, reason=f"{module} is not installed")
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"debug": True}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=_needs("uvloop")),
-        pytest.param(("trio", {}), id="trio", marks=_needs("trio")),
-    ]
-)
+@pytest.fixture(params=EVENT_LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     """Run the test under each event loop; a test parametrises this itself to have fewer."""
     return request.param
@@ -57,6 +50,8 @@ def fork_server() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def rank_store() -> None:
     """Open a first store of ranks, whose files stay, before a test that needs one begins."""
+    from support import ranks
+
     ranks.new_store()
 
 
@@ -82,14 +77,6 @@ def blockbuster(_blocking_calls: BlockBuster) -> BlockBuster:
     return _blocking_calls
 
 
-@pytest.fixture
-def fast_gc() -> Iterator[None]:
-    """Make ``gc.collect()`` look only at objects of the test, not at all modules of torch."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
     with no_descriptors_left(), no_threads_left():
@@ -103,7 +90,16 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     return (yield)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Make garbage collections look only at objects of tests, not at all modules of torch."""
+    if session.items:
+        importlib.import_module("torch._dynamo")  # as the first optimizer step does
+        gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     if torch.cuda.is_available():
         return
     for item in items:

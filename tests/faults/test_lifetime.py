@@ -24,7 +24,6 @@ from support.run_endings import cancel_run, complete_run, fail_run
 from fitloop import LoopState, RunEnded, default_batch_step, default_epoch_end
 from fitloop._engine.event_bus import STREAM_LIMIT
 
-pytestmark = pytest.mark.usefixtures("fast_gc")
 ROOT = Path(__file__).parents[2]
 
 PROGRESS = "batch_progress"

@@ -381,7 +381,6 @@ async def test_submit_when_there_are_ten_thousand_then_nothing_is_made_for_those
 
 @pytest.mark.slow
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-@pytest.mark.usefixtures("fast_gc")
 async def test_trainers_when_they_are_done_then_none_is_kept() -> None:
     alive: weakref.WeakSet[FitLoop] = weakref.WeakSet()
     most = 0

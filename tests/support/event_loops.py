@@ -24,10 +24,20 @@ def loop_parameter(name: str) -> Any:
     return pytest.param(backends[name], id=name, marks=mark)
 
 
-asyncio_loops = pytest.mark.parametrize(
-    "anyio_backend", [loop_parameter("asyncio"), loop_parameter("uvloop")]
-)
-plain_asyncio = pytest.mark.parametrize("anyio_backend", [loop_parameter("asyncio")])
+EVENT_LOOPS = [loop_parameter(name) for name in ("asyncio", "uvloop", "trio")]
+every_loop = pytest.mark.parametrize("anyio_backend", EVENT_LOOPS)
+asyncio_loops = pytest.mark.parametrize("anyio_backend", EVENT_LOOPS[:2])
+plain_asyncio = pytest.mark.parametrize("anyio_backend", EVENT_LOOPS[:1])
+
+
+@pytest.fixture
+def one_event_loop() -> Any:
+    """Run tests under asyncio alone, in a module with the line ``anyio_backend = one_event_loop``.
+
+    It is for tests of what a run does in its own thread, which is the same under each event loop. A
+    test of the module that waits, is cancelled or has async code is marked with `every_loop`.
+    """
+    return EVENT_LOOPS[0].values[0]
 
 
 def threadsafe_scheduler() -> Callable[[Callable[[], object]], object]:
