@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from support.event_loops import every_loop, one_event_loop
 from support.models import BATCHES, arguments, batches, bits, internals, mlp
 from support.resumed_trainings import TrainingSetup, check_resumed_training, write_snapshots_at_once
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from fitloop import (
 )
 from fitloop._storage.weight_files import read_weights
 from fitloop._training.averaging import AveragedWeights
+
+anyio_backend = one_event_loop
 
 QUIET: dict[str, Any] = {"print_every": 0, "progress": False}
 ema_function: Any = swa_utils.get_ema_multi_avg_fn
@@ -249,6 +252,7 @@ def step_only(state: LoopState) -> dict[str, Any]:
     return default_batch_step(state)
 
 
+@every_loop
 @pytest.mark.parametrize("moment", ["error", "cancelled", "stopped"])
 @pytest.mark.parametrize("batch", [1, 2, BATCHES])
 async def test_validation_when_it_ends_early_then_the_model_has_its_weights(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.event_loops import every_loop, one_event_loop
 from support.models import arguments, batches, bits, mlp, process_generators, trainer
 from torch import nn
 from torch.optim import SGD
@@ -36,6 +37,8 @@ from fitloop import (
     SyncInAsyncError,
     freeze,
 )
+
+anyio_backend = one_event_loop
 
 QUIET: dict[str, Any] = {"verbose": False}
 
@@ -470,6 +473,7 @@ async def test_criteria_when_no_stage_returns_it_then_sanity_check_lists_the_nam
     await refused(fitted, fitted.run_sanity_check, MissingCriteriaError, pattern)
 
 
+@every_loop
 async def test_sync_trainer_when_an_event_loop_runs_then_says_what_to_await() -> None:
     fitted = SyncFitLoop(**arguments())
     for verb in ("fit", "test", "reset", "run_sanity_check", "load_best"):

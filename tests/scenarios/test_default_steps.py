@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from support.checked_trainer import QUIET, CheckedTrainer
+from support.event_loops import one_event_loop
 from support.models import BATCHES, CLASSES, FEATURES, batches, bits, blobs, mlp, trainer
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD
@@ -27,6 +28,8 @@ from fitloop import (
     MetricError,
     StageSignatureError,
 )
+
+anyio_backend = one_event_loop
 
 pytestmark = pytest.mark.anyio
 

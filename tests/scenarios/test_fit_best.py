@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.event_loops import every_loop, one_event_loop
 from support.models import batches, bits, blobs, mlp, scores, trainer
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
@@ -27,6 +28,8 @@ from fitloop import (
     ResumeWarning,
     default_epoch_end,
 )
+
+anyio_backend = one_event_loop
 
 QUIET: dict[str, Any] = {"verbose": False}
 NAN = math.nan
@@ -207,6 +210,7 @@ async def test_save_to_disk_when_off_then_nothing_is_written(tmp_path: Path) -> 
     assert names_in(tmp_path) == set()
 
 
+@every_loop
 async def test_save_to_disk_when_on_then_keeps_both_models_under_save_path(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "state"
     fitted, weights = scored([2, 1], save_to_disk=True, save_path=path, best_model_name="top")
@@ -237,6 +241,7 @@ async def test_del_best_model_when_there_is_none_then_says_so() -> None:
             await call()
 
 
+@every_loop
 async def test_del_best_model_when_trained_on_then_a_worse_score_is_the_best() -> None:
     fitted, _weights = scored([3, 1])
     await fitted.fit(1, **QUIET)
@@ -245,6 +250,7 @@ async def test_del_best_model_when_trained_on_then_a_worse_score_is_the_best() -
     assert (result.best_score, result.best_epoch) == (1, 2)
 
 
+@every_loop
 async def test_model_file_when_saved_then_is_loaded_by_another_trainer(tmp_path: Path) -> None:
     fitted = trainer(save_path=tmp_path)
     await fitted.fit(1, **QUIET)
@@ -278,6 +284,7 @@ async def test_load_model_when_it_does_not_fit_then_nothing_is_changed(tmp_path:
     assert calls == []
 
 
+@every_loop
 async def test_reset_when_called_then_is_as_before_the_first_run() -> None:
     fitted = trainer()
     before = bits(fitted.model)

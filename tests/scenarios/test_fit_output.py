@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from support.event_loops import HANG_TIMEOUT
+from support.event_loops import HANG_TIMEOUT, every_loop, one_event_loop
 from support.models import mlp, scores, trainer
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
@@ -28,6 +28,8 @@ from fitloop import (
     Runner,
     UnknownMetricWarning,
 )
+
+anyio_backend = one_event_loop
 
 METRICS = r"loss: \d+\.\d{4} \| accuracy: [01]\.\d{4}"
 TIME = r"(?:\d+ ms|\d\d s \d{3} ms)(?: \(best so far\))?"
@@ -137,6 +139,7 @@ async def test_print_style_when_unknown_then_is_refused() -> None:
         await trainer().fit(1, print_style="table")  # type: ignore[arg-type]
 
 
+@every_loop
 async def test_fit_when_several_print_then_lines_are_aligned_and_an_end_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -226,6 +229,7 @@ async def test_display_metrics_when_given_then_only_these_are_shown(
     assert re.fullmatch(expected, capsys.readouterr().out)
 
 
+@every_loop
 async def test_question_when_there_is_no_terminal_then_one_warning_names_the_line_of_the_call() -> (
     None
 ):
@@ -272,6 +276,7 @@ def best_in_the_first(state: LoopState) -> dict[str, float]:
     return {"loss": 0.5, "score": 1.0 if state.epoch_num == 1 else 0.0}
 
 
+@every_loop
 @pytest.mark.parametrize("keeps_snapshots", [False, True])
 async def test_fit_when_cancelled_then_a_line_says_where_it_is_and_how_to_go_on(
     keeps_snapshots: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -295,6 +300,7 @@ async def test_fit_when_cancelled_then_a_line_says_where_it_is_and_how_to_go_on(
     assert line.endswith(way) is keeps_snapshots
 
 
+@every_loop
 async def test_fit_when_cancelled_later_then_the_line_tells_which_weights_are_in_the_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -321,6 +327,7 @@ async def two_have_trained(runner: Runner) -> None:
                 return
 
 
+@every_loop
 @pytest.mark.parametrize("verbose", [True, False])
 async def test_runner_when_cancelled_then_one_line_counts_all_trainings(
     verbose: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -337,6 +344,7 @@ async def test_runner_when_cancelled_then_one_line_counts_all_trainings(
     assert lines == [f"cancelled; of 3 trainings: {end}"] * verbose
 
 
+@every_loop
 async def test_runner_when_its_runs_end_before_it_is_cancelled_then_one_line_counts_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -352,6 +360,7 @@ async def test_runner_when_its_runs_end_before_it_is_cancelled_then_one_line_cou
     assert lines == ["cancelled; of 3 trainings: 0 done, 2 interrupted, 1 not started"]
 
 
+@every_loop
 async def test_runner_when_one_job_is_cancelled_then_its_own_line_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -370,6 +379,7 @@ async def test_runner_when_one_job_is_cancelled_then_its_own_line_says_so(
 # -- the question ----------------------------------------------------------------------------------
 
 
+@every_loop
 @pytest.mark.parametrize(
     ("every", "epochs", "asked"), [(1, 3, [1, 2]), (2, 5, [2, 4]), (2, 4, [2]), (5, 5, [])]
 )
@@ -388,6 +398,7 @@ async def test_on_continue_when_yes_then_is_asked_after_every_nth_epoch_but_the_
     assert {question.epochs for question in questions} <= {epochs}
 
 
+@every_loop
 async def test_on_continue_when_no_then_run_ends_with_the_best_restored() -> None:
     async def no(_question: PromptAsked) -> bool:
         await anyio.lowlevel.checkpoint()
@@ -400,6 +411,7 @@ async def test_on_continue_when_no_then_run_ends_with_the_best_restored() -> Non
     assert fitted.epoch_num == 3
 
 
+@every_loop
 async def test_on_continue_when_stopped_while_it_is_open_then_is_withdrawn() -> None:
     withdrawn: list[bool] = []
 
@@ -417,6 +429,7 @@ async def test_on_continue_when_stopped_while_it_is_open_then_is_withdrawn() -> 
     assert (result.epochs, result.stop_reason, withdrawn) == (1, "stopped", [True])
 
 
+@every_loop
 async def test_on_continue_when_it_raises_then_the_same_exception_reaches_the_caller() -> None:
     error = ZeroDivisionError("mine")
 
@@ -431,6 +444,7 @@ async def test_on_continue_when_it_raises_then_the_same_exception_reaches_the_ca
     assert (await fitted.fit(1, verbose=False)).epochs == 1
 
 
+@every_loop
 async def test_on_continue_when_the_answer_is_no_bool_then_says_so() -> None:
     fitted = trainer(on_continue=lambda _question: "yes")
     pattern = r"on_continue returned 'yes'; expected True to go on or False"
@@ -438,6 +452,7 @@ async def test_on_continue_when_the_answer_is_no_bool_then_says_so() -> None:
         await fitted.fit(3, continue_loop=1, verbose=False)
 
 
+@every_loop
 async def test_continue_loop_when_there_is_no_terminal_then_warns_once_and_goes_on() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -520,6 +535,7 @@ async def test_fit_when_a_name_has_wide_characters_then_lines_are_aligned_by_col
     assert valid.index("valid") == train.index("train") + len("模型")
 
 
+@every_loop
 async def test_fits_when_cancelled_together_then_each_has_a_short_line_and_the_way_on_is_told_once(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

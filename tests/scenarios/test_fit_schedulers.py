@@ -7,6 +7,7 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
+from support.event_loops import one_event_loop
 from support.models import mlp, scores, trainer
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import (
@@ -35,6 +36,8 @@ from fitloop import (
     ScheduleWarning,
     default_batch_step,
 )
+
+anyio_backend = one_event_loop
 
 QUIET: dict[str, Any] = {"verbose": False, "load_best": False}
 

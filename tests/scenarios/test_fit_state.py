@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from support.event_loops import one_event_loop
 from support.models import (
     BATCHES,
     CLASSES,
@@ -16,6 +17,8 @@ from support.models import (
 from torch import Tensor, nn
 
 from fitloop import LoopState, UnknownMetricError, default_batch_step
+
+anyio_backend = one_event_loop
 
 QUIET: dict[str, Any] = {"verbose": False}
 

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from support.checked_trainer import QUIET
+from support.event_loops import one_event_loop
 from support.models import batches, bits, trainer
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from fitloop import LoopState, default_batch_step
+
+anyio_backend = one_event_loop
 
 pytestmark = pytest.mark.anyio
 

@@ -12,10 +12,13 @@ import pytest
 from anyio import to_thread
 from matplotlib.figure import Figure
 from support.checked_trainer import QUIET
+from support.event_loops import one_event_loop
 from support.models import batches, trainer
 from support.resumed_trainings import InterruptionError
 
 from fitloop import Checkpoint, LoopState, read_metrics
+
+anyio_backend = one_event_loop
 
 matplotlib.use("Agg")
 pytestmark = pytest.mark.anyio
