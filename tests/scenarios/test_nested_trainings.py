@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any
 
 import anyio
@@ -106,22 +107,32 @@ async def alone(hook: str, seed: int | None, *, is_async: bool) -> Any:
     return await Outer(hook, seed, nothing if is_async else lambda: None, is_async=is_async).fit()
 
 
-async def inner_alone(seed: int | None) -> Any:
+@cache
+def inner_alone(seed: int | None) -> Any:
+    """Return the bits of the inner model, trained in another thread: this one has an event loop."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(train_inner, seed).result()
+
+
+def train_inner(seed: int | None) -> Any:
     seed_process(9)
-    inner = trainer(**inner_arguments(seed))
-    await inner.fit(2, **QUIET)
+    inner = sync_trainer(**inner_arguments(seed))
+    inner.fit(2, **QUIET)
     return bits(inner.model)
 
 
-@TWO_BACKENDS
-@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+@pytest.mark.parametrize(
+    ("is_async", "anyio_backend"),
+    [(False, "asyncio"), (True, "asyncio"), (True, "trio")],
+    ids=["plain", "async", "async on trio"],
+)
 @pytest.mark.parametrize("hook", HOOKS)
 async def test_hook_when_it_trains_another_model_then_both_have_the_bits_of_separate_runs(
     hook: str, is_async: bool, anyio_backend: Any
 ) -> None:
+    alone_of = {seed: await alone(hook, seed, is_async=is_async) for seed in (None, 3)}
     for seed, inner_seed in SEEDS:
-        expected = await alone(hook, seed, is_async=is_async)
-        expected_inner = await inner_alone(inner_seed)
+        expected, expected_inner = alone_of[seed], inner_alone(inner_seed)
         make: Callable[..., FitLoop | SyncFitLoop] = trainer if is_async else sync_trainer
         inner = make(**inner_arguments(inner_seed))
         seed_process(9)
@@ -187,7 +198,7 @@ async def test_async_stage_when_it_trains_beside_itself_then_its_numbers_are_of_
         results.append(await outer.fit())
     assert results[0] == results[1]
     for inner, seed in zip([*inners, in_thread], (5, 6, 7), strict=True):
-        assert bits(inner.model) == await inner_alone(seed)
+        assert bits(inner.model) == inner_alone(seed)
 
 
 @TWO_BACKENDS
@@ -245,7 +256,7 @@ async def test_trainers_when_each_trains_another_one_in_a_runner_then_have_bits_
         assert [outcome.error async for outcome in runner.as_completed()] == [None] * 5
     for outer, inner, bits_alone in zip(outers, inners, expected, strict=True):
         assert (bits(outer.trainer.model), outer.used) == bits_alone
-        assert bits(inner.model) == await inner_alone(5)
+        assert bits(inner.model) == inner_alone(5)
 
 
 @TWO_BACKENDS
