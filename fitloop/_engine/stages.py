@@ -17,6 +17,7 @@ from fitloop._engine.metric_objects import update_metrics
 from fitloop._errors import ConfigurationError, FitLoopError, MetricError, add_note_safely
 from fitloop._metrics.means import CORRECT, Columns, Means, without_skipped
 from fitloop._public import public
+from fitloop._ranks.world import is_of_connection
 from fitloop._types import Phase, Stage
 
 _SEQUENCES = frozenset((list, tuple))
@@ -216,7 +217,7 @@ def _explain(error: Exception, state: LoopState) -> None:
             f"the batch is {describe(batch)}, a {type(batch).__name__}; the default {name} "
             f"{takes}. For other batches write {name}="
         ) from (error if loss is None else None)
-    if isinstance(error, FitLoopError):
+    if isinstance(error, FitLoopError) or is_of_connection(error):
         return
     calls = "model(inputs) and loss_function(predictions, targets)"
     if _holds_arguments(state):

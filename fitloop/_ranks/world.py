@@ -199,7 +199,9 @@ class World:
         with _lock:
             _worlds.remove(self)
         self._put_back()
-        if error is not None:
+        if self._is_terminated:
+            self.fail("it was ended by SIGTERM")
+        elif error is not None:
             self.fail(one_line(error))
         self._disconnect()
 
@@ -356,7 +358,7 @@ class World:
             if self._store.check([_FAILURE]):
                 failure = self._store.get(_FAILURE).decode()
         rank, _, reason = failure.partition(":")
-        is_connection = not failure and _is_of_connection(error)
+        is_connection = not failure and is_of_connection(error)
         self.is_ended_by_others |= is_connection or bool(failure and int(rank) != self.rank)
         if failure and int(rank) != self.rank:
             add_note_safely(error, f"rank {rank} failed first: {reason}")
@@ -423,10 +425,11 @@ def _rendezvous(timeout: timedelta) -> tuple[Any, int, int]:
     return store, rank, size
 
 
-def _is_of_connection(error: BaseException) -> bool:
+def is_of_connection(error: BaseException) -> bool:
+    """Return whether an error says that the connection to another rank is broken."""
     if isinstance(error, FitLoopError):
         return False
-    if isinstance(error, torch.distributed.DistError):
+    if isinstance(error, getattr(torch.distributed, "DistError", ())):  # missing in some builds
         return True
     text = one_line(error).lower()
     return any(word in text for word in ("gloo", "nccl", "connection", "distributed"))

@@ -85,6 +85,7 @@ def test_exception_when_on_one_rank_then_the_other_names_it(
     notes = "\n".join(other["notes"])
     assert f"rank {rank} failed first: ValueError: a bad sample" in notes
     assert f"{phase}, epoch 2, batch_step of batch 2" in notes
+    assert "in the default train_step" not in notes
 
 
 @pytest.mark.parametrize(
