@@ -263,10 +263,19 @@ class ParallelRun:
         return batch
 
     def boundary(self, state: LoopState) -> Callable[[], object]:
-        """Return a function to call after each batch: it votes while all ranks have a batch."""
+        """Return a function to call after each batch: it votes while all ranks have a batch.
+
+        With ``accumulate=`` it votes where a window ends. Gradients that wait would have to be
+        exchanged for a snapshot there, and their sum would be rounded in another order.
+        """
         votes, limit = self.votes, self._limit
         if state.is_train:
-            return self._boundary_of_shards if self.is_sharded else votes.boundary
+            accumulate = self._config.accumulate
+            if self.is_sharded:
+                return partial(self._boundary_of_shards, state)
+            if accumulate == 1:
+                return votes.boundary
+            return lambda: None if state.batch_num % accumulate else votes.boundary()
 
         def vote() -> None:
             if limit is not None and state.batch_num <= limit:
@@ -274,10 +283,11 @@ class ParallelRun:
 
         return vote
 
-    def _boundary_of_shards(self) -> None:
+    def _boundary_of_shards(self, state: LoopState) -> None:
         # A forward pass without a backward pass may have left whole parameters.
         reshard(self._config.model)
-        self.votes.boundary()
+        if not state.batch_num % self._config.accumulate:
+            self.votes.boundary()
 
     def end_pass(self, writer: StateWriter, *, complete: bool) -> bool:
         """Merge the values of all ranks on each; return whether the pass was complete on all.

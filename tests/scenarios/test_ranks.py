@@ -41,39 +41,35 @@ def check_alike(left: Any, right: Any) -> None:
         assert left == (pytest.approx(right, abs=1e-6) if isinstance(left, float) else right)
 
 
+THREE_CASES = ("plain", "accumulated", "skipped")
+
+
 @pytest.mark.parametrize(
-    ("size", "parallel", "accumulate", "nonfinite"),
-    [
-        (2, "ddp", "1", "raise"),
-        (2, "ddp", "3", "raise"),
-        (2, "ddp", "1", "skip"),
-        (2, "fsdp", "1", "raise"),
-        (2, "fsdp", "3", "raise"),
-        (2, "fsdp", "1", "skip"),
-        (3, "fsdp", "3", "skip"),
-    ],
+    ("size", "parallel", "cases"),
+    [(2, "ddp", THREE_CASES), (2, "fsdp", THREE_CASES), (3, "fsdp", ("accumulated and skipped",))],
+    ids=["ddp", "fsdp", "fsdp on three"],
 )
 def test_ranks_when_trained_then_equal_one_process_with_larger_batches(
-    size: int, parallel: str, accumulate: str, nonfinite: str
+    size: int, parallel: str, cases: tuple[str, ...]
 ) -> None:
-    arguments = ("support.rank_trainings", "equal", parallel, accumulate, nonfinite)
-    [alone] = run_ranks(*arguments, size=1)
-    first, *others = run_ranks(*arguments, size=size)
-    assert first["status"] == 0, first["errors"]
-    for other in others:
-        assert other["status"] == 0, other["errors"]
-        for name in ("weights", "metrics", "best", "epochs", "step"):
-            assert first[name] == other[name]  # to the bit
-        assert (other["lines"], other["heard"]) == ([], 0)
-    check_close(first["weights"], alone["weights"])
-    for phase, name in (("train", "grad_norm"), ("valid", "score"), ("test", "accuracy")):
-        check_close(
-            [first["metrics"][phase][name]],
-            [alone["metrics"][phase][name]],
-        )
-    assert (first["best"], first["step"]) == (alone["best"], alone["step"])
-    assert [line[:5] for line in first["lines"]] == [line[:5] for line in alone["lines"]]
-    assert first["heard"] > 0
+    arguments = ("support.rank_trainings", "equal", parallel, *cases)
+    [whole] = run_ranks(*arguments, size=1)
+    one, *others = run_ranks(*arguments, size=size)
+    assert one["status"] == 0, one["errors"]
+    for case in cases:
+        alone, first = whole[case], one[case]
+        for other in others:
+            assert other["status"] == 0, other["errors"]
+            for name in ("weights", "metrics", "best", "epochs", "step"):
+                assert first[name] == other[case][name], case  # to the bit
+            assert (other["lines"], other[case]["heard"]) == ([], 0)
+        check_close(first["weights"], alone["weights"])
+        for phase, name in (("train", "grad_norm"), ("valid", "score"), ("test", "accuracy")):
+            check_close([first["metrics"][phase][name]], [alone["metrics"][phase][name]])
+        assert (first["best"], first["step"]) == (alone["best"], alone["step"]), case
+        assert first["heard"] > 0
+    assert [line[:5] for line in one["lines"]] == [line[:5] for line in whole["lines"]]
+    assert one["lines"]
 
 
 def test_blocks_when_many_in_one_program_then_each_trains_as_the_first() -> None:
@@ -92,18 +88,20 @@ def test_training_when_cancelled_in_an_epoch_then_resumes_to_the_same_bits(
         return run_ranks("support.rank_trainings", *arguments, size=size)
 
     whole = train(tmp_path / "whole", False)
-    train(tmp_path / "parts", True)
+    cancelled = train(tmp_path / "parts", True)
+    for rank in cancelled:  # at the end of a window, though it was cancelled within one
+        assert rank["batches"][1] in (24, 27), rank
     [refused] = train(tmp_path / "parts", False, size=1)
     assert "is in the middle of an epoch of 2 ranks, and there are 1 now" in refused["errors"]
     parts = train(tmp_path / "parts", False)
     began = parts[0]["began"][0]
-    assert 101 // 3 + 1 < began < 2 * (101 // 3 + 1), (began, parts[0]["errors"])
+    assert 50 // 3 + 1 < began < 2 * (49 // 3 + 1), (began, parts[0]["errors"])
     assert parts[0]["weights"] == whole[0]["weights"]
     assert parts[0]["metrics"] == whole[0]["metrics"]
     assert parts[1]["weights"] == whole[1]["weights"]
     [more] = train(tmp_path / "parts", False, epochs=4, size=1)
     assert more["status"] == 0, more["errors"]
-    assert more["began"] == [3 * (101 // 3 + 1)]
+    assert more["began"] == [3 * (50 // 3 + 1)]
     assert "ResumeWarning: resuming:" in more["errors"]
 
 
@@ -163,7 +161,7 @@ def test_snapshot_of_a_split_model_when_read_elsewhere_then_is_that_of_one_proce
     check_close([value.tolist() for value in exported.values()], whole["weights"])
     for number, (parallel, size) in enumerate([("fsdp", 1), ("ddp", 2), ("fsdp", 2)]):
         reports = train(parallel, number + 2, size)
-        assert reports[0]["began"] == [(number + 1) * (101 // 3 + 1)]
+        assert reports[0]["began"] == [(number + 1) * (50 // 3 + 1)]
         for report in reports:
             assert report["status"] == 0, report["errors"]
             assert report["weights"] == reports[0]["weights"]

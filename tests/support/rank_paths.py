@@ -24,7 +24,7 @@ from fitloop import EMA, SWA, Checkpoint, FitLoop, LoopState, Runner, World
 from fitloop._ranks.shards import whole
 from support.models import FEATURES as INPUTS
 from support.models import blobs
-from support.ranks import report
+from support.ranks import end, report
 
 QUIET: dict[str, Any] = {"verbose": False, "progress": False}
 PARALLEL: dict[str, Any] = {"parallel": "ddp"}
@@ -348,3 +348,4 @@ async def main(parallel: str, group: str, path: str) -> None:
 
 if __name__ == "__main__":
     asyncio.run(main(*sys.argv[1:]))
+    end()

@@ -21,7 +21,7 @@ from fitloop import EMA, Checkpoint, ConfigurationError, FitLoop, LoopState, Wor
 from support.models import FEATURES as INPUTS
 from support.rank_paths import QUIET, WHOLE, data, facts, mlp
 from support.rank_paths import trainer as trainer_of
-from support.ranks import report
+from support.ranks import end, report
 
 
 def trainer(world: World, model: nn.Module | None = None, **options: Any) -> FitLoop:
@@ -252,3 +252,4 @@ async def main(path: str, *names: str) -> None:
 
 if __name__ == "__main__":
     asyncio.run(main(*sys.argv[1:]))
+    end()

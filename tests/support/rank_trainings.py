@@ -20,7 +20,7 @@ from fitloop._ranks import votes
 from fitloop._ranks.shards import whole
 from support.models import FEATURES, blobs
 from support.ranked_jobs import make_ranked_trainer
-from support.ranks import report
+from support.ranks import end, report
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -59,7 +59,22 @@ def share_sum(state: LoopState) -> dict[str, float]:
     }
 
 
-async def equal(world: World, parallel: Parallel, accumulate: str, nonfinite: str) -> None:
+EQUAL = {
+    "plain": (1, "raise"),
+    "accumulated": (3, "raise"),
+    "skipped": (1, "skip"),
+    "accumulated and skipped": (3, "skip"),
+}
+"""``accumulate`` and ``nonfinite`` of the trainings of `equal`"""
+
+
+async def equal(world: World, parallel: Parallel, *names: str) -> None:
+    report(**{name: await trained(world, parallel, *EQUAL[name]) for name in names})
+
+
+async def trained(
+    world: World, parallel: Parallel, accumulate: int, nonfinite: str
+) -> dict[str, Any]:
     """Train with batches of 12 in all: 46 samples leave 10 for the last one."""
     net = model()
     weights = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
@@ -74,7 +89,7 @@ async def equal(world: World, parallel: Parallel, accumulate: str, nonfinite: st
         valid_dl=loader(29, 12 // world.size),
         valid_epoch_end=share_sum,
         criteria="score",
-        accumulate=int(accumulate),
+        accumulate=accumulate,
         clip_grad=0.5,
         nonfinite=nonfinite,  # type: ignore[arg-type]
         parallel=parallel,
@@ -84,18 +99,21 @@ async def equal(world: World, parallel: Parallel, accumulate: str, nonfinite: st
     result = await trainer.fit(3, early_stop=2, callbacks=[lambda e: heard.append(e.kind)])
     await trainer.test(loader(13, 5))
     step = trainer._state.step_counts.step
-    report(**facts(trainer), epochs=result.epochs, step=step, heard=len(heard))
+    return {**facts(trainer), "epochs": result.epochs, "step": step, "heard": len(heard)}
 
 
 async def resumed(world: World, parallel: Parallel, path: str, cancelled: str, epochs: str) -> None:
-    """Train with dropout, perhaps cancelled in the middle of epoch 2, or resumed from there."""
+    """Train with dropout, perhaps cancelled within a window of epoch 2, or resumed from there."""
     votes.SHARE = 1.0  # a vote at nearly each batch
     net = model(dropout=0.5)
     event_loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
+    batches = [0, 0]  # of epoch 1, and of the others
+
     def step(state: LoopState) -> Any:
-        is_moment = cancelled == "True" and state.epoch_num == 2 and state.batch_num == 20
+        batches[min(state.epoch_num, 2) - 1] += 1
+        is_moment = cancelled == "True" and state.epoch_num == 2 and state.batch_num == 21
         if is_moment and world.rank == 1:
             event_loop.call_soon_threadsafe(task.cancel)
         return fitloop.default_batch_step(state)
@@ -104,7 +122,7 @@ async def resumed(world: World, parallel: Parallel, path: str, cancelled: str, e
         net,
         torch.optim.Adam(net.parameters(), 0.01),
         nn.CrossEntropyLoss(),
-        train_dl=loader(401, 4 // world.size, shuffle=True),
+        train_dl=loader(201, 4 // world.size, shuffle=True),
         valid_dl=loader(15, 4),
         train_step=step,
         accumulate=3,
@@ -122,7 +140,7 @@ async def resumed(world: World, parallel: Parallel, path: str, cancelled: str, e
             **QUIET,
         )
     steps = [event.step for event in first if isinstance(event, RunStarted)]
-    report(**facts(trainer), began=steps)
+    report(**facts(trainer), began=steps, batches=batches)
 
 
 async def job(_world: World, path: str) -> None:
@@ -158,9 +176,10 @@ async def go_on(_question: PromptAsked) -> bool:
 async def main(name: str, *arguments: str) -> None:
     if name == "blocks":
         await one_block_after_the_other(int(arguments[0]))
-        return
+        return  # and end as any program, after so many blocks
     async with fitloop.world(timeout=150) as world:
         await globals()[name](world, *arguments)
+    end()
 
 
 if __name__ == "__main__":

@@ -69,6 +69,17 @@ def run_ranks(module: str, *arguments: str | Path, size: int = 2) -> list[dict[s
     return reports
 
 
+def end() -> None:
+    """End a rank at once, with exit code 0.
+
+    Python and torch take a third of a second to free what they have. `support.rank_ends`, which
+    tests how ranks end, does not call this.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def report(**values: Any) -> None:
     """Print the report of a rank."""
     sys.stdout.write(json.dumps(values) + "\n")
