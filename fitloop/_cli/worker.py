@@ -13,7 +13,8 @@ from fitloop._processes.signals import die_with_parent
 ABOUT = """\
 Connect to the program at ADDRESS, train one job for it, and end with the connection. A
 Launcher of fitloop.backends starts this command. The key with which worker and program
-recognize each other is in the environment variable FITLOOP_WORKER_KEY, or in a file."""
+recognize each other is in the environment variable FITLOOP_WORKER_KEY, or in a file. Of several
+addresses and keys, a process that srun has started takes those of its SLURM_PROCID."""
 
 EXAMPLES = """\
   fitloop worker node1:45123 --key-file key.txt

@@ -37,6 +37,7 @@ ANSWER_SECONDS = 0.2
 """between two looks for the answer to a question that rank 0 asks a person"""
 _QUESTION_KEYS = "answer", "withdrawn", "asking"
 """beginnings of the keys of a question in the store; the last one rises while rank 0 asks"""
+_GIVEN_UP = "it was cancelled while it waited for all ranks to start"
 _FAILURE = "failure"
 """key of the first failure in the store"""
 
@@ -69,6 +70,7 @@ class World:
         """whether a run of this rank has failed because another rank had"""
         self._timeout, self._handles_termination = timedelta(seconds=timeout), handles_termination
         self._owns_group = self._is_terminated = False
+        self._is_open = self._is_given_up = False
         self._side: Any = None
         """process group of gloo, for small messages on the CPU"""
         self._main: Any = None
@@ -90,7 +92,14 @@ class World:
 
     async def __aenter__(self) -> Self:
         # This waits for all processes to start; a cancellation leaves the thread behind.
-        await anyio.to_thread.run_sync(self._open, abandon_on_cancel=True)
+        try:
+            await anyio.to_thread.run_sync(self._open, abandon_on_cancel=True)
+        except BaseException:
+            with _lock:
+                self._is_given_up, is_open = True, self._is_open
+            if is_open:
+                self.fail(_GIVEN_UP)
+            raise
         self._enter()
         scope = self._scope = anyio.CancelScope()
         schedule = loop_scheduler()
@@ -149,6 +158,10 @@ class World:
             self.explain(error)
             self._disconnect()
             raise
+        with _lock:
+            self._is_open, is_given_up = True, self._is_given_up
+        if is_given_up:
+            self.fail(_GIVEN_UP)
 
     def _connect(self) -> None:
         distributed: Any = torch.distributed

@@ -118,10 +118,15 @@ class RayLauncher:
         group = util.placement_group([bundle or {"CPU": 0.001}] * len(orders))
         strategy = util.scheduling_strategies.PlacementGroupSchedulingStrategy
         placements = [strategy(group, placement_group_bundle_index=i) for i in range(len(orders))]
-        workers = [
-            self._start(order, {"scheduling_strategy": placement})
-            for order, placement in zip(orders, placements, strict=True)
-        ]
+        workers: list[RayWorker] = []
+        try:
+            workers += (
+                self._start(order, {"scheduling_strategy": placement})
+                for order, placement in zip(orders, placements, strict=True)
+            )
+        except BaseException:  # such as options that Ray refuses
+            util.remove_placement_group(group)  # ends its actors too
+            raise
         workers[-1].free = lambda: util.remove_placement_group(group)  # it is closed last
         return workers
 

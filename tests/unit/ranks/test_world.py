@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
+import anyio
 import pytest
+from support.event_loops import HANG_TIMEOUT
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from fitloop import RanksError
@@ -19,3 +23,33 @@ def test_answer_when_nothing_is_heard_of_rank_0_then_the_wait_ends_with_an_error
 
     with pytest.raises(RanksError, match=r"nothing was heard of rank 0 for 0\.01 s while it was"):
         world.answer(never, never, lambda: False)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_block_when_cancelled_at_its_start_then_other_ranks_do_not_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    connects, others_come, has_ended = threading.Event(), threading.Event(), threading.Event()
+    store = HashStore()
+
+    class LateWorld(World):
+        def _connect(self) -> None:
+            connects.set()
+            others_come.wait(HANG_TIMEOUT)
+            self._side, self._store = object(), store
+
+        def _disconnect(self) -> None:
+            super()._disconnect()
+            has_ended.set()
+
+    world = LateWorld(HANG_TIMEOUT)
+    async with anyio.create_task_group() as group:
+        group.start_soon(world.__aenter__)
+        assert await anyio.to_thread.run_sync(connects.wait, HANG_TIMEOUT)
+        group.cancel_scope.cancel()
+    others_come.set()
+    assert await anyio.to_thread.run_sync(has_ended.wait, HANG_TIMEOUT)
+    assert store.get("failure") == b"0:it was cancelled while it waited for all ranks to start"
+    assert world._side is None
