@@ -112,9 +112,9 @@ def inner_optimizers(optimizer: Any) -> list[Optimizer]:
     """
     if has_own_state_dict(optimizer):
         return []
-    own = getattr(optimizer, "state", None)
+    wrapper_state = getattr(optimizer, "state", None)
     inner = [item for item in vars(optimizer).values() if isinstance(item, Optimizer)]
-    return [item for item in inner if item is not optimizer and item.state is not own]
+    return [item for item in inner if item is not optimizer and item.state is not wrapper_state]
 
 
 def load_optimizer(optimizer: Any, state: Any) -> None:

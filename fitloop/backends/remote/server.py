@@ -165,11 +165,11 @@ class JobServer:
         return answers[0]
 
 
-def _on_device(defaults: TrainerDefaults, place: RankPlace) -> TrainerDefaults:
+def _on_device(defaults: TrainerDefaults, rank: RankPlace) -> TrainerDefaults:
     """Return the defaults with the device of a rank, if its machine has several."""
     if not torch.cuda.is_available():
         return defaults
-    index = place.device % torch.cuda.device_count()
+    index = rank.device % torch.cuda.device_count()
     return replace(defaults, device=torch.device("cuda", index))
 
 
