@@ -210,8 +210,13 @@ class _StepThread:
         thread = threading.Thread(
             target=self._state.call, args=(target,), name=f"fitloop {self._name}", daemon=True
         )
-        self._threads.append(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no thread
+            self.error = error
+            self._portal.finish()
+        else:
+            self._threads.append(thread)
 
     def _run(self) -> None:
         error: BaseException | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import traceback
 from typing import Any
 
@@ -428,6 +429,22 @@ async def test_reader_of_events_when_a_callback_raises_comes_to_the_end(
             kinds = [event.kind async for event in events]
     assert kinds[-1] == "run_ended"
     assert kind in kinds
+
+
+async def test_run_when_the_system_gives_no_thread_then_raises_and_can_train_again(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    checked = CheckedTrainer()
+    with monkeypatch.context() as patch, anyio.fail_after(HANG_TIMEOUT):
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            await checked.fit()
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            await checked.trainer.reset()
+    await checked.check_can_train_again()
 
 
 async def test_error_when_it_takes_no_notes_still_reaches_the_caller(
