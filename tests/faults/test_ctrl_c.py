@@ -213,7 +213,7 @@ class Script:
 @contextmanager
 def _script(text: str, place: str, prefetch: int | None = 0) -> Iterator[Script]:
     source = f"PLACE, PREFETCH = {place!r}, {prefetch!r}\n{HEAD}{text}"
-    with started(["-c", source]) as process:
+    with started(["-c", source], whole_exit=True) as process:
         yield Script(process)
 
 

@@ -396,7 +396,7 @@ def begun(place: Path, text: str, *arguments: str, **streams: Any) -> Program:
     script.write_text(text)
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    return Program([str(script), *arguments], place, environment, **streams)
+    return Program([str(script), *arguments], place, environment, whole_exit=True, **streams)
 
 
 async def _both_written(place: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support import gates
-from support.event_loops import HANG_TIMEOUT
+from support.event_loops import HANG_TIMEOUT, plain_asyncio
 from support.models import arguments, bits, mlp, sync_trainer, trainer
 from support.state_comparison import assert_same_state, trainer_state
 from torch import nn
@@ -225,6 +225,7 @@ async def test_submit_when_it_cannot_work_then_says_so_at_once(tmp_path: Path) -
         await runner.__aenter__()
 
 
+@plain_asyncio
 @pytest.mark.parametrize(
     ("options", "kind", "said"),
     [
@@ -539,12 +540,12 @@ async def test_factory_when_others_draw_then_makes_what_it_makes_alone_and_distu
     def unseeded() -> FitLoop:
         return trainer(model=mlp(dropout=0.3))
 
-    expected = {seed: bits(many_layers(seed)) for seed in range(6)}
+    expected = {seed: bits(many_layers(seed)) for seed in range(3)}
     plain = seeded()
     with anyio.fail_after(HANG_TIMEOUT):
-        await plain.fit(20, **QUIET)
+        await plain.fit(10, **QUIET)
         async with Runner(4, keep_trainers=True) as runner:
-            beside = runner.submit(seeded, epochs=20, **QUIET)
+            beside = runner.submit(seeded, epochs=10, **QUIET)
             others = [runner.submit(unseeded, epochs=10**6, **QUIET) for _ in range(2)]
             jobs = {seed: runner.submit(factory, seed, epochs=0, **QUIET) for seed in expected}
             made = {}

@@ -21,6 +21,7 @@ import socket
 import struct
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 PRELOADED = (
@@ -83,9 +84,23 @@ def prepare(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
     sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if not request["whole_exit"]:
+        leave_out_destructors()
     sys.stdin = sys.__stdin__ = _stream(0, "<stdin>")  # type: ignore[misc]
     sys.stdout = sys.__stdout__ = _stream(1, "<stdout>")  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _stream(2, "<stderr>")  # type: ignore[misc]
+
+
+def leave_out_destructors() -> None:
+    """End this process when Python has done all that it does at its end.
+
+    The destructors of torch, which then follow, take a fifth of a second in a fork.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    with suppress(AttributeError):  # a system without on_exit
+        libc.on_exit(libc._exit, None)
 
 
 def _stream(descriptor: int, name: str) -> io.TextIOWrapper:

@@ -47,7 +47,8 @@ class Program:
     """A program that the fork server has started; a small `subprocess.Popen`.
 
     ``arguments`` are those of the interpreter: ``-c``, ``-m`` or a script. A stream without a given
-    descriptor is a pipe. With ``terminal``, standard input becomes the controlling terminal.
+    descriptor is a pipe. With ``terminal``, standard input becomes the controlling terminal. With
+    ``whole_exit``, destructors of C++ run at the end: for tests of how a program ends.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Program:
         stdout: int | None = None,
         stderr: int | None = None,
         terminal: bool = False,
+        whole_exit: bool = False,
     ) -> None:
         self.returncode: int | None = None
         self._files = ExitStack()
@@ -75,6 +77,7 @@ class Program:
                 "directory": str(directory),
                 "environment": dict(os.environ if environment is None else environment),
                 "terminal": terminal,
+                "whole_exit": whole_exit,
             }
             body = json.dumps(request).encode()
             streams = [reading, writing, errors, theirs.fileno()]

@@ -44,6 +44,7 @@ def started_ranks(module: str, *arguments: str, size: int = 2) -> Iterator[list[
                     ["-m", module, *arguments],
                     ROOT,
                     {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    whole_exit=True,
                 )
             )
             for rank in range(size)
