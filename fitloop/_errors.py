@@ -359,7 +359,8 @@ class ResumeWarning(RuntimeWarning):
 class ScheduleWarning(RuntimeWarning):
     """A learning-rate schedule is probably not as it was meant.
 
-    Nothing steps the scheduler, or its length fits neither the epochs nor the batches of the fit.
+    Nothing steps the scheduler, or both the trainer and your code do, or its length fits neither
+    the epochs nor the batches of the fit.
     """
 
 

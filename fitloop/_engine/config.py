@@ -6,6 +6,7 @@ All other code trusts a `TrainerConfig` and checks nothing again. The checks cha
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -48,6 +49,14 @@ PRETRAINED = "pretrained_model"
 """name of the weights before the first run"""
 SNAPSHOTS, BEST_MODELS = "snapshots", "best_models"
 """folders in ``save_path``"""
+
+_LESS_IS_BETTER = frozenset(
+    (
+        *("error", "errors", "mse", "rmse", "mae", "mape", "nll", "perplexity", "ppl", "brier"),
+        *("wer", "cer", "fid", "divergence"),
+    )
+)
+"""words in the name of a metric whose direction must be given"""
 
 INTERVALS = ("step", "batch", "epoch", "valid")
 
@@ -677,10 +686,16 @@ def _first_dtype(model: object) -> torch.dtype:
     return torch.float32
 
 
+def needs_direction(metric: str) -> bool:
+    """Return whether less may be better of a metric, after its name, so that the user must say."""
+    words = re.findall("[a-z]+", metric.lower())
+    return any("loss" in word or word in _LESS_IS_BETTER for word in words)
+
+
 def _check_direction(criteria: str | None, criteria_direction: int | None) -> int:
     if criteria_direction is not None:
         return criteria_direction
-    if isinstance(criteria, str) and "loss" in criteria.lower():
+    if isinstance(criteria, str) and needs_direction(criteria):
         raise ConfigurationError(
             f"criteria is {criteria!r} and criteria_direction is not given; give "
             "criteria_direction=-1 if less is better, 1 if more is"

@@ -286,7 +286,8 @@ class Engine:
             raise ConfigurationError(
                 f"{loader_label(state.phase, loader)} gave no batches in epoch {state.epoch_num}; "
                 "expected at least one. An iterator can be read only once: pass a list, a "
-                "DataLoader, or a function that makes a new iterator"
+                "DataLoader, or a function that makes a new iterator. A DataLoader with "
+                "drop_last=True leaves out a last batch that is not full"
             )
         return complete
 

@@ -43,13 +43,13 @@ def checked_loss(
     With ``looks_at_values`` gives a LossWarning for predictions that are not what this loss
     function of torch takes. This waits for their device.
 
-    Raises ConfigurationError if the loss compares each prediction with the targets of others, or if
-    predictions are out of the range of BCELoss.
+    Raises ConfigurationError if the loss compares each prediction with the targets of others, and
+    with ``looks_at_values`` for targets of a dtype, and predictions of BCELoss, that torch refuses.
     """
     if not _is_plain(predictions) or not _is_plain(targets):
         return loss_function(predictions, targets)
     if looks_at_values:
-        _look_at_values(loss_function, predictions.detach(), predictions.grad_fn)
+        _look_at_values(loss_function, predictions.detach(), targets, predictions.grad_fn)
     if predictions.shape == targets.shape:
         return loss_function(predictions, targets)
     if torch_function(loss_function) in _ELEMENTWISE:
@@ -85,40 +85,75 @@ def _refuse(loss_function: Any, predictions: Tensor, targets: Tensor) -> NoRetur
 # -- values ----------------------------------------------------------------------------------------
 
 
-def _look_at_values(loss_function: Any, predictions: Tensor, origin: Any) -> None:
-    """Warn of predictions that are not what a loss function of torch takes, or refuse them.
+def _look_at_values(loss_function: Any, predictions: Tensor, targets: Tensor, origin: Any) -> None:
+    """Warn of values that are not what a loss function of torch takes, or refuse them.
 
-    ``origin`` is the operation that has computed them; None without gradients.
+    ``origin`` is the operation that has computed the predictions; None without gradients.
     """
     function, name = torch_function(loss_function), _name_of(loss_function)
     if not predictions.is_floating_point():
         return
-    problem = ""
-    if function in _TAKE_SCORES and _are_probabilities(predictions):
-        problem = (
-            f"{name} takes scores and applies softmax itself, and the outputs of the model are "
-            "probabilities: those of each sample sum to 1. The loss cannot come near 0; leave the "
-            "softmax out of the model"
-        )
-    elif function in _TAKE_LOGITS and _is_sigmoid(origin):
-        problem = (
-            f"{name} takes scores and applies sigmoid itself, and the model ends in a sigmoid. "
-            "The loss cannot come near 0; leave the sigmoid out of the model, or use BCELoss"
-        )
-    elif function in _TAKE_PROBABILITIES and not _are_between_0_and_1(predictions):
+    _check_dtype(function, name, predictions, targets)
+    if function in _TAKE_PROBABILITIES and not _are_between_0_and_1(predictions):
         raise ConfigurationError(
             f"{name} takes probabilities from 0 to 1, and the model returns "
             f"{predictions.min().item():.4g} to {predictions.max().item():.4g}; let the model end "
             "in a sigmoid, or use BCEWithLogitsLoss, which takes scores"
         )
+    problem = ""
+    if function in _TAKE_SCORES:
+        problem = _problem_of_scores(predictions, targets)
+    elif function in _TAKE_LOGITS and _is_sigmoid(origin):
+        problem = (
+            "takes scores and applies sigmoid itself, and the model ends in a sigmoid. The loss "
+            "cannot come near 0; leave the sigmoid out of the model, or use BCELoss"
+        )
     elif function in _TAKE_LOG_PROBABILITIES and predictions.max() > _ROUNDING:
         problem = (
-            f"{name} takes log-probabilities, which are not above 0, and the model returns "
+            "takes log-probabilities, which are not above 0, and the model returns "
             f"{predictions.max().item():.4g}. The loss then has no least value; let the model end "
             "in log_softmax(scores, dim=1), or use CrossEntropyLoss, which takes scores"
         )
     if problem:
-        warn_user(problem, LossWarning)
+        warn_user(f"{name} {problem}", LossWarning)
+
+
+def _check_dtype(function: Any, name: str, predictions: Tensor, targets: Tensor) -> None:
+    """Refuse targets of a dtype that torch refuses too, without saying which it takes."""
+    is_floating = targets.is_floating_point()
+    if function in (*_TAKE_LOGITS, *_TAKE_PROBABILITIES) and not is_floating:
+        raise ConfigurationError(
+            f"{name} takes targets of a floating dtype, and the batch has {describe(targets)}; "
+            "give targets.float()"
+        )
+    takes_classes = function in (*_TAKE_SCORES, nn.NLLLoss.forward, functional.nll_loss)
+    if takes_classes and is_floating and targets.ndim == predictions.ndim - 1:
+        raise ConfigurationError(
+            f"{name} takes classes as integers, and the batch has {describe(targets)}; give "
+            "targets.long()"
+        )
+
+
+def _problem_of_scores(scores: Tensor, targets: Tensor) -> str:
+    """Return in words what is wrong with the scores for CrossEntropyLoss; empty if nothing is."""
+    remedy = "return a score for each class, or use BCEWithLogitsLoss"
+    if scores.ndim > 1 and scores.shape[1] == 1:
+        return (
+            "compares the scores of classes, and the model returns only one score, "
+            f"{describe(scores)}: loss and gradients are always 0; {remedy}"
+        )
+    if scores.ndim == 1 and targets.is_floating_point():
+        return (
+            f"takes {describe(scores)} for the scores of {len(scores)} classes of one sample; for "
+            f"{len(scores)} samples {remedy}"
+        )
+    if _are_probabilities(scores):
+        return (
+            "takes scores and applies softmax itself, and the outputs of the model are "
+            "probabilities: those of each sample sum to 1. The loss cannot come near 0; leave the "
+            "softmax out of the model"
+        )
+    return ""
 
 
 def _are_probabilities(scores: Tensor) -> bool:

@@ -222,6 +222,8 @@ def _explain(error: Exception, state: LoopState) -> None:
     calls = "model(inputs) and loss_function(predictions, targets)"
     if _holds_arguments(state):
         calls = "model(**batch)" + ("" if loss is None else " and loss_function(output, batch)")
+    if not any(parameter.requires_grad for parameter in state.model.parameters()):
+        calls += " (no parameter of the model requires gradients: unfreeze those to train)"
     add_note_safely(
         error,
         f"in the default {name}, which calls {calls}, and takes one number as the loss. The batch "

@@ -328,6 +328,13 @@ class TrainerBase:
         """Whether a run is in progress."""
         return self._state.control is not None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled, since it holds locks and files. "
+            "Copy model and optimizer together, copy.deepcopy((model, optimizer)), and make a "
+            "trainer of them; for a Runner submit a function that makes the trainer"
+        )
+
     def __repr__(self) -> str:
         best = ""
         if self.best_score is not None:

@@ -117,7 +117,7 @@ class FitLoop(TrainerBase):
         criteria: name of the metric of ``valid_epoch_end`` that compares models. Default with the
             default ``valid_epoch_end``: ``accuracy``, or ``loss`` if there is no accuracy.
         criteria_direction: 1 if more is better, -1 if less is better. Default: 1. A criteria with
-            ``loss`` in its name needs it.
+            ``loss``, ``error``, ``mse``, ``perplexity`` or another such word in its name needs it.
         save_to_disk: keep the pretrained and the best weights as files under ``save_path``, not in
             CPU memory. Files of these names are replaced. Default: False.
         save_path: directory for files, ``fitloop_state`` by default. It is created when something

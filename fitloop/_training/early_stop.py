@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any
 
-from fitloop._engine.config import check_number
+from fitloop._engine.config import check_number, needs_direction
 from fitloop._errors import ConfigurationError, UnknownMetricError
 from fitloop._events import EarlyStopped, Event, PhaseEnded
 from fitloop._public import public
@@ -36,7 +36,8 @@ class EarlyStop:
     """a metric of ``valid_epoch_end``; None for the criteria of the trainer"""
     direction: int | None = None
     """1 if more is better, -1 if less is better. Default: that of the criteria if this is its
-    metric, -1 for ``"loss"``, or else 1. Another name with ``loss`` in it needs a direction"""
+    metric, -1 for ``"loss"``, or else 1. Another name with ``loss``, ``error``, ``mse`` or
+    another such word in it needs a direction"""
     threshold: float | None = None
     """a value of the metric that is good enough: the run ends when it is reached"""
     warmup: int = 0
@@ -143,7 +144,7 @@ class EarlyStopper:
             return self._policy.direction
         if criteria is not None:
             return criteria.direction
-        if metric != "loss" and "loss" in metric.lower():
+        if metric != "loss" and needs_direction(metric):
             raise ConfigurationError(
                 f"EarlyStop(metric=) is {metric!r} and direction is not given; give direction=-1 "
                 "if less is better, 1 if more is"

@@ -1,13 +1,15 @@
 """Checks of learning-rate schedulers that are legal, but probably not as the user meant them.
 
-Each finding is a `ScheduleWarning`: a scheduler that is never stepped, or a schedule whose length
-fits neither the epochs nor the batches of the fit.
+Each finding is a `ScheduleWarning`: a scheduler that is never stepped, or by two, or a schedule
+whose length fits neither the epochs nor the batches of the fit.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch.optim import lr_scheduler as kinds
@@ -24,6 +26,8 @@ _LENGTH_NAMES = {
     kinds.PolynomialLR: "total_iters",
     kinds.StepLR: "step_size",
 }
+_LENGTH_OF_RATES = ("num_training_steps", "total_steps", "max_steps", "total_iters", "max_iters")
+"""names by which the function of a LambdaLR has its length, as those of Hugging Face do"""
 
 
 def parts_of(scheduler: Any) -> Iterator[Any]:
@@ -87,11 +91,23 @@ def _length_of(scheduler: Any) -> tuple[str, int, Any]:
         return "a length of ", max(scheduler._milestones, default=0) + length, last
     if isinstance(scheduler, kinds.MultiStepLR):
         return "the last of milestones=", max(scheduler.milestones, default=0), scheduler
+    if isinstance(scheduler, kinds.LambdaLR):
+        values = _values_of(scheduler.lr_lambdas[0])
+        for name in _LENGTH_OF_RATES:
+            if type(values.get(name)) is int:
+                return f"{name}=", values[name], scheduler
     for kind, name in _LENGTH_NAMES.items():
         if isinstance(scheduler, kind):
             value = getattr(scheduler, name, 0)
             return f"{name}=", int(value) if isinstance(value, int | float) else 0, scheduler
     return "", 0, scheduler
+
+
+def _values_of(function: Any) -> Mapping[str, Any]:
+    """Return the keywords of a ``partial``, or the variables in the closure of a function."""
+    if isinstance(function, partial):
+        return function.keywords
+    return inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
 
 
 def _steps_done(scheduler: Any) -> int:
@@ -170,6 +186,34 @@ class UnsteppedCheck:
                 ScheduleWarning,
             )
         self._before = []
+
+
+class TwiceSteppedCheck:
+    """Warns once of a scheduler that the user's code steps too, beside the trainer."""
+
+    def __init__(self) -> None:
+        self._after: dict[int, object] = {}
+        """the position of each scheduler after the last step that the trainer made"""
+
+    def begin(self, schedulers: Sequence[Any]) -> None:
+        """Note the positions before the first step of the trainer."""
+        for scheduler in schedulers:
+            self._after.setdefault(id(scheduler), getattr(scheduler, "last_epoch", None))
+
+    def look(self, scheduler: Any) -> None:
+        """Compare the position of a scheduler, before the trainer steps it."""
+        now = getattr(scheduler, "last_epoch", None)
+        if now != self._after.get(id(scheduler), now):
+            warn_user(
+                f"the trainer steps the {type(scheduler).__name__} of lr_scheduler= after each "
+                "epoch or validation, and your code steps it too. Leave your call of its step() "
+                "out, or do not give it as lr_scheduler=",
+                ScheduleWarning,
+            )
+
+    def note(self, scheduler: Any) -> None:
+        """Note the position of a scheduler, after the trainer has stepped it."""
+        self._after[id(scheduler)] = getattr(scheduler, "last_epoch", None)
 
 
 def _position(scheduler: Any) -> list[Any]:

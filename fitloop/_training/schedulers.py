@@ -11,7 +11,12 @@ from fitloop._engine.optimization import hooked_optimizer
 from fitloop._errors import ConfigurationError, MissingCriteriaError
 from fitloop._events import EpochEnded, EpochStarted, Event, PhaseEnded, PhaseStarted, RunEnded
 from fitloop._training.best import Criteria
-from fitloop._training.schedule_checks import UnsteppedCheck, parts_of, warn_of_lengths
+from fitloop._training.schedule_checks import (
+    TwiceSteppedCheck,
+    UnsteppedCheck,
+    parts_of,
+    warn_of_lengths,
+)
 from fitloop._types import Phase
 
 _PER_STEP = (kinds.OneCycleLR, kinds.CyclicLR)
@@ -118,6 +123,7 @@ class SchedulerSteps:
         """the schedulers per batch have not followed the last batch yet"""
         self._per_epoch = [scheduler for scheduler, interval in pairs if interval == "epoch"]
         self._per_valid = [scheduler for scheduler, interval in pairs if interval == "valid"]
+        self._twice = TwiceSteppedCheck()
         if self._per_valid and not validates:
             raise ConfigurationError(
                 f"{type(self._per_valid[0]).__name__} is stepped after validation, and there is no "
@@ -167,6 +173,8 @@ class SchedulerSteps:
         """Step the schedulers of interval ``"epoch"`` or ``"valid"``."""
         if self._warns:
             self._check(event)
+        if isinstance(event, EpochStarted):
+            self._twice.begin([*self._per_epoch, *self._per_valid])
         if isinstance(event, PhaseEnded) and event.phase is Phase.VALID:
             if self._criteria is not None:
                 self._score = self._criteria.score(event.metrics)
@@ -200,11 +208,13 @@ class SchedulerSteps:
                 self._unstepped.finish()
 
     def _step(self, scheduler: Any) -> None:
+        self._twice.look(scheduler)
         if not isinstance(scheduler, kinds.ReduceLROnPlateau):
             scheduler.step()
-            return
-        assert self._criteria is not None
-        if self._score is None:
-            raise MissingCriteriaError(self._criteria.name, self._metric_names)
-        _check_mode(scheduler, self._criteria)
-        scheduler.step(self._score)
+        else:
+            assert self._criteria is not None
+            if self._score is None:
+                raise MissingCriteriaError(self._criteria.name, self._metric_names)
+            _check_mode(scheduler, self._criteria)
+            scheduler.step(self._score)
+        self._twice.note(scheduler)

@@ -104,6 +104,14 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
         {"criteria": "loss"},
         r"criteria is 'loss' and criteria_direction is not given; give criteria_direction=-1",
     ),
+    *(
+        (
+            f"direction of {name} is not given",
+            {"criteria": name},
+            f"criteria is '{name}' and criteria_direction is not given; give criteria_direction=-1",
+        )
+        for name in ("rmse", "val_mae", "error", "mean squared error", "word-level WER", "FID")
+    ),
     (
         "direction is a word",
         {"criteria_direction": "max"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from support.checked_trainer import QUIET, CheckedTrainer
 from support.event_loops import one_event_loop
-from support.models import BATCHES, CLASSES, FEATURES, batches, bits, blobs, mlp, trainer
+from support.models import BATCHES, CLASSES, FEATURES, arguments, batches, bits, blobs, mlp, trainer
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,6 +29,7 @@ from fitloop import (
     LossWarning,
     MetricError,
     StageSignatureError,
+    SyncFitLoop,
 )
 
 anyio_backend = one_event_loop
@@ -506,6 +509,20 @@ SHARES = with_targets(lambda t: F.one_hot(t, CLASSES).float())
             F.nll_loss, ending_in(nn.Softmax(1)), batches(), "log_softmax", id="not of logarithms"
         ),
         pytest.param(
+            nn.CrossEntropyLoss(),
+            mlp(outputs=1),
+            [(inputs, targets[:, None]) for inputs, targets in BINARY],
+            r"returns only one score, float32 \(8, 1\): loss and gradients are always 0; .* use",
+            id="one class",
+        ),
+        pytest.param(
+            nn.CrossEntropyLoss(),
+            ending_in(nn.Flatten(0), outputs=1),
+            BINARY,
+            r"takes float32 \(8,\) for the scores of 8 classes of one sample; .* use BCEWithLogits",
+            id="one sample",
+        ),
+        pytest.param(
             nn.KLDivLoss(reduction="batchmean"), mlp(), SHARES, "KLDivLoss takes log-", id="KL"
         ),
     ],
@@ -554,6 +571,54 @@ async def test_outputs_when_the_loss_takes_them_then_no_warning(
 ) -> None:
     options = {"model": model, "optimizer": SGD(model.parameters(), lr=0.01), "train_dl": data}
     await trainer(**options, valid_dl=data, loss_function=loss).fit(1, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("loss", "model", "data", "text"),
+    [
+        pytest.param(
+            nn.BCEWithLogitsLoss(),
+            ending_in(nn.Flatten(0), outputs=1),
+            with_targets(lambda t: (t > 0).long()),
+            r"a floating dtype, and the batch has int64 \(8,\); give targets.float\(\)",
+            id="integers",
+        ),
+        pytest.param(
+            F.binary_cross_entropy,
+            ending_in(nn.Sigmoid(), nn.Flatten(0), outputs=1),
+            with_targets(lambda t: t > 0),
+            r"binary_cross_entropy takes targets of a floating dtype, .* bool \(8,\); give",
+            id="bool",
+        ),
+        pytest.param(
+            nn.CrossEntropyLoss(),
+            mlp(),
+            with_targets(lambda t: t.float()),
+            r"takes classes as integers, and the batch has float32 \(8,\); give targets.long\(\)",
+            id="classes",
+        ),
+    ],
+)
+async def test_targets_when_the_loss_takes_another_dtype_then_error_says_which(
+    loss: Any, model: nn.Module, data: Any, text: str
+) -> None:
+    options = {"model": model, "optimizer": SGD(model.parameters(), lr=0.01), "train_dl": data}
+    with pytest.raises(ConfigurationError, match=text):
+        await trainer(**options, valid_dl=None, loss_function=loss).fit(1, **QUIET)
+
+
+async def test_model_when_all_of_it_is_frozen_then_the_error_says_so() -> None:
+    model = mlp().requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        await trainer(model=model).fit(1, **QUIET)
+    assert "no parameter of the model requires gradients: unfreeze" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("kind", [FitLoop, SyncFitLoop])
+def test_trainer_when_copied_then_error_says_what_to_copy(kind: Any, copy_of: Any) -> None:
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled, .*deepcopy\(\(model, opt"):
+        copy_of(kind(**arguments()))
 
 
 async def test_outputs_when_BCELoss_gets_scores_then_error_says_what_to_use() -> None:  # noqa: N802

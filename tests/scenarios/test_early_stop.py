@@ -191,9 +191,10 @@ class TestRefused:
         with pytest.raises(ConfigurationError, match=r"give EarlyStop\(metric="):
             training.fit(early_stop=3)
 
-    def test_a_direction_that_must_be_given(self) -> None:
+    @pytest.mark.parametrize("metric", ["bce_loss", "mse", "word_error"])
+    def test_a_direction_that_must_be_given(self, metric: str) -> None:
         with pytest.raises(ConfigurationError, match="give direction=-1"):
-            sync_trainer().fit(early_stop=EarlyStop(metric="bce_loss"))
+            sync_trainer().fit(early_stop=EarlyStop(metric=metric))
 
     def test_a_misspelt_metric(self) -> None:
         policy, training = EarlyStop(metric="acuracy"), sync_trainer()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.optim.lr_scheduler import (
     CosineAnnealingWarmRestarts,
     CyclicLR,
     ExponentialLR,
+    LambdaLR,
     LinearLR,
     OneCycleLR,
     PolynomialLR,
@@ -278,6 +280,39 @@ async def test_scheduler_when_nothing_steps_it_then_says_so_once(
     assert [warning.filename for warning in told] == [__file__]
 
 
+@pytest.mark.parametrize("kind", ["epoch", "valid"])
+@pytest.mark.parametrize("where", ["valid_epoch_end", "callback"])
+async def test_scheduler_when_trainer_and_users_code_step_it_then_says_so(
+    kind: str, where: str
+) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    is_plateau = kind == "valid"
+    scheduler: Any = plateau(optimizer) if is_plateau else StepLR(optimizer, 1)
+
+    def step(*_: Any) -> dict[str, float]:
+        scheduler.step(*[1.0] * is_plateau)
+        return {"score": 1.0}
+
+    async def fit(**changes: Any) -> None:
+        await trainer(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            criteria="score",
+            criteria_direction=-1 if getattr(scheduler, "mode", "") == "min" else 1,
+            **changes,
+        ).fit(3, **QUIET)
+
+    await fit(valid_epoch_end=scores([1] * 6))
+    stepping: dict[str, Any] = {"valid_epoch_end": step}
+    if where == "callback":
+        at_end = lambda event: event.kind == "epoch_ended" and step()  # noqa: E731
+        stepping = {"valid_epoch_end": scores([1] * 6), "callbacks": [at_end]}
+    with pytest.warns(ScheduleWarning, match=r"your code steps it too\. Leave your call of its"):
+        await fit(**stepping)
+
+
 @pytest.mark.parametrize("build", KINDS)
 @pytest.mark.parametrize("where", ["train_step", "valid_epoch_end", "callback"])
 async def test_scheduler_when_the_users_code_steps_it_then_says_nothing(
@@ -506,6 +541,21 @@ async def test_scheduler_when_it_cannot_follow_steps_then_says_so(
         await fitted.fit(1, **QUIET)
 
 
+def falling(num_training_steps: int) -> Callable[[int], float]:
+    """Return a rate as libraries make it: a function with its settings."""
+
+    def rate(step: int, *, num_warmup_steps: int, num_training_steps: int) -> float:
+        if step < num_warmup_steps:
+            return step / num_warmup_steps
+        return max(0.0, 1 - step / num_training_steps)
+
+    return partial(rate, num_warmup_steps=1, num_training_steps=num_training_steps)
+
+
+def in_closure(total_steps: int) -> Callable[[int], float]:
+    return lambda step: max(0.0, 1 - step / total_steps)
+
+
 LENGTHS: list[Any] = [
     # epochs 3, batches 4 in each; with "2 batches" one optimizer step for 2 of them
     pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=12), None, True, id="one cycle"),
@@ -542,6 +592,12 @@ LENGTHS: list[Any] = [
     pytest.param(lambda o: OneCycleLR(o, 0.1, total_steps=13), "2 batches", False, id="not steps"),
     pytest.param(lambda o: CosineAnnealingLR(o, 6), "2 batches", True, id="cosine as 6 steps"),
     pytest.param(lambda o: CosineAnnealingLR(o, 3), "2 batches", False, id="cosine, by epochs"),
+    pytest.param(lambda o: LambdaLR(o, falling(12)), None, False, id="function of batches"),
+    pytest.param(lambda o: LambdaLR(o, falling(12)), "step", True, id="function as batches"),
+    pytest.param(lambda o: LambdaLR(o, falling(3)), None, True, id="function as epochs"),
+    pytest.param(lambda o: LambdaLR(o, in_closure(12)), None, False, id="closure of batches"),
+    pytest.param(lambda o: LambdaLR(o, in_closure(3)), None, True, id="closure as epochs"),
+    pytest.param(lambda o: LambdaLR(o, lambda n: 0.9**n), None, True, id="function without end"),
 ]
 
 
