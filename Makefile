@@ -10,7 +10,7 @@ TOGETHER := -n 2 --dist worksteal
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-fast test-transformers test-loggers test-peers test-ray docs bench pictures clean
+.PHONY: help .venv demo test types tests test-fast test-transformers test-loggers test-peers test-ray docs bench pictures clean
 
 help:
 	@echo "make .venv      create $(VENV) with $(PYTHON) and everything that the tests need"
@@ -47,7 +47,13 @@ demo: .venv
 test: .venv
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	@$(MAKE) --no-print-directory -j 2 types tests
+
+# Both at once: the types need one core for a minute, and tests wait now and then.
+types: .venv
 	$(BIN)/mypy
+
+tests: .venv
 	$(BIN)/python -m pytest $(TOGETHER)
 
 test-fast: .venv

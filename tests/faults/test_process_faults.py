@@ -428,13 +428,15 @@ async def test_worker_when_it_starts_then_is_as_the_program_at_that_time(
 ) -> None:
     found = []
     servers = fork_servers()
+    # The second worker has a new fork server, and a spawned one has nothing of the first.
+    numbers = ("1", "2") if start_method == "forkserver" else ("1",)
     mask = os.umask(0o022)
     os.umask(mask)
     try:
         with anyio.fail_after(HANG_TIMEOUT):
             backend = ProcessBackend(start_method=start_method)
             async with Runner(1, backend=backend) as runner:
-                for number in ("1", "2"):
+                for number in numbers:
                     (tmp_path / number).mkdir()
                     monkeypatch.chdir(tmp_path / number)
                     monkeypatch.syspath_prepend("unused")
@@ -446,7 +448,7 @@ async def test_worker_when_it_starts_then_is_as_the_program_at_that_time(
                     found.append(json.loads((tmp_path / "found").read_text()))
     finally:
         os.umask(mask)
-    for number, inherited in zip(("1", "2"), found, strict=True):
+    for number, inherited in zip(numbers, found, strict=True):
         assert inherited == {
             "variable": number,
             "directory": str(tmp_path / number),

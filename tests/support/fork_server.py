@@ -26,7 +26,7 @@ from typing import Any
 
 PRELOADED = (
     *("torch", "torch._dynamo", "torch.utils.data", "anyio._backends._asyncio", "fitloop"),
-    *("fitloop._processes.fork_server", "sklearn.datasets"),
+    *("fitloop._processes.fork_server", "sklearn.datasets", "prompt_toolkit"),
 )
 """modules that many programs import; torch imports torch._dynamo in the first optimizer step"""
 LENGTH = struct.Struct("!q")
