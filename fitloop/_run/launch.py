@@ -22,7 +22,7 @@ from fitloop._errors import MissingLoaderError, OptimizerWarning, note_call_site
 from fitloop._events import Event, PhaseEnded
 from fitloop._run.mode_checks import checked_modes
 from fitloop._run.prediction import leave_predictions
-from fitloop._run.ranks import control_of, heard_callbacks, meet, shared_plan, together
+from fitloop._run.ranks import control_of, heard_callbacks, shared_plan, together
 from fitloop._run.session import RunContext, scheduler_steps
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._training.trainer_state import TrainerState
@@ -87,7 +87,7 @@ async def launch(
             state.control = control
             try:
                 return await supervise(
-                    partial(_make, make_task, context),
+                    partial(make_task, context),
                     control,
                     portal,
                     name=config.name,
@@ -97,13 +97,6 @@ async def launch(
                 )
             finally:
                 state.control = None
-
-
-def _make(make_task: Callable[[RunContext], ThreadTask], context: RunContext) -> ThreadTask:
-    """Return the task of a run, on its step thread, after all ranks have compared their plans."""
-    if context.parallel is not None:
-        meet(context.parallel, context.plan)
-    return make_task(context)
 
 
 def _warn_of_short_epoch(state: TrainerState, plan: RunPlan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import anyio
@@ -122,13 +122,29 @@ def heard_callbacks(
     return [callback for callback in callbacks if getattr(callback, "every_rank", False)]
 
 
-def meet(parallel: ParallelRun, plan: RunPlan) -> None:
-    """Compare the plans of all ranks, on the step thread."""
+def meet(
+    state: TrainerState, plan: RunPlan, parallel: ParallelRun, options: dict[str, Any]
+) -> None:
+    """Compare the plans, options and arguments of all ranks, on the step thread.
+
+    These are what decides when ranks exchange something, and what their weights become.
+    """
+    from fitloop._checkpointing.snapshot import step_arguments  # one process does not need it
+
+    config, average, criteria = state.config, state.config.average, state.criteria
+    names = [] if average is None else [field.name for field in fields(average)]
     facts = {
         "epochs": plan.epochs,
         "first epoch": plan.first_epoch,
         "phases": [str(phase) for phase, _loader in plan.phases],
+        "continue_loop": plan.ask_every,
+        **options,
+        **step_arguments(config),
+        "average": [getattr(average, name) for name in names if name != "prepare"],
+        "criteria": None if criteria is None else [criteria.name, criteria.direction],
     }
+    if config.parallel != "ddp":  # rank 0 gathers the weights of its files
+        facts["save_to_disk"] = config.save_to_disk
     parallel.meet(plan.call, facts)
 
 

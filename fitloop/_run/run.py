@@ -23,6 +23,7 @@ from fitloop._events import Event, RunEnded, RunStarted
 from fitloop._metrics.results import EpochMetricsRecorder, FitResult
 from fitloop._run.parameters import run_parameters
 from fitloop._run.prompts import BackgroundPrompts, PromptOptions, Prompts
+from fitloop._run.ranks import meet
 from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._training.parts import StatePart, states_of
@@ -76,6 +77,8 @@ class Run:
         self._fit = state.completed_fits
         self._parts: dict[str, StatePart] = {}
         """parts of the state of this run, by their key in snapshots"""
+        if context.parallel is not None:
+            meet(state, context.plan, context.parallel, self._shared_options())
         state.user_settings.begin_call()
         with ExitStack() as stack:
             self._files: RunFiles | None = None
@@ -124,6 +127,17 @@ class Run:
             )
             state.event_bus.set_observers(o.on_event for o in observers if o.on_event is not None)
             self._close = stack.pop_all().close
+
+    def _shared_options(self) -> dict[str, object]:
+        """Return the options that must be the same on all ranks."""
+        options = self._options
+        policy = None if options.files is None else options.files.checkpoint
+        return {
+            "load_best": options.load_best,
+            "checkpoint": None if policy is None else type(policy).__name__,
+            "keep_best": None if policy is None else policy.keep_best,
+            "on_error": None if policy is None else policy.on_error,
+        }
 
     def _open_session(self) -> RunSession:
         resumption, dry = self._resumption, self._options.dry

@@ -79,6 +79,27 @@ def test_blocks_when_many_in_one_program_then_each_trains_as_the_first() -> None
     assert all(one == first["weights"][0] for one in first["weights"] + second["weights"])
 
 
+def test_argument_when_of_one_rank_only_then_all_say_so(tmp_path: Path) -> None:
+    expected = {
+        "checkpoint": "None and 'Checkpoint'",
+        "load_best": "True and False",
+        "continue_loop": "0 and 1",
+        "keep_best": "None and 1",
+        "on_error": "'raise' and 'warn'",
+        "nonfinite": "'raise' and 'skip'",
+        "clip_grad": "None and 0.5",
+        "average": "[] and [0.5, 0, 1]",
+        "criteria": "['accuracy', 1] and ['loss', -1]",
+        "save_to_disk": "False and True",
+    }
+    for each in run_ranks("support.rank_trainings", "differ", tmp_path):
+        assert each["status"] == 0, each["errors"]
+        assert each["differences"].keys() == expected.keys()
+        for name, values in expected.items():
+            start = f"beginning fit(), {name} of rank 0 and of rank 1 differ: {values}."
+            assert each["differences"][name].startswith(start)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_training_when_cancelled_in_an_epoch_then_resumes_to_the_same_bits(
     parallel: str, tmp_path: Path

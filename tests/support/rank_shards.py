@@ -113,6 +113,8 @@ async def weights(world: World, path: Path) -> Any:
     await trained.save_model("model")
     await trained.save_model("model.safetensors")
     await trained.save("state")
+    if world.size > 1:
+        world.gather(None)  # rank 0 has written the files
     check_is_split(trained.model, world)
 
     other = trainer(world, save_path=path / "other", average=EMA(0.5))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fitloop
-from fitloop import Checkpoint, FitLoop, LoopState, PromptAsked, RunStarted, World
+from fitloop import EMA, Checkpoint, FitLoop, LoopState, PromptAsked, RunStarted, World
 from fitloop._ranks import votes
 from fitloop._ranks.shards import whole
 from support.models import FEATURES, blobs
@@ -173,10 +173,54 @@ async def go_on(_question: PromptAsked) -> bool:
     return True
 
 
+DIFFERENT: dict[str, dict[str, Any]] = {
+    "checkpoint": {"checkpoint": Checkpoint()},
+    "load_best": {"load_best": False},
+    "continue_loop": {"continue_loop": 1, "on_continue": go_on},
+    "keep_best": {"checkpoint": Checkpoint(keep_best=1)},
+    "on_error": {"checkpoint": Checkpoint(on_error="warn")},
+    "nonfinite": {"nonfinite": "skip"},
+    "clip_grad": {"clip_grad": 0.5},
+    "average": {"average": EMA(0.5)},
+    "criteria": {"criteria": "loss", "criteria_direction": -1},
+    "save_to_disk": {"save_to_disk": True},
+}
+"""arguments of one rank, by what is then different; of ``fit`` up to ``on_error``"""
+
+
+async def differ(path: str) -> None:
+    """Give an argument to rank 1 alone, in one block after the other."""
+    errors: dict[str, str] = {}
+    for number, (name, arguments) in enumerate(DIFFERENT.items()):
+        async with fitloop.world(timeout=150) as world:
+            net = model()
+            given: dict[str, Any] = arguments if world.rank == 1 else {}
+            of_fit, of_trainer = (given, {}) if number < 5 else ({}, given)
+            if name in ("keep_best", "on_error") and not given:
+                of_fit = {"checkpoint": Checkpoint()}
+            defaults: dict[str, Any] = {"parallel": "fsdp", "save_path": path}
+            trainer = FitLoop(
+                net,
+                torch.optim.SGD(net.parameters(), 0.1),
+                nn.CrossEntropyLoss(),
+                train_dl=loader(24, 6),
+                valid_dl=loader(24, 6),
+                **{**defaults, **of_trainer},
+            )
+            try:
+                await trainer.fit(2, **of_fit, **QUIET)
+            except fitloop.RanksError as error:
+                errors[name] = str(error)
+    report(differences=errors)
+
+
 async def main(name: str, *arguments: str) -> None:
     if name == "blocks":
         await one_block_after_the_other(int(arguments[0]))
         return  # and end as any program, after so many blocks
+    if name == "differ":
+        await differ(*arguments)
+        return
     async with fitloop.world(timeout=150) as world:
         await globals()[name](world, *arguments)
     end()
