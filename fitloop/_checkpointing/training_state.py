@@ -137,8 +137,9 @@ def check_training(config: TrainerConfig, state: Any) -> None:
     try:
         _check_kinds(config, state)
         _check_contents(config, state)
-        for module, saved in zip(modules_of(config), state["modules"], strict=True):
-            check_weights(module, saved["weights"], same_model=True)
+        labels = ("model", "loss_function")
+        for label, module, saved in zip(labels, modules_of(config), state["modules"], strict=False):
+            check_weights(module, saved["weights"], same_model=True, label=label)
     except CheckpointError:
         raise
     except Exception as error:  # any error that a forged tree causes

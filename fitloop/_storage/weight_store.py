@@ -270,11 +270,17 @@ def _match_buffers(
 
 
 def check_weights(
-    model: nn.Module, state: StateDict, *, strict: bool = True, same_model: bool = False
+    model: nn.Module,
+    state: StateDict,
+    *,
+    strict: bool = True,
+    same_model: bool = False,
+    label: str = "model",
 ) -> None:
     """Raise `CheckpointError`, with a list of the differences, if weights do not fit a model.
 
-    With ``same_model``, buffers may have other shapes: `apply_weights` restores them.
+    ``label`` is what the message calls it. With ``same_model``, buffers may have other shapes:
+    `apply_weights` restores them.
     """
     target = weights_of(model)
     buffers = [plain_name(name) for name, _buffer in plain_model(model).named_buffers()]
@@ -294,7 +300,7 @@ def check_weights(
     kinds = (("missing", missing), ("unexpected", unexpected), ("differing", misfits))
     if any(names for _, names in kinds):
         report = "; ".join(f"{what}: {shortened(names)}" for what, names in kinds if names)
-        raise CheckpointError(f"the weights do not fit the model: {report}")
+        raise CheckpointError(f"the weights do not fit the {label}: {report}")
 
 
 def _shape(value: object) -> object:

@@ -106,15 +106,20 @@ def named_parts(config: TrainerConfig) -> dict[str, Any]:
 
 
 def inner_optimizers(optimizer: Any) -> list[Optimizer]:
-    """Return the optimizers in attributes of a wrapper that its ``state_dict`` leaves out.
+    """Return the optimizers that a wrapper holds and its ``state_dict`` leaves out.
 
-    Such a wrapper, as SAM is, has the ``state_dict`` of torch's class. One of its own is trusted.
+    They are in attributes, or in lists, tuples and dicts there. Such a wrapper, as SAM is, has the
+    ``state_dict`` of torch's class. One of its own is trusted.
     """
     if has_own_state_dict(optimizer):
         return []
-    wrapper_state = getattr(optimizer, "state", None)
-    inner = [item for item in vars(optimizer).values() if isinstance(item, Optimizer)]
-    return [item for item in inner if item is not optimizer and item.state is not wrapper_state]
+    found: dict[int, Optimizer] = {}
+    for value in vars(optimizer).values():
+        items = value.values() if isinstance(value, dict) else value
+        for item in items if isinstance(value, (list, tuple, dict)) else (value,):
+            if isinstance(item, Optimizer) and item.state is not getattr(optimizer, "state", None):
+                found[id(item)] = item
+    return [item for item in found.values() if item is not optimizer]
 
 
 def load_optimizer(optimizer: Any, state: Any) -> None:

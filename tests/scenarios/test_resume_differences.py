@@ -266,6 +266,13 @@ def test_resume_when_the_loss_is_another_one_then_warns(
     assert match in told[0]
 
 
+def test_resume_when_the_loss_has_other_weights_then_error_names_the_loss(tmp_path: Path) -> None:
+    begin(tmp_path, loss_function=nn.CrossEntropyLoss())
+    weighted = nn.CrossEntropyLoss(weight=torch.ones(3))
+    with pytest.raises(CheckpointError, match="do not fit the loss_function: missing: 'weight'"):
+        resume(tmp_path, loss_function=weighted)
+
+
 def test_resume_when_the_script_is_the_same_then_warns_of_nothing(tmp_path: Path) -> None:
     """Rates that a schedule changed, and layers that preloop unfroze, are no difference."""
 

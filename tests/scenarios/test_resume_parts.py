@@ -498,6 +498,31 @@ def test_resume_when_state_dict_leaves_an_inner_optimizer_out_then_equals_one_ru
     check_resumed_training(make, tmp_path, stops=(6, 2, 2))
 
 
+class Several(Optimizer):
+    """Lets several optimizers step, each with parameters of its own."""
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for item in optimizers for group in item.param_groups], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def test_resume_when_an_optimizer_holds_several_then_equals_one_run(tmp_path: Path) -> None:
+    def make() -> TrainingSetup:
+        model = mlp()
+        first, *rest = model.parameters()
+        inner = Adam([first], lr=0.05), SGD(rest, lr=0.1, momentum=0.9)
+        options = {"model": model, "optimizer": Several(*inner)}
+        return TrainingSetup(
+            trainer=options, extra_state=lambda: [item.state_dict() for item in inner]
+        )
+
+    check_resumed_training(make, tmp_path)
+
+
 @pytest.mark.parametrize("kind", [Lookahead, LookaheadOfProperties])
 def test_resume_when_optimizer_wraps_another_then_equals_one_run(
     kind: type[Lookahead], tmp_path: Path
