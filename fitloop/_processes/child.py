@@ -32,8 +32,8 @@ EXIT_TIMEOUT = 5.0
 
 _starting = threading.Lock()
 _children: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
-_connections: weakref.WeakSet[Any] = weakref.WeakSet()
-"""ends of pipes that this process has open"""
+_connections: weakref.WeakKeyDictionary[Any, tuple[int, int] | None] = weakref.WeakKeyDictionary()
+"""ends of pipes and sockets that this process has open, each with its `_file_of`"""
 
 
 def refuse_while_importing(what: str) -> None:
@@ -60,7 +60,7 @@ def close_in_children(connection: Any) -> None:
     The process at its other end sees the end of this process only when all copies are closed.
     """
     _register_exit_hooks()
-    _connections.add(connection)
+    _connections[connection] = _file_of(connection)
     if os.name != "nt":  # it is inherited by no process there
         os.set_inheritable(connection.fileno(), False)
 
@@ -72,10 +72,24 @@ def _kill_children() -> None:
 
 def _close_connections() -> None:
     """Close inherited connections in a forked process: a child ends when all copies are closed."""
-    for connection in list(_connections):
+    for connection, file in list(_connections.items()):
+        if file is not None and _file_of(connection) != file:
+            # Another thread was in the middle of close(), and its number is of another file now.
+            connection._handle = None
         connection.close()
     _connections.clear()
     _children.clear()
+
+
+def _file_of(connection: Any) -> tuple[int, int] | None:
+    """Return device and inode of an open connection: no other open file has the same ones."""
+    if os.name == "nt":
+        return None
+    try:
+        status = os.fstat(connection.fileno())
+    except OSError:  # it is closed
+        return None
+    return status.st_dev, status.st_ino
 
 
 class ChildProcess:
