@@ -35,8 +35,12 @@ from fitloop._format import (
 from fitloop._types import StopReason
 
 PrintStyle = Literal["block", "line"]
-MAX_LABEL = 30
-"""columns; the lines of a run with a longer label are not aligned with those of others"""
+MAX_LABEL = 60
+"""columns; a longer label has a line of its own above that of an epoch"""
+MIN_LABEL = 8
+"""columns that a label may have on any terminal"""
+USUAL_LINE = 48
+"""columns of an epoch with two metrics; a label that leaves less has a line of its own"""
 PRINT_STYLES: tuple[PrintStyle, ...] = ("block", "line")
 
 
@@ -66,7 +70,8 @@ class PrintingRuns:
     def label_width(self) -> int:
         """Return the columns of the longest label so far, without very long ones."""
         widths = [display_width(printable(run.label)) for run in self.runs]
-        self._width = max([self._width, *(w for w in widths if w <= MAX_LABEL)])
+        limit = longest_label()
+        self._width = max([self._width, *(w for w in widths if w <= limit)])
         return self._width
 
 
@@ -119,9 +124,15 @@ class EpochPrinter:
 
     @property
     def lead(self) -> str:
-        """The label, as wide as the longest one of the runs that print."""
+        """The label, as wide as the longest one of the runs that print, or in a line above."""
         label = self.label
-        return label and label + " " * (self._printing.label_width() + 1 - display_width(label))
+        if not label:
+            return ""
+        width = self._printing.label_width()
+        room = " " * (width + 1) if width else ""
+        if display_width(label) - 1 > longest_label():
+            return f"{label.rstrip()}\n{room}"
+        return label + room[display_width(label) :]
 
     def observe(self, event: Event) -> None:
         """Print the lines of an event."""
@@ -162,7 +173,7 @@ class EpochPrinter:
 
     def _print_block(self, event: EpochEnded) -> None:
         head = f"{self.lead}{self._epoch:>{self._width}} - "
-        indent = " " * display_width(head)
+        indent = " " * indentation(head)
         lines: list[str] = []
         for phase, metrics in event.metrics.items():
             values = format_metrics(metrics, self._names)
@@ -183,16 +194,17 @@ class EpochPrinter:
                 text += f"; {early.message}"
             write_output(folded(self.lead, printable(text)))
             return
-        label = self.label
-        lines = [f"{label}{'-' * self._width}\n"]
+        lead = self.lead
+        lines = [f"{lead}{'-' * self._width}\n"]
+        lead = lead.rpartition("\n")[2]
         if self._early_stop is not None:
-            lines.append(f"{label}early stop: {printable(self._early_stop.message)}\n")
-        lines.append(f"{label}total time: {format_clock_parts(event.seconds)}\n")
+            lines.append(folded(lead, f"early stop: {printable(self._early_stop.message)}"))
+        lines.append(f"{lead}total time: {format_clock_parts(event.seconds)}\n")
         if best is not None:
             epoch, score = best
             name = f"{printable(run.criteria)}, " if run.criteria else ""
             where = f"{name}{epoch_words(epoch, run.first_epoch)}"
-            lines.append(f"{label}best score: {format_number(score)} ({where})\n")
+            lines.append(f"{lead}best score: {format_number(score)} ({where})\n")
         write_output("".join(lines))
 
     def _print_cancelled(self, event: RunEnded) -> None:
@@ -207,19 +219,31 @@ class EpochPrinter:
             write_output("fit(..., resume=True) goes on from there\n")
 
 
+def longest_label() -> int:
+    """Return the columns that a label may have in the line of an epoch."""
+    columns = printed_width()
+    return MAX_LABEL if columns is None else max(MIN_LABEL, min(MAX_LABEL, columns - USUAL_LINE))
+
+
+def indentation(lead: str) -> int:
+    """Return the width of the last line of a text."""
+    return display_width(lead.rpartition("\n")[2])
+
+
 def folded(lead: str, text: str) -> str:
     """Return ``lead`` and a text as lines that fit the terminal, broken after a comma or semicolon.
 
     Further lines are indented by the width of ``lead``, and by two columns more.
     """
     columns = printed_width()
+    above, newline, lead = lead.rpartition("\n")
     lines = [lead]
     for part in re.findall(r".+?(?:[,;] |$)", text):
         is_long = columns is not None and display_width(lines[-1] + part.rstrip()) > columns
         if is_long and lines[-1] != lead:
             lines.append(" " * (display_width(lead) + 2))
         lines[-1] += part
-    return "".join(f"{line.rstrip()}\n" for line in lines)
+    return above + newline + "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 class EpochTable:
@@ -253,7 +277,7 @@ class EpochTable:
         total = str(event.epochs)
         width = max(5, 2 * len(total) + 1)
         if (columns := printed_width()) is not None:
-            room = columns - display_width(lead) - width - len("  stopped")
+            room = columns - indentation(lead) - width - len("  stopped")
             for column in (("", "lr"), ("", "time")):
                 if sum(2 + max(len(name), 6) for _phase, name in cells) > room:
                     cells.pop(column, None)
@@ -269,7 +293,7 @@ class EpochTable:
 
     def _head(self, lead: str, width: int, columns: list[tuple[str, str]]) -> str:
         """Return the head if it differs from the one that was printed last."""
-        room = " " * display_width(lead)
+        room = " " * indentation(lead)
         if (room, width, columns) == self._printed:
             return ""
         self._printed = room, width, columns
