@@ -15,8 +15,8 @@ from fitloop._runner.results import read_results
 ABOUT = """\
 Print a table of the jobs of a Runner: their arguments, status, epochs and best score, the best job
 first. RUNS is the save_path of the Runner. The time is that of the training, since it was last
-started. On a terminal that is too narrow for all arguments, the last ones are left out. The command
-only reads files, so it also shows a sweep that goes on, or that was killed."""
+started. On a terminal that is too narrow, the last arguments are left out, then the time. The
+command only reads files, so it also shows a sweep that goes on, or that was killed."""
 
 EXAMPLES = """\
   fitloop results runs

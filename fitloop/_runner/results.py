@@ -122,7 +122,7 @@ class Results(list[J], Generic[J]):
     def table(self, hidden: Collection[str] = ()) -> Table:
         """Return a table with a row for each job, in the order of the list.
 
-        It has no columns for the arguments that are ``hidden``.
+        It leaves out columns that are ``hidden``: arguments, ``in epoch`` and ``time``.
         """
         differing = [name for name in self._arguments()[0] if name not in hidden]
         fits = [fit for job in self if (fit := _fit(job)) is not None]
@@ -130,7 +130,12 @@ class Results(list[J], Generic[J]):
         score = f"best {names.pop() or 'score'}" if len(names) == 1 else "best score"
         heads = ["job", *differing, "status", "epochs", score, "in epoch", "time"]
         rows = [_cells(job, differing) for job in self]
-        return Table(heads, rows, left=1)
+        visible = [i for i, head in enumerate(heads) if head not in hidden]
+        return Table(
+            [heads[i] for i in visible],
+            [[row[i] for i in visible] for row in rows],
+            left=1,
+        )
 
     def notes(self) -> list[str]:
         """Return lines below the table: arguments that all jobs share, and errors."""
@@ -186,10 +191,11 @@ class Results(list[J], Generic[J]):
     def text(self, width: int | None = None, *, sort: str = "") -> str:
         """Return the table and its notes as text, in the order of the list.
 
-        In ``width`` columns, the last arguments have no place if there are many, and a line below
-        the table names them. The one that the list is sorted by, ``sort``, stays.
+        In ``width`` columns, the last arguments have no place if there are many, then the time and
+        the epoch of the best score; a line below the table names them. The column that the list is
+        sorted by, ``sort``, stays.
         """
-        columns = [name for name in self._arguments()[0] if name != sort]
+        columns = [n for n in ("in epoch", "time", *self._arguments()[0]) if n != sort]
         hidden: list[str] = []
         text = self.table().text()
         while width is not None and columns and _width(text) > width:

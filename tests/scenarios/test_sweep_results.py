@@ -119,6 +119,21 @@ def test_table_when_the_terminal_is_narrow_then_the_last_arguments_are_named_bel
     assert results.text(200) == results.text() == str(results)
 
 
+@pytest.mark.parametrize(
+    ("width", "sort", "omitted"),
+    [(50, "", "time, lr"), (42, "", "in epoch, time, lr"), (48, "time", "in epoch, lr")],
+)
+def test_table_when_the_terminal_is_very_narrow_then_time_and_epoch_are_left_out_too(
+    width: int, sort: str, omitted: str
+) -> None:
+    jobs = [done("a", 0.5, arguments={"lr": 0.1}), done("b", 0.4, arguments={"lr": 0.2})]
+    table = Results(jobs).text(width, sort=sort).splitlines()
+    assert table[3] == f"no room for: {omitted}"
+    assert max(map(len, table[:3])) <= width
+    assert table[0].split()[:3] == ["job", "status", "epochs"]
+    assert ("time" in table[0]) == (sort == "time")
+
+
 def test_time_when_a_job_is_done_then_is_that_of_its_training_as_the_run_told_it() -> None:
     job = done("a", 0.5)  # the training took a second
     job = dataclasses.replace(job, seconds=5.0)
