@@ -164,6 +164,7 @@ class FitLoop(TrainerBase):
             not finite out of its means; changes by their forward pass stay, such as of running
             statistics. ``"ignore"``: nothing.
             Steps of your own show their loss by ``state.optimize``, otherwise only their gradients.
+            These are seen in ``optimizer.step()``, not in other methods, such as the two of SAM.
             On a device that is not the CPU, it is noticed later, without a wait for the device:
             within 256 steps, and before a snapshot is written or the best weights are kept.
             ``"skip"`` waits for each step there, except with ``fused=True``. With a ``scaler``,
