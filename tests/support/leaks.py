@@ -26,6 +26,8 @@ LASTING_THREADS = (
 )
 LASTING_TARGETS = ("/dev/", "/proc/", "/sys/")
 """files that drivers and libraries open once and keep open"""
+FONTS = ".ttf"
+"""end of the names of files that matplotlib keeps open, for each thread that has drawn"""
 GRACE = 20.0
 """seconds in which a thread must end and a descriptor must be closed"""
 
@@ -80,7 +82,8 @@ def _descriptors() -> dict[int, str]:
             target = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:  # the descriptor of the listing itself
             continue
-        if not target.startswith(LASTING_TARGETS) and int(name) != _worker_server():
+        lasts = target.startswith(LASTING_TARGETS) or target.endswith(FONTS)
+        if not lasts and int(name) != _worker_server():
             descriptors[int(name)] = target
     return descriptors
 
