@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fitloop._bench.benchmark import benchmark as benchmark
     from fitloop._bench.report import BenchReport as BenchReport
     from fitloop._checkpointing.policy import Checkpoint as Checkpoint
+    from fitloop._concurrency.signals import signals as signals
     from fitloop._engine.event_bus import EventStream as EventStream
     from fitloop._engine.loop_state import LoopState as LoopState
     from fitloop._engine.profiler import PhaseProfile as PhaseProfile
@@ -120,6 +121,7 @@ _NAMES_OF_MODULES = {
     "fitloop._bench.benchmark": "benchmark",
     "fitloop._bench.report": "BenchReport",
     "fitloop._checkpointing.policy": "Checkpoint",
+    "fitloop._concurrency.signals": "signals",
     "fitloop._training.averaging": "EMA SWA",
     "fitloop._engine.event_bus": "EventStream",
     "fitloop._engine.loop_state": "LoopState",

@@ -10,17 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import cache
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import anyio
 import torch
 from torch import Tensor
 
-from fitloop._concurrency.event_loops import loop_scheduler
+from fitloop._concurrency.signals import SignalBlock
 from fitloop._errors import (
     ConfigurationError,
     FitLoopError,
@@ -31,8 +31,6 @@ from fitloop._errors import (
 from fitloop._public import public
 from fitloop._ranks.launcher import launched_size
 
-TERMINATED = 128 + signal.SIGTERM
-"""exit status of a program that SIGTERM has ended"""
 ANSWER_SECONDS = 0.2
 """between two looks for the answer to a question that rank 0 asks a person"""
 _QUESTION_KEYS = "answer", "withdrawn", "asking"
@@ -69,7 +67,7 @@ class World:
         self.is_ended_by_others = False
         """whether a run of this rank has failed because another rank had"""
         self._timeout, self._handles_termination = timedelta(seconds=timeout), handles_termination
-        self._owns_group = self._is_terminated = False
+        self._owns_group = False
         self._is_open = self._is_given_up = False
         self._side: Any = None
         """process group of gloo, for small messages on the CPU"""
@@ -77,7 +75,9 @@ class World:
         self._store: Any = None
         """the store of torch, with keys for this block alone; any rank can write into it"""
         self._questions = 0
-        self._scope: anyio.CancelScope | None = None
+        self._signals: SignalBlock | None = None
+        self._exits, self._plain_exits = AsyncExitStack(), ExitStack()
+        """what is left at the end of the block"""
         self._put_back: Callable[[], object] = lambda: None
 
     @property
@@ -101,15 +101,11 @@ class World:
                 self.fail(_GIVEN_UP)
             raise
         self._enter()
-        scope = self._scope = anyio.CancelScope()
-        schedule = loop_scheduler()
-
-        def cancel(_number: int, _frame: FrameType | None) -> None:
-            self._is_terminated = True
-            schedule(scope.cancel)
-
-        self._handle_termination(cancel)
-        scope.__enter__()
+        async with AsyncExitStack() as stack:
+            stack.push(self._leave)
+            if self._is_ended_by_signals():
+                self._signals = await stack.enter_async_context(SignalBlock((signal.SIGTERM,)))
+            self._exits = stack.pop_all()
         return self
 
     async def __aexit__(
@@ -118,36 +114,25 @@ class World:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        assert self._scope is not None
-        is_handled: bool | None = False
-        try:
-            is_handled = self._scope.__exit__(kind, error, traceback)
-        finally:
-            self._leave(None if is_handled else error)
-        if self._is_terminated and (error is None or is_handled):
-            raise SystemExit(TERMINATED)
-        return is_handled
+        return await self._exits.__aexit__(kind, error, traceback)
 
     def __enter__(self) -> Self:
         self._open()
         self._enter()
-
-        def interrupt(_number: int, _frame: FrameType | None) -> None:
-            self._is_terminated = True
-            signal.raise_signal(signal.SIGINT)  # a run ends as with Ctrl-C
-
-        self._handle_termination(interrupt)
+        with ExitStack() as stack:
+            stack.push(self._leave)
+            if self._is_ended_by_signals():
+                self._signals = stack.enter_context(SignalBlock((signal.SIGTERM,)))
+            self._plain_exits = stack.pop_all()
         return self
 
     def __exit__(
         self,
-        _kind: type[BaseException] | None,
+        kind: type[BaseException] | None,
         error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
-        self._leave(error)
-        if self._is_terminated and isinstance(error, KeyboardInterrupt | None):
-            raise SystemExit(TERMINATED) from None
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return self._plain_exits.__exit__(kind, error, traceback)
 
     def _open(self) -> None:
         if launched_size() == 1:
@@ -195,24 +180,20 @@ class World:
         with _lock:
             _worlds.append(self)
 
-    def _handle_termination(self, handler: Callable[[int, FrameType | None], None]) -> None:
-        if not self._handles_termination or self.size == 1:
-            return
-        if threading.current_thread() is not threading.main_thread():
-            return
-        before, put_back = signal.signal(signal.SIGTERM, handler), self._put_back
+    def _is_ended_by_signals(self) -> bool:
+        is_main = threading.current_thread() is threading.main_thread()
+        return self._handles_termination and self.size > 1 and is_main
 
-        def restore() -> None:
-            put_back()
-            signal.signal(signal.SIGTERM, before)
-
-        self._put_back = restore
-
-    def _leave(self, error: BaseException | None) -> None:
+    def _leave(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
         with _lock:
             _worlds.remove(self)
         self._put_back()
-        if self._is_terminated:
+        if self._signals is not None and self._signals.received is not None:
             self.fail("it was ended by SIGTERM")
         elif error is not None:
             self.fail(one_line(error))
