@@ -931,7 +931,12 @@ class FitLoop(TrainerBase):
         return file
 
     def _directory(self, path: str | Path | None) -> Path:
-        return self.save_path if path is None else absolute_path("path", path)
+        if path is None:
+            return self.save_path
+        try:
+            return absolute_path("path", path)
+        except ConfigurationError as error:  # as for other paths that cannot be used
+            raise CheckpointError(str(error)) from None
 
     def _file(
         self, name: object, path: str | Path | None, suffixes: tuple[str, ...] | None = None
