@@ -59,8 +59,7 @@ class SignalBlock:
         return is_handled
 
     def __enter__(self) -> Self:
-        # A blocking call ends as with Ctrl-C.
-        self._handle(lambda: signal.raise_signal(signal.SIGINT))
+        self._handle(_interrupt)
         return self
 
     def __exit__(
@@ -101,6 +100,14 @@ class SignalBlock:
         """End the program if a signal has come."""
         if self.received is not None:
             raise SystemExit(EXIT_STATUS + self.received) from None
+
+
+def _interrupt() -> None:
+    """End a blocking call as Ctrl-C does, also in a program that ignores Ctrl-C."""
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.raise_signal(signal.SIGINT)
+    else:  # such as one that a shell has started in the background
+        raise KeyboardInterrupt
 
 
 @public

@@ -20,6 +20,8 @@ from fitloop import Checkpoint, ConfigurationError, FitLoop, LoopState
 
 QUIET: dict[str, Any] = {"verbose": False, "progress": False}
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)
+ENDLESS = 100_000
+"""epochs of a training that only the signal ends"""
 
 
 @contextmanager
@@ -58,25 +60,27 @@ async def test_signal_when_models_train_then_their_runs_end_with_snapshots(
         if state.epoch_num == 2:
             begun.set()
 
-    async def train(path: Path, epochs: int, step: Any = None) -> None:
-        trained = on_disk(path, train_step=step, name=path.name, train_epoch_start=begin)
-        await trained.fit(epochs, checkpoint=Checkpoint(), **QUIET)
+    first = on_disk(tmp_path / "first", train_epoch_start=begin)
+    second = on_disk(tmp_path / "second", train_step=sends(number))
+
+    async def train(trained: FitLoop) -> None:
+        await trained.fit(ENDLESS, checkpoint=Checkpoint(), **QUIET)
 
     async def train_both() -> None:
         async with fitloop.signals(*HANDLED), anyio.create_task_group() as tasks:
-            tasks.start_soon(train, tmp_path / "long", 100_000)
+            tasks.start_soon(train, first)
             await begun.wait()
-            tasks.start_soon(train, tmp_path / "short", 40, sends(number))
+            tasks.start_soon(train, second)
 
     with handlers_put_back(), pytest.raises(SystemExit) as end:
         await train_both()
     assert end.value.code == 128 + number
-    assert list((tmp_path / "long").glob("snapshots/*.msgpack"))
-    whole = trainer(seed=0)
-    await whole.fit(3, **QUIET)
-    resumed = on_disk(tmp_path / "short", train_epoch_start=begin)
-    result = await resumed.fit(3, resume=True, **QUIET)
-    assert result.stop_reason == "completed"
+    assert list((tmp_path / "first").glob("snapshots/*.msgpack"))
+    epochs = second.epoch_num + 1
+    resumed, whole = on_disk(tmp_path / "second"), trainer(seed=0)
+    result = await resumed.fit(epochs, resume=True, **QUIET)
+    assert (result.stop_reason, resumed.epoch_num) == ("completed", epochs)
+    await whole.fit(epochs, **QUIET)
     assert torch.equal(weights(resumed), weights(whole))
 
 
@@ -111,17 +115,27 @@ async def test_block_when_it_raises_an_error_then_the_error_stays() -> None:
         await fail()
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["usual", "ignored"])
+def interrupt_handler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let Ctrl-C be as usual, or ignored as in a program that a shell has started with ``&``."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupt_handler")
 def test_signal_when_a_blocking_trainer_runs_then_it_ends_with_a_snapshot(tmp_path: Path) -> None:
     made = sync_trainer(
         save_path=tmp_path, save_to_disk=True, seed=0, train_step=sends(signal.SIGUSR1)
     )
     with handlers_put_back(), pytest.raises(SystemExit) as end, fitloop.signals(*HANDLED):
-        made.fit(40, checkpoint=Checkpoint(), **QUIET)
+        made.fit(ENDLESS, checkpoint=Checkpoint(), **QUIET)
     assert end.value.code == 128 + signal.SIGUSR1
     resumed = sync_trainer(save_path=tmp_path, save_to_disk=True, seed=0)
-    resumed.fit(3, resume=True, **QUIET)
+    epochs = made.epoch_num + 1
+    resumed.fit(epochs, resume=True, **QUIET)
     whole = sync_trainer(seed=0)
-    whole.fit(3, **QUIET)
+    whole.fit(epochs, **QUIET)
     assert torch.equal(weights(resumed), weights(whole))
 
 

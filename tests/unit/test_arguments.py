@@ -31,7 +31,7 @@ def test_path_when_no_file_can_have_it_then_is_refused(name: str, path: Any) -> 
 
 @pytest.mark.parametrize("path", NO_PATH, ids=ascii)
 async def test_path_of_a_call_when_no_file_can_have_it_then_is_refused(path: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"path is .*; expected"):
+    with pytest.raises(CheckpointError, match=r"path is .*; expected"):
         await trainer().save("state", path)
 
 
