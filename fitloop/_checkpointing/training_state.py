@@ -157,6 +157,13 @@ def _check_kinds(config: TrainerConfig, state: Any) -> None:
                 f"the {what} differ: saved were {quoted_list(had)}, "
                 f"the trainer has {quoted_list(has)}"
             )
+    for optimizer, item in zip(config.optimizers, state["optimizers"], strict=True):
+        count = len(inner_optimizers(optimizer))
+        if len(item.get("inner", [None] * count)) != count:  # files of earlier versions have none
+            raise CheckpointError(
+                f"the optimizers inside of {item['type']} differ: saved were {len(item['inner'])}, "
+                f"the trainer has {count}"
+            )
     stateful, mine = sorted(map(str, state["stateful"])), sorted(stateful_objects(config))
     if stateful != mine:
         raise CheckpointError(

@@ -112,7 +112,7 @@ def _interrupt() -> None:
 
 @public
 def signals(*numbers: int) -> SignalBlock:
-    """End the runs in a block when the program gets a signal, SIGTERM by default.
+    """End the runs in a block when the program gets SIGTERM, or one of the given signals.
 
     ::
 
@@ -135,7 +135,7 @@ def signals(*numbers: int) -> SignalBlock:
     """
     for number in numbers:
         try:
-            name = signal.Signals(number).name
+            name = signal.Signals(number).name if isinstance(number, int) else ""
         except ValueError:
             name = ""
         if not name or name in _REFUSED or isinstance(number, bool):
@@ -148,4 +148,4 @@ def signals(*numbers: int) -> SignalBlock:
                 "SIGINT was given to fitloop.signals(); Ctrl-C ends runs without it, so leave it "
                 "out"
             )
-    return SignalBlock(numbers or (signal.SIGTERM,))
+    return SignalBlock(tuple(dict.fromkeys(numbers)) or (signal.SIGTERM,))

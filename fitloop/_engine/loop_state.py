@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from operator import attrgetter, index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class LoopState(GivenArguments):
         "_is_weighted",
         "_look_at_loss",
         "_loss",
+        "_loss_function",
         "_optimize",
         "_phase",
         "_sizes",
@@ -62,7 +63,6 @@ class LoopState(GivenArguments):
         "batch_num",
         "grad_norm",
         "is_train",
-        "loss_function",
         "lr_scheduler",
         "metrics",
         "model",
@@ -86,8 +86,6 @@ class LoopState(GivenArguments):
     """the model, on its device; with ``compile``, the compiled one"""
     optimizer: Any
     """the optimizer, or the list of them, as given"""
-    loss_function: Callable[..., Any]
-    """the loss function, as given; None if there is none"""
     lr_scheduler: Any
     """the scheduler, or the list of them, as given; None if there is none"""
     optimizers: list[Optimizer]
@@ -137,7 +135,6 @@ class LoopState(GivenArguments):
         self.model = (config.wrapper if self.is_train else None) or config.called_model
         self.optimizer = config.optimizer
         self.loss_function = config.loss_function
-        self._loss: Any = self._first_loss
         self.lr_scheduler = config.present_lr_scheduler
         self.scaler = config.scaler
 
@@ -290,9 +287,22 @@ class LoopState(GivenArguments):
             )
         self._steps.optimize(loss, weight, optimizer, self.batch_num)
 
+    def _set_loss_function(self, function: Any) -> None:
+        self._loss_function = function
+        self._loss: Any = self._first_loss
+
+    loss_function: Callable[..., Any] = cast(
+        "Any",
+        property(
+            attrgetter("_loss_function"),
+            _set_loss_function,
+            doc="The loss function, as given, or as a step has set it; None if there is none.",
+        ),
+    )
+
     def _first_loss(self, predictions: Any, targets: Any) -> Any:
-        """Compute the loss of the first batch for the default step, with `checked_loss`."""
-        self._loss = self.loss_function
+        """Compute the first loss of a loss function for the default step, with `checked_loss`."""
+        self._loss = self._loss_function
         is_new = self._epoch_num <= 1  # the values of later epochs are not looked at
         return checked_loss(self.loss_function, predictions, targets, looks_at_values=is_new)
 

@@ -113,13 +113,13 @@ def inner_optimizers(optimizer: Any) -> list[Optimizer]:
     """
     if has_own_state_dict(optimizer):
         return []
-    found: dict[int, Optimizer] = {}
+    inner: dict[int, Optimizer] = {}
     for value in vars(optimizer).values():
         items = value.values() if isinstance(value, dict) else value
         for item in items if isinstance(value, (list, tuple, dict)) else (value,):
             if isinstance(item, Optimizer) and item.state is not getattr(optimizer, "state", None):
-                found[id(item)] = item
-    return [item for item in found.values() if item is not optimizer]
+                inner[id(item)] = item
+    return [item for item in inner.values() if item is not optimizer]
 
 
 def load_optimizer(optimizer: Any, state: Any) -> None:

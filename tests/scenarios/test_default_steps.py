@@ -15,7 +15,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from support.checked_trainer import QUIET, CheckedTrainer
 from support.event_loops import one_event_loop
-from support.models import BATCHES, CLASSES, FEATURES, arguments, batches, bits, blobs, mlp, trainer
+from support.models import (
+    BATCHES,
+    CLASSES,
+    FEATURES,
+    arguments,
+    batches,
+    bits,
+    blobs,
+    mlp,
+    sync_trainer,
+    trainer,
+)
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,6 +41,7 @@ from fitloop import (
     MetricError,
     StageSignatureError,
     SyncFitLoop,
+    default_batch_step,
 )
 
 anyio_backend = one_event_loop
@@ -856,3 +868,23 @@ async def test_loss_function_when_none_and_steps_need_none_then_a_run_and_a_resu
     await other.load()
     assert bits(other.model) == bits(fitted.model)
     await fitted.reset()
+
+
+def test_loss_function_when_a_step_sets_another_one_then_the_default_step_uses_it() -> None:
+    used: list[str] = []
+
+    def first(predictions: Any, targets: Any) -> Any:
+        used.append("first")
+        return nn.functional.cross_entropy(predictions, targets)
+
+    def second(predictions: Any, targets: Any) -> Any:
+        used.append("second")
+        return nn.functional.cross_entropy(predictions, targets)
+
+    def step(state: LoopState) -> Any:
+        if state.batch_num == 3:
+            state.loss_function = second
+        return default_batch_step(state)
+
+    sync_trainer(loss_function=first, train_step=step, valid_dl=None).fit(1, steps=4, **QUIET)
+    assert used == ["first", "first", "second", "second"]

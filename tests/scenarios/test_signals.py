@@ -86,7 +86,7 @@ async def test_signal_when_models_train_then_their_runs_end_with_snapshots(
 
 async def test_block_when_no_signal_comes_then_changes_nothing() -> None:
     with handlers_put_back():
-        async with fitloop.signals() as block:
+        async with fitloop.signals(signal.SIGTERM, signal.SIGTERM) as block:
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
             result = await trainer().fit(1, **QUIET)
         assert block.received is None
@@ -156,6 +156,7 @@ def test_signal_when_a_process_was_forked_in_the_block_then_it_is_ended_by_it() 
         ("TERM", "a signal is 'TERM'; expected signals that a program can handle"),
         (0, "a signal is 0; expected"),
         (True, "a signal is True; expected"),
+        (15.0, "a signal is 15.0; expected"),
         (signal.SIGKILL, "a signal is <Signals.SIGKILL: 9>; expected"),
         (signal.SIGINT, "Ctrl-C ends runs without it, so leave it out"),
     ],
