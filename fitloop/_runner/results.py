@@ -122,13 +122,14 @@ class Results(list[J], Generic[J]):
     def table(self, hidden: Collection[str] = ()) -> Table:
         """Return a table with a row for each job, in the order of the list.
 
-        It leaves out columns that are ``hidden``: arguments, ``in epoch`` and ``time``.
+        It leaves out columns that are ``hidden``: arguments, ``in epoch`` and ``time``. An argument
+        with the name of another column is called ``time (argument)``.
         """
-        differing = [name for name in self._arguments()[0] if name not in hidden]
+        differing = [name for name in self._arguments()[0] if _head(name) not in hidden]
         fits = [fit for job in self if (fit := _fit(job)) is not None]
         names = {fit.criteria for fit in fits if fit.best_score is not None}
         score = f"best {names.pop() or 'score'}" if len(names) == 1 else "best score"
-        heads = ["job", *differing, "status", "epochs", score, "in epoch", "time"]
+        heads = ["job", *map(_head, differing), "status", "epochs", score, "in epoch", "time"]
         rows = [_cells(job, differing) for job in self]
         visible = [i for i, head in enumerate(heads) if head not in hidden]
         return Table(
@@ -195,7 +196,8 @@ class Results(list[J], Generic[J]):
         the epoch of the best score; a line below the table names them. The column that the list is
         sorted by, ``sort``, stays.
         """
-        columns = [n for n in ("in epoch", "time", *self._arguments()[0]) if n != sort]
+        arguments = [_head(name) for name in self._arguments()[0] if name != sort]
+        columns = [*(name for name in ("in epoch", "time") if name != sort), *arguments]
         hidden: list[str] = []
         text = self.table().text()
         while width is not None and columns and _width(text) > width:
@@ -214,6 +216,14 @@ class Results(list[J], Generic[J]):
     def __repr__(self) -> str:
         counts = Counter(job.status for job in self)
         return f"<Results {', '.join(f'{n} {status}' for status, n in counts.items()) or 'none'}>"
+
+
+def _head(argument: str) -> str:
+    """Return the head of an argument's column, which no other column has."""
+    return f"{argument} (argument)" if argument in _OTHER_COLUMNS else argument
+
+
+_OTHER_COLUMNS = {"job", "status", "epochs", "best score", "in epoch", "time"}
 
 
 def _width(text: str) -> int:

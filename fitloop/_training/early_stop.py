@@ -10,6 +10,7 @@ from typing import Any
 from fitloop._engine.config import check_number, needs_direction
 from fitloop._errors import ConfigurationError, UnknownMetricError
 from fitloop._events import EarlyStopped, Event, PhaseEnded
+from fitloop._format import format_number, short_number
 from fitloop._public import public
 from fitloop._training.best import Criteria
 from fitloop._types import Phase, StopReason
@@ -214,11 +215,15 @@ class EarlyStopper:
         threshold, last, best = policy.threshold, state.last, state.best
         sign = self._direction()
         if threshold is not None and last is not None and sign * last >= sign * threshold:
-            return f"{metric} {last:.4g} has reached the threshold {threshold:.4g}"
+            reached = f"the threshold {format_number(threshold)}"
+            return f"{metric} {format_number(last)} has reached {reached}"
         if state.bad < policy.patience:
             return None
         count = f"{state.bad} validation{'' if state.bad == 1 else 's'}"
         if best is None:
             return f"{metric} was NaN in {count}"
-        better = f"better by more than {policy.min_delta:.4g}" if policy.min_delta else "better"
-        return f"no {better} {metric} than {best:.4g}, of epoch {state.best_epoch}, in {count}"
+        better = "better"
+        if policy.min_delta:
+            better = f"better by more than {short_number(policy.min_delta)}"
+        shown = format_number(best)
+        return f"no {better} {metric} than {shown}, of epoch {state.best_epoch}, in {count}"

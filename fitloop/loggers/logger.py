@@ -406,9 +406,10 @@ class _Queue:
 
     def _tell_missing(self, run: _OpenRun) -> None:
         if run.rows and run.error is not None:
+            rows = "row" if len(run.rows) == 1 else f"{len(run.rows)} rows"
             self._warnings.append(
-                f"{self._label} could not write {len(run.rows)} rows of {run.info.name!r}, the "
-                f"last ones: {one_line(run.error)}"
+                f"{self._label} could not write the last {rows} "
+                f"of {run.info.name!r}: {one_line(run.error)}"
             )
         if run.dropped:
             self._warnings.append(

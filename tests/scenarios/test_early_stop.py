@@ -131,7 +131,7 @@ def test_another_metric_than_the_criteria(capsys: pytest.CaptureFixture[str]) ->
     )
     assert (result.epochs, result.stop_reason, result.best_epoch) == (4, "early_stop", 4)
     lines = [line for line in capsys.readouterr().out.splitlines() if "early stop" in line]
-    assert lines == ["early stop: no better loss than 0.2, of epoch 2, in 2 validations"]
+    assert lines == ["early stop: no better loss than 0.2000, of epoch 2, in 2 validations"]
     kinds = [event.kind for event in events]
     assert kinds[kinds.index("early_stopped") :] == ["early_stopped", "epoch_ended", "run_ended"]
 
@@ -288,4 +288,4 @@ async def test_events_tell_the_reason() -> None:
         await training.fit(2, early_stop=EarlyStop(threshold=1), **QUIET)
         stops = [event async for event in events if isinstance(event, EarlyStopped)]
     assert [(stop.epoch, stop.metric) for stop in stops] == [(1, "score")]
-    assert stops[0].message == "score 1 has reached the threshold 1"
+    assert stops[0].message == "score 1.0000 has reached the threshold 1.0000"

@@ -206,6 +206,20 @@ def test_frame_when_made_then_has_columns_for_arguments_and_metrics() -> None:
     assert row["status (argument)"] == "x"
 
 
+def test_table_when_an_argument_is_called_time_then_each_column_has_its_own_head() -> None:
+    results = Results(
+        [
+            done("a", 0.1, arguments={"time": 1, "width": 8}),
+            done("b", 0.2, arguments={"time": 2, "width": 9}),
+        ]
+    )
+    heads = results.text().splitlines()[0].split("  ")
+    assert [head.strip() for head in heads if head][1:3] == ["time (argument)", "width"]
+    heads_without, *_rows, note = results.text(60).splitlines()
+    assert note == "no room for: time (argument), width"
+    assert heads_without.endswith("time")
+
+
 # -- from files ------------------------------------------------------------------------------------
 
 

@@ -159,7 +159,7 @@ def test_logger_when_it_fails_then_warns_once_and_tells_what_is_missing() -> Non
         "training goes on, and it tries again"
     ]
     assert [m for m in messages if "could not write" in m] == [
-        "the logger Recorder could not write 2 rows of 'net', the last ones: OSError: [Errno 28] "
+        "the logger Recorder could not write the last 2 rows of 'net': OSError: [Errno 28] "
         "No space left on device"
     ]
     assert len(messages) == 2
