@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import cache, partial
+from traceback import clear_frames
 from typing import Any, Protocol, TypeVar, cast
 
 import anyio
@@ -228,6 +229,10 @@ class _StepThread:
             return
         except BaseException as raised:  # raised again in the awaiting task
             error = raised
+        if isinstance(error, Cancelled):
+            # Its frames may have the last reference to an iterator, which waits for its workers
+            # where it is deleted: not on the event loop.
+            clear_frames(error.__traceback__)
         try:
             if self._control.claim_end():
                 self._finish(error)
@@ -242,6 +247,8 @@ class _StepThread:
                 raise error
         except BaseException as raised:  # raised again in the awaiting task
             self.error = raised
+        finally:
+            del error  # its traceback refers to this frame
         self._task = self._make_task = None  # the thread ends a moment after the run
         self._portal.finish()
 

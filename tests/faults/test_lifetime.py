@@ -108,6 +108,33 @@ async def test_loader_when_a_run_was_cut_is_closed_without_gc(anyio_backend: Any
         assert closed.is_set()
 
 
+async def test_iterator_when_cancelled_while_it_was_made_dies_in_the_thread_of_the_run(
+    anyio_backend: Any,
+) -> None:
+    """One of a DataLoader waits there for its worker processes, not on the event loop."""
+    died_in: list[str] = []
+
+    class Batches:
+        def __iter__(self) -> Iterator[Batch]:
+            gate.wait_in_thread()
+            iterator = (batch for batch in batches())
+            weakref.finalize(iterator, lambda: died_in.append(threading.current_thread().name))
+            return iterator
+
+    checked = CheckedTrainer(train_dl=Batches())
+    with _without_gc():
+        with anyio.CancelScope() as scope, Gate() as gate:
+            async with anyio.create_task_group() as group:
+                group.start_soon(checked.fit)
+                await gate.reached.wait()
+                scope.cancel()
+                with anyio.CancelScope(shield=True):
+                    for _ in range(20):  # until the run knows
+                        await anyio.lowlevel.checkpoint()
+                    gate.open()
+        assert [name.partition(" ")[0] for name in died_in] == ["fitloop"]
+
+
 async def test_loaders_given_to_fit_when_it_is_over_die(anyio_backend: Any) -> None:
     class Loader(list[Batch]):
         pass
