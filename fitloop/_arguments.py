@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fitloop._errors import ConfigurationError, leave_user_frames
 
@@ -49,7 +49,7 @@ def checked_arguments(
 
     ``check`` takes the name and the value of an argument and returns the value for the method, or
     raises an error. Defaults are not checked. ``passed_on`` are the names of a method's
-    ``**options``. An error of a coroutine has no frames of fitloop before those of the user's code.
+    ``**options``. Errors have no frames of fitloop before those of the user's code.
     """
 
     def decorate(method: F) -> F:
@@ -67,7 +67,7 @@ def checked_arguments(
             for option in options:
                 if option not in names:
                     call_text = _class_call(args[0], call) if name == "__init__" else call_name
-                    raise TypeError(unknown_argument(call_text, option, names))
+                    refuse_call(unknown_argument(call_text, option, names))
             options.update((option, check(option, value)) for option, value in options.items())
             positional = [check(*pair) for pair in zip(names, args[1:], strict=False)]
             return [args[0], *positional, *args[1 + len(positional) :]]
@@ -85,6 +85,7 @@ def checked_arguments(
 
         else:
 
+            @leaves_user_frames
             @wraps(method)
             def call(*args: Any, **options: Any) -> Any:
                 return method(*checked(args, options), **options)
@@ -92,6 +93,21 @@ def checked_arguments(
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def leaves_user_frames(function: F) -> F:
+    """Decorate a plain function: its errors have no frames of fitloop before the user's code."""
+
+    @wraps(function)
+    def call_plain(*args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True  # IPython leaves out this frame
+        try:
+            return function(*args, **options)
+        except BaseException as error:
+            leave_user_frames(error)
+            raise
+
+    return call_plain  # type: ignore[return-value]
 
 
 def absolute_path(name: str, value: Any, expected: str = "a path") -> Path:
@@ -121,6 +137,14 @@ def _class_call(instance: object, constructor: object) -> str:
     classes = type(instance).__mro__
     kind = next(each for each in classes if getattr(each, "__init__") is constructor)  # noqa: B009
     return f"{kind.__name__}()"
+
+
+def refuse_call(message: str) -> NoReturn:
+    """Raise TypeError about the arguments of a call; `leave_user_frames` knows it by this module.
+
+    So does Python about a missing argument, which it raises here too.
+    """
+    raise TypeError(message)
 
 
 def unknown_argument(call: str, name: str, expected: Iterable[str]) -> str:

@@ -67,6 +67,8 @@ def one_line(error: BaseException) -> str:
 
 
 _INTERNAL_MODULES = ("fitloop", "asyncio", "anyio", "uvloop", "trio", "threading", "contextlib")
+_ARGUMENTS_MODULE = "fitloop._arguments"
+"""raises errors about the arguments of calls"""
 _registries: dict[str, dict[Any, Any]] = {}
 _call_site: ContextVar[tuple[str, int] | None] = ContextVar("fitloop call site", default=None)
 
@@ -91,13 +93,16 @@ def leave_user_frames(error: BaseException) -> None:
     """Remove the frames of fitloop before the user's code from the traceback of an error.
 
     Then a bare ``raise`` in the ``except`` block adds no frame, while ``raise error`` adds one. A
-    cancellation or an error of fitloop without code of the user has no traceback then. Another
-    error that has none keeps its traceback, since it is of interest where it was raised.
+    cancellation or an error of fitloop without code of the user has no traceback then, nor has one
+    about the arguments of a call. Another error keeps its traceback, since it is of interest where
+    it was raised.
     """
-    entry = error.__traceback__
+    entry, module = error.__traceback__, ""
     while entry is not None and _is_internal(entry.tb_frame):
+        module = entry.tb_frame.f_globals["__name__"]
         entry = entry.tb_next
-    if entry is not None or isinstance(error, FitLoopError) or not isinstance(error, Exception):
+    is_of_call = isinstance(error, FitLoopError) or module == _ARGUMENTS_MODULE
+    if entry is not None or is_of_call or not isinstance(error, Exception):
         error.__traceback__ = entry
 
 

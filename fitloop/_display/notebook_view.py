@@ -224,9 +224,16 @@ class NotebookView:
         rows = self._shown_rows()
         if len(rows) <= FIRST_ROWS + LAST_ROWS:
             return list(rows)
-        best = [r for r in rows[FIRST_ROWS:-LAST_ROWS] if r.epoch == self._best_epoch]
-        middle = [None, *best, None] if best else [None]
-        return [*rows[:FIRST_ROWS], *middle, *rows[-LAST_ROWS:]]
+        last = len(rows) - LAST_ROWS
+        visible: list[_Row | None] = []
+        is_omitted = False
+        for number, row in enumerate(rows):
+            if FIRST_ROWS <= number < last and row.epoch != self._best_epoch:
+                is_omitted = True
+                continue
+            visible += [None, row] if is_omitted else [row]
+            is_omitted = False
+        return visible
 
     def _summary(self) -> str:
         end = self._end

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import anyio
 
-from fitloop._arguments import unknown_argument
+from fitloop._arguments import refuse_call, unknown_argument
 from fitloop._concurrency.event_loops import CancelOnceScope
 from fitloop._concurrency.supervisor import wait_scope
 from fitloop._concurrency.task_state import TaskState
@@ -176,17 +176,17 @@ def check_options(name: str, target: Any, options: Mapping[str, Any]) -> None:
     for option, value in options.items():
         if arguments is not None and option not in arguments:
             if option == "ranks":
-                raise TypeError(
+                refuse_call(
                     f"job {name!r}: fit() has no argument 'ranks'; give it to the backend, as in "
                     f"Runner(backend=ProcessBackend(ranks={value!r:.20}))"
                 )
             if option in _parameters(target):
-                raise TypeError(
+                refuse_call(
                     f"job {name!r}: fit() has no argument {option!r}; give that of the function "
                     f"that makes the trainer in kwargs={{{option!r}: ...}}"
                 )
             message = unknown_argument("fit()", option, arguments)
-            raise TypeError(
+            refuse_call(
                 f"job {name!r}: {message}{'' if message.endswith('?') else '.'} Arguments of the "
                 "function that makes the trainer are given in order, or in kwargs={...}"
             )

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, Unpack
 
 import anyio
 
-from fitloop._arguments import absolute_path, checked_arguments
+from fitloop._arguments import absolute_path, checked_arguments, leaves_user_frames
 from fitloop._checkpointing.policy import Checkpoint, check_checkpoint
 from fitloop._concurrency.event_loops import (
     CancelOnceScope,
@@ -261,6 +261,7 @@ class Runner:
 
     # -- jobs ----------------------------------------------------------------------------------
 
+    @leaves_user_frames
     def submit(
         self,
         target: Callable[..., Made | Awaitable[Made]] | Made,

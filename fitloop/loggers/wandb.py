@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fitloop._arguments import unknown_argument
+from fitloop._arguments import refuse_call, unknown_argument
 from fitloop._errors import ConfigurationError
 from fitloop._events import RunEnded
 from fitloop.loggers.logger import LoggedRun, Logger, LoggerOptions, Row, check_installed
@@ -114,4 +114,4 @@ def _check_names(init: Iterable[str]) -> None:
     expected = [*inspect.signature(wandb.init).parameters, "run", *LoggerOptions.__annotations__]
     for name in init:
         if name not in expected:
-            raise TypeError(unknown_argument("WandB()", name, expected))
+            refuse_call(unknown_argument("WandB()", name, expected))

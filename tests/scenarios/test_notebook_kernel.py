@@ -142,6 +142,24 @@ def test_test_when_awaited_in_a_cell_then_shows_one_row(jupyter: Kernel) -> None
     assert re.fullmatch(r" *\d\.\d{4} +\d\.\d{4} +\d+ ms", row)
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "FitLoop(model, seed=1, max_epochs=2)",
+        "FitLoop(model, accumulate=0)",
+        "trainer().plot(columns='x')",
+        "async with Runner() as runner:\n    runner.submit(trainer, epochs=-1)",
+    ],
+)
+def test_call_when_refused_then_the_traceback_has_no_code_of_fitloop(
+    jupyter: Kernel, code: str
+) -> None:
+    cell = jupyter.run(f"from fitloop import FitLoop, Runner\nmodel = trainer().model\n{code}")
+    assert cell.status == "error"
+    assert "fitloop/" not in cell.traceback
+    assert "Traceback" in cell.traceback
+
+
 def test_fit_when_a_stage_raises_then_the_display_says_so(jupyter: Kernel) -> None:
     cell = jupyter.run(
         "def bad(state):\n    raise ValueError('<oh>')\nawait trainer(valid_step=bad).fit(3)"

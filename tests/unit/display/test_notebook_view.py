@@ -286,6 +286,22 @@ def test_page_when_epochs_are_many_then_only_the_first_the_best_and_the_last_are
     assert lines[-1].split()[0] == str(count)
 
 
+@pytest.mark.parametrize(
+    ("best", "shown"),
+    [(4, "1 2 3 4 ... 14 15"), (5, "1 2 3 ... 5 ... 14 15"), (13, "1 2 3 ... 13 14 15")],
+)
+def test_page_when_the_best_epoch_is_beside_shown_ones_then_no_gap_is_between(
+    best: int, shown: str
+) -> None:
+    page = Page(20)
+    page.start()
+    for number in range(1, 21):
+        page.epoch(number, best=number == best)
+    lines = page.end(20, best=best)["text/plain"].splitlines()[2:]
+    epochs = " ".join(line.replace("*", "").split()[0] for line in lines)
+    assert epochs == f"{shown} 16 17 18 19 20"
+
+
 @pytest.mark.parametrize(("count", "details"), [(10, 0), (11, 1), (1000, 1), (1001, 0)])
 def test_page_when_rows_are_left_out_then_a_click_shows_all(count: int, details: int) -> None:
     page = Page(count)
