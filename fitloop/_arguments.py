@@ -56,8 +56,7 @@ def checked_arguments(
         parameters = list(inspect.signature(method).parameters.values())[1:]
         own_names = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
         names = (*own_names, *passed_on)
-        # Errors name the class that users know, also those of Python about missing arguments.
-        method.__qualname__ = method.__qualname__.replace("TrainerBase", "FitLoop")
+        _name_as_users_do(method)
         owner, _, name = method.__qualname__.rpartition(".")
         call_name = f"{owner if name == '__init__' else name}()"
         if not passed_on:
@@ -97,6 +96,7 @@ def checked_arguments(
 
 def leaves_user_frames(function: F) -> F:
     """Decorate a plain function: its errors have no frames of fitloop before the user's code."""
+    _name_as_users_do(function)
 
     @wraps(function)
     def call_plain(*args: Any, **options: Any) -> Any:
@@ -108,6 +108,11 @@ def leaves_user_frames(function: F) -> F:
             raise
 
     return call_plain  # type: ignore[return-value]
+
+
+def _name_as_users_do(function: Callable[..., Any]) -> None:
+    """Have errors name the class that users know, also those of Python about missing arguments."""
+    function.__qualname__ = function.__qualname__.replace("TrainerBase", "FitLoop")
 
 
 def absolute_path(name: str, value: Any, expected: str = "a path") -> Path:

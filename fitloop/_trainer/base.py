@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fitloop._arguments import checked_arguments
+from fitloop._arguments import checked_arguments, leaves_user_frames
 from fitloop._data.loaders import Loading
 from fitloop._engine.config import (
     PRETRAINED,
@@ -148,6 +148,7 @@ class TrainerBase:
         """
         return EventStream(self._state.event_bus)
 
+    @leaves_user_frames
     def plot(
         self,
         name: str,

@@ -147,7 +147,8 @@ def test_test_when_awaited_in_a_cell_then_shows_one_row(jupyter: Kernel) -> None
     [
         "FitLoop(model, seed=1, max_epochs=2)",
         "FitLoop(model, accumulate=0)",
-        "trainer().plot(columns='x')",
+        "trainer().plot()",
+        "trainer().plot('unknown')",
         "async with Runner() as runner:\n    runner.submit(trainer, epochs=-1)",
     ],
 )
@@ -158,6 +159,7 @@ def test_call_when_refused_then_the_traceback_has_no_code_of_fitloop(
     assert cell.status == "error"
     assert "fitloop/" not in cell.traceback
     assert "Traceback" in cell.traceback
+    assert "TrainerBase" not in cell.traceback
 
 
 def test_fit_when_a_stage_raises_then_the_display_says_so(jupyter: Kernel) -> None:
