@@ -74,9 +74,9 @@ def by_hand(width: int, batches: list[Any]) -> list[float]:
     return begins
 
 
-def with_fitloop(width: int, batches: list[Any], share: float) -> list[float]:
+def with_fitloop(width: int, batches: list[Any], between_votes: float) -> list[float]:
     """Train; return when each epoch has begun."""
-    votes.SHARE = share
+    votes.LEAST_SECONDS = between_votes
     model = make_model(width)
     begins: list[float] = []
     trainer = fitloop.SyncFitLoop(
@@ -100,8 +100,8 @@ def loss_step(state: fitloop.LoopState) -> None:
 
 TRAININGS: dict[str, Callable[[int, list[Any]], list[float]]] = {
     BY_HAND: by_hand,
-    OURS: partial(with_fitloop, share=votes.SHARE),
-    SILENT: partial(with_fitloop, share=1e-12),
+    OURS: partial(with_fitloop, between_votes=votes.LEAST_SECONDS),
+    SILENT: partial(with_fitloop, between_votes=1e3),
 }
 
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from fitloop._ranks.control import SharedControl
 from fitloop._ranks.world import World
 
-SHARE = 0.01
-"""largest share of the time of a run that votes may take"""
-MOST_BATCHES = 1000
-"""from one vote to the next"""
+LEAST_SECONDS, RANK_SECONDS = 0.01, 2e-4
+"""between two votes, at least, and so much for each rank: a vote costs a rank some 50 us, and lasts
+longer with each rank"""
 
 
 class Votes:
@@ -33,14 +32,10 @@ class Votes:
         self._world, self._control, self._clock = world, control, clock
         self._posted: tuple[Tensor, Any] | None = None
         """numbers of the vote that is going on, and the work to wait for"""
-        self._interval, self._wished_interval = 1, 1
-        """batches from one vote to the next: now, and as this rank wishes it"""
-        self._batches, self._all_batches = 0, 0
-        """since the last vote, and before it"""
-        self._seconds, self._began = 0.0, clock()
-        """seconds that votes at boundaries have taken, since a time of the clock"""
-        self._post_seconds = 0.0
-        """to post the last vote"""
+        self._interval = 1
+        """batches from one vote to the next"""
+        self._batches, self._began = 0, clock()
+        """since the last vote, and its time"""
         self.wishes_snapshot = False
         """whether rank 0 wishes a snapshot"""
         self.snapshot_is_due = False
@@ -51,40 +46,32 @@ class Votes:
         self._batches += 1
         if self._batches < self._interval:
             return
-        self._count()
-        interval, began = self._interval, self._clock()
-        self._read()
-        has_read = self._clock()
-        self._adapt(interval, has_read - began + self._post_seconds)
-        self._post()
-        end = self._clock()
-        self._post_seconds = end - has_read
-        self._seconds += end - began
+        by_batch = (self._clock() - self._began) / self._batches  # without the waits for votes
+        needed = max(LEAST_SECONDS, RANK_SECONDS * self._world.size)
+        self._vote(max(1, round(needed / max(by_batch, 1e-5))))
 
     def agree(self) -> None:
         """Vote now, and wait for the result."""
+        self._vote(self._interval)
         self._read()
-        self._post()
+
+    def _vote(self, interval: int) -> None:
+        """Read the last vote, and post the next one, with rank 0's wish for the interval."""
         self._read()
-        self._count()
-
-    def _count(self) -> None:
-        self._all_batches, self._batches = self._all_batches + self._batches, 0
-
-    def _post(self) -> None:
         control = self._control
         numbers = torch.tensor(
             [
                 control.wished_reason,
                 control.wished_cancel,
                 self.wishes_snapshot,
-                self._wished_interval if self._world.is_first else 0,
+                interval if self._world.is_first else 0,
             ],
             dtype=torch.int64,
             device="cpu",
         )
         self.wishes_snapshot = False
         self._posted = numbers, self._world.post(numbers)
+        self._batches, self._began = 0, self._clock()
 
     def _read(self) -> None:
         if self._posted is None:
@@ -94,19 +81,3 @@ class Votes:
         reason, cancel, snapshot, self._interval = numbers.tolist()
         self.snapshot_is_due = self.snapshot_is_due or bool(snapshot)
         self._control.apply(reason, cancel)
-
-    def _adapt(self, interval: int, seconds: float) -> None:
-        """Choose the interval, after a vote of ``interval`` batches that took so many seconds.
-
-        A vote of many ranks lasts longer than a batch. It costs nothing if the interval is longer
-        still, so this looks for the shortest such interval: it doubles after a vote that took more
-        than its share, and tries the half while all votes have taken less than half of theirs.
-        """
-        elapsed = self._clock() - self._began
-        by_batch = (elapsed - self._seconds - seconds) / max(1, self._all_batches)
-        if seconds > SHARE * interval * by_batch:
-            self._wished_interval = min(2 * interval, MOST_BATCHES)
-        elif self._seconds < SHARE / 2 * elapsed:
-            self._wished_interval = max(1, interval // 2)
-        else:
-            self._wished_interval = interval

@@ -104,7 +104,7 @@ async def trained(
 
 async def resumed(world: World, parallel: Parallel, path: str, cancelled: str, epochs: str) -> None:
     """Train with dropout, perhaps cancelled within a window of epoch 2, or resumed from there."""
-    votes.SHARE = 1.0  # a vote at nearly each batch
+    votes.LEAST_SECONDS = 0.0  # a vote at nearly each batch
     net = model(dropout=0.5)
     event_loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
