@@ -2,9 +2,9 @@
 
 Owns everything on which processes agree. Must not know models, loaders or files.
 
-- `world`: the processes, connected for the time of a block, and their messages.
+- `world`: the processes, connected for the time of a block, and their messages; whether a launcher
+  such as ``torchrun`` has started this process with others.
 - `votes`: stops, cancellations and snapshots, on which all ranks agree at a batch boundary.
 - `shards`: tensors that are split over the ranks.
 - `control`: the flags of a run, which change when the ranks have agreed.
-- `launcher`: whether a launcher such as ``torchrun`` has started this process with others.
 """

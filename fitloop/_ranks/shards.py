@@ -31,11 +31,6 @@ def whole(tensor: Tensor) -> Tensor:
     return shard.full_tensor()  # type: ignore[no-any-return]
 
 
-def whole_copy(tensor: Tensor) -> Tensor:
-    """Return `whole` in CPU memory."""
-    return whole(tensor).to("cpu")
-
-
 def split_like(like: Any, value: Any) -> Any:
     """Return a tensor split as ``like`` is, without a message: each rank has all its values.
 

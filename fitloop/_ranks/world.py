@@ -29,7 +29,6 @@ from fitloop._errors import (
     one_line,
 )
 from fitloop._public import public
-from fitloop._ranks.launcher import launched_size
 
 ANSWER_SECONDS = 0.2
 """between two looks for the answer to a question that rank 0 asks a person"""
@@ -395,6 +394,18 @@ def world(*, timeout: float = 600.0) -> World:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
         raise ConfigurationError(f"timeout is {timeout!r}; expected seconds above 0")
     return World(timeout)
+
+
+def launched_size() -> int:
+    """Return the number of processes that a launcher started together; 1 if there was no launcher.
+
+    That is the size of the process group of torch or, before there is one, that in the environment.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_world_size())
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if "RANK" in os.environ and size.isdecimal() else 1
 
 
 def current_world() -> World | None:

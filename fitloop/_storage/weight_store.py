@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fitloop._errors import CheckpointError, quoted_list
-from fitloop._ranks.shards import is_shard, split_like, whole_copy
+from fitloop._ranks.shards import is_shard, split_like, whole
 from fitloop._storage.durable import reason
 from fitloop._storage.tensors import memory_key
 from fitloop._storage.weight_files import (
@@ -243,7 +243,7 @@ def whole_weights(state: StateDict) -> OrderedDict[str, Any]:
     One tensor at a time is gathered, so that a device needs memory for one.
     """
     gathered = OrderedDict(
-        (key, whole_copy(value) if is_shard(value) else value) for key, value in state.items()
+        (key, whole(value).to("cpu") if is_shard(value) else value) for key, value in state.items()
     )
     set_metadata(gathered, getattr(state, "_metadata", None))
     return copied_weights(gathered)

@@ -41,8 +41,8 @@ from fitloop._errors import (
 )
 from fitloop._events import EpochEnded, Event
 from fitloop._metrics.history import History
-from fitloop._ranks.launcher import launched_size
 from fitloop._ranks.shards import split_like, whole
+from fitloop._ranks.world import launched_size
 from fitloop._rng.guard import copied_numbers
 from fitloop._rng.trainer_rng import TrainerRng
 from fitloop._storage.durable import LOG_NAME
