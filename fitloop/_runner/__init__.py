@@ -2,8 +2,7 @@
 
 - `runner`: the queue of waiting jobs, and the jobs that run.
 - `jobs`: a submitted training and its outcome.
-- `execution`: executes one job.
-- `outcomes`: the outcome of each job, written to a file.
+- `execution`: executes one job, and writes its outcome to a file.
 - `arguments`: the arguments of a job's function, by name and as plain values.
 - `records`: the jobs of a sweep as their files tell; imports no torch.
 - `results`: jobs as tables; imports no torch.

@@ -1,12 +1,12 @@
 """The execution of one job of a `Runner`, from its saved outcome or by a training.
 
-Owns the handling of a job's errors, and the name under which its events are passed on. Knows
-nothing of the queue and the other jobs.
+Owns the handling of a job's errors, the file of its outcome, which is written when the job starts
+and when it ends, and the name under which its events are passed on. Knows nothing of the queue and
+the other jobs.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,11 +24,14 @@ from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
 from fitloop._display.console import colored, write_output
 from fitloop._display.run_group import JOB_RUNS, JobRuns, RunGroup
-from fitloop._errors import ConfigurationError, add_note_safely, one_line
+from fitloop._errors import CheckpointError, ConfigurationError, add_note_safely, one_line
 from fitloop._events import Event
 from fitloop._format import format_duration, printable
 from fitloop._runner.jobs import Outcome, clear_frames, new_outcome
-from fitloop._runner.outcomes import load_done_outcome, write_outcome
+from fitloop._runner.records import outcome_contents, read_outcome
+from fitloop._storage.durable import reason, write_bytes
+from fitloop._storage.job_files import OUTCOME_NAME, WEIGHTS_NAME
+from fitloop._storage.layout import pack
 from fitloop._system import accelerator, available_cores
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
 from fitloop.callbacks.callback import Callback
@@ -144,10 +147,54 @@ class JobExecutor:
 
 def _begin(outcome: Outcome, directory: Path) -> Outcome | None:
     """Return the saved outcome of a job; if it must run, write that it begins, and return None."""
-    done = load_done_outcome(directory, outcome.name, outcome.epochs)
+    done = _load_done_outcome(directory, outcome.name, outcome.epochs)
     if done is None:
         write_outcome(outcome)  # a killed sweep shows the job's name and arguments too
     return done
+
+
+def write_outcome(outcome: Outcome) -> None:
+    """Write the outcome of a job into its directory; blocks.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    assert outcome.directory is not None
+    path = outcome.directory / OUTCOME_NAME
+    try:
+        write_bytes(path, pack(outcome_contents(outcome)))
+    except OSError as failure:
+        raise CheckpointError(f"{path} cannot be written: {reason(failure)}") from failure
+
+
+def _load_done_outcome(directory: Path, name: str, epochs: int) -> Outcome | None:
+    """Return the saved outcome of a job; None if the job must run for ``epochs``; blocks.
+
+    Raises:
+        CheckpointError: the file is no outcome, or that of a job with another name.
+    """
+    record = read_outcome(directory)
+    if record is None:
+        return None
+    if record.name != name:
+        raise CheckpointError(
+            f"{directory} has what came of job {record.name!r}; expected {name!r}. Give the job "
+            "another name=, or the Runner another save_path="
+        )
+    if not record.covers(epochs):
+        return None
+    weights = directory / WEIGHTS_NAME
+    return Outcome(
+        name=record.name,
+        status="done",
+        arguments=record.arguments,
+        epochs=record.epochs,
+        result=record.result,
+        seconds=record.seconds,
+        directory=directory,
+        weights=weights if weights.exists() else None,
+        restored=True,
+    )
 
 
 def _prints(spec: JobSpec) -> bool:
@@ -163,8 +210,3 @@ def _failed_text(outcome: Outcome) -> str:
     return (
         f"{printable(outcome.name)} {failed} after {format_duration(outcome.seconds)}: {reason}\n"
     )
-
-
-def is_job_error(error: BaseException) -> bool:
-    """Return False for an error that must end the program, such as SystemExit."""
-    return isinstance(error, Exception | asyncio.CancelledError)

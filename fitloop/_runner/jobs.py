@@ -244,8 +244,12 @@ class CompletedJobs:
                     yield outcome
             if are_all():
                 return
-            async with wait_scope.get()():
-                await self._changed.wait()
+            await self.wait()
+
+    async def wait(self) -> None:
+        """Wait until one more job is completed."""
+        async with wait_scope.get()():
+            await self._changed.wait()
 
 
 def clear_frames(error: BaseException) -> None:

@@ -22,7 +22,7 @@ from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._runner.arguments import Plain, plain_value
 from fitloop._storage.durable import LOG_NAME, is_locked, open_regular, reason
-from fitloop._storage.job_files import OUTCOME_NAME, directory_name
+from fitloop._storage.job_files import OUTCOME_NAME
 from fitloop._storage.layout import FORMAT, VERSIONS, LayoutError, check_format, unpack
 from fitloop._storage.metric_log import LogContents, read_log
 from fitloop._training.best import Criteria
@@ -121,12 +121,14 @@ def read_record(directory: Path) -> Record | None:
     if record is None and not has_log:
         return None
     is_running = is_locked(directory) is True
-    log = read_log(directory) if has_log and (is_running or not _is_done(record)) else None
-    if record is None:  # an earlier version of fitloop wrote no file at the start of a job
+    is_done = record is not None and record.status == "done"
+    log = read_log(directory) if has_log and (is_running or not is_done) else None
+    if record is None:  # a trainer without a Runner
         assert log is not None
-        name = log.trainer if _is_name_of(log.trainer, directory) else directory.name
         epochs = 0 if log.run is None else log.run.epochs
-        record = Record(name=name, directory=directory, status="unfinished", epochs=epochs)
+        record = Record(
+            name=directory.name, directory=directory, status="unfinished", epochs=epochs
+        )
     changes: dict[str, Any] = {}
     if is_running:  # in a Runner that was started again, also after an earlier outcome
         changes = {"status": "running", "result": None, "error": None, "traceback": None}
@@ -135,10 +137,6 @@ def read_record(directory: Path) -> Record | None:
         if is_running or not record.seconds:
             changes["seconds"] = progress.seconds
     return replace(record, **changes)
-
-
-def _is_done(record: Record | None) -> bool:
-    return record is not None and record.status == "done"
 
 
 def _progress(log: LogContents, *, is_running: bool) -> FitResult:
@@ -237,21 +235,9 @@ def job_name(directory: Path) -> str | None:
     """Return the name of the job in a directory; None if there is none; blocks."""
     try:
         record = read_outcome(directory)
-        if record is not None:
-            return record.name
-        if os.path.lexists(directory / LOG_NAME):  # of an earlier version of fitloop
-            trainer = read_log(directory).trainer
-            return trainer if _is_name_of(trainer, directory) else None
-    except CheckpointError:
-        pass  # reading the contents raises it again
-    return None
-
-
-def _is_name_of(name: str, directory: Path) -> bool:
-    try:
-        return directory_name(name) == directory.name
-    except ConfigurationError:
-        return False
+    except CheckpointError:  # reading the contents raises it again
+        return None
+    return None if record is None else record.name
 
 
 def _record(contents: Any, directory: Path) -> Record:

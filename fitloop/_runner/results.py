@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, SupportsIndex, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeAlias, TypeVar, overload
 
 from fitloop._errors import CheckpointError, ConfigurationError, one_line, quoted_list
 from fitloop._format import (
@@ -33,43 +33,16 @@ from fitloop._storage.durable import reason
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from fitloop._runner.jobs import Outcome
+
+JobState: TypeAlias = "Record | Outcome"
+"""a job that a table shows"""
+
 SORT_KEYS = ("score", "name", "status", "epochs", "time")
 """columns of `Results.sorted` besides the arguments"""
 
 
-class JobState(Protocol):
-    """The attributes of a job that a table reads, such as those of a `Record` or an `Outcome`."""
-
-    @property
-    def name(self) -> str:
-        """The name of the job."""
-
-    @property
-    def status(self) -> str:
-        """The status of the job, such as ``"done"``."""
-
-    @property
-    def arguments(self) -> Any:
-        """The arguments of the job's function, by name."""
-
-    @property
-    def epochs(self) -> int:
-        """Epochs that the job was submitted with."""
-
-    @property
-    def result(self) -> FitResult | None:
-        """The result of a job that is done."""
-
-    @property
-    def error(self) -> Any:
-        """The error of a job that failed, or its text."""
-
-    @property
-    def seconds(self) -> float:
-        """The duration of the job."""
-
-
-J = TypeVar("J", bound=JobState)
+J = TypeVar("J", bound="JobState")
 
 
 @public
@@ -232,7 +205,7 @@ def _width(text: str) -> int:
 
 def _fit(job: JobState) -> FitResult | None:
     """Return the result of a job, or its result so far."""
-    return job.result if job.result is not None else getattr(job, "progress", None)
+    return job.progress if isinstance(job, Record) and job.result is None else job.result
 
 
 def _seconds(job: JobState) -> float:
@@ -252,7 +225,7 @@ def _status(job: JobState) -> str:
 
 
 def _error_text(job: JobState) -> str:
-    return job.error if isinstance(job.error, str) else one_line(job.error)
+    return one_line(job.error) if isinstance(job.error, BaseException) else job.error or ""
 
 
 def _text(value: Any) -> str:

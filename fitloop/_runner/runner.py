@@ -6,13 +6,13 @@ business of the backend.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from fitloop._concurrency.event_loops import (
     is_scope_cancelled,
     loop_scheduler,
 )
-from fitloop._concurrency.supervisor import run_in_thread, wait_scope
+from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._display.console import write_output
 from fitloop._display.run_group import RunGroup
 from fitloop._engine.config import check_callbacks, check_flag, check_optional
@@ -38,7 +38,7 @@ from fitloop._processes.child import refuse_while_importing
 from fitloop._public import public
 from fitloop._run.fit_options import FitOptions, fit_option
 from fitloop._runner.arguments import named_arguments
-from fitloop._runner.execution import JobExecutor, ResourceAllocator, is_job_error
+from fitloop._runner.execution import JobExecutor, ResourceAllocator
 from fitloop._runner.jobs import (
     CompletedJobs,
     Job,
@@ -159,11 +159,10 @@ class Runner:
         self._task_group: Any = None
         self._block = CancelOnceScope()
         """the body of the ``async with`` block"""
-        self._job_ended: anyio.Event | None = None
         self._loop_thread = 0
         self._schedule: Callable[[Callable[[], object]], None] = lambda call: None
         self._open = False
-        self._stack = AsyncExitStack()
+        self._lock: DirectoryLock | None = None
 
     # -- the block -----------------------------------------------------------------------------
 
@@ -179,10 +178,9 @@ class Runner:
         if self._task_group is not None:
             raise RuntimeError("this Runner was used before; make another one")
         if self._save_path is not None:
-            lock = DirectoryLock(self._save_path)
-            self._stack.push_async_callback(run_in_thread, "runner", lock.release)
+            self._lock = DirectoryLock(self._save_path)
             try:
-                await run_in_thread("runner", lock.acquire)
+                await run_in_thread("runner", self._lock.acquire)
             except BaseException:  # such as a cancellation, raised after the lock was acquired
                 await self._close()
                 raise
@@ -229,10 +227,8 @@ class Runner:
         cancelled = anyio.get_cancelled_exc_class()
         cancellation = error if isinstance(error, cancelled) else None
         while self._running and not (cancellation and is_scope_cancelled()):
-            self._job_ended = anyio.Event()
             try:
-                async with wait_scope.get()():
-                    await self._job_ended.wait()
+                await self._completed.wait()
             except cancelled as raised:
                 self._open = False
                 self._cancel_jobs()
@@ -243,8 +239,11 @@ class Runner:
 
     async def _close(self) -> None:
         with anyio.CancelScope(shield=True):
-            await self._backend.close()
-            await self._stack.aclose()
+            try:
+                await self._backend.close()
+            finally:
+                if self._lock is not None:
+                    await run_in_thread("runner", self._lock.release)
             if self._group.is_ending and self._group.prints:
                 text = self._cancelled_text()
                 await run_in_thread("runner", lambda: write_output(text))
@@ -427,13 +426,11 @@ class Runner:
                     self._group.is_ending = True
                 if has_begun and self._group.is_ending:
                     self._interrupted += 1
-            if outcome.error is not None and not is_job_error(outcome.error):
-                self._fail(outcome.error)
+            if not isinstance(outcome.error, Exception | asyncio.CancelledError | None):
+                self._fail(outcome.error)  # such as SystemExit, which must end the program
             self._complete(job, outcome)
             if self._open:
                 self._start()
-            if self._job_ended is not None:
-                self._job_ended.set()
 
     def _complete(self, job: Job, outcome: Outcome) -> None:
         job.complete(outcome)

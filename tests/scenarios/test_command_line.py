@@ -33,7 +33,7 @@ import fitloop
 from fitloop import Checkpoint, FitResult, Outcome, Phase, read_metrics, read_results
 from fitloop._cli import worker
 from fitloop._cli.main import COMMANDS, main
-from fitloop._runner.outcomes import write_outcome
+from fitloop._runner.execution import write_outcome
 from fitloop._storage.job_files import directory_name
 from fitloop._storage.layout import Payload, write_layout
 from fitloop.backends.launched.launcher import KEY_VARIABLE

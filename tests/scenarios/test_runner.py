@@ -42,7 +42,7 @@ from fitloop import (
     read_results,
 )
 from fitloop._runner import execution
-from fitloop._runner.outcomes import write_outcome
+from fitloop._runner.execution import write_outcome
 from fitloop._storage.job_files import directory_name
 from fitloop._system import available_cores
 

@@ -28,7 +28,7 @@ from fitloop import (
     read_results,
 )
 from fitloop._cli.main import main
-from fitloop._runner.outcomes import write_outcome
+from fitloop._runner.execution import write_outcome
 from fitloop._storage.job_files import directory_name
 from fitloop._storage.layout import pack, unpack
 
@@ -268,17 +268,6 @@ def test_default_criteria_when_there_is_no_accuracy_then_scores_are_losses(tmp_p
     assert progress is not None
     assert (progress.criteria, progress.criteria_direction) == ("loss", -1)
     assert (progress.best_score, progress.best_epoch) == (1.0, 2)
-
-
-def test_directory_when_of_an_earlier_version_then_has_the_name_of_its_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("support.made_up_runs.TRAINER_NAME", "lr=1/2")
-    for name in (directory_name("lr=1/2"), "elsewhere"):
-        run = FakeRun(tmp_path / name)
-        run.begin()
-        run.observe(*epoch_events(1))
-    assert names(read_results(tmp_path)) == ["elsewhere", "lr=1/2"]
 
 
 def test_outcome_when_an_earlier_version_wrote_it_then_is_read(tmp_path: Path) -> None:
