@@ -58,7 +58,7 @@ class TerminalPrompt:
         self._warned = False
 
     def check(self) -> None:
-        """Check before a training that the event loop can ask.
+        """Check, perhaps before a training, that the event loop can ask.
 
         Raises:
             ConfigurationError: there is a terminal, and the event loop is not asyncio's.
@@ -87,6 +87,7 @@ class TerminalPrompt:
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed, and no signal handler of the program took it.
         """
+        self.check()
         if _has_person():
             async with _one_at_a_time():
                 return await _ask(f"{self._label()}{event.question}", event)

@@ -7,19 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fitloop._defaults import TrainerDefaults
-from fitloop._engine.config import check_number, check_seconds
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop.backends.base import JobSpec, TrainingResult
 from fitloop.backends.launched.claim import free_lock
 from fitloop.backends.launched.launcher import Launcher, RanksLauncher
 from fitloop.backends.launched.worker_connection import WorkerConnection, launch_workers
-from fitloop.backends.remote.client import check_remote_job, run_remotely
+from fitloop.backends.remote.client import RemoteBackend, run_remotely
 from fitloop.backends.remote.ranks import WorkerRanks
 from fitloop.backends.remote.transport import Transport
 
 
-class LauncherBackend:
+class LauncherBackend(RemoteBackend):
     """Trainings on workers that a `Launcher` starts, one for each job, such as on other machines.
 
     Jobs, results, events, prints, questions and cancellations are those of a `ProcessBackend`. A
@@ -61,20 +60,14 @@ class LauncherBackend:
             )
         if os.name == "nt":
             raise ConfigurationError("a LauncherBackend does not run on Windows")
+        super().__init__(retries=retries, grace=grace, ranks=ranks)
         self._launcher = launcher
-        self._retries = check_number("retries", retries, 0)
-        self._grace = check_seconds("grace", grace) or 0.0
-        self._ranks = check_number("ranks", ranks, 1)
         if self._ranks > 1 and not isinstance(launcher, RanksLauncher):
             raise ConfigurationError(
                 f"ranks is {ranks}, and a {type(launcher).__name__} starts one worker for each "
                 "training; expected a launcher with a method start_ranks, such as that of a "
                 "RayBackend"
             )
-
-    def check(self, spec: JobSpec) -> None:
-        """Refuse a job that cannot be sent to another process; see `Backend.check`."""
-        check_remote_job(spec)
 
     async def run(
         self, spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]
@@ -93,6 +86,3 @@ class LauncherBackend:
         return await run_remotely(
             launch, spec, there, emit, retries=self._retries, grace=self._grace
         )
-
-    async def close(self) -> None:
-        """Do nothing: each worker has ended with its job."""

@@ -12,10 +12,7 @@ from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
 from fitloop._processes.child import describe_exit
 from fitloop.backends.launched.launcher import WorkerOrder
-from fitloop.backends.remote.transport import WorkerExit
-
-TAIL_BYTES, TAIL_LINES = 16384, 30
-"""limits for the end of a worker's log in an error"""
+from fitloop.backends.remote.transport import WorkerExit, last_lines
 
 
 class CommandLauncher:
@@ -73,7 +70,7 @@ class CommandWorker:
     """A worker that is a child process: a `LaunchedWorker`."""
 
     def __init__(self, command: list[str], key: str) -> None:
-        self._log = tempfile.TemporaryFile(prefix="fitloop-worker-")  # noqa: SIM115
+        self._log = tempfile.TemporaryFile("a+b", prefix="fitloop-worker-")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 command,
@@ -102,11 +99,7 @@ class CommandWorker:
 
     def log_tail(self) -> list[str]:
         """Return the last lines of its output."""
-        end = self._log.seek(0, 2)
-        self._log.seek(max(0, end - TAIL_BYTES))
-        text = self._log.read().decode(errors="replace")
-        self._log.seek(0, 2)
-        return text.splitlines()[-TAIL_LINES:]
+        return last_lines(self._log)
 
     def close(self) -> None:
         """Wait until the process has ended."""

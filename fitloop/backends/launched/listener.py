@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
@@ -17,8 +16,6 @@ CONNECT_SECONDS = 60.0
 """for a worker to reach the program"""
 HANDSHAKE_SECONDS = 10
 """for the other side to prove that it knows the key"""
-MAX_HANDSHAKES = 32
-"""connections at a time that have not proved it yet; of more, the oldest are turned away"""
 IDLE_SECONDS, PROBE_SECONDS, PROBES = 10, 5, 4
 """of the keepalive of TCP: a machine that is lost is noticed after 30 seconds of silence"""
 
@@ -29,8 +26,8 @@ _TIMEOUT = struct.Struct("ll")
 class WorkerListener:
     """Listens for the one worker that knows a key, at a free port of the address of ``host``.
 
-    Any number of others may connect, and say nothing or anything: each connection proves that it
-    knows the key in a thread of its own, and has `HANDSHAKE_SECONDS` for that.
+    Others may connect, and say nothing or anything: each connection proves that it knows the key in
+    a thread of its own.
 
     Args:
         wake: called by a thread when a connection has proved it, or has failed.
@@ -44,67 +41,44 @@ class WorkerListener:
         self.socket.setblocking(False)
         self.port: int = self.socket.getsockname()[1]
         self._key, self._wake = key, wake
-        self._handshakes: list[_Handshake] = []
+        self._handshakes: dict[Connection, threading.Thread] = {}
+        self._worker: Connection | None = None
 
     def accept(self) -> Connection | None:
         """Take what has connected; return the connection of the worker, once it is known."""
         with suppress(OSError):  # nobody waits
-            for _ in range(MAX_HANDSHAKES):
-                accepted, _address = self.socket.accept()
-                self._handshakes.append(_Handshake(accepted, self._key, self._wake))
-        waiting, now = list[_Handshake](), time.monotonic()
-        for handshake in self._handshakes:
-            if handshake.is_known:
-                self._handshakes.remove(handshake)
-                return handshake.result()
-            if handshake.is_over or handshake.deadline < now:
-                handshake.close()
-            else:
-                waiting.append(handshake)
-        for handshake in waiting[:-MAX_HANDSHAKES]:
-            handshake.close()
-        self._handshakes = waiting[-MAX_HANDSHAKES:]
-        return None
+            while True:
+                connection = _prepare(self.socket.accept()[0])
+                thread = threading.Thread(
+                    target=self._prove, args=(connection,), name="fitloop handshake", daemon=True
+                )
+                thread.start()
+                self._handshakes[connection] = thread
+        for connection, thread in list(self._handshakes.items()):
+            if not thread.is_alive() and connection is not self._worker:
+                self._turn_away(connection)
+        if (worker := self._worker) is not None:
+            self._handshakes.pop(worker).join()
+        return worker
+
+    def _prove(self, connection: Connection) -> None:
+        with suppress(Exception):  # whatever a stranger sends
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            _set_timeout(connection, 0)
+            self._worker = connection
+        self._wake()
+
+    def _turn_away(self, connection: Connection) -> None:
+        shut_down(connection)
+        self._handshakes.pop(connection).join()
+        connection.close()
 
     def close(self) -> None:
         """Listen no more, and turn away everybody who has connected."""
         self.socket.close()
-        for handshake in self._handshakes:
-            handshake.close()
-        self._handshakes.clear()
-
-
-class _Handshake:
-    """A connection that proves in a thread of its own that it knows the key."""
-
-    def __init__(self, accepted: socket.socket, key: bytes, wake: Callable[[], None]) -> None:
-        self.connection = _prepare(accepted)
-        self.deadline = time.monotonic() + HANDSHAKE_SECONDS
-        self.is_known = self.is_over = False
-        self._thread = threading.Thread(
-            target=self._prove, args=(key, wake), name="fitloop handshake", daemon=True
-        )
-        self._thread.start()
-
-    def _prove(self, key: bytes, wake: Callable[[], None]) -> None:
-        with suppress(Exception):  # whatever a stranger sends
-            deliver_challenge(self.connection, key)
-            answer_challenge(self.connection, key)
-            _set_timeout(self.connection, 0)
-            self.is_known = True
-        self.is_over = True
-        wake()
-
-    def result(self) -> Connection:
-        """Return the connection of the worker, which knows the key."""
-        self._thread.join()
-        return self.connection
-
-    def close(self) -> None:
-        """End the connection and the thread."""
-        shut_down(self.connection)
-        self._thread.join()
-        self.connection.close()
+        for connection in list(self._handshakes):
+            self._turn_away(connection)
 
 
 def connect(host: str, port: int, key: bytes) -> Connection:

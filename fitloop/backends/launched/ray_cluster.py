@@ -15,9 +15,7 @@ from fitloop._errors import ConfigurationError
 from fitloop._processes.child import describe_exit
 from fitloop.backends.launched.backend import LauncherBackend
 from fitloop.backends.launched.launcher import WorkerOrder
-from fitloop.backends.remote.transport import WorkerExit
-
-TAIL_BYTES, TAIL_LINES = 16384, 30
+from fitloop.backends.remote.transport import WorkerExit, last_lines
 
 
 class RayBackend(LauncherBackend):
@@ -154,8 +152,7 @@ class WorkerActor:
                 start_new_session=True,  # Ctrl-C is for the program, which cancels the job
             )
             code = process.wait()
-            log.seek(max(0, log.seek(0, 2) - TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+            lines = last_lines(log)
         return f"(pid {process.pid} on {os.uname().nodename}) {describe_exit(code)}", code, lines
 
 

@@ -19,7 +19,7 @@ from fitloop._arguments import absolute_path
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
 from fitloop.backends.launched.launcher import KEY_VARIABLE, WorkerOrder
-from fitloop.backends.remote.transport import WorkerExit
+from fitloop.backends.remote.transport import WorkerExit, last_lines
 
 COMMAND_SECONDS = 60.0
 """for a command of Slurm, whose controller may be busy"""
@@ -29,7 +29,6 @@ SHARED_SECONDS = 5.0
 SRUN = (
     "srun --kill-on-bad-exit=1 --label ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"
 )
-TAIL_LINES = 30
 ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
@@ -190,8 +189,8 @@ class SlurmWorker:
 
     def log_tail(self) -> list[str]:
         """Return the last lines of the job's output."""
-        with suppress(OSError):
-            return self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        with suppress(OSError), open(self._log, "rb") as log:
+            return last_lines(log)
         return []
 
     def close(self) -> None:

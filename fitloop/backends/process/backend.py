@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from fitloop._defaults import TrainerDefaults
-from fitloop._engine.config import check_number, check_seconds
+from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
 from fitloop._processes.child import StartMethod, check_start_method
@@ -17,7 +17,7 @@ from fitloop._public import public
 from fitloop.backends.base import Backend, JobSpec, TrainingResult
 from fitloop.backends.process.worker import serve
 from fitloop.backends.process.worker_process import WorkerProcess
-from fitloop.backends.remote.client import check_remote_job, run_remotely
+from fitloop.backends.remote.client import RemoteBackend, run_remotely
 from fitloop.backends.remote.ranks import WorkerRanks
 from fitloop.backends.remote.transport import LaunchWorker, Transport
 from fitloop.backends.thread import ThreadBackend
@@ -63,7 +63,7 @@ def check_nice(value: Any) -> int:
 
 
 @public
-class ProcessBackend:
+class ProcessBackend(RemoteBackend):
     """Trainings in worker processes: real parallelism for models whose steps are mostly Python.
 
     ``Runner(backend="process")`` uses one with the default arguments. A worker imports the
@@ -122,16 +122,10 @@ class ProcessBackend:
         nice: int = 0,
         start_method: StartMethod | None = None,
     ) -> None:
-        self._retries = check_number("retries", retries, 0)
-        self._grace = check_seconds("grace", grace) or 0.0
-        self._ranks = check_number("ranks", ranks, 1)
+        super().__init__(retries=retries, grace=grace, ranks=ranks)
         self._launch_worker = partial(
             WorkerProcess, partial(serve, check_nice(nice)), check_start_method(start_method)
         )
-
-    def check(self, spec: JobSpec) -> None:
-        """Refuse a job that cannot be sent to another process; see `Backend.check`."""
-        check_remote_job(spec)
 
     async def run(
         self, spec: JobSpec, defaults: TrainerDefaults, emit: Callable[[Event], None]
@@ -150,9 +144,6 @@ class ProcessBackend:
         return await run_remotely(
             launch, spec, defaults, emit, retries=self._retries, grace=self._grace
         )
-
-    async def close(self) -> None:
-        """Do nothing: each worker has ended with its job."""
 
 
 def _launch_ranks(launch: LaunchWorker, ranks: int, first_device: int) -> WorkerRanks:

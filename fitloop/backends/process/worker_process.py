@@ -12,10 +12,7 @@ from contextlib import suppress
 from fitloop._processes.child import ChildProcess, StartMethod
 from fitloop._processes.connection import send_message
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
-from fitloop.backends.remote.transport import WorkerExit
-
-LOG_TAIL_BYTES, LOG_TAIL_LINES = 16384, 30
-"""limits for the end of a dead worker's log in an error"""
+from fitloop.backends.remote.transport import WorkerExit, last_lines
 
 
 class WorkerProcess(ChildProcess):
@@ -66,13 +63,7 @@ class WorkerProcess(ChildProcess):
 
     def log_tail(self) -> list[str]:
         """Return the last lines of the log: output that bypassed Python."""
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - LOG_TAIL_BYTES))
-        lines = self._log.read().decode("utf-8", "replace").splitlines()
-        for index, line in enumerate(lines):
-            if line.startswith("Fatal Python error"):  # the stack of the thread follows
-                return lines[index:][:LOG_TAIL_LINES]
-        return lines[-LOG_TAIL_LINES:]
+        return last_lines(self._log)
 
     def close(self) -> None:
         """End the process and free all resources."""

@@ -3,7 +3,8 @@
 - `transport`: the protocol of a connection to a worker.
 - `ranks`: the workers of one training with several ranks, as one connection.
 - `messages`: the messages that it carries.
-- `client`: `run_remotely` has a new worker do a training, with questions, retries and cancellation.
+- `client`: `run_remotely` has a new worker do a training, with questions, retries and cancellation;
+  `RemoteBackend` is the base of the backends that call it.
 - `server`: `JobServer` does the training, in the worker.
 - `serialization`: jobs and errors as bytes.
 

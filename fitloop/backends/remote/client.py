@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from inspect import isawaitable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from fitloop._defaults import TrainerDefaults
 from fitloop._display.jupyter import interruptible
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import PromptWithTimeout, TerminalPrompt
+from fitloop._engine.config import check_number, check_seconds
 from fitloop._engine.event_bus import EventBus, UserCallbacks
 from fitloop._errors import WorkerDiedError, WorkerDiedWarning, add_note_safely, one_line
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted, SnapshotWritten
@@ -106,11 +106,25 @@ async def run_remotely(
     raise AssertionError
 
 
-def check_remote_job(spec: JobSpec) -> None:
-    """Refuse a job that cannot be sent to a worker; the whole of `Backend.check`."""
-    check_serializable(spec.name, (spec.target, spec.args, options_for_worker(spec)))
-    ThreadBackend().check(spec)
-    warn_of_process(spec.name)
+class RemoteBackend:
+    """The base of backends whose trainings are on workers: a `Backend` without its ``run``.
+
+    The arguments are those of `ProcessBackend`.
+    """
+
+    def __init__(self, *, retries: int, grace: float, ranks: int) -> None:
+        self._retries = check_number("retries", retries, 0)
+        self._grace = check_seconds("grace", grace) or 0.0
+        self._ranks = check_number("ranks", ranks, 1)
+
+    def check(self, spec: JobSpec) -> None:
+        """Refuse a job that cannot be sent to another process; see `Backend.check`."""
+        check_serializable(spec.name, (spec.target, spec.args, options_for_worker(spec)))
+        ThreadBackend().check(spec)
+        warn_of_process(spec.name)
+
+    async def close(self) -> None:
+        """Do nothing: each worker has ended with its job."""
 
 
 def options_for_worker(spec: JobSpec) -> dict[str, Any]:
@@ -361,8 +375,13 @@ class _Questions:
         self._lock = threading.Lock()
         self._cancels: dict[int, Callable[[], None]] = {}
         """number of an open question -> function that stops asking it"""
-        self._ask: Ask | None = None
         self.label: Callable[[], str] = lambda: ""
+        on_continue = spec.options.get("on_continue")
+        self._ask: Ask = (
+            TerminalPrompt(lambda: self.label())
+            if on_continue is None
+            else PromptWithTimeout(on_continue)
+        )
 
     def start(self, number: int, event: PromptAsked) -> None:
         """Let the event loop ask a question; returns at once."""
@@ -390,8 +409,7 @@ class _Questions:
                     return
                 self._cancels[number] = lambda: schedule(scope.cancel)
             try:
-                answer: Any = self._asker()(event)
-                answer = check_answer(await answer if isawaitable(answer) else answer)
+                answer = check_answer(await self._ask(event))
             except BaseException as error:  # Ctrl-C at the prompt too
                 if isinstance(error, anyio.get_cancelled_exc_class()) and (
                     scope.cancel_called or self._control.halted or is_scope_cancelled()
@@ -403,18 +421,6 @@ class _Questions:
                 self._cancels.pop(number, None)
             with suppress(OSError):
                 await run_in_thread(self._spec.name, lambda: self._send(Answer(number, answer)))
-
-    def _asker(self) -> Ask:
-        if self._ask is None:
-            on_continue: Ask | None = self._spec.options.get("on_continue")
-            if on_continue is None:
-                self._ask = prompt = TerminalPrompt(self.label)
-                prompt.check()
-            elif self._spec.options.get("continue_timeout") is None:
-                self._ask = on_continue
-            else:
-                self._ask = PromptWithTimeout(on_continue)
-        return self._ask
 
 
 class _JobCanceller:

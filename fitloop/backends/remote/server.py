@@ -18,7 +18,7 @@ import anyio
 import numpy as np
 import torch
 
-from fitloop._concurrency.event_loops import CancelOnceScope, ThreadsafeEvent, loop_scheduler
+from fitloop._concurrency.event_loops import CancelOnceScope, loop_scheduler
 from fitloop._defaults import TRAINER_DEFAULTS, TrainerDefaults
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import PromptAsked
@@ -146,19 +146,18 @@ class JobServer:
 
     async def _ask(self, event: PromptAsked) -> bool:
         """Ask the client, and return its answer."""
-        answered, answers = ThreadsafeEvent(), list[bool]()
+        schedule, answered, answers = loop_scheduler(), anyio.Event(), list[bool]()
         self._last_question += 1
         number = self._last_question
 
         def handle(answer: bool) -> None:
             answers.append(answer)
-            answered.set()
+            schedule(answered.set)
 
         self._answer_handlers[number] = handle
         self._send(messages.QuestionAsked(number, event))
         try:
-            while not answers:
-                await answered.wait()
+            await answered.wait()
         finally:
             if self._answer_handlers.pop(number, None) is not None:
                 self._send(messages.QuestionWithdrawn(number))

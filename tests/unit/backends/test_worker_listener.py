@@ -14,7 +14,7 @@ from multiprocessing.connection import Client, Connection, wait
 import pytest
 from support.event_loops import HANG_TIMEOUT
 
-from fitloop.backends.launched.listener import MAX_HANDSHAKES, WorkerListener, connect
+from fitloop.backends.launched.listener import WorkerListener, connect
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="not on Windows")
 HOST = "127.0.0.1"
@@ -80,19 +80,6 @@ def test_strangers_when_they_connect_then_hold_up_no_worker(program: Program, da
             stranger = stack.enter_context(socket.create_connection((HOST, program.listener.port)))
             stranger.sendall(data)
         check_worker(program)
-
-
-def test_strangers_when_there_are_many_then_the_oldest_are_turned_away(program: Program) -> None:
-    with ExitStack() as stack:
-        strangers = [
-            stack.enter_context(socket.create_connection((HOST, program.listener.port)))
-            for _ in range(2 * MAX_HANDSHAKES)
-        ]
-        check_worker(program)
-        assert len(program.listener._handshakes) <= MAX_HANDSHAKES
-        strangers[0].settimeout(HANG_TIMEOUT)
-        while strangers[0].recv(4096):  # the challenge, and the end
-            pass
 
 
 def test_stranger_when_its_key_is_another_one_then_is_told(program: Program) -> None:
