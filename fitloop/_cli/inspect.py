@@ -44,6 +44,8 @@ LOG_MARK = b"\x92"
 MAX_TENSORS = 40
 """tensors listed without ``--all``"""
 
+Contents = tuple[dict[str, Any], list[str]]
+"""what is in a file or a directory: as values for JSON, and as lines of text"""
 HIDDEN_KEYS = {"format", "tensors", "header_crc32", "state", "modules"}
 """keys of a header that say nothing to a person"""
 
@@ -72,7 +74,10 @@ def run(options: argparse.Namespace) -> int:
     """Print the contents; return the exit status."""
     path: Path = options.file
     try:
-        _print_any(path, options)
+        values, lines = _contents(path, show_all=options.all)
+        # A name may have a line end.
+        text = "\n".join(map(printable, lines))
+        print_line(json.dumps(json_ready(values), indent=1) if options.json else text)
     except FitLoopError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
@@ -82,22 +87,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_any(path: Path, options: argparse.Namespace) -> None:
-    """Print what is at a path. A forged file may raise anything."""
+def _contents(path: Path, *, show_all: bool) -> Contents:
+    """Return what is at a path. A forged file may raise anything."""
     if path.is_dir():
-        _print_directory(path, as_json=options.json)
-    elif path.name in (LOCK_NAME, PROGRESS_NAME, RUN_ID_NAME) and path.is_file():
-        _print_small_file(path, as_json=options.json)
-    elif path.name == OUTCOME_NAME and os.path.lexists(path):
-        _print_outcome(path, as_json=options.json)
-    elif path.name == LOG_NAME or _first_bytes(path, 1) == LOG_MARK:
-        _print_log(path, as_json=options.json)
-    elif path.suffix.lower() in OTHER_WEIGHTS:
-        _print_weights(path, options)
-    elif path.suffix.lower() in SUFFIXES:
-        _print_logged(path, as_json=options.json)
-    else:
-        _print_file(path, options)
+        return _directory(path)
+    if path.name in (LOCK_NAME, PROGRESS_NAME, RUN_ID_NAME) and path.is_file():
+        return _small_file(path)
+    if path.name == OUTCOME_NAME and os.path.lexists(path):
+        return _outcome(path)
+    if path.name == LOG_NAME or _first_bytes(path, 1) == LOG_MARK:
+        return _log(path)
+    if path.suffix.lower() in OTHER_WEIGHTS:
+        return _weights(path, show_all=show_all)
+    if path.suffix.lower() in SUFFIXES:
+        return _logged(path)
+    return _container(path, show_all=show_all)
 
 
 def _first_bytes(path: Path, count: int) -> bytes:
@@ -110,84 +114,66 @@ def _first_bytes(path: Path, count: int) -> bytes:
     return b""
 
 
-def _print_json(values: dict[str, Any]) -> None:
-    print_line(json.dumps(json_ready(values), indent=1))
-
-
 # -- directories -----------------------------------------------------------------------------------
 
 
-def _print_directory(path: Path, *, as_json: bool) -> None:
+def _directory(path: Path) -> Contents:
     record = read_record(path)
     jobs = Results([]) if record is not None else read_results(path)
     files = files_in(path)
     if record is not None:
-        _print_training(path, record, files, as_json=as_json)
-    elif jobs:
-        _print_jobs(path, jobs, as_json=as_json)
-    elif files:
-        _print_files(path, files, as_json=as_json)
-    else:
-        raise CheckpointError(
-            f"{path} holds no file of fitloop; expected a file of fitloop, or the save_path of a "
-            "trainer or a Runner"
-        )
+        return _training(path, record, files)
+    if jobs:
+        head = f"{path}: {count(len(jobs), 'job')}"
+        return {"kind": "jobs", "jobs": jobs.sorted().rows()}, [head, *str(jobs).split("\n")]
+    if files:
+        values = {"kind": "files", "files": _names(path, files)}
+        return values, [f"{path}: {count(len(files), 'file')}", *_file_lines(path, files)]
+    raise CheckpointError(
+        f"{path} holds no file of fitloop; expected a file of fitloop, or the save_path of a "
+        "trainer or a Runner"
+    )
 
 
-def _print_jobs(path: Path, results: Results[Record], *, as_json: bool) -> None:
-    """Print the jobs of a Runner's directory."""
-    if as_json:
-        _print_json({"kind": "jobs", "jobs": results.sorted().rows()})
-        return
-    print_line(f"{path}: {count(len(results), 'job')}")
-    print_line(str(results))
-
-
-def _print_training(path: Path, record: Record, files: list[Path], *, as_json: bool) -> None:
-    """Print the training whose ``save_path`` is a directory."""
-    if as_json:
-        names = [str(file.relative_to(path)) for file in files]
-        _print_json({"kind": "training", **Results([record]).rows()[0], "files": names})
-        return
+def _training(path: Path, record: Record, files: list[Path]) -> Contents:
+    """Return the training whose ``save_path`` is a directory."""
     log = read_log(path) if os.path.lexists(path / LOG_NAME) else None
     is_job = log is None or os.path.lexists(path / OUTCOME_NAME)
     name = record.name if log is None or is_job else log.trainer
-    print_line(f"{path}: training of {name!r}, {count(len(files), 'file')}")
     lines = _record_lines(record)
     if log is not None and log.run is not None and log.run.call != "fit":
         reason = log.end.stop_reason if log.end is not None else record.status
         lines = [f"  status     {log.run.call} {reason}"]
-    print_line("\n".join([*lines, *([] if log is None else _metrics_lines(log.history))]))
-    _print_file_list(path, files)
+    values = {"kind": "training", **Results([record]).rows()[0], "files": _names(path, files)}
+    return values, [
+        f"{path}: training of {name!r}, {count(len(files), 'file')}",
+        *lines,
+        *([] if log is None else _metrics_lines(log.history)),
+        *_file_lines(path, files),
+    ]
 
 
-def _print_files(path: Path, files: list[Path], *, as_json: bool) -> None:
-    if as_json:
-        names = [str(file.relative_to(path)) for file in files]
-        _print_json({"kind": "files", "files": names})
-        return
-    print_line(f"{path}: {count(len(files), 'file')}")
-    _print_file_list(path, files)
+def _names(path: Path, files: list[Path]) -> list[str]:
+    return [str(file.relative_to(path)) for file in files]
 
 
-def _print_file_list(path: Path, files: list[Path]) -> None:
-    names = [printable(str(file.relative_to(path))) for file in files]
+def _file_lines(path: Path, files: list[Path]) -> list[str]:
+    names = [printable(name) for name in _names(path, files)]
     width = max(map(len, names), default=0)
-    for name, file in zip(names, files, strict=True):
-        print_line(f"    {name:{width}}  {describe_file(file)}")
+    return [
+        f"    {name:{width}}  {describe_file(file)}"
+        for name, file in zip(names, files, strict=True)
+    ]
 
 
 # -- trainings -------------------------------------------------------------------------------------
 
 
-def _print_outcome(path: Path, *, as_json: bool) -> None:
+def _outcome(path: Path) -> Contents:
     record = read_outcome(path.parent)
     assert record is not None
-    if as_json:
-        _print_json({"kind": "outcome", **Results([record]).rows()[0]})
-        return
-    print_line(f"{path}: outcome of job {record.name!r}")
-    print_line("\n".join(_record_lines(record)))
+    values = {"kind": "outcome", **Results([record]).rows()[0]}
+    return values, [f"{path}: outcome of job {record.name!r}", *_record_lines(record)]
 
 
 def _record_lines(record: Record) -> list[str]:
@@ -210,15 +196,13 @@ def _record_lines(record: Record) -> list[str]:
     return lines
 
 
-def _print_log(path: Path, *, as_json: bool) -> None:
+def _log(path: Path) -> Contents:
     log = read_log(path)
-    if as_json:
-        _print_json({"kind": "metrics", "trainer": log.trainer, "last": _last(log.history)})
-        return
     train, test = log.history.train_runs, log.history.test_runs
     runs = f"{count(train, 'run')} of fit" + (f", {test} of test" if test else "")
-    print_line(f"{path}: log of the metrics of {log.trainer!r}, {runs}")
-    print_line("\n".join(_metrics_lines(log.history)))
+    head = f"{path}: log of the metrics of {log.trainer!r}, {runs}"
+    values = {"kind": "metrics", "trainer": log.trainer, "last": _last(log.history)}
+    return values, [head, *_metrics_lines(log.history)]
 
 
 def _last(history: History) -> dict[str, dict[str, float]]:
@@ -237,8 +221,8 @@ def _metrics_lines(history: History) -> list[str]:
     ]
 
 
-def _print_small_file(path: Path, *, as_json: bool) -> None:
-    """Print the lock of a directory, the progress of the present phase, or the id of a training."""
+def _small_file(path: Path) -> Contents:
+    """Return the lock of a directory, the progress of the present phase, or a training's id."""
     if path.name == LOCK_NAME:
         state = {True: "in use", False: "free", None: "unknown"}[is_locked(path.parent)]
         values: dict[str, Any] = {"kind": "lock of the directory", "state": state}
@@ -255,42 +239,35 @@ def _print_small_file(path: Path, *, as_json: bool) -> None:
             for key in ("phase", "epoch", "batch", "batches", "samples")
             if key in progress
         }
-    if as_json:
-        _print_json(values)
-        return
     kind, *fields = values.items()
-    print_line(f"{path}: {kind[1]}, " + ", ".join(f"{key} {value}" for key, value in fields))
+    return values, [f"{path}: {kind[1]}, " + ", ".join(f"{key} {value}" for key, value in fields)]
 
 
-def _print_logged(path: Path, *, as_json: bool) -> None:
-    """Print the last metrics of the newest training in the file of a logger."""
+def _logged(path: Path) -> Contents:
+    """Return the last metrics of the newest training in the file of a logger."""
     rows = last_rows(path)
-    if as_json:
-        _print_json({"kind": "logged", "last": rows})
-        return
-    print_line(f"{path}: {SUFFIXES[path.suffix.lower()]}, training of {rows[-1]['trainer']!r}")
-    for row in rows:
-        print_line(f"  {row['phase']:10} {row_text(row)}")
+    head = f"{path}: {SUFFIXES[path.suffix.lower()]}, training of {rows[-1]['trainer']!r}"
+    lines = [f"  {row['phase']:10} {row_text(row)}" for row in rows]
+    return {"kind": "logged", "last": rows}, [head, *lines]
 
 
 # -- files with tensors ----------------------------------------------------------------------------
 
 
-def _print_file(path: Path, options: argparse.Namespace) -> None:
+def _container(path: Path, *, show_all: bool) -> Contents:
     header, entries, size = read_header(path)
     fields = {key: value for key, value in header.items() if key not in HIDDEN_KEYS}
-    if options.json:
-        _print_json({**fields, "tensors": _tensors_json(entries), "nbytes": size})
-        return
-    lines = [f"{path}: {describe_file(path)}"]
-    if header["kind"] == SNAPSHOT:
-        lines += _snapshot_lines(fields)
-    print_line("\n".join(map(printable, lines)))
-    _print_tensors(entries, everything=options.all)
+    snapshot = _snapshot_lines(fields) if header["kind"] == SNAPSHOT else []
+    values = {**fields, "tensors": _tensors_json(entries), "nbytes": size}
+    return values, [
+        f"{path}: {describe_file(path)}",
+        *snapshot,
+        *_tensor_lines(entries, show_all=show_all),
+    ]
 
 
-def _print_weights(path: Path, options: argparse.Namespace) -> None:
-    """Print the tensors of a file of safetensors, or of torch, which must read all of it."""
+def _weights(path: Path, *, show_all: bool) -> Contents:
+    """Return the tensors of a file of safetensors, or of torch, which must read all of it."""
     if path.suffix.lower() == ".safetensors":
         entries = safetensors_entries(path)
     else:
@@ -301,11 +278,9 @@ def _print_weights(path: Path, options: argparse.Namespace) -> None:
             for name, value in read_weights(path).items()
         ]
     size = path.stat().st_size
-    if options.json:
-        _print_json({"kind": "weights", "tensors": _tensors_json(entries), "nbytes": size})
-        return
-    print_line(f"{path}: weights, {file_size(size)}")
-    _print_tensors(entries, everything=options.all)
+    values = {"kind": "weights", "tensors": _tensors_json(entries), "nbytes": size}
+    head = f"{path}: weights, {file_size(size)}"
+    return values, [head, *_tensor_lines(entries, show_all=show_all)]
 
 
 def _tensors_json(entries: list[TensorEntry]) -> list[dict[str, Any]]:
@@ -336,19 +311,20 @@ def _snapshot_lines(header: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _print_tensors(entries: list[TensorEntry], *, everything: bool) -> None:
+def _tensor_lines(entries: list[TensorEntry], *, show_all: bool) -> list[str]:
     total = sum(entry.nbytes for entry in entries)
-    print_line(f"  tensors    {len(entries)}, {file_size(total)}")
+    lines = [f"  tensors    {len(entries)}, {file_size(total)}"]
     entries = [entry._replace(name=printable(entry.name)) for entry in entries]
-    listed = entries if everything else entries[:MAX_TENSORS]
+    listed = entries if show_all else entries[:MAX_TENSORS]
     width = max((len(entry.name) for entry in listed), default=0)
     for entry in listed:
         if entry.same_as is not None:
-            print_line(f"    {entry.name:{width}}  the same as {entry.same_as}")
+            lines.append(f"    {entry.name:{width}}  the same as {entry.same_as}")
             continue
         shape = "x".join(map(str, entry.shape)) or "scalar"
-        print_line(
+        lines.append(
             f"    {entry.name:{width}}  {entry.dtype:9} {shape:>16}  {file_size(entry.nbytes):>10}"
         )
     if len(listed) < len(entries):
-        print_line(f"    ... and {len(entries) - len(listed)} more, see --all")
+        lines.append(f"    ... and {len(entries) - len(listed)} more, see --all")
+    return lines

@@ -12,11 +12,11 @@ from typing import Any
 from fitloop._errors import CheckpointError
 from fitloop._format import format_number
 from fitloop._storage.durable import open_regular, reason
+from fitloop.loggers.csv import FIRST_COLUMNS
 
 SUFFIXES = {".jsonl": "lines of JSON of a logger", ".csv": "table of a logger"}
 _READ_BYTES = 2**20
 """read at the beginning and at the end of a file, which may be of any size"""
-_IDENTITY = ("run", "trainer", "kind", "phase", "epoch", "step", "time")
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
         rows = _rows_of_table(first.decode(errors="replace"), lines)
     else:
         rows = _rows_of_json(lines)
-    rows = [row for row in rows if all(name in row for name in _IDENTITY)]
+    rows = [row for row in rows if all(name in row for name in FIRST_COLUMNS)]
     if not rows:
         raise CheckpointError(f"{path} has no lines of a logger of fitloop")
     newest = [row for row in rows if row["run"] == rows[-1]["run"]]
@@ -49,7 +49,7 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
 
 def _rows_of_table(head: str, lines: list[str]) -> list[dict[str, Any]]:
     names = next(csv.reader([head]), [])
-    if tuple(names[: len(_IDENTITY)]) != _IDENTITY:
+    if names[: len(FIRST_COLUMNS)] != FIRST_COLUMNS:
         return []
     cells = [row for row in csv.reader(lines) if len(row) == len(names) and row != names]
     return [{k: v for k, v in zip(names, row, strict=True) if v} for row in cells]
@@ -67,7 +67,7 @@ def _rows_of_json(lines: list[str]) -> list[dict[str, Any]]:
 
 def row_text(row: dict[str, Any]) -> str:
     """Return a row in words."""
-    metrics = " | ".join(f"{k}: {_number(v)}" for k, v in row.items() if k not in _IDENTITY)
+    metrics = " | ".join(f"{k}: {_number(v)}" for k, v in row.items() if k not in FIRST_COLUMNS)
     return f"epoch {row['epoch']}, step {row['step']}, {metrics}"
 
 
