@@ -24,7 +24,7 @@ except ImportError:  # Windows: a file is for one process there
     fcntl = None  # type: ignore[assignment]
 
 _BLOCK = 2**12
-"""bytes that are read for the first and the last line, at first"""
+"""bytes that are read for the last line, at first"""
 
 
 class LineFile:
@@ -131,20 +131,15 @@ class LineFile:
 
 
 def _read(descriptor: int, start: int, length: int) -> bytes:
-    os.lseek(descriptor, start, os.SEEK_SET)
-    data = b""
-    while len(data) < length and (more := os.read(descriptor, length - len(data))):
-        data += more
-    return data
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(start)
+        return file.read(length)
 
 
 def _first_line(descriptor: int) -> bytes:
-    length = _BLOCK
-    while True:
-        line, end, _ = _read(descriptor, 0, length).partition(b"\n")
-        if end or len(line) < length:
-            return line
-        length *= 2
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        return file.readline().removesuffix(b"\n")
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
