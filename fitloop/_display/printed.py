@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Literal
 
 from fitloop._display.console import colored, printed_width, write_output
-from fitloop._display.run_group import JOB_RUNS
 from fitloop._display.status import RunStatus, best_of
 from fitloop._events import (
     BestImproved,
@@ -42,6 +43,37 @@ MIN_LABEL = 8
 USUAL_LINE = 48
 """columns of an epoch with two metrics; a label that leaves less has a line of its own"""
 PRINT_STYLES: tuple[PrintStyle, ...] = ("block", "line")
+
+
+@dataclass(eq=False)
+class RunGroup:
+    """The runs of a `Runner`: if all are cancelled, one line is printed for all."""
+
+    prints: bool = False
+    """whether a run of the group prints"""
+    is_ending: bool = False
+    """whether all runs are being cancelled"""
+
+
+@dataclass(frozen=True)
+class JobRuns:
+    """The runs of one job of a `Runner`."""
+
+    group: RunGroup
+    is_job_cancelled: Callable[[], bool]
+    """returns whether this job was cancelled, alone or with all others"""
+
+    def is_cancelled_alone(self) -> bool:
+        """Return whether a run that is cancelled ends alone, so that it prints a line of its own.
+
+        A scope around the `Runner` may cancel its runs before the `Runner` itself hears of it: then
+        the job was not cancelled. Any thread.
+        """
+        return self.is_job_cancelled() and not self.group.is_ending
+
+
+JOB_RUNS: ContextVar[JobRuns | None] = ContextVar("fitloop job runs", default=None)
+"""the job whose runs begin in this context"""
 
 
 class PrintingRuns:

@@ -23,11 +23,11 @@ from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled
 from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._defaults import TrainerDefaults
 from fitloop._display.console import colored, write_output
-from fitloop._display.run_group import JOB_RUNS, JobRuns, RunGroup
+from fitloop._display.printed import JOB_RUNS, JobRuns, RunGroup
 from fitloop._errors import CheckpointError, ConfigurationError, add_note_safely, one_line
 from fitloop._events import Event
 from fitloop._format import format_duration, printable
-from fitloop._runner.jobs import Outcome, clear_frames, new_outcome
+from fitloop._runner.jobs import Outcome, cancelled_outcome, clear_frames
 from fitloop._runner.records import outcome_contents, read_outcome
 from fitloop._storage.durable import reason, write_bytes
 from fitloop._storage.job_files import OUTCOME_NAME, WEIGHTS_NAME
@@ -84,7 +84,7 @@ class JobExecutor:
         Cancellation: the training ends at a batch boundary, and the cancellation is raised again.
         """
         start = time.perf_counter()
-        outcome = new_outcome(spec)
+        outcome = cancelled_outcome(spec)
         try:
             if spec.directory is not None:
                 done = await run_in_thread(spec.name, partial(_begin, outcome, spec.directory))

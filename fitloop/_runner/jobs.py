@@ -137,19 +137,15 @@ class Job:
         return f"<Job {self.name!r} {self.status}>"
 
 
-def cancelled_outcome(job: Job, seconds: float = 0.0) -> Outcome:
-    """Return the outcome of a job that was cancelled after ``seconds``."""
-    return replace(new_outcome(job.spec), seconds=seconds)
-
-
-def new_outcome(spec: JobSpec) -> Outcome:
-    """Return the outcome of a job that has not run: cancelled."""
+def cancelled_outcome(spec: JobSpec, seconds: float = 0.0) -> Outcome:
+    """Return the outcome of a job that was cancelled after ``seconds``, or has not run so far."""
     return Outcome(
         name=spec.name,
         status="cancelled",
         arguments=spec.arguments,
         epochs=spec.epochs,
         directory=spec.directory,
+        seconds=seconds,
     )
 
 

@@ -29,7 +29,7 @@ from fitloop._concurrency.event_loops import (
 )
 from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._display.console import write_output
-from fitloop._display.run_group import RunGroup
+from fitloop._display.printed import RunGroup
 from fitloop._engine.config import check_callbacks, check_flag, check_optional
 from fitloop._engine.event_bus import EventStream, EventStreams
 from fitloop._errors import ConfigurationError
@@ -421,7 +421,7 @@ class Runner:
         finally:
             self._running -= 1
             if outcome is None:
-                outcome = cancelled_outcome(job, time.perf_counter() - start)
+                outcome = cancelled_outcome(job.spec, time.perf_counter() - start)
                 if not scope.cancel_called:  # a scope around the Runner is cancelled
                     self._group.is_ending = True
                 if has_begun and self._group.is_ending:
@@ -459,7 +459,7 @@ class Runner:
             job.scope.cancel()
         elif self._waiting.get(job.name) is job:
             del self._waiting[job.name]
-            self._complete(job, cancelled_outcome(job))
+            self._complete(job, cancelled_outcome(job.spec))
 
     def _cancel_jobs(self) -> None:
         self._group.is_ending = True
@@ -470,7 +470,7 @@ class Runner:
     def _cancel_waiting(self) -> None:
         while self._waiting:
             _name, job = self._waiting.popitem(last=False)
-            self._complete(job, cancelled_outcome(job))
+            self._complete(job, cancelled_outcome(job.spec))
 
     def __repr__(self) -> str:
         counts = Counter(job.status for job in self._jobs.values())
