@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fitloop._cli.common import print_line, run_directories, short_names
@@ -90,28 +90,18 @@ def run(options: argparse.Namespace) -> int:
 class Watcher:
     """Watches the runs in some directories, and in their direct subdirectories."""
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        *,
-        every: int,
-        forever: bool,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], *, every: int, forever: bool) -> None:
         self._paths = dict(zip(paths, short_names(paths), strict=True))
         """each given path with its short name"""
         self._every = every
         self._forever = forever
-        self._clock = clock
-        self._start_time = clock()
+        self._start_time = time.time()
         self._runs: dict[str, WatchedDirectory] = {}
         """by the real path of the directory, since it may be given twice, in two ways"""
-        self._started: set[Path] = set()
-        """given paths that have had a run"""
-        self._awaited: set[Path] = set()
-        """given paths without a run so far"""
+        self._has_run: dict[Path, bool] = {}
+        """each given path that was looked at: whether it has had a run"""
         self._unreadable: set[str] = set()
-        self._searched_at = 0.0
+        self._searched_at = -SEARCH_SECONDS
 
     def run(self) -> int:
         """Return when all runs have ended and every path had one, with the terminal as before.
@@ -122,9 +112,9 @@ class Watcher:
             while True:
                 self._search()
                 self._poll()
-                now = self._clock()
+                now = time.time()
                 over = all(directory.is_over(now) for directory in self._runs.values())
-                if over and not self._awaited and not self._forever:
+                if over and all(self._has_run.values()) and not self._forever:
                     return 1 if self._unreadable else 0
                 time.sleep(POLL_SECONDS)
         finally:
@@ -144,7 +134,7 @@ class Watcher:
     def _search(self) -> None:
         """Find new directories with a log."""
         now = time.monotonic()
-        if self._searched_at and now - self._searched_at < SEARCH_SECONDS and not self._awaited:
+        if all(self._has_run.values()) and now - self._searched_at < SEARCH_SECONDS:
             return
         self._searched_at = now
         directories = {path: run_directories(path) for path in self._paths}
@@ -153,10 +143,9 @@ class Watcher:
             for directory in directories[path]:
                 self._add(directory, name, path, named=several or directory != path)
             if directories[path]:
-                self._started.add(path)
-                self._awaited.discard(path)
-            elif path not in self._awaited | self._started:
-                self._awaited.add(path)
+                self._has_run[path] = True
+            elif path not in self._has_run:
+                self._has_run[path] = False
                 missing = "" if path.is_dir() else ", a directory that is not there yet"
                 print_line(f"waiting for a run in {path}{missing}")
 

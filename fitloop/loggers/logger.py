@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,9 +278,8 @@ class Logger:
 class _Queue:
     """The runs of a logger with their waiting rows, and the thread that passes them on."""
 
-    def __init__(self, logger: Logger, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, logger: Logger) -> None:
         self._logger = logger
-        self._clock = clock
         self._changed = threading.Condition()
         self._runs: dict[str, _OpenRun] = {}
         """the runs that go on, by name of the trainer"""
@@ -464,7 +463,7 @@ class _Queue:
             while self._runs or self._ending:
                 if self._ending:
                     return self._ending[0]
-                now = self._clock()
+                now = time.monotonic()
                 busy = [run for run in self._runs.values() if _has_work(run)]
                 for run in busy:
                     if run.not_before <= now or (run.flushes and run.error is None):
@@ -494,7 +493,7 @@ class _Queue:
             run.is_open = False
             logger.end(info, end)
         with self._changed:
-            run.error, run.attempts, run.not_before = None, 0, self._clock() + PAUSE
+            run.error, run.attempts, run.not_before = None, 0, time.monotonic() + PAUSE
             run.flushes -= flushes
             self._is_behind = False
             if end is not None:
@@ -551,7 +550,7 @@ class _Queue:
             run.attempts += 1
             delay = min(LONGEST_RETRY, FIRST_RETRY * 2 ** min(run.attempts - 1, 10))
             is_final = isinstance(error, ConfigurationError)
-            run.not_before = self._clock() + delay
+            run.not_before = time.monotonic() + delay
             if is_final:
                 run.is_given_up = True
                 run.rows.clear()
