@@ -482,9 +482,18 @@ class _Queue:
             self._cut(run, run.cut)
         with self._changed:
             rows, flushes = list(run.rows), run.flushes
+            self._set_rows(run, ())
         if rows:
-            logger.write(info, rows)
-            self._forget_written(run, rows)
+            try:
+                logger.write(info, rows)
+            except BaseException:
+                with self._changed:
+                    limit = math.inf if run.cut is None else run.cut  # set meanwhile
+                    again = [row for row in rows if row.step <= limit]
+                    self._set_rows(run, [*again, *run.rows])
+                raise
+            last = max(row.step for row in rows)
+            self._written[info.id] = max(last, self._written.get(info.id, -1))
         if flushes and run.is_open:
             logger.sync(info)
         with self._changed:  # a run that is closed already did not wait for more
@@ -531,14 +540,6 @@ class _Queue:
         """Replace the waiting rows. The caller holds the lock."""
         run.rows = deque(rows)
         run.steps_rows = sum(row.kind == "steps" for row in run.rows)
-
-    def _forget_written(self, run: _OpenRun, rows: list[Row]) -> None:
-        """Remove written rows from the queue; the oldest may have been dropped meanwhile."""
-        written = {id(row) for row in rows}
-        with self._changed:
-            self._set_rows(run, [row for row in run.rows if id(row) not in written])
-            last = max(row.step for row in rows)
-            self._written[run.info.id] = max(last, self._written.get(run.info.id, -1))
 
     def _fail(self, run: _OpenRun, error: BaseException, is_last_attempt: bool) -> None:
         """Note a failure; try again later, unless the run has ended."""
