@@ -4,7 +4,6 @@ Owns the order of calls and the types that describe a run. Must not know termina
 or figures, and reaches the event loop only through a `LoopPortal`.
 
 - `config`: the checked arguments of a trainer.
-- `given_arguments`: these arguments as attributes of a `LoopState`.
 - `compilation`: compiled models.
 - `wrapping`: the model that exchanges gradients with other ranks.
 - `sharding`: the model whose parameters are split over the ranks.

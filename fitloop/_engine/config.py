@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
@@ -189,65 +189,116 @@ def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:
     return tuple(callbacks)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """The checked arguments of ``FitLoop``, which documents them."""
+@dataclass(kw_only=True, eq=False, slots=True)
+class GivenArguments:
+    """The checked arguments of ``FitLoop`` that a `LoopState` has too, with their defaults."""
 
-    model: nn.Module
-    optimizer: Any
-    loss_function: Any
     train_dl: Any
+    """the loader of the train phase that the constructor got, or None"""
     valid_dl: Any
+    """the loader of the validation that the constructor got, or None"""
     test_dl: Any
+    """the loader of the test that the constructor got, or None"""
     train_epoch_start: StageFunction | None
+    """the function at the start of a train phase, or None"""
     train_step: StageFunction | None
+    """the batch step of the train phase; None for the default"""
     train_epoch_end: StageFunction | None
+    """the function at the end of a train phase; None for the default"""
     valid_epoch_start: StageFunction | None
+    """the function at the start of a validation, or None"""
     valid_step: StageFunction | None
+    """the batch step of the validation; None for the default"""
     valid_epoch_end: StageFunction | None
+    """the function at the end of a validation; None for the default"""
     test_epoch_start: StageFunction | None
+    """the function at the start of a test, or None"""
     test_step: StageFunction | None
+    """the batch step of a test; None for the default"""
     test_epoch_end: StageFunction | None
+    """the function at the end of a test; None for the default"""
     preloop: Callable[[Any], object] | None
+    """the function that is called before the first epoch, or None"""
     postloop: Callable[[Any], object] | None
-    lr_scheduler: Any
+    """the function that is called after the last epoch, or None"""
     scheduler_interval: Interval | Sequence[Interval] | None
+    """when schedulers are stepped; None for the default"""
     device: torch.device
+    """the device of the model and of the batches"""
     dtype: torch.dtype
-    cast_model: bool
+    """the dtype of floating tensors in batches"""
     batch_size_of: Callable[[Any], int] | None
+    """the function of a batch that returns its number of samples, or None"""
     configure_optimizer: Callable[..., object]
+    """the function that is called each time weights were restored"""
     criteria: str | None
+    """the name of the metric that compares models; None for the default"""
     criteria_direction: int
+    """1 if more of the criteria is better, -1 if less is"""
     save_to_disk: bool
+    """whether the pretrained and the best weights are kept as files"""
     save_path: Path
+    """the directory for files of the trainer"""
     best_model_name: str
+    """the name of the best weights"""
     name: str
-    named: bool
+    """the name of the trainer"""
     seed: int | None
+    """the seed of the trainer's random numbers, or None"""
     num_threads: int | None
+    """intra-op threads of the steps; None for torch's own number"""
     prefetch: int | None
+    """batches loaded ahead; None where that is decided by measuring"""
     loading: Loading | None
+    """where loaders are read; None where that is decided by measuring"""
     loader_randomness: Literal["global", "own"]
+    """whether the loaders may use the global random generators, or ``"own"``"""
     loader_grace: float
+    """seconds that an ending run waits for a loader that does not return"""
     callbacks: tuple[Callable[[Any], object], ...]
+    """the functions that are called with every event of every run"""
     on_continue: Callable[[Any], Awaitable[bool]] | None
+    """the function that is asked whether to go on; None for the terminal"""
     precision: Precision | None
+    """``"bf16"`` or ``"fp16"`` for steps in mixed precision, or None"""
     clip_grad: float | Callable[[list[Any]], Any] | None
+    """the largest norm of the gradients, or the function that clips them, or None"""
     nonfinite: Reaction
-    scaler: Any
+    """what a loss or gradient that is not finite does"""
     accumulate: int
+    """batches for one optimizer step"""
     average: Any
+    """the `EMA` or `SWA` of the weights, or None"""
     compile: dict[str, Any] | None
     """arguments of ``torch.compile``; None if the model is called as it was given"""
     parallel: Any
-    """``"ddp"``, or a function that wraps the model; None if the ranks train models of their own"""
+    """``"ddp"``, ``"fsdp"`` or a function of the model, in several processes; None in one"""
+    stateful: dict[str, Any]
+    """more objects by name whose states are in snapshots"""
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainerConfig(GivenArguments):
+    """All checked arguments of ``FitLoop``, which documents them."""
+
+    model: nn.Module
     given_model: nn.Module
     """the model as it was given, perhaps compiled"""
-    stateful: dict[str, Any]
+    cast_model: bool
+    """whether a dtype was given"""
+    optimizer: Any
+    loss_function: Any
+    lr_scheduler: Any
+    scaler: Any
     metrics: dict[str, Any]
+    named: bool
+    """whether the name was given"""
     untrained: set[str] = field(default_factory=set, init=False)
     """names of the parameters that a warning has said to be of no optimizer"""
+    wrapper: Any = field(default=None, init=False)
+    """the model that train steps call in a run on several ranks; None outside such a run"""
+    has_adopted_seed: bool = field(default=False, init=False)
+    """whether the seed is one of all ranks, since none was given"""
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> Self:
@@ -553,28 +604,22 @@ class TrainerConfig:
             check_callable("clip_grad", clip, "the list of the parameters of an optimizer")
             check_plain("clip_grad", clip)
 
+    def values(self) -> list[Any]:
+        """Return the values of all arguments."""
+        return [getattr(self, item.name) for item in fields(self)]
+
     def loader(self, phase: Phase) -> Any:
         """Return the loader of ``phase``, or None."""
         return getattr(self, f"{phase}_dl")
 
-    @property
-    def wrapper(self) -> Any:
-        """The model that train steps call in a run on several ranks; None outside such a run."""
-        return vars(self).get("_wrapper")
-
-    def set_wrapper(self, wrapper: Any) -> None:
-        """Set `wrapper`."""
-        vars(self)["_wrapper"] = wrapper
-
     def adopt_seed(self, seed: int) -> None:
         """Set the seed of a trainer that was given none, which all ranks must have."""
-        vars(self).update(seed=seed, has_adopted_seed=True)
+        self.seed, self.has_adopted_seed = seed, True
 
     @property
     def may_adopt_seed(self) -> bool:
         """Whether the trainer was given no seed, and may be trained on several ranks."""
-        has_none = self.seed is None or "has_adopted_seed" in vars(self)
-        return has_none and self.parallel is not None
+        return (self.seed is None or self.has_adopted_seed) and self.parallel is not None
 
     @cached_property
     def called_model(self) -> nn.Module:

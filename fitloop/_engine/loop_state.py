@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from operator import attrgetter, index
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,8 +15,7 @@ from torch.optim import Optimizer
 
 from fitloop._data.batch_sizes import describe, possible_sizes
 from fitloop._engine.class_losses import ignored_class, loss_setting
-from fitloop._engine.config import TrainerConfig
-from fitloop._engine.given_arguments import GivenArguments
+from fitloop._engine.config import GivenArguments, TrainerConfig
 from fitloop._engine.loss_checks import checked_loss
 from fitloop._engine.optimization import OptimizerSteps
 from fitloop._errors import ConfigurationError, add_note_safely
@@ -184,6 +184,11 @@ class LoopState(GivenArguments):
         return self._phase is Phase.TEST
 
     @property
+    def lr_schedulers(self) -> list[Any]:
+        """The schedulers, always as a list."""
+        return self._config.lr_schedulers
+
+    @property
     def batch_sizes(self) -> list[int]:
         """Samples in each batch of the phase so far.
 
@@ -318,6 +323,12 @@ class LoopState(GivenArguments):
     def __repr__(self) -> str:
         total = "" if self.batches is None else f"/{self.batches}"
         return f"<LoopState {self._phase} epoch {self._epoch_num} batch {self.batch_num}{total}>"
+
+
+for _name in (field.name for field in fields(GivenArguments)):
+    # The getters are written in C, since batch steps read arguments.
+    _doc = f"The checked argument ``{_name}`` of `FitLoop`, which describes it."
+    setattr(LoopState, _name, property(attrgetter(f"_config.{_name}"), doc=_doc))
 
 
 class _UnsizedState(LoopState):

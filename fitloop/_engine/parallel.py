@@ -67,7 +67,7 @@ class ParallelRun:
         """
         self.end()
         config = self._config
-        config.set_wrapper(wrapped(config, self.world))
+        config.wrapper = wrapped(config, self.world)
         self._share_buffers()
 
     def end(self) -> None:
@@ -76,8 +76,7 @@ class ParallelRun:
         Leave this rank its part of the parameters.
         """
         self._release_parameters()
-        wrapper = self._config.wrapper
-        self._config.set_wrapper(None)
+        wrapper, self._config.wrapper = self._config.wrapper, None
         unwrap(wrapper)
 
     def _share_buffers(self) -> None:

@@ -47,7 +47,7 @@ def _blocking(verb: Callable[Concatenate[FitLoop, P], Awaitable[R]]) -> _Method[
         async def run() -> R:
             return await verb(self.loop, *args, **kwargs)
 
-        arguments = (*vars(self._state.config).values(), *args, *kwargs.values())
+        arguments = (*self._state.config.values(), *args, *kwargs.values())
         try:
             return self._event_loop.run(run) if any(map(_is_async, arguments)) else anyio.run(run)
         except BaseException as error:
@@ -133,7 +133,7 @@ class SyncFitLoop(TrainerBase):
         Leaving its loop early ends the run.
         """
         _refuse_in_event_loop("predict")
-        arguments = (*vars(self._state.config).values(), test_dl, step)
+        arguments = (*self._state.config.values(), test_dl, step)
         is_async = any(map(_is_async, arguments))
         event_loop = self._event_loop if is_async else KeptLoop()
         predictions = self.loop.predict(test_dl, step=step, cast=cast)
