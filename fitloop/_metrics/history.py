@@ -20,7 +20,8 @@ import operator
 import threading
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, overload
 
 import numpy as np
@@ -40,9 +41,8 @@ MAX_RUNS = 10**7
 """largest number of runs or epochs in a restored history, since lists of this length are made"""
 
 _Runs: TypeAlias = "dict[int, array[float]]"  # by run number; a run without values has no entry
-# Arrays only grow, so an array and its length at some time give its content at that time.
-_Entries: TypeAlias = "list[tuple[Stage, str, int, array[float], int]]"
-_StoreMark: TypeAlias = "tuple[int, int, _Entries, dict[Stage, int], dict[int, list[int]]]"
+HistoryMark: TypeAlias = "dict[Phase, _Store]"
+"""a copy of the values of a history"""
 
 
 @dataclass(slots=True)
@@ -100,33 +100,15 @@ class _Store:
         values = self.recorded[stage].get(name, {}).get(run)
         return np.empty(0) if values is None else np.frombuffer(values[:], dtype=np.float64)
 
-    def mark(self) -> _StoreMark:
-        entries = [
-            (stage, name, run, values, len(values))
-            for stage, names in self.recorded.items()
-            for name, runs in names.items()
-            for run, values in runs.items()
-        ]
-        batches = {run: list(counts) for run, counts in self.batches.items()}
-        return self.runs, self.epochs, entries, dict(self.lengths), batches
+    def duplicate(self) -> _Store:
+        """Return a copy that does not change with this store."""
+        recorded, batches = deepcopy(self.recorded), deepcopy(self.batches)
+        return replace(self, recorded=recorded, lengths=dict(self.lengths), batches=batches)
 
-    def restore(
-        self,
-        runs: int,
-        epochs: int,
-        entries: _Entries,
-        lengths: Mapping[Stage, int],
-        batches: Mapping[int, Sequence[int]],
-    ) -> None:
-        self.runs, self.epochs = runs, epochs
-        self.batches = {run: list(counts) for run, counts in batches.items()}
-        self.lengths = {stage: lengths.get(stage, 0) for stage in Stage}
-        self.recorded = {stage: {} for stage in Stage}
-        for stage, name, run, values, length in entries:
-            # A longer array is copied, not truncated: another mark may need all of it.
-            if len(values) > length:
-                values = values[:length]
-            self.recorded[stage].setdefault(name, {})[run] = values
+    def set(self, other: _Store) -> None:
+        """Replace all values by those of another store, which is not used any more."""
+        self.runs, self.epochs, self.recorded = other.runs, other.epochs, other.recorded
+        self.lengths, self.batches = other.lengths, other.batches
 
     def names(self, *stages: Stage) -> list[str]:
         with self.lock:
@@ -305,14 +287,6 @@ class PhaseHistory(Mapping[str, MetricSeries]):
             return f"<PhaseHistory {self.phase} {counts}, metrics: {comma_list(self)}>"
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class HistoryMark:
-    """A state of a history, from `History.mark`; valid for any number of rollbacks."""
-
-    owner: History
-    contents: list[_StoreMark]
-
-
 @public
 class History:
     """The metrics of a trainer, ``trainer.M``: by phase, stage, name and run.
@@ -370,24 +344,19 @@ class History:
     def clear(self) -> None:
         """Delete all runs and values; later values of a current run form a new run 0."""
         with self._lock:
-            for store in self._stores.values():
-                store.restore(0, 0, [], {}, {})
+            for phase, store in self._stores.items():
+                store.set(_Store(phase, self._lock))
 
     def mark(self) -> HistoryMark:
-        """Return a mark of the present state, for `rollback`; copies no values."""
+        """Return a copy of all values, for `rollback`."""
         with self._lock:
-            return HistoryMark(self, [store.mark() for store in self._stores.values()])
+            return {phase: store.duplicate() for phase, store in self._stores.items()}
 
     def rollback(self, mark: HistoryMark) -> None:
-        """Restore the state at ``mark`` exactly, also after ``clear`` or another rollback.
-
-        Raises ValueError, and changes nothing, if another history made the mark.
-        """
-        if mark.owner is not self:
-            raise ValueError(f"the mark is of {mark.owner!r}; expected one that this history made")
+        """Restore the values of a mark, any number of times, also after ``clear``."""
         with self._lock:
-            for store, content in zip(self._stores.values(), mark.contents, strict=True):
-                store.restore(*content)
+            for phase, values in mark.items():
+                self._stores[phase].set(values.duplicate())
 
     def to_dict(self) -> dict[str, dict[str, dict[str, list[NDArray[np.float64]]]]]:
         """Return copies of all values: ``{phase: {stage: {name: [array of run 0, ...]}}}``."""
@@ -418,7 +387,9 @@ class History:
             rows = [
                 (str(phase), str(stage), run, name, store.copy(stage, name, run))
                 for phase, store in self._stores.items()
-                for stage, name, run, *_ in store.mark()[2]
+                for stage, names in store.recorded.items()
+                for name, runs in names.items()
+                for run in runs
             ]
         lengths = np.array([len(row[-1]) for row in rows], dtype=np.int64)
         frame = pd.DataFrame([row[:-1] for row in rows], columns=["phase", "stage", "run", "name"])
@@ -513,22 +484,23 @@ def restore_history(history: History, state: Any) -> None:
     Raises an exception, such as a KeyError or TypeError, and changes nothing if the tree is not
     valid.
     """
-    contents: dict[Phase, _StoreMark] = {}
+    stores: HistoryMark = {}
     for phase in Phase:
         phase_state = state[str(phase)]
-        entries: list[Any] = []
-        num_runs, num_epochs = int(phase_state["runs"]), int(phase_state["epochs"])
-        if not (0 <= num_runs <= MAX_RUNS and 0 <= num_epochs <= MAX_RUNS):
-            raise ValueError(f"{num_runs} runs and {num_epochs} epochs are not possible")
+        store = stores[phase] = _Store(
+            phase, history._lock, int(phase_state["runs"]), int(phase_state["epochs"])
+        )
+        if not (0 <= store.runs <= MAX_RUNS and 0 <= store.epochs <= MAX_RUNS):
+            raise ValueError(f"{store.runs} runs and {store.epochs} epochs are not possible")
         # Logs and snapshots of earlier versions have no lengths.
         lengths_by_name = phase_state.get("lengths", {})
-        lengths = {stage: int(lengths_by_name.get(str(stage), 0)) for stage in Stage}
-        if not all(0 <= length <= MAX_RUNS for length in lengths.values()):
-            raise ValueError(f"lengths of {lengths} are not possible")
-        batches = {
+        store.lengths = {stage: int(lengths_by_name.get(str(stage), 0)) for stage in Stage}
+        if not all(0 <= length <= MAX_RUNS for length in store.lengths.values()):
+            raise ValueError(f"lengths of {store.lengths} are not possible")
+        store.batches = {
             int(run): [int(n) for n in counts] for run, counts in phase_state.get("batches", ())
         }
-        if not all(0 <= n <= MAX_RUNS for counts in batches.values() for n in counts):
+        if not all(0 <= n <= MAX_RUNS for counts in store.batches.values() for n in counts):
             raise ValueError("its numbers of batches are not possible")
         for stage in Stage:
             for name, runs in phase_state["values"][str(stage)].items():
@@ -536,12 +508,11 @@ def restore_history(history: History, state: Any) -> None:
                     if isinstance(values, bytes):  # from a log
                         values = np.frombuffer(values, dtype="<f8")
                     column = array("d", np.asarray(values, dtype=np.float64).tobytes())
-                    if not column or not 0 <= run < num_runs:
+                    if not column or not 0 <= run < store.runs:
                         raise ValueError(f"run {run!r} of {name!r} is none")
-                    entries.append((stage, str(name), int(run), column, len(column)))
-                    if run == num_runs - 1:
-                        lengths[stage] = max(lengths[stage], len(column))
-        contents[phase] = (num_runs, num_epochs, entries, lengths, batches)
+                    store.recorded[stage].setdefault(str(name), {})[int(run)] = column
+                    if run == store.runs - 1:
+                        store.lengths[stage] = max(store.lengths[stage], len(column))
     with history._lock:
-        for phase, content in contents.items():
-            history._stores[phase].restore(*content)
+        for phase, store in stores.items():
+            history._stores[phase].set(store)

@@ -260,14 +260,6 @@ def test_repr_is_a_status_line() -> None:
     assert repr(series) == "<MetricSeries valid.epoch_end['accuracy'] runs: 0, values: 0>"
 
 
-def test_rollback_when_the_mark_is_of_another_history_raises_and_changes_nothing() -> None:
-    history = two_runs()
-    before = history.to_dict()
-    with pytest.raises(ValueError, match=r"^the mark is of <History .*this history made$"):
-        history.rollback(two_runs().mark())
-    np.testing.assert_equal(history.to_dict(), before)
-
-
 def test_million_values_take_at_most_9_megabytes() -> None:
     history = History()
     history.observe(run_started())
