@@ -19,9 +19,9 @@ itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from fitloop._concurrency.control import RunControl
 from fitloop._engine.config import TrainerConfig, needs_closure
 from fitloop._engine.gradients import GradientGuard, gradients_of, has_gradients, parameters_of
+from fitloop._engine.parallel import ParallelRun
 from fitloop._errors import ConfigurationError
 
 Hook = Callable[[], object]
@@ -56,38 +57,6 @@ class Window:
     def has_gradients(self) -> bool:
         """Whether each loss of the window was finite, as far as it was looked at."""
         return not (isinstance(self.weight, float) and math.isnan(self.weight))
-
-
-class GradientRanks(Protocol):
-    """The other ranks of a training, which exchange gradients in backward passes."""
-
-    def reduce_in_backward(self, *, reduces: bool) -> None:
-        """Set whether the next backward pass exchanges gradients."""
-
-    def reduces_in_backward(self) -> bool:
-        """Return whether the last backward pass has exchanged gradients."""
-
-    def check_gradients(self) -> None:
-        """Raise ConfigurationError if the last backward pass cannot have exchanged them all."""
-
-    def average(self, parameters: Iterable[Any]) -> None:
-        """Replace gradients by their means over all ranks."""
-
-    def mean_weights(self, weights: Sequence[Any]) -> list[Any]:
-        """Return the means of weights over all ranks."""
-
-    def is_on_any(self, fact: bool) -> bool:
-        """Return whether a fact holds on any rank."""
-
-
-class StepWatch(Protocol):
-    """Waits for a number of optimizer steps."""
-
-    due: float
-    """the number of steps of one optimizer"""
-
-    def note_step(self) -> None:
-        """Is called after the step of an optimizer with this or a larger number."""
 
 
 class StepCounts:
@@ -131,7 +100,7 @@ class OptimizerSteps:
         after_step: Sequence[tuple[Any, Hook]] = (),
         *,
         checks_finite: bool = True,
-        ranks: GradientRanks | None = None,
+        ranks: ParallelRun | None = None,
     ) -> None:
         self._counts, self._ranks = counts, ranks
         self.is_weighted = config.accumulate > 1 or ranks is not None
@@ -142,8 +111,8 @@ class OptimizerSteps:
         self.after_step = after_step
         self.on_loss: Callable[[Any, Any], object] | None = None
         """called with each loss that `optimize` gets, and its weight"""
-        self.watch: StepWatch | None = None
-        """told when the number of steps is reached that it waits for; set before `register`"""
+        self.watch: Any = None
+        """the `StepLog`, told when an optimizer has made ``due`` steps; set before `register`"""
         self._config = config
         self._accumulate, self._scaler = config.accumulate, config.scaler
         self._device = config.device.type
@@ -445,7 +414,7 @@ class OptimizerSteps:
         if scaler is not None:
             self._update_scale()
 
-    def _meet(self, ranks: GradientRanks, windows: Sequence[Window]) -> None:
+    def _meet(self, ranks: ParallelRun, windows: Sequence[Window]) -> None:
         """Give windows the weights of all ranks; exchange gradients that are not exchanged yet.
 
         The weights of a window are not exchanged where each is that of one batch without a weight:
@@ -541,7 +510,7 @@ def _checked_counts(name: str, state: dict[str, Any], length: int) -> list[int]:
     return list(counts)
 
 
-def _counter(counts: list[int], number: int, watch: StepWatch | None) -> Callable[..., None]:
+def _counter(counts: list[int], number: int, watch: Any) -> Callable[..., None]:
     def count(_optimizer: Any, _arguments: Any, _keywords: Any) -> None:
         counts[number] += 1
 

@@ -22,7 +22,6 @@ from fitloop._data.device import map_tensors
 from fitloop._data.inspection import GIVEN_SAMPLER
 from fitloop._data.sources import END
 from fitloop._engine.config import TrainerConfig
-from fitloop._engine.loop_state import LoopState, StateWriter
 from fitloop._engine.sharding import gather_parameters, is_sharded, reshard
 from fitloop._engine.wrapping import unwrap, wrapped
 from fitloop._errors import ConfigurationError, RanksError, RanksWarning, warn_user
@@ -218,14 +217,14 @@ class ParallelRun:
                 rng.set_state(state)
                 set_carried_states(loader, carried)
 
-    def fetch(self, state: LoopState, fetch: Callable[[], Any]) -> Callable[[], Any]:
+    def fetch(self, state: Any, fetch: Callable[[], Any]) -> Callable[[], Any]:
         """Return a function that reads a batch as long as all ranks have one, in a train phase."""
         if not state.is_train:
             return fetch
         fetch = self._ended_together(state, fetch)
         return partial(self._compared, fetch) if self._compares_batch else fetch
 
-    def _ended_together(self, state: LoopState, fetch: Callable[[], Any]) -> Callable[[], Any]:
+    def _ended_together(self, state: Any, fetch: Callable[[], Any]) -> Callable[[], Any]:
         if self._are_alike:
             return fetch
         limit, world = self._limit, self.world
@@ -261,7 +260,7 @@ class ParallelRun:
                 break
         return batch
 
-    def boundary(self, state: LoopState) -> Callable[[], object]:
+    def boundary(self, state: Any) -> Callable[[], object]:
         """Return a function to call after each batch: it votes while all ranks have a batch.
 
         With ``accumulate=`` it votes where a window ends. Gradients that wait would have to be
@@ -282,13 +281,13 @@ class ParallelRun:
 
         return vote
 
-    def _boundary_of_shards(self, state: LoopState) -> None:
+    def _boundary_of_shards(self, state: Any) -> None:
         # A forward pass without a backward pass may have left whole parameters.
         reshard(self._config.model)
         if not state.batch_num % self._config.accumulate:
             self.votes.boundary()
 
-    def end_pass(self, writer: StateWriter, *, complete: bool) -> bool:
+    def end_pass(self, writer: Any, *, complete: bool) -> bool:
         """Merge the values of all ranks on each; return whether the pass was complete on all.
 
         Raises `RanksError` if their weights are not alike after a train phase.

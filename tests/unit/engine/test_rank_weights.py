@@ -42,9 +42,7 @@ class OtherRank:
         return fact or self.has_weight
 
 
-def gradients_of_steps(
-    rank: OtherRank, weights: Sequence[float | None], **options: Any
-) -> list[float]:
+def gradients_of_steps(rank: Any, weights: Sequence[float | None], **options: Any) -> list[float]:
     """Return the gradient of each step of a training whose loss is its only weight."""
     model = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
