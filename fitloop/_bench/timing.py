@@ -23,8 +23,8 @@ from fitloop._engine.loop_state import StateWriter
 from fitloop._engine.modes import Modes
 from fitloop._engine.optimization import Hook
 from fitloop._engine.plan import Instrumentation
-from fitloop._engine.precision import autocast_block
-from fitloop._engine.stages import Stages
+from fitloop._engine.precision import in_precision
+from fitloop._engine.stages import stage_functions
 from fitloop._errors import UnknownMetricError
 from fitloop._run.session import RunSession
 from fitloop._types import Phase, Stage
@@ -138,7 +138,7 @@ class BareLoop:
         Raises:
             ConfigurationError: the step is an ``async def``.
         """
-        config, plan, stages = self._config, self._plan, Stages(self._config)
+        config, plan, stages = self._config, self._plan, stage_functions(self._config)
         writer = StateWriter(
             config,
             Phase.TRAIN,
@@ -150,16 +150,11 @@ class BareLoop:
         if not plan.define_all:
             Modes(config.model, config.optimizers).train()
         torch.set_grad_enabled(True)
-        start = stages.get(Phase.TRAIN, Stage.EPOCH_START)
+        start = stages[Phase.TRAIN, Stage.EPOCH_START]
         if start is not None:
             self._engine.call_hook("train epoch_start", lambda _trainer: start(writer.state), None)
         writer.begin(self._limit, *sample_counts(plan.phases[0][1], self._limit))
-        step = stages.get(Phase.TRAIN, Stage.BATCH_STEP)
-        block = autocast_block(
-            config.precision, config.device, Phase.TRAIN, is_seeded=config.seed is not None
-        )
-        if block is not None:
-            step = _step_in_block(step, block)
+        step = in_precision(stages[Phase.TRAIN, Stage.BATCH_STEP], config, Phase.TRAIN)
         before, after = self._steps.batch_hooks(
             writer.state, self._control, defines_all=plan.define_all
         )
@@ -238,13 +233,3 @@ class ListedValues(dict[str, list[Any]]):
         if any(isinstance(value, Tensor) and value.ndim for value in values):
             return values
         return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
-
-
-def _step_in_block(step: Any, block: Any) -> Any:
-    """Return a step that is executed in a ``with`` block, such as autocast."""
-
-    def step_in_block(state: Any) -> Any:
-        with block:
-            return step(state)
-
-    return step_in_block

@@ -7,6 +7,7 @@ coroutines on the event loop.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from inspect import isawaitable
@@ -30,8 +31,8 @@ from fitloop._engine.loop_state import LoopState, StateWriter
 from fitloop._engine.metric_objects import computed_metrics, reset_metrics
 from fitloop._engine.optimization import Hook
 from fitloop._engine.plan import EngineDeps, PassPosition, RunPlan
-from fitloop._engine.precision import autocast_block
-from fitloop._engine.stages import Stages, default_batch_step, default_epoch_end
+from fitloop._engine.precision import in_precision
+from fitloop._engine.stages import default_batch_step, default_epoch_end, stage_functions
 from fitloop._engine.step_log import learning_rates
 from fitloop._errors import ConfigurationError, MetricError, add_note_safely, one_line, quoted_list
 from fitloop._events import (
@@ -43,7 +44,7 @@ from fitloop._events import (
     PhaseStarted,
 )
 from fitloop._metrics.batch_values import as_numbers
-from fitloop._types import Phase, Stage, StageFunction, StopReason
+from fitloop._types import Phase, Stage, StopReason
 
 PROGRESS_SECONDS = 0.1
 """shortest time between two `BatchProgress` events"""
@@ -56,7 +57,7 @@ class Engine:
         self._plan = plan
         self._deps = deps
         self._control = deps.control
-        self._stages = Stages(deps.config)
+        self._stages = stage_functions(deps.config)
         self._transfer = DeviceTransfer(deps.config.device, deps.config.dtype, cast=plan.cast)
         self.activity = "before the first epoch"
         """the current phase, epoch and batch in words, for the note on an exception"""
@@ -155,7 +156,7 @@ class Engine:
     def _epoch(self, epoch: int, epoch_in_run: int) -> None:
         deps, plan = self._deps, self._plan
         trainer = deps.config.name
-        started_at = deps.clock()
+        started_at = time.perf_counter()
         numbers: dict[str, Any] = {
             "epoch": epoch,
             "epoch_in_run": epoch_in_run,
@@ -196,7 +197,7 @@ class Engine:
                 **numbers,
                 metrics=metrics,
                 complete=complete,
-                seconds=deps.clock() - started_at,
+                seconds=time.perf_counter() - started_at,
                 learning_rates=rates,
             )
         )
@@ -210,7 +211,7 @@ class Engine:
         whose metrics would be those of another data set.
         """
         deps, plan = self._deps, self._plan
-        started_at = deps.clock()
+        started_at = time.perf_counter()
         batches = self._expected_batches(phase, loader, epoch)
         writer = StateWriter(deps.config, phase, epoch, self._control.stop, steps=deps.steps)
         state = writer.state
@@ -260,7 +261,7 @@ class Engine:
                 batch_metrics=writer.values.scalars(count) if plan.track_batch_metrics else {},
                 batches=count,
                 samples=writer.samples,
-                seconds=deps.clock() - started_at,
+                seconds=time.perf_counter() - started_at,
             )
         )
         return metrics, complete
@@ -297,7 +298,7 @@ class Engine:
         self.activity = f"{state.phase}, epoch {state.epoch_num}, computing metrics"
         computed = computed_metrics(self._deps.config.metrics)
         twice = sorted(metrics.keys() & computed.keys())
-        if twice and self._stages.get(state.phase, Stage.EPOCH_END) is not default_epoch_end:
+        if twice and self._stages[state.phase, Stage.EPOCH_END] is not default_epoch_end:
             raise MetricError(
                 f"{state.phase}_epoch_end returned {quoted_list(twice)}, which metrics= computes "
                 "too; leave it out, or give it another name"
@@ -331,11 +332,9 @@ class Engine:
         deps, control, state = self._deps, self._control, writer.state
         phase = state.phase
         wrap = deps.instrumentation.wrap
-        step = self._stages.get(phase, Stage.BATCH_STEP)
-        assert step is not None
-        step = wrap(phase, "step", step)
+        step = wrap(phase, "step", self._stages[phase, Stage.BATCH_STEP])
         await_step = wrap(phase, "step", self._await)
-        step = self._in_precision(phase, step, await_step)
+        step = in_precision(step, deps.config, phase, await_step)
         put = wrap(phase, "metrics", writer.values.put)
         fetch = wrap(phase, "wait", source.fetch)
         preparations: list[Hook] = []
@@ -348,7 +347,7 @@ class Engine:
         if deps.parallel is not None:
             fetch = deps.parallel.fetch(state, fetch)
             reactions = [deps.parallel.boundary(state), *reactions]
-        begin, end_of_batch, clock = writer.next_batch, deps.guard.end_of_batch, deps.clock
+        begin, end_of_batch, clock = writer.next_batch, deps.guard.end_of_batch, time.perf_counter
         started_at = clock()
         report_at = started_at + PROGRESS_SECONDS
         epoch = f"{phase}, epoch {state.epoch_num}"
@@ -385,27 +384,6 @@ class Engine:
                 report_at = now + PROGRESS_SECONDS
                 self._report(writer, now - started_at)
 
-    def _in_precision(
-        self, phase: Phase, step: StageFunction, await_step: Callable[[Any], Any]
-    ) -> StageFunction:
-        """Return a batch step that computes in the precision of the trainer."""
-        config = self._deps.config
-        block = autocast_block(
-            config.precision, config.device, phase, is_seeded=config.seed is not None
-        )
-        if block is None:
-            return step
-
-        def step_in_precision(state: LoopState) -> Any:
-            with block:
-                values = step(state)
-                if type(values) is not dict and isawaitable(values):
-                    # A coroutine takes the modes of this thread with it; see `LoopPortal.call`.
-                    values = await_step(values)
-                return values
-
-        return step_in_precision
-
     def _report(self, writer: StateWriter, seconds: float) -> None:
         state = writer.state
         self.activity = f"{state.phase}, epoch {state.epoch_num}, after batch {state.batch_num}"
@@ -437,7 +415,7 @@ class Engine:
 
     def _defines_all(self, phase: Phase) -> bool:
         """Return whether the user's step sets modes and gradients; the default one does not."""
-        step = self._stages.get(phase, Stage.BATCH_STEP)
+        step = self._stages[phase, Stage.BATCH_STEP]
         return self._plan.define_all and step is not default_batch_step
 
     def _set_epoch(self, phase: Phase, loader: Any, epoch: int) -> None:
@@ -468,7 +446,7 @@ class Engine:
     def _call(self, state: LoopState, stage: Stage) -> dict[str, float]:
         """Call ``epoch_start`` or ``epoch_end`` and return its metrics."""
         self.activity = f"{state.phase}, epoch {state.epoch_num}, {stage}"
-        function = self._stages.get(state.phase, stage)
+        function = self._stages[state.phase, stage]
         if function is None:
             return {}
         wrap = self._deps.instrumentation.wrap

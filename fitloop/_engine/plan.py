@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -103,4 +102,3 @@ class EngineDeps:
     """a block around each validation of a training"""
     restore_position: Callable[[], None] = lambda: None
     """restores the trainer once more in a resumed epoch, since ``epoch_start`` may change it"""
-    clock: Callable[[], float] = time.perf_counter

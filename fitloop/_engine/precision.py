@@ -6,6 +6,8 @@ precision, and casts their inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import isawaitable
 from typing import Any, Literal
 
 import torch
@@ -54,21 +56,34 @@ def make_scaler(device: torch.device) -> Any:
     return torch.amp.GradScaler(device.type)
 
 
-def autocast_block(
-    precision: Precision | None, device: torch.device, phase: Phase, *, is_seeded: bool
-) -> torch.autocast | None:
-    """Return a ``with`` block for each batch step of a phase, or None if there is no precision.
+def in_precision(
+    step: Any, config: Any, phase: Phase, await_step: Callable[[Any], Any] = lambda values: values
+) -> Any:
+    """Return a batch step that computes in the precision of a `TrainerConfig`.
 
-    It can be entered again and again. It must be left after each step: inside one block torch
-    goes on to use the casts of weights that a step has changed. Where an optimizer steps inside of
-    a block, its hooks empty the cache.
+    ``await_step`` gets what an ``async def`` step returns, and returns its values.
+
+    The block of autocast is left after each step: inside one block torch goes on to use the casts
+    of weights that a step has changed. Where an optimizer steps inside of a block, its hooks empty
+    the cache.
 
     torch keeps these casts in one cache for the whole process, which the end of any block empties,
     also of another training. A weight that is used twice in a step is then cast twice, and its
     gradient is summed in another precision. So the training of a seeded trainer, which gives the
     same bits beside others, does without the cache.
     """
-    if precision is None:
-        return None
-    is_cached = phase is not Phase.TRAIN or not is_seeded
-    return torch.autocast(device.type, DTYPES[precision], cache_enabled=is_cached)
+    if config.precision is None:
+        return step
+    is_cached = phase is not Phase.TRAIN or config.seed is None
+    dtype = DTYPES[config.precision]
+    block = torch.autocast(config.device.type, dtype, cache_enabled=is_cached)
+
+    def step_in_precision(state: Any) -> Any:
+        with block:
+            values = step(state)
+            if type(values) is not dict and isawaitable(values):
+                # A coroutine takes the modes of this thread with it; see `LoopPortal.call`.
+                values = await_step(values)
+            return values
+
+    return step_in_precision

@@ -288,15 +288,9 @@ _DEFAULTS: dict[Stage, Callable[[LoopState], Any]] = {
 }
 
 
-class Stages:
-    """The stage functions of one trainer, or their defaults."""
-
-    def __init__(self, parts: TrainerConfig) -> None:
-        self._table = {
-            (phase, stage): getattr(parts, name) or _DEFAULTS.get(stage)
-            for (phase, stage), name in STAGE_NAMES.items()
-        }
-
-    def get(self, phase: Phase, stage: Stage) -> Callable[[LoopState], Any] | None:
-        """Return the function, or None if there is neither one nor a default."""
-        return self._table[phase, stage]
+def stage_functions(config: TrainerConfig) -> dict[tuple[Phase, Stage], Any]:
+    """Return the stage functions of a trainer, or their defaults; None where there is neither."""
+    return {
+        (phase, stage): getattr(config, name) or _DEFAULTS.get(stage)
+        for (phase, stage), name in STAGE_NAMES.items()
+    }

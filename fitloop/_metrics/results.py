@@ -88,8 +88,6 @@ class EpochMetricsRecorder:
     def __init__(self) -> None:
         self._values: dict[str, dict[str, list[float]]] = {}
         self._epochs: dict[str, int] = {}
-        self.last: dict[str, dict[str, float]] = {}
-        """phase -> metrics of its last ``epoch_end``"""
 
     def export(self) -> dict[str, dict[str, list[float]]]:
         """Return a copy of all values, for `restore`."""
@@ -106,7 +104,6 @@ class EpochMetricsRecorder:
         """Add the metrics of a phase."""
         if isinstance(event, PhaseEnded):
             phase = str(event.phase)
-            self.last[phase] = dict(event.metrics)
             columns = self._values.setdefault(phase, {})
             epochs = self._epochs.get(phase, 0)
             for name, value in event.metrics.items():
