@@ -168,7 +168,7 @@ class EventStreams:
         self._backlog = Backlog(STREAM_LIMIT // 2)
         self._is_ended = False
         self.last_end: RunEnded | None = None
-        """the end of the last run of a trainer; None while a run goes on, and before the first"""
+        """the end of the last ``fit`` or ``test``; None while one goes on, and before the first"""
 
     def add_stream(self, stream: EventStream) -> None:
         """Pass the backlog, and every event from now on, to ``stream``."""
@@ -233,12 +233,10 @@ class EventBus(EventStreams):
         a list that changes in place. Events that have a call or a step keep it. Streams get the
         events of ``"fit"`` and ``"test"`` only, since other calls leave no trace.
         """
-        before, self.last_end = self.last_end, None
-        self._call, self._step_counts, self._is_streamed = (
-            call,
-            step_counts,
-            call in ("fit", "test"),
-        )
+        self._call, self._step_counts = call, step_counts
+        self._is_streamed, before = call in ("fit", "test"), self.last_end
+        if self._is_streamed:
+            self.last_end = None
         try:
             yield
         finally:

@@ -24,6 +24,7 @@ from support.models import BATCHES, batches, bits, mlp, scores, sync_trainer, tr
 from support.resumed_trainings import write_snapshots_at_once
 from torch.optim import SGD
 
+import fitloop._engine.event_bus
 import fitloop._engine.loop
 import fitloop._events
 from fitloop import (
@@ -379,6 +380,28 @@ async def test_events_when_of_a_dry_run_then_streams_are_not_told() -> None:
         await fitted.find_lr(steps=3)
         await fitted.fit(1, **QUIET)
         assert {event.call async for event in events} == {"fit"}
+
+
+async def test_events_when_opened_during_a_dry_run_then_give_the_end_of_the_last_run(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitloop._engine.event_bus, "LATE_READER_SECONDS", 0.0)
+    gates: list[Gate] = []
+
+    def wait(_trainer: FitLoop) -> None:
+        for gate in gates:
+            gate.wait_in_thread()
+
+    fitted = trainer(preloop=wait)
+    await fitted.fit(1, **QUIET)
+    with Gate() as gate, anyio.fail_after(HANG_TIMEOUT):
+        gates.append(gate)
+        async with anyio.create_task_group() as group:
+            group.start_soon(fitted.run_sanity_check)
+            await gate.reached.wait()
+            async with fitted.events() as events:
+                assert [event.kind async for event in events] == ["run_ended"]
+            gate.open()
 
 
 def test_backlog_when_a_run_is_long_then_its_start_stays() -> None:
