@@ -262,10 +262,9 @@ def default_epoch_end(state: LoopState) -> dict[str, float]:
     Raises MetricError for an accuracy above 1, and ConfigurationError if the size of a batch is not
     known.
     """
-    arrays = state._values.columns()
-    if not arrays:
+    columns: Columns = state._values.columns()
+    if not columns:
         return {}
-    columns: Columns = {name: (v.tolist(), b.tolist()) for name, (v, b) in arrays.items()}
     if state.is_train and state.nonfinite == "skip":
         columns = without_skipped(columns)
     means = Means()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,7 +132,7 @@ class BatchValues:
                 self._append_number(name, value)
         if on_device is not None:
             for name, _value in on_device:
-                self._check_kind(name, self._tensors)
+                self._refuse_mixed(name, self._tensors)
             self._device.put(on_device, batch_num)
             for name, _value in on_device:
                 self._append.pop(name, None)  # a number must wait for those on the device
@@ -158,7 +158,7 @@ class BatchValues:
         """Add a number with all checks, which the fast path in `put` omits."""
         if name not in self._numbers:
             _check_name(name, self._phase, Stage.BATCH_STEP)
-            self._check_kind(name, self._tensors)
+            self._refuse_mixed(name, self._tensors)
         if isinstance(value, np.ndarray):
             if value.size != 1:
                 raise MetricError(
@@ -177,41 +177,36 @@ class BatchValues:
     def _put_tensor(self, name: str, value: Tensor) -> None:
         if name not in self._tensors:
             _check_name(name, self._phase, Stage.BATCH_STEP)
-            self._check_kind(name, self._numbers)
-            if name in self._device.names:
-                self._raise_mixed(name)
+            self._refuse_mixed(name, {*self._numbers, *self._device.names})
             self._tensors[name] = []
             self._num_names = -1
         # A copy, since the step may reuse the tensor.
         self._tensors[name].append(value.detach().clone())
 
-    def _check_kind(self, name: str, other_kind: Mapping[str, object]) -> None:
+    def _refuse_mixed(self, name: str, other_kind: Container[str]) -> None:
         if name in other_kind:
-            self._raise_mixed(name)
-
-    def _raise_mixed(self, name: str) -> None:
-        raise MetricError(
-            f"{self._phase} batch_step returned {name!r} as a number in one batch and as a tensor "
-            "with dimensions in another; expected one kind throughout"
-        )
+            raise MetricError(
+                f"{self._phase} batch_step returned {name!r} as a number in one batch and as a "
+                "tensor with dimensions in another; expected one kind throughout"
+            )
 
     def names(self) -> list[str]:
         """Return all names, scalars first."""
         self._device.drain()
         return [*self._numbers, *self._tensors]
 
-    def columns(self) -> dict[str, tuple[Any, Any]]:
-        """Return the values of each number, and the indices of their batches, as two arrays.
+    def columns(self) -> dict[str, tuple[Sequence[float], Sequence[int]]]:
+        """Return the values of each number, and the indices of their batches.
 
         A name whose tensors all have one element is a number. Waits for values on a device.
         """
         self._device.drain()
-        numbers = {name: np.array(column) for name, column in self._numbers.items()}
+        numbers: dict[str, Sequence[float]] = {**self._numbers}
         for name, tensors in self._tensors.items():
             if all(tensor.numel() == 1 for tensor in tensors):
-                numbers[name] = np.array([float(tensor) for tensor in tensors])
+                numbers[name] = [float(tensor) for tensor in tensors]
         return {
-            name: (values, np.asarray(self._batch_nums.get(name, range(1, len(values) + 1))) - 1)
+            name: (values, [n - 1 for n in self._batch_nums.get(name, range(1, len(values) + 1))])
             for name, values in numbers.items()
         }
 

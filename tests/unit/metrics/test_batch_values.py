@@ -135,7 +135,7 @@ def test_columns_when_all_tensors_have_one_element_then_they_are_numbers() -> No
         {"norm": torch.full((1,), 3.0), "pred": torch.ones(2, 1)},
     )
     assert isinstance(values["norm"], list)
-    assert {name: column.tolist() for name, (column, _) in values.columns().items()} == {
+    assert {name: list(column) for name, (column, _) in values.columns().items()} == {
         "norm": [1.0, 3.0]
     }
     assert {name: column.tolist() for name, column in values.scalars(2).items()} == {
@@ -329,8 +329,8 @@ def test_put_when_floats_and_device_values_are_mixed_then_order_is_kept(
         if look and number % 7 == 0:
             assert set(values.names()) == set(expected)
     columns = values.columns()
-    assert {name: column.tolist() for name, (column, _batches) in columns.items()} == expected
-    assert all(column.tolist() == batches.tolist() for column, batches in columns.values())
+    assert {name: list(column) for name, (column, _batches) in columns.items()} == expected
+    assert all(list(column) == list(batches) for column, batches in columns.values())
     for name, column in values.scalars(len(plan * repeat)).items():
         assert [number for number in column if not math.isnan(number)] == expected[name]
 
