@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from operator import attrgetter, index
@@ -195,8 +194,7 @@ class LoopState(GivenArguments):
         Raises ConfigurationError if the size of a batch is not known, as `batch_size` does.
         """
         self._sizes.check(self._phase)
-        sizes: list[int] = self._sizes.all(self.batch_num).tolist()
-        return sizes
+        return self._sizes.between(0, self.batch_num)
 
     @property
     def epoch_num(self) -> int:
@@ -484,8 +482,8 @@ class StateWriter:
 
     def export(self) -> dict[str, Any]:
         """Return everything that was collected, for `restore`."""
-        sizes = self.state._sizes.all(self.state.batch_num)
-        return {"sizes": sizes, "values": self.values.export()}
+        sizes = self.state._sizes.between(0, self.state.batch_num)
+        return {"sizes": np.array(sizes, np.int64), "values": self.values.export()}
 
     def restore(self, exported: Any) -> None:
         """Continue after the batches of ``exported``."""
@@ -496,13 +494,15 @@ class StateWriter:
 
 
 class _BatchSizes:
-    """The sizes of the batches of a phase, stored as changes, since most are equal."""
+    """The size of each batch of a phase. One is noted where it changes, since most are equal."""
 
-    __slots__ = ("_batch_nums", "_samples_before", "_sizes", "problem")
+    __slots__ = ("_samples", "_size", "_sizes", "_unknown", "problem")
 
     def __init__(self) -> None:
-        # For each change: the first batch of the new size, that size, and the samples before it.
-        self._batch_nums, self._sizes, self._samples_before = array("q"), array("q"), array("q")
+        self._sizes, self._size = array("q"), 0
+        """the sizes of the batches before the last change, and of all later ones"""
+        self._samples = self._unknown = 0
+        """samples in the batches before the last change, and those of unknown size among these"""
         self.problem = (0, "")
         """number of the last batch of unknown size, and the reason"""
 
@@ -518,19 +518,16 @@ class _BatchSizes:
 
     def change(self, batch_num: int, size: int) -> None:
         """Set the size of a batch, the present one or the next, and of all later ones."""
-        if self._batch_nums and self._batch_nums[-1] == batch_num:
-            for column in (self._batch_nums, self._sizes, self._samples_before):
-                column.pop()
-        if self._sizes and self._sizes[-1] == size:
-            return
-        self._samples_before.append(self.samples(batch_num - 1))
-        self._batch_nums.append(batch_num)
-        self._sizes.append(size)
+        count = batch_num - 1 - len(self._sizes)
+        self._sizes.extend([self._size] * count)
+        self._samples += self._size * count
+        self._unknown += count if self._size < 0 else 0
+        self._size = size
 
     @property
     def are_known(self) -> bool:
         """Whether the size of every batch is known."""
-        return UNKNOWN not in self._sizes
+        return self._size >= 0 and not self._unknown
 
     def check(self, phase: Phase) -> None:
         """Raise ConfigurationError if the size of a batch is not known."""
@@ -546,25 +543,12 @@ class _BatchSizes:
 
     def samples(self, batches: int) -> int:
         """Return the samples in the first ``batches`` batches; not before the last change."""
-        if not self._sizes:
-            return 0
-        return self._samples_before[-1] + self._sizes[-1] * (batches + 1 - self._batch_nums[-1])
-
-    def all(self, batches: int) -> Any:
-        """Return an array with the size of each of the first ``batches`` batches."""
-        lengths = np.diff(np.array([*self._batch_nums, batches + 1]))
-        return np.repeat(np.array(self._sizes, np.int64), lengths)
+        return self._samples + self._size * (batches - len(self._sizes))
 
     def between(self, first: int, last: int) -> list[int]:
         """Return the sizes of the batches after number ``first`` to ``last``."""
-        sizes: list[int] = []
-        change = bisect_right(self._batch_nums, first + 1)
-        while first < last:
-            end = last if change == len(self._batch_nums) else self._batch_nums[change] - 1
-            end = min(end, last)
-            sizes += [self._sizes[change - 1]] * (end - first)
-            first, change = end, change + 1
-        return sizes
+        sizes = self._sizes[first:last].tolist()
+        return sizes + [self._size] * (last - first - len(sizes))
 
 
 def _checked_size(size: Any, origin: str) -> int:
