@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +28,6 @@ from fitloop._engine.stages import stage_functions
 from fitloop._errors import UnknownMetricError
 from fitloop._run.session import RunSession
 from fitloop._types import Phase, Stage
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class PassTimer(Instrumentation):
@@ -86,7 +84,7 @@ class PassTimer(Instrumentation):
         step = (self._end_time - self._first_step_end - self._later_waits) / later
         return FirstEstimate(self._later_waits / later, step, timing.startup, buffered)
 
-    def wrap(self, phase: Phase, name: str, function: F) -> F:
+    def wrap(self, phase: Phase, name: str, function: Any) -> Any:
         """Return ``function``, timed if it fetches batches."""
         if name != "wait":
             return function
@@ -101,7 +99,7 @@ class PassTimer(Instrumentation):
                 add(fetched_at, clock())
             return batch
 
-        return timed  # type: ignore[return-value]
+        return timed
 
     def read_wrapper(self, phase: Phase) -> None:
         """Record that the engine opens the loader."""

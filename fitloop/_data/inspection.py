@@ -98,16 +98,17 @@ def loader_label(phase: Phase, loader: object) -> str:
     return f"{phase}_dl ({type(loader).__name__})"
 
 
-def length_of(loader: object) -> int | None:
-    """Return the number of batches, or None if the loader has no length.
+def length_of(loader: object, most: int | None = None) -> int | None:
+    """Return the number of batches, at most ``most``, or None if the loader has no length.
 
     Any error counts as no length: a DataLoader over an IterableDataset raises TypeError, others
     raise what they like, and `len` itself raises for a length of 2**63 or more.
     """
     try:
-        return len(loader)  # type: ignore[arg-type]
+        length = len(loader)  # type: ignore[arg-type]
     except Exception:
         return None
+    return length if most is None else min(length, most)
 
 
 ORDER_FACTS = frozenset(("batches", "batch_size", "samples", "sampler"))
@@ -149,13 +150,12 @@ def sample_counts(loader: object, steps: int | None) -> tuple[int | None, int | 
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return None, None
-    batches, samples = length_of(loader), length_of(loader.sampler)
+    batches, samples = length_of(loader, steps), length_of(loader.sampler)
     if hasattr(loader, GIVEN_SAMPLER):
         samples = loader.batch_sampler.samples  # type: ignore[union-attr]
     if batches is None or samples is None:
         return None, None
-    limit = batches if steps is None else min(steps, batches)
-    return min(samples, limit * loader.batch_size), loader.batch_size
+    return min(samples, batches * loader.batch_size), loader.batch_size
 
 
 def uses_rng_only_at_start(loader: object) -> bool:

@@ -268,7 +268,7 @@ class Engine:
 
     def _expected_batches(self, phase: Phase, loader: Any, epoch: int) -> int | None:
         """Return the batches of a pass; None if they are not known. Several ranks compare them."""
-        batches, parallel = _at_most(length_of(loader), self._plan.steps), self._deps.parallel
+        batches, parallel = length_of(loader, self._plan.steps), self._deps.parallel
         if parallel is None:
             return batches
         self.activity = f"{phase}, epoch {epoch}, comparing the ranks"
@@ -478,9 +478,3 @@ class Engine:
     def _check_cancelled(self) -> None:
         if self._control.cancelled:
             raise Cancelled
-
-
-def _at_most(count: int | None, limit: int | None) -> int | None:
-    if count is None or limit is None:
-        return count
-    return min(count, limit)

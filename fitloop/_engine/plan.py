@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.supervisor import LoopPortal
@@ -19,8 +19,6 @@ from fitloop._engine.step_log import StepLog
 from fitloop._events import Event
 from fitloop._rng.guard import RngGuard
 from fitloop._types import Phase
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ class PassPosition:
 class Instrumentation:
     """Wraps the calls of the engine, to time them for example. This base class wraps nothing."""
 
-    def wrap(self, phase: Phase, name: str, function: F) -> F:
+    def wrap(self, phase: Phase, name: str, function: Any) -> Any:
         """Return ``function``, or a function that calls it; at the beginning of each pass."""
         return function
 

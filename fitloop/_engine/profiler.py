@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -22,8 +22,6 @@ from fitloop._events import Event, PhaseEnded
 from fitloop._format import Table, format_seconds
 from fitloop._public import public
 from fitloop._types import Phase
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 PARTS = ("epoch_start", "load", "wait", "step", "metrics", "epoch_end")
 """timed parts of a phase; ``load`` overlaps the others if batches are loaded ahead"""
@@ -59,7 +57,7 @@ class SpanRecorder(Instrumentation):
         self._phases: dict[Phase, list[PhaseEnded]] = defaultdict(list)
         self.spans: list[Span] = []
 
-    def wrap(self, phase: Phase, name: str, function: F) -> F:
+    def wrap(self, phase: Phase, name: str, function: Any) -> Any:
         """Return ``function`` with its calls timed under ``name``."""
         clock, spans = self._clock, self.spans
         synchronizes = name in ("step", "epoch_end") and self._device.type not in ("cpu", "meta")
@@ -75,7 +73,7 @@ class SpanRecorder(Instrumentation):
                 thread = threading.current_thread().name
                 spans.append(Span(phase, name, start, clock() - start, thread))
 
-        return timed  # type: ignore[return-value]
+        return timed
 
     def read_wrapper(self, phase: Phase) -> Callable[[Any], Any]:
         """Return a wrapper that times the reading of a batch."""
@@ -173,10 +171,7 @@ class ProfileReport:
         return "The steps are fed well: a faster model or device would help."
 
     def __str__(self) -> str:
-        return f"{self._table().text()}\n{self._verdict()}"
-
-    def _verdict(self) -> str:
-        return f"bottleneck: {self.bottleneck}. {self.advice()}"
+        return f"{self._table().text()}\nbottleneck: {self.bottleneck}. {self.advice()}"
 
     def _table(self) -> Table:
         rows = []

@@ -35,27 +35,19 @@ def wrapped(config: Any, world: World) -> DistributedDataParallel | None:
     """
     model, parallel, device = config.called_model, config.parallel, config.device
     _check_inside(config)
+    trained = {name: p for name, p in config.model.named_parameters() if p.requires_grad}
+    wrapper: Any = model
     if is_sharded(config.model):
         if parallel == "ddp":
             raise ConfigurationError(
                 "parallel is 'ddp', and fully_shard was called for the model; give parallel='fsdp'"
             )
-        config.check_sharding()
-        check_shards(config, world)
-        return None
-    if parallel == "fsdp":
+    elif parallel == "fsdp":
         shard(config, world)
-        check_shards(config, world)
-        return None
-    trained = {name: p for name, p in config.model.named_parameters() if p.requires_grad}
-    wrapper: Any
-    if callable(parallel):
+    elif callable(parallel):
         wrapper = shard_with(config, world, parallel)
-        if wrapper is model and is_sharded(model):
-            config.check_sharding()
-            check_shards(config, world)
-            return None
-        if not isinstance(wrapper, DistributedDataParallel) or wrapper.module is not model:
+        is_wrapped = isinstance(wrapper, DistributedDataParallel) and wrapper.module is model
+        if not is_wrapped and not (wrapper is model and is_sharded(model)):
             raise ConfigurationError(
                 f"the function parallel= returned a {type(wrapper).__name__}; expected a torch "
                 "DistributedDataParallel of the model that it was called with, or this model "
@@ -64,6 +56,10 @@ def wrapped(config: Any, world: World) -> DistributedDataParallel | None:
     else:
         ids = None if device.type == "cpu" else [device]
         wrapper = DistributedDataParallel(model, device_ids=ids)
+    if is_sharded(config.model):
+        config.check_sharding()
+        check_shards(config, world)
+        return None
     wrapper.fitloop_trained = trained
     return wrapper  # type: ignore[no-any-return]
 

@@ -101,9 +101,7 @@ async def launch(
 
 def _warn_of_short_epoch(state: TrainerState, plan: RunPlan) -> None:
     """Warn of a fit whose epochs have fewer batches than one optimizer step."""
-    batches, accumulate = length_of(plan.phases[0][1]), state.config.accumulate
-    if batches is not None and plan.steps is not None:
-        batches = min(batches, plan.steps)
+    batches, accumulate = length_of(plan.phases[0][1], plan.steps), state.config.accumulate
     if plan.call == "fit" and batches and batches < accumulate:
         warn_user(
             f"accumulate is {accumulate}, and an epoch has {batches} batches: each optimizer step "

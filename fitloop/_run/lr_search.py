@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from fitloop._types import Phase
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-F = TypeVar("F", bound=Callable[..., Any])
 Array = npt.NDArray[np.float64]
 
 SMOOTHING = 0.9
@@ -87,7 +86,7 @@ class LRSearch(Instrumentation):
         self._has_loss = False
         self._state: LoopState | None = None
 
-    def wrap(self, phase: Phase, name: str, function: F) -> F:
+    def wrap(self, phase: Phase, name: str, function: Any) -> Any:
         """Return a batch step that sets the rate before it, and takes the loss after it."""
         if name != "step":
             return function
@@ -100,7 +99,7 @@ class LRSearch(Instrumentation):
                 self._end_batch(values)
             return values
 
-        return step  # type: ignore[return-value]
+        return step
 
     def curve(self) -> LRCurve:
         """Return the result of the search."""

@@ -38,7 +38,7 @@ def checked_modes(call: str, *, trains: bool) -> Iterator[None]:
         yield
         return
     run = threading.get_ident(), modes
-    if any(_may_be_leaked(run, other) for other in _runs):
+    if any(run[0] == thread and _blocks(modes) == _blocks(other) for thread, other in _runs):
         warn_user(
             f"{call}() was called while a mode of torch is open that holds around another run on "
             "this event loop too. torch keeps modes for each thread, so a `with` block around an "
@@ -72,7 +72,3 @@ def _blocks(modes: TorchState) -> tuple[object, ...]:
 
 def _are_open(modes: TorchState) -> bool:
     return any(_blocks(modes))
-
-
-def _may_be_leaked(run: tuple[int, TorchState], other: tuple[int, TorchState]) -> bool:
-    return run[0] == other[0] and _blocks(run[1]) == _blocks(other[1])

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import anyio
 
@@ -29,7 +29,6 @@ from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
-F = TypeVar("F", bound=Callable[..., Any])
 Launch = Callable[[Callable[[RunContext], "PredictionRun"]], Awaitable[object]]
 
 
@@ -139,12 +138,12 @@ class PredictionRun(Instrumentation):
         self._engine = self._session.engine(config=config, instrumentation=self)
         self._release_parameters: Callable[[], object] = lambda: None
 
-    def wrap(self, phase: Phase, name: str, function: F) -> F:
+    def wrap(self, phase: Phase, name: str, function: Any) -> Any:
         """Return a function that hands over what the step returned, instead of recording it."""
         if name != "metrics":
             return function
         put, wait = self._channel.put, self._session.guard.wait
-        return lambda output, _batch: wait(partial(put, output))  # type: ignore[return-value]
+        return lambda output, _batch: wait(partial(put, output))
 
     def execute(self) -> None:
         """Read the loader and compute the outputs."""

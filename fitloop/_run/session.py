@@ -91,18 +91,20 @@ class RunSession:
         """words before the position in the note on an exception, e.g. for a part of a benchmark"""
         self.on_restore: list[Callable[[], object]] = []
         """functions that `restore` calls after everything else"""
-        self._sets_threads = False
         with ExitStack() as stack:
-            stack.callback(self._reset_threads)
-            self.num_threads = state.num_threads = num_threads or context.num_threads
-            self._sets_threads = intra_op_threads.enter(self.num_threads)
+            state.num_threads = num_threads or context.num_threads
+            if intra_op_threads.enter(state.num_threads):
+                stack.callback(intra_op_threads.leave)
             state.move_to_device()  # on the thread's own CUDA stream, which other runs use too
             self._cuda_stream = NullStreamScope()
             if context.own_cuda_stream and config.device.type == "cuda":
                 self._cuda_stream = CudaStreamScope(config.device)
             self._cuda_stream.enter()
             stack.callback(self._cuda_stream.leave)
-            self._wrap_model(stack)
+            if context.parallel is not None:
+                stack.callback(context.parallel.end)
+                if context.schedulers is not None:
+                    context.parallel.wrap()
             self._modes = [(module, module.training) for module in config.model.modules()]
             self._is_dry = dry
             if rng is None:
@@ -144,14 +146,6 @@ class RunSession:
             self.close: Callable[[], None] = stack.pop_all().close
             """leaves the CUDA stream, and releases intra-op threads and time slice"""
 
-    def _wrap_model(self, stack: ExitStack) -> None:
-        """Let the model exchange gradients with other ranks, until ``stack`` is closed."""
-        parallel = self.context.parallel
-        if parallel is not None:
-            stack.callback(parallel.end)
-        if parallel is not None and self.context.schedulers is not None:
-            parallel.wrap()
-
     def step_per_batch(self) -> Callable[[], None] | None:
         """Return the function that steps the schedulers of interval ``"batch"``; None if none.
 
@@ -185,11 +179,6 @@ class RunSession:
             name, position = self.context.state.config.name, self._engine.activity
             add_note_safely(error, f"in trainer {name!r}: {self.activity}{position}")
             raise
-
-    def _reset_threads(self) -> None:
-        if self._sets_threads:
-            intra_op_threads.leave()
-        self._sets_threads = False
 
     def restore_training(self) -> None:
         """Return to the state of the training that a dry run began with."""

@@ -22,9 +22,8 @@ def planned_steps(loader: Any, epochs: int, steps: int | None, accumulate: int) 
 
     ``steps`` is the largest number of batches in an epoch, and the number if there is no length.
     """
-    batches = length_of(loader)
-    if steps is not None:
-        batches = steps if batches is None else min(batches, steps)
+    batches = length_of(loader, steps)
+    batches = steps if batches is None else batches
     return None if batches is None else epochs * math.ceil(batches / accumulate)
 
 
