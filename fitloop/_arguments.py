@@ -115,6 +115,17 @@ def _name_as_users_do(function: Callable[..., Any]) -> None:
     function.__qualname__ = function.__qualname__.replace("TrainerBase", "FitLoop")
 
 
+def expect(fits: object, name: str, value: object, expected: str) -> None:
+    """Raise ConfigurationError, with the name and the value of an argument, unless it fits."""
+    if not fits:
+        raise ConfigurationError(f"{name} is {value!r:.80}; expected {expected}")
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a number of Python: True and False count as none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def absolute_path(name: str, value: Any, expected: str = "a path") -> Path:
     """Return a path that stays the same when the program changes its working directory.
 

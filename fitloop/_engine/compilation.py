@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fitloop._arguments import expect
 from fitloop._data.inspection import sample_counts
 from fitloop._errors import CompileWarning, ConfigurationError, one_line, warn_user
 from fitloop._types import Phase
@@ -36,11 +37,9 @@ def check_compile(value: object, model: object) -> dict[str, Any] | None:
     """
     if value is False:
         return None
-    if value is not True and not isinstance(value, Mapping):
-        raise ConfigurationError(
-            f"compile is {value!r:.80}; expected True, False, or a dict of arguments of "
-            "torch.compile, such as {'mode': 'reduce-overhead'}"
-        )
+    expected = "True, False, or a dict of arguments of torch.compile, such as "
+    expected += "{'mode': 'reduce-overhead'}"
+    expect(value is True or isinstance(value, Mapping), "compile", value, expected)
     options = {} if value is True else dict(value)
     try:
         inspect.signature(torch.compile).bind(nn.Module(), **options)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fitloop._arguments import absolute_path
+from fitloop._arguments import absolute_path, expect, is_number
 from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_function
 from fitloop._data.inspection import check_loader
 from fitloop._data.loaders import Loading, LoadingOptions
@@ -73,11 +73,6 @@ def as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _expect(fits: bool, name: str, value: object, expected: str) -> None:
-    if not fits:
-        raise ConfigurationError(f"{name} is {value!r:.80}; expected {expected}")
 
 
 def check_callable(name: str, function: object, argument: str, *, arguments: int = 1) -> None:
@@ -159,31 +154,27 @@ def check_optional(
 
 def check_flag(name: str, value: object) -> bool:
     """Return True or False, also for 1, 0 and numpy's, or raise ConfigurationError."""
-    if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
-        raise ConfigurationError(f"{name} is {value!r:.80}; expected True or False")
+    is_flag = isinstance(value, (bool, int, np.bool_)) and value in (0, 1)
+    expect(is_flag, name, value, "True or False")
     return bool(value)
 
 
-def check_seconds(name: str, value: object) -> float | None:
+def check_seconds(name: str, value: Any) -> float | None:
     """Return None, or ``value`` as seconds above 0, or raise ConfigurationError."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ConfigurationError(f"{name} is {value!r}; expected seconds above 0, or None")
-    return float(value)
+    fits = value is None or (is_number(value) and value > 0)
+    expect(fits, name, value, "seconds above 0, or None")
+    return None if value is None else float(value)
 
 
-def check_callbacks(callbacks: object) -> tuple[Callable[[Any], object], ...]:
+def check_callbacks(callbacks: Any) -> tuple[Callable[[Any], object], ...]:
     """Return callbacks as a tuple.
 
     Raises:
         ConfigurationError: ``callbacks`` is no list or tuple.
         StageSignatureError: a callback cannot be called with an event.
     """
-    if not isinstance(callbacks, (list, tuple)):
-        raise ConfigurationError(
-            f"callbacks is {callbacks!r}; expected a list of functions that take an event"
-        )
+    is_list = isinstance(callbacks, (list, tuple))
+    expect(is_list, "callbacks", callbacks, "a list of functions that take an event")
     for number, callback in enumerate(callbacks):
         check_callable(f"callbacks[{number}]", callback, "the event")
     return tuple(callbacks)
@@ -344,11 +335,9 @@ class TrainerConfig(GivenArguments):
         return cls(**{**arguments, **checked})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, nn.Module):
-            raise ConfigurationError(
-                f"model is {self.model!r:.80}; expected a torch.nn.Module"
-                + (", an instance of the class" if isinstance(self.model, type) else "")
-            )
+        instance = ", an instance of the class" if isinstance(self.model, type) else ""
+        is_module = isinstance(self.model, nn.Module)
+        expect(is_module, "model", self.model, f"a torch.nn.Module{instance}")
         loss = self.loss_function
         if loss is not None and (not callable(loss) or isinstance(loss, type)):
             raise StageSignatureError(
@@ -409,7 +398,7 @@ class TrainerConfig(GivenArguments):
             )
         for optimizer in self.optimizers:
             has_groups = isinstance(getattr(optimizer, "param_groups", None), list)
-            _expect(has_groups, "optimizer", optimizer, "a torch optimizer or a list of them")
+            expect(has_groups, "optimizer", optimizer, "a torch optimizer or a list of them")
             self._check_closure(optimizer)
         self.check_parameters()
 
@@ -508,7 +497,7 @@ class TrainerConfig(GivenArguments):
                 self.check_scheduler(scheduler)
         for interval in intervals:
             expected = "'step', 'batch', 'epoch' or 'valid'"
-            _expect(interval in INTERVALS, "scheduler_interval", interval, expected)
+            expect(interval in INTERVALS, "scheduler_interval", interval, expected)
         if intervals and not schedulers:
             raise ConfigurationError(
                 f"scheduler_interval is {self.scheduler_interval!r} and there is no lr_scheduler; "
@@ -534,7 +523,7 @@ class TrainerConfig(GivenArguments):
                 "trainer's; build it from the one that is given as optimizer="
             )
         has_step = callable(getattr(scheduler, "step", None))
-        _expect(
+        expect(
             has_step and not isinstance(scheduler, type),
             "lr_scheduler",
             scheduler,
@@ -543,7 +532,7 @@ class TrainerConfig(GivenArguments):
         )
 
     def _check_values(self) -> None:
-        _expect(
+        expect(
             self.criteria is None or isinstance(self.criteria, str),
             "criteria",
             self.criteria,
@@ -551,34 +540,34 @@ class TrainerConfig(GivenArguments):
         )
         choices = ("raise", "skip", "ignore")
         expected = "'raise', 'skip' or 'ignore'"
-        _expect(self.nonfinite in choices, "nonfinite", self.nonfinite, expected)
+        expect(self.nonfinite in choices, "nonfinite", self.nonfinite, expected)
         self._check_clipping()
         direction, dtype, grace = self.criteria_direction, self.dtype, self.loader_grace
         is_direction = not isinstance(direction, bool) and direction in (1, -1)
         expected = "1 (more is better) or -1 (less is better)"
-        _expect(is_direction, "criteria_direction", direction, expected)
-        _expect(self.seed is None or self.seed < 2**64, "seed", self.seed, "less than 2**64")
+        expect(is_direction, "criteria_direction", direction, expected)
+        expect(self.seed is None or self.seed < 2**64, "seed", self.seed, "less than 2**64")
         is_choice = self.loader_randomness in ("global", "own")
-        _expect(is_choice, "loader_randomness", self.loader_randomness, "'global' or 'own'")
+        expect(is_choice, "loader_randomness", self.loader_randomness, "'global' or 'own'")
         self._check_loading()
         is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        _expect(is_float, "dtype", dtype, "a floating torch.dtype such as torch.float32")
+        expect(is_float, "dtype", dtype, "a floating torch.dtype such as torch.float32")
         for key, name in {"best_model_name": self.best_model_name, "name": self.name}.items():
-            _expect(isinstance(name, str) and name != "", key, name, "a name")
+            expect(isinstance(name, str) and name != "", key, name, "a name")
         scaler = {} if self.scaler is None else {"scaler": self.scaler}
         for name, item in {**scaler, **self.stateful}.items():
             has_state = hasattr(item, "state_dict") and hasattr(item, "load_state_dict")
             fits = has_state and not isinstance(item, type)
-            _expect(fits, name, item, "an object with state_dict() and load_state_dict()")
+            expect(fits, name, item, "an object with state_dict() and load_state_dict()")
         if scaler and "scaler" in self.stateful:
             raise ConfigurationError("scaler is given twice: as scaler= and in stateful=")
-        is_number = isinstance(grace, (int, float)) and not isinstance(grace, bool)
-        _expect(is_number and grace >= 0, "loader_grace", grace, "seconds, 0 or more")
+        fits = is_number(grace) and grace >= 0
+        expect(fits, "loader_grace", grace, "seconds, 0 or more")
 
     def _check_loading(self) -> None:
         loading, prefetch = self.loading, self.prefetch
         is_choice = loading in (None, "thread", "process", "inline")
-        _expect(is_choice, "loading", loading, "'thread', 'process', 'inline' or None")
+        expect(is_choice, "loading", loading, "'thread', 'process', 'inline' or None")
         if (
             loading is not None
             and prefetch is not None
@@ -596,11 +585,10 @@ class TrainerConfig(GivenArguments):
         clip = self.clip_grad
         if clip is None:
             return
-        is_number = isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0
         expected = "a norm above 0, or a function that clips the gradients of parameters"
-        is_function = callable(clip) and not isinstance(clip, type)
-        _expect(is_number or is_function, "clip_grad", clip, expected)
-        if is_function:
+        if not callable(clip) or isinstance(clip, type):
+            expect(is_number(clip) and clip > 0, "clip_grad", clip, expected)  # type: ignore[operator]
+        else:
             check_callable("clip_grad", clip, "the list of the parameters of an optimizer")
             check_plain("clip_grad", clip)
 
@@ -686,7 +674,7 @@ def _first(*values: Any) -> Any:
 
 def _check_stateful(stateful: Any) -> dict[str, Any]:
     fits = stateful is None or isinstance(stateful, Mapping)
-    _expect(fits, "stateful", stateful, "objects by name, as a dict")
+    expect(fits, "stateful", stateful, "objects by name, as a dict")
     return {str(name): item for name, item in (stateful or {}).items()}
 
 

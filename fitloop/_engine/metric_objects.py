@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fitloop._arguments import expect
 from fitloop._errors import ConfigurationError, MetricError, add_note_safely
 
 METHODS = ("update", "compute", "reset")
@@ -24,12 +25,10 @@ def check_metrics(metrics: Any) -> dict[str, Any]:
     if metrics is None:
         return {}
     items = getattr(metrics, "items", None)
-    if not callable(items) or isinstance(metrics, type):
-        raise ConfigurationError(
-            f"metrics is {metrics!r:.80}; expected metric objects by name, as a dict"
-        )
+    fits = callable(items) and not isinstance(metrics, type)
+    expect(fits, "metrics", metrics, "metric objects by name, as a dict")
     checked = {}
-    for name, metric in items():
+    for name, metric in metrics.items():
         missing = [method for method in METHODS if not callable(getattr(metric, method, None))]
         if not isinstance(name, str) or missing or isinstance(metric, type):
             raise ConfigurationError(

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fitloop._arguments import is_number
 from fitloop._concurrency.control import RunControl
 from fitloop._engine.config import TrainerConfig, needs_closure
 from fitloop._engine.gradients import GradientGuard, gradients_of, has_gradients, parameters_of
@@ -568,7 +569,7 @@ def _checked_weight(weight: Any) -> Any:
     value = weight.item() if isinstance(weight, Tensor) and weight.is_cpu else weight
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ConfigurationError(
             f"the weight of state.optimize() is {weight!r:.80}; expected a number above 0, such as "
             "the samples or tokens that the loss is a mean of. Do not call it for a batch that has "

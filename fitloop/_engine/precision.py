@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from fitloop._arguments import expect
 from fitloop._errors import ConfigurationError
 from fitloop._types import Phase
 
@@ -30,8 +31,7 @@ def check_precision(
     """
     if precision is None:
         return None
-    if precision not in DTYPES:
-        raise ConfigurationError(f"precision is {precision!r}; expected 'bf16', 'fp16' or None")
+    expect(precision in DTYPES, "precision", precision, "'bf16', 'fp16' or None")
     if dtype != torch.float32:
         name = str(dtype).removeprefix("torch.")
         raise ConfigurationError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fitloop._arguments import expect
 from fitloop._engine.sharding import check_shards, is_sharded, shard, shard_with
 from fitloop._errors import ConfigurationError
 from fitloop._ranks.world import World
@@ -18,12 +19,13 @@ Parallel = Literal["ddp", "fsdp"] | Callable[[nn.Module], nn.Module] | None
 def check_parallel(value: object) -> Any:
     """Return the checked argument ``parallel``; raise ConfigurationError for another value."""
     is_function = callable(value) and not isinstance(value, type)
-    if value is not None and value not in ("ddp", "fsdp") and not is_function:
-        raise ConfigurationError(
-            f"parallel is {value!r:.80}; expected None, 'ddp', 'fsdp', or a function of the model "
-            "that returns it in a torch DistributedDataParallel, or calls fully_shard and returns "
-            "it"
-        )
+    expect(
+        value is None or value in ("ddp", "fsdp") or is_function,
+        "parallel",
+        value,
+        "None, 'ddp', 'fsdp', or a function of the model that returns it in a torch "
+        "DistributedDataParallel, or calls fully_shard and returns it",
+    )
     return value
 
 

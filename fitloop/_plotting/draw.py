@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fitloop._arguments import expect
 from fitloop._errors import ConfigurationError, UnknownMetricError
 from fitloop._plotting.downsampling import MAX_POINTS, downsample, running_mean, window_size
 from fitloop._plotting.selection import (
@@ -348,12 +349,11 @@ def plot_selections(
     """
     if not selections:
         raise ConfigurationError("there is nothing to compare; expected at least one history")
-    if "label" in kwargs:
-        raise ConfigurationError(
-            f"label is {kwargs['label']!r}; expected none: what is compared is labelled by its name"
-        )
-    if phase not in (None, Phase.TRAIN, Phase.VALID):
-        raise ConfigurationError(f"phase is {phase!r}; expected 'train', 'valid', or None for both")
+    label = kwargs.get("label")
+    expected = "none: what is compared is labelled by its name"
+    expect("label" not in kwargs, "label", label, expected)
+    fits = phase in (None, Phase.TRAIN, Phase.VALID)
+    expect(fits, "phase", phase, "'train', 'valid', or None for both")
     only = None if phase is None else Phase(phase)
     stage, curves = select_common(selections, name, only)
     ax = _current(ax)

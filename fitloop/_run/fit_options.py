@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
+from fitloop._arguments import expect
 from fitloop._checkpointing.policy import Checkpoint, check_checkpoint
 from fitloop._data.inspection import check_loader
 from fitloop._display.printed import PRINT_STYLES, PrintStyle
@@ -17,7 +18,6 @@ from fitloop._engine.config import (
     check_optional,
     check_seconds,
 )
-from fitloop._errors import ConfigurationError
 from fitloop._run.prompts import Ask
 from fitloop._training.early_stop import EarlyStop, check_early_stop
 from fitloop._types import Loader
@@ -63,18 +63,14 @@ def _number(least: int, meaning: str = "") -> Callable[[str, Any], int]:
 
 def _names(name: str, value: Any) -> list[str] | None:
     names = None if value is None else as_list(value)
-    if names is not None and not all(isinstance(one, str) for one in names):
-        raise ConfigurationError(
-            f"{name} is {value!r}; expected the name of a metric, or a list of names"
-        )
+    fits = names is None or all(isinstance(one, str) for one in names)
+    expect(fits, name, value, "the name of a metric, or a list of names")
     return names
 
 
 def _print_style(name: str, value: Any) -> PrintStyle:
-    for style in PRINT_STYLES:
-        if value == style:
-            return style
-    raise ConfigurationError(f"{name} is {value!r}; expected 'block' or 'line'")
+    expect(value in PRINT_STYLES, name, value, "'block' or 'line'")
+    return cast("PrintStyle", value)
 
 
 def _on_continue(name: str, value: Any) -> Any:

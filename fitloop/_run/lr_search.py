@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from fitloop._arguments import expect, is_number
 from fitloop._engine.config import TrainerConfig, check_number
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.plan import Instrumentation
@@ -70,9 +71,8 @@ class LRSearch(Instrumentation):
 
     def __init__(self, config: TrainerConfig, low: float, high: float, steps: int) -> None:
         for name, value in (("low", low), ("high", high)):
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not 0 < value < math.inf:
-                raise ConfigurationError(f"{name} is {value!r}; expected a learning rate above 0")
+            is_rate = is_number(value) and 0 < value < math.inf
+            expect(is_rate, name, value, "a learning rate above 0")
         if not low < high:
             raise ConfigurationError(f"low is {low!r} and high is {high!r}; expected a higher high")
         check_number("steps", steps, 2, meaning="learning rates")

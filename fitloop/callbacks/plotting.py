@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from fitloop._arguments import absolute_path
+from fitloop._arguments import absolute_path, expect, is_number
 from fitloop._display.jupyter import Handle, display, in_notebook
 from fitloop._errors import ConfigurationError, UnknownMetricError, add_note_safely
 from fitloop._events import (
@@ -92,16 +92,11 @@ def live_plot(
         Exception: drawing or writing the figure failed, for example with an OSError.
     """
     for name in names:
-        if not isinstance(name, str):
-            raise ConfigurationError(f"a name of live_plot() is {name!r}; expected a metric's name")
-    if isinstance(every_seconds, bool) or not isinstance(every_seconds, int | float):
-        raise ConfigurationError(
-            f"every_seconds is {every_seconds!r}; expected a number of seconds"
-        )
-    if not 0 <= every_seconds < float("inf"):
-        raise ConfigurationError(f"every_seconds is {every_seconds!r}; expected 0 or more seconds")
-    if run not in (None, "all"):
-        raise ConfigurationError(f"run is {run!r}; expected 'all', or None for the last run")
+        expect(isinstance(name, str), "a name of live_plot()", name, "a metric's name")
+    expect(is_number(every_seconds), "every_seconds", every_seconds, "a number of seconds")
+    fits = 0 <= every_seconds < float("inf")
+    expect(fits, "every_seconds", every_seconds, "0 or more seconds")
+    expect(run in (None, "all"), "run", run, "'all', or None for the last run")
     return LivePlot(names, image_sink(path), every_seconds=every_seconds, run=run)
 
 
@@ -449,10 +444,8 @@ def image_sink(path: str | os.PathLike[str] | None) -> ImageSink:
     """
     if path is not None:
         absolute = absolute_path("path", path)
-        if absolute.suffix.lower() not in _FORMATS:
-            raise ConfigurationError(
-                f"path is {str(path)!r}; expected one that ends in {', '.join(_FORMATS)}"
-            )
+        fits = absolute.suffix.lower() in _FORMATS
+        expect(fits, "path", str(path), f"one that ends in {', '.join(_FORMATS)}")
         return ImageFile(absolute)
     if not in_notebook():
         raise ConfigurationError(
