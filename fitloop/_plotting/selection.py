@@ -6,10 +6,10 @@ Reads recorded metrics as arrays. Knows no figures.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -20,34 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class RecordedPhase(Protocol):
-    """The recorded metrics of one phase, such as a `PhaseHistory`."""
-
-    @property
-    def phase(self) -> Phase:
-        """The phase."""
-
-    @property
-    def runs(self) -> int:
-        """The number of recorded runs."""
-
-    def batch_counts(self, run: int) -> list[int]:
-        """Return the number of batches of each epoch of a run; empty if it is not known."""
-
-    def stage(self, stage: Stage | str) -> Mapping[str, Sequence[NDArray[np.float64]]]:
-        """Return the metrics of a stage by name; each has one array for each run."""
-
-
-class RecordedMetrics(Protocol):
-    """The recorded metrics of a trainer, such as a `History`."""
-
-    @property
-    def train(self) -> RecordedPhase:
-        """The metrics of the train phase."""
-
-    @property
-    def valid(self) -> RecordedPhase:
-        """The metrics of the validation phase."""
+RecordedPhase: TypeAlias = Any
+"""a `PhaseHistory`, whose package imports this one: the recorded metrics of one phase"""
+RecordedMetrics: TypeAlias = Any
+"""a `History`: the recorded metrics of a trainer"""
 
 
 @dataclass(frozen=True, slots=True)
