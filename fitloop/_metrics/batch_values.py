@@ -172,7 +172,8 @@ class BatchValues:
             column = self._numbers[name] = array("d")
             self._num_names = -1 if name not in self._first else self._num_names
         column.append(number)
-        self._append[name] = column.append
+        if name not in self._device.names:  # else the next number may have to wait for others
+            self._append[name] = column.append
 
     def _put_tensor(self, name: str, value: Tensor) -> None:
         if name not in self._tensors:

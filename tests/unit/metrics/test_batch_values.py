@@ -335,6 +335,20 @@ def test_put_when_floats_and_device_values_are_mixed_then_order_is_kept(
         assert [number for number in column if not math.isnan(number)] == expected[name]
 
 
+def test_put_when_a_float_follows_values_that_have_not_come_then_order_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = collected({"x": on_device(1.0)})
+    values._device._copy_to_host()
+    values.put({"x": on_device(2.0)}, 2)
+    values._device._copy_to_host()
+    has_come = iter([True, False])  # the first copy, and not yet the second
+    monkeypatch.setattr(_DeviceScalars, "_is_complete", lambda *_event: next(has_come))
+    values.collect()
+    values.put({"x": 3.0}, 3)
+    assert column(values) == [1.0, 2.0, 3.0]
+
+
 @pytest.mark.parametrize("swap", [False, True], ids=["scalar-first", "tensor-first"])
 def test_put_when_device_value_and_tensor_are_mixed_then_error(swap: bool) -> None:
     batches: list[dict[str, Any]] = [{"x": on_device(1.0)}, {"x": torch.ones(2)}]
