@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from copy import copy
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -128,13 +128,9 @@ class PredictionRun(Instrumentation):
         context.state.prediction = channel
         self._context = context
         self._session = RunSession(context, code=[step])
-        config = replace(
-            context.state.config,
-            test_epoch_start=None,
-            test_step=step,
-            test_epoch_end=lambda _state: None,
-            metrics={},
-        )
+        config = copy(context.state.config)  # which is checked, and may hold a compiled model
+        config.test_epoch_start, config.test_step, config.metrics = None, step, {}
+        config.test_epoch_end = lambda _state: None
         self._engine = self._session.engine(config=config, instrumentation=self)
         self._release_parameters: Callable[[], object] = lambda: None
 

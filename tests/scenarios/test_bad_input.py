@@ -232,6 +232,13 @@ async def test_model_when_a_layer_is_replaced_after_the_trainer_was_made_then_fi
         await fitted.fit(1, **QUIET)
 
 
+async def test_predict_when_all_layers_were_replaced_then_needs_no_optimizer_of_them() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 7))
+    fitted = trainer(model=model, optimizer=SGD(model.parameters(), lr=0.1))
+    model[0], model[1] = nn.Linear(6, 5), nn.Linear(5, 7)
+    assert [output async for output in fitted.predict(fitted.train_dl)]
+
+
 @pytest.mark.parametrize("trains", [False, True])
 async def test_step_when_it_trains_nothing_in_the_first_epoch_then_warns_once(trains: bool) -> None:
     def step(state: LoopState) -> dict[str, Any]:

@@ -83,6 +83,14 @@ async def test_compile_when_given_then_bits_are_of_the_plain_model_with_two_grap
     assert len(get_layers(compiled.model)) == 2
 
 
+async def test_predictions_when_compiled_then_the_model_is_compiled_once() -> None:
+    counter = CompileCounterWithBackend("eager")
+    compiled = fitted({"backend": counter})
+    for _ in range(2):
+        assert [output async for output in compiled.predict(compiled.train_dl)]
+    assert len(counter.graphs) == 1
+
+
 async def test_model_when_given_compiled_then_the_plain_one_is_owned_and_it_is_called() -> None:
     plain = fitted()
     await plain.fit(1, **QUIET)
