@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +92,14 @@ class EpochMetricsRecorder:
 
     def export(self) -> dict[str, dict[str, list[float]]]:
         """Return a copy of all values, for `restore`."""
-        return _copied(self._values)
+        return deepcopy(self._values)
 
     def restore(self, values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
         """Replace all values by the result of `export`."""
-        self._values = _copied(values)
+        self._values = {
+            phase: {name: list(column) for name, column in columns.items()}
+            for phase, columns in values.items()
+        }
         self._epochs = {
             phase: max(map(len, columns.values()), default=0) for phase, columns in values.items()
         }
@@ -118,12 +122,3 @@ class EpochMetricsRecorder:
             phase: {name: np.array(column) for name, column in columns.items()}
             for phase, columns in self._values.items()
         }
-
-
-def _copied(
-    values: Mapping[str, Mapping[str, Sequence[float]]],
-) -> dict[str, dict[str, list[float]]]:
-    return {
-        phase: {name: list(column) for name, column in columns.items()}
-        for phase, columns in values.items()
-    }

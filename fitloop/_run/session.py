@@ -7,7 +7,7 @@ event: `Run` does that around it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -140,7 +140,7 @@ class RunSession:
                 guard=self.guard,
                 steps=self.steps,
                 parallel=ranks,
-                validation=nullcontext if context.schedulers is None else state.validation,
+                validation=state.validation,
             )
             self._engine = Engine(self.plan, self._deps)
             self.close: Callable[[], None] = stack.pop_all().close
