@@ -29,7 +29,7 @@ from fitloop._engine.class_losses import loss_setting
 from fitloop._engine.compilation import check_compile, compiled_model, owned_model
 from fitloop._engine.metric_objects import check_metrics
 from fitloop._engine.precision import Precision, check_precision, make_scaler
-from fitloop._engine.sharding import check_splittable
+from fitloop._engine.sharding import check_splittable, held_optimizers
 from fitloop._engine.wrapping import check_parallel
 from fitloop._errors import (
     ConfigurationError,
@@ -312,7 +312,7 @@ class TrainerConfig(GivenArguments):
             "scaler": scaler,
             "cast_model": given_dtype is not None,
             "criteria_direction": _check_direction(
-                **{key: arguments[key] for key in ("criteria", "criteria_direction")}
+                arguments["criteria"], arguments["criteria_direction"]
             ),
             "save_path": absolute_path(
                 "save_path",
@@ -381,11 +381,8 @@ class TrainerConfig(GivenArguments):
         for name, module in modules.items():
             if not isinstance(module, nn.Module):
                 continue
-            for tensors, what in (
-                (module.parameters(), "parameters"),
-                (module.buffers(), "buffers"),
-            ):
-                if any(is_lazy(tensor) for tensor in tensors):
+            for what in ("parameters", "buffers"):
+                if any(map(is_lazy, getattr(module, what)())):
                     raise ConfigurationError(
                         f"{name} has lazy {what}, without values yet; run a batch through it "
                         "before its optimizer and trainer are made"
@@ -511,13 +508,9 @@ class TrainerConfig(GivenArguments):
 
     def check_scheduler(self, scheduler: Any) -> None:
         """Raise ConfigurationError if this cannot be a scheduler of the trainer."""
-        optimizer_ids = {
-            id(item)
-            for each in self.optimizers
-            for item in (each, *getattr(each, "__dict__", {}).values())
-        }
+        held = [id(item) for each in self.optimizers for item in held_optimizers(each)]
         other = getattr(scheduler, "optimizer", None)
-        if isinstance(other, Optimizer) and id(other) not in optimizer_ids:
+        if isinstance(other, Optimizer) and id(other) not in held:
             raise ConfigurationError(
                 f"lr_scheduler is a {type(scheduler).__name__} of another optimizer than the "
                 "trainer's; build it from the one that is given as optimizer="
@@ -539,8 +532,9 @@ class TrainerConfig(GivenArguments):
             "the name of a metric that valid_epoch_end returns",
         )
         choices = ("raise", "skip", "ignore")
-        expected = "'raise', 'skip' or 'ignore'"
-        expect(self.nonfinite in choices, "nonfinite", self.nonfinite, expected)
+        expect(
+            self.nonfinite in choices, "nonfinite", self.nonfinite, "'raise', 'skip' or 'ignore'"
+        )
         self._check_clipping()
         direction, dtype, grace = self.criteria_direction, self.dtype, self.loader_grace
         is_direction = not isinstance(direction, bool) and direction in (1, -1)

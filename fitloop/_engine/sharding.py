@@ -167,8 +167,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 def _replace(optimizers: list[Any], changed: dict[Tensor, Any]) -> None:
     """Give optimizers, and those that they wrap, the parameters that replace others."""
     for optimizer in optimizers:
-        inner = [item for item in vars(optimizer).values() if isinstance(item, Optimizer)]
-        for item in (optimizer, *inner):
+        for item in held_optimizers(optimizer):
             for group in item.param_groups:
                 group["params"][:] = [changed.get(p, p) for p in group["params"]]
             states: Any = getattr(item, "state", {})
@@ -176,6 +175,17 @@ def _replace(optimizers: list[Any], changed: dict[Tensor, Any]) -> None:
                 new = changed[old]
                 state = states.pop(old)
                 states[new] = {name: split_like(new, value) for name, value in state.items()}
+
+
+def held_optimizers(optimizer: Any) -> list[Any]:
+    """Return an optimizer, and those in its attributes, or in lists, tuples and dicts there."""
+    held = {id(optimizer): optimizer}
+    for value in getattr(optimizer, "__dict__", {}).values():
+        items = value.values() if isinstance(value, dict) else value
+        for item in items if isinstance(value, (list, tuple, dict)) else (value,):
+            if isinstance(item, Optimizer):
+                held[id(item)] = item
+    return list(held.values())
 
 
 def _refusal(reason: str) -> ConfigurationError:

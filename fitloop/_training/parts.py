@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from fitloop._data.carried_state import has_own_state_dict
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.metric_objects import StatefulMetric, has_metric_state
+from fitloop._engine.sharding import held_optimizers
 from fitloop._errors import CheckpointError
 from fitloop._ranks.shards import is_shard, split_like
 from fitloop._storage.tensors import memory_key
@@ -113,13 +114,8 @@ def inner_optimizers(optimizer: Any) -> list[Optimizer]:
     """
     if has_own_state_dict(optimizer):
         return []
-    inner: dict[int, Optimizer] = {}
-    for value in vars(optimizer).values():
-        items = value.values() if isinstance(value, dict) else value
-        for item in items if isinstance(value, (list, tuple, dict)) else (value,):
-            if isinstance(item, Optimizer) and item.state is not getattr(optimizer, "state", None):
-                inner[id(item)] = item
-    return [item for item in inner.values() if item is not optimizer]
+    state = getattr(optimizer, "state", None)
+    return [item for item in held_optimizers(optimizer)[1:] if item.state is not state]
 
 
 def load_optimizer(optimizer: Any, state: Any) -> None:

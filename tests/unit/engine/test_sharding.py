@@ -11,7 +11,7 @@ from support.models import FEATURES, mlp
 from torch import nn
 
 from fitloop import ConfigurationError, FitLoop, World
-from fitloop._engine.sharding import _blocks, check_shards
+from fitloop._engine.sharding import _blocks, _replace, check_shards
 
 
 class Scaled(nn.Module):
@@ -70,6 +70,35 @@ def test_parallel_when_unknown_then_the_choices_are_named() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     with pytest.raises(ConfigurationError, match="'tp'; expected None, 'ddp', 'fsdp', or a func"):
         FitLoop(model, optimizer, parallel="tp")  # type: ignore[arg-type]
+
+
+class Several(torch.optim.Optimizer):
+    """An optimizer that holds others in a list."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+        self.inner = [torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in model.parameters()]
+
+
+def test_parameters_when_replaced_then_those_of_optimizers_in_a_list_are_too() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = Several(model)
+    model(torch.ones(2)).sum().backward()
+    for inner in optimizer.inner:
+        inner.step()
+    changed = {p: nn.Parameter(p.detach().clone()) for p in model.parameters()}
+    _replace([optimizer], changed)
+    for held in (optimizer, *optimizer.inner):
+        parameters = [p for group in held.param_groups for p in group["params"]]
+        assert all(any(p is new for new in changed.values()) for p in parameters)
+    assert all(p in inner.state for inner, p in zip(optimizer.inner, changed.values(), strict=True))
+
+
+def test_scheduler_when_of_an_optimizer_in_a_list_then_is_taken() -> None:
+    model = mlp()
+    optimizer = Several(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer.inner[0], 1)
+    assert trainer(model, optimizer, lr_scheduler=scheduler).lr_scheduler is scheduler
 
 
 def test_split_model_when_in_a_second_world_then_is_refused() -> None:
