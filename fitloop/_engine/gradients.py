@@ -47,8 +47,6 @@ class GradientGuard:
             self._counter = _DeviceCounter(config.device, starts_anew=self.leaves_out)
         self._is_bad = torch.zeros((), device="cpu")
         self._one = torch.ones((), device="cpu")
-        self.num_left_out = 0
-        """steps that were left out in the run, as far as it is known"""
         self.left_out: list[int] = []
         """the batch of each step that was left out in the train phase; 0 if it is not known"""
         self._bad_batch = 0
@@ -252,7 +250,6 @@ class GradientGuard:
 
     def note_left_out(self) -> None:
         """Note that the present step of an optimizer is left out."""
-        self.num_left_out += 1
         self.left_out.append(self._bad_batch or self._state.batch_num)
 
     def _error(self, reason: str, batch: int, names: Iterable[str] = ()) -> NonFiniteError:
@@ -350,7 +347,6 @@ class GradientGuard:
             bad_steps, first_bad = self._counter.read()
             if bad_steps and self._reaction == "raise":
                 raise self._error("the loss or a gradient is not finite", first_bad)
-            self.num_left_out += bad_steps
             self.left_out += [0] * bad_steps
 
 

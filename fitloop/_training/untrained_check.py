@@ -34,7 +34,7 @@ class UntrainedCheck:
             self._before = self._state()
             return
         self._is_over = True
-        if self._before == self._state() and not self._guard.num_left_out:
+        if self._before == self._state() and not self._guard.left_out:
             warn_user(
                 "train_step changed no weight of the model in the first epoch: no optimizer made a "
                 "step. Call state.optimize(loss) in it, or loss.backward() and "
