@@ -294,7 +294,7 @@ class BenchRun:
             rounds=rounds,
             seconds=seconds,
             device=str(config.device),
-            num_threads=self._context.state.num_threads,
+            num_threads=self._session.num_threads,
             cores=available_cores(),
             processor=processor(),
             loads=self._loaders[Variant.FITLOOP].mode,

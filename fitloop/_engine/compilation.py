@@ -30,7 +30,7 @@ def owned_model(model: Any) -> Any:
     return model
 
 
-def check_compile(value: object, model: object) -> dict[str, Any] | None:
+def check_compile(value: Any, model: object) -> dict[str, Any] | None:
     """Return the arguments of ``torch.compile`` for the argument ``compile``; None for False.
 
     Raises ConfigurationError for another value, or for a model that is compiled already.

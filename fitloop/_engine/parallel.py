@@ -230,7 +230,7 @@ class ParallelRun:
         limit, world = self._limit, self.world
 
         def fetch_some() -> Any:
-            return END if state.batch_num >= limit else fetch()  # type: ignore[operator]
+            return END if state.batch_num >= limit else fetch()
 
         def fetch_together() -> Any:
             batch = fetch()

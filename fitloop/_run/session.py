@@ -92,8 +92,8 @@ class RunSession:
         self.on_restore: list[Callable[[], object]] = []
         """functions that `restore` calls after everything else"""
         with ExitStack() as stack:
-            state.num_threads = num_threads or context.num_threads
-            if intra_op_threads.enter(state.num_threads):
+            self.num_threads = state.num_threads = num_threads or context.num_threads
+            if intra_op_threads.enter(self.num_threads):
                 stack.callback(intra_op_threads.leave)
             state.move_to_device()  # on the thread's own CUDA stream, which other runs use too
             self._cuda_stream = NullStreamScope()

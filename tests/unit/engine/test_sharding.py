@@ -86,7 +86,9 @@ def test_parameters_when_replaced_then_those_of_optimizers_in_a_list_are_too() -
     model(torch.ones(2)).sum().backward()
     for inner in optimizer.inner:
         inner.step()
-    changed = {p: nn.Parameter(p.detach().clone()) for p in model.parameters()}
+    changed: dict[torch.Tensor, Any] = {
+        p: nn.Parameter(p.detach().clone()) for p in model.parameters()
+    }
     _replace([optimizer], changed)
     for held in (optimizer, *optimizer.inner):
         parameters = [p for group in held.param_groups for p in group["params"]]
