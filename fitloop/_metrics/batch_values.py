@@ -206,10 +206,8 @@ class BatchValues:
         for name, tensors in self._tensors.items():
             if all(tensor.numel() == 1 for tensor in tensors):
                 numbers[name] = [float(tensor) for tensor in tensors]
-        return {
-            name: (values, [n - 1 for n in self._batch_nums.get(name, range(1, len(values) + 1))])
-            for name, values in numbers.items()
-        }
+        indices = {name: (np.array(nums) - 1).tolist() for name, nums in self._batch_nums.items()}
+        return {n: (column, indices.get(n, range(len(column)))) for n, column in numbers.items()}
 
     def collect(self) -> None:
         """Copy values from a CUDA device to the host without waiting: some come with a later call.

@@ -62,11 +62,11 @@ def test_state_when_made_then_has_the_arguments_of_the_constructor_each_with_a_t
     assert not hasattr(state, "cast_model")  # no argument
 
 
-def test_batch_sizes_when_most_are_equal_then_take_little_memory() -> None:
+def test_batch_sizes_when_they_change_then_all_are_told() -> None:
     writer = new_writer()
-    write_batches(writer, [3] * 1000 + [2])
-    assert writer.state.batch_sizes == [3] * 1000 + [2]
-    assert len(writer.state._sizes._sizes) == 2
+    write_batches(writer, [3] * 1000 + [2, 2, 3])
+    assert writer.state.batch_sizes == [3] * 1000 + [2, 2, 3]
+    assert writer.samples == 3007
 
 
 def samples_of(kind: Any) -> Any:
