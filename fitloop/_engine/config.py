@@ -28,7 +28,7 @@ from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._engine.class_losses import loss_setting
 from fitloop._engine.compilation import check_compile, compiled_model, owned_model
 from fitloop._engine.metric_objects import check_metrics
-from fitloop._engine.precision import Precision, check_precision, make_scaler
+from fitloop._engine.precision import Precision, check_precision
 from fitloop._engine.sharding import check_splittable, held_optimizers
 from fitloop._engine.wrapping import check_parallel
 from fitloop._errors import (
@@ -301,7 +301,7 @@ class TrainerConfig(GivenArguments):
         dtype = _first_dtype(model) if given_dtype is None else given_dtype
         precision, scaler = arguments["precision"], arguments["scaler"]
         if check_precision(precision, device, dtype) == "fp16" and scaler is None:
-            scaler = make_scaler(device)
+            scaler = torch.amp.GradScaler(device.type)
         checked = {
             "model": model,
             "given_model": given_model,

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import isawaitable
-from types import TracebackType
 from typing import Any, cast
 
 import anyio
@@ -83,12 +82,7 @@ class EventStream:
             self._add(event)
         self.dropped += dropped
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         self._streams.remove_stream(self)
 
     def __aiter__(self) -> EventStream:
@@ -131,13 +125,9 @@ class EventStream:
                 self._drop_older(event)
             self._events.append(event)
             if self._limit is not None and len(self._events) > self._limit:
-                del self._events[self._first_logged()]
+                logged = (i for i, one in enumerate(self._events) if isinstance(one, MetricsLogged))
+                del self._events[next(logged, 0)]
                 self.dropped += 1
-
-    def _first_logged(self) -> int:
-        """Return the position of the oldest `MetricsLogged`, or 0 if there is none."""
-        events = enumerate(self._events)
-        return next((i for i, event in events if isinstance(event, MetricsLogged)), 0)
 
     def _drop_older(self, event: BatchProgress) -> None:
         """Drop an older progress event of the same trainer at the end of the queue."""

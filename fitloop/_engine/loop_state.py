@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from operator import attrgetter, index
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from fitloop._metrics.means import Columns, Means, without_skipped
 from fitloop._public import public
 from fitloop._types import Phase, Stage
 
-_SEQUENCES = frozenset((list, tuple))
+SEQUENCES = frozenset((list, tuple))
 UNKNOWN = -1
 """the size of a batch whose tensors do not agree on one"""
 
@@ -146,17 +146,10 @@ class LoopState(GivenArguments):
         self._usual_size = UNKNOWN
         self._sizes.change(self.batch_num, self._batch_size)
 
-    if TYPE_CHECKING:
-
-        @property
-        def batch_size(self) -> int: ...
-
-        @batch_size.setter
-        def batch_size(self, size: int) -> None: ...
-
-    else:
-        # The getter is written in C, since every batch step reads the size.
-        batch_size = property(
+    # The getter is written in C, since every batch step reads the size.
+    batch_size: int = cast(
+        "Any",
+        property(
             attrgetter("_batch_size"),
             _set_batch_size,
             doc="""Samples in this batch.
@@ -170,7 +163,8 @@ class LoopState(GivenArguments):
             Raises ConfigurationError if the tensors do not agree on one size, or if this is not the
             size of the batches of the DataLoader.
             """,
-        )
+        ),
+    )
 
     @property
     def phase(self) -> Phase:
@@ -420,7 +414,7 @@ class StateWriter:
         state = self.state
         state.batch = batch
         state.batch_num += 1
-        if type(batch) in _SEQUENCES and batch:
+        if type(batch) in SEQUENCES and batch:
             # The most common batch, without a call: all tensors have the size of the last batch.
             try:
                 for item in batch:

@@ -94,7 +94,8 @@ def _look_at_values(loss_function: Any, predictions: Tensor, targets: Tensor, or
     if not predictions.is_floating_point():
         return
     _check_dtype(function, name, predictions, targets)
-    if function in _TAKE_PROBABILITIES and not _are_between_0_and_1(predictions):
+    # NaN is told by torch.
+    if function in _TAKE_PROBABILITIES and (predictions.min() < 0 or predictions.max() > 1):
         raise ConfigurationError(
             f"{name} takes probabilities from 0 to 1, and the model returns "
             f"{predictions.min().item():.4g} to {predictions.max().item():.4g}; let the model end "
@@ -162,10 +163,6 @@ def _are_probabilities(scores: Tensor) -> bool:
         return False  # in other dtypes sums are too far from 1
     is_sum_1 = (scores.sum(1) - 1).abs().max() < _ROUNDING
     return bool(is_sum_1 and scores.min() >= 0)
-
-
-def _are_between_0_and_1(values: Tensor) -> bool:
-    return not (values.min() < 0 or values.max() > 1)  # NaN is told by torch
 
 
 def _is_sigmoid(origin: Any) -> bool:

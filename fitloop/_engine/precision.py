@@ -51,11 +51,6 @@ def check_precision(
     return precision
 
 
-def make_scaler(device: torch.device) -> Any:
-    """Return the scaler of a trainer with ``precision="fp16"``."""
-    return torch.amp.GradScaler(device.type)
-
-
 def in_precision(
     step: Any, config: Any, phase: Phase, await_step: Callable[[Any], Any] = lambda values: values
 ) -> Any:

@@ -12,15 +12,13 @@ from torch import Tensor
 from fitloop._data.batch_sizes import describe
 from fitloop._engine.class_losses import class_weights
 from fitloop._engine.config import STAGE_NAMES, TrainerConfig
-from fitloop._engine.loop_state import LoopState
+from fitloop._engine.loop_state import SEQUENCES, LoopState
 from fitloop._engine.metric_objects import update_metrics
 from fitloop._errors import ConfigurationError, FitLoopError, MetricError, add_note_safely
 from fitloop._metrics.means import CORRECT, Columns, Means, without_skipped
 from fitloop._public import public
 from fitloop._ranks.world import is_of_connection
 from fitloop._types import Phase, Stage
-
-_SEQUENCES = frozenset((list, tuple))
 
 
 @public
@@ -57,7 +55,7 @@ def default_batch_step(state: LoopState) -> dict[str, Any]:
     batch = state.batch
     try:
         size = state.batch_size
-        if type(batch) not in _SEQUENCES:
+        if type(batch) not in SEQUENCES:
             predictions, targets, loss = _forward(state)
         else:
             inputs, targets = batch

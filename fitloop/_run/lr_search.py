@@ -117,7 +117,11 @@ class LRSearch(Instrumentation):
         self._has_loss = False
         if not self._weight and len(self._losses) < len(self._lrs):
             for group, share in self._groups:
-                _set_rate(group, share * float(self._lrs[len(self._losses)]))
+                rate = share * float(self._lrs[len(self._losses)])
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def _prepare(self) -> None:
         """Take the ratios of the rates, and keep the schedulers as they are."""
@@ -191,13 +195,6 @@ def _suggestion(lrs: Array, losses: Array) -> float | None:
     if middle[0] - middle[-1] <= np.std(falling - middle):
         return None
     return float(lrs[lowest]) / 10
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
 
 
 def _no_step(*_arguments: Any, **_options: Any) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import nullcontext
 from copy import copy
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import anyio
@@ -263,12 +262,7 @@ class Predictions:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.aclose()
 
     def __del__(self) -> None:
