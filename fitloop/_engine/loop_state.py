@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from operator import attrgetter, index
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -146,10 +146,17 @@ class LoopState(GivenArguments):
         self._usual_size = UNKNOWN
         self._sizes.change(self.batch_num, self._batch_size)
 
-    # The getter is written in C, since every batch step reads the size.
-    batch_size: int = cast(
-        "Any",
-        property(
+    if TYPE_CHECKING:
+
+        @property
+        def batch_size(self) -> int: ...
+
+        @batch_size.setter
+        def batch_size(self, size: int) -> None: ...
+
+    else:
+        # The getter is written in C, since every batch step reads the size.
+        batch_size = property(
             attrgetter("_batch_size"),
             _set_batch_size,
             doc="""Samples in this batch.
@@ -163,8 +170,7 @@ class LoopState(GivenArguments):
             Raises ConfigurationError if the tensors do not agree on one size, or if this is not the
             size of the batches of the DataLoader.
             """,
-        ),
-    )
+        )
 
     @property
     def phase(self) -> Phase:
