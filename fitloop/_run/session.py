@@ -96,15 +96,15 @@ class RunSession:
             if intra_op_threads.enter(self.num_threads):
                 stack.callback(intra_op_threads.leave)
             state.move_to_device()  # on the thread's own CUDA stream, which other runs use too
-            self._cuda_stream = NullStreamScope()
-            if context.own_cuda_stream and config.device.type == "cuda":
-                self._cuda_stream = CudaStreamScope(config.device)
+            has_stream = context.own_cuda_stream and config.device.type == "cuda"
+            self._cuda_stream = CudaStreamScope(config.device) if has_stream else NullStreamScope()
             self._cuda_stream.enter()
             stack.callback(self._cuda_stream.leave)
-            if context.parallel is not None:
-                stack.callback(context.parallel.end)
-                if context.schedulers is not None:
-                    context.parallel.wrap()
+            ranks, schedulers = context.parallel, context.schedulers
+            if ranks is not None:
+                stack.callback(ranks.end)
+                if schedulers is not None:
+                    ranks.wrap()
             self._modes = [(module, module.training) for module in config.model.modules()]
             self._is_dry = dry
             if rng is None:
@@ -123,12 +123,10 @@ class RunSession:
                 self._marks = state.objects.marks()
             self.time_slice = TimeSliceHook(self.guard.wait, context.control)
             stack.callback(self.time_slice.close)
-            schedulers = context.schedulers
             after_step = () if schedulers is None else schedulers.after_step
             checks_finite = self.plan.call != "find_lr"  # which ends at a loss that is not
-            ranks, counts = context.parallel, state.step_counts
             self.steps = OptimizerSteps(
-                config, counts, after_step, checks_finite=checks_finite, ranks=ranks
+                config, state.step_counts, after_step, checks_finite=checks_finite, ranks=ranks
             )
             """the optimizer steps; `restore` removes their hooks"""
             self._deps = EngineDeps(
