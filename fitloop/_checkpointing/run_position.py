@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fitloop._data.carried_state import CarriedStates, carried_states, check_states
-from fitloop._data.inspection import has_live_workers, is_stateful
+from fitloop._data.inspection import has_live_workers, state_before_pass
 from fitloop._data.loaders import Loaders
 from fitloop._data.resumption import PassStart, ResumePosition
 from fitloop._engine.plan import PassPosition
@@ -138,12 +138,12 @@ _KEYS = frozenset({"log", "tracked", "seconds", "loaders", "pass", "ranks"})
 def loader_tree(loaders: Loaders, loader: Any, *, in_pass: bool) -> dict[str, Any]:
     """Return the state of a loader; ``in_pass`` is whether it is being read."""
     # The state_dict of a stateful DataLoader would start its next pass, which uses random numbers.
-    stateful = is_stateful(loader) and not isinstance(loader, DataLoader)
+    begins_anew = in_pass or isinstance(loader, DataLoader)
     return {
         "generators": carried_states(loader),
         "continued": has_live_workers(loader),
         "read": 0 if in_pass else loaders.batches_read(loader),
-        "state": loader.state_dict() if stateful and not in_pass else None,
+        "state": None if begins_anew else state_before_pass(loader),
     }
 
 

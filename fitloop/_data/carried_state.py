@@ -12,7 +12,7 @@ import itertools
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fitloop._data.inspection import is_stateful
+from fitloop._data.copies import are_equal
+from fitloop._data.inspection import is_stateful, needs_no_arguments
 from fitloop._data.pushback import PushbackIterator
 from fitloop._rng.generators import check_tree, generator_state, is_generator, set_generator_state
 from fitloop._rng.states import check_generator_state
@@ -50,7 +51,7 @@ _SKIPPED = frozenset({"_iterator"})
 def has_own_state_dict(value: object) -> bool:
     """Return whether a class that is not torch's defines ``state_dict`` and ``load_state_dict``."""
     methods = [getattr(type(value), name, None) for name in ("state_dict", "load_state_dict")]
-    return all(
+    return needs_no_arguments(methods[0]) and all(
         callable(method) and not str(getattr(method, "__module__", "")).startswith("torch.")
         for method in methods
     )
@@ -222,17 +223,46 @@ def set_state(holder: Any, state: Any) -> None:
         holder.load_state_dict(copy.deepcopy(state["state"]))
 
 
+def set_state_if_other(holder: Any, state: Any) -> None:
+    """Restore a state of `state_of` that the object does not have already.
+
+    Some datasets begin their next pass at the position that was loaded last.
+    """
+    if is_generator(holder) or not are_equal(holder.state_dict(), state["state"]):
+        set_state(holder, state)
+
+
+def restorer(holder: Any) -> Callable[[], None]:
+    """Return a function that restores the present state of one of `holders_of`.
+
+    Its attributes become the same objects again: a position may be in them, and not in its state.
+    """
+    state = state_of(holder)
+    before = None if is_generator(holder) else dict(getattr(holder, "__dict__", {}))
+
+    def restore() -> None:
+        if before:
+            attributes_now = vars(holder)
+            attributes_now.clear()
+            attributes_now.update(before)
+        set_state_if_other(holder, state)
+
+    return restore
+
+
 def carried_states(loader: object) -> dict[str, Any]:
     """Return the states of everything in a loader that holds one, by path."""
     return {path: state_of(holder) for path, holder in holders_of(loader).items()}
 
 
-def set_carried_states(loader: object, states: CarriedStates) -> None:
+def set_carried_states(
+    loader: object, states: CarriedStates, *, set_one: Callable[[Any, Any], None] = set_state
+) -> None:
     """Restore `carried_states`, except those of objects that this loader does not have."""
     holders = holders_of(loader)
     for path, state in _by_path(loader, holders, states).items():
         if path in holders:
-            set_state(holders[path], state)
+            set_one(holders[path], state)
 
 
 def missing_states(loader: object, states: CarriedStates) -> list[str]:

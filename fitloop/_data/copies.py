@@ -1,10 +1,12 @@
-"""Copies of batches, for loaders and steps that write into a batch."""
+"""Copies of batches, for loaders and steps that write into a batch; comparison of states."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fitloop._data.device import map_tensors
@@ -34,3 +36,24 @@ def copy_if_possible(batch: Any) -> Any:
         return copy_batch(batch)
     except Exception:
         return batch
+
+
+def are_equal(state: Any, other: Any) -> bool:
+    """Return whether two states, such as of a ``state_dict``, are surely the same."""
+    if type(state) is not type(other):
+        return False
+    if isinstance(state, Tensor):
+        try:
+            return state.dtype == other.dtype and torch.equal(state, other)
+        except (RuntimeError, NotImplementedError):  # such as sparse tensors
+            return False
+    if isinstance(state, np.ndarray):
+        return state.dtype == other.dtype and np.array_equal(state, other)
+    if isinstance(state, dict):
+        return state.keys() == other.keys() and all(are_equal(state[k], other[k]) for k in state)
+    if isinstance(state, (list, tuple)):
+        return len(state) == len(other) and all(map(are_equal, state, other))
+    try:
+        return bool(state == other)
+    except Exception:
+        return False

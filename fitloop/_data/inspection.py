@@ -190,9 +190,14 @@ def makes_new_batches(iterable: object) -> bool:
     """
     if type(iterable) in (list, tuple):
         return True
-    if not isinstance(iterable, DataLoader) or type(iterable).__iter__ is not DataLoader.__iter__:
+    if not _reads_as_torch(iterable):
         return False
     return iterable.num_workers > 0 or iterable.collate_fn is default_collate
+
+
+def _reads_as_torch(loader: object) -> TypeGuard[DataLoader[Any]]:
+    """Return whether a loader is a DataLoader, with the ``__iter__`` of torch."""
+    return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
 
 
 def reads_all_samples(loader: object) -> TypeGuard[DataLoader[Any]]:
@@ -214,9 +219,10 @@ def can_skip_by_index(loader: object) -> bool:
     """Return whether batches can be skipped without reading them, and later ones stay the same.
 
     False if worker processes load anything but tensors: their random numbers depend on all that
-    they have read. False for unknown samplers, whose numbers may depend on the dataset's.
+    they have read. False for unknown samplers, whose numbers may depend on the dataset's, and for a
+    subclass with an ``__iter__`` of its own, which may leave out, add or change batches.
     """
-    if not isinstance(loader, DataLoader):
+    if not _reads_as_torch(loader):
         return False
     tensors = loader.collate_fn is default_collate and _only_tensors(loader.dataset)
     return tensors or (loader.num_workers == 0 and _known_sampler(loader))
@@ -275,9 +281,30 @@ def set_epoch(loader: object, epoch: int) -> None:
 
 def is_stateful(loader: object) -> bool:
     """Return whether a loader can save and restore its own position."""
-    return callable(getattr(loader, "state_dict", None)) and callable(
+    return needs_no_arguments(getattr(type(loader), "state_dict", None)) and callable(
         getattr(loader, "load_state_dict", None)
     )
+
+
+def state_before_pass(loader: Any) -> Any:
+    """Return the state of a loader between two passes; None if it has none.
+
+    Some raise an error before their first pass.
+    """
+    try:
+        return loader.state_dict() if is_stateful(loader) else None
+    except Exception:
+        return None
+
+
+def needs_no_arguments(method: Any) -> bool:
+    """Return whether a method of a class can be called with the object only."""
+    code = getattr(method, "__code__", None)
+    if code is None:
+        return callable(method)
+    required: int = code.co_argcount - len(method.__defaults__ or ())
+    keywords: int = code.co_kwonlyargcount - len(method.__kwdefaults__ or {})
+    return required <= 1 and keywords == 0
 
 
 def has_live_workers(loader: object) -> bool:

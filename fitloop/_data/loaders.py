@@ -23,8 +23,7 @@ from fitloop._data.carried_state import (
     CarriedStates,
     carried_states,
     holders_of,
-    set_state,
-    state_of,
+    restorer,
 )
 from fitloop._data.inspection import (
     detached,
@@ -100,8 +99,8 @@ class Loaders:
         """loaders that can be read only once, by their `id`"""
         self._dry_run_reads: list[PushbackIterator] | None = None
         """one-shot loaders that this dry run reads; None if this is no dry run"""
-        self._carried: dict[int, tuple[Any, Any]] = {}
-        """objects in the loaders of a dry run that have a state, with the state before, by `id`"""
+        self._carried: dict[int, tuple[Any, Callable[[], None]]] = {}
+        """objects in the loaders of a dry run that have a state, and what restores it, by `id`"""
         self.tracks_positions = False
         """whether `pass_position` will be called in the middle of a pass"""
         self._positions: dict[Phase, Callable[[], tuple[PassStart, CarriedStates, Any]]] = {}
@@ -261,7 +260,7 @@ class Loaders:
         if self._dry_run_reads is not None:
             for holder in holders_of(iterable).values():
                 if id(holder) not in self._carried:
-                    self._carried[id(holder)] = holder, state_of(holder)
+                    self._carried[id(holder)] = holder, restorer(holder)
 
     def _iterator(
         self,
@@ -365,8 +364,8 @@ class Loaders:
         """Put the batches of a dry run back, and restore the states that loaders carry."""
         for one_shot in self._dry_run_reads or ():
             one_shot.rewind()
-        for holder, state in self._carried.values():
-            set_state(holder, state)
+        for _holder, restore in self._carried.values():
+            restore()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fitloop._data.carried_state import (
     carried_states,
     holders_of,
     set_carried_states,
+    set_state_if_other,
 )
 from fitloop._data.inspection import can_skip_by_index, is_stateful
 from fitloop._errors import ResumeWarning, warn_user
@@ -96,7 +97,7 @@ def resumed_iterator(
     by_index = can_skip_by_index(loader) and (is_known or not holders_of(loader.dataset))
     iterator = iterate_from(iterable, position, label, by_index=by_index and not rereads)
     if position.carried is not None:
-        set_carried_states(iterable, position.carried)
+        set_carried_states(iterable, position.carried, set_one=set_state_if_other)
     return iterator
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from support.models import (
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from fitloop import (
     ConfigurationError,
@@ -409,6 +409,38 @@ async def test_sanity_check_when_criteria_is_never_returned_then_error_lists_wha
     made = trainer(criteria="f1", criteria_direction=1)
     with pytest.raises(MissingCriteriaError, match="loss"):
         await made.run_sanity_check()
+
+
+class Resumable(IterableDataset[Any]):
+    """Begins its next pass at the position that was loaded last, as datasets of libraries do."""
+
+    def __init__(self) -> None:
+        self.position: int | None = None
+        self.start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.position, self.start = self.start, 0
+        for inputs, targets in zip(*(item[self.position :] for item in blobs()), strict=True):
+            self.position += 1
+            yield inputs, targets
+
+    def state_dict(self) -> int | None:
+        return self.position
+
+    def load_state_dict(self, state: int | None) -> None:
+        self.start = state or 0
+
+
+@ONE_LOOP
+async def test_fit_when_a_dataset_keeps_its_position_then_dry_runs_do_not_shorten_it() -> None:
+    made = trainer(train_dl=DataLoader(Resumable(), 8), valid_dl=None)
+    await made.run_sanity_check()
+    await made.run_profiler(steps=2)
+    await made.fit(1, verbose=False)
+    await made.run_sanity_check()
+    await made.fit(1, verbose=False)
+    runs = made.M.train.batch_step["running_loss"]
+    assert [len(run) for run in runs] == [4, 4]
 
 
 class Recurrent(nn.Module):

@@ -186,6 +186,21 @@ class Reiterable:
         return iter(batches())
 
 
+class Thinned(DataLoader[Any]):
+    """Gives every second of 8 batches, each times its number."""
+
+    def __init__(self) -> None:
+        super().__init__(tensors(), 4, shuffle=True)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Any:
+        for number, (inputs, targets) in enumerate(super().__iter__()):
+            if number % 2:
+                yield number * inputs, targets
+
+
 class Asynchronous:
     async def __aiter__(self) -> AsyncIterator[Batch]:
         for batch in batches():
@@ -202,6 +217,7 @@ REPLAYED: dict[str, Callable[[], Any]] = {
     "drawing generator function": lambda: drawing_batches,
     "iterable dataset": lambda: DataLoader(Stream(), BATCH_SIZE),
     "iterable": Reiterable,
+    "subclass": Thinned,
     "async iterable": Asynchronous,
     "async generator function": lambda: asynchronous,
 }
@@ -256,6 +272,56 @@ def test_resume_when_loader_is_an_iterator_then_a_new_one_equals_one_run(
     check_resumed_training(make, tmp_path, replays=True, steps=3, stops=stops)
 
 
+class Resumable(IterableDataset[Any]):
+    """Begins its next pass at the position that was loaded last, as datasets of libraries do."""
+
+    def __init__(self) -> None:
+        self.position = self.start = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.position, self.start = self.start, 0
+        inputs, targets = blobs()
+        while self.position < len(targets):
+            self.position += 1
+            yield inputs[self.position - 1], targets[self.position - 1]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["position"]
+
+
+def test_resume_when_a_dataset_loads_a_position_for_its_next_pass_then_equals_one_run(
+    tmp_path: Path,
+) -> None:
+    def make() -> TrainingSetup:
+        return dropout_mlp(DataLoader(Resumable(), BATCH_SIZE), seed=5)
+
+    check_resumed_training(make, tmp_path, replays=True, stops=(2,))
+
+
+class Sharded(Augmented):
+    """Its ``state_dict`` needs arguments, which its own loader would give."""
+
+    def state_dict(self, samples: int, *, from_beginning: bool) -> dict[str, int]:
+        raise AssertionError
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise AssertionError
+
+
+def test_resume_when_state_dict_of_a_dataset_needs_arguments_then_equals_one_run(
+    tmp_path: Path,
+) -> None:
+    check_resumed_training(
+        lambda: dropout_mlp(DataLoader(Sharded(blobs()), BATCH_SIZE, shuffle=True), seed=5),
+        tmp_path,
+        stops=(3, 1),
+    )
+
+
 # -- loaders with a state --------------------------------------------------------------------------
 
 
@@ -283,8 +349,24 @@ class Positioned:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
+class LatePositioned(Positioned):
+    """Has no state before its first pass."""
+
+    is_begun = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.is_begun = True
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, int]:
+        if not self.is_begun:
+            raise RuntimeError("no pass has begun")
+        return super().state_dict()
+
+
 WITH_STATE: dict[str, Callable[..., Any]] = {
     "own": lambda **_options: Positioned(),
+    "late": lambda **_options: LatePositioned(),
     "tensors": lambda **options: stateful_dataloader.StatefulDataLoader(
         tensors(), BATCH_SIZE, shuffle=True, **options
     ),
