@@ -227,10 +227,10 @@ class ObjectState:
                 continue
             for name in changed.keys() - saved.get(path, {}).keys():
                 watch.put_back(path, item, name)
-        search = watch.search()
+        search, memory = watch.search(), _saved_memory(self._config)
         for path, attributes_of_item in saved.items():
             for name, value in attributes_of_item.items():
-                _set_attribute(search.objects.get(path), name, value)
+                _set_attribute(search.objects.get(path), name, value, memory)
         generators = {path: check_tree(item) for path, item in state.get("generators", {}).items()}
         for path, generator in generators.items():
             if is_generator(search.holders.get(path)):
@@ -266,13 +266,15 @@ def _values(item: Any) -> Collection[Any]:
     return getattr(item, "__dict__", {}).values()
 
 
-def _set_attribute(item: Any, name: str, value: Any) -> None:
+def _set_attribute(item: Any, name: str, value: Any, saved: Collection[object]) -> None:
     if item is None or (name not in vars(item) and hasattr(type(item), name)):
         return  # a forged file must not replace a method
     present = vars(item).get(name)
     if isinstance(value, Tensor) and isinstance(present, Tensor):
         value = value.to(present.device)
-        if present.shape == value.shape and present.dtype == value.dtype:
+        is_alike = present.shape == value.shape and present.dtype == value.dtype
+        # Before its first forward pass, spectral_norm has the memory of the parameter in it.
+        if is_alike and _memory(present) not in saved:
             with torch.no_grad():
                 present.copy_(value)
             return

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fitloop._concurrency.control import RunControl
+from fitloop._data.copies import are_equal
 from fitloop._data.inspection import is_stateful, reads_all_samples
 from fitloop._data.loaders import Loaders
 from fitloop._data.sharing import Shares
@@ -483,7 +484,7 @@ def _are_equal(weights: StateDict, other_weights: StateDict) -> bool:
 
 def _is_equal(value: Any, other: Any) -> bool:
     if not isinstance(value, Tensor) or not isinstance(other, Tensor):
-        return type(value) is type(other) and bool(value == other)
+        return are_equal(value, other)  # what get_extra_state of a module returned
     if value.shape != other.shape or value.dtype != other.dtype:
         return False
     try:

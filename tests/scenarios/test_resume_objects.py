@@ -237,8 +237,18 @@ def schedule_free() -> dict[str, Any]:
     return {"model": model, "optimizer": ScheduleFree(model.parameters(), lr=0.1)}
 
 
+def spectral() -> nn.Module:
+    """Return a model with an attribute that is computed from a parameter, and is its memory."""
+    model = mlp(dropout=0.2)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        nn.utils.spectral_norm(model[0])
+    return model
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "model": lambda: {"model": Net()},
+    "spectral_norm": lambda: {"model": spectral()},
     "optimizer": lookahead,
     "schedule-free optimizer": schedule_free,
     "train_step": lambda: {"train_step": drawing_step(), "train_epoch_end": mean_loss},

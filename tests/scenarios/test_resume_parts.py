@@ -149,7 +149,10 @@ class Counting(nn.Linear):
         self.calls = dict(state)
 
 
-def test_resume_when_model_has_extra_state_then_equals_one_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("load_best", [False, True])
+def test_resume_when_model_has_extra_state_then_equals_one_run(
+    load_best: bool, tmp_path: Path
+) -> None:
     def make() -> TrainingSetup:
         model = Counting()
         with torch.no_grad():
@@ -157,7 +160,7 @@ def test_resume_when_model_has_extra_state_then_equals_one_run(tmp_path: Path) -
                 parameter.fill_(0.1)
         return TrainingSetup(trainer={"model": model})
 
-    check_resumed_training(make, tmp_path, load_best=False)
+    check_resumed_training(make, tmp_path, load_best=load_best)
 
 
 def test_resume_when_weights_are_tied_then_equals_one_run(tmp_path: Path) -> None:
