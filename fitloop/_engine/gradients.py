@@ -158,11 +158,7 @@ class GradientGuard:
         # Looked at before clipping, which would make all gradients NaN.
         if self.checks_finite and self._are_bad(optimizer, gradients, norm):
             return True
-        if gradients and self._config.device.type == "cpu":
-            with torch.no_grad():  # as torch does it, but without grouping by device
-                torch._foreach_mul_(gradients, torch.clamp(self._clip / (norm + 1e-6), max=1.0))
-        else:
-            clip_grads_with_norm_(parameters_of(optimizer), self._clip, norm)
+        clip_grads_with_norm_(parameters_of(optimizer), self._clip, norm)
         self._keep_norm(norm)
         return False
 
