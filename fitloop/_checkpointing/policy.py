@@ -1,7 +1,4 @@
-"""`Checkpoint`, the policy of a run for its snapshots.
-
-Imported by every training, and so without the modules that read and write snapshots.
-"""
+"""`Checkpoint`, the policy of a run for its snapshots."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`History`, which is ``trainer.M``: the recorded metrics of a trainer, as floats.
 
 Records the values of stage functions from events. Knows no tensors, devices, files or figures; the
-plot methods import `fitloop._plotting.draw` when they are called.
+plot methods call `fitloop._plotting.draw`, which imports matplotlib when it draws.
 
     trainer.M                                              History
     trainer.M.valid.epoch_end                              StageHistory of a PhaseHistory
@@ -29,6 +29,7 @@ import numpy as np
 from fitloop._errors import ConfigurationError, UnknownMetricError, quoted_list
 from fitloop._events import Event, PhaseEnded, RunStarted
 from fitloop._format import Table, comma_list, format_number, html_block
+from fitloop._plotting.draw import plot_history, plot_phase
 from fitloop._public import public
 from fitloop._types import LOOKUP_ORDER, Phase, RunChoice, Stage
 
@@ -277,8 +278,6 @@ class PhaseHistory(Mapping[str, MetricSeries]):
 
         Arguments and errors are those of `fitloop._plotting.draw.plot_phase`.
         """
-        from fitloop._plotting.draw import plot_phase
-
         return plot_phase(self, name, run, stage, ax=ax, **kwargs)
 
     def __repr__(self) -> str:
@@ -407,8 +406,6 @@ class History:
 
         Arguments and errors are those of `fitloop._plotting.draw.plot_history`.
         """
-        from fitloop._plotting.draw import plot_history
-
         return plot_history(self, name, run, ax=ax, **kwargs)
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from fitloop._engine.config import TrainerConfig, check_number
 from fitloop._engine.loop_state import LoopState
 from fitloop._engine.plan import Instrumentation
 from fitloop._errors import ConfigurationError
+from fitloop._plotting.draw import plot_lr_curve
 from fitloop._public import public
 from fitloop._types import Phase
 
@@ -50,8 +51,6 @@ class LRCurve:
 
         ``kwargs`` are passed on to ``Axes.plot``. Blocking; from any thread.
         """
-        from fitloop._plotting.draw import plot_lr_curve
-
         smooth = smoothed(self.losses)
         return plot_lr_curve(self.lrs, self.losses, smooth, self.suggestion, ax=ax, **kwargs)
 

@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 
+from fitloop._checkpointing.rollback import RollbackPoint
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.event_loops import (
     CancelOnceScope,
@@ -24,9 +25,6 @@ from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import Event, PromptAnswered, PromptAsked, WentBack
 from fitloop._run.session import RunSession
 from fitloop._types import StopReason
-
-if TYPE_CHECKING:
-    from fitloop._checkpointing.rollback import RollbackPoint
 
 Ask = Callable[[PromptAsked], Awaitable[bool]]
 

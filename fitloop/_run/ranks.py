@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 
+from fitloop._checkpointing.snapshot import step_arguments
 from fitloop._concurrency.control import RunControl
 from fitloop._defaults import TRAINER_DEFAULTS
 from fitloop._engine.parallel import ParallelRun
@@ -128,8 +129,6 @@ def meet(
 
     These are what decides when ranks exchange something, and what their weights become.
     """
-    from fitloop._checkpointing.snapshot import step_arguments  # one process does not need it
-
     config, average, criteria = state.config, state.config.average, state.criteria
     names = [] if average is None else [field.name for field in fields(average)]
     facts = {

@@ -11,9 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from fitloop._checkpointing.checkpointer import Checkpointer
 from fitloop._checkpointing.policy import FileOptions
+from fitloop._checkpointing.rollback import RollbackPoint
+from fitloop._checkpointing.run_files import RunFiles, open_files
+from fitloop._checkpointing.run_position import RunPosition, loader_tree
 from fitloop._concurrency.control import Cancelled
 from fitloop._engine.metric_objects import MetricStates
 from fitloop._engine.plan import Instrumentation
@@ -30,11 +34,6 @@ from fitloop._training.parts import StatePart, states_of
 from fitloop._training.trainer_state import new_run_id
 from fitloop._training.untrained_check import UntrainedCheck
 from fitloop._types import Phase, StopReason
-
-if TYPE_CHECKING:  # only runs with snapshots need these modules
-    from fitloop._checkpointing.checkpointer import Checkpointer
-    from fitloop._checkpointing.run_files import RunFiles
-    from fitloop._checkpointing.run_position import RunPosition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +82,6 @@ class Run:
         with ExitStack() as stack:
             self._files: RunFiles | None = None
             if options.files is not None:
-                from fitloop._checkpointing.run_files import open_files
-
                 self._files = open_files(state, options.files, context.plan, context.parallel)
                 stack.callback(self._files.close)
             self._resumption = None if self._files is None else self._files.resumption
@@ -227,8 +224,6 @@ class Run:
     def _make_checkpointer(self) -> Checkpointer | None:
         if self._files is None or self._files.checkpoint is None:
             return None
-        from fitloop._checkpointing.checkpointer import Checkpointer
-
         return Checkpointer(
             self._files.checkpoint,
             self._state,
@@ -249,8 +244,6 @@ class Run:
             return None
         if not options.in_background:
             return Prompts(options, self._session)
-        from fitloop._checkpointing.rollback import RollbackPoint
-
         self._state.capture().check("fit(continue_while_asking=True)")
         mark = partial(
             RollbackPoint,
@@ -340,8 +333,6 @@ class Run:
 
     def _position(self, finished: bool) -> RunPosition:
         """Return the present position of the run, for a snapshot."""
-        from fitloop._checkpointing.run_position import RunPosition, loader_tree
-
         if self._step_log is not None:  # a resumed run must not emit them again
             self._step_log.flush()
         self._session.steps.settle()
