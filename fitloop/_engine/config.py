@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
-from typing import Any, Literal, Self, SupportsIndex
+from typing import Any, Literal, Self, SupportsIndex, get_args
 
 import numpy as np
 import torch
@@ -57,8 +57,6 @@ _LESS_IS_BETTER = frozenset(
     )
 )
 """words in the name of a metric whose direction must be given"""
-
-INTERVALS = ("step", "batch", "epoch", "valid")
 
 STAGE_NAMES: dict[tuple[Phase, Stage], str] = {
     (phase, stage): f"{phase}_{'step' if stage is Stage.BATCH_STEP else stage}"
@@ -468,20 +466,18 @@ class TrainerConfig(GivenArguments):
                 )
 
     def _check_functions(self) -> None:
-        for name in STAGE_NAMES.values():
+        arguments = {
+            **dict.fromkeys(STAGE_NAMES.values(), "the LoopState"),
+            **dict.fromkeys(("preloop", "postloop", "configure_optimizer"), "the trainer"),
+            "batch_size_of": "the batch",
+            "on_continue": "the PromptAsked event",
+        }
+        for name, argument in arguments.items():
             function = getattr(self, name)
             if function is not None:
-                check_callable(name, function, "the LoopState")
-        for name in ("preloop", "postloop", "configure_optimizer"):
-            function = getattr(self, name)
-            if function is not None:
-                check_callable(name, function, "the trainer")
-        if self.batch_size_of is not None:
-            check_callable("batch_size_of", self.batch_size_of, "the batch")
-            check_plain("batch_size_of", self.batch_size_of)
+                check_callable(name, function, argument)
+        check_plain("batch_size_of", self.batch_size_of)
         check_plain("configure_optimizer", self.configure_optimizer)
-        if self.on_continue is not None:
-            check_callable("on_continue", self.on_continue, "the PromptAsked event")
 
     def _check_schedulers(self) -> None:
         schedulers, intervals = as_list(self.lr_scheduler), as_list(self.scheduler_interval)
@@ -493,8 +489,8 @@ class TrainerConfig(GivenArguments):
             else:
                 self.check_scheduler(scheduler)
         for interval in intervals:
-            expected = "'step', 'batch', 'epoch' or 'valid'"
-            expect(interval in INTERVALS, "scheduler_interval", interval, expected)
+            fits = interval in get_args(Interval)
+            expect(fits, "scheduler_interval", interval, "'step', 'batch', 'epoch' or 'valid'")
         if intervals and not schedulers:
             raise ConfigurationError(
                 f"scheduler_interval is {self.scheduler_interval!r} and there is no lr_scheduler; "
@@ -525,29 +521,26 @@ class TrainerConfig(GivenArguments):
         )
 
     def _check_values(self) -> None:
-        expect(
-            self.criteria is None or isinstance(self.criteria, str),
-            "criteria",
-            self.criteria,
-            "the name of a metric that valid_epoch_end returns",
-        )
-        choices = ("raise", "skip", "ignore")
-        expect(
-            self.nonfinite in choices, "nonfinite", self.nonfinite, "'raise', 'skip' or 'ignore'"
-        )
-        self._check_clipping()
         direction, dtype, grace = self.criteria_direction, self.dtype, self.loader_grace
-        is_direction = not isinstance(direction, bool) and direction in (1, -1)
-        expected = "1 (more is better) or -1 (less is better)"
-        expect(is_direction, "criteria_direction", direction, expected)
-        expect(self.seed is None or self.seed < 2**64, "seed", self.seed, "less than 2**64")
-        is_choice = self.loader_randomness in ("global", "own")
-        expect(is_choice, "loader_randomness", self.loader_randomness, "'global' or 'own'")
-        self._check_loading()
         is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        expect(is_float, "dtype", dtype, "a floating torch.dtype such as torch.float32")
-        for key, name in {"best_model_name": self.best_model_name, "name": self.name}.items():
-            expect(isinstance(name, str) and name != "", key, name, "a name")
+        is_direction = not isinstance(direction, bool) and direction in (1, -1)
+        is_name = self.criteria is None or isinstance(self.criteria, str)
+        is_choice = self.loading in (None, *get_args(Loading))
+        for name, fits, expected in (
+            ("criteria", is_name, "the name of a metric that valid_epoch_end returns"),
+            ("nonfinite", self.nonfinite in get_args(Reaction), "'raise', 'skip' or 'ignore'"),
+            ("criteria_direction", is_direction, "1 (more is better) or -1 (less is better)"),
+            ("seed", self.seed is None or self.seed < 2**64, "less than 2**64"),
+            ("loader_randomness", self.loader_randomness in ("global", "own"), "'global' or 'own'"),
+            ("loading", is_choice, "'thread', 'process', 'inline' or None"),
+            ("dtype", is_float, "a floating torch.dtype such as torch.float32"),
+            ("loader_grace", is_number(grace) and grace >= 0, "seconds, 0 or more"),
+            ("best_model_name", _is_text(self.best_model_name), "a name"),
+            ("name", _is_text(self.name), "a name"),
+        ):
+            expect(fits, name, getattr(self, name), expected)
+        self._check_clipping()
+        self._check_loading()
         scaler = {} if self.scaler is None else {"scaler": self.scaler}
         for name, item in {**scaler, **self.stateful}.items():
             has_state = hasattr(item, "state_dict") and hasattr(item, "load_state_dict")
@@ -555,13 +548,9 @@ class TrainerConfig(GivenArguments):
             expect(fits, name, item, "an object with state_dict() and load_state_dict()")
         if scaler and "scaler" in self.stateful:
             raise ConfigurationError("scaler is given twice: as scaler= and in stateful=")
-        fits = is_number(grace) and grace >= 0
-        expect(fits, "loader_grace", grace, "seconds, 0 or more")
 
     def _check_loading(self) -> None:
         loading, prefetch = self.loading, self.prefetch
-        is_choice = loading in (None, "thread", "process", "inline")
-        expect(is_choice, "loading", loading, "'thread', 'process', 'inline' or None")
         if (
             loading is not None
             and prefetch is not None
@@ -664,6 +653,10 @@ def _needs_argument(method: Any) -> bool:
 def _first(*values: Any) -> Any:
     """Return the first value that is not None, or None."""
     return next((value for value in values if value is not None), None)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _check_stateful(stateful: Any) -> dict[str, Any]:
