@@ -83,17 +83,14 @@ class BenchLoaders(Loaders):
     @property
     def mode(self) -> str:
         """The way in which the last pass was loaded, for `Conditions.loads`."""
-        source = self.last_source
-        if isinstance(source, MeasuredSource):
-            source = source.source
-        if isinstance(source, PrefetchSource):
+        if isinstance(self.last_source, PrefetchSource):
             return "ahead"
-        return "inline" if isinstance(source, InlineSource) else "in a process"
+        return "inline" if isinstance(self.last_source, InlineSource) else "in a process"
 
     @property
     def has_chosen(self) -> bool:
         """Whether the way of loading will not change any more."""
-        return not isinstance(self.last_source, MeasuredSource)
+        return all(each.decided for by_phase in self.tuners.values() for each in by_phase.values())
 
 
 def tensor_bytes(batch: Any) -> int:

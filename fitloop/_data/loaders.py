@@ -35,7 +35,7 @@ from fitloop._data.inspection import (
     set_epoch,
     uses_rng_only_at_start,
 )
-from fitloop._data.prefetch_tuner import MeasuredSource, PrefetchTuner
+from fitloop._data.prefetch_tuner import PrefetchTuner
 from fitloop._data.pushback import PushbackIterator, pushback_iterator_of
 from fitloop._data.resumption import (
     PassStart,
@@ -93,8 +93,10 @@ class Loaders:
 
     def __init__(self, options: LoadingOptions) -> None:
         self._options = options
-        self._tuners: dict[Phase, tuple[Callable[[], Any], PrefetchTuner]] = {}
-        """reference to the loader of the phase, and its tuner"""
+        self.tuners: weakref.WeakKeyDictionary[DataLoader[Any], dict[Phase, PrefetchTuner]] = (
+            weakref.WeakKeyDictionary()
+        )
+        """what decides whether a loader is read ahead in a phase"""
         self._one_shots: dict[int, PushbackIterator] = {}
         """loaders that can be read only once, by their `id`"""
         self._dry_run_reads: list[PushbackIterator] | None = None
@@ -311,23 +313,13 @@ class Loaders:
         # Beside the steps, other loaders could see or use what the steps change.
         if not reads_in_workers(loader):
             return InlineSource(context, read)
-        tuner = self._tuner(phase, loader)
+        tuner = self.tuners.setdefault(loader, {}).setdefault(phase, PrefetchTuner())
         tuner.begin_pass()
-        source: Source = InlineSource(context, read)
+        if not tuner.decided:
+            context = replace(context, finish_transfer=tuner.timed(context.finish_transfer))
         if tuner.ahead:
-            source = PrefetchSource(context, read, DEFAULT_DEPTH)
-        return source if tuner.decided else MeasuredSource(source, tuner)
-
-    def _tuner(self, phase: Phase, loader: Any) -> PrefetchTuner:
-        """Return the tuner of the phase's loader; a new one for another loader."""
-        reference, tuner = self._tuners.get(phase, (None, PrefetchTuner()))
-        if reference is None or reference() is not loader:
-            tuner = PrefetchTuner()
-            try:
-                self._tuners[phase] = (weakref.ref(loader), tuner)
-            except TypeError:  # its type supports no weak references
-                self._tuners[phase] = (lambda: loader, tuner)
-        return tuner
+            return PrefetchSource(context, read, DEFAULT_DEPTH)
+        return InlineSource(context, read)
 
     # -- positions, for snapshots ----------------------------------------------------------------
 

@@ -31,9 +31,7 @@ PREFETCH = pytest.mark.parametrize("prefetch", [None, 0, 2], ids=str)
 @pytest.fixture(autouse=True)
 def _every_measured_loader_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefetchTuner, "SAMPLES", 1)
-    monkeypatch.setattr(PrefetchTuner, "SHORTEST_LOAD", -1.0)
-    monkeypatch.setattr(PrefetchTuner, "SMALLEST_SHARE", -1.0)
-    monkeypatch.setattr(PrefetchTuner, "WAITING_SHARE", float("inf"))
+    monkeypatch.setattr(PrefetchTuner, "SMALLEST_GAIN", -1e9)
 
 
 def is_read_ahead() -> bool:
