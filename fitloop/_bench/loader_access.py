@@ -8,11 +8,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fitloop._data.carried_state import holders_of, set_state, state_of
-from fitloop._data.device import map_tensors
 from fitloop._data.inspection import detached, is_iterable, uses_rng_only_at_start
 from fitloop._data.loaders import Loaders
-from fitloop._data.prefetch_tuner import MeasuredSource
 from fitloop._data.sources import InlineSource, LoadContext, PrefetchSource, Source
+from fitloop._data.structure import map_tensors
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import ConfigurationError
 

@@ -16,7 +16,6 @@ the training loop, events or files.
 - `resumption`: goes to the k-th batch of a pass.
 - `pushback`: loaders that can be read only once.
 - `batch_sizes`: the number of samples in a batch.
-- `fields`: the declared fields of objects in batches.
-- `copies`: copies of batches.
+- `structure`: tensors in the structure of batches, copies, and comparisons of states.
 - `device`, `cuda_stream`: copies to the device; a CUDA stream for a run.
 """

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fitloop._data.fields import field_names
+from fitloop._data.structure import field_names
 
 
 def possible_sizes(batch: Any) -> set[int]:

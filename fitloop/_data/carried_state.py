@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fitloop._data.copies import are_equal
 from fitloop._data.inspection import is_stateful, needs_no_arguments
 from fitloop._data.pushback import PushbackIterator
+from fitloop._data.structure import are_equal
 from fitloop._rng.generators import check_tree, generator_state, is_generator, set_generator_state
 from fitloop._rng.states import check_generator_state
 

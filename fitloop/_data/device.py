@@ -12,71 +12,16 @@ step's stream, after the stream that made them.
 
 from __future__ import annotations
 
-import copy
-from collections import UserDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fitloop._data.fields import field_names
+from fitloop._data.structure import map_tensors
 
 _SEQUENCES = frozenset((list, tuple))
-
-
-def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
-    """Return ``item`` with ``change`` applied to its tensors, and to objects with ``.to``.
-
-    Tuples, lists, mappings, and objects with declared fields, such as dataclasses, keep their
-    type. Other objects stay as they are. ``item`` itself is not changed.
-    """
-    if isinstance(item, (Tensor, PackedSequence)):
-        return change(item)
-    kind = type(item)
-    if kind is tuple or kind is list:
-        return kind([map_tensors(element, change) for element in item])
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return kind(*(map_tensors(element, change) for element in item))
-    if isinstance(item, (tuple, list)):
-        return kind([map_tensors(element, change) for element in item])
-    if kind is dict:
-        return {key: map_tensors(element, change) for key, element in item.items()}
-    if isinstance(item, Mapping):
-        return _map_mapping(item, change)
-    if callable(getattr(item, "to", None)):
-        item = change(item)
-    names = field_names(item)
-    return _map_fields(item, names, change) if names else item
-
-
-def _map_mapping(item: Mapping[Any, Any], change: Callable[[Any], Any]) -> Any:
-    moved = {key: map_tensors(element, change) for key, element in item.items()}
-    if isinstance(item, (dict, UserDict)):
-        # A subclass may have any constructor. Its copy has a dict of its own.
-        copied = copy.copy(item)
-        for key, element in moved.items():
-            copied[key] = element
-        return copied
-    # The copy of another mapping may share its values with the original.
-    try:
-        twin: Mapping[Any, Any] = type(item)(moved)  # type: ignore[call-arg]
-        if twin.keys() == moved.keys():
-            return twin
-    except Exception:
-        pass
-    return moved
-
-
-def _map_fields(item: Any, names: list[str], change: Callable[[Any], Any]) -> Any:
-    values = {name: getattr(item, name) for name in names}
-    moved = {name: map_tensors(value, change) for name, value in values.items()}
-    twin = copy.copy(item)
-    for name, value in moved.items():
-        if value is not values[name]:
-            object.__setattr__(twin, name, value)  # also if the class is frozen
-    return twin
 
 
 def _moved_object(item: Any, device: torch.device) -> Any:
@@ -122,10 +67,8 @@ class DeviceTransfer:
         self._device = device
         self._dtype = dtype
         self._cast = cast
-        self._targets: dict[torch.dtype, torch.dtype] = {}
-        """dtype on the device for each dtype seen so far"""
         self._unchanged: set[torch.dtype] = set()
-        """dtypes that stay the same"""
+        """dtypes seen so far that stay the same"""
         self._has_device_tensors = False
         """whether the batch may have tensors that another stream made on the device"""
         on_cuda = device.type == "cuda"
@@ -152,7 +95,7 @@ class DeviceTransfer:
             return self.move(batch)
         self._has_device_tensors = False
         with torch.cuda.stream(self._copy_stream):
-            moved = self._map(batch, self._move_pinned)
+            moved = map_tensors(batch, self._move_pinned)
             events = [self._copy_stream.record_event()]
         if self._has_device_tensors:  # this thread made them, or the event loop's (async loaders)
             events.append(torch.cuda.current_stream(self._device).record_event())
@@ -161,7 +104,7 @@ class DeviceTransfer:
 
     def move(self, batch: Any) -> Any:
         """Return ``batch`` moved and cast, ready at once, as in a hand-written loop."""
-        return self._map(batch, self._move)
+        return map_tensors(batch, self._move)
 
     def finish(self, pending: Any) -> Any:
         """Return the batch of a result of `start`, ready for the calling thread's stream."""
@@ -181,19 +124,11 @@ class DeviceTransfer:
 
         return map_tensors(pending.batch, record)
 
-    def _map(self, batch: Any, change: Callable[[Any], Any]) -> Any:
-        kind = type(batch)
-        if kind is list or kind is tuple:  # the usual (inputs, targets), without recursion
-            parts = [change(p) if type(p) is Tensor else map_tensors(p, change) for p in batch]
-            return parts if kind is list else tuple(parts)
-        return map_tensors(batch, change)
-
     def _target(self, dtype: torch.dtype) -> torch.dtype:
         if not self._cast or dtype is torch.bool or dtype.is_complex:
             target = dtype
         else:
             target = self._dtype if dtype.is_floating_point else torch.long
-        self._targets[dtype] = target
         if target is dtype:
             self._unchanged.add(dtype)
         return target
@@ -205,7 +140,7 @@ class DeviceTransfer:
         if not isinstance(item, Tensor):
             return _moved_object(item, self._device)
         dtype = item.dtype
-        target = self._targets.get(dtype) or self._target(dtype)
+        target = self._target(dtype)
         # is_cpu is a flag; comparing devices makes objects.
         if target is dtype and (item.is_cpu if self._on_cpu else item.device == self._device):
             return item
@@ -222,6 +157,6 @@ class DeviceTransfer:
             return self._move(item)
         pinned = item if item.is_pinned() else item.pin_memory()
         moved = pinned.to(self._device, non_blocking=True)
-        target = self._targets.get(item.dtype) or self._target(item.dtype)
+        target = self._target(item.dtype)
         # Cast after the copy, since the narrow dtype has fewer bytes.
         return moved if target is item.dtype else moved.to(target)

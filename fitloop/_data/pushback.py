@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
-from fitloop._data.copies import copy_if_possible
+from fitloop._data.structure import copy_if_possible
 
 
 class PushbackIterator:

@@ -17,11 +17,10 @@ from typing import Any, Final, Protocol
 
 from fitloop._concurrency.control import Cancelled, RunControl
 from fitloop._concurrency.task_state import TaskState
-from fitloop._data.copies import copy_batch
+from fitloop._data.structure import copy_batch
 from fitloop._errors import ConfigurationError, add_note_safely, one_line
-from fitloop._rng.guard import LoaderRng, NullGuard
+from fitloop._rng.guard import LoaderRng
 from fitloop._rng.states import RngState
-from fitloop._types import Phase
 
 
 class _End:

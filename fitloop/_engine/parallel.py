@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fitloop._concurrency.control import Cancelled
 from fitloop._data.carried_state import carried_states, set_carried_states
-from fitloop._data.device import map_tensors
 from fitloop._data.inspection import GIVEN_SAMPLER
 from fitloop._data.sources import END
+from fitloop._data.structure import map_tensors
 from fitloop._engine.config import TrainerConfig
 from fitloop._engine.sharding import gather_parameters, is_sharded, reshard
 from fitloop._engine.wrapping import unwrap, wrapped

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from fitloop._data.device import DeviceTransfer, map_tensors
+from fitloop._data.device import DeviceTransfer
+from fitloop._data.structure import map_tensors
 
 CPU = torch.device("cpu")
 
