@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import multiprocessing
 import os
 import pickle
 import sys
@@ -44,13 +43,11 @@ from fitloop._data.process_messages import (
     SentBatch,
     SentWarning,
 )
-from fitloop._data.resumption import resumed_iterator, warn_of_replay
+from fitloop._data.resumption import ResumePosition, resumed_iterator, warn_of_replay
 from fitloop._errors import ConfigurationError, one_line
-from fitloop._processes.child import close_in_children
 from fitloop._processes.connection import receive_message, waiter
 from fitloop._processes.errors import SerializedError, serialize_error
 from fitloop._processes.pickling import pickled, pickled_message
-from fitloop._processes.signals import die_with_parent, leave_signals_to_parent
 from fitloop._rng.generators import is_generator
 from fitloop._rng.global_state import restore_global_state
 from fitloop._rng.states import RngState
@@ -61,29 +58,16 @@ class _Disconnected(BaseException):
     """The run has closed the connection, or has died. No code of the user can catch it."""
 
 
-def main(
-    parent: int | None,
-    connection: Connection,
-    key: int,
-    shares_memory: bool,
-    start_method: str | None,
-) -> None:
+def main(connection: Connection, key: int, shares_memory: bool) -> None:
     """Read loaders until the run is done; the whole life of the process.
 
     Args:
-        parent: the argument of `die_with_parent`; None if that was called before.
         connection: to the run.
         key, shares_memory: see `BatchSender`.
-        start_method: of processes in the run's process, for loaders that start some.
     """
-    if parent is not None:
-        die_with_parent(parent)
-    leave_signals_to_parent()
-    close_in_children(connection)  # a process that a loader has started may outlive this one
-    multiprocessing.set_start_method(start_method, force=True)
     with warnings.catch_warnings(record=True) as caught, suppress(_Disconnected):
         warnings.simplefilter("default")
-        LoaderServer(_Channel(connection, caught), BatchSender(key, shares_memory)).serve()
+        _serve(_Channel(connection, caught), BatchSender(key, shares_memory))
     _exit()
 
 
@@ -138,39 +122,32 @@ def _sent_warning(caught: warnings.WarningMessage) -> SentWarning:
     return category, str(caught.message), caught.filename, caught.lineno
 
 
-class LoaderServer:
-    """Carries out one pass after the other."""
+def _serve(channel: _Channel, sender: BatchSender) -> None:
+    """Carry out one pass after the other, until the connection is closed."""
+    loaders: dict[int, Any] = {}
+    while True:
+        match channel.receive():
+            case OpenPass() as request:
+                _read_pass(request, loaders, channel, sender)
+            case BatchTaken(released):  # of the last batches of a pass
+                sender.slots.release(released)
 
-    def __init__(self, channel: _Channel, sender: BatchSender) -> None:
-        self._channel, self._sender = channel, sender
-        self._loaders: dict[int, Any] = {}
-        self._rng = _Generators()
 
-    def serve(self) -> None:
-        """Serve until the connection is closed."""
-        while True:
-            match self._channel.receive():
-                case OpenPass() as request:
-                    self._do(request)
-                case BatchTaken(released):  # of the last batches of a pass
-                    self._sender.slots.release(released)
-
-    def _do(self, request: OpenPass) -> None:
-        try:
-            contents = request.contents
-            if contents is not None:
-                loader = pickle.loads(contents.pickle, buffers=contents.values)
-                self._loaders[request.number] = loader
-            request.settings.apply()
-            loader = self._loaders[request.number]
-            self._rng.begin_pass(request.rng_reports)
-            one_pass = _Pass(request, loader, self._channel, self._sender, self._rng)
-            one_pass.begin()
-            one_pass.read()
-        except BaseException as error:  # of the user's code; the run raises it
-            if isinstance(error, _Disconnected):
-                raise
-            self._channel.send(serialize_error(error), NO_STATES)
+def _read_pass(
+    request: OpenPass, loaders: dict[int, Any], channel: _Channel, sender: BatchSender
+) -> None:
+    try:
+        contents = request.contents
+        if contents is not None:
+            loaders[request.number] = pickle.loads(contents.pickle, buffers=contents.values)
+        request.settings.apply()
+        one_pass = _Pass(request, loaders[request.number], channel, sender)
+        one_pass.begin()
+        one_pass.read()
+    except _Disconnected:
+        raise
+    except BaseException as error:  # of the user's code; the run raises it
+        channel.send(serialize_error(error), NO_STATES)
 
 
 class _Pass:
@@ -182,11 +159,11 @@ class _Pass:
         loader: Any,
         channel: _Channel,
         sender: BatchSender,
-        rng: _Generators,
     ) -> None:
-        self._request, self._loader = request, loader
-        self._channel, self._sender, self._rng = channel, sender, rng
-        self._allowed = request.ahead
+        self._request, self._plan, self._loader = request, request.plan, loader
+        self._channel, self._sender = channel, sender
+        self._rng = _Generators(request.plan.rng_reports)
+        self._allowed = request.plan.ahead
         """batches that may be read now"""
         self._sent = 0
         self._iterable: Any = None
@@ -200,34 +177,34 @@ class _Pass:
         set_plain_attributes(loader, request.attributes)
         if request.states is not None:
             set_carried_states(loader, request.states)
-        self._rng.install(request.rng_state)
+        self._rng.install(self._plan.rng_state)
         self._iterable = loader
         if not is_iterable(loader):
             self._iterable = loader()
             set_epoch(self._iterable, request.epoch)
         self._holders = holders_of(self._iterable)
         states = {path: state_of(holder) for path, holder in self._holders.items()}
-        self._channel.send(Opened(states if request.tracks_positions else {}), NO_STATES)
+        self._channel.send(Opened(states if self._plan.tracks_positions else {}), NO_STATES)
 
     def read(self) -> None:
         """Send the batches and then the end."""
-        request = self._request
+        plan = self._plan
         if hasattr(self._iterable, "__aiter__"):
             asyncio.run(self._read_async())
         else:
             iterator: Iterator[Any]
-            if request.resume_from is None:
+            if plan.resume_from is None:
                 iterator = iter(self._iterable)
             else:
                 iterator = resumed_iterator(
                     self._loader,
                     self._iterable,
-                    request.resume_from,
-                    request.label,
-                    rereads=request.rereads,
+                    plan.resume_from,
+                    self._request.label,
+                    rereads=plan.rereads,
                 )
-                self._go_to_position()
-            limited = itertools.islice(iterator, request.limit)
+                self._go_to(plan.resume_from)
+            limited = itertools.islice(iterator, plan.limit)
             self._wait_for_permission()
             for batch in limited:
                 self._send(batch)
@@ -241,15 +218,15 @@ class _Pass:
         self._channel.send(PassEnded(plain_attributes(self._loader)), states)
 
     async def _read_async(self) -> None:
-        request = self._request
+        plan = self._plan
         iterator: AsyncIterator[Any] = aiter(self._iterable)
         try:
-            if request.resume_from is not None:
-                warn_of_replay(request.label, request.resume_from.batches)
-                for _ in range(request.resume_from.batches):
+            if plan.resume_from is not None:
+                warn_of_replay(self._request.label, plan.resume_from.batches)
+                for _ in range(plan.resume_from.batches):
                     await anext(iterator, None)
-                self._go_to_position()
-            for _ in itertools.count() if request.limit is None else range(request.limit):
+                self._go_to(plan.resume_from)
+            for _ in itertools.count() if plan.limit is None else range(plan.limit):
                 self._wait_for_permission()
                 try:
                     batch = await anext(iterator)
@@ -262,11 +239,10 @@ class _Pass:
             if close is not None:
                 await close()
 
-    def _go_to_position(self) -> None:
-        """Install the random state of the position, unless earlier batches were read again."""
-        assert self._request.resume_from is not None
-        if not self._request.rereads:
-            self._rng.install(self._request.resume_from.rng_state)
+    def _go_to(self, position: ResumePosition) -> None:
+        """Install the random state of a position, unless earlier batches were read again."""
+        if not self._plan.rereads:
+            self._rng.install(position.rng_state)
 
     def _send(self, batch: Any) -> None:
         label, sender = self._request.label, self._sender
@@ -292,7 +268,7 @@ class _Pass:
 
     def _states(self) -> LoaderStates:
         """Return the states after a batch that are needed if the pass ends there."""
-        tracks = self._request.tracks_positions
+        tracks = self._plan.tracks_positions
         carried = None
         if self._holders:
             # Generators are quick to read; of other objects only a snapshot needs the state.
@@ -308,7 +284,7 @@ class _Pass:
 
     def _wait_for_permission(self) -> None:
         """Take all messages, and wait until one more batch may be read."""
-        limit = self._request.limit
+        limit = self._plan.limit
         while True:
             is_last = limit is not None and self._sent >= limit  # the end needs no permission
             message = self._channel.receive(wait=not self._allowed and not is_last)
@@ -320,49 +296,23 @@ class _Pass:
 
 
 class _Generators:
-    """The global generators of this process, which only the loaders use."""
+    """The global generators of this process, which only the loaders use, during a pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, reports: RngReports) -> None:
+        self._reports = reports
         self._stream: Stream | None = None
-        self._kind: str | None = None
-        """kind of numpy's bit generator, if it is not the usual one"""
-        self._reports: RngReports = "none"
-        self._last: RngState | None = None
-
-    def begin_pass(self, reports: RngReports) -> None:
-        """Begin to report states of a new pass."""
-        self._reports, self._last = reports, None
 
     def install(self, state: RngState) -> None:
-        """Put the generators into a state."""
-        kind = None if isinstance(state.bits, bytes) else state.bits["bit_generator"]
-        if self._stream is None or kind is not None or self._kind is not None:
-            self._kind = kind
-            restore_global_state(state)
-            self._stream = Stream.of_process()
-        else:
-            self._stream.set_state(state)
+        """Put the generators into a state, but not those of devices: the process uses none."""
+        restore_global_state(state._replace(devices={}))
+        self._stream = Stream.of_process()
         self._stream.install()  # a `Stream` reads quickly only what it has installed
 
     def report(self, batches: int) -> RngState | None:
-        """Return the state, if it is wanted after this number of batches and has changed."""
+        """Return the state, if it is wanted after this number of batches."""
         stream = self._stream
         assert stream is not None
         if self._reports == "none" or (self._reports == "first" and batches > 1):
             return None
         stream.capture()
-        state = stream.state()
-        if self._last is not None and _are_equal(state, self._last):
-            return None
-        self._last = state
-        return state
-
-
-def _are_equal(state: RngState, other: RngState) -> bool:
-    is_plain = isinstance(state.bits, bytes) and state.gauss is None and other.gauss is None
-    return (
-        is_plain
-        and state.bits == other.bits
-        and state.python == other.python
-        and bool((state.torch == other.torch).all())
-    )
+        return stream.state()

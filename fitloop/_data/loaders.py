@@ -202,7 +202,8 @@ class Loaders:
                 f"loading is 'process', and {context.label} can be read only once, which a process "
                 "would do with a copy of it; expected a function that makes such an iterator"
             )
-        from fitloop._data.process_source import PassPlan, ReaderProcess
+        from fitloop._data.process_messages import PassPlan
+        from fitloop._data.process_source import ReaderProcess
 
         rng = context.rng
         if resume_from is not None:
@@ -231,10 +232,10 @@ class Loaders:
             rng_reports=reports,
             resume_from=resume_from,
             rereads=rereads,
-            start=start if self.tracks_positions else None,
-            is_dry_run=self._dry_run_reads is not None,
+            tracks_positions=self.tracks_positions,
         )
-        source = self._process.open(loader, context, plan)
+        is_dry_run = self._dry_run_reads is not None
+        source = self._process.open(loader, context, plan, start, is_dry_run=is_dry_run)
         if self.tracks_positions:
             self._positions[phase] = source.position
         return source

@@ -13,19 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fitloop._data.resumption import ResumePosition
 from fitloop._data.shared_slots import Placement, SlotReader, SlotWriter
 from fitloop._processes.errors import SerializedError
-from fitloop._processes.pickling import (
-    ValueBuffer,
-    is_plain,
-    pickled,
-    tensor_of,
-    values_of,
-    write_pickle,
-)
+from fitloop._processes.pickling import ValueBuffer, pickled, write_pickle
 from fitloop._rng.states import RngState
 
 LARGE_PICKLE = 16384
@@ -67,6 +59,23 @@ class SentLoader:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PassPlan:
+    """How a pass is read."""
+
+    limit: int | None
+    """the most batches of this pass; without those before ``resume_from``"""
+    ahead: int
+    """batches that may be read before the first `BatchTaken`"""
+    rng_state: RngState
+    """state of the generators of the process at the beginning"""
+    rng_reports: RngReports
+    resume_from: ResumePosition | None
+    rereads: bool
+    """a resumed pass reads the batches before the position again, for their random numbers"""
+    tracks_positions: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class OpenPass:
     """Begin a pass over a loader. The answer is `Opened`; then batches come."""
 
@@ -77,20 +86,11 @@ class OpenPass:
     label: str
     epoch: int
     """counted from 0"""
-    limit: int | None
-    """the most batches of this pass; without those before ``resume_from``"""
-    ahead: int
-    """batches that may be read before the first `BatchTaken`"""
-    rng_state: RngState
-    rng_reports: RngReports
-    resume_from: ResumePosition | None
-    rereads: bool
-    """a resumed pass reads the batches before the position again, for their random numbers"""
+    plan: PassPlan
     states: dict[str, Any] | None
     """the `carried_states` of the loader; None if they have not changed here"""
     attributes: dict[str, dict[str, Any]]
     """plain attributes that have changed here"""
-    tracks_positions: bool
     settings: TorchSettings
 
 
@@ -103,8 +103,6 @@ class BatchTaken:
 
 # -- from the process ------------------------------------------------------------------------------
 
-PlainForm = tuple[type, list[tuple[str, tuple[int, ...]]]]
-"""``tuple`` or ``list``, and the dtype and shape of each of its tensors"""
 SentWarning = tuple[bytes, str, str, int]
 """pickle of the category, text, file and line"""
 
@@ -120,8 +118,8 @@ class Opened:
 class SentBatch(NamedTuple):
     """A batch without its values."""
 
-    form: bytes | PlainForm
-    """the pickle, or of a plain batch its form; empty if the pickle is the first value"""
+    form: bytes
+    """the pickle; empty if it is the first value"""
     placement: Placement | None
     """None if the batch has no values, or if they are in ``values``"""
     values: list[ValueBuffer]
@@ -176,12 +174,7 @@ class BatchSender:
 
     def message(self, batch: Any) -> SentBatch:
         """Return a message of a batch. Raises any error of its pickling, or OSError."""
-        form: bytes | PlainForm
-        if (plain := _plain_form(batch)) is not None:
-            form, values = plain
-            self._new_classes = []
-        else:
-            form, values = self._pickled(batch)
+        form, values = self._pickled(batch)
         if not self._shares_memory:
             return SentBatch(
                 form,
@@ -223,22 +216,6 @@ def _class_of(key: int, number: int) -> type:
     return _classes[key][number]
 
 
-def _plain_form(batch: Any) -> tuple[PlainForm, list[Any]] | None:
-    """Return form and values of the usual (inputs, targets), which needs no pickle; else None."""
-    kind = type(batch)
-    if not (kind is tuple or kind is list) or len({id(item) for item in batch}) != len(batch):
-        return None
-    parts, values = list[tuple[str, tuple[int, ...]]](), list[Any]()
-    for item in batch:
-        if type(item) is not Tensor or not is_plain(item):
-            return None
-        if item.requires_grad or not item.is_contiguous():
-            return None
-        values.append(values_of(item))
-        parts.append((str(item.dtype)[6:], tuple(item.shape)))
-    return (kind, parts), values
-
-
 class BatchReceiver:
     """Makes batches of messages."""
 
@@ -257,12 +234,6 @@ class BatchReceiver:
         if message.placement is not None:
             values = self.slots.values(message.placement)
         form: Any = message.form
-        if type(form) is tuple:
-            kind, parts = form
-            return kind(
-                tensor_of(value, getattr(torch, dtype), shape)
-                for value, (dtype, shape) in zip(values, parts, strict=True)
-            )
         if not form:
             form, *values = values
         return pickle.loads(form, buffers=values)

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import io
 import itertools
-import multiprocessing
 import os
 import pickle
-import socket
 import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from multiprocessing import reduction
 from typing import Any, TypeVar
 
@@ -48,38 +45,22 @@ from fitloop._data.process_messages import (
     Opened,
     OpenPass,
     PassEnded,
-    RngReports,
+    PassPlan,
     SentBatch,
     SentLoader,
     TorchSettings,
 )
-from fitloop._data.resumption import PassStart, ResumePosition
+from fitloop._data.resumption import PassStart
 from fitloop._data.shared_slots import HAS_SLOTS
 from fitloop._data.sources import END, LoadContext
 from fitloop._errors import ConfigurationError, WorkerDiedError, one_line, warn_user
 from fitloop._processes.child import ChildProcess, check_start_method
-from fitloop._processes.connection import send_message, waiter
+from fitloop._processes.connection import send_message, shut_down, waiter
 from fitloop._processes.errors import SerializedError, deserialize_error
 from fitloop._processes.pickling import has_cloudpickle, pickled_message, write_pickle
 from fitloop._rng.states import RngState
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassPlan:
-    """How a pass is read. See `OpenPass` for the fields that have no description."""
-
-    limit: int | None
-    ahead: int
-    rng_state: RngState
-    """state of the generators of the process at the beginning"""
-    rng_reports: RngReports
-    resume_from: ResumePosition | None
-    rereads: bool
-    start: RngState | None
-    """the random state of `PassStart`; None if positions are not tracked"""
-    is_dry_run: bool
 
 
 class ReaderProcess:
@@ -96,15 +77,24 @@ class ReaderProcess:
         self.receiver = BatchReceiver()
         self.is_idle = True
         """whether a pass can be opened"""
-        self._has_answered = False
         self._registries: dict[str, dict[Any, Any]] = {}
-        start_method = multiprocessing.get_start_method(allow_none=True)
-        arguments = self.receiver.key, HAS_SLOTS, start_method
+        arguments = self.receiver.key, HAS_SLOTS
         self._child = ChildProcess(main, arguments, check_start_method(None), "fitloop loader")
         self._wait = waiter(self._child.connection)
 
-    def open(self, loader: Any, context: LoadContext, plan: PassPlan) -> ProcessSource:
-        """Begin a pass. Raises errors of the loader, or ConfigurationError."""
+    def open(
+        self,
+        loader: Any,
+        context: LoadContext,
+        plan: PassPlan,
+        start: RngState,
+        *,
+        is_dry_run: bool,
+    ) -> ProcessSource:
+        """Begin a pass; ``start`` is the random state of its `PassStart`.
+
+        Raises errors of the loader, or ConfigurationError.
+        """
         copy = self._copies.get(id(loader))
         states: dict[str, Any] | None = None
         attributes: dict[str, dict[str, Any]] = {}
@@ -114,26 +104,14 @@ class ReaderProcess:
             copy = self._copies[id(loader)] = _Copy(loader, number)
         else:
             states, attributes = copy.take_changes()
-        position = plan.resume_from
         request = OpenPass(
             number=copy.number,
             contents=contents,
             label=context.label,
             epoch=context.epoch,
-            limit=plan.limit,
-            ahead=plan.ahead,
-            rng_state=_without_devices(plan.rng_state),
-            rng_reports=plan.rng_reports,
-            resume_from=position
-            and replace(
-                position,
-                rng_state=_without_devices(position.rng_state),
-                pass_start=replace(position.pass_start, rng_state=_without_devices(plan.rng_state)),
-            ),
-            rereads=plan.rereads,
+            plan=plan,
             states=states,
             attributes=attributes,
-            tracks_positions=plan.start is not None,
             settings=TorchSettings.of_this_thread(),
         )
         self.is_idle = False
@@ -142,7 +120,7 @@ class ReaderProcess:
         try:
             with suppress(OSError):  # it has ended: `receive` tells why
                 send_message(self._child.connection, request)
-            return ProcessSource(self, copy, context, plan, forget)
+            return ProcessSource(self, copy, context, plan, start, forget, is_dry_run=is_dry_run)
         except BaseException:
             forget()
             raise
@@ -195,7 +173,7 @@ class ReaderProcess:
             if control.cancelled:
                 raise Cancelled
             return None
-        self._has_answered = True
+        self._child.ready = True
         for category, text, file, line in answer.warnings:
             registry = self._registries.setdefault(file, {})
             warnings.warn_explicit(text, pickle.loads(category), file, line, registry=registry)
@@ -216,11 +194,8 @@ class ReaderProcess:
         """End a wait of `receive`, since nothing more is to be read; any thread, never blocks."""
         if os.name == "nt":
             self._child.kill()
-            return
-        with suppress(OSError):
-            descriptor = os.dup(self._child.connection.fileno())
-            with socket.socket(fileno=descriptor) as end:
-                end.shutdown(socket.SHUT_RDWR)
+        else:
+            shut_down(self._child.connection)
 
     def close(self, timeout: float) -> None:
         """End the process; kill it if it is still inside a loader after ``timeout`` seconds."""
@@ -231,13 +206,9 @@ class ReaderProcess:
 
     def _death(self, context: LoadContext) -> WorkerDiedError:
         code = self._child.join()
-        message = f"the process that reads {context.label} {self._child.describe_exit()}"
-        if not self._has_answered:
-            message += (
-                " before it could begin; why is on the stderr of this process. It imports the "
-                "script: a file, with `if __name__ == '__main__':` around what it runs"
-            )
-        return WorkerDiedError(message, code)
+        return WorkerDiedError(
+            f"the process that reads {context.label} {self._child.describe_exit()}", code
+        )
 
 
 class ProcessSource:
@@ -251,10 +222,13 @@ class ProcessSource:
         copy: _Copy,
         context: LoadContext,
         plan: PassPlan,
+        start: RngState,
         forget: Callable[[], None],
+        *,
+        is_dry_run: bool,
     ) -> None:
         self._process, self._copy, self._context, self._plan = process, copy, context, plan
-        self._forget = forget
+        self._start, self._forget, self._is_dry_run = start, forget, is_dry_run
         self.rng_state_after: RngState | None = None
         if context.rng.has_stream:
             position = plan.resume_from
@@ -313,8 +287,7 @@ class ProcessSource:
         if position is not None:
             start = position.pass_start
         else:
-            assert self._plan.start is not None
-            start = PassStart(rng_state=self._plan.start, carried=self._start_states)
+            start = PassStart(rng_state=self._start, carried=self._start_states)
         carried = self._states.carried
         if carried is None:
             carried = {} if self._count else self._start_states
@@ -330,7 +303,7 @@ class ProcessSource:
         if states.carried is not None and (end is not None or is_iterable(loader)):
             set_carried_states(loader, states.carried)
         if end is not None:
-            if not self._plan.is_dry_run:
+            if not self._is_dry_run:
                 set_plain_attributes(loader, end.attributes)
                 if states.loader_state is not None:
                     loader.load_state_dict(states.loader_state)
@@ -365,10 +338,6 @@ class _Copy:
         return None if self._states == before else states, changed
 
 
-def _without_devices(state: RngState) -> RngState:
-    return state._replace(devices={})  # the process does not use them
-
-
 # -- sending a loader ------------------------------------------------------------------------------
 
 
@@ -379,9 +348,8 @@ def _pickled(loader: Any, model: nn.Module | None, label: str) -> SentLoader:
         ConfigurationError: it, or something in it, cannot be pickled; or it has the model.
     """
     file, values = io.BytesIO(), list[pickle.PickleBuffer | bytes]()
-    refusal = _Refusal(model, label)
     try:
-        write_pickle(loader, file, values.append, refusal.check)
+        write_pickle(loader, file, values.append, _refusal(model, label))
     except ConfigurationError:
         raise
     except Exception as error:  # a __reduce__ may raise anything
@@ -401,29 +369,30 @@ def _pickled(loader: Any, model: nn.Module | None, label: str) -> SentLoader:
     return SentLoader(pickle.PickleBuffer(file.getvalue()), values)
 
 
-class _Refusal:
-    """Refuses a loader that has the model, of which the process would have an untrained copy."""
+def _refusal(model: nn.Module | None, label: str) -> Callable[[Any], Any]:
+    """Return an override of `write_pickle` that raises ConfigurationError for a part of the model.
 
-    def __init__(self, model: nn.Module | None, label: str) -> None:
-        self._label = label
-        modules = [] if model is None else list(model.modules())
-        tensors = [] if model is None else [*model.parameters(), *model.buffers()]
-        parts = [module for module in modules if any(True for _ in module.parameters())]
-        self._parts = {id(item) for item in (*parts, *tensors)}
-        self._memory = {_memory(tensor) for tensor in tensors} - {0}
+    The process would have an untrained copy of it.
+    """
+    modules = [] if model is None else list(model.modules())
+    tensors = [] if model is None else [*model.parameters(), *model.buffers()]
+    with_parameters = [module for module in modules if any(True for _ in module.parameters())]
+    parts = {id(item) for item in (*with_parameters, *tensors)}
+    memory = {_memory(tensor) for tensor in tensors} - {0}
 
-    def check(self, value: Any) -> Any:
-        """Raise ConfigurationError for the model or a part of it."""
+    def check(value: Any) -> Any:
         is_tensor = isinstance(value, Tensor)
         if not is_tensor and not isinstance(value, nn.Module):
             return NotImplemented
-        if id(value) in self._parts or (is_tensor and _memory(value) in self._memory):
+        if id(value) in parts or (is_tensor and _memory(value) in memory):
             raise ConfigurationError(
-                f"loading is 'process', and {self._label} has a {type(value).__name__} of the "
+                f"loading is 'process', and {label} has a {type(value).__name__} of the "
                 "model that is trained, of which its process would have an untrained copy; "
                 "expected loading='inline', which reads it between the steps"
             )
         return NotImplemented
+
+    return check
 
 
 def _memory(tensor: Tensor) -> int:

@@ -18,11 +18,16 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 from fitloop._errors import ConfigurationError
-from fitloop._processes.signals import PARENT_SIGNALS
+from fitloop._processes.signals import (
+    PARENT_SIGNALS,
+    die_with_parent,
+    leave_signals_to_parent,
+)
 
 StartMethod = Literal["forkserver", "spawn"]
 START_METHODS: tuple[StartMethod, ...] = ("forkserver", "spawn")
@@ -96,8 +101,8 @@ class ChildProcess:
     """A process of fitloop and the pipe to it, the attribute ``connection``.
 
     Args:
-        main: main function of the process. It is called with the id of this process, or None if
-            the fork server is the parent; with its end of the pipe; and with ``arguments``.
+        main: main function of the process. It is called with its end of the pipe, and with
+            ``arguments``.
         arguments: more arguments of ``main``, which ``multiprocessing`` pickles.
         start_method: ``"forkserver"`` or ``"spawn"``.
         name: of the process.
@@ -110,15 +115,18 @@ class ChildProcess:
         start_method: StartMethod,
         name: str,
     ) -> None:
-        _register_exit_hooks()
+        self.ready = False
+        """whether the process has sent a message; set by its owner"""
         self.connection, theirs = multiprocessing.Pipe()
         close_in_children(self.connection)
         close_in_children(theirs)
         forked = start_method == "forkserver"
+        parent = None if forked else os.getpid()
+        own_method = multiprocessing.get_start_method(allow_none=True)
         # Not a daemon: a loader may have processes of its own.
         self.process = _process_class(start_method)(
-            target=main,
-            args=(None if forked else os.getpid(), theirs, *arguments),
+            target=_begin,
+            args=(parent, own_method, main, theirs, *arguments),
             name=name,
             daemon=False,
         )
@@ -145,15 +153,13 @@ class ChildProcess:
         The process is killed after ``timeout`` seconds.
         """
         self.connection.close()  # then the process ends by itself
-        killer = threading.Timer(timeout, self.process.kill)
-        killer.start()
+        if not wait([self.process.sentinel], timeout):
+            self.process.kill()
         while self.process.exitcode is None:  # another thread may reap it during the join
             self.process.join()
         self.process.join()  # makes multiprocessing forget the process
         if self._keeper is not None:
             self._keeper.join()
-        killer.cancel()
-        killer.join()
         return self.process.exitcode
 
     def close(self) -> None:
@@ -164,7 +170,29 @@ class ChildProcess:
 
     def describe_exit(self) -> str:
         """Return how the process has ended, after `join`: its id, and its exit code or signal."""
-        return f"(pid {self.process.pid}) {describe_exit(self.process.exitcode)}"
+        description = f"(pid {self.process.pid}) {describe_exit(self.process.exitcode)}"
+        if self.ready:
+            return description
+        return (
+            f"{description} before it could begin; why is on the stderr of this process. It "
+            "imports the script: a file, with `if __name__ == '__main__':` around what it runs"
+        )
+
+
+def _begin(
+    parent: int | None,
+    start_method: str | None,
+    main: Callable[..., None],
+    connection: Any,
+    *arguments: Any,
+) -> None:
+    """Prepare a new process, and call its main function."""
+    if parent is not None:  # else the fork server has done so
+        die_with_parent(parent)
+    leave_signals_to_parent()
+    close_in_children(connection)  # processes that this one starts may outlive it
+    multiprocessing.set_start_method(start_method, force=True)  # the parent's, for loaders
+    main(connection, *arguments)
 
 
 def check_start_method(value: Any) -> StartMethod:

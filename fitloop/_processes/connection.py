@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import pickle
 import select
+import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -43,3 +45,12 @@ def waiter(connection: Connection) -> Callable[[bool], bool]:
     poller = select.poll()
     poller.register(connection.fileno(), select.POLLIN)
     return lambda is_blocking: bool(poller.poll(None if is_blocking else 0))
+
+
+def shut_down(connection: Connection) -> None:
+    """End a connection in both directions, which wakes a thread that waits for it."""
+    with suppress(OSError), socket.socket(fileno=connection.fileno()) as shared:
+        try:
+            shared.shutdown(socket.SHUT_RDWR)
+        finally:
+            shared.detach()

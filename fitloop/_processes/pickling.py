@@ -93,7 +93,7 @@ def _pickler_class(*, stores_code: bool) -> Any:
 
 def _reduced_tensor(tensor: Tensor) -> Any:
     """Return a tensor as a buffer of its values, without the rest of the memory it is a part of."""
-    if not tensor.is_leaf or not is_plain(tensor):
+    if not tensor.is_leaf or not _is_plain(tensor):
         return NotImplemented
     source, stride = tensor.detach(), None
     if not source.is_contiguous():
@@ -102,11 +102,11 @@ def _reduced_tensor(tensor: Tensor) -> Any:
         dense = source.permute(order)
         if dense.is_contiguous():
             source, stride = dense, tensor.stride()
-    buffer = pickle.PickleBuffer(values_of(source))
-    return tensor_of, (buffer, tensor.dtype, tensor.shape, stride, tensor.requires_grad)
+    buffer = pickle.PickleBuffer(_values_of(source))
+    return _tensor_of, (buffer, tensor.dtype, tensor.shape, stride, tensor.requires_grad)
 
 
-def values_of(tensor: Tensor) -> Any:
+def _values_of(tensor: Tensor) -> Any:
     """Return the memory of a plain tensor, or that of a contiguous copy, as an array of bytes.
 
     No memoryview: the garbage collector of CPython crashes on a PickleBuffer over one.
@@ -116,7 +116,7 @@ def values_of(tensor: Tensor) -> Any:
     return flat.numpy()
 
 
-def is_plain(tensor: Tensor) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
     """Return whether a tensor is its values, dtype and shape, and nothing else."""
     return (
         tensor.is_cpu
@@ -128,7 +128,7 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def tensor_of(
+def _tensor_of(
     values: Any,
     dtype: torch.dtype,
     shape: tuple[int, ...],

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
+from fitloop._processes.connection import shut_down
+
 CONNECT_SECONDS = 60.0
 """for a worker to reach the program"""
 HANDSHAKE_SECONDS = 10
@@ -93,15 +95,6 @@ def connect(host: str, port: int, key: bytes) -> Connection:
         connection.close()
         raise
     return connection
-
-
-def shut_down(connection: Connection) -> None:
-    """End a connection in both directions, which wakes a thread that waits for it."""
-    with suppress(OSError), socket.socket(fileno=connection.fileno()) as shared:
-        try:
-            shared.shutdown(socket.SHUT_RDWR)
-        finally:
-            shared.detach()
 
 
 def _prepare(connected: socket.socket) -> Connection:

@@ -11,6 +11,7 @@ from typing import TypedDict
 
 from fitloop import __version__
 from fitloop._errors import ConfigurationError
+from fitloop._processes.child import close_in_children
 from fitloop._processes.connection import receive_message
 from fitloop._processes.errors import serialize_error
 from fitloop._storage.durable import reason
@@ -58,6 +59,7 @@ def serve_program(address: str, key: str) -> None:
     except ConfigurationError as error:
         _refuse(connection, error)
         return
+    close_in_children(connection)  # such as the workers of a loader, which may outlive this process
     serve_connection(connection)
 
 

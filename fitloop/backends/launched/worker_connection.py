@@ -13,7 +13,7 @@ from secrets import token_hex
 
 from fitloop import __version__
 from fitloop._processes.child import close_in_children
-from fitloop._processes.connection import send_message
+from fitloop._processes.connection import send_message, shut_down
 from fitloop.backends.base import JobSpec
 from fitloop.backends.launched.claim import write_claim
 from fitloop.backends.launched.launcher import (
@@ -22,7 +22,7 @@ from fitloop.backends.launched.launcher import (
     RanksLauncher,
     WorkerOrder,
 )
-from fitloop.backends.launched.listener import WorkerListener, shut_down
+from fitloop.backends.launched.listener import WorkerListener
 from fitloop.backends.launched.worker import Welcome
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
 from fitloop.backends.remote.transport import WorkerExit

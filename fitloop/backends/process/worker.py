@@ -15,30 +15,15 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 
-from fitloop._processes.child import close_in_children
 from fitloop._processes.connection import receive_message
-from fitloop._processes.signals import die_with_parent, leave_signals_to_parent
 from fitloop.backends.process.worker_output import OutputForwarder, SerializedCall
 from fitloop.backends.remote.server import JobServer
 
 
-def serve(
-    nice: int,
-    parent: int | None,
-    connection: Connection,
-    log_path: str,
-    start_method: str | None,
-) -> None:
-    """Do the job that comes over the connection; the whole life of a worker process.
-
-    ``parent`` is the argument of `die_with_parent`; None if that was called before.
-    """
+def serve(nice: int, connection: Connection, log_path: str) -> None:
+    """Do the job that comes over the connection; the whole life of a worker process."""
     if nice:
         os.nice(nice)
-    if parent is not None:
-        die_with_parent(parent)
-    leave_signals_to_parent()
-    multiprocessing.set_start_method(start_method, force=True)  # the parent's, for loaders
     _redirect(log_path)
     serve_connection(connection)
 
@@ -49,7 +34,6 @@ def serve_connection(connection: Connection) -> None:
     server = JobServer(send, partial(receive_message, connection))
     outputs = OutputForwarder("stdout", 1, send), OutputForwarder("stderr", 2, send)
     sys.stdout, sys.stderr = (output.text_stream() for output in outputs)
-    close_in_children(connection)  # such as the workers of a loader, which may outlive this process
     if hasattr(os, "register_at_fork"):
         for output in outputs:
             os.register_at_fork(after_in_child=output.write_to_log)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import threading
@@ -19,19 +18,17 @@ class WorkerProcess(ChildProcess):
     """A worker process and the pipe to it: a `Transport`.
 
     Args:
-        serve: main function of the process; its arguments are those of `ChildProcess`, the path of
-            its log, and the start method of processes here.
+        serve: main function of the process; its arguments are that of `ChildProcess`, and the path
+            of its log.
         start_method: ``"forkserver"`` or ``"spawn"``.
     """
 
     def __init__(self, serve: Callable[..., None], start_method: StartMethod) -> None:
-        self.ready = False
         self._send_lock = threading.Lock()
         descriptor, self._log_path = tempfile.mkstemp(prefix="fitloop-worker-", suffix=".log")
         self._log = os.fdopen(descriptor, "rb")
-        arguments = self._log_path, multiprocessing.get_start_method(allow_none=True)
         try:
-            super().__init__(serve, arguments, start_method, "fitloop worker")
+            super().__init__(serve, (self._log_path,), start_method, "fitloop worker")
         except BaseException:
             self._remove_log()
             raise
@@ -49,13 +46,7 @@ class WorkerProcess(ChildProcess):
     def wait_for_exit(self) -> WorkerExit:
         """Disconnect and wait until the process has ended, also if it is in a job."""
         code = self.join()
-        description = self.describe_exit()
-        if not self.ready:
-            description += (
-                " before it could begin; why is on the stderr of this process. A worker imports "
-                "the script: a file, with `if __name__ == '__main__':` around what it runs"
-            )
-        return WorkerExit(description, code)
+        return WorkerExit(self.describe_exit(), code)
 
     def disconnect(self) -> None:
         """Close the pipe; the process then ends by itself."""
