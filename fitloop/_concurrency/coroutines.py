@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
 from functools import partial
-from inspect import iscoroutine, iscoroutinefunction, isroutine
+from inspect import iscoroutine, iscoroutinefunction
 from typing import Any
 
 Step = Callable[[Callable[[Any], Any], Any], Any]
@@ -76,7 +76,5 @@ def is_coroutine_function(function: object) -> bool:
     """
     while isinstance(function, partial):
         function = function.func
-    if isroutine(function):
-        return iscoroutinefunction(function)
     call = getattr(function, "__call__", None)  # noqa: B004
     return iscoroutinefunction(function) or iscoroutinefunction(call)

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -144,38 +143,20 @@ class LoopTasks:
         finally:
             self._native.discard(task)
 
-    def cancel_all(self, scope: anyio.CancelScope) -> None:
-        """Cancel all tasks, because other code of the run has failed: once under asyncio."""
-        if not self._native or is_scope_cancelled():
-            scope.cancel()
-        for task in self._native:
-            _cancel_once(task)
+    def cancel(self, scope: anyio.CancelScope, interruption: BaseException | None = None) -> None:
+        """Cancel all tasks in the way that ``interruption`` cancelled the awaiting task.
 
-    def cancel(self, interruption: BaseException, scope: anyio.CancelScope) -> None:
-        """Cancel all tasks in the way that ``interruption`` cancelled the awaiting task."""
-        native = isinstance(interruption, asyncio.CancelledError)
+        Without one, because other code of the run has failed: once under asyncio.
+        """
+        native = isinstance(interruption, asyncio.CancelledError) or (
+            interruption is None and self._native
+        )
         if not native or is_scope_cancelled():
             scope.cancel()
             return
         for task in self._native:
-            _cancel_once(task)
-
-
-def native_cancel() -> Callable[[], None] | None:
-    """Return a function that cancels this task once, so that its cleanup may await.
-
-    None under trio, which cancels at every await. Call the function on the event loop.
-    """
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        return None
-    return None if task is None else partial(_cancel_once, task)
-
-
-def _cancel_once(task: asyncio.Task[Any]) -> None:
-    if not task.done() and not task.cancelling():  # a second one would cut its cleanup off
-        task.cancel()
+            if not task.done() and not task.cancelling():  # a second one would cut its cleanup off
+                task.cancel()
 
 
 class CancelOnceScope:

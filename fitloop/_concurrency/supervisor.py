@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache, partial
 from traceback import clear_frames
 from typing import Any, Protocol, TypeVar, cast
@@ -42,16 +43,14 @@ JOIN_TIMEOUT = 0.0005
 """timeout in seconds of the blocking join of a thread that has delivered its outcome"""
 
 
+@dataclass(eq=False, slots=True)
 class _Request:
     """A coroutine function that a thread sends to the event loop, and its outcome."""
 
-    __slots__ = ("call", "done", "error", "result")
-
-    def __init__(self, call: Callable[[], Awaitable[Any]]) -> None:
-        self.call = call
-        self.done = False
-        self.result: Any = None
-        self.error: BaseException | None = None
+    call: Callable[[], Awaitable[Any]]
+    done: bool = False
+    result: Any = None
+    error: BaseException | None = None
 
 
 class LoopPortal:
@@ -392,10 +391,10 @@ async def _supervise(
                 if isinstance(raised, GeneratorExit):  # the event loop has ended
                     portal.cancel_requests()
                     raise
-                portal.tasks.cancel(raised, group.cancel_scope)
+                portal.tasks.cancel(group.cancel_scope, raised)
             if control.failure is not None:
                 portal.close()
-                portal.tasks.cancel_all(group.cancel_scope)
+                portal.tasks.cancel(group.cancel_scope)
     except anyio.get_cancelled_exc_class() as raised:  # while background tasks ended
         interruption = interruption or raised
         control.cancel()

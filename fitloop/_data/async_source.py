@@ -12,10 +12,10 @@ from typing import Any
 import anyio
 
 from fitloop._concurrency.event_loops import (
+    CancelOnceScope,
     ThreadsafeEvent,
     is_scope_cancelled,
     loop_scheduler,
-    native_cancel,
 )
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.sources import END, LoadContext
@@ -110,11 +110,10 @@ class AsyncSource:
 
     async def _run(self) -> None:
         changed = self._context.control.changed
-        schedule, scope = loop_scheduler(), anyio.CancelScope()
-        cancel = native_cancel() or scope.cancel
+        schedule, scope = loop_scheduler(), CancelOnceScope()
         with changed:
             self._has_room = ThreadsafeEvent()
-            self._cancel = lambda: schedule(cancel)
+            self._cancel = lambda: schedule(scope.cancel)
             closed = self._closed
         error: BaseException | None = None
         try:
@@ -122,9 +121,11 @@ class AsyncSource:
                 with scope:
                     await self._read_all(self._has_room)
         except BaseException as raised:
-            if isinstance(raised, anyio.get_cancelled_exc_class()) and self._is_run_cancelled():
+            control = self._context.control
+            is_of_run = self._closed or control.cancelled or is_scope_cancelled()
+            if is_of_run and isinstance(raised, anyio.get_cancelled_exc_class()):
                 if not self._closed:  # else the step thread would take it for the end of the loader
-                    self._context.control.cancel()
+                    control.cancel()
                 raise
             error = raised  # the step thread raises it
         finally:
@@ -133,10 +134,6 @@ class AsyncSource:
                 self._error = error
                 self._finished = True
                 changed.notify_all()
-
-    def _is_run_cancelled(self) -> bool:
-        """Return whether a cancellation belongs to the run, and not to the loader's own code."""
-        return self._closed or self._context.control.cancelled or is_scope_cancelled()
 
     async def _close_iterator(self) -> BaseException | None:
         """Close an async generator that was not read to its end; return its exception."""
