@@ -130,7 +130,6 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         sampler = loader.sampler if batches is None else batches
         if type(batches) is BatchSampler:
             sampler = batches.sampler
-        tensors = loader.collate_fn is default_collate and _only_tensors(loader.dataset)
         size = getattr(batches, "batch_size", None)
         facts |= {
             "batch_size": size * ranks if isinstance(size, int) else None,
@@ -138,7 +137,7 @@ def loader_facts(loader: Any) -> dict[str, Any]:
             "sampler": type(sampler).__name__,
             "dataset": type(loader.dataset).__name__,
             "samples": length_of(loader.dataset),
-            "num_workers": None if tensors else loader.num_workers,
+            "num_workers": None if _gives_tensors(loader) else loader.num_workers,
         }
     return {name: value for name, value in facts.items() if isinstance(value, (int, str))}
 
@@ -165,13 +164,9 @@ def uses_rng_only_at_start(loader: object) -> bool:
     generators), and for one over tensors, each with torch's samplers. Any other dataset may
     augment its samples.
     """
-    if type(loader) in (list, tuple):
+    if type(loader) in (list, tuple) or reads_in_workers(loader):
         return True
-    if reads_in_workers(loader):
-        return True
-    if type(loader) is not DataLoader or not _known_sampler(loader):
-        return False
-    return loader.collate_fn is default_collate and _only_tensors(loader.dataset)
+    return type(loader) is DataLoader and _known_sampler(loader) and _gives_tensors(loader)
 
 
 def reads_in_workers(loader: object) -> bool:
@@ -224,8 +219,7 @@ def can_skip_by_index(loader: object) -> bool:
     """
     if not _reads_as_torch(loader):
         return False
-    tensors = loader.collate_fn is default_collate and _only_tensors(loader.dataset)
-    return tensors or (loader.num_workers == 0 and _known_sampler(loader))
+    return _gives_tensors(loader) or (loader.num_workers == 0 and _known_sampler(loader))
 
 
 def is_iterable(loader: object) -> bool:
@@ -245,6 +239,11 @@ def _known_sampler(loader: DataLoader[Any]) -> bool:
 def _given_batches(loader: DataLoader[Any]) -> Any:
     """Return the batch sampler of a DataLoader, or of the one that it is a share of."""
     return getattr(loader, GIVEN_SAMPLER, loader.batch_sampler)
+
+
+def _gives_tensors(loader: DataLoader[Any]) -> bool:
+    """Return whether a DataLoader only stacks samples that are tensors."""
+    return loader.collate_fn is default_collate and _only_tensors(loader.dataset)
 
 
 def _only_tensors(dataset: Dataset[Any]) -> bool:

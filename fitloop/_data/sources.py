@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -65,14 +65,14 @@ class LoadContext:
     label: str
     """name of the loader in messages, such as ``train_dl (DataLoader)``"""
     control: RunControl
+    rng: LoaderRng
+    """random numbers of the loader in this pass"""
     epoch: int = 0
     """number of the epoch, counted from 0, for a loader that a function makes"""
     start_transfer: Callable[[Any], Any] = lambda batch: batch
     """starts to move a batch to the device; called by the thread that read it"""
     finish_transfer: Callable[[Any], Any] | None = None
     """ends the transfer in the step thread; None if `start_transfer` does everything"""
-    rng: LoaderRng = field(default_factory=lambda: NullGuard().loader(Phase.TRAIN))
-    """random numbers of the loader in this pass"""
     rereads_unfetched: bool = True
     """batches that were not fetched will be read again, with the same random numbers"""
     reuses_memory: bool = False

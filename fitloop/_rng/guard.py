@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.supervisor import wait_scope
-from fitloop._rng.global_lock import GLOBAL_RNG_LOCK, FairSharedLock
 from fitloop._rng.global_state import global_state, restore_global_state
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.states import RngState
@@ -33,7 +32,6 @@ class RngGuard:
         rng: the random numbers of the trainer.
         control: of the run.
         code: model, loss and stage functions, to see whether they are compiled.
-        lock: on the generators.
     """
 
     def __init__(
@@ -41,11 +39,10 @@ class RngGuard:
         rng: TrainerRng,
         control: RunControl,
         code: Iterable[object] = (),
-        lock: FairSharedLock = GLOBAL_RNG_LOCK,
     ) -> None:
         self._rng = rng
         self._traits = CodeTraits(*code)
-        self._lease = lease = GeneratorLease(lambda: control.cancelled, rng.devices, lock)
+        self._lease = lease = GeneratorLease(lambda: control.cancelled, rng.devices)
         if rng.has_streams:
             lease.announce_stream()
         self._forget = control.on_halt(lease.notify_cancelled)
@@ -113,13 +110,6 @@ def copied_numbers(rng: TrainerRng, phase: Phase) -> Iterator[None]:
     with closing(GeneratorLease(devices=rng.devices)) as lease:
         lease.begin_pass(rng.fork().steps(phase))
         yield
-
-
-class NullGuard(RngGuard):
-    """A guard that touches no generator and waits for nothing, for tests of engine and sources."""
-
-    def __init__(self) -> None:
-        super().__init__(TrainerRng(None), RunControl(), lock=FairSharedLock())
 
 
 class LoaderRng:

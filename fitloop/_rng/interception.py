@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fitloop._rng.native_state import GLOBAL_PYTHON
 from fitloop._rng.streams import BitGeneratorWrapper, get_bits, get_installed_bits, install_bits
 
 
@@ -147,8 +148,6 @@ def _unwrap_bits() -> None:
         _replace_bits(bits.wrapped)
 
 
-_RANDOM: Any = random.seed.__self__  # type: ignore[attr-defined]
-"""The generator whose methods are the functions of the module ``random``."""
 _PRIMITIVES = ("random", "getrandbits")
 """Methods that all other methods of `random.Random` use."""
 
@@ -203,11 +202,11 @@ class GlobalRngPatches:
         self._undo.append(_unwrap_bits)
         for name in random.__all__:
             function = getattr(random, name, None)
-            if callable(function) and getattr(function, "__self__", None) is _RANDOM:
+            if callable(function) and getattr(function, "__self__", None) is GLOBAL_PYTHON:
                 self._replace(random, name, _notifying(function))
         for name in _PRIMITIVES:
-            setattr(_RANDOM, name, _notifying(getattr(_RANDOM, name)))
-            self._undo.append(functools.partial(delattr, _RANDOM, name))
+            setattr(GLOBAL_PYTHON, name, _notifying(getattr(GLOBAL_PYTHON, name)))
+            self._undo.append(functools.partial(delattr, GLOBAL_PYTHON, name))
 
     def _replace(self, module: Any, name: str, patch: Any) -> None:
         original = getattr(module, name)

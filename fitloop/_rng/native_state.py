@@ -35,10 +35,9 @@ class PythonState(NamedTuple):
 def from_tuple(state: tuple[Any, ...]) -> PythonState:
     """Convert a tuple of ``random.getstate``; raises an exception for a wrong tuple."""
     random.Random().setstate(state)  # checks it
-    _version, words, gauss = state
-    if not isinstance(gauss, float | None):
-        raise TypeError(f"{gauss!r:.60} is no number that gauss keeps")
-    return _pack(words, gauss)
+    if not isinstance(state[2], float | None):
+        raise TypeError(f"{state[2]!r:.60} is no number that gauss keeps")
+    return _packed(state)
 
 
 def to_tuple(state: PythonState) -> tuple[Any, ...]:
@@ -47,14 +46,14 @@ def to_tuple(state: PythonState) -> tuple[Any, ...]:
     return 3, (*words, position), state.gauss
 
 
-def _pack(words: tuple[int, ...], gauss: float | None) -> PythonState:
+def _packed(state: tuple[Any, ...]) -> PythonState:
+    _version, words, gauss = state
     return PythonState(array("I", (words[-1], *words[:-1])).tobytes(), gauss)
 
 
 def seeded_python(seed: int) -> PythonState:
     """Return the state after ``random.seed(seed)``."""
-    _version, words, gauss = random.Random(seed).getstate()
-    return _pack(words, gauss)
+    return _packed(random.Random(seed).getstate())
 
 
 def mt19937_memory(bits: Any) -> Any:
@@ -80,7 +79,7 @@ def _is_layout_known() -> bool:
         for _ in range(numbers):
             probe.random()
         state = probe.getstate()
-        if _memory(probe).raw != _pack(state[1], None).memory:
+        if _memory(probe).raw != _packed(state).memory:
             return False
         _memory(twin).raw = _memory(probe).raw
         if twin.getstate() != state:
@@ -89,8 +88,7 @@ def _is_layout_known() -> bool:
 
 
 def _read_slowly() -> PythonState:
-    _version, words, gauss = _getstate()
-    return _pack(words, gauss)
+    return _packed(_getstate())
 
 
 def _put_slowly(state: PythonState) -> None:

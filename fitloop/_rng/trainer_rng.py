@@ -35,11 +35,11 @@ class TrainerRng:
     seed the trainer uses the global generators, also that of its ``device``.
     """
 
-    def __init__(self, seed: int | None, device: torch.device = _CPU) -> None:
+    def __init__(self, seed: int | None, device: torch.device = _CPU, rank: int = 0) -> None:
         self._device = device
         self.devices = generator_names(device)
         """names of the accelerators whose generators the trainer uses"""
-        self._seed, self._rank = seed, 0
+        self._seed, self._rank = seed, rank
         self._streams: dict[tuple[Phase, bool], Stream] = {}
         """Made at first use, since seeding one takes a while."""
 
@@ -76,9 +76,7 @@ class TrainerRng:
 
     def with_seed(self, seed: int) -> TrainerRng:
         """Return the random numbers of the same rank with another seed."""
-        other = TrainerRng(seed, self._device)
-        other._rank = self._rank
-        return other
+        return TrainerRng(seed, self._device, self._rank)
 
     def reset(self) -> None:
         """Start all streams again from the seed."""
@@ -89,8 +87,7 @@ class TrainerRng:
 
         Without a seed all phases share one stream, a copy of the global generators.
         """
-        twin = TrainerRng(self._seed, self._device)
-        twin._rank = self._rank
+        twin = TrainerRng(self._seed, self._device, self._rank)
         if self.has_streams:
             twin._streams = {key: stream.copy() for key, stream in self._streams.items()}
         else:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from fitloop import LoopState
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._data.sources import END, InlineSource, LoadContext, PrefetchSource, Source
+from fitloop._rng.global_lock import FairSharedLock
 from fitloop._rng.guard import LoaderRng
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
@@ -43,6 +44,7 @@ def source_of(
     control: RunControl | None = None,
     **more: Any,
 ) -> S:
+    more.setdefault("rng", LoaderRng(GeneratorLease(lock=FairSharedLock())))
     context = LoadContext(label="train_dl", control=control or RunControl(), **more)
     return make(context, batches.__next__)
 

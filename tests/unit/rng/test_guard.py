@@ -12,7 +12,7 @@ from support.global_generators import global_states, numbers_of, restored_genera
 
 from fitloop import Phase
 from fitloop._concurrency.control import Cancelled, RunControl
-from fitloop._rng.guard import NullGuard, RngGuard
+from fitloop._rng.guard import RngGuard
 from fitloop._rng.states import RngState
 from fitloop._rng.trainer_rng import TrainerRng
 
@@ -30,7 +30,6 @@ def seeded(seed: int = 5, control: RunControl | None = None) -> RngGuard:
 
 
 GUARDS = [
-    pytest.param(NullGuard, id="null"),
     pytest.param(lambda: RngGuard(TrainerRng(None), RunControl()), id="unseeded"),
     pytest.param(seeded, id="seeded"),
 ]
@@ -81,15 +80,12 @@ def test_guard_when_code_fails_then_raises_the_same_error_and_closes(
     assert global_states() == states
 
 
-@pytest.mark.parametrize("make", [NullGuard, lambda: RngGuard(TrainerRng(None), RunControl())])
-def test_guard_without_streams_when_code_uses_numbers_then_they_are_of_the_process(
-    make: Callable[[], RngGuard],
-) -> None:
+def test_guard_without_streams_when_code_uses_numbers_then_they_are_of_the_process() -> None:
     expected = numbers_of(3, NAMES * 2)
     torch.manual_seed(3)
     random.seed(3)
     np.random.seed(3)
-    guard = make()
+    guard = RngGuard(TrainerRng(None), RunControl())
     guard.enter_phase(Phase.TRAIN)
     numbers = use(NAMES) + guard.loader(Phase.TRAIN).wrap_read(lambda: use(NAMES))()
     guard.close()
