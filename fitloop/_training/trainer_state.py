@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fitloop._concurrency.control import RunControl
-from fitloop._data.copies import are_equal
 from fitloop._data.inspection import is_stateful, reads_all_samples
 from fitloop._data.loaders import Loaders
 from fitloop._data.sharing import Shares
+from fitloop._data.structure import are_equal
 from fitloop._engine.config import (
     BEST_MODELS,
     PRETRAINED,
