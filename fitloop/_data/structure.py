@@ -24,10 +24,8 @@ def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(item, (Tensor, PackedSequence)):
         return change(item)
     kind = type(item)
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return kind(*(map_tensors(element, change) for element in item))
     if isinstance(item, (tuple, list)):
-        return kind([map_tensors(element, change) for element in item])
+        return _map_sequence(item, change)
     if kind is dict:
         return {key: map_tensors(element, change) for key, element in item.items()}
     if isinstance(item, Mapping):
@@ -38,14 +36,34 @@ def map_tensors(item: Any, change: Callable[[Any], Any]) -> Any:
     return _map_fields(item, names, change) if names else item
 
 
+def _map_sequence(item: list[Any] | tuple[Any, ...], change: Callable[[Any], Any]) -> Any:
+    """Map a list or tuple of a subclass, which may have any constructor, and attributes."""
+    moved = [map_tensors(element, change) for element in item]
+    if isinstance(item, list):
+        copied = copy.copy(item)
+        copied[:] = moved
+        return copied
+    kind: Any = type(item)
+    try:
+        twin = tuple.__new__(kind, moved)
+    except TypeError:  # of a result of torch, such as that of torch.linalg.qr
+        return kind(moved)
+    if hasattr(item, "__dict__"):
+        vars(twin).update(vars(item))
+    return twin
+
+
 def _map_mapping(item: Mapping[Any, Any], change: Callable[[Any], Any]) -> Any:
     moved = {key: map_tensors(element, change) for key, element in item.items()}
     if isinstance(item, (dict, UserDict)):
         # A subclass may have any constructor. Its copy has a dict of its own.
-        copied = copy.copy(item)
-        for key, element in moved.items():
-            copied[key] = element
-        return copied
+        try:
+            copied = copy.copy(item)
+            for key, element in moved.items():
+                copied[key] = element
+            return copied
+        except TypeError:  # a dict that cannot be changed
+            pass
     # The copy of another mapping may share its values with the original.
     try:
         twin: Mapping[Any, Any] = type(item)(moved)  # type: ignore[call-arg]

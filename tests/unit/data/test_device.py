@@ -41,6 +41,30 @@ class Pickle(list[Any]):
     """A subclass of list."""
 
 
+class Boxes(list[Any]):
+    """A list with a constructor of its own, and an attribute."""
+
+    def __init__(self, inputs: Any, label: str) -> None:
+        super().__init__([inputs])
+        self.label = label
+
+
+class Sample(tuple[Any, ...]):
+    """A tuple with a constructor of its own, and an attribute."""
+
+    label: str
+
+    def __new__(cls, inputs: Any, label: str) -> Sample:
+        made = super().__new__(cls, (inputs, inputs))
+        made.label = label
+        return made
+
+
+class Frozen(dict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("it cannot be changed")
+
+
 class Graph:
     """An object with its own ``.to``, as graph libraries have."""
 
@@ -113,6 +137,12 @@ def test_transfer_when_a_later_batch_is_of_another_dtype_then_it_is_cast() -> No
         assert moved[2] == "name"
 
 
+@pytest.mark.parametrize("batch", [Boxes(doubles(), "a"), Sample(doubles(), "a")])
+def test_transfer_when_a_sequence_has_attributes_then_they_are_kept(batch: Any) -> None:
+    assert transfer(batch).label == "a"
+    assert [item.dtype for item in batch] == [torch.float64] * len(batch)
+
+
 def test_transfer_when_tensor_is_cast_then_loaders_own_is_left_alone() -> None:
     tensor = doubles()
     batch = {"a": tensor, "b": [tensor]}
@@ -133,6 +163,10 @@ def test_transfer_when_tensor_is_cast_then_loaders_own_is_left_alone() -> None:
         pytest.param(UserDict(x=doubles()), id="user-dict"),
         pytest.param(Pair(doubles(), Pair(doubles(), "x")), id="namedtuple"),
         pytest.param(Pickle([doubles()]), id="list-subclass"),
+        pytest.param(Boxes(doubles(), "a"), id="list-constructor"),
+        pytest.param(Sample(doubles(), "a"), id="tuple-constructor"),
+        pytest.param(torch.linalg.qr(doubles().diag()), id="torch-result"),
+        pytest.param(Frozen(x=doubles()), id="frozen-dict"),
         pytest.param([], id="empty-list"),
         pytest.param((), id="empty-tuple"),
         pytest.param({}, id="empty-dict"),
