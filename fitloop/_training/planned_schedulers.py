@@ -114,6 +114,8 @@ class PlannedSchedulers:
         for optimizer in config.optimizers:
             if any(getattr(item, "optimizer", None) is optimizer for item in unplanned):
                 continue
+            if all(getattr(item, "optimizer", optimizer) is not optimizer for item in planned):
+                continue
             last = next((s._last_lr for s in planned if _follows(s, optimizer)), None)
             for number, group in enumerate(optimizer.param_groups):
                 is_set = last is not None and (

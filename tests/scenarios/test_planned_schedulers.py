@@ -218,6 +218,23 @@ def test_schedulers_when_some_are_made_by_functions_then_each_has_its_optimizer(
     assert trained.lr_scheduler == [first, second, third]
 
 
+def test_fit_when_an_optimizer_has_no_schedule_then_the_rate_that_was_set_stays() -> None:
+    model = mlp()
+    optimizers = [SGD(model[0].parameters(), 0.1), SGD(model[3].parameters(), 0.1)]
+    trained = SyncFitLoop(
+        **arguments(
+            model=model,
+            optimizer=optimizers,
+            lr_scheduler=lambda both, steps: one_cycle(both[0], steps),
+        )
+    )
+    trained.configure_optimizer(lr=0.2)
+    trained.fit(1, **QUIET)
+    optimizers[1].param_groups[0]["lr"] = 0.01
+    trained.fit(1, **QUIET)
+    assert [group["lr"] for group in optimizers[1].param_groups] == [0.01]
+
+
 def test_fit_when_the_steps_are_not_known_then_is_refused_unless_given() -> None:
     def endless() -> Any:
         while True:
