@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._errors import CheckpointError
@@ -15,19 +15,15 @@ from fitloop._events import Event, PhaseEnded, PromptAnswered, PromptAsked, Went
 from fitloop._storage.durable import sync_directory
 from fitloop._storage.layout import LayoutError, read_file_header
 from fitloop._storage.weight_files import StateDict, write_weights
-from fitloop._training.best_models import BestModel
-from fitloop._training.trainer_state import TrainerState
+from fitloop._training.best import Criteria
+from fitloop._training.best_models import BestModel, BestModels
 from fitloop._types import Phase
 
 HEADER_KEY = "best_model"
 
 
-class _Weights(Protocol):
-    def __call__(self, *, is_needed: bool) -> StateDict | None: ...
-
-
 class BestModelFiles:
-    """Writes and removes the files of `TrainerState.best_models` during one run.
+    """Writes and removes the files of the `BestModels` of a trainer during one run.
 
     A file is removed when neither the list nor the newest durable snapshot needs it. Each file has
     the identification of its training in its header, and only files with that of the present one
@@ -37,23 +33,24 @@ class BestModelFiles:
 
     Args:
         keep: number of files.
-        weights: called at each validation; returns a copy of the weights if ``is_needed``,
-            or None if one of them is not finite.
-        on_failure: called with the epoch, the path and the error of a file that could not be
+        weights: called at each validation with whether it is needed; returns a copy of the
+            weights, or None if it is not needed or a weight is not finite.
+        on_failure: called with the path, the error and the epoch of a file that could not be
             written.
     """
 
     def __init__(
         self,
         keep: int,
-        trainer: TrainerState,
+        best_models: BestModels,
+        criteria: Criteria,
         writer: BackgroundWriter,
-        weights: _Weights,
-        on_failure: Callable[[int, Path, Exception], object],
+        weights: Callable[[bool], StateDict | None],
+        on_failure: Callable[[Path, Exception, int], object],
     ) -> None:
         self._keep = keep
-        self._trainer = trainer
-        self._list = trainer.best_models
+        self._list = best_models
+        self._criteria = criteria
         self._writer = writer
         self._weights = weights
         self._on_failure = on_failure
@@ -63,7 +60,8 @@ class BestModelFiles:
         """the lists in the newest durable snapshot, and in later ones, by its path"""
         self._outcomes: deque[tuple[BestModel, Exception | None]] = deque()
         """the models that were written, or the errors"""
-        self._is_writing = False
+        self._unsettled = 0
+        """models whose writing has begun, and whose outcome was not looked at"""
         self._may_go_back = False
         """whether a question is open whose no restores the list, so that no file is removed"""
 
@@ -109,60 +107,55 @@ class BestModelFiles:
         self._writer.close()
 
     def _add(self, event: PhaseEnded) -> None:
-        best = self._list
-        ranked: tuple[BestModel, ...] = ()
-        criteria = self._trainer.criteria
-        score = None if criteria is None else criteria.score(event.metrics)
-        model = None
-        if criteria is not None and score is not None and not math.isnan(score):
+        best, model = self._list, None
+        score = self._criteria.score(event.metrics)
+        if score is not None and not math.isnan(score):
             path = best.directory / f"best-{event.epoch:04d}-{score:.4g}.msgpack"
             model = BestModel(score, event.epoch, _free(path))
-            ranked = best.ranked([*best.models, model], criteria.direction)[: self._keep]
-        is_needed = model in ranked
-        if is_needed and self._is_writing:  # so that the memory has one copy at a time
+        is_needed = model is not None and model in self._best_of([*best.models, model])
+        if is_needed and self._unsettled:  # so that the memory has one copy at a time
             self._writer.close()
             self.settle()
-        weights = self._weights(is_needed=is_needed)
+        weights = self._weights(is_needed)
         if model is None or weights is None:
             return
-        best.models = ranked
+        best.models = self._best_of([*best.models, model])
         self._files.append(model)
         self._write(model, weights)
+
+    def _best_of(self, models: Iterable[BestModel]) -> tuple[BestModel, ...]:
+        """Return the models to keep, the best first, and of equal ones the later."""
+        direction = self._criteria.direction
+        ranked = sorted(models, key=lambda m: (direction * m.score, m.epoch), reverse=True)
+        return tuple(ranked[: self._keep])
 
     def _write(self, model: BestModel, weights: StateDict) -> None:
         """Have a model written, and then the surplus removed."""
         training = self._list.training
 
         def work() -> None:
+            failure = None
             try:
                 _write_model(model, weights, training)
             except Exception as error:  # the step thread reports it
-                self._outcomes.append((model, error))
-            else:
-                self._outcomes.append((model, None))
-            finally:
-                self._is_writing = False
+                failure = error
+            self._outcomes.append((model, failure))
 
-        self._is_writing = True
-        try:
-            self._writer.submit(work)
-        except BaseException:
-            self._is_writing = False
-            raise
+        self._writer.submit(work)
+        self._unsettled += 1
 
     def settle(self) -> None:
         """Take note of the files that were written."""
         while self._outcomes:
             model, error = self._outcomes.popleft()
+            self._unsettled -= 1
             if error is None:
                 self._remove_surplus()
                 continue
             self._files.remove(model)
-            criteria = self._trainer.criteria
-            if model in self._list.models and criteria is not None:  # the next best is still there
-                ranked = self._list.ranked(self._files, criteria.direction)
-                self._list.models = ranked[: self._keep]
-            self._on_failure(model.epoch, model.path, error)
+            if model in self._list.models:  # the next best is still there
+                self._list.models = self._best_of(self._files)
+            self._on_failure(model.path, error, model.epoch)
 
     def _remove_surplus(self) -> None:
         needed = {

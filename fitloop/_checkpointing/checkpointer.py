@@ -86,9 +86,14 @@ class Checkpointer:
         self._is_due = False
         self._last_taken = clock()
         self._best: BestModelFiles | None = None
-        if policy.keep_best is not None and self._is_first:
+        if policy.keep_best is not None and trainer.criteria is not None and self._is_first:
             self._best = BestModelFiles(
-                policy.keep_best, trainer, writer, self._best_weights, self._note_best_failure
+                policy.keep_best,
+                trainer.best_models,
+                trainer.criteria,
+                writer,
+                self._best_weights,
+                self._note_failure,
             )
 
     def begin(self) -> None:
@@ -128,7 +133,7 @@ class Checkpointer:
         if self._best is not None:
             self._best.observe(event)
         elif self._policy.keep_best is not None and is_of_validation(event):
-            self._best_weights(is_needed=False)  # rank 0 may want them
+            self._best_weights(False)  # rank 0 may want them
         if not isinstance(event, EpochEnded):
             return
         self._emit_outcomes()
@@ -186,7 +191,7 @@ class Checkpointer:
             prepared = self._snapshot(position)
         except CheckpointError as error:
             if self._is_first:
-                self._outcomes.append(self._failure(path, position, step, error))
+                self._note_failure(path, error, position.epoch, position.batch, step)
                 self._emit_outcomes()
             return
         if prepared is None:
@@ -255,23 +260,25 @@ class Checkpointer:
                 )
             )
         except Exception as error:  # the step thread emits it
-            self._outcomes.append(self._failure(path, position, step, error))
+            self._note_failure(path, error, position.epoch, position.batch, step)
         finally:
             self._is_writing = False
 
-    def _failure(
-        self, path: Path, position: RunPosition, step: int, error: Exception
-    ) -> SnapshotFailed:
-        return SnapshotFailed(
-            trainer=self._trainer.config.name,
-            epoch=position.epoch,
-            batch=position.batch,
-            step=step,
-            path=str(path),
-            error=reason(error),
+    def _note_failure(
+        self, path: Path, error: Exception, epoch: int, batch: int = 0, step: int = 0
+    ) -> None:
+        self._outcomes.append(
+            SnapshotFailed(
+                trainer=self._trainer.config.name,
+                epoch=epoch,
+                batch=batch,
+                step=step,
+                path=str(path),
+                error=reason(error),
+            )
         )
 
-    def _best_weights(self, *, is_needed: bool) -> StateDict | None:
+    def _best_weights(self, is_needed: bool) -> StateDict | None:
         """Return a copy of the weights of a validation, if rank 0 wants it and they are finite."""
         trainer, parallel = self._trainer, self._parallel
         is_sharded = parallel is not None and parallel.is_sharded
@@ -281,11 +288,6 @@ class Checkpointer:
             return None
         weights = weights_of(trainer.config.model)
         return whole_weights(weights) if is_sharded else copied_weights(weights)
-
-    def _note_best_failure(self, epoch: int, path: Path, error: Exception) -> None:
-        name, text = self._trainer.config.name, reason(error)
-        failure = SnapshotFailed(trainer=name, epoch=epoch, batch=0, path=str(path), error=text)
-        self._outcomes.append(failure)
 
     def _emit_outcomes(self) -> None:
         """Emit the events of the writer thread; raise for a failure if the policy says so."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +33,6 @@ class BestModels:
         self.models: tuple[BestModel, ...] = ()
         self.training = ""
         """identifies the files that this training has written; empty before the first one"""
-
-    def ranked(self, models: Iterable[BestModel], direction: int) -> tuple[BestModel, ...]:
-        """Return models in their order: the best first, and of equal ones the later."""
-        return tuple(sorted(models, key=lambda m: (direction * m.score, m.epoch), reverse=True))
 
     def identify(self) -> None:
         """Give the training an identification, if it has none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from fitloop import (
     SyncFitLoop,
 )
 from fitloop._checkpointing import best_model_files
+from fitloop._concurrency.background_writer import BackgroundWriter
 
 INF, NAN = float("inf"), float("nan")
 
@@ -258,6 +259,28 @@ def test_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "best-0003-9.msgpack"
     ]
     assert kept(training) == [(3, 4), (2, 2)]
+
+
+def test_a_failed_write_that_the_next_validation_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *args: Any, **options: Any) -> None:
+        if "0002" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, *args, **options)
+
+    def close(_writer: BackgroundWriter) -> None:
+        while jobs:
+            jobs.pop(0)()
+
+    jobs: list[Callable[[], None]] = []
+    monkeypatch.setattr(BackgroundWriter, "submit", lambda _writer, job: jobs.append(job))
+    monkeypatch.setattr(BackgroundWriter, "close", close)
+    real = best_model_files.write_weights  # type: ignore[attr-defined]
+    monkeypatch.setattr(best_model_files, "write_weights", refuse)
+    training = scored([1, 9, 3], tmp_path)
+    fit(training, 3, checkpoint={"on_error": "warn"})
+    assert kept(training) == [(3, 3), (1, 1)]
 
 
 async def test_a_no_brings_the_list_back(tmp_path: Path) -> None:
