@@ -6,7 +6,6 @@ Called on the run's step thread; the records are written on the writer thread.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 
 from fitloop._concurrency.background_writer import BackgroundWriter
@@ -51,11 +50,8 @@ class RunLog:
         """data of the run in the head of the log; None before `begin`"""
         self._progress_at = 0.0
         """time of the last progress, or of the start of the phase"""
-        self._records: deque[bytes] = deque()
-        """records to be appended to the log"""
-        self._progress: deque[bytes] = deque(maxlen=1)
-        """the newest content for the progress file"""
         self._error: tuple[MetricLog, CheckpointError] | None = None
+        """the first write that failed, and was not reported yet"""
 
     def begin(self, started: RunStarted, epochs_before: int) -> None:
         """Start the log with the present history.
@@ -93,12 +89,14 @@ class RunLog:
         self.raise_error()
         if isinstance(event, RunEnded):
             self._end(event)
-        elif isinstance(event, WentBack):
-            self._restart(event)
         elif isinstance(event, BatchProgress):
             self._report_progress(event)
         else:
-            self._append(event)
+            if isinstance(event, WentBack):
+                self._restart()
+            log, record = self._record(event)
+            if log is not None:
+                self._writer.submit(lambda: self._write(log, record))
 
     def _report_progress(self, event: BatchProgress) -> None:
         """Write the progress file, at most once in `PROGRESS_SECONDS`."""
@@ -107,48 +105,32 @@ class RunLog:
         if log is None or facts is None or abs(now - self._progress_at) < PROGRESS_SECONDS:
             return
         self._progress_at = now
-        self._progress.append(encode_progress(event, now, facts))
-        self._writer.submit(lambda: self._write(log))
+        record = encode_progress(event, now, facts)
+        self._writer.submit(lambda: log.write_progress(record))
 
-    def _append(self, event: Event) -> None:
-        log = self._add_record(event)
-        if log is not None and len(self._records) == 1:  # else a waiting job writes this one too
-            self._writer.submit(lambda: self._write(log))
-
-    def _add_record(self, event: Event) -> MetricLog | None:
-        """Queue the record of an event; return the log, or None if there is nothing to write."""
-        log = self._trainer.metric_log
-        if log is None or self._facts is None:
-            return None
-        now = self._clock()
+    def _record(self, event: Event) -> tuple[MetricLog | None, bytes]:
+        """Return the record of an event, and the log; None if there is nothing to write."""
+        log, now = self._trainer.metric_log, self._clock()
         record = encode_event(event, now)
-        if record is None:
-            return None
+        if log is None or self._facts is None or record is None:
+            return None, b""
         if isinstance(event, PhaseStarted):
             self._progress_at = now
-        self._records.append(record)
-        return log
+        return log, record
 
-    def _write(self, log: MetricLog) -> None:
-        if self._error is not None:
+    def _write(self, log: MetricLog, record: bytes) -> None:
+        if self._error is not None or self._trainer.metric_log is not log:
             return  # a record after a gap would belong to another epoch
-        records: list[bytes] = []
-        while self._records:
-            records.append(self._records.popleft())
         try:
-            if records:
-                log.append(b"".join(records))
+            log.append(record)
         except CheckpointError as error:  # raised on the step thread, at the next event
             self._error = (log, error)
-        while self._progress:
-            log.write_progress(self._progress.popleft())
 
-    def _restart(self, event: WentBack) -> None:
+    def _restart(self) -> None:
         """Start the log again with the history after a rollback."""
         self._writer.close()
         self.raise_error()
         self._write_head()
-        self._append(event)
 
     def _end(self, event: RunEnded) -> None:
         """Record the end of the run.
@@ -157,22 +139,21 @@ class RunLog:
         see from the lock of the directory that the run is over.
         """
         self._writer.close()
-        log = self._add_record(event)
+        log, record = self._record(event)
         if log is not None:  # on this thread: at interpreter exit no thread can be started
-            self._write(log)
+            self._write(log, record)
             log.remove_progress()
         if self._error is not None:
             self._trainer.metric_log, self._error = None, None  # the next run starts a new log
 
     def raise_error(self) -> None:
         """Report a write that failed: raise `CheckpointError`, or emit `SnapshotFailed`."""
-        failure, self._error = self._error, None
-        if failure is not None:
-            self._fail(*failure)
+        if self._error is not None:
+            self._fail(*self._error)
 
     def _fail(self, log: MetricLog, error: CheckpointError) -> None:
         self._trainer.metric_log = None  # the next run starts a new log
-        self._records.clear()
+        self._error = None
         if self._raises:
             raise error
         self._trainer.event_bus.emit(

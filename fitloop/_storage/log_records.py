@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, fields
-from typing import Any, NamedTuple
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +65,8 @@ _OMITTED = {PhaseEnded: {"trainer", "batch_metrics"}, EpochEnded: {"trainer", "m
 """fields without a value in the record: the head and the records of the phases have these values"""
 
 
-class RunInfo(NamedTuple):
+@dataclass(frozen=True)
+class RunInfo:
     """The run of a log, for readers in other processes."""
 
     call: str
@@ -78,6 +79,7 @@ class RunInfo(NamedTuple):
     step: int = 0
     """optimizer steps before the run, or before it was resumed"""
     resumed: bool = False
+    """neither this nor ``step`` is in a log of an early version"""
     criteria: tuple[str, int, bool] | None = None
     """name, direction (1 or -1), and whether it is the default, which the first validation may
     change; None if no criteria is tracked, or an earlier fitloop wrote the log"""
@@ -96,7 +98,7 @@ def encode_head(trainer: str, history: History, run: RunInfo | None = None) -> b
         "history": _with_bytes(export_history(history)),
     }
     if run is not None:
-        contents["run"] = run._asdict()
+        contents["run"] = asdict(run)
     return _framed(contents)
 
 
@@ -209,16 +211,7 @@ def decode_run(head: Any) -> tuple[RunInfo, RunStarted]:
     values = head.get("run")
     if values is None:
         raise LayoutError("it does not tell how its run goes: an earlier fitloop wrote it")
-    run = RunInfo(
-        call=_str(values["call"]),
-        epochs=_int(values["epochs"]),
-        first_epoch=_int(values["first_epoch"]),
-        epochs_done=_int(values["epochs_done"]),
-        began=_seconds(values["began"]),
-        step=_int(values.get("step", 0)),  # earlier versions have neither
-        resumed=_bool(values.get("resumed", False)),
-        criteria=_or_none(_criteria)(values.get("criteria")),
-    )
+    run = _from_record(RunInfo, values, {})
     started = RunStarted(
         trainer=_str(head["trainer"]),
         call=run.call,
@@ -245,11 +238,16 @@ def decode_event(
         values["batch_metrics"] = decode_batch_metrics(record)
     elif cls is EpochEnded:
         values["metrics"] = dict(epoch_metrics)
+    return _from_record(cls, record, values), _seconds(record["at"])
+
+
+def _from_record(cls: Any, record: Any, values: dict[str, Any]) -> Any:
+    """Return an instance of a dataclass with ``values``, and the other fields from a record."""
     for item in fields(cls):
         has_default = item.default is not MISSING or item.default_factory is not MISSING
         if item.name not in values and (item.name in record or not has_default):
             values[item.name] = _READ[str(item.type)](record[item.name])
-    return cls(**values), _seconds(record["at"])
+    return cls(**values)
 
 
 def decode_progress(data: bytes, trainer: str, run: RunInfo) -> tuple[BatchProgress, float] | None:
@@ -319,6 +317,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "str | None": _or_none(_str),
     "bool": _bool,
     "Phase": Phase,
+    "tuple[str, int, bool] | None": _or_none(_criteria),
     **dict.fromkeys(
         ("EpochMetrics", "Mapping[str, float]"),
         lambda value: {_str(k): _float(v) for k, v in value.items()},
