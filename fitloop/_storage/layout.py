@@ -21,7 +21,6 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from math import prod
 from reprlib import repr as short
@@ -49,7 +48,6 @@ _FIRST_READ = 64 * 2**10
 _CRC_TAG = b"\xacheader_crc32\xce"
 _CRC_STEP = 16 * 2**20
 
-_MIN_THREADED_SIZE = 2**20
 _UNKNOWN_CRC = 2**32 - 1  # any value that packs into five bytes
 _CANNOT_ALLOCATE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
@@ -364,68 +362,47 @@ def write_layout(
 ) -> int:
     """Write header and payloads to an empty open file; return its length in bytes.
 
-    ``fields`` are the header keys of the kind. The payloads must not change meanwhile: a second
-    thread computes their checksums while the system writes them, and the header is written again
-    at the end.
+    ``fields`` are the header keys of the kind. The payloads must not change meanwhile.
     """
-    header, crc_offsets = _pack_header(kind, tensors, fields)
+    header = _pack_header(kind, tensors, fields)
     payloads = [tensor.data for tensor in tensors if isinstance(tensor, Payload)]
-    pieces = [*_pieces(len(header), payloads)]
-    size = len(header) + sum(map(len, pieces))
+    pieces = [memoryview(header), *_pieces(len(header), payloads)]
+    size = sum(map(len, pieces))
     _allocate(descriptor, size)
-    if size < _MIN_THREADED_SIZE:
-        _set_checksums(header, crc_offsets, [_checksum(payload) for payload in payloads])
-        _write_pieces(descriptor, [memoryview(header), *pieces])
-        return size
-    with ThreadPoolExecutor(1, thread_name_prefix="fitloop checksums") as pool:
-        checksums = pool.submit(lambda: [_checksum(payload) for payload in payloads])
-        _write_pieces(descriptor, [memoryview(header), *pieces])
-        _set_checksums(header, crc_offsets, checksums.result())
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    write_all(descriptor, header)
+    for piece in pieces:
+        write_all(descriptor, piece)
     return size
 
 
 def _pack_header(
     kind: str, tensors: Sequence[Payload | TensorAlias], fields: Mapping[str, object]
-) -> tuple[bytearray, list[int]]:
-    """Return the header without checksums, and the offsets of those of the tensors."""
-    first = {"format": FORMAT, "version": VERSIONS[kind], "kind": kind, "byteorder": sys.byteorder}
-    packer = msgpack.Packer()
-    crc_offsets: list[int] = []
-    try:
-        header = bytearray(packer.pack_map_header(len(first) + 1 + len(fields) + 1))
-        for key, value in first.items():
-            header += packer.pack(key) + packer.pack(value)
-        header += packer.pack("tensors") + packer.pack_array_header(len(tensors))
-        for tensor in tensors:
-            if isinstance(tensor, TensorAlias):
-                header += packer.pack({"name": tensor.name, "same_as": tensor.same_as})
-                continue
-            header += packer.pack(
-                {
-                    "name": tensor.name,
-                    "dtype": tensor.dtype,
-                    "shape": list(tensor.shape),
-                    "nbytes": len(tensor.data),
-                    "crc32": _UNKNOWN_CRC,
-                }
-            )
-            crc_offsets.append(len(header) - 4)
-        for key, value in fields.items():
-            header += packer.pack(key) + packer.pack(value)
-        header += packer.pack("header_crc32") + packer.pack(_UNKNOWN_CRC)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise LayoutError(f"its header cannot be written: {error}") from error
+) -> bytearray:
+    contents = {
+        "format": FORMAT,
+        "version": VERSIONS[kind],
+        "kind": kind,
+        "byteorder": sys.byteorder,
+        "tensors": [_entry_of(tensor) for tensor in tensors],
+        **fields,
+        "header_crc32": _UNKNOWN_CRC,
+    }
+    header = bytearray(pack(contents))
     if len(header) > HEADER_LIMIT:
         raise LayoutError(f"its header takes more than {HEADER_LIMIT} bytes")
-    return header, crc_offsets
-
-
-def _set_checksums(header: bytearray, crc_offsets: list[int], checksums: list[int]) -> None:
-    for offset, checksum in zip(crc_offsets, checksums, strict=True):
-        header[offset : offset + 4] = struct.pack(">I", checksum)
     header[-4:] = struct.pack(">I", crc32(memoryview(header)[:-4]))
+    return header
+
+
+def _entry_of(tensor: Payload | TensorAlias) -> dict[str, object]:
+    if isinstance(tensor, TensorAlias):
+        return tensor._asdict()
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "nbytes": len(tensor.data),
+        "crc32": _checksum(tensor.data),
+    }
 
 
 def _checksum(payload: memoryview, crc: int = 0) -> int:
@@ -452,8 +429,3 @@ def _allocate(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_ALLOCATE:
             raise
-
-
-def _write_pieces(descriptor: int, pieces: Iterable[memoryview]) -> None:
-    for piece in pieces:
-        write_all(descriptor, piece)
