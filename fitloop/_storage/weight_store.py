@@ -1,18 +1,17 @@
 """Stores of weights by name, in memory or on disk, and loading weights into a model.
 
-Owns the interface `WeightsStore` for the pretrained and the best weights of a trainer. Knows
-neither optimizers nor metrics or runs. All functions block.
+The stores are for the pretrained and the best weights of a trainer. Knows neither optimizers nor
+metrics or runs. All functions block.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,63 +35,33 @@ MAX_LISTED = 10
 """largest number of names of one sort in a message, before ``... and n more``"""
 
 
-class WeightsStore(Protocol):
-    """A store for the pretrained and the best weights of a trainer, by name.
-
-    All methods raise `CheckpointError`. A `save` that fails never leaves a part of the new weights.
-    """
-
-    def save(self, name: str, state: StateDict) -> None:
-        """Store a copy of ``state``, and replace weights with the same name."""
-
-    def load(self, name: str) -> dict[str, Any]:
-        """Return a copy of the weights on the CPU."""
-
-    def delete(self, name: str) -> None:
-        """Delete the weights."""
-
-    def exists(self, name: str) -> bool:
-        """Return whether there are weights with this name."""
-
-    def borrow(self, name: str) -> StateDict:
-        """Return the weights without a copy; the store does not change these tensors any more."""
-
-
 class MemoryStore:
-    """Stores weights in CPU memory."""
+    """Stores weights by name in CPU memory. All methods raise `CheckpointError`."""
 
     def __init__(self) -> None:
         self._weights: dict[str, OrderedDict[str, Any]] = {}
-        self._lock = threading.Lock()
 
     def save(self, name: str, state: StateDict) -> None:
         """Store a copy of ``state``; if that fails, there are no weights with this name."""
         check_materialized(state)
-        with self._lock:
-            self._weights.pop(name, None)  # first, to free the memory for the copy
-            self._weights[name] = copied_weights(state)
+        self._weights.pop(name, None)  # first, to free the memory for the copy
+        self._weights[name] = copied_weights(state)
 
     def load(self, name: str) -> dict[str, Any]:
         """Return a copy of the weights."""
-        with self._lock:
-            return copied_weights(self._get(name))
+        return copied_weights(self.borrow(name))
 
     def delete(self, name: str) -> None:
         """Delete the weights."""
-        with self._lock:
-            self._get(name)
-            del self._weights[name]
+        self.borrow(name)
+        del self._weights[name]
 
     def exists(self, name: str) -> bool:
         """Return whether there are weights with this name."""
         return name in self._weights
 
     def borrow(self, name: str) -> StateDict:
-        """Return the weights without a copy."""
-        with self._lock:
-            return self._get(name)
-
-    def _get(self, name: str) -> OrderedDict[str, Any]:
+        """Return the weights without a copy; the store does not change these tensors any more."""
         if name not in self._weights:
             names = quoted_list(self._weights)
             raise CheckpointError(f"no weights {name!r} are kept; there are: {names}")
@@ -100,7 +69,10 @@ class MemoryStore:
 
 
 class DiskStore:
-    """Stores weights in files of a directory, as ``.msgpack`` unless a name has another suffix."""
+    """Stores weights in files of a directory, as ``.msgpack`` unless a name has another suffix.
+
+    All methods raise `CheckpointError`.
+    """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
@@ -137,6 +109,10 @@ class DiskStore:
     def exists(self, name: str) -> bool:
         """Return whether the file exists; its content is not read."""
         return os.path.isfile(self.path(name))
+
+
+WeightsStore: TypeAlias = MemoryStore | DiskStore
+"""a store for the pretrained and the best weights of a trainer"""
 
 
 def plain_model(model: nn.Module) -> nn.Module:
