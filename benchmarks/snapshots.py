@@ -74,7 +74,9 @@ cached_state = cache(State)
 @cache
 def cached_snapshot(megabytes: int) -> PreparedSnapshot:
     """Return a copy of the state, ready to be written."""
-    return take_snapshot(cached_state(megabytes).trainer._state, SnapshotBuffers())
+    snapshot = take_snapshot(cached_state(megabytes).trainer._state, SnapshotBuffers())
+    assert snapshot is not None
+    return snapshot
 
 
 def in_rotation(functions: Functions) -> dict[str, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,6 @@ _NAME = re.compile(r"snapshot-(\d{6,})\.msgpack")
 class SnapshotEntry:
     """A snapshot on disk, and the fit that it belongs to."""
 
-    number: int
     path: Path
     fit: int
     """number of fits that had ended before this one"""
@@ -61,13 +59,13 @@ class Archive:
         self._entries = []
         for number, path in self._files():
             self._next = number + 1
-            entry = _read_entry(number, path)
+            entry = _read_entry(path)
             if entry is not None:
                 self._entries.append(entry)
 
     def is_empty(self) -> bool:
         """Return whether there is no file of a snapshot."""
-        return not any(True for _ in self._files())
+        return not self._files()
 
     def identify(self, present: str, *, resume: bool) -> str:
         """Return the id of the training, and write it to a file of the directory.
@@ -115,7 +113,7 @@ class Archive:
         """
         # Later fits, and an earlier end of this fit, belong to a training that was repeated.
         surplus = [e for e in self._entries if e.fit > fit or (e.fit == fit and e.finished)]
-        self._entries.append(SnapshotEntry(self._next, path, fit, finished))
+        self._entries.append(SnapshotEntry(path, fit, finished))
         self._next += 1
         running = [e for e in self._entries if not e.finished and e.fit <= fit]
         if keep is not None:
@@ -131,7 +129,7 @@ class Archive:
 
     def clear(self) -> None:
         """Remove all snapshots, also unreadable ones."""
-        for _number, path in list(self._files()):
+        for _number, path in self._files():
             try:
                 path.unlink()
             except OSError as error:
@@ -140,25 +138,25 @@ class Archive:
         with suppress(OSError):
             (self.directory / _ID_NAME).unlink()
 
-    def _files(self) -> Iterator[tuple[int, Path]]:
+    def _files(self) -> list[tuple[int, Path]]:
+        """Return the numbers and the paths of the snapshots, in their order."""
         try:
             names = os.listdir(self.directory)
         except FileNotFoundError:
-            return
+            return []
         except OSError as error:
             raise CheckpointError(f"{self.directory} cannot be read: {reason(error)}") from error
-        matches = [(int(match[1]), match[0]) for name in names if (match := _NAME.fullmatch(name))]
-        for number, name in sorted(matches):
-            yield number, self.directory / name
+        matches = filter(None, map(_NAME.fullmatch, names))
+        return sorted((int(match[1]), self.directory / match[0]) for match in matches)
 
 
-def _read_entry(number: int, path: Path) -> SnapshotEntry | None:
+def _read_entry(path: Path) -> SnapshotEntry | None:
     try:
         header, _entries, _size = read_file_header(path)
         position = header["position"]
         if header["kind"] != KIND:
             raise LayoutError(f"it holds {header['kind']!r:.40}")
-        return SnapshotEntry(number, path, int(position["fit"]), bool(position["finished"]))
+        return SnapshotEntry(path, int(position["fit"]), bool(position["finished"]))
     except (OSError, LayoutError, KeyError, TypeError, ValueError) as error:
         why = reason(error) if isinstance(error, (OSError, LayoutError)) else "it has no position"
         _warn_unreadable(f"{path} cannot be read: {why}")

@@ -17,11 +17,7 @@ from fitloop._checkpointing.archive import Archive
 from fitloop._checkpointing.best_model_files import BestModelFiles, is_of_validation
 from fitloop._checkpointing.policy import Checkpoint
 from fitloop._checkpointing.run_position import RunPosition
-from fitloop._checkpointing.snapshot import (
-    PreparedSnapshot,
-    take_shared_snapshot,
-    take_snapshot,
-)
+from fitloop._checkpointing.snapshot import PreparedSnapshot, take_snapshot
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._concurrency.control import RunControl
 from fitloop._engine.parallel import ParallelRun
@@ -57,9 +53,9 @@ class Checkpointer:
         loaders: Mapping[Phase, Any],
         outside: Callable[[Callable[[], None]], object],
         control: RunControl,
-        check: Callable[[], object] = lambda: None,
-        before_writing: Sequence[Callable[[], object]] = (),
-        parallel: ParallelRun | None = None,
+        check: Callable[[], object],
+        before_writing: Sequence[Callable[[], object]],
+        parallel: ParallelRun | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._policy = policy
@@ -144,23 +140,19 @@ class Checkpointer:
         if event.epoch_in_run == event.epochs:
             # A later fit with more epochs resumes here, before the best weights are restored.
             self._is_due = True
-            self._drain()
+            self._writer.close()
         takes = self._is_due and not self._is_writing and event.complete
         if self._parallel is not None:
             takes = self._parallel.world.broadcast(takes)
         if takes:
             self._take()
 
-    def _drain(self) -> None:
-        if self._is_first:
-            self._writer.close()
-
     def finish(self, *, finished: bool) -> None:
         """Take the last snapshot of a finished run, and return when all are durable.
 
         Raises `CheckpointError` if one could not be written and the policy says "raise".
         """
-        self._drain()
+        self._writer.close()
         if self._best is not None:
             self._best.settle()
         try:
@@ -168,7 +160,7 @@ class Checkpointer:
         finally:
             if finished:
                 self._take(finished=True)
-                self._drain()
+                self._writer.close()
                 self._emit_outcomes()
             if self._best is not None:
                 self._best.finish()
@@ -199,19 +191,15 @@ class Checkpointer:
         if self._best is not None:
             self._best.note_snapshot(path)
         self._is_writing = True
-        try:
-            self._writer.submit(lambda: self._write(prepared, position, step, path))
-        except BaseException:
-            self._is_writing = False
-            raise
+        self._writer.submit(lambda: self._write(prepared, position, step, path))
 
     def _snapshot(self, position: RunPosition) -> PreparedSnapshot | None:
         """Copy the state; None on other ranks than the first one."""
-        trainer, buffers, loaders = self._trainer, self._buffers, self._loaders
-        if self._parallel is not None and self._parallel.is_sharded:
-            world = self._parallel.world
-            return take_shared_snapshot(trainer, buffers, world, position, loaders)
-        return take_snapshot(trainer, buffers, position, loaders) if self._is_first else None
+        parallel = self._parallel
+        world = parallel.world if parallel is not None and parallel.is_sharded else None
+        if world is None and not self._is_first:
+            return None
+        return take_snapshot(self._trainer, self._buffers, position, self._loaders, world)
 
     def _gathered(
         self, parallel: ParallelRun, name: str | None, position: RunPosition
@@ -219,7 +207,7 @@ class Checkpointer:
         """Return the first weight that is not finite on any rank, and the position of all ranks."""
         self._has_wished = parallel.votes.snapshot_is_due = False
         if self._is_writing:
-            self._drain()
+            self._writer.close()
         random = self._trainer.rng.state_tree(position.loader_rng)
         gathered = parallel.world.gather((name, position.rank_tree(random)))
         names = [name for name, _tree in gathered if name is not None]

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from fitloop._checkpointing.snapshot import Snapshot
-from fitloop._checkpointing.training_state import clone_tensors
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
 from fitloop._rng.states import RngState
+from fitloop._training.capture import copy_values
 from fitloop._training.trainer_state import TrainerState
 
 
@@ -68,4 +68,4 @@ def _on_other_ranks(
 
 
 def _states(trees: dict[str, Any]) -> dict[str, RngState]:
-    return {name: RngState.from_tree(clone_tensors(tree)) for name, tree in trees.items()}
+    return {name: RngState.from_tree(copy_values(tree)) for name, tree in trees.items()}

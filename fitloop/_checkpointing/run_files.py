@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fitloop._checkpointing.archive import Archive
 from fitloop._checkpointing.best_model_files import remove_best_models
 from fitloop._checkpointing.comparison import check_fits
-from fitloop._checkpointing.policy import FileOptions
+from fitloop._checkpointing.policy import Checkpoint, FileOptions
 from fitloop._checkpointing.rank_parts import rank_part
 from fitloop._checkpointing.run_log import RunLog
 from fitloop._checkpointing.run_position import RunPosition
@@ -33,7 +33,6 @@ from fitloop._engine.optimization import StepCounts
 from fitloop._engine.parallel import ParallelRun
 from fitloop._engine.plan import RunPlan
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
-from fitloop._events import Event, RunStarted
 from fitloop._rng.trainer_rng import loader_state
 from fitloop._storage.durable import DirectoryLock
 from fitloop._training.parts import StatePart
@@ -41,17 +40,11 @@ from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
 
 
-def open_files(
-    trainer: TrainerState, options: FileOptions, plan: RunPlan, parallel: ParallelRun | None
-) -> RunFiles:
-    """Return the open files of a run; a rank that is not the first one writes none."""
-    if parallel is None or parallel.is_first:
-        return RunFiles(trainer, options, plan, parallel)
-    return FollowingFiles(trainer, options, plan, parallel)
-
-
 class RunFiles:
     """The open files of one run, for its step thread; `close` must be the last call.
+
+    A rank that is not the first one reads the snapshot from which a run is resumed, and writes
+    nothing.
 
     Raises `CheckpointError` if another run uses the directory, if the archive holds snapshots of
     another training, or if the run cannot be resumed from its snapshot.
@@ -62,30 +55,52 @@ class RunFiles:
         trainer: TrainerState,
         options: FileOptions,
         plan: RunPlan,
-        parallel: ParallelRun | None = None,
+        parallel: ParallelRun | None,
     ) -> None:
-        self._trainer, self._parallel = trainer, parallel
+        self._trainer = trainer
+        self._world = None if parallel is None else parallel.world
         self.checkpoint = options.checkpoint
-        self._lock = DirectoryLock(trainer.config.save_path)
         self.writer = BackgroundWriter(trainer.config.name)
         self.archive = Archive(trainer.config.save_path)
-        raises = options.checkpoint is None or options.checkpoint.on_error == "raise"
-        self.log = RunLog(trainer, self.writer, raises=raises)
-        self._lock.acquire()
+        self.log: RunLog | None = None
+        """the log of metrics; None on a rank that writes nothing"""
+        self.resumption: Resumption | None = None
+        self._lock: DirectoryLock | None = None
+        if self._world is None or self._world.is_first:
+            raises = options.checkpoint is None or options.checkpoint.on_error == "raise"
+            self.log = RunLog(trainer, self.writer, raises=raises)
+            self._lock = DirectoryLock(trainer.config.save_path)
+            self._lock.acquire()
         try:
-            self.resumption = self._open_archive(options, plan)
+            if options.checkpoint is not None:
+                self.resumption = self._resumption(options.checkpoint, plan, options.resume)
         except BaseException:
             self.close()
             raise
 
-    def _open_archive(self, options: FileOptions, plan: RunPlan) -> Resumption | None:
-        trainer, archive = self._trainer, self.archive
-        if options.checkpoint is None:
+    def _resumption(self, checkpoint: Checkpoint, plan: RunPlan, resume: bool) -> Resumption | None:
+        trainer, world = self._trainer, self._world
+        if world is None or world.is_first:
+            snapshot = self._open_archive(checkpoint, plan, resume)
+            if world is not None:
+                path = None if snapshot is None else str(snapshot.path)
+                world.broadcast((path, trainer.run_id))
+        else:
+            path, trainer.run_id = world.broadcast(None)
+            snapshot = None if path is None else read_snapshot(Path(path))
+        trainer.loaders.tracks_positions = True
+        if snapshot is None:
             return None
+        rank, size = (0, 1) if world is None else (world.rank, world.size)
+        return Resumption(trainer, rank_part(snapshot, trainer, rank, size), plan)
+
+    def _open_archive(self, checkpoint: Checkpoint, plan: RunPlan, resume: bool) -> Snapshot | None:
+        """Return the snapshot from which the run is resumed, or None."""
+        trainer, archive = self._trainer, self.archive
         archive.open()
-        snapshot = archive.find(trainer.completed_fits, plan.epochs) if options.resume else None
-        if not (options.resume or trainer.owns_archive or archive.is_empty()):
-            if not options.checkpoint.overwrite:
+        snapshot = archive.find(trainer.completed_fits, plan.epochs) if resume else None
+        if not (resume or trainer.owns_archive or archive.is_empty()):
+            if not checkpoint.overwrite:
                 raise CheckpointError(
                     f"{archive.directory} holds the snapshots of an earlier training; "
                     "fit(resume=True) goes on with it, another save_path= keeps it, "
@@ -94,69 +109,21 @@ class RunFiles:
             archive.clear()
             remove_best_models(trainer.best_models.directory)
             trainer.best_models.forget()
-        trainer.run_id = archive.identify(trainer.run_id, resume=options.resume)
+        trainer.run_id = archive.identify(trainer.run_id, resume=resume)
         trainer.owns_archive = True
-        trainer.loaders.tracks_positions = True
-        if self._parallel is not None:
-            path = None if snapshot is None else str(snapshot.path)
-            self._parallel.world.broadcast((path, trainer.run_id))
-        return self._resumption(snapshot, plan)
-
-    def _resumption(self, snapshot: Snapshot | None, plan: RunPlan) -> Resumption | None:
-        if snapshot is None:
-            return None
-        world = None if self._parallel is None else self._parallel.world
-        rank, size = (0, 1) if world is None else (world.rank, world.size)
-        return Resumption(self._trainer, rank_part(snapshot, self._trainer, rank, size), plan)
-
-    def begin_log(self, started: RunStarted, epochs_before: int) -> None:
-        """Begin the log of metrics; see `RunLog.begin`."""
-        self.log.begin(started, epochs_before)
-
-    def observe(self, event: Event) -> None:
-        """Write an event to the log of metrics."""
-        self.log.observe(event)
+        return snapshot
 
     def flush(self) -> None:
         """Return when everything is durable. Raises `CheckpointError` if the log is not."""
         self.writer.close()
-        self.log.raise_error()
+        if self.log is not None:
+            self.log.raise_error()
 
     def close(self) -> None:
         """Release the directory."""
         self._trainer.loaders.stop_tracking_positions()
-        self._lock.release()
-
-
-class FollowingFiles(RunFiles):
-    """The files of a run on a rank that is not the first one: it reads, and writes nothing."""
-
-    def __init__(
-        self, trainer: TrainerState, options: FileOptions, plan: RunPlan, parallel: ParallelRun
-    ) -> None:
-        self._trainer, self._parallel = trainer, parallel
-        self.checkpoint = options.checkpoint
-        # They are not used: nothing is written.
-        self.writer = BackgroundWriter(trainer.config.name)
-        self.archive = Archive(trainer.config.save_path)
-        self.resumption = None
-        if options.checkpoint is not None:
-            path, trainer.run_id = parallel.world.broadcast(None)
-            trainer.loaders.tracks_positions = True
-            self.resumption = self._resumption(path and read_snapshot(Path(path)), plan)
-
-    def begin_log(self, started: RunStarted, epochs_before: int) -> None:
-        """Do nothing: rank 0 writes the log."""
-
-    def observe(self, event: Event) -> None:
-        """Do nothing: rank 0 writes the log."""
-
-    def flush(self) -> None:
-        """Do nothing: rank 0 writes."""
-
-    def close(self) -> None:
-        """Stop to note positions."""
-        self._trainer.loaders.stop_tracking_positions()
+        if self._lock is not None:
+            self._lock.release()
 
 
 class Resumption:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +23,6 @@ from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.training_state import (
     apply_training,
     check_training,
-    clone_tensors,
     module_weights,
     training_state,
 )
@@ -54,6 +53,7 @@ from fitloop._storage.weight_files import (
 )
 from fitloop._storage.weight_store import check_weights
 from fitloop._training.best_optimizers import on_cpu
+from fitloop._training.capture import copy_values
 from fitloop._training.layers import configure_optimizer
 from fitloop._training.parts import states_of
 from fitloop._training.trainer_state import BestState, TrainerState
@@ -98,28 +98,16 @@ def take_snapshot(
     buffers: SnapshotBuffers,
     position: RunPosition | None = None,
     loaders: Mapping[Phase, Any] | None = None,
-) -> PreparedSnapshot:
+    world: World | None = None,
+) -> PreparedSnapshot | None:
     """Copy the present state of a trainer, outside its random streams, into ``buffers``.
 
-    ``loaders`` are those of the run, where they are not those of the constructor.
+    ``loaders`` are those of the run, where they are not those of the constructor. ``world`` is for
+    a model whose parameters are split over the ranks: all ranks meet. Rank 0 gathers one tensor
+    after the other into new CPU memory, and returns the copy; the others return None.
 
-    Raises `CheckpointError`, naming its path in the tree, for a value that cannot be encoded.
-    """
-    fields, tensors = _encoded(trainer, position, loaders or {})
-    return _copied(trainer, buffers, fields, tensors, frozenset())
-
-
-def take_shared_snapshot(
-    trainer: TrainerState,
-    buffers: SnapshotBuffers,
-    world: World,
-    position: RunPosition | None = None,
-    loaders: Mapping[Phase, Any] | None = None,
-) -> PreparedSnapshot | None:
-    """Do the same for a model whose parameters are split over the ranks; all ranks meet.
-
-    Rank 0 gathers one tensor after the other into new CPU memory, and returns the copy; the others
-    return None. Raises `CheckpointError` on all ranks if one cannot encode its state.
+    Raises `CheckpointError`, naming its path in the tree, for a value that cannot be encoded; on
+    all ranks if one has such a value.
     """
     fields: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -127,10 +115,29 @@ def take_shared_snapshot(
     try:
         fields, tensors = _encoded(trainer, position, loaders or {})
     except CheckpointError as error:
+        if world is None:
+            raise
         problem = str(error)
-    problems = [each for each in world.gather(problem) if each is not None]
-    if problems:
-        raise CheckpointError(problems[0])
+    # What belongs to the best epoch is replaced, and never changed.
+    constant = {name for name in tensors if name.startswith(_CONSTANT)}
+    if world is not None:
+        problems = [each for each in world.gather(problem) if each is not None]
+        if problems:
+            raise CheckpointError(problems[0])
+        constant |= _gather(trainer, world, tensors)
+        if not world.is_first:
+            return None
+    try:
+        return PreparedSnapshot(fields, buffers.copy(tensors, constant))
+    except LayoutError as error:
+        raise _refusal(trainer, error) from error
+
+
+def _gather(trainer: TrainerState, world: World, tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Gather the tensors that are split over the ranks; rank 0 has whole ones in their place.
+
+    Returns the names of these.
+    """
     gathered = set()
     for name, tensor in tensors.items():
         is_on_disk = trainer.config.save_to_disk and name.startswith("state/best/")
@@ -139,7 +146,7 @@ def take_shared_snapshot(
             if world.is_first:
                 tensors[name] = values.to("cpu")
                 gathered.add(name)
-    return _copied(trainer, buffers, fields, tensors, gathered) if world.is_first else None
+    return gathered
 
 
 def _encoded(
@@ -182,22 +189,6 @@ def _encoded(
         "state": state,
     }
     return fields, encoder.tensors
-
-
-def _copied(
-    trainer: TrainerState,
-    buffers: SnapshotBuffers,
-    fields: dict[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    new: Set[str],
-) -> PreparedSnapshot:
-    """Return the snapshot of fields and tensors; those that are ``new`` are not copied."""
-    # What belongs to the best epoch is replaced, and never changed.
-    constant = {name for name in tensors if name.startswith(_CONSTANT)}
-    try:
-        return PreparedSnapshot(fields, buffers.copy(tensors, constant | new))
-    except LayoutError as error:
-        raise _refusal(trainer, error) from error
 
 
 def _refusal(trainer: TrainerState, error: LayoutError) -> CheckpointError:
@@ -288,10 +279,8 @@ def read_snapshot(path: Path, device: torch.device | None = None) -> Snapshot:
             raise LayoutError("it is no file")
         header, tensors = read_tensors(path, KIND, device or torch.device("cpu"))
         return _checked(path, header, Decoder(list(tensors.values())).decode(header.get("state")))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (LayoutError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (OSError, LayoutError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
@@ -300,8 +289,7 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
         history = History()
         restore_history(history, state["history"])
         random = {
-            name: RngState.from_tree(clone_tensors(value))
-            for name, value in state["random"].items()
+            name: RngState.from_tree(copy_values(value)) for name, value in state["random"].items()
         }
         best, versions = state["best"], state["best_modules"]
         extra = state.setdefault("best_extra", {})  # older files have none
@@ -325,10 +313,10 @@ def _checked(path: Path, header: dict[str, Any], state: Any) -> Snapshot:
         position, versions = header["position"], header["versions"]
         if not isinstance(position, dict) or not isinstance(versions, dict):
             raise TypeError("its position and versions are no maps")
-        # Cloned, since torch ignores the offset of a generator state in its memory.
-        state["run"] = clone_tensors(state["run"])
+        # Copied, since torch ignores the offset of a generator state in its memory.
+        state["run"] = copy_values(state["run"])
         state["generators"] = {
-            str(phase): check_states(clone_tensors(state["generators"][phase])) for phase in Phase
+            str(phase): check_states(copy_values(state["generators"][phase])) for phase in Phase
         }
         return Snapshot(path, trainer, position, versions, state, random, history)
     except Exception as error:  # any error that a forged tree causes

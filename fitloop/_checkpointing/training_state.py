@@ -6,7 +6,7 @@ files.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +26,7 @@ from fitloop._storage.weight_store import (
     plain_name,
     weights_of,
 )
+from fitloop._training.capture import copy_values
 from fitloop._training.parts import (
     StatePart,
     inner_optimizers,
@@ -93,7 +94,7 @@ def apply_training(trainer: TrainerState, state: Any, parts: Mapping[str, Any]) 
 def load_parts(parts: Mapping[str, StatePart], states: Mapping[str, Any]) -> None:
     """Load the states of `states_of`, whose tensors are copied."""
     for name, item in parts.items():
-        item.load_state_dict(clone_tensors(states.get(name, {})))
+        item.load_state_dict(copy_values(states.get(name, {})))
 
 
 def _module_state(module: nn.Module) -> dict[str, Any]:
@@ -212,11 +213,11 @@ def _apply(config: TrainerConfig, state: Any) -> None:
         if isinstance(value, Tensor) and (name := f"{number}.{plain_name(key)}") in parameters
     }
     for optimizer, saved in zip(config.optimizers, state["optimizers"], strict=True):
-        _load_optimizer(optimizer, clone_tensors(saved), parameters, dtypes)
+        _load_optimizer(optimizer, copy_values(saved), parameters, dtypes)
     for scheduler, saved in zip(config.lr_schedulers, state["schedulers"], strict=True):
-        load_scheduler(scheduler, clone_tensors(saved["state"]))
+        load_scheduler(scheduler, copy_values(saved["state"]))
     for name, item in stateful_objects(config).items():
-        item.load_state_dict(clone_tensors(state["stateful"][name]))
+        item.load_state_dict(copy_values(state["stateful"][name]))
     with torch.no_grad():
         for parameter, value in zip(outside_parameters(config), state["outside"], strict=True):
             parameter.copy_(value)
@@ -266,23 +267,3 @@ def _load_optimizer(
         load_optimizer_state(inner, inner_state, dtypes)
     if saved["stepped"]:
         optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-def clone_tensors(value: Any, memo: dict[int, Tensor] | None = None) -> Any:
-    """Return a copy of nested containers whose tensors have memory of their own.
-
-    A tensor that occurs twice is one tensor in the copy too.
-    """
-    memo = {} if memo is None else memo
-    if isinstance(value, Tensor):
-        if id(value) not in memo:
-            memo[id(value)] = value.clone()
-        return memo[id(value)]
-    kind = type(value)
-    if kind in (dict, OrderedDict, Counter):
-        return kind({key: clone_tensors(item, memo) for key, item in value.items()})
-    if kind in (list, tuple, set, frozenset):
-        return kind(clone_tensors(item, memo) for item in value)
-    if kind is deque:
-        return deque((clone_tensors(item, memo) for item in value), value.maxlen)
-    return value

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from fitloop._checkpointing.checkpointer import Checkpointer
 from fitloop._checkpointing.policy import FileOptions
 from fitloop._checkpointing.rollback import RollbackPoint
-from fitloop._checkpointing.run_files import RunFiles, open_files
+from fitloop._checkpointing.run_files import RunFiles
 from fitloop._checkpointing.run_position import RunPosition, loader_tree
 from fitloop._concurrency.control import Cancelled
 from fitloop._engine.metric_objects import MetricStates
@@ -82,7 +82,7 @@ class Run:
         with ExitStack() as stack:
             self._files: RunFiles | None = None
             if options.files is not None:
-                self._files = open_files(state, options.files, context.plan, context.parallel)
+                self._files = RunFiles(state, options.files, context.plan, context.parallel)
                 stack.callback(self._files.close)
             self._resumption = None if self._files is None else self._files.resumption
             self._session = self._open_session()
@@ -185,8 +185,8 @@ class Run:
                 observers.append(Observer(check.observe))
         observers += [Observer(observe) for observe in options.observers]
         observers += [Observer(callback) for callback in self._context.callbacks]
-        if self._files is not None:
-            observers.append(Observer(self._files.observe))
+        if self._files is not None and self._files.log is not None:
+            observers.append(Observer(self._files.log.observe))
         if self._checkpointer is not None:
             checkpointer = self._checkpointer
             observers.append(Observer(checkpointer.observe, checkpointer.after_batch))
@@ -322,8 +322,8 @@ class Run:
                 self._early_stopper.stop_if_over(self._state.epoch_num)
             if resumption.position.train_pass is None:
                 resumption.release_snapshot()
-        if self._files is not None:
-            self._files.begin_log(started, self._plan.epochs_before)
+        if self._files is not None and self._files.log is not None:
+            self._files.log.begin(started, self._plan.epochs_before)
 
     def _restore_position(self) -> None:
         """Restore once more, after ``epoch_start`` of a resumed epoch."""

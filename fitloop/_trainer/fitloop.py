@@ -690,7 +690,7 @@ class FitLoop(TrainerBase):
             return target
 
         def write() -> Path:
-            from fitloop._checkpointing.snapshot import take_shared_snapshot, take_snapshot
+            from fitloop._checkpointing.snapshot import take_snapshot
 
             weight = self._state.non_finite_weight()
             if weight is not None:
@@ -699,11 +699,7 @@ class FitLoop(TrainerBase):
                     "finite, so that no training can go on from it; save_model() writes the "
                     "weights as they are, load_best() restores the best ones"
                 )
-            snapshot = (
-                take_snapshot(self._state, SnapshotBuffers())
-                if world is None
-                else take_shared_snapshot(self._state, SnapshotBuffers(), world)
-            )
+            snapshot = take_snapshot(self._state, SnapshotBuffers(), world=world)
             try:
                 if snapshot is not None:
                     snapshot.write(target, overwrite=overwrite)
