@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Protocol, TypeAlias
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fitloop._errors import ConfigurationError
 from fitloop._public import public
 from fitloop._training.parts import inner_optimizers
+from fitloop._training.schedule_checks import parts_of
 
 Rates: TypeAlias = float | slice | Sequence[float] | np.ndarray[Any, Any]
 """One rate for all layers, a rate for each, or ``slice(low, high)`` for `spread_lrs`."""
@@ -211,7 +212,8 @@ def configure_optimizer(
     updates = [
         (scheduler, _scheduler_update(scheduler, plan, built))
         for plan, built in zip(changed, groups, strict=True)
-        for scheduler in _flatten(trainer.lr_schedulers)
+        for outer in trainer.lr_schedulers
+        for scheduler in parts_of(outer)
         if getattr(scheduler, "optimizer", None) is plan.optimizer
     ]
     # Everything is checked: nothing below raises.
@@ -372,12 +374,6 @@ def _scale(rate: float, initial: Any) -> float:
     if not initial:
         raise ConfigurationError("lr cannot scale a cyclic schedule that starts from rate 0")
     return rate / float(initial)
-
-
-def _flatten(schedulers: Iterable[Any]) -> Iterator[Any]:
-    for scheduler in schedulers:
-        yield scheduler
-        yield from _flatten(getattr(scheduler, "_schedulers", ()))
 
 
 def _scheduler_update(scheduler: Any, plan: _Plan, groups: list[dict[str, Any]]) -> dict[str, Any]:
