@@ -9,15 +9,18 @@ import numpy as np
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fitloop._data.structure import field_names
+from fitloop._data.structure import field_names, map_tensors
 
 
 def possible_sizes(batch: Any) -> set[int]:
     """Return the numbers of samples that a batch may have.
 
     One number: all tensors agree on it. None: they do not agree, or the batch has no tensors and no
-    lists. Several: a list of tensors inside the batch may be a list of samples, or of fields.
+    lists. Several: a list of tensors inside the batch may be a list of samples, or of fields. A
+    batch that is None has no samples.
     """
+    if batch is None:
+        return {0}
     tensors: list[set[int]] = []
     list_sizes: list[set[int]] = []
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
@@ -29,6 +32,24 @@ def possible_sizes(batch: Any) -> set[int]:
     else:
         _collect(batch, tensors, list_sizes)
     return _common(tensors or list_sizes)
+
+
+def may_be_filtered(batch: Any, size: int, full: int) -> bool:
+    """Return whether a batch of ``size`` may be one of ``full`` samples without the broken ones.
+
+    Else it may have another layout: time first, or all samples in one row.
+    """
+    shapes: list[tuple[int, ...]] = []
+
+    def note(item: Any) -> Any:
+        if isinstance(item, Tensor) and not item.is_nested:
+            shapes.append(tuple(item.shape[1:]))
+        return item
+
+    map_tensors(batch, note)
+    is_time_first = bool(shapes) and all(full in shape for shape in shapes)
+    is_row = size == 1 and all(shapes)
+    return size < full and not is_time_first and not (shapes and is_row)
 
 
 def _common(sizes: list[set[int]]) -> set[int]:

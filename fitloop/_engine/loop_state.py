@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitloop._data.batch_sizes import describe, possible_sizes
+from fitloop._data.batch_sizes import describe, may_be_filtered, possible_sizes
 from fitloop._engine.class_losses import ignored_class, loss_setting
 from fitloop._engine.config import GivenArguments, TrainerConfig
 from fitloop._engine.loss_checks import checked_loss
@@ -455,6 +455,8 @@ class StateWriter:
             expected = min(self._loader_size, remaining)
             if expected in sizes:
                 return expected, ""
+            if len(sizes) == 1 and may_be_filtered(batch, min(sizes), expected):
+                return min(sizes), ""
             if sizes:
                 return UNKNOWN, (
                     f"its tensors are of {' or '.join(map(str, sorted(sizes)))} samples, but the "

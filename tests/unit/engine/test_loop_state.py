@@ -169,6 +169,28 @@ def test_batch_size_when_loader_has_another_then_error_says_both() -> None:
     assert writer.state.batch_size == 4
 
 
+def test_batch_size_when_collate_fn_leaves_out_samples_then_is_that_of_the_others() -> None:
+    writer = new_writer()
+    writer.begin(5, 40, 8)
+    sizes = 7, 8, 0, 1, 6
+    for size in sizes:
+        batch = (torch.ones(size, 8), torch.ones(size))  # the 8 are features
+        writer.next_batch(batch if size else None)
+        assert writer.state.batch_size == size
+    assert writer.samples == sum(sizes)
+
+
+@pytest.mark.parametrize("batch", [torch.ones(1, 30), (torch.ones(16, 2), torch.ones(16))])
+def test_batch_size_when_samples_are_in_one_row_or_more_than_the_loader_has_then_error(
+    batch: Any,
+) -> None:
+    writer = new_writer()
+    writer.begin(3, 20, 8)
+    writer.next_batch(batch)
+    with pytest.raises(ConfigurationError, match="but the DataLoader has batch_size=8"):
+        _ = writer.state.batch_size
+
+
 def test_batch_size_of_when_given_then_is_asked_for_each_batch() -> None:
     config = FitLoop(**arguments(batch_size_of=lambda batch: batch[0].size(1)))._state.config
     writer = StateWriter(config, Phase.TRAIN, 1, lambda: None)
