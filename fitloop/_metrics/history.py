@@ -106,6 +106,12 @@ class _Store:
         recorded, batches = deepcopy(self.recorded), deepcopy(self.batches)
         return replace(self, recorded=recorded, lengths=dict(self.lengths), batches=batches)
 
+    def __reduce__(self) -> Any:
+        """Copy and pickle the values; the copy has a lock of its own."""
+        with self.lock:
+            values = self.runs, self.epochs, self.recorded, self.lengths, self.batches
+            return _copied_store, deepcopy((self.phase, *values))
+
     def set(self, other: _Store) -> None:
         """Replace all values by those of another store, which is not used any more."""
         self.runs, self.epochs, self.recorded = other.runs, other.epochs, other.recorded
@@ -118,6 +124,10 @@ class _Store:
     def unknown(self, name: str, *stages: Stage) -> UnknownMetricError:
         where = f"{self.phase}.{stages[0]}" if len(stages) == 1 else str(self.phase)
         return UnknownMetricError(name, self.names(*stages), where)
+
+
+def _copied_store(phase: Phase, *values: Any) -> _Store:
+    return _Store(phase, threading.RLock(), *values)
 
 
 @public
@@ -226,6 +236,10 @@ class PhaseHistory(Mapping[str, MetricSeries]):
                 f"metrics by name, such as M.{self.phase}['loss']"
             )
 
+    def __reduce__(self) -> Any:
+        """Copy and pickle the values."""
+        return PhaseHistory, (self._store,)
+
     @property
     def runs(self) -> int:
         """Runs so far: of ``fit`` for train and valid, of ``test`` for test."""
@@ -310,6 +324,10 @@ class History:
                 f"M has no attribute {name!r}; it has the phases {comma_list(Phase)}, and their "
                 "metrics by name, such as M.valid['loss']"
             )
+
+    def __reduce__(self) -> Any:
+        """Copy and pickle the values; the copy has a lock of its own."""
+        return _copied_history, (export_history(self),)
 
     @property
     def train_runs(self) -> int:
@@ -435,6 +453,12 @@ class History:
         if not rows:
             return html_block("nothing recorded so far")
         return Table(("phase", "stage", "metric", "last", "values", "runs"), rows, left=3).html()
+
+
+def _copied_history(state: dict[str, Any]) -> History:
+    history = History()
+    restore_history(history, state)
+    return history
 
 
 def _numbers(event: PhaseEnded) -> dict[Stage, dict[str, array[float]]]:

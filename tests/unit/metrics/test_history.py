@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import gc
 import math
+import pickle
 import re
 import sys
 import threading
 import tracemalloc
 import weakref
 from array import array
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from copy import deepcopy
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -436,3 +437,20 @@ def test_history_equals_plain_lists_after_any_events_marks_and_rollbacks(
                 model = deepcopy(then)
                 assert repr(history) == status
         check(history, model)
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda item: pickle.loads(pickle.dumps(item))])
+def test_history_when_copied_or_pickled_then_has_the_values_and_does_not_change_with_it(
+    copied: Callable[[Any], Any],
+) -> None:
+    history = two_runs()
+    views = (history, history.valid, history.valid.epoch_end, history.valid["accuracy"])
+    texts = [repr(view) for view in views]
+    copies = [copied(view) for view in views]
+    exported = history.to_dict()
+    history.observe(run_started())
+    history.observe(phase_ended("valid", {"accuracy": 1.0}))
+    assert [repr(copy) for copy in copies] == texts
+    np.testing.assert_equal(copies[0].to_dict(), exported)
+    copies[0].observe(run_started())
+    assert copies[0].train_runs == history.train_runs == 3
