@@ -22,7 +22,6 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from support.models import (  # noqa: E402
@@ -43,6 +42,7 @@ from support.resumed_trainings import (  # noqa: E402
     train_without_interruption,
     write_snapshots_at_once,
 )
+from support.stateful_loaders import Counting, Noisy, Positioned  # noqa: E402
 from torch.utils.data import (  # noqa: E402
     DataLoader,
     Dataset,
@@ -61,67 +61,12 @@ INTERRUPTIONS: tuple[tuple[int, ...], ...] = (
 """batches before each interruption of a training"""
 
 
-class Noisy(Dataset[Any]):
-    """A dataset with a generator of its own."""
-
-    def __init__(self) -> None:
-        self.numbers = np.random.default_rng(1)
-        self.inputs, self.targets = blobs()
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.inputs[index] + 0.1 * float(self.numbers.normal()), self.targets[index]
-
-
-class Counting(Noisy):
-    """A dataset whose samples depend on how many were read; it can save that."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = 0
-
-    def __getitem__(self, index: int) -> Batch:
-        self.reads += 1
-        return self.inputs[index] + 0.01 * self.reads, self.targets[index]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"reads": self.reads}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.reads = state["reads"]
-
-
 class Stream(IterableDataset[Any]):
     """Draws for each sample."""
 
     def __iter__(self) -> Iterator[Batch]:
         for inputs, target in zip(*blobs(), strict=True):
             yield inputs + 0.1 * torch.randn(FEATURES), target
-
-
-class Positioned:
-    """Another order in every epoch; knows where it is."""
-
-    def __init__(self) -> None:
-        self.epoch = self.position = 0
-
-    def __len__(self) -> int:
-        return 4
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self.position < 4:
-            self.position += 1
-            yield batches()[(self.position + self.epoch) % 4]
-        self.position = 0
-        self.epoch += 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
 
 
 class Iterable:

@@ -35,6 +35,7 @@ from support.resumed_trainings import (
     check_resumed_training,
     write_snapshots_at_once,
 )
+from support.stateful_loaders import Positioned
 from support.worker_processes import make_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
@@ -312,35 +313,11 @@ def test_batch_when_it_has_only_empty_arrays_then_arrives() -> None:
 # -- resuming --------------------------------------------------------------------------------------
 
 
-class Positioned:
-    """Another order in every epoch; knows where it is, and draws."""
-
-    def __init__(self) -> None:
-        self.epoch = self.position = 0
-
-    def __len__(self) -> int:
-        return 4
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self.position < 4:
-            self.position += 1
-            inputs, targets = batches()[(self.position + self.epoch) % 4]
-            yield inputs + random.random(), targets
-        self.position = 0
-        self.epoch += 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
-
-
 RESUMED: dict[str, tuple[Callable[[], Any], int | None, bool]] = {
     "seeded and drawing": (LOADERS["augmented"], 5, False),
     "unseeded": (lambda: loader(blobs(), shuffle=True, own_seed=3), None, False),
     "unseeded and drawing": (LOADERS["augmented"], None, True),
-    "own state": (Positioned, 5, False),
+    "own state": (partial(Positioned, draws=True), 5, False),
     "async function": (LOADERS["async function"], 5, True),
 }
 

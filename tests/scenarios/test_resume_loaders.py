@@ -30,6 +30,7 @@ from support.resumed_trainings import (
     run_script,
     write_snapshots_at_once,
 )
+from support.stateful_loaders import Positioned
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -323,30 +324,6 @@ def test_resume_when_state_dict_of_a_dataset_needs_arguments_then_equals_one_run
 
 
 # -- loaders with a state --------------------------------------------------------------------------
-
-
-class Positioned:
-    """Another order in every epoch; knows where it is."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.position = 0
-
-    def __len__(self) -> int:
-        return 4
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self.position < 4:
-            self.position += 1
-            yield batches()[(self.position + self.epoch) % 4]
-        self.position = 0
-        self.epoch += 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
 
 
 class LatePositioned(Positioned):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import BATCH_SIZE, FEATURES, Batch, blobs, mlp, sync_trainer
+from support.models import BATCH_SIZE, FEATURES, mlp, sync_trainer
 from support.resumed_trainings import (
     QUIET,
     TrainingSetup,
@@ -20,9 +19,10 @@ from support.resumed_trainings import (
     trainer_values,
     write_snapshots_at_once,
 )
+from support.stateful_loaders import Counting, Noisy
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from fitloop import Checkpoint, LoopState, ResumeWarning, default_batch_step
 from fitloop._training import object_state
@@ -31,50 +31,6 @@ from fitloop._training import object_state
 @pytest.fixture(autouse=True)
 def _snapshots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     write_snapshots_at_once(monkeypatch)
-
-
-def noise_of(kind: str) -> Callable[[], float]:
-    """Return a function that draws from a generator of its own."""
-    if kind == "torch":
-        own = torch.Generator().manual_seed(1)
-        return lambda: torch.rand((), generator=own).item()
-    if kind == "python":
-        return random.Random(1).random
-    if kind == "RandomState":
-        return np.random.RandomState(1).normal
-    return np.random.default_rng(1).normal
-
-
-class Noisy(Dataset[Any]):
-    """A dataset with a generator of its own, as numpy recommends."""
-
-    def __init__(self, kind: str) -> None:
-        self.noise = noise_of(kind)
-        self.inputs, self.targets = blobs()
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.inputs[index] + 0.1 * self.noise(), self.targets[index]
-
-
-class Counting(Noisy):
-    """A dataset whose samples depend on how many were read; it can save that."""
-
-    def __init__(self) -> None:
-        super().__init__("numpy")
-        self.reads = 0
-
-    def __getitem__(self, index: int) -> Batch:
-        self.reads += 1
-        return self.inputs[index] + 0.01 * self.reads, self.targets[index]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"reads": self.reads}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.reads = state["reads"]
 
 
 class Shuffled(Sampler[int]):
