@@ -18,7 +18,7 @@ from fitloop._display.printed import EpochPrinter
 from fitloop._display.progress import PROGRESS_VIEW
 from fitloop._display.status import RunStatus, best_of
 from fitloop._errors import CheckpointError, ConfigurationError
-from fitloop._events import EpochEnded, EpochStarted, Event, RunEnded, RunStarted
+from fitloop._events import BestImproved, EpochEnded, EpochStarted, Event, RunEnded, RunStarted
 from fitloop._format import format_duration
 from fitloop._storage.durable import is_locked
 from fitloop._storage.log_follower import LogFollower, TimedEvent
@@ -259,6 +259,8 @@ class WatchedDirectory:
             if isinstance(event, EpochStarted):
                 self._printer.observe(event)  # keeps its number; prints nothing
                 epoch_started = [event]
+            elif isinstance(event, BestImproved):
+                epoch_started.append(event)
             elif isinstance(event, EpochEnded):
                 last_epoch = [*epoch_started, event]
         last = events[-1]

@@ -118,6 +118,11 @@ def _encoding() -> str:
     return getattr(sys.__stdout__, "encoding", None) or "ascii"
 
 
+def cut_mark() -> str:
+    """Return the character in the place of what is cut off."""
+    return "…" if can_encode("…") else "~"
+
+
 def fit_width(text: str, width: int) -> str:
     """Return ``text`` as one printable line, cut to at most ``width`` columns."""
     text = printable(text)
@@ -125,7 +130,7 @@ def fit_width(text: str, width: int) -> str:
         return text
     if width <= 0:
         return ""
-    mark = "…" if can_encode("…") else "~"
+    mark = cut_mark()
     end, used = 0, display_width(mark) + character_width(text[0])
     while used <= width:
         end += 1

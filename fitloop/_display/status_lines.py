@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-from fitloop._display.console import fit_width
+from fitloop._display.console import cut_mark, fit_width
 from fitloop._display.status import RunStatus
 from fitloop._format import display_width
 
@@ -127,7 +128,8 @@ def _two_lines(run: RunStatus, width: int, style: BarStyle, now: float) -> list[
 
 def _aligned_lines(runs: Sequence[RunStatus], width: int, style: BarStyle, now: float) -> list[str]:
     """Return one line for each run, with as many aligned columns as fit."""
-    rows = [_row(run, width, now) for run in runs]
+    names_of_runs = _short_names([run.label for run in runs], max(4, width // 4))
+    rows = [_row(run, name, now) for run, name in zip(runs, names_of_runs, strict=True)]
     heads = ["name", "epoch", "phase", "count"]
     names = dict.fromkeys(key for row in rows for key in row if key not in (*heads, "left"))
     values = sorted(names, key=lambda key: not key.startswith("metric"))  # of a first row too
@@ -150,13 +152,27 @@ def _aligned_lines(runs: Sequence[RunStatus], width: int, style: BarStyle, now: 
     return lines
 
 
-def _row(run: RunStatus, width: int, now: float) -> dict[str, _Cell]:
+def _short_names(names: Sequence[str], width: int) -> list[str]:
+    """Cut names to ``width`` columns; at their beginning, if they differ only behind the cut."""
+    short = [fit_width(name, width) for name in names]
+    if len(set(short)) == len(set(names)):
+        return short
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    common = "".join(letters[0] for letters in alike)
+    start = len(common.rstrip(_OF_A_VALUE))  # a number is not cut in two
+    return [fit_width(f"{cut_mark()}{name[start:]}" if start else name, width) for name in names]
+
+
+_OF_A_VALUE = ".0123456789"
+
+
+def _row(run: RunStatus, name: str, now: float) -> dict[str, _Cell]:
     """Return the cells of one of several runs; the first four are never without a text."""
     count, total = run.batch_count, run.batches[1]
     if total is not None:
         count = f"{count:>{2 * len(str(total)) + 1}}"
     return {
-        "name": _Cell(fit_width(run.label, max(4, width // 4)), -4),
+        "name": _Cell(name, -4),
         "epoch": _Cell(run.epoch_count, -3),
         "phase": _Cell("asks" if run.is_asking else run.phase or "...", -2),
         "count": _Cell(count, 0),

@@ -16,6 +16,8 @@ import numpy as np
 
 from fitloop._events import (
     BatchProgress,
+    BestImproved,
+    EarlyStopped,
     EpochEnded,
     EpochStarted,
     Event,
@@ -47,7 +49,7 @@ LOGGED: dict[str, type[Event]] = {
     event.kind: event
     for event in (
         *(EpochStarted, PhaseStarted, BatchProgress, PhaseEnded, EpochEnded),
-        *(PromptAsked, PromptAnswered, WentBack, RunEnded),
+        *(BestImproved, EarlyStopped, PromptAsked, PromptAnswered, WentBack, RunEnded),
     )
 }
 """the events that have records; only those of `PhaseEnded` add to a history"""
@@ -238,6 +240,8 @@ def decode_event(
         values["batch_metrics"] = decode_batch_metrics(record)
     elif cls is EpochEnded:
         values["metrics"] = dict(epoch_metrics)
+    elif cls is BestImproved:
+        values["score"] = _float(record["score"])
     return _from_record(cls, record, values), _seconds(record["at"])
 
 
@@ -323,4 +327,4 @@ _READ: dict[str, Callable[[Any], Any]] = {
         lambda value: {_str(k): _float(v) for k, v in value.items()},
     ),
 }
-"""decoders by the annotation of an event's field; a plain float is a time in all of them"""
+"""decoders by the annotation of an event's field; a plain float is a time, but for a score"""

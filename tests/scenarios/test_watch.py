@@ -102,7 +102,7 @@ asyncio.run(main())
         with training(run, program) as process:
             for shown in (
                 rf"epoch +1/2 +{BAR}+  \d+ s.*\ntrain +\d+/200 +{BAR}",
-                r"\[1/2\] - train(?s:.*)\[2/2\] - train(?s:.*)best score",
+                r"\[1/2\](?s:.*)\(best so far\)(?s:.*)best score: [\d.]+ \(accuracy, epoch ",
                 r"\[1/1\] - train(?s:.*)best score",
             ):
                 terminal.until(shown)

@@ -26,6 +26,7 @@ from support.made_up_runs import (
 from fitloop import (
     BestImproved,
     CheckpointError,
+    EarlyStopped,
     Event,
     History,
     PromptAnswered,
@@ -101,8 +102,21 @@ def test_log_when_an_event_has_no_record_then_is_not_written(tmp_path: Path) -> 
     run = FakeRun(tmp_path)
     run.begin()
     before = (tmp_path / LOG_NAME).read_bytes()
-    run.observe(BestImproved(**IN_FIT, epoch=1, criteria="loss", score=0.5))
+    run.observe(SnapshotFailed(**IN_FIT, epoch=1, batch=0, path="a", error="no space"))
     assert (tmp_path / LOG_NAME).read_bytes() == before
+
+
+def test_log_when_an_epoch_is_the_best_or_the_last_then_says_so(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path)
+    run.begin()
+    told = [
+        BestImproved(**IN_FIT, epoch=1, criteria="score", score=-0.5),
+        EarlyStopped(**IN_FIT, epoch=1, metric="score", message="no better score"),
+    ]
+    for event in told:
+        run.observe(event)
+    run.observe(run_ended(1))
+    assert events(tmp_path)[1:-1] == told
 
 
 def test_log_when_a_run_ends_before_it_is_begun_then_is_left_alone(tmp_path: Path) -> None:

@@ -165,6 +165,22 @@ def test_several_runs_when_narrow_then_bars_go_first(
     assert [text for text in left_out if text in first] == []
 
 
+@pytest.mark.parametrize(
+    ("width", "names"),
+    [
+        (120, ["learning-rate=0.1 hidden=16"] * 2),
+        (64, ["…0.1 hidden=16"] * 2),
+        (40, ["…0.1 hidd…"] * 2),
+    ],
+)
+def test_several_runs_when_names_differ_at_their_end_then_the_beginning_is_cut(
+    width: int, names: list[str]
+) -> None:
+    runs = [running(f"learning-rate={rate} hidden=16") for rate in (0.1, 0.2)]
+    names[1] = names[1].replace("0.1", "0.2")
+    assert [re.split("  +", line)[0] for line in lines(*runs, width=width)] == names
+
+
 def test_several_runs_when_one_asks_then_it_takes_no_room_of_the_others() -> None:
     asking = running("a")
     asking.observe(PromptAsked(trainer="t", epoch=1, epoch_in_run=1, epochs=10, question="?"))
