@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from fitloop._arguments import is_number
 from fitloop._engine.config import Reaction, TrainerConfig
 from fitloop._errors import ConfigurationError, NonFiniteError, NonFiniteWarning, warn_user
 from fitloop._ranks.shards import whole
@@ -168,8 +169,11 @@ class GradientGuard:
         A step that is to be left out has no gradients, and so changes nothing.
         """
         closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
-        if closure is not None:
-            return (arguments[0], self._checked_closure(optimizer, closure)), {}
+        if callable(closure):
+            checked = self._checked_closure(optimizer, closure)
+            if "closure" in keywords:
+                return arguments, {**keywords, "closure": checked}
+            return (arguments[0], checked, *arguments[2:]), keywords
         is_left_out = self.prepare(optimizer, gradients_of(optimizer))
         self.forget_losses()
         if is_left_out:
@@ -288,7 +292,7 @@ class GradientGuard:
             norm = torch.hypot(norm, state.grad_norm.to(norm))
         state.grad_norm, self._norm_batch = norm, state.batch_num
 
-    def _checked_closure(self, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _checked_closure(self, optimizer: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Return a closure whose first result is looked at, when the weights are still old."""
         if self.clips or self.leaves_out:
             raise ConfigurationError(
@@ -298,14 +302,15 @@ class GradientGuard:
             )
         is_first = True
 
-        def checked() -> Any:
+        def checked(*arguments: Any, **keywords: Any) -> Any:
             nonlocal is_first
             if self._config.precision is not None:  # the step may have changed the weights
                 torch.clear_autocast_cache()
-            loss = closure()
+            loss = closure(*arguments, **keywords)
             if is_first and self.checks_finite:
                 is_first = False
-                self.look_at_loss(loss)
+                if is_number(loss) or (isinstance(loss, Tensor) and loss.numel() == 1):
+                    self.look_at_loss(loss)
                 self._are_bad(optimizer, gradients_of(optimizer))
             return loss
 

@@ -564,6 +564,72 @@ def test_closure_when_its_loss_is_not_finite_then_raises_before_the_step() -> No
     assert bits(twin) != bits(model)
 
 
+class Factored(SGD):
+    """An optimizer whose step has an argument of its own."""
+
+    def step(self, closure: Any = None, factor: float = 1.0) -> Any:
+        for group in self.param_groups:
+            group["lr"] = factor
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda optimizer, closure: optimizer.step(closure, 0.5), id="position"),
+        pytest.param(lambda optimizer, closure: optimizer.step(closure, factor=0.5), id="keyword"),
+        pytest.param(
+            lambda optimizer, closure: optimizer.step(factor=0.5, closure=closure), id="keywords"
+        ),
+    ],
+)
+def test_step_when_it_has_more_arguments_than_a_closure_then_gets_them(call: Any) -> None:
+    def train(model: nn.Module, optimizer: Any, batch: Any) -> None:
+        inputs, targets = batch
+
+        def closure() -> None:
+            optimizer.zero_grad()
+            loss: Any = functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+
+        call(optimizer, closure)
+
+    twin, model = mlp(), mlp()
+    optimizer = Factored(twin.parameters())
+    for batch in batches():
+        train(twin, optimizer, batch)
+    fitted = sync_trainer(
+        model=model,
+        optimizer=Factored(model.parameters()),
+        train_dl=batches(),
+        train_step=lambda state: train(state.model, state.optimizer, state.batch),
+        train_epoch_end=lambda _state: {},
+    )
+    fitted.fit(1, **QUIET)
+    assert bits(model) == bits(twin)
+
+
+def test_step_when_its_argument_is_the_loss_then_gets_it() -> None:
+    given: list[Any] = []
+
+    class TakesLoss(SGD):
+        def step(self, loss: Any = None) -> None:  # type: ignore[override]
+            given.append(loss)
+            super().step()
+
+    def step(state: LoopState) -> None:
+        inputs, targets = state.batch
+        loss = state.loss_function(state.model(inputs), targets)
+        loss.backward()
+        state.optimizer.step(loss)
+
+    model = mlp()
+    fitted = sync_trainer(model=model, optimizer=TakesLoss(model.parameters()), train_step=step)
+    fitted.fit(1, **QUIET)
+    assert all(isinstance(loss, Tensor) for loss in given)
+    assert len(given) == BATCHES
+
+
 def test_gradients_when_they_are_sparse_or_complex_then_are_looked_at() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
