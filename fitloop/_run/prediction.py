@@ -131,7 +131,6 @@ class PredictionRun(Instrumentation):
         config.test_epoch_start, config.test_step, config.metrics = None, step, {}
         config.test_epoch_end = lambda _state: None
         self._engine = self._session.engine(config=config, instrumentation=self)
-        self._release_parameters: Callable[[], object] = lambda: None
 
     def wrap(self, phase: Phase, name: str, function: Any) -> Any:
         """Return a function that hands over what the step returned, instead of recording it."""
@@ -145,14 +144,13 @@ class PredictionRun(Instrumentation):
         with self._session.error_notes():
             config = self._context.state.config
             if config.parallel is not None:  # each rank computes by itself
-                self._release_parameters = gather_parameters(config.model)
+                self._session.on_restore.append(gather_parameters(config.model))
             self._engine.run()
 
     def finish(self, error: BaseException | None) -> None:
         """Restore modes and random generators; raise the first error."""
         ending = RunEnding(self._context.state.config.name, self._context.control, error)
         del error  # its traceback refers to this frame
-        ending.attempt("splitting the parameters", self._release_parameters)
         self._session.restore(ending)
         self._session.close()
         ending.result(None)
