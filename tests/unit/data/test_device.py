@@ -60,7 +60,7 @@ class Sample(tuple[Any, ...]):
         return made
 
 
-class Frozen(dict[str, Any]):
+class Unchangeable(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         raise TypeError("it cannot be changed")
 
@@ -166,7 +166,7 @@ def test_transfer_when_tensor_is_cast_then_loaders_own_is_left_alone() -> None:
         pytest.param(Boxes(doubles(), "a"), id="list-constructor"),
         pytest.param(Sample(doubles(), "a"), id="tuple-constructor"),
         pytest.param(torch.linalg.qr(doubles().diag()), id="torch-result"),
-        pytest.param(Frozen(x=doubles()), id="frozen-dict"),
+        pytest.param(Unchangeable(x=doubles()), id="unchangeable-dict"),
         pytest.param([], id="empty-list"),
         pytest.param((), id="empty-tuple"),
         pytest.param({}, id="empty-dict"),
