@@ -63,9 +63,7 @@ class AsyncSource:
         context, changed = self._context, self._context.control.changed
         with changed:
             self._requested += 1
-        if self._depth == 0:
-            self._wake_task()
-        if not context.wait(lambda: bool(self._queue) or self._finished):
+        if not context.wait(lambda: bool(self._queue) or self._finished, self._wake_task):
             return END
         with changed:
             if not self._queue:
@@ -149,6 +147,10 @@ class AsyncSource:
 
     async def _read_all(self, has_room: ThreadsafeEvent) -> None:
         changed, limit = self._context.control.changed, self._limit
+        while not self._requested + self._depth and not self._closed:
+            await has_room.wait()
+        if self._closed:
+            return
         self._iterator = aiter(self._iterable)
         for _ in range(self._skip):
             await anext(self._iterator, None)

@@ -82,13 +82,17 @@ class LoadContext:
     read_wrapper: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
     """wraps the function that reads a batch, for the profiler"""
 
-    def wait(self, ready: Callable[[], bool]) -> bool:
+    def wait(self, ready: Callable[[], bool], begin: Callable[[], object] = lambda: None) -> bool:
         """Block the step thread, its generators released; return false if the run was stopped.
+
+        ``begin`` is called when they are released: what another thread then draws is not of the
+        steps.
 
         Raises:
             Cancelled: the run was cancelled first.
         """
         with self.rng.waiting():
+            begin()
             is_ready = self.control.wait_for(ready, obey_stop=True)
             if self.control.cancelled:
                 raise Cancelled

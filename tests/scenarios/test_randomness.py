@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio.to_thread
@@ -9,6 +10,8 @@ import pytest
 import torch
 from support.models import (
     Augmented,
+    Batch,
+    batches,
     bits,
     blobs,
     mlp,
@@ -110,6 +113,17 @@ async def async_step(state: LoopState) -> dict[str, float]:
 
 async def test_async_step_when_seeded_then_equals_the_plain_one() -> None:
     assert await random_run(train_step=async_step) == await random_run(train_step=plain_step)
+
+
+async def drawing_batches() -> AsyncIterator[Batch]:
+    for batch in batches(160):
+        torch.rand(1000)
+        yield batch
+
+
+async def test_async_loader_when_it_draws_then_the_steps_keep_their_numbers() -> None:
+    expected = await random_run(train_dl=batches(160))
+    assert await random_run(train_dl=drawing_batches) == expected
 
 
 async def test_seeded_run_when_repeated_then_gives_the_same_bits() -> None:
