@@ -35,15 +35,11 @@ if TYPE_CHECKING:
 QUESTION = "continue loop ([y]/n): "
 
 _ANSWERS = {"": True, "y": True, "yes": True, "n": False, "no": False}
+"""the meaning of what is typed; Enter means yes"""
 
 _queue: deque[ThreadsafeEvent] = deque()
 """callers that ask or wait to ask, the first one asks now"""
 _queue_lock = threading.Lock()
-
-
-def parse_answer(text: str) -> bool | None:
-    """Return the meaning of an answer, None for an invalid one. Enter means yes."""
-    return _ANSWERS.get(text.strip().lower())
 
 
 class TerminalPrompt:
@@ -161,7 +157,7 @@ async def _ask(text: str, event: PromptAsked) -> bool:
         while True:
             with presentation():
                 typed = await _read_line(session, text)
-            answer = False if typed is None else parse_answer(typed)
+            answer = False if typed is None else _ANSWERS.get(typed.strip().lower())
             if can_draw():
                 print_line(f"{text}{'n' if typed is None else typed}")
             if answer is not None:

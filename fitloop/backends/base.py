@@ -28,7 +28,7 @@ class JobSpec:
     options: Mapping[str, Any]
     """keyword arguments of ``fit``"""
     directory: Path | None
-    """directory for the files of the job; None if it keeps none"""
+    """absolute path of the directory for the files of the job; None if it keeps none"""
     arguments: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
     """the arguments of ``target`` by name, as plain values for people and loggers"""
 

@@ -24,7 +24,7 @@ except ImportError:  # Windows: a file is for one process there
     fcntl = None  # type: ignore[assignment]
 
 _BLOCK = 2**12
-"""bytes that are read for the last line, at first"""
+"""bytes that are read at first for the last line"""
 
 
 class LineFile:
@@ -94,20 +94,19 @@ class LineFile:
     def _mend(self, descriptor: int) -> int:
         """Complete or remove a last line without an end; return the size of the file."""
         size = os.fstat(descriptor).st_size
-        length = min(size, _BLOCK)
-        while size:
-            tail = _read(descriptor, size - length, length)
+        last_line = b""
+        for length in (_BLOCK, size):  # all of it only for a last line that is long
+            tail = _read(descriptor, max(0, size - length), length)
             last_line = tail[tail.rfind(b"\n") + 1 :]
-            if not last_line:
+            if len(last_line) < len(tail):
                 break
-            if len(last_line) < length or length == size:
-                if not self._is_torn(last_line):
-                    write_all(descriptor, b"\n")
-                    return size + 1
-                os.ftruncate(descriptor, size - len(last_line))
-                return size - len(last_line)
-            length = min(size, length * 2)
-        return size
+        if not last_line:
+            return size
+        if self._is_torn(last_line):
+            os.ftruncate(descriptor, size - len(last_line))
+            return size - len(last_line)
+        write_all(descriptor, b"\n")
+        return size + 1
 
     @contextmanager
     def _locked(self) -> Iterator[int]:

@@ -167,13 +167,14 @@ class WorkerConnection:
 def launch_workers(launcher: Launcher, spec: JobSpec, ranks: int) -> list[WorkerConnection]:
     """Start the workers of a job, one for each rank; only they may write to its directory."""
     claim = token_hex(16)
-    directory = None if spec.directory is None else spec.directory.absolute()
-    if directory is not None:
-        write_claim(directory, claim)
+    if spec.directory is not None:
+        write_claim(spec.directory, claim)
     connections: list[WorkerConnection] = []
     try:
         host = launcher.host
-        connections += (WorkerConnection(host, spec.name, directory, claim) for _ in range(ranks))
+        connections += (
+            WorkerConnection(host, spec.name, spec.directory, claim) for _ in range(ranks)
+        )
         orders = [connection.order for connection in connections]
         if ranks == 1:
             workers = [launcher.start(orders[0])]

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -230,11 +229,10 @@ class WorkerClient:
         return self._result
 
     def _remote_job(self) -> messages.RemoteJob:
-        spec, defaults = self._spec, self._defaults
-        options = {**options_for_worker(spec), "verbose": False}
+        spec = self._spec
         return messages.RemoteJob(
-            replace(spec, options=options, directory=_absolute(spec.directory)),
-            replace(defaults, save_path=_absolute(defaults.save_path)),
+            replace(spec, options={**options_for_worker(spec), "verbose": False}),
+            self._defaults,
             asks_client=spec.options.get("on_continue") is not None,
         )
 
@@ -276,10 +274,7 @@ class WorkerClient:
             self._error = deserialize_error(over.error)
             self._end_run(one_line(self._error))  # of rank 0, if another one has failed
         elif over.result is not None:
-            weights, directory = over.weights, self._spec.directory
-            if weights is not None and directory is not None:
-                weights = directory / weights.name
-            self._result = TrainingResult(result=over.result, weights=weights)
+            self._result = TrainingResult(result=over.result, weights=over.weights)
 
     def _raise_death(self) -> None:
         """End the run of a worker that died, and raise its error."""
@@ -477,7 +472,3 @@ def _display(spec: JobSpec, name: str, named: bool) -> RunDisplay:
         live=bool(options.get("progress", True)),
         style=fit_option("print_style", options.get("print_style", "block")),
     )
-
-
-def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else path.absolute()

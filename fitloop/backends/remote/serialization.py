@@ -37,19 +37,16 @@ def serialize_job(name: str, contents: Any) -> SerializedJob:
             be pickled, or must not: a trainer or a module with parameters, since the other process
             would train a copy of it.
     """
-    file, values = _PiecesFile(), list[ValueBuffer]()
-    _pickle(name, contents, file, values.append)
-    return SerializedJob(file.pieces, values)
+    pieces, values = _Pieces(), list[ValueBuffer]()
+    _pickle(name, contents, pieces, values.append)
+    return SerializedJob(list(pieces), values)
 
 
-class _PiecesFile:
+class _Pieces(list[ValueBuffer]):
     """A file that keeps what is written. Python code lets other threads run between two pieces."""
 
-    def __init__(self) -> None:
-        self.pieces: list[ValueBuffer] = []
-
     def write(self, data: bytes) -> None:
-        self.pieces.append(pickle.PickleBuffer(data))
+        self.append(pickle.PickleBuffer(data))
 
 
 def check_serializable(name: str, contents: Any) -> None:

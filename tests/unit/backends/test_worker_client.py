@@ -98,7 +98,7 @@ def completes(message: ClientMessage) -> list[WorkerMessage | None]:
             built = TrainerBuilt("job", named=True)
             return [built, STARTED, printed, QuestionAsked(1, QUESTION)]
         case Answer(number=1, go_on=True):
-            return [JobOver(RESULT, Path("/elsewhere/weights.msgpack"))]
+            return [JobOver(RESULT, Path("/runs/weights.msgpack"))]
     raise AssertionError(message)
 
 
@@ -131,7 +131,7 @@ async def test_job_when_done_over_any_transport_then_gives_events_prints_answers
     with anyio.fail_after(HANG_TIMEOUT):
         result = await run([transport], events, directory=tmp_path)
     assert result.result is RESULT
-    assert result.weights == tmp_path / "weights.msgpack"
+    assert result.weights == Path("/runs/weights.msgpack")
     assert events == [STARTED]
     assert "from far away\n" in capsys.readouterr().out
     assert transport.ended == ["closed"]
