@@ -45,6 +45,7 @@ from fitloop._runner import execution
 from fitloop._runner.execution import write_outcome
 from fitloop._storage.job_files import directory_name
 from fitloop._system import available_cores
+from fitloop.backends import ThreadBackend
 
 QUIET: dict[str, Any] = {"verbose": False}
 
@@ -640,6 +641,22 @@ async def test_save_path_when_another_runner_has_it_then_says_so(tmp_path: Path)
         with pytest.raises(CheckpointError, match="is in use by another"):
             async with Runner(1, save_path=tmp_path):
                 raise AssertionError
+    async with Runner(1, save_path=tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_save_path_when_the_backend_cannot_be_closed_then_is_free_again(
+    tmp_path: Path,
+) -> None:
+    class Stuck(ThreadBackend):
+        async def close(self) -> None:
+            raise OSError("stuck")
+
+    first = Runner(1, save_path=tmp_path, backend=Stuck())
+    with pytest.raises(OSError, match="stuck"):
+        async with first:
+            pass
     async with Runner(1, save_path=tmp_path):
         pass
 
