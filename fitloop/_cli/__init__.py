@@ -6,7 +6,6 @@ imported: `watch`, `plot`, `inspect`, `results` and ``--help`` must not import t
 
 - `main`: the table of commands, and the exit status of each kind of failure.
 - `common`: shared by the commands.
-- `logger_files`: the files of the loggers.
-- `files`: a description of each kind of file, in a few words.
+- `files`: the files of fitloop, also those of loggers, as `inspect` describes them.
 - `inspect`, `results`, `export`, `watch`, `plot`, `bench`: the commands.
 """

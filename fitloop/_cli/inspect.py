@@ -16,20 +16,22 @@ from fitloop._cli.common import print_line, read_header
 from fitloop._cli.files import (
     OTHER_WEIGHTS,
     RUN_ID_NAME,
+    SUFFIXES,
     count,
     describe_file,
     file_size,
     files_in,
+    last_rows,
     position_text,
+    row_text,
     safetensors_entries,
 )
-from fitloop._cli.logger_files import SUFFIXES, last_rows, row_text
 from fitloop._errors import CheckpointError, FitLoopError
 from fitloop._format import format_duration, format_metrics, format_number, json_ready, printable
 from fitloop._metrics.history import History
 from fitloop._runner.records import Record, read_outcome, read_record
 from fitloop._runner.results import Results, read_results
-from fitloop._storage.durable import LOCK_NAME, LOG_NAME, is_locked, open_regular
+from fitloop._storage.durable import LOCK_NAME, LOG_NAME, is_locked, read_file
 from fitloop._storage.job_files import OUTCOME_NAME
 from fitloop._storage.layout import TensorEntry
 from fitloop._storage.log_records import iter_records
@@ -106,11 +108,7 @@ def _contents(path: Path, *, show_all: bool) -> Contents:
 
 def _first_bytes(path: Path, count: int) -> bytes:
     with suppress(OSError):
-        descriptor = open_regular(path)
-        try:
-            return os.read(descriptor, count)
-        finally:
-            os.close(descriptor)
+        return read_file(path, count)
     return b""
 
 

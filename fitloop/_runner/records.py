@@ -21,7 +21,7 @@ from fitloop._format import printable
 from fitloop._metrics.results import FitResult
 from fitloop._public import public
 from fitloop._runner.arguments import Plain, plain_value
-from fitloop._storage.durable import LOG_NAME, is_locked, open_regular, reason
+from fitloop._storage.durable import LOG_NAME, is_locked, read_file, reason
 from fitloop._storage.job_files import OUTCOME_NAME
 from fitloop._storage.layout import FORMAT, VERSIONS, LayoutError, check_format, unpack
 from fitloop._storage.metric_log import LogContents, read_log
@@ -215,8 +215,7 @@ def read_outcome(directory: Path) -> Record | None:
     """
     path = directory / OUTCOME_NAME
     try:
-        with open(open_regular(path), "rb") as file:
-            data = file.read(MAX_FILE_BYTES)
+        data = read_file(path, MAX_FILE_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
