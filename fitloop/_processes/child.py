@@ -20,7 +20,7 @@ from functools import cache
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from fitloop._errors import ConfigurationError
 from fitloop._processes.signals import (
@@ -34,6 +34,8 @@ START_METHODS: tuple[StartMethod, ...] = ("forkserver", "spawn")
 """how a process is started; the names are those of ``multiprocessing``"""
 EXIT_TIMEOUT = 5.0
 """seconds for a disconnected process to end by itself; then it is killed"""
+TAIL_BYTES, TAIL_LINES = 16384, 30
+"""limits for the end of a log in an error"""
 
 _starting = threading.Lock()
 _children: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
@@ -256,3 +258,13 @@ def describe_exit(code: int | None) -> str:
         name += f" ({signal.Signals(-code).name})"
     hint = ", as one is when memory runs out" if name.endswith("(SIGKILL)") else ""
     return f"was killed by {name}{hint}"
+
+
+def last_lines(log: BinaryIO) -> list[str]:
+    """Return the last lines of the log of a process, or the report of a crash in it."""
+    log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+    lines = log.read().decode(errors="replace").splitlines()
+    for index, line in enumerate(lines):
+        if line.startswith("Fatal Python error"):  # the stack of the thread follows
+            return lines[index:][:TAIL_LINES]
+    return lines[-TAIL_LINES:]

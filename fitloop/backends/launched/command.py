@@ -10,9 +10,9 @@ from contextlib import suppress
 
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
-from fitloop._processes.child import describe_exit
+from fitloop._processes.child import describe_exit, last_lines
 from fitloop.backends.launched.launcher import WorkerOrder
-from fitloop.backends.remote.transport import WorkerExit, last_lines
+from fitloop.backends.remote.transport import WorkerExit
 
 
 class CommandLauncher:

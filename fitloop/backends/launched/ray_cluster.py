@@ -8,14 +8,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
-from fitloop._processes.child import describe_exit
+from fitloop._processes.child import describe_exit, last_lines
 from fitloop.backends.launched.backend import LauncherBackend
 from fitloop.backends.launched.launcher import WorkerOrder
-from fitloop.backends.remote.transport import WorkerExit, last_lines
+from fitloop.backends.remote.transport import WorkerExit
 
 
 class RayBackend(LauncherBackend):
@@ -132,28 +133,35 @@ class RayLauncher:
         environment = order.environment()
         if not self._sees_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        actor = self._ray.remote(WorkerActor).options(**self._options, **options).remote()
+        actor = self._ray.remote(actor_class()).options(**self._options, **options).remote()
         return RayWorker(self._ray, actor, actor.run.remote(order.arguments(), environment))
 
 
-class WorkerActor:
-    """Runs a worker in a child process of a Ray actor, which does not import torch."""
+@cache
+def actor_class() -> type:
+    """Return the class of actors. Ray sends its code: they do not import this module and torch."""
 
-    def run(self, arguments: list[str], environment: dict[str, str]) -> tuple[str, int, list[str]]:
-        """Run the worker to its end; return how it ended, its exit code, and its last lines."""
-        command = [sys.executable, *arguments, "--parent", str(os.getpid())]
-        with tempfile.TemporaryFile() as log:
-            process = subprocess.Popen(
-                command,
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is for the program, which cancels the job
-            )
-            code = process.wait()
-            lines = last_lines(log)
-        return f"(pid {process.pid} on {os.uname().nodename}) {describe_exit(code)}", code, lines
+    class WorkerActor:
+        """Runs a worker in a child process of a Ray actor."""
+
+        def run(self, arguments: list[str], environment: dict[str, str]) -> tuple[Any, ...]:
+            """Run the worker to its end; return how it ended, its exit code, and its last lines."""
+            command = [sys.executable, *arguments, "--parent", str(os.getpid())]
+            with tempfile.TemporaryFile() as log:
+                process = subprocess.Popen(
+                    command,
+                    env={**os.environ, **environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C is for the program, which cancels the job
+                )
+                code = process.wait()
+                lines = last_lines(log)
+            place = f"(pid {process.pid} on {os.uname().nodename})"
+            return f"{place} {describe_exit(code)}", code, lines
+
+    return WorkerActor
 
 
 class RayWorker:

@@ -18,8 +18,9 @@ from pathlib import Path
 from fitloop._arguments import absolute_path
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
+from fitloop._processes.child import last_lines
 from fitloop.backends.launched.launcher import KEY_VARIABLE, WorkerOrder
-from fitloop.backends.remote.transport import WorkerExit, last_lines
+from fitloop.backends.remote.transport import WorkerExit
 
 COMMAND_SECONDS = 60.0
 """for a command of Slurm, whose controller may be busy"""

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from fitloop._processes.child import ChildProcess, StartMethod
+from fitloop._processes.child import ChildProcess, StartMethod, last_lines
 from fitloop._processes.connection import send_message
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
-from fitloop.backends.remote.transport import WorkerExit, last_lines
+from fitloop.backends.remote.transport import WorkerExit
 
 
 class WorkerProcess(ChildProcess):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage
-
-TAIL_BYTES, TAIL_LINES = 16384, 30
-"""limits for the end of a worker's log in an error"""
 
 
 class WorkerExit(NamedTuple):
@@ -49,16 +45,6 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """End the worker and free all resources; blocks."""
-
-
-def last_lines(log: BinaryIO) -> list[str]:
-    """Return the last lines of a worker's log, or the report of a crash in it."""
-    log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
-    lines = log.read().decode(errors="replace").splitlines()
-    for index, line in enumerate(lines):
-        if line.startswith("Fatal Python error"):  # the stack of the thread follows
-            return lines[index:][:TAIL_LINES]
-    return lines[-TAIL_LINES:]
 
 
 LaunchWorker = Callable[[], Transport]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
+import cloudpickle
 import pytest
 
 from fitloop.backends import RayBackend, WorkerOrder
+from fitloop.backends.launched.ray_cluster import actor_class
 
 ORDERS = [WorkerOrder("a job", f"127.0.0.1:{n}", f"key{n}") for n in (1, 2)]
 
@@ -39,3 +43,18 @@ def test_ranks_when_ray_refuses_an_actor_then_keep_no_resources(
     with pytest.raises(ValueError, match="an unknown option"):
         launcher.start_ranks(ORDERS)
     assert groups == []
+
+
+ACTOR = """
+import pickle, sys
+actor = pickle.loads(bytes.fromhex(sys.argv[1]))()
+_description, code, lines = actor.run(["-c", "import sys; print('end'); sys.exit(3)"], {})
+assert (code, lines) == (3, ["end"])
+assert "torch" not in sys.modules
+"""
+
+
+def test_actor_when_another_process_has_it_then_runs_a_worker_and_imports_no_torch() -> None:
+    code = cloudpickle.dumps(actor_class()).hex()  # type: ignore[no-untyped-call]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", ACTOR, code], env=environment, check=True)
