@@ -217,15 +217,16 @@ class GradientGuard:
     def _are_bad(self, optimizer: Any, gradients: list[Tensor], norm: Tensor | None = None) -> bool:
         if norm is not None and self._counter is None and math.isfinite(norm.item()):
             return False
-        # A scaler that the trainer does not know sets this for a fused optimizer.
-        has_scaler = hasattr(optimizer, "found_inf") and optimizer not in self._attached
-        if self._is_scaled or has_scaler:
+        # A scaler that the trainer does not know sets one for a fused optimizer, in place of ours.
+        found_inf, counter = getattr(optimizer, "found_inf", None), self._counter
+        is_attached = counter is not None and found_inf is counter.is_bad
+        if self._is_scaled or (found_inf is not None and not is_attached):
             gradients = []
         if self._counter is not None:
             is_bad = self._counter.count(
                 gradients if norm is None or self._is_scaled else [norm],
                 self._state.batch_num,
-                is_read=self.leaves_out and optimizer not in self._attached,
+                is_read=self.leaves_out and not is_attached,
             )
             if is_bad:
                 self.note_left_out()
@@ -322,15 +323,14 @@ class GradientGuard:
         """Let a fused optimizer leave out bad steps on the device; at the beginning of a run."""
         is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         if self._counter is not None and is_fused and not self._is_scaled:
-            optimizer.found_inf, optimizer.grad_scale = self._counter.is_bad, None
+            optimizer.found_inf = self._counter.is_bad
             self._attached.append(optimizer)
 
     def detach(self) -> None:
         """Undo `attach`, and end the last train phase; any thread."""
         self._state = None  # it refers to this object
         while self._attached:
-            optimizer = self._attached.pop()
-            del optimizer.found_inf, optimizer.grad_scale
+            vars(self._attached.pop()).pop("found_inf", None)  # a scaler removes it too
 
     def check_sometimes(self) -> None:
         """Call `check` after `CHECK_EVERY` steps."""

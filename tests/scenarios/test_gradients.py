@@ -711,6 +711,32 @@ def test_poison_when_skipped_on_a_device_then_equals_the_loop(kind: str, poison:
     assert bits(twin) == bits(model)
 
 
+@pytest.mark.usefixtures("delayed")
+@pytest.mark.parametrize("unscales", [False, True])
+def test_scaler_when_the_trainer_does_not_know_it_then_works_on_a_device(unscales: bool) -> None:
+    def train(model: nn.Module, optimizer: Any, scaler: Any, batch: Any) -> None:
+        inputs, targets = batch
+        loss = functional.cross_entropy(model(inputs), targets) * 8
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if unscales:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    def scaler() -> Any:
+        return torch.amp.GradScaler("cpu", init_scale=2.0**127)  # the first gradients are infinite
+
+    model, twin, own, by_hand = mlp(), mlp(), scaler(), scaler()
+    optimizer = optimizers_of("fused", twin)[0]
+    for batch in [*batches(), *batches()]:
+        train(twin, optimizer, by_hand, batch)
+    fitted = fitting(model, "fused", train_step=lambda s: train(s.model, s.optimizer, own, s.batch))
+    fitted.fit(2, **QUIET)
+    assert own.get_scale() == by_hand.get_scale() < 2.0**127
+    assert bits(model) == bits(twin) != bits(mlp())
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
