@@ -119,6 +119,7 @@ class GeneratorLease:
             self._save_and_install(stream)
         elif self.stream is not stream or not self._is_installed:
             self._change_to(stream)
+        set_listener(self)
 
     def release(self) -> Stream | None:
         """Put the generators' own state back, and release the lock; return the stream."""
@@ -240,6 +241,7 @@ class GeneratorLease:
         """Undo `uninstall`."""
         if self.stream is not None and not self._is_installed:
             self._save_and_install(self.stream)
+            set_listener(self)
 
     def uninstall(self) -> None:
         """Put the generators' own state back, but keep the lock."""
@@ -268,7 +270,6 @@ class GeneratorLease:
         self.stream, self._is_installed = stream, True
         stream.install()
         self._may_be_notified, self._python_seen = RNG_PATCHES.has_users, stream.python
-        set_listener(self)
 
     def _capture(self, stream: Stream) -> None:
         stream.capture()

@@ -25,6 +25,7 @@ from support.models import seed_process
 from fitloop._concurrency.control import Cancelled
 from fitloop._rng import global_lock
 from fitloop._rng.global_lock import FairSharedLock
+from fitloop._rng.interception import current_listener
 from fitloop._rng.lease import GeneratorLease
 from fitloop._rng.streams import Stream
 
@@ -269,3 +270,20 @@ def test_lease_when_threads_share_the_generators_then_each_has_its_numbers() -> 
         thread.join(HANG_TIMEOUT)
     for seed in (1, 2, 3):
         assert drawn[seed] == numbers_of(seed, names)
+
+
+def test_lease_when_a_thread_of_autograd_used_its_numbers_then_it_watches_only_its_own() -> None:
+    # torch keeps these threads, and uses them for the backward passes of all trainers.
+    lease, watched = GeneratorLease(lock=FairSharedLock()), list[object]()
+    lease._observe(Stream(1))
+
+    def run_hook() -> None:
+        lease.pin_until_step_end()
+        watched.append(current_listener())
+
+    thread = threading.Thread(target=run_hook)
+    thread.start()
+    thread.join(HANG_TIMEOUT)
+    assert watched == [None]
+    assert current_listener() is lease
+    lease.close()
