@@ -31,7 +31,7 @@ from fitloop._rng.forks import protect_forks
 from fitloop._rng.global_lock import CALLBACKS_IN_FLIGHT, GLOBAL_RNG_LOCK, FairSharedLock
 from fitloop._rng.interception import RNG_PATCHES, current_listener, remove_listener, set_listener
 from fitloop._rng.native_state import read_python
-from fitloop._rng.streams import GLOBAL_STREAM, SavedGlobalState, Stream, TorchStates
+from fitloop._rng.streams import GLOBAL_STREAM, SavedGlobalState, Stream
 from fitloop._rng.torch_ops import RngFunctionMode, can_intercept
 
 _STEPS_BEFORE_OBSERVED = 2
@@ -68,8 +68,6 @@ class GeneratorLease:
         """The stream is in the generators or is being put there; the lease holds the lock."""
         self._saved: Stream | None = None
         """State of the generators from before the stream was installed."""
-        self._saved_torch: TorchStates | None = None
-        """The same for torch only, during an intercepted operation."""
         self._mode: RngFunctionMode | None = None
         """Intercepts torch operations while the lease is observed."""
         self._observes = False
@@ -222,8 +220,6 @@ class GeneratorLease:
 
         Return the stream that the code needs afterwards; None if it had none.
         """
-        if self._saved_torch is not None:
-            self.pin_until_step_end()
         CALLBACKS_IN_FLIGHT.discard(self)
         stream = self.release_fully()
         return GLOBAL_STREAM if self._in_callback else stream
@@ -297,28 +293,20 @@ class GeneratorLease:
 
     def call_rng_op(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a torch operation that may use random numbers, with the lock held."""
-        stream = self.stream
-        is_protected = self._is_installed or self._saved_torch is not None
-        if is_protected or stream is None or self._process != os.getpid():
+        if self._is_installed:
             return function(*args, **kwargs)
-        self.acquire_lock(stream, _never)
-        self._saved_torch = stream.install_torch()
+        self.pin_until_step_end()
         try:
             return function(*args, **kwargs)
         finally:
-            saved, self._saved_torch = self._saved_torch, None
-            if not self._is_installed:  # it was not pinned during the operation, such as `backward`
-                stream.capture_torch(saved)
-                self._lock.release(self)
+            if self._mode is not None:  # else the operation, such as `backward`, was suspended
+                self._unpin()
 
     def pin_until_step_end(self) -> None:
         """Hold the lock from now to the end of an observed step."""
         stream = self.stream
         if stream is not None and not self._is_installed and self._process == os.getpid():
-            if self._saved_torch is not None:
-                stream.capture_torch(self._saved_torch)
-            else:
-                self.acquire_lock(stream, _never)
+            self.acquire_lock(stream, _never)
             self._save_and_install(stream)
 
     def before_python_use(self) -> None:

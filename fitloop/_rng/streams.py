@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fitloop._rng.device_generators import default_generator
 from fitloop._rng.native_state import (
@@ -43,10 +42,6 @@ def get_bits() -> Any:
     """Return numpy's installed bit generator, without its wrapper."""
     bits = get_installed_bits()
     return getattr(bits, "wrapped", bits)
-
-
-TorchStates = tuple[Tensor, dict[str, Tensor]]
-"""States of torch's generators: the CPU's, and those of accelerators by name."""
 
 
 class Stream:
@@ -123,25 +118,6 @@ class Stream:
             state: dict[str, Any] = np.random.get_state(legacy=False)
             self._gauss = state if state["has_gauss"] else None
 
-    def install_torch(self) -> TorchStates:
-        """Put the states for torch in, for one operation; return the states from before."""
-        devices: dict[str, Tensor] = {}
-        before = torch.default_generator.get_state(), devices
-        torch.default_generator.set_state(self._torch)
-        for name, state in self._devices.items():
-            devices[name] = default_generator(name).get_state()
-            default_generator(name).set_state(state)
-        return before
-
-    def capture_torch(self, before: TorchStates) -> None:
-        """Undo `install_torch`: take torch's states into this stream, and put ``before`` back."""
-        cpu, devices = before
-        self._torch = torch.default_generator.get_state()
-        torch.default_generator.set_state(cpu)
-        for name, state in devices.items():
-            self._devices[name] = default_generator(name).get_state()
-            default_generator(name).set_state(state)
-
     def _set_bits(self, bits: Any) -> None:
         self._bits, self._memory = bits, mt19937_memory(bits)
         self._wrapped_bits: Any = None
@@ -189,11 +165,6 @@ class _GlobalStream(Stream):
     def install(self) -> None: ...
 
     def capture(self) -> None: ...
-
-    def install_torch(self) -> TorchStates:
-        return torch.empty(0), {}
-
-    def capture_torch(self, before: TorchStates) -> None: ...
 
 
 GLOBAL_STREAM: Final[Stream] = _GlobalStream()
