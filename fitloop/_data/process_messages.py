@@ -20,9 +20,6 @@ from fitloop._processes.errors import SerializedError
 from fitloop._processes.pickling import ValueBuffer, pickled, write_pickle
 from fitloop._rng.states import RngState
 
-LARGE_PICKLE = 16384
-"""bytes of a pickle that goes through shared memory too: the pipe has little room"""
-
 RngReports = Literal["none", "first", "all"]
 """after which batches the state of the generators is sent"""
 
@@ -118,8 +115,7 @@ class Opened:
 class SentBatch(NamedTuple):
     """A batch without its values."""
 
-    form: bytes
-    """the pickle; empty if it is the first value"""
+    pickle: bytes
     placement: Placement | None
     """None if the batch has no values, or if they are in ``values``"""
     values: list[ValueBuffer]
@@ -174,25 +170,15 @@ class BatchSender:
 
     def message(self, batch: Any) -> SentBatch:
         """Return a message of a batch. Raises any error of its pickling, or OSError."""
-        form, values = self._pickled(batch)
-        if not self._shares_memory:
-            return SentBatch(
-                form,
-                None,
-                [pickle.PickleBuffer(bytearray(value)) for value in values],
-                self._new_classes,
-            )
-        placement = self.slots.write(values) if values else None
-        return SentBatch(form, placement, [], self._new_classes)
-
-    def _pickled(self, batch: Any) -> tuple[bytes, list[Any]]:
         file, buffers, self._new_classes = io.BytesIO(), list[pickle.PickleBuffer](), []
         write_pickle(batch, file, buffers.append, self._reduce)
-        data = file.getvalue()
-        values = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
-        if len(data) <= LARGE_PICKLE:
-            return data, values
-        return b"", [np.frombuffer(data, np.uint8), *values]
+        placement, values = None, list[ValueBuffer]()
+        arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+        if not self._shares_memory:
+            values = [pickle.PickleBuffer(bytearray(array)) for array in arrays]
+        elif arrays:
+            placement = self.slots.write(arrays)
+        return SentBatch(file.getvalue(), placement, values, self._new_classes)
 
     def _reduce(self, value: Any) -> Any:
         """Send classes that are not found by name once, and refer to them by number later."""
@@ -233,10 +219,7 @@ class BatchReceiver:
         values: list[Any] = list(message.values)
         if message.placement is not None:
             values = self.slots.values(message.placement)
-        form: Any = message.form
-        if not form:
-            form, *values = values
-        return pickle.loads(form, buffers=values)
+        return pickle.loads(message.pickle, buffers=values)
 
     def close(self) -> None:
         """Forget the classes."""

@@ -122,7 +122,6 @@ class CallbacksInFlight:
         self._timeout = timeout
         self._leases: set[int] = set()
         self._changed = threading.Condition(threading.Lock())
-        self._waiting = 0
 
     def add(self, lease: object) -> None:
         """Note that a callback begins."""
@@ -131,18 +130,15 @@ class CallbacksInFlight:
     def discard(self, lease: object) -> None:
         """Note that the callback has ended, or is observed from now on."""
         self._leases.discard(id(lease))
-        if self._waiting:
-            self.notify_all()
+        self.notify_all()
 
     def wait(self, cancelled: Callable[[], bool]) -> None:
         """Wait until the callbacks of this moment have ended."""
         with self._changed:
-            self._waiting += 1
             present = self._leases.copy()
             self._changed.wait_for(
                 lambda: cancelled() or present.isdisjoint(self._leases), self._timeout
             )
-            self._waiting -= 1
 
     def notify_all(self) -> None:
         """Let waiting threads check whether they are cancelled; any thread."""

@@ -79,7 +79,7 @@ class GeneratorLease:
         """State of Python's generator after the last use that a patch reported."""
         self._unobservable: set[int] = set()
         """Streams that code used without a patch noticing, by ``id``."""
-        self._in_callback = self._has_waited_for_callbacks = False
+        self._in_callback = False
 
     def for_reader(self, cancelled: Callable[[], bool]) -> GeneratorLease:
         """Return a lease on the same lock, for the loader thread of this run."""
@@ -98,10 +98,9 @@ class GeneratorLease:
         """
         self._opaque = opaque
         self._observes, self._contended_steps = False, 0
-        if stream is not GLOBAL_STREAM and not self._has_waited_for_callbacks:
+        if stream is not GLOBAL_STREAM:
             self.announce_stream()
-            CALLBACKS_IN_FLIGHT.wait(self._cancelled)
-            self._has_waited_for_callbacks = True
+            CALLBACKS_IN_FLIGHT.wait(self._cancelled)  # those that begin from now on are observed
         self.acquire(stream)
 
     def acquire(self, stream: Stream) -> None:
