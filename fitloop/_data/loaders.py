@@ -126,12 +126,13 @@ class Loaders:
 
         ``limit`` is the most batches of the pass, including those before ``resume_from``.
         """
+        if resume_from is not None and limit is not None:
+            limit = max(0, limit - resume_from.batches)
         if self._options.loading == "process" and not _has_workers(loader):
             return self._open_in_process(loader, phase, context, limit, resume_from)
         rng = context.rng
         rng_state = rng.state() if self.tracks_positions else None
         if resume_from is not None:
-            limit = None if limit is None else max(0, limit - resume_from.batches)
             rng.set_state(resume_from.pass_start.rng_state)
         no_rng_in_reads = self._options.randomness == "own" or uses_rng_only_at_start(loader)
         forks = _has_workers(loader)
@@ -208,7 +209,6 @@ class Loaders:
         rng = context.rng
         if resume_from is not None:
             rng.set_state(resume_from.pass_start.rng_state)
-            limit = None if limit is None else max(0, limit - resume_from.batches)
         start = state = rng.state()
         draws_alone = self._options.randomness == "own" or uses_rng_only_at_start(loader)
         reports: RngReports = "first" if draws_alone else "all"

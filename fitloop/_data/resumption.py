@@ -114,19 +114,6 @@ def warn_of_replay(label: str, batches: int) -> None:
         )
 
 
-class _StartedSampler:
-    """A sampler whose iteration has started already."""
-
-    def __init__(self, sampler: Any, indices: Iterator[Any]) -> None:
-        self._sampler, self._indices = sampler, indices
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._indices
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-
 def _skip_indices(loader: DataLoader[Any], position: ResumePosition) -> Iterator[Any]:
     """Advance the sampler only, using random numbers in the order of `DataLoader.__iter__`."""
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
@@ -139,7 +126,7 @@ def _skip_indices(loader: DataLoader[Any], position: ResumePosition) -> Iterator
     twin._iterator = None
     # `vars`, because its __setattr__ refuses to replace a sampler.
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    vars(twin)[name] = _StartedSampler(sampler, indices)
+    vars(twin)[name] = indices
     # Its iterator draws another seed, which must not come from the loader's generator.
     vars(twin)["generator"] = torch.Generator()
     return iter(twin)

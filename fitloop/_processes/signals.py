@@ -6,7 +6,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 from contextlib import suppress
 from functools import partial
 
@@ -40,8 +39,6 @@ def leave_signals_to_parent() -> None:
 
     Processes that a job starts are ended by these signals as usual, except SIGINT.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     handled = PARENT_SIGNALS - {signal.SIGINT}
     for number in handled:
