@@ -112,6 +112,8 @@ class OptimizerSteps:
         self.after_step = after_step
         self.on_loss: Callable[[Any, Any], object] | None = None
         """called with each loss that `optimize` gets, and its weight"""
+        self.before_batch: Callable[[], bool] | None = None
+        """called before each batch, and before its gradients are set to zero, until it is true"""
         self.watch: Any = None
         """the `StepLog`, told when an optimizer has made ``due`` steps; set before `register`"""
         self._config = config
@@ -250,7 +252,21 @@ class OptimizerSteps:
             begin_batch = partial(self._begin_batch, state)
             return [*resets, *decide, begin_batch], [end_batch, *checks]
         zeroes = () if defines_all else [window.optimizer.zero_grad for window in self.windows]
-        return [*resets, *zeroes], checks
+        preparations = [*resets, *zeroes]
+        if self.before_batch is not None:
+            self._prepend(self.before_batch, preparations)
+        return preparations, checks
+
+    def _prepend(self, check: Callable[[], bool], hooks: list[Hook]) -> None:
+        """Call a check before the first hook until it is over; later batches pay nothing."""
+        first = hooks[0]
+
+        def call_both() -> None:
+            if check():
+                self.before_batch, hooks[0] = None, first
+            first()
+
+        hooks[0] = call_both
 
     def _begin_batch(self, state: Any) -> None:
         self._is_in_batch = True

@@ -21,6 +21,7 @@ from fitloop._checkpointing.run_position import RunPosition, loader_tree
 from fitloop._concurrency.control import Cancelled
 from fitloop._engine.metric_objects import MetricStates
 from fitloop._engine.plan import Instrumentation
+from fitloop._engine.stages import default_batch_step
 from fitloop._engine.step_log import StepLog
 from fitloop._errors import CheckpointError, RestoreWarning, one_line, warn_user
 from fitloop._events import Event, RunEnded, RunStarted
@@ -32,7 +33,7 @@ from fitloop._run.session import RunContext, RunEnding, RunSession
 from fitloop._training.early_stop import EarlyStop, EarlyStopper
 from fitloop._training.parts import StatePart, states_of
 from fitloop._training.trainer_state import new_run_id
-from fitloop._training.untrained_check import UntrainedCheck
+from fitloop._training.untrained_check import LostGradientsCheck, UntrainedCheck
 from fitloop._types import Phase, StopReason
 
 
@@ -177,12 +178,15 @@ class Run:
             observers.append(Observer(self._early_stopper.observe))
         if self._plan.call == "fit":
             observers.append(Observer(state.observe))  # counts the epochs
-            config, steps = state.config, self._plan.steps
+            config, limit = state.config, self._plan.steps
             # A scaler may skip all steps, and the first few batches may make none.
-            own_step = config.train_step is not None and config.scaler is None and steps is None
+            own_step = config.train_step is not None and config.scaler is None and limit is None
             if own_step and self._resumption is None:  # a resumed epoch may have no batch left
                 check = UntrainedCheck(config, state.step_counts, self._session.steps.guard)
                 observers.append(Observer(check.observe))
+            if self._may_lose_gradients():
+                steps = self._session.steps
+                steps.before_batch = LostGradientsCheck(config, state.step_counts, steps.guard)
         observers += [Observer(observe) for observe in options.observers]
         observers += [Observer(callback) for callback in self._context.callbacks]
         if self._files is not None and self._files.log is not None:
@@ -193,6 +197,17 @@ class Run:
         if isinstance(self._prompts, BackgroundPrompts):
             observers.append(Observer(after_batch=self._prompts.after_batch))
         return observers
+
+    def _may_lose_gradients(self) -> bool:
+        """Return whether a step of the user has no gradients of the batches before."""
+        config = self._state.config
+        return (
+            config.train_step not in (None, default_batch_step)
+            and not self._plan.define_all
+            and config.accumulate == 1
+            and config.scaler is None
+            and self._resumption is None
+        )
 
     def _make_early_stopper(self) -> EarlyStopper | None:
         if self._options.early_stop is None:

@@ -1,11 +1,11 @@
-"""`UntrainedCheck`: warns of a ``train_step`` that trains nothing."""
+"""Checks of a ``train_step`` of the user: whether it trains, and loses no gradients."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fitloop._engine.config import TrainerConfig
-from fitloop._engine.gradients import GradientGuard
+from fitloop._engine.gradients import GradientGuard, has_gradients
 from fitloop._engine.optimization import StepCounts
 from fitloop._errors import OptimizerWarning, warn_user
 from fitloop._events import Event, PhaseEnded, PhaseStarted
@@ -31,10 +31,10 @@ class UntrainedCheck:
         if event.phase is not Phase.TRAIN:
             return
         if isinstance(event, PhaseStarted):
-            self._before = self._state()
+            self._before = _state(self._config, self._counts)
             return
         self._is_over = True
-        if self._before == self._state() and not self._guard.left_out:
+        if self._before == _state(self._config, self._counts) and not self._guard.left_out:
             warn_user(
                 "train_step changed no weight of the model in the first epoch: no optimizer made a "
                 "step. Call state.optimize(loss) in it, or loss.backward() and "
@@ -42,7 +42,39 @@ class UntrainedCheck:
                 OptimizerWarning,
             )
 
-    def _state(self) -> tuple[list[int], list[int]]:
-        parameters = self._config.model.parameters()
-        versions = [p._version for p in parameters if not p.is_inference()]
-        return list(self._counts.per_optimizer), versions
+
+class LostGradientsCheck:
+    """Warns if the first batch of a fit leaves gradients for the next, which begins with none.
+
+    A ``train_step`` that sums the gradients of several batches itself would make its step with
+    those of one. The check is called before the first two batches, and then no more.
+    """
+
+    def __init__(self, config: TrainerConfig, counts: StepCounts, guard: GradientGuard) -> None:
+        self._config, self._counts, self._guard = config, counts, guard
+        self._before: Any = None
+
+    def __call__(self) -> bool:
+        """Return whether the check is over."""
+        if self._before is None:
+            self._before = _state(self._config, self._counts)
+            return False
+        is_same = self._before == _state(self._config, self._counts)
+        if not is_same or self._guard.left_out:
+            return True
+        if any(has_gradients(optimizer) for optimizer in self._config.optimizers):
+            warn_user(
+                "train_step has computed gradients in the first batch, and no optimizer made a "
+                "step: fitloop sets them to zero before the next batch. To sum the gradients of "
+                "several batches, give accumulate= and call state.optimize(loss) in each, or "
+                "fit(define_all=True), with zero_grad() in train_step",
+                OptimizerWarning,
+            )
+        return True
+
+
+def _state(config: TrainerConfig, counts: StepCounts) -> tuple[list[int], list[int]]:
+    """Return the steps of the optimizers, and values that change with the parameters."""
+    parameters = config.model.parameters()
+    versions = [p._version for p in parameters if not p.is_inference()]
+    return list(counts.per_optimizer), versions

@@ -262,6 +262,25 @@ async def test_step_when_it_trains_nothing_in_the_first_epoch_then_warns_once(tr
         assert all(text.startswith("train_step changed no weight of the model") for text in told)
 
 
+@pytest.mark.parametrize("define_all", [False, True])
+async def test_step_when_it_sums_gradients_of_batches_itself_then_warns_unless_it_defines_all(
+    define_all: bool,
+) -> None:
+    def step(state: LoopState) -> None:
+        inputs, targets = state.batch
+        state.loss_function(state.model(inputs), targets).backward()
+        if state.batch_num % 2 == 0:
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", OptimizerWarning)
+        await trainer(train_step=step).fit(2, define_all=define_all, valid_dl=None, **QUIET)
+    told = [str(warning.message) for warning in warned]
+    assert len(told) == (not define_all)
+    assert all("sets them to zero before the next batch" in text for text in told)
+
+
 async def test_step_when_all_steps_of_the_first_epoch_are_left_out_then_only_that_is_told() -> None:
     """Its advice, to call ``state.optimize``, would be wrong."""
 
