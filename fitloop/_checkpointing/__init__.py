@@ -6,7 +6,6 @@ engine's loop, terminals or event loops.
 - `training_state`: the state of model, optimizers and schedulers as a tree.
 - `scheduler_state`: the state of a scheduler in it.
 - `run_position`: the position of a run in a snapshot.
-- `rank_parts`: the part of one of several processes in a snapshot.
 - `snapshot`: both in one file.
 - `comparison`: compares a snapshot with the trainer that is to take it.
 - `archive`: the snapshots in a directory.

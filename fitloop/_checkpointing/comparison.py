@@ -18,7 +18,7 @@ from fitloop._checkpointing.snapshot import (
     has_same_criteria,
     step_arguments,
 )
-from fitloop._checkpointing.training_state import check_training
+from fitloop._checkpointing.training_state import check_training, refusing
 from fitloop._data.carried_state import missing_states
 from fitloop._data.inspection import ORDER_FACTS, loader_facts, loader_label
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
@@ -52,7 +52,7 @@ def check_fits(
             f"seed={trainer.config.seed}; resume with the same seed"
         )
     check_training(trainer.config, snapshot.state["training"])
-    try:
+    with refusing(f"{snapshot.path} cannot be read: its header is not as fitloop writes it"):
         findings = [
             *_last_bits(trainer, snapshot, position),
             *_overruled(trainer, snapshot),
@@ -60,12 +60,6 @@ def check_fits(
             *_not_held(trainer, snapshot),
             *_other_loaders(snapshot, loaders, position),
         ]
-    except CheckpointError:
-        raise
-    except Exception as error:  # any error that a forged header causes
-        raise CheckpointError(
-            f"{snapshot.path} cannot be read: its header is not as fitloop writes it: {error!r}"
-        ) from error
     if findings:
         warn_user(
             f"{action} {trainer.config.name!r} from {snapshot.path}: {'; '.join(findings)}",

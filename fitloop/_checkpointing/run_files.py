@@ -1,6 +1,7 @@
 """The files of one run: its locked directory, snapshots and metric log, and how it is resumed.
 
-Brings together the archive, the metric log and the writer thread. Knows no engine.
+Brings together the archive, the metric log and the writer thread, and gives each rank its part of a
+snapshot. Knows no engine.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from fitloop._checkpointing.archive import Archive
 from fitloop._checkpointing.best_model_files import remove_best_models
 from fitloop._checkpointing.comparison import check_fits
 from fitloop._checkpointing.policy import Checkpoint, FileOptions
-from fitloop._checkpointing.rank_parts import rank_part
 from fitloop._checkpointing.run_log import RunLog
 from fitloop._checkpointing.run_position import RunPosition
 from fitloop._checkpointing.snapshot import Snapshot, apply_snapshot, read_snapshot
-from fitloop._checkpointing.training_state import load_parts
+from fitloop._checkpointing.training_state import load_parts, refusing
 from fitloop._concurrency.background_writer import BackgroundWriter
 from fitloop._data.carried_state import set_carried_states
 from fitloop._data.inspection import (
@@ -33,8 +33,10 @@ from fitloop._engine.optimization import StepCounts
 from fitloop._engine.parallel import ParallelRun
 from fitloop._engine.plan import RunPlan
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
+from fitloop._rng.states import RngState
 from fitloop._rng.trainer_rng import loader_state
 from fitloop._storage.durable import DirectoryLock
+from fitloop._training.capture import copy_values
 from fitloop._training.parts import StatePart
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase
@@ -92,7 +94,7 @@ class RunFiles:
         if snapshot is None:
             return None
         rank, size = (0, 1) if world is None else (world.rank, world.size)
-        return Resumption(trainer, rank_part(snapshot, trainer, rank, size), plan)
+        return Resumption(trainer, _rank_part(snapshot, trainer, rank, size), plan)
 
     def _open_archive(self, checkpoint: Checkpoint, plan: RunPlan, resume: bool) -> Snapshot | None:
         """Return the snapshot from which the run is resumed, or None."""
@@ -133,7 +135,7 @@ class Resumption:
         self._trainer = trainer
         self._snapshot = snapshot
         self.num_threads: int | None = snapshot.trainer["num_threads"]
-        try:
+        with refusing(f"{snapshot.path} cannot be read: its run is not as fitloop writes it"):
             rng_state = loader_state(snapshot.random, Phase.TRAIN)
             self.position = RunPosition.from_trees(
                 snapshot.position, snapshot.state["run"], rng_state
@@ -141,10 +143,6 @@ class Resumption:
             counts = StepCounts(len(trainer.config.optimizers))
             counts.load_state_dict(snapshot.state.get("steps", {}))
             self.step = counts.step
-        except Exception as error:  # any error that a forged tree causes
-            raise CheckpointError(
-                f"{snapshot.path} cannot be read: its run is not as fitloop writes it: {error!r}"
-            ) from error
         check_fits(trainer, snapshot, dict(plan.phases), self.position)
         self.plan = replace(
             plan,
@@ -162,12 +160,8 @@ class Resumption:
         apply_snapshot(self._trainer, self._snapshot)
         if self.position.finished:
             return
-        try:
+        with refusing(f"{self._snapshot.path} cannot be read: a part of its run does not fit"):
             load_parts(parts, self.position.parts)
-        except Exception as error:  # any error that a forged tree causes
-            raise CheckpointError(
-                f"{self._snapshot.path} cannot be read: a part of its run does not fit: {error!r}"
-            ) from error
         for phase, loader in self.plan.phases:
             saved = self.position.loaders.get(str(phase))
             if saved is not None:
@@ -198,3 +192,54 @@ class Resumption:
                     "differ if it draws. persistent_workers=False is exact",
                     ResumeWarning,
                 )
+
+
+def _rank_part(snapshot: Snapshot, trainer: TrainerState, rank: int, size: int) -> Snapshot:
+    """Return a snapshot as one rank of ``size`` applies it.
+
+    Rank 0 wrote the file. The list ``ranks`` in it has an entry for each rank: the random streams
+    of its steps, its position in its loader, and the values that it has collected. On another
+    number of ranks than before, the steps draw other random numbers, and a `ResumeWarning` says so.
+    Raises `CheckpointError` if it is in the middle of an epoch then.
+    """
+    run = snapshot.state["run"]
+    if not isinstance(run, dict) or ("ranks" not in run and size == 1):
+        return snapshot
+    seed = snapshot.trainer["seed"]
+    if trainer.config.may_adopt_seed and seed is not None and seed != trainer.config.seed:
+        trainer.adopt_seed(seed)
+    run = dict(run)
+    parts = run.pop("ranks", [{}])
+    shared = replace(snapshot, state={**snapshot.state, "run": run})
+    with refusing(f"{snapshot.path} cannot be read: its ranks are not as fitloop writes them"):
+        if len(parts) != size:
+            return _on_other_ranks(shared, trainer, len(parts), rank, size)
+        rank_state = parts[rank]
+        run.update(rank_state["parts"], **{"pass": rank_state["pass"]})
+        return replace(shared, random=_states(rank_state["random"]))
+
+
+def _on_other_ranks(
+    snapshot: Snapshot, trainer: TrainerState, before: int, rank: int, size: int
+) -> Snapshot:
+    if snapshot.state["run"]["pass"] is not None:
+        raise CheckpointError(
+            f"{snapshot.path} is in the middle of an epoch of {before} ranks, and there are {size} "
+            f"now; resume on {before}, or remove this file to go on from the end of an epoch"
+        )
+    if not snapshot.position.get("finished"):
+        warn_user(
+            f"resuming: {snapshot.path} is of {before} ranks, and there are {size} now; what steps "
+            "draw, such as dropout, differs from then on, and an optimizer step has "
+            f"{size} batches instead of {before}",
+            ResumeWarning,
+        )
+    if rank == 0:
+        return snapshot
+    trees = trainer.rng.state_tree().items()
+    steps: dict[str, Any] = {name: tree for name, tree in trees if name.endswith(" steps")}
+    return replace(snapshot, random={**snapshot.random, **_states(steps)})
+
+
+def _states(trees: dict[str, Any]) -> dict[str, RngState]:
+    return {name: RngState.from_tree(copy_values(tree)) for name, tree in trees.items()}

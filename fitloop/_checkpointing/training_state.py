@@ -7,7 +7,8 @@ files.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -133,18 +134,28 @@ def _optimizer_state(optimizer: Optimizer, names: dict[Tensor, str]) -> dict[str
     }
 
 
+@contextmanager
+def refusing(text: str) -> Iterator[None]:
+    """Raise any error of the block as a `CheckpointError` that begins with ``text``.
+
+    It is for what a file holds: a forged one can cause any error.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{text}: {error!r}") from error
+
+
 def check_training(config: TrainerConfig, state: Any) -> None:
     """Raise `CheckpointError`, naming the difference, for the state of a different trainer."""
-    try:
+    with refusing("the state is not as fitloop writes it"):
         _check_kinds(config, state)
         _check_contents(config, state)
         labels = ("model", "loss_function")
         for label, module, saved in zip(labels, modules_of(config), state["modules"], strict=False):
             check_weights(module, saved["weights"], same_model=True, label=label)
-    except CheckpointError:
-        raise
-    except Exception as error:  # any error that a forged tree causes
-        raise CheckpointError(f"the state is not as fitloop writes it: {error!r}") from error
 
 
 def _check_kinds(config: TrainerConfig, state: Any) -> None:
