@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_not
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,10 +114,6 @@ def check_average(average: object, model: nn.Module) -> None:
                 )
 
 
-class _Average(Protocol):
-    def __call__(self, averages: Any, present: Any, updates: int, /) -> object: ...
-
-
 class AveragedWeights:
     """The averaged weights of a trainer; in a run it observes the batches and updates them.
 
@@ -129,7 +125,7 @@ class AveragedWeights:
 
     def __init__(self, policy: EMA | SWA, model: nn.Module, steps: list[int]) -> None:
         self._policy, self._model, self._steps = policy, model, steps
-        self._function: _Average = (
+        self._function: Callable[[Any, Any, int], object] = (
             get_ema_multi_avg_fn(policy.decay)  # type: ignore[no-untyped-call]
             if isinstance(policy, EMA)
             else get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 from fitloop._engine.config import check_number, needs_direction
@@ -85,7 +85,7 @@ def check_early_stop(value: object) -> EarlyStop | None:
         ) from None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EarlyStopState:
     """The results of the validations that an `EarlyStopper` has seen in its run."""
 
@@ -174,15 +174,13 @@ class EarlyStopper:
         if not isinstance(event, PhaseEnded) or event.phase is not Phase.VALID:
             return
         value = self.score(event.metrics)
-        before, policy = self.state, self._policy
-        counted = replace(before, validations=before.validations + 1)
-        if counted.validations > policy.warmup:
-            change = math.inf if before.best is None else self._direction() * (value - before.best)
-            is_better = not math.isnan(value) and change > policy.min_delta
-            counted = replace(counted, last=value, bad=0 if is_better else before.bad + 1)
-            if is_better:
-                counted = replace(counted, best=value, best_epoch=event.epoch)
-        self.state = counted
+        state, policy = self.state, self._policy
+        state.validations += 1
+        if state.validations > policy.warmup:
+            change = math.inf if state.best is None else self._direction() * (value - state.best)
+            state.last, state.bad = value, state.bad + 1
+            if not math.isnan(value) and change > policy.min_delta:
+                state.best, state.best_epoch, state.bad = value, event.epoch, 0
         self.stop_if_over(event.epoch)
 
     def state_dict(self) -> dict[str, Any]:
