@@ -140,8 +140,7 @@ def absolute_path(name: str, value: Any, expected: str = "a path") -> Path:
         is_possible = b"\0" not in os.fsencode(path)
     except (TypeError, UnicodeEncodeError):
         is_possible = False
-    if not is_possible:
-        raise ConfigurationError(f"{name} is {value!r:.80}; expected {expected}")
+    expect(is_possible, name, value, expected)
     try:
         return path.absolute()
     except FileNotFoundError:

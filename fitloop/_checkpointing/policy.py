@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from fitloop._arguments import expect
 from fitloop._engine.config import check_flag, check_optional, check_seconds
 from fitloop._errors import ConfigurationError
 from fitloop._public import public
@@ -46,10 +47,8 @@ class Checkpoint:
             check_optional(f"Checkpoint({name}=)", getattr(self, name), 1)
         check_flag("Checkpoint(overwrite=)", self.overwrite)
         check_seconds("Checkpoint(every_seconds=)", self.every_seconds)
-        if self.on_error not in ("raise", "warn"):
-            raise ConfigurationError(
-                f"Checkpoint(on_error=) is {self.on_error!r}; expected 'raise' or 'warn'"
-            )
+        fits = self.on_error in ("raise", "warn")
+        expect(fits, "Checkpoint(on_error=)", self.on_error, "'raise' or 'warn'")
 
 
 def check_checkpoint(checkpoint: object, *, resume: bool) -> Checkpoint | None:

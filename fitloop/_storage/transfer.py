@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fitloop._arguments import expect
 from fitloop._errors import (
     CheckpointError,
     ConfigurationError,
@@ -57,8 +58,8 @@ class LoadedWeights:
 
 def check_strict(strict: object) -> None:
     """Raise ConfigurationError unless ``strict`` is a bool or ``"shapes"``."""
-    if not isinstance(strict, bool) and strict != "shapes":
-        raise ConfigurationError(f"strict is {strict!r:.60}; expected True, False or 'shapes'")
+    fits = isinstance(strict, bool) or strict == "shapes"
+    expect(fits, "strict", strict, "True, False or 'shapes'")
 
 
 def transfer_weights(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from fitloop._arguments import expect, is_number
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event, PhaseEnded
@@ -51,11 +52,8 @@ class EMA:
     that it changes are restored after the validation"""
 
     def __post_init__(self) -> None:
-        decay, is_number = self.decay, isinstance(self.decay, (int, float))
-        if not is_number or isinstance(decay, bool) or not 0 <= decay < 1:
-            raise ConfigurationError(
-                f"decay of EMA is {decay!r}; expected a number of at least 0 and less than 1"
-            )
+        fits = is_number(self.decay) and 0 <= self.decay < 1
+        expect(fits, "decay of EMA", self.decay, "a number of at least 0 and less than 1")
         check_number("start of EMA", self.start, 0)
         check_number("every of EMA", self.every, 1)
         _check_prepare(self.prepare)
@@ -88,8 +86,8 @@ class SWA:
 
 
 def _check_prepare(prepare: object) -> None:
-    if prepare is not None and not callable(prepare):
-        raise ConfigurationError(f"prepare is {prepare!r}; expected a function of the model")
+    fits = prepare is None or callable(prepare)
+    expect(fits, "prepare", prepare, "a function of the model")
 
 
 def check_average(average: object, model: nn.Module) -> None:
@@ -97,12 +95,8 @@ def check_average(average: object, model: nn.Module) -> None:
 
     Raises ConfigurationError if it is no average, or if it cannot be right for the model.
     """
-    if average is None:
-        return
-    if not isinstance(average, (EMA, SWA)):
-        raise ConfigurationError(
-            f"average is {average!r:.80}; expected an EMA or SWA, such as EMA(0.999), or None"
-        )
+    fits = average is None or isinstance(average, (EMA, SWA))
+    expect(fits, "average", average, "an EMA or SWA, such as EMA(0.999), or None")
     if isinstance(average, SWA) and average.prepare is None:
         for name, module in model.named_modules():
             if isinstance(module, _NormBase) and module.track_running_stats:

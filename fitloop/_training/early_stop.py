@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
+from fitloop._arguments import expect, is_number
 from fitloop._engine.config import check_number, needs_direction
 from fitloop._errors import ConfigurationError, UnknownMetricError
 from fitloop._events import EarlyStopped, Event, PhaseEnded
@@ -47,25 +48,23 @@ class EarlyStop:
     def __post_init__(self) -> None:
         check_number("EarlyStop(patience=)", self.patience, 1, meaning="validations")
         check_number("EarlyStop(warmup=)", self.warmup, 0, meaning="validations")
-        for name in ("min_delta", "threshold"):
-            value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            fits = is_number and not math.isnan(value) and (name == "threshold" or value >= 0)
-            if not fits and not (name == "threshold" and value is None):
-                expected = "a number of at least 0" if name == "min_delta" else "a number or None"
-                raise ConfigurationError(f"EarlyStop({name}=) is {value!r}; expected {expected}")
-        if self.metric is not None and (not isinstance(self.metric, str) or not self.metric):
-            raise ConfigurationError(
-                f"EarlyStop(metric=) is {self.metric!r}; expected the name of a metric that "
-                "valid_epoch_end returns, or None for the criteria"
-            )
-        if self.direction is not None and (
-            isinstance(self.direction, bool) or self.direction not in (1, -1)
-        ):
-            raise ConfigurationError(
-                f"EarlyStop(direction=) is {self.direction!r}; expected 1 (more is better), -1 "
-                "(less is better) or None"
-            )
+        delta, threshold, metric = self.min_delta, self.threshold, self.metric
+        fits = is_number(delta) and delta >= 0
+        expect(fits, "EarlyStop(min_delta=)", delta, "a number of at least 0")
+        fits = threshold is None or (is_number(threshold) and not math.isnan(threshold))
+        expect(fits, "EarlyStop(threshold=)", threshold, "a number or None")
+        expect(
+            metric is None or (isinstance(metric, str) and metric),
+            "EarlyStop(metric=)",
+            metric,
+            "the name of a metric that valid_epoch_end returns, or None for the criteria",
+        )
+        expect(
+            not isinstance(self.direction, bool) and self.direction in (1, -1, None),
+            "EarlyStop(direction=)",
+            self.direction,
+            "1 (more is better), -1 (less is better) or None",
+        )
 
 
 def check_early_stop(value: object) -> EarlyStop | None:
