@@ -114,9 +114,10 @@ class PlannedSchedulers:
         for optimizer in config.optimizers:
             if any(getattr(item, "optimizer", None) is optimizer for item in unplanned):
                 continue
-            if all(getattr(item, "optimizer", optimizer) is not optimizer for item in planned):
+            followers = [item for item in planned if _has_groups_of(item, optimizer)]
+            if not followers:
                 continue
-            last = next((s._last_lr for s in planned if _follows(s, optimizer)), None)
+            last = next((item._last_lr for item in followers if hasattr(item, "_last_lr")), None)
             for number, group in enumerate(optimizer.param_groups):
                 is_set = last is not None and (
                     number >= len(last) or float(last[number]) != float(group["lr"])
@@ -148,8 +149,10 @@ class PlannedSchedulers:
         return restore
 
 
-def _follows(scheduler: Any, optimizer: Any) -> bool:
-    return getattr(scheduler, "optimizer", None) is optimizer and hasattr(scheduler, "_last_lr")
+def _has_groups_of(scheduler: Any, optimizer: Any) -> bool:
+    """Return whether a scheduler changes groups of an optimizer, which may wrap its optimizer."""
+    groups = getattr(getattr(scheduler, "optimizer", optimizer), "param_groups", ())
+    return any(group is own for group in groups for own in optimizer.param_groups)
 
 
 def _copied(value: Any) -> Any:

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from fitloop import ConfigurationError, ResumeWarning, StageSignatureError, SyncFitLoop
+from fitloop import ConfigurationError, Event, ResumeWarning, StageSignatureError, SyncFitLoop
 
 QUIET: dict[str, Any] = {"verbose": False, "load_best": False}
 PLAIN: dict[str, Any] = {"valid_dl": None, "test_dl": None}
@@ -233,6 +233,36 @@ def test_fit_when_an_optimizer_has_no_schedule_then_the_rate_that_was_set_stays(
     optimizers[1].param_groups[0]["lr"] = 0.01
     trained.fit(1, **QUIET)
     assert [group["lr"] for group in optimizers[1].param_groups] == [0.01]
+
+
+def test_fit_when_the_schedule_is_of_a_wrapped_optimizer_then_begins_with_its_rate() -> None:
+    class Wrapper(SGD):
+        def __init__(self, parameters: Any, lr: float) -> None:
+            super().__init__(parameters, lr)
+            self.inner = SGD(self.param_groups, lr)
+            self.param_groups = self.inner.param_groups
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+    def note(event: Event) -> None:
+        if event.kind == "epoch_started":
+            rates.append(wrapper.param_groups[0]["lr"])
+
+    rates: list[float] = []
+    model = mlp()
+    wrapper = Wrapper(model.parameters(), 0.1)
+    trained = planned(
+        lambda optimizer, steps: cosine(optimizer.inner, steps),
+        model=model,
+        optimizer=wrapper,
+        callbacks=[note],
+    )
+    trained.fit(1, **QUIET)
+    trained.fit(1, **QUIET)
+    wrapper.param_groups[0]["lr"] = 0.05
+    trained.fit(1, **QUIET)
+    assert rates == [0.1, 0.1, 0.05]
 
 
 def test_fit_when_the_steps_are_not_known_then_is_refused_unless_given() -> None:
