@@ -67,7 +67,6 @@ class NotebookView:
     Args:
         run: status of the run; it must observe each event before this object does.
         every: epochs between two that have a row.
-        names: the metrics to show; None for all.
         display: shows the page.
     """
 
@@ -76,10 +75,9 @@ class NotebookView:
         run: RunStatus,
         *,
         every: int = 1,
-        names: Sequence[str] | None = None,
         display: Display = display,
     ) -> None:
-        self._run, self._every, self._names = run, every, names
+        self._run, self._every = run, every
         self._display = display
         self._lock = threading.Lock()
         self._rows: list[_Row] = []
@@ -189,13 +187,14 @@ class NotebookView:
         return f"{head}\n{table.text()}" if table.rows else head
 
     def _table(self, rows: Sequence[_Row | None]) -> Table:
+        shown = self._run.display_metrics
         columns = list(
             dict.fromkeys(
                 (phase, name)
                 for row in rows
                 if row is not None
                 for phase, metrics in row.metrics.items()
-                for name in (metrics if self._names is None else self._names)
+                for name in (metrics if shown is None else shown)
                 if name in metrics
             )
         )

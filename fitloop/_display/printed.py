@@ -115,7 +115,6 @@ class EpochPrinter:
             trainer has a name or if several runs print.
         printing: all runs that print, with this one.
         every: epochs between two that are printed; 0 prints nothing.
-        names: the metrics to show; None for all.
         style: ``"block"``, some lines for an epoch; or ``"line"``, a table with a line for each.
         color: use colours, if prints go to a terminal that has them.
     """
@@ -126,14 +125,12 @@ class EpochPrinter:
         printing: PrintingRuns,
         *,
         every: int = 1,
-        names: Sequence[str] | None = None,
         style: PrintStyle = "block",
         color: bool = False,
     ) -> None:
         self._run = run
-        self._printing = printing
+        self.printing = printing
         self._every = every
-        self._names = names
         self._style = style
         self._color = "green" if color else ""
         self._job_runs = JOB_RUNS.get()
@@ -160,7 +157,7 @@ class EpochPrinter:
         label = self.label
         if not label:
             return ""
-        width = self._printing.label_width()
+        width = self.printing.label_width()
         room = " " * (width + 1) if width else ""
         if display_width(label) - 1 > longest_label():
             return f"{label.rstrip()}\n{room}"
@@ -168,11 +165,11 @@ class EpochPrinter:
 
     def observe(self, event: Event) -> None:
         """Print the lines of an event."""
-        self._had_company = self._had_company or len(self._printing.runs) > 1
+        self._had_company = self._had_company or len(self.printing.runs) > 1
         match event:
             case RunStarted():
                 self._width = len(str(event.epochs)) * 2 + 3
-                self._printing.begin()
+                self.printing.begin()
             case EpochStarted():
                 self._epoch = f"[{event.epoch_in_run}/{event.epochs}]"
                 self._is_best = False
@@ -194,12 +191,12 @@ class EpochPrinter:
         if not self._every or (event.epoch_in_run > 1 and event.epoch_in_run % self._every):
             return
         self.printed_at = time.monotonic()
-        lead = self.lead
+        lead, names = self.lead, self._run.display_metrics
         if "test" in event.metrics and len(event.metrics) == 1:
-            write_output(f"{lead}test  :: {format_metrics(event.metrics['test'], self._names)}\n")
+            write_output(f"{lead}test  :: {format_metrics(event.metrics['test'], names)}\n")
         elif self._style == "line":
             best = colored("best", self._color) if self._is_best else ""
-            write_output(self._printing.table.lines(lead, event, self._names, best))
+            write_output(self.printing.table.lines(lead, event, names, best))
         else:
             self._print_block(event)
 
@@ -208,7 +205,7 @@ class EpochPrinter:
         indent = " " * indentation(head)
         lines: list[str] = []
         for phase, metrics in event.metrics.items():
-            values = format_metrics(metrics, self._names)
+            values = format_metrics(metrics, self._run.display_metrics)
             lines.append(f"{indent if lines else head}{phase} :: {values}\n")
         mark = "" if event.complete else " (stopped)"
         if self._is_best:
@@ -246,7 +243,7 @@ class EpochPrinter:
         word, _, details = folded(self.lead, text).removeprefix(self.lead).partition(" ")
         word = colored(word, self._color and "yellow")
         write_output(f"{self.lead}{word} {details}")
-        is_last = self._printing.is_last_cancelled(self._run)
+        is_last = self.printing.is_last_cancelled(self._run)
         if is_last and self._had_company and self._run.has_snapshot:
             write_output("fit(..., resume=True) goes on from there\n")
 

@@ -124,17 +124,17 @@ class RunDisplay:
         self.status = PROGRESS_VIEW.add(name, named=named)
         self.status.display_metrics = names
         self.printer = EpochPrinter(
-            self.status, PROGRESS_VIEW.printing, every=every, names=names, style=style, color=live
+            self.status, PROGRESS_VIEW.printing, every=every, style=style, color=live
         )
-        self._names, self._every = names, every
+        self._unchecked_names = names if every else None
         self._live = live and every > 0
-        self._lines = ProgressLines(self.status, PROGRESS_VIEW.printing, self.printer)
+        self._lines = ProgressLines(self.status, self.printer)
         self._is_drawn = False
         self._page: NotebookView | None = None
         if self._live and prints_to_notebook():
             from fitloop._display.notebook_view import NotebookView
 
-            self._page = NotebookView(self.status, every=every, names=names)
+            self._page = NotebookView(self.status, every=every)
 
     def __enter__(self) -> RunDisplay:
         return self
@@ -148,9 +148,9 @@ class RunDisplay:
     def observe(self, event: Event) -> None:
         """Print and show an event."""
         self.status.observe(event)
-        if isinstance(event, EpochEnded) and self._names and self._every:
-            check_display_metrics(self._names, event.metrics)
-            self._names = None  # once
+        if isinstance(event, EpochEnded) and self._unchecked_names:
+            check_display_metrics(self._unchecked_names, event.metrics)
+            self._unchecked_names = None
         if self._page is not None:
             self._page.observe(event)
             return

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from fitloop._display.console import write_output
-from fitloop._display.printed import EpochPrinter, PrintingRuns
+from fitloop._display.printed import EpochPrinter
 from fitloop._display.status import RunStatus
 from fitloop._events import BatchProgress, Event, RunStarted
 from fitloop._format import printable
@@ -26,18 +26,16 @@ class ProgressLines:
 
     Args:
         run: status of the run, which observes each event first.
-        printing: all runs that print, with this one.
         printer: prints the other lines of the run.
     """
 
     def __init__(
         self,
         run: RunStatus,
-        printing: PrintingRuns,
         printer: EpochPrinter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run, self._printing, self._printer, self._clock = run, printing, printer, clock
+        self._run, self._printer, self._clock = run, printer, clock
         self._started_at = self._printed_at = 0.0
 
     def observe(self, event: Event) -> None:
@@ -48,7 +46,7 @@ class ProgressLines:
         elif isinstance(event, BatchProgress):
             last = max(self._printed_at, self._printer.printed_at)
             interval = max(FIRST_SECONDS, min(LAST_SECONDS, SHARE * (now - self._started_at)))
-            if now - last >= interval * max(1, len(self._printing.runs)):
+            if now - last >= interval * max(1, len(self._printer.printing.runs)):
                 self._printed_at = now
                 write_output(f"{self._printer.lead}{printable(self._text(now))}\n")
 

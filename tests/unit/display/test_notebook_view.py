@@ -65,10 +65,19 @@ class FakeDisplay:
 class Page:
     """A view, and the events of a run for it."""
 
-    def __init__(self, epochs: int, *, label: str = "net", ahead: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        epochs: int,
+        *,
+        label: str = "net",
+        ahead: int = 0,
+        names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
         self.display = FakeDisplay()
         self.epochs, self.ahead = epochs, ahead
         self.status = RunStatus(label)
+        self.status.display_metrics = names
         self.view = NotebookView(self.status, display=self.display, **options)
 
     def tell(self, *events: Event) -> None:

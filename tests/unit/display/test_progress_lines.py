@@ -42,7 +42,7 @@ def times_of_lines(capsys: pytest.CaptureFixture[str], end: int, *, runs: int = 
     now, times = 0, []
     status, printing = RunStatus("net"), PrintingRuns()
     printing.runs = [status] * runs
-    lines = ProgressLines(status, printing, EpochPrinter(status, printing), clock=lambda: now)
+    lines = ProgressLines(status, EpochPrinter(status, printing), clock=lambda: now)
     for event in STARTED:
         lines.observe(event)
     for now in range(1, end + 1):
@@ -100,7 +100,7 @@ def test_display_when_an_epoch_was_just_printed_then_there_is_no_line(
             seconds=1.0,
         )
     )
-    lines = ProgressLines(status, printing, printer, clock=lambda: now)
+    lines = ProgressLines(status, printer, clock=lambda: now)
     lines.observe(STARTED[0])
     printer.printed_at = 109.0
     now = 112.0
