@@ -26,8 +26,7 @@ from fitloop._engine.sharding import gather_parameters, is_sharded, reshard
 from fitloop._engine.wrapping import unwrap, wrapped
 from fitloop._errors import ConfigurationError, RanksError, RanksWarning, warn_user
 from fitloop._metrics.merging import merged
-from fitloop._ranks.control import SharedControl
-from fitloop._ranks.votes import Votes
+from fitloop._ranks.votes import SharedControl, Votes
 from fitloop._ranks.world import World
 from fitloop._types import Phase
 

@@ -17,7 +17,7 @@ from fitloop._engine.plan import RunPlan
 from fitloop._engine.sharding import is_sharded
 from fitloop._engine.wrapping import unwrap, wrapped
 from fitloop._errors import BusyError, ConfigurationError, one_line
-from fitloop._ranks.control import SharedControl
+from fitloop._ranks.votes import SharedControl
 from fitloop._ranks.world import World, current_world, launched_size
 from fitloop._training.trainer_state import TrainerState
 from fitloop._types import Phase

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fitloop import FitLoop, LoopState, default_batch_step
 from fitloop._checkpointing import snapshot
-from fitloop._ranks.control import SharedControl
+from fitloop._ranks.votes import SharedControl
 from support.models import FEATURES, blobs
 from support.worker_processes import write_pid
 

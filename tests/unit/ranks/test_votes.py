@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from support.event_loops import HANG_TIMEOUT
 from torch import Tensor
 
-from fitloop._ranks.control import SharedControl
-from fitloop._ranks.votes import LEAST_SECONDS, Votes
+from fitloop._ranks.votes import LEAST_SECONDS, SharedControl, Votes
 from fitloop._types import StopReason
 
 
