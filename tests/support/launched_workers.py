@@ -16,7 +16,7 @@ from fitloop.backends.launched.worker import serve_program
 from support.worker_processes import make_trainer
 
 
-def serve(parent: int | None, pipe: Any, address: str, key: str) -> None:
+def serve(pipe: Any, address: str, key: str) -> None:
     """Be a worker: the main function of a forked process."""
     serve_program(address, key)
 
