@@ -45,7 +45,7 @@ from fitloop._data.process_messages import (
 )
 from fitloop._data.resumption import ResumePosition, resumed_iterator, warn_of_replay
 from fitloop._errors import ConfigurationError, one_line
-from fitloop._processes.connection import receive_message, waiter
+from fitloop._processes.connection import receive_message
 from fitloop._processes.errors import SerializedError, serialize_error
 from fitloop._processes.pickling import pickled, pickled_message
 from fitloop._rng.generators import is_generator
@@ -85,7 +85,6 @@ class _Channel:
 
     def __init__(self, connection: Connection, caught: list[warnings.WarningMessage]) -> None:
         self._connection, self._caught = connection, caught
-        self._wait = waiter(connection)
 
     def send(
         self,
@@ -108,7 +107,7 @@ class _Channel:
     def receive(self, *, wait: bool = True) -> Any:
         """Return the next message; without ``wait``, None if there is none."""
         try:
-            if not wait and not self._wait(False):
+            if not wait and not self._connection.poll():
                 return None
             return receive_message(self._connection)
         except (EOFError, OSError):

@@ -55,7 +55,7 @@ from fitloop._data.shared_slots import HAS_SLOTS
 from fitloop._data.sources import END, LoadContext
 from fitloop._errors import ConfigurationError, WorkerDiedError, one_line, warn_user
 from fitloop._processes.child import ChildProcess, check_start_method
-from fitloop._processes.connection import send_message, shut_down, waiter
+from fitloop._processes.connection import send_message, shut_down
 from fitloop._processes.errors import SerializedError, deserialize_error
 from fitloop._processes.pickling import has_cloudpickle, pickled_message, write_pickle
 from fitloop._rng.states import RngState
@@ -80,7 +80,6 @@ class ReaderProcess:
         self._registries: dict[str, dict[Any, Any]] = {}
         arguments = self.receiver.key, HAS_SLOTS
         self._child = ChildProcess(main, arguments, check_start_method(None), "fitloop loader")
-        self._wait = waiter(self._child.connection)
 
     def open(
         self,
@@ -154,11 +153,11 @@ class ReaderProcess:
             WorkerDiedError: the process has ended.
             Exception: of the loader, with the traceback of the process as a note.
         """
-        control = context.control
-        if not self._wait(False):
+        control, connection = context.control, self._child.connection
+        if not connection.poll():
             began = time.perf_counter()
             with context.rng.waiting():
-                self._wait(True)
+                connection.poll(None)
                 control.wait_seconds += time.perf_counter() - began
                 if control.cancelled:
                     raise Cancelled

@@ -6,10 +6,8 @@ A copy of a large value would hold the interpreter's lock, and so hold up the ev
 from __future__ import annotations
 
 import pickle
-import select
 import socket
 import struct
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -33,18 +31,6 @@ def receive_message(connection: Connection) -> Any:
     # Arrays of the message may be written to, so not bytes.
     buffers = [bytearray(connection.recv_bytes()) for _ in range(count)]
     return pickle.loads(data[_COUNT.size :], buffers=buffers)
-
-
-def waiter(connection: Connection) -> Callable[[bool], bool]:
-    """Return a function that returns whether there is a message, or waits until there is one.
-
-    It returns true too if the other end is closed. It is ten times as fast as ``connection.poll``.
-    """
-    if not hasattr(select, "poll"):
-        return lambda is_blocking: connection.poll(None if is_blocking else 0)
-    poller = select.poll()
-    poller.register(connection.fileno(), select.POLLIN)
-    return lambda is_blocking: bool(poller.poll(None if is_blocking else 0))
 
 
 def shut_down(connection: Connection) -> None:
