@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import math
 import sys
-import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -88,16 +87,10 @@ class ThreadsafeEvent:
 
     def __init__(self) -> None:
         self._schedule = loop_scheduler()
-        self._lock = threading.Lock()
-        self._is_set = False
         self._event = anyio.Event()
 
     def set(self) -> None:
         """Wake the waiting task, or the next wait."""
-        with self._lock:
-            if self._is_set:
-                return
-            self._is_set = True
         self._schedule(self._wake)
 
     def _wake(self) -> None:
@@ -109,12 +102,8 @@ class ThreadsafeEvent:
         A second Ctrl-C, raised in here or in `_wake`, may lose one `set`, but not the next one. A
         waiting task must check its condition again after each wait.
         """
-        try:
-            await self._event.wait()
-            self._event = anyio.Event()
-        finally:
-            with self._lock:
-                self._is_set = False
+        await self._event.wait()
+        self._event = anyio.Event()
 
 
 class LoopTasks:
