@@ -185,7 +185,11 @@ class PrefetchSource:
             name=f"fitloop loads {context.label}",
             daemon=True,
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # the system gives no thread
+            self._rng_reader.close()
+            raise
 
     def fetch(self) -> Any:
         """See `Source`."""

@@ -18,7 +18,7 @@ from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._data.sources import END, InlineSource, LoadContext, PrefetchSource, Source
 from fitloop._rng.global_lock import FairSharedLock
 from fitloop._rng.guard import LoaderRng
-from fitloop._rng.lease import GeneratorLease
+from fitloop._rng.lease import STREAM_USERS, GeneratorLease
 from fitloop._rng.streams import Stream
 
 Make = Callable[[LoadContext, Callable[[], Any]], Source]
@@ -392,3 +392,19 @@ def test_fit_when_passes_have_ended_then_their_iterators_are_let_go(
 
 def no_metrics(state: LoopState) -> None:
     return None
+
+
+def test_source_ahead_when_no_thread_can_be_started_then_it_holds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    control, users = RunControl(), STREAM_USERS.copy()
+    rng = LoaderRng(GeneratorLease(lock=FairSharedLock()), Stream(1))
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"):
+        source_of(prefetch(2), iter([]), control, rng=rng)
+    assert users == STREAM_USERS
+    assert control._wakers == []
