@@ -80,6 +80,8 @@ class GeneratorLease:
         self._unobservable: set[int] = set()
         """Streams that code used without a patch noticing, by ``id``."""
         self._in_callback = False
+        self._has_waited_for_callbacks = False
+        """A callback that began before may wait for this training: it is waited for once only."""
 
     def for_reader(self, cancelled: Callable[[], bool]) -> GeneratorLease:
         """Return a lease on the same lock, for the loader thread of this run."""
@@ -98,9 +100,10 @@ class GeneratorLease:
         """
         self._opaque = opaque
         self._observes, self._contended_steps = False, 0
-        if stream is not GLOBAL_STREAM:
+        if stream is not GLOBAL_STREAM and not self._has_waited_for_callbacks:
             self.announce_stream()
             CALLBACKS_IN_FLIGHT.wait(self._cancelled)  # those that begin from now on are observed
+            self._has_waited_for_callbacks = True
         self.acquire(stream)
 
     def acquire(self, stream: Stream) -> None:

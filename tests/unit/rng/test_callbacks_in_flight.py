@@ -60,6 +60,18 @@ def test_begin_when_another_is_in_a_callback_then_waits_and_keeps_its_numbers() 
     assert torch.equal(stream.state().torch, untouched.state().torch)
 
 
+def test_begin_when_it_has_begun_before_then_does_not_wait_again(
+    in_flight: CallbacksInFlight,
+) -> None:
+    training, other = GeneratorLease(), object()
+    training.begin_pass(Stream(1))
+    state = training.release_fully()
+    in_flight.add(other)
+    training.restore(state)
+    training.begin_pass(Stream(1))  # would wait until the guard
+    training.close()
+
+
 def test_wait_when_a_callback_goes_on_then_has_an_end() -> None:
     in_flight = CallbacksInFlight(timeout=0.01)
     in_flight.add(callback := object())
