@@ -296,7 +296,7 @@ class TrainerConfig(GivenArguments):
         given_model, name, given_dtype = (arguments[key] for key in ("model", "name", "dtype"))
         model = owned_model(given_model)
         device = _check_device(_first(arguments["device"], defaults.device))
-        dtype = _first_dtype(model) if given_dtype is None else given_dtype
+        dtype = _most_common_dtype(model) if given_dtype is None else given_dtype
         precision, scaler = arguments["precision"], arguments["scaler"]
         if check_precision(precision, device, dtype) == "fp16" and scaler is None:
             scaler = torch.amp.GradScaler(device.type)
@@ -698,12 +698,13 @@ def _check_available(device: torch.device) -> None:
         )
 
 
-def _first_dtype(model: object) -> torch.dtype:
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return torch.float32
+def _most_common_dtype(model: object) -> torch.dtype:
+    """Return the dtype of most numbers in the floating parameters; of two, that of the first."""
+    counts = dict[torch.dtype, int]()
+    for parameter in model.parameters() if isinstance(model, nn.Module) else ():
+        if parameter.is_floating_point() and not is_lazy(parameter):
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
 def needs_direction(metric: str) -> bool:

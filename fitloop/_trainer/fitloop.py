@@ -105,8 +105,8 @@ class FitLoop(TrainerBase):
             itself; a `ScheduleWarning` says so if it does not.
         device: default: the current accelerator of ``torch.accelerator`` (CUDA, MPS, XPU ...), or
             else the CPU.
-        dtype: floating tensors of the batches and the model are cast to it. Default: the dtype of
-            the first floating parameter of the model.
+        dtype: floating tensors of the batches and the model are cast to it. Default: for batches,
+            the dtype of most numbers in the parameters of the model, which stay as they are.
         batch_size_of: a function of the batch that returns its number of samples. Default: the size
             that the tensors of the batch agree on. Where they do not, an error asks for this
             function when the size is needed. See `LoopState.batch_size`.

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from fitloop._arguments import expect, is_number
-from fitloop._engine.config import check_number
+from fitloop._engine.config import check_not_awaitable, check_number, check_plain
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event, PhaseEnded
 from fitloop._public import public
@@ -88,6 +88,7 @@ class SWA:
 def _check_prepare(prepare: object) -> None:
     fits = prepare is None or callable(prepare)
     expect(fits, "prepare", prepare, "a function of the model")
+    check_plain("prepare", prepare)
 
 
 def check_average(average: object, model: nn.Module) -> None:
@@ -264,8 +265,7 @@ class AveragedWeights:
         self._swap()
         self._leave_block = leave_block
         try:
-            if prepare is not None:
-                prepare(self._model)
+            self._prepare()
             yield
         finally:
             if self._leave_block is leave_block:  # else another thread has done it
@@ -280,9 +280,16 @@ class AveragedWeights:
     def move_into_model(self) -> None:
         """Put the averages into the model in place of the present weights, and begin anew."""
         self._swap()
-        if self._policy.prepare is not None:
-            self._policy.prepare(self._model)
+        try:
+            self._prepare()
+        except BaseException:
+            self._swap()
+            raise
         self.restart()
+
+    def _prepare(self) -> None:
+        if self._policy.prepare is not None:
+            check_not_awaitable("prepare", self._policy.prepare(self._model))
 
     def _swap(self) -> None:
         """Exchange the values of parameters and averages."""

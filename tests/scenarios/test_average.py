@@ -369,6 +369,24 @@ def test_prepare_when_it_uses_random_numbers_then_the_training_has_its_own(tmp_p
     assert used[2] == used[3] == used[4] not in used[:2]
 
 
+def test_load_average_when_prepare_fails_then_the_model_has_its_own_weights() -> None:
+    async def awaited(_model: nn.Module) -> None: ...
+
+    model = mlp()
+    average = EMA(0.9, prepare=lambda model: awaited(model))
+    trainer = SyncFitLoop(
+        **valid_arguments(model, SGD(model.parameters(), lr=0.1), average=average, valid_dl=None)
+    )
+    trainer.fit(1, **QUIET)
+    before = bits(model)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=r"prepare returned .* nothing awaits"):
+            trainer.load_average()
+        assert bits(model) == before
+    with pytest.raises(ConfigurationError, match=r"prepare is .*, an async def function"):
+        EMA(0.9, prepare=awaited)
+
+
 def test_prepare_when_another_thread_ends_the_block_then_buffers_are_restored() -> None:
     model = batch_norm_model()
     average = AveragedWeights(EMA(0.9, prepare=partial(update_bn, batches())), model, steps := [0])

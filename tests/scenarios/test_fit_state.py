@@ -12,6 +12,7 @@ from support.models import (
     BATCHES,
     CLASSES,
     FEATURES,
+    mlp,
     trainer,
 )
 from torch import Tensor, nn
@@ -130,3 +131,18 @@ async def test_dtype_when_given_then_model_and_batches_have_it() -> None:
     fitted = trainer(model=model, dtype=torch.float64)
     await fitted.fit(1, **QUIET)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+async def test_dtype_when_parameters_differ_then_batches_have_that_of_most_numbers() -> None:
+    model: Any = mlp()
+    model.scale = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+    assert next(model.parameters()).dtype is torch.float64
+    seen = set()
+
+    def step(state: LoopState) -> dict[str, Any]:
+        seen.add(state.batch[0].dtype)
+        return default_batch_step(state)
+
+    await trainer(model=model, train_step=step).fit(1, **QUIET)
+    assert seen == {torch.float32}
+    assert model.scale.dtype is torch.float64
