@@ -70,7 +70,6 @@ class World:
         self._is_open = self._is_given_up = False
         self._side: Any = None
         """process group of gloo, for small messages on the CPU"""
-        self._main: Any = None
         self._store: Any = None
         """the store of torch, with keys for this block alone; any rank can write into it"""
         self._questions = 0
@@ -107,13 +106,8 @@ class World:
             self._exits = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        return await self._exits.__aexit__(kind, error, traceback)
+    async def __aexit__(self, *exit_details: Any) -> bool | None:
+        return await self._exits.__aexit__(*exit_details)
 
     def __enter__(self) -> Self:
         self._open()
@@ -125,13 +119,8 @@ class World:
             self._plain_exits = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        return self._plain_exits.__exit__(kind, error, traceback)
+    def __exit__(self, *exit_details: Any) -> bool | None:
+        return self._plain_exits.__exit__(*exit_details)
 
     def _open(self) -> None:
         if launched_size() == 1:
@@ -165,7 +154,6 @@ class World:
             )
             self._owns_group = True
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        self._main = distributed.group.WORLD
         self._side = distributed.new_group(backend="gloo", timeout=self._timeout)
         # Without a seed of the program this is torch's default, the same at each start.
         self.seed = self.broadcast(torch.initial_seed() % 2**63)
@@ -200,7 +188,7 @@ class World:
 
     def _disconnect(self) -> None:
         """Give up the connections; other ranks that wait for this one get an error."""
-        side, self._side, self._main = self._side, None, None
+        side, self._side = self._side, None
         owns_group, self._owns_group = self._owns_group, False
         distributed: Any = torch.distributed
         with suppress(Exception):  # the connection may be broken
@@ -256,12 +244,12 @@ class World:
     def add(self, tensor: Tensor) -> None:
         """Replace a tensor by the sum over all ranks. On a device nothing is waited for."""
         self._check()
-        torch.distributed.all_reduce(tensor, group=self._main)
+        torch.distributed.all_reduce(tensor)
 
     def copy_from_first(self, tensor: Tensor) -> None:
         """Replace a tensor by that of rank 0."""
         self._check()
-        torch.distributed.broadcast(tensor, src=0, group=self._main)
+        torch.distributed.broadcast(tensor, src=0)
 
     def answer(
         self,
@@ -313,18 +301,13 @@ class World:
         """
         end, store = threading.Event(), self._store
 
-        def has_come() -> bool:
-            try:
-                store.add(count, 1)
-                return any(store.check([key]) for key in keys)
-            except Exception:  # the store is gone, and with it the other ranks
-                return True
-
         def watch() -> None:
-            while not end.wait(ANSWER_SECONDS):
-                if has_come():
-                    call()
-                    return
+            with suppress(Exception):  # the store is gone, and with it the other ranks
+                while not any(store.check([key]) for key in keys):
+                    store.add(count, 1)
+                    if end.wait(ANSWER_SECONDS):
+                        return
+            call()
 
         thread = threading.Thread(target=watch, name="fitloop ranks", daemon=True)
         thread.start()
