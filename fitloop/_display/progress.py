@@ -11,27 +11,15 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fitloop._display.console import (
-    can_draw,
-    can_encode,
-    has_color,
-    is_interactive,
-)
+from fitloop._display.console import can_draw, can_encode, has_color, is_interactive
 from fitloop._display.jupyter import prints_to_notebook
 from fitloop._display.live_area import LIVE_AREA, Frame
 from fitloop._display.printed import EpochPrinter, PrintingRuns, PrintStyle
 from fitloop._display.progress_lines import ProgressLines
 from fitloop._display.status import RunStatus
 from fitloop._display.status_lines import ASCII_BARS, BarStyle, status_lines
-from fitloop._events import (
-    EpochEnded,
-    Event,
-    RunEnded,
-    RunStarted,
-)
-from fitloop._format import (
-    check_display_metrics,
-)
+from fitloop._events import EpochEnded, Event, RunEnded, RunStarted
+from fitloop._format import check_display_metrics
 
 if TYPE_CHECKING:
     from fitloop._display.notebook_view import NotebookView

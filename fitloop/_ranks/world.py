@@ -21,13 +21,7 @@ import torch
 from torch import Tensor
 
 from fitloop._concurrency.signals import SignalBlock
-from fitloop._errors import (
-    ConfigurationError,
-    FitLoopError,
-    RanksError,
-    add_note_safely,
-    one_line,
-)
+from fitloop._errors import ConfigurationError, FitLoopError, RanksError, add_note_safely, one_line
 from fitloop._public import public
 
 ANSWER_SECONDS = 0.2

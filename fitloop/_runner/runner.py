@@ -22,11 +22,7 @@ import anyio
 
 from fitloop._arguments import absolute_path, checked_arguments, leaves_user_frames
 from fitloop._checkpointing.policy import Checkpoint, check_checkpoint
-from fitloop._concurrency.event_loops import (
-    CancelOnceScope,
-    is_scope_cancelled,
-    loop_scheduler,
-)
+from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled, loop_scheduler
 from fitloop._concurrency.supervisor import run_in_thread
 from fitloop._display.console import write_output
 from fitloop._display.printed import RunGroup
@@ -39,14 +35,7 @@ from fitloop._public import public
 from fitloop._run.fit_options import FitOptions, fit_option
 from fitloop._runner.arguments import named_arguments
 from fitloop._runner.execution import JobExecutor, ResourceAllocator
-from fitloop._runner.jobs import (
-    CompletedJobs,
-    Job,
-    Outcome,
-    bind,
-    cancelled_outcome,
-    check_options,
-)
+from fitloop._runner.jobs import CompletedJobs, Job, Outcome, bind, cancelled_outcome, check_options
 from fitloop._runner.results import Results
 from fitloop._storage.durable import DirectoryLock
 from fitloop._storage.job_files import directory_name

@@ -10,13 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fitloop._storage.durable import (
-    make_directory,
-    open_regular,
-    read_file,
-    write_all,
-    write_bytes,
-)
+from fitloop._storage.durable import make_directory, open_regular, read_file, write_all, write_bytes
 
 try:
     import fcntl

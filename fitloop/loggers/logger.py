@@ -19,13 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from fitloop._arguments import checked_arguments
-from fitloop._errors import (
-    ConfigurationError,
-    LoggerWarning,
-    add_note_safely,
-    one_line,
-    warn_user,
-)
+from fitloop._errors import ConfigurationError, LoggerWarning, add_note_safely, one_line, warn_user
 from fitloop._events import (
     EpochStarted,
     Event,

@@ -16,12 +16,7 @@ from fitloop._processes.child import close_in_children
 from fitloop._processes.connection import send_message, shut_down
 from fitloop.backends.base import JobSpec
 from fitloop.backends.launched.claim import write_claim
-from fitloop.backends.launched.launcher import (
-    LaunchedWorker,
-    Launcher,
-    RanksLauncher,
-    WorkerOrder,
-)
+from fitloop.backends.launched.launcher import LaunchedWorker, Launcher, RanksLauncher, WorkerOrder
 from fitloop.backends.launched.listener import WorkerListener
 from fitloop.backends.launched.worker import Welcome
 from fitloop.backends.remote.messages import ClientMessage, WorkerMessage

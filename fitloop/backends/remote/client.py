@@ -19,11 +19,7 @@ from typing import Any
 import anyio
 
 from fitloop._concurrency.control import Cancelled, RunControl
-from fitloop._concurrency.event_loops import (
-    CancelOnceScope,
-    is_scope_cancelled,
-    loop_scheduler,
-)
+from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled, loop_scheduler
 from fitloop._concurrency.supervisor import LoopPortal, run_in_thread, supervise
 from fitloop._defaults import TrainerDefaults
 from fitloop._display.jupyter import interruptible
@@ -41,11 +37,7 @@ from fitloop._types import StopReason
 from fitloop.backends.base import JobSpec, TrainingResult
 from fitloop.backends.remote import messages
 from fitloop.backends.remote.messages import Answer, Printed, WorkerMessage
-from fitloop.backends.remote.serialization import (
-    SerializedJob,
-    check_serializable,
-    serialize_job,
-)
+from fitloop.backends.remote.serialization import SerializedJob, check_serializable, serialize_job
 from fitloop.backends.remote.transport import LaunchWorker, Transport
 from fitloop.backends.thread import ThreadBackend
 
