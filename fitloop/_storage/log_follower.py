@@ -22,7 +22,7 @@ from fitloop._events import (
     RunEnded,
     WentBack,
 )
-from fitloop._storage.durable import LOG_NAME, open_regular, reason
+from fitloop._storage.durable import LOG_NAME, open_regular
 from fitloop._storage.log_records import (
     RunInfo,
     check_head,
@@ -90,8 +90,6 @@ class LogFollower:
                 self.close()
         except CheckpointError:
             raise
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {reason(error)}") from error
         except Exception as error:  # a forged record may raise anything
             raise unreadable(self.path, error) from error
         return events

@@ -136,8 +136,6 @@ def read_log(path: str | os.PathLike[str]) -> LogContents:
     try:
         with open(open_regular(path), "rb") as file:
             return _read(file)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # a forged record may raise anything
         raise unreadable(path, error) from error
 
@@ -167,8 +165,8 @@ def _read(file: BinaryIO) -> LogContents:
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """Return the `CheckpointError` for a log that could not be read because of ``error``."""
-    if isinstance(error, LayoutError):
-        return CheckpointError(f"{path} cannot be read: {error}")
+    if isinstance(error, (OSError, LayoutError)):
+        return CheckpointError(f"{path} cannot be read: {reason(error)}")
     return CheckpointError(f"{path} is not as fitloop writes it: {type(error).__name__}: {error}")
 
 
