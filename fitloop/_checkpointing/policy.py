@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fitloop._arguments import expect
 from fitloop._engine.config import check_flag, check_optional, check_seconds
-from fitloop._errors import ConfigurationError
 from fitloop._public import public
 
 
@@ -51,18 +50,11 @@ class Checkpoint:
         expect(fits, "Checkpoint(on_error=)", self.on_error, "'raise' or 'warn'")
 
 
-def check_checkpoint(checkpoint: object, *, resume: bool) -> Checkpoint | None:
-    """Return the policy of a run; None if it takes no snapshots.
-
-    Raises ConfigurationError if ``checkpoint`` is not a `Checkpoint`.
-    """
-    if checkpoint is None:
-        return Checkpoint() if resume else None
-    if not isinstance(checkpoint, Checkpoint):
-        raise ConfigurationError(
-            f"checkpoint is {checkpoint!r:.60}; expected a fitloop.Checkpoint, such as "
-            "Checkpoint(every_epochs=1)"
-        )
+def check_checkpoint(checkpoint: Any) -> Any:
+    """Return a `Checkpoint`, or None; raise ConfigurationError for anything else."""
+    fits = checkpoint is None or isinstance(checkpoint, Checkpoint)
+    expected = "a fitloop.Checkpoint, such as Checkpoint(every_epochs=1)"
+    expect(fits, "checkpoint", checkpoint, expected)
     return checkpoint
 
 

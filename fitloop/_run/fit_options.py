@@ -106,5 +106,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
         or None
     ),
     "early_stop": lambda _name, value: check_early_stop(value),
-    "checkpoint": lambda _name, value: check_checkpoint(value, resume=False),
+    "checkpoint": lambda _name, value: check_checkpoint(value),
 }

@@ -120,7 +120,7 @@ class Runner:
             raise ConfigurationError(
                 "checkpoint is given, and no save_path to keep snapshots in; give save_path="
             )
-        self._checkpoint = check_checkpoint(checkpoint, resume=False)
+        self._checkpoint = check_checkpoint(checkpoint)
         self._fail_fast = check_flag("fail_fast", fail_fast)
         self._event_streams = EventStreams()
         self._group = RunGroup()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from fitloop._arguments import absolute_path, checked_arguments
-from fitloop._checkpointing.policy import Checkpoint, FileOptions, check_checkpoint
+from fitloop._checkpointing.policy import Checkpoint, FileOptions
 from fitloop._display.console import write_output
 from fitloop._display.printed import PrintStyle
 from fitloop._display.progress import RunDisplay
@@ -358,7 +358,7 @@ class FitLoop(TrainerBase):
             ask_every=continue_loop,
         )
         stopping = self._early_stop(early_stop, plan.phases)
-        policy = check_checkpoint(checkpoint, resume=resume)
+        policy = Checkpoint() if resume and checkpoint is None else checkpoint
         if policy is not None and policy.keep_best is not None:
             self._check_compares("Checkpoint(keep_best=)", plan.phases)
         if continue_while_asking and world_of(state) is not None:
