@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from operator import is_not
 from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -156,8 +157,8 @@ class TrainerState:
             self.parts["average"] = self.average
         self.planned_schedulers = PlannedSchedulers(config)
         self.user_settings = UserSettings(config)
-        self._watches: dict[Phase, tuple[Any, AttributeWatch]] = {}
-        """loaders, with their attributes before their first run"""
+        self._watches: dict[Phase, tuple[Any, AttributeWatch, list[Any]]] = {}
+        """loaders, with their attributes, or the batches of a list, before their first run"""
         self.rng = TrainerRng(config.seed, config.device)
         """random numbers of the trainer"""
         self._best_optimizers: list[Any] = []
@@ -428,19 +429,22 @@ class TrainerState:
             watched = self._watches.get(phase, (None,))[0]
             has_state = loader is None or is_stateful(loader) or hasattr(loader, "__next__")
             if watched is not loader and not has_state:
-                self._watches[phase] = loader, AttributeWatch({f"{phase}_dl": loader})
+                watch = AttributeWatch({f"{phase}_dl": loader})
+                self._watches[phase] = loader, watch, list(loader) if type(loader) is list else []
 
     def lost_attributes(self) -> list[str]:
         """Return the names of attributes that changed and that no snapshot can hold."""
         lost = self.objects.lost()
-        for _loader, watch in self._watches.values():
+        for phase, (loader, watch, batches) in self._watches.items():
             for path, _item, changed, unkept in watch.changes():
                 lost += [f"{path}.{name}" for name in (*changed, *unkept)]
+            if batches and (len(loader) != len(batches) or any(map(is_not, loader, batches))):
+                lost.append(f"{phase}_dl")
         return lost
 
     def forget_loaders(self) -> None:
         """Forget the loaders of a run that are not those of the constructor."""
-        for phase, (loader, _watch) in list(self._watches.items()):
+        for phase, (loader, *_) in list(self._watches.items()):
             if loader is not self.config.loader(phase):
                 del self._watches[phase]
 

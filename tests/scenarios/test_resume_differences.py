@@ -144,6 +144,17 @@ def test_resume_when_a_dataset_has_counted_then_warns_of_what_is_lost(tmp_path: 
     assert "train_dl.dataset.reads had changed and could not be kept" in told[0]
 
 
+def test_resume_when_a_list_of_batches_was_shuffled_in_place_then_warns(tmp_path: Path) -> None:
+    def shuffled() -> dict[str, Any]:
+        train_dl = batches()
+        return {"train_dl": train_dl, "train_epoch_start": lambda _state: train_dl.reverse()}
+
+    begin(tmp_path, **shuffled())
+    _trainer, told = resume(tmp_path, **shuffled())
+    assert len(told) == 1
+    assert "train_dl had changed and could not be kept" in told[0]
+
+
 def test_resume_when_validation_has_another_loader_then_warns(tmp_path: Path) -> None:
     begin(tmp_path, valid_dl=loader(14))
     _trainer, told = resume(tmp_path, valid_dl=loader(20))
