@@ -123,8 +123,7 @@ class StepLog:
 
     def end_phase(self) -> None:
         """Emit what is left; the window goes on in the next train phase."""
-        if self._writer is None:
-            return
+        assert self._writer is not None
         if self._learning_rates is not None:  # by the last step, which followed the last batch
             self._end_window()
         self.flush()

@@ -20,8 +20,8 @@ import operator
 import threading
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from copy import copy, deepcopy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, overload
 
 import numpy as np
@@ -100,11 +100,6 @@ class _Store:
     def copy(self, stage: Stage, name: str, run: int) -> NDArray[np.float64]:
         values = self.recorded[stage].get(name, {}).get(run)
         return np.empty(0) if values is None else np.frombuffer(values[:], dtype=np.float64)
-
-    def duplicate(self) -> _Store:
-        """Return a copy that does not change with this store."""
-        recorded, batches = deepcopy(self.recorded), deepcopy(self.batches)
-        return replace(self, recorded=recorded, lengths=dict(self.lengths), batches=batches)
 
     def __reduce__(self) -> Any:
         """Copy and pickle the values; the copy has a lock of its own."""
@@ -367,13 +362,13 @@ class History:
     def mark(self) -> HistoryMark:
         """Return a copy of all values, for `rollback`."""
         with self._lock:
-            return {phase: store.duplicate() for phase, store in self._stores.items()}
+            return {phase: copy(store) for phase, store in self._stores.items()}
 
     def rollback(self, mark: HistoryMark) -> None:
         """Restore the values of a mark, any number of times, also after ``clear``."""
         with self._lock:
             for phase, values in mark.items():
-                self._stores[phase].set(values.duplicate())
+                self._stores[phase].set(copy(values))
 
     def to_dict(self) -> dict[str, dict[str, dict[str, list[NDArray[np.float64]]]]]:
         """Return copies of all values: ``{phase: {stage: {name: [array of run 0, ...]}}}``."""
