@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -10,7 +9,7 @@ from torch.utils.data import DataLoader
 from fitloop._data.carried_state import holders_of, set_state, state_of
 from fitloop._data.inspection import detached, is_iterable, uses_rng_only_at_start
 from fitloop._data.loaders import Loaders
-from fitloop._data.sources import InlineSource, LoadContext, PrefetchSource, Source
+from fitloop._data.sources import InlineSource, PrefetchSource, Source
 from fitloop._data.structure import map_tensors
 from fitloop._engine.config import TrainerConfig
 from fitloop._errors import ConfigurationError
@@ -58,25 +57,13 @@ class LoaderAccess:
 
 
 class BenchLoaders(Loaders):
-    """Loaders that remember the last pass, and can store its batches."""
+    """Loaders that remember the last pass."""
 
     last_source: Source | None = None
-    batches: list[Any] | None = None
-    """collects the batches as the loader gives them; None to collect nothing"""
 
-    def open(
-        self, loader: Any, phase: Any, context: LoadContext, *args: Any, **kwargs: Any
-    ) -> Source:
+    def open(self, *args: Any, **kwargs: Any) -> Source:
         """See `Loaders`."""
-        batches, transfer = self.batches, context.start_transfer
-        if batches is not None:
-
-            def collect(batch: Any) -> Any:
-                batches.append(batch)
-                return transfer(batch)
-
-            context = replace(context, start_transfer=collect)
-        self.last_source = super().open(loader, phase, context, *args, **kwargs)
+        self.last_source = super().open(*args, **kwargs)
         return self.last_source
 
     @property

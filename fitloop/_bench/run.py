@@ -6,7 +6,7 @@ Every pass begins from the same state of the trainer. In each round, each varian
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
@@ -182,10 +182,14 @@ class BenchRun:
     def _first_pass(self, count: int) -> FirstEstimate:
         self._set_activity("first look")
         self._session.restore_training()
-        loaders = self._loaders[Variant.INLINE]
-        self._memory = loaders.batches = []
-        timer = self._engine_pass(loaders, self._loader, count)
-        loaders.batches = None
+        memory = self._memory = list[Any]()
+
+        def kept() -> Iterator[Any]:
+            for batch in self._access.iterable():
+                memory.append(batch)
+                yield batch
+
+        timer = self._engine_pass(self._loaders[Variant.INLINE], kept, count)
         return timer.estimate(self._access.buffered)
 
     def _variants(self, estimate: FirstEstimate) -> list[Variant]:
