@@ -6,7 +6,7 @@ parameter in place, so that everything that refers to the parameter computes wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_not
@@ -134,8 +134,8 @@ class AveragedWeights:
         self._present: list[nn.Parameter] = []
         """the parameters in `_pairs`"""
         self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []
-        self._leave_block: Callable[[], None] | None = None
-        """ends the block of `applied`; None outside of it"""
+        self._before: list[tuple[Tensor, Tensor]] | None = None
+        """in the block of `applied`, the buffers and what they had before; None outside of it"""
 
     @property
     def has_begun(self) -> bool:
@@ -145,7 +145,7 @@ class AveragedWeights:
     def restart(self) -> None:
         """Begin anew with the present weights, since others were put into the model."""
         self._averages, self._updates, self._batches = {}, 0, 0
-        self._present, self._leave_block = [], None
+        self._present, self._before = [], None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and their counts; nothing before the first batch."""
@@ -251,31 +251,26 @@ class AveragedWeights:
         if not self._updates:
             yield
             return
-        prepare = self._policy.prepare
-        buffers: Sequence[Tensor] = list(self._model.buffers()) if prepare is not None else ()
+        buffers = () if self._policy.prepare is None else self._model.buffers()
         with torch.no_grad():
-            before = [buffer.clone() for buffer in buffers]
-
-        def leave_block() -> None:
-            self._swap()
-            with torch.no_grad():
-                for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
-
+            before = [(buffer, buffer.clone()) for buffer in buffers]
         self._swap()
-        self._leave_block = leave_block
+        self._before = before
         try:
             self._prepare()
             yield
         finally:
-            if self._leave_block is leave_block:  # else another thread has done it
+            if self._before is before:  # else another thread has ended the block
                 self.end_block()
 
     def end_block(self) -> None:
         """Undo a block of `applied` that was left open, such as that of a thread that hangs."""
-        leave_block, self._leave_block = self._leave_block, None
-        if leave_block is not None:
-            leave_block()
+        before, self._before = self._before, None
+        if before is not None:
+            self._swap()
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
 
     def move_into_model(self) -> None:
         """Put the averages into the model in place of the present weights, and begin anew."""
