@@ -28,7 +28,7 @@ from fitloop._data.inspection import (
 from fitloop._data.resumption import ResumePosition
 from fitloop._data.sources import END, LoadContext, Source
 from fitloop._engine.loop_state import LoopState, StateWriter
-from fitloop._engine.metric_objects import computed_metrics, reset_metrics
+from fitloop._engine.metric_objects import computed_metrics
 from fitloop._engine.optimization import Hook
 from fitloop._engine.plan import EngineDeps, PassPosition, RunPlan
 from fitloop._engine.precision import in_precision
@@ -411,7 +411,8 @@ class Engine:
             deps.modes.evaluate()
         torch.set_grad_enabled(train or defined)  # of this thread only
         deps.guard.enter_phase(phase)
-        reset_metrics(deps.config.metrics)
+        for metric in deps.config.metrics.values():
+            metric.reset()
 
     def _defines_all(self, phase: Phase) -> bool:
         """Return whether the user's step sets modes and gradients; the default one does not."""

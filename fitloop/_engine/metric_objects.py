@@ -47,12 +47,6 @@ def move_metrics(metrics: Mapping[str, Any], device: torch.device) -> None:
             metric.to(device)
 
 
-def reset_metrics(metrics: Mapping[str, Any]) -> None:
-    """Reset the metrics, at the beginning of a phase."""
-    for metric in metrics.values():
-        metric.reset()
-
-
 def update_metrics(metrics: Mapping[str, Any], predictions: Any, targets: Any, name: str) -> None:
     """Update the metrics with the batch of a default step, which has this name.
 

@@ -245,9 +245,6 @@ class BatchValues:
 
     def scalars(self, batches: int) -> dict[str, array[float]]:
         """Return the numbers of the first ``batches`` batches; NaN for a batch without a value."""
-        if not self._tensors and not self._batch_nums:
-            self._device.drain()
-            return self._numbers
         scalars = {}
         for name, (values, indices) in self.columns().items():
             column = np.full(batches, np.nan)
