@@ -246,7 +246,7 @@ class GradientGuard:
             # The fastest check that torch has; it multiplies the gradients by 1.
             _check_finite(gradients, self._is_bad, self._one)
         except RuntimeError:  # of a sparse or complex gradient, or of one with memory used twice
-            return all(map(_is_finite, gradients))
+            return all(map(is_finite, gradients))
         return not self._is_bad.item()
 
     def note_left_out(self) -> None:
@@ -272,7 +272,7 @@ class GradientGuard:
         return [
             names.get(parameter, f"parameter {number} of {type(optimizer).__name__}")
             for number, parameter in enumerate(parameters_of(optimizer))
-            if parameter.grad is not None and not _is_finite(parameter.grad)
+            if parameter.grad is not None and not is_finite(parameter.grad)
         ]
 
     def _refuse_scaled(self, optimizer: Any) -> None:
@@ -448,7 +448,8 @@ def _begin_momentum(optimizer: Any) -> None:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _is_finite(gradient: Tensor) -> bool:
+def is_finite(gradient: Tensor) -> bool:
+    """Return whether all values of a gradient are finite."""
     values = gradient._values() if gradient.is_sparse else gradient
     return bool(whole(values.isfinite().all()))
 

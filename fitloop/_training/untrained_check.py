@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fitloop._engine.config import TrainerConfig
-from fitloop._engine.gradients import GradientGuard, has_gradients
+from fitloop._engine.gradients import GradientGuard, gradients_of, is_finite
 from fitloop._engine.optimization import StepCounts
 from fitloop._errors import OptimizerWarning, warn_user
 from fitloop._events import Event, PhaseEnded, PhaseStarted
@@ -62,7 +62,9 @@ class LostGradientsCheck:
         is_same = self._before == _state(self._config, self._counts)
         if not is_same or self._guard.left_out:
             return True
-        if any(has_gradients(optimizer) for optimizer in self._config.optimizers):
+        gradients = [grad for each in self._config.optimizers for grad in gradients_of(each)]
+        # A scaler of the user leaves out a step whose gradients are not finite.
+        if gradients and all(map(is_finite, gradients)):
             warn_user(
                 "train_step has computed gradients in the first batch, and no optimizer made a "
                 "step: fitloop sets them to zero before the next batch. To sum the gradients of "
