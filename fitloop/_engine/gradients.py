@@ -321,7 +321,9 @@ class GradientGuard:
 
     def attach(self, optimizer: Any) -> None:
         """Let a fused optimizer leave out bad steps on the device; at the beginning of a run."""
-        is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        is_fused = getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+            group.get("fused", True) for group in optimizer.param_groups
+        )
         if self._counter is not None and is_fused and not self._is_scaled:
             optimizer.found_inf = self._counter.is_bad
             self._attached.append(optimizer)

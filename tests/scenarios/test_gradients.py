@@ -712,6 +712,19 @@ def test_poison_when_skipped_on_a_device_then_equals_the_loop(kind: str, poison:
 
 
 @pytest.mark.usefixtures("delayed")
+def test_optimizer_when_one_of_its_groups_is_not_fused_then_steps_on_a_device() -> None:
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        first, second = halves(model)
+        return [{"params": first}, {"params": second, "fused": False}]
+
+    model, twin = mlp(), mlp()
+    hand_loop(twin, [SGD(groups(twin), lr=0.5, fused=True)], batches())
+    optimizer = SGD(groups(model), lr=0.5, fused=True)
+    sync_trainer(model=model, optimizer=optimizer, valid_dl=None).fit(2, **QUIET)
+    assert bits(model) == bits(twin)
+
+
+@pytest.mark.usefixtures("delayed")
 @pytest.mark.parametrize("unscales", [False, True])
 def test_scaler_when_the_trainer_does_not_know_it_then_works_on_a_device(unscales: bool) -> None:
     def train(model: nn.Module, optimizer: Any, scaler: Any, batch: Any) -> None:
