@@ -7,9 +7,10 @@ import threading
 import anyio
 import pytest
 from support.event_loops import HANG_TIMEOUT
+from support.models import sync_trainer
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from fitloop import RanksError
+from fitloop import RanksError, RanksWarning
 from fitloop._ranks.world import World
 
 
@@ -53,3 +54,12 @@ async def test_block_when_cancelled_at_its_start_then_other_ranks_do_not_wait_fo
     assert await anyio.to_thread.run_sync(has_ended.wait, HANG_TIMEOUT)
     assert store.get("failure") == b"0:it was cancelled while it waited for all ranks to start"
     assert world._side is None
+
+
+def test_run_when_launched_with_others_then_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    trainer = sync_trainer()
+    with pytest.warns(RanksWarning, match="2 processes were started together"):
+        trainer.fit(1, verbose=False)
+    trainer.fit(1, verbose=False)  # a second warning would be an error
