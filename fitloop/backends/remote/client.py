@@ -36,7 +36,7 @@ from fitloop._run.prompts import Ask, check_answer
 from fitloop._types import StopReason
 from fitloop.backends.base import JobSpec, TrainingResult
 from fitloop.backends.remote import messages
-from fitloop.backends.remote.messages import Answer, Printed, WorkerMessage
+from fitloop.backends.remote.messages import Answer, Printed
 from fitloop.backends.remote.serialization import SerializedJob, check_serializable, serialize_job
 from fitloop.backends.remote.transport import LaunchWorker, Transport
 from fitloop.backends.thread import ThreadBackend
@@ -238,28 +238,26 @@ class WorkerClient:
                 match transport.receive():
                     case messages.Ready():
                         transport.ready = True
+                    case messages.TrainerBuilt(name, named):
+                        self._show(_display(self._spec, name, named))
+                    case Printed() as printed:
+                        self._print(printed)
+                    case messages.QuestionAsked(number, question):
+                        self._questions.start(number, self._with_timeout(question))
+                    case messages.QuestionWithdrawn(number):
+                        self._questions.withdraw(number)
                     case messages.JobOver() as over:
                         self._set_outcome(over)
                         return
-                    case message:
-                        self._handle(message)
+                    case event:
+                        self._relay(self._with_timeout(event))
         except (EOFError, OSError):
             self._raise_death()
 
-    def _handle(self, message: WorkerMessage) -> None:
-        match message:
-            case messages.TrainerBuilt(name, named):
-                display = self._open.enter_context(_display(self._spec, name, named))
-                self._questions.label = lambda: display.printer.label
-                self._event_bus.set_observers([self._emit, display.observe, *self._callbacks.plain])
-            case Printed():
-                self._print(message)
-            case messages.QuestionAsked(number, question):
-                self._questions.start(number, self._with_timeout(question))
-            case messages.QuestionWithdrawn(number):
-                self._questions.withdraw(number)
-            case Event():
-                self._relay(self._with_timeout(message))
+    def _show(self, display: RunDisplay) -> None:
+        self._open.enter_context(display)
+        self._questions.label = lambda: display.printer.label
+        self._event_bus.set_observers([self._emit, display.observe, *self._callbacks.plain])
 
     def _set_outcome(self, over: messages.JobOver) -> None:
         if over.error is not None:
