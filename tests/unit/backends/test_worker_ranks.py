@@ -145,7 +145,6 @@ async def test_run_when_another_rank_fails_then_its_end_is_told_once(tmp_path: P
             if rank == 0:
                 connection.send(TrainerBuilt("job", named=True))
                 connection.send(started)
-                run_has_started.set()
             else:
                 run_has_started.wait(HANG_TIMEOUT)
                 connection.send(JobOver(error=serialize_error(ValueError("a bad sample"))))
@@ -155,12 +154,16 @@ async def test_run_when_another_rank_fails_then_its_end_is_told_once(tmp_path: P
     launcher = ThreadLauncher(serve)
     events: list[Event] = []
 
+    def emit(event: Event) -> None:
+        events.append(event)
+        run_has_started.set()
+
     def launch() -> WorkerRanks:
         return WorkerRanks(launch_workers(launcher, SPEC, 2), launcher.host)
 
     options: dict[str, Any] = {"retries": 0, "grace": HANG_TIMEOUT}
     with anyio.fail_after(HANG_TIMEOUT), pytest.raises(ValueError, match="a bad sample"):
-        await run_remotely(launch, SPEC, TrainerDefaults(), events.append, **options)
+        await run_remotely(launch, SPEC, TrainerDefaults(), emit, **options)
     assert [type(event) for event in events] == [RunStarted, RunEnded]
     assert isinstance(events[-1], RunEnded)
     assert (events[-1].stop_reason, events[-1].error) == ("failed", "ValueError: a bad sample")
