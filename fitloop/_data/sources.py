@@ -250,6 +250,7 @@ class PrefetchSource:
     def _load(self, read: Callable[[], Any]) -> None:
         context, changed = self._context, self._context.control.changed
         error: BaseException | None = None
+        self._rng_reader.allow_waits()
         try:
             while True:
                 with changed:

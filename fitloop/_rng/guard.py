@@ -201,18 +201,17 @@ class ReaderRng:
         """Ends a wait for the generators if the thread is to end; any thread."""
         self._forget = control.on_halt(self.wake)
 
+    def allow_waits(self) -> None:
+        """Let the loader wait for other trainings; called by the thread that reads."""
+        wait_scope.set(PlainWaits(self._lease).scope)
+
     def wrap_read(self, read: Callable[[], T]) -> Callable[[], T]:
         """Return ``read`` with the generators acquired around it."""
         lease, stream = self._lease, self._stream
         if stream is None:
             return read
-        allows_waits = False
 
         def read_with_lease() -> T:
-            nonlocal allows_waits
-            if not allows_waits:  # in the context of the reading thread
-                wait_scope.set(PlainWaits(lease).scope)
-                allows_waits = True
             lease.acquire(stream)
             try:
                 return read()
