@@ -150,7 +150,7 @@ class Loaders:
                 # Worker processes have their indices when they are started. Waiting for their first
                 # batch here would keep the generators from all other trainers.
                 if starts_with_rng and isinstance(loader, DataLoader) and not forks:
-                    iterator = _with_first_batch_read(iterator)
+                    iterator = itertools.chain(list(itertools.islice(iterator, 1)), iterator)
         if resume_from is not None:
             rng.set_state(resume_from.rng_state)
         context = replace(
@@ -400,9 +400,3 @@ def _start_of(iterable: Any, rng_state: RngState) -> PassStart:
         reused_workers=has_live_workers(iterable),
         batches_read=iterable.batches_read if isinstance(iterable, PushbackIterator) else 0,
     )
-
-
-def _with_first_batch_read(iterator: Iterator[Any]) -> Iterator[Any]:
-    """Return the iterator after reading its first batch now, since that uses random numbers."""
-    first = list(itertools.islice(iterator, 1))
-    return itertools.chain(first, iterator)
