@@ -305,6 +305,9 @@ RUNS: dict[str, Run] = {
     "early and late random": lambda: fitted(
         seeded(21, train_step=step_with(drawing(lambda: random.uniform(0, 1) + early_random())))
     ),
+    "late and early random": lambda: fitted(
+        seeded(27, train_step=step_with(drawing(lambda: early_random() + random.uniform(0, 1))))
+    ),
     "early random and numpy": lambda: fitted(
         seeded(22, train_step=step_with(drawing(lambda: early_random() + np.random.rand())))
     ),
