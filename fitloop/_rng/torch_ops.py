@@ -257,7 +257,6 @@ class RngFunctionMode(TorchFunctionMode, ThreadBoundMode):
     def __init__(self, caller: RngCaller) -> None:
         super().__init__()
         self.caller = caller
-        self._ops = rng_ops()
         self._thread = threading.get_ident()
         self._has_ended = False
 
@@ -274,8 +273,6 @@ class RngFunctionMode(TorchFunctionMode, ThreadBoundMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a torch function, through the caller if it may use random numbers."""
         runs_user_code = _len_torch_dispatch_stack() or not _PLAIN_TYPES.issuperset(types)
-        if type(func) in _BUILTIN and func.__name__ not in self._ops and not runs_user_code:
-            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if self._has_ended:
             return func(*args, **kwargs)
