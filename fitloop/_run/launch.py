@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import anyio.lowlevel
@@ -42,8 +42,9 @@ async def launch(
     """Run ``plan`` on a thread of its own, and return the result of the task.
 
     ``make_task`` is called on that thread: `Run` with its options, or another `ThreadTask` that
-    opens a `RunSession`. Raises `BusyError` at once, ConfigurationError if two phases share an
-    iterator that would be empty for the second, and everything that `supervise` raises.
+    opens a `RunSession`. So is code of the user: the length of a loader, and functions that make
+    schedulers. Raises `BusyError` at once, ConfigurationError if two phases share an iterator that
+    would be empty for the second, and everything that `supervise` raises.
     """
     await anyio.lowlevel.checkpoint_if_cancelled()  # before a thread is started
     await leave_predictions(state)
@@ -60,16 +61,19 @@ async def launch(
     control, parallel = control_of(state, plan)
     portal = LoopPortal(control)
     user_callbacks = UserCallbacks(state.event_bus, heard_callbacks(state, callbacks), portal)
-    _warn_of_short_epoch(state, plan)
     with (
         in_use(config.name, plan.call, state, config.model),
         together(state, plan, parallel),
         checked_modes(plan.call, trains=trains),
         interruptible(),
-        state.planned_schedulers.made_for(plan),
+        ExitStack() as schedulers,
         state.event_bus.run(plan.call, state.step_counts.per_optimizer),
     ):
-        async with user_callbacks:
+        num_threads = config.num_threads or defaults.num_threads or torch.get_num_threads()
+
+        def make() -> ThreadTask:
+            _warn_of_short_epoch(state, plan)
+            schedulers.enter_context(state.planned_schedulers.made_for(plan))
             context = RunContext(
                 state=state,
                 trainer=trainer,
@@ -79,15 +83,18 @@ async def launch(
                 parallel=parallel,
                 portal=portal,
                 callbacks=user_callbacks.plain,
-                num_threads=config.num_threads or defaults.num_threads or torch.get_num_threads(),
+                num_threads=num_threads,
                 own_cuda_stream=defaults.cuda_stream,
                 defaults=defaults,
                 before_snapshot=user_callbacks.before_snapshot,
             )
+            return make_task(context)
+
+        async with user_callbacks:
             state.control = control
             try:
                 return await supervise(
-                    partial(make_task, context),
+                    make,
                     control,
                     portal,
                     name=config.name,
@@ -101,8 +108,11 @@ async def launch(
 
 def _warn_of_short_epoch(state: TrainerState, plan: RunPlan) -> None:
     """Warn of a fit whose epochs have fewer batches than one optimizer step."""
-    batches, accumulate = length_of(plan.phases[0][1], plan.steps), state.config.accumulate
-    if plan.call == "fit" and batches and batches < accumulate:
+    accumulate = state.config.accumulate
+    if plan.call != "fit" or accumulate == 1:
+        return
+    batches = length_of(plan.phases[0][1], plan.steps)
+    if batches and batches < accumulate:
         warn_user(
             f"accumulate is {accumulate}, and an epoch has {batches} batches: each optimizer step "
             f"has only these, since no step has batches of two epochs. Give accumulate={batches}",

@@ -96,7 +96,8 @@ class PlannedSchedulers:
         try:
             scheduler = function(self._config.optimizer, steps)
         except Exception as error:
-            add_note_safely(error, f"in the function of lr_scheduler=, for {steps} steps")
+            place = f"in trainer {self._config.name!r}: the function of lr_scheduler="
+            add_note_safely(error, f"{place}, for {steps} steps")
             raise
         self._config.check_scheduler(scheduler)
         return scheduler

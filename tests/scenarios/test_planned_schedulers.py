@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.models import arguments, batches, bits, mlp, sync_trainer
+from support.models import arguments, batches, bits, mlp, sync_trainer, trainer
 from support.resumed_trainings import TrainingSetup, check_resumed_training, write_snapshots_at_once
 from support.state_comparison import trainer_state
 from torch import nn
@@ -310,3 +311,42 @@ def test_resumed_fit_when_its_steps_differ_then_says_so(
     resumed = planned(decay, save_path=tmp_path, accumulate=1)
     with pytest.warns(ResumeWarning, match="number of steps for lr_scheduler was 8 and is 16"):
         resumed.fit(4, resume=True, **QUIET)
+
+
+async def test_runs_when_code_of_the_user_is_asked_for_its_length_then_not_on_the_event_loop() -> (
+    None
+):
+    threads = set()
+
+    class Loader:
+        def __len__(self) -> int:
+            threads.add(threading.current_thread())
+            return 4
+
+        def __iter__(self) -> Any:
+            return iter(batches())
+
+    def make(optimizer: Optimizer, steps: int) -> LRScheduler:
+        threads.add(threading.current_thread())
+        return decay(optimizer, steps)
+
+    trained = trainer(
+        train_dl=Loader(), valid_dl=None, test_dl=Loader(), lr_scheduler=make, accumulate=2
+    )
+    await trained.fit(2, **QUIET)
+    await trained.test(verbose=False)
+    await trained.run_sanity_check()
+    await trained.run_profiler(verbose=False)
+    assert len(threads) == 4
+    assert threading.current_thread() not in threads
+
+
+async def test_function_when_it_raises_then_the_error_names_the_trainer() -> None:
+    def fail(_optimizer: Optimizer, _steps: int) -> LRScheduler:
+        raise failure
+
+    failure = ValueError("no schedule")
+    with pytest.raises(ValueError, match="no schedule") as raised:
+        await trainer(lr_scheduler=fail, name="first").fit(2, **QUIET)
+    assert raised.value is failure
+    assert failure.__notes__ == ["in trainer 'first': the function of lr_scheduler=, for 8 steps"]
