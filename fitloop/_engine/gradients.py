@@ -313,6 +313,7 @@ class GradientGuard:
                 if is_number(loss) or (isinstance(loss, Tensor) and loss.numel() == 1):
                     self.look_at_loss(loss)
                 self._are_bad(optimizer, gradients_of(optimizer))
+                self.forget_losses()
             return loss
 
         return checked

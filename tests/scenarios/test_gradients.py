@@ -725,6 +725,29 @@ def test_optimizer_when_one_of_its_groups_is_not_fused_then_steps_on_a_device() 
 
 
 @pytest.mark.usefixtures("delayed")
+def test_closures_when_on_a_device_then_no_losses_are_kept() -> None:
+    kept: list[int] = []
+
+    def step(state: LoopState) -> None:
+        inputs, targets = state.batch
+
+        def closure() -> Any:
+            state.optimizer.zero_grad()
+            loss = state.loss_function(state.model(inputs), targets)
+            loss.backward()
+            return loss
+
+        state.optimizer.step(closure)
+        assert state._steps is not None
+        counter = state._steps.guard._counter
+        assert counter is not None
+        kept.append(len(counter.losses))
+
+    fitting(mlp(), "sgd", train_step=step, train_epoch_end=lambda _state: {}).fit(2, **QUIET)
+    assert kept == [0] * 2 * BATCHES
+
+
+@pytest.mark.usefixtures("delayed")
 @pytest.mark.parametrize("unscales", [False, True])
 def test_scaler_when_the_trainer_does_not_know_it_then_works_on_a_device(unscales: bool) -> None:
     def train(model: nn.Module, optimizer: Any, scaler: Any, batch: Any) -> None:
