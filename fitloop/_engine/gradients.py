@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fitloop._arguments import is_number
 from fitloop._engine.config import Reaction, TrainerConfig
 from fitloop._errors import ConfigurationError, NonFiniteError, NonFiniteWarning, warn_user
 from fitloop._ranks.shards import whole
+from fitloop._types import Phase
 
 AT_ONCE = ("cpu",)
 """types of devices whose values are read without a wait"""
@@ -56,8 +58,9 @@ class GradientGuard:
         self._attached: list[Any] = []
         self._emptied: Any = None
         """the optimizer whose gradients were removed for the present step"""
-        self._state: Any = None
-        self._norm_batch = 0
+        self._state: Any = SimpleNamespace(batch_num=0, epoch_num=0, phase=Phase.TRAIN)
+        """of the last train phase; before the first one ``preloop`` may make steps"""
+        self._norm_batch = -1
         """number of the batch of `LoopState.grad_norm`"""
 
     def begin_pass(self, state: Any) -> None:
@@ -255,8 +258,9 @@ class GradientGuard:
 
     def _error(self, reason: str, batch: int, names: Iterable[str] = ()) -> NonFiniteError:
         state, is_certain = self._state, self._counter is None
+        place = f"train batch {batch} of epoch {state.epoch_num}"
         return NonFiniteError(
-            f"{reason}, in train batch {batch} of epoch {state.epoch_num}. "
+            f"{reason}, in {place if batch else 'a step before the first train batch'}. "
             + ("The weights are as before this step. " if is_certain else "")
             + "Look at the data of the batch, the loss function and the learning rate; "
             "torch.autograd.set_detect_anomaly(True) names the operation. nonfinite='skip' leaves "

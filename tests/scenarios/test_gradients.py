@@ -724,6 +724,43 @@ def test_optimizer_when_one_of_its_groups_is_not_fused_then_steps_on_a_device() 
     assert bits(model) == bits(twin)
 
 
+@pytest.mark.parametrize("at_once", [("cpu",), ()], ids=["cpu", "device"])
+@pytest.mark.parametrize("clip", [None, CLIP])
+def test_steps_when_made_in_preloop_then_are_as_in_the_loop(
+    clip: Any, at_once: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "AT_ONCE", at_once)
+
+    def warm_up(model: nn.Module, optimizer: Optimizer, factor: float = 1.0) -> None:
+        inputs, targets = batches()[0]
+        for _ in range(2):
+            loss: Any = functional.cross_entropy(model(inputs), targets) * factor
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    model, twin = mlp(), mlp()
+    optimizer = optimizers_of("sgd", twin)[0]
+
+    def clip_by_hand(*_arguments: Any) -> None:
+        if clip is not None:
+            clip_grad_norm_(twin.parameters(), clip)
+
+    hook = optimizer.register_step_pre_hook(clip_by_hand)
+    warm_up(twin, optimizer)
+    hook.remove()
+    hand_loop(twin, [optimizer], batches(), clip=clip)
+    fitting(model, "sgd", clip_grad=clip, preloop=lambda t: warm_up(t.model, t.optimizer)).fit(
+        2, **QUIET
+    )
+    assert bits(model) == bits(twin)
+    poisoned = fitting(
+        mlp(), "sgd", clip_grad=clip, preloop=lambda t: warm_up(t.model, t.optimizer, NAN)
+    )
+    with pytest.raises(NonFiniteError):
+        poisoned.fit(1, **QUIET)
+
+
 @pytest.mark.usefixtures("delayed")
 def test_closures_when_on_a_device_then_no_losses_are_kept() -> None:
     kept: list[int] = []
