@@ -121,14 +121,7 @@ class LoopState(GivenArguments):
         self.batch_num = 0
         self._batch_size = 0
         self._usual_size = UNKNOWN
-        self._ignored_class = ignored_class(config.loss_function)
-        # Whether a look at the targets, which a device would wait for, tells that all count.
-        ignores_none = self._ignored_class is not None and self._ignored_class < 0
-        is_given = config.loss_function is not None
-        on_cpu, self.metrics = config.device.type == "cpu", config.metrics
-        self._has_loss_sum = loss_setting(config.loss_function, "reduction") == "sum"
-        quick = ignores_none and is_given and on_cpu and not config.metrics
-        self._counts_quickly = quick and not self._has_loss_sum
+        self.metrics = config.metrics
         self.is_train = phase is Phase.TRAIN
         self.optimizers = config.optimizers
         self.model = (config.wrapper if self.is_train else None) or config.called_model
@@ -293,6 +286,13 @@ class LoopState(GivenArguments):
     def _set_loss_function(self, function: Any) -> None:
         self._loss_function = function
         self._loss: Any = self._first_loss
+        self._ignored_class = ignored_class(function)
+        self._has_loss_sum = loss_setting(function, "reduction") == "sum"
+        # Whether a look at the targets, which a device would wait for, tells that all count.
+        ignores_none = self._ignored_class is not None and self._ignored_class < 0
+        on_cpu = self._config.device.type == "cpu" and not self.metrics
+        is_mean = function is not None and not self._has_loss_sum
+        self._counts_quickly = ignores_none and on_cpu and is_mean
 
     loss_function: Callable[..., Any] = cast(
         "Any",

@@ -888,3 +888,22 @@ def test_loss_function_when_a_step_sets_another_one_then_the_default_step_uses_i
 
     sync_trainer(loss_function=first, train_step=step, valid_dl=None).fit(1, steps=4, **QUIET)
     assert used == ["first", "first", "second", "second"]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [nn.CrossEntropyLoss(ignore_index=1), nn.CrossEntropyLoss(reduction="sum"), nn.MSELoss()],
+    ids=["ignores a class", "sum", "no classes"],
+)
+def test_metrics_when_a_stage_sets_another_loss_function_then_are_of_that_one(loss: Any) -> None:
+    def set_loss(state: LoopState) -> None:
+        state.loss_function = loss
+
+    targets = torch.eye(3)[[0, 1, 2, 1]] if isinstance(loss, nn.MSELoss) else [0, 1, 2, 1]
+    data = [(torch.ones(4, FEATURES) * number, torch.as_tensor(targets)) for number in range(3)]
+    options: dict[str, Any] = {"train_dl": data, "valid_dl": None}
+    given = sync_trainer(loss_function=loss, **options).fit(1, **QUIET)
+    later = sync_trainer(train_epoch_start=set_loss, **options).fit(1, **QUIET)
+    assert later.metrics["train"].keys() == given.metrics["train"].keys()
+    for name, values in given.metrics["train"].items():
+        assert later.metrics["train"][name].tolist() == values.tolist()
