@@ -203,8 +203,9 @@ async def test_submit_when_it_cannot_go_to_a_process_then_is_refused() -> None:
     for nice in (-1, 20, 1.5):
         with pytest.raises(ConfigurationError, match=f"nice is {nice}; expected"):
             ProcessBackend(nice=nice)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match=r"grace is 0; expected seconds"):
-        ProcessBackend(grace=0)
+    for grace in (0, None):
+        with pytest.raises(ConfigurationError, match=f"grace is {grace}; expected seconds"):
+            ProcessBackend(grace=grace)  # type: ignore[arg-type]
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"print_every": -1}, "print_every is -1"),
         ({"display_metrics": [1]}, "display_metrics is"),

@@ -18,6 +18,7 @@ from typing import Any
 
 import anyio
 
+from fitloop._arguments import expect, is_number
 from fitloop._concurrency.control import Cancelled, RunControl
 from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled, loop_scheduler
 from fitloop._concurrency.supervisor import LoopPortal, run_in_thread, supervise
@@ -25,7 +26,7 @@ from fitloop._defaults import TrainerDefaults
 from fitloop._display.jupyter import interruptible
 from fitloop._display.progress import RunDisplay
 from fitloop._display.prompt import PromptWithTimeout, TerminalPrompt
-from fitloop._engine.config import check_number, check_seconds
+from fitloop._engine.config import check_number
 from fitloop._engine.event_bus import EventBus, UserCallbacks
 from fitloop._errors import WorkerDiedError, WorkerDiedWarning, add_note_safely, one_line
 from fitloop._events import Event, PromptAsked, RunEnded, RunStarted, SnapshotWritten
@@ -105,7 +106,8 @@ class RemoteBackend:
 
     def __init__(self, *, retries: int, grace: float, ranks: int) -> None:
         self._retries = check_number("retries", retries, 0)
-        self._grace = check_seconds("grace", grace) or 0.0
+        expect(is_number(grace) and grace > 0, "grace", grace, "seconds above 0")
+        self._grace = float(grace)
         self._ranks = check_number("ranks", ranks, 1)
 
     def check(self, spec: JobSpec) -> None:
