@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from fitloop._arguments import expect
 from fitloop._cli.common import print_line
 from fitloop._errors import ConfigurationError, quoted_list
 
@@ -111,11 +112,8 @@ def _import_path(target: str) -> Iterator[tuple[str, str]]:
     Modules are found from the current directory, and those of a script from its directory.
     """
     module, _colon, name = target.rpartition(":")
-    if not module or not name:
-        raise ConfigurationError(
-            f"TARGET is {target!r}; expected MODULE:FUNCTION or SCRIPT.py:FUNCTION, such as "
-            "train.py:make_trainer"
-        )
+    forms = "MODULE:FUNCTION or SCRIPT.py:FUNCTION, such as train.py:make_trainer"
+    expect(module and name, "TARGET", target, forms)
     path = str(Path(module).resolve().parent) if module.endswith(".py") else str(Path.cwd())
     sys.path.insert(0, path)
     try:
@@ -145,10 +143,7 @@ def _factory(module_name: str, name: str, arguments: dict[str, Any]) -> Callable
         value = getattr(value, attribute)
     if isinstance(value, FitLoop | SyncFitLoop):
         return lambda: value
-    if not callable(value):
-        raise ConfigurationError(
-            f"{module_name}:{name} is {value!r:.60}; expected a function that returns a FitLoop"
-        )
+    expect(callable(value), f"{module_name}:{name}", value, "a function that returns a FitLoop")
     try:
         signature(value).bind(**arguments)
     except TypeError as error:

@@ -6,9 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
+from fitloop._arguments import expect
 from fitloop._cli.common import print_line
 from fitloop._display.console import printed_width
-from fitloop._errors import CheckpointError, ConfigurationError, quoted_list
+from fitloop._errors import CheckpointError, quoted_list
 from fitloop._format import json_ready
 from fitloop._runner.results import read_results
 
@@ -46,10 +47,8 @@ def run(options: argparse.Namespace) -> int:
             f"{options.runs} holds no jobs; expected the save_path of a Runner, which has a "
             "directory for each job that has started"
         )
-    if options.sort not in results.columns():
-        raise ConfigurationError(
-            f"--sort is {options.sort!r}; expected one of {quoted_list(results.columns())}"
-        )
+    columns = results.columns()
+    expect(options.sort in columns, "--sort", options.sort, f"one of {quoted_list(columns)}")
     results = results.sorted(options.sort)
     if options.csv:
         print_line(results.to_csv().removesuffix("\n"))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fitloop._arguments import expect
 from fitloop._cli.common import print_line, run_directories, short_names
 from fitloop._display.printed import EpochPrinter
 from fitloop._display.progress import PROGRESS_VIEW
@@ -75,8 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Watch until all runs have ended; return the exit status."""
-    if options.every < 0:
-        raise ConfigurationError(f"--every is {options.every}; expected 0 or more epochs")
+    expect(options.every >= 0, "--every", options.every, "0 or more epochs")
     for path in options.directories:
         if path.exists() and not path.is_dir():
             raise ConfigurationError(

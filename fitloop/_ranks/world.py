@@ -20,8 +20,9 @@ import anyio
 import torch
 from torch import Tensor
 
+from fitloop._arguments import expect, is_number
 from fitloop._concurrency.signals import SignalBlock
-from fitloop._errors import ConfigurationError, FitLoopError, RanksError, add_note_safely, one_line
+from fitloop._errors import FitLoopError, RanksError, add_note_safely, one_line
 from fitloop._public import public
 
 ANSWER_SECONDS = 0.2
@@ -368,8 +369,7 @@ def world(*, timeout: float = 600.0) -> World:
     Raises ConfigurationError if ``timeout`` is no number above 0, and errors of torch if not all
     processes are there in time.
     """
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-        raise ConfigurationError(f"timeout is {timeout!r}; expected seconds above 0")
+    expect(is_number(timeout) and timeout > 0, "timeout", timeout, "seconds above 0")
     return World(timeout)
 
 

@@ -15,7 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeAlias, TypeVar, overload
 
-from fitloop._errors import CheckpointError, ConfigurationError, one_line, quoted_list
+from fitloop._arguments import expect
+from fitloop._errors import CheckpointError, one_line, quoted_list
 from fitloop._format import (
     Table,
     display_width,
@@ -80,8 +81,7 @@ class Results(list[J], Generic[J]):
         Raises:
             ConfigurationError: there is no such column.
         """
-        if by not in self.columns():
-            raise ConfigurationError(f"by is {by!r}; expected one of {quoted_list(self.columns())}")
+        expect(by in self.columns(), "by", by, f"one of {quoted_list(self.columns())}")
         return Results(sorted(self, key=lambda job: _sort_key(job, by)))
 
     def columns(self) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, Unpack
 
 import anyio
 
-from fitloop._arguments import absolute_path, checked_arguments, leaves_user_frames
+from fitloop._arguments import absolute_path, checked_arguments, expect, leaves_user_frames
 from fitloop._checkpointing.policy import Checkpoint, check_checkpoint
 from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled, loop_scheduler
 from fitloop._concurrency.supervisor import run_in_thread
@@ -289,10 +289,8 @@ class Runner:
                 "it, as with anyio.from_thread.run_sync or call_soon_threadsafe"
             )
         name = self._default_name(target) if name is None else str(name)
-        if not name or name.encode(errors="ignore").decode() != name:  # half a surrogate pair
-            raise ConfigurationError(
-                f"name is {name!r}; expected a name, or None for one of its own"
-            )
+        fits = name and name.encode(errors="ignore").decode() == name  # no half of a surrogate pair
+        expect(fits, "name", name, "a name, or None for one of its own")
         if name in self._jobs:
             raise ConfigurationError(f"there is a job {name!r} already; give another name=")
         directory = None

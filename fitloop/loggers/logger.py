@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from fitloop._arguments import checked_arguments
+from fitloop._arguments import checked_arguments, expect, is_number
 from fitloop._errors import ConfigurationError, LoggerWarning, add_note_safely, one_line, warn_user
 from fitloop._events import (
     EpochStarted,
@@ -193,19 +193,14 @@ class Logger:
         end_seconds: float = 30.0,
         parameters: Mapping[str, Any] | None = None,
     ) -> None:
-        if on_error not in ("warn", "raise"):
-            raise ConfigurationError(f"on_error is {on_error!r}; expected 'warn' or 'raise'")
-        if isinstance(end_seconds, bool) or not isinstance(end_seconds, int | float):
-            raise ConfigurationError(f"end_seconds is {end_seconds!r}; expected a number")
-        if not 0 <= end_seconds < math.inf:
-            raise ConfigurationError(f"end_seconds is {end_seconds!r}; expected 0 or more seconds")
+        expect(on_error in ("warn", "raise"), "on_error", on_error, "'warn' or 'raise'")
+        expect(is_number(end_seconds), "end_seconds", end_seconds, "a number")
+        expect(0 <= end_seconds < math.inf, "end_seconds", end_seconds, "0 or more seconds")
         self._on_error = on_error
         self._end_seconds = min(float(end_seconds), threading.TIMEOUT_MAX)
         is_mapping = isinstance(parameters, Mapping) and all(isinstance(n, str) for n in parameters)
-        if parameters is not None and not is_mapping:
-            raise ConfigurationError(
-                f"parameters is {parameters!r:.80}; expected a dict of values by name, or None"
-            )
+        fits = parameters is None or is_mapping
+        expect(fits, "parameters", parameters, "a dict of values by name, or None")
         self._parameters = dict(parameters or {})
         self.opened: dict[str, Any] = {}
         """for a subclass: an open file or connection for each run, by the id of the run"""

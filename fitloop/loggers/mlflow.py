@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Unpack
 
-from fitloop._arguments import checked_arguments
-from fitloop._errors import ConfigurationError
+from fitloop._arguments import checked_arguments, expect
 from fitloop._events import RunEnded
 from fitloop.loggers.logger import (
     LoggedRun,
@@ -55,10 +54,9 @@ class MLflow(Logger):
     ) -> None:
         check_installed("mlflow")
         super().__init__(**options)
-        if not isinstance(uri, str | None):
-            raise ConfigurationError(f"uri is {uri!r:.80}; expected a text, or None")
-        if not isinstance(experiment, str) or not experiment:
-            raise ConfigurationError(f"experiment is {experiment!r:.80}; expected a name")
+        expect(isinstance(uri, str | None), "uri", uri, "a text, or None")
+        is_name = isinstance(experiment, str) and experiment
+        expect(is_name, "experiment", experiment, "a name")
         self._uri, self._experiment = uri, experiment
 
     def _client(self) -> Any:

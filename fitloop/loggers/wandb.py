@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fitloop._arguments import refuse_call, unknown_argument
+from fitloop._arguments import expect, refuse_call, unknown_argument
 from fitloop._errors import ConfigurationError
 from fitloop._events import RunEnded
 from fitloop.loggers.logger import LoggedRun, Logger, LoggerOptions, Row, check_installed
@@ -48,10 +48,8 @@ class WandB(Logger):
         super().__init__(on_error=on_error, end_seconds=end_seconds, parameters=parameters)
         if init:
             _check_names(init)
-        if run is not None and not hasattr(run, "define_metric"):
-            raise ConfigurationError(
-                f"run is {run!r:.80}; expected what wandb.init has returned, or None"
-            )
+        fits = run is None or hasattr(run, "define_metric")
+        expect(fits, "run", run, "what wandb.init has returned, or None")
         if run is not None and init:
             raise ConfigurationError(
                 f"WandB() got a run and {', '.join(init)}=; expected one of both, since the "

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
+from fitloop._arguments import expect
 from fitloop._defaults import TrainerDefaults
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event
@@ -54,10 +55,8 @@ class LauncherBackend(RemoteBackend):
     def __init__(
         self, launcher: Launcher, *, retries: int = 1, grace: float = 10.0, ranks: int = 1
     ) -> None:
-        if not callable(getattr(launcher, "start", None)) or isinstance(launcher, type):
-            raise ConfigurationError(
-                f"launcher is {launcher!r:.80}; expected a Launcher, such as SlurmLauncher()"
-            )
+        fits = callable(getattr(launcher, "start", None)) and not isinstance(launcher, type)
+        expect(fits, "launcher", launcher, "a Launcher, such as SlurmLauncher()")
         if os.name == "nt":
             raise ConfigurationError("a LauncherBackend does not run on Windows")
         super().__init__(retries=retries, grace=grace, ranks=ranks)

@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 
+from fitloop._arguments import expect
 from fitloop._engine.config import check_number
-from fitloop._errors import ConfigurationError
 from fitloop._processes.child import describe_exit, last_lines
 from fitloop.backends.launched.launcher import WorkerOrder
 from fitloop.backends.remote.transport import WorkerExit
@@ -40,11 +40,8 @@ class CommandLauncher:
         host: str = "127.0.0.1",
         threads: int | None = None,
     ) -> None:
-        if isinstance(python, str) or python == []:
-            raise ConfigurationError(
-                f"python is {python!r}; expected a list of the parts of a command, such as "
-                "['ssh', 'node7', 'python3']"
-            )
+        parts = "a list of the parts of a command, such as ['ssh', 'node7', 'python3']"
+        expect(not isinstance(python, str) and python != [], "python", python, parts)
         self.host = host
         self.threads = None if threads is None else check_number("threads", threads, 1)
         self._python = [sys.executable] if python is None else list(python)

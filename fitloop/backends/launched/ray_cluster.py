@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from fitloop._arguments import expect, is_number
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
 from fitloop._processes.child import describe_exit, last_lines
@@ -82,8 +83,7 @@ class RayLauncher:
                 "RayBackend needs Ray; install it with `pip install ray`"
             ) from None
         for name, value in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise ConfigurationError(f"{name} is {value!r:.60}; expected a number from 0 on")
+            expect(is_number(value) and value >= 0, name, value, "a number from 0 on")
         self._ray: Any = ray
         self._sees_gpus = num_gpus > 0
         self.threads = check_number("num_cpus", max(1, int(num_cpus)), 1)

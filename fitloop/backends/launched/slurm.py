@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fitloop._arguments import absolute_path
+from fitloop._arguments import absolute_path, expect
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
 from fitloop._processes.child import last_lines
@@ -83,10 +83,8 @@ class SlurmLauncher:
         host: str | None = None,
         threads: int | None = None,
     ) -> None:
-        if isinstance(options, str):
-            raise ConfigurationError(
-                f"options is {options!r:.80}; expected a list such as ['--gres=gpu:1']"
-            )
+        fits = not isinstance(options, str)
+        expect(fits, "options", options, "a list such as ['--gres=gpu:1']")
         self.host = own_address() if host is None else host
         self.threads = None if threads is None else check_number("threads", threads, 1)
         self._options, self._python = list(options), python or sys.executable

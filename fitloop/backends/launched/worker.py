@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from fitloop import __version__
+from fitloop._arguments import expect
 from fitloop._errors import ConfigurationError
 from fitloop._processes.child import close_in_children
 from fitloop._processes.connection import receive_message
@@ -42,8 +43,7 @@ def serve_program(address: str, key: str) -> None:
             another key.
     """
     host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal() and port.isascii()):
-        raise ConfigurationError(f"ADDRESS is {address!r}; expected HOST:PORT")
+    expect(host and port.isdecimal() and port.isascii(), "ADDRESS", address, "HOST:PORT")
     try:
         connection = connect(host, int(port), key.encode())
     except (OSError, EOFError, OverflowError, AuthenticationError, AssertionError) as error:

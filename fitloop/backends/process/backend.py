@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from fitloop._arguments import expect
 from fitloop._defaults import TrainerDefaults
 from fitloop._engine.config import check_number
 from fitloop._errors import ConfigurationError
@@ -37,11 +38,9 @@ def resolve_backend(backend: Any) -> Backend:
         return ProcessBackend()
     methods = ("check", "run", "close")
     missing = [name for name in methods if not callable(getattr(backend, name, None))]
-    if isinstance(backend, (str, type)) or len(missing) == len(methods):
-        raise ConfigurationError(
-            f"backend is {backend!r:.60}; expected 'thread', 'process' or a Backend"
-            + (", an instance of the class" if isinstance(backend, type) else "")
-        )
+    fits = not isinstance(backend, (str, type)) and len(missing) < len(methods)
+    instance = ", an instance of the class" if isinstance(backend, type) else ""
+    expect(fits, "backend", backend, f"'thread', 'process' or a Backend{instance}")
     if missing:
         raise ConfigurationError(
             f"backend is a {type(backend).__name__} without {' and '.join(missing)}; expected the "
@@ -54,11 +53,9 @@ def resolve_backend(backend: Any) -> Backend:
 def check_nice(value: Any) -> int:
     """Return an increment of niceness for worker processes; raise for an impossible one."""
     nice = check_number("nice", value, 0)
-    if nice > MAX_NICE or (nice and not hasattr(os, "nice")):
-        raise ConfigurationError(
-            f"nice is {nice}; expected 0 to {MAX_NICE}, on Windows 0: what the niceness of "
-            "worker processes is more than that of this one"
-        )
+    fits = nice <= MAX_NICE and (hasattr(os, "nice") or not nice)
+    meaning = "what the niceness of worker processes is more than that of this one"
+    expect(fits, "nice", nice, f"0 to {MAX_NICE}, on Windows 0: {meaning}")
     return nice
 
 
