@@ -252,7 +252,7 @@ class Decoder:
                     (self._decode(k, path, depth + 1), self._decode(v, f"{path}/...", depth + 1))
                     for k, v in content
                 ]
-                mapping = _FROM_PAIRS[key](pairs)
+                mapping = _FROM_PAIRS[key](dict(pairs))
                 if len(mapping) != len(pairs):
                     raise LayoutError(f"{path} has a key twice")
                 return mapping
@@ -315,17 +315,8 @@ def _int_from(text: str) -> int:
     return int(text)
 
 
-_FROM_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
-    "!tuple": tuple,
-    "!set": set,
-    "!frozenset": frozenset,
-    "!size": torch.Size,
-}
-_FROM_PAIRS: dict[str, Callable[[list[Any]], Any]] = {
-    "!map": dict,
-    "!ordered": OrderedDict,
-    "!counter": lambda pairs: Counter(dict(pairs)),
-}
+_FROM_ITEMS = {mark: kind for kind, mark in _SEQUENCES.items()}
+_FROM_PAIRS = {mark: kind for kind, mark in _MAPPINGS.items()}
 _FROM_VALUE: dict[str, Callable[[Any], Any]] = {
     "!int": _int_from,
     "!complex": lambda parts: complex(*parts),
