@@ -171,6 +171,7 @@ class CancelOnceScope:
         self.cancel_called = False
 
     def __enter__(self) -> Self:
+        self._schedule = loop_scheduler()
         try:
             self._task = asyncio.current_task()
         except RuntimeError:
@@ -192,6 +193,10 @@ class CancelOnceScope:
         if not self.cancel_called:
             self.cancel_called = True
             self._deliver()
+
+    def cancel_soon(self) -> None:
+        """Cancel the block, which has begun, from any thread."""
+        self._schedule(self.cancel)
 
     def _deliver(self) -> None:
         if self._scope is not None:

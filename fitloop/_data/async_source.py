@@ -15,7 +15,6 @@ from fitloop._concurrency.event_loops import (
     CancelOnceScope,
     ThreadsafeEvent,
     is_scope_cancelled,
-    loop_scheduler,
 )
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.sources import END, LoadContext
@@ -108,16 +107,13 @@ class AsyncSource:
 
     async def _run(self) -> None:
         changed = self._context.control.changed
-        schedule, scope = loop_scheduler(), CancelOnceScope()
-        with changed:
-            self._has_room = ThreadsafeEvent()
-            self._cancel = lambda: schedule(scope.cancel)
-            closed = self._closed
         error: BaseException | None = None
         try:
-            if not closed:
-                with scope:
-                    await self._read_all(self._has_room)
+            with CancelOnceScope() as scope:
+                with changed:
+                    self._has_room = ThreadsafeEvent()
+                    self._cancel = scope.cancel_soon
+                await self._read_all(self._has_room)
         except BaseException as raised:
             control = self._context.control
             is_of_run = self._closed or control.cancelled or is_scope_cancelled()

@@ -184,10 +184,8 @@ class GeneratorLease:
 
     def yield_to_waiters(self) -> None:
         """Let waiting threads use the generators first; called at the end of every step."""
-        if self._observes or self._lock.has_waiters:
-            self._yield_to_waiters()
-
-    def _yield_to_waiters(self) -> None:
+        if not (self._observes or self._lock.has_waiters):
+            return
         stream = self.stream
         if stream is None:
             return

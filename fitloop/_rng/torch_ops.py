@@ -171,9 +171,7 @@ class CodeTraits:
 
         torch's attention layers compute by a faster way in eval mode, but not under a mode.
         """
-        if self.is_opaque:
-            return True
-        return any(not (train and module.training) for module in self._watching)
+        return self.is_opaque or any(not (train and module.training) for module in self._watching)
 
     def _visit(self, item: object) -> None:
         kind: Any = type(item)  # isinstance would run code of the user's proxies

@@ -19,7 +19,6 @@ from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.event_loops import (
     CancelOnceScope,
     is_scope_cancelled,
-    loop_scheduler,
 )
 from fitloop._errors import ConfigurationError, add_note_safely
 from fitloop._events import Event, PromptAnswered, PromptAsked, WentBack
@@ -215,9 +214,8 @@ _STOPPED = object()
 
 async def _ask_until_stopped(ask: Ask, question: PromptAsked, control: RunControl) -> Any:
     """Ask, on the event loop; return `_STOPPED` if the run is stopped meanwhile."""
-    schedule = loop_scheduler()
     with CancelOnceScope() as scope:
-        forget = control.on_wish(lambda: schedule(scope.cancel))
+        forget = control.on_wish(scope.cancel_soon)
         try:
             answer: Any = ask(question)
             return await answer if isawaitable(answer) else answer

@@ -20,7 +20,7 @@ import anyio
 
 from fitloop._arguments import expect, is_number
 from fitloop._concurrency.control import Cancelled, RunControl
-from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled, loop_scheduler
+from fitloop._concurrency.event_loops import CancelOnceScope, is_scope_cancelled
 from fitloop._concurrency.supervisor import LoopPortal, run_in_thread, supervise
 from fitloop._defaults import TrainerDefaults
 from fitloop._display.jupyter import interruptible
@@ -389,12 +389,11 @@ class _Questions:
 
     async def _answer(self, number: int, event: PromptAsked) -> None:
         """Ask, and send the answer."""
-        schedule = loop_scheduler()
         with CancelOnceScope() as scope:
             with self._lock:
                 if number not in self._cancels:
                     return
-                self._cancels[number] = lambda: schedule(scope.cancel)
+                self._cancels[number] = scope.cancel_soon
             try:
                 answer = check_answer(await self._ask(event))
             except BaseException as error:  # Ctrl-C at the prompt too

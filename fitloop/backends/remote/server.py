@@ -107,9 +107,8 @@ class JobServer:
 
     async def _train(self, contents: RemoteJob, place: RankPlace | None) -> TrainingResult | None:
         """Do a training; None if it was cancelled."""
-        schedule = loop_scheduler()
         with CancelOnceScope() as scope:
-            self._cancel = lambda: schedule(scope.cancel)
+            self._cancel = scope.cancel_soon
             if self._cancelled:  # when there was no scope yet
                 return None
             async with AsyncExitStack() as stack:
