@@ -65,6 +65,8 @@ class LoopPortal:
         self._is_loop_closed = loop_end_check()
         self._closed = False
         self.finished = False
+        self.background_tasks = 0
+        """those that run; they wake the awaiting task at their end"""
 
     def cancel_without_loop(self) -> None:
         """Cancel the run if its event loop was closed: nothing awaits or cancels it any more."""
@@ -375,6 +377,7 @@ async def _supervise(
         async with anyio.create_task_group() as group:
             for background_task in background_tasks:
                 group.start_soon(_run_background_task, background_task, control, portal, name)
+                portal.background_tasks += 1
             thread.start()
             try:
                 while not (portal.finished or control.failure):
@@ -382,6 +385,9 @@ async def _supervise(
                     for request in portal.take_requests():
                         group.start_soon(portal.serve, request)
                 end_background_tasks()
+                # The end of the group would cancel them at each await of their cleanup.
+                while portal.background_tasks and not control.failure:
+                    await portal.wait()
             except BaseException as raised:
                 interruption = raised
                 control.cancel()
@@ -488,6 +494,9 @@ async def _run_background_task(
         raise_in_scope(error)
     except BaseException as error:
         _fail(error, control, portal, name)
+    finally:
+        portal.background_tasks -= 1
+        portal.wake()
 
 
 def _fail(error: BaseException, control: RunControl, portal: LoopPortal, name: str) -> None:

@@ -382,6 +382,22 @@ async def test_job_when_it_is_ended_then_its_coroutines_are_cancelled_once(
     assert body.log == (["cancelled", "closed"] if how in ("block", "fail_fast") else [])
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_callback_when_cancelled_after_the_training_then_is_cancelled_once() -> None:
+    cleaning = Cleaning()
+    threads = set(threading.enumerate())
+    task = asyncio.create_task(trainer(callbacks=[cleaning]).fit(1, **QUIET))
+    await cleaning.began.wait()
+    for thread in set(threading.enumerate()) - threads:
+        await anyio.to_thread.run_sync(thread.join)
+    for _step in range(5):  # the task notices that
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cleaning.log == ["cancelled", "closed"]
+
+
 @pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("how", ["stop", "timeout", "cancel"])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
