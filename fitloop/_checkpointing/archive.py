@@ -17,6 +17,7 @@ from fitloop._checkpointing.snapshot import KIND, Snapshot, read_snapshot
 from fitloop._engine.config import SNAPSHOTS
 from fitloop._errors import CheckpointError, ResumeWarning, warn_user
 from fitloop._storage.durable import (
+    RUN_ID_NAME,
     read_file,
     reason,
     remove_leftovers,
@@ -27,10 +28,8 @@ from fitloop._storage.layout import LayoutError, read_file_header
 from fitloop._training.trainer_state import new_run_id
 
 _ID = re.compile(r"[0-9a-f]{8,32}")
-_ID_NAME = "run_id"
-"""file with the `RunStarted.run_id` of the training"""
 _ID_BYTES = 100
-"""read of that file, more than an id has"""
+"""read of the file with an id, more than an id has"""
 _NAME = re.compile(r"snapshot-(\d{6,})\.msgpack")
 
 
@@ -74,7 +73,7 @@ class Archive:
         that is empty. If the file cannot be written, nothing is raised: the first snapshot cannot
         be written either, and is reported.
         """
-        path, stored_id = self.directory / _ID_NAME, ""
+        path, stored_id = self.directory / RUN_ID_NAME, ""
         with suppress(OSError):
             stored_id = read_file(path, _ID_BYTES).decode("ascii", "replace").strip()
         if resume and _ID.fullmatch(stored_id):
@@ -136,7 +135,7 @@ class Archive:
                 raise CheckpointError(f"{path} cannot be removed: {reason(error)}") from error
         self._entries = []
         with suppress(OSError):
-            (self.directory / _ID_NAME).unlink()
+            (self.directory / RUN_ID_NAME).unlink()
 
     def _files(self) -> list[tuple[int, Path]]:
         """Return the numbers and the paths of the snapshots, in their order."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from fitloop._errors import CheckpointError
 from fitloop._format import format_number
-from fitloop._storage.durable import LOG_NAME, open_regular, reason
+from fitloop._storage.durable import LOG_NAME, RUN_ID_NAME, open_regular, reason
 from fitloop._storage.job_files import OUTCOME_NAME
 from fitloop._storage.layout import LayoutError, TensorEntry, read_file_header
 from fitloop.loggers.csv import FIRST_COLUMNS
@@ -21,8 +21,6 @@ SUFFIXES = {".jsonl": "lines of JSON of a logger", ".csv": "table of a logger"}
 _READ_BYTES = 2**20
 """read at the beginning and at the end of a file of a logger, which may be of any size"""
 OTHER_WEIGHTS = {".safetensors", ".pt", ".pth"}
-RUN_ID_NAME = "run_id"
-"""as in `_checkpointing.archive`, which is not imported since it imports torch"""
 _FOLDERS = ("snapshots", "best_models")
 _NAMED = {
     LOG_NAME: "log of metrics",

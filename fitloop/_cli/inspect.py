@@ -15,7 +15,6 @@ from typing import Any
 from fitloop._cli.common import print_line, read_header
 from fitloop._cli.files import (
     OTHER_WEIGHTS,
-    RUN_ID_NAME,
     SUFFIXES,
     count,
     describe_file,
@@ -31,7 +30,7 @@ from fitloop._format import format_duration, format_metrics, format_number, json
 from fitloop._metrics.history import History
 from fitloop._runner.records import Record, read_outcome, read_record
 from fitloop._runner.results import Results, read_results
-from fitloop._storage.durable import LOCK_NAME, LOG_NAME, is_locked, read_file
+from fitloop._storage.durable import LOCK_NAME, LOG_NAME, RUN_ID_NAME, is_locked, read_file
 from fitloop._storage.job_files import OUTCOME_NAME
 from fitloop._storage.layout import TensorEntry
 from fitloop._storage.log_records import iter_records

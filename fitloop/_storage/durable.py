@@ -34,6 +34,8 @@ PART_SUFFIX = ".part"
 LOCK_NAME = ".fitloop.lock"
 LOG_NAME = "metrics.msgpack"
 """file of a trainer's metrics, in its ``save_path``"""
+RUN_ID_NAME = "run_id"
+"""file with the `RunStarted.run_id` of a training, in its ``save_path``"""
 PROBE_SECONDS = 0.1
 """longer than `is_locked` ever holds a lock"""
 
