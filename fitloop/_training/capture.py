@@ -270,7 +270,7 @@ def copy_values(
     """Return a copy of nested containers, tensors and arrays; other objects are the same ones."""
     memo = {} if memo is None else memo
     if id(value) in memo:
-        return memo[id(value)]
+        return memo[id(value)][1]
     kind = type(value)
     copied: Any = value
     if isinstance(value, Tensor):
@@ -288,7 +288,7 @@ def copy_values(
         copied = kind(copy_values(item, copy_tensor, memo) for item in value)
     elif kind is deque:
         copied = deque((copy_values(item, copy_tensor, memo) for item in value), value.maxlen)
-    memo[id(value)] = copied
+    memo[id(value)] = value, copied  # with the value, whose id may be given anew otherwise
     return copied
 
 

@@ -534,3 +534,12 @@ def test_copy_values_when_objects_are_not_values_then_they_are_the_same_ones() -
     assert copied["a"][0] is copied["b"][0] is not tensor
     assert copied["c"] == value["c"]
     assert copied["c"] is not value["c"]
+
+
+def test_copy_when_a_mapping_makes_its_values_then_each_has_its_own_copy() -> None:
+    class Lazy(dict[str, float]):
+        def items(self) -> Any:
+            return [(key, [torch.full((2,), value)]) for key, value in super().items()]
+
+    copied = copy_values([Lazy(a=float(number)) for number in range(50)])
+    assert [each["a"][0].tolist() for each in copied] == [[number] * 2 for number in range(50)]
