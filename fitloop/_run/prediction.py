@@ -7,6 +7,7 @@ that awaits the run.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import nullcontext
 from copy import copy
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any, Self
 
 import anyio
+from torch import nn
 
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.event_loops import ThreadsafeEvent, loop_scheduler, start_task
@@ -37,22 +39,40 @@ def predict_step(state: LoopState) -> Any:
     The batch is a tensor, ``(inputs, targets)`` or ``(inputs,)`` as a list or a tuple, a mapping
     with the keys ``inputs`` and perhaps ``targets``, or a mapping of the arguments of the model.
 
-    Raises ConfigurationError for another list or tuple.
+    Raises ConfigurationError for another list or tuple, and for another mapping.
     """
     batch = state.batch
     if isinstance(batch, (list, tuple)):
         if len(batch) not in (1, 2):
-            raise ConfigurationError(
-                f"the batch is {describe(batch)}, a {type(batch).__name__}; predict() takes "
-                "inputs, (inputs, targets), or a mapping of the arguments of the model. For other "
-                "batches give predict(step=), a function of the LoopState that returns the output"
-            )
+            raise _unfit(batch)
         return state.model(batch[0])
     if isinstance(batch, Mapping):
         if batch.keys() <= {"inputs", "targets"} and "inputs" in batch:
             return state.model(batch["inputs"])
-        return state.model(**batch)
+        try:
+            return state.model(**batch)
+        except TypeError as error:
+            if _takes(state.model, batch):
+                raise
+            raise _unfit(batch) from error
     return state.model(batch)
+
+
+def _takes(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Return whether the model can be called with these arguments."""
+    try:
+        inspect.signature(model.forward).bind(**arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _unfit(batch: Any) -> ConfigurationError:
+    return ConfigurationError(
+        f"the batch is {describe(batch)}, a {type(batch).__name__}; predict() takes "
+        "inputs, (inputs, targets), or a mapping of the arguments of the model. For other "
+        "batches give predict(step=), a function of the LoopState that returns the output"
+    )
 
 
 class Channel:

@@ -98,8 +98,10 @@ async def test_a_step_of_the_user() -> None:
     data = [(x, x, y) for x, y in batches()]
     outputs = [output["output"] async for output in training.predict(data, step=step)]
     assert are_equal(outputs, expected(training.model, batches()))
-    with pytest.raises(ConfigurationError, match=r"the batch is .* give predict\(step=\)"):
-        await training.predict(data)
+    mappings = [{"image": x, "mask": y} for x, y in batches()]
+    for unfit in (data, mappings):
+        with pytest.raises(ConfigurationError, match=r"the batch is .* give predict\(step=\)"):
+            await training.predict(unfit)
     with pytest.raises(ConfigurationError, match="step is"):
         training.predict(data, step=lambda: None)  # type: ignore[arg-type, misc]
 
@@ -193,6 +195,20 @@ async def test_stop_ends_the_iteration() -> None:
         if count == 3:
             training.stop()
     assert count == 3
+
+
+async def test_a_type_error_in_a_model_that_takes_the_mapping_is_raised() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(20))
+
+        def forward(self, x: Tensor, scale: Any) -> Tensor:
+            return x @ self.weight * len(scale)
+
+    training = trainer(model=Model())
+    with pytest.raises(TypeError, match="has no len"):
+        await training.predict([{"x": torch.zeros(1, 20), "scale": 2}], cast=False)
 
 
 async def test_errors_are_the_same_objects_with_their_place() -> None:
