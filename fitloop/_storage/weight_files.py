@@ -253,8 +253,21 @@ def _read_pt(path: Path, device: torch.device) -> dict[str, Any]:
         raise LayoutError(f"it holds a {type(state).__name__}; expected a state dict")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise LayoutError(f"its entry {key!r} is a {type(value).__name__}; expected a tensor")
+            raise LayoutError(
+                f"its entry {key!r} is a {type(value).__name__}; expected a tensor{_advice(state)}"
+            )
     return state
+
+
+def _advice(state: Mapping[Any, Any]) -> str:
+    """Return how to get the weights out of a checkpoint of a hand-written loop, if it is one."""
+    for key, value in state.items():
+        if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values()):
+            return (
+                f". If {key!r} has the weights, write them to a file of their own: "
+                f"torch.save(torch.load(path)[{key!r}], 'weights.pt')"
+            )
+    return ""
 
 
 _FORMATS: dict[str, tuple[Writer, Reader]] = {

@@ -104,7 +104,15 @@ def test_a_pickle_that_runs_code_is_refused(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [([1], "holds a list"), ({"epoch": 3}, "entry 'epoch' is a int"), ({1: torch.ones(1)}, "1")],
+    [
+        ([1], "holds a list"),
+        ({"epoch": 3}, "entry 'epoch' is a int; expected a tensor$"),
+        ({1: torch.ones(1)}, "1"),
+        (
+            {"epoch": 3, "model": {"w": torch.ones(1)}},
+            r"If 'model' .*torch.load\(path\)\['model'\]",
+        ),
+    ],
 )
 def test_a_pt_file_of_other_things_is_refused(
     tmp_path: Path, content: object, message: str
