@@ -263,7 +263,9 @@ def describe_exit(code: int | None) -> str:
 def last_lines(log: BinaryIO) -> list[str]:
     """Return the last lines of the log of a process, or the report of a crash in it."""
     log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
-    lines = log.read().decode(errors="replace").splitlines()
+    text = log.read().decode(errors="replace")
+    # A crash report ends with the names of all C extensions, hundreds where pandas is imported.
+    lines = [line for line in text.splitlines() if not line.startswith("Extension modules:")]
     for index, line in enumerate(lines):
         if line.startswith("Fatal Python error"):  # the stack of the thread follows
             return lines[index:][:TAIL_LINES]

@@ -222,7 +222,7 @@ async def test_worker_when_its_command_fails_then_the_error_has_its_output() -> 
             outcome = await runner.submit(make_trainer, **QUIET).outcome()
     assert isinstance(outcome.error, WorkerDiedError)
     assert outcome.error.exitcode == 3
-    assert "with exit code 3 before it could begin; its last lines:\n  no module" in str(
+    assert "with exit code 3 before it could begin\nIts last lines:\n  no module" in str(
         outcome.error
     )
 

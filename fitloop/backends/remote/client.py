@@ -280,7 +280,7 @@ class WorkerClient:
             raise Cancelled
         lines = [*self._last_lines, *self._partial_lines.values(), *transport.log_tail()]
         if lines:
-            message += "; its last lines:\n  " + "\n  ".join(lines)
+            message += "\nIts last lines:\n  " + "\n  ".join(lines)
         raise WorkerDiedError(message, end.code)
 
     def _end_run(self, error: str | None) -> None:
