@@ -289,8 +289,8 @@ class FitLoop(TrainerBase):
                 own; rates and other settings stay, as schedulers have set them. That state is kept
                 in CPU memory, for Adam twice the size of the weights, and in snapshots. Weights
                 that do not fit the model any more stay away, with a `RestoreWarning`. The best
-                score counts over all fits with the same validation data; weights that are not
-                finite are never the best.
+                score counts over all fits with the same validation data, and an equal one replaces
+                it; weights that are not finite are never the best.
             track_batch_metrics: keep the values of the batch steps in the history.
             define_all: your steps set gradients to zero, grad mode and train/eval mode. Phases with
                 a default step are as without it.
