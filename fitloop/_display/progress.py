@@ -30,33 +30,32 @@ class ProgressView:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._runs: list[RunStatus] = []
         self._visible: list[RunStatus] = []
         self.printing = PrintingRuns()
 
     def add(self, name: str, *, named: bool = False) -> RunStatus:
         """Return the status of a new run; its label is ``name``, numbered if it is in use."""
         with self._lock:
-            labels = {run.label for run in self._runs}
+            labels = {run.label for run in self.printing.runs}
             numbered = (f"{name} ({number})" for number in itertools.count(2))
             candidates = itertools.chain([name], numbered)
             run = RunStatus(next(c for c in candidates if c not in labels), named=named)
-            self._set_runs([*self._runs, run])
+            self._set_runs([*self.printing.runs, run])
         return run
 
     def remove(self, run: RunStatus) -> None:
         """Forget a run that has ended."""
         with self._lock:
-            self._set_runs([other for other in self._runs if other is not run])
+            self._set_runs([other for other in self.printing.runs if other is not run])
 
     def _set_runs(self, runs: list[RunStatus]) -> None:
-        self._runs = self.printing.runs = runs
+        self.printing.runs = runs
         LIVE_AREA.has_several_runs = self.has_several
 
     @property
     def has_several(self) -> bool:
         """Whether several runs print, so that each line must begin with a label."""
-        return len(self._runs) > 1
+        return len(self.printing.runs) > 1
 
     def show(self, run: RunStatus) -> bool:
         """Show the bars of ``run`` if the output is a terminal that can redraw lines.
@@ -66,7 +65,7 @@ class ProgressView:
         if not (is_interactive() and can_draw()):
             return False
         with self._lock:
-            self._visible = [r for r in self._runs if r in self._visible or r is run]
+            self._visible = [r for r in self.printing.runs if r in self._visible or r is run]
             if len(self._visible) == 1:
                 LIVE_AREA.show(self._render)
         return True
