@@ -184,12 +184,12 @@ class BenchRun:
         self._session.restore_training()
         memory = self._memory = list[Any]()
 
-        def kept() -> Iterator[Any]:
+        def noted_batches() -> Iterator[Any]:
             for batch in self._access.iterable():
                 memory.append(batch)
                 yield batch
 
-        timer = self._engine_pass(self._loaders[Variant.INLINE], kept, count)
+        timer = self._engine_pass(self._loaders[Variant.INLINE], noted_batches, count)
         return timer.estimate(self._access.buffered)
 
     def _variants(self, estimate: FirstEstimate) -> list[Variant]:

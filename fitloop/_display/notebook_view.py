@@ -187,14 +187,14 @@ class NotebookView:
         return f"{head}\n{table.text()}" if table.rows else head
 
     def _table(self, rows: Sequence[_Row | None]) -> Table:
-        shown = self._run.display_metrics
+        names = self._run.display_metrics
         columns = list(
             dict.fromkeys(
                 (phase, name)
                 for row in rows
                 if row is not None
                 for phase, metrics in row.metrics.items()
-                for name in (metrics if shown is None else shown)
+                for name in (metrics if wished_names is None else wished_names)
                 if name in metrics
             )
         )

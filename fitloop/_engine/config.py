@@ -504,9 +504,9 @@ class TrainerConfig(GivenArguments):
 
     def check_scheduler(self, scheduler: Any) -> None:
         """Raise ConfigurationError if this cannot be a scheduler of the trainer."""
-        held = [id(item) for each in self.optimizers for item in held_optimizers(each)]
+        optimizers = [id(item) for each in self.optimizers for item in held_optimizers(each)]
         other = getattr(scheduler, "optimizer", None)
-        if isinstance(other, Optimizer) and id(other) not in held:
+        if isinstance(other, Optimizer) and id(other) not in optimizers:
             raise ConfigurationError(
                 f"lr_scheduler is a {type(scheduler).__name__} of another optimizer than the "
                 "trainer's; build it from the one that is given as optimizer="

@@ -258,9 +258,9 @@ class GradientGuard:
 
     def _error(self, reason: str, batch: int, names: Iterable[str] = ()) -> NonFiniteError:
         state, is_certain = self._state, self._counter is None
-        place = f"train batch {batch} of epoch {state.epoch_num}"
+        where = f"train batch {batch} of epoch {state.epoch_num}"
         return NonFiniteError(
-            f"{reason}, in {place if batch else 'a step before the first train batch'}. "
+            f"{reason}, in {where if batch else 'a step before the first train batch'}. "
             + ("The weights are as before this step. " if is_certain else "")
             + "Look at the data of the batch, the loss function and the learning rate; "
             "torch.autograd.set_detect_anomaly(True) names the operation. nonfinite='skip' leaves "

@@ -179,13 +179,13 @@ def _replace(optimizers: list[Any], changed: dict[Tensor, Any]) -> None:
 
 def held_optimizers(optimizer: Any) -> list[Any]:
     """Return an optimizer, and those in its attributes, or in lists, tuples and dicts there."""
-    held = {id(optimizer): optimizer}
+    optimizers = {id(optimizer): optimizer}
     for value in getattr(optimizer, "__dict__", {}).values():
         items = value.values() if isinstance(value, dict) else value
         for item in items if isinstance(value, (list, tuple, dict)) else (value,):
             if isinstance(item, Optimizer):
-                held[id(item)] = item
-    return list(held.values())
+                optimizers[id(item)] = item
+    return list(optimizers.values())
 
 
 def _refusal(reason: str) -> ConfigurationError:

@@ -222,5 +222,5 @@ class EarlyStopper:
         better = "better"
         if policy.min_delta:
             better = f"better by more than {short_number(policy.min_delta)}"
-        shown = format_number(best)
-        return f"no {better} {metric} than {shown}, of epoch {state.best_epoch}, in {count}"
+        score = format_number(best)
+        return f"no {better} {metric} than {score}, of epoch {state.best_epoch}, in {count}"

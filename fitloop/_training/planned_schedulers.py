@@ -96,8 +96,8 @@ class PlannedSchedulers:
         try:
             scheduler = function(self._config.optimizer, steps)
         except Exception as error:
-            place = f"in trainer {self._config.name!r}: the function of lr_scheduler="
-            add_note_safely(error, f"{place}, for {steps} steps")
+            where = f"in trainer {self._config.name!r}: the function of lr_scheduler="
+            add_note_safely(error, f"{where}, for {steps} steps")
             raise
         self._config.check_scheduler(scheduler)
         return scheduler

@@ -158,8 +158,8 @@ def actor_class() -> type:
                 )
                 code = process.wait()
                 lines = last_lines(log)
-            place = f"(pid {process.pid} on {os.uname().nodename})"
-            return f"{place} {describe_exit(code)}", code, lines
+            process_id = f"(pid {process.pid} on {os.uname().nodename})"
+            return f"{process_id} {describe_exit(code)}", code, lines
 
     return WorkerActor
 
