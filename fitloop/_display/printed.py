@@ -244,8 +244,8 @@ class EpochPrinter:
         word = colored(word, self._color and "yellow")
         write_output(f"{self.lead}{word} {details}")
         is_last = self.printing.is_last_cancelled(self._run)
-        if is_last and self._had_company and self._run.has_snapshot:
-            write_output("fit(..., resume=True) goes on from there\n")
+        if is_last and self._had_company and self._run.snapshot is not None:
+            write_output("fit(..., resume=True) goes on from the last snapshots\n")
 
 
 def longest_label() -> int:

@@ -66,8 +66,9 @@ class RunStatus:
         """name of the metric that compares epochs, once it is known"""
         self.best: tuple[int, float] | None = None
         """epoch over all fits, and score, of the best validation of this run"""
-        self.has_snapshot = False
-        """the run has written a snapshot, from which it can go on"""
+        self.snapshot: tuple[int, int] | None = None
+        """epoch over all fits, and batch, of the last snapshot of the run; batch 0 is the end of
+        the epoch"""
         self.is_asking = False
         """the run waits for the answer to a question"""
         self.start_time = self._epoch_start = self._phase_start = time.monotonic()
@@ -107,7 +108,7 @@ class RunStatus:
                 self.epochs_done, self._epoch_seconds = event.epoch_in_run, event.seconds
                 self.learning_rates = event.learning_rates or self.learning_rates
             case SnapshotWritten():
-                self.has_snapshot = True
+                self.snapshot = event.epoch, event.batch
             case PromptAsked() | PromptAnswered():
                 self.is_asking = isinstance(event, PromptAsked)
 
@@ -235,8 +236,12 @@ class RunStatus:
             parts.append(
                 f"best weights {words}" if short else f"the model has the best weights, {words}"
             )
-        if self.has_snapshot and not short:
-            parts.append("fit(..., resume=True) goes on from there")
+        if self.snapshot is not None and not short:
+            # A run that is cancelled while it waits for its loader takes no last snapshot.
+            epoch, batch = self.snapshot
+            place = f"epoch {epoch - self.first_epoch + 1}"
+            place = f"after {place}" if batch == 0 else f"in {place} after batch {batch}"
+            parts.append(f"fit(..., resume=True) goes on {place}")
         return "; ".join(parts)
 
 

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import warnings
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import anyio
 import pytest
 import torch
 from support.event_loops import HANG_TIMEOUT, every_loop, one_event_loop
-from support.models import mlp, scores, trainer
+from support.models import batches, mlp, scores, trainer
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from fitloop import (
@@ -295,9 +296,33 @@ async def test_fit_when_cancelled_then_a_line_says_where_it_is_and_how_to_go_on(
         r"cancelled (in|after) epoch \d+ of 1000000, .* m?s after the start"
         r"(; the model has the best weights, of epoch 1 \(score 1\.0000\))?"
     )
-    way = "; fit(..., resume=True) goes on from there"
-    assert re.fullmatch(expected, line.removesuffix(way)), line
-    assert line.endswith(way) is keeps_snapshots
+    way = r"; fit\(..., resume=True\) goes on (after|in) epoch \d+( after batch \d+)?"
+    assert re.fullmatch(expected + way * keeps_snapshots, line), line
+
+
+async def test_fit_when_cancelled_in_its_loader_then_the_line_tells_the_place_of_the_snapshot(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    is_waiting, passes = anyio.Event(), 0
+
+    async def load() -> AsyncIterator[Any]:
+        nonlocal passes
+        passes += 1
+        for number, batch in enumerate(batches()):
+            if (passes, number) == (2, 2):
+                is_waiting.set()
+                await anyio.sleep_forever()
+            yield batch
+
+    fitted = trainer(train_dl=load, valid_dl=None, save_path=tmp_path)
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(fitted.fit, 3, checkpoint=Checkpoint()))
+        with anyio.fail_after(HANG_TIMEOUT):
+            await is_waiting.wait()
+        group.cancel_scope.cancel()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("cancelled in epoch 2 of 3, ")
+    assert last.endswith("; fit(..., resume=True) goes on after epoch 1")
 
 
 @every_loop
@@ -560,7 +585,7 @@ async def test_fits_when_cancelled_together_then_each_has_a_short_line_and_the_w
                 fit = partial(fitted.fit, callbacks=[cancel], checkpoint=Checkpoint())
                 tasks.start_soon(fit, 10**6)
     *lines, last = capsys.readouterr().out.splitlines()[-len(names) - 1 :]
-    assert last == "fit(..., resume=True) goes on from there"
+    assert last == "fit(..., resume=True) goes on from the last snapshots"
     expected = (
         r"(a|a-longer-name|b) +cancelled (?:in|after) epoch \d+ of 1000000; "
         r"best weights of epoch 1 \(score 1\.0000\)"
