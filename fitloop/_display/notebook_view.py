@@ -187,7 +187,7 @@ class NotebookView:
         return f"{head}\n{table.text()}" if table.rows else head
 
     def _table(self, rows: Sequence[_Row | None]) -> Table:
-        names = self._run.display_metrics
+        wished_names = self._run.display_metrics
         columns = list(
             dict.fromkeys(
                 (phase, name)
