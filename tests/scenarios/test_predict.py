@@ -150,11 +150,12 @@ async def test_one_output_at_a_time() -> None:
 
 async def test_an_early_exit_leaves_nothing_behind() -> None:
     training = trainer()
+    await training.test(verbose=False)  # trio keeps a thread for some seconds
     threads = threading.active_count()
     async for _output in training.predict(Counted()):
         break
     await training.test(verbose=False)  # waits for the end of the prediction
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     with suppress(ZeroDivisionError):
         async for _output in training.predict(Counted()):
             raise ZeroDivisionError
