@@ -103,7 +103,7 @@ def leave_user_frames(error: BaseException) -> None:
         entry = entry.tb_next
     is_of_call = isinstance(error, FitLoopError) or module == _ARGUMENTS_MODULE
     if entry is not None or is_of_call or not isinstance(error, Exception):
-        error.__traceback__ = entry
+        error.with_traceback(entry)
 
 
 def _is_internal(frame: FrameType) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from fitloop._bench.budget import BenchRequest
 from fitloop._bench.report import BenchReport
 from fitloop._bench.run import BenchRun, Show
+from fitloop._blocks import contextmanager
 from fitloop._data.pushback import pushback_iterator_of
 from fitloop._display.console import can_draw
 from fitloop._engine.config import check_optional, check_seconds

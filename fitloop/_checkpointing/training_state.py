@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fitloop._blocks import contextmanager
 from fitloop._checkpointing.scheduler_state import load_scheduler, scheduler_state
 from fitloop._data.carried_state import has_own_state_dict
 from fitloop._engine.config import TrainerConfig

@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from inspect import isclass, signature
 from pathlib import Path
@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fitloop._arguments import expect
+from fitloop._blocks import contextmanager
 from fitloop._cli.common import print_line
 from fitloop._errors import ConfigurationError, quoted_list
 

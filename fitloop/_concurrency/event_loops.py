@@ -7,11 +7,13 @@ import contextvars
 import math
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 import anyio
+
+from fitloop._blocks import contextmanager
 
 RETRY_SECONDS = 0.1
 """time after which a `CancelOnceScope` looks again at a task that other code has cancelled"""

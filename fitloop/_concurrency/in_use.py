@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import nn
 
+from fitloop._blocks import contextmanager
 from fitloop._errors import BusyError
 
 _lock = threading.Lock()

@@ -18,13 +18,13 @@ import contextvars
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils._device import DeviceContext
 
+from fitloop._blocks import contextmanager
 from fitloop._concurrency.coroutines import SteppedAwaitable
 from fitloop._concurrency.event_loops import hide_running_loop
 

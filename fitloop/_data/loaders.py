@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from fitloop._blocks import contextmanager
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._data.async_source import AsyncSource
 from fitloop._data.carried_state import (

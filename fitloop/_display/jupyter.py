@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
+
+from fitloop._blocks import contextmanager
 
 INTERRUPT_SECONDS = 0.2
 """the longest time until an interruption of the kernel takes effect"""

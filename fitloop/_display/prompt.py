@@ -15,11 +15,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, cast
 
+from fitloop._blocks import asynccontextmanager, contextmanager
 from fitloop._concurrency.event_loops import CancelOnceScope, ThreadsafeEvent
 from fitloop._display.console import can_draw, fit_width, has_terminal
 from fitloop._display.live_area import LIVE_AREA, Frame

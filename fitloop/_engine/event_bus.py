@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from inspect import isawaitable
 from typing import Any, cast
 
 import anyio
 
+from fitloop._blocks import contextmanager
 from fitloop._concurrency.control import Cancelled
 from fitloop._concurrency.coroutines import close_unawaited, is_coroutine_function
 from fitloop._concurrency.event_loops import ThreadsafeEvent

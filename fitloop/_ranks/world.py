@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from datetime import timedelta
 from functools import cache
 from types import TracebackType
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fitloop._arguments import expect, is_number
+from fitloop._blocks import contextmanager
 from fitloop._concurrency.signals import SignalBlock
 from fitloop._errors import FitLoopError, RanksError, add_note_safely, one_line
 from fitloop._public import public

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
 
+from fitloop._blocks import asynccontextmanager, contextmanager
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.supervisor import wait_scope
 from fitloop._rng.global_lock import CALLBACKS_IN_FLIGHT, GLOBAL_RNG_LOCK

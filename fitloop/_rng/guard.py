@@ -8,9 +8,10 @@ cancelled first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, TypeVar
 
+from fitloop._blocks import contextmanager
 from fitloop._concurrency.control import RunControl
 from fitloop._concurrency.supervisor import wait_scope
 from fitloop._rng.global_state import global_state, restore_global_state

@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from fitloop._blocks import contextmanager
 from fitloop._rng.forks import protect_forks
 from fitloop._rng.global_lock import CALLBACKS_IN_FLIGHT, GLOBAL_RNG_LOCK, FairSharedLock
 from fitloop._rng.interception import RNG_PATCHES, current_listener, remove_listener, set_listener

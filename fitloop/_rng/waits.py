@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import anyio
 
+from fitloop._blocks import asynccontextmanager, contextmanager
 from fitloop._concurrency.control import Cancelled
 from fitloop._concurrency.supervisor import run_in_thread, wait_scope
 from fitloop._rng.lease import GeneratorLease

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
+from fitloop._blocks import contextmanager
 from fitloop._concurrency.task_state import TorchState
 from fitloop._errors import ThreadModeWarning, warn_user
 

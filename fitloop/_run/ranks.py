@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
 import anyio
 
+from fitloop._blocks import contextmanager
 from fitloop._checkpointing.snapshot import step_arguments
 from fitloop._concurrency.control import RunControl
 from fitloop._defaults import TRAINER_DEFAULTS

@@ -7,11 +7,12 @@ event: `Run` does that around it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from fitloop._blocks import contextmanager
 from fitloop._concurrency.control import Abandoned, Cancelled, RunControl
 from fitloop._concurrency.supervisor import LoopPortal
 from fitloop._concurrency.time_slices import TimeSliceHook

@@ -7,7 +7,6 @@ parameter in place, so that everything that refers to the parameter computes wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_not
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from fitloop._arguments import expect, is_number
+from fitloop._blocks import contextmanager
 from fitloop._engine.config import check_not_awaitable, check_number, check_plain
 from fitloop._errors import ConfigurationError
 from fitloop._events import Event, PhaseEnded

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fitloop._blocks import contextmanager
 from fitloop._data.inspection import length_of
 from fitloop._engine.config import TrainerConfig, as_list
 from fitloop._engine.plan import RunPlan

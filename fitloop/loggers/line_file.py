@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
+from fitloop._blocks import contextmanager
 from fitloop._storage.durable import make_directory, open_regular, read_file, write_all, write_bytes
 
 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import traceback
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -13,10 +14,11 @@ from support.cancellation import wait_until_idle
 from support.checked_trainer import CheckedTrainer
 from support.event_loops import HANG_TIMEOUT, asyncio_loops
 from support.gates import Gate
-from support.models import BATCHES, arguments, batches, bits, scores
+from support.models import BATCHES, arguments, batches, bits, scores, trainer
 from support.raising_code import TRAINER_NAME, ErrorInjector, InjectedError, raising_stage
 
 from fitloop import (
+    EMA,
     ConfigurationError,
     FitLoop,
     LoopState,
@@ -466,3 +468,32 @@ async def test_error_when_it_takes_no_notes_still_reaches_the_caller(
         await checked.fit()
     assert raised.value is error
     assert bits(checked.trainer.model)
+
+
+@dataclass(frozen=True)
+class AttributelessError(Exception):
+    """An error that takes no attribute, not even the traceback that `contextlib` sets."""
+
+    code: int
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"seed": 1}, {"average": EMA()}], ids=["plain", "seed", "average"]
+)
+async def test_error_when_it_takes_no_attributes_reaches_the_caller(
+    anyio_backend: Any, is_async: bool, changes: dict[str, Any]
+) -> None:
+    error = AttributelessError(3)
+
+    async def wait_and_fail(state: LoopState) -> None:
+        fail(state)
+
+    def fail(state: LoopState) -> None:
+        raise error
+
+    fitted = trainer(valid_step=wait_and_fail if is_async else fail, **changes)
+    for call in (fitted.fit(verbose=False), fitted.run_sanity_check()):
+        with anyio.fail_after(HANG_TIMEOUT), pytest.raises(AttributelessError) as raised:
+            await call
+        assert raised.value is error
