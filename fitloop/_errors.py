@@ -98,7 +98,7 @@ def leave_user_frames(error: BaseException) -> None:
     it was raised.
     """
     entry, module = error.__traceback__, ""
-    while entry is not None and _is_internal(entry.tb_frame):
+    while entry is not None and is_internal(entry.tb_frame):
         module = entry.tb_frame.f_globals["__name__"]
         entry = entry.tb_next
     is_of_call = isinstance(error, FitLoopError) or module == _ARGUMENTS_MODULE
@@ -106,7 +106,8 @@ def leave_user_frames(error: BaseException) -> None:
         error.with_traceback(entry)
 
 
-def _is_internal(frame: FrameType) -> bool:
+def is_internal(frame: FrameType) -> bool:
+    """Return whether the code of a frame is of fitloop, an event loop or their helpers."""
     return frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL_MODULES
 
 
@@ -114,7 +115,7 @@ def _user_line() -> tuple[str, int] | None:
     """Return file and line of the innermost frame that is not fitloop's or an event loop's."""
     frame = sys._getframe(1)
     while frame is not None:
-        if not _is_internal(frame):
+        if not is_internal(frame):
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import traceback
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Any, Literal
 
 import anyio
@@ -16,7 +19,7 @@ from fitloop._arguments import refuse_call, unknown_argument
 from fitloop._concurrency.event_loops import CancelOnceScope
 from fitloop._concurrency.supervisor import wait_scope
 from fitloop._concurrency.task_state import TaskState
-from fitloop._errors import ConfigurationError, one_line
+from fitloop._errors import ConfigurationError, is_internal, one_line
 from fitloop._events import JobEnded
 from fitloop._format import format_duration, printable
 from fitloop._metrics.results import FitResult
@@ -25,6 +28,9 @@ from fitloop._run.fit_options import fit_option
 from fitloop._runner.arguments import Plain
 from fitloop._trainer.fitloop import FitLoop
 from fitloop.backends.base import JobSpec
+
+RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+"""flags of code whose frames can be suspended"""
 
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 
@@ -249,15 +255,49 @@ class CompletedJobs:
 
 
 def clear_frames(error: BaseException) -> None:
-    """Clear the local variables of an error's traceback; they would keep the trainer alive."""
-    cleared: set[int] = set()
+    """Clear the local variables of an error's traceback; they would keep the trainer alive.
+
+    An error that several coroutines have raised, as that of a broken connection, has frames of all
+    of them. Those that go on keep their variables: to clear a suspended frame ends its coroutine.
+    """
+    frames = _frames_of(error)
+    suspended = _suspended(frames)
+    for frame in frames:
+        if frame not in suspended:
+            with suppress(RuntimeError):  # it is running
+                frame.clear()
+
+
+def _frames_of(error: BaseException) -> Collection[FrameType]:
+    """Return the frames of the tracebacks of an error, its causes, contexts and parts."""
+    seen: set[int] = set()
+    frames: dict[FrameType, None] = {}
     todo: list[BaseException | None] = [error]
     while todo:
         current = todo.pop()
-        if current is None or id(current) in cleared:
+        if current is None or id(current) in seen:
             continue
-        cleared.add(id(current))
-        traceback.clear_frames(current.__traceback__)
+        seen.add(id(current))
+        frames |= {frame: None for frame, _line in traceback.walk_tb(current.__traceback__)}
         todo += [current.__cause__, current.__context__]
         if isinstance(current, BaseExceptionGroup):
             todo += current.exceptions
+    return frames.keys()
+
+
+def _suspended(frames: Collection[FrameType]) -> set[FrameType]:
+    """Return the frames of coroutines and generators that have not ended."""
+    resumable = [frame for frame in frames if frame.f_code.co_flags & RESUMABLE]
+    is_of_one_job = len({frame.f_code for frame in resumable}) == len(resumable)
+    if is_of_one_job and all(map(is_internal, resumable)):
+        return set()  # they have ended with the job; the search takes as long as many batches
+    suspended: set[FrameType | None] = set()
+    for owner in gc.get_referrers(*resumable):
+        kind = type(owner)  # isinstance would ask proxies for their class
+        if kind is CoroutineType:
+            suspended.add(owner.cr_frame)
+        elif kind is GeneratorType:
+            suspended.add(owner.gi_frame)
+        elif kind is AsyncGeneratorType:
+            suspended.add(owner.ag_frame)
+    return {frame for frame in resumable if frame in suspended}

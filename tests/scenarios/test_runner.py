@@ -403,6 +403,30 @@ async def test_trainers_when_they_are_done_then_none_is_kept() -> None:
     assert most <= 6
 
 
+async def test_job_when_another_fails_of_the_error_that_it_has_caught_then_goes_on() -> None:
+    """As the error of a broken connection, which each of its readers raises."""
+    error, has_failed, is_caught = ValueError("closed"), anyio.Event(), anyio.Event()
+
+    async def fail(state: LoopState) -> None:
+        await is_caught.wait()
+        raise error
+
+    async def catch(state: LoopState) -> None:
+        try:
+            raise error
+        except ValueError:
+            is_caught.set()
+            await has_failed.wait()
+
+    with anyio.fail_after(HANG_TIMEOUT):
+        async with Runner(2) as runner:
+            failing = runner.submit(trainer(train_step=fail), name="fails", **QUIET)
+            going_on = runner.submit(trainer(valid_step=catch), name="goes on", **QUIET)
+            assert (await failing.outcome()).error is error
+            has_failed.set()
+            assert (await going_on.outcome()).status == "done"
+
+
 async def test_events_when_read_then_are_those_of_all_and_end_with_the_runner() -> None:
     seen: list[Any] = []
     called: list[Any] = []
