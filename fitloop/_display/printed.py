@@ -248,6 +248,11 @@ class EpochPrinter:
             write_output("fit(..., resume=True) goes on from the last snapshots\n")
 
 
+def _first_width(name: str) -> int:
+    """Return the width of a column before its first row; a schedule has rates such as 0.009984."""
+    return 9 if name == "lr" else max(len(name), 6)
+
+
 def longest_label() -> int:
     """Return the columns that a label may have in the line of an epoch."""
     columns = printed_width()
@@ -308,7 +313,7 @@ class EpochTable:
         if (columns := printed_width()) is not None:
             room = columns - indentation(lead) - width - len("  stopped")
             for column in (("", "lr"), ("", "time")):
-                if sum(2 + max(len(name), 6) for _phase, name in cells) > room:
+                if sum(2 + _first_width(name) for _phase, name in cells) > room:
                     cells.pop(column, None)
         number = f"{f'{event.epoch_in_run}/{total}':>{width}}"
         head = self._head(lead, width, list(cells))
@@ -328,7 +333,7 @@ class EpochTable:
         self._printed = room, width, columns
         names = [printable(name) for _phase, name in columns]
         # A wider cell, such as 2.853e+28, widens its column from its row on.
-        self._widths = [max(len(name), 6) for name in names]
+        self._widths = list(map(_first_width, names))
         phases, before = list[str](), ""
         for phase, _name in columns:
             phases.append("" if phase == before else phase)

@@ -125,14 +125,16 @@ async def test_print_style_when_line_and_a_schedule_runs_then_has_the_rate_of_ea
 ) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule: Any = StepLR(optimizer, 1)
+    schedule: Any = StepLR(optimizer, 1, 0.0998)
     if interval == "valid":
         schedule = ReduceLROnPlateau(optimizer, "max", patience=0, threshold=1e9)
     fitted = trainer(model=model, optimizer=optimizer, lr_scheduler=schedule)
     await fitted.fit(3, print_style="line")
     rows = capsys.readouterr().out.splitlines()[2:5]
-    expected = ["0.1", "0.01", "0.001"] if interval == "epoch" else ["0.1", "0.1", "0.01"]
+    expected = ["0.1", "0.00998", "0.000996"] if interval == "epoch" else ["0.1", "0.1", "0.01"]
     assert [row.split()[5] for row in rows] == expected
+    ends = {row.index(f" {rate} ") + len(rate) for row, rate in zip(rows, expected, strict=True)}
+    assert len(ends) == 1
 
 
 async def test_print_style_when_unknown_then_is_refused() -> None:
