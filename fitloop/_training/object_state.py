@@ -297,8 +297,10 @@ def _watched(item: Any) -> list[tuple[str, Any]]:
     if isinstance(item, DataLoader):
         return []
     ignored: Collection[str] = _OF_OPTIMIZERS if isinstance(item, Optimizer) else ()
-    if callable(getattr(type(item), "set_epoch", None)):  # it is called in each epoch
-        ignored = ("epoch", "_epoch")
+    set_epoch = getattr(type(item), "set_epoch", None)
+    if callable(set_epoch):  # it is called in each epoch
+        names = getattr(getattr(set_epoch, "__code__", None), "co_names", ())
+        ignored = ("epoch", "_epoch", *names)
     return [pair for pair in attributes(item).items() if pair[0] not in ignored]
 
 

@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
-from support.models import BATCH_SIZE, Batch, batches, bits, blobs, internals, mlp, sync_trainer
+from support.models import (
+    BATCH_SIZE,
+    BATCHES,
+    Batch,
+    batches,
+    bits,
+    blobs,
+    internals,
+    mlp,
+    sync_trainer,
+)
 from support.resumed_trainings import (
     EVERY_BATCH,
     QUIET,
@@ -140,6 +150,27 @@ class Plain(Dataset[Any]):
 def test_resume_when_a_dataset_has_counted_then_warns_of_what_is_lost(tmp_path: Path) -> None:
     begin(tmp_path, train_dl=DataLoader(Plain(), BATCH_SIZE))
     _trainer, told = resume(tmp_path, train_dl=DataLoader(Plain(), BATCH_SIZE))
+    assert len(told) == 1
+    assert "train_dl.dataset.reads had changed and could not be kept" in told[0]
+
+
+class Staged(Plain):
+    """A dataset that is told the epoch, and keeps it under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stage = epoch
+
+
+def test_resume_when_a_dataset_keeps_the_epoch_then_only_other_changes_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_snapshots_at_once(monkeypatch)
+    begin(tmp_path, stop=BATCHES + 4, train_dl=DataLoader(Staged(), BATCH_SIZE))
+    _trainer, told = resume(tmp_path, train_dl=DataLoader(Staged(), BATCH_SIZE))
     assert len(told) == 1
     assert "train_dl.dataset.reads had changed and could not be kept" in told[0]
 
