@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,6 +210,27 @@ class Script:
         output, errors = self._process.stdout.read(), self._process.stderr.read()
         return output, errors, self._process.wait(HANG_TIMEOUT)
 
+    @contextmanager
+    def pressing_again(self) -> Iterator[None]:
+        """Press Ctrl-C again from time to time, as a person does if the program does not end.
+
+        A KeyboardInterrupt that comes while asyncio takes a callback from its queue loses the
+        callback. If that was to wake a cancelled task, asyncio waits until the next Ctrl-C.
+        """
+        has_ended = threading.Event()
+
+        def press() -> None:
+            while not has_ended.wait(10):
+                self.send_interrupt()
+
+        thread = threading.Thread(target=press)
+        thread.start()
+        try:
+            yield
+        finally:
+            has_ended.set()
+            thread.join()
+
 
 @contextmanager
 def _script(text: str, place: str, prefetch: int | None = 0) -> Iterator[Script]:
@@ -252,7 +274,8 @@ def test_process_when_interrupted_twice_still_ends_whole() -> None:
         script.interrupt()
         script.interrupt()  # which asyncio raises in the event loop, wherever that is
         script.let_go()
-        output, errors, code = script.end()
+        with script.pressing_again():
+            output, errors, code = script.end()
     assert output == "cancelled [] False\ntrained on True\n"
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert code == -signal.SIGINT
@@ -296,7 +319,8 @@ def test_process_when_interrupted_three_times_then_it_ends_without_an_abort() ->
         script.interrupt()
         script.send_interrupt()
         script.let_go()
-        output, errors, code = script.end()
+        with script.pressing_again():
+            output, errors, code = script.end()
     assert "not reached" not in output
     assert "KeyboardInterrupt" in errors
     assert "terminate called" not in errors
