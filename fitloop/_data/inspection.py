@@ -42,12 +42,17 @@ def check_loader(name: str, loader: object) -> None:
 
     Raises:
         ConfigurationError: ``loader`` is neither iterable nor a function that makes one, or it
-            gives something else: samples, loaders, or the keys of a mapping.
+            gives something else: samples, loaders, the keys of a mapping, or a coroutine.
     """
     if isinstance(loader, (str, bytes)) or not (is_iterable(loader) or callable(loader)):
         raise ConfigurationError(
             f"{name} is {loader!r}; expected a DataLoader, a list of batches, any other iterable "
             "or async iterable of batches, or a function that returns one"
+        )
+    if inspect.iscoroutinefunction(loader):
+        raise ConfigurationError(
+            f"{name} is {loader!r:.80}, whose call gives a coroutine; expected an async function "
+            "that yields the batches, or what the function returns: await it first"
         )
     if not is_iterable(loader):
         try:

@@ -344,6 +344,10 @@ class TrainerConfig(GivenArguments):
                 "a callable (prediction, target) -> 0-d tensor"
                 + (", an instance of the class" if isinstance(loss, type) else ", or None"),
             )
+        if inspect.iscoroutinefunction(loss):
+            raise StageSignatureError(
+                "loss_function", loss, "a plain function; await in an async train_step"
+            )
         is_sum = self.train_step is None and loss_setting(loss, "reduction") == "sum"
         if is_sum and self.accumulate > 1:
             raise ConfigurationError(

@@ -117,6 +117,11 @@ class ChildProcess:
         start_method: StartMethod,
         name: str,
     ) -> None:
+        if multiprocessing.current_process().daemon:
+            raise ConfigurationError(
+                f"{name} needs a process of its own, and this process is a daemon of "
+                "multiprocessing, which may not start one; start it with daemon=False"
+            )
         self.ready = False
         """whether the process has sent a message; set by its owner"""
         self.connection, theirs = multiprocessing.Pipe()

@@ -27,7 +27,7 @@ from support.worker_processes import (
     write_pid,
 )
 
-from fitloop import LoopState, RemoteError, WorkerDiedError, default_batch_step
+from fitloop import ConfigurationError, LoopState, RemoteError, WorkerDiedError, default_batch_step
 from fitloop._concurrency.event_loops import loop_scheduler
 from fitloop._data import process_source
 from fitloop._processes.connection import send_message
@@ -276,6 +276,14 @@ def test_program_when_killed_then_no_process_of_its_loaders_is_left(tmp_path: Pa
         program.kill()
     _gone, left = psutil.wait_procs(children, timeout=HANG_TIMEOUT)
     assert left == []
+
+
+def test_process_when_its_parent_is_a_daemon_then_says_what_python_forbids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigurationError, match=r"this process is a daemon of multiprocessing"):
+        sync_trainer(loading="process").fit(1, print_every=0)
 
 
 UNGUARDED = """

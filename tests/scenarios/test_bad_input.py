@@ -54,6 +54,9 @@ def two_arguments(state: object, more: object) -> None: ...
 def keyword_only(*, state: object) -> None: ...
 
 
+async def coroutine(*_arguments: object) -> Any: ...
+
+
 def default_and_more(state: object, more: object = None, *, other: int = 1) -> None: ...
 
 
@@ -78,6 +81,12 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
         r"optimizer holds none of the model's parameters.*Adam\(model\.parameters\(\)\)",
     ),
     ("no loss", {"loss_function": 0.5}, r"loss_function is 0.5; expected a callable .* or None"),
+    (
+        "loss is async",
+        {"loss_function": coroutine},
+        r"loss_function is .*expected a plain function",
+    ),
+    ("loader is a coroutine", {"train_dl": coroutine}, r"train_dl is .*coroutine.*async function"),
     ("loader is a string", {"train_dl": "data"}, r"train_dl is 'data'; expected a DataLoader, a"),
     ("loader is a class", {"train_dl": DataLoader}, r"train_dl is <class .*without arguments"),
     ("loader needs an argument", {"valid_dl": keyword_only}, r"valid_dl is .*; expected a loader"),
