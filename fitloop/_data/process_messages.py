@@ -20,6 +20,10 @@ from fitloop._processes.errors import SerializedError
 from fitloop._processes.pickling import ValueBuffer, pickled, write_pickle
 from fitloop._rng.states import RngState
 
+LARGE_PICKLE = 16384
+"""bytes of a pickle that goes through shared memory: the pipe has little room, and encoded images
+take twice as long through it"""
+
 RngReports = Literal["none", "first", "all"]
 """after which batches the state of the generators is sent"""
 
@@ -116,6 +120,7 @@ class SentBatch(NamedTuple):
     """A batch without its values."""
 
     pickle: bytes
+    """empty if it is the first value"""
     placement: Placement | None
     """None if the batch has no values, or if they are in ``values``"""
     values: list[ValueBuffer]
@@ -172,13 +177,16 @@ class BatchSender:
         """Return a message of a batch. Raises any error of its pickling, or OSError."""
         file, buffers, self._new_classes = io.BytesIO(), list[pickle.PickleBuffer](), []
         write_pickle(batch, file, buffers.append, self._reduce)
-        placement, values = None, list[ValueBuffer]()
+        data, placement, values = file.getvalue(), None, list[ValueBuffer]()
         arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+        if self._shares_memory and len(data) > LARGE_PICKLE:
+            arrays.insert(0, np.frombuffer(data, np.uint8))
+            data = b""
         if not self._shares_memory:
             values = [pickle.PickleBuffer(bytearray(array)) for array in arrays]
         elif arrays:
             placement = self.slots.write(arrays)
-        return SentBatch(file.getvalue(), placement, values, self._new_classes)
+        return SentBatch(data, placement, values, self._new_classes)
 
     def _reduce(self, value: Any) -> Any:
         """Send classes that are not found by name once, and refer to them by number later."""
@@ -219,7 +227,10 @@ class BatchReceiver:
         values: list[Any] = list(message.values)
         if message.placement is not None:
             values = self.slots.values(message.placement)
-        return pickle.loads(message.pickle, buffers=values)
+        data: Any = message.pickle
+        if not data:
+            data, *values = values
+        return pickle.loads(data, buffers=values)
 
     def close(self) -> None:
         """Forget the classes."""
