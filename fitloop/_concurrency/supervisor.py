@@ -212,13 +212,13 @@ class _StepThread:
         thread = threading.Thread(
             target=self._state.call, args=(target,), name=f"fitloop {self._name}", daemon=True
         )
+        self._threads.append(thread)  # first: the program may end as soon as the thread runs
         try:
             thread.start()
         except RuntimeError as error:  # the system gives no thread
+            self._threads.remove(thread)
             self.error = error
             self._portal.finish()
-        else:
-            self._threads.append(thread)
 
     def _run(self) -> None:
         error: BaseException | None = None
@@ -524,8 +524,10 @@ async def _shut_down(
                 deadline = math.inf
                 if control.abandon_loader():
                     thread.replace()
-        while thread.is_alive():
-            try:
+        while True:
+            try:  # Ctrl-C may come anywhere in it
+                if not thread.is_alive():
+                    break
                 await anyio.lowlevel.checkpoint()
             except (anyio.get_cancelled_exc_class(), KeyboardInterrupt) as again:
                 first = first or again
