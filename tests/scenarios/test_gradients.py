@@ -536,18 +536,19 @@ def test_step_when_optimize_is_for_another_optimizer_then_both_are_made() -> Non
     assert internals(fitted).step_counts.per_optimizer == [BATCHES, BATCHES]
 
 
+def step_with_closure(state: LoopState) -> None:
+    inputs, targets = state.batch
+
+    def closure() -> Any:
+        state.optimizer.zero_grad()
+        loss = state.loss_function(state.model(inputs), targets)
+        loss.backward()
+        return loss
+
+    state.optimizer.step(closure)
+
+
 def test_closure_when_its_loss_is_not_finite_then_raises_before_the_step() -> None:
-    def step(state: LoopState) -> None:
-        inputs, targets = state.batch
-
-        def closure() -> Any:
-            state.optimizer.zero_grad()
-            loss = state.loss_function(state.model(inputs), targets)
-            loss.backward()
-            return loss
-
-        state.optimizer.step(closure)
-
     model, twin = mlp(), mlp()
     optimizer = LBFGS(twin.parameters(), max_iter=2)
     fitted = sync_trainer(
@@ -555,7 +556,7 @@ def test_closure_when_its_loss_is_not_finite_then_raises_before_the_step() -> No
         optimizer=optimizer,
         valid_dl=None,
         loss_function=PoisonedLoss([1], "nan"),
-        train_step=step,
+        train_step=step_with_closure,
     )
     with pytest.raises(NonFiniteError, match="the loss is nan"):
         fitted.fit(1, **QUIET)
@@ -766,15 +767,7 @@ def test_closures_when_on_a_device_then_no_losses_are_kept() -> None:
     kept: list[int] = []
 
     def step(state: LoopState) -> None:
-        inputs, targets = state.batch
-
-        def closure() -> Any:
-            state.optimizer.zero_grad()
-            loss = state.loss_function(state.model(inputs), targets)
-            loss.backward()
-            return loss
-
-        state.optimizer.step(closure)
+        step_with_closure(state)
         assert state._steps is not None
         counter = state._steps.guard._counter
         assert counter is not None
