@@ -233,7 +233,7 @@ class EpochPrinter:
             epoch, score = best
             name = f"{printable(run.criteria)}, " if run.criteria else ""
             where = f"{name}{epoch_words(epoch, run.first_epoch)}"
-            lines.append(f"{lead}best score: {format_number(score)} ({where})\n")
+            lines.append(folded(lead, f"best score: {format_number(score)} ({where})"))
         write_output("".join(lines))
 
     def _print_cancelled(self, event: RunEnded) -> None:

@@ -91,6 +91,30 @@ def test_last_line_of_a_cancelled_run_when_the_terminal_is_narrow_then_it_is_fol
     ]
 
 
+def test_best_score_of_an_only_run_when_the_terminal_is_narrow_then_it_is_folded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(printed, "printed_width", lambda: 60)
+    status = RunStatus("net")
+    status.criteria, status.first_epoch = "accuracy", 6
+    end = RunEnded(
+        trainer="t",
+        call="fit",
+        epochs=1,
+        stop_reason=StopReason.COMPLETED,
+        error=None,
+        best_score=0.9609,
+        best_epoch=6,
+        restored_epoch=None,
+        seconds=0.6,
+    )
+    EpochPrinter(status, PrintingRuns()).observe(end)
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "best score: 0.9609 (accuracy, epoch 1 of this fit,",
+        "  6 over all fits)",
+    ]
+
+
 def epoch_lines(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
