@@ -139,7 +139,8 @@ async def test_cancel_when_more_end_at_once_than_a_stream_keeps_then_all_are_tol
     monkeypatch.setattr(service.records.Records, "write", keep_nothing)
     options = Options(save_path=tmp_path, at_once=1)
     async with service.trainings.open_trainings(options) as trainings:
-        begun = [await trainings.submit(read_settings({})) for _ in range(2000)]
+        settings = read_settings({"epochs": 1000})  # the first one must not end by itself
+        begun = [await trainings.submit(settings) for _ in range(2000)]
         for training in begun[1:]:  # the first one runs already
             trainings.cancel(training)
         for training in begun[1:]:
