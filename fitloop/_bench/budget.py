@@ -69,7 +69,7 @@ def plan_budget(
         enough = batches
         if enough is None:
             enough = max(ENOUGH_BATCHES, past_buffers)
-            enough = min(enough, epoch or enough)
+            enough = max(MIN_BATCHES, min(enough, epoch or enough))  # of several short passes
         affordable = int(seconds / (start_time + enough * batch_time))
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, affordable))
     if batches is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fitloop._bench.budget import (
@@ -23,6 +23,7 @@ from fitloop._bench.figures import Variant
     seconds=st.floats(1, 100),
     epoch=st.none() | st.integers(1, 10_000),
 )
+@example(load=0.0, step=1.0, seconds=29.0, epoch=1)
 def test_budget_when_only_the_time_is_given_then_keeps_to_it_or_is_the_least(
     load: float, step: float, seconds: float, epoch: int | None
 ) -> None:
