@@ -43,13 +43,17 @@ from multiprocessing import (
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fitloop._processes.pickling import has_cloudpickle
 from fitloop._processes.signals import PARENT_SIGNALS, die_with_parent
 
 PRELOADED = (
     *("torch", "torch.utils.data", "torch._dynamo", "anyio._backends._asyncio"),
-    *("fitloop", "fitloop.backends.process.worker"),
+    *("fitloop.backends.process.worker", "fitloop._runner.runner"),
 )
-"""modules that a training imports; torch imports torch._dynamo in the first step of an optimizer"""
+"""modules that a worker and its script import
+
+torch imports torch._dynamo in the first step of an optimizer.
+"""
 MAX_DESCRIPTORS = 16
 """file descriptors that come with a request"""
 _FORK, _RETIRE = b"f", b"r"
@@ -302,6 +306,7 @@ def main(descriptor: int, parent: int) -> None:
     number = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
     for module in PRELOADED:
         importlib.import_module(module)
+    has_cloudpickle()  # imports it
     null = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):  # which the program may want to close
         os.dup2(null, stream)
