@@ -2,7 +2,7 @@
 
 A figure is the time of a batch divided by the longer of its load and its step, each measured alone
 in the same rounds. 1.00 is the best possible figure of one loader beside the steps; two workers may
-be below it. A thread that reads ahead for a bare loop shows the limit of the machine, since two
+be below it. A thread that reads ahead for a bare loop shows the limit of one process, since two
 threads share more than the interpreter.
 There are three kinds of loaders: they wait for something outside, decompress without the
 interpreter's lock, or compute in Python, holding it. Every contender gets the same `DataLoader`,
@@ -11,14 +11,16 @@ the trainer. fitloop is given ``prefetch=2``, since by default it reads such a l
 steps; "in a process" is ``loading="process"``. "Seeded" has ``seed=1``, with which a thread reads
 no loader that may draw beside a step. A cell is named load/step in ms, as intended; 32 batches are
 timed, after 16 in which loaders
-fill up. The last column is the ratio
-to the bare loop with 0 workers. That column and "all cells" show the median of the cells, with the
-best and the worst cell.
+fill up. "Apart" is the limit of the machine: a process that only loads, beside a bare loop over
+batches in memory, with nothing sent between them; its time is the longer one of both. The last
+column is the ratio to the bare loop with 0 workers. That column and "all cells" show the median of
+the cells, with the best and the worst cell.
 """
 
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import statistics
 import sys
 import threading
@@ -27,7 +29,8 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
+from multiprocessing.connection import Connection
 from queue import Queue
 from typing import Any, Literal
 
@@ -58,6 +61,7 @@ FEATURES, SAMPLES = 64, 128
 COMPRESSED = zlib.compress(torch.randn(4096).mul(1e3).short().numpy().tobytes() * 8)
 """64 KiB when decompressed; repeated until a load takes the intended time"""
 LOAD_ALONE, STEP_ALONE, BARE = "load alone", "step alone", "bare loop"
+APART = "load and step apart, in two processes"
 PEER_NAMES = ("ignite", "Lightning")
 QUICK, FULL = ((1, 8), (2, 10)), ((1, 8), (2, 8))
 """intended ms of loads, and of steps"""
@@ -266,6 +270,39 @@ def step(train: Train, source: Source, cell: Cell) -> Figures:
     return per_batch(times)
 
 
+def apart(cell: Cell) -> Figures:
+    """Load in a process and train here, with nothing between them; return the longer ms."""
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    ours, theirs = context.Pipe()
+    loads = Loads(cell.kind, cell.amount)
+    process = context.Process(target=load_endlessly, args=(loads, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        ours.recv()
+        training = step(loops.bare, Loaded, cell)["ms"]
+        ours.send(None)
+        return {"ms": max(training, ours.recv())}
+    finally:
+        process.kill()
+        process.join()
+
+
+def load_endlessly(loads: Loads, connection: Connection) -> None:
+    """Load until a message comes; send one after the first batch, and the ms of a load."""
+    times: list[float] = []
+    loader = as_data_loader(loads, 0)
+    while not connection.poll():
+        for _batch in loader:
+            times.append(time.perf_counter())
+            if len(times) == 1:
+                connection.send(None)
+            if connection.poll():
+                break
+    between = [later - earlier for earlier, later in pairwise(times)]
+    connection.send(statistics.median(between) * 1e3)
+
+
 def per_batch(times: list[float]) -> Figures:
     """Return the ms of a batch, given the times at which the batches of a pass ended."""
     if len(times) != WARM_UP + TIMED:
@@ -290,6 +327,7 @@ def contenders(cell: Cell) -> list[Contender]:
         in_house["fitloop, async loader"] = ahead, AsyncLoads
     return [
         Contender(name=LOAD_ALONE, run=partial(load, cell), process=BARE),
+        Contender(name=APART, run=partial(apart, cell), process=BARE),
         *(
             Contender(
                 name=name,

@@ -4,13 +4,17 @@ Both train the same model, wrapped in DistributedDataParallel, on the same batch
 one intra-op thread for each rank, and take turns in the same two processes. Two epochs in the
 middle of a training are timed, with what a trainer does between them. A vote is an exchange
 of four numbers, which fitloop has at batch boundaries, for about 1 % of the time; the row almost
-without votes has a few in each training. The table of many ranks merges made-up values of 100
+without votes has a few in each training. "In a thread, gradients checked" is the loop by hand in a
+thread beside an event loop, and it looks whether loss and gradients are finite, as fitloop does:
+the cost of these two. The table of many ranks merges made-up values of 100
 batches for each of N ranks in one process, as each rank does at the end of an epoch, without the
 network.
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
 import multiprocessing
 import os
 import pickle
@@ -37,6 +41,7 @@ from fitloop.backends.remote.messages import RankPlace
 
 SIZE = 2
 BY_HAND, OURS, SILENT = "loop by hand, DDP", "fitloop", "fitloop, almost without votes"
+CHECKED = "loop by hand, in a thread, gradients checked"
 CASES = {"5 ms": (256, 1024), "1 ms": (64, 256)}
 """name of a case: samples in a batch, and width of the model, for about so much time in a batch"""
 BATCHES, MANY = 100, 100
@@ -58,8 +63,9 @@ def make_batches(samples: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(samples, 64), targets) for _ in range(BATCHES)]
 
 
-def by_hand(width: int, batches: list[Any]) -> list[float]:
+def by_hand(width: int, batches: list[Any], *, checks_finite: bool = False) -> list[float]:
     """Train; return when each epoch has begun."""
+    is_bad, one = torch.zeros(()), torch.ones(())
     model = DistributedDataParallel(make_model(width))
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     compute_loss = nn.CrossEntropyLoss()
@@ -70,8 +76,22 @@ def by_hand(width: int, batches: list[Any]) -> list[float]:
             optimizer.zero_grad()
             loss = compute_loss(model(inputs), targets)
             loss.backward()
+            if checks_finite:
+                gradients = [each.grad for each in model.parameters() if each.grad is not None]
+                torch._amp_foreach_non_finite_check_and_unscale_(gradients, is_bad, one)
+                if not math.isfinite(loss.item()) or is_bad.item():
+                    raise FloatingPointError("the loss or a gradient is not finite")
             optimizer.step()
     return begins
+
+
+def checked_in_thread(width: int, batches: list[Any]) -> list[float]:
+    """Train in a thread beside an event loop, with a look at the loss and the gradients."""
+
+    async def train() -> list[float]:
+        return await asyncio.to_thread(by_hand, width, batches, checks_finite=True)
+
+    return asyncio.run(train())
 
 
 def with_fitloop(width: int, batches: list[Any], between_votes: float) -> list[float]:
@@ -100,6 +120,7 @@ def loss_step(state: fitloop.LoopState) -> None:
 
 TRAININGS: dict[str, Callable[[int, list[Any]], list[float]]] = {
     BY_HAND: by_hand,
+    CHECKED: checked_in_thread,
     OURS: partial(with_fitloop, between_votes=votes.LEAST_SECONDS),
     SILENT: partial(with_fitloop, between_votes=1e3),
 }

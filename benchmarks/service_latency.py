@@ -6,7 +6,9 @@ program of its own that runs two trainings at a time. The client is this process
 before. Rounds are interleaved: idle, trainings in threads, trainings in processes, idle, and so on;
 a figure is the median of the rounds. The trainings are endless, on scikit-learn's digits: steps of
 ``small`` are mostly work of Python itself, ``large`` is a CNN. The service gives its worker
-processes a niceness of 10. A page that follows all events is open meanwhile.
+processes a niceness of 10. A page that follows all events is open meanwhile. "By hand" is a service
+without fitloop, which answers such a request with three values and trains the same models by
+hand-written loops in two threads, without a validation: the limit of the interpreter.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ PAUSE = 0.005
 LIMIT = 120.0
 """timeout of every wait, in seconds"""
 MODELS = ("small", "large")
+BY_HAND, OURS = "by hand, threads", ("threads", "processes")
 AIMS = {"threads": 3, "processes": 5}
 """ms of the p99, beside either model"""
 
@@ -46,12 +49,12 @@ class Service:
         self.program = program
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
         self._event_connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
+        self._reader: threading.Thread | None = None
 
     def warm_up(self) -> None:
         """Run two trainings, so that all workers are started and a first training exists."""
-        numbers = [self._request("POST", "/trainings", {"epochs": 1})["id"] for _ in range(2)]
-        for number in numbers:
-            self._wait_for(number, ("done",))
+        with self.training("small"):
+            pass
 
     def _request(self, method: str, path: str, body: Any = None) -> Any:
         headers = {} if body is None else {"Content-Type": "application/json"}
@@ -116,7 +119,8 @@ class Service:
     def close(self) -> None:
         """End the service, and thereby the stream of events."""
         self.program.terminate()
-        self._reader.join(LIMIT)
+        if self._reader is not None:
+            self._reader.join(LIMIT)
         self.program.wait(LIMIT)
         self._event_connection.close()
         self._connection.close()
@@ -124,18 +128,23 @@ class Service:
 
 @contextlib.contextmanager
 def serving(backend: str) -> Iterator[Service]:
-    command = [sys.executable, str(ROOT / "examples" / "service"), "--port", "0"]
+    command = [str(ROOT / "examples" / "service"), "--port", "0"]
     command += ["--backend", backend, "--at-once", "2"]
     with (
         tempfile.TemporaryDirectory() as save_path,
-        subprocess.Popen(
-            [*command, "--save-path", save_path], stderr=subprocess.PIPE, text=True
-        ) as program,
+        program_of([*command, "--save-path", save_path]) as service,
     ):
+        service.follow()
+        service.warm_up()
+        yield service
+
+
+@contextlib.contextmanager
+def program_of(arguments: list[str]) -> Iterator[Service]:
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as program:
         try:
             service = Service(program, port_of(program))
-            service.follow()
-            service.warm_up()
             yield service
             service.close()
         finally:
@@ -151,15 +160,13 @@ def port_of(program: subprocess.Popen[str]) -> int:
     raise RuntimeError(f"the service ended with {program.wait()}")
 
 
-def one_round(
-    services: tuple[Service, Service], round_number: int, requests: int
-) -> dict[str, Figures]:
+def one_round(services: dict[str, Service], round_number: int, requests: int) -> dict[str, Figures]:
     """Return the percentiles of each situation: idle, then training, for each model."""
     percentiles: dict[str, Figures] = {}
     for model in MODELS:
-        idle = services[round_number % 2].latencies(requests)
+        idle = services[OURS[round_number % 2]].latencies(requests)
         percentiles[f"idle, before {model}"] = lag_figures(idle)
-        for name, service in zip(("threads", "processes"), services, strict=True):
+        for name, service in services.items():
             with service.training(model):
                 percentiles[f"{name}, {model}"] = lag_figures(service.latencies(requests))
     return percentiles
@@ -168,9 +175,15 @@ def one_round(
 def measure(quick: bool = False) -> Report:
     rounds, requests = (1, 60) if quick else (5, 400)
     results: dict[str, list[Figures]] = {}
-    with serving("thread") as threads, serving("process") as processes:
+    with (
+        serving("thread") as threads,
+        serving("process") as processes,
+        program_of(["-m", "benchmarks.by_hand_service"]) as by_hand,
+    ):
+        by_hand.warm_up()
+        services = {BY_HAND: by_hand, **dict(zip(OURS, (threads, processes), strict=True))}
         for round_number in range(rounds):
-            for name, figures in one_round((threads, processes), round_number, requests).items():
+            for name, figures in one_round(services, round_number, requests).items():
                 results.setdefault(name, []).append(figures)
     rows = [
         Row(
@@ -179,7 +192,7 @@ def measure(quick: bool = False) -> Report:
                 column.name: Spread.of([figures[column.name] for figures in measured])
                 for column in LAG_COLUMNS
             },
-            ours=not name.startswith("idle"),
+            ours=name.startswith(OURS),
         )
         for name, measured in results.items()
     ]

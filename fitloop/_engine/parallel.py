@@ -27,7 +27,7 @@ from fitloop._engine.wrapping import unwrap, wrapped
 from fitloop._errors import ConfigurationError, RanksError, RanksWarning, warn_user
 from fitloop._metrics.merging import merged
 from fitloop._ranks.votes import SharedControl, Votes
-from fitloop._ranks.world import World
+from fitloop._ranks.world import World, digest
 from fitloop._types import Phase
 
 
@@ -56,7 +56,9 @@ class ParallelRun:
         config = self._config
         shapes = [(name, tuple(p.shape)) for name, p in config.model.named_parameters()]
         more = {"seed": config.seed, "accumulate": config.accumulate, "parameters": shapes}
-        self._compare(f"beginning {call}()", {"call": call, **facts, **more})
+        facts = {"call": call, **facts, **more}
+        if not self.world.is_same(facts):  # an exchange of one size for any number of ranks
+            self._refuse_differences(f"beginning {call}()", self.world.gather(facts))
 
     def wrap(self) -> None:
         """Wrap the model for a run that trains, or split its parameters.
@@ -184,8 +186,13 @@ class ParallelRun:
         self._compares_batch = (
             phase is Phase.TRAIN and not self._has_compared and not hasattr(loader, GIVEN_SAMPLER)
         )
-        number = batches or 0
-        most, least, has_unknown = self.world.largest(number, -number, batches is None)
+        number, facts = batches or 0, self._facts(phase)
+        one = digest(facts)
+        most, least, has_unknown, largest, smallest = self.world.largest(
+            number, -number, batches is None, one, -one
+        )
+        if largest != -smallest:
+            self._refuse_differences("beginning a train phase", self.world.gather(facts))
         self._limit = None if has_unknown else -least
         self._are_alike = most == -least and not has_unknown
         config = self._config
@@ -199,14 +206,18 @@ class ParallelRun:
             _trained_by(config.wrapper, config.model)
         ):
             self.wrap()  # parameters were frozen or unfrozen
-        groups = [group for optimizer in config.optimizers for group in optimizer.param_groups]
-        facts = {
-            "trained parameters": _trained(config.model),
+        return self._limit
+
+    def _facts(self, phase: Phase) -> dict[str, Any]:
+        """Return what all ranks must have in common when a phase begins."""
+        if phase is not Phase.TRAIN:
+            return {}
+        groups = [group for each in self._config.optimizers for group in each.param_groups]
+        return {
+            "trained parameters": _trained(self._config.model),
             "learning rates": [float(group["lr"]) for group in groups],
             "weights": self._checksum(),
         }
-        self._compare("beginning a train phase", facts)
-        return self._limit
 
     def share_order(self, loader: Any, rng: Any) -> None:
         """Give the random numbers of rank 0 to a loader that is shared out, before a pass."""
@@ -299,26 +310,23 @@ class ParallelRun:
         }
         if state.is_train:
             self._share_buffers()
-            self._compare(
-                f"after the train phase of epoch {state.epoch_num}",
-                {"weights": self._checksum()},
-            )
+        facts = {"weights": self._checksum()} if state.is_train else {}
         reshard(config.model)
         self._release_parameters()
-        gathered = self.world.gather((complete, export))
-        together = merged([one for _complete, one in gathered])
+        gathered = self.world.gather((complete, facts, export))
+        self._refuse_differences(
+            f"after the train phase of epoch {state.epoch_num}", [each for _, each, _ in gathered]
+        )
+        together = merged([each for _, _, each in gathered])
         together["values"]["tensors"] = {
             name: [value.to(config.device) for value in values]
             for name, values in together["values"]["tensors"].items()
         }
         writer.restore(together)
-        return all(is_complete for is_complete, _export in gathered)
+        return all(is_complete for is_complete, _, _ in gathered)
 
-    def _compare(self, moment: str, facts: dict[str, Any]) -> None:
-        """Raise `RanksError` on all ranks if a fact differs between them."""
-        if self.world.is_same(facts):  # usual, and of one size for any number of ranks
-            return
-        gathered = self.world.gather(facts)
+    def _refuse_differences(self, moment: str, gathered: Sequence[dict[str, Any]]) -> None:
+        """Raise `RanksError` if a fact differs between the ranks, whose facts are given."""
         for name, value in gathered[0].items():
             for rank, other in enumerate(gathered):
                 if other[name] != value:

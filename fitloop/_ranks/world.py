@@ -232,8 +232,7 @@ class World:
 
     def is_same(self, value: Any) -> bool:
         """Return whether all ranks have a value with the same text."""
-        digest = hashlib.blake2b(repr(value).encode(), digest_size=7).digest()
-        number = int.from_bytes(digest)
+        number = digest(value)
         largest, smallest = self.largest(number, -number)
         return largest == -smallest
 
@@ -406,6 +405,11 @@ def _rendezvous(timeout: timedelta) -> tuple[Any, int, int]:
     distributed: Any = torch.distributed
     store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
     return store, rank, size
+
+
+def digest(value: Any) -> int:
+    """Return a number that differs for values with different texts; -1 times it fits 64 bits."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest())
 
 
 def is_of_connection(error: BaseException) -> bool:
