@@ -10,7 +10,7 @@ TOGETHER := -n 2 --dist worksteal
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test types tests test-fast test-transformers test-loggers test-peers test-ray docs bench pictures clean
+.PHONY: help .venv demo test types tests test-fast test-transformers test-loggers test-peers test-ray docs bench bench-ray pictures clean
 
 help:
 	@echo "make .venv      create $(VENV) with $(PYTHON) and everything that the tests need"
@@ -23,6 +23,7 @@ help:
 	@echo "make docs       build the site of the documentation in build/site"
 	@echo "make test-loggers  run the tests that need TensorBoard, MLflow and Weights & Biases"
 	@echo "make bench      measure what fitloop costs and gains (python -m benchmarks)"
+	@echo "make bench-ray  measure a sweep on Ray, on a cluster of this machine"
 	@echo "make pictures   draw the pictures of the README (docs/pictures.py)"
 	@echo "make clean      remove $(VENV), caches and build output"
 	@echo "PYTHON=... make .venv uses another Python (3.11 or newer)"
@@ -103,6 +104,9 @@ $(RAY)/.installed: $(STAMP)
 
 test-ray: $(RAY)/.installed
 	PYTHONPATH=$(CURDIR) $(RAY)/bin/python -m pytest tests/ray_cluster
+
+bench-ray: $(RAY)/.installed
+	PYTHONPATH=$(CURDIR) $(RAY)/bin/python -m benchmarks --only ray
 
 docs: .venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

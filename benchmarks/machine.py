@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks import loops
+from benchmarks.workloads import make_batches, make_model, make_optimizer
 
 
 class UnsupportedMachineError(Exception):
@@ -30,6 +35,7 @@ def machine(*packages: str, threads: int = 1) -> dict[str, Any]:
         "torch": torch.__version__,
         "intra-op threads": threads,
         "switch interval": f"{sys.getswitchinterval() * 1e3:g} ms",
+        "a step of the small MLP by hand": f"{step_seconds() * 1e6:.0f} us",
     }
     if torch.cuda.is_available():
         info["device"] = torch.cuda.get_device_name()
@@ -39,6 +45,21 @@ def machine(*packages: str, threads: int = 1) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return info
+
+
+def step_seconds() -> float:
+    """Return the seconds of a step by hand, which tell how busy a shared machine is now."""
+    model, count = make_model("mlp"), 100
+    optimizer, batches = make_optimizer(model), make_batches("mlp", count)
+    seconds: list[float] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(7):
+        began = time.perf_counter()
+        loops.bare(model, optimizer, batches, epochs=1, keep_metrics=False)
+        seconds.append((time.perf_counter() - began) / count)
+    torch.set_num_threads(threads)
+    return statistics.median(seconds)
 
 
 def cores() -> int:

@@ -4,6 +4,7 @@ A job trains a small MLP for one epoch of ten batches. All contenders do two job
 take turns: a round is 20 jobs, the whole sweep 200. The time counts from the first submission to
 the end of the Runner. Ray is started, and the fork server, before the first round. A worker on Ray
 is a new interpreter that imports torch and fitloop; a worker process is a fork of one that has.
+``make bench-ray`` installs Ray for it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.report import Column, Report, Row, Table, method_of
 from fitloop import ProcessBackend, Runner
 from fitloop.backends import RayBackend
 
-PROCESSES, SPAWNED, RAY = "worker processes", "worker processes, spawned", "Ray"
+PROCESSES, RAY = "worker processes", "Ray"
 JOBS, AT_A_TIME = 200, 2
 
 
@@ -38,8 +39,8 @@ async def sweep(backend: Any, number: int) -> float:
     return time.perf_counter() - began
 
 
-def on_processes(number: int, start_method: Any) -> Figures:
-    return figures(asyncio.run(sweep(ProcessBackend(start_method=start_method), number)), number)
+def on_processes(number: int) -> Figures:
+    return figures(asyncio.run(sweep(ProcessBackend(), number)), number)
 
 
 def on_ray(number: int) -> Figures:
@@ -58,10 +59,7 @@ def figures(seconds: float, number: int) -> Figures:
 def measure(quick: bool = False) -> Report:
     number, rounds = (2, 1) if quick else (20, JOBS // 20)
     contenders = [
-        Contender(
-            name=PROCESSES, run=partial(on_processes, number, "forkserver"), needs=("cloudpickle",)
-        ),
-        Contender(name=SPAWNED, run=partial(on_processes, number, "spawn"), needs=("cloudpickle",)),
+        Contender(name=PROCESSES, run=partial(on_processes, number), needs=("cloudpickle",)),
         Contender(name=RAY, run=partial(on_ray, number), needs=("ray", "cloudpickle")),
     ]
     measured = in_turns(contenders, rounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -137,6 +138,9 @@ class RayLauncher:
         return RayWorker(self._ray, actor, actor.run.remote(order.arguments(), environment))
 
 
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+
+
 @cache
 def actor_class() -> type:
     """Return the class of actors. Ray sends its code: they do not import this module and torch."""
@@ -181,9 +185,7 @@ class RayWorker:
         try:
             description, code, self._lines = self._ray.get(self._running)
         except Exception as error:  # such as RayActorError: killed, out of memory, node lost
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            text = " ".join(lines)[:1000] or type(error).__name__
-            return WorkerExit(f"(a Ray actor) ended: {text}", None)
+            return WorkerExit(f"(a Ray actor) {death_of_actor(error)}", None)
         return WorkerExit(description, code)
 
     def kill(self) -> None:
@@ -200,3 +202,15 @@ class RayWorker:
         self.kill()
         with suppress(Exception):  # Ray has ended
             self.free()
+
+
+def death_of_actor(error: Exception) -> str:
+    """Return how an actor has ended, as the error of Ray tells it, in one line."""
+    lines = [line.strip() for line in _COLORS.sub("", str(error)).splitlines()]
+    lines = [line for line in lines if line.strip("^~ ")]  # they mark places in lines of code
+    if not lines:
+        return f"ended: {type(error).__name__}"
+    if "creation task" not in lines[0]:
+        return f"ended: {' '.join(lines)[:1000]}"
+    hint = " (install fitloop on all nodes)" * ("No module named 'fitloop" in lines[-1])
+    return f"ended by {lines[-1]}{hint}"

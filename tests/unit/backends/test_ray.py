@@ -12,7 +12,7 @@ import cloudpickle
 import pytest
 
 from fitloop.backends import RayBackend, WorkerOrder
-from fitloop.backends.launched.ray_cluster import actor_class
+from fitloop.backends.launched.ray_cluster import actor_class, death_of_actor
 
 ORDERS = [WorkerOrder("a job", f"127.0.0.1:{n}", f"key{n}") for n in (1, 2)]
 
@@ -58,3 +58,23 @@ def test_actor_when_another_process_has_it_then_runs_a_worker_and_imports_no_tor
     code = cloudpickle.dumps(actor_class()).hex()  # type: ignore[no-untyped-call]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", ACTOR, code], env=environment, check=True)
+
+
+DEATH = """The actor died because of an error raised in its creation task, \x1b[36mray::A()\x1b[39m
+                      ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+ModuleNotFoundError: No module named '{module}'
+"""
+
+
+def test_actor_when_fitloop_is_not_installed_there_then_its_death_says_so() -> None:
+    death = death_of_actor(RuntimeError(DEATH.format(module="fitloop")))
+    missing = "ModuleNotFoundError: No module named 'fitloop'"
+    assert death == f"ended by {missing} (install fitloop on all nodes)"
+    assert death_of_actor(RuntimeError(DEATH.format(module="other"))).endswith("named 'other'")
+
+
+def test_actor_when_it_was_killed_then_its_death_is_told_in_one_line() -> None:
+    assert death_of_actor(RuntimeError("The actor died.\n  It was killed")) == (
+        "ended: The actor died. It was killed"
+    )
+    assert death_of_actor(ValueError()) == "ended: ValueError"
