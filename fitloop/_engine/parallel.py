@@ -202,11 +202,16 @@ class ParallelRun:
                 # Some ranks have more forward passes than others.
                 self._release_parameters = gather_parameters(config.model)
             return batches
-        if not self.is_sharded and set(_trained(config.model)) != set(
-            _trained_by(config.wrapper, config.model)
-        ):
-            self.wrap()  # parameters were frozen or unfrozen
+        if self._trains_others:
+            self.wrap()
         return self._limit
+
+    @property
+    def _trains_others(self) -> bool:
+        """Whether parameters were frozen or unfrozen since the model was wrapped."""
+        model = self._config.model
+        trained_before = _trained_by(self._config.wrapper, model)
+        return not self.is_sharded and set(_trained(model)) != set(trained_before)
 
     def _facts(self, phase: Phase) -> dict[str, Any]:
         """Return what all ranks must have in common when a phase begins."""
@@ -216,7 +221,8 @@ class ParallelRun:
         return {
             "trained parameters": _trained(self._config.model),
             "learning rates": [float(group["lr"]) for group in groups],
-            "weights": self._checksum(),
+            # A model that is wrapped anew gets the weights of rank 0.
+            "weights": [] if self._trains_others else self._checksum(),
         }
 
     def share_order(self, loader: Any, rng: Any) -> None:

@@ -143,6 +143,36 @@ async def resumed(world: World, parallel: Parallel, path: str, cancelled: str, e
     report(**facts(trainer), began=steps, batches=batches)
 
 
+async def changed(world: World, unfreezes: str) -> None:
+    """Change the weights of this rank alone after epoch 1, and perhaps unfreeze a layer."""
+    net = model()
+    first, *_, last = net.parameters()
+    first.requires_grad_(False)
+
+    def change(state: LoopState) -> dict[str, float]:
+        if state.epoch_num == 1:
+            first.requires_grad_(unfreezes == "True")
+            with torch.no_grad():
+                last.add_(world.rank)
+        return {"loss": 0.0}
+
+    trainer = FitLoop(
+        net,
+        torch.optim.SGD(net.parameters(), 0.1),
+        nn.CrossEntropyLoss(),
+        train_dl=loader(24, 6),
+        train_epoch_end=change,
+        parallel="ddp",
+        seed=1,
+    )
+    error = ""
+    try:
+        await trainer.fit(3, **QUIET)
+    except fitloop.RanksError as raised:
+        error = str(raised)
+    report(**facts(trainer), error=error)
+
+
 async def job(_world: World, path: str) -> None:
     """Do the training of a job of several ranks."""
     trainer = make_ranked_trainer(6, 0.3, parallel="fsdp", save_path=path)
