@@ -23,6 +23,8 @@ INTRODUCTION = """# Benchmarks
 Written by `python -m benchmarks --keep` from the reports in `benchmarks/results`, not by hand.
 Contenders are measured in turns, in one run. A figure is the median of the rounds, with the
 smallest and the largest value in parentheses. Rows of fitloop are bold, also where it loses.
+The machines are shared with others: where "a step of the small MLP by hand" is named, it tells how
+busy they were. Undisturbed it takes some 100 us.
 """
 
 
