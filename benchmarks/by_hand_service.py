@@ -28,8 +28,7 @@ class Training:
 
     def __init__(self, number: int, model: Any) -> None:
         self.number, self.epoch, self.status, self._is_over = number, 0, "running", False
-        self._thread = threading.Thread(target=self._train, args=(model,), daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._train, args=(model,), daemon=True).start()
 
     def _train(self, name: Any) -> None:
         from digits import make_loaders

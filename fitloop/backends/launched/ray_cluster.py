@@ -20,6 +20,8 @@ from fitloop.backends.launched.backend import LauncherBackend
 from fitloop.backends.launched.launcher import WorkerOrder
 from fitloop.backends.remote.transport import WorkerExit
 
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+
 
 class RayBackend(LauncherBackend):
     """Trainings on a Ray cluster: each is a process of its own, with resources that Ray gives it.
@@ -138,9 +140,6 @@ class RayLauncher:
         return RayWorker(self._ray, actor, actor.run.remote(order.arguments(), environment))
 
 
-_COLORS = re.compile(r"\x1b\[[0-9;]*m")
-
-
 @cache
 def actor_class() -> type:
     """Return the class of actors. Ray sends its code: they do not import this module and torch."""
@@ -212,5 +211,5 @@ def death_of_actor(error: Exception) -> str:
         return f"ended: {type(error).__name__}"
     if "creation task" not in lines[0]:
         return f"ended: {' '.join(lines)[:1000]}"
-    hint = " (install fitloop on all nodes)" * ("No module named 'fitloop" in lines[-1])
-    return f"ended by {lines[-1]}{hint}"
+    hint = " (install fitloop on all nodes)" * ("No module named 'fitloop'" in lines[-1])
+    return f"ended by {lines[-1][:1000]}{hint}"
