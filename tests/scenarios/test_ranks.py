@@ -79,19 +79,26 @@ def test_blocks_when_many_in_one_program_then_each_trains_as_the_first() -> None
     assert all(one == first["weights"][0] for one in first["weights"] + second["weights"])
 
 
-@pytest.mark.parametrize("unfreezes", [True, False])
+@pytest.mark.parametrize(
+    ("moment", "refused"),
+    [
+        ("step", "after the train phase of epoch 1"),
+        ("epoch_end", "beginning a train phase"),
+        ("unfreezing", ""),
+    ],
+)
 def test_weights_when_of_one_rank_only_then_are_refused_unless_the_model_is_wrapped_anew(
-    unfreezes: bool,
+    moment: str, refused: str
 ) -> None:
-    first, second = run_ranks("support.rank_trainings", "changed", str(unfreezes))
+    first, second = run_ranks("support.rank_trainings", "changed", moment)
     assert (first["status"], second["status"]) == (0, 0), first["errors"] + second["errors"]
-    if unfreezes:  # they are those of rank 0
+    if not refused:  # they are those of rank 0
         assert (first["error"], second["error"]) == ("", "")
         assert first["weights"] == second["weights"]
     else:
         for rank in (first, second):
-            moment = "beginning a train phase, weights of rank 0 and of rank 1 differ. "
-            assert rank["error"].startswith(moment)
+            beginning = f"{refused}, weights of rank 0 and of rank 1 differ. "
+            assert rank["error"].startswith(beginning)
 
 
 def test_argument_when_of_one_rank_only_then_all_say_so(tmp_path: Path) -> None:

@@ -143,17 +143,26 @@ async def resumed(world: World, parallel: Parallel, path: str, cancelled: str, e
     report(**facts(trainer), began=steps, batches=batches)
 
 
-async def changed(world: World, unfreezes: str) -> None:
-    """Change the weights of this rank alone after epoch 1, and perhaps unfreeze a layer."""
+async def changed(world: World, moment: str) -> None:
+    """Change the weights of this rank alone in or after epoch 1, and perhaps unfreeze a layer."""
     net = model()
     first, *_, last = net.parameters()
     first.requires_grad_(False)
 
-    def change(state: LoopState) -> dict[str, float]:
+    def change(state: LoopState) -> None:
         if state.epoch_num == 1:
-            first.requires_grad_(unfreezes == "True")
             with torch.no_grad():
                 last.add_(world.rank)
+
+    def step(state: LoopState) -> Any:
+        if moment == "step":
+            change(state)
+        return fitloop.default_batch_step(state)
+
+    def end_epoch(state: LoopState) -> dict[str, float]:
+        if moment != "step":
+            change(state)
+        first.requires_grad_(moment == "unfreezing")
         return {"loss": 0.0}
 
     trainer = FitLoop(
@@ -161,7 +170,8 @@ async def changed(world: World, unfreezes: str) -> None:
         torch.optim.SGD(net.parameters(), 0.1),
         nn.CrossEntropyLoss(),
         train_dl=loader(24, 6),
-        train_epoch_end=change,
+        train_step=step,
+        train_epoch_end=end_epoch,
         parallel="ddp",
         seed=1,
     )
